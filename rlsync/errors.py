@@ -1,0 +1,45 @@
+"""Exceptions of rlsync. Every public failure is one of these, and each message names both sides and what to do."""
+
+from __future__ import annotations
+
+
+class RlsyncError(Exception):
+    """Base of every error rlsync raises on purpose."""
+
+
+class ConfigError(RlsyncError, ValueError):
+    """A configuration key, model config or topology that cannot work. Raised before any work is done."""
+
+
+class PlacementError(RlsyncError, ValueError):
+    """Two descriptions of the same weights disagree: missing, unexpected, doubled or wrongly shaped tensors.
+
+    All findings of one comparison are collected into a single error.
+    """
+
+
+class CheckpointError(RlsyncError):
+    """A checkpoint on disk is incomplete, truncated or not what its index says."""
+
+
+class WeightSyncError(RlsyncError):
+    """A sync did not commit. Raised with the same fields on every actor rank and reported by every engine.
+
+    Attributes:
+        phase: one of ``connect, pause, begin, transfer, verify, commit, resume``.
+        engine: identifier of the engine the failure was seen on, or None when an actor rank failed.
+        version: version that was being synced, or None during ``connect``.
+        bucket: index of the bucket in flight, or None outside ``transfer``.
+        cause: one paragraph; carries the remote traceback where there is one.
+    """
+
+    def __init__(self, *, phase: str, cause: str, engine: str | None = None, version: int | None = None, bucket: int | None = None):
+        self.phase, self.cause, self.engine, self.version, self.bucket = phase, cause, engine, version, bucket
+        where = ", ".join(
+            f"{key} {value}" for key, value in (("engine", engine), ("version", version), ("bucket", bucket)) if value is not None
+        )
+        super().__init__(f"weight sync failed in {phase}{f' ({where})' if where else ''}: {cause}")
+
+
+class EngineDirtyError(RlsyncError):
+    """The engine holds weights of no committed version and refuses to generate until a complete sync or a restart."""
