@@ -38,9 +38,7 @@ class Topology:
             raise ConfigError("topology: vpp_size > 1 needs pp_size > 1; virtual stages interleave pipeline stages")
         per_stage = self.tp_size * self.cp_size * self.dp_size
         if per_stage % (self.ep_size * self.etp_size):
-            raise ConfigError(
-                f"topology: ep_size x etp_size = {self.ep_size * self.etp_size} must divide tp x cp x dp = {per_stage}"
-            )
+            raise ConfigError(f"topology: ep_size x etp_size = {self.ep_size * self.etp_size} must divide tp x cp x dp = {per_stage}")
 
     @property
     def world_size(self) -> int:
@@ -82,9 +80,7 @@ class Topology:
     def _layers_per_chunk(self, num_layers: int) -> list[int]:
         """Layers of one virtual chunk on each pipeline stage."""
         fixed = {
-            stage: count
-            for stage, count in ((0, self.first_stage_layers), (self.pp_size - 1, self.last_stage_layers))
-            if count is not None
+            stage: count for stage, count in ((0, self.first_stage_layers), (self.pp_size - 1, self.last_stage_layers)) if count is not None
         }
         if fixed and self.pp_size == 1:
             raise ConfigError("topology: first_stage_layers / last_stage_layers need pp_size > 1")

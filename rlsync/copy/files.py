@@ -1,0 +1,95 @@
+"""Tensors over the bytes of safetensors files: mapped for reading, written in place by one rank per file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from rlsync.geometry import TensorSpec
+from rlsync.placement.safetensors import INDEX_NAME, StoredTensor, encode_header
+from rlsync.plan import cut_buckets
+
+
+class MappedTensors(Mapping[str, torch.Tensor]):
+    """Read-only tensors over mapped files, opened on first use. Only the pages that a copy touches are read."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._stored[name]
+        if entry.file not in self._maps:
+            with entry.file.open("rb") as stream:
+                # A private writable mapping: torch wants writable memory, and nothing reaches the file.
+                self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        dtype = getattr(torch, entry.spec.dtype)
+        if entry.spec.size == 0:
+            return torch.empty(entry.spec.shape, dtype=dtype)
+        return torch.frombuffer(
+            self._maps[entry.file], dtype=dtype, count=entry.spec.size, offset=entry.begin
+        ).view(entry.spec.shape)  # fmt: skip
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+class FileWriter:
+    """Writes one safetensors file tensor by tensor, in any order, under a temporary name until it is complete."""
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        header, self._begins = encode_header(tensors)
+        self._missing = {t.name for t in tensors}
+        self._stream = self._partial.open("wb")
+        self._stream.write(header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole contiguous CPU tensor at its place."""
+        assert tensor.is_contiguous(), name
+        assert tensor.device.type == "cpu", name
+        self._missing.remove(name)
+        self._stream.seek(self._begins[name])
+        self._stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        with self._stream:
+            if kind is None:
+                assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        if kind is None:
+            os.replace(self._partial, self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, tuple[TensorSpec, ...]]:
+    """File name -> tensors of a checkpoint cut into files of at most ``max_shard_bytes`` (HF's naming)."""
+    groups = cut_buckets(tensors, max_shard_bytes)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:
+    """Write the index of a checkpoint of several files; a single file has none."""
+    if len(files) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for group in files.values() for t in group)},
+        "weight_map": {t.name: file for file, group in files.items() for t in group},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,164 @@
+"""Shard, plan, copy: HF tensors survive any change of layout bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsync.copy.cpu import bind, write_fills
+from rlsync.errors import PlacementError
+from rlsync.families import model_of
+from rlsync.geometry import Box, Placement
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.placement.megatron import megatron_placements
+from rlsync.plan import build_plan, cut_buckets
+from rlsync.topology import Topology
+
+
+def config(architecture: str, *, tied: bool = False, heads: int = 4, groups: int = 2, layers: int = 4, vocab: int = 37) -> dict:
+    return {
+        "architectures": [architecture], "hidden_size": 24, "intermediate_size": 40, "vocab_size": vocab, "head_dim": 6,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "num_hidden_layers": layers, "tie_word_embeddings": tied,
+        "dtype": "float32",
+    }  # fmt: skip
+
+
+def random_tensors(specs) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {s.name: torch.randn(s.shape, generator=generator) for s in specs}
+
+
+def empty_buffers(placement: Placement) -> dict[str, torch.Tensor]:
+    return {b.name: torch.full(b.shape, float("nan")) for b in placement.buffers}
+
+
+def run(specs, sources, source_buffers, destinations, **options):
+    """Execute a plan in one process; returns the buffers of every destination."""
+    plan = build_plan(specs, sources, destinations, **options)
+    filled = [empty_buffers(d) for d in destinations]
+    for placement, buffers in zip(destinations, filled, strict=True):
+        write_fills(placement.fills, buffers)
+    for bucket in plan.buckets:
+        for copy in bucket.copies:
+            bind([copy], source_buffers[copy.source], filled[copy.destination]).run()
+    return filled
+
+
+topologies = st.builds(
+    Topology,
+    tp_size=st.sampled_from([1, 2, 4]),
+    pp_size=st.sampled_from([1, 2, 4]),
+    dp_size=st.sampled_from([1, 2]),
+    cp_size=st.sampled_from([1, 2]),
+)
+architectures = st.sampled_from(["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(architectures, st.booleans(), st.sampled_from([1, 2, 4]), topologies, topologies, st.integers(60, 5000))
+def test_tensors_survive_hf_to_a_to_b_to_hf(architecture, tied, groups, a, b, bucket_bytes):
+    model = model_of(config(architecture, tied=tied, groups=groups))
+    specs = model.tensors()
+    tensors = random_tensors(specs)
+    hf = whole_tensors("hf", specs)
+    placed_a = megatron_placements(model, a, make_vocab_size_divisible_by=8)
+    placed_b = megatron_placements(model, b)
+    in_a = run(specs, [hf], [tensors], placed_a, bucket_bytes=bucket_bytes)
+    in_b = run(specs, placed_a, in_a, placed_b, bucket_bytes=bucket_bytes)
+    (back,) = run(specs, placed_b, in_b, [hf], bucket_bytes=bucket_bytes)
+    assert not any(torch.isnan(t).any() for buffers in (*in_a, *in_b) for t in buffers.values())
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_grouped_qkv_packs_q_k_v_by_group():
+    """Reference: ``cat([q, k, v], dim=1)`` over a per-group view, as the packing rule says."""
+    model = model_of(config("Qwen2ForCausalLM"))
+    specs = model.tensors()
+    tensors = random_tensors(specs)
+    layer = "model.layers.1.self_attn."
+    q, k, v = (tensors[f"{layer}{x}_proj.weight"] for x in "qkv")
+    packed = torch.cat([q.view(2, 12, 24), k.view(2, 6, 24), v.view(2, 6, 24)], dim=1).reshape(-1, 24)
+    shards = run(specs, [whole_tensors("hf", specs)], [tensors], megatron_placements(model, Topology(tp_size=4)))
+    got = torch.cat([s["decoder.layers.1.self_attention.linear_qkv.weight"] for s in shards])
+    assert torch.equal(got, packed)
+
+
+def test_gated_split_inverts_merge():
+    model = model_of(config("LlamaForCausalLM"))
+    specs = model.tensors()
+    tensors = random_tensors(specs)
+    shards = run(specs, [whole_tensors("hf", specs)], [tensors], megatron_placements(model, Topology(tp_size=2)))
+    gate, up = (tensors[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    for rank, shard in enumerate(shards):
+        expected = torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]])
+        assert torch.equal(shard["decoder.layers.0.mlp.linear_fc1.weight"], expected)
+
+
+def test_digest_ignores_the_order_of_holders():
+    model = model_of(config("Qwen3ForCausalLM"))
+    specs, hf = model.tensors(), whole_tensors("hf", model.tensors())
+    shards = megatron_placements(model, Topology(tp_size=2, pp_size=2))
+    assert build_plan(specs, shards, [hf]).digest == build_plan(specs, shards[::-1], [hf]).digest
+    assert build_plan(specs, shards, [hf]).digest != build_plan(specs, megatron_placements(model, Topology(tp_size=4)), [hf]).digest
+
+
+def test_replicas_share_the_work():
+    model = model_of(config("Qwen2ForCausalLM"))
+    specs = model.tensors()
+    plan = build_plan(specs, megatron_placements(model, Topology(dp_size=2)), [whole_tensors("hf", specs)])
+    given_by = {c.source for bucket in plan.buckets for c in bucket.copies}
+    assert given_by == {0, 1}
+
+
+def test_every_missing_tensor_is_named_once():
+    model = model_of(config("Qwen2ForCausalLM"))
+    specs = model.tensors()
+    stage = megatron_placements(model, Topology(pp_size=2))[0]
+    with pytest.raises(PlacementError, match=r"model\.layers\.2\..*model\.norm\.weight"):
+        build_plan(specs, [stage], [whole_tensors("hf", [s for s in specs if s.name.endswith("norm.weight")])])
+
+
+def test_unknown_tensor_and_dtype_mismatch_come_in_one_error():
+    model = model_of(config("Qwen2ForCausalLM"))
+    specs = model.tensors()
+    with pytest.raises(PlacementError) as error:
+        build_plan(specs[1:], megatron_placements(model, Topology(), dtype="bfloat16"), [whole_tensors("hf", specs[1:])])
+    assert "unknown tensors in actor 0: model.embed_tokens.weight" in str(error.value)
+    assert "model.norm.weight: float32 in hf, bfloat16 in actor 0" in str(error.value)
+
+
+def test_heads_that_tp_cannot_divide_are_refused_with_both_numbers():
+    model = model_of(config("Qwen2ForCausalLM", heads=4, groups=2))
+    with pytest.raises(PlacementError, match="4 attention heads cannot be divided by a tensor axis of 8"):
+        megatron_placements(model, Topology(tp_size=8))
+
+
+@given(st.integers(1, 4), st.data())
+def test_subtracting_a_box_leaves_a_disjoint_cover(ndim, data):
+    def box():
+        start = data.draw(st.tuples(*[st.integers(0, 5)] * ndim))
+        extent = data.draw(st.tuples(*[st.integers(1, 5)] * ndim))
+        return Box(start, tuple(a + e for a, e in zip(start, extent, strict=True)))
+
+    whole, hole = box(), box()
+    grid = torch.zeros((12,) * ndim, dtype=torch.int)
+
+    def mark(b, value):
+        grid[tuple(slice(x, y) for x, y in zip(b.start, b.stop, strict=True))] += value
+
+    mark(whole, 1)
+    for part in whole.subtract(hole):
+        mark(part, -1)
+    common = whole.intersect(hole)
+    if common is not None:
+        mark(common, -1)
+    assert not grid.any()
+
+
+def test_buckets_respect_their_size_and_keep_order():
+    specs = model_of(config("LlamaForCausalLM")).tensors()
+    groups = cut_buckets(specs, 4000)
+    assert [t for g in groups for t in g] == list(specs)
+    assert all(len(g) == 1 or sum(t.nbytes for t in g) <= 4000 for g in groups)
