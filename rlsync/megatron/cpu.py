@@ -1,0 +1,158 @@
+"""Megatron-Core 0.16 on a machine without CUDA: the substitutions that let the same program run on CPU and gloo.
+
+Owns every change made to torch and Megatron for that purpose; nothing happens at import. Must not know models or
+parallel layouts. What is substituted, and why:
+
+- ``torch.cuda`` calls that ask for the current device, stream or random state are answered with the CPU's.
+- ``Tensor.cuda()`` returns the tensor; ``Tensor.type()`` without an argument names the CUDA type of the dtype, because the
+  optimizers sort parameters by that string (``optimizer.py``, ``distrib_optimizer.py``, ``clip_grads.py``).
+- Modules of Megatron that write ``device="cuda"`` see a ``torch`` whose factories put those tensors on the CPU.
+- Megatron's random state tracker swaps the CPU generator, so dropout and recomputation follow it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Modules that pass the literal device "cuda" to a factory of torch.
+_LITERAL_DEVICE_MODULES = (
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.rerun_state_machine",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.utils",
+)
+_FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+
+def enable_cpu() -> bool:
+    """Let Megatron-Core run on CPU and gloo in this process; does nothing where CUDA is available.
+
+    Call it before the first Megatron object is built (``initialize_parallel`` does). Idempotent. Process-wide: other
+    code of this process sees the substituted ``torch.cuda`` functions too, which without CUDA could only have raised.
+
+    Returns:
+        True when the substitutions are in place, False when CUDA is available and they are not needed.
+    """
+    if torch.cuda.is_available():
+        return False
+    if torch.cuda.current_device is _current_device:
+        return True
+    _substitute_torch()
+    _substitute_megatron()
+    return True
+
+
+class _Stream:
+    """Stands in for ``torch.cuda.Stream``: the CPU runs everything in order, so waiting is free."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
+class _TorchOnCpu(types.ModuleType):
+    """``torch`` as seen by one Megatron module: factories read the device "cuda" as "cpu", all else is torch's own."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        return _on_cpu(value) if name in _FACTORIES else value
+
+
+def _on_cpu(factory: Any) -> Any:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _stream(*_: Any, **__: Any) -> _Stream:
+    return _Stream()
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[Any]:
+    yield stream
+
+
+def _substitute_torch() -> None:
+    cuda = torch.cuda
+    cuda.current_device = _current_device
+    cuda.get_rng_state = _get_rng_state
+    cuda.set_rng_state = _set_rng_state
+    cuda.manual_seed = _manual_seed
+    cuda.synchronize = _nothing
+    cuda.Stream = _Stream
+    cuda.stream = _stream_context
+    cuda.current_stream = _stream
+    cuda.default_stream = _stream
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = _nothing
+    cuda.nvtx.range_pop = _nothing
+
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return plain_type(self, dtype, non_blocking, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *_, **__: self
+
+
+def _substitute_megatron() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # The tracker warns whenever the CPU generator moves inside fork(); here that generator is the tracked one.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    on_cpu = _TorchOnCpu("torch")
+    for name in _LITERAL_DEVICE_MODULES:
+        importlib.import_module(name).torch = on_cpu
+
+    # 0.16.1 leaves this name undefined without TransformerEngine, and reads it while building any MoE layer.
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

@@ -1,0 +1,104 @@
+"""Layers of the local spec that Megatron-Core lacks without TransformerEngine: RMSNorm and fused causal attention.
+
+Must not know configs of Hugging Face, names or pipeline stages. Interfaces follow what Megatron's module builders pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.parallel import compute_device
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm over the last dimension; parameter ``weight``: (hidden_size,) in the model's dtype.
+
+    Unlike Megatron's ``WrappedTorchNorm`` it may stand in a sequence-parallel region: the weight says so, and
+    ``finalize_model_grads`` then sums its gradient over the TP group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=compute_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class CausalAttention(MegatronModule):
+    """Causal attention by ``scaled_dot_product_attention``; memory grows linearly in the sequence, where a kernel exists.
+
+    Full sequences only: no mask, no packing, no window, context_parallel_size 1. Padding belongs at the right, where
+    causality keeps it away from the tokens before it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
+            raise ConfigError(f"layer {layer_number}: the local spec knows causal self-attention only, not {attn_mask_type} {attention_type}")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ConfigError(f"layer {layer_number}: window_size and softmax_type need the TransformerEngine spec")
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (S, B, heads of this rank, head_dim).
+            key: (S, B, key-value heads of this rank, head_dim).
+            value: as ``key``.
+            attention_mask: None; so are ``attention_bias`` and ``packed_seq_params``.
+
+        Returns:
+            (S, B, heads * head_dim), in the dtype of ``query``.
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None, "full causal sequences only"
+        if self.config.context_parallel_size > 1:
+            raise ConfigError("attention of the local spec needs context_parallel_size 1; TransformerEngine's can split the sequence")
+        repeats = query.size(2) // key.size(2)
+        # A kernel for grouped heads exists for half precision on CUDA only; elsewhere asking for it means the quadratic fallback.
+        if repeats > 1 and not (query.is_cuda and query.dtype is not torch.float32):
+            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,180 @@
+"""GPTModel chunks of this rank: building, unwrapping, walking their parameters by global name.
+
+Must not know HF names, files or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.config import ModelConfig, model_config
+from rlsync.megatron.parallel import compute_device, current_topology
+from rlsync.megatron.rope import llama3_inverse_frequencies
+from rlsync.megatron.specs import SpecName, block_spec
+from rlsync.topology import Topology
+
+_LAYER_LISTS = ("decoder.layers.",)
+
+
+@dataclass(frozen=True, slots=True)
+class DdpOptions:
+    """Switches of Megatron's DistributedDataParallel; fields as in ``DistributedDataParallelConfig``.
+
+    ``bucket_size`` is in parameters; None lets Megatron choose. ``check_for_nan_in_grad`` None means: on, except with
+    fp16, whose loss scaling expects overflows.
+    """
+
+    use_distributed_optimizer: bool = False
+    grad_reduce_in_fp32: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None
+    check_for_nan_in_grad: bool | None = None
+
+
+def build_model(
+    hf_config: Mapping[str, Any],
+    *,
+    topology: Topology,
+    dtype: torch.dtype,
+    make_vocab_size_divisible_by: int = 1,
+    wrap_with_ddp: bool = True,
+    ddp: DdpOptions | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    spec: SpecName = "auto",
+) -> list[MegatronModule]:
+    """Build this rank's part of a model with random weights on its device.
+
+    Collective over all ranks (tied embeddings agree by an all-reduce under pipeline parallelism).
+
+    Args:
+        hf_config: content of config.json.
+        topology: as given to ``initialize_parallel``; may add an uneven pipeline split.
+        dtype: of the parameters.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times tp_size.
+        wrap_with_ddp: wrap each chunk in Megatron's DistributedDataParallel, which training needs. Load weights after
+            or before, but before ``build_optimizer``: it copies them.
+        ddp: options of that wrapper.
+        overrides: TransformerConfig fields by name, see ``model_config``.
+        spec: see ``block_spec``.
+
+    Returns:
+        One module per virtual pipeline stage, in order; a single one without virtual stages.
+
+    Raises:
+        ConfigError: as ``model_config``, or the topology differs from Megatron's process groups.
+    """
+    _check_topology(topology)
+    config = model_config(
+        hf_config,
+        topology=topology,
+        dtype=dtype,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        overrides=overrides,
+    )
+    stages = range(topology.vpp_size) if topology.vpp_size > 1 else (None,)
+    chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
+    return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel, Float16Module and other wrappers that keep it in ``module``."""
+    while not isinstance(model, GPTModel):
+        inner = getattr(model, "module", None)
+        assert inner is not None, f"no GPTModel inside {type(model).__name__}"
+        model = inner
+    return model
+
+
+def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, str, str, torch.nn.Parameter]]:
+    """Every parameter of this rank: ``(chunk_index, local_name, global_name, parameter)``, in module order.
+
+    Local names are those inside the chunk's GPTModel; global names count layers over the whole model, from 0. A shared
+    parameter is yielded once, under its first name; ``output_layer.weight`` of a tied model appears on the last of
+    several pipeline stages, which holds a copy of its own.
+    """
+    for chunk_index, model in enumerate(models):
+        chunk = unwrap(model)
+        numbers = {f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            yield chunk_index, name, _global_name(name, numbers), parameter
+
+
+def gather_parameters(models: Sequence[torch.nn.Module]) -> None:
+    """Make every parameter of this rank current. Collective over the DP group.
+
+    With ``overlap_param_gather`` the optimizer leaves each rank with new values for its own shard only, and the rest
+    arrives during the next forward pass; whoever reads parameters before must call this. Free otherwise.
+    """
+    for model in models:
+        if isinstance(model, DistributedDataParallel) and model.use_forward_hook:
+            # The public start_param_sync(force_sync=True) only waits where a gather is in flight, and gathers the first
+            # bucket alone then; Megatron's own evaluation takes this way for the same reason.
+            model.disable_forward_pre_hook(param_sync=True)
+            model.enable_forward_pre_hook()
+
+
+def _global_name(local_name: str, numbers: Mapping[str, int]) -> str:
+    for prefix in _LAYER_LISTS:
+        if local_name.startswith(prefix):
+            index, rest = local_name[len(prefix) :].split(".", 1)
+            return f"{prefix}{numbers[f'{prefix}{index}.']}.{rest}"
+    return local_name
+
+
+def _check_topology(topology: Topology) -> None:
+    running = current_topology()
+    names = ("tp_size", "pp_size", "vpp_size", "cp_size", "dp_size", "ep_size", "etp_size")
+    different = [name for name in names if getattr(topology, name) != getattr(running, name)]
+    if different:
+        raise ConfigError(
+            "the topology differs from Megatron's process groups: "
+            + ", ".join(f"{name} {getattr(topology, name)} asked, {getattr(running, name)} running" for name in different)
+        )
+
+
+def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -> GPTModel:
+    chunk = GPTModel(
+        config=config.transformer,
+        transformer_layer_spec=block_spec(config.transformer, spec=spec, vp_stage=vp_stage),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=config.rope.percent,
+        rotary_base=config.rope.theta,
+        seq_len_interpolation_factor=config.rope.interpolation,
+        parallel_output=True,
+        vp_stage=vp_stage,
+    )
+    if config.rope.llama3 is not None:
+        # GPTModel(rope_scaling=True) knows one set of llama3 constants only (rotary_pos_embedding.py of 0.16).
+        inverse = llama3_inverse_frequencies(config.rope, config.transformer.kv_channels)
+        chunk.rotary_pos_emb.inv_freq = inverse.to(compute_device())
+    chunk.unpadded_vocab_size = config.vocab_size
+    return chunk.to(compute_device())
+
+
+def _wrap(chunks: Sequence[MegatronModule], options: DdpOptions, *, dtype: torch.dtype) -> list[MegatronModule]:
+    settings = asdict(options)
+    if settings["check_for_nan_in_grad"] is None:
+        settings["check_for_nan_in_grad"] = dtype is not torch.float16
+    if options.overlap_param_gather and not (options.use_distributed_optimizer and options.overlap_grad_reduce):
+        raise ConfigError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
+    config = DistributedDataParallelConfig(**settings)
+    return [
+        # Later chunks of an interleaved pipeline finish their gradients early, where small buckets would not overlap.
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]

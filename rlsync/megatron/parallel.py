@@ -1,0 +1,117 @@
+"""Process groups of a Megatron run: torch.distributed, Megatron's parallel state, model-parallel random seeds.
+
+Owns their creation and destruction and their description as a Topology. Must not know models.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.cpu import enable_cpu
+from rlsync.topology import Topology
+
+
+def initialize_parallel(topology: Topology, *, seed: int, timeout_s: float, backend: str | None = None) -> None:
+    """Create torch.distributed (unless it exists), Megatron's process groups, and the random state of this rank.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Collective over all ranks.
+    Without CUDA this process is prepared for CPU and gloo first (``enable_cpu``).
+
+    Args:
+        topology: sizes of the parallel axes; their product must be the number of ranks.
+        seed: dropout in tensor-parallel regions differs between tp_ranks, everything else draws the same numbers on
+            all ranks of one pipeline stage; stages differ, as in Megatron.
+        timeout_s: deadline of each collective.
+        backend: of torch.distributed; by default nccl with CUDA, else gloo.
+
+    Raises:
+        ConfigError: the topology does not fit the number of ranks, or Megatron's groups exist already.
+    """
+    on_cpu = enable_cpu()
+    if not dist.is_initialized():
+        _initialize_distributed(backend if backend is not None else ("gloo" if on_cpu else "nccl"), timeout_s=timeout_s)
+    if dist.get_world_size() != topology.world_size:
+        raise ConfigError(
+            f"topology {topology} is made for {topology.world_size} ranks, but {dist.get_world_size()} are running: "
+            f"start {topology.world_size} processes or change dp_size"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        raise ConfigError("Megatron's process groups exist already in this process; call destroy_parallel() before creating others")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vpp_size if topology.vpp_size > 1 else None,
+        context_parallel_size=topology.cp_size,
+        expert_model_parallel_size=topology.ep_size,
+        expert_tensor_parallel_size=topology.etp_size,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    _seed_all(seed)
+
+
+def current_topology(models: Sequence[torch.nn.Module] = ()) -> Topology:
+    """The Topology of Megatron's process groups of this process.
+
+    Args:
+        models: chunks of a model, whose config tells an uneven pipeline split; without them the split is taken as even.
+
+    Raises:
+        ConfigError: Megatron's process groups do not exist.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("Megatron's process groups do not exist in this process; call initialize_parallel(topology, ...) first")
+    config = models[0].config if models else None
+    vpp_size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return Topology(
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp_size=1 if vpp_size is None else vpp_size,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        first_stage_layers=None if config is None else config.num_layers_in_first_pipeline_stage,
+        last_stage_layers=None if config is None else config.num_layers_in_last_pipeline_stage,
+    )
+
+
+def destroy_parallel() -> None:
+    """Destroy Megatron's process groups and torch.distributed, where they exist. Collective over all ranks."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_device() -> torch.device:
+    """The device on which this rank's parameters live: its current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _initialize_distributed(backend: str, *, timeout_s: float) -> None:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"cannot join a process group: the environment lacks {', '.join(missing)}; start with torchrun, "
+            "set them, or initialise torch.distributed yourself before"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def _seed_all(seed: int) -> None:
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # the stride of Megatron's own set-up
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
