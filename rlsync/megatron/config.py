@@ -129,7 +129,7 @@ def model_config(
     _check_flags(name, architecture, hf_config)
     structure = _structure(name, architecture, hf_config)
     _check_division(structure, topology)
-    settings = {**_defaults(topology, dtype), **structure, **_parallel(topology), **_precision(dtype)}
+    settings = {**_defaults(topology), **structure, **_parallel(topology), **_precision(dtype)}
     settings |= _checked_overrides(overrides or {}, decided=settings, structure=structure, topology=topology)
     vocab_size, multiple = int(_required(hf_config, "vocab_size", name)), make_vocab_size_divisible_by * topology.tp_size
     return ModelConfig(
@@ -184,7 +184,7 @@ def _structure(name: str, architecture: Architecture, hf_config: Mapping[str, An
     return structure
 
 
-def _defaults(topology: Topology, dtype: torch.dtype) -> dict[str, Any]:
+def _defaults(topology: Topology) -> dict[str, Any]:
     """Fields a user may override."""
     on_cpu = not torch.cuda.is_available()
     return {
@@ -195,6 +195,7 @@ def _defaults(topology: Topology, dtype: torch.dtype) -> dict[str, Any]:
         "use_cpu_initialization": on_cpu,
         # Sequences of one step may differ in length between microbatches.
         "variable_seq_lengths": topology.pp_size > 1,
+        "moe_token_dispatcher_type": "alltoall",  # the one that variable_seq_lengths allows; checked for dense models too
         "batch_p2p_comm": not on_cpu,
     }
 

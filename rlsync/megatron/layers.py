@@ -57,7 +57,7 @@ class CausalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
-            raise ConfigError(f"layer {layer_number}: the local spec knows causal self-attention only, not {attn_mask_type} {attention_type}")
+            raise ConfigError(f"layer {layer_number}: the local spec has causal self-attention only, not {attn_mask_type} {attention_type}")
         if config.window_size is not None or config.softmax_type != "vanilla":
             raise ConfigError(f"layer {layer_number}: window_size and softmax_type need the TransformerEngine spec")
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -84,7 +84,9 @@ class CausalAttention(MegatronModule):
         Returns:
             (S, B, heads * head_dim), in the dtype of ``query``.
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None, "full causal sequences only"
+        assert attention_mask is None, "padding belongs at the right, where causality needs no mask"
+        assert attention_bias is None
+        assert packed_seq_params is None
         if self.config.context_parallel_size > 1:
             raise ConfigError("attention of the local spec needs context_parallel_size 1; TransformerEngine's can split the sequence")
         repeats = query.size(2) // key.size(2)

@@ -56,7 +56,9 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     nested = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     per_layer_type = sorted(key for key, value in nested.items() if isinstance(value, Mapping))
     if per_layer_type:
-        raise ConfigError(f"config.json gives rope_parameters per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported")
+        raise ConfigError(
+            f"config.json gives rope_parameters per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported"
+        )
     theta = nested.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
     percent = nested.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     kind = nested.get("rope_type", nested.get("type", "default"))
