@@ -1,0 +1,168 @@
+"""The ``actor`` section: Megatron model, optimizer, schedule, tokenizer and checkpoint switches.
+
+Owns keys, types, defaults and meanings; the rules between them live in ``validate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from workers.config.fields import key
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorModelConfig:
+    """``actor.model``: layout and execution of the Megatron model. Its architecture always comes from the HF config.
+
+    Fields from ``recompute_method`` on are passed to Megatron's ``TransformerConfig`` under the same name when not null.
+    """
+
+    megatron_checkpoint: str | None = key(None, "Megatron checkpoint to start from; only with actor.megatron.use_hf_ckpt False")
+    precision: Precision = key("bf16", "fp32, bf16 or fp16")
+    tensor_model_parallel_size: int = key(1, "TP")
+    pipeline_model_parallel_size: int = key(1, "PP")
+    virtual_pipeline_model_parallel_size: int | None = key(None, "virtual stages per pipeline stage")
+    context_parallel_size: int = key(1, "CP")
+    expert_model_parallel_size: int = key(1, "EP")
+    expert_tensor_parallel_size: int | None = key(None, "ETP; null: TP for dense models, 1 with experts")
+    decoder_first_pipeline_num_layers: int | None = key(None, "layers of the first pipeline stage; null: even split")
+    decoder_last_pipeline_num_layers: int | None = key(None, "layers of the last pipeline stage; null: even split")
+    sequence_parallel: bool = key(False, "shard activations between TP regions over TP")
+    make_vocab_size_divisible_by: int = key(1, "the vocabulary is padded to a multiple of this times TP")
+    moe_grouped_gemm: Literal["te"] | None = key(None, "te: TransformerEngine's grouped experts; null: one module per expert")
+    freeze_language_model: bool = key(False, "")
+    freeze_vision_model: bool = key(False, "")
+    freeze_vision_projection: bool = key(False, "")
+    recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
+    recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
+    recompute_num_layers: int | None = key(None, "with recompute_granularity full")
+    apply_rope_fusion: bool | None = key(None, "")
+    bias_activation_fusion: bool | None = key(None, "")
+    bias_dropout_fusion: bool | None = key(None, "")
+    gradient_accumulation_fusion: bool | None = key(None, "")
+    persist_layer_norm: bool | None = key(None, "")
+    attention_softmax_in_fp32: bool | None = key(None, "")
+    batch_p2p_comm: bool | None = key(None, "")
+    variable_seq_lengths: bool | None = key(None, "")
+    use_cpu_initialization: bool | None = key(None, "")
+    init_method_std: float | None = key(None, "")
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] | None = key(None, "")
+    moe_router_load_balancing_type: str | None = key(None, "")
+    moe_router_pre_softmax: bool | None = key(None, "")
+    moe_aux_loss_coeff: float | None = key(None, "")
+    moe_router_bias_update_rate: float | None = key(None, "")
+    moe_permute_fusion: bool | None = key(None, "")
+
+    def transformer_overrides(self) -> dict[str, Any]:
+        """Fields of Megatron's ``TransformerConfig`` that the user set, by name."""
+        names = [f.name for f in fields(self)]
+        passed = names[names.index("recompute_method") :]
+        return {name: getattr(self, name) for name in passed if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """``actor.optim``: Megatron's optimizer."""
+
+    optimizer: Literal["adam", "sgd"] = key("adam", "")
+    bf16: bool | None = key(None, "must not contradict actor.model.precision, which decides")
+    fp16: bool | None = key(None, "must not contradict actor.model.precision, which decides")
+    lr: float = key(1e-6, "learning rate; the peak when a schedule is used")
+    min_lr: float = key(0.0, "floor of a decaying schedule")
+    adam_beta1: float = key(0.9, "")
+    adam_beta2: float = key(0.95, "")
+    adam_eps: float = key(1e-8, "")
+    weight_decay: float = key(0.01, "")
+    clip_grad: float = key(1.0, "global gradient norm; 0: no clipping")
+    use_distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = key(False, "")
+    overlap_param_gather: bool = key(False, "")
+    overlap_param_gather_with_optimizer_step: bool = key(False, "")
+    loss_scale: float | None = key(None, "static fp16 loss scale; null: dynamic")
+    optimizer_cpu_offload: bool = key(False, "")
+    optimizer_offload_fraction: float = key(1.0, "with optimizer_cpu_offload")
+    use_precision_aware_optimizer: bool = key(False, "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LrSchedConfig:
+    """``actor.lr_sched``: Megatron's learning-rate schedule."""
+
+    lr_warmup_fraction: float | None = key(None, "warm-up as a share of lr_decay_iters; null: lr_warmup_iters")
+    lr_warmup_iters: int = key(0, "warm-up optimizer steps")
+    lr_warmup_init: float = key(0.0, "first learning rate of the warm-up")
+    max_lr: float | None = key(None, "null: actor.optim.lr")
+    min_lr: float | None = key(None, "null: actor.optim.min_lr")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = key("constant", "")
+    lr_decay_iters: int = key(10, "optimizer steps until min_lr; not used by constant")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = key("exponential", "with WSD")
+    lr_wsd_decay_iters: int | None = key(None, "with WSD")
+    start_weight_decay: float | None = key(None, "required unless lr_decay_style is constant, forbidden then")
+    end_weight_decay: float | None = key(None, "required unless lr_decay_style is constant, forbidden then")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = key("constant", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """``actor.tokenizer``."""
+
+    tokenizer_model: str | None = key(None, "HF folder; null: rollout.model.model_path")
+    use_fast: bool = key(True, "")
+    trust_remote_code: bool = key(False, "")
+    padding_side: Literal["right"] = key("right", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CkptConvertorConfig:
+    """``actor.megatron.ckpt_convertor``: where initial weights come from."""
+
+    hf_model_path: str | None = key(None, "HF folder with the initial weights; null: rollout.model.model_path")
+    save_path: str | None = key(
+        None, "mbridge False: folder of the one-time conversion; null: `<output_dir>/<experiment_name>/converted_ckpts/actor`"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronConfig:
+    """``actor.megatron``: runtime and checkpoint switches."""
+
+    mbridge: bool | None = key(
+        None, "True: read HF weights directly and write `hf_model/` with each checkpoint; False or null: convert once to a Megatron checkpoint"
+    )
+    use_hf_ckpt: bool = key(True, "start from HF weights; False needs actor.model.megatron_checkpoint or runner.resume_dir")
+    ckpt_convertor: CkptConvertorConfig = key(CkptConvertorConfig(), "")
+    distributed_backend: Literal["nccl", "gloo"] | None = key(None, "null: nccl on GPUs, gloo without")
+    distributed_timeout_minutes: float = key(30.0, "deadline of a collective")
+    ddp_bucket_size: int | None = key(None, "elements in a gradient bucket; null: Megatron's default")
+    accumulate_allreduce_grads_in_fp32: bool = key(True, "")
+    check_for_nan_in_loss_and_grad: bool = key(False, "")
+    no_load_optim: bool = key(False, "resume without optimizer state")
+    no_load_rng: bool = key(False, "resume without random-number state")
+    no_save_optim: bool = key(False, "")
+    no_save_rng: bool = key(False, "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorConfig:
+    """``actor``: the Megatron policy."""
+
+    group_name: str = key("ActorGroup", "Ray name prefix of the ranks")
+    training_backend: Literal["megatron"] = key("megatron", "")
+    spec_name: Literal["decoder_gpt", "local_gpt", "te_gpt"] = key(
+        "decoder_gpt", "layer implementation: local, TransformerEngine, or (decoder_gpt) TransformerEngine where installed"
+    )
+    offload_optimizer: bool = key(True, "move optimizer state to the host while engines generate (GPU, collocated)")
+    offload_weight: bool = key(True, "the same for weights")
+    offload_grad: bool = key(True, "the same for gradients")
+    enable_dp_load_balance: bool = key(False, "deal samples to data-parallel ranks by length")
+    seed: int = key(1234, "of dropout, initialisation and shuffle_rollout")
+    micro_batch_size: int | None = key(None, "derived: algorithm.training_batch_size_per_gpu")
+    global_batch_size: int | None = key(None, "derived: rollout_batch_size x group_size // n_minibatches")
+    model: ActorModelConfig = key(ActorModelConfig(), "")
+    optim: OptimConfig = key(OptimConfig(), "")
+    lr_sched: LrSchedConfig = key(LrSchedConfig(), "")
+    tokenizer: TokenizerConfig = key(TokenizerConfig(), "")
+    megatron: MegatronConfig = key(MegatronConfig(), "")

@@ -1,0 +1,57 @@
+"""The configuration as a table: what the README prints and ``load_config`` accepts, from the same dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from workers.config.build import section_of
+from workers.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDescription:
+    """One key: dotted name, type and default as text, meaning."""
+
+    name: str
+    type: str
+    default: str
+    doc: str
+
+
+def describe_config(cls: type = RunConfig, prefix: str = "") -> Iterator[KeyDescription]:
+    """Every key of the configuration in the order of the yaml; sections themselves are not listed."""
+    hints = get_type_hints(cls)
+    for declared in fields(cls):
+        annotation = hints[declared.name]
+        section = section_of(annotation)
+        if section is not None:
+            yield from describe_config(section, f"{prefix}{declared.name}.")
+            continue
+        default = "required" if declared.default is MISSING else _yaml(declared.default)
+        yield KeyDescription(prefix + declared.name, _type_text(annotation), default, declared.metadata["doc"])
+
+
+def config_table() -> str:
+    """The keys as a Markdown table."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{d.name}` | {d.type} | `{d.default}` | {d.doc} |" for d in describe_config()]
+    return "\n".join(rows)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+
+
+def _type_text(annotation: Any) -> str:
+    args = [a for a in get_args(annotation) if a is not type(None)]
+    if get_origin(annotation) is Literal:
+        return ", ".join(map(str, args))
+    if get_origin(annotation) is tuple:
+        return f"list of {_type_text(args[0])}"
+    if type(None) in get_args(annotation):
+        return f"{_type_text(args[0])} or null"
+    return getattr(annotation, "__name__", str(annotation)).lower()

@@ -1,0 +1,124 @@
+"""hydra's DictConfig to a validated ``RunConfig``: resolve, build, derive, validate, and warn once about inert keys.
+
+Knows no yaml file and no command line; the entry point hands over what hydra composed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlsync.errors import ConfigError
+from workers.config.build import build
+from workers.config.inert import find_inert
+from workers.config.schema import RunConfig
+from workers.config.validate import validate
+
+_log = logging.getLogger(__name__)
+
+
+def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """The typed configuration of a run.
+
+    Args:
+        composed: what hydra composed, or a nested mapping. Interpolations are resolved here, so
+            ``register_resolvers`` must have run when they use our resolvers.
+
+    Raises:
+        ConfigError: unknown, missing or wrongly typed keys (all of them, with the nearest known key), a feature
+            switched on that is not supported, or values that do not fit together.
+    """
+    inert: dict[str, list[str]] = {}
+
+    def tolerate(dotted: str, value: Any) -> bool:
+        entry = find_inert(dotted)
+        if entry is None:
+            return False
+        if entry.only and value not in entry.only:
+            raise ConfigError(f"{dotted}={value!r}: {entry.reason}; set it to {entry.only[0]!r} or remove it")
+        inert.setdefault(entry.reason, []).append(dotted)
+        return True
+
+    config = _derive(build(RunConfig, _resolve(composed), tolerate))
+    validate(config)
+    if inert:
+        listing = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in inert.items())
+        _log.warning("these keys have no effect: %s", listing)
+    return config
+
+
+def config_as_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers, for ``config.yaml``; absent optional sections are left out."""
+    return {name: value for name, value in asdict(config).items() if value is not None}
+
+
+def _resolve(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    try:
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {error}") from error
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items() if k != "hydra"}
+
+
+def _derive(config: RunConfig) -> RunConfig:
+    """Fill the keys whose null means another key's value."""
+    runner, algorithm, actor, rollout = config.runner, config.algorithm, config.actor, config.rollout
+    root = f"{runner.output_dir.rstrip('/')}/{runner.experiment_name}"
+    logger = replace(
+        runner.logger,
+        log_path=_given(runner.logger.log_path, root),
+        experiment_name=_given(runner.logger.experiment_name, runner.experiment_name),
+    )
+    sampling = replace(
+        algorithm.sampling_params,
+        max_new_tokens=_given(algorithm.sampling_params.max_new_tokens, runner.seq_length - config.data.max_prompt_length),
+    )
+    need_both = algorithm.importance_sampling_fix
+    return replace(
+        config,
+        runner=replace(runner, logger=logger, max_tokens_per_mbs=_given(runner.max_tokens_per_mbs, runner.seq_length)),
+        algorithm=replace(algorithm, sampling_params=sampling),
+        rollout=replace(
+            rollout,
+            model=replace(
+                rollout.model,
+                precision=_given(rollout.model.precision, actor.model.precision),
+                trust_remote_code=_given(rollout.model.trust_remote_code, actor.tokenizer.trust_remote_code),
+            ),
+            return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
+        ),
+        actor=_derive_actor(config, root),
+    )
+
+
+def _derive_actor(config: RunConfig, root: str) -> Any:
+    actor, algorithm, hf_path = config.actor, config.algorithm, config.rollout.model.model_path
+    samples = config.data.rollout_batch_size * algorithm.group_size
+    convertor = actor.megatron.ckpt_convertor
+    schedule = actor.lr_sched
+    return replace(
+        actor,
+        micro_batch_size=_given(actor.micro_batch_size, algorithm.training_batch_size_per_gpu),
+        global_batch_size=_given(actor.global_batch_size, samples // max(1, algorithm.n_minibatches)),
+        tokenizer=replace(actor.tokenizer, tokenizer_model=_given(actor.tokenizer.tokenizer_model, hf_path)),
+        lr_sched=replace(schedule, max_lr=_given(schedule.max_lr, actor.optim.lr), min_lr=_given(schedule.min_lr, actor.optim.min_lr)),
+        megatron=replace(
+            actor.megatron,
+            ckpt_convertor=replace(
+                convertor,
+                hf_model_path=_given(convertor.hf_model_path, hf_path),
+                save_path=_given(convertor.save_path, f"{root}/converted_ckpts/actor"),
+            ),
+        ),
+    )
+
+
+def _given(value: Any, fallback: Any) -> Any:
+    return fallback if value is None else value
