@@ -1,0 +1,1 @@
+"""Ways to make bytes of one process readable in another."""
