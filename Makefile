@@ -1,0 +1,39 @@
+# Every target sets itself up through scripts/bootstrap.sh; no environment has to be active.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+export RLSYNC_DEV := 1
+
+SETUP := source scripts/bootstrap.sh
+# Folders that hold typed code.
+TYPED := $(wildcard rlsync workers)
+
+.PHONY: help setup test test-unit test-rest lint format
+
+help:
+	@echo "make setup      make or complete .venv"
+	@echo "make test       lint, then all tests; those that need GPUs say so and skip where there are none"
+	@echo "make test-unit  the tests that need no process group, vLLM or Ray: seconds"
+	@echo "make lint       ruff, mypy and the layering test"
+	@echo "make format     rewrite the sources as ruff formats them"
+
+setup:
+	@$(SETUP); echo "ready: $$PYTHON"
+
+test: lint test-unit test-rest
+
+test-unit:
+	@$(SETUP); "$$PYTHON" -m pytest tests/unit
+
+# Integration and GPU tests. pytest fails by itself when it collects nothing.
+test-rest:
+	@$(SETUP); "$$PYTHON" -m pytest tests --ignore=tests/unit --durations=10
+
+lint:
+	@$(SETUP); "$$PYTHON" -m ruff check .
+	@$(SETUP); "$$PYTHON" -m ruff format --check .
+	@$(SETUP); "$$PYTHON" -m mypy $(TYPED)
+	@$(SETUP); "$$PYTHON" -m pytest -q tests/unit/test_layering.py
+
+format:
+	@$(SETUP); "$$PYTHON" -m ruff check --fix .; "$$PYTHON" -m ruff format .
