@@ -1,0 +1,240 @@
+"""Prompts and reference answers: files to tokenised problems, and a loader that resumes at the exact batch.
+
+Owns the file forms, chat template, prompt-length rule and the order of batches over all epochs. Knows neither Ray
+nor the model; the tokenizer is any Hugging Face tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from rlsync.errors import CheckpointError, ConfigError
+
+_FINAL_ANSWER_MARK = "####"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One line of a data file: the prompt as text or as chat messages, and every accepted reference answer."""
+
+    prompt: str | tuple[Mapping[str, str], ...]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem ready for generation. ``index`` counts the problems that passed the length rule."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    answers: tuple[str, ...]
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer used here."""
+
+    bos_token: str | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+
+
+def load_problems(paths: Sequence[str], *, prompt_key: str = "prompt", answer_key: str = "solutions", data_size: int | None = None) -> list[Problem]:
+    """Problems of JSONL files (an object per line) or ``.json`` files (an array of objects), in file order.
+
+    Two forms are read: ``prompt_key`` with a string or a message list and ``answer_key`` with a string, a number or a
+    list of them; and, where ``prompt_key`` is absent, GSM8K's ``question`` / ``answer``. In an answer that contains
+    ``####`` only what follows the last one counts. Other fields are ignored.
+
+    Raises:
+        ConfigError: a file is missing, unreadable or empty, or a record lacks a field; names file and line.
+    """
+    problems: list[Problem] = []
+    for path in paths:
+        before = len(problems)
+        problems += [_problem(record, where, prompt_key, answer_key) for where, record in _records(Path(path))]
+        if len(problems) == before:
+            raise ConfigError(f"{path}: no problems in this file")
+    return problems if data_size is None else problems[:data_size]
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place for messages, record) of one file."""
+    if not path.is_file():
+        raise ConfigError(f"data file {path} does not exist (seen from {Path.cwd()})")
+    try:
+        if path.suffix == ".json":
+            yield from ((f"{path}[{i}]", record) for i, record in enumerate(json.loads(path.read_text(encoding="utf-8"))))
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield where, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path if path.suffix == '.json' else where}: not JSON: {error}") from error
+
+
+def _problem(record: Any, where: str, prompt_key: str, answer_key: str) -> Problem:
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: expected an object, got {type(record).__name__}")
+    if prompt_key not in record and {"question", "answer"} <= record.keys():
+        prompt_key, answer_key = "question", "answer"
+    for name in (prompt_key, answer_key):
+        if name not in record:
+            raise ConfigError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record))}. Set data.prompt_key / data.answer_key")
+    prompt, answers = record[prompt_key], record[answer_key]
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers:
+        raise ConfigError(f"{where}: field {answer_key!r} is an empty list; a problem needs a reference answer")
+    return Problem(
+        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+        answers=tuple(str(answer).rsplit(_FINAL_ANSWER_MARK, 1)[-1].strip() for answer in answers),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """How a problem becomes tokens: the ``data`` keys of the same names."""
+
+    max_prompt_length: int
+    filter_prompt_by_length: bool = True
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
+    prompt_suffix: str = ""
+
+
+class PromptDataset(Dataset[Prompt]):
+    """Tokenised problems. ``num_too_long`` of them were dropped, or cut, because of their length."""
+
+    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm) -> None:
+        texts = [_render(problem, tokenizer, form) for problem in problems]
+        ids = _tokenize(texts, tokenizer, chat=form.apply_chat_template)
+        limit = form.max_prompt_length
+        self.num_too_long = sum(len(row) > limit for row in ids)
+        kept = [i for i, row in enumerate(ids) if len(row) <= limit or not form.filter_prompt_by_length]
+        self._prompts = tuple(
+            Prompt(index=index, text=texts[i], token_ids=tuple(ids[i][-limit:]), answers=problems[i].answers) for index, i in enumerate(kept)
+        )
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+
+def _render(problem: Problem, tokenizer: Tokenizer, form: PromptForm) -> str:
+    if not form.apply_chat_template:
+        if not isinstance(problem.prompt, str):
+            raise ConfigError("a prompt is a message list: set data.apply_chat_template=True")
+        return problem.prompt + form.prompt_suffix
+    if isinstance(problem.prompt, str):
+        system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]
+        messages = [*system, {"role": "user", "content": problem.prompt + form.prompt_suffix}]
+    else:
+        messages = [dict(message) for message in problem.prompt]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _tokenize(texts: list[str], tokenizer: Tokenizer, *, chat: bool) -> list[list[int]]:
+    """Token ids without doubled special tokens: a chat template, or a prompt that opens with bos, brings its own."""
+    has_own = [chat or (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)) for text in texts]
+    rows: list[list[int]] = [[] for _ in texts]
+    for own in (True, False):
+        chosen = [i for i, flag in enumerate(has_own) if flag is own]
+        if chosen:
+            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not own)["input_ids"]
+            for i, row in zip(chosen, encoded, strict=True):
+                rows[i] = list(row)
+    return rows
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Index batches of all epochs in one sequence. The order of epoch e depends on (seed, e) only; a short last batch is dropped."""
+
+    def __init__(self, num_items: int, batch_size: int, *, num_epochs: int, shuffle: bool, seed: int) -> None:
+        self.num_items, self.batch_size, self.num_epochs, self.shuffle, self.seed = num_items, batch_size, num_epochs, shuffle, seed
+        self.batches_per_epoch = num_items // batch_size
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self.num_epochs
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch in range(self.num_epochs):
+            order = self._order(epoch)
+            for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
+                yield order[start : start + self.batch_size]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.num_items))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self.num_items, generator=generator).tolist()
+
+
+def _as_list(batch: list[Prompt]) -> list[Prompt]:
+    return batch
+
+
+class PromptLoader:
+    """Batches of prompts over all epochs, with a position that can be saved and restored exactly.
+
+    ``len`` is the number of batches of the whole run. Iterating continues where ``load_state_dict`` left off.
+    """
+
+    def __init__(
+        self, dataset: PromptDataset, batch_size: int, *, num_epochs: int = 1, shuffle: bool = True, seed: int = 1234, num_workers: int = 0
+    ) -> None:
+        self._order = EpochBatches(len(dataset), batch_size, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
+        if len(self._order) == 0:
+            raise ConfigError(
+                f"Train dataloader is empty! {len(dataset)} problems remain ({dataset.num_too_long} were longer than "
+                f"data.max_prompt_length), fewer than data.rollout_batch_size ({batch_size}), over {num_epochs} epochs"
+            )
+        self._loader = StatefulDataLoader(dataset, batch_sampler=self._order, collate_fn=_as_list, num_workers=num_workers)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._order.batches_per_epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch handed out, and what it is a position in; plain containers."""
+        return {"order": self._identity(), "loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch at which ``state_dict`` was taken. More epochs than then are allowed.
+
+        Raises:
+            CheckpointError: the state belongs to other data, batch size, seed or shuffling.
+        """
+        saved, present = state["order"], self._identity()
+        if saved != present:
+            changed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in present if saved.get(name) != present[name])
+            raise CheckpointError(f"data position does not fit this run: saved with other settings ({changed}); restore them or start fresh")
+        self._loader.load_state_dict(dict(state["loader"]))
+
+    def _identity(self) -> dict[str, int]:
+        order = self._order
+        return {"num_problems": order.num_items, "rollout_batch_size": order.batch_size, "seed": order.seed, "shuffle": int(order.shuffle)}
+
+
+def repeat_groups(prompts: Iterable[Prompt], group_size: int) -> list[Prompt]:
+    """Each prompt ``group_size`` times in a row: the order in which ``group_advantages`` expects its samples."""
+    return [prompt for prompt in prompts for _ in range(group_size)]

@@ -1,0 +1,199 @@
+"""Rewards of responses: a pool of verifier processes with a real timeout, and the mapping to reward values.
+
+Knows no tokenizer, Ray or torch: text in, numbers out. One response decides over nothing but its own reward: a check
+that hangs or crashes its process counts as wrong, and the process is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rlsync.errors import RlsyncError
+
+# The process ends itself at the timeout; past this much more the pool kills it.
+_GRACE_S = 5.0
+_START_TIMEOUT_S = 60.0
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScale:
+    """Reward of correct and wrong answers: ``reward_max_val`` or ``reward_min_val``, times ``reward_scale``."""
+
+    reward_scale: float = 1.0
+    reward_min_val: float = -1.0
+    reward_max_val: float = 1.0
+
+    def reward(self, correct: bool) -> float:
+        return self.reward_scale * (self.reward_max_val if correct else self.reward_min_val)
+
+
+class _Process:
+    """One verifier process and the task it works on. Ready for tasks after ``wait_ready``."""
+
+    def __init__(self) -> None:
+        self._stderr = tempfile.TemporaryFile()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_REPOSITORY), os.environ.get("PYTHONPATH", ""))), "OMP_NUM_THREADS": "1"}
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "workers.verifier"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            start_new_session=True,  # Ctrl-C ends the run through its owner, not the verifiers under it
+        )
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        self._stdin, self.stdout = self._popen.stdin, self._popen.stdout
+        self.task: int | None = None
+        self.deadline_s = float("inf")
+
+    def wait_ready(self) -> None:
+        """Wait for the imports.
+
+        Raises:
+            RlsyncError: the process ended or stayed silent; carries the end of what it wrote to standard error.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.stdout, selectors.EVENT_READ)
+            if selector.select(_START_TIMEOUT_S) and self.stdout.readline().endswith(b"\n"):
+                return
+        self._popen.kill()
+        status = self._popen.wait()
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace")[-2000:]
+        self.end()
+        raise RlsyncError(f"verifier process `{sys.executable} -m workers.verifier` did not start (exit status {status}):\n{said}")
+
+    def give(self, task: int, response: str, answers: Sequence[str], timeout_s: float) -> bool:
+        """Hand over one task; False when the process is gone."""
+        self.task, self.deadline_s = task, time.monotonic() + timeout_s + _GRACE_S
+        line = json.dumps({"id": task, "response": response, "answers": list(answers), "timeout_s": timeout_s})
+        try:
+            self._stdin.write(line.encode() + b"\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def read(self) -> bool | None:
+        """The answer to the current task, or None when the process ended instead."""
+        line = self.stdout.readline()
+        if not line.endswith(b"\n"):
+            return None
+        answer = json.loads(line)
+        assert answer["id"] == self.task, "a process works on one task at a time"
+        self.task, self.deadline_s = None, float("inf")
+        return bool(answer["correct"])
+
+    def end(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+        for stream in (self._stdin, self.stdout, self._stderr):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass  # unsent bytes of a process that is gone
+
+
+class VerifierPool:
+    """Checks responses against reference answers in ``num_processes`` processes. Use as a context manager, or ``close()``.
+
+    Results depend only on the texts: not on order, load or number of processes, except for checks near ``timeout_s``.
+    """
+
+    def __init__(self, num_processes: int = 2, timeout_s: float = 10.0) -> None:
+        self._timeout_s = timeout_s
+        self.num_replaced = 0
+        self._processes = [_Process() for _ in range(num_processes)]
+        try:
+            for process in self._processes:
+                process.wait_ready()
+        except RlsyncError:
+            self.close()
+            raise
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes. Idempotent."""
+        for process in self._processes:
+            process.end()
+        self._processes = []
+
+    def check(self, responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[bool]:
+        """Whether each response's final answer equals any of its reference answers.
+
+        Args:
+            responses: decoded texts, B of them.
+            answers: reference answers, B sequences.
+
+        Raises:
+            RlsyncError: a process that ended could not be replaced.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses but {len(answers)} lists of reference answers")
+        if not self._processes:
+            raise ValueError("this VerifierPool is closed")
+        results = [False] * len(responses)
+        waiting = deque(range(len(responses)))
+        with selectors.DefaultSelector() as selector:
+            for slot in range(len(self._processes)):
+                self._feed(slot, waiting, responses, answers, selector)
+            while selector.get_map():
+                self._collect(results, waiting, responses, answers, selector)
+        return results
+
+    def _feed(self, slot: int, waiting: deque[int], responses: Sequence[str], answers: Sequence[Sequence[str]], selector: Any) -> None:
+        if not waiting:
+            return
+        task = waiting.popleft()
+        if not self._processes[slot].give(task, responses[task], answers[task], self._timeout_s):
+            # It ended while idle, so the task is innocent.
+            self._replace(slot)
+            self._processes[slot].give(task, responses[task], answers[task], self._timeout_s)
+        selector.register(self._processes[slot].stdout, selectors.EVENT_READ, slot)
+
+    def _collect(self, results: list[bool], waiting: deque[int], responses: Sequence[str], answers: Sequence[Sequence[str]], selector: Any) -> None:
+        """Take in what is ready, end what is overdue, and hand out new tasks."""
+        soonest_s = min(process.deadline_s for process in self._processes)
+        ready = {event.data for event, _ in selector.select(max(0.0, soonest_s - time.monotonic()))}
+        for slot, process in enumerate(self._processes):
+            overdue = process.task is not None and process.deadline_s <= time.monotonic()
+            if slot not in ready and not overdue:
+                continue
+            selector.unregister(process.stdout)
+            task = process.task
+            assert task is not None
+            answer = process.read() if slot in ready else None
+            if answer is None:
+                self._replace(slot)
+            else:
+                results[task] = answer
+            self._feed(slot, waiting, responses, answers, selector)
+
+    def _replace(self, slot: int) -> None:
+        self._processes[slot].end()
+        self.num_replaced += 1
+        self._processes[slot] = _Process()
+        self._processes[slot].wait_ready()
+
+
+def score(pool: VerifierPool, scale: RewardScale, responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """Reward of each response."""
+    return [scale.reward(correct) for correct in pool.check(responses, answers)]

@@ -1,0 +1,60 @@
+"""The verifier process: reads one JSON object per line, answers one per line, and ends itself when a check hangs.
+It says ``{"ready": true}`` first.
+
+    {"id": 3, "response": "... \\boxed{18}", "answers": ["18"], "timeout_s": 10}  ->  {"id": 3, "correct": true}
+
+Runs as ``python -m workers.verifier`` and imports math-verify only. The parent (``reward.VerifierPool``) replaces it
+when it ends. Symbolic simplification can hang in native code that no signal interrupts, so the limit is
+faulthandler's watchdog thread, which ends the process whatever Python does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import resource
+import sys
+
+from math_verify import parse, verify
+
+# A power tower can ask for all memory of the host before its time is up.
+_MAX_ADDRESS_SPACE_BYTES = 4 * 2**30
+
+
+def is_correct(response: str, answers: list[str]) -> bool:
+    """Whether the final answer of a response equals any reference answer, numerically or symbolically.
+
+    The final answer is the last ``\\boxed{}``, else what follows an answer phrase, else the last expression.
+    """
+    found = parse(response, parsing_timeout=None)
+    return any(verify(parse(_boxed(answer), parsing_timeout=None), found, timeout_seconds=None) for answer in answers)
+
+
+def _boxed(answer: str) -> str:
+    """math-verify reads LaTeX only between delimiters; references carry none."""
+    return answer if "\\boxed" in answer else f"\\boxed{{{answer.strip().strip('$')}}}"
+
+
+def main() -> None:
+    logging.disable(logging.ERROR)
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE_BYTES, _MAX_ADDRESS_SPACE_BYTES))
+    # math-verify and sympy may print; the answers have the real standard output to themselves.
+    answers_out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    silent = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
+    answers_out.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        task = json.loads(line)
+        faulthandler.dump_traceback_later(task["timeout_s"], exit=True, file=silent)
+        try:
+            correct = is_correct(task["response"], task["answers"])
+        except (ArithmeticError, MemoryError, RecursionError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError):
+            correct = False  # what sympy raises for expressions it cannot handle: such an answer is not a correct one
+        faulthandler.cancel_dump_traceback_later()
+        answers_out.write(json.dumps({"id": task["id"], "correct": correct}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
