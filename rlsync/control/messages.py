@@ -217,9 +217,7 @@ class Error(Message):
     bucket: int | None = None
 
 
-FromPeer = (
-    WorkerHello | ActorHello | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed | Released | Goodbye
-)
+FromPeer = WorkerHello | ActorHello | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed | Released | Goodbye
 FromCoordinator = Welcome | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,6 +7,7 @@ its resource tracker unlinks segments of other processes at exit (python/cpython
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -117,11 +118,9 @@ class Ring:
         self.unlink()
         memory, self._memory = self._memory, None
         if memory is not None:
-            try:
+            # Where tensors still look into the mapping, it goes with the last of them.
+            with contextlib.suppress(BufferError):
                 memory.close()
-            except BufferError:
-                # Tensors still export the mapping; it goes when they do.
-                pass
 
 
 def shm_domain(directory: Path = SHM_DIR) -> str:

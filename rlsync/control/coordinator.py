@@ -1,0 +1,452 @@
+"""The one that knows where a sync stands: a state machine that turns messages into messages.
+
+Owns the phases, their deadlines, and the rule that one failure becomes the same error at every peer. It reads no clock,
+opens no socket and starts no thread (``server`` does), so that every fault can be told to it in a test.
+
+    connect -> idle -> begin -> transfer -> commit -> resume -> idle ...      any but idle -> failed -> begin ...
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from rlsync.control import messages as m
+
+
+class Sender(Protocol):
+    """Hands a message to one peer; must not block."""
+
+    def __call__(self, identity: bytes, message: m.FromCoordinator) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Who has to dial in, and what they are told. ``engines`` maps engine ids to their numbers of workers."""
+
+    token: str
+    run_id: str
+    num_actors: int
+    engines: Mapping[str, int]
+    digest: str
+    host: str
+    shm_domain: str
+    timeout_s: float
+    welcome: m.Welcome
+
+
+@dataclass(slots=True)
+class _Peer:
+    identity: bytes
+    hello: m.ActorHello | m.WorkerHello
+    attached: m.Attached | None = None
+    lost: bool = False
+
+    @property
+    def engine(self) -> str | None:
+        return self.hello.engine_id if isinstance(self.hello, m.WorkerHello) else None
+
+    @property
+    def place(self) -> int:
+        """Actor rank, or the worker's number among all workers of its engine."""
+        hello = self.hello
+        return hello.actor_rank if isinstance(hello, m.ActorHello) else hello.dp_index * hello.world_size + hello.worker_rank
+
+    def __str__(self) -> str:
+        who = f"actor rank {self.place}" if self.engine is None else f"engine {self.engine} worker {self.place}"
+        return f"{who} (pid {self.hello.pid} on {self.hello.host})"
+
+
+@dataclass(slots=True)
+class _Sync:
+    """Progress of one attempt, by peer identity."""
+
+    attempt: int
+    version: int
+    started: set[bytes] = field(default_factory=set)
+    filled: dict[bytes, int] = field(default_factory=dict)
+    joined: set[bytes] = field(default_factory=set)
+    done: dict[bytes, int] = field(default_factory=dict)
+    loaded: dict[bytes, m.Loaded] = field(default_factory=dict)
+    committed: set[bytes] = field(default_factory=set)
+    buckets_ready: int = 0
+    buckets_writable: int = 0
+
+
+class Coordinator:
+    """Drives the phases. Feed it ``receive``, ``lose`` and ``expire``; it answers through ``send``.
+
+    Attributes:
+        phase: ``connect, idle, begin, transfer, commit, resume`` or ``failed``.
+        deadline: clock value at which ``expire`` fails the phase, or None when nobody is waited for.
+        version: the version that every engine serves, or None before the first sync.
+    """
+
+    def __init__(self, expected: Expected, send: Sender, now: float) -> None:
+        self._expected, self._send = expected, send
+        self._peers: dict[bytes, _Peer] = {}
+        self._sync: _Sync | None = None
+        self._failure: m.Error | None = None
+        self._holders: dict[bytes, int] = {}
+        self.phase, self.version = "connect", -1
+        self.deadline: float | None = now + expected.timeout_s
+
+    # Input: a message, a death, the clock.
+
+    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+        """Take one message of a peer. Strangers are answered or ignored and disturb nobody."""
+        peer = self._peers.get(identity)
+        try:
+            message = m.decode_from_peer(raw)
+        except msgspec.MsgspecError as error:
+            if peer is not None:
+                self._fail(f"{peer} sent what is no message of this channel: {error}", peer)
+            return
+        if isinstance(message, m.ActorHello | m.WorkerHello):
+            self._admit(identity, message)
+        elif peer is not None:
+            handler = _HANDLERS.get((type(message), peer.engine is not None))
+            if handler is None:
+                self._fail(f"{peer} sent {type(message).__name__}, which is not its to send", peer)
+            else:
+                handler(self, peer, message, now)
+
+    def lose(self, identity: bytes) -> None:
+        """The process of a peer has ended."""
+        peer = self._peers.get(identity)
+        if peer is None or peer.lost:
+            return
+        peer.lost = True
+        self._holders.pop(identity, None)
+        if self.phase not in ("idle", "failed"):
+            self._fail(f"the process of {peer} has ended", peer)
+
+    def expire(self, now: float) -> None:
+        """Fail the phase when its deadline has passed."""
+        if self.deadline is not None and now >= self.deadline:
+            laggards, culprit = self._laggards()
+            self._fail(f"nothing within {self._expected.timeout_s:g} s from {'; '.join(laggards)}", culprit)
+
+    def fail(self, cause: str) -> None:
+        """Fail what is going on for a reason of the coordinator's own process."""
+        if self.phase != "idle":
+            self._fail(cause, None)
+
+    def process_of(self, identity: bytes) -> tuple[int, str] | None:
+        """Pid of an admitted peer and the domain in which that pid means something; None for a stranger."""
+        peer = self._peers.get(identity)
+        return None if peer is None else (peer.hello.pid, peer.hello.pid_domain)
+
+    # Connect.
+
+    def _admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello) -> None:
+        expected, peer = self._expected, _Peer(identity, hello)
+        if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
+            self._reject(identity, f"{peer} came with a wrong token; it belongs to another run or an earlier connection")
+            return
+        if hello.run_id != expected.run_id:
+            self._reject(identity, f"{peer} belongs to run {hello.run_id}, this is run {expected.run_id}")
+            return
+        if self.phase != "connect":
+            self._reject(identity, self._failure.cause if self._failure else f"{peer} came after the connection was complete")
+            return
+        twin = next((p for p in self._peers.values() if (p.engine, p.place) == (peer.engine, peer.place)), None)
+        if twin is not None:
+            self._reject(identity, f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}")
+            return
+        self._peers[identity] = peer
+        problem = self._mismatch(peer)
+        if problem is not None:
+            self._fail(problem, peer)
+        else:
+            welcome = expected.welcome if peer.engine is not None else msgspec.structs.replace(expected.welcome, buckets=())
+            self._send(identity, welcome)
+
+    def _mismatch(self, peer: _Peer) -> str | None:
+        hello, expected = peer.hello, self._expected
+        if hello.shm_domain != expected.shm_domain:
+            return (
+                f"{peer} does not share /dev/shm with actor rank 0 on {expected.host}; the shm transport needs actor and engine "
+                "on one host (and one /dev/shm where they run in containers)"
+            )
+        if isinstance(hello, m.ActorHello):
+            if hello.world_size != expected.num_actors or not 0 <= hello.actor_rank < expected.num_actors:
+                return f"{peer} counts {hello.world_size} actor ranks, actor rank 0 counts {expected.num_actors}"
+            if hello.digest != expected.digest:
+                return f"{peer} has plan digest {hello.digest[:16]}, actor rank 0 has {expected.digest[:16]}; their models differ"
+            return None
+        if hello.engine_id not in expected.engines:
+            return f"{peer} is of an engine that nobody expects; expected are {', '.join(expected.engines)}"
+        workers = expected.engines[hello.engine_id]
+        if workers % hello.world_size or peer.place >= workers:
+            return (
+                f"{peer}: its engine has world size {hello.world_size} (dp index {hello.dp_index}), while its handle announced "
+                f"{workers} workers; start the engine with the announced tensor, pipeline and data parallel sizes"
+            )
+        return None
+
+    def _reject(self, identity: bytes, cause: str) -> None:
+        self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
+
+    def _on_attached(self, peer: _Peer, message: m.Attached, now: float) -> None:
+        peer.attached = message
+        workers = sum(self._expected.engines.values())
+        if self.phase != "connect" or sum(p.attached is not None for p in self._peers.values()) < self._expected.num_actors + workers:
+            return
+        findings = [f for engine in self._expected.engines for f in self._name_findings(engine)]
+        if findings:
+            self._fail("the bucket table and the engine's model do not fit: " + "; ".join(findings), None)
+            return
+        self.phase, self.deadline = "idle", None
+        self._broadcast(m.Connected())
+
+    def _name_findings(self, engine: str) -> list[str]:
+        """Names are judged on the union of an engine's workers: with pipeline stages each takes only its own."""
+        reports = [p.attached for p in self._peers.values() if p.engine == engine and p.attached is not None]
+        unused = set.intersection(*(set(r.unused_names) for r in reports))
+        unfilled = set().union(*(r.unfilled_parameters for r in reports))
+        findings = list(dict.fromkeys(f for r in reports for f in r.findings))
+        if unused:
+            findings.append(f"engine {engine} takes no tensor named {_some(sorted(unused))}")
+        if unfilled:
+            findings.append(f"no tensor of the table fills {_some(sorted(unfilled))} of engine {engine}")
+        return findings
+
+    # A sync.
+
+    def _on_start(self, peer: _Peer, message: m.Start, now: float) -> None:
+        if self._sync is None or message.attempt > self._sync.attempt:
+            if self.phase not in ("idle", "failed"):
+                self._fail(f"{peer} started attempt {message.attempt} while one is going on", peer)
+                return
+            self._open(message, now)
+        sync = self._sync
+        assert sync is not None
+        sync.started.add(peer.identity)
+        self._holders[peer.identity] = sync.attempt
+        if self._failure is not None:
+            self._send(peer.identity, self._failure)
+        elif (message.attempt, message.version) != (sync.attempt, sync.version):
+            self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
+        else:
+            self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable))
+
+    def _open(self, message: m.Start, now: float) -> None:
+        holders = [str(self._peers[i]) for i in self._holders]
+        lost = [str(p) for p in self._peers.values() if p.lost]
+        self._sync = _Sync(message.attempt, message.version)
+        self._sync.buckets_writable = min(self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
+        self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
+        if lost:
+            self._fail(f"the process of {_some(lost)} has ended; start it again and connect() anew", None)
+        elif holders:
+            self._fail(f"{_some(holders)} still holds the ring since a failed sync; close() and connect() anew", None)
+        elif message.version <= self.version:
+            self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
+
+    def _on_filled(self, peer: _Peer, message: m.Filled, now: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is None:
+            return
+        count = sync.filled.get(peer.identity, 0)
+        if message.bucket != count or message.bucket >= sync.buckets_writable:
+            self._fail(f"{peer} filled bucket {message.bucket}, its turn is {count} and {sync.buckets_writable} are writable", peer)
+            return
+        sync.filled[peer.identity] = count + 1
+        ready = min(sync.filled.get(p.identity, 0) for p in self._actors()) if len(self._actors()) == self._expected.num_actors else 0
+        if ready > sync.buckets_ready:
+            sync.buckets_ready = ready
+            for identity in sync.joined:
+                self._send(identity, m.Ready(sync.attempt, ready))
+
+    def _on_joined(self, peer: _Peer, message: m.Joined, now: float) -> None:
+        sync = self._sync
+        self._holders[peer.identity] = message.attempt
+        if sync is None or message.attempt != sync.attempt:
+            cause = f"{peer} joined attempt {message.attempt}, which the actor has not started or has left"
+            self._send(
+                peer.identity, m.Error(attempt=message.attempt, phase="begin", cause=cause, engine=peer.engine, version=message.version)
+            )
+        elif self._failure is not None:
+            self._send(peer.identity, self._failure)
+        elif message.version != sync.version:
+            self._fail(f"{peer} joined version {message.version}, the actor started version {sync.version}", peer)
+        else:
+            sync.joined.add(peer.identity)
+            self._send(peer.identity, m.Ready(sync.attempt, sync.buckets_ready))
+            if len(sync.joined) == len(self._workers()):
+                self._enter("transfer", now)
+
+    def _on_done(self, peer: _Peer, message: m.Done, now: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is None:
+            return
+        count = sync.done.get(peer.identity, 0)
+        if message.bucket != count or message.bucket >= sync.buckets_ready:
+            self._fail(f"{peer} finished bucket {message.bucket}, its turn is {count} and {sync.buckets_ready} are ready", peer)
+            return
+        sync.done[peer.identity] = count + 1
+        completed = min(sync.done.get(p.identity, 0) for p in self._workers())
+        writable = min(completed + self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
+        if writable > sync.buckets_writable:
+            sync.buckets_writable = writable
+            for identity in sync.started:
+                self._send(identity, m.Writable(sync.attempt, writable))
+
+    def _on_loaded(self, peer: _Peer, message: m.Loaded, now: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is None:
+            return
+        if sync.done.get(peer.identity, 0) != self._expected.welcome.num_buckets:
+            self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {self._expected.welcome.num_buckets} buckets", peer)
+            return
+        sync.loaded[peer.identity] = message
+        if len(sync.loaded) == len(self._workers()):
+            self._enter("commit", now)
+            for worker in self._workers():
+                self._send(worker.identity, m.Commit(sync.attempt, sync.version))
+
+    def _on_committed(self, peer: _Peer, message: m.Committed, now: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is None or self.phase != "commit":
+            return
+        sync.committed.add(peer.identity)
+        self._holders.pop(peer.identity, None)
+        if len(sync.committed) == len(self._workers()):
+            self._enter("resume", now)
+            load_s, finalize_s = (max(getattr(x, f) for x in sync.loaded.values()) for f in ("load_s", "finalize_s"))
+            for identity in sync.started:
+                self._send(identity, m.AllCommitted(sync.attempt, load_s, finalize_s))
+
+    def _on_finish(self, peer: _Peer, message: m.Finish, now: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is None or self.phase != "resume":
+            return
+        self.phase, self.deadline, self.version = "idle", None, sync.version
+        for actor in self._actors():
+            self._holders.pop(actor.identity, None)
+            self._send(actor.identity, m.Finished(sync.attempt, message.report))
+
+    def _on_failed(self, peer: _Peer, message: m.Failed, now: float) -> None:
+        if self.phase == "connect":
+            self._fail(f"{peer}: {message.cause}", peer)
+        elif self._current(message.attempt) is not None:
+            self._fail(f"{peer}: {message.cause}", peer, phase=message.phase, engine=message.engine, bucket=message.bucket)
+
+    def _on_released(self, peer: _Peer, message: m.Released, now: float) -> None:
+        if self._holders.get(peer.identity) == message.attempt:
+            del self._holders[peer.identity]
+
+    def _on_goodbye(self, peer: _Peer, message: m.Goodbye, now: float) -> None:
+        if self.phase in ("idle", "failed"):
+            peer.lost = True
+            self._holders.pop(peer.identity, None)
+        else:
+            self._fail(f"{peer} closed its connection", peer)
+
+    # Common.
+
+    def _current(self, attempt: int) -> _Sync | None:
+        """The sync that a message belongs to, or None when it is a late one of an attempt that is over."""
+        sync = self._sync
+        return sync if sync is not None and sync.attempt == attempt and self.phase not in ("idle", "failed") else None
+
+    def _actors(self) -> list[_Peer]:
+        return [p for p in self._peers.values() if p.engine is None]
+
+    def _workers(self) -> list[_Peer]:
+        return [p for p in self._peers.values() if p.engine is not None]
+
+    def _enter(self, phase: str, now: float) -> None:
+        self.phase, self.deadline = phase, now + self._expected.timeout_s
+
+    def _broadcast(self, message: m.FromCoordinator) -> None:
+        for identity in self._peers:
+            self._send(identity, message)
+
+    def _fail(
+        self, cause: str, peer: _Peer | None, *, phase: str | None = None, engine: str | None = None, bucket: int | None = None
+    ) -> None:
+        """Make the first failure everybody's; later ones are its echoes."""
+        if self._failure is not None:
+            return
+        sync = self._sync
+        if engine is None and peer is not None:
+            engine = peer.engine
+        if bucket is None and self.phase == "transfer" and sync is not None and peer is not None:
+            bucket = (sync.filled if peer.engine is None else sync.done).get(peer.identity, 0)
+            bucket = min(bucket, self._expected.welcome.num_buckets - 1)
+        self._failure = m.Error(
+            attempt=0 if sync is None else sync.attempt,
+            phase=self.phase if phase is None else phase,
+            cause=cause,
+            engine=engine,
+            version=None if sync is None else sync.version,
+            bucket=bucket,
+        )
+        self.phase, self.deadline = "failed", None
+        self._broadcast(self._failure)
+
+    def _laggards(self) -> tuple[list[str], _Peer | None]:
+        """Whom the phase waits for, in words, and the peer to blame when it is one kind of peer."""
+        if self.phase == "connect":
+            return self._absent(), None
+        sync, total = self._sync, self._expected.welcome.num_buckets
+        assert sync is not None
+        if self.phase == "begin":
+            late = [(p, "to enter sync()") for p in self._actors() if p.identity not in sync.started]
+            late += [(p, "to begin its update") for p in self._workers() if p.identity not in sync.joined]
+        elif self.phase == "transfer":
+            limit = min(sync.buckets_writable, total)
+            slow = [p for p in self._actors() if sync.filled.get(p.identity, 0) < limit]
+            late = [(p, f"to fill bucket {sync.filled.get(p.identity, 0)}") for p in slow]
+            if not late:
+                slow = [p for p in self._workers() if sync.done.get(p.identity, 0) < sync.buckets_ready]
+                late = [(p, f"to load bucket {sync.done.get(p.identity, 0)}") for p in slow]
+                late = late or [(p, "to finish loading") for p in self._workers() if p.identity not in sync.loaded]
+        elif self.phase == "commit":
+            late = [(p, "to commit") for p in self._workers() if p.identity not in sync.committed]
+        else:
+            late = [(p, "to resume the engines") for p in self._actors() if p.place == 0]
+        return [f"{p}, which was {what}" for p, what in late], late[0][0] if late else None
+
+    def _absent(self) -> list[str]:
+        here = {(p.engine, p.place): p for p in self._peers.values()}
+        wanted = [(None, rank, f"actor rank {rank}") for rank in range(self._expected.num_actors)]
+        wanted += [(e, place, f"engine {e} worker {place}") for e, count in self._expected.engines.items() for place in range(count)]
+        late = []
+        for engine, place, name in wanted:
+            peer = here.get((engine, place))
+            if peer is None:
+                late.append(f"{name}, which has not dialled in")
+            elif peer.attached is None:
+                late.append(f"{peer}, which has not mapped the ring")
+        return late
+
+
+def _some(items: list[str], limit: int = 8) -> str:
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+_HANDLERS = {
+    (m.Attached, True): Coordinator._on_attached,
+    (m.Attached, False): Coordinator._on_attached,
+    (m.Start, False): Coordinator._on_start,
+    (m.Filled, False): Coordinator._on_filled,
+    (m.Joined, True): Coordinator._on_joined,
+    (m.Done, True): Coordinator._on_done,
+    (m.Loaded, True): Coordinator._on_loaded,
+    (m.Committed, True): Coordinator._on_committed,
+    (m.Finish, False): Coordinator._on_finish,
+    (m.Failed, True): Coordinator._on_failed,
+    (m.Failed, False): Coordinator._on_failed,
+    (m.Released, True): Coordinator._on_released,
+    (m.Released, False): Coordinator._on_released,
+    (m.Goodbye, True): Coordinator._on_goodbye,
+    (m.Goodbye, False): Coordinator._on_goodbye,
+}

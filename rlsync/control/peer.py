@@ -1,0 +1,86 @@
+"""The dialling side of the channel, the same for actor ranks and engine workers. Owns a socket; starts no thread."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+import msgspec
+import zmq
+
+from rlsync.control import messages as m
+from rlsync.errors import WeightSyncError
+
+
+class Peer:
+    """One connection to the coordinator. Not thread-safe: one thread sends and receives.
+
+    ``receive`` hands out messages of the given attempt and raises the error that the coordinator made everybody's.
+    """
+
+    def __init__(self, endpoint: str, hello: m.ActorHello | m.WorkerHello) -> None:
+        self._endpoint = endpoint
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(endpoint)
+        self.send(hello)
+
+    def send(self, message: m.FromPeer) -> None:
+        """Queue a message; never blocks."""
+        self._socket.send(m.encode(message))
+
+    def receive(self, attempt: int, deadline: float, wake_fd: int | None = None) -> m.FromCoordinator | None:
+        """Next message of ``attempt`` (0: of the connection itself).
+
+        Args:
+            deadline: value of ``time.monotonic`` after which TimeoutError is raised.
+            wake_fd: return None as soon as this descriptor is readable, unless a message is here first.
+
+        Raises WeightSyncError when the coordinator says so.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if wake_fd is not None:
+            poller.register(wake_fd, zmq.POLLIN)
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            events = dict(poller.poll(left_s * 1000))
+            if self._socket in events:
+                message = self._decode(self._socket.recv())
+                # A failure of the connection itself has no attempt and ends every attempt.
+                if getattr(message, "attempt", 0) == attempt:
+                    if isinstance(message, m.Error):
+                        raise to_exception(message)
+                    return message
+            elif wake_fd is not None and wake_fd in events:
+                return None
+
+    def _decode(self, raw: bytes) -> m.FromCoordinator:
+        try:
+            return m.decode_from_coordinator(raw)
+        except msgspec.MsgspecError as error:
+            raise WeightSyncError(phase="connect", cause=f"{self._endpoint} sent what is no message of this channel: {error}") from error
+
+    def close(self) -> None:
+        """Close the socket after what was sent has left (at most a second). Idempotent."""
+        if not self._socket.closed:
+            self._socket.close()
+            self._context.term()
+
+
+def to_exception(error: m.Error) -> WeightSyncError:
+    return WeightSyncError(phase=error.phase, cause=error.cause, engine=error.engine, version=error.version, bucket=error.bucket)
+
+
+def pid_domain() -> str:
+    """Equal in two processes exactly when a pid means the same process to both: kernel and pid namespace."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()}:{os.readlink('/proc/self/ns/pid')}"

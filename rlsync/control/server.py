@@ -1,0 +1,106 @@
+"""The coordinator's thread: one ROUTER socket, the clock, and the deaths of local peers.
+
+Owns the socket and the thread; every decision is the coordinator's. Runs in the process of actor rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import zmq
+
+from rlsync.control import messages as m
+from rlsync.control.coordinator import Coordinator, Expected
+from rlsync.control.peer import pid_domain
+
+_TICK_S = 0.2
+
+
+class CoordinatorServer:
+    """Serves one connection from ``start`` to ``stop``.
+
+    Attributes:
+        endpoint: address that peers dial, as ``tcp://127.0.0.1:41321``.
+    """
+
+    def __init__(self, bind_host: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        # Nothing is dropped towards a slow peer: the volume of a sync is a few small messages per bucket.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        port = self._socket.bind_to_random_port(f"tcp://{bind_host}")
+        self.endpoint = f"tcp://{bind_host}:{port}"
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pidfds: dict[int, bytes] = {}
+        self._watched: set[bytes] = set()
+
+    def start(self, expected: Expected) -> None:
+        """Begin to admit peers; the connect deadline runs from here."""
+        coordinator = Coordinator(expected, self._send, time.monotonic())
+        self._thread = threading.Thread(target=self._run, args=(coordinator,), name="rlsync-coordinator", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close the socket, after what was sent has left. Idempotent."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._socket.close()
+        self._context.term()
+
+    def _send(self, identity: bytes, message: m.FromCoordinator) -> None:
+        self._socket.send_multipart([identity, m.encode(message)])
+
+    def _run(self, coordinator: Coordinator) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        while not self._stop.is_set():
+            for source, _ in poller.poll(_TICK_S * 1000):
+                if source is self._socket:
+                    self._drain(coordinator, poller)
+                else:
+                    self._bury(coordinator, poller, source)
+            coordinator.expire(time.monotonic())
+        for fd in self._pidfds:
+            os.close(fd)
+
+    def _drain(self, coordinator: Coordinator, poller: zmq.Poller) -> None:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) == 2:
+                coordinator.receive(frames[0], frames[1], time.monotonic())
+                self._watch(frames[0], coordinator, poller)
+
+    def _watch(self, identity: bytes, coordinator: Coordinator, poller: zmq.Poller) -> None:
+        """Learn at once, not at the deadline, when the process of an admitted peer ends."""
+        process = None if identity in self._watched else coordinator.process_of(identity)
+        if process is None:
+            return
+        self._watched.add(identity)
+        pid, domain = process
+        if domain == pid_domain():
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                coordinator.lose(identity)
+                return
+            self._pidfds[fd] = identity
+            poller.register(fd, zmq.POLLIN)
+
+    def _bury(self, coordinator: Coordinator, poller: zmq.Poller, fd: int) -> None:
+        poller.unregister(fd)
+        identity = self._pidfds.pop(fd)
+        os.close(fd)
+        # What the process sent before it ended comes first: it says why.
+        self._drain(coordinator, poller)
+        coordinator.lose(identity)
