@@ -1,0 +1,160 @@
+"""Megatron's optimizer and learning-rate schedule, from typed options.
+
+Owns the connection between model, optimizer and schedule of pipeline passes (loss scale, gradient reduction). Must not
+know losses, data or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rlsync.errors import ConfigError
+
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerOptions:
+    """Adam and what surrounds it; fields as in Megatron's ``OptimizerConfig``. The precision is the model's.
+
+    ``loss_scale`` fixes the fp16 loss scale; None lets it move between ``min_loss_scale`` and where gradients overflow,
+    from ``initial_loss_scale``, doubling after ``loss_scale_window`` steps. ``clip_grad`` 0 means no clipping.
+    """
+
+    lr: float
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    loss_scale: float | None = None
+    initial_loss_scale: float = 2.0**16
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = 0.0
+    use_precision_aware_optimizer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Learning rate and weight decay over optimizer steps; fields as in Megatron's arguments.
+
+    Give ``lr_warmup_iters`` or ``lr_warmup_fraction`` (of ``lr_decay_iters``), not both.
+    """
+
+    max_lr: float
+    min_lr: float = 0.0
+    lr_decay_style: DecayStyle = "constant"
+    lr_decay_iters: int = 1
+    lr_warmup_iters: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_init: float = 0.0
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    start_weight_decay: float = 0.01
+    end_weight_decay: float = 0.01
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+
+
+def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions) -> MegatronOptimizer:
+    """The optimizer of these chunks, connected to them. Collective over all ranks.
+
+    It copies the parameters when the model is not fp32 or the optimizer is distributed: load weights before, or call
+    its ``reload_model_params()`` after loading them. Whether it is distributed was decided by ``DdpOptions``.
+
+    Raises:
+        ConfigError: the chunks are not wrapped in Megatron's DistributedDataParallel.
+    """
+    for index, model in enumerate(models):
+        if not isinstance(model, DistributedDataParallel):
+            raise ConfigError(f"chunk {index} is a bare {type(model).__name__}; build the model with wrap_with_ddp=True to train it")
+    config, ddp = models[0].config, models[0].ddp_config
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            fp16=config.fp16,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            loss_scale=options.loss_scale if config.fp16 else None,
+            initial_loss_scale=options.initial_loss_scale,
+            min_loss_scale=options.min_loss_scale,
+            loss_scale_window=options.loss_scale_window,
+            hysteresis=options.hysteresis,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
+            optimizer_cpu_offload=options.optimizer_cpu_offload,
+            optimizer_offload_fraction=options.optimizer_offload_fraction,
+            use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+        ),
+        list(models),
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        # The schedules take one function for a single chunk and a list for several.
+        functions = [model.no_sync for model in models]
+        config.no_sync_func = functions[0] if len(functions) == 1 else functions
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, options: SchedulerOptions) -> OptimizerParamScheduler:
+    """The schedule of learning rate and weight decay; sets those of step 0 at once. ``step(1)`` is one optimizer step.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+    warmup = _warmup_steps(options)
+    if options.min_lr > options.max_lr:
+        raise ConfigError(f"min_lr {options.min_lr} is above max_lr {options.max_lr}")
+    if options.lr_decay_style == "WSD" and options.lr_wsd_decay_iters is None:
+        raise ConfigError("lr_decay_style WSD needs lr_wsd_decay_iters, the number of steps of its last phase")
+    if options.weight_decay_incr_style == "constant" and options.start_weight_decay != options.end_weight_decay:
+        raise ConfigError(
+            f"start_weight_decay {options.start_weight_decay} and end_weight_decay {options.end_weight_decay} differ, "
+            "but weight_decay_incr_style is constant"
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=options.lr_warmup_init,
+        max_lr=options.max_lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup,
+        # A constant rate never looks at the end of the decay, but the class wants it after the warm-up.
+        lr_decay_steps=max(options.lr_decay_iters, warmup + 1) if options.lr_decay_style == "constant" else options.lr_decay_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.start_weight_decay,
+        end_wd=options.end_weight_decay,
+        wd_incr_steps=options.lr_decay_iters,
+        wd_incr_style=options.weight_decay_incr_style,
+        wsd_decay_steps=options.lr_wsd_decay_iters,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+    )
+
+
+def _warmup_steps(options: SchedulerOptions) -> int:
+    if options.lr_warmup_fraction is not None and options.lr_warmup_iters:
+        raise ConfigError("give lr_warmup_fraction or lr_warmup_iters, not both")
+    if options.lr_warmup_fraction is None:
+        warmup = options.lr_warmup_iters
+    else:
+        warmup = int(options.lr_warmup_fraction * options.lr_decay_iters)
+    if options.lr_decay_style != "constant" and warmup >= options.lr_decay_iters:
+        raise ConfigError(f"the warm-up of {warmup} steps leaves nothing of lr_decay_iters {options.lr_decay_iters}")
+    return warmup

@@ -1,0 +1,265 @@
+"""Passes over microbatches through Megatron's schedules: one optimizer step, or token scores without gradients.
+
+Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism; sequences are right-padded.
+Must not know rewards, advantages or algorithms: the loss comes from the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.model import unwrap
+from rlsync.megatron.parallel import compute_device
+from rlsync.megatron.scores import TokenScores, score_tokens
+
+Microbatch = Mapping[str, Tensor]
+
+
+class TokenLoss(Protocol):
+    """A caller's loss of one microbatch; runs on the last pipeline stage, with equal arguments on all its tp_ranks."""
+
+    def __call__(self, scores: TokenScores, microbatch: Microbatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the scalar loss, differentiable in ``scores``, and named scalars that may be summed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did; equal on all ranks.
+
+    Attributes:
+        metrics: the loss's named scalars, and ``loss``, summed over microbatches and data-parallel ranks.
+        grad_norm: L2 norm of the whole gradient before clipping; None when the step was skipped.
+        learning_rate: that the step used.
+        loss_scale: factor on the fp16 loss; 1.0 otherwise.
+        skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
+    """
+
+    metrics: Mapping[str, float]
+    grad_norm: float | None
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+
+
+def train_step(
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    microbatches: Sequence[Microbatch],
+    loss: TokenLoss,
+    *,
+    scheduler: OptimizerParamScheduler | None = None,
+    temperature: float = 1.0,
+) -> StepResult:
+    """One optimizer step on the sum of the losses of all microbatches of all data-parallel ranks.
+
+    Nothing is averaged: divide by a global count in ``loss`` where a mean is wanted, and the step does not depend on
+    how the batch was cut. Collective over all ranks.
+
+    Args:
+        models: chunks of this rank, wrapped in DistributedDataParallel.
+        optimizer: of these chunks, from ``build_optimizer``.
+        microbatches: each with ``tokens`` (B, S) int64, right-padded, and whatever the loss reads. Equal on the ranks of
+            one data-parallel replica; equally many on all replicas.
+        loss: see ``TokenLoss``.
+        scheduler: advanced by one when the step was not skipped.
+        temperature: divides the logits that ``loss`` sees.
+    """
+    _set_training(models, True)
+    for model in models:
+        model.zero_grad_buffer()
+    optimizer.zero_grad()
+    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    # The schedule divides each loss by the number of microbatches, and the gradient reduction by the data-parallel size.
+    scale = _padded_count(models, len(microbatches)) * parallel_state.get_data_parallel_world_size()
+
+    def differentiate(passed: _Passed, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = passed.scores(logits, temperature)
+        if passed.repeated:
+            return scores.log_probs.sum() * 0.0, {}
+        value, metrics = loss(scores, passed.microbatch)
+        return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
+
+    collected = _run(models, microbatches, differentiate, forward_only=False)
+    updated, grad_norm, _ = optimizer.step()
+    if updated and scheduler is not None:
+        scheduler.step(1)
+    return StepResult(
+        metrics=_summed(collected),
+        grad_norm=float(grad_norm) if updated and grad_norm is not None else None,
+        learning_rate=float(learning_rate),
+        loss_scale=float(optimizer.get_loss_scale()),
+        skipped=not updated,
+    )
+
+
+@torch.no_grad()
+def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, temperature: float = 1.0) -> list[TokenScores]:
+    """Log-probability and entropy of every token, without gradients. Collective over the TP and PP groups.
+
+    Args:
+        models: chunks of this rank, wrapped or bare.
+        microbatches: each with ``tokens`` (B, S) int64, right-padded; equal on the ranks of one data-parallel replica.
+        temperature: divides the logits.
+
+    Returns:
+        One ``TokenScores`` a microbatch, on every rank of the replica. Scores of padding mean nothing.
+    """
+
+    def score(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
+        scores = passed.scores(logits, temperature)
+        return torch.stack((scores.log_probs, scores.entropy))
+
+    with _evaluating(models):
+        collected = _run(models, microbatches, score, forward_only=True)
+    shapes = [(2, *microbatch["tokens"].shape) for microbatch in microbatches]
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=compute_device())
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        torch.cat([scores.reshape(-1) for scores in collected[: len(shapes)]], out=flat)
+    _broadcast_from_last_stage(flat)
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [TokenScores(*part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@torch.no_grad()
+def logits_for_tests(models: Sequence[torch.nn.Module], tokens: Tensor) -> Tensor | None:
+    """Logits (B, S, vocab_size) of tokens (B, S), gathered over the vocabulary; None before the last pipeline stage.
+
+    For comparisons with other implementations. Collective over the TP and PP groups.
+    """
+
+    def gather(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return whole[:, : tokens.size(1), : passed.vocab_size]
+
+    with _evaluating(models):
+        collected = _run(models, [{"tokens": tokens}], gather, forward_only=True)
+    return collected[0] if collected else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """One microbatch on its way through the pipeline.
+
+    ``tokens`` may be longer than the caller's, whose length is ``length``; ``repeated`` marks filling.
+    """
+
+    microbatch: Microbatch
+    tokens: Tensor
+    length: int
+    vocab_size: int
+    repeated: bool
+
+    def scores(self, logits: Tensor, temperature: float) -> TokenScores:
+        scores = score_tokens(logits, self.tokens, vocab_size=self.vocab_size, temperature=temperature)
+        return TokenScores(scores.log_probs[:, : self.length], scores.entropy[:, : self.length])
+
+
+def _run(
+    models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], on_logits: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
+    """Pass the microbatches through the pipeline; what ``on_logits`` returned for each, on the last stage (else [])."""
+    passes = _prepared(models, microbatches)
+    iterators = [iter(passes) for _ in models]
+    rows, length = passes[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, on_logits),
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=list(models) if len(models) > 1 else models[0],
+        num_microbatches=len(passes),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _forward(on_logits: Callable[..., Any], passes: Iterator[_Passed], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    passed = next(passes)
+    positions = torch.arange(passed.tokens.size(1), device=passed.tokens.device).expand_as(passed.tokens)
+    return model(passed.tokens, positions, None), partial(on_logits, passed)
+
+
+def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[_Passed]:
+    """Pad each microbatch to a length the ranks can divide, and their number to what the schedule can take."""
+    config, chunk = models[0].config, unwrap(models[0])
+    if not microbatches:
+        raise ConfigError("a pass over the model needs at least one microbatch, on every data-parallel rank")
+    if config.context_parallel_size > 1:
+        raise ConfigError(f"passes over the model need context_parallel_size 1, not {config.context_parallel_size}")
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    lengths = [microbatch["tokens"].size(1) for microbatch in microbatches]
+    if not config.variable_seq_lengths and config.pipeline_model_parallel_size > 1:
+        if len({microbatch["tokens"].size(0) for microbatch in microbatches}) > 1:
+            raise ConfigError("microbatches of different sizes in one step need variable_seq_lengths=True under pipeline parallelism")
+        targets = [max(lengths)] * len(lengths)
+    else:
+        targets = lengths
+    device, passes = compute_device(), []
+    for microbatch, length, target in zip(microbatches, lengths, targets, strict=True):
+        moved = {name: tensor.to(device) for name, tensor in microbatch.items()}
+        tokens = F.pad(moved["tokens"], (0, -(-target // multiple) * multiple - length))
+        passes.append(_Passed(moved, tokens, length, chunk.unpadded_vocab_size, repeated=False))
+    last = passes[-1]
+    filling = _Passed(last.microbatch, last.tokens, last.length, last.vocab_size, repeated=True)
+    return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
+
+
+def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:
+    """Microbatches of a step: the interleaved schedule takes a multiple of the pipeline's size only."""
+    multiple = models[0].config.pipeline_model_parallel_size if len(models) > 1 else 1
+    return -(-count // multiple) * multiple
+
+
+def _summed(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Metrics summed over microbatches and data-parallel ranks, on every rank."""
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    names: list[Any] = [sorted({name for metrics in collected for name in metrics})]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(names, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    sums = torch.zeros(len(names[0]), dtype=torch.float32, device=compute_device())
+    if last_stage:
+        for index, name in enumerate(names[0]):
+            sums[index] = sum(metrics[name].float() for metrics in collected if name in metrics)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    _broadcast_from_last_stage(sums)
+    return dict(zip(names[0], sums.tolist(), strict=True))
+
+
+def _broadcast_from_last_stage(tensor: Tensor) -> None:
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            tensor,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+
+
+def _set_training(models: Sequence[torch.nn.Module], training: bool) -> None:
+    for model in models:
+        model.train(training)
+
+
+@contextmanager
+def _evaluating(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+    before = models[0].training
+    _set_training(models, False)
+    try:
+        yield
+    finally:
+        _set_training(models, before)
