@@ -1,0 +1,83 @@
+"""Tiny random Hugging Face models, one recipe per family; deterministic in their seed.
+
+head_dim is 32 because vLLM's CPU attention takes no less that is this small, and differs from hidden_size / heads. The
+vocabulary of 131 has no divisor, so every tp_size above 1 pads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+VOCAB_SIZE = 131
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,  # logits of a few units, so that differences show
+}
+
+# Constants unlike those of Llama 3.1, with wavelengths in all three regions for a head_dim of 32.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 256,
+}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
+    """Config of a tiny model of ``family`` (one of FAMILIES); ``changes`` replace fields."""
+    fields = {**_SHARED, "tie_word_embeddings": tied, "rope_parameters": dict(_PLAIN_ROPE), **changes}
+    if family == "llama":
+        return LlamaConfig(**{"head_dim": 32, "rope_parameters": dict(LLAMA3_ROPE), **_without_rope(fields, changes)})
+    if family == "qwen2":
+        # Qwen2's class knows no head_dim; 4 heads of 32 make the hidden size.
+        return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
+    if family == "qwen3":
+        return Qwen3Config(**{"head_dim": 32, **fields})
+    raise ValueError(f"unknown family {family!r}; one of {FAMILIES}")
+
+
+def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A random model in which no parameter is trivial: norms and biases are random too."""
+    config = tiny_config(family, tied=tied, **changes)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.2)
+    torch.random.set_rng_state(state)
+    return model.to(dtype).eval()
+
+
+def save_tiny_model(folder: str | Path, family: str, **options: Any) -> Path:
+    """Save ``tiny_model(family, **options)`` as a checkpoint folder: config.json, generation config, safetensors."""
+    folder = Path(folder)
+    tiny_model(family, **options).save_pretrained(folder)
+    return folder
+
+
+def _without_rope(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return fields if "rope_parameters" in changes else {name: value for name, value in fields.items() if name != "rope_parameters"}
