@@ -1,4 +1,4 @@
-"""Which requirements of pyproject.toml an interpreter does not meet. Knows distributions and versions, imports none of them.
+"""Which declared requirements an interpreter does not meet. Knows distributions and versions, imports none of them.
 
 Also run as a file, by interpreters that do not have rlsync yet: ``python requirements.py PYPROJECT [EXTRA ...]`` prints the unmet
 requirements, one a line, and exits 1 when there are any.
@@ -12,16 +12,18 @@ from importlib import metadata
 from pathlib import Path
 
 
-def unmet(requirements: Iterable[str]) -> list[str]:
-    """Requirements (PEP 508 strings) this interpreter does not meet, each with what was found instead.
+def unmet(requirements: Iterable[str], extras: Iterable[str] = ()) -> list[str]:
+    """Requirements (PEP 508 strings) this interpreter does not meet, each with the version found instead.
 
-    A requirement whose marker does not hold here is met.
+    A requirement whose marker holds neither here nor for one of the extras is met.
     """
     from packaging.requirements import Requirement  # not at the top: the interpreter under question may lack it
 
+    environments = [{"extra": extra} for extra in ("", *extras)]
     findings = []
     for requirement in map(Requirement, requirements):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate(environment) for environment in environments):
             continue
         try:
             version = metadata.version(requirement.name)

@@ -1,0 +1,48 @@
+"""What every test process needs: its environment, and GPU tests that skip themselves where there are no GPUs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch, vLLM or Ray are imported, and inherited by every process a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+_skipped_gpu_tests = pytest.StashKey[list[str]]()
+
+
+def _gpu_lack(count: int) -> str | None:
+    """Why a test for ``count`` CUDA devices cannot run here, or None."""
+    import torch  # only sessions that hold GPU tests pay for it here
+
+    if not torch.cuda.is_available():
+        return f"needs {count} CUDA device(s); torch {torch.__version__} sees none"
+    seen = torch.cuda.device_count()
+    return None if seen >= count else f"needs {count} CUDA devices; torch sees {seen}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``@pytest.mark.gpu`` or ``@pytest.mark.gpu(2)``: the number of CUDA devices the test needs, 1 by default."""
+    skipped = config.stash.setdefault(_skipped_gpu_tests, [])
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        reason = _gpu_lack(*marker.args or (1,))
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+            skipped.append(f"{item.nodeid}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped = config.stash.get(_skipped_gpu_tests, [])
+    if skipped:
+        terminalreporter.section(f"NOT RUN: {len(skipped)} GPU tests", sep="!", yellow=True)
+        for line in skipped:
+            terminalreporter.write_line(line)

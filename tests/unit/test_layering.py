@@ -1,0 +1,180 @@
+"""Claims about who imports whom, read from the sources; nothing is imported. Change LAYERS only together with the architecture."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Lowest first. A unit imports units of lower layers and itself; units of one layer import each other only where the layer says so.
+LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
+    (
+        "pure",
+        True,
+        frozenset(f"rlsync.{unit}" for unit in ("errors", "topology", "geometry", "families", "placement", "plan", "control")),
+    ),
+    ("copy", True, frozenset({"rlsync.copy"})),
+    ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine", "rlsync.transport"})),
+    ("services", True, frozenset({"rlsync.bridge", "rlsync.source", "rlsync.sync", "rlsync.checkpoint"})),
+    ("facade", True, frozenset({"rlsync"})),
+    ("command line", True, frozenset({"rlsync.cli"})),
+    ("workers", True, frozenset({"workers"})),
+    ("examples", True, frozenset({"examples"})),
+)
+# Foreign module -> the units that may import it.
+OWNERS: dict[str, frozenset[str]] = {
+    "megatron": frozenset({"rlsync.megatron"}),
+    "vllm": frozenset({"rlsync.engine"}),
+    "ray": frozenset({"workers", "examples"}),
+}
+# Units below these layers know no process group.
+WITHOUT_PROCESS_GROUPS = frozenset({"pure", "copy"})
+
+
+def unit_of(module: str) -> str | None:
+    """``rlsync.engine.plugin`` -> ``rlsync.engine``, ``workers.loop`` -> ``workers``; None for modules that are not ours."""
+    parts = module.split(".")
+    if parts[0] in ("workers", "examples"):
+        return parts[0]
+    return ".".join(parts[:2]) if parts[0] == "rlsync" else None
+
+
+def layer_of(unit: str) -> tuple[int, str, bool]:
+    """Height, name and whether its units may import each other. A unit that no layer lists counts as pure, the strictest."""
+    for height, (name, mutual, units) in enumerate(LAYERS):
+        if unit in units:
+            return height, name, mutual
+    return 0, "pure", True
+
+
+def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a module imports, wherever in the file, and uses of ``torch.distributed`` through ``torch``.
+
+    ``from rlsync import geometry`` counts as ``rlsync.geometry``; a public class of the facade as ``rlsync``.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module]))) if node.level else node.module or ""
+            for alias in node.names:
+                is_facade_name = base == "rlsync" and not alias.name.islower()
+                yield node.lineno, base if is_facade_name else f"{base}.{alias.name}"
+        elif (
+            isinstance(node, ast.Attribute) and node.attr == "distributed" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        ):
+            yield node.lineno, "torch.distributed"
+
+
+def violation(importer: str, imported: str) -> str | None:
+    """Why the unit ``importer`` must not import the module ``imported``, or None."""
+    height, name, mutual = layer_of(importer)
+    listed = any(importer in units for _, _, units in LAYERS)
+    where = f"{importer} ({name}{'' if listed else '; not listed in LAYERS'})"
+    owners = OWNERS.get(imported.split(".")[0])
+    if owners is not None and importer not in owners:
+        return f"{where} imports {imported}, which only {', '.join(sorted(owners))} may"
+    if (imported + ".").startswith("torch.distributed.") and name in WITHOUT_PROCESS_GROUPS:
+        return f"{where} imports {imported}, and layers up to copy know no process group"
+    target = unit_of(imported)
+    if target is None or target == importer or importer == "rlsync":
+        return None if target not in ("workers", "examples") or target == importer else f"{where} imports {imported}, which is above it"
+    target_height, target_name, _ = layer_of(target)
+    if target_height > height:
+        return f"{where} imports {imported} ({target_name}), which is above it"
+    if target_height == height and not mutual:
+        return f"{where} imports {imported}, and the units of {name} do not know each other"
+    return None
+
+
+def violations(root: Path) -> list[str]:
+    """``path:line: reason`` for every forbidden import below rlsync/, workers/ and examples/ of a tree."""
+    found = []
+    for path in sorted(p for top in ("rlsync", "workers", "examples") for p in (root / top).rglob("*.py")):
+        relative = path.relative_to(root).with_suffix("")
+        is_package = relative.name == "__init__"
+        module = ".".join(relative.parent.parts if is_package else relative.parts)
+        importer = unit_of(module)
+        assert importer is not None
+        for line, imported in imported_modules(path.read_text(encoding="utf-8"), module, is_package):
+            reason = violation(importer, imported)
+            if reason is not None:
+                found.append(f"{path.relative_to(root)}:{line}: {reason}")
+    return found
+
+
+def test_imports_go_down_the_layers_only() -> None:
+    found = violations(ROOT)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_layering_test_reads_the_sources() -> None:
+    modules = [
+        imported for path in (ROOT / "rlsync").rglob("*.py") for _, imported in imported_modules(path.read_text(), "rlsync.x", False)
+    ]
+    assert any(m.startswith("megatron.") for m in modules)
+    assert any(m.startswith("rlsync.geometry") for m in modules)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "reason"),
+    [
+        ("rlsync/geometry.py", "import torch.distributed as dist", "no process group"),
+        ("rlsync/plan.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
+        ("rlsync/copy/cpu.py", "from torch import distributed", "no process group"),
+        ("rlsync/families/llama.py", "from rlsync.megatron.model import build_model", "above it"),
+        ("rlsync/families/llama.py", "from ..copy import cpu", "above it"),
+        ("rlsync/engine/worker.py", "from rlsync.megatron import parallel", "do not know each other"),
+        ("rlsync/transport/shm.py", "def f():\n    import rlsync.engine.worker", "do not know each other"),
+        ("rlsync/bridge.py", "from megatron.core import parallel_state", "only rlsync.megatron may"),
+        ("rlsync/sync.py", "import vllm", "only rlsync.engine may"),
+        ("rlsync/engine/handle.py", "import ray", "only examples, workers may"),
+        ("rlsync/checkpoint/save.py", "from rlsync.cli import main", "above it"),
+        ("rlsync/cli/__init__.py", "import workers.loop", "above it"),
+        ("rlsync/__init__.py", "from workers import loop", "above it"),
+        ("rlsync/novelty.py", "from rlsync import AutoBridge", "not listed in LAYERS"),
+        ("workers/actor.py", "from vllm import LLM", "only rlsync.engine may"),
+        ("workers/actor.py", "from examples.reasoning import main_grpo", "above it"),
+    ],
+)
+def test_forbidden_import_is_found(tmp_path: Path, path: str, source: str, reason: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"{path}:")
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rlsync/plan.py", "from rlsync.geometry import Box\nfrom rlsync import errors\nfrom . import topology"),
+        ("rlsync/bridge.py", "from rlsync.megatron.model import build_model\nfrom rlsync.transport import shm\nimport torch.distributed"),
+        ("rlsync/engine/worker.py", "from vllm import LLM\nfrom rlsync.engine import sinks\nfrom rlsync.copy.cpu import copy"),
+        ("workers/actor.py", "import ray\nfrom rlsync import AutoBridge\nfrom workers.data import load"),
+    ],
+)
+def test_allowed_imports_are_not_found(tmp_path: Path, path: str, source: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert violations(tmp_path) == []
+
+
+def test_pure_layers_load_no_framework() -> None:
+    """What the sources cannot show: an import that arrives through a third package or a package's ``__init__``."""
+    pure = LAYERS[0][2]
+    present = [u for u in pure if (ROOT / f"{u.replace('.', '/')}.py").exists() or (ROOT / u.replace(".", "/") / "__init__.py").exists()]
+    program = f"import sys, importlib\nfor m in {sorted(present)!r}: importlib.import_module(m)\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert len(present) >= 5
+    assert not loaded & {"megatron", "vllm", "ray"}
