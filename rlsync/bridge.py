@@ -1,0 +1,298 @@
+"""AutoBridge: Megatron shards <-> Hugging Face tensors, online, without a conversion on disk.
+
+Load, export and save are plans between placements. Owns the comparison of the table with the live model; knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.files import FileWriter, MappedTensors, shard_files, write_index
+from rlsync.errors import ConfigError, PlacementError
+from rlsync.families import Flavour, model_of, supported_architectures
+from rlsync.geometry import Placement, TensorSpec
+from rlsync.megatron import model as megatron_model
+from rlsync.megatron.parallel import compute_device, current_topology
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.placement.megatron import megatron_placements
+from rlsync.placement.safetensors import StoredTensor, read_checkpoint
+from rlsync.plan import Plan, build_plan
+from rlsync.topology import Topology
+from rlsync.transport.agreement import agreed
+from rlsync.transport.exchange import Exchange
+
+# Largest message memory of an export on one rank.
+EXPORT_BUCKET_BYTES = 256 * 2**20
+# Files of a checkpoint folder that travel with the weights: configs, tokenizers, chat templates, custom code.
+SMALL_FILE_SUFFIXES = frozenset({".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".tiktoken"})
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The live parameters of this rank, checked against the table, and the placements of all ranks.
+
+    Attributes:
+        tensors: every HF tensor, in layer order, with the dtype of the live parameters.
+        buffers: global name -> parameter of this rank.
+        placements: index is the global rank.
+    """
+
+    topology: Topology
+    tensors: tuple[TensorSpec, ...]
+    buffers: Mapping[str, torch.Tensor]
+    placements: tuple[Placement, ...]
+
+
+class AutoBridge:
+    """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`."""
+
+    def __init__(self, config: Mapping[str, Any], folder: Path | None, *, make_vocab_size_divisible_by: int = 1) -> None:
+        self.hf_config = dict(config)
+        self.model = model_of(config)
+        self._folder = folder
+        self._divisor = make_vocab_size_divisible_by
+
+    @classmethod
+    def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
+        """Bridge for the checkpoint folder ``hf_path``; reads only its ``config.json``.
+
+        Raises ConfigError for a missing config or an unknown architecture.
+        """
+        folder = Path(hf_path)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; hf_path must be a local Hugging Face checkpoint folder")
+        return cls(json.loads(path.read_text()), folder, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+
+    @classmethod
+    def from_config(cls, hf_config: Any, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
+        """Bridge for an HF config: a mapping like ``config.json``, or a ``PretrainedConfig``."""
+        config = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
+        return cls(config, None, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+
+    @staticmethod
+    def list_supported_models() -> tuple[str, ...]:
+        """Architectures (``architectures[0]`` of ``config.json``) that a family exists for."""
+        return supported_architectures()
+
+    def get_model(
+        self,
+        weight_path: str | Path | None = None,
+        *,
+        wrap_with_ddp: bool = True,
+        bf16: bool = True,
+        fp16: bool = False,
+        make_vocab_size_divisible_by: int | None = None,
+        **options: Any,
+    ) -> list[torch.nn.Module]:
+        """Build this rank's chunks (one per virtual stage) under Megatron's current parallel state, and load weights if asked.
+
+        ``bf16`` and ``fp16`` both False gives fp32 parameters. ``options`` go to ``rlsync.megatron.model.build_model``.
+        Collective over all ranks.
+        """
+        if bf16 and fp16:
+            raise ConfigError("get_model: bf16 and fp16 are both True; choose one, or none for fp32")
+        if make_vocab_size_divisible_by is not None:
+            self._divisor = make_vocab_size_divisible_by
+        topology = options.pop("topology", None)
+        models = megatron_model.build_model(
+            self.hf_config,
+            topology=current_topology() if topology is None else topology,
+            dtype=torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32,
+            make_vocab_size_divisible_by=self._divisor,
+            wrap_with_ddp=wrap_with_ddp,
+            **options,
+        )
+        if weight_path is not None:
+            self.load_weights(models, weight_path)
+        return models
+
+    def shards(self, models: Sequence[torch.nn.Module]) -> Shards:
+        """Describe live models in HF coordinates. Not collective, and equal on all ranks but for ``buffers``.
+
+        Raises PlacementError naming every parameter that the table lacks, misses or expects in another shape.
+        """
+        topology = current_topology(models)
+        live = {name: tensor for _, _, name, tensor in megatron_model.iter_parameters(models)}
+        flavour: Flavour = "te" if any(name.endswith(".layer_norm_weight") for name in live) else "local"
+        dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
+        placements = megatron_placements(
+            self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor
+        )
+        _check_live(live, placements[dist.get_rank()])
+        return Shards(topology, self.model.tensors(dtype), live, placements)
+
+    def load_weights(self, models: Sequence[torch.nn.Module], hf_path: str | Path) -> None:
+        """Fill the parameters from a safetensors checkpoint; each rank reads only the byte ranges it needs.
+
+        Floating-point dtypes are cast to those of the parameters; vocabulary padding becomes zero. Raises on every rank,
+        before anything changes: CheckpointError (truncated, missing files), PlacementError (all missing, unexpected and
+        wrongly shaped tensors at once). Collective over all ranks.
+        """
+        with agreed(device=compute_device()):
+            shards = self.shards(models)
+            stored = read_checkpoint(Path(hf_path))
+            self._check_stored(stored, Path(hf_path))
+            mine = shards.placements[dist.get_rank()]
+            source = whole_tensors(str(hf_path), [stored[t.name].spec for t in shards.tensors])
+            plan = build_plan(shards.tensors, [source], [mine], allow_cast=True)
+        files = MappedTensors(stored)
+        with torch.no_grad():
+            for bucket in plan.buckets:
+                bind(bucket.copies, files, shards.buffers).run()
+            write_fills(mine.fills, shards.buffers)
+        dist.barrier()
+
+    def export_weights(
+        self, models: Sequence[torch.nn.Module], *, bucket_bytes: int = EXPORT_BUCKET_BYTES
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every HF name once with its full tensor, on every rank, in layer order.
+
+        Tensors are new, contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its
+        messages. A tied model yields no ``lm_head``. Collective over all ranks: consume it to the end on all of them.
+        """
+        with agreed(device=compute_device()):
+            shards = self.shards(models)
+            plan = build_plan(shards.tensors, shards.placements, [whole_tensors("export", shards.tensors)], bucket_bytes=bucket_bytes)
+        megatron_model.gather_parameters(models)
+        exchange = Exchange(plan, shards.buffers, device=compute_device())
+        for k, bucket in enumerate(plan.buckets):
+            whole = {t.name: empty_tensor(t) for t in bucket.tensors}
+            exchange.deliver(k, [whole])
+            yield from whole.items()
+
+    def save_weights(self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
+        """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
+
+        Every file is written by one rank, so network file systems are safe; ``config.json`` and the other small files
+        are copied byte for byte from the folder the bridge was made from. ``out_dir`` must be visible to all ranks.
+        Collective over all ranks.
+        """
+        out_dir, rank = Path(out_dir), dist.get_rank()
+        with agreed(device=compute_device()):
+            shards = self.shards(models)
+            files = shard_files(shards.tensors, max_shard_bytes)
+            plan = build_plan(
+                _interleaved(files, dist.get_world_size()),
+                shards.placements,
+                [whole_tensors(name, group) for name, group in files.items()],
+                bucket_bytes=EXPORT_BUCKET_BYTES,
+            )
+            if rank == 0:
+                self._write_small_files(out_dir)
+                write_index(out_dir, files)
+        megatron_model.gather_parameters(models)
+        writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
+        exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
+        mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
+        with agreed(device=compute_device()):
+            _write_files(out_dir, mine, tuple(files), exchange, plan)
+
+    def _check_stored(self, stored: Mapping[str, StoredTensor], folder: Path) -> None:
+        """Compare a checkpoint with the table; PlacementError lists missing, unexpected and wrongly shaped tensors at once."""
+        wanted = {t.name: t.shape for t in self.model.tensors()}
+        extra = {name for name in stored if name not in wanted and not self.model.is_ignored(name)}
+        if self.model.tied and "lm_head.weight" in extra:
+            _check_tied_head(stored, folder)
+            extra.remove("lm_head.weight")
+        missing = sorted(name for name in wanted if name not in stored)
+        wrong = [
+            f"{name}: expected {shape}, stored {stored[name].spec.shape}"
+            for name, shape in wanted.items()
+            if name in stored and stored[name].spec.shape != shape
+        ]
+        findings = [
+            f"{kind} {len(names)} tensors: {', '.join(names)}"
+            for kind, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrongly shaped", wrong))
+            if names
+        ]
+        if findings:
+            raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
+
+    def _write_small_files(self, out_dir: Path) -> None:
+        """Config, generation config and tokenizer, byte for byte as loaded."""
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if self._folder is None:
+            (out_dir / "config.json").write_text(json.dumps(self.hf_config, indent=2, default=str) + "\n")
+            return
+        for path in sorted(self._folder.iterdir()):
+            if path.is_file() and path.suffix in SMALL_FILE_SUFFIXES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, out_dir / path.name)
+
+
+def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
+    """Compare live parameters with what the table gives this rank; PlacementError lists every difference."""
+    wanted = {b.name: b for b in expected.buffers}
+    findings = [f"{name}: in the table, not in the model" for name in wanted if name not in live]
+    findings += [f"{name} {tuple(t.shape)}: in the model, not in the table" for name, t in live.items() if name not in wanted]
+    findings += [
+        f"{name}: the table gives {b.shape} {b.dtype}, the model has {tuple(live[name].shape)} {live[name].dtype}"
+        for name, b in wanted.items()
+        if name in live and (tuple(live[name].shape) != b.shape or str(live[name].dtype) != f"torch.{b.dtype}")
+    ]
+    if findings:
+        raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
+
+
+def _check_tied_head(stored: Mapping[str, StoredTensor], folder: Path) -> None:
+    """A tied checkpoint may ship a copy of the embedding as its head; another head would be lost silently."""
+    files = MappedTensors(stored)
+    if not torch.equal(files["lm_head.weight"], files["model.embed_tokens.weight"]):
+        raise PlacementError(
+            f"{folder}: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false or remove lm_head.weight"
+        )
+
+
+def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) -> tuple[TensorSpec, ...]:
+    """Tensors in an order in which every writer always has something to do: round by round, one file per writer."""
+    groups = list(files.values())
+    order: list[TensorSpec] = []
+    for begin in range(0, len(groups), num_writers):
+        for row in zip_longest(*groups[begin : begin + num_writers]):
+            order.extend(t for t in row if t is not None)
+    return tuple(order)
+
+
+def _write_files(
+    out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files: Sequence[str], exchange: Exchange, plan: Plan
+) -> None:
+    """Receive this rank's files bucket by bucket and write them. A failed write is raised after the last bucket.
+
+    Collective: a rank that cannot write still takes part, so that nobody waits for it.
+    """
+    owner = {t.name: file for file, tensors in mine.items() for t in tensors}
+    failure: OSError | None = None
+    with ExitStack() as stack:
+        writers: dict[str, FileWriter] = {}
+        try:
+            writers = {file: stack.enter_context(FileWriter(out_dir / file, tensors)) for file, tensors in mine.items()}
+        except OSError as error:
+            failure = error
+        for k, bucket in enumerate(plan.buckets):
+            arrived = {t.name: empty_tensor(t) for t in bucket.tensors if t.name in owner}
+            exchange.deliver(k, [arrived] * len(files))
+            try:
+                for name, tensor in arrived.items():
+                    if failure is None:
+                        writers[owner[name]].write(name, tensor.cpu())
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+
+def empty_tensor(spec: TensorSpec) -> torch.Tensor:
+    """Uninitialised tensor of a spec on the compute device."""
+    return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=compute_device())

@@ -1,0 +1,145 @@
+"""What the ranks of ``test_bridge`` do; each function runs on every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors.torch import load_file
+
+from rlsync import AutoBridge
+from rlsync.errors import CheckpointError, PlacementError, RlsyncError
+from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
+from rlsync.topology import Topology
+
+
+def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def parallel(topology: dict[str, int]) -> Topology:
+    made = Topology(**topology)
+    initialize_parallel(made, seed=1, timeout_s=60)
+    return made
+
+
+def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
+    """For each case: load, compare logits with HF's, export and compare bitwise, save under this layout."""
+    for case in cases:
+        topology = parallel(case["topology"])
+        bridge = AutoBridge.from_pretrained(case["folder"])
+        models = bridge.get_model(
+            case["folder"], topology=topology, bf16=False, wrap_with_ddp=False, make_vocab_size_divisible_by=case.get("divisor", 1),
+            overrides=case.get("overrides"),
+        )  # fmt: skip
+        original = load_folder(case["folder"])
+        exported = dict(bridge.export_weights(models, bucket_bytes=50_000))
+        assert set(exported) == set(original), set(exported) ^ set(original)
+        for name, tensor in exported.items():
+            assert torch.equal(tensor, original[name]), f"{case}: {name} changed on its way"
+        check_logits(models, case)
+        saved = Path(out_dir, f"saved-{cases.index(case)}")
+        bridge.save_weights(models, saved, max_shard_bytes=60_000)
+        check_saved(bridge, topology, models, saved, original, case)
+        parallel_state.destroy_model_parallel()
+    destroy_parallel()
+
+
+def check_logits(models: list[torch.nn.Module], case: dict) -> None:
+    """Logits of the last pipeline stage, gathered over TP and cut to the real vocabulary, against HF's."""
+    tokens, expected = torch.tensor(case["tokens"]), torch.tensor(case["logits"])
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    rounds = parallel_state.get_pipeline_model_parallel_world_size()  # interleaving wants as many microbatches as stages
+
+    def forward_step(iterator, model):
+        next(iterator)
+        return model(tokens, positions, None), lambda output, non_loss_data=False: output
+
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=[iter([None] * rounds) for _ in models],
+            model=list(models), num_microbatches=rounds, seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
+        )  # fmt: skip
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        logits = gather_from_tensor_model_parallel_region(outputs[0])[..., : expected.shape[-1]]
+        difference = (logits - expected).abs().max().item()
+        assert difference <= 1e-4, f"{case['folder']} {case['topology']}: logits differ by {difference}"
+        print(f"LOGITS {case['topology']} {difference:.2e}", flush=True)
+
+
+def check_saved(bridge, topology, models, saved: Path, original, case) -> None:
+    """The saved folder holds the same bits, and loading it restores models that were wiped."""
+    assert (saved / "config.json").read_bytes() == Path(case["folder"], "config.json").read_bytes()
+    again = load_folder(saved)
+    assert all(torch.equal(again[name], original[name]) for name in original) and set(again) == set(original)
+    for _, _, _, parameter in iter_parameters(models):
+        parameter.data.fill_(float("nan"))
+    bridge.load_weights(models, saved)
+    assert all(torch.equal(t, original[name]) for name, t in bridge.export_weights(models))
+    for _, _, name, parameter in iter_parameters(models):
+        assert not parameter.isnan().any(), name
+
+
+def refuse_bad_checkpoints(folder: str, broken: dict[str, str]) -> None:
+    """Each broken folder raises its error on every rank, and no parameter changes."""
+    topology = parallel({"tp_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(folder, topology=topology, bf16=False, wrap_with_ddp=False)
+    before = [p.clone() for _, _, _, p in iter_parameters(models)]
+    said = {}
+    for kind, bad in broken.items():
+        try:
+            bridge.load_weights(models, bad)
+        except (PlacementError, CheckpointError) as error:
+            said[kind] = f"{type(error).__name__}: {error}"
+        assert all(torch.equal(a, p) for a, (_, _, _, p) in zip(before, iter_parameters(models), strict=True)), kind
+    try:
+        bridge.load_weights(models, broken["missing"] if dist.get_rank() else folder)
+    except RlsyncError as error:
+        said["one rank"] = f"{type(error).__name__}: {error}"
+    print("SAID " + json.dumps(said), flush=True)
+    destroy_parallel()
+
+
+def refuse_foreign_parameters(folder: str) -> None:
+    """A model whose parameters are not what the table says is refused by name."""
+    topology = parallel({"tp_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(topology=topology, bf16=False, wrap_with_ddp=False)
+    models[0].extra = torch.nn.Parameter(torch.zeros(3))
+    try:
+        bridge.shards(models)
+    except PlacementError as error:
+        print(f"SAID {error}", flush=True)
+    destroy_parallel()
+
+
+def survive_transformer_engine_names(folder: str) -> None:
+    """Norms fused into the following linear, with the tensor attributes that TransformerEngine sets."""
+    topology = parallel({"tp_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(topology=topology, bf16=False, wrap_with_ddp=False)
+    for layer in models[0].decoder.layers:
+        layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
+        layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
+        layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
+        for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+            linear.weight.tensor_model_parallel, linear.weight.partition_dim, linear.weight.partition_stride = True, 0, 1
+    names = {name for _, _, name, _ in iter_parameters(models)}
+    assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in names
+    assert "decoder.layers.3.pre_mlp_layernorm.weight" not in names
+    bridge.load_weights(models, folder)
+    original = load_folder(folder)
+    exported = dict(bridge.export_weights(models))
+    assert set(exported) == set(original) and all(torch.equal(t, original[name]) for name, t in exported.items())
+    destroy_parallel()

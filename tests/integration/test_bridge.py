@@ -1,0 +1,137 @@
+"""AutoBridge on real Megatron shards: logits equal HF's, and tensors survive load, export and save bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlsync import AutoBridge
+from rlsync.errors import ConfigError
+from tests.ranks import run_ranks
+
+VOCAB = 131  # divided by no tensor axis
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MODELS = {
+    "llama": {"kind": "LlamaConfig", "rope_parameters": LLAMA3_ROPE},
+    "llama-tied": {"kind": "LlamaConfig", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "qwen2": {"kind": "Qwen2Config"},
+    "qwen2-tied": {"kind": "Qwen2Config", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3": {"kind": "Qwen3Config", "head_dim": 32},
+    "qwen3-tied": {"kind": "Qwen3Config", "head_dim": 32, "tie_word_embeddings": True},
+}
+SMALL_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": VOCAB, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, dict]:
+    """Random HF models on disk, each with a token batch and HF's logits for it."""
+    import transformers
+
+    made, root = {}, tmp_path_factory.mktemp("hf")
+    for name, options in MODELS.items():
+        torch.manual_seed(len(made))
+        kind = getattr(transformers, options["kind"])
+        config = kind(**{**SMALL_SIZES, **{k: v for k, v in options.items() if k != "kind"}})
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
+        model.save_pretrained(root / name)
+        tokens = torch.randint(0, VOCAB, (2, 24))
+        with torch.no_grad():
+            logits = model(tokens).logits
+        made[name] = {"folder": str(root / name), "tokens": tokens.tolist(), "logits": logits.tolist()}
+    return made
+
+
+def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_path):
+    """TP (also beyond the KV heads), PP, VPP, uneven PP, DP, sequence parallel; each family, tied and untied."""
+    cases = [
+        {**models["qwen2"], "topology": {"tp_size": 2, "pp_size": 2}},
+        {**models["qwen2-tied"], "topology": {"tp_size": 4}, "divisor": 8},
+        {**models["qwen2-tied"], "topology": {"tp_size": 2, "pp_size": 2}, "overrides": {"sequence_parallel": True}},
+        {**models["llama"], "topology": {"pp_size": 2, "vpp_size": 2, "tp_size": 2}},
+        {**models["llama-tied"], "topology": {"pp_size": 4}},
+        {**models["llama"], "topology": {"tp_size": 2, "dp_size": 2}, "divisor": 128},
+        {**models["qwen3"], "topology": {"tp_size": 4}, "overrides": {"sequence_parallel": True}},
+        {**models["qwen3-tied"], "topology": {"pp_size": 2, "dp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3}},
+        {**models["qwen3-tied"], "topology": {"pp_size": 2, "vpp_size": 2, "tp_size": 2}, "overrides": {"sequence_parallel": True}},
+    ]
+    outputs = run_ranks(4, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
+    assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"
+    for saved in tmp_path.iterdir():
+        assert ("lm_head.weight" in json.dumps(sorted(_names(saved)))) != json.loads((saved / "config.json").read_text())[
+            "tie_word_embeddings"
+        ]
+
+
+def test_a_checkpoint_saved_under_one_layout_loads_in_transformers(models, tmp_path):
+    """And one rank reads what four would: the saved folder is an ordinary HF checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    case = {**models["qwen3-tied"], "topology": {"tp_size": 2}}
+    run_ranks(2, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=[case], out_dir=str(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved-0", dtype=torch.float32)
+    with torch.no_grad():
+        logits = again(torch.tensor(case["tokens"])).logits
+    assert torch.equal(logits, torch.tensor(case["logits"]))
+
+
+def test_transformer_engine_names_and_attributes_do_not_mislead(models):
+    run_ranks(2, "tests.integration.bridge_ranks", "survive_transformer_engine_names", folder=models["qwen2"]["folder"])
+    run_ranks(2, "tests.integration.bridge_ranks", "survive_transformer_engine_names", folder=models["qwen3-tied"]["folder"])
+
+
+def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(models, tmp_path):
+    folder = Path(models["qwen2"]["folder"])
+    tensors = load_file(folder / "model.safetensors")
+
+    def broken(kind: str, tensors: dict[str, torch.Tensor]) -> str:
+        shutil.copytree(folder, tmp_path / kind)
+        save_file(tensors, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        return str(tmp_path / kind)
+
+    wrong = {**tensors, "model.norm.weight": torch.ones(7), "model.layers.0.mlp.up_proj.weight": torch.ones(3, 64)}
+    kinds = {
+        "missing": broken("missing", {n: t for n, t in tensors.items() if not n.startswith("model.layers.2.self_attn.q_proj")}),
+        "wrong": broken("wrong", wrong),
+        "unexpected": broken("unexpected", {**tensors, "model.layers.0.self_attn.sinks": torch.ones(4)}),
+        "truncated": broken("truncated", tensors),
+    }
+    file = Path(kinds["truncated"], "model.safetensors")
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1000)
+    outputs = run_ranks(2, "tests.integration.bridge_ranks", "refuse_bad_checkpoints", folder=str(folder), broken=kinds)
+    for output in outputs:
+        said = json.loads(output.split("SAID ")[1].splitlines()[0])
+        assert "missing 2 tensors: model.layers.2.self_attn.q_proj.bias, model.layers.2.self_attn.q_proj.weight" in said["missing"]
+        assert "wrongly shaped 2 tensors" in said["wrong"] and "expected (96, 64), stored (3, 64)" in said["wrong"]
+        assert "unexpected 1 tensors: model.layers.0.self_attn.sinks" in said["unexpected"]
+        assert re.search(r"CheckpointError: .*truncated safetensors file: .* ends at byte \d+, the file has \d+", said["truncated"])
+        assert "missing 2 tensors" in said["one rank"], "an error of rank 1 alone is raised on rank 0 too"
+
+
+def test_a_model_that_differs_from_its_table_is_refused_by_name(models):
+    for output in run_ranks(2, "tests.integration.bridge_ranks", "refuse_foreign_parameters", folder=models["llama"]["folder"]):
+        assert "extra (3,): in the model, not in the table" in output
+
+
+def test_unknown_architecture_lists_the_supported_ones():
+    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are LlamaForCausalLM, Qwen2ForCausalLM"):
+        AutoBridge.from_config({"architectures": ["GPT2LMHeadModel"]})
+    assert "Qwen3ForCausalLM" in AutoBridge.list_supported_models()
+
+
+def _names(folder: Path) -> set[str]:
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
