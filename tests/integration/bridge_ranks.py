@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rlsync import AutoBridge
 from rlsync.errors import CheckpointError, PlacementError, RlsyncError
 from rlsync.megatron.model import iter_parameters
-from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
+from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.topology import Topology
 
 
@@ -42,7 +42,7 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
         exported = dict(bridge.export_weights(models, bucket_bytes=50_000))
         assert set(exported) == set(original), set(exported) ^ set(original)
         for name, tensor in exported.items():
-            assert torch.equal(tensor, original[name]), f"{case}: {name} changed on its way"
+            assert torch.equal(tensor.cpu(), original[name]), f"{case}: {name} changed on its way"
         check_logits(models, case)
         saved = Path(out_dir, f"saved-{cases.index(case)}")
         bridge.save_weights(models, saved, max_shard_bytes=60_000)
@@ -53,8 +53,9 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
 
 def check_logits(models: list[torch.nn.Module], case: dict) -> None:
     """Logits of the last pipeline stage, gathered over TP and cut to the real vocabulary, against HF's."""
-    tokens, expected = torch.tensor(case["tokens"]), torch.tensor(case["logits"])
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    device = compute_device()
+    tokens, expected = torch.tensor(case["tokens"], device=device), torch.tensor(case["logits"], device=device)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
 
     rounds = parallel_state.get_pipeline_model_parallel_world_size()  # interleaving wants as many microbatches as stages
 
@@ -85,7 +86,7 @@ def check_saved(bridge, topology, models, saved: Path, original, case) -> None:
     for _, _, _, parameter in iter_parameters(models):
         parameter.data.fill_(float("nan"))
     bridge.load_weights(models, saved)
-    assert all(torch.equal(t, original[name]) for name, t in bridge.export_weights(models))
+    assert all(torch.equal(t.cpu(), original[name]) for name, t in bridge.export_weights(models))
     for _, _, name, parameter in iter_parameters(models):
         assert not parameter.isnan().any(), name
 
@@ -141,5 +142,5 @@ def survive_transformer_engine_names(folder: str) -> None:
     bridge.load_weights(models, folder)
     original = load_folder(folder)
     exported = dict(bridge.export_weights(models))
-    assert set(exported) == set(original) and all(torch.equal(t, original[name]) for name, t in exported.items())
+    assert set(exported) == set(original) and all(torch.equal(t.cpu(), original[name]) for name, t in exported.items())
     destroy_parallel()

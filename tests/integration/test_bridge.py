@@ -13,46 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from rlsync import AutoBridge
 from rlsync.errors import ConfigError
+from tests.hf_models import make_models
 from tests.ranks import run_ranks
-
-VOCAB = 131  # divided by no tensor axis
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
-MODELS = {
-    "llama": {"kind": "LlamaConfig", "rope_parameters": LLAMA3_ROPE},
-    "llama-tied": {"kind": "LlamaConfig", "tie_word_embeddings": True, "num_key_value_heads": 4},
-    "qwen2": {"kind": "Qwen2Config"},
-    "qwen2-tied": {"kind": "Qwen2Config", "tie_word_embeddings": True, "num_key_value_heads": 1},
-    "qwen3": {"kind": "Qwen3Config", "head_dim": 32},
-    "qwen3-tied": {"kind": "Qwen3Config", "head_dim": 32, "tie_word_embeddings": True},
-}
-SMALL_SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": VOCAB, "max_position_embeddings": 256, "tie_word_embeddings": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict]:
-    """Random HF models on disk, each with a token batch and HF's logits for it."""
-    import transformers
-
-    made, root = {}, tmp_path_factory.mktemp("hf")
-    for name, options in MODELS.items():
-        torch.manual_seed(len(made))
-        kind = getattr(transformers, options["kind"])
-        config = kind(**{**SMALL_SIZES, **{k: v for k, v in options.items() if k != "kind"}})
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
-        model.save_pretrained(root / name)
-        tokens = torch.randint(0, VOCAB, (2, 24))
-        with torch.no_grad():
-            logits = model(tokens).logits
-        made[name] = {"folder": str(root / name), "tokens": tokens.tolist(), "logits": logits.tolist()}
-    return made
+    return make_models(tmp_path_factory.mktemp("hf"))
 
 
 def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_path):
