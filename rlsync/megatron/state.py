@@ -1,0 +1,297 @@
+"""Everything one rank needs to continue training where it stopped: model shards, optimizer, schedule, random state.
+
+Owns the content of ``model_optim_rng.pt`` and ``distrib_optim.pt``, keys as in Megatron's ``torch`` checkpoint format.
+Must not know how folders are named, staged or tracked. Files hold tensors and plain containers only, so they load with
+``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from rlsync.errors import CheckpointError
+from rlsync.megatron.model import gather_parameters, unwrap
+from rlsync.megatron.parallel import current_topology
+
+RANK_STATE_FILE = "model_optim_rng.pt"
+DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
+
+_CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
+
+
+def save_rank_state(
+    folder: Path | str,
+    models: Sequence[torch.nn.Module],
+    *,
+    step: int,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> None:
+    """Write the state of one tensor- and pipeline-parallel position; its first data-parallel rank writes for all.
+
+    Collective over the DP group; other groups may write at other times.
+
+    Args:
+        folder: existing folder of this position (``mp_rank_TT[_PPP]``).
+        models: chunks of this rank.
+        step: optimizer steps taken so far.
+        optimizer: left out, together with ``distrib_optim.pt``, when None.
+        scheduler: left out when None.
+    """
+    state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
+    parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
+    if _writes():
+        torch.save(state, Path(folder, RANK_STATE_FILE))
+        if parameters is not None:
+            torch.save(parameters, Path(folder, DISTRIBUTED_OPTIMIZER_FILE))
+
+
+def load_rank_state(
+    folder: Path | str,
+    models: Sequence[torch.nn.Module],
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> int:
+    """Restore what ``save_rank_state`` wrote, under the same topology; training then continues bit for bit.
+
+    Collective over the DP group. Everything is checked before anything changes.
+
+    Returns:
+        The number of optimizer steps taken when it was written.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
+            lacks the optimizer or schedule asked for.
+    """
+    state = _read(Path(folder, RANK_STATE_FILE))
+    parameters = None
+    if optimizer is not None and _distributed_parts(optimizer):
+        # Only the first data-parallel rank reads the file; the others take their shards from it.
+        path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the run that wrote this folder used no distributed optimizer, this one does")
+        parameters = _read(path) if _writes() else None
+    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
+    if optimizer is not None:
+        restore_distributed_optimizer_state(parameters, optimizer)
+    return step
+
+
+def rank_state(
+    models: Sequence[torch.nn.Module],
+    *,
+    step: int,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> dict[str, Any]:
+    """Content of ``model_optim_rng.pt``, equal on the DP group. Collective over the DP group.
+
+    Tensors of the model and of a non-distributed optimizer are the live ones, not copies.
+    """
+    gather_parameters(models)
+    state: dict[str, Any] = {
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        "iteration": step,
+        "topology": asdict(current_topology(models)),
+        "rng_state": _gathered_rng_states(),
+        **{key: dict(_tensors(model)) for key, model in _keyed(models)},
+    }
+    if optimizer is not None:
+        _allocate_adam_state(optimizer)
+        state["optimizer"] = optimizer.state_dict()
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    return state
+
+
+def restore_rank_state(
+    state: Mapping[str, Any],
+    models: Sequence[torch.nn.Module],
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    source: str = "the state given",
+) -> int:
+    """Put back what ``rank_state`` returned; returns its step. Not collective.
+
+    A distributed optimizer is complete only after ``restore_distributed_optimizer_state``.
+
+    Raises:
+        CheckpointError: as ``load_rank_state``; ``source`` names the state in its messages.
+    """
+    _check_complete(state, optimizer, scheduler, source)
+    _check_topology(state["topology"], asdict(current_topology(models)), source)
+    chunks = [(dict(_tensors(model)), _section(state, key, source)) for key, model in _keyed(models)]
+    for live, stored in chunks:
+        _check_tensors(live, stored, source)
+    with torch.no_grad():
+        for live, stored in chunks:
+            for name, tensor in live.items():
+                tensor.copy_(stored[name])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        _separate_steps(optimizer)
+    if scheduler is not None:
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+    _set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+    return int(state["iteration"])
+
+
+def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:
+    """Content of ``distrib_optim.pt``: main parameters and moments of the whole DP group, float32 on the CPU.
+
+    None on all data-parallel ranks but the first, and everywhere when the optimizer is not distributed. Collective over
+    the DP group.
+    """
+    parts = _distributed_parts(optimizer)
+    _allocate_adam_state(optimizer)
+    states = [part.get_parameter_state_dp_zero() for part in parts]
+    return states if parts and _writes() else None
+
+
+def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer: MegatronOptimizer) -> None:
+    """Put back what ``distributed_optimizer_state`` returned; ``states`` counts on the first data-parallel rank only.
+
+    Does nothing for other optimizers. Collective over the DP group.
+    """
+    for index, part in enumerate(_distributed_parts(optimizer)):
+        part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
+
+
+def _writes() -> bool:
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def _keyed(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """Chunks under the keys Megatron gives them."""
+    return [("model", models[0])] if len(models) == 1 else [(f"model{index}", model) for index, model in enumerate(models)]
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by local name, without TransformerEngine's ``_extra_state``."""
+    for name, value in unwrap(model).state_dict().items():
+        if not name.endswith("_extra_state"):
+            yield name, value.detach()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+
+
+def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give a distributed optimizer that has taken no step yet the zeros that its first step would start from.
+
+    Its ``state_dict`` of Megatron 0.16 asserts that there is a state; under fp16 the first steps may all be skipped.
+    """
+    for part in _distributed_parts(optimizer):
+        if part.optimizer is None or part.optimizer.state:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for values in part.optimizer.state.values():
+                values["step"] = torch.tensor(0.0)
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter its own step counter.
+
+    ``DistributedOptimizer.load_state_dict`` of Megatron 0.16 hands one tensor to all of them, and torch's Adam then
+    counts a step for each parameter.
+    """
+    for part in _distributed_parts(optimizer):
+        for values in part.optimizer.state.values() if part.optimizer is not None else ():
+            if isinstance(values.get("step"), Tensor):
+                values["step"] = values["step"].clone()
+
+
+def _gathered_rng_states() -> list[dict[str, Any]]:
+    """Random state of each rank of the DP group, in its order."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(states, _rng_state(), group=group)
+    return states
+
+
+def _rng_state() -> dict[str, Any]:
+    generator, keys, *rest = numpy.random.get_state()
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": (generator, keys.tolist(), *rest),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["random_rng_state"])
+    generator, keys, *rest = state["np_rng_state"]
+    numpy.random.set_state((generator, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["rng_tracker_states"]))
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def _section(state: Mapping[str, Any], key: str, source: str) -> Any:
+    if key not in state:
+        raise CheckpointError(f"{source} holds no {key!r}, only {', '.join(sorted(state))}")
+    return state[key]
+
+
+def _check_complete(
+    state: Mapping[str, Any], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None, source: str
+) -> None:
+    _section(state, "iteration", source)
+    _section(state, "topology", source)
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    if len(_section(state, "rng_state", source)) != ranks:
+        raise CheckpointError(f"{source} holds the random states of {len(state['rng_state'])} data-parallel ranks, {ranks} are running")
+    if optimizer is not None:
+        _section(state, "optimizer", source)
+    if scheduler is not None:
+        _section(state, "opt_param_scheduler", source)
+
+
+def _check_topology(stored: Mapping[str, Any], running: Mapping[str, Any], source: str) -> None:
+    different = [f"{name} {stored.get(name)} then, {value} now" for name, value in running.items() if stored.get(name) != value]
+    if different:
+        raise CheckpointError(f"{source} was written under another topology: {'; '.join(different)}")
+
+
+def _check_tensors(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+    findings = [f"{name} is missing" for name in live if name not in stored]
+    findings += [f"{name} is unexpected" for name in stored if name not in live]
+    findings += [
+        f"{name}: expected {tuple(tensor.shape)} {tensor.dtype}, got {tuple(stored[name].shape)} {stored[name].dtype}"
+        for name, tensor in live.items()
+        if name in stored and (stored[name].shape != tensor.shape or stored[name].dtype != tensor.dtype)
+    ]
+    if findings:
+        raise CheckpointError(f"{source} does not hold this model: {'; '.join(findings)}")
