@@ -54,7 +54,9 @@ class Sums:
 
     @staticmethod
     def of(**pairs: tuple[Tensor | float, Tensor | float]) -> Sums:
-        return Sums({name: torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in pair]) for name, pair in pairs.items()})
+        return Sums(
+            {name: torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in pair]) for name, pair in pairs.items()}
+        )
 
     @staticmethod
     def total(parts: Iterable[Sums]) -> Sums:
@@ -221,15 +223,18 @@ def policy_loss(
     def sum_of(values: Tensor) -> Tensor:
         return aggregation_numerator(values, mask, options.loss_agg_func)
 
-    stopped = _exceeds(ratio, mask, options.early_stop_imp_ratio)
-    numerator = policy = sum_of(token_loss) * (0.0 if stopped else 1.0)
-    terms = {"policy_loss": policy}
+    numerator = sum_of(token_loss)
+    terms = {"policy_loss": numerator}
     if entropy is not None:
         terms["entropy_loss"] = sum_of(entropy)
-        numerator = numerator - options.entropy_bonus * terms["entropy_loss"] * (0.0 if stopped else 1.0)
+        numerator = numerator - options.entropy_bonus * terms["entropy_loss"]
     if reference_logprobs is not None:
         terms["kl_loss"] = sum_of(kl_penalty(logprobs, reference_logprobs, options.kl_penalty_type))
-        numerator = numerator + options.kl_beta * terms["kl_loss"] * (0.0 if stopped else 1.0)
+        numerator = numerator + options.kl_beta * terms["kl_loss"]
+    stopped = _exceeds(ratio, mask, options.early_stop_imp_ratio)
+    if stopped:
+        # Still a function of logprobs, because every rank must run the same backward.
+        numerator = 0.0 * torch.where(mask, logprobs, 0.0).sum()
     denominator = aggregation_denominator(mask, options.loss_agg_func)
     quotients = {name: (value, denominator) for name, value in {**terms, "final_loss": numerator}.items()}
     log_ratio = (logprobs - old_logprobs).detach()
@@ -240,7 +245,7 @@ def policy_loss(
 
 def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, options: PolicyLossOptions) -> Tensor:
     """(B, T): exp of the (clamped) log ratio; 1 outside the mask."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
     if options.clip_log_ratio_min is not None or options.clip_log_ratio_max is not None:
         log_ratio = log_ratio.clamp(min=options.clip_log_ratio_min, max=options.clip_log_ratio_max)
     return log_ratio.exp()

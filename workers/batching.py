@@ -55,7 +55,9 @@ def micro_batches_by_tokens(lengths: Sequence[int], max_tokens: int, *, min_batc
     while True:
         count = -(-count // multiple_of) * multiple_of
         if count > len(lengths):
-            raise ConfigError(f"{len(lengths)} samples cannot fill {count} micro-batches (a multiple of {multiple_of}, at least {min_batches})")
+            raise ConfigError(
+                f"{len(lengths)} samples cannot fill {count} micro-batches (a multiple of {multiple_of}, at least {min_batches})"
+            )
         batches = _spread(lengths, count)
         if max(sum(lengths[i] for i in batch) for batch in batches) <= max_tokens:
             return batches

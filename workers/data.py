@@ -49,7 +49,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
 
 
-def load_problems(paths: Sequence[str], *, prompt_key: str = "prompt", answer_key: str = "solutions", data_size: int | None = None) -> list[Problem]:
+def load_problems(
+    paths: Sequence[str], *, prompt_key: str = "prompt", answer_key: str = "solutions", data_size: int | None = None
+) -> list[Problem]:
     """Problems of JSONL files (an object per line) or ``.json`` files (an array of objects), in file order.
 
     Two forms are read: ``prompt_key`` with a string or a message list and ``answer_key`` with a string, a number or a
@@ -124,7 +126,8 @@ class PromptDataset(Dataset[Prompt]):
         self.num_too_long = sum(len(row) > limit for row in ids)
         kept = [i for i, row in enumerate(ids) if len(row) <= limit or not form.filter_prompt_by_length]
         self._prompts = tuple(
-            Prompt(index=index, text=texts[i], token_ids=tuple(ids[i][-limit:]), answers=problems[i].answers) for index, i in enumerate(kept)
+            Prompt(index=index, text=texts[i], token_ids=tuple(ids[i][-limit:]), answers=problems[i].answers)
+            for index, i in enumerate(kept)
         )
 
     def __len__(self) -> int:
@@ -227,7 +230,7 @@ class PromptLoader:
         saved, present = state["order"], self._identity()
         if saved != present:
             changed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in present if saved.get(name) != present[name])
-            raise CheckpointError(f"data position does not fit this run: saved with other settings ({changed}); restore them or start fresh")
+            raise CheckpointError(f"data position was saved with other settings ({changed}); restore them or start fresh")
         self._loader.load_state_dict(dict(state["loader"]))
 
     def _identity(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ def _devices(component: str, value: Any, num_devices: int | None) -> tuple[int, 
         if num_devices is None:
             raise ConfigError(f"{where}: `all` needs GPUs, and there are none; name process slots instead, e.g. 0-1")
         return tuple(range(num_devices))
-    if isinstance(value, Mapping) or isinstance(value, bool) or (isinstance(value, str) and ":" in value):
+    if isinstance(value, (Mapping, bool)) or (isinstance(value, str) and ":" in value):
         raise ConfigError(f"{where}: {value!r} is not supported; give device numbers: all, 3, 0-3 or 0,1,2")
     parts = value if isinstance(value, (list, tuple)) else [value]
     numbers = [n for part in parts for piece in str(part).split(",") for n in _range(where, piece.strip())]
@@ -120,7 +120,7 @@ def _range(where: str, piece: str) -> range:
 
 def _unknown_component(name: str) -> str:
     if name == "inference":
-        return "cluster.component_placement: a separate inference component is not supported; the actor recomputes log-probabilities. Remove it"
+        return "cluster.component_placement: remove inference; the actor recomputes log-probabilities itself"
     near = difflib.get_close_matches(name, _COMPONENTS, n=1, cutoff=0.0)
     return f"cluster.component_placement: unknown component {name!r}; did you mean {near[0]!r}?"
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rlsync.errors import RlsyncError
 
@@ -26,6 +25,8 @@ from rlsync.errors import RlsyncError
 _GRACE_S = 5.0
 _START_TIMEOUT_S = 60.0
 _REPOSITORY = Path(__file__).resolve().parents[1]
+
+Answers = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class _Process:
 
     def __init__(self) -> None:
         self._stderr = tempfile.TemporaryFile()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_REPOSITORY), os.environ.get("PYTHONPATH", ""))), "OMP_NUM_THREADS": "1"}
+        search_path = os.pathsep.join((str(_REPOSITORY), os.environ.get("PYTHONPATH", "")))
+        environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "workers.verifier"],
             stdin=subprocess.PIPE,
@@ -136,7 +138,7 @@ class VerifierPool:
             process.end()
         self._processes = []
 
-    def check(self, responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[bool]:
+    def check(self, responses: Sequence[str], answers: Answers) -> list[bool]:
         """Whether each response's final answer equals any of its reference answers.
 
         Args:
@@ -159,7 +161,7 @@ class VerifierPool:
                 self._collect(results, waiting, responses, answers, selector)
         return results
 
-    def _feed(self, slot: int, waiting: deque[int], responses: Sequence[str], answers: Sequence[Sequence[str]], selector: Any) -> None:
+    def _feed(self, slot: int, waiting: deque[int], responses: Sequence[str], answers: Answers, selector: selectors.BaseSelector) -> None:
         if not waiting:
             return
         task = waiting.popleft()
@@ -169,7 +171,9 @@ class VerifierPool:
             self._processes[slot].give(task, responses[task], answers[task], self._timeout_s)
         selector.register(self._processes[slot].stdout, selectors.EVENT_READ, slot)
 
-    def _collect(self, results: list[bool], waiting: deque[int], responses: Sequence[str], answers: Sequence[Sequence[str]], selector: Any) -> None:
+    def _collect(
+        self, results: list[bool], waiting: deque[int], responses: Sequence[str], answers: Answers, selector: selectors.BaseSelector
+    ) -> None:
         """Take in what is ready, end what is overdue, and hand out new tasks."""
         soonest_s = min(process.deadline_s for process in self._processes)
         ready = {event.data for event, _ in selector.select(max(0.0, soonest_s - time.monotonic()))}
@@ -194,6 +198,6 @@ class VerifierPool:
         self._processes[slot].wait_ready()
 
 
-def score(pool: VerifierPool, scale: RewardScale, responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+def score(pool: VerifierPool, scale: RewardScale, responses: Sequence[str], answers: Answers) -> list[float]:
     """Reward of each response."""
     return [scale.reward(correct) for correct in pool.check(responses, answers)]

@@ -43,7 +43,7 @@ def main() -> None:
     # math-verify and sympy may print; the answers have the real standard output to themselves.
     answers_out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    silent = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
+    silent = open(os.devnull, "w")
     answers_out.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         task = json.loads(line)

@@ -1,16 +1,16 @@
 """Configuration of a GRPO run: hydra's yaml in, frozen dataclasses out.
 
-    register_resolvers(); sys.argv[1:] = lenient_overrides(sys.argv[1:])     # before hydra.main
-    config = load_config(composed)                                           # RunConfig, validated
-    validate_model(config, hf_config)                                        # once config.json is read
-    dp_size = validate_world(config, actor_world_size)                       # once the placement is resolved
+register_resolvers(); sys.argv[1:] = lenient_overrides(sys.argv[1:])     # before hydra.main
+config = load_config(composed)                                           # RunConfig, validated
+validate_model(config, hf_config)                                        # once config.json is read
+dp_size = validate_world(config, actor_world_size)                       # once the placement is resolved
 """
 
 from __future__ import annotations
 
 from workers.config.actor import ActorConfig, Precision
-from workers.config.describe import KeyDescription, config_table, describe_config
 from workers.config.command_line import lenient_overrides, register_resolvers
+from workers.config.describe import KeyDescription, config_table, describe_config
 from workers.config.load import config_as_dict, load_config
 from workers.config.schema import (
     AlgorithmConfig,

@@ -130,7 +130,8 @@ class MegatronConfig:
     """``actor.megatron``: runtime and checkpoint switches."""
 
     mbridge: bool | None = key(
-        None, "True: read HF weights directly and write `hf_model/` with each checkpoint; False or null: convert once to a Megatron checkpoint"
+        None,
+        "True: read HF weights directly and save `hf_model/` too; False or null: convert once to a Megatron checkpoint",
     )
     use_hf_ckpt: bool = key(True, "start from HF weights; False needs actor.model.megatron_checkpoint or runner.resume_dir")
     ckpt_convertor: CkptConvertorConfig = key(CkptConvertorConfig(), "")

@@ -35,10 +35,11 @@ class _Findings:
     def _suggestion(self, dotted: str) -> str:
         parent, _, leaf = dotted.rpartition(".")
         siblings = {k.rpartition(".")[2]: k for k in self.known if k.rpartition(".")[0] == parent}
+        elsewhere = [k for k in self.known if k.rpartition(".")[2] == leaf]
         near = difflib.get_close_matches(leaf, list(siblings), n=1, cutoff=0.7)
-        if near:
+        if near and not elsewhere:
             return f"did you mean {siblings[near[0]]}?"
-        near = [k for k in self.known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(dotted, self.known, n=1, cutoff=0.0)
+        near = elsewhere or difflib.get_close_matches(dotted, self.known, n=1, cutoff=0.0)
         return f"did you mean {near[0]}?"
 
 
@@ -69,8 +70,8 @@ def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def section_of(annotation: Any) -> type | None:
     """The dataclass of a section key (also when optional), or None for a plain key."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return next((option for option in options if is_dataclass(option)), None)
+    options: tuple[Any, ...] = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Findings) -> Any:
@@ -78,7 +79,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Finding
     declared = {f.name: f for f in fields(cls)}
     for name, value in values.items():
         if name not in declared and not findings.tolerate(prefix + str(name), value):
-            _report_unknown(prefix + str(name), value, findings)
+            findings.unknown(prefix + str(name))
     arguments: dict[str, Any] = {}
     for name, declaration in declared.items():
         dotted, section = prefix + name, section_of(hints[name])
@@ -94,18 +95,6 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Finding
             findings.errors.append(f"{dotted} is required: {declaration.metadata['doc']}")
             arguments[name] = None
     return cls(**arguments)
-
-
-def _report_unknown(dotted: str, value: Any, findings: _Findings) -> None:
-    """Descend first: an unknown section may hold keys that are tolerated one by one."""
-    if isinstance(value, Mapping) and value:
-        rest = [(f"{dotted}.{k}", v) for k, v in value.items() if not findings.tolerate(f"{dotted}.{k}", v)]
-        if len(rest) == len(value):
-            findings.unknown(dotted)
-        for name, _ in rest if len(rest) < len(value) else ():
-            findings.unknown(name)
-    else:
-        findings.unknown(dotted)
 
 
 def _convert_or_report(value: Any, annotation: Any, dotted: str, findings: _Findings) -> Any:

@@ -6,7 +6,8 @@ Nothing here runs at import; the entry point calls ``register_resolvers`` and ``
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -23,7 +24,7 @@ _DOTTED_OVERRIDE = re.compile(r"^\+?(?P<key>[A-Za-z_]\w*(?:\.\w+)+)=")
 
 def register_resolvers() -> None:
     """Make ``${multiply:}``, ``${int_div:}``, ``${subtract:}``, ``${not:}`` and ``${torch.dtype:}`` known to OmegaConf. Idempotent."""
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "multiply": lambda a, b: a * b,
         "int_div": lambda a, b: a // b,
         "subtract": lambda a, b: a - b,

@@ -6,9 +6,12 @@ error, not a warning. Shipped yamls contain none of these keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from rlsync.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,18 @@ _OFF = (False, None)
 INERT = (
     Inert(("rollout.sglang", "rollout.weight_reload"), "SGLang only; engines are vLLM"),
     Inert(("cluster.auto_scheduler",), "automatic scheduling is not supported", _OFF),
-    Inert(("cluster.use_pre_process_policy", "cluster.use_wait_before_last_iter_policy", "cluster.recreate_nccl_groups"), "automatic scheduling only"),
+    Inert(
+        ("cluster.use_pre_process_policy", "cluster.use_wait_before_last_iter_policy", "cluster.recreate_nccl_groups"),
+        "automatic scheduling only",
+    ),
     Inert(("cluster.profiling", "cluster.tracer"), "no cluster profiler"),
     Inert(
-        ("algorithm.rollout_batch_size_per_gpu", "algorithm.val_rollout_batch_size_per_gpu", "data.val_rollout_batch_size", "data.validation_shuffle"),
+        (
+            "algorithm.rollout_batch_size_per_gpu",
+            "algorithm.val_rollout_batch_size_per_gpu",
+            "data.val_rollout_batch_size",
+            "data.validation_shuffle",
+        ),
         "no validation rollout is run and engines schedule their own batches",
     ),
     Inert(("algorithm.max_num_gen_batches",), "raise data.rollout_batch_size instead", (1, None)),
@@ -66,12 +77,17 @@ INERT = (
     Inert(("actor.calculate_flops",), "no FLOP counter", _OFF),
     Inert(("actor.optim.optimizer_enable_pin",), "offload buffers are always pinned"),
     Inert(
-        ("actor.megatron.tp_comm_bootstrap_backend", "actor.megatron.tp_comm_overlap_cfg"), "TransformerEngine communication overlap is not used"
+        ("actor.megatron.tp_comm_bootstrap_backend", "actor.megatron.tp_comm_overlap_cfg"),
+        "no communication overlap in TransformerEngine",
     ),
     Inert(("actor.megatron.use_profiler",), "no profiler in the actor", _OFF),
     Inert(("actor.megatron.profiler",), "no profiler in the actor"),
     Inert(("actor.megatron.ckpt_format",), "checkpoints are rank shards", ("torch", None)),
-    Inert(("actor.megatron.use_dist_ckpt", "actor.megatron.ckpt_fully_parallel_save", "actor.megatron.async_save"), "checkpoints are rank shards", _OFF),
+    Inert(
+        ("actor.megatron.use_dist_ckpt", "actor.megatron.ckpt_fully_parallel_save", "actor.megatron.async_save"),
+        "checkpoints are rank shards",
+        _OFF,
+    ),
     Inert(
         ("actor.megatron.exit_on_missing_checkpoint", "actor.megatron.finetune", "actor.megatron.train_iters"),
         "runner.resume_dir and runner.max_steps decide",
@@ -105,3 +121,28 @@ INERT = (
 def find_inert(dotted: str) -> Inert | None:
     """The first entry that covers a dotted key, or None."""
     return next((entry for entry in INERT if entry.covers(dotted)), None)
+
+
+def inert_reason(dotted: str, value: Any) -> str | None:
+    """Why a key, or a section with all its keys, has no effect here; None when it is not a known one.
+
+    Raises:
+        ConfigError: it switches on a feature that is not supported.
+    """
+    reason = None
+    for name, leaf in _leaves(dotted, value):
+        entry = find_inert(name)
+        if entry is None:
+            return None
+        if entry.only and leaf not in entry.only:
+            raise ConfigError(f"{name}={leaf!r}: {entry.reason}; set it to {entry.only[0]!r} or remove it")
+        reason = entry.reason
+    return reason
+
+
+def _leaves(dotted: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{dotted}.{name}", inner)
+    else:
+        yield dotted, value

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
 from workers.config.build import build
-from workers.config.inert import find_inert
+from workers.config.inert import inert_reason
 from workers.config.schema import RunConfig
 from workers.config.validate import validate
 
@@ -36,12 +36,10 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     inert: dict[str, list[str]] = {}
 
     def tolerate(dotted: str, value: Any) -> bool:
-        entry = find_inert(dotted)
-        if entry is None:
+        reason = inert_reason(dotted, value)
+        if reason is None:
             return False
-        if entry.only and value not in entry.only:
-            raise ConfigError(f"{dotted}={value!r}: {entry.reason}; set it to {entry.only[0]!r} or remove it")
-        inert.setdefault(entry.reason, []).append(dotted)
+        inert.setdefault(reason, []).append(dotted)
         return True
 
     config = _derive(build(RunConfig, _resolve(composed), tolerate))

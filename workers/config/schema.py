@@ -56,7 +56,7 @@ class RunnerConfig:
     max_tokens_per_mbs: int | None = key(None, "token budget of a micro-batch when enable_dynamic_batch_size; null: seq_length")
     resume_dir: str | None = key(None, "`global_step_N` folder to continue from, `auto` for the newest complete one, null: start fresh")
     experiment_name: str = key(doc="name of the run and of its output folder")
-    output_dir: str = key("../results", "folder that holds the folders of all runs")
+    output_dir: str = key("results", "folder that holds the folders of all runs")
     per_worker_log: bool = key(False, "also write each worker's log under `<log_path>/worker_logs`")
 
 
@@ -212,13 +212,12 @@ class ArithmeticConfig:
 
     path: str = key(doc="folder that receives model/, train.jsonl and supervised.jsonl")
     seed: int = key(0, "of weights and problems")
-    modulus: int = key(10, "answers are (a + b) mod this")
+    max_operand: int = key(9, "problems are a+b with both operands from 0 to this")
     num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition")
-    num_supervised: int = key(2048, "lines of supervised.jsonl, drawn with repetition")
-    supervised_fraction: float = key(0.5, "share of all operand pairs that may occur in supervised.jsonl")
-    supervised_noise: float = key(0.0, "share of supervised lines with a wrong answer")
-    hidden_size: int = key(64, "")
-    num_layers: int = key(2, "")
+    num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition")
+    supervised_noise: float = key(0.6, "share of supervised lines with a wrong answer; what GRPO has to unlearn")
+    hidden_size: int = key(64, "of the model; a multiple of 32, the smallest head vLLM runs on CPU")
+    num_layers: int = key(2, "of the model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,12 +31,16 @@ def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     heads = int(hf_config["num_attention_heads"])
     kv_heads = int(hf_config.get("num_key_value_heads") or heads)
     found = []
-    for who, size in (("actor.model.tensor_model_parallel_size", tp), ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size)):
+    for who, size in (
+        ("actor.model.tensor_model_parallel_size", tp),
+        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
+    ):
         if heads % size:
             found.append(f"num_attention_heads ({heads}) must be divisible by {who} ({size})")
         if kv_heads % size and size % kv_heads:
             found.append(f"num_key_value_heads ({kv_heads}) must divide or be divisible by {who} ({size})")
-    layers, stages = int(hf_config["num_hidden_layers"]), model.pipeline_model_parallel_size * (model.virtual_pipeline_model_parallel_size or 1)
+    virtual = model.virtual_pipeline_model_parallel_size
+    layers, stages = int(hf_config["num_hidden_layers"]), model.pipeline_model_parallel_size * (1 if virtual is None else virtual)
     uneven = model.decoder_first_pipeline_num_layers is not None or model.decoder_last_pipeline_num_layers is not None
     if not uneven and layers % stages:
         found.append(
@@ -75,9 +79,7 @@ def validate_world(config: RunConfig, actor_world_size: int) -> int:
 def _runner(config: RunConfig) -> Iterator[str]:
     runner = config.runner
     if runner.seq_length <= config.data.max_prompt_length:
-        yield (
-            f"runner.seq_length ({runner.seq_length}) must be greater than data.max_prompt_length ({config.data.max_prompt_length})"
-        )
+        yield (f"runner.seq_length ({runner.seq_length}) must be greater than data.max_prompt_length ({config.data.max_prompt_length})")
     new = config.algorithm.sampling_params.max_new_tokens
     if new is not None and new > 0 and config.data.max_prompt_length + new > max(runner.seq_length, config.data.max_prompt_length + 1):
         yield (
@@ -110,17 +112,24 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
             f"algorithm.sampling_params.temperature ({algorithm.sampling_params.temperature}) must be greater than 0; "
             "do_sample=False decodes greedily"
         )
-    if config.reward.reward_min_val >= config.reward.reward_max_val:
-        yield f"reward.reward_min_val ({config.reward.reward_min_val}) must be less than reward.reward_max_val ({config.reward.reward_max_val})"
+    wrong, correct = config.reward.reward_min_val, config.reward.reward_max_val
+    if wrong >= correct:
+        yield f"reward.reward_min_val ({wrong}) must be less than reward.reward_max_val ({correct})"
 
 
 def _batches(config: RunConfig) -> Iterator[str]:
     algorithm, actor = config.algorithm, config.actor
     samples = config.data.rollout_batch_size * algorithm.group_size
     if algorithm.n_minibatches < 1 or samples % algorithm.n_minibatches:
-        yield f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by algorithm.n_minibatches ({algorithm.n_minibatches})"
+        yield (
+            f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by "
+            f"algorithm.n_minibatches ({algorithm.n_minibatches})"
+        )
     elif actor.global_batch_size != samples // algorithm.n_minibatches:
-        yield f"actor.global_batch_size ({actor.global_batch_size}) must be rollout_batch_size x group_size // n_minibatches = {samples // algorithm.n_minibatches}; leave it out"
+        yield (
+            f"actor.global_batch_size ({actor.global_batch_size}) must be rollout_batch_size x group_size // n_minibatches = "
+            f"{samples // algorithm.n_minibatches}; leave it out"
+        )
     if actor.micro_batch_size != algorithm.training_batch_size_per_gpu:
         yield (
             f"actor.micro_batch_size ({actor.micro_batch_size}) must equal algorithm.training_batch_size_per_gpu "
@@ -189,7 +198,10 @@ def _schedule(actor: ActorConfig) -> Iterator[str]:
     schedule = actor.lr_sched
     decays = (schedule.start_weight_decay, schedule.end_weight_decay)
     if schedule.lr_decay_style == "constant" and decays != (None, None):
-        yield "actor.lr_sched: start_weight_decay and end_weight_decay must be left out when lr_decay_style is constant; actor.optim.weight_decay applies"
+        yield (
+            "actor.lr_sched: start_weight_decay and end_weight_decay must be left out when lr_decay_style is constant; "
+            "actor.optim.weight_decay applies"
+        )
     if schedule.lr_decay_style != "constant" and None in decays:
         yield f"actor.lr_sched: lr_decay_style {schedule.lr_decay_style} needs start_weight_decay and end_weight_decay"
 

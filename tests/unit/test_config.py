@@ -1,0 +1,334 @@
+"""Claims about loading a run configuration: real hydra, every shipped yaml, and a yaml written for another runner."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from rlsync.errors import ConfigError
+from workers.config import (
+    RunConfig,
+    config_as_dict,
+    config_table,
+    describe_config,
+    lenient_overrides,
+    load_config,
+    register_resolvers,
+    validate_model,
+    validate_world,
+)
+from workers.config.build import dotted_keys
+from workers.config.inert import find_inert
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "reasoning"
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def shipped(name: str = "arithmetic-grpo-megatron", *overrides: str) -> RunConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return load_config(compose(name, overrides=lenient_overrides(overrides)))
+
+
+def minimal(**sections: Any) -> dict[str, Any]:
+    """The required keys, with sections merged over them."""
+    base = {
+        "cluster": {"component_placement": {"actor,rollout,reward": "0"}},
+        "runner": {"seq_length": 32, "experiment_name": "x"},
+        "rollout": {"model": {"model_path": "/model"}},
+        "data": {"train_data_paths": ["a.jsonl"], "max_prompt_length": 8, "rollout_batch_size": 4},
+    }
+    return OmegaConf.to_container(OmegaConf.merge(base, sections))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_loads_without_inert_keys(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = shipped(name)
+    assert not caplog.records
+    assert config.rollout.rollout_backend == "vllm" and config.actor.megatron.mbridge is True
+
+
+def test_the_configs_users_ask_for_by_name_exist() -> None:
+    assert {"arithmetic-grpo-megatron", "qwen2.5-1.5b-grpo-megatron", "qwen2.5-7b-grpo-megatron"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("form", ["{}", "+{}", "++{}"])
+@pytest.mark.parametrize("key", ["actor.megatron.mbridge", "actor.model.make_vocab_size_divisible_by"], ids=["in yaml", "absent from yaml"])
+def test_every_override_form_sets_a_key(form: str, key: str) -> None:
+    value = "False" if key.endswith("mbridge") else "64"
+    config = shipped("arithmetic-grpo-megatron", form.format(f"{key}={value}"))
+    found = config.actor.megatron.mbridge if key.endswith("mbridge") else config.actor.model.make_vocab_size_divisible_by
+    assert str(found) == value
+
+
+def test_hydra_alone_refuses_both_forms() -> None:
+    """Why lenient_overrides exists."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with pytest.raises(HydraException):
+            compose("arithmetic-grpo-megatron", overrides=["+actor.megatron.mbridge=True"])
+        with pytest.raises(HydraException):
+            compose("arithmetic-grpo-megatron", overrides=["actor.model.make_vocab_size_divisible_by=64"])
+
+
+def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import hydra
+            from workers.config import lenient_overrides, load_config, register_resolvers
+
+            @hydra.main(version_base="1.3", config_path=None)
+            def main(composed):
+                config = load_config(composed)
+                print("FOUND", config.actor.megatron.mbridge, config.actor.megatron.no_load_rng, config.runner.logger.log_path)
+
+            register_resolvers()
+            sys.argv[1:] = lenient_overrides(sys.argv[1:])
+            main()
+            """
+        )
+    )
+    arguments = ["--config-path", str(CONFIGS), "--config-name", "qwen2.5-1.5b-grpo-megatron"]
+    arguments += ["+actor.megatron.mbridge=True", "actor.megatron.no_load_rng=True", "runner.output_dir=/out", "hydra.job.name=n"]
+    done = subprocess.run(
+        [sys.executable, str(entry), *arguments],
+        env={"PYTHONPATH": str(CONFIGS.parents[1]), "PATH": "/usr/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "FOUND True True /out/grpo-1.5b" in done.stdout, done.stdout + done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["entry.py"], "hydra must leave no folders behind"
+
+
+def test_lenient_overrides_leaves_options_groups_and_hydra_keys_alone() -> None:
+    untouched = ["--config-name", "x", "hydra.run.dir=.", "+base=grpo", "~actor.optim.lr", "++a.b=1", "-m", "base/x=y"]
+    assert lenient_overrides(untouched) == untouched
+
+
+def test_unknown_keys_are_all_reported_with_the_nearest_known_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(actor={"megatron": {"mbrige": True}}, algorithm={"grup_size": 4}, weight_sink={"a": 1}))
+    message = str(caught.value)
+    assert "unknown key actor.megatron.mbrige: did you mean actor.megatron.mbridge?" in message
+    assert "unknown key algorithm.grup_size: did you mean algorithm.group_size?" in message
+    assert "unknown key weight_sink: did you mean weight_sync?" in message
+
+
+def test_unknown_key_from_the_command_line_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"runner\.max_step\b.*did you mean runner\.max_steps"):
+        shipped("arithmetic-grpo-megatron", "runner.max_step=3")
+
+
+def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key actor\.group_size: did you mean algorithm\.group_size\?"):
+        load_config(minimal(actor={"group_size": 4}))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("algorithm", {"group_size": "many"}, "algorithm.group_size: expected a whole number, got 'many'"),
+        ("algorithm", {"group_size": True}, "algorithm.group_size: expected a whole number, got True"),
+        ("actor", {"model": {"precision": "int8"}}, "actor.model.precision: expected one of fp32, bf16, fp16, got 'int8'"),
+        ("rollout", {"rollout_backend": "sglang"}, "rollout.rollout_backend: expected one of vllm, got 'sglang'"),
+        ("actor", {"model": 3}, "actor.model: expected a section with keys, got 3"),
+        ("reward", {"timeout_s": "soon"}, "reward.timeout_s: expected a number, got 'soon'"),
+        ("runner", {"experiment_name": None}, "runner.experiment_name: expected a string, got None"),
+    ],
+)
+def test_a_wrong_type_names_key_expectation_and_value(section: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(**{section: values}))
+    assert message in str(caught.value)
+
+
+def test_missing_required_keys_are_named_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({})
+    for key in ("cluster.component_placement", "runner.seq_length", "rollout.model.model_path", "data.train_data_paths"):
+        assert f"{key} is required" in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_is_accepted_and_reaches_the_engine(precision: str) -> None:
+    config = load_config(minimal(actor={"model": {"precision": precision}}))
+    assert config.actor.model.precision == config.rollout.model.precision == precision
+
+
+def test_torch_dtype_resolver_gives_a_precision() -> None:
+    register_resolvers()
+    assert load_config(minimal(actor={"model": {"precision": "${torch.dtype:bfloat16}"}})).actor.model.precision == "bf16"
+
+
+def test_derived_keys_follow_their_sources() -> None:
+    config = load_config(
+        minimal(algorithm={"group_size": 8, "n_minibatches": 2, "training_batch_size_per_gpu": 4}, actor={"optim": {"lr": 3}})
+    )
+    assert (config.actor.micro_batch_size, config.actor.global_batch_size) == (4, 16)
+    assert config.actor.lr_sched.max_lr == 3.0 and config.actor.tokenizer.tokenizer_model == "/model"
+    assert config.actor.megatron.ckpt_convertor.hf_model_path == "/model"
+    assert config.algorithm.sampling_params.max_new_tokens == 24
+    assert config.rollout.return_logprobs is False
+    assert load_config(minimal(algorithm={"recompute_logprobs": False})).rollout.return_logprobs is True
+    assert load_config(minimal(algorithm={"importance_sampling_fix": True})).rollout.return_logprobs is True
+
+
+HF_INIT_REFUSED = "model.megatron_checkpoint should be None if use_hf_ckpt is True"
+CHECKPOINT_NEEDED = "model.megatron_checkpoint is required if use_hf_ckpt is False"
+
+
+@pytest.mark.parametrize(
+    ("use_hf_ckpt", "checkpoint", "resume_dir", "message"),
+    [
+        (True, None, None, None),
+        (True, "/ckpt", None, HF_INIT_REFUSED),
+        (True, "/ckpt", "auto", HF_INIT_REFUSED),
+        (False, "/ckpt", None, None),
+        (False, None, None, CHECKPOINT_NEEDED),
+        (False, None, "/results/checkpoints/global_step_10", None),
+        (False, None, "auto", None),
+    ],
+)
+@pytest.mark.parametrize("mbridge", [True, False, None])
+def test_where_initial_weights_may_come_from(
+    use_hf_ckpt: bool, checkpoint: str | None, resume_dir: str | None, message: str | None, mbridge: bool | None
+) -> None:
+    values = minimal(
+        actor={"model": {"megatron_checkpoint": checkpoint}, "megatron": {"use_hf_ckpt": use_hf_ckpt, "mbridge": mbridge}},
+        runner={"resume_dir": resume_dir},
+    )
+    if message is None:
+        load_config(values)
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(values)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"runner": {"seq_length": 8}}, "runner.seq_length (8) must be greater than data.max_prompt_length (8)"),
+        ({"runner": {"save_interval": 5, "val_check_interval": 2}}, "save_interval=5 must be divisible by val_check_interval=2"),
+        ({"algorithm": {"group_size": 1}}, "algorithm.group_size (1) must be greater than 1"),
+        (
+            {"algorithm": {"recompute_logprobs": False}, "rollout": {"return_logprobs": False}},
+            "algorithm.recompute_logprobs or rollout.return_logprobs must be True",
+        ),
+        ({"algorithm": {"n_minibatches": 3}}, "must be divisible by algorithm.n_minibatches (3)"),
+        ({"actor": {"global_batch_size": 7}}, "actor.global_batch_size (7) must be"),
+        ({"actor": {"lr_sched": {"lr_decay_style": "cosine"}}}, "lr_decay_style cosine needs start_weight_decay and end_weight_decay"),
+        ({"actor": {"lr_sched": {"start_weight_decay": 0.1, "end_weight_decay": 0.1}}}, "must be left out when lr_decay_style is constant"),
+        ({"actor": {"optim": {"fp16": True}}}, "actor.optim.fp16=True contradicts actor.model.precision=bf16"),
+        ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
+        ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),
+        ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),
+        ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
+        ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
+        ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
+        ({"weight_sync": {"num_slots": 1}}, "weight_sync.num_slots (1) must be 2 or 3"),
+        ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(**sections))
+    assert message in str(caught.value)
+
+
+def test_sglang_blocks_are_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    sglang = {"attention_backend": "triton", "decode_log_interval": 500000, "use_torch_compile": False, "enable_ep_moe": True}
+    with caplog.at_level(logging.WARNING):
+        load_config(minimal(rollout={"sglang": sglang, "weight_reload": "sync", "padding": None}))
+    assert len(caplog.records) == 1
+    assert "rollout.sglang, rollout.weight_reload (SGLang only" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"critic": {"use_critic_model": True}}, "critic.use_critic_model=True: GRPO has no critic"),
+        ({"reward": {"use_reward_model": True}}, "reward.use_reward_model=True: reward models are not supported"),
+        ({"cluster": {"auto_scheduler": True}}, "cluster.auto_scheduler=True"),
+        ({"actor": {"megatron": {"ckpt_format": "torch_dist"}}}, "actor.megatron.ckpt_format='torch_dist'"),
+    ],
+)
+def test_switching_on_what_is_not_supported_is_an_error(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(**sections))
+    assert message in str(caught.value)
+
+
+def test_a_yaml_written_for_another_megatron_grpo_runner_loads(caplog: pytest.LogCaptureFixture) -> None:
+    register_resolvers()
+    composed = OmegaConf.load(Path(__file__).with_name("foreign_grpo_megatron.yaml"))
+    with caplog.at_level(logging.WARNING):
+        config = load_config(composed)  # type: ignore[arg-type]
+    assert len(caplog.records) == 1
+    assert config.algorithm.sampling_params.max_new_tokens == 28672 - 1024
+    assert config.rollout.return_logprobs is False and config.actor.megatron.mbridge is None
+    assert config.actor.model.transformer_overrides()["recompute_num_layers"] == 20
+
+
+def test_no_key_is_both_read_and_inert() -> None:
+    assert [name for name in dotted_keys(RunConfig) if find_inert(name) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24, "model_type": "qwen2"}, None),
+        ({"num_attention_heads": 7, "num_key_value_heads": 1, "num_hidden_layers": 2}, "num_attention_heads (7) must be divisible by"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}, "num_key_value_heads (3) must divide"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}, "num_hidden_layers (3) must be divisible by"),
+    ],
+)
+def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], message: str | None) -> None:
+    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}))
+    if message is None:
+        validate_model(config, hf)
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate_model(config, hf)
+    assert message in str(caught.value)
+
+
+def test_model_type_must_match_the_folder() -> None:
+    hf = {"num_attention_heads": 4, "num_hidden_layers": 2, "model_type": "qwen2"}
+    validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen2.5"}})), hf)
+    with pytest.raises(ConfigError, match="model_type is qwen3"):
+        validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen3"}})), hf)
+
+
+def test_world_size_and_batches_must_divide() -> None:
+    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2}}, algorithm={"training_batch_size_per_gpu": 4}))
+    assert validate_world(config, 4) == 2
+    with pytest.raises(ConfigError, match="TP x PP x CP = 2 must divide"):
+        validate_world(config, 3)
+    with pytest.raises(ConfigError, match=r"must be divisible by the data-parallel size \(3\)"):
+        validate_world(config, 6)
+    with pytest.raises(ConfigError, match=r"micro_batch_size x data-parallel size \(4 x 16\)"):
+        validate_world(config, 32)
+
+
+def test_the_table_lists_every_key_once_and_the_dict_round_trips() -> None:
+    names = [description.name for description in describe_config()]
+    assert len(names) == len(set(names)) and "weight_sync.bucket_bytes" in names
+    assert "| `algorithm.group_size` | int | `8` |" in config_table()
+    config = shipped()
+    assert load_config(config_as_dict(config)) == config
