@@ -59,7 +59,7 @@ class FileWriter:
         assert tensor.device.type == "cpu", name
         self._missing.remove(name)
         self._stream.seek(self._begins[name])
-        self._stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self._stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> FileWriter:
         return self

@@ -160,7 +160,8 @@ class VocabPadded:
         strides = contiguous_strides(local)
         first, last = rank * rows, min((rank + 1) * rows, shape[0])
         real = max(0, last - first)
-        parts, padding = (), ()
+        parts: tuple[Part, ...] = ()
+        padding: tuple[Padding, ...] = ()
         if real:
             tail = shape[1:]
             parts = (Part(0, Box((first, *(0 for _ in tail)), (last, *tail)), 0, strides),)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from rlsync.families.rules import Bound, Flavour, Model
 from rlsync.geometry import BufferSpec, Fill, Piece, Placement
@@ -50,7 +51,9 @@ def megatron_placement(
     padded = padded_vocab_size(model.dims["vocab"], topology.tp_size, make_vocab_size_divisible_by)
     model = replace(model, dims={**model.dims, "padded_vocab": padded})
     tp_rank = topology.coordinates(rank).tp_rank
-    buffers, pieces, fills = [], [], []
+    buffers: list[BufferSpec] = []
+    pieces: list[Piece] = []
+    fills: list[Fill] = []
     for bound in owned_parameters(model, topology, rank):
         name = bound.rule.name(flavour, bound.layer)
         local = model.local_layout(bound, tp_rank, topology.tp_size)
@@ -60,6 +63,6 @@ def megatron_placement(
     return Placement(f"actor {rank}", tuple(buffers), tuple(pieces), tuple(fills))
 
 
-def megatron_placements(model: Model, topology: Topology, **options) -> tuple[Placement, ...]:
+def megatron_placements(model: Model, topology: Topology, **options: Any) -> tuple[Placement, ...]:
     """Placements of all ranks of a run. Options as in :func:`megatron_placement`."""
     return tuple(megatron_placement(model, topology, rank, **options) for rank in range(topology.world_size))

@@ -6,13 +6,16 @@ Source ``i`` of a plan is rank ``i`` of the group. Knows plans and tensors; know
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from rlsync.copy.cpu import Buffers, bind, bind_pack, bind_unpack, packed_bytes
 from rlsync.plan import Bucket, Copy, Plan
+
+_Key = TypeVar("_Key", int, tuple[int, int])
 
 
 class Exchange:
@@ -91,8 +94,8 @@ class Exchange:
         return torch.empty(packed_bytes(copies, item_bytes), dtype=torch.uint8, device=self._device)
 
 
-def _grouped(copies, key) -> dict:
-    groups = defaultdict(list)
+def _grouped(copies: Sequence[Copy], key: Callable[[Copy], _Key]) -> dict[_Key, list[Copy]]:
+    groups: dict[_Key, list[Copy]] = defaultdict(list)
     for copy in copies:
         groups[key(copy)].append(copy)
     return groups

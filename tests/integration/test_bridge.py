@@ -69,7 +69,7 @@ def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(model
         save_file(tensors, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         return str(tmp_path / kind)
 
-    wrong = {**tensors, "model.norm.weight": torch.ones(7), "model.layers.0.mlp.up_proj.weight": torch.ones(3, 64)}
+    wrong = {**tensors, "model.norm.weight": torch.ones(7), "model.layers.0.mlp.up_proj.weight": torch.ones(3, 128)}
     kinds = {
         "missing": broken("missing", {n: t for n, t in tensors.items() if not n.startswith("model.layers.2.self_attn.q_proj")}),
         "wrong": broken("wrong", wrong),
@@ -83,7 +83,7 @@ def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(model
     for output in outputs:
         said = json.loads(output.split("SAID ")[1].splitlines()[0])
         assert "missing 2 tensors: model.layers.2.self_attn.q_proj.bias, model.layers.2.self_attn.q_proj.weight" in said["missing"]
-        assert "wrongly shaped 2 tensors" in said["wrong"] and "expected (96, 64), stored (3, 64)" in said["wrong"]
+        assert "wrongly shaped 2 tensors" in said["wrong"] and "expected (160, 128), stored (3, 128)" in said["wrong"]
         assert "unexpected 1 tensors: model.layers.0.self_attn.sinks" in said["unexpected"]
         assert re.search(r"CheckpointError: .*truncated safetensors file: .* ends at byte \d+, the file has \d+", said["truncated"])
         assert "missing 2 tensors" in said["one rank"], "an error of rank 1 alone is raised on rank 0 too"

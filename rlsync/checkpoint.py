@@ -1,0 +1,204 @@
+"""Checkpoints of a run: ``hf_model/`` and ``iter_XXXXXXX/`` side by side, staged first and published by one rename.
+
+    <root>/global_step_N/
+        actor/hf_model/                               for transformers and vLLM
+        actor/iter_XXXXXXX/mp_rank_TT[_PPP]/          Megatron's own shards: weights, optimizer, scheduler, random state
+        actor/latest_checkpointed_iteration.txt       written last
+        data/data.pt                                  the driver's
+
+Owns names, order of writing and completeness; the content of ``mp_rank_*`` is ``rlsync.megatron.state``'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlsync.bridge import AutoBridge
+from rlsync.errors import CheckpointError
+from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
+from rlsync.megatron.parallel import compute_device, current_topology
+from rlsync.megatron.state import load_rank_state, save_rank_state
+from rlsync.topology import Topology
+from rlsync.transport.agreement import agreed
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf_model"
+# What RLinf calls the same folder; read, never written.
+HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
+_STEP_FOLDER = re.compile(r"global_step_(\d+)")
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What :func:`load_checkpoint` put back. ``complete`` is False where only HF weights were there: the optimizer starts anew."""
+
+    step: int
+    complete: bool
+
+
+def save_checkpoint(
+    folder: Path | str,
+    bridge: AutoBridge,
+    models: Sequence[torch.nn.Module],
+    *,
+    step: int,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> None:
+    """Write an ``actor/`` folder: HF weights, then Megatron shards, then the tracker, which makes it complete.
+
+    ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank is raised on all.
+    """
+    folder, topology = Path(folder), current_topology(models)
+    shards = folder / f"iter_{step:07d}"
+    mine = shards / rank_folder(topology, dist.get_rank())
+    with agreed(device=compute_device()):
+        mine.mkdir(parents=True, exist_ok=True)
+    bridge.save_weights(models, folder / HF_FOLDER)
+    save_rank_state(mine, models, step=step, optimizer=optimizer, scheduler=scheduler)
+    dist.barrier()
+    with agreed(device=compute_device()):
+        if dist.get_rank() == 0:
+            _write_durably(folder / TRACKER, str(step))
+
+
+def load_checkpoint(
+    folder: Path | str,
+    bridge: AutoBridge,
+    models: Sequence[torch.nn.Module],
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> Restored:
+    """Restore an ``actor/`` folder under the topology it was saved with. Collective over all ranks.
+
+    A folder without Megatron shards gives its HF weights alone; the result says so. Raises CheckpointError, on every
+    rank before anything changes, for an incomplete folder or one saved under another TP or PP.
+    """
+    folder, topology = Path(folder), current_topology(models)
+    with agreed(device=compute_device()):
+        step = tracked_step(folder)
+        shards = folder / f"iter_{step:07d}"
+        weights = next((folder / name for name in HF_FOLDER_NAMES if (folder / name).is_dir()), None)
+        if shards.is_dir():
+            _check_layout(shards, topology)
+        elif weights is None:
+            raise CheckpointError(f"{folder}: neither {shards.name}/ nor {' or '.join(HF_FOLDER_NAMES)}/ is there; nothing to resume from")
+    if shards.is_dir():
+        load_rank_state(shards / rank_folder(topology, dist.get_rank()), models, optimizer=optimizer, scheduler=scheduler)
+        dist.barrier()
+        return Restored(step, complete=True)
+    assert weights is not None
+    bridge.load_weights(models, weights)
+    if optimizer is not None:
+        optimizer.reload_model_params()
+    return Restored(step, complete=False)
+
+
+def rank_folder(topology: Topology, rank: int) -> str:
+    """``mp_rank_TT``, with ``_PPP`` under pipeline parallelism; data-parallel replicas share one."""
+    at = topology.coordinates(rank)
+    return f"mp_rank_{at.tp_rank:02d}" + (f"_{at.pp_rank:03d}" if topology.pp_size > 1 else "")
+
+
+def tracked_step(actor_folder: Path) -> int:
+    """The step an ``actor/`` folder holds; CheckpointError where its tracker is missing, as after a killed save."""
+    tracker = actor_folder / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"{tracker} is missing: {actor_folder.parent} is not a complete checkpoint; resume from an older one")
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text!r} instead of a step number")
+    return int(text)
+
+
+def stage_checkpoint(root: Path | str, step: int) -> Path:
+    """An empty folder to write checkpoint ``step`` into, invisible to :func:`latest_checkpoint` until it is published."""
+    staged = Path(root) / f".global_step_{step}.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
+    """Give a complete staged checkpoint its name by one rename, then remove all but the ``keep_last_n`` newest ones.
+
+    Raises CheckpointError where the staged folder has no tracker. Returns the published folder.
+    """
+    step = tracked_step(staged / "actor")
+    final = staged.parent / f"global_step_{step}"
+    if final.exists():
+        # Same step again, after a resume from an older checkpoint: the new one replaces it, and neither is ever half there.
+        outgoing = staged.parent / f".global_step_{step}.replaced"
+        shutil.rmtree(outgoing, ignore_errors=True)
+        os.rename(final, outgoing)
+        os.rename(staged, final)
+        shutil.rmtree(outgoing)
+    else:
+        os.rename(staged, final)
+    _sync_folder(staged.parent)
+    if keep_last_n is not None:
+        for old in complete_checkpoints(staged.parent)[:-keep_last_n]:
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under a valid name.
+            doomed = old.with_name(f".{old.name}.removed")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
+    return final
+
+
+def complete_checkpoints(root: Path | str) -> list[Path]:
+    """Published checkpoints of ``root``, oldest step first; unfinished ones are left out."""
+    found = []
+    for path in Path(root).glob("global_step_*"):
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and (path / "actor" / TRACKER).is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(root: Path | str) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    found = complete_checkpoints(root)
+    return found[-1] if found else None
+
+
+def _check_layout(shards: Path, topology: Topology) -> None:
+    """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
+    ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
+    if not ranks:
+        raise CheckpointError(f"{shards}: no mp_rank_* folder")
+    tp_size = 1 + max(int(match[1]) for match in ranks)
+    pp_size = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
+    if (tp_size, pp_size) != (topology.tp_size, topology.pp_size):
+        raise CheckpointError(
+            f"{shards} was saved with tensor_model_parallel_size {tp_size}, pipeline_model_parallel_size {pp_size}; this run has "
+            f"{topology.tp_size}, {topology.pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
+        )
+    if len(ranks) != tp_size * pp_size:
+        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {tp_size * pp_size}")
+
+
+def _write_durably(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""Which folders count as checkpoints. No process group: these functions only look at names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlsync.checkpoint import complete_checkpoints, latest_checkpoint, publish_checkpoint, stage_checkpoint, tracked_step
+from rlsync.errors import CheckpointError
+
+
+def staged(root: Path, step: int, *, complete: bool = True, content: str = "") -> Path:
+    folder = stage_checkpoint(root, step)
+    (folder / "actor").mkdir()
+    (folder / "content").write_text(content)
+    if complete:
+        (folder / "actor" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
+
+
+def test_newest_counts_by_step_and_not_by_name_or_time(tmp_path):
+    for step in (9, 100, 20):
+        publish_checkpoint(staged(tmp_path, step))
+    assert latest_checkpoint(tmp_path) == tmp_path / "global_step_100"
+
+
+def test_unfinished_and_foreign_folders_do_not_count(tmp_path):
+    publish_checkpoint(staged(tmp_path, 1))
+    staged(tmp_path, 2)
+    (tmp_path / "global_step_3" / "actor").mkdir(parents=True)
+    (tmp_path / "global_step_x").mkdir()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "global_step_1"]
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_an_incomplete_stage_is_not_published(tmp_path):
+    with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration\.txt is missing"):
+        publish_checkpoint(staged(tmp_path, 4, complete=False))
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        publish_checkpoint(staged(tmp_path, step), keep_last_n=2)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["global_step_4", "global_step_5"]
+    assert {p.name for p in tmp_path.iterdir()} == {"global_step_4", "global_step_5"}
+
+
+def test_the_same_step_again_replaces_the_old_one(tmp_path):
+    publish_checkpoint(staged(tmp_path, 3, content="old"))
+    final = publish_checkpoint(staged(tmp_path, 3, content="new"))
+    assert (final / "content").read_text() == "new" and {p.name for p in tmp_path.iterdir()} == {"global_step_3"}
+
+
+def test_a_tracker_that_is_no_number_is_an_error(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(CheckpointError, match="'release' instead of a step number"):
+        tracked_step(tmp_path)
