@@ -1,0 +1,222 @@
+"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab.
+
+Owns file names, step numbering and the loggers. Knows nothing of how a number came about (``rollout_metrics``,
+``algorithms``) or of the screen (``screen``). Loggers are imported only when named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from omegaconf import OmegaConf
+
+from rlsync.errors import ConfigError
+from workers.config.schema import LoggerConfig
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+REWARDS_FILE = "rewards.png"
+REWARD_NAME = "rollout/reward_scores"
+TRAINING_PREFIX = "actor/training/"
+
+
+class MetricsLogger(Protocol):
+    """One destination of numbers."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """All metrics of a run. Use as a context manager, or ``close()``.
+
+    ``metrics.jsonl`` holds one object per step, complete once ``log`` has returned, so a killed run loses nothing.
+    """
+
+    def __init__(self, config: LoggerConfig, resolved: Mapping[str, Any], *, n_minibatches: int = 1, start_step: int = 0) -> None:
+        """
+        Args:
+            config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
+            resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
+            n_minibatches: optimizer updates per step; loggers number those, not the steps.
+            start_step: step a resumed run continues after; lines of later steps are dropped.
+        """
+        assert config.log_path is not None, "load_config derives log_path"
+        self.folder = Path(config.log_path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._n_minibatches = n_minibatches
+        OmegaConf.save(OmegaConf.create(_plain(resolved)), self.folder / CONFIG_FILE)
+        self._history = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
+        self._rewrite()
+        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._loggers = [_open_logger(name, config, self.folder, resolved) for name in config.logger_backends]
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """One mapping per step so far, those before a resume included; ``step`` is among its keys."""
+        return self._history
+
+    def log(self, step: int, metrics: Mapping[str, float], training: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """Write one step.
+
+        Args:
+            step: 1 for the first step.
+            metrics: names to numbers.
+            training: metrics of each optimizer update without the prefix ``actor/training/``. ``metrics.jsonl`` gets
+                their mean; loggers get each one at index ``(step - 1) * n_minibatches + i``.
+
+        Returns:
+            The object written, without ``step``.
+        """
+        updates = [{f"{TRAINING_PREFIX}{name}": value for name, value in update.items()} for update in training]
+        written = {**metrics, **_means(updates)}
+        record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
+        self._history.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        index = (step - 1) * self._n_minibatches
+        for logger in self._loggers:
+            logger.log(metrics, index)
+            for offset, update in enumerate(updates):
+                logger.log(update, index + offset)
+        return written
+
+    def close(self) -> None:
+        """Draw ``rewards.png`` and close files and loggers. Idempotent."""
+        if self._file.closed:
+            return
+        self._file.close()
+        for logger in self._loggers:
+            logger.close()
+        draw_rewards(self._history, self.folder / REWARDS_FILE)
+
+    def _rewrite(self) -> None:
+        """Keep the history only; through a second file, so that a kill leaves the one or the other."""
+        partial = self.folder / f"{METRICS_FILE}.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self._history), encoding="utf-8")
+        os.replace(partial, self.folder / METRICS_FILE)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` in a results folder; empty when there is none. A half-written last line is left out."""
+    path = Path(folder) / METRICS_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The mean reward over steps as a picture; nothing when no step reported one."""
+    points = [(line["step"], line[REWARD_NAME]) for line in history if line.get(REWARD_NAME) is not None]
+    if not points:
+        return
+    # The object interface without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, rewards = zip(*points, strict=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, rewards, marker="o", markersize=3)
+    axes.set(xlabel="step", ylabel="mean reward", title=REWARD_NAME)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, wandb: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
+        settings = None if config.wandb_proxy is None else wandb.Settings(https_proxy=config.wandb_proxy)
+        self._run = wandb.init(
+            project=config.project_name,
+            name=config.experiment_name,
+            entity=config.wandb_entity,
+            dir=str(folder),
+            config=_plain(resolved),
+            settings=settings,
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Swanlab:
+    def __init__(self, swanlab: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
+        self._swanlab = swanlab
+        swanlab.init(
+            project=config.project_name,
+            experiment_name=config.experiment_name,
+            mode=config.swanlab_mode,
+            logdir=str(folder / "swanlab"),
+            config=_plain(resolved),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._swanlab.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> MetricsLogger:
+    if name == "tensorboard":
+        return _TensorBoard(folder)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"runner.logger.logger_backends names {name}, which cannot be imported ({error}): pip install {name}, or remove it"
+        ) from error
+    return (_Wandb if name == "wandb" else _Swanlab)(module, config, folder, resolved)
+
+
+def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    if not updates:
+        return {}
+    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no nan and no infinity; null says that there is no number."""
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers as dicts and lists, which OmegaConf, wandb and swanlab all take."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
