@@ -193,10 +193,10 @@ def _defaults(topology: Topology) -> dict[str, Any]:
         "attention_softmax_in_fp32": True,
         # On the CPU weights are drawn whole and then cut, so that the same seed gives the same model under any tp_size.
         "use_cpu_initialization": on_cpu,
-        # Sequences of one step may differ in length between microbatches.
-        "variable_seq_lengths": topology.pp_size > 1,
+        # Microbatches of one step may differ in shape.
+        "variable_seq_lengths": topology.pp_size > 1 and topology.vpp_size == 1,
         "moe_token_dispatcher_type": "alltoall",  # the one that variable_seq_lengths allows; checked for dense models too
-        "batch_p2p_comm": not on_cpu,
+        "batch_p2p_comm": not on_cpu and topology.vpp_size == 1,
     }
 
 
@@ -250,6 +250,12 @@ class _Fusion:
     available: Callable[[], bool] = field(repr=False)
 
 
+# With virtual stages on two ranks, previous and next rank are the same one, and messages of both directions are matched by
+# their order alone: p2p_communication.py of 0.16 orders them rightly only without these switches. Steps pad their
+# microbatches to one shape instead, which changes no result.
+_MIXED_UP_WHEN_INTERLEAVED = ("variable_seq_lengths", "batch_p2p_comm")
+
+
 def _has(module: str) -> Callable[[], bool]:
     return lambda: torch.cuda.is_available() and importlib.util.find_spec(module) is not None
 
@@ -285,6 +291,8 @@ def _checked_overrides(
             _LOG.warning("%s needs %s, which this machine lacks: it stays off (slower, same results)", name, fusion.needs)
         elif name == "sequence_parallel" and topology.tp_size == 1:
             pass  # with one tensor rank the split of the sequence is the identity, and Megatron refuses the switch
+        elif name in _MIXED_UP_WHEN_INTERLEAVED and topology.vpp_size > 1:
+            pass
         else:
             checked[name] = value
     return checked

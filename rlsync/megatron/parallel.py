@@ -84,11 +84,16 @@ def current_topology(models: Sequence[torch.nn.Module] = ()) -> Topology:
     )
 
 
-def destroy_parallel() -> None:
-    """Destroy Megatron's process groups and torch.distributed, where they exist. Collective over all ranks."""
+def destroy_parallel(*, keep_distributed: bool = False) -> None:
+    """Destroy Megatron's process groups and torch.distributed, where they exist. Collective over all ranks.
+
+    Args:
+        keep_distributed: leave torch.distributed as it is. Do so to call ``initialize_parallel`` again in the same
+            process: torch's own store is not made to be opened a second time while another rank still closes it.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.is_initialized() and not keep_distributed:
         dist.destroy_process_group()
 
 

@@ -169,7 +169,8 @@ def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer:
     Does nothing for other optimizers. Collective over the DP group.
     """
     for index, part in enumerate(_distributed_parts(optimizer)):
-        part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
+        with torch.no_grad():  # float32 main parameters are views of the model's
+            part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
 
 
 def _writes() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -153,20 +153,17 @@ def logits_for_tests(models: Sequence[torch.nn.Module], tokens: Tensor) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """One microbatch on its way through the pipeline.
-
-    ``tokens`` may be longer than the caller's, whose length is ``length``; ``repeated`` marks filling.
-    """
+    """One microbatch on its way through the pipeline; ``tokens`` are the caller's, padded, and ``repeated`` marks filling."""
 
     microbatch: Microbatch
     tokens: Tensor
-    length: int
     vocab_size: int
     repeated: bool
 
     def scores(self, logits: Tensor, temperature: float) -> TokenScores:
         scores = score_tokens(logits, self.tokens, vocab_size=self.vocab_size, temperature=temperature)
-        return TokenScores(scores.log_probs[:, : self.length], scores.entropy[:, : self.length])
+        rows, length = self.microbatch["tokens"].shape
+        return TokenScores(scores.log_probs[:rows, :length], scores.entropy[:rows, :length])
 
 
 def _run(
@@ -195,27 +192,25 @@ def _forward(on_logits: Callable[..., Any], passes: Iterator[_Passed], model: to
 
 
 def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[_Passed]:
-    """Pad each microbatch to a length the ranks can divide, and their number to what the schedule can take."""
+    """Pad each microbatch to a shape the ranks can divide, and their number to what the schedule can take."""
     config, chunk = models[0].config, unwrap(models[0])
     if not microbatches:
         raise ConfigError("a pass over the model needs at least one microbatch, on every data-parallel rank")
     if config.context_parallel_size > 1:
         raise ConfigError(f"passes over the model need context_parallel_size 1, not {config.context_parallel_size}")
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    lengths = [microbatch["tokens"].size(1) for microbatch in microbatches]
-    if not config.variable_seq_lengths and config.pipeline_model_parallel_size > 1:
-        if len({microbatch["tokens"].size(0) for microbatch in microbatches}) > 1:
-            raise ConfigError("microbatches of different sizes in one step need variable_seq_lengths=True under pipeline parallelism")
-        targets = [max(lengths)] * len(lengths)
-    else:
-        targets = lengths
+    shapes = [tuple(microbatch["tokens"].shape) for microbatch in microbatches]
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
     device, passes = compute_device(), []
-    for microbatch, length, target in zip(microbatches, lengths, targets, strict=True):
+    for microbatch, (rows, length) in zip(microbatches, shapes, strict=True):
         moved = {name: tensor.to(device) for name, tensor in microbatch.items()}
-        tokens = F.pad(moved["tokens"], (0, -(-target // multiple) * multiple - length))
-        passes.append(_Passed(moved, tokens, length, chunk.unpadded_vocab_size, repeated=False))
+        tokens = moved["tokens"]
+        length = -(-length // multiple) * multiple
+        padded = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
+        passes.append(_Passed(moved, padded, chunk.unpadded_vocab_size, repeated=False))
     last = passes[-1]
-    filling = _Passed(last.microbatch, last.tokens, last.length, last.vocab_size, repeated=True)
+    filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
 
 

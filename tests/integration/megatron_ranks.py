@@ -1,0 +1,229 @@
+"""What the ranks of ``test_megatron_training`` do; each function runs on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from rlsync.bridge import AutoBridge
+from rlsync.errors import CheckpointError
+from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
+from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
+from rlsync.megatron.scores import TokenScores
+from rlsync.megatron.state import load_rank_state, save_rank_state
+from rlsync.megatron.train import StepResult, token_scores, train_step
+from rlsync.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Actor:
+    """A loaded model with its optimizer and schedule, under one layout."""
+
+    def __init__(self, folder: str, case: Mapping[str, Any], *, load: bool = True) -> None:
+        self.case = case
+        self.topology = Topology(**case["topology"])
+        initialize_parallel(self.topology, seed=5, timeout_s=60)
+        precision = case.get("precision", "fp32")
+        self.bridge = AutoBridge.from_pretrained(folder)
+        self.models = self.bridge.get_model(
+            folder if load else None,
+            topology=self.topology,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            ddp=DdpOptions(**case.get("ddp", {})),
+            overrides=case.get("overrides"),
+        )
+        self.optimizer = build_optimizer(self.models, OptimizerOptions(**case["optimizer"]))
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            SchedulerOptions(
+                max_lr=case["optimizer"]["lr"],
+                start_weight_decay=case["optimizer"]["weight_decay"],
+                end_weight_decay=case["optimizer"]["weight_decay"],
+            ),
+        )
+
+    def microbatches(self, batch: Mapping[str, list]) -> list[dict[str, torch.Tensor]]:
+        """This replica's share of the batch, cut as the case says, each part trimmed to its longest sequence."""
+        whole = {name: torch.tensor(values) for name, values in batch.items()}
+        replica, replicas = parallel_state.get_data_parallel_rank(), self.topology.dp_size
+        mine = {name: tensor[replica::replicas] for name, tensor in whole.items()}
+        parts, start = [], 0
+        for rows in self.case["cut"]:
+            part = {name: tensor[start : start + rows] for name, tensor in mine.items()}
+            longest = int(part["weights"].ne(0).nonzero()[:, 1].max()) + 1
+            parts.append({name: tensor[:, :longest].contiguous() for name, tensor in part.items()})
+            start += rows
+        assert start == mine["tokens"].size(0)
+        return parts
+
+    def steps(self, batch: Mapping[str, list], count: int, *, temperature: float = 1.0) -> list[StepResult]:
+        return [
+            train_step(self.models, self.optimizer, self.microbatches(batch), loss, scheduler=self.scheduler, temperature=temperature)
+            for _ in range(count)
+        ]
+
+    def digest(self) -> str:
+        gather_parameters(self.models)
+        sha = hashlib.sha256()
+        for _, _, name, parameter in iter_parameters(self.models):
+            sha.update(name.encode())
+            sha.update(parameter.detach().float().numpy().tobytes())
+        return sha.hexdigest()
+
+    def folder(self, root: str) -> Path:
+        tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        folder = Path(root, f"mp_rank_{tp:02d}_{pp:03d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def loss(scores: TokenScores, microbatch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted log-likelihood with an entropy bonus; ``weights`` carry the global normalisation."""
+    weights = microbatch["weights"]
+    entropy = (scores.entropy * weights.abs()).sum()
+    return -(scores.log_probs * weights).sum() - 0.1 * entropy, {"entropy": entropy, "tokens": weights.ne(0).sum()}
+
+
+def train_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """For each case: scores, losses, gradient norms and final weights equal those of HF's model under torch's AdamW."""
+    for case in cases:
+        expected = models[case["model"]]
+        actor = Actor(expected["folder"], case)
+        _check_scores(actor, expected)
+        results = actor.steps(expected["batch"], len(expected["losses"]), temperature=expected["temperature"])
+        for step, result in enumerate(results):
+            _close(result.metrics["loss"], expected["losses"][step], 2e-5, f"{case}: loss of step {step}")
+            _close(result.grad_norm, expected["grad_norms"][step], 1e-4, f"{case}: gradient norm of step {step}")
+            _close(result.metrics["tokens"], expected["tokens"], 0, f"{case}: tokens of step {step}")
+            assert not result.skipped
+            assert result.learning_rate == case["optimizer"]["lr"]
+        exported = dict(actor.bridge.export_weights(actor.models))
+        trained = torch.load(expected["trained"])
+        worst = max((exported[name] - tensor).abs().max().item() for name, tensor in trained.items())
+        assert worst < 2e-5, f"{case}: weights differ by {worst} after training"
+        print(f"TRAINED {case['model']} {case['topology']} weights within {worst:.1e}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def _check_scores(actor: Actor, expected: Mapping[str, Any]) -> None:
+    microbatches = actor.microbatches(expected["batch"])
+    scores = token_scores(actor.models, microbatches, temperature=expected["temperature"])
+    replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
+    start = 0
+    for microbatch, part in zip(microbatches, scores, strict=True):
+        rows, length = microbatch["tokens"].shape
+        counted = microbatch["weights"].ne(0)
+        assert part.log_probs.dtype is torch.float32
+        assert part.log_probs.shape == (rows, length)
+        for ours, theirs in ((part.log_probs, expected["log_probs"]), (part.entropy, expected["entropy"])):
+            theirs = torch.tensor(theirs)[replica::replicas][start : start + rows, :length]
+            worst = ((ours - theirs).abs() * counted).max().item()
+            assert worst < 1e-4, f"{actor.case}: scores differ by {worst}"
+        start += rows
+
+
+def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """Two steps, save, two steps; then a fresh actor, load, two steps: the same losses and the same bits."""
+    for index, case in enumerate(cases):
+        expected, place = models[case["model"]], f"{root}/{index}"
+        actor = Actor(expected["folder"], case)
+        actor.steps(expected["batch"], case.get("steps_before", 2))
+        folder = actor.folder(place)
+        save_rank_state(folder, actor.models, step=2, optimizer=actor.optimizer, scheduler=actor.scheduler)
+        at_save, torch_state = actor.digest(), torch.get_rng_state()
+        uninterrupted, bits = actor.steps(expected["batch"], 2), actor.digest()
+        dist.barrier()
+        destroy_parallel(keep_distributed=True)
+
+        again = Actor(expected["folder"], case, load=False)
+        assert again.digest() != at_save, "negative control: a fresh actor differs"
+        assert load_rank_state(folder, again.models, optimizer=again.optimizer, scheduler=again.scheduler) == 2
+        assert again.digest() == at_save, f"{case}: weights changed on their way through the file"
+        assert torch.equal(torch.get_rng_state(), torch_state), f"{case}: random state changed"
+        resumed = again.steps(expected["batch"], 2)
+        assert resumed == uninterrupted, f"{case}: {resumed} after resume, {uninterrupted} without"
+        assert again.digest() == bits, f"{case}: weights differ after resume"
+        print(f"RESUMED {case['model']} {case['topology']} {uninterrupted[-1].metrics['loss']!r}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def refuse_foreign_state(models: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """State of another layout or another model, and truncated files, are refused before anything changes."""
+    base = {"topology": {}, "cut": [8], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "model": "qwen2"}
+    saved = Actor(models["qwen2"]["folder"], base)
+    save_rank_state(saved.folder(root), saved.models, step=0, optimizer=saved.optimizer, scheduler=saved.scheduler)
+    destroy_parallel(keep_distributed=True)
+    for model, ddp, said in (("qwen3", {}, "q_layernorm"), ("qwen2", {"use_distributed_optimizer": True}, "distrib_optim.pt is missing")):
+        other = Actor(models[model]["folder"], {**base, "ddp": ddp})
+        before = other.digest()
+        message = _refusal(other, root)
+        assert said in message, message
+        assert other.digest() == before
+        destroy_parallel(keep_distributed=True)
+    again = Actor(models["qwen2"]["folder"], base)
+    path = again.folder(root) / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "topology": {**state["topology"], "tp_size": 2}}, path)
+    assert "tp_size 2 then, 1 now" in _refusal(again, root)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "truncated" in _refusal(again, root)
+    destroy_parallel(keep_distributed=True)
+
+
+def _refusal(actor: Actor, root: str) -> str:
+    try:
+        load_rank_state(actor.folder(root), actor.models, optimizer=actor.optimizer, scheduler=actor.scheduler)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("a foreign state was accepted")
+
+
+def train_in_half_precision(models: Mapping[str, Mapping[str, Any]], precision: str, **optimizer: Any) -> None:
+    """A dozen steps lower the loss; the first is close to float32's."""
+    case = {"topology": {}, "cut": [4, 4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer}, "precision": precision}
+    actor = Actor(models["qwen3"]["folder"], case)
+    results = actor.steps(models["qwen3"]["batch"], 12, temperature=models["qwen3"]["temperature"])
+    taken = [result for result in results if not result.skipped]
+    _close(taken[0].metrics["loss"], models["qwen3"]["losses"][0], 0.05, f"{precision}: first loss")
+    assert taken[-1].metrics["loss"] < taken[0].metrics["loss"] - 0.05, [result.metrics["loss"] for result in taken]
+    print(f"SKIPPED {len(results) - len(taken)} SCALE {results[-1].loss_scale}", flush=True)
+    destroy_parallel(keep_distributed=True)
+
+
+def gather_before_reading(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """With overlap_param_gather parameters are stale after a step until ``gather_parameters``."""
+    case = {
+        "topology": {"dp_size": 2}, "cut": [4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+        "ddp": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    }  # fmt: skip
+    actor = Actor(models["qwen2"]["folder"], case)
+    for _ in range(2):
+        actor.steps(models["qwen2"]["batch"], 1)
+        stale = torch.cat([parameter.detach().flatten() for _, _, _, parameter in iter_parameters(actor.models)]).clone()
+        assert not _agreed(stale), "negative control: ranks hold different stale values"
+        gather_parameters(actor.models)
+        gather_parameters(actor.models)
+        fresh = torch.cat([parameter.detach().flatten() for _, _, _, parameter in iter_parameters(actor.models)])
+        assert _agreed(fresh), "ranks differ after the gather"
+        assert not torch.equal(fresh, stale)
+    destroy_parallel(keep_distributed=True)
+
+
+def _agreed(tensor: torch.Tensor) -> bool:
+    whole = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(whole, tensor)
+    return all(torch.equal(whole[0], other) for other in whole)
+
+
+def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> None:
+    assert ours is not None, what
+    assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)), f"{what}: {ours}, expected {theirs}"

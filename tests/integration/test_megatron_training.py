@@ -1,0 +1,162 @@
+"""Training and scoring through Megatron equal Hugging Face's model under torch's optimizer, whatever the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import VOCAB_SIZE, save_tiny_model, tiny_model
+from tests.ranks import run_ranks
+
+RANKS = "tests.integration.megatron_ranks"
+TEMPERATURE = 0.7
+# A large epsilon keeps Adam from blowing up the rounding differences of gradients near zero.
+OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+MODELS = {
+    "llama": {"family": "llama", "tied": True, "num_key_value_heads": 4},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tied": True, "num_key_value_heads": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: _expectations(root / name, **options) for name, options in MODELS.items()}
+
+
+def _case(model: str, cut: list[int], *, sequence_parallel: bool = False, ddp: dict | None = None, **topology: int) -> dict[str, Any]:
+    overrides = {"sequence_parallel": sequence_parallel}
+    return {"model": model, "topology": topology, "cut": cut, "optimizer": OPTIMIZER, "ddp": ddp or {}, "overrides": overrides}
+
+
+def test_one_rank_trains_as_huggingface(models):
+    recomputing = _case("qwen2", [8])
+    recomputing["overrides"] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    cases = [_case("llama", [8]), recomputing, _case("qwen3", [3, 5], ddp=DISTRIBUTED)]
+    _run(1, "train_as_huggingface", cases, models)
+
+
+def test_two_ranks_train_as_huggingface(models):
+    cases = [
+        _case("llama", [8], tp_size=2),
+        _case("qwen3", [3, 5], tp_size=2, sequence_parallel=True),  # one key-value head on two ranks
+        _case("qwen2", [2, 6], pp_size=2),
+        _case("llama", [3, 3, 2], pp_size=2, vpp_size=2),  # three microbatches, which the schedule has to fill up
+        _case("qwen3", [1, 7], pp_size=2, first_stage_layers=1, last_stage_layers=3, ddp=DISTRIBUTED),
+        _case("qwen2", [4], dp_size=2),
+        _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
+        _case("llama", [2, 2], dp_size=2, ddp=OVERLAPPED),
+    ]
+    _run(2, "train_as_huggingface", cases, models)
+
+
+def test_four_ranks_train_as_huggingface(models):
+    cases = [
+        _case("llama", [4, 4], tp_size=2, pp_size=2, sequence_parallel=True),
+        _case("qwen2", [2, 2], tp_size=2, dp_size=2, sequence_parallel=True, ddp=OVERLAPPED),
+        _case("qwen3", [3, 1], pp_size=2, vpp_size=2, dp_size=2, ddp=DISTRIBUTED),
+    ]
+    _run(4, "train_as_huggingface", cases, models)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(models, tmp_path):
+    cases = [
+        _case("llama", [4], tp_size=2),
+        _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
+        _case("qwen2", [2, 2], dp_size=2, ddp=OVERLAPPED),
+        _case("llama", [4, 4], pp_size=2, vpp_size=2, ddp=DISTRIBUTED),
+        {**_case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED), "precision": "bf16"},
+        # Every step so far was skipped, so the optimizer has no state yet.
+        {**_case("qwen3", [8], tp_size=2, ddp=DISTRIBUTED), "precision": "fp16", "steps_before": 1}
+        | {"optimizer": {**OPTIMIZER, "initial_loss_scale": 2.0**32}},
+    ]
+    cases[0]["cut"] = [4, 4]
+    _run(2, "resume_bitwise", cases, models, root=str(tmp_path))
+
+
+def test_foreign_and_truncated_states_are_refused(models, tmp_path):
+    run_ranks(1, RANKS, "refuse_foreign_state", models=models, root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "skipped", "scale"),
+    [
+        ("bf16", {}, 0, 1.0),
+        ("fp16", {"initial_loss_scale": 2.0**24}, None, None),
+        ("fp16", {"loss_scale": 1024.0}, 0, 1024.0),
+    ],
+)
+def test_half_precision_lowers_the_loss(models, precision, optimizer, skipped, scale):
+    (output,) = run_ranks(1, RANKS, "train_in_half_precision", models=models, precision=precision, **optimizer)
+    _, said, _, scaled = next(line for line in output.splitlines() if line.startswith("SKIPPED")).split()
+    if skipped is None:
+        assert 0 < int(said) < 12, "a scale of 2**24 overflows at first, and is then lowered"
+        assert float(scaled) < 2.0**24
+    else:
+        assert (int(said), float(scaled)) == (skipped, scale)
+
+
+def test_parameters_are_stale_until_gathered(models):
+    run_ranks(2, RANKS, "gather_before_reading", models=models)
+
+
+def _run(world_size: int, function: str, cases: list[dict], models: dict, **kwargs: Any) -> None:
+    outputs = run_ranks(world_size, RANKS, function, cases=cases, models=models, **kwargs)
+    done = [line for line in outputs[0].splitlines() if line.startswith(("TRAINED", "RESUMED"))]
+    assert len(done) == len(cases), outputs[0]
+
+
+def _expectations(folder: Path, *, steps: int = 3, **options: Any) -> dict[str, Any]:
+    """A saved model, a batch, and what HF's implementation and torch's AdamW make of it."""
+    save_tiny_model(folder, seed=3, **options)
+    model, batch = tiny_model(seed=3, **options).train(), _batch()
+    log_probs, entropy = _scores(model, batch["tokens"])
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+        lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"], betas=(0.9, OPTIMIZER["adam_beta2"]),
+    )  # fmt: skip
+    losses, norms = [], []
+    for _ in range(steps):
+        now, spread = _scores(model, batch["tokens"])
+        loss = -(now * batch["weights"]).sum() - 0.1 * (spread * batch["weights"].abs()).sum()
+        adam.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]).item())
+        adam.step()
+        losses.append(loss.item())
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    torch.save(state, folder / "trained.pt")
+    return {
+        "folder": str(folder), "trained": str(folder / "trained.pt"), "temperature": TEMPERATURE,
+        "batch": {name: tensor.tolist() for name, tensor in batch.items()}, "tokens": int(batch["weights"].ne(0).sum()),
+        "log_probs": log_probs.tolist(), "entropy": entropy.tolist(), "losses": losses, "grad_norms": norms,
+    }  # fmt: skip
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    """Eight right-padded sequences; the weights cover a response each, and sum over the batch to something like a mean."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = torch.tensor([23, 9, 17, 12, 6, 21, 14, 19])
+    # HF's embedding takes no gradient for the padding token, Megatron's does: keep it out of the sequences.
+    tokens = torch.randint(1, VOCAB_SIZE, (8, 24), generator=generator)
+    position = torch.arange(24)
+    response = (position >= 3) & (position < lengths[:, None])
+    weights = torch.randn(8, 1, generator=generator) * response / response.sum()
+    return {"tokens": torch.where(position < lengths[:, None], tokens, 0), "weights": weights}
+
+
+def _scores(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    distribution = (model(tokens).logits.float() / TEMPERATURE).log_softmax(dim=-1)
+    log_probs = distribution[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    entropy = -(distribution.exp() * distribution).sum(dim=-1)[:, :-1]
+    return tuple(torch.nn.functional.pad(values, (1, 0)) for values in (log_probs, entropy))
