@@ -1,0 +1,153 @@
+"""Every place where vLLM's versions or platforms differ, and every private name of vLLM that is used.
+
+Written against vLLM 0.25.1 and 0.32.0. A branch names the version it is for; it can go with the last supported version
+before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
+from vllm.platforms import current_platform
+
+try:  # vLLM >= 0.27: a draft model's completeness is checked after each load_weights call, while a sync makes one per bucket
+    from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check as _partial_load
+except ImportError:
+    _partial_load = contextlib.nullcontext
+
+
+def vllm_version() -> str:
+    return vllm.__version__
+
+
+def register_backend(name: str, module: str, attribute: str) -> None:
+    """Register a weight-transfer backend once per process; vLLM raises where a name is taken."""
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, module, attribute)
+
+
+def config_scope(vllm_config: Any) -> contextlib.AbstractContextManager[None]:
+    """vLLM 0.25 calls a weight-transfer engine without its config being current, which post-processing asks for."""
+    return set_current_vllm_config(vllm_config)
+
+
+def worker_place(parallel_config: Any) -> tuple[int, int, int]:
+    """``(dp_index, worker_rank, world_size)``: which data-parallel replica, and where in its tensor x pipeline ranks."""
+    return parallel_config.data_parallel_index, parallel_config.rank, parallel_config.world_size
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """UUID of the worker's GPU, or None where there is none."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+# Layer-wise reload.
+
+
+def begin_reload(model: torch.nn.Module) -> None:
+    """Put the parameters into checkpoint layout on meta; each layer is rebuilt when its last tensor arrives."""
+    layerwise.initialize_layerwise_reload(model)
+
+
+def load_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Hand HF-named tensors to the model's own loaders."""
+    with _partial_load(), torch.no_grad():
+        model.load_weights(weights)
+
+
+def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
+    """Rebuild the layers that padding or attention kept waiting, and everything derived from them."""
+    with torch.no_grad():
+        layerwise.finalize_layerwise_reload(model, model_config)
+        _refresh_sharers(model)
+
+
+def abandon_reload(model: torch.nn.Module) -> None:
+    """Give every layer that still waits for tensors its former ones back, so that no parameter stays on meta.
+
+    Without it a later reload skips those layers and counts on from where this one stopped (``can_load`` is true).
+    """
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+    layerwise.LOADING_LAYERS.clear()
+
+
+@contextlib.contextmanager
+def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
+    """For the moment, parameters have checkpoint layout and no memory, and loaders run at once. The live ones come back."""
+    layers = list(model.modules())
+    for layer in layers:
+        info = layerwise.get_layerwise_info(layer)
+        info.kernel_tensors = get_layer_params_buffers(layer)
+        if hasattr(info, "kernel_non_persistent_buffers"):  # vLLM >= 0.32
+            info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+        restore_layer_on_meta(layer, info)
+        for tensor in get_layer_tensors(layer).values():
+            if "weight_loader" in tensor.__dict__:
+                tensor.weight_loader = layerwise._get_original_loader(tensor)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            info = layerwise.get_layerwise_info(layer)
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+
+
+def _refresh_sharers(model: torch.nn.Module) -> None:
+    """Rebuild what a CPU layer packed from a parameter that belongs to another layer.
+
+    A tied lm_head shares the embedding's parameter, and no tensor is loaded for it, so its reload leaves it alone. On CPU
+    it computes from a packed copy made at start-up, which would stay that of the old weights.
+    """
+    if not current_platform.is_cpu():
+        return
+    owners: dict[int, torch.nn.Module] = {}
+    for layer in model.modules():
+        quant_method = getattr(layer, "quant_method", None)
+        for parameter in layer.parameters(recurse=False):
+            shared = owners.setdefault(id(parameter), layer) is not layer
+            if shared and quant_method is not None and parameter.numel():
+                quant_method.process_weights_after_loading(layer)
+
+
+# AsyncLLM.
+
+
+async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str) -> None:
+    """One complete weight update of a paused engine: start, update, finish."""
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    await llm.start_weight_update()
+    await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+    if "weight_version" in inspect.signature(llm.finish_weight_update).parameters:  # vLLM >= 0.27
+        await llm.finish_weight_update(weight_version)
+    else:
+        await llm.finish_weight_update()
+
+
+def core_processes(llm: Any) -> list[Any]:
+    """Process objects of an AsyncLLM's engine cores; their children are the workers."""
+    manager = llm.engine_core.resources.engine_manager
+    return list(getattr(manager, "processes", ()))
+
+
+def can_sleep() -> bool:
+    """Whether the platform can give weights and KV cache back while the engine lives."""
+    return current_platform.is_sleep_mode_available()

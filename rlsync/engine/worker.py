@@ -1,0 +1,203 @@
+"""The receiver inside each engine worker: dials home, pulls buckets into a sink, answers for every one of them.
+
+Owns the worker's end of the channel and its deadlines. A blocked worker blocks its whole engine, so no wait is unbounded.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from rlsync.control import messages as m
+from rlsync.control.peer import Peer, pid_domain
+from rlsync.engine import compat
+from rlsync.engine.coverage import check_coverage
+from rlsync.engine.sinks import LoadersSink, SlotReader
+from rlsync.errors import RlsyncError, WeightSyncError
+
+# The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
+GRACE_S = 2.0
+
+
+class MappedRing(SlotReader, Protocol):
+    """A ring as the receiver sees it."""
+
+    num_slots: int
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where to dial, and as whom. ``timeout_s`` bounds every phase."""
+
+    endpoint: str
+    token: str
+    run_id: str
+    engine_id: str
+    timeout_s: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Which sync to join. Names, shapes and places were agreed on at connect."""
+
+    version: int
+    attempt: int
+
+
+class Receiver(WeightTransferEngine):
+    """vLLM's weight-transfer engine of backend ``rlsync``. One for each worker process.
+
+    Args:
+        attach: maps the ring that the coordinator announced: ``attach(path, token, num_slots, slot_bytes)``.
+        domain: names the shared memory this process sees.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(
+        self,
+        config: Any,
+        vllm_config: Any,
+        device: torch.device,
+        model: torch.nn.Module,
+        *,
+        attach: Callable[[str, str, int, int], MappedRing],
+        domain: Callable[[], str],
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._attach, self._domain = attach, domain
+        self._peer: Peer | None = None
+        self._ring: MappedRing | None = None
+        self._sink: LoadersSink | None = None
+        self._welcome: m.Welcome | None = None
+        self._info: InitInfo | None = None
+        self._version = -1
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Dial home, map the ring and judge the bucket table. Returns when every peer of the run has done so."""
+        self.shutdown()
+        self._info, self._version = init_info, -1
+        peer = self._peer = Peer(init_info.endpoint, self._hello(init_info))
+        try:
+            welcome = self._wait(m.Welcome, 0, "the coordinator's welcome")
+            self._welcome = welcome
+            self._ring = self._attach(welcome.ring_path, welcome.ring_token, welcome.num_slots, welcome.slot_bytes)
+            with compat.config_scope(self.vllm_config):
+                coverage = check_coverage(self.model, [entry for bucket in welcome.buckets for entry in bucket])
+            self._sink = LoadersSink(self.model, self.model_config, welcome.buckets)
+            peer.send(m.Attached(coverage.unused_names, coverage.unfilled, coverage.findings))
+            self._wait(m.Connected, 0, "all peers to connect")
+        except Exception as error:
+            if not isinstance(error, WeightSyncError):
+                peer.send(m.Failed(attempt=0, phase="connect", cause=_cause(error)))
+            self.shutdown()
+            raise
+
+    def start_weight_update(self) -> None:
+        """Nothing: the reload begins when the actor's side is known to be there."""
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Take part in one sync, up to and including its commit. The model has the version, or an error is raised."""
+        if self._peer is None or self._sink is None or self._welcome is None:
+            raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
+        sink, phase, bucket = self._sink, "begin", None
+        try:
+            with compat.config_scope(self.vllm_config):
+                self._peer.send(m.Joined(update_info.attempt, update_info.version))
+                if update_info.version < self._version:
+                    raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
+                ready = self._wait(m.Ready, update_info.attempt, "the first bucket").buckets_ready
+                sink.open()
+                phase, started_s = "transfer", time.monotonic()
+                for bucket in range(self._welcome.num_buckets):
+                    while ready <= bucket:
+                        ready = self._wait(m.Ready, update_info.attempt, f"bucket {bucket}").buckets_ready
+                    self._load(sink, bucket)
+                    self._peer.send(m.Done(update_info.attempt, bucket))
+                loaded_s = time.monotonic()
+                sink.close()
+                self._synchronize()
+            self._peer.send(m.Loaded(update_info.attempt, loaded_s - started_s, time.monotonic() - loaded_s))
+            phase, bucket = "commit", None
+            self._wait(m.Commit, update_info.attempt, "the commit")
+            self._version = update_info.version
+            self._peer.send(m.Committed(update_info.attempt))
+        except BaseException as error:
+            if not isinstance(error, WeightSyncError):
+                self._peer.send(m.Failed(update_info.attempt, phase, _cause(error), bucket=bucket))
+            sink.abandon()
+            self._peer.send(m.Released(update_info.attempt))
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Nothing: the version was committed inside the update."""
+
+    def shutdown(self) -> None:
+        """Leave the run and unmap the ring. Idempotent."""
+        if self._peer is not None:
+            self._peer.send(m.Goodbye())
+            self._peer.close()
+        if self._ring is not None:
+            self._ring.close()
+        self._peer = self._ring = self._sink = self._welcome = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Abstract in vLLM 0.25; the actor's side is ``rlsync.sync.WeightSyncer``."""
+        raise NotImplementedError("use rlsync.sync.WeightSyncer on the actor's side")
+
+    def _load(self, sink: LoadersSink, bucket: int) -> None:
+        assert self._ring is not None
+        sink.write(bucket, bucket % self._ring.num_slots, self._ring)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Copies to a GPU out of the slot must have happened before the slot is given back."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _wait(self, kind: type[Any], attempt: int, what: str) -> Any:
+        """The next message, which must be of ``kind``."""
+        assert self._peer is not None and self._info is not None
+        limit_s = self._info.timeout_s + GRACE_S
+        try:
+            message = self._peer.receive(attempt, time.monotonic() + limit_s)
+        except TimeoutError:
+            raise RuntimeError(f"nothing from {self._info.endpoint} within {limit_s:g} s while waiting for {what}") from None
+        if not isinstance(message, kind):
+            raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
+        return message
+
+    def _hello(self, info: InitInfo) -> m.WorkerHello:
+        dp_index, worker_rank, world_size = compat.worker_place(self.parallel_config)
+        return m.WorkerHello(
+            token=info.token,
+            run_id=info.run_id,
+            engine_id=info.engine_id,
+            dp_index=dp_index,
+            worker_rank=worker_rank,
+            world_size=world_size,
+            host=socket.gethostname(),
+            shm_domain=self._domain(),
+            pid_domain=pid_domain(),
+            pid=os.getpid(),
+            gpu_uuid=compat.gpu_uuid(self.device),
+            vllm_version=compat.vllm_version(),
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What the other side shows: the sentence of an error of ours, the whole traceback of any other."""
+    return str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip()

@@ -1,0 +1,103 @@
+"""Calls that run beside a thread which waits on sockets. Owns daemon threads and the descriptor that wakes the waiter.
+
+``concurrent.futures`` does not serve here: its threads are joined when the interpreter exits, so that one engine call
+which never returns would keep a failed run from ending.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended. ``key`` is what it was submitted under; one of ``result`` and ``error`` is meant."""
+
+    key: Any
+    result: Any
+    error: BaseException | None
+    seconds: float
+
+
+class Tasks:
+    """Runs calls in daemon threads and collects their outcomes.
+
+    Attributes:
+        fd: readable while an outcome waits in ``finished``.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def __del__(self) -> None:
+        # Not before the last thread that may write to it is gone: the number could be another file's by then.
+        os.close(self.fd)
+
+    def spawn(self, key: Any, call: Callable[[], Any]) -> threading.Thread:
+        """Run a call in a thread of its own."""
+        thread = threading.Thread(target=self.run, args=(key, call), name=f"rlsync-{key}", daemon=True)
+        thread.start()
+        return thread
+
+    def run(self, key: Any, call: Callable[[], Any]) -> None:
+        """Run a call in this thread; its outcome is put with the others."""
+        started_s, result, error = time.monotonic(), None, None
+        try:
+            result = call()
+        except BaseException as caught:
+            error = caught
+        self._outcomes.put(Outcome(key, result, error, time.monotonic() - started_s))
+        os.eventfd_write(self.fd, 1)
+
+    def finished(self) -> list[Outcome]:
+        """Outcomes since the last call, oldest first; never blocks."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return []
+        outcomes = []
+        while not self._outcomes.empty():
+            outcomes.append(self._outcomes.get())
+        return outcomes
+
+
+class Lane:
+    """One daemon thread that runs calls one after another, each reported to its Tasks.
+
+    Always the same thread, because OpenMP keeps a team of threads for each thread that calls it, and CUDA a device.
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+        self._calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        threading.Thread(target=self._run, name="rlsync-filler", daemon=True).start()
+
+    def submit(self, tasks: Tasks, key: Any, call: Callable[[], Any]) -> None:
+        self._idle.clear()
+        self._calls.put((tasks, key, call))
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether the last call has ended."""
+        return self._idle.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End the thread after the call in hand."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        self._prepare()
+        while (item := self._calls.get()) is not None:
+            tasks, key, call = item
+            tasks.run(key, call)
+            if self._calls.empty():
+                self._idle.set()
+            del tasks, item
