@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -169,7 +170,8 @@ def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer:
     Does nothing for other optimizers. Collective over the DP group.
     """
     for index, part in enumerate(_distributed_parts(optimizer)):
-        with torch.no_grad():  # float32 main parameters are views of the model's
+        # Without gradients, because float32 main parameters are views of the model's.
+        with torch.no_grad(), _steps_aside(part):
             part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
 
 
@@ -221,6 +223,19 @@ def _separate_steps(optimizer: MegatronOptimizer) -> None:
         for values in part.optimizer.state.values() if part.optimizer is not None else ():
             if isinstance(values.get("step"), Tensor):
                 values["step"] = values["step"].clone()
+
+
+@contextmanager
+def _steps_aside(part: DistributedOptimizer) -> Iterator[None]:
+    """Hide the step counters of torch's Adam from the loading of moments, which Megatron 0.16 expects to be alone."""
+    states = list(part.optimizer.state.values()) if part.optimizer is not None else []
+    steps = [values.pop("step", None) for values in states]
+    try:
+        yield
+    finally:
+        for values, step in zip(states, steps, strict=True):
+            if step is not None:
+                values["step"] = step
 
 
 def _gathered_rng_states() -> list[dict[str, Any]]:
