@@ -211,14 +211,20 @@ def policy_loss(
     if options.entropy_bonus != 0 and entropy is None:
         raise ValueError("entropy_bonus is not 0: entropy is required")
     mask = mask.bool()
-    ratio = _ratio(logprobs, old_logprobs, mask, options)
+
+    def valid(values: Tensor) -> Tensor:
+        # Before anything else: a nan outside the mask would come back as a nan gradient.
+        return torch.where(mask, values, 0.0)
+
+    logprobs, old_logprobs, advantages = valid(logprobs), valid(old_logprobs), valid(advantages)
+    ratio = _ratio(logprobs, old_logprobs, options)
     clipped = ratio.clamp(1 - options.clip_ratio_low, 1 + options.clip_ratio_high)
     token_loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     dual = torch.zeros_like(mask)
     if options.clip_ratio_c is not None:
         bound = -advantages * options.clip_ratio_c
         dual = (advantages < 0) & (token_loss > bound) & mask
-        token_loss = torch.where(dual, bound.expand_as(token_loss), token_loss)
+        token_loss = torch.where(dual, bound, token_loss)
 
     def sum_of(values: Tensor) -> Tensor:
         return aggregation_numerator(values, mask, options.loss_agg_func)
@@ -226,15 +232,15 @@ def policy_loss(
     numerator = sum_of(token_loss)
     terms = {"policy_loss": numerator}
     if entropy is not None:
-        terms["entropy_loss"] = sum_of(entropy)
+        terms["entropy_loss"] = sum_of(valid(entropy))
         numerator = numerator - options.entropy_bonus * terms["entropy_loss"]
     if reference_logprobs is not None:
-        terms["kl_loss"] = sum_of(kl_penalty(logprobs, reference_logprobs, options.kl_penalty_type))
+        terms["kl_loss"] = sum_of(kl_penalty(logprobs, valid(reference_logprobs), options.kl_penalty_type))
         numerator = numerator + options.kl_beta * terms["kl_loss"]
     stopped = _exceeds(ratio, mask, options.early_stop_imp_ratio)
     if stopped:
         # Still a function of logprobs, because every rank must run the same backward.
-        numerator = 0.0 * torch.where(mask, logprobs, 0.0).sum()
+        numerator = 0.0 * logprobs.sum()
     denominator = aggregation_denominator(mask, options.loss_agg_func)
     quotients = {name: (value, denominator) for name, value in {**terms, "final_loss": numerator}.items()}
     log_ratio = (logprobs - old_logprobs).detach()
@@ -243,9 +249,9 @@ def policy_loss(
     return MicroBatchLoss(numerator=numerator, sums=Sums.of(**quotients, **metrics, **stops))
 
 
-def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, options: PolicyLossOptions) -> Tensor:
-    """(B, T): exp of the (clamped) log ratio; 1 outside the mask."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, options: PolicyLossOptions) -> Tensor:
+    """(B, T): exp of the (clamped) log ratio."""
+    log_ratio = (logprobs - old_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
     if options.clip_log_ratio_min is not None or options.clip_log_ratio_max is not None:
         log_ratio = log_ratio.clamp(min=options.clip_log_ratio_min, max=options.clip_log_ratio_max)
     return log_ratio.exp()

@@ -32,11 +32,11 @@ class ArithmeticRecipe:
     """Everything the folder's content depends on: the ``arithmetic`` keys of the same names."""
 
     seed: int = 0
-    max_operand: int = 9
+    max_operand: int = 4
     num_problems: int = 2048
     num_supervised: int = 4096
-    supervised_noise: float = 0.6
-    hidden_size: int = 64
+    supervised_noise: float = 0.65
+    hidden_size: int = 128
     num_layers: int = 2
 
 
@@ -100,7 +100,7 @@ def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) ->
         intermediate_size=recipe.hidden_size * 3,
         num_hidden_layers=recipe.num_layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.1,

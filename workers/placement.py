@@ -99,6 +99,8 @@ def _devices(component: str, value: Any, num_devices: int | None) -> tuple[int, 
     parts = value if isinstance(value, (list, tuple)) else [value]
     numbers = [n for part in parts for piece in str(part).split(",") for n in _range(where, piece.strip())]
     found = tuple(sorted(numbers))
+    if not found:
+        raise ConfigError(f"{where}: {value!r} names no device")
     if len(set(found)) != len(found):
         raise ConfigError(f"{where}: {value!r} names a device twice")
     if found[-1] - found[0] != len(found) - 1:

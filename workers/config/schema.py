@@ -212,11 +212,11 @@ class ArithmeticConfig:
 
     path: str = key(doc="folder that receives model/, train.jsonl and supervised.jsonl")
     seed: int = key(0, "of weights and problems")
-    max_operand: int = key(9, "problems are a+b with both operands from 0 to this")
+    max_operand: int = key(4, "problems are a+b with both operands from 0 to this")
     num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition")
     num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition")
-    supervised_noise: float = key(0.6, "share of supervised lines with a wrong answer; what GRPO has to unlearn")
-    hidden_size: int = key(64, "of the model; a multiple of 32, the smallest head vLLM runs on CPU")
+    supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn")
+    hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU")
     num_layers: int = key(2, "of the model")
 
 
