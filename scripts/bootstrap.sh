@@ -8,6 +8,8 @@
 # repository, made from requirements/{cpu,cuda}.lock. Only .venv is ever written to. When nothing is to do it costs milliseconds.
 # Afterwards PYTHON, PATH and PYTHONPATH are exported.
 #
+# Exits with 3 when it has said what is wrong.
+#
 # Reads: PYTHON         interpreter to use, or to make .venv from
 #        RLSYNC_LOCK    cpu | cuda; default: cuda where nvidia-smi lists a GPU
 #        RLSYNC_DEV     1: an active environment must also have the development tools
@@ -21,7 +23,8 @@ if [ "${BASH_SOURCE[0]}" != "$0" ]; then
     return 0
 fi
 
-set -euo pipefail
+set -eEuo pipefail
+trap '[ $? -eq 3 ] || say "stopped by a failure in line $LINENO: $BASH_COMMAND"' ERR
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.rlsync-stamp           # describes what .venv was made from; written last
@@ -29,7 +32,7 @@ installing=$venv/.rlsync-installing # present while packages are written: a set-
 log=$root/.venv.log
 
 say() { echo "rlsync setup: $*" >&2; }
-die() { say "$@"; exit 1; }
+die() { say "$@"; exit 3; }
 
 # --- which lock -------------------------------------------------------------------------------------------------------------------
 
@@ -110,11 +113,13 @@ find_base_python() {
         "Install one of the two, or name it: PYTHON=/path/to/python3.11 make setup"
 }
 
+free_mib() { df -Pm "$1" | awk 'NR == 2 {print $4}'; }
+
 check_disk() {
-    local need_gib=$1 place=$2 free_kib
-    free_kib=$(df -Pk "$place" | awk 'NR == 2 {print $4}')
-    [ "$free_kib" -ge $((need_gib * 1024 * 1024)) ] ||
-        die "$place has $((free_kib / 1024 / 1024)) GiB free, and the $lock packages need about $need_gib GiB there. Free some space and start again"
+    local need_gib=$1 place=$2 free
+    free=$(free_mib "$place")
+    [ "$free" -ge $((need_gib * 1024)) ] ||
+        die "$place has $free MiB free, and the $lock packages need about $need_gib GiB there. Free some space and start again"
 }
 
 make_venv() {
@@ -141,16 +146,16 @@ explain_pip_failure() {
     local package
     # pip fetches everything before it writes anything: a failure until then leaves .venv as it was.
     grep -q '^Installing collected packages' "$log" || rm -f "$installing"
-    package=$(grep -oE '(No matching distribution found for|satisfies the requirement) [^ ]+' "$log" | awk 'END {print $NF}')
+    package=$(sed -nE 's/.*(No matching distribution found for|satisfies the requirement) ([^ ]+).*/\2/p' "$log" | tail -n 1)
     say "pip failed. The last lines of $log:"
-    grep -v '^ *$' "$log" | tail -n 12 >&2
-    if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|SSLError' "$log"; then
+    grep -v '^ *$' "$log" | tail -n 12 | cut -c1-300 >&2
+    if [ "$(free_mib "$root")" -lt 100 ] || [ "$(free_mib "${TMPDIR:-/tmp}")" -lt 100 ] || grep -q 'No space left on device' "$log"; then
+        die "the disk of $root or of ${TMPDIR:-/tmp} is full. Free some space and start again"
+    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|SSLError' "$log"; then
         die "pip could not reach its package index${package:+ for $package}. Check the network, the proxy and: $venv/bin/python -m pip config list"
     elif [ -n "$package" ]; then
         die "the package $package cannot be had for $("$venv/bin/python" --version) from the indexes that pip knows." \
             "Check: $venv/bin/python -m pip config list"
-    elif grep -q 'No space left on device' "$log"; then
-        die "the disk of $root or ${TMPDIR:-/tmp} is full. Free some space and start again"
     fi
     die "see the lines above"
 }
