@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from rlsync.bridge import AutoBridge
 from rlsync.errors import CheckpointError
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
-from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
-from rlsync.megatron.scores import TokenScores
+from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
+from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.state import load_rank_state, save_rank_state
 from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.topology import Topology
@@ -30,6 +31,7 @@ class Actor:
     def __init__(self, folder: str, case: Mapping[str, Any], *, load: bool = True) -> None:
         self.case = case
         self.topology = Topology(**case["topology"])
+        torch.use_deterministic_algorithms(True)  # CUDA's embedding gradients would differ from run to run
         initialize_parallel(self.topology, seed=5, timeout_s=60)
         precision = case.get("precision", "fp32")
         self.bridge = AutoBridge.from_pretrained(folder)
@@ -76,7 +78,7 @@ class Actor:
         sha = hashlib.sha256()
         for _, _, name, parameter in iter_parameters(self.models):
             sha.update(name.encode())
-            sha.update(parameter.detach().float().numpy().tobytes())
+            sha.update(parameter.detach().float().cpu().numpy().tobytes())
         return sha.hexdigest()
 
     def folder(self, root: str) -> Path:
@@ -108,7 +110,7 @@ def train_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str
             assert result.learning_rate == case["optimizer"]["lr"]
         exported = dict(actor.bridge.export_weights(actor.models))
         trained = torch.load(expected["trained"])
-        worst = max((exported[name] - tensor).abs().max().item() for name, tensor in trained.items())
+        worst = max((exported[name].cpu() - tensor).abs().max().item() for name, tensor in trained.items())
         assert worst < 2e-5, f"{case}: weights differ by {worst} after training"
         print(f"TRAINED {case['model']} {case['topology']} weights within {worst:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
@@ -126,7 +128,7 @@ def _check_scores(actor: Actor, expected: Mapping[str, Any]) -> None:
         assert part.log_probs.shape == (rows, length)
         for ours, theirs in ((part.log_probs, expected["log_probs"]), (part.entropy, expected["entropy"])):
             theirs = torch.tensor(theirs)[replica::replicas][start : start + rows, :length]
-            worst = ((ours - theirs).abs() * counted).max().item()
+            worst = ((ours.cpu() - theirs).abs() * counted).max().item()
             assert worst < 1e-4, f"{actor.case}: scores differ by {worst}"
         start += rows
 
@@ -187,16 +189,19 @@ def _refusal(actor: Actor, root: str) -> str:
     raise AssertionError("a foreign state was accepted")
 
 
-def train_in_half_precision(models: Mapping[str, Mapping[str, Any]], precision: str, **optimizer: Any) -> None:
+def train_in_half_precision(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
     """A dozen steps lower the loss; the first is close to float32's."""
-    case = {"topology": {}, "cut": [4, 4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0, **optimizer}, "precision": precision}
-    actor = Actor(models["qwen3"]["folder"], case)
-    results = actor.steps(models["qwen3"]["batch"], 12, temperature=models["qwen3"]["temperature"])
-    taken = [result for result in results if not result.skipped]
-    _close(taken[0].metrics["loss"], models["qwen3"]["losses"][0], 0.05, f"{precision}: first loss")
-    assert taken[-1].metrics["loss"] < taken[0].metrics["loss"] - 0.05, [result.metrics["loss"] for result in taken]
-    print(f"SKIPPED {len(results) - len(taken)} SCALE {results[-1].loss_scale}", flush=True)
-    destroy_parallel(keep_distributed=True)
+    for case in cases:
+        expected = models[case["model"]]
+        actor = Actor(expected["folder"], case)
+        results = actor.steps(expected["batch"], 12, temperature=expected["temperature"])
+        taken = [result for result in results if not result.skipped]
+        _close(taken[0].metrics["loss"], expected["losses"][0], 0.05, f"{case}: first loss")
+        assert taken[-1].metrics["loss"] < taken[0].metrics["loss"] - 0.05, [result.metrics["loss"] for result in taken]
+        assert len(results) - len(taken) in case["skipped"], f"{case}: skipped {len(results) - len(taken)} steps"
+        assert case["scale"][0] <= results[-1].loss_scale <= case["scale"][1], f"{case}: loss scale {results[-1].loss_scale}"
+        print(f"TRAINED {case['precision']}", flush=True)
+        destroy_parallel(keep_distributed=True)
 
 
 def gather_before_reading(models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -227,3 +232,27 @@ def _agreed(tensor: torch.Tensor) -> bool:
 def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> None:
     assert ours is not None, what
     assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)), f"{what}: {ours}, expected {theirs}"
+
+
+def scores_equal_softmax(world_size: int) -> None:
+    """Vocabulary-parallel scores and gradients equal autograd through log_softmax; one rank may hold padding only."""
+    initialize_parallel(Topology(tp_size=world_size), seed=1, timeout_s=60)
+    generator = torch.Generator().manual_seed(4)
+    for vocab_size, padded in ((13, 14), (13, 26), (12, 12)):
+        whole = (3 * torch.randn(2, 6, padded, generator=generator)).requires_grad_()
+        tokens = torch.randint(0, vocab_size, (2, 6), generator=generator)
+        weights = torch.randn(2, 2, 6, generator=generator)
+        distribution = (whole[..., :vocab_size] / 0.7).log_softmax(dim=-1)[:, :-1]
+        log_probs = F.pad(distribution.gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
+        entropy = F.pad(-(distribution.exp() * distribution).sum(dim=-1), (1, 0))
+        (expected,) = torch.autograd.grad((log_probs * weights[0] + entropy * weights[1]).sum(), whole)
+
+        width, device = padded // world_size, compute_device()
+        columns = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
+        mine = whole.detach()[..., columns].contiguous().to(device).requires_grad_()
+        scores = score_tokens(mine, tokens.to(device), vocab_size=vocab_size, temperature=0.7)
+        weights = weights.to(device)
+        (gradient,) = torch.autograd.grad((scores.log_probs * weights[0] + scores.entropy * weights[1]).sum(), mine)
+        for ours, theirs in ((scores.log_probs, log_probs), (scores.entropy, entropy), (gradient, expected[..., columns])):
+            torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-5, atol=2e-6)
+    destroy_parallel()

@@ -1,0 +1,173 @@
+"""Reading Hugging Face configs: what Megatron is told, and what is refused in words."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.config import model_config, supported_architectures
+from rlsync.topology import Topology
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 160,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {"architectures": ["Qwen2ForCausalLM"]}
+LLAMA = {**QWEN3, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+
+
+def config(hf=QWEN3, *, dtype=torch.float32, divisible_by=1, overrides=None, **topology):
+    return model_config(
+        hf, topology=Topology(**topology), dtype=dtype, make_vocab_size_divisible_by=divisible_by, overrides=overrides
+    )
+
+
+def test_the_decoder_is_told_what_config_json_says():
+    read = config(tp_size=2)
+    told = read.transformer
+    assert (told.num_layers, told.hidden_size, told.ffn_hidden_size) == (4, 96, 160)
+    assert (told.num_attention_heads, told.num_query_groups, told.kv_channels) == (4, 2, 32)
+    assert (told.normalization, told.layernorm_epsilon, told.add_bias_linear) == ("RMSNorm", 1e-6, False)
+    assert (told.activation_func, told.gated_linear_unit) == (F.silu, True)
+    assert (told.attention_dropout, told.hidden_dropout) == (0.0, 0.0)
+    assert (read.max_sequence_length, read.tied_embeddings, read.rope.theta) == (512, True, 1e6)
+
+
+@pytest.mark.parametrize(("hf", "bias", "norm"), [(LLAMA, False, False), (QWEN2, True, False), (QWEN3, False, True)])
+def test_families_differ_in_biases_and_head_norms(hf, bias, norm):
+    told = config(hf).transformer
+    assert (told.add_qkv_bias, told.qk_layernorm) == (bias, norm)
+
+
+@pytest.mark.parametrize(("hf", "expected"), [(QWEN2, 24), (LLAMA | {"head_dim": None}, 24), (QWEN3 | {"head_dim": None}, 128)])
+def test_a_missing_head_dim_is_that_of_the_family(hf, expected):
+    assert config(hf).transformer.kv_channels == expected
+
+
+def test_missing_key_value_heads_mean_one_for_each_head():
+    hf = {name: value for name, value in QWEN3.items() if name != "num_key_value_heads"}
+    assert config(hf).transformer.num_query_groups == 4
+
+
+@pytest.mark.parametrize(("tp_size", "divisible_by", "padded"), [(1, 1, 131), (2, 1, 132), (4, 1, 132), (2, 64, 256), (1, 128, 256)])
+def test_the_vocabulary_is_padded_for_the_tensor_ranks(tp_size, divisible_by, padded):
+    hf = QWEN3 | {"num_key_value_heads": 4}
+    read = config(hf, tp_size=tp_size, divisible_by=divisible_by)
+    assert (read.vocab_size, read.padded_vocab_size) == (131, padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_dtype_rules_parameters_and_pipeline(dtype):
+    told = config(dtype=dtype, pp_size=2).transformer
+    assert (told.params_dtype, told.pipeline_dtype) == (dtype, dtype)
+    assert (told.bf16, told.fp16) == (dtype is torch.bfloat16, dtype is torch.float16)
+
+
+def test_an_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"\['GPT2LMHeadModel'\].*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
+        config(QWEN3 | {"architectures": ["GPT2LMHeadModel"]})
+    assert supported_architectures() == ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("hf", "said"),
+    [
+        (LLAMA | {"attention_bias": True}, "attention_bias=True is not supported"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (QWEN3 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (QWEN3 | {"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+        (QWEN3 | {"vocab_size": None}, "lacks vocab_size"),
+        (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope type 'yarn'; supported are"),
+        (QWEN3 | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear' but gives no factor"),
+        (QWEN3 | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+    ],
+)
+def test_what_megatron_would_get_wrong_is_refused(hf, said):
+    with pytest.raises(ConfigError, match=said):
+        config(hf)
+
+
+@pytest.mark.parametrize(
+    ("hf", "topology", "said"),
+    [
+        (QWEN3 | {"num_attention_heads": 6, "num_key_value_heads": 3}, {"tp_size": 4}, "6 attention heads cannot be divided by tp_size 4"),
+        (QWEN3 | {"num_attention_heads": 12, "num_key_value_heads": 3}, {"tp_size": 4}, "3 key-value heads and tp_size 4"),
+        (QWEN3 | {"intermediate_size": 161}, {"tp_size": 2}, "intermediate_size 161"),
+        (QWEN3, {"pp_size": 3}, "4 layers cannot be split over pp_size 3"),
+    ],
+)
+def test_a_topology_that_cannot_divide_the_model_is_refused(hf, topology, said):
+    with pytest.raises(ConfigError, match=said):
+        config(hf, **topology)
+
+
+def test_fewer_key_value_heads_than_tensor_ranks_are_fine():
+    assert config(QWEN3 | {"num_key_value_heads": 1}, tp_size=4).transformer.num_query_groups == 1
+
+
+def test_overrides_reach_megatron():
+    overrides = {"sequence_parallel": True, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    told = config(overrides=overrides, tp_size=2).transformer
+    assert (told.sequence_parallel, told.recompute_granularity) == (True, "full")
+
+
+def test_an_unknown_override_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown model override 'sequence_paralel'; did you mean 'sequence_parallel'"):
+        config(overrides={"sequence_paralel": True})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"num_layers": 5}, "num_layers=5 contradicts 4, which config.json decides"),
+        ({"tensor_model_parallel_size": 2}, "contradicts 1, which topology.tp_size decides"),
+        ({"bf16": True}, "contradicts False, which dtype decides"),
+        ({"recompute_granularity": "full"}, "Megatron-Core refuses this combination"),
+    ],
+)
+def test_overrides_that_contradict_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        config(overrides=overrides)
+
+
+def test_an_override_that_agrees_is_accepted():
+    assert config(overrides={"num_layers": 4, "normalization": "RMSNorm", "bf16": False}).transformer.num_layers == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the fusions are available with CUDA")
+def test_fusions_that_this_machine_lacks_are_dropped_aloud(caplog):
+    with caplog.at_level(logging.WARNING):
+        told = config(overrides={"apply_rope_fusion": True, "gradient_accumulation_fusion": True, "bias_dropout_fusion": False}).transformer
+    assert not told.apply_rope_fusion
+    assert not told.gradient_accumulation_fusion
+    assert [record.args[:2] for record in caplog.records] == [
+        ("apply_rope_fusion", "TransformerEngine"),
+        ("gradient_accumulation_fusion", "Apex with its CUDA extensions"),
+    ]
+
+
+def test_sequence_parallel_with_one_tensor_rank_is_no_split():
+    assert not config(overrides={"sequence_parallel": True}).transformer.sequence_parallel
+
+
+def test_interleaved_pipelines_keep_to_one_shape():
+    """Negative control: without virtual stages shapes may vary."""
+    assert config(pp_size=2, overrides={"variable_seq_lengths": True}).transformer.variable_seq_lengths
+    told = config(pp_size=2, vpp_size=2, overrides={"variable_seq_lengths": True, "batch_p2p_comm": True}).transformer
+    assert (told.variable_seq_lengths, told.batch_p2p_comm) == (False, False)
