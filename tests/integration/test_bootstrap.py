@@ -1,0 +1,109 @@
+"""Claims about scripts/bootstrap.sh: it costs nothing when nothing is to do, says what is wrong, and leaves nothing half made behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bootstrap(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of a checkout with no environment active, no package index, and these variables."""
+    base = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    return subprocess.run(
+        ["bash", "scripts/bootstrap.sh"], cwd=root, env=base | environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with a lock of one package that no index has. Its .venv can be begun but never completed."""
+    for name in ("scripts", "requirements", "rlsync/cli"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "rlsync/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "requirements/cpu.lock").write_text("absent-package==1.0\n")
+    return tmp_path
+
+
+@pytest.fixture
+def base_python() -> str:
+    """The interpreter that this environment was made from; it lacks this environment's packages."""
+    return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
+
+
+def test_complete_environment_is_taken_as_it_is_in_under_a_second(checkout: Path) -> None:
+    lock = "cpu" if shutil.which("nvidia-smi") is None else "cuda"
+    python = shutil.which("python", path=os.path.dirname(sys.executable)) or sys.executable
+    first = bootstrap(checkout, PYTHON=python, RLSYNC_LOCK=lock)
+    if "lacks" in first.stderr:
+        pytest.skip(f"this environment is not a complete one: {first.stderr.splitlines()[0]}")
+    begin = time.monotonic()
+    again = bootstrap(checkout, PYTHON=python, RLSYNC_LOCK=lock)
+    assert time.monotonic() - begin < 1
+    assert first.stdout == again.stdout == f"{python}\n"
+    assert not (checkout / ".venv").exists()
+    assert "vllm.general_plugins" in (checkout / "rlsync.egg-info/entry_points.txt").read_text()
+
+
+def test_package_that_cannot_be_had_is_named_and_nothing_is_declared_ready(checkout: Path, base_python: str) -> None:
+    run = bootstrap(checkout, PYTHON=base_python, RLSYNC_LOCK="cpu", TMPDIR=str(checkout))
+    assert run.returncode == 3, run.stderr
+    assert "the package absent-package==1.0 cannot be had" in run.stderr
+    assert not (checkout / ".venv/.rlsync-stamp").exists()
+    assert not (checkout / ".venv/.rlsync-installing").exists(), "pip wrote nothing, so the next set-up may build on this .venv"
+
+
+def test_set_up_that_died_while_writing_is_started_over(checkout: Path, base_python: str) -> None:
+    remnant = checkout / ".venv/lib/half-written"
+    remnant.mkdir(parents=True)
+    (checkout / ".venv/.rlsync-installing").touch()
+    run = bootstrap(checkout, PYTHON=base_python, RLSYNC_LOCK="cpu")
+    assert "was being written to when an earlier set-up died; making it anew" in run.stderr
+    assert not remnant.exists()
+
+
+def test_interpreter_outside_the_range_is_refused_by_version(checkout: Path, tmp_path: Path) -> None:
+    old = tmp_path / "bin/python3"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho Python 3.10.0\nexit 1\n")
+    old.chmod(0o755)
+    for name in ("python3.11", "python3.12"):
+        (old.parent / name).symlink_to(old)
+    script = checkout / "scripts/bootstrap.sh"
+    script.write_text(script.read_text().replace("/usr/bin/python3.", "/nowhere/python3."))
+    run = bootstrap(checkout, PATH=f"{old.parent}:{os.environ['PATH']}", RLSYNC_LOCK="cpu")
+    assert run.returncode == 3
+    assert "Python 3.11 or 3.12 is needed" in run.stderr
+    assert f"{old} (Python 3.10.0)" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"PYTHON": "/no/such/python"}, "there is no such command"), ({"RLSYNC_LOCK": "tpu"}, "it must be cpu or cuda")],
+)
+def test_wrong_setting_is_refused(checkout: Path, environment: dict[str, str], message: str) -> None:
+    run = bootstrap(checkout, **environment)
+    assert run.returncode == 3
+    assert message in run.stderr
+
+
+def test_sourcing_script_stops_where_set_up_fails(checkout: Path) -> None:
+    program = "set -euo pipefail; source scripts/bootstrap.sh; echo reached"
+    run = subprocess.run(
+        ["bash", "-c", program],
+        cwd=checkout,
+        env={"PATH": os.environ["PATH"], "RLSYNC_LOCK": "tpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0
+    assert "reached" not in run.stdout
