@@ -9,7 +9,7 @@ opens no socket and starts no thread (``server`` does), so that every fault can 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -416,7 +416,7 @@ class Coordinator:
 
     def _absent(self) -> list[str]:
         here = {(p.engine, p.place): p for p in self._peers.values()}
-        wanted = [(None, rank, f"actor rank {rank}") for rank in range(self._expected.num_actors)]
+        wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self._expected.num_actors)]
         wanted += [(e, place, f"engine {e} worker {place}") for e, count in self._expected.engines.items() for place in range(count)]
         late = []
         for engine, place, name in wanted:
@@ -433,7 +433,7 @@ def _some(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-_HANDLERS = {
+_HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Attached, True): Coordinator._on_attached,
     (m.Attached, False): Coordinator._on_attached,
     (m.Start, False): Coordinator._on_start,

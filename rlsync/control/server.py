@@ -15,7 +15,7 @@ from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator, Expected
 from rlsync.control.peer import pid_domain
 
-_TICK_S = 0.2
+_TICK_MS = 200
 
 
 class CoordinatorServer:
@@ -62,7 +62,7 @@ class CoordinatorServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         while not self._stop.is_set():
-            for source, _ in poller.poll(_TICK_S * 1000):
+            for source, _ in poller.poll(_TICK_MS):
                 if source is self._socket:
                     self._drain(coordinator, poller)
                 else:

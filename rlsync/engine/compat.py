@@ -6,8 +6,10 @@ before that.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -61,7 +63,7 @@ def begin_reload(model: torch.nn.Module) -> None:
     layerwise.initialize_layerwise_reload(model)
 
 
-def load_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Hand HF-named tensors to the model's own loaders."""
     with _partial_load(), torch.no_grad():
         model.load_weights(weights)
@@ -69,9 +71,23 @@ def load_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tens
 
 def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
     """Rebuild the layers that padding or attention kept waiting, and everything derived from them."""
-    with torch.no_grad():
+    # vLLM warns of every layer without checkpoint tensors (rotary caches, tied heads), at every reload; what is loaded was
+    # judged at connect.
+    with torch.no_grad(), quiet():
         layerwise.finalize_layerwise_reload(model, model_config)
         _refresh_sharers(model)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep vLLM's warnings out of the log for the moment."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def abandon_reload(model: torch.nn.Module) -> None:
@@ -140,6 +156,15 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str)
         await llm.finish_weight_update(weight_version)
     else:
         await llm.finish_weight_update()
+
+
+async def shut_down(llm: Any, timeout_s: float) -> None:
+    """End an AsyncLLM's processes, by force after ``timeout_s`` (vLLM 0.25: after its own 5 s)."""
+    # Otherwise it logs the end of the processes as their failure.
+    if llm.output_handler is not None:
+        llm.output_handler.cancel()
+    takes_timeout = "timeout" in inspect.signature(llm.shutdown).parameters
+    await asyncio.to_thread(llm.shutdown, **({"timeout": timeout_s} if takes_timeout else {}))
 
 
 def core_processes(llm: Any) -> list[Any]:

@@ -6,7 +6,6 @@ is executed. vLLM itself only warns about a parameter that nothing loads, and sk
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.control import BucketEntry
-from rlsync.engine.compat import load_weights, parameters_on_meta
+from rlsync.engine.compat import load_weights, parameters_on_meta, quiet
 
 _aten = torch.ops.aten
 _FILLS = (_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)
@@ -42,9 +41,9 @@ def check_coverage(model: torch.nn.Module, entries: Sequence[BucketEntry]) -> Co
     With tensor or pipeline parallelism each worker sees its own share; names are to be judged on the union.
     """
     twins = _twins(model)
-    with parameters_on_meta(model), _quiet("vllm"):
+    with parameters_on_meta(model), quiet():
         sources = {e.name: torch.empty(e.shape, dtype=getattr(torch, e.dtype), device="meta") for e in entries}
-        recorder, findings = _Recorder(sources), []
+        recorder, findings = _Recorder(sources), list[str]()
         try:
             with recorder:
                 load_weights(model, iter(sources.items()))
@@ -129,17 +128,3 @@ def _twins(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups[parameter.data_ptr() if parameter.numel() else id(parameter)].append(name)
     return {name: tuple(n for n in group if n != name) for group in groups.values() for name in group}
-
-
-class _quiet:
-    """Loaders warn about what they skip; here that is reported, not logged."""
-
-    def __init__(self, logger: str) -> None:
-        self._logger = logging.getLogger(logger)
-
-    def __enter__(self) -> None:
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)

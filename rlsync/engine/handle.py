@@ -26,7 +26,7 @@ from rlsync.errors import ConfigError, EngineDirtyError
 
 PauseMode = Literal["abort", "wait", "keep"]
 T = TypeVar("T")
-_CLOSE_S = 30.0
+_CLOSE_S = 15.0
 
 
 class EngineHandle(Protocol):
@@ -243,7 +243,7 @@ class Engine:
         if self._llm is not None:
             children = _descendants(self._llm)
             with contextlib.suppress(TimeoutError):
-                self._call(self._shut_down(), _CLOSE_S)
+                self._call(self._shut_down(), 2 * _CLOSE_S)
             _end(children)
             self._llm = None
         if self._thread is not None:
@@ -253,8 +253,7 @@ class Engine:
 
     async def _shut_down(self) -> None:
         self._cancel_running()
-        # Blocks until the processes are gone, so it leaves the loop free.
-        await asyncio.to_thread(self._llm.shutdown)
+        await compat.shut_down(self._llm, _CLOSE_S)
 
     # Common.
 

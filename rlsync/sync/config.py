@@ -10,6 +10,10 @@ import msgspec
 from rlsync.errors import ConfigError
 
 _PAUSE_MODES = ("abort", "wait", "keep")
+_METRICS = (
+    "version", "bytes", "num_buckets", "gb_per_s", "seconds", "pause_s", "begin_s", "fill_s", "transfer_s", "load_s", "finalize_s",
+    "commit_s", "resume_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,4 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a metrics log."""
-        names = ("version", "bytes", "num_buckets", "seconds", "pause_s", "begin_s", "fill_s", "transfer_s")
-        names += ("load_s", "finalize_s", "commit_s", "resume_s", "gb_per_s")
-        return {f"sync/{name}": getattr(self, name) for name in names} | {"time/sync_weights": self.seconds}
+        return {f"sync/{name}": getattr(self, name) for name in _METRICS} | {"time/sync_weights": self.seconds}

@@ -12,6 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -176,7 +177,7 @@ class WeightSyncer:
                 "engine_id": engine.engine_id,
                 "timeout_s": self._config.timeout_s,
             }
-            self._tasks.spawn(engine.engine_id, lambda e=engine, i=info: e.init_weight_transfer(i, self._config.timeout_s + 2 * GRACE_S))
+            self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
         self._await_connected()
         if self._ring is not None:
             self._ring.unlink()
@@ -356,7 +357,7 @@ class _Sync:
     def _for_each_engine(self, kind: str, call: Callable[[EngineHandle], None]) -> None:
         self._pending[kind] = {engine.engine_id for engine in self._engines}
         for engine in self._engines:
-            self._tasks.spawn((kind, engine.engine_id), lambda e=engine: call(e))
+            self._tasks.spawn((kind, engine.engine_id), partial(call, engine))
 
     def _report(self) -> SyncReport:
         assert self._committed is not None
