@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy
 import torch
@@ -69,7 +70,7 @@ def current_topology(models: Sequence[torch.nn.Module] = ()) -> Topology:
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("Megatron's process groups do not exist in this process; call initialize_parallel(topology, ...) first")
-    config = models[0].config if models else None
+    config: Any = models[0].config if models else None
     vpp_size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     return Topology(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),

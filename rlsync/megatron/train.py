@@ -216,7 +216,7 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
 
 def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:
     """Microbatches of a step: the interleaved schedule takes a multiple of the pipeline's size only."""
-    multiple = models[0].config.pipeline_model_parallel_size if len(models) > 1 else 1
+    multiple = parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 1
     return -(-count // multiple) * multiple
 
 

@@ -234,9 +234,9 @@ def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> No
     assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)), f"{what}: {ours}, expected {theirs}"
 
 
-def scores_equal_softmax(world_size: int) -> None:
+def scores_equal_softmax(tp_size: int) -> None:
     """Vocabulary-parallel scores and gradients equal autograd through log_softmax; one rank may hold padding only."""
-    initialize_parallel(Topology(tp_size=world_size), seed=1, timeout_s=60)
+    initialize_parallel(Topology(tp_size=tp_size), seed=1, timeout_s=60)
     generator = torch.Generator().manual_seed(4)
     for vocab_size, padded in ((13, 14), (13, 26), (12, 12)):
         whole = (3 * torch.randn(2, 6, padded, generator=generator)).requires_grad_()
@@ -247,7 +247,7 @@ def scores_equal_softmax(world_size: int) -> None:
         entropy = F.pad(-(distribution.exp() * distribution).sum(dim=-1), (1, 0))
         (expected,) = torch.autograd.grad((log_probs * weights[0] + entropy * weights[1]).sum(), whole)
 
-        width, device = padded // world_size, compute_device()
+        width, device = padded // tp_size, compute_device()
         columns = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
         mine = whole.detach()[..., columns].contiguous().to(device).requires_grad_()
         scores = score_tokens(mine, tokens.to(device), vocab_size=vocab_size, temperature=0.7)

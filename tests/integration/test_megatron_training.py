@@ -36,7 +36,7 @@ def _case(model: str, cut: list[int], *, sequence_parallel: bool = False, ddp: d
 
 
 def test_scores_over_a_split_vocabulary_equal_softmax():
-    run_ranks(2, RANKS, "scores_equal_softmax", world_size=2)
+    run_ranks(2, RANKS, "scores_equal_softmax", tp_size=2)
 
 
 def test_one_rank_trains_as_huggingface(models):
