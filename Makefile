@@ -36,4 +36,4 @@ lint:
 	@$(SETUP); "$$PYTHON" -m pytest -q tests/unit/test_layering.py
 
 format:
-	@$(SETUP); "$$PYTHON" -m ruff check --fix .; "$$PYTHON" -m ruff format .
+	@$(SETUP); "$$PYTHON" -m ruff format .; "$$PYTHON" -m ruff check --fix .

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One set-up for everything: make, the run scripts and people.
 #
-#     source scripts/bootstrap.sh     # in a script or a shell: sets up if needed, then `python` is the right one
+#     source scripts/bootstrap.sh     # in a script or a shell: sets up if needed, then "$PYTHON" (and python) is the right one
 #     bash scripts/bootstrap.sh       # sets up only, prints the interpreter
 #
 # Uses the active environment ($PYTHON, virtual environment or conda) when it has what pyproject.toml asks for, else .venv beside this
