@@ -141,9 +141,7 @@ def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
 
 def _check(recipe: ArithmeticRecipe) -> None:
     if recipe.hidden_size < _HEAD_DIM or recipe.hidden_size % _HEAD_DIM:
-        raise ConfigError(
-            f"arithmetic.hidden_size ({recipe.hidden_size}) must be a multiple of {_HEAD_DIM}, the smallest head vLLM runs on CPU"
-        )
+        raise ConfigError(f"arithmetic.hidden_size ({recipe.hidden_size}) must be a multiple of the head size {_HEAD_DIM}")
     if not 0 <= recipe.supervised_noise < 1:
         raise ConfigError(f"arithmetic.supervised_noise ({recipe.supervised_noise}) must lie in [0, 1)")
     for name in ("max_operand", "num_problems", "num_supervised", "num_layers"):

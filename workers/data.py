@@ -193,7 +193,7 @@ def _as_list(batch: list[Prompt]) -> list[Prompt]:
 class PromptLoader:
     """Batches of prompts over all epochs, with a position that can be saved and restored exactly.
 
-    ``len`` is the number of batches of the whole run. Iterating continues where ``load_state_dict`` left off.
+    ``len`` is the number of batches of the whole run. Iterating continues after the last batch handed out.
     """
 
     def __init__(
@@ -206,6 +206,8 @@ class PromptLoader:
                 f"data.max_prompt_length), fewer than data.rollout_batch_size ({batch_size}), over {num_epochs} epochs"
             )
         self._loader = StatefulDataLoader(dataset, batch_sampler=self._order, collate_fn=_as_list, num_workers=num_workers)
+        self._handed_out = 0
+        self._batches: Iterator[list[Prompt]] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -215,11 +217,17 @@ class PromptLoader:
         return len(self._order)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        return iter(self._loader)
+        # The inner iterator is never run to its end: a StatefulDataLoader forgets its position there.
+        while self._handed_out < len(self):
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            batch = next(self._batches)
+            self._handed_out += 1
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, and what it is a position in; plain containers."""
-        return {"order": self._identity(), "loader": self._loader.state_dict()}
+        return {"order": self._identity(), "handed_out": self._handed_out, "loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which ``state_dict`` was taken. More epochs than then are allowed.
@@ -231,6 +239,7 @@ class PromptLoader:
         if saved != present:
             changed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in present if saved.get(name) != present[name])
             raise CheckpointError(f"data position was saved with other settings ({changed}); restore them or start fresh")
+        self._handed_out, self._batches = state["handed_out"], None
         self._loader.load_state_dict(dict(state["loader"]))
 
     def _identity(self) -> dict[str, int]:

@@ -28,7 +28,8 @@ def is_correct(response: str, answers: list[str]) -> bool:
 
     The final answer is the last ``\\boxed{}``, else what follows an answer phrase, else the last expression.
     """
-    found = parse(response, parsing_timeout=None)
+    # From the last box on: several boxes would be read as a set of answers.
+    found = parse(response[max(0, response.rfind("\\boxed")) :], parsing_timeout=None)
     return any(verify(parse(_boxed(answer), parsing_timeout=None), found, timeout_seconds=None) for answer in answers)
 
 

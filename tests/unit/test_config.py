@@ -329,6 +329,7 @@ def test_world_size_and_batches_must_divide() -> None:
 def test_the_table_lists_every_key_once_and_the_dict_round_trips() -> None:
     names = [description.name for description in describe_config()]
     assert len(names) == len(set(names)) and "weight_sync.bucket_bytes" in names
+    assert [description.name for description in describe_config() if not description.doc] == []
     assert "| `algorithm.group_size` | int | `8` |" in config_table()
     config = shipped()
     assert load_config(config_as_dict(config)) == config

@@ -120,9 +120,9 @@ class VllmConfig:
     """``rollout.vllm``: passed to vLLM; null leaves vLLM's own default."""
 
     attention_backend: str | None = key(None, "e.g. FLASH_ATTN")
-    enable_chunked_prefill: bool | None = key(None, "")
-    enable_prefix_caching: bool | None = key(None, "")
-    enable_flash_infer_sampler: bool | None = key(None, "")
+    enable_chunked_prefill: bool | None = key(None, "split long prompts over scheduler steps")
+    enable_prefix_caching: bool | None = key(None, "share the KV cache of equal prompt starts, e.g. within a group")
+    enable_flash_infer_sampler: bool | None = key(None, "sample with FlashInfer (GPU)")
     max_num_batched_tokens: int | None = key(None, "tokens per scheduler step")
     torch_profiler_dir: str | None = key(None, "folder for vLLM's profiler traces")
 
@@ -189,11 +189,11 @@ class WeightSyncConfig:
     """``weight_sync``: how engines are kept equal to the actor."""
 
     bucket_bytes: int = key(256 * 2**20, "bytes moved and acknowledged together")
-    sink: Literal["auto", "direct", "layerwise", "loaders"] = key("auto", "how bytes enter the engine")
-    transport: Literal["auto", "shm", "ipc", "nccl", "gloo"] = key("auto", "how bytes travel")
+    sink: Literal["auto", "loaders"] = key("auto", "how tensors enter the engine; auto: loaders")
+    transport: Literal["auto", "shm"] = key("auto", "how bytes travel; auto: shm, host shared memory")
     timeout_s: float = key(600.0, "deadline of each phase of a sync")
     num_slots: int = key(2, "staging buckets in flight, 2 or 3")
-    pause_mode: Literal["abort", "wait", "keep"] = key("wait", "what happens to requests that run when a sync begins")
+    pause_mode: Literal["abort", "wait", "keep"] = key("abort", "what happens to requests that run when a sync begins")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

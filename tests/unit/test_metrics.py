@@ -1,0 +1,162 @@
+"""Claims about what a run leaves on disk and on screen."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlsync.errors import ConfigError
+from tests.unit.test_config import shipped
+from workers.config import config_as_dict, load_config
+from workers.config.schema import LoggerConfig
+from workers.metrics import MetricsLog, read_metrics
+from workers.rollout_metrics import advantage_metrics, logprob_difference_metrics, rollout_metrics
+from workers.screen import Screen, summary_rows
+
+
+def logger_config(folder: Path, *backends: str) -> LoggerConfig:
+    return LoggerConfig(log_path=str(folder), experiment_name="x", logger_backends=backends)  # type: ignore[arg-type]
+
+
+def test_each_step_is_one_complete_line_at_once(tmp_path: Path) -> None:
+    with MetricsLog(logger_config(tmp_path), {}) as log:
+        written = log.log(1, {"rollout/reward_scores": 0.5, "time/step": 2.0}, training=[{"actor/lr": 1.0}, {"actor/lr": 3.0}])
+        assert read_metrics(tmp_path) == [{"step": 1, "rollout/reward_scores": 0.5, "time/step": 2.0, "actor/training/actor/lr": 2.0}]
+        assert written["actor/training/actor/lr"] == 2.0
+        log.log(2, {"rollout/reward_scores": math.nan})
+    assert [line["step"] for line in log.history] == [1, 2]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["rollout/reward_scores"] is None
+    assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_resolved_config_is_written_and_loads_again(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    config = shipped()
+    MetricsLog(logger_config(tmp_path), config_as_dict(config)).close()
+    assert load_config(OmegaConf.load(tmp_path / "config.yaml")) == config  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_drops_the_lines_it_repeats_and_appends(tmp_path: Path) -> None:
+    with MetricsLog(logger_config(tmp_path), {}) as log:
+        for step in (1, 2, 3):
+            log.log(step, {"rollout/reward_scores": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rollou')  # killed while writing
+    with MetricsLog(logger_config(tmp_path), {}, start_step=2) as log:
+        log.log(3, {"rollout/reward_scores": 30.0})
+    assert [line["rollout/reward_scores"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    with MetricsLog(logger_config(tmp_path), {}) as log:
+        log.log(1, {"a": 1.0})
+    MetricsLog(logger_config(tmp_path), {}).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_numbers_optimizer_updates(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(logger_config(tmp_path, "tensorboard"), {}, n_minibatches=2) as log:
+        for step in (1, 2):
+            log.log(step, {"time/step": 1.0}, training=[{"actor/lr": 10.0 * step}, {"actor/lr": 10.0 * step + 1}])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("actor/training/actor/lr")] == [(0, 10.0), (1, 11.0), (2, 20.0), (3, 21.0)]
+    assert [e.step for e in events.Scalars("time/step")] == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_logger_that_is_not_installed_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=f"names {name}, which cannot be imported .*pip install {name}"):
+        MetricsLog(logger_config(tmp_path, name), {})
+
+
+def test_loggers_are_imported_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wandb", "swanlab", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    MetricsLog(logger_config(tmp_path), {}).close()
+
+
+def test_named_loggers_receive_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb and swanlab cannot be reached here; stand-ins with the calls used prove what they are given."""
+
+    class Service:
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, Any]] = []
+
+        def init(self, **options: Any) -> Service:
+            self.seen.append(("init", options))
+            return self
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            self.seen.append(("log", (metrics, step)))
+
+        def finish(self) -> None:
+            self.seen.append(("finish", None))
+
+    services = {name: Service() for name in ("wandb", "swanlab")}
+    for name, service in services.items():
+        monkeypatch.setitem(sys.modules, name, service)
+    with MetricsLog(logger_config(tmp_path, "wandb", "swanlab"), {"runner": {"logger_backends": ("wandb",)}}) as log:
+        log.log(1, {"time/step": 1.0}, training=[{"actor/lr": 2.0}])
+    for service in services.values():
+        assert [kind for kind, _ in service.seen] == ["init", "log", "log", "finish"]
+        assert service.seen[0][1]["project"] == "rlsync" and service.seen[0][1]["config"] == {"runner": {"logger_backends": ["wandb"]}}
+        assert service.seen[2][1] == ({"actor/training/actor/lr": 2.0}, 0)
+
+
+def test_rollout_metrics_match_hand_computed_values() -> None:
+    found = rollout_metrics(prompt_lengths=[4, 6], response_lengths=[1, 3], rewards=[0.0, 1.0], properly_ended=[True, False])
+    assert found == {
+        "rollout/total_num_sequence": 2.0,
+        "rollout/prompt_length": 5.0,
+        "rollout/response_length": 2.0,
+        "rollout/average_response_length": 2.0,
+        "rollout/variance_of_response_length": 1.0,
+        "rollout/max_of_response_length": 3.0,
+        "rollout/min_of_response_length": 1.0,
+        "rollout/total_length": 7.0,
+        "rollout/reward_scores": 0.5,
+        "rollout/fraction_of_samples_properly_ended": 0.5,
+    }
+
+
+def test_advantage_and_logprob_metrics_count_valid_tokens_only() -> None:
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert advantage_metrics(torch.tensor([[2.0], [-1.0]]), mask) == {
+        "rollout/advantages_mean": 1.0,
+        "rollout/advantages_max": 2.0,
+        "rollout/advantages_min": -1.0,
+    }
+    found = logprob_difference_metrics(torch.tensor([[-1.0, -2.0], [-3.0, 99.0]]), torch.tensor([[-1.0, -2.5], [-2.0, 0.0]]), mask)
+    assert found == {"rollout/logprob_diff_mean": 0.5, "rollout/logprob_diff_max": 1.0}
+
+
+def test_the_screen_prints_a_line_a_step_and_a_summary(tmp_path: Path) -> None:
+    out = io.StringIO()
+    history = [{"step": i, "rollout/reward_scores": i / 10, "rollout/logprob_diff_mean": 1e-7, "time/step": 2.0} for i in range(1, 11)]
+    with Screen(10, console=Console(file=out, width=200)) as screen:
+        screen.note("[not markup]")
+        for line in history:
+            screen.step(int(line["step"]), line)
+        screen.summary(history, tmp_path)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "[not markup]"
+    assert lines[3] == "step  3/10  reward 0.300  logprob diff 1.0e-07  step 2.0 s"
+    assert "0.300 (first 5 steps) -> 0.800 (last 5 steps), +0.500" in out.getvalue()
+    assert str(tmp_path) in out.getvalue()
+
+
+def test_a_summary_of_no_steps_still_says_where_results_are(tmp_path: Path) -> None:
+    assert summary_rows([], tmp_path) == [("steps", "0"), ("results", str(tmp_path))]

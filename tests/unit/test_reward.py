@@ -1,0 +1,106 @@
+"""Claims about rewards, with real verifier processes: what is correct, and that no response can hang or break the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlsync.errors import RlsyncError
+from workers.reward import RewardScale, VerifierPool, score
+
+# Takes longer than any run: native big-integer code that no signal interrupts.
+HANGS = r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    with VerifierPool(num_processes=2, timeout_s=2.0) as pool:
+        yield pool
+
+
+CASES = [
+    (r"so it is \boxed{18}", ["18"], True),
+    (r"so it is \boxed{18}", ["19"], False),
+    (r"so it is \boxed{19}", ["17", "19"], True),
+    (r"\boxed{\frac{1}{2}}", ["0.5"], True),
+    (r"\boxed{0.5}", [r"\frac{1}{2}"], True),
+    (r"\boxed{0.5}", [r"$\frac{1}{2}$"], True),
+    (r"\boxed{\sqrt{8}}", [r"2\sqrt{2}"], True),
+    (r"first \boxed{3}, no: \boxed{4}", ["4"], True),
+    ("The answer is 1,234.", ["1234"], True),
+    ("17", ["17"], True),
+    ("17", ["7"], False),
+    ("", ["7"], False),
+    ("I do not know", ["7"], False),
+    (r"\boxed{x+1", ["7"], False),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_answers_are_judged_by_value_and_in_any_order(pool: VerifierPool, order: int) -> None:
+    cases = CASES[::order]
+    found = pool.check([response for response, _, _ in cases], [answers for _, answers, _ in cases])
+    assert found == [expected for _, _, expected in cases]
+
+
+def test_a_hanging_check_is_wrong_and_its_neighbours_and_the_pool_live_on(pool: VerifierPool) -> None:
+    replaced, started_s = pool.num_replaced, time.monotonic()
+    assert pool.check([r"\boxed{1}", HANGS, r"\boxed{2}", HANGS, r"\boxed{3}"], [["1"], ["1"], ["2"], ["1"], ["3"]]) == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert pool.num_replaced == replaced + 2
+    assert time.monotonic() - started_s < 20
+    assert pool.check([r"\boxed{4}"], [["4"]]) == [True]
+
+
+def test_a_killed_process_is_replaced(pool: VerifierPool) -> None:
+    for process in pool._processes:
+        os.kill(process._popen.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert pool.check([r"\boxed{4}"] * 4, [["4"]] * 4) == [True] * 4
+
+
+def test_rewards_are_scaled() -> None:
+    scale = RewardScale(reward_scale=5.0, reward_min_val=-1.0, reward_max_val=1.0)
+    assert (scale.reward(True), scale.reward(False)) == (5.0, -5.0)
+    assert RewardScale(reward_min_val=0.0).reward(False) == 0.0
+
+
+def test_score_gives_a_reward_per_response(pool: VerifierPool) -> None:
+    assert score(pool, RewardScale(reward_min_val=0.0), ["5", "6"], [["5"], ["5"]]) == [1.0, 0.0]
+
+
+def test_closing_ends_every_process_and_is_idempotent() -> None:
+    pool = VerifierPool(num_processes=1)
+    pid = pool._processes[0]._popen.pid
+    pool.close()
+    pool.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(ValueError, match="closed"):
+        pool.check(["1"], [["1"]])
+
+
+def test_an_installation_that_cannot_verify_raises_instead_of_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'No module named math_verify' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(RlsyncError, match="did not start") as caught:
+        VerifierPool(num_processes=1)
+    assert "No module named math_verify" in str(caught.value)
+
+
+def test_lengths_must_agree(pool: VerifierPool) -> None:
+    with pytest.raises(ValueError, match="2 responses but 1 lists"):
+        pool.check(["1", "2"], [["1"]])
