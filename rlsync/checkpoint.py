@@ -47,14 +47,15 @@ class Restored:
 
 def save_checkpoint(
     folder: Path | str,
-    bridge: AutoBridge,
+    bridge: AutoBridge | None,
     models: Sequence[torch.nn.Module],
     *,
     step: int,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
 ) -> None:
-    """Write an ``actor/`` folder: HF weights, then Megatron shards, then the tracker, which makes it complete.
+    """Write an ``actor/`` folder: HF weights (unless ``bridge`` is None), then Megatron shards, then the tracker, which makes
+    it complete.
 
     ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank is raised on all.
     """
@@ -63,7 +64,8 @@ def save_checkpoint(
     mine = shards / rank_folder(topology, dist.get_rank())
     with agreed(device=compute_device()):
         mine.mkdir(parents=True, exist_ok=True)
-    bridge.save_weights(models, folder / HF_FOLDER)
+    if bridge is not None:
+        bridge.save_weights(models, folder / HF_FOLDER)
     save_rank_state(mine, models, step=step, optimizer=optimizer, scheduler=scheduler)
     dist.barrier()
     with agreed(device=compute_device()):

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains a model with GRPO on math problems.
+#
+#     bash examples/reasoning/run_main_grpo_math.sh [CONFIG] [key=value ...]
+#
+# CONFIG names a file of configs/reasoning without .yaml; without it a tiny model learns additions on the CPU.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+default=arithmetic-grpo-megatron
+config=$default
+case ${1:-} in
+    "" | *=*) ;;
+    *) config=$1 && shift ;;
+esac
+if [ "$config" = "$default" ]; then
+    echo "Running $default, the tiny CPU default. Others: bash examples/reasoning/run_main_grpo_math.sh CONFIG [key=value ...] with CONFIG one of"
+    for file in "$repository"/configs/reasoning/*.yaml; do echo "    $(basename "$file" .yaml)"; done
+fi
+if [ ! -f "$repository/configs/reasoning/$config.yaml" ]; then
+    echo "error: no config named $config in configs/reasoning" >&2
+    exit 2
+fi
+
+cd "$repository"
+# shellcheck source=scripts/bootstrap.sh
+source scripts/bootstrap.sh
+export CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=0 HYDRA_FULL_ERROR=1
+exec python examples/reasoning/main_grpo.py --config-path "$repository/configs/reasoning" --config-name "$config" "$@"

@@ -1,0 +1,122 @@
+"""Ray as the run uses it: start or join a cluster, number its devices, start actors on them, end them all.
+
+Device numbers count GPUs over all nodes in node order; without GPUs a device is a process slot on the driver's node.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlsync.errors import ConfigError
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+# Enough for the actors of a run on one machine; they take turns on its real cores.
+_LOCAL_CPUS = 64
+_CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a device number lies: Ray node, its address, and the GPU's index there (None for a process slot)."""
+
+    node_id: str
+    address: str
+    gpu: int | None
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A connection to Ray. Use as a context manager: everything started here ends with it."""
+
+    num_gpus: int = 0
+    _nodes: list[dict[str, Any]] = field(default_factory=list)
+    _actors: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, num_nodes: int = 1) -> Cluster:
+        """Join the cluster RAY_ADDRESS names, or start one on this machine. ConfigError when nodes are missing."""
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {} if address else {"num_cpus": _LOCAL_CPUS, "include_dashboard": False}
+        # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
+        environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        ray.init(
+            address=address, log_to_driver=True, logging_level="warning", ignore_reinit_error=False,
+            runtime_env={"env_vars": environment}, **options,
+        )  # fmt: skip
+        nodes = sorted(
+            (n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != ray.get_runtime_context().get_node_id(), n["NodeID"])
+        )
+        if len(nodes) < num_nodes:
+            ray.shutdown()
+            raise ConfigError(
+                f"cluster.num_nodes is {num_nodes}, but Ray has {len(nodes)} nodes; start Ray on the others and set RAY_ADDRESS"
+            )
+        gpus = sum(int(n["Resources"].get("GPU", 0)) for n in nodes)
+        return cls(gpus, nodes)
+
+    @property
+    def num_devices(self) -> int | None:
+        """GPUs of the cluster, or None where a device is a process slot."""
+        return self.num_gpus if self.num_gpus else None
+
+    def device(self, number: int) -> Device:
+        """Where a device is. Numbers are checked when the placement is resolved."""
+        left = number
+        for node in self._nodes:
+            here = int(node["Resources"].get("GPU", 0))
+            if self.num_gpus and left < here:
+                return Device(node["NodeID"], node["NodeManagerAddress"], left)
+            left -= here
+        assert not self.num_gpus, f"device {number} does not exist"
+        return Device(self._nodes[0]["NodeID"], self._nodes[0]["NodeManagerAddress"], None)
+
+    def launch(
+        self,
+        actor_class: type,
+        name: str,
+        devices: Sequence[int],
+        *arguments: Any,
+        environment: Mapping[str, str] | None = None,
+        threads: int = 1,
+    ) -> Any:
+        """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables."""
+        places = [self.device(d) for d in devices]
+        if len({p.node_id for p in places}) != 1:
+            raise ConfigError(f"{name} needs devices {devices} on one node; choose sizes that do not straddle nodes")
+        visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": ",".join(str(p.gpu) for p in places)}
+        path = os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH"))))
+        variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **visible, **({} if environment is None else environment)}
+        actor = (
+            ray.remote(actor_class)
+            .options(
+                num_cpus=0, max_concurrency=threads, name=name, max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(places[0].node_id, soft=False),
+                runtime_env={"env_vars": variables},
+            )
+            .remote(*arguments)
+        )  # fmt: skip
+        self._actors.append(actor)
+        return actor
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        ray.shutdown()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,129 @@
+"""vLLM engines as Ray actors: ``RolloutEngine`` inside the actor, ``RayEngine`` as the handle others hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from rlsync.engine.handle import Completion, Engine, PauseMode
+from rlsync.errors import RlsyncError
+from workers.config import RunConfig
+
+# Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
+ENGINE_THREADS = 8
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class RolloutEngine:
+    """Runs inside a Ray actor and forwards to an ``Engine``."""
+
+    def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
+        self._engine = Engine(engine_id, engine_args)
+
+    def start(self) -> int:
+        """Start vLLM; returns the number of its workers."""
+        self._engine.start()
+        return self._engine.num_workers
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """One of the calls of an EngineHandle."""
+        getattr(self._engine, method)(*arguments)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[tuple[Completion, ...]]:
+        return self._engine.generate(prompts, sampling)
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class RayEngine:
+    """An ``EngineHandle`` on a RolloutEngine; can be sent to other Ray actors."""
+
+    def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
+        self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        self._call("init_weight_transfer", timeout_s, init_info)
+
+    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+        self._call("pause", timeout_s, mode)
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self._call("update_weights", timeout_s, update_info)
+
+    def reset_caches(self, timeout_s: float) -> None:
+        self._call("reset_caches", timeout_s)
+
+    def resume(self, version: int, timeout_s: float) -> None:
+        self._call("resume", timeout_s, version)
+
+    def mark_dirty(self, reason: str) -> None:
+        # Not awaited: the actor may be the one that is gone.
+        self.actor.call.remote("mark_dirty", reason)
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
+        try:
+            ray.get(self.actor.call.remote(method, *arguments, timeout_s), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(f"engine {self.engine_id} did not answer {method} within {timeout_s:g} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise RlsyncError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+
+
+def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM."""
+    rollout, vllm = config.rollout, config.rollout.vllm
+    assert rollout.model.precision is not None, "load_config derives it"
+    wanted = {
+        "model": rollout.model.model_path,
+        "tokenizer": config.actor.tokenizer.tokenizer_model,
+        "trust_remote_code": rollout.model.trust_remote_code,
+        "dtype": _DTYPES[rollout.model.precision],
+        # Real weights only where they are compared with the first sync; else they would be read twice.
+        "load_format": "auto" if rollout.validate_weight else "dummy",
+        "skip_tokenizer_init": not rollout.detokenize,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "distributed_executor_backend": rollout.distributed_executor_backend if rollout.tensor_parallel_size > 1 else None,
+        "enforce_eager": rollout.enforce_eager,
+        "max_model_len": config.runner.seq_length,
+        "max_num_seqs": rollout.max_running_requests,
+        "max_num_batched_tokens": vllm.max_num_batched_tokens,
+        "enable_prefix_caching": vllm.enable_prefix_caching,
+        "enable_chunked_prefill": vllm.enable_chunked_prefill,
+        "disable_log_stats": rollout.disable_log_stats,
+        "seed": config.actor.seed,
+        # Temperature included, so that they can be compared with the actor's.
+        "logprobs_mode": "processed_logprobs",
+    }
+    if on_gpu:
+        wanted["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+        if rollout.cuda_graph_max_bs is not None:
+            wanted["compilation_config"] = {"max_cudagraph_capture_size": rollout.cuda_graph_max_bs}
+        if vllm.attention_backend is not None:
+            wanted["attention_config"] = {"backend": vllm.attention_backend}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Fields of ``vllm.SamplingParams`` for the rollouts of a run, ``n`` samples a prompt."""
+    sampling = config.algorithm.sampling_params
+    greedy = not sampling.do_sample
+    return {
+        "n": config.algorithm.group_size,
+        "temperature": 0.0 if greedy else sampling.temperature,
+        "top_k": 0 if sampling.top_k >= vocab_size else sampling.top_k,
+        "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "stop_token_ids": list(stop_token_ids),
+        "logprobs": 0 if config.rollout.return_logprobs else None,
+    }

@@ -1,0 +1,141 @@
+"""Samples of a step and how they are dealt: to optimizer updates, to data-parallel replicas, to microbatches.
+
+Pure torch and integers; knows no Ray and no Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workers.algorithms import group_advantages, moments, whiten
+from workers.batching import deal_by_length, micro_batches_by_tokens, mini_batches
+
+PAD_ID = 0  # never read: padded positions are masked
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response to one prompt.
+
+    Attributes:
+        prompt_ids, response_ids: token ids; the response holds its end-of-sequence token if it ended by itself.
+        engine_logprobs: log-probability of each response token as the engine sampled it; empty where it was not asked.
+        reward: scaled reward of the response.
+        advantage: of the whole response; the same for each of its tokens.
+        finished: ended by itself rather than by its length limit.
+        version: of the weights that produced it.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    engine_logprobs: tuple[float, ...]
+    finished: bool
+    version: int | None
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+Microbatches = tuple[tuple[Sample, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one data-parallel replica gets of one step.
+
+    Attributes:
+        updates: for each optimizer update, its microbatches.
+        num_tokens, num_sequences: of each update over *all* replicas: what losses are divided by.
+    """
+
+    updates: tuple[Microbatches, ...]
+    num_tokens: tuple[int, ...]
+    num_sequences: tuple[int, ...]
+
+
+def with_advantages(samples: Sequence[Sample], group_size: int, *, normalize: bool) -> list[Sample]:
+    """Group-relative advantages, whitened over all response tokens of the step where asked. Groups lie next to each other."""
+    advantages = group_advantages(torch.tensor([s.reward for s in samples]), group_size)
+    if normalize:
+        # A response's tokens share its advantage, so its length is its weight.
+        tokens = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float64)
+        values = torch.repeat_interleave(advantages, tokens.long())
+        ones = torch.ones_like(values)
+        advantages = whiten(advantages, torch.ones_like(advantages), moments(values, ones))
+    return [replace(sample, advantage=float(a)) for sample, a in zip(samples, advantages, strict=True)]
+
+
+def deal(
+    samples: Sequence[Sample],
+    *,
+    dp_size: int,
+    num_updates: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    balance: bool = False,
+    shuffle_seed: int | None = None,
+) -> list[Share]:
+    """The share of every data-parallel replica.
+
+    Args:
+        num_updates: optimizer updates of the step; samples are cut into as many equal mini-batches.
+        micro_batch_size: samples in a microbatch, unless ``max_tokens`` bounds its tokens instead.
+        balance: deal by length, so that replicas get about the same number of tokens.
+        shuffle_seed: shuffle the samples over the mini-batches; None keeps their order.
+    """
+    batches = mini_batches(len(samples), num_updates, shuffle=shuffle_seed is not None, seed=shuffle_seed or 0)
+    updates: list[list[Microbatches]] = [[] for _ in range(dp_size)]
+    for batch in batches:
+        lengths = [samples[i].length for i in batch]
+        hands = deal_by_length(lengths, dp_size) if balance else _in_order(len(batch), dp_size)
+        cuts = _cut([[lengths[i] for i in hand] for hand in hands], micro_batch_size, max_tokens)
+        for replica, (hand, cut) in enumerate(zip(hands, cuts, strict=True)):
+            updates[replica].append(tuple(tuple(samples[batch[hand[i]]] for i in micro) for micro in cut))
+    num_tokens = tuple(sum(len(samples[i].response_ids) for i in batch) for batch in batches)
+    num_sequences = tuple(sum(1 for i in batch if samples[i].response_ids) for batch in batches)
+    return [Share(tuple(mine), num_tokens, num_sequences) for mine in updates]
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64, ``mask`` (B, S) bool at response tokens,
+    ``advantages`` (B, 1) and ``engine_logprobs`` (B, S) float32, aligned with the tokens they are about."""
+    longest = max(s.length for s in samples)
+    tokens = torch.full((len(samples), longest), PAD_ID, dtype=torch.int64)
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    logprobs = torch.zeros(len(samples), longest)
+    for row, sample in enumerate(samples):
+        start = len(sample.prompt_ids)
+        tokens[row, : sample.length] = torch.tensor(sample.prompt_ids + sample.response_ids)
+        mask[row, start : sample.length] = True
+        if sample.engine_logprobs:
+            logprobs[row, start : sample.length] = torch.tensor(sample.engine_logprobs)
+    advantages = torch.tensor([[s.advantage] for s in samples])
+    return {"tokens": tokens, "mask": mask, "engine_logprobs": logprobs, "advantages": advantages}
+
+
+def _in_order(count: int, dp_size: int) -> list[list[int]]:
+    size = count // dp_size
+    return [list(range(rank * size, (rank + 1) * size)) for rank in range(dp_size)]
+
+
+def _cut(lengths: list[list[int]], micro_batch_size: int, max_tokens: int | None) -> list[list[list[int]]]:
+    """Microbatches of each replica, equally many on all: the ranks of a step run in step."""
+    if max_tokens is None:
+        return [
+            [list(range(i, min(i + micro_batch_size, len(mine)))) for i in range(0, len(mine), micro_batch_size)]
+            for mine in lengths
+        ]  # fmt: skip
+    count = 1
+    while True:
+        cuts = [micro_batches_by_tokens(mine, max_tokens, min_batches=count) for mine in lengths]
+        most = max(map(len, cuts))
+        if all(len(cut) == most for cut in cuts):
+            return cuts
+        count = most
