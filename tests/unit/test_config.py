@@ -92,7 +92,7 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
             @hydra.main(version_base="1.3", config_path=None)
             def main(composed):
                 config = load_config(composed)
-                print("FOUND", config.actor.megatron.mbridge, config.actor.megatron.no_load_rng, config.runner.logger.log_path)
+                print("FOUND", config.actor.megatron.mbridge, config.actor.megatron.no_load_optim, config.runner.logger.log_path)
 
             register_resolvers()
             sys.argv[1:] = lenient_overrides(sys.argv[1:])
@@ -101,7 +101,7 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
         )
     )
     arguments = ["--config-path", str(CONFIGS), "--config-name", "qwen2.5-1.5b-grpo-megatron"]
-    arguments += ["+actor.megatron.mbridge=True", "actor.megatron.no_load_rng=True", "runner.output_dir=/out", "hydra.job.name=n"]
+    arguments += ["+actor.megatron.mbridge=True", "actor.megatron.no_load_optim=True", "runner.output_dir=/out", "hydra.job.name=n"]
     done = subprocess.run(
         [sys.executable, str(entry), *arguments],
         env={"PYTHONPATH": str(CONFIGS.parents[1]), "PATH": "/usr/bin"},
@@ -234,6 +234,10 @@ def test_where_initial_weights_may_come_from(
         ({"actor": {"global_batch_size": 7}}, "actor.global_batch_size (7) must be"),
         ({"actor": {"lr_sched": {"lr_decay_style": "cosine"}}}, "lr_decay_style cosine needs start_weight_decay and end_weight_decay"),
         ({"actor": {"lr_sched": {"start_weight_decay": 0.1, "end_weight_decay": 0.1}}}, "must be left out when lr_decay_style is constant"),
+        (
+            {"actor": {"lr_sched": {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}}},
+            "give lr_warmup_fraction or lr_warmup_iters, not both",
+        ),
         ({"actor": {"optim": {"fp16": True}}}, "actor.optim.fp16=True contradicts actor.model.precision=bf16"),
         ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
         ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),

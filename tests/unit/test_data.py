@@ -104,7 +104,7 @@ def test_special_tokens_are_added_exactly_once() -> None:
     class WithBos:
         """A tokenizer that prepends bos where asked, as Llama's does."""
 
-        bos_token = "<bos>"
+        bos_token: str | None = "<bos>"
 
         def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
             return {"input_ids": [[1] * add_special_tokens + TOKENIZER(t)["input_ids"] for t in text]}

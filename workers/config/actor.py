@@ -32,10 +32,6 @@ class ActorModelConfig:
     decoder_last_pipeline_num_layers: int | None = key(None, "layers of the last pipeline stage; null: even split")
     sequence_parallel: bool = key(False, "shard activations between TP regions over TP")
     make_vocab_size_divisible_by: int = key(1, "the vocabulary is padded to a multiple of this times TP")
-    moe_grouped_gemm: Literal["te"] | None = key(None, "te: TransformerEngine's grouped experts; null: one module per expert")
-    freeze_language_model: bool = key(False, "keep the language model's weights as they are")
-    freeze_vision_model: bool = key(False, "keep the vision tower's weights as they are")
-    freeze_vision_projection: bool = key(False, "keep the projector's weights as they are")
     recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
     recompute_num_layers: int | None = key(None, "with recompute_granularity full")
@@ -67,7 +63,7 @@ class ActorModelConfig:
 class OptimConfig:
     """``actor.optim``: Megatron's optimizer."""
 
-    optimizer: Literal["adam", "sgd"] = key("adam", "optimizer")
+    optimizer: Literal["adam"] = key("adam", "optimizer")
     bf16: bool | None = key(None, "must not contradict actor.model.precision, which decides")
     fp16: bool | None = key(None, "must not contradict actor.model.precision, which decides")
     lr: float = key(1e-6, "learning rate; the peak when a schedule is used")
@@ -80,7 +76,6 @@ class OptimConfig:
     use_distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = key(False, "reduce gradients during backward")
     overlap_param_gather: bool = key(False, "gather parameters during forward; a sync gathers them first")
-    overlap_param_gather_with_optimizer_step: bool = key(False, "gather during the optimizer step too")
     loss_scale: float | None = key(None, "static fp16 loss scale; null: dynamic")
     optimizer_cpu_offload: bool = key(False, "keep optimizer state and step on the host")
     optimizer_offload_fraction: float = key(1.0, "with optimizer_cpu_offload")
@@ -141,9 +136,7 @@ class MegatronConfig:
     accumulate_allreduce_grads_in_fp32: bool = key(True, "accumulate and reduce gradients in fp32")
     check_for_nan_in_loss_and_grad: bool = key(False, "stop at a nan")
     no_load_optim: bool = key(False, "resume without optimizer state")
-    no_load_rng: bool = key(False, "resume without random-number state")
     no_save_optim: bool = key(False, "checkpoints without optimizer state")
-    no_save_rng: bool = key(False, "checkpoints without random-number state")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +148,6 @@ class ActorConfig:
     spec_name: Literal["decoder_gpt", "local_gpt", "te_gpt"] = key(
         "decoder_gpt", "layer implementation: local, TransformerEngine, or (decoder_gpt) TransformerEngine where installed"
     )
-    offload_optimizer: bool = key(True, "move optimizer state to the host while engines generate (GPU, collocated)")
-    offload_weight: bool = key(True, "the same for weights")
-    offload_grad: bool = key(True, "the same for gradients")
     enable_dp_load_balance: bool = key(False, "deal samples to data-parallel ranks by length")
     seed: int = key(1234, "of dropout, initialisation and shuffle_rollout")
     micro_batch_size: int | None = key(None, "derived: algorithm.training_batch_size_per_gpu")

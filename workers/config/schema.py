@@ -57,7 +57,6 @@ class RunnerConfig:
     resume_dir: str | None = key(None, "`global_step_N` folder to continue from, `auto` for the newest complete one, null: start fresh")
     experiment_name: str = key(doc="name of the run and of its output folder")
     output_dir: str = key("results", "folder that holds the folders of all runs")
-    per_worker_log: bool = key(False, "also write each worker's log under `<log_path>/worker_logs`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +121,7 @@ class VllmConfig:
     attention_backend: str | None = key(None, "e.g. FLASH_ATTN")
     enable_chunked_prefill: bool | None = key(None, "split long prompts over scheduler steps")
     enable_prefix_caching: bool | None = key(None, "share the KV cache of equal prompt starts, e.g. within a group")
-    enable_flash_infer_sampler: bool | None = key(None, "sample with FlashInfer (GPU)")
     max_num_batched_tokens: int | None = key(None, "tokens per scheduler step")
-    torch_profiler_dir: str | None = key(None, "folder for vLLM's profiler traces")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +151,6 @@ class DataConfig:
     """``data``: prompts and reference answers."""
 
     type: Literal["math", "reasoning"] = key("math", "both names mean the math form")
-    dataset_name: str = key("math", "label in the log")
     train_data_paths: tuple[str, ...] = key(doc="JSONL / JSON files with the training problems")
     val_data_paths: tuple[str, ...] = key((), "further files with the same form, checked to exist and to parse")
     prompt_key: str = key("prompt", "field with the prompt: a string, or a message list; GSM8K: question")

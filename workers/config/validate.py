@@ -196,6 +196,8 @@ def _initial_weights(actor: ActorConfig, *, resuming: bool) -> Iterator[str]:
 
 def _schedule(actor: ActorConfig) -> Iterator[str]:
     schedule = actor.lr_sched
+    if schedule.lr_warmup_fraction is not None and schedule.lr_warmup_iters:
+        yield "actor.lr_sched: give lr_warmup_fraction or lr_warmup_iters, not both"
     decays = (schedule.start_weight_decay, schedule.end_weight_decay)
     if schedule.lr_decay_style == "constant" and decays != (None, None):
         yield (
@@ -204,6 +206,8 @@ def _schedule(actor: ActorConfig) -> Iterator[str]:
         )
     if schedule.lr_decay_style != "constant" and None in decays:
         yield f"actor.lr_sched: lr_decay_style {schedule.lr_decay_style} needs start_weight_decay and end_weight_decay"
+    if schedule.lr_decay_style != "constant" and schedule.lr_warmup_iters >= schedule.lr_decay_iters:
+        yield f"actor.lr_sched: lr_warmup_iters ({schedule.lr_warmup_iters}) must be less than lr_decay_iters ({schedule.lr_decay_iters})"
 
 
 def _raise_all(found: Any) -> None:

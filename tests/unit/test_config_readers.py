@@ -1,0 +1,39 @@
+"""The claim that a configuration key without a reader does not exist."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+
+from workers.config import describe_config
+from workers.config.actor import ActorModelConfig
+
+WORKERS = Path(__file__).parents[2] / "workers"
+
+# Read where the configuration is loaded: their only effect is what they refuse, or the key derived from them.
+READ_WHILE_LOADING = {
+    *("task_type", "adv_type", "loss_type", "rollout_backend", "training_backend", "type", "reward_type", "optimizer", "padding_side"),
+    *("val_check_interval", "model_type", "pipeline_parallel_size", "bf16", "fp16", "global_batch_size", "training_batch_size_per_gpu"),
+}
+
+
+def attributes_read() -> set[str]:
+    """Names of all attributes that the runner's code reads, the configuration's own code left out."""
+    files = [path for path in WORKERS.rglob("*.py") if path.parent.name != "config"]
+    return {node.attr for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+
+
+def unread(read: set[str]) -> list[str]:
+    names = [field.name for field in fields(ActorModelConfig)]
+    passed_by_name = set(names[names.index("recompute_method") :])  # ActorModelConfig.transformer_overrides
+    known = read | READ_WHILE_LOADING | passed_by_name
+    return [described.name for described in describe_config() if described.name.rpartition(".")[2] not in known]
+
+
+def test_every_key_is_read() -> None:
+    assert unread(attributes_read()) == []
+
+
+def test_a_key_that_nothing_reads_would_be_found() -> None:
+    assert "weight_sync.bucket_bytes" in unread(attributes_read() - {"bucket_bytes"})
