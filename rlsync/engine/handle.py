@@ -1,4 +1,4 @@
-"""An engine as the actor's side and the rollout loop see it. Owns an AsyncLLM, its event loop and its state.
+"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM, its event loop, its processes and its state.
 
 States: ``clean`` serves the weights of one committed version; ``syncing`` makes new requests wait; ``dirty`` refuses
 them until a complete sync or a restart. Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
@@ -14,66 +14,20 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
 from rlsync.engine import compat
 from rlsync.engine.plugin import BACKEND, register
+from rlsync.engine.protocol import Completion, EngineHandle, PauseMode
 from rlsync.errors import ConfigError, EngineDirtyError
 
-PauseMode = Literal["abort", "wait", "keep"]
+__all__ = ["Completion", "Engine", "EngineHandle", "PauseMode"]
+
 T = TypeVar("T")
 _CLOSE_S = 15.0
-
-
-class EngineHandle(Protocol):
-    """What WeightSyncer calls on rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in a thread of its own."""
-
-    engine_id: str
-    num_workers: int
-
-    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        """Make every worker dial home; returns when all peers of the run are connected."""
-        ...
-
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait."""
-        ...
-
-    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        """One sync in all workers, up to and including their commit."""
-        ...
-
-    def reset_caches(self, timeout_s: float) -> None:
-        """Forget everything computed from the former weights: prefix, multimodal and encoder caches."""
-        ...
-
-    def resume(self, version: int, timeout_s: float) -> None:
-        """Become ``clean`` at ``version`` and serve."""
-        ...
-
-    def mark_dirty(self, reason: str) -> None:
-        """Refuse to serve, for this reason, until a complete sync."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sampled continuation.
-
-    ``token_ids`` and ``logprobs`` have equal length; a log-probability is that of the sampled token, as vLLM's
-    ``logprobs_mode`` defines it. ``version`` is the version at admission, ``last_version`` at completion: they differ only
-    for requests kept through a sync. None means the weights the engine was started with.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-    version: int | None
-    last_version: int | None
 
 
 class Engine:

@@ -23,7 +23,7 @@ from rlsync.control import messages as m
 from rlsync.control.coordinator import Expected
 from rlsync.control.peer import Peer, pid_domain, to_exception
 from rlsync.control.server import CoordinatorServer
-from rlsync.engine.handle import EngineHandle
+from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig, SyncReport
 from rlsync.sync.tasks import Lane, Outcome, Tasks
