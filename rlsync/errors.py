@@ -40,6 +40,14 @@ class WeightSyncError(RlsyncError):
         )
         super().__init__(f"weight sync failed in {phase}{f' ({where})' if where else ''}: {cause}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Crosses processes (Ray, multiprocessing), where the default would call __init__ with the message alone.
+        return _weight_sync_error, (self.phase, self.cause, self.engine, self.version, self.bucket)
+
+
+def _weight_sync_error(phase: str, cause: str, engine: str | None, version: int | None, bucket: int | None) -> WeightSyncError:
+    return WeightSyncError(phase=phase, cause=cause, engine=engine, version=version, bucket=bucket)
+
 
 class EngineDirtyError(RlsyncError):
     """The engine holds weights of no committed version and refuses to generate until a complete sync or a restart."""

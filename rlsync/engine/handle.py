@@ -130,8 +130,9 @@ class Engine:
 
     def _completion(self, output: Any, version: int | None) -> Completion:
         token_ids = tuple(output.token_ids)
-        entries = output.logprobs if output.logprobs is not None else ()
-        logprobs = tuple(float(entry[token].logprob) for token, entry in zip(token_ids, entries, strict=True))
+        logprobs: tuple[float, ...] = ()
+        if output.logprobs is not None:
+            logprobs = tuple(float(entry[token].logprob) for token, entry in zip(token_ids, output.logprobs, strict=True))
         return Completion(token_ids, logprobs, output.finish_reason, version, self._version)
 
     # EngineHandle.

@@ -43,8 +43,8 @@ class EngineHandle(Protocol):
 class Completion:
     """One sampled continuation.
 
-    ``token_ids`` and ``logprobs`` have equal length; a log-probability is that of the sampled token, as vLLM's
-    ``logprobs_mode`` defines it. ``version`` is the version at admission, ``last_version`` at completion: they differ only
+    ``token_ids`` and ``logprobs`` have equal length, unless no log-probabilities were asked for; one is that of the sampled
+    token, as vLLM's ``logprobs_mode`` defines it. ``version`` is the version at admission, ``last_version`` at completion: they differ only
     for requests kept through a sync. None means the weights the engine was started with.
     """
 

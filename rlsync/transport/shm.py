@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import secrets
@@ -21,6 +22,7 @@ from rlsync.errors import ConfigError
 
 SHM_DIR = Path("/dev/shm")
 HEADER_BYTES = mmap.PAGESIZE
+_PREFIX = "rlsync-ring-"
 _MAGIC = b"rlsync-ring-1\n"
 
 
@@ -35,7 +37,7 @@ class Ring:
     def __init__(self, path: Path, token: str, num_slots: int, slot_bytes: int, memory: mmap.mmap) -> None:
         self.path, self.token, self.num_slots, self.slot_bytes = path, token, num_slots, slot_bytes
         self._memory: mmap.mmap | None = memory
-        self._linked = False
+        self._lock_fd: int | None = None
 
     @classmethod
     def create(cls, num_slots: int, slot_bytes: int, *, directory: Path = SHM_DIR) -> Ring:
@@ -43,16 +45,17 @@ class Ring:
 
         Raises ConfigError, naming the free and the needed bytes, where the file system has no room.
         """
+        _sweep(directory)
         slot_bytes = -(-max(slot_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         size, token = HEADER_BYTES + num_slots * slot_bytes, secrets.token_hex(16)
-        path = directory / f"rlsync-{os.getpid()}-{secrets.token_hex(6)}"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        path, fd = _create_locked(directory)
         try:
             # Without this, a full /dev/shm shows as SIGBUS at the first write to a page.
             os.posix_fallocate(fd, 0, size)
             memory = mmap.mmap(fd, size)
         except OSError as error:
             os.unlink(path)
+            os.close(fd)
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise
             free = os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize
@@ -60,11 +63,9 @@ class Ring:
                 f"shared memory: {directory} has {free} bytes free, the ring needs {size} ({num_slots} slots of {slot_bytes}); "
                 "give it more room (docker: --shm-size), or lower weight_sync.bucket_bytes or weight_sync.num_slots"
             ) from error
-        finally:
-            os.close(fd)
         memory[: len(_MAGIC) + len(token)] = _MAGIC + token.encode()
         ring = cls(path, token, num_slots, slot_bytes, memory)
-        ring._linked = True
+        ring._lock_fd = fd
         return ring
 
     @classmethod
@@ -109,18 +110,41 @@ class Ring:
 
     def unlink(self) -> None:
         """Remove the name; the memory is freed when the last process unmaps it. Only the creator's call does anything."""
-        if self._linked:
+        if self._lock_fd is not None:
             os.unlink(self.path)
-            self._linked = False
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     def close(self) -> None:
         """Give up this process's mapping, at once or with the last tensor that looks into it."""
         self.unlink()
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            # Where tensors still look into the mapping, it goes with the last of them.
-            with contextlib.suppress(BufferError):
-                memory.close()
+        # Not memory.close(): tensors refer to the mapping without locking it, and would be left pointing nowhere.
+        self._memory = None
+
+
+def _create_locked(directory: Path) -> tuple[Path, int]:
+    """A new empty file, locked until ``unlink`` or the end of this process; who can lock such a file knows it is an orphan.
+
+    It gets the name that is swept only when it is locked.
+    """
+    name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+    hidden, path = directory / f".{name}", directory / name
+    fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    os.rename(hidden, path)
+    return path, fd
+
+
+def _sweep(directory: Path) -> None:
+    """Remove rings of this user whose creator was killed between ``create`` and ``unlink``."""
+    for path in directory.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(fd)
 
 
 def shm_domain(directory: Path = SHM_DIR) -> str:
