@@ -69,7 +69,8 @@ def load_rank_state(
 ) -> int:
     """Restore what ``save_rank_state`` wrote, under the same topology; training then continues bit for bit.
 
-    Collective over the DP group. Everything is checked before anything changes.
+    Without ``optimizer`` only the model's parameters change: call this before ``build_optimizer`` then. Collective over
+    the DP group. Everything is checked before anything changes.
 
     Returns:
         The number of optimizer steps taken when it was written.

@@ -76,6 +76,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(models, tmp_path):
         _case("qwen2", [2, 2], dp_size=2, ddp=OVERLAPPED),
         _case("llama", [4, 4], pp_size=2, vpp_size=2, ddp=DISTRIBUTED),
         {**_case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED), "precision": "bf16"},
+        {**_case("llama", [8], tp_size=2, sequence_parallel=True), "precision": "bf16"},
         # Every step so far was skipped, so the optimizer has no state yet.
         {**_case("qwen3", [8], tp_size=2, ddp=DISTRIBUTED), "precision": "fp16", "steps_before": 1}
         | {"optimizer": {**OPTIMIZER, "initial_loss_scale": 2.0**32}},
