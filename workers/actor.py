@@ -27,7 +27,7 @@ from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.topology import Topology
 from rlsync.transport.agreement import gather_bytes
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
-from workers.cluster import free_port
+from workers.cluster import free_port, keep_own_log
 from workers.config import RunConfig
 from workers.config.actor import ActorConfig
 from workers.rollout import RayEngine
@@ -49,6 +49,7 @@ class ActorRank:
     """Lives in one process; ``RANK`` and ``WORLD_SIZE`` come from its environment."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
+        keep_own_log()
         self._config, self._topology = config, topology
         self._rank = int(os.environ["RANK"])
         self._syncer: WeightSyncer | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from rlsync.errors import ConfigError
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Enough for the actors of a run on one machine; they take turns on its real cores.
 _LOCAL_CPUS = 64
+_LOG_VARIABLE = "RLSYNC_WORKER_LOG"
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -37,30 +39,33 @@ class Cluster:
     """A connection to Ray. Use as a context manager: everything started here ends with it."""
 
     num_gpus: int = 0
+    log_folder: Path | None = None
     _nodes: list[dict[str, Any]] = field(default_factory=list)
     _actors: list[Any] = field(default_factory=list)
 
     @classmethod
-    def start(cls, num_nodes: int = 1) -> Cluster:
-        """Join the cluster RAY_ADDRESS names, or start one on this machine. ConfigError when nodes are missing."""
+    def start(cls, num_nodes: int = 1, *, log_folder: Path | None = None) -> Cluster:
+        """Join the cluster RAY_ADDRESS names, or start one on this machine. ConfigError when nodes are missing.
+
+        With ``log_folder`` (visible to all nodes) what an actor and its children print goes to ``<log_folder>/<name>.log``,
+        else to Ray's session folder.
+        """
         address = os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = {} if address else {"num_cpus": _LOCAL_CPUS, "include_dashboard": False}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         ray.init(
-            address=address, log_to_driver=True, logging_level="warning", ignore_reinit_error=False,
-            runtime_env={"env_vars": environment}, **options,
+            address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
         )  # fmt: skip
-        nodes = sorted(
-            (n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != ray.get_runtime_context().get_node_id(), n["NodeID"])
-        )
+        here = ray.get_runtime_context().get_node_id()
+        nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
         if len(nodes) < num_nodes:
             ray.shutdown()
             raise ConfigError(
                 f"cluster.num_nodes is {num_nodes}, but Ray has {len(nodes)} nodes; start Ray on the others and set RAY_ADDRESS"
             )
         gpus = sum(int(n["Resources"].get("GPU", 0)) for n in nodes)
-        return cls(gpus, nodes)
+        return cls(gpus, log_folder, nodes)
 
     @property
     def num_devices(self) -> int | None:
@@ -93,7 +98,8 @@ class Cluster:
             raise ConfigError(f"{name} needs devices {devices} on one node; choose sizes that do not straddle nodes")
         visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": ",".join(str(p.gpu) for p in places)}
         path = os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH"))))
-        variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **visible, **({} if environment is None else environment)}
+        log = {} if self.log_folder is None else {_LOG_VARIABLE: str(self.log_folder / f"{name.replace(':', '-')}.log")}
+        variables = {"PYTHONPATH": path, **log, "TOKENIZERS_PARALLELISM": "false", **visible, **({} if environment is None else environment)}
         actor = (
             ray.remote(actor_class)
             .options(
@@ -113,6 +119,20 @@ class Cluster:
         for actor in self._actors:
             ray.kill(actor)
         ray.shutdown()
+
+
+def keep_own_log() -> None:
+    """Send what this process and its children print to the file its launcher named; called first in every actor."""
+    path = os.environ.get(_LOG_VARIABLE)
+    if path is None:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
 
 
 def free_port() -> int:

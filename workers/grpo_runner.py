@@ -53,7 +53,7 @@ class GrpoRunner:
         self._loader = self._make_loader()
         resume = self._resume_folder()
         with ExitStack() as stack:
-            cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes))
+            cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
             self._lay_out(cluster)
             self._pool = stack.enter_context(VerifierPool(config.reward.num_processes, config.reward.timeout_s))
             start_step = self._launch(cluster, stack, resume)
@@ -124,6 +124,11 @@ class GrpoRunner:
         if not (folder / "actor").is_dir():
             raise CheckpointError(f"resume_dir {folder} does not exist, or has no actor/ folder; name a global_step_N folder, or auto")
         return folder
+
+    def _log_folder(self) -> Path | None:
+        logger = self._config.runner.logger
+        assert logger.log_path is not None, "load_config derives it"
+        return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
 
     def _lay_out(self, cluster: Cluster) -> None:
         model = self._config.actor.model

@@ -10,6 +10,7 @@ import ray
 
 from rlsync.engine.handle import Completion, Engine, PauseMode
 from rlsync.errors import RlsyncError
+from workers.cluster import keep_own_log
 from workers.config import RunConfig
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
@@ -21,6 +22,7 @@ class RolloutEngine:
     """Runs inside a Ray actor and forwards to an ``Engine``."""
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
+        keep_own_log()
         self._engine = Engine(engine_id, engine_args)
 
     def start(self) -> int:

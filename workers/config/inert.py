@@ -74,7 +74,6 @@ INERT = (
     ),
     Inert(("actor.model.is_lora",), "LoRA is not supported", _OFF),
     Inert(("actor.model.mcore_customization_config",), "set the TransformerConfig field by its own key", (None, {})),
-    Inert(("runner.per_worker_log",), "Ray keeps a log of each worker", _OFF),
     Inert(("data.dataset_name",), "a label; runner.experiment_name names the run"),
     Inert(("rollout.vllm.enable_flash_infer_sampler",), "vLLM reads VLLM_USE_FLASHINFER_SAMPLER from the environment"),
     Inert(("rollout.vllm.torch_profiler_dir",), "no profiler in the engines", (None,)),

@@ -57,6 +57,7 @@ class RunnerConfig:
     resume_dir: str | None = key(None, "`global_step_N` folder to continue from, `auto` for the newest complete one, null: start fresh")
     experiment_name: str = key(doc="name of the run and of its output folder")
     output_dir: str = key("results", "folder that holds the folders of all runs")
+    per_worker_log: bool = key(False, "write each worker's log under `<log_path>/worker_logs`; false: Ray's session folder has them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
