@@ -7,7 +7,6 @@ Must not know how folders are named, staged or tracked. Files hold tensors and p
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,10 +14,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -26,6 +23,7 @@ from torch import Tensor
 from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.parallel import current_topology
+from rlsync.megatron.rng import gathered_rng_states, set_rng_state
 
 RANK_STATE_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
@@ -109,7 +107,7 @@ def rank_state(
         "checkpoint_version": _CHECKPOINT_VERSION,
         "iteration": step,
         "topology": asdict(current_topology(models)),
-        "rng_state": _gathered_rng_states(),
+        "rng_state": gathered_rng_states(),
         **{key: dict(_tensors(model)) for key, model in _keyed(models)},
     }
     if optimizer is not None:
@@ -149,7 +147,7 @@ def restore_rank_state(
         _separate_steps(optimizer)
     if scheduler is not None:
         scheduler.load_state_dict(state["opt_param_scheduler"])
-    _set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+    set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
     return int(state["iteration"])
 
 
@@ -237,34 +235,6 @@ def _steps_aside(part: DistributedOptimizer) -> Iterator[None]:
         for values, step in zip(states, steps, strict=True):
             if step is not None:
                 values["step"] = step
-
-
-def _gathered_rng_states() -> list[dict[str, Any]]:
-    """Random state of each rank of the DP group, in its order."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(states, _rng_state(), group=group)
-    return states
-
-
-def _rng_state() -> dict[str, Any]:
-    generator, keys, *rest = numpy.random.get_state()
-    return {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": (generator, keys.tolist(), *rest),
-        "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["random_rng_state"])
-    generator, keys, *rest = state["np_rng_state"]
-    numpy.random.set_state((generator, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.cuda.set_rng_state(state["cuda_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["rng_tracker_states"]))
 
 
 def _read(path: Path) -> Any:

@@ -32,9 +32,7 @@ LLAMA = {**QWEN3, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": 
 
 
 def config(hf=QWEN3, *, dtype=torch.float32, divisible_by=1, overrides=None, **topology):
-    return model_config(
-        hf, topology=Topology(**topology), dtype=dtype, make_vocab_size_divisible_by=divisible_by, overrides=overrides
-    )
+    return model_config(hf, topology=Topology(**topology), dtype=dtype, make_vocab_size_divisible_by=divisible_by, overrides=overrides)
 
 
 def test_the_decoder_is_told_what_config_json_says():

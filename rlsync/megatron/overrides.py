@@ -1,0 +1,105 @@
+"""A user's switches for Megatron's TransformerConfig: which exist, which are decided elsewhere, which this machine has.
+
+Must not know Hugging Face, parameters or process groups.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from rlsync.errors import ConfigError
+from rlsync.topology import Topology
+
+_LOG = logging.getLogger(__name__)
+
+# Fields that the Topology, the dtype or the hardware decide; an override could only contradict them.
+_DECIDED_ELSEWHERE = {
+    "tensor_model_parallel_size": "topology.tp_size",
+    "pipeline_model_parallel_size": "topology.pp_size",
+    "virtual_pipeline_model_parallel_size": "topology.vpp_size",
+    "context_parallel_size": "topology.cp_size",
+    "expert_model_parallel_size": "topology.ep_size",
+    "expert_tensor_parallel_size": "topology.etp_size",
+    "num_layers_in_first_pipeline_stage": "topology.first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "topology.last_stage_layers",
+    "params_dtype": "dtype",
+    "pipeline_dtype": "dtype",
+    "autocast_dtype": "dtype",
+    "bf16": "dtype",
+    "fp16": "dtype",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Fusion:
+    """A speed switch of TransformerConfig and what it needs."""
+
+    needs: str
+    available: Callable[[], bool] = field(repr=False)
+
+
+# With virtual stages on two ranks, previous and next rank are the same one, and messages of both directions are matched by
+# their order alone: p2p_communication.py of 0.16 orders them rightly only without these switches. Steps pad their
+# microbatches to one shape instead, which changes no result.
+_MIXED_UP_WHEN_INTERLEAVED = ("variable_seq_lengths", "batch_p2p_comm")
+
+
+def _has(module: str) -> Callable[[], bool]:
+    return lambda: torch.cuda.is_available() and importlib.util.find_spec(module) is not None
+
+
+_FUSIONS: Mapping[str, _Fusion] = {
+    "apply_rope_fusion": _Fusion("TransformerEngine", _has("transformer_engine")),
+    "bias_activation_fusion": _Fusion("CUDA", torch.cuda.is_available),
+    "bias_dropout_fusion": _Fusion("CUDA", torch.cuda.is_available),
+    "cross_entropy_loss_fusion": _Fusion("CUDA", torch.cuda.is_available),
+    "gradient_accumulation_fusion": _Fusion("Apex with its CUDA extensions", _has("fused_weight_gradient_mlp_cuda")),
+    "masked_softmax_fusion": _Fusion("Apex with its CUDA extensions", _has("scaled_upper_triang_masked_softmax_cuda")),
+    "memory_efficient_layer_norm": _Fusion("Apex with its CUDA extensions", _has("fused_layer_norm_cuda")),
+    "moe_permute_fusion": _Fusion("TransformerEngine", _has("transformer_engine")),
+    "persist_layer_norm": _Fusion("Apex with its CUDA extensions", _has("fast_layer_norm")),
+    "tp_comm_overlap": _Fusion("TransformerEngine", _has("transformer_engine")),
+}
+
+
+def checked_overrides(
+    overrides: Mapping[str, Any], *, decided: Mapping[str, Any], structure: Mapping[str, Any], topology: Topology
+) -> dict[str, Any]:
+    """The overrides that count.
+
+    Args:
+        overrides: TransformerConfig fields by name.
+        decided: fields set so far, by name.
+        structure: those of ``decided`` that config.json gives.
+        topology: parallel layout of the model.
+
+    Raises:
+        ConfigError: an unknown field, or one that contradicts config.json, topology or dtype.
+    """
+    known = [field_.name for field_ in fields(TransformerConfig)]
+    checked: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"unknown model override {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        owner = _DECIDED_ELSEWHERE.get(name, "config.json" if name in structure else None)
+        if owner is not None and value != decided[name]:
+            raise ConfigError(f"model override {name}={value!r} contradicts {decided[name]!r}, which {owner} decides; change it there")
+        fusion = _FUSIONS.get(name)
+        if fusion is not None and value and not fusion.available():
+            _LOG.warning("%s needs %s, which this machine lacks: it stays off (slower, same results)", name, fusion.needs)
+        elif name == "sequence_parallel" and topology.tp_size == 1:
+            pass  # with one tensor rank the split of the sequence is the identity, and Megatron refuses the switch
+        elif name in _MIXED_UP_WHEN_INTERLEAVED and topology.vpp_size > 1:
+            pass
+        else:
+            checked[name] = value
+    return checked
