@@ -234,6 +234,12 @@ class Coordinator:
             self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
         else:
             self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable))
+            self._begin_transfer(sync, now)
+
+    def _begin_transfer(self, sync: _Sync, now: float) -> None:
+        """The phase of waiting for everybody ends when all actor ranks and all workers are there."""
+        if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._workers())):
+            self._enter("transfer", now)
 
     def _open(self, message: m.Start, now: float) -> None:
         holders = [str(self._peers[i]) for i in self._holders]
@@ -278,8 +284,7 @@ class Coordinator:
         else:
             sync.joined.add(peer.identity)
             self._send(peer.identity, m.Ready(sync.attempt, sync.buckets_ready))
-            if len(sync.joined) == len(self._workers()):
-                self._enter("transfer", now)
+            self._begin_transfer(sync, now)
 
     def _on_done(self, peer: _Peer, message: m.Done, now: float) -> None:
         sync = self._current(message.attempt)
@@ -362,7 +367,15 @@ class Coordinator:
         return [p for p in self._peers.values() if p.engine is not None]
 
     def _enter(self, phase: str, now: float) -> None:
+        """Start a phase's deadline, and with a message the ones that the peers keep themselves."""
+        sync = self._sync
+        assert sync is not None
         self.phase, self.deadline = phase, now + self._expected.timeout_s
+        for identity in sync.started:
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable))
+        if phase == "transfer":
+            for identity in sync.joined:
+                self._send(identity, m.Ready(sync.attempt, sync.buckets_ready))
 
     def _broadcast(self, message: m.FromCoordinator) -> None:
         for identity in self._peers:
@@ -406,6 +419,7 @@ class Coordinator:
             late = [(p, f"to fill bucket {sync.filled.get(p.identity, 0)}") for p in slow]
             if not late:
                 slow = [p for p in self._workers() if sync.done.get(p.identity, 0) < sync.buckets_ready]
+                slow.sort(key=lambda p: sync.done.get(p.identity, 0))
                 late = [(p, f"to load bucket {sync.done.get(p.identity, 0)}") for p in slow]
                 late = late or [(p, "to finish loading") for p in self._workers() if p.identity not in sync.loaded]
         elif self.phase == "commit":

@@ -29,6 +29,8 @@ class Peer:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
+        # Also bounds the end of a peer that nobody closed; without it the collector could wait for ever in its place.
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(endpoint)
@@ -75,7 +77,7 @@ class Peer:
     def close(self) -> None:
         """Close the socket after what was sent has left (at most 0.2 s). Idempotent."""
         if not self._socket.closed:
-            self._socket.close(linger=_LINGER_MS)
+            self._socket.close()
             self._context.term()
 
 

@@ -1,0 +1,388 @@
+"""Claims about WeightSyncer over the real channel and the real ring, with engines that are a thread and a dictionary.
+
+The engine is the only stand-in: what it does with the tensors is proved on real ones in tests/integration.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.control import messages as m
+from rlsync.control.peer import Peer
+from rlsync.errors import ConfigError, WeightSyncError
+from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.transport.shm import Ring, shm_domain
+
+TIMEOUT_S = 1.5
+SIZES = (16, 40, 8, 24, 32)
+
+
+class Numbers:
+    """A source of five float32 tensors, one in each bucket; with two ranks each fills one half of every tensor."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.buckets = tuple((m.BucketEntry(f"w{i}", "float32", (n,), 0),) for i, n in enumerate(SIZES))
+        self.digest, self.nbytes = "digest", 4 * sum(SIZES)
+        self.version = 0
+        self.on_fill: Callable[[int], None] = lambda bucket: None
+
+    def begin(self, version: int) -> None:
+        self.version = version
+
+    def fill(self, bucket: int, slot: torch.Tensor) -> int:
+        self.on_fill(bucket)
+        half = SIZES[bucket] // self.world_size
+        mine = slice(self.rank * half, (self.rank + 1) * half)
+        slot[: 4 * SIZES[bucket]].view(torch.float32)[mine] = tensor(self.version, bucket)[mine]
+        return 4 * half
+
+
+def tensor(version: int, bucket: int) -> torch.Tensor:
+    return torch.arange(SIZES[bucket]) + 1000.0 * version + 100.0 * bucket
+
+
+class ThreadEngine:
+    """An EngineHandle with two workers, each a Peer that copies buckets into ``weights``."""
+
+    def __init__(self, engine_id: str, num_workers: int = 2) -> None:
+        self.engine_id, self.num_workers, self.workers = engine_id, num_workers, num_workers
+        self.weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_workers)]
+        self.calls: list[str] = []
+        self.dirty = ""
+        self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
+        self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
+        self._peers: list[Peer] = []
+        self._rings: list[Ring] = []
+
+    def _in_workers(self, call: Callable[[int], None]) -> None:
+        errors: list[BaseException] = []
+
+        def run(worker: int) -> None:
+            try:
+                call(worker)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise RuntimeError("worker failed") from errors[0]
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        info = self.change_info(dict(init_info))
+        # A pid domain of its own: the deaths of threads cannot be watched.
+        place = (info["token"], info["run_id"], info["engine_id"], 0)
+        about = (self.workers, "here", shm_domain(), "threads", 1, None, "none")
+        self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about)) for i in range(self.workers)]
+        self._rings = [None] * self.workers  # type: ignore[list-item]
+
+        def connect(worker: int) -> None:
+            peer = self._peers[worker]
+            welcome = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(welcome, m.Welcome)
+            self._rings[worker] = Ring.attach(welcome.ring_path, welcome.ring_token, welcome.num_slots, welcome.slot_bytes)
+            self._table = welcome.buckets
+            peer.send(m.Attached())
+            assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
+
+        self._in_workers(connect)
+
+    def pause(self, mode: str, timeout_s: float) -> None:
+        self.calls.append(f"pause {mode}")
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self.calls.append(f"update {update_info['version']}")
+        self._in_workers(lambda worker: self._update(worker, update_info["attempt"], update_info["version"]))
+
+    def _update(self, worker: int, attempt: int, version: int) -> None:
+        peer, ring, ready = self._peers[worker], self._rings[worker], 0
+        deadline = time.monotonic() + 10
+        try:
+            peer.send(m.Joined(attempt, version))
+            for bucket, (entry,) in enumerate(self._table):
+                while ready <= bucket:
+                    message = peer.receive(attempt, deadline)
+                    assert isinstance(message, m.Ready)
+                    ready = message.buckets_ready
+                self.on_bucket(worker, bucket)
+                self.weights[worker][entry.name] = ring.tensor(bucket % ring.num_slots, 0, entry.shape, torch.float32).clone()
+                peer.send(m.Done(attempt, bucket))
+            peer.send(m.Loaded(attempt, 0.0, 0.0))
+            while not isinstance(peer.receive(attempt, deadline), m.Commit):
+                pass
+            peer.send(m.Committed(attempt))
+        except BaseException as error:
+            if not isinstance(error, WeightSyncError):
+                peer.send(m.Failed(attempt, "transfer", repr(error), bucket=ready))
+            peer.send(m.Released(attempt))
+            raise
+
+    def reset_caches(self, timeout_s: float) -> None:
+        self.calls.append("reset_caches")
+
+    def resume(self, version: int, timeout_s: float) -> None:
+        self.calls.append(f"resume {version}")
+        self.dirty = ""
+
+    def mark_dirty(self, reason: str) -> None:
+        self.dirty = reason
+
+
+class Actors:
+    """Two actor ranks in two threads, each with its WeightSyncer; every call is made on both and both outcomes are kept."""
+
+    def __init__(self, engines: list[ThreadEngine], **config: Any) -> None:
+        self.sources = [Numbers(rank, 2) for rank in range(2)]
+        shared: list[bytes] = []
+        there = threading.Event()
+
+        def broadcast(rank: int, payload: bytes) -> bytes:
+            if rank == 0:
+                shared[:] = [payload]
+                there.set()
+            assert there.wait(10)
+            return shared[0]
+
+        settings = SyncConfig(**{"timeout_s": TIMEOUT_S, **config})
+        self.syncers = [
+            WeightSyncer(self.sources[rank], engines, settings, rank=rank, world_size=2, broadcast=partial(broadcast, rank))
+            for rank in range(2)
+        ]
+
+    def both(self, call: Callable[[WeightSyncer], Any]) -> list[Any]:
+        outcomes: list[Any] = [None, None]
+
+        def run(rank: int) -> None:
+            try:
+                outcomes[rank] = call(self.syncers[rank])
+            except Exception as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return outcomes
+
+    def connect(self) -> None:
+        assert self.both(lambda s: s.connect()) == [None, None]
+
+    def sync(self, version: int) -> SyncReport:
+        first, second = self.both(lambda s: s.sync(version))
+        assert isinstance(first, SyncReport), first
+        assert first == second
+        return first
+
+    def failure(self, call: Callable[[WeightSyncer], Any]) -> WeightSyncError:
+        """The one error that both ranks raise."""
+        first, second = self.both(call)
+        assert isinstance(first, WeightSyncError), first
+        assert isinstance(second, WeightSyncError), second
+        assert str(first) == str(second)
+        return first
+
+    def close(self) -> None:
+        self.both(lambda s: s.close())
+
+
+@pytest.fixture
+def engines() -> list[ThreadEngine]:
+    return [ThreadEngine("e0"), ThreadEngine("e1")]
+
+
+@pytest.fixture
+def actors(engines: list[ThreadEngine]):
+    actors = Actors(engines)
+    actors.connect()
+    yield actors
+    actors.close()
+
+
+def holds(engine: ThreadEngine, version: int) -> bool:
+    return all(torch.equal(weights[f"w{i}"], tensor(version, i)) for weights in engine.weights for i in range(len(SIZES)))
+
+
+def test_every_worker_of_every_engine_gets_what_all_ranks_filled(actors: Actors, engines: list[ThreadEngine]) -> None:
+    for version in (1, 2, 7):
+        report = actors.sync(version)
+        assert all(holds(engine, version) for engine in engines)
+        assert not any(holds(engine, version + 1) for engine in engines)
+        assert (report.version, report.bytes, report.num_buckets) == (version, 4 * sum(SIZES), 5)
+        metrics = report.metrics()
+        assert metrics["sync/version"] == version
+        assert metrics["sync/gb_per_s"] > 0
+        assert set(report.engine_s) == {"e0", "e1"}
+    assert engines[0].calls[:4] == ["pause abort", "update 1", "reset_caches", "resume 1"]
+
+
+def test_one_slot_and_many_slots_carry_the_same_bytes(engines: list[ThreadEngine]) -> None:
+    for num_slots in (1, 3, 8):
+        actors = Actors(engines, num_slots=num_slots)
+        actors.connect()
+        actors.sync(num_slots)
+        assert all(holds(engine, num_slots) for engine in engines)
+        actors.close()
+
+
+def test_filling_overlaps_loading(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines, timeout_s=10)
+    events: list[str] = []
+    actors.sources[0].on_fill = lambda bucket: events.append(f"fill {bucket}")
+
+    def load(worker: int, bucket: int) -> None:
+        time.sleep(0.05)
+        events.append(f"loaded {bucket}")
+
+    engines[0].on_bucket = load
+    actors.connect()
+    actors.sync(1)
+    actors.close()
+    assert events.index("fill 1") < events.index("loaded 0")
+    assert events.index("fill 2") > events.index("loaded 0"), "bucket 2 shares its slot with bucket 0"
+
+
+def test_an_exception_in_fill_is_the_same_error_everywhere_and_the_next_sync_heals(actors: Actors, engines: list[ThreadEngine]) -> None:
+    def boom(bucket: int) -> None:
+        if bucket == 3:
+            raise ZeroDivisionError("the third is cursed")
+
+    actors.sources[1].on_fill = boom
+    error = actors.failure(lambda s: s.sync(1))
+    assert (error.phase, error.version, error.bucket, error.engine) == ("transfer", 1, 3, None)
+    assert "the third is cursed" in error.cause
+    assert "actor rank 1" in error.cause
+    assert all("the third is cursed" in engine.dirty for engine in engines)
+    actors.sources[1].on_fill = lambda bucket: None
+    actors.sync(1)
+    assert all(holds(engine, 1) and not engine.dirty for engine in engines)
+
+
+def test_an_exception_in_a_worker_names_engine_and_bucket(actors: Actors, engines: list[ThreadEngine]) -> None:
+    def boom(worker: int, bucket: int) -> None:
+        if (worker, bucket) == (1, 2):
+            raise KeyError("no such layer")
+
+    engines[1].on_bucket = boom
+    error = actors.failure(lambda s: s.sync(1))
+    assert error.engine == "e1"
+    assert "no such layer" in error.cause
+    assert engines[0].dirty, "an engine that loaded everything has not committed either"
+    assert "resume 1" not in engines[0].calls
+
+
+def test_a_filler_that_hangs_is_found_by_the_deadline_and_keeps_its_slot(actors: Actors, engines: list[ThreadEngine]) -> None:
+    release = threading.Event()
+    actors.sources[1].on_fill = lambda bucket: release.wait() if bucket == 1 else None
+    started_s = time.monotonic()
+    error = actors.failure(lambda s: s.sync(1))
+    assert time.monotonic() - started_s < 3 * TIMEOUT_S + 3
+    assert "actor rank 1" in error.cause
+    assert "fill bucket 1" in error.cause
+    retry = actors.both(lambda s: s.sync(1))
+    assert all(isinstance(e, WeightSyncError) and "connect() anew" in str(e) for e in retry)
+    release.set()
+
+
+def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
+    release = threading.Event()
+    engines[1].on_bucket = lambda worker, bucket: release.wait(20) if worker == 0 and bucket == 2 else None
+    error = actors.failure(lambda s: s.sync(1))
+    release.set()
+    assert (error.engine, error.bucket, error.phase) == ("e1", 2, "transfer")
+
+
+def test_an_actor_rank_that_does_not_enter_is_found_by_the_deadline(actors: Actors) -> None:
+    with pytest.raises(WeightSyncError, match=r"actor rank 1.*enter sync"):
+        actors.syncers[0].sync(1)
+
+
+def test_ranks_that_disagree_on_the_version_fail(actors: Actors) -> None:
+    versions = iter((1, 2))
+    lock = threading.Lock()
+
+    def call(syncer: WeightSyncer) -> SyncReport:
+        with lock:
+            version = next(versions)
+        return syncer.sync(version)
+
+    outcomes = actors.both(call)
+    assert all(isinstance(o, WeightSyncError) and "started version" in str(o) for o in outcomes)
+
+
+def test_versions_only_grow(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(3)
+    calls = list(engines[0].calls)
+    for version in (3, 2):
+        error = actors.failure(lambda s, version=version: s.sync(version))
+        assert "versions only grow" in error.cause
+    assert engines[0].calls == calls, "no engine was touched"
+    assert not engines[0].dirty
+
+
+def test_a_wrong_token_is_turned_away(engines: list[ThreadEngine]) -> None:
+    engines[1].change_info = lambda info: {**info, "token": "guess"}
+    actors = Actors(engines)
+    error = actors.failure(lambda s: s.connect())
+    assert error.phase == "connect"
+    assert engines[1].dirty
+
+
+def test_a_wrong_number_of_workers_is_named(engines: list[ThreadEngine]) -> None:
+    engines[0].num_workers = 4
+    error = Actors(engines).failure(lambda s: s.connect())
+    assert "engine e0" in error.cause or "e0" in str(error)
+
+
+def test_different_digests_are_refused(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines)
+    actors.sources[1].digest = "another"
+    error = actors.failure(lambda s: s.connect())
+    assert "digest" in error.cause
+
+
+def test_a_full_shared_memory_is_the_same_error_on_all_ranks(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines, num_slots=2**36)
+    error = actors.failure(lambda s: s.connect())
+    assert "bytes free, the ring needs" in error.cause
+
+
+def test_connect_after_close_starts_over(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(1)
+    actors.close()
+    error = actors.failure(lambda s: s.sync(2))
+    assert "not connected" in error.cause
+
+
+def test_a_coordinator_that_is_gone_is_noticed(actors: Actors) -> None:
+    server = actors.syncers[0]._server
+    assert server is not None
+    server.stop()
+    with pytest.raises(WeightSyncError, match="heard nothing from the coordinator"):
+        actors.syncers[1].sync(1)
+
+
+def test_errors_cross_processes() -> None:
+    error = WeightSyncError(phase="transfer", cause="why", engine="e0", version=3, bucket=1)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.bucket, copy.engine) == (str(error), 1, "e0")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bucket_bytes": 0}, {"num_slots": 0}, {"timeout_s": 0}, {"sink": "direct"}, {"transport": "nccl"}, {"pause_mode": "stop"}]
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"weight_sync.{next(iter(settings))}"):
+        SyncConfig(**settings)
