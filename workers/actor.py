@@ -119,7 +119,7 @@ class ActorRank:
     def _build_optimizer(self, actor: ActorConfig) -> None:
         optim, schedule = actor.optim, actor.lr_sched
         assert schedule.max_lr is not None and schedule.min_lr is not None, "load_config derives both"
-        constant = schedule.start_weight_decay is None or schedule.end_weight_decay is None
+        first_decay, last_decay = schedule.start_weight_decay, schedule.end_weight_decay
         self._optimizer = build_optimizer(self._models, self._optimizer_options(optim.lr))
         self._scheduler = build_scheduler(
             self._optimizer,
@@ -133,8 +133,8 @@ class ActorRank:
                 lr_warmup_init=schedule.lr_warmup_init,
                 lr_wsd_decay_iters=schedule.lr_wsd_decay_iters,
                 lr_wsd_decay_style=schedule.lr_wsd_decay_style,
-                start_weight_decay=optim.weight_decay if constant else schedule.start_weight_decay,
-                end_weight_decay=optim.weight_decay if constant else schedule.end_weight_decay,
+                start_weight_decay=optim.weight_decay if first_decay is None else first_decay,
+                end_weight_decay=optim.weight_decay if last_decay is None else last_decay,
                 weight_decay_incr_style=schedule.weight_decay_incr_style,
             ),
         )
@@ -156,14 +156,12 @@ class ActorRank:
         )
 
     def _resume(self, actor: ActorConfig, folder: str) -> Restored:
-        with_optimizer = not actor.megatron.no_load_optim
-        return load_checkpoint(
-            folder,
-            self._bridge,
-            self._models,
-            optimizer=self._optimizer if with_optimizer else None,
-            scheduler=self._scheduler if with_optimizer else None,
-        )
+        if actor.megatron.no_load_optim:
+            restored = load_checkpoint(folder, self._bridge, self._models)
+            # It copied the parameters when it was built.
+            self._optimizer.reload_model_params()
+            return restored
+        return load_checkpoint(folder, self._bridge, self._models, optimizer=self._optimizer, scheduler=self._scheduler)
 
     def warm_start(self, steps: Sequence[Sequence[tuple[tuple[int, ...], tuple[int, ...]]]], lr: float) -> list[float]:
         """Supervised steps on (prompt, response) token ids with an optimizer of their own. Returns the losses. Collective.

@@ -99,7 +99,13 @@ class Cluster:
         visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": ",".join(str(p.gpu) for p in places)}
         path = os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH"))))
         log = {} if self.log_folder is None else {_LOG_VARIABLE: str(self.log_folder / f"{name.replace(':', '-')}.log")}
-        variables = {"PYTHONPATH": path, **log, "TOKENIZERS_PARALLELISM": "false", **visible, **({} if environment is None else environment)}
+        variables = {
+            "PYTHONPATH": path,
+            **log,
+            "TOKENIZERS_PARALLELISM": "false",
+            **visible,
+            **({} if environment is None else environment),
+        }
         actor = (
             ray.remote(actor_class)
             .options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -97,10 +98,9 @@ class GrpoRunner:
             system_prompt=data.system_prompt,
             prompt_suffix=data.prompt_suffix,
         )
-        keys = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
         if data.val_data_paths:
-            load_problems(data.val_data_paths, **keys)
-        problems = load_problems(data.train_data_paths, **keys, data_size=data.data_size)
+            load_problems(data.val_data_paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
+        problems = load_problems(data.train_data_paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data.data_size)
         return PromptLoader(
             PromptDataset(problems, self._tokenizer, form),
             data.rollout_batch_size,
@@ -245,7 +245,7 @@ class GrpoRunner:
             report = self._on_ranks("sync", step - 1)[0]
         screen.phase("rollout")
         with _timed(seconds, "time/rollout"):
-            samples = self._rollout(prompts)
+            samples = self._rollout(prompts, step)
         screen.phase("reward")
         with _timed(seconds, "time/reward"):
             samples = self._reward(prompts, samples)
@@ -259,16 +259,15 @@ class GrpoRunner:
             updates = self._on_ranks("train", shares)[0]
         return {**_sample_metrics(samples), **_difference_metrics(differences), **report.metrics()}, updates
 
-    def _rollout(self, prompts: Sequence[Prompt]) -> list[Sample]:
+    def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, next to each other; prompts are spread over the engines."""
         sampling = sampling_arguments(self._config, vocab_size=int(self._hf_config["vocab_size"]), stop_token_ids=self._stop_ids())
-        count = len(self._engines)
-        parts = [prompts[i * len(prompts) // count : (i + 1) * len(prompts) // count] for i in range(count)]
+        count, seeds = len(self._engines), self._seeds(len(prompts), step)
+        bounds = [i * len(prompts) // count for i in range(count + 1)]
         answers = _get(
             [
-                engine.actor.generate.remote([p.token_ids for p in part], sampling)
-                for engine, part in zip(self._engines, parts, strict=True)
-                if part
+                engine.actor.generate.remote([p.token_ids for p in prompts[a:b]], sampling, None if seeds is None else seeds[a:b])
+                for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=True)
             ]
         )
         completions = [group for answer in answers for group in answer]
@@ -280,6 +279,13 @@ class GrpoRunner:
         if self._config.rollout.print_outputs:
             print(repr(self._tokenizer.decode(samples[0].prompt_ids + samples[0].response_ids)), flush=True)
         return samples
+
+    def _seeds(self, count: int, step: int) -> list[int] | None:
+        """A seed for each prompt of a step; vLLM numbers the samples of a prompt on from it."""
+        if not self._config.algorithm.sampling_params.seeded:
+            return None
+        draw = random.Random(f"rollout-{self._config.actor.seed}-{step}")
+        return [draw.randrange(2**40) for _ in range(count)]
 
     def _reward(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
         config = self._config.reward

@@ -34,8 +34,10 @@ class RolloutEngine:
         """One of the calls of an EngineHandle."""
         getattr(self._engine, method)(*arguments)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[tuple[Completion, ...]]:
-        return self._engine.generate(prompts, sampling)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
+    ) -> list[tuple[Completion, ...]]:
+        return self._engine.generate(prompts, sampling, seeds=seeds)
 
     def process_id(self) -> int:
         return os.getpid()
@@ -84,7 +86,7 @@ def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
     """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM."""
     rollout, vllm = config.rollout, config.rollout.vllm
     assert rollout.model.precision is not None, "load_config derives it"
-    wanted = {
+    wanted: dict[str, Any] = {
         "model": rollout.model.model_path,
         "tokenizer": config.actor.tokenizer.tokenizer_model,
         "trust_remote_code": rollout.model.trust_remote_code,

@@ -15,7 +15,7 @@ from workers.grpo_runner import GrpoRunner
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
 
 
-@hydra.main(version_base="1.1", config_path=str(CONFIGS), config_name="arithmetic-grpo-megatron")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="arithmetic-grpo-megatron")
 def main(composed: DictConfig) -> None:
     try:
         GrpoRunner(load_config(composed)).run()

@@ -90,24 +90,36 @@ class Engine:
         self.num_workers = parallel.world_size * parallel.data_parallel_size
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], *, timeout_s: float | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
+        *,
+        seeds: Sequence[int] | None = None,
+        timeout_s: float | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Continue every prompt (token ids), ``sampling["n"]`` times each; waits while a sync is going on.
 
         Args:
             sampling: fields of ``vllm.SamplingParams``. Text is not made unless ``detokenize`` says so.
+            seeds: of each prompt; what is drawn then depends on the seed alone and not on what was drawn before.
             timeout_s: bound of the whole call, or None.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile.
         """
         self._await_clean()
-        return self._call(self._generate(prompts, sampling), timeout_s)
+        return self._call(self._generate(prompts, sampling, seeds), timeout_s)
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[tuple[Completion, ...]]:
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
+    ) -> list[tuple[Completion, ...]]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-        tasks = [asyncio.ensure_future(self._generate_one(p, SamplingParams(**fields))) for p in prompts]
+        seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
+        tasks = [
+            asyncio.ensure_future(self._generate_one(p, SamplingParams(**fields, **seed)))
+            for p, seed in zip(prompts, seeded, strict=True)
+        ]
         self._running.update(tasks)
         try:
             return list(await asyncio.gather(*tasks))

@@ -47,7 +47,7 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
         saved = Path(out_dir, f"saved-{cases.index(case)}")
         bridge.save_weights(models, saved, max_shard_bytes=60_000)
         check_saved(bridge, topology, models, saved, original, case)
-        parallel_state.destroy_model_parallel()
+        destroy_parallel(keep_distributed=True)
     destroy_parallel()
 
 

@@ -71,6 +71,11 @@ class SamplingConfig:
     repetition_penalty: float = key(1.0, "1.0: none")
     max_new_tokens: int | None = key(None, "longest response in tokens; null: seq_length - max_prompt_length")
     min_new_tokens: int = key(0, "no end-of-sequence before this many tokens")
+    seeded: bool = key(
+        True,
+        "draw each prompt's responses from a seed of its own, made of actor.seed, step and prompt, so that a resumed run draws what "
+        "the uninterrupted one would; false: from the engine's one stream, which is faster with many running requests",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

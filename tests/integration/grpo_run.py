@@ -1,0 +1,36 @@
+"""Runs the GRPO entry point with one part broken on purpose: ``python -m tests.integration.grpo_run FAULT key=value ...``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from workers.config import lenient_overrides, load_config, register_resolvers
+from workers.grpo_runner import GrpoRunner
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
+
+
+class WithoutSync(GrpoRunner):
+    """Syncs once, then lets actor and engines drift apart; the log repeats the first report."""
+
+    _first: list[Any] | None = None
+
+    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        if method != "sync":
+            return super()._on_ranks(method, *arguments)
+        if self._first is None:
+            self._first = super()._on_ranks(method, *arguments)
+        return self._first
+
+
+RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync}
+
+if __name__ == "__main__":
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("arithmetic-grpo-megatron", overrides=lenient_overrides(sys.argv[2:]))
+    RUNNERS[sys.argv[1]](load_config(composed)).run()

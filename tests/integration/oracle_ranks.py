@@ -1,0 +1,91 @@
+"""What the ranks of ``test_oracle`` do: train, sync, export, and ask a synced and a fresh engine the same questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlsync import AutoBridge, SyncConfig, WeightSyncer
+from rlsync.engine.handle import Completion, Engine
+from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
+from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
+from rlsync.megatron.train import token_scores, train_step
+from rlsync.source import MegatronSource
+from rlsync.topology import Topology
+from rlsync.transport.agreement import gather_bytes
+from tests.models import VOCAB_SIZE
+
+PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
+GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
+
+
+def engine(name: str, folder: str, **options) -> Engine:
+    made = Engine(
+        name,
+        {
+            "model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 8,
+            "skip_tokenizer_init": True, "disable_log_stats": True, **options,
+        },
+    )  # fmt: skip
+    made.start()
+    return made
+
+
+def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str) -> None:
+    """Several syncs of a changing actor; then the synced engine against one started from the exported ``hf_model``."""
+    made = Topology(**topology)
+    initialize_parallel(made, seed=1, timeout_s=120)
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(folder, topology=made, bf16=False)
+    optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
+    rank = dist.get_rank()
+    synced = engine("synced", folder, load_format="dummy") if rank == 0 else None
+    syncer = WeightSyncer(
+        MegatronSource(bridge, models, bucket_bytes=60_000),
+        [synced] if synced is not None else (),
+        SyncConfig(bucket_bytes=60_000, timeout_s=60),
+        rank=rank,
+        world_size=made.world_size,
+        broadcast=lambda payload: gather_bytes(payload, device=compute_device())[0],
+    )
+    syncer.connect()
+    tokens = torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))
+    before: list[Completion] = []
+    for version in range(3):
+        if version:
+            train_step(models, optimizer, [{"tokens": tokens}], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
+        report = syncer.sync(version)
+        assert report.num_buckets > 3 and report.bytes > 0
+        if synced is not None:
+            answers = [group[0] for group in synced.generate(PROMPTS, GREEDY)]
+            assert [a.token_ids for a in answers] != [b.token_ids for b in before], "the weights changed, the answers did not"
+            assert all(a.version == version for a in answers)
+            before = answers
+    bridge.save_weights(models, Path(out_dir, "hf_model"))
+    check_against_actor(models, before if rank == 0 else [])
+    syncer.close()
+    if synced is not None:
+        synced.close()
+        fresh = engine("fresh", str(Path(out_dir, "hf_model")))
+        expected = [group[0] for group in fresh.generate(PROMPTS, GREEDY)]
+        fresh.close()
+        assert [a.token_ids for a in before] == [b.token_ids for b in expected]
+        worst = max(abs(x - y) for a, b in zip(before, expected, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=True))
+        assert worst <= 1e-4, worst
+        print(f"ORACLE {worst:.1e}", flush=True)
+    dist.barrier()
+    destroy_parallel()
+
+
+def check_against_actor(models, answers: list[Completion]) -> None:
+    """The engine's log-probabilities of its own answers equal those that the actor gives the same tokens."""
+    payload = json.dumps([list(a.token_ids) for a in answers]).encode()
+    rows = json.loads(gather_bytes(payload, device=compute_device())[0])
+    for i, (prompt, response) in enumerate(zip(PROMPTS, rows, strict=True)):
+        scores = token_scores(models, [{"tokens": torch.tensor([prompt + response])}])[0]
+        if answers:
+            mine = scores.log_probs[0, len(prompt) :].cpu()
+            assert (mine - torch.tensor(answers[i].logprobs)).abs().max() <= 1e-4

@@ -1,0 +1,109 @@
+"""The GRPO run itself, shortened: script in, files out. Real Megatron ranks, real vLLM, real Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from workers.metrics import read_metrics
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh"]
+SMALL = [
+    "arithmetic.num_problems=256", "arithmetic.num_supervised=1024", "data.rollout_batch_size=16", "algorithm.group_size=8",
+    "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64",
+]  # fmt: skip
+SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "actor/training/actor/grad_norm", "sync/version")
+
+
+def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
+    log = (folder / "output.log").open("a")
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [*command, *SMALL, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
+        cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(command: list[str], folder: Path, *overrides: str) -> str:
+    folder.mkdir(exist_ok=True)
+    process = start(command, folder, *overrides)
+    try:
+        code = process.wait(280)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    output = (folder / "output.log").read_text()
+    assert code == 0, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """Eight steps with a checkpoint after the fourth and at the end."""
+    folder = tmp_path_factory.mktemp("grpo")
+    return folder, run(SCRIPT, folder, "runner.max_steps=8", "runner.save_interval=4")
+
+
+def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
+    lines = read_metrics(finished[0] / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    rewards = [line["rollout/reward_scores"] for line in lines]
+    assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
+    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
+    assert [line["sync/version"] for line in lines] == list(range(8))
+    assert all(line["sync/bytes"] > 0 and line["sync/gb_per_s"] > 0 for line in lines)
+
+
+def test_without_sync_engines_and_actor_part(tmp_path):
+    """The negative control of the line above: the measure is not blind."""
+    run([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=5", "runner.save_interval=-1")
+    differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
+    assert differences[0] <= 1e-3 < differences[-1], differences
+
+
+def test_results_are_where_users_look_for_them(finished):
+    folder, output = finished
+    found = {path.name for path in (folder / "run").iterdir()}
+    assert {"metrics.jsonl", "tensorboard", "config.yaml", "rewards.png", "checkpoints", "worker_logs"} <= found
+    step = folder / "run" / "checkpoints" / "global_step_8"
+    assert (step / "actor" / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert (step / "data" / "data.pt").exists() and (step / "actor" / "hf_model" / "tokenizer.json").exists()
+    config = (folder / "world" / "model" / "config.json").read_bytes()
+    assert (step / "actor" / "hf_model" / "config.json").read_bytes() == config
+    assert "lm_head.weight" not in load_file(step / "actor" / "hf_model" / "model.safetensors"), "the model is tied"
+    assert "qwen2.5-7b-grpo-megatron" in output and "mean reward" in output
+    assert json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])["time/sync_weights"] > 0
+
+
+def test_steps_after_a_resume_equal_those_of_the_uninterrupted_run(finished, tmp_path):
+    shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
+    shutil.copytree(finished[0] / "world", tmp_path / "world")
+    run(SCRIPT, tmp_path, "runner.max_steps=6", "runner.resume_dir=auto", "+actor.megatron.mbridge=True")
+    whole, resumed = read_metrics(finished[0] / "run")[4:6], read_metrics(tmp_path / "run")
+    assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
+
+
+def test_an_interrupt_ends_every_process_and_leaves_no_checkpoint_half_done(tmp_path):
+    process = start(SCRIPT, tmp_path, "runner.max_steps=200", "runner.save_interval=2")
+    metrics, deadline = tmp_path / "run", time.monotonic() + 200
+    while len(read_metrics(metrics)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 4, (tmp_path / "output.log").read_text()[-4000:]
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "output.log").read_text()[-4000:]
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, [p.cmdline() for p in alive]
+    assert "interrupted" in (tmp_path / "output.log").read_text()
+    assert not list(Path("/dev/shm").glob("rlsync*"))
