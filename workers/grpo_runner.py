@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ class GrpoRunner:
         answers = _get(
             [
                 engine.actor.generate.remote([p.token_ids for p in prompts[a:b]], sampling, None if seeds is None else seeds[a:b])
-                for engine, a, b in zip(self._engines, bounds, bounds[1:], strict=True)
+                for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
             ]
         )
         completions = [group for answer in answers for group in answer]

@@ -138,7 +138,6 @@ class Receiver(WeightTransferEngine):
             if not isinstance(error, WeightSyncError):
                 self._peer.send(m.Failed(update_info.attempt, phase, _cause(error), bucket=bucket))
             sink.abandon()
-            self._peer.send(m.Released(update_info.attempt))
             raise
 
     def finish_weight_update(self) -> None:
@@ -169,16 +168,19 @@ class Receiver(WeightTransferEngine):
             torch.cuda.current_stream(self.device).synchronize()
 
     def _wait(self, kind: type[Any], attempt: int, what: str) -> Any:
-        """The next message, which must be of ``kind``."""
+        """The next message of ``kind``; ``Ready`` says a level and may come again after the last bucket was taken."""
         assert self._peer is not None and self._info is not None
         limit_s = self._info.timeout_s + GRACE_S
-        try:
-            message = self._peer.receive(attempt, time.monotonic() + limit_s)
-        except TimeoutError:
-            raise RuntimeError(f"nothing from {self._info.endpoint} within {limit_s:g} s while waiting for {what}") from None
-        if not isinstance(message, kind):
-            raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
-        return message
+        deadline_s = time.monotonic() + limit_s
+        while True:
+            try:
+                message = self._peer.receive(attempt, deadline_s)
+            except TimeoutError:
+                raise RuntimeError(f"nothing from {self._info.endpoint} within {limit_s:g} s while waiting for {what}") from None
+            if isinstance(message, kind):
+                return message
+            if not isinstance(message, m.Ready):
+                raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
 
     def _hello(self, info: InitInfo) -> m.WorkerHello:
         dp_index, worker_rank, world_size = compat.worker_place(self.parallel_config)
