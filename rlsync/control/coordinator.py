@@ -91,7 +91,6 @@ class Coordinator:
         self._peers: dict[bytes, _Peer] = {}
         self._sync: _Sync | None = None
         self._failure: m.Error | None = None
-        self._holders: dict[bytes, int] = {}
         self.phase, self.version = "connect", -1
         self.deadline: float | None = now + expected.timeout_s
 
@@ -121,7 +120,6 @@ class Coordinator:
         if peer is None or peer.lost:
             return
         peer.lost = True
-        self._holders.pop(identity, None)
         if self.phase not in ("idle", "failed"):
             self._fail(f"the process of {peer} has ended", peer)
 
@@ -227,7 +225,6 @@ class Coordinator:
         sync = self._sync
         assert sync is not None
         sync.started.add(peer.identity)
-        self._holders[peer.identity] = sync.attempt
         if self._failure is not None:
             self._send(peer.identity, self._failure)
         elif (message.attempt, message.version) != (sync.attempt, sync.version):
@@ -242,15 +239,12 @@ class Coordinator:
             self._enter("transfer", now)
 
     def _open(self, message: m.Start, now: float) -> None:
-        holders = [str(self._peers[i]) for i in self._holders]
         lost = [str(p) for p in self._peers.values() if p.lost]
         self._sync = _Sync(message.attempt, message.version)
         self._sync.buckets_writable = min(self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {_some(lost)} has ended; start it again and connect() anew", None)
-        elif holders:
-            self._fail(f"{_some(holders)} still holds the ring since a failed sync; close() and connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
 
@@ -271,7 +265,6 @@ class Coordinator:
 
     def _on_joined(self, peer: _Peer, message: m.Joined, now: float) -> None:
         sync = self._sync
-        self._holders[peer.identity] = message.attempt
         if sync is None or message.attempt != sync.attempt:
             cause = f"{peer} joined attempt {message.attempt}, which the actor has not started or has left"
             self._send(
@@ -320,7 +313,6 @@ class Coordinator:
         if sync is None or self.phase != "commit":
             return
         sync.committed.add(peer.identity)
-        self._holders.pop(peer.identity, None)
         if len(sync.committed) == len(self._workers()):
             self._enter("resume", now)
             load_s, finalize_s = (max(getattr(x, f) for x in sync.loaded.values()) for f in ("load_s", "finalize_s"))
@@ -333,7 +325,6 @@ class Coordinator:
             return
         self.phase, self.deadline, self.version = "idle", None, sync.version
         for actor in self._actors():
-            self._holders.pop(actor.identity, None)
             self._send(actor.identity, m.Finished(sync.attempt, message.report))
 
     def _on_failed(self, peer: _Peer, message: m.Failed, now: float) -> None:
@@ -342,14 +333,9 @@ class Coordinator:
         elif self._current(message.attempt) is not None:
             self._fail(f"{peer}: {message.cause}", peer, phase=message.phase, engine=message.engine, bucket=message.bucket)
 
-    def _on_released(self, peer: _Peer, message: m.Released, now: float) -> None:
-        if self._holders.get(peer.identity) == message.attempt:
-            del self._holders[peer.identity]
-
     def _on_goodbye(self, peer: _Peer, message: m.Goodbye, now: float) -> None:
         if self.phase in ("idle", "failed"):
             peer.lost = True
-            self._holders.pop(peer.identity, None)
         else:
             self._fail(f"{peer} closed its connection", peer)
 
@@ -459,8 +445,6 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Finish, False): Coordinator._on_finish,
     (m.Failed, True): Coordinator._on_failed,
     (m.Failed, False): Coordinator._on_failed,
-    (m.Released, True): Coordinator._on_released,
-    (m.Released, False): Coordinator._on_released,
     (m.Goodbye, True): Coordinator._on_goodbye,
     (m.Goodbye, False): Coordinator._on_goodbye,
 }

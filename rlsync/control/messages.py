@@ -142,12 +142,6 @@ class Failed(Message):
     bucket: int | None = None
 
 
-class Released(Message):
-    """After an error: this peer touches no slot any more."""
-
-    attempt: int
-
-
 class Goodbye(Message):
     """This peer closes on purpose; its process may end."""
 
@@ -217,7 +211,7 @@ class Error(Message):
     bucket: int | None = None
 
 
-FromPeer = WorkerHello | ActorHello | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed | Released | Goodbye
+FromPeer = WorkerHello | ActorHello | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed | Goodbye
 FromCoordinator = Welcome | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,8 +13,8 @@ import zmq
 from rlsync.control import messages as m
 from rlsync.errors import WeightSyncError
 
-# Long enough for a goodbye on a living connection; the other side may be gone.
-_LINGER_MS = 200
+# How long what was sent may still leave after ``close``; the other side may be gone.
+_LINGER_MS = 1000
 
 
 class Peer:
@@ -25,11 +25,10 @@ class Peer:
 
     def __init__(self, endpoint: str, hello: m.ActorHello | m.WorkerHello) -> None:
         self._endpoint = endpoint
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        # The process's shared context: one of its own would wait for its sockets when the collector takes both.
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        # Also bounds the end of a peer that nobody closed; without it the collector could wait for ever in its place.
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -75,10 +74,8 @@ class Peer:
             raise WeightSyncError(phase="connect", cause=f"{self._endpoint} sent what is no message of this channel: {error}") from error
 
     def close(self) -> None:
-        """Close the socket after what was sent has left (at most 0.2 s). Idempotent."""
-        if not self._socket.closed:
-            self._socket.close()
-            self._context.term()
+        """Close the socket; what was sent still leaves, while the process lives. Idempotent."""
+        self._socket.close()
 
 
 def to_exception(error: m.Error) -> WeightSyncError:

@@ -26,14 +26,13 @@ class CoordinatorServer:
     """
 
     def __init__(self, bind_host: str) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 1000)
         # Nothing is dropped towards a slow peer: the volume of a sync is a few small messages per bucket.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        port = self._socket.bind_to_random_port(f"tcp://{bind_host}")
+        port: int = self._socket.bind_to_random_port(f"tcp://{bind_host}")
         self.endpoint = f"tcp://{bind_host}:{port}"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -47,13 +46,12 @@ class CoordinatorServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and close the socket, after what was sent has left. Idempotent."""
+        """End the thread and close the socket; what was sent still leaves, while the process lives. Idempotent."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._socket.close()
-        self._context.term()
 
     def _send(self, identity: bytes, message: m.FromCoordinator) -> None:
         self._socket.send_multipart([identity, m.encode(message)])

@@ -117,8 +117,7 @@ class Engine:
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
         seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
         tasks = [
-            asyncio.ensure_future(self._generate_one(p, SamplingParams(**fields, **seed)))
-            for p, seed in zip(prompts, seeded, strict=True)
+            asyncio.ensure_future(self._generate_one(p, SamplingParams(**fields, **seed))) for p, seed in zip(prompts, seeded, strict=True)
         ]
         self._running.update(tasks)
         try:

@@ -221,27 +221,17 @@ class WeightSyncer:
         if version <= self._version:
             cause = f"version {version} is not newer than {self._version}, which the engines serve; versions only grow"
             raise WeightSyncError(phase="begin", version=version, cause=cause)
-        if not self._lane.wait_idle(0):
-            cause = f"actor rank {self._rank} is still inside the source since a failed sync; close() and connect() anew"
-            raise WeightSyncError(phase="begin", version=version, cause=cause)
         self._attempt += 1
         # Of its own, so that a call left over from a failed sync does not answer in this one.
         self._tasks = Tasks()
         try:
             report = _Sync(self, version).run()
         except BaseException as error:
-            self._abandon(error)
+            for engine in self._engines:
+                engine.mark_dirty(str(error))
             raise
         self._version = version
         return report
-
-    def _abandon(self, error: BaseException) -> None:
-        """After a failure: no engine serves, and the slots are given back when this rank is out of them."""
-        assert self._peer is not None and self._lane is not None
-        for engine in self._engines:
-            engine.mark_dirty(str(error))
-        if self._lane.wait_idle(GRACE_S):
-            self._peer.send(m.Released(self._attempt))
 
     def _receive(self, attempt: int, phase: str, version: int | None) -> m.FromCoordinator | None:
         assert self._peer is not None
@@ -293,8 +283,13 @@ class _Sync:
         """Returns the report, or raises WeightSyncError."""
         self._marks["start"] = time.monotonic()
         self._peer.send(m.Start(self._attempt, self._version))
-        self._lane.submit(self._tasks, ("begin", None), lambda: self._source.begin(self._version))
-        self._for_each_engine("pause", lambda e: e.pause(self._config.pause_mode, self._config.timeout_s))
+        if not self._lane.is_idle():
+            # It may still write to a slot of this ring, so no sync over this ring can be right.
+            cause = "still inside the source since a failed sync; close() and connect() anew"
+            self._peer.send(m.Failed(self._attempt, "begin", cause))
+        else:
+            self._lane.submit(self._tasks, ("begin", None), lambda: self._source.begin(self._version))
+            self._for_each_engine("pause", lambda e: e.pause(self._config.pause_mode, self._config.timeout_s))
         while True:
             message = self._syncer._receive(self._attempt, "transfer", self._version)
             if message is None:
@@ -337,7 +332,7 @@ class _Sync:
 
     def _advance(self) -> None:
         """Rank 0: the engines' next call, when all of them have ended the one before."""
-        if not self._engines or any(self._pending.values()):
+        if "pause" not in self._pending or not self._engines or any(self._pending.values()):
             return
         timeout_s = self._config.timeout_s
         info = {"version": self._version, "attempt": self._attempt}
