@@ -1,7 +1,11 @@
-"""Runs the GRPO entry point with one part broken on purpose: ``python -m tests.integration.grpo_run FAULT key=value ...``."""
+"""Runs the GRPO loop of the tiny default with one part broken on purpose, or on other devices.
+
+python -m tests.integration.grpo_run FAULT [--placement JSON] key=value ...
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,13 @@ class WithoutSync(GrpoRunner):
 RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync}
 
 if __name__ == "__main__":
+    fault, *overrides = sys.argv[1:]
+    placement = None
+    if overrides[:1] == ["--placement"]:
+        placement, overrides = json.loads(overrides[1]), overrides[2:]
     register_resolvers()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("arithmetic-grpo-megatron", overrides=lenient_overrides(sys.argv[2:]))
-    RUNNERS[sys.argv[1]](load_config(composed)).run()
+        composed = compose("arithmetic-grpo-megatron", overrides=lenient_overrides(overrides))
+    if placement is not None:
+        composed.cluster.component_placement = placement
+    RUNNERS[fault](load_config(composed)).run()

@@ -22,27 +22,27 @@ PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
 
 
-def engine(name: str, folder: str, **options) -> Engine:
+def engine(name: str, folder: str, dtype: str, **options) -> Engine:
     made = Engine(
         name,
         {
-            "model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 8,
-            "skip_tokenizer_init": True, "disable_log_stats": True, **options,
+            "model": folder, "dtype": dtype, "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True,
+            "disable_log_stats": True, **({"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}), **options,
         },
     )  # fmt: skip
     made.start()
     return made
 
 
-def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str) -> None:
+def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str, dtype: str = "float32", enforce_eager: bool = True) -> None:
     """Several syncs of a changing actor; then the synced engine against one started from the exported ``hf_model``."""
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=120)
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(folder, topology=made, bf16=False)
+    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16")
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     rank = dist.get_rank()
-    synced = engine("synced", folder, load_format="dummy") if rank == 0 else None
+    synced = engine("synced", folder, dtype, load_format="dummy", enforce_eager=enforce_eager) if rank == 0 else None
     syncer = WeightSyncer(
         MegatronSource(bridge, models, bucket_bytes=60_000),
         [synced] if synced is not None else (),
@@ -65,11 +65,12 @@ def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str) -> Non
             assert all(a.version == version for a in answers)
             before = answers
     bridge.save_weights(models, Path(out_dir, "hf_model"))
-    check_against_actor(models, before if rank == 0 else [])
+    if dtype == "float32":
+        check_against_actor(models, before)
     syncer.close()
     if synced is not None:
         synced.close()
-        fresh = engine("fresh", str(Path(out_dir, "hf_model")))
+        fresh = engine("fresh", str(Path(out_dir, "hf_model")), dtype, enforce_eager=enforce_eager)
         expected = [group[0] for group in fresh.generate(PROMPTS, GREEDY)]
         fresh.close()
         assert [a.token_ids for a in before] == [b.token_ids for b in expected]
