@@ -115,7 +115,8 @@ def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
             info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
         restore_layer_on_meta(layer, info)
         for tensor in get_layer_tensors(layer).values():
-            if "weight_loader" in tensor.__dict__:
+            # An earlier reload has left its wrappers on the tensors that describe the layout.
+            if hasattr(tensor, "weight_loader"):
                 tensor.weight_loader = layerwise._get_original_loader(tensor)
     try:
         yield

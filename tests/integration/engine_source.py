@@ -12,7 +12,13 @@ from rlsync.control import BucketEntry, buckets_digest
 from rlsync.geometry import TensorSpec
 from rlsync.plan import cut_buckets
 
-ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENGINE_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # The compiler would take longer than all tests.
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 def read_folder(folder: str | Path) -> dict[str, torch.Tensor]:

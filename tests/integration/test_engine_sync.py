@@ -1,0 +1,371 @@
+"""Claims about real vLLM engines on CPU: what a sync makes of them, and what every fault leaves them in.
+
+Engines are expensive to start, so tests share them; a test leaves its engines clean or says that the next sync heals them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlsync.engine.handle import Completion, Engine
+from rlsync.errors import EngineDirtyError, WeightSyncError
+from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from tests.integration.engine_rank import serve
+from tests.integration.engine_source import ENGINE_ENV, FolderSource, read_folder
+from tests.models import save_tiny_model
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+BUCKET_BYTES = 100_000
+LOGPROB_TOLERANCE = 1e-4
+TIMEOUT_S = 4.0
+
+Answers = list[tuple[Completion, ...]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints by name: two seeds of an untied qwen2, and one each of tied models of the other families."""
+    root = tmp_path_factory.mktemp("models")
+    made = {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    return made | {family: save_tiny_model(root / family, family, tied=True, seed=3) for family in ("llama", "qwen3")}
+
+
+def start(engine_id: str, folder: Path, **changes: Any) -> Engine:
+    args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
+    args |= {"enforce_eager": True, "max_num_seqs": 8}
+    engine = Engine(engine_id, args | changes)
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
+    """Engines started from a and b, and from no weights at all for the tied families."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENV.items():
+            patch.setenv(name, value)
+        with ThreadPoolExecutor(2) as pool:
+            started = {
+                name: pool.submit(start, name, folder, load_format="dummy" if name in ("llama", "qwen3") else "auto")
+                for name, folder in folders.items()
+            }
+        made = {name: future.result() for name, future in started.items()}
+        yield made
+        for engine in made.values():
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def fresh(engines: dict[str, Engine]) -> dict[str, Answers]:
+    """What engines started from a and from b answer before any sync."""
+    return {name: engines[name].generate(PROMPTS, GREEDY) for name in ("a", "b")}
+
+
+def same(found: Answers, wanted: Answers) -> bool:
+    """Token for token, and within the tolerance log-probability for log-probability."""
+    pairs = [(f, w) for fs, ws in zip(found, wanted, strict=True) for f, w in zip(fs, ws, strict=True)]
+    return all(
+        f.token_ids == w.token_ids and max(abs(x - y) for x, y in zip(f.logprobs, w.logprobs, strict=True)) <= LOGPROB_TOLERANCE
+        for f, w in pairs
+    )
+
+
+def transformers_answers(folder: Path) -> Answers:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers: Answers = []
+    for prompt in PROMPTS:
+        tokens, logprobs = list(prompt), []
+        for _ in range(GREEDY["max_tokens"]):
+            with torch.no_grad():
+                row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            logprobs.append(float(row.max()))
+            tokens.append(int(row.argmax()))
+        answers.append((Completion(tuple(tokens[len(prompt) :]), tuple(logprobs), "length", None, None),))
+    return answers
+
+
+def one_rank(engines: list[Engine], folder: Path, **settings: Any) -> WeightSyncer:
+    return WeightSyncer(FolderSource(read_folder(folder), BUCKET_BYTES), engines, SyncConfig(**{"timeout_s": 60.0, **settings}))
+
+
+class TwoRanks:
+    """Actor rank 0 in this process and rank 1 in another; each fills every second tensor."""
+
+    def __init__(self, engines: list[Engine], folder: Path, **settings: Any) -> None:
+        settings = {"timeout_s": TIMEOUT_S, **settings}
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, str(folder), BUCKET_BYTES, settings), daemon=True)
+        self.process.start()
+        other.close()
+        self.source = FolderSource(read_folder(folder), BUCKET_BYTES, rank=0, world_size=2)
+        self.syncer = WeightSyncer(self.source, engines, SyncConfig(**settings), rank=0, world_size=2, broadcast=self._broadcast)
+        self.tell("read", str(folder))
+
+    def _broadcast(self, payload: bytes) -> bytes:
+        self.pipe.send(payload)
+        return payload
+
+    def tell(self, method: str, argument: Any = None) -> None:
+        self.pipe.send((method, argument))
+        assert self.answer() == ("ok", None)
+
+    def answer(self, timeout_s: float = 60.0) -> tuple[str, str | None]:
+        assert self.pipe.poll(timeout_s), "rank 1 does not answer"
+        return self.pipe.recv()
+
+    def both(self, method: str, *arguments: Any) -> tuple[Any, tuple[str, str | None]]:
+        """The outcome of a collective call on rank 0 and the answer of rank 1."""
+        self.pipe.send((method, *arguments) if arguments else (method, None))
+        try:
+            outcome = getattr(self.syncer, method)(*arguments)
+        except WeightSyncError as error:
+            outcome = error
+        return outcome, self.answer()
+
+    def connect(self) -> None:
+        assert self.both("connect") == (None, ("ok", None))
+
+    def sync(self, version: int) -> SyncReport:
+        report, answer = self.both("sync", version)
+        assert isinstance(report, SyncReport), report
+        assert answer == ("ok", None)
+        return report
+
+    def close(self) -> None:
+        self.syncer.close()
+        if self.process.is_alive():
+            with contextlib.suppress(BrokenPipeError):
+                self.pipe.send(("end", None))
+            self.process.join(10)
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture
+def two_ranks(engines: dict[str, Engine], folders: dict[str, Path]) -> Iterator[Callable[..., TwoRanks]]:
+    made: list[TwoRanks] = []
+
+    def make(names: str, folder: str, **settings: Any) -> TwoRanks:
+        made.append(TwoRanks([engines[name] for name in names], folders[folder], **settings))
+        return made[-1]
+
+    yield make
+    for ranks in made:
+        ranks.close()
+
+
+def assert_refuses(engine: Engine, words: str) -> None:
+    assert engine.state == "dirty"
+    with pytest.raises(EngineDirtyError, match=words):
+        engine.generate(PROMPTS[:1], GREEDY)
+
+
+# What a sync makes of an engine.
+
+
+def test_the_two_checkpoints_answer_differently(fresh: dict[str, Answers]) -> None:
+    assert not same(fresh["a"], fresh["b"])
+
+
+def test_a_synced_engine_answers_like_a_fresh_one(engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]) -> None:
+    """Also: two engines by one sync, the same weights again, and back to what an engine was started with."""
+    with one_rank([engines["a"], engines["b"]], folders["b"]) as syncer:
+        syncer.connect()
+        for version in (1, 2, 3):
+            report = syncer.sync(version)
+            answers = [engines[name].generate(PROMPTS, GREEDY) for name in ("a", "b")]
+            assert same(answers[0], fresh["b"])
+            assert same(answers[1], fresh["b"])
+            assert {c.version for answer in answers[0] for c in answer} == {version}
+            assert report.num_buckets > 3
+            assert report.bytes == sum(t.nbytes for t in read_folder(folders["b"]).values())
+        syncer._source.tensors = read_folder(folders["a"])  # type: ignore[attr-defined]
+        syncer.sync(4)
+        assert all(same(engines[name].generate(PROMPTS, GREEDY), fresh["a"]) for name in ("a", "b"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_tied_padded_engine_without_weights_answers_like_transformers(
+    engines: dict[str, Engine], folders: dict[str, Path], family: str, num_slots: int
+) -> None:
+    if num_slots == 1:
+        assert_refuses(engines[family], "dummy")
+    with one_rank([engines[family]], folders[family], num_slots=num_slots) as syncer:
+        syncer.connect()
+        names = [entry.name for bucket in syncer._source.buckets for entry in bucket]
+        assert "lm_head.weight" not in names
+        for version in (1, 2):
+            syncer.sync(version)
+            assert same(engines[family].generate(PROMPTS, GREEDY), transformers_answers(folders[family]))
+
+
+def test_ranks_fill_side_by_side_and_the_first_exception_is_everybodys(
+    engines: dict[str, Engine], fresh: dict[str, Answers], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("ab", "b")
+    ranks.connect()
+    ranks.sync(1)
+    assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
+    ranks.tell("curse", True)
+    error, answer = ranks.both("sync", 2)
+    assert isinstance(error, WeightSyncError)
+    assert answer == ("error", str(error))
+    assert (error.phase, error.version, error.bucket) == ("transfer", 2, 2)
+    assert "the second is cursed" in error.cause
+    for name in ("a", "b"):
+        assert_refuses(engines[name], "the second is cursed")
+    ranks.tell("curse", False)
+    ranks.sync(2)
+    for name in ("a", "b"):
+        assert same(engines[name].generate(PROMPTS, GREEDY), fresh["b"])
+
+
+def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
+    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+) -> None:
+    engine = engines["a"]
+    long = {**GREEDY, "max_tokens": 120}
+    with one_rank([engine], folders["a"], pause_mode="keep") as syncer, ThreadPoolExecutor(2) as pool:
+        syncer.connect()
+        syncer.sync(1)
+        syncer._source.tensors = read_folder(folders["b"])  # type: ignore[attr-defined]
+        kept = pool.submit(engine.generate, PROMPTS, long)
+        time.sleep(0.1)
+        asked = threading.Event()
+
+        def ask(bucket: int) -> None:
+            if not asked.is_set():
+                asked.set()
+                waiting.append(pool.submit(engine.generate, PROMPTS, GREEDY))
+
+        waiting: list[Any] = []
+        syncer._source.on_fill = ask  # type: ignore[attr-defined]
+        syncer.sync(2)
+        assert same(waiting[0].result(60), fresh["b"])
+        (first, *_), *_ = kept.result(60)
+        assert (first.version, first.last_version, len(first.token_ids)) == (1, 2, 120)
+
+
+# Faults that leave the engines usable after the next complete sync.
+
+
+def test_names_shapes_and_gaps_are_one_error_at_connect(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
+    tensors = read_folder(folders["b"])
+    del tensors["model.layers.1.self_attn.k_proj.weight"], tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(7, 5)
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(128)
+    tensors["model.unheard_of.weight"] = torch.zeros(3)
+    syncer = WeightSyncer(FolderSource(tensors, BUCKET_BYTES), [engines["a"]], SyncConfig(timeout_s=60.0))
+    with pytest.raises(WeightSyncError) as raised:
+        syncer.connect()
+    assert raised.value.phase == "connect"
+    for words in (
+        "layers.1.self_attn.qkv_proj.weight", "model.norm.weight", "layers.0.mlp.down_proj.weight", "o_proj.bias", "model.unheard_of.weight"
+    ):  # fmt: skip
+        assert words in raised.value.cause, raised.value.cause
+    assert "layers.0.self_attn.qkv_proj.weight" not in raised.value.cause
+    assert_refuses(engines["a"], "connection")
+
+
+def test_a_wrong_token_is_refused(engines: dict[str, Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engines["a"].init_weight_transfer
+    monkeypatch.setattr(engines["a"], "init_weight_transfer", lambda info, timeout_s: real({**info, "token": "guess"}, timeout_s))
+    with pytest.raises(WeightSyncError, match="wrong token"):
+        one_rank([engines["a"]], folders["b"]).connect()
+
+
+def test_a_missing_worker_is_named(engines: dict[str, Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines["a"], "num_workers", 2)
+    with pytest.raises(WeightSyncError, match=r"engine a worker 1, which has not dialled in"):
+        one_rank([engines["a"]], folders["b"], timeout_s=TIMEOUT_S).connect()
+
+
+def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
+    engines: dict[str, Engine], fresh: dict[str, Answers], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("ab", "b")
+    ranks.connect()
+    ranks.source.on_fill = lambda bucket: os.kill(ranks.process.pid, signal.SIGSTOP) if bucket == 1 else None
+    started_s = time.monotonic()
+    ranks.pipe.send(("sync", 1))
+    with pytest.raises(WeightSyncError, match="actor rank 1") as raised:
+        ranks.syncer.sync(1)
+    assert time.monotonic() - started_s < 2 * TIMEOUT_S + 3
+    assert raised.value.bucket is not None
+    for name in ("a", "b"):
+        assert_refuses(engines[name], "actor rank 1")
+    os.kill(ranks.process.pid, signal.SIGCONT)
+    assert ranks.answer() == ("error", str(raised.value))
+    ranks.close()
+    again = two_ranks("ab", "b")
+    again.connect()
+    again.sync(1)
+    assert all(same(engines[name].generate(PROMPTS, GREEDY), fresh["b"]) for name in ("a", "b"))
+
+
+def test_a_killed_filler_is_found_at_once(engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]) -> None:
+    ranks = two_ranks("a", "b", timeout_s=60.0)
+    ranks.connect()
+    ranks.source.on_fill = lambda bucket: ranks.process.kill() if bucket == 1 else None
+    started_s = time.monotonic()
+    ranks.pipe.send(("sync", 1))
+    with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
+        ranks.syncer.sync(1)
+    assert time.monotonic() - started_s < 10
+    assert_refuses(engines["a"], "actor rank 1")
+
+
+# Faults that cost the engine. Keep them last.
+
+
+def worker_of(engine: Engine) -> psutil.Process:
+    core = psutil.Process(engine._llm.engine_core.resources.engine_manager.processes[0].pid)
+    return core.children(recursive=True)[0]
+
+
+def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
+    with one_rank([engines["a"], engines["b"]], folders["b"]) as syncer:
+        syncer.connect()
+        syncer._source.on_fill = lambda bucket: worker_of(engines["a"]).kill() if bucket == 1 else None  # type: ignore[attr-defined]
+        started_s = time.monotonic()
+        with pytest.raises(WeightSyncError) as raised:
+            syncer.sync(1)
+        assert time.monotonic() - started_s < 10
+    assert raised.value.engine == "a"
+    for name in ("a", "b"):
+        assert_refuses(engines[name], "engine a")
+
+
+def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
+    worker = worker_of(engines["b"])
+    with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
+        syncer.connect()
+        syncer._source.on_fill = lambda bucket: worker.suspend() if bucket == 1 else None  # type: ignore[attr-defined]
+        with pytest.raises(WeightSyncError) as raised:
+            syncer.sync(1)
+    assert raised.value.engine == "b"
+    assert_refuses(engines["b"], "engine b worker 0")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(Engine.close, engines.values()))
+    assert not worker.is_running()
+    assert [p for p in psutil.Process().children(recursive=True) if "VLLM" in "".join(p.cmdline())] == []
+    assert [p for p in os.listdir("/dev/shm") if p.startswith(f"rlsync-ring-{os.getpid()}-")] == []
