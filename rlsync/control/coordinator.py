@@ -9,56 +9,20 @@ opens no socket and starts no thread (``server`` does), so that every fault can 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from rlsync.control import messages as m
+from rlsync.control.roster import Expected, Member, Roster, some
 
 
 class Sender(Protocol):
     """Hands a message to one peer; must not block."""
 
     def __call__(self, identity: bytes, message: m.FromCoordinator) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Who has to dial in, and what they are told. ``engines`` maps engine ids to their numbers of workers."""
-
-    token: str
-    run_id: str
-    num_actors: int
-    engines: Mapping[str, int]
-    digest: str
-    host: str
-    shm_domain: str
-    timeout_s: float
-    welcome: m.Welcome
-
-
-@dataclass(slots=True)
-class _Peer:
-    identity: bytes
-    hello: m.ActorHello | m.WorkerHello
-    attached: m.Attached | None = None
-    lost: bool = False
-
-    @property
-    def engine(self) -> str | None:
-        return self.hello.engine_id if isinstance(self.hello, m.WorkerHello) else None
-
-    @property
-    def place(self) -> int:
-        """Actor rank, or the worker's number among all workers of its engine."""
-        hello = self.hello
-        return hello.actor_rank if isinstance(hello, m.ActorHello) else hello.dp_index * hello.world_size + hello.worker_rank
-
-    def __str__(self) -> str:
-        who = f"actor rank {self.place}" if self.engine is None else f"engine {self.engine} worker {self.place}"
-        return f"{who} (pid {self.hello.pid} on {self.hello.host})"
 
 
 @dataclass(slots=True)
@@ -88,7 +52,8 @@ class Coordinator:
 
     def __init__(self, expected: Expected, send: Sender, now: float) -> None:
         self._expected, self._send = expected, send
-        self._peers: dict[bytes, _Peer] = {}
+        self._roster = Roster(expected)
+        self._members = self._roster.members
         self._sync: _Sync | None = None
         self._failure: m.Error | None = None
         self.phase, self.version = "connect", -1
@@ -98,7 +63,7 @@ class Coordinator:
 
     def receive(self, identity: bytes, raw: bytes, now: float) -> None:
         """Take one message of a peer. Strangers are answered or ignored and disturb nobody."""
-        peer = self._peers.get(identity)
+        peer = self._members.get(identity)
         try:
             message = m.decode_from_peer(raw)
         except msgspec.MsgspecError as error:
@@ -116,7 +81,7 @@ class Coordinator:
 
     def lose(self, identity: bytes) -> None:
         """The process of a peer has ended."""
-        peer = self._peers.get(identity)
+        peer = self._members.get(identity)
         if peer is None or peer.lost:
             return
         peer.lost = True
@@ -136,13 +101,13 @@ class Coordinator:
 
     def process_of(self, identity: bytes) -> tuple[int, str] | None:
         """Pid of an admitted peer and the domain in which that pid means something; None for a stranger."""
-        peer = self._peers.get(identity)
+        peer = self._members.get(identity)
         return None if peer is None else (peer.hello.pid, peer.hello.pid_domain)
 
     # Connect.
 
     def _admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello) -> None:
-        expected, peer = self._expected, _Peer(identity, hello)
+        expected, peer = self._expected, Member(identity, hello)
         if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
             self._reject(identity, f"{peer} came with a wrong token; it belongs to another run or an earlier connection")
             return
@@ -152,71 +117,35 @@ class Coordinator:
         if self.phase != "connect":
             self._reject(identity, self._failure.cause if self._failure else f"{peer} came after the connection was complete")
             return
-        twin = next((p for p in self._peers.values() if (p.engine, p.place) == (peer.engine, peer.place)), None)
+        twin = self._roster.twin(peer)
         if twin is not None:
             self._reject(identity, f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}")
             return
-        self._peers[identity] = peer
-        problem = self._mismatch(peer)
+        self._members[identity] = peer
+        problem = self._roster.mismatch(peer)
         if problem is not None:
             self._fail(problem, peer)
         else:
             welcome = expected.welcome if peer.engine is not None else msgspec.structs.replace(expected.welcome, buckets=())
             self._send(identity, welcome)
 
-    def _mismatch(self, peer: _Peer) -> str | None:
-        hello, expected = peer.hello, self._expected
-        if hello.shm_domain != expected.shm_domain:
-            return (
-                f"{peer} does not share /dev/shm with actor rank 0 on {expected.host}; the shm transport needs actor and engine "
-                "on one host (and one /dev/shm where they run in containers)"
-            )
-        if isinstance(hello, m.ActorHello):
-            if hello.world_size != expected.num_actors or not 0 <= hello.actor_rank < expected.num_actors:
-                return f"{peer} counts {hello.world_size} actor ranks, actor rank 0 counts {expected.num_actors}"
-            if hello.digest != expected.digest:
-                return f"{peer} has plan digest {hello.digest[:16]}, actor rank 0 has {expected.digest[:16]}; their models differ"
-            return None
-        if hello.engine_id not in expected.engines:
-            return f"{peer} is of an engine that nobody expects; expected are {', '.join(expected.engines)}"
-        workers = expected.engines[hello.engine_id]
-        if workers % hello.world_size or peer.place >= workers:
-            return (
-                f"{peer}: its engine has world size {hello.world_size} (dp index {hello.dp_index}), while its handle announced "
-                f"{workers} workers; start the engine with the announced tensor, pipeline and data parallel sizes"
-            )
-        return None
-
     def _reject(self, identity: bytes, cause: str) -> None:
         self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
 
-    def _on_attached(self, peer: _Peer, message: m.Attached, now: float) -> None:
+    def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
         peer.attached = message
-        workers = sum(self._expected.engines.values())
-        if self.phase != "connect" or sum(p.attached is not None for p in self._peers.values()) < self._expected.num_actors + workers:
+        if self.phase != "connect" or not self._roster.is_attached():
             return
-        findings = [f for engine in self._expected.engines for f in self._name_findings(engine)]
+        findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
         if findings:
             self._fail("the bucket table and the engine's model do not fit: " + "; ".join(findings), None)
             return
         self.phase, self.deadline = "idle", None
         self._broadcast(m.Connected())
 
-    def _name_findings(self, engine: str) -> list[str]:
-        """Names are judged on the union of an engine's workers: with pipeline stages each takes only its own."""
-        reports = [p.attached for p in self._peers.values() if p.engine == engine and p.attached is not None]
-        unused = set.intersection(*(set(r.unused_names) for r in reports))
-        unfilled = set().union(*(r.unfilled_parameters for r in reports))
-        findings = list(dict.fromkeys(f for r in reports for f in r.findings))
-        if unused:
-            findings.append(f"engine {engine} takes no tensor named {_some(sorted(unused))}")
-        if unfilled:
-            findings.append(f"no tensor of the table fills {_some(sorted(unfilled))} of engine {engine}")
-        return findings
-
     # A sync.
 
-    def _on_start(self, peer: _Peer, message: m.Start, now: float) -> None:
+    def _on_start(self, peer: Member, message: m.Start, now: float) -> None:
         if self._sync is None or message.attempt > self._sync.attempt:
             if self.phase not in ("idle", "failed"):
                 self._fail(f"{peer} started attempt {message.attempt} while one is going on", peer)
@@ -235,20 +164,20 @@ class Coordinator:
 
     def _begin_transfer(self, sync: _Sync, now: float) -> None:
         """The phase of waiting for everybody ends when all actor ranks and all workers are there."""
-        if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._workers())):
+        if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._roster.workers())):
             self._enter("transfer", now)
 
     def _open(self, message: m.Start, now: float) -> None:
-        lost = [str(p) for p in self._peers.values() if p.lost]
+        lost = [str(p) for p in self._members.values() if p.lost]
         self._sync = _Sync(message.attempt, message.version)
         self._sync.buckets_writable = min(self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
-            self._fail(f"the process of {_some(lost)} has ended; start it again and connect() anew", None)
+            self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
 
-    def _on_filled(self, peer: _Peer, message: m.Filled, now: float) -> None:
+    def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
             return
@@ -257,13 +186,17 @@ class Coordinator:
             self._fail(f"{peer} filled bucket {message.bucket}, its turn is {count} and {sync.buckets_writable} are writable", peer)
             return
         sync.filled[peer.identity] = count + 1
-        ready = min(sync.filled.get(p.identity, 0) for p in self._actors()) if len(self._actors()) == self._expected.num_actors else 0
+        ready = (
+            min(sync.filled.get(p.identity, 0) for p in self._roster.actors())
+            if len(self._roster.actors()) == self._expected.num_actors
+            else 0
+        )
         if ready > sync.buckets_ready:
             sync.buckets_ready = ready
             for identity in sync.joined:
                 self._send(identity, m.Ready(sync.attempt, ready))
 
-    def _on_joined(self, peer: _Peer, message: m.Joined, now: float) -> None:
+    def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
         sync = self._sync
         if sync is None or message.attempt != sync.attempt:
             cause = f"{peer} joined attempt {message.attempt}, which the actor has not started or has left"
@@ -279,7 +212,7 @@ class Coordinator:
             self._send(peer.identity, m.Ready(sync.attempt, sync.buckets_ready))
             self._begin_transfer(sync, now)
 
-    def _on_done(self, peer: _Peer, message: m.Done, now: float) -> None:
+    def _on_done(self, peer: Member, message: m.Done, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
             return
@@ -288,14 +221,14 @@ class Coordinator:
             self._fail(f"{peer} finished bucket {message.bucket}, its turn is {count} and {sync.buckets_ready} are ready", peer)
             return
         sync.done[peer.identity] = count + 1
-        completed = min(sync.done.get(p.identity, 0) for p in self._workers())
+        completed = min(sync.done.get(p.identity, 0) for p in self._roster.workers())
         writable = min(completed + self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
         if writable > sync.buckets_writable:
             sync.buckets_writable = writable
             for identity in sync.started:
                 self._send(identity, m.Writable(sync.attempt, writable))
 
-    def _on_loaded(self, peer: _Peer, message: m.Loaded, now: float) -> None:
+    def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
             return
@@ -303,37 +236,37 @@ class Coordinator:
             self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {self._expected.welcome.num_buckets} buckets", peer)
             return
         sync.loaded[peer.identity] = message
-        if len(sync.loaded) == len(self._workers()):
+        if len(sync.loaded) == len(self._roster.workers()):
             self._enter("commit", now)
-            for worker in self._workers():
+            for worker in self._roster.workers():
                 self._send(worker.identity, m.Commit(sync.attempt, sync.version))
 
-    def _on_committed(self, peer: _Peer, message: m.Committed, now: float) -> None:
+    def _on_committed(self, peer: Member, message: m.Committed, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None or self.phase != "commit":
             return
         sync.committed.add(peer.identity)
-        if len(sync.committed) == len(self._workers()):
+        if len(sync.committed) == len(self._roster.workers()):
             self._enter("resume", now)
             load_s, finalize_s = (max(getattr(x, f) for x in sync.loaded.values()) for f in ("load_s", "finalize_s"))
             for identity in sync.started:
                 self._send(identity, m.AllCommitted(sync.attempt, load_s, finalize_s))
 
-    def _on_finish(self, peer: _Peer, message: m.Finish, now: float) -> None:
+    def _on_finish(self, peer: Member, message: m.Finish, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None or self.phase != "resume":
             return
         self.phase, self.deadline, self.version = "idle", None, sync.version
-        for actor in self._actors():
+        for actor in self._roster.actors():
             self._send(actor.identity, m.Finished(sync.attempt, message.report))
 
-    def _on_failed(self, peer: _Peer, message: m.Failed, now: float) -> None:
+    def _on_failed(self, peer: Member, message: m.Failed, now: float) -> None:
         if self.phase == "connect":
             self._fail(f"{peer}: {message.cause}", peer)
         elif self._current(message.attempt) is not None:
             self._fail(f"{peer}: {message.cause}", peer, phase=message.phase, engine=message.engine, bucket=message.bucket)
 
-    def _on_goodbye(self, peer: _Peer, message: m.Goodbye, now: float) -> None:
+    def _on_goodbye(self, peer: Member, message: m.Goodbye, now: float) -> None:
         if self.phase in ("idle", "failed"):
             peer.lost = True
         else:
@@ -345,12 +278,6 @@ class Coordinator:
         """The sync that a message belongs to, or None when it is a late one of an attempt that is over."""
         sync = self._sync
         return sync if sync is not None and sync.attempt == attempt and self.phase not in ("idle", "failed") else None
-
-    def _actors(self) -> list[_Peer]:
-        return [p for p in self._peers.values() if p.engine is None]
-
-    def _workers(self) -> list[_Peer]:
-        return [p for p in self._peers.values() if p.engine is not None]
 
     def _enter(self, phase: str, now: float) -> None:
         """Start a phase's deadline, and with a message the ones that the peers keep themselves."""
@@ -364,11 +291,11 @@ class Coordinator:
                 self._send(identity, m.Ready(sync.attempt, sync.buckets_ready))
 
     def _broadcast(self, message: m.FromCoordinator) -> None:
-        for identity in self._peers:
+        for identity in self._members:
             self._send(identity, message)
 
     def _fail(
-        self, cause: str, peer: _Peer | None, *, phase: str | None = None, engine: str | None = None, bucket: int | None = None
+        self, cause: str, peer: Member | None, *, phase: str | None = None, engine: str | None = None, bucket: int | None = None
     ) -> None:
         """Make the first failure everybody's; later ones are its echoes."""
         if self._failure is not None:
@@ -390,47 +317,29 @@ class Coordinator:
         self.phase, self.deadline = "failed", None
         self._broadcast(self._failure)
 
-    def _laggards(self) -> tuple[list[str], _Peer | None]:
+    def _laggards(self) -> tuple[list[str], Member | None]:
         """Whom the phase waits for, in words, and the peer to blame when it is one kind of peer."""
         if self.phase == "connect":
-            return self._absent(), None
+            return self._roster.absent(), None
         sync, total = self._sync, self._expected.welcome.num_buckets
         assert sync is not None
         if self.phase == "begin":
-            late = [(p, "to enter sync()") for p in self._actors() if p.identity not in sync.started]
-            late += [(p, "to begin its update") for p in self._workers() if p.identity not in sync.joined]
+            late = [(p, "to enter sync()") for p in self._roster.actors() if p.identity not in sync.started]
+            late += [(p, "to begin its update") for p in self._roster.workers() if p.identity not in sync.joined]
         elif self.phase == "transfer":
             limit = min(sync.buckets_writable, total)
-            slow = [p for p in self._actors() if sync.filled.get(p.identity, 0) < limit]
+            slow = [p for p in self._roster.actors() if sync.filled.get(p.identity, 0) < limit]
             late = [(p, f"to fill bucket {sync.filled.get(p.identity, 0)}") for p in slow]
             if not late:
-                slow = [p for p in self._workers() if sync.done.get(p.identity, 0) < sync.buckets_ready]
+                slow = [p for p in self._roster.workers() if sync.done.get(p.identity, 0) < sync.buckets_ready]
                 slow.sort(key=lambda p: sync.done.get(p.identity, 0))
                 late = [(p, f"to load bucket {sync.done.get(p.identity, 0)}") for p in slow]
-                late = late or [(p, "to finish loading") for p in self._workers() if p.identity not in sync.loaded]
+                late = late or [(p, "to finish loading") for p in self._roster.workers() if p.identity not in sync.loaded]
         elif self.phase == "commit":
-            late = [(p, "to commit") for p in self._workers() if p.identity not in sync.committed]
+            late = [(p, "to commit") for p in self._roster.workers() if p.identity not in sync.committed]
         else:
-            late = [(p, "to resume the engines") for p in self._actors() if p.place == 0]
+            late = [(p, "to resume the engines") for p in self._roster.actors() if p.place == 0]
         return [f"{p}, which was {what}" for p, what in late], late[0][0] if late else None
-
-    def _absent(self) -> list[str]:
-        here = {(p.engine, p.place): p for p in self._peers.values()}
-        wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self._expected.num_actors)]
-        wanted += [(e, place, f"engine {e} worker {place}") for e, count in self._expected.engines.items() for place in range(count)]
-        late = []
-        for engine, place, name in wanted:
-            peer = here.get((engine, place))
-            if peer is None:
-                late.append(f"{name}, which has not dialled in")
-            elif peer.attached is None:
-                late.append(f"{peer}, which has not mapped the ring")
-        return late
-
-
-def _some(items: list[str], limit: int = 8) -> str:
-    rest = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {

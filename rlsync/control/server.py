@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 
 import zmq
 
 from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator, Expected
+from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import pid_domain
+from rlsync.control.roster import Expected
 
 _TICK_MS = 200
 
@@ -59,15 +61,21 @@ class CoordinatorServer:
     def _run(self, coordinator: Coordinator) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        while not self._stop.is_set():
-            for source, _ in poller.poll(_TICK_MS):
-                if source is self._socket:
-                    self._drain(coordinator, poller)
-                else:
-                    self._bury(coordinator, poller, source)
-            coordinator.expire(time.monotonic())
-        for fd in self._pidfds:
-            os.close(fd)
+        try:
+            while not self._stop.is_set():
+                for source, _ in poller.poll(_TICK_MS):
+                    if source is self._socket:
+                        self._drain(coordinator, poller)
+                    else:
+                        self._bury(coordinator, poller, source)
+                coordinator.expire(time.monotonic())
+        except Exception:
+            # A fault of the coordinator's own is everybody's error too, and not a silence until their deadlines.
+            coordinator.fail(f"the coordinator failed: {traceback.format_exc()}")
+            raise
+        finally:
+            for fd in self._pidfds:
+                os.close(fd)
 
     def _drain(self, coordinator: Coordinator, poller: zmq.Poller) -> None:
         while True:

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator, Expected
+from rlsync.control.coordinator import Coordinator
+from rlsync.control.roster import Expected
 
 TABLE = tuple((m.BucketEntry(f"w{i}", "float32", (4,), 0),) for i in range(4))
 WELCOME = m.Welcome("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096, num_buckets=4, buckets=TABLE)

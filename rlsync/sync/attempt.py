@@ -1,0 +1,168 @@
+"""One call of ``WeightSyncer.sync``. Owns the order of what this actor rank does in it; the coordinator owns the phases."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+
+from rlsync.control import messages as m
+from rlsync.control.peer import Peer
+from rlsync.engine.protocol import EngineHandle
+from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.sync.config import SyncConfig, SyncReport
+from rlsync.sync.source import BucketSource
+from rlsync.sync.tasks import Lane, Outcome, Tasks
+from rlsync.transport.shm import Ring
+
+# The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
+GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What ``connect`` has made and every sync uses."""
+
+    peer: Peer
+    ring: Ring
+    lane: Lane
+    source: BucketSource
+    engines: tuple[EngineHandle, ...]
+    config: SyncConfig
+
+
+def receive(
+    peer: Peer, tasks: Tasks, timeout_s: float, *, attempt: int, phase: str, version: int | None = None
+) -> m.FromCoordinator | None:
+    """Next message, or None when a task has ended first. Raises WeightSyncError, also when the coordinator is silent too long."""
+    limit_s = timeout_s + GRACE_S
+    try:
+        return peer.receive(attempt, time.monotonic() + limit_s, tasks.fd)
+    except TimeoutError:
+        cause = f"nothing was heard from the coordinator on actor rank 0 within {limit_s:g} s"
+        raise WeightSyncError(phase=phase, version=version, cause=cause) from None
+
+
+class Attempt:
+    """One call of ``WeightSyncer.sync``: an event loop over the channel, this rank's fills and the engines' calls."""
+
+    def __init__(self, connection: Connection, tasks: Tasks, attempt: int, version: int) -> None:
+        self._link, self._tasks, self._attempt, self._version = connection, tasks, attempt, version
+        self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
+        self._timeout_s = connection.config.timeout_s
+        self._slots = [connection.ring.slot(i) for i in range(connection.ring.num_slots)]
+        self._filled, self._writable, self._filling = 0, 0, True
+        self._pending: dict[str, set[str]] = {}
+        self._marks: dict[str, float] = {}
+        self._seconds = {"begin": 0.0, "fill": 0.0}
+        self._engine_s: dict[str, float] = {}
+        self._committed: m.AllCommitted | None = None
+
+    def run(self) -> SyncReport:
+        """Returns the report, or raises WeightSyncError."""
+        self._marks["start"] = time.monotonic()
+        self._peer.send(m.Start(self._attempt, self._version))
+        if not self._link.lane.is_idle():
+            # It may still write to a slot of this ring, so no sync over this ring can be right.
+            cause = "still inside the source since a failed sync; close() and connect() anew"
+            self._peer.send(m.Failed(self._attempt, "begin", cause))
+        else:
+            self._link.lane.submit(self._tasks, ("begin", None), lambda: self._source.begin(self._version))
+            self._for_each_engine("pause", lambda e: e.pause(self._link.config.pause_mode, self._timeout_s))
+        while True:
+            message = receive(self._peer, self._tasks, self._timeout_s, attempt=self._attempt, phase="transfer", version=self._version)
+            if message is None:
+                for outcome in self._tasks.finished():
+                    self._take(outcome)
+            elif isinstance(message, m.Writable):
+                self._writable = message.buckets_writable
+            elif isinstance(message, m.AllCommitted):
+                self._committed = message
+            elif isinstance(message, m.Finished):
+                return msgspec.msgpack.decode(message.report, type=SyncReport)
+            self._fill_next()
+            self._advance()
+
+    def _take(self, outcome: Outcome) -> None:
+        kind, which = outcome.key
+        if outcome.error is not None:
+            phase = {"fill": "transfer", "update": "transfer", "caches": "commit"}.get(kind, kind)
+            engine, bucket = (which, None) if kind not in ("begin", "fill") else (None, which)
+            self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
+        elif kind in ("begin", "fill"):
+            self._seconds[kind] += outcome.seconds
+            self._filling = False
+            if kind == "fill":
+                self._filled += 1
+                self._peer.send(m.Filled(self._attempt, which, outcome.result))
+        else:
+            self._pending[kind].discard(which)
+            self._marks[kind] = time.monotonic()
+            if kind == "update":
+                self._engine_s[which] = outcome.seconds
+
+    def _fill_next(self) -> None:
+        """Fill the next bucket as soon as its slot is free."""
+        bucket = self._filled
+        if not self._filling and bucket < min(self._writable, len(self._source.buckets)):
+            self._filling = True
+            slot = self._slots[bucket % len(self._slots)]
+            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._source.fill(bucket, slot))
+
+    def _advance(self) -> None:
+        """Rank 0: the engines' next call, when all of them have ended the one before."""
+        if "pause" not in self._pending or not self._engines or any(self._pending.values()):
+            return
+        timeout_s = self._timeout_s
+        info = {"version": self._version, "attempt": self._attempt}
+        # The workers and the coordinator keep the deadlines of the phases inside an update.
+        if "update" not in self._pending:
+            self._for_each_engine("update", lambda e: e.update_weights(info, 3 * (timeout_s + GRACE_S)))
+        elif self._committed is None:
+            return
+        elif "caches" not in self._pending:
+            self._for_each_engine("caches", lambda e: e.reset_caches(timeout_s))
+        elif "resume" not in self._pending:
+            self._for_each_engine("resume", lambda e: e.resume(self._version, timeout_s))
+        elif "finish" not in self._pending:
+            self._pending["finish"] = set()
+            self._peer.send(m.Finish(self._attempt, msgspec.msgpack.encode(self._report())))
+
+    def _for_each_engine(self, kind: str, call: Callable[[EngineHandle], None]) -> None:
+        self._pending[kind] = {engine.engine_id for engine in self._engines}
+        for engine in self._engines:
+            self._tasks.spawn((kind, engine.engine_id), partial(call, engine))
+
+    def _report(self) -> SyncReport:
+        assert self._committed is not None
+        at = self._marks
+        return SyncReport(
+            version=self._version,
+            sink=_chosen(self._link.config.sink, "loaders"),
+            transport=_chosen(self._link.config.transport, "shm"),
+            bytes=self._source.nbytes,
+            num_buckets=len(self._source.buckets),
+            seconds=time.monotonic() - at["start"],
+            pause_s=at["pause"] - at["start"],
+            begin_s=self._seconds["begin"],
+            fill_s=self._seconds["fill"],
+            transfer_s=at["update"] - at["pause"],
+            load_s=self._committed.load_s,
+            finalize_s=self._committed.finalize_s,
+            commit_s=at["caches"] - at["update"],
+            resume_s=at["resume"] - at["caches"],
+            engine_s=self._engine_s,
+        )
+
+
+def describe(error: BaseException) -> str:
+    """The sentence of an error of ours, the whole traceback of any other."""
+    return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
+
+
+def _chosen(value: str, default: str) -> str:
+    return default if value == "auto" else value
