@@ -6,7 +6,7 @@ a holder's memory: HF element ``h`` lies at ``offset + sum((h[d] - box.start[d])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -128,16 +128,26 @@ class BufferSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Location:
+    """Where a holder's memory lies: its host, and the device there (a GPU's UUID) or None for host memory."""
+
+    host: str
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Everything one holder has: its buffers, the HF boxes in them, and the places that no HF element fills.
 
     ``holder`` identifies it in errors and digests, as ``"actor 3"`` or ``"file model-00001-of-00002.safetensors"``.
+    ``location`` is None where nobody asked for it; such a holder is equally far from all others.
     """
 
     holder: str
     buffers: tuple[BufferSpec, ...]
     pieces: tuple[Piece, ...]
     fills: tuple[Fill, ...] = ()
+    location: Location | None = None
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -192,9 +202,23 @@ def cover(wanted: Box, candidates: Sequence[tuple[Box, int]]) -> tuple[list[tupl
     return taken, rest
 
 
-def iter_overlaps(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Piece]]:
-    """Pairs of pieces of one tensor whose boxes share an element."""
-    for i, first in enumerate(pieces):
-        for second in pieces[i + 1 :]:
-            if first.box.intersect(second.box) is not None:
-                yield first, second
+def box_in_buffer(buffer: BufferSpec, offset: int, shape: Sequence[int], strides: Sequence[int]) -> Box | None:
+    """The box that a strided region is in the coordinates of its buffer's shape, or None when it is no box of it.
+
+    Dims of the region may come in any order (a transposed piece is a box too) and be fewer than the buffer's.
+    """
+    steps = contiguous_strides(buffer.shape)
+    start, rest = [], offset
+    for step, size in zip(steps, buffer.shape, strict=True):
+        start.append(min(rest // step, size - 1) if step else 0)
+        rest -= start[-1] * step
+    extent = [1] * len(steps)
+    for size, stride in zip(shape, strides, strict=True):
+        # Dims of size 1 share a stride with their neighbour; the larger dim is the one that can move.
+        dims = [d for d, step in enumerate(steps) if step == stride and extent[d] == 1 and start[d] + size <= buffer.shape[d]]
+        if size == 1:
+            continue
+        if not dims:
+            return None
+        extent[dims[0]] = size
+    return None if rest else Box(tuple(start), tuple(a + e for a, e in zip(start, extent, strict=True)))

@@ -10,9 +10,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from rlsync.errors import PlacementError
-from rlsync.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
+from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
+from rlsync.links import link_class
 
 Preference = Callable[[int, int], int]
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -38,10 +40,7 @@ class Copy:
 
     @property
     def size(self) -> int:
-        size = 1
-        for n in self.shape:
-            size *= n
-        return size
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def build_plan(
     destinations: Sequence[Placement],
     *,
     bucket_bytes: int | None = None,
-    prefer: Preference = lambda source, destination: 0,
+    prefer: Preference | None = None,
     allow_cast: bool = False,
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
@@ -77,12 +76,14 @@ def build_plan(
         tensors: every HF tensor that may occur, in the order in which buckets carry them.
         sources, destinations: holders. A tensor that no destination wants is not copied.
         bucket_bytes: most bytes of HF tensors in one bucket; a larger tensor has a bucket to itself. None: one bucket.
-        prefer: cost of a source for a destination, by index; the lowest is taken, ties are spread over the sources.
+        prefer: cost of a source for a destination, by index; the lowest is taken, ties are spread over the sources. By
+            default the distance of their locations: same device before same host before other host.
         allow_cast: floating-point dtypes of source and destination may differ.
 
     Raises PlacementError with all findings at once.
     """
     specs = {t.name: t for t in tensors}
+    prefer = _nearest(sources, destinations) if prefer is None else prefer
     findings = [f for p in (*sources, *destinations) for f in _placement_findings(p, specs)]
     have = _by_tensor(sources)
     want = _by_tensor(destinations)
@@ -152,10 +153,14 @@ def _by_tensor(placements: Sequence[Placement]) -> dict[str, list[tuple[int, Pie
     return table
 
 
+def _nearest(sources: Sequence[Placement], destinations: Sequence[Placement]) -> Preference:
+    """Cost by link class of two holders."""
+    return lambda source, destination: link_class(sources[source].location, destinations[destination].location)
+
+
 def _placement_findings(placement: Placement, specs: dict[str, TensorSpec]) -> Iterable[str]:
     """What is wrong with one placement: unknown tensors, boxes outside their tensor, buffers not filled exactly once."""
-    sizes = {b.name: b.size for b in placement.buffers}
-    filled: dict[str, int] = defaultdict(int)
+    parts: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
     unknown = []
     for piece in placement.pieces:
         spec = specs.get(piece.tensor)
@@ -163,17 +168,27 @@ def _placement_findings(placement: Placement, specs: dict[str, TensorSpec]) -> I
             unknown.append(piece.tensor)
         elif not Box.whole(spec.shape).contains(piece.box):
             yield f"{piece.tensor}{piece.box} in {placement.holder} lies outside its shape {spec.shape}"
-        filled[piece.buffer] += piece.box.size
+        parts[piece.buffer].append((piece.offset, piece.box.shape, piece.strides))
     for fill in placement.fills:
-        size = 1
-        for n in fill.shape:
-            size *= n
-        filled[fill.buffer] += size
+        parts[fill.buffer].append((fill.offset, fill.shape, fill.strides))
     if unknown:
         yield f"unknown tensors in {placement.holder}: {_first(sorted(set(unknown)))}"
-    for name, size in sizes.items():
-        if filled[name] != size:
-            yield f"{name} of {placement.holder} has {size} elements, of which its pieces fill {filled[name]}"
+    for buffer in placement.buffers:
+        finding = _filling(buffer, parts[buffer.name])
+        if finding is not None:
+            yield f"{buffer.name} of {placement.holder} {finding}"
+
+
+def _filling(buffer: BufferSpec, parts: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> str | None:
+    """None when the parts fill the buffer exactly once, else what is wrong. Equal volume and full cover exclude overlaps."""
+    filled = sum(prod(shape) for _, shape, _ in parts)
+    if filled != buffer.size:
+        return f"has {buffer.size} elements, of which its pieces fill {filled}"
+    boxes = [box_in_buffer(buffer, *part) for part in parts]
+    if None in boxes:
+        return f"has a piece that is no box of its shape {buffer.shape}: offset, shape, strides {parts[boxes.index(None)]}"
+    _, rest = cover(Box.whole(buffer.shape), [(box, i) for i, box in enumerate(boxes) if box is not None])
+    return f"has elements that no piece fills, while others are filled twice: {', '.join(map(str, rest[:5]))}" if rest else None
 
 
 def _first(names: Sequence[str], most: int = 20) -> str:
@@ -198,13 +213,3 @@ def _digest(
         )
         digest.update("\n".join(rows).encode())
     return digest.hexdigest()
-
-
-def bytes_by_source(plan: Plan) -> tuple[int, ...]:
-    """Bytes that each source placement gives, counted in the dtype of its tensors."""
-    specs = {t.name: DTYPE_BYTES[t.dtype] for bucket in plan.buckets for t in bucket.tensors}
-    total = [0] * len(plan.sources)
-    for bucket in plan.buckets:
-        for copy in bucket.copies:
-            total[copy.source] += copy.size * specs[copy.tensor]
-    return tuple(total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.errors import PlacementError
 from rlsync.families import model_of
-from rlsync.geometry import Box, Placement
+from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, box_in_buffer, contiguous_strides
+from rlsync.links import traffic
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import build_plan, cut_buckets
@@ -162,3 +165,64 @@ def test_buckets_respect_their_size_and_keep_order():
     groups = cut_buckets(specs, 4000)
     assert [t for g in groups for t in g] == list(specs)
     assert all(len(g) == 1 or sum(t.nbytes for t in g) <= 4000 for g in groups)
+
+
+def placement(*pieces: Piece, shape=(4, 6), fills=()) -> Placement:
+    return Placement("worker 0", (BufferSpec("w", "float32", shape),), pieces, fills)
+
+
+W = TensorSpec("w", "float32", (4, 6))
+
+
+def rows(start: int, stop: int, at: int) -> Piece:
+    return Piece("w", Box((start, 0), (stop, 6)), "w", at * 6, (6, 1))
+
+
+@pytest.mark.parametrize(
+    ("broken", "finding"),
+    [
+        (placement(rows(0, 3, 0)), "has 24 elements, of which its pieces fill 18"),
+        (placement(rows(0, 2, 0), rows(2, 4, 1)), r"no piece fills, while others are filled twice: \[3:4, 0:6\]"),
+        (placement(rows(0, 2, 0), rows(0, 2, 2), fills=(Fill("w", 0, (1, 6), (6, 1)),)), "of which its pieces fill 30"),
+        (placement(Piece("w", Box((0, 0), (4, 6)), "w", 0, (5, 1))), "no box of its shape"),
+        (placement(rows(0, 3, 0), rows(3, 5, 3)), r"w\[3:5, 0:6\] in worker 0 lies outside its shape \(4, 6\)"),
+    ],
+)
+def test_a_destination_not_filled_exactly_once_is_refused(broken, finding):
+    with pytest.raises(PlacementError, match=finding):
+        build_plan([W], [whole_tensors("hf", [W])], [broken])
+
+
+def test_a_transposed_slice_of_a_stack_is_a_box():
+    """Expert 2 of a stack (3, 5, 7) that holds the transpose of an HF tensor (7, 5)."""
+    stack = BufferSpec("w", "float32", (3, 5, 7))
+    assert box_in_buffer(stack, 2 * 35, (7, 5), (1, 7)) == Box((2, 0, 0), (3, 5, 7))
+    assert box_in_buffer(stack, 2 * 35 + 1 * 7 + 3, (2, 4), (1, 7)) == Box((2, 1, 3), (3, 5, 5))
+    assert box_in_buffer(stack, 3, (5,), (1,)) is None
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_a_box_survives_its_strided_form(shape, data):
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
+    strides = contiguous_strides(shape)
+    offset = sum(a * s for a, s in zip(start, strides, strict=True))
+    box = Box(start, stop)
+    assert box_in_buffer(BufferSpec("w", "float32", tuple(shape)), offset, box.shape, strides) == box
+
+
+def test_the_nearest_source_is_chosen_and_bytes_are_counted_by_link():
+    model = model_of(config("Qwen2ForCausalLM"))
+    specs = model.tensors()
+    shards = megatron_placements(model, Topology(tp_size=2, dp_size=2))
+    here = [Location("a", "gpu0"), Location("a", "gpu1"), Location("b", "gpu2"), Location("b", "gpu3")]
+    sources = [replace(p, location=at) for p, at in zip(shards, here, strict=True)]
+    workers = [replace(p, holder=f"worker {i}", location=here[i]) for i, p in enumerate(shards)]
+    plan = build_plan(specs, sources, workers)
+    count = traffic(plan)
+    total = sum(count.bytes_by_destination.values())
+    assert count.bytes_by_link == {"same device": total, "same host": 0, "other host": 0}
+    crossed = traffic(build_plan(specs, sources, [replace(workers[0], location=here[3])]))
+    assert crossed.bytes_by_link["other host"] == 0, "the replica on the same host gives its shard"
+    assert set(crossed.redundancy.values()) == {1.0}
+    assert crossed.bytes_by_source["actor 0"] == 0 < crossed.bytes_by_source["actor 2"]
