@@ -190,7 +190,7 @@ class Engine:
         Raises ConfigError where the platform cannot (CPU).
         """
         if not compat.can_sleep():
-            raise ConfigError("this platform has no sleep mode; set rollout.enable_sleep to False")
+            raise ConfigError(f"engine {self.engine_id}: this platform has no sleep mode; leave the engine awake during training")
         self._call(self._llm.sleep(level), timeout_s)
         self._asleep = frozenset({"weights", "kv_cache"})
         if level >= 2:

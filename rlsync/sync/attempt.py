@@ -140,10 +140,11 @@ class Attempt:
     def _report(self) -> SyncReport:
         assert self._committed is not None
         at = self._marks
+        transport, sink = chosen(self._link.config)
         return SyncReport(
             version=self._version,
-            sink=_chosen(self._link.config.sink, "loaders"),
-            transport=_chosen(self._link.config.transport, "shm"),
+            transport=transport,
+            sink=sink,
             bytes=self._source.nbytes,
             num_buckets=len(self._source.buckets),
             seconds=time.monotonic() - at["start"],
@@ -164,5 +165,6 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
 
 
-def _chosen(value: str, default: str) -> str:
-    return default if value == "auto" else value
+def chosen(config: SyncConfig) -> tuple[str, str]:
+    """The transport and the sink that a configuration comes to."""
+    return ("shm" if config.transport == "auto" else config.transport), ("loaders" if config.sink == "auto" else config.sink)

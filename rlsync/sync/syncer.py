@@ -6,6 +6,7 @@ No process group is used inside a sync, so that a dead or stopped rank is found 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -22,11 +23,13 @@ from rlsync.control.roster import Expected
 from rlsync.control.server import CoordinatorServer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
-from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
+from rlsync.sync.attempt import GRACE_S, Attempt, Connection, chosen, describe, receive
 from rlsync.sync.config import SyncConfig, SyncReport
 from rlsync.sync.source import BucketSource
 from rlsync.sync.tasks import Lane, Tasks
 from rlsync.transport.shm import Ring, shm_domain
+
+_log = logging.getLogger(__name__)
 
 
 class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,6 +98,13 @@ class WeightSyncer:
             self.close()
             raise
         self._attempt, self._version = 0, -1
+        if self._rank == 0:
+            buckets, workers = len(self._source.buckets), sum(engine.num_workers for engine in self._engines)
+            _log.info(
+                "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d buckets, transport %s, sink %s",
+                self._world_size, workers, len(self._engines), self._source.nbytes / 1e9, buckets,
+                *chosen(self._config),
+            )  # fmt: skip
 
     def _invite(self) -> _Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlsync.engine.handle import Completion, Engine
-from rlsync.errors import EngineDirtyError, WeightSyncError
+from rlsync.errors import ConfigError, EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.integration.engine_rank import serve
 from tests.integration.engine_source import ENGINE_ENV, FolderSource, read_folder
@@ -44,12 +44,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints by name: two seeds of an untied qwen2, and one each of tied models of the other families."""
     root = tmp_path_factory.mktemp("models")
     made = {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
-    return made | {family: save_tiny_model(root / family, family, tied=True, seed=3) for family in ("llama", "qwen3")}
+    made |= {family: save_tiny_model(root / family, family, tied=True, seed=3) for family in ("llama", "qwen3")}
+    return made | {"tp2": made["llama"]}
 
 
 def start(engine_id: str, folder: Path, **changes: Any) -> Engine:
     args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
     args |= {"enforce_eager": True, "max_num_seqs": 8}
+    if torch.cuda.is_available():
+        args["gpu_memory_utilization"] = 0.1
     engine = Engine(engine_id, args | changes)
     engine.start()
     return engine
@@ -57,14 +60,17 @@ def start(engine_id: str, folder: Path, **changes: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
-    """Engines started from a and b, and from no weights at all for the tied families."""
+    """Engines started from a and b, and from no weights at all for the tied families; ``tp2`` has two workers."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
         with ThreadPoolExecutor(2) as pool:
             started = {
-                name: pool.submit(start, name, folder, load_format="dummy" if name in ("llama", "qwen3") else "auto")
+                name: pool.submit(
+                    start, name, folder, load_format="auto" if name in "ab" else "dummy", tensor_parallel_size=2 if name == "tp2" else 1
+                )
                 for name, folder in folders.items()
+                if name != "tp2" or torch.cuda.device_count() != 1
             }
         made = {name: future.result() for name, future in started.items()}
         yield made
@@ -218,6 +224,24 @@ def test_a_tied_padded_engine_without_weights_answers_like_transformers(
             assert same(engines[family].generate(PROMPTS, GREEDY), transformers_answers(folders[family]))
 
 
+def test_an_engine_with_two_workers_answers_like_transformers(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
+    """Each worker takes its share of every tensor: one bucket table serves all."""
+    if "tp2" not in engines:
+        pytest.skip("tensor parallelism needs two GPUs")
+    with one_rank([engines["tp2"], engines["llama"]], folders["llama"]) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+        wanted = transformers_answers(folders["llama"])
+        assert all(same(engines[name].generate(PROMPTS, GREEDY), wanted) for name in ("tp2", "llama"))
+
+
+def test_sleeping_is_refused_where_the_platform_cannot(engines: dict[str, Engine]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this platform can")
+    with pytest.raises(ConfigError, match="no sleep mode"):
+        engines["a"].sleep(1, 10.0)
+
+
 def test_ranks_fill_side_by_side_and_the_first_exception_is_everybodys(
     engines: dict[str, Engine], fresh: dict[str, Answers], two_ranks: Callable[..., TwoRanks]
 ) -> None:
@@ -332,6 +356,22 @@ def test_a_killed_filler_is_found_at_once(engines: dict[str, Engine], two_ranks:
         ranks.syncer.sync(1)
     assert time.monotonic() - started_s < 10
     assert_refuses(engines["a"], "actor rank 1")
+
+
+def test_workers_leave_a_sync_whose_coordinator_is_gone(
+    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+) -> None:
+    """As when actor rank 0 is killed: a worker that went on waiting would block its engine for ever."""
+    with one_rank([engines["a"]], folders["b"], timeout_s=1.0) as syncer:
+        syncer.connect()
+        syncer._source.on_fill = lambda bucket: syncer._server._stop.set() if bucket == 1 else None  # type: ignore[attr-defined, union-attr]
+        with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
+            syncer.sync(1)
+    assert_refuses(engines["a"], "coordinator")
+    with one_rank([engines["a"]], folders["b"]) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+    assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
 
 
 # Faults that cost the engine. Keep them last.
