@@ -85,9 +85,9 @@ class Lane:
         self._idle.clear()
         self._calls.put((tasks, key, call))
 
-    def is_idle(self) -> bool:
-        """Whether the last call has ended."""
-        return self._idle.is_set()
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether the last call has ended, within ``timeout_s``."""
+        return self._idle.wait(timeout_s)
 
     def stop(self) -> None:
         """End the thread after the call in hand."""
