@@ -43,7 +43,8 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
         assert set(exported) == set(original), set(exported) ^ set(original)
         for name, tensor in exported.items():
             assert torch.equal(tensor.cpu(), original[name]), f"{case}: {name} changed on its way"
-        check_logits(models, case)
+        if "logits" in case:
+            check_logits(models, case)
         saved = Path(out_dir, f"saved-{cases.index(case)}")
         bridge.save_weights(models, saved, max_shard_bytes=60_000)
         check_saved(bridge, topology, models, saved, original, case)

@@ -23,7 +23,8 @@ def models(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_path):
-    """TP (also beyond the KV heads), PP, VPP, uneven PP, DP, sequence parallel; each family, tied and untied."""
+    """TP (also beyond the KV heads), PP, VPP, uneven PP, DP, CP, sequence parallel; each family, tied and untied."""
+    weights_only = {name: value for name, value in models["llama"].items() if name != "logits"}
     cases = [
         {**models["qwen2"], "topology": {"tp_size": 2, "pp_size": 2}},
         {**models["qwen2-tied"], "topology": {"tp_size": 4}, "divisor": 8},
@@ -34,9 +35,11 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["qwen3"], "topology": {"tp_size": 4}, "overrides": {"sequence_parallel": True}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "dp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "vpp_size": 2, "tp_size": 2}, "overrides": {"sequence_parallel": True}},
+        # No attention under context parallelism without TransformerEngine: its weights are held to HF's, not its logits.
+        {**weights_only, "topology": {"tp_size": 2, "cp_size": 2}},
     ]
     outputs = run_ranks(4, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
-    assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"
+    assert outputs[3].count("LOGITS") == len(cases) - 1, "the last rank is on the last stage of every case"
     for saved in tmp_path.iterdir():
         assert ("lm_head.weight" in json.dumps(sorted(_names(saved)))) != json.loads((saved / "config.json").read_text())[
             "tie_word_embeddings"
