@@ -25,7 +25,7 @@ from rlsync.bridge import AutoBridge
 from rlsync.errors import CheckpointError
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.megatron.state import load_rank_state, save_rank_state
+from rlsync.megatron.state import load_rank_state, load_rank_weights, save_rank_state
 from rlsync.topology import Topology
 from rlsync.transport.agreement import agreed
 
@@ -60,7 +60,7 @@ def save_checkpoint(
     ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank is raised on all.
     """
     folder, topology = Path(folder), current_topology(models)
-    shards = folder / f"iter_{step:07d}"
+    shards = _shards(folder, step)
     mine = shards / rank_folder(topology, dist.get_rank())
     with agreed(device=compute_device()):
         mine.mkdir(parents=True, exist_ok=True)
@@ -88,22 +88,56 @@ def load_checkpoint(
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
-        step = tracked_step(folder)
-        shards = folder / f"iter_{step:07d}"
-        weights = next((folder / name for name in HF_FOLDER_NAMES if (folder / name).is_dir()), None)
-        if shards.is_dir():
-            _check_layout(shards, topology)
-        elif weights is None:
-            raise CheckpointError(f"{folder}: neither {shards.name}/ nor {' or '.join(HF_FOLDER_NAMES)}/ is there; nothing to resume from")
-    if shards.is_dir():
-        load_rank_state(shards / rank_folder(topology, dist.get_rank()), models, optimizer=optimizer, scheduler=scheduler)
+        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
+    if held.complete:
+        mine = _shards(folder, held.step) / rank_folder(topology, dist.get_rank())
+        load_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
         dist.barrier()
-        return Restored(step, complete=True)
-    assert weights is not None
-    bridge.load_weights(models, weights)
+        return held
+    bridge.load_weights(models, _hf_weights(folder))
     if optimizer is not None:
         optimizer.reload_model_params()
-    return Restored(step, complete=False)
+    return held
+
+
+def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> None:
+    """The weights alone of an ``actor/`` folder, to start another run from; any number of data-parallel replicas.
+
+    Call it before ``build_optimizer``. Collective over all ranks. Raises CheckpointError as :func:`load_checkpoint`.
+    """
+    folder, topology = Path(folder), current_topology(models)
+    with agreed(device=compute_device()):
+        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
+        if held.complete:
+            load_rank_weights(_shards(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
+    if not held.complete:
+        bridge.load_weights(models, _hf_weights(folder))
+
+
+def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int) -> Restored:
+    """What :func:`load_checkpoint` would restore from an ``actor/`` folder under these sizes; reads names only, no tensor.
+
+    Raises CheckpointError for an incomplete folder or one saved under another TP or PP.
+    """
+    folder = Path(folder)
+    step = tracked_step(folder)
+    shards = _shards(folder, step)
+    if shards.is_dir():
+        _check_layout(shards, tp_size, pp_size)
+    else:
+        _hf_weights(folder)
+    return Restored(step, complete=shards.is_dir())
+
+
+def _shards(folder: Path, step: int) -> Path:
+    return folder / f"iter_{step:07d}"
+
+
+def _hf_weights(folder: Path) -> Path:
+    for name in HF_FOLDER_NAMES:
+        if (folder / name).is_dir():
+            return folder / name
+    raise CheckpointError(f"{folder}: neither the tracked iter_* nor {' or '.join(HF_FOLDER_NAMES)} is there; nothing to resume from")
 
 
 def rank_folder(topology: Topology, rank: int) -> str:
@@ -173,20 +207,20 @@ def latest_checkpoint(root: Path | str) -> Path | None:
     return found[-1] if found else None
 
 
-def _check_layout(shards: Path, topology: Topology) -> None:
+def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
     """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
     ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
     if not ranks:
         raise CheckpointError(f"{shards}: no mp_rank_* folder")
-    tp_size = 1 + max(int(match[1]) for match in ranks)
-    pp_size = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
-    if (tp_size, pp_size) != (topology.tp_size, topology.pp_size):
+    saved_tp = 1 + max(int(match[1]) for match in ranks)
+    saved_pp = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
+    if (saved_tp, saved_pp) != (tp_size, pp_size):
         raise CheckpointError(
-            f"{shards} was saved with tensor_model_parallel_size {tp_size}, pipeline_model_parallel_size {pp_size}; this run has "
-            f"{topology.tp_size}, {topology.pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
+            f"{shards} was saved with tensor_model_parallel_size {saved_tp}, pipeline_model_parallel_size {saved_pp}; this run has "
+            f"{tp_size}, {pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
         )
-    if len(ranks) != tp_size * pp_size:
-        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {tp_size * pp_size}")
+    if len(ranks) != saved_tp * saved_pp:
+        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {saved_tp * saved_pp}")
 
 
 def _write_durably(path: Path, text: str) -> None:

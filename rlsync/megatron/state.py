@@ -91,6 +91,21 @@ def load_rank_state(
     return step
 
 
+def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> None:
+    """Only the weights of what ``save_rank_state`` wrote, under any number of data-parallel replicas. Not collective.
+
+    Call it before ``build_optimizer``.
+
+    Raises:
+        CheckpointError: as ``load_rank_state``.
+    """
+    path = Path(folder, RANK_STATE_FILE)
+    state, running = _read(path), asdict(current_topology(models))
+    del running["dp_size"]
+    _check_topology(_section(state, "topology", str(path)), running, str(path))
+    _restore_tensors(state, models, str(path))
+
+
 def rank_state(
     models: Sequence[torch.nn.Module],
     *,
@@ -135,13 +150,7 @@ def restore_rank_state(
     """
     _check_complete(state, optimizer, scheduler, source)
     _check_topology(state["topology"], asdict(current_topology(models)), source)
-    chunks = [(dict(_tensors(model)), _section(state, key, source)) for key, model in _keyed(models)]
-    for live, stored in chunks:
-        _check_tensors(live, stored, source)
-    with torch.no_grad():
-        for live, stored in chunks:
-            for name, tensor in live.items():
-                tensor.copy_(stored[name])
+    _restore_tensors(state, models, source)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         _separate_steps(optimizer)
@@ -188,6 +197,16 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in unwrap(model).state_dict().items():
         if not name.endswith("_extra_state"):
             yield name, value.detach()
+
+
+def _restore_tensors(state: Mapping[str, Any], models: Sequence[torch.nn.Module], source: str) -> None:
+    chunks = [(dict(_tensors(model)), _section(state, key, source)) for key, model in _keyed(models)]
+    for live, stored in chunks:
+        _check_tensors(live, stored, source)
+    with torch.no_grad():
+        for live, stored in chunks:
+            for name, tensor in live.items():
+                tensor.copy_(stored[name])
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
