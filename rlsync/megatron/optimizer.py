@@ -102,6 +102,7 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
             optimizer_cpu_offload=options.optimizer_cpu_offload,
             optimizer_offload_fraction=options.optimizer_offload_fraction,
             use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+            log_num_zeros_in_grad=True,
         ),
         list(models),
     )

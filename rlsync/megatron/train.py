@@ -44,6 +44,7 @@ class StepResult:
     Attributes:
         metrics: the loss's named scalars, and ``loss``, summed over microbatches and data-parallel ranks.
         grad_norm: L2 norm of the whole gradient before clipping; None when the step was skipped.
+        num_zeros_in_grad: elements of the whole gradient that are zero; None when the step was skipped.
         learning_rate: that the step used.
         loss_scale: factor on the fp16 loss; 1.0 otherwise.
         skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
@@ -51,6 +52,7 @@ class StepResult:
 
     metrics: Mapping[str, float]
     grad_norm: float | None
+    num_zeros_in_grad: float | None
     learning_rate: float
     loss_scale: float
     skipped: bool
@@ -95,12 +97,13 @@ def train_step(
         return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
 
     collected = _run(models, microbatches, differentiate, forward_only=False)
-    updated, grad_norm, _ = optimizer.step()
+    updated, grad_norm, num_zeros = optimizer.step()
     if updated and scheduler is not None:
         scheduler.step(1)
     return StepResult(
         metrics=_summed(collected),
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None,
+        num_zeros_in_grad=float(num_zeros) if updated and num_zeros is not None else None,
         learning_rate=float(learning_rate),
         loss_scale=float(optimizer.get_loss_scale()),
         skipped=not updated,
