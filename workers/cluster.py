@@ -6,8 +6,6 @@ Device numbers count GPUs over all nodes in node order; without GPUs a device is
 from __future__ import annotations
 
 import os
-import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +15,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError
+from workers.logs import LOG_VARIABLE
+from workers.remote import Worker
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Enough for the actors of a run on one machine; they take turns on its real cores.
 _LOCAL_CPUS = 64
-_LOG_VARIABLE = "RLSYNC_WORKER_LOG"
+_RAY_LOGS = "the newest files of /tmp/ray/session_latest/logs"
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -41,7 +41,7 @@ class Cluster:
     num_gpus: int = 0
     log_folder: Path | None = None
     _nodes: list[dict[str, Any]] = field(default_factory=list)
-    _actors: list[Any] = field(default_factory=list)
+    _workers: list[Worker] = field(default_factory=list)
 
     @classmethod
     def start(cls, num_nodes: int = 1, *, log_folder: Path | None = None) -> Cluster:
@@ -86,63 +86,46 @@ class Cluster:
     def launch(
         self,
         actor_class: type,
-        name: str,
+        ray_name: str,
         devices: Sequence[int],
         *arguments: Any,
+        name: str,
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
-    ) -> Any:
-        """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables."""
+    ) -> Worker:
+        """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables.
+
+        ``ray_name`` is for Ray and the log's file name, ``name`` for messages.
+        """
         places = [self.device(d) for d in devices]
         if len({p.node_id for p in places}) != 1:
             raise ConfigError(f"{name} needs devices {devices} on one node; choose sizes that do not straddle nodes")
         visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": ",".join(str(p.gpu) for p in places)}
-        path = os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH"))))
-        log = {} if self.log_folder is None else {_LOG_VARIABLE: str(self.log_folder / f"{name.replace(':', '-')}.log")}
+        log = None if self.log_folder is None else str(self.log_folder / f"{ray_name.replace(':', '-')}.log")
         variables = {
-            "PYTHONPATH": path,
-            **log,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH")))),
             "TOKENIZERS_PARALLELISM": "false",
+            **({} if log is None else {LOG_VARIABLE: log}),
             **visible,
             **({} if environment is None else environment),
         }
         actor = (
             ray.remote(actor_class)
             .options(
-                num_cpus=0, max_concurrency=threads, name=name, max_restarts=0,
+                num_cpus=0, max_concurrency=threads, name=ray_name, max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(places[0].node_id, soft=False),
                 runtime_env={"env_vars": variables},
             )
             .remote(*arguments)
         )  # fmt: skip
-        self._actors.append(actor)
-        return actor
+        worker = Worker(name, actor, _RAY_LOGS if log is None else log)
+        self._workers.append(worker)
+        return worker
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        for worker in self._workers:
+            ray.kill(worker.actor)
         ray.shutdown()
-
-
-def keep_own_log() -> None:
-    """Send what this process and its children print to the file its launcher named; called first in every actor."""
-    path = os.environ.get(_LOG_VARIABLE)
-    if path is None:
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

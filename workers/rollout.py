@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
-from rlsync.engine.handle import Completion, Engine, PauseMode
+from rlsync.engine.protocol import Completion, PauseMode
 from rlsync.errors import RlsyncError
-from workers.cluster import keep_own_log
 from workers.config import RunConfig
+from workers.logs import first_error, keep_own_log, log_size, own_log
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
 ENGINE_THREADS = 8
@@ -23,11 +24,15 @@ class RolloutEngine:
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
         keep_own_log()
+        # Here and not above: it imports vLLM, which only this process needs.
+        from rlsync.engine.handle import Engine
+
         self._engine = Engine(engine_id, engine_args)
 
     def start(self) -> int:
-        """Start vLLM; returns the number of its workers."""
-        self._engine.start()
+        """Start vLLM; returns the number of its workers. Raises RlsyncError with vLLM's cause."""
+        with self._explained("start"):
+            self._engine.start()
         return self._engine.num_workers
 
     def call(self, method: str, *arguments: Any) -> None:
@@ -37,7 +42,24 @@ class RolloutEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
     ) -> list[tuple[Completion, ...]]:
-        return self._engine.generate(prompts, sampling, seeds=seeds)
+        with self._explained("generate"):
+            return self._engine.generate(prompts, sampling, seeds=seeds)
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """vLLM's own exception often says only that a process of its failed; that process printed why."""
+        log = own_log()
+        before = log_size(log)
+        try:
+            yield
+        except RlsyncError:
+            raise
+        except Exception as error:
+            printed = first_error(log, before)
+            cause = "" if printed is None or printed in str(error) else f"\nfirst error it printed: {printed}"
+            raise RlsyncError(
+                f"{self._engine.engine_id} could not {what}: {type(error).__name__}: {error}{cause}\nits log: {log}"
+            ) from error
 
     def process_id(self) -> int:
         return os.getpid()
@@ -79,7 +101,8 @@ class RayEngine:
         except ray.exceptions.RayActorError as error:
             raise RlsyncError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            # Not as_instanceof_cause(): its text is Ray's, with ours somewhere inside.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
@@ -130,4 +153,5 @@ def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Se
         "min_tokens": sampling.min_new_tokens,
         "stop_token_ids": list(stop_token_ids),
         "logprobs": 0 if config.rollout.return_logprobs else None,
+        "detokenize": config.rollout.detokenize,
     }

@@ -59,6 +59,18 @@ class Share:
     num_tokens: tuple[int, ...]
     num_sequences: tuple[int, ...]
 
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples, in the order in which the updates see them."""
+        return tuple(sample for update in self.updates for micro in update for sample in micro)
+
+    def cuts(self, size: int | None) -> tuple[tuple[Sample, ...], ...]:
+        """``samples`` in pieces of ``size``, or cut as the microbatches are."""
+        if size is None:
+            return tuple(micro for update in self.updates for micro in update)
+        samples = self.samples
+        return tuple(samples[i : i + size] for i in range(0, len(samples), size))
+
 
 def with_advantages(samples: Sequence[Sample], group_size: int, *, normalize: bool) -> list[Sample]:
     """Group-relative advantages, whitened over all response tokens of the step where asked. Groups lie next to each other."""
@@ -90,7 +102,7 @@ def deal(
         balance: deal by length, so that replicas get about the same number of tokens.
         shuffle_seed: shuffle the samples over the mini-batches; None keeps their order.
     """
-    batches = mini_batches(len(samples), num_updates, shuffle=shuffle_seed is not None, seed=shuffle_seed or 0)
+    batches = mini_batches(len(samples), num_updates, shuffle=shuffle_seed is not None, seed=0 if shuffle_seed is None else shuffle_seed)
     updates: list[list[Microbatches]] = [[] for _ in range(dp_size)]
     for batch in batches:
         lengths = [samples[i].length for i in batch]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
+import warnings
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from omegaconf import DictConfig
 
-from rlsync.errors import RlsyncError
-from workers.config import lenient_overrides, load_config, register_resolvers
-from workers.grpo_runner import GrpoRunner
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="arithmetic-grpo-megatron")
+@hydra.main(version_base="1.3", config_path=str(REPOSITORY / "configs" / "reasoning"), config_name="arithmetic-grpo-megatron")
 def main(composed: DictConfig) -> None:
+    _keep_the_screen_for_the_run()
+    # Only now: importing them already prints.
+    from rlsync.errors import RlsyncError
+    from workers.config import load_config
+    from workers.grpo_runner import GrpoRunner
+
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         GrpoRunner(load_config(composed)).run()
     except RlsyncError as error:
@@ -27,7 +34,25 @@ def main(composed: DictConfig) -> None:
         sys.exit(130)
 
 
+def _keep_the_screen_for_the_run() -> None:
+    """Libraries of this process say nothing below an error; workers print to logs of their own."""
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as after Ctrl-C: everything that was started is ended too."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))  # also for those who start this file without the script beside it
+    from workers.config import lenient_overrides, register_resolvers
+
     register_resolvers()
     sys.argv[1:] = lenient_overrides(sys.argv[1:])
     main()

@@ -1,0 +1,123 @@
+"""The processes of a run, actor ranks and engines: where they run, how they start, are called, and end.
+
+Owns their number and layout. Knows no step, no data and no reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from rlsync.engine.protocol import Completion
+from rlsync.topology import Topology
+from workers.actor import ActorRank
+from workers.actor_options import actor_topology
+from workers.cluster import Cluster
+from workers.config import RunConfig, validate_world
+from workers.placement import resolve_placement
+from workers.remote import Worker, collect
+from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arguments
+
+_ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
+_RANK_CLOSE_S = 5.0
+
+
+class Crew:
+    """Use as a context manager around ``start``: whatever was started is ended, also after a failure in the middle.
+
+    Attributes:
+        topology: layout of the actor's ranks.
+    """
+
+    def __init__(self, config: RunConfig, cluster: Cluster) -> None:
+        self._config, self._cluster = config, cluster
+        self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices)
+        self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
+        self._ranks: list[Worker] = []
+        self._engines: list[Worker] = []
+        self._handles: list[RayEngine] = []
+
+    @property
+    def description(self) -> str:
+        """Who is in it, for the screen."""
+        at, size = self.topology, self._config.rollout.tensor_parallel_size
+        axes = (("TP", at.tp_size), ("PP", at.pp_size), ("CP", at.cp_size), ("DP", at.dp_size))
+        layout = " ".join(f"{axis} {n}" for axis, n in axes if n > 1)
+        engines = len(self._placement.rollout) // size
+        return (
+            f"{at.world_size} actor rank{'s' * (at.world_size > 1)}{f' ({layout})' if layout else ''} and "
+            f"{engines} engine{'s' * (engines > 1)}{f' (TP {size})' if size > 1 else ''}"
+        )
+
+    def start(self, *, load_initial: bool) -> None:
+        """Start engines and actor ranks side by side; ranks hold initial weights where asked."""
+        config, on_gpu = self._config, self._cluster.num_gpus > 0
+        arguments = engine_arguments(config, on_gpu=on_gpu)
+        for i, devices in enumerate(self._placement.engines(config.rollout.tensor_parallel_size)):
+            name = f"engine {i}"
+            self._engines.append(
+                self._cluster.launch(
+                    RolloutEngine, f"{config.rollout.group_name}:{i}", devices, name, arguments, name=name, threads=ENGINE_THREADS
+                )
+            )
+        starting = [engine.call("start") for engine in self._engines]
+        world_size = self.topology.world_size
+        for rank, device in enumerate(self._placement.actor):
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+            self._ranks.append(
+                self._cluster.launch(
+                    ActorRank, f"{config.actor.group_name}:{rank}", (device,), config, self.topology,
+                    name=f"actor rank {rank}", environment=environment,
+                )
+            )  # fmt: skip
+        (port,) = collect([self._ranks[0].call("port")])
+        setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
+        num_workers = collect([*starting, *setups])
+        self._handles = [
+            RayEngine(engine.name, workers, engine.actor) for engine, workers in zip(self._engines, num_workers, strict=False)
+        ]  # fmt: skip
+
+    def _address(self) -> str:
+        """Where rank 0 is reached by the others."""
+        places = [self._cluster.device(device) for device in self._placement.actor]
+        return "127.0.0.1" if len({place.node_id for place in places}) == 1 else places[0].address
+
+    def connect(self) -> None:
+        """Connect the actor to all engines, anew where connected."""
+        self.on_ranks("connect", self._handles)
+
+    def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        """One call on every actor rank."""
+        return collect([rank.call(method, *arguments) for rank in self._ranks])
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
+    ) -> list[tuple[Completion, ...]]:
+        """Continue every prompt (token ids) on one of the engines; ``seeds`` of each prompt, or None."""
+        count = len(self._engines)
+        bounds = [i * len(prompts) // count for i in range(count + 1)]
+        calls = [
+            engine.call("generate", prompts[a:b], sampling, None if seeds is None else seeds[a:b])
+            for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
+        ]
+        return [group for answer in collect(calls) for group in answer]
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
+        """What each engine, by itself, answers to all prompts."""
+        return collect([engine.call("generate", prompts, sampling, None) for engine in self._engines])
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Engines end their own processes. Ranks leave in order, unless one of them hangs in a collective: the cluster kills it."""
+        ranks = [rank.actor.close.remote() for rank in self._ranks]
+        engines = [engine.actor.close.remote() for engine in self._engines]
+        if ranks:
+            ray.wait(ranks, num_returns=len(ranks), timeout=_RANK_CLOSE_S)
+        if engines:
+            ray.wait(engines, num_returns=len(engines), timeout=_ENGINE_CLOSE_S)

@@ -1,0 +1,52 @@
+"""Where worker processes print, and what they printed when they failed. Knows no Ray and no engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+LOG_VARIABLE = "RLSYNC_WORKER_LOG"
+# "ValueError: text", at the start of a line or behind the prefixes that vLLM's processes put before each of theirs.
+_ERROR_LINE = re.compile(r"^(?:\([^)]*pid=\d+\)\s+)?(?:ERROR [^\]]*\]\s+)?(?P<error>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt): .+)$")
+# These only say that something above them failed.
+_POINTS_ELSEWHERE = ("root cause above", "See stack trace", "Engine core initialization failed", "WorkerProc initialization failed")
+
+
+def keep_own_log() -> None:
+    """Send what this process and its children print to the file its launcher named; called first in every worker."""
+    path = os.environ.get(LOG_VARIABLE)
+    if path is None:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def own_log() -> Path:
+    """The file, pipe or terminal that this process writes errors to."""
+    return Path(os.readlink("/proc/self/fd/2"))
+
+
+def log_size(path: Path) -> int:
+    """Bytes of a log so far; 0 for what is not a file."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def first_error(path: Path, since: int = 0) -> str | None:
+    """The first error printed to a log after ``since`` bytes, as ``Type: message``; None where there is none.
+
+    Of nested failures the first one printed is the cause of the others.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(since)
+        lines = stream.read().decode(errors="replace").splitlines()
+    found = (match["error"] for line in lines if (match := _ERROR_LINE.match(line)) is not None)
+    return next((error for error in found if not any(text in error for text in _POINTS_ELSEWHERE)), None)
