@@ -66,7 +66,7 @@ class Attempt:
         """Returns the report, or raises WeightSyncError."""
         self._marks["start"] = time.monotonic()
         self._peer.send(m.Start(self._attempt, self._version))
-        if not self._link.lane.wait_idle(GRACE_S):
+        if not self._link.lane.wait_idle(min(GRACE_S, self._timeout_s / 2)):
             # It may still write to a slot of this ring, so no sync over this ring can be right.
             cause = "still inside the source since a failed sync; close() and connect() anew"
             self._peer.send(m.Failed(self._attempt, "begin", cause))
