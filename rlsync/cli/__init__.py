@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rlsync import __version__
-from rlsync.cli import doctor
+from rlsync.cli import doctor, plan, verify
+from rlsync.errors import RlsyncError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +17,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"rlsync {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="check versions, GPUs and shared memory of this machine, and say what to do")
-    parser.parse_args(argv)
+    plan.add_arguments(commands.add_parser("plan", help="what a sync of a model between two layouts moves and needs, on paper"))
+    verify.add_arguments(commands.add_parser("verify", help="compare the weights of two Hugging Face folders bit for bit"))
+    arguments = parser.parse_args(argv)
+    try:
+        return {"doctor": _doctor, "plan": plan.run, "verify": verify.run}[arguments.command](arguments)
+    except RlsyncError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
     findings = doctor.examine()
     print("\n".join(map(str, findings)))
     return 1 if any(finding.level == "error" for finding in findings) else 0

@@ -36,6 +36,10 @@ class MappedTensors(Mapping[str, torch.Tensor]):
             self._maps[entry.file], dtype=dtype, count=entry.spec.size, offset=entry.begin
         ).view(entry.spec.shape)  # fmt: skip
 
+    def raw(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor, 1-D uint8."""
+        return self[name].reshape(-1).view(torch.uint8)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
