@@ -127,9 +127,7 @@ class AutoBridge:
         live = {name: tensor for _, _, name, tensor in megatron_model.iter_parameters(models)}
         flavour: Flavour = "te" if any(name.endswith(".layer_norm_weight") for name in live) else "local"
         dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
-        placements = megatron_placements(
-            self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor
-        )
+        placements = megatron_placements(self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor)
         _check_live(live, placements[dist.get_rank()])
         return Shards(topology, self.model.tensors(dtype), live, placements)
 
@@ -265,9 +263,7 @@ def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) ->
     return tuple(order)
 
 
-def _write_files(
-    out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files: Sequence[str], exchange: Exchange, plan: Plan
-) -> None:
+def _write_files(out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files: Sequence[str], exchange: Exchange, plan: Plan) -> None:
     """Receive this rank's files bucket by bucket and write them. A failed write is raised after the last bucket.
 
     Collective: a rank that cannot write still takes part, so that nobody waits for it.

@@ -38,9 +38,7 @@ class MegatronSource:
         """Plan the copies. Not collective, though every actor rank must call it with the same arguments."""
         shards = bridge.shards(models)
         self._models, self._shards, self._rank = models, shards, dist.get_rank()
-        self._plan = build_plan(
-            shards.tensors, shards.placements, [whole_tensors("buckets", shards.tensors)], bucket_bytes=bucket_bytes
-        )
+        self._plan = build_plan(shards.tensors, shards.placements, [whole_tensors("buckets", shards.tensors)], bucket_bytes=bucket_bytes)
         self.buckets = tuple(_entries(bucket.tensors) for bucket in self._plan.buckets)
         self.digest = self._plan.digest
         self.nbytes = sum(t.nbytes for t in shards.tensors)
