@@ -1,0 +1,68 @@
+"""The actor of a run, rank by rank, without Ray and engines: its updates, initial weights, precisions, resume and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.actor_reference import make_samples, write_samples
+from tests.models import save_tiny_model
+from tests.ranks import run_ranks
+
+RANKS = "tests.integration.actor_ranks"
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+KL = {"kl_beta": 0.3, "kl_penalty_type": "low_var_kl"}
+DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 40}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict[str, str]:
+    """A model folder and a file of samples."""
+    root = tmp_path_factory.mktemp("actor")
+    folder = str(save_tiny_model(root / "hf", "qwen2", tied=True, seed=3))
+    write_samples(root / "samples.json", make_samples(folder))
+    return {"folder": folder, "samples": str(root / "samples.json")}
+
+
+def said(output: str) -> Any:
+    return json.loads(output.split("SAID ")[1].splitlines()[0])
+
+
+def train(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> None:
+    outputs = run_ranks(world_size, RANKS, "train_as_reference", cases=cases, **given)
+    assert outputs[0].count("EQUAL") == len(cases), outputs[0]
+
+
+def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
+    """One rank: every term of the loss, microbatches of one, two and all samples, and by tokens."""
+    train(
+        1, given,
+        {},
+        {"algorithm": {"training_batch_size_per_gpu": 8, "n_minibatches": 1, "loss_agg_func": "seq-mean-token-sum"}},
+        {"runner": DYNAMIC, "algorithm": {"loss_agg_func": "seq-mean-token-mean", "calculate_entropy": True}},
+        {"algorithm": {**KL, "entropy_bonus": 0.02, "training_batch_size_per_gpu": 1}},
+        {"algorithm": {**KL, "kl_penalty_type": "k1", "shuffle_rollout": True}},
+        {"algorithm": {**KL, "kl_penalty_type": "k2"}},
+        {"algorithm": {"importance_sampling_fix": True, "importance_sampling_clip": 1.05}},
+        {"algorithm": {"recompute_logprobs": False, "clip_ratio_c": 3.0}},
+        {"actor.lr_sched": {"lr_warmup_iters": 0}, "actor.optim": {"use_distributed_optimizer": False}},
+    )  # fmt: skip
+
+
+def test_updates_equal_the_reference_in_every_layout(given):
+    train(
+        2, given,
+        {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
+        {"actor.model": PP2, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True}},
+        {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
+        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}},
+        {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True}},
+        {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean"}},
+        {"actor.optim": {"use_distributed_optimizer": False}, "algorithm": {"recompute_logprobs": False}},
+    )  # fmt: skip
