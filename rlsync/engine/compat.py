@@ -28,6 +28,10 @@ except ImportError:
     _partial_load = contextlib.nullcontext
 
 
+# Of the shared memory through which CPU workers reduce and gather.
+SHM_PREFIX = "/dev/shm/vllm_dist_"
+
+
 def vllm_version() -> str:
     return vllm.__version__
 

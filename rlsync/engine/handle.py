@@ -208,9 +208,10 @@ class Engine:
         self._set("dirty", "it is closed")
         if self._llm is not None:
             children = _descendants(self._llm)
+            segments = _segments(children)
             with contextlib.suppress(TimeoutError):
                 self._call(self._shut_down(), 2 * _CLOSE_S)
-            _end(children)
+            _end(children, segments)
             self._llm = None
         if self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -275,9 +276,21 @@ def _descendants(llm: Any) -> list[psutil.Process]:
     return found
 
 
-def _end(processes: list[psutil.Process]) -> None:
-    """vLLM asks its processes to end; those that cannot answer, being stopped, are killed."""
+def _segments(processes: list[psutil.Process]) -> set[str]:
+    """Shared memory that vLLM's CPU workers make for their collectives, and remove only when they end by themselves."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {m.path for m in process.memory_maps() if m.path.startswith(compat.SHM_PREFIX)}
+    return found
+
+
+def _end(processes: list[psutil.Process], segments: set[str]) -> None:
+    """vLLM asks its processes to end; those that cannot answer, being stopped, are killed, and what they left is removed."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=_CLOSE_S)
+    for segment in segments:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(segment)
