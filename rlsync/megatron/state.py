@@ -67,8 +67,8 @@ def load_rank_state(
 ) -> int:
     """Restore what ``save_rank_state`` wrote, under the same topology; training then continues bit for bit.
 
-    Without ``optimizer`` only the model's parameters change: call this before ``build_optimizer`` then. Collective over
-    the DP group. Everything is checked before anything changes.
+    Without ``optimizer`` the random state and the parameters change: call this before ``build_optimizer`` then. Collective
+    over the DP group. Everything is checked before anything changes.
 
     Returns:
         The number of optimizer steps taken when it was written.
@@ -78,6 +78,7 @@ def load_rank_state(
             lacks the optimizer or schedule asked for.
     """
     state = _read(Path(folder, RANK_STATE_FILE))
+    _check_complete(state, optimizer, scheduler, str(folder))
     parameters = None
     if optimizer is not None and _distributed_parts(optimizer):
         # Only the first data-parallel rank reads the file; the others take their shards from it.
@@ -279,10 +280,10 @@ def _check_complete(
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if len(_section(state, "rng_state", source)) != ranks:
         raise CheckpointError(f"{source} holds the random states of {len(state['rng_state'])} data-parallel ranks, {ranks} are running")
-    if optimizer is not None:
-        _section(state, "optimizer", source)
-    if scheduler is not None:
-        _section(state, "opt_param_scheduler", source)
+    wanted = {"optimizer": optimizer, "opt_param_scheduler": scheduler}
+    absent = [key for key, part in wanted.items() if part is not None and key not in state]
+    if absent:
+        raise CheckpointError(f"{source} was saved without {' and '.join(absent)}; load its weights alone (actor.megatron.no_load_optim)")
 
 
 def _check_topology(stored: Mapping[str, Any], running: Mapping[str, Any], source: str) -> None:

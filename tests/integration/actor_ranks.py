@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rlsync.errors import CheckpointError
 from rlsync.megatron.parallel import destroy_parallel
 from rlsync.topology import Topology
 from tests.integration.actor_reference import Reference, read_samples, run_config
+from workers import initial_weights
 from workers.actor import ActorRank
 from workers.actor_options import actor_topology
 from workers.config import RunConfig
@@ -100,3 +105,140 @@ def _compare(case: Any, found: Any, expected: Any, trained: Mapping[str, torch.T
     worst = max((trained[name] - tensor).abs().max().item() for name, tensor in state.items() if name in trained)
     assert worst < 5e-5, f"{case}: weights differ by {worst}"
     print(f"EQUAL {json.dumps(case)} weights within {worst:.1e}", flush=True)
+
+
+def begin_with(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) -> None:
+    """The weights that ``setup`` gives in each case, whether it converted, and whether an optimizer built on them trains."""
+    found = []
+    for case in cases:
+        config = run_config(folder, case)
+        origin = Path(config.actor.megatron.ckpt_convertor.save_path, initial_weights.ORIGIN)
+        before = origin.stat().st_mtime_ns if origin.is_file() else None
+        actor = start(config)
+        converted = origin.is_file() and origin.stat().st_mtime_ns != before
+        found.append({"digest": _digest(weights(actor)), "converted": converted})
+        actor.begin(None)
+        (updates,) = steps(actor, read_samples(samples), (1,))
+        assert all(u["actor/update_success"] for u in updates) and _digest(weights(actor)) != found[-1]["digest"]
+        leave(actor)
+    say(found)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode() + tensors[name].float().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def die_while_converting(case: Mapping[str, Any], folder: str) -> None:
+    """``kill -9`` when all of a conversion is written but the word that it is."""
+    original = initial_weights.save_checkpoint
+
+    def die(*arguments: Any, **named: Any) -> None:
+        original(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    initial_weights.save_checkpoint = die
+    start(run_config(folder, case))
+
+
+def resume(cases: Sequence[Mapping[str, Any]], folder: str, samples: str, root: str) -> None:
+    """Two steps, save, two more; a new actor that resumes does the same two, bit for bit, and so does its KL reference."""
+    mine = read_samples(samples)
+    for number, case in enumerate(cases):
+        config = run_config(folder, case)
+        target = str(Path(root, f"case{number}", "actor"))
+        actor = start(config)
+        actor.begin(None)
+        steps(actor, mine, (1, 2))
+        actor.save(target, 2)
+        whole, final = steps(actor, mine, (3, 4)), _digest(weights(actor))
+        leave(actor)
+        again = start(config, load_initial=config.algorithm.kl_beta != 0)
+        restored = again.begin(target)
+        assert restored is not None and (restored.step, restored.complete) == (2, True)
+        after = steps(again, mine, (3, 4))
+        assert after == whole, f"{case}: {after} after resume, {whole} without"
+        assert _digest(weights(again)) == final, f"{case}: weights differ after resume"
+        rates = [update["actor/lr"] for updates in whole for update in updates]
+        print(f"RESUMED {json.dumps(case)} kl {whole[-1][-1].get('actor/kl_loss')} lr {rates}", flush=True)
+        leave(again)
+
+
+def resume_without_optimizer(folder: str, samples: str, root: str) -> None:
+    """``no_save_optim`` and ``no_load_optim``: what each leaves out, and what is refused."""
+    mine, target = read_samples(samples), str(Path(root, "weights", "actor"))
+    saving = {"actor.megatron": {"no_save_optim": True}, "actor.model": {"precision": "bf16"}}
+    actor = start(run_config(folder, saving))
+    actor.begin(None)
+    steps(actor, mine, (1,))
+    actor.save(target, 1)
+    saved = _digest(weights(actor))
+    leave(actor)
+    assert not list(Path(target).rglob("distrib_optim.pt"))
+    plain = start(run_config(folder, {"actor.model": {"precision": "bf16"}}), load_initial=False)
+    try:
+        plain.begin(target)
+        raise AssertionError("a checkpoint without optimizer was taken for one with it")
+    except CheckpointError as error:
+        say(str(error))
+    leave(plain)
+    again = start(run_config(folder, {**saving, "actor.megatron": {"no_load_optim": True}}), load_initial=False)
+    assert again.begin(target) is not None
+    assert _digest(weights(again)) == saved
+    # An update of zero learning rate would bring back what the optimizer copied too early.
+    _still(again, mine, saved)
+    leave(again)
+
+
+def _still(actor: ActorRank, samples: Sequence[Sample], expected: str) -> None:
+    """The optimizer's own copies are those of the weights: a step without learning rate changes nothing."""
+    rates = [(group, group["lr"], group["max_lr"]) for group in actor._optimizer.param_groups]
+    for group, _, _ in rates:
+        group["lr"] = 0.0
+    scheduler, actor._scheduler = actor._scheduler, None
+    dealt = shares(actor, samples, 1)
+    actor.score(dealt)
+    actor.train(dealt)
+    actor._scheduler = scheduler
+    for group, rate, _ in rates:
+        group["lr"] = rate
+    assert _digest(weights(actor)) == expected, "the optimizer started from other weights than the model's"
+
+
+def warm_start(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) -> None:
+    """Supervised steps, then GRPO from their weights: the optimizer and the KL reference start from these."""
+    mine = read_samples(samples)
+    examples = [[(s.prompt_ids, s.response_ids) for s in mine]] * 6
+    for case in cases:
+        config = run_config(folder, case)
+        actor = start(config)
+        first = _digest(weights(actor))
+        losses = actor.warm_start(examples, 1e-2)
+        assert losses[-1] < losses[0] - 0.1, losses
+        warm = _digest(weights(actor))
+        assert warm != first
+        actor.begin(None)
+        _still(actor, mine, warm)
+        (updates,) = steps(actor, mine, (1,))
+        kl = [update["actor/kl_loss"] for update in updates]
+        assert kl[0] < 1e-6 < 1e-2 < kl[1], f"{case}: the reference is not the warm-started model: {kl}"
+        assert all(update["actor/update_success"] == 1.0 for update in updates), updates
+        print(f"WARM {json.dumps(case)} {losses[0]:.3f} -> {losses[-1]:.3f}, kl {kl}", flush=True)
+        leave(actor)
+
+
+def stop_early(folder: str, samples: str) -> None:
+    """A microbatch whose mean ratio is above the limit adds nothing; the others go on."""
+    mine = read_samples(samples)
+    # The engine thought these much less likely than the actor does: ratios near e.
+    far = [replace(s, engine_logprobs=tuple(v - 1 for v in s.engine_logprobs)) for s in mine]
+    for limit, stopped in ((5.0, 0.0), (2.0, 1.0)):
+        algorithm = {"recompute_logprobs": False, "early_stop_imp_ratio": limit}
+        actor = start(run_config(folder, {"algorithm": algorithm}))
+        actor.begin(None)
+        ((first, _),) = steps(actor, far, (1,))
+        assert first["actor/early_stopped"] == stopped, first
+        assert (first["actor/grad_norm"] == 0.0) == bool(stopped) and (first["actor/final_loss"] == 0.0) == bool(stopped)
+        leave(actor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +65,62 @@ def test_updates_equal_the_reference_in_every_layout(given):
         {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean"}},
         {"actor.optim": {"use_distributed_optimizer": False}, "algorithm": {"recompute_logprobs": False}},
     )  # fmt: skip
+
+
+def test_a_resumed_actor_goes_on_bit_for_bit(given, tmp_path):
+    """Weights, optimizer, schedule (in its warm-up and its decay) and KL reference."""
+    schedule = {
+        "lr_decay_style": "cosine", "lr_decay_iters": 9, "lr_warmup_iters": 3, "min_lr": 1e-4, "start_weight_decay": 0.1,
+        "end_weight_decay": 0.1,
+    }  # fmt: skip
+    cases = [
+        {"actor.optim": DISTRIBUTED, "algorithm": KL, "actor.lr_sched": schedule},
+        {"actor.optim": OVERLAPPED, "actor.model": {"precision": "bf16"}, "actor.lr_sched": {"lr_warmup_iters": 6}},
+        {"actor.optim": DISTRIBUTED, "actor.model": {**TP2, "precision": "fp16"}, "algorithm": KL},
+    ]
+    outputs = run_ranks(2, RANKS, "resume", cases=cases, root=str(tmp_path), **given)
+    assert outputs[0].count("RESUMED") == len(cases), outputs[0]
+
+
+def test_checkpoints_without_optimizer_are_resumed_where_asked_and_refused_where_not(given, tmp_path):
+    (output,) = run_ranks(1, RANKS, "resume_without_optimizer", root=str(tmp_path), **given)
+    assert "optimizer" in said(output) and "no_load_optim" in said(output)
+
+
+def test_grpo_starts_from_the_warm_started_weights(given):
+    """Also the float32 copies of half-precision optimizers, and the KL reference."""
+    cases = [
+        {"algorithm": KL, "actor.optim": OVERLAPPED},
+        {"algorithm": KL, "actor.model": {"precision": "bf16"}, "actor.optim": DISTRIBUTED},
+        {"algorithm": KL, "actor.model": {"precision": "bf16"}, "actor.optim": {"use_distributed_optimizer": False}},
+        {"algorithm": KL, "actor.model": {**TP2, "precision": "fp16"}, "actor.optim": {"loss_scale": 1024.0}},
+    ]
+    outputs = run_ranks(2, RANKS, "warm_start", cases=cases, **given)
+    assert outputs[0].count("WARM") == len(cases), outputs[0]
+
+
+def test_a_microbatch_far_off_the_old_policy_adds_nothing(given):
+    run_ranks(1, RANKS, "stop_early", **given)
+
+
+def test_initial_weights_are_the_same_from_every_source_and_converted_once(given, tmp_path):
+    """Read from HF; converted, also where a conversion was killed; from that conversion under other replicas and layouts."""
+    given = {**given, "folder": str(save_tiny_model(tmp_path / "hf", "qwen2", tied=True, seed=3))}
+    once = {"actor.megatron": {"mbridge": False}, "actor.megatron.ckpt_convertor": {"save_path": str(tmp_path / "converted")}}
+    with pytest.raises(AssertionError, match="exit -9"):
+        run_ranks(1, RANKS, "die_while_converting", case=once, folder=given["folder"])
+    killed, direct, second = begin(1, given, once, {}, once)
+    assert killed["digest"] == direct["digest"] == second["digest"]
+    assert [one["converted"] for one in (killed, direct, second)] == [True, False, False]
+    named = {"actor.megatron": {"use_hf_ckpt": False}, "actor.model": {"megatron_checkpoint": str(tmp_path / "converted")}}
+    replicas, layout = begin(2, given, named, {**once, "actor.model": TP2})
+    assert replicas["digest"] == layout["digest"] == direct["digest"]
+    assert layout["converted"], "each layout needs a conversion of its own"
+    # Other weights under the same path must not be missed.
+    save_tiny_model(given["folder"], "qwen2", tied=True, seed=4)
+    (other,) = begin(1, given, once)
+    assert other["converted"] and other["digest"] != direct["digest"]
+
+
+def begin(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> list[dict[str, Any]]:
+    return said(run_ranks(world_size, RANKS, "begin_with", cases=cases, **given)[0])
