@@ -1,0 +1,187 @@
+"""Claims about the documentation: what it names exists, what it quotes is said, what it computes comes out."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rlsync.families import model_of
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.placement.megatron import megatron_placements
+from rlsync.plan import build_plan
+from rlsync.topology import Topology
+from workers.config import config_table, load_config, register_resolvers
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "reasoning"
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern) if path.is_file()
+)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TOP_FOLDERS = "rlsync|workers|configs|examples|tests|scripts|docs|requirements|benchmarks"
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return [textwrap.dedent(body) for body in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+
+
+def anchor(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    return {anchor(line.lstrip("#")) for line in page.read_text().splitlines() if line.startswith("#")}
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (fragment and fragment not in anchors(file)):
+            yield target
+
+
+def test_the_pages_people_look_for_exist() -> None:
+    assert {"README.md", "AGENTS.md", "CONTRIBUTING.md", "docs/troubleshooting.md", "examples/reasoning/README.md"} <= set(NAMES)
+
+
+@EVERY_PAGE
+def test_every_relative_link_and_anchor_exists(page: Path) -> None:
+    assert list(broken_links(page)) == []
+
+
+def test_a_broken_link_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One thing\n[a](#one-thing) [b](#another) [c](gone.md) [d](https://example.org/gone)\n")
+    assert list(broken_links(page)) == ["#another", "gone.md"]
+
+
+@EVERY_PAGE
+def test_every_path_and_make_target_named_exists(page: Path) -> None:
+    text = page.read_text()
+    named = set(re.findall(rf"(?<![\w/.-])((?:{TOP_FOLDERS})/[\w./-]*\w\.(?:py|sh|yaml|md|lock|in|override|toml))\b", text))
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^ {4}|`)make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
+    configs = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert set(re.findall(r"run_main_grpo_math\.sh ([\w.-]+-megatron)\b", text)) <= configs
+
+
+@EVERY_PAGE
+def test_python_blocks_compile_and_what_they_import_exists(page: Path) -> None:
+    for block in code_blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(block)):
+            # vLLM takes seconds to import, and its parts are imported by other tests.
+            if isinstance(node, ast.ImportFrom) and node.module and re.match(r"(rlsync|workers)\b(?!\.engine)", node.module):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_library_block_is_the_runnable_file() -> None:
+    source = (ROOT / "examples/library/sync_engine.py").read_text()
+    regions = re.findall(r"^ *# docs: begin\n(.*?)^ *# docs: end\n", source, re.DOTALL | re.MULTILINE)
+    (block,) = code_blocks((ROOT / "README.md").read_text(), "python")
+    assert block.strip() == "\n\n".join(textwrap.dedent(region).strip() for region in regions)
+
+
+def test_the_configuration_table_is_the_generated_one() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.endswith(f"\n\n{config_table()}\n"), (
+        "README.md must end with the output of: python -c 'from workers.config import config_table; print(config_table())'"
+    )
+
+
+@EVERY_PAGE
+def test_yaml_blocks_are_configurations_that_load(page: Path) -> None:
+    """Blocks that begin with ``defaults``: laid over the base, as hydra does."""
+    register_resolvers()
+    for block in code_blocks(page.read_text(), "yaml"):
+        if block.startswith("defaults:"):
+            own = OmegaConf.create(block)
+            del own["defaults"]
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                base = compose("base/grpo-megatron")
+            OmegaConf.set_struct(base, False)
+            load_config(OmegaConf.merge(base, own))
+
+
+# Messages.
+
+VARIES = "…"
+
+
+def spoken_texts() -> list[str]:
+    """Every string in the sources, what a format puts in replaced by ``VARIES``; and the lines of the shell scripts."""
+    texts = []
+    for path in (p for top in ("rlsync", "workers", "examples") for p in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else VARIES for part in node.values))
+    scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "examples").rglob("*.sh")]
+    return texts + [line for script in scripts for line in script.read_text().splitlines()]
+
+
+def is_said(message: str, texts: list[str]) -> bool:
+    """Whether some text has the message's fixed parts in their order."""
+    pattern = re.compile(".*?".join(re.escape(part.strip()) for part in message.split(VARIES) if part.strip()), re.DOTALL)
+    return any(pattern.search(text) for text in texts)
+
+
+def test_every_message_that_the_troubleshooting_page_quotes_is_one_that_rlsync_says() -> None:
+    quoted = re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    texts = spoken_texts()
+    assert len(quoted) > 20
+    assert [message for message in quoted if not is_said(message, texts)] == []
+
+
+def test_a_message_that_nobody_says_would_be_found() -> None:
+    texts = spoken_texts()
+    assert is_said(f"unknown architecture {VARIES}; supported are", texts)
+    assert not is_said(f"unknown architecture {VARIES}; the moon is full", texts)
+
+
+# Numbers.
+
+
+def test_the_journey_in_the_readme_is_what_the_code_computes() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    model = model_of(
+        {
+            "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "torch_dtype": "bfloat16",
+        }
+    )  # fmt: skip
+    name, gate, up = "decoder.layers.1.mlp.linear_fc1.weight", "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    actors = megatron_placements(model, Topology(tp_size=4, dp_size=2))
+    tensors = model.tensors()
+    plan = build_plan(tensors, actors, [whole_tensors("buckets", tensors)], bucket_bytes=256 * 2**20)
+    bucket_of = {t.name: k for k, bucket in enumerate(plan.buckets) for t in bucket.tensors}
+    (shape,) = (b.shape for b in actors[1].buffers if b.name == name)
+    assert f"The parameter is {shape}" in text
+    assert {(p.tensor, p.box.start[0], p.box.stop[0], p.offset) for p in actors[1].pieces if p.buffer == name} == {
+        (gate, 4736, 9472, 0),
+        (up, 4736, 9472, 4736 * 3584),
+    }
+    assert f"{len(tensors)} tensors make {len(plan.buckets)} buckets" in text
+    assert (bucket_of[gate], bucket_of[up], len(plan.buckets) - 1) == (4, 5, 85)
+    mib = {t.name: t.nbytes / 2**20 for t in tensors}
+    assert f"`gate_proj` ({mib[gate]} MiB)" in text
+    assert mib[gate] + mib[up] > 256
+    assert f"{max(mib.values()):,} MiB" in text
+    quarters = [c for c in plan.buckets[4].copies if c.tensor == gate]
+    assert sorted(c.destination_offset * 2 for c in quarters) == [i * 33_947_648 for i in range(4)]
+    assert all(c.size * 2 == 33_947_648 and len(c.shape) == 1 for c in quarters)
