@@ -20,6 +20,8 @@ def test_a_synced_engine_answers_like_a_fresh_one(tmp_path, monkeypatch, family,
     """Token for token, and within 1e-4 log-probability for log-probability (greedy, fp32)."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # An uncached first generate would spend its time in a compiler.
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     folder = save_tiny_model(tmp_path / "hf", family, tied=tied)
     outputs = run_ranks(
         2, "tests.integration.oracle_ranks", "sync_and_compare", folder=str(folder), topology=topology, out_dir=str(tmp_path)
