@@ -21,7 +21,7 @@ from workers.remote import Worker
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Enough for the actors of a run on one machine; they take turns on its real cores.
 _LOCAL_CPUS = 64
-_RAY_LOGS = "the newest files of /tmp/ray/session_latest/logs"
+_RAY_LOGS = "/tmp/ray/session_latest/logs"
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -72,6 +72,11 @@ class Cluster:
         """GPUs of the cluster, or None where a device is a process slot."""
         return self.num_gpus if self.num_gpus else None
 
+    @property
+    def logs(self) -> str:
+        """Where workers print, for messages."""
+        return _RAY_LOGS if self.log_folder is None else str(self.log_folder)
+
     def device(self, number: int) -> Device:
         """Where a device is. Numbers are checked when the placement is resolved."""
         left = number
@@ -118,7 +123,7 @@ class Cluster:
             )
             .remote(*arguments)
         )  # fmt: skip
-        worker = Worker(name, actor, _RAY_LOGS if log is None else log)
+        worker = Worker(name, actor, self.logs if log is None else log)
         self._workers.append(worker)
         return worker
 

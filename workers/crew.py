@@ -58,12 +58,12 @@ class Crew:
         config, on_gpu = self._config, self._cluster.num_gpus > 0
         arguments = engine_arguments(config, on_gpu=on_gpu)
         for i, devices in enumerate(self._placement.engines(config.rollout.tensor_parallel_size)):
-            name = f"engine {i}"
             self._engines.append(
                 self._cluster.launch(
-                    RolloutEngine, f"{config.rollout.group_name}:{i}", devices, name, arguments, name=name, threads=ENGINE_THREADS
+                    RolloutEngine, f"{config.rollout.group_name}:{i}", devices, str(i), arguments,
+                    name=f"engine {i}", threads=ENGINE_THREADS,
                 )
-            )
+            )  # fmt: skip
         starting = [engine.call("start") for engine in self._engines]
         world_size = self.topology.world_size
         for rank, device in enumerate(self._placement.actor):
@@ -78,8 +78,8 @@ class Crew:
         setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
         num_workers = collect([*starting, *setups])
         self._handles = [
-            RayEngine(engine.name, workers, engine.actor) for engine, workers in zip(self._engines, num_workers, strict=False)
-        ]  # fmt: skip
+            RayEngine(str(i), workers, engine.actor) for i, (engine, workers) in enumerate(zip(self._engines, num_workers, strict=False))
+        ]
 
     def _address(self) -> str:
         """Where rank 0 is reached by the others."""

@@ -43,48 +43,49 @@ class GrpoRunner:
         Raises RlsyncError (ConfigError or CheckpointError before any process is started, where that can be).
         """
         config, self._prepared = self._config, prepare(self._config)
-        prepared = self._prepared
-        most, start_step = config.runner.max_steps, prepared.start_step
-        total = prepared.total_steps if most < 0 else min(most, prepared.total_steps)
+        most, all_steps = config.runner.max_steps, len(self._prepared.loader)
+        self._total = all_steps if most < 0 else min(most, all_steps)
         with ExitStack() as stack:
-            self._screen = stack.enter_context(Screen(total, start_step=start_step))
-            for note in prepared.notes:
+            self._screen = stack.enter_context(Screen(self._total, start_step=self._prepared.start_step))
+            for note in self._prepared.notes:
                 self._screen.note(note)
             self._pool = stack.enter_context(VerifierPool(config.reward.num_processes, config.reward.timeout_s))
-            self._start(stack)
-            log = stack.enter_context(
-                MetricsLog(
-                    config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step
-                )
-            )
-            interrupted = True
+            self._screen.phase("starting Ray")
+            cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
             try:
-                self._train(start_step, total, log)
-                interrupted = False
-            finally:
-                self._screen.summary(log.history, log.folder, interrupted=interrupted)
+                self._start(stack.enter_context(Crew(config, cluster)))
+                self._train(stack.enter_context(self._open_log()))
+            except RlsyncError:
+                self._screen.note(f"failed; the workers' logs are in {cluster.logs}")
+                raise
 
     # Set-up.
 
-    def _start(self, stack: ExitStack) -> None:
+    def _start(self, crew: Crew) -> None:
         """Processes, weights, optimizer and connection: all that comes before the first step."""
-        config, prepared = self._config, self._prepared
-        self._screen.phase("starting Ray")
-        cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
-        self._crew = stack.enter_context(Crew(config, cluster))
+        config, prepared, self._crew = self._config, self._prepared, crew
         self._screen.phase("starting engines and actor")
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         fresh = prepared.resume is None
         needs_initial = fresh or config.algorithm.kl_beta != 0
         began = time.monotonic()
-        self._crew.start(load_initial=needs_initial)
-        self._screen.note(f"{self._crew.description} started in {time.monotonic() - began:.0f} s")
+        crew.start(load_initial=needs_initial)
+        self._screen.note(f"{crew.description} started in {time.monotonic() - began:.0f} s")
         if config.rollout.validate_weight and fresh:
             self._validate_weights()
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
         self._on_ranks("begin", None if prepared.resume is None else str(prepared.resume / "actor"))
-        self._crew.connect()
+        crew.connect()
+
+    def _open_log(self) -> MetricsLog:
+        config = self._config
+        return MetricsLog(
+            config.runner.logger,
+            config_as_dict(config),
+            n_minibatches=config.algorithm.n_minibatches,
+            start_step=self._prepared.start_step,
+        )
 
     def _log_folder(self) -> Path | None:
         logger = self._config.runner.logger
@@ -128,17 +129,29 @@ class GrpoRunner:
 
     # The loop.
 
-    def _train(self, start_step: int, total: int, log: MetricsLog) -> None:
-        batches = iter(self._prepared.loader)
-        for step in range(start_step + 1, total + 1):
-            seconds: dict[str, float] = {}
-            with _timed(seconds, "time/step"):
-                metrics, updates = self._step(step, batches, seconds)
-            if self._saves(step, total):
-                self._screen.phase("save")
-                with _timed(seconds, "time/save"):
-                    self._save(step)
-            self._screen.step(step, log.log(step, {**metrics, **seconds}, updates))
+    def _train(self, log: MetricsLog) -> None:
+        batches, title = iter(self._prepared.loader), "failed"
+        try:
+            for step in range(self._prepared.start_step + 1, self._total + 1):
+                self._whole_step(step, batches, log)
+            title = "finished"
+        except (KeyboardInterrupt, SystemExit):
+            title = "interrupted"
+            raise
+        finally:
+            if log.history:
+                self._screen.summary(log.history, log.folder, title=title)
+
+    def _whole_step(self, step: int, batches: Iterator[list[Prompt]], log: MetricsLog) -> None:
+        """A step, its checkpoint where one is due, and its line in all logs."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "time/step"):
+            metrics, updates = self._step(step, batches, seconds)
+        if self._saves(step):
+            self._screen.phase("save")
+            with _timed(seconds, "time/save"):
+                self._save(step)
+        self._screen.step(step, log.log(step, {**metrics, **seconds}, updates))
 
     def _step(
         self, step: int, batches: Iterator[list[Prompt]], seconds: dict[str, float]
@@ -208,9 +221,9 @@ class GrpoRunner:
             shuffle_seed=actor.seed + step if algorithm.shuffle_rollout else None,
         )
 
-    def _saves(self, step: int, total: int) -> bool:
+    def _saves(self, step: int) -> bool:
         interval = self._config.runner.save_interval
-        return interval > 0 and (step % interval == 0 or step == total)
+        return interval > 0 and (step % interval == 0 or step == self._total)
 
     def _save(self, step: int) -> None:
         staged = stage_checkpoint(run_folder(self._config) / "checkpoints", step)

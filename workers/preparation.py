@@ -42,10 +42,6 @@ class Preparation:
     start_step: int
     notes: tuple[str, ...]
 
-    @property
-    def total_steps(self) -> int:
-        return len(self.loader)
-
 
 def run_folder(config: RunConfig) -> Path:
     """``<output_dir>/<experiment_name>``."""

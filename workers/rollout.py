@@ -58,7 +58,7 @@ class RolloutEngine:
             printed = first_error(log, before)
             cause = "" if printed is None or printed in str(error) else f"\nfirst error it printed: {printed}"
             raise RlsyncError(
-                f"{self._engine.engine_id} could not {what}: {type(error).__name__}: {error}{cause}\nits log: {log}"
+                f"engine {self._engine.engine_id} could not {what}: {type(error).__name__}: {error}{cause}\nits log: {log}"
             ) from error
 
     def process_id(self) -> int:

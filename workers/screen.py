@@ -66,9 +66,9 @@ class Screen:
         self.note("  ".join((f"step {step:>{len(str(self._total))}}/{self._total}", *parts)))
         self._progress.update(self._task, completed=step)
 
-    def summary(self, history: Sequence[Mapping[str, Any]], folder: Path, *, interrupted: bool = False) -> None:
+    def summary(self, history: Sequence[Mapping[str, Any]], folder: Path, *, title: str = "finished") -> None:
         """What the run came to; ``history`` as in ``MetricsLog.history``."""
-        table = Table(title="interrupted" if interrupted else "finished", title_justify="left", show_header=False)
+        table = Table(title=title, title_justify="left", show_header=False)
         for name, value in summary_rows(history, folder):
             table.add_row(name, value)
         self._console.print(table)
