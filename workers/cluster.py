@@ -6,6 +6,8 @@ Device numbers count GPUs over all nodes in node order; without GPUs a device is
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +56,13 @@ class Cluster:
         options: dict[str, Any] = {} if address else {"num_cpus": _LOCAL_CPUS, "include_dashboard": False}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
         )  # fmt: skip
+        # Ray's own handlers abort the process in the middle of ending the others.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         here = ray.get_runtime_context().get_node_id()
         nodes = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
         if len(nodes) < num_nodes:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 LOG_VARIABLE = "RLSYNC_WORKER_LOG"
-# "ValueError: text", at the start of a line or behind the prefixes that vLLM's processes put before each of theirs.
-_ERROR_LINE = re.compile(r"^(?:\([^)]*pid=\d+\)\s+)?(?:ERROR [^\]]*\]\s+)?(?P<error>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt): .+)$")
+# What vLLM's processes put before each line of theirs.
+_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s+)?(?:ERROR [^\]]*\]\s?)?")
+# "ValueError: text", or the bare name of an error that says nothing.
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception)(?:: .+)?")
 # These only say that something above them failed.
 _POINTS_ELSEWHERE = ("root cause above", "See stack trace", "Engine core initialization failed", "WorkerProc initialization failed")
 
@@ -47,6 +49,9 @@ def first_error(path: Path, since: int = 0) -> str | None:
         return None
     with path.open("rb") as stream:
         stream.seek(since)
-        lines = stream.read().decode(errors="replace").splitlines()
-    found = (match["error"] for line in lines if (match := _ERROR_LINE.match(line)) is not None)
-    return next((error for error in found if not any(text in error for text in _POINTS_ELSEWHERE)), None)
+        lines = [_PREFIX.sub("", line) for line in stream.read().decode(errors="replace").splitlines()]
+    for number, line in enumerate(lines):
+        if _ERROR.fullmatch(line) is not None and not any(text in line for text in _POINTS_ELSEWHERE):
+            # An error without a message is told by the line of code that raised it.
+            return line if ": " in line or number == 0 else f"{line}: {lines[number - 1].strip()}"
+    return None
