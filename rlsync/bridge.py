@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rlsync.copy.cpu import bind, write_fills
-from rlsync.copy.files import FileWriter, MappedTensors, shard_files, write_index
+from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import Flavour, model_of, supported_architectures
 from rlsync.geometry import Placement, TensorSpec
@@ -145,12 +145,12 @@ class AutoBridge:
             mine = shards.placements[dist.get_rank()]
             source = whole_tensors(str(hf_path), [stored[t.name].spec for t in shards.tensors])
             plan = build_plan(shards.tensors, [source], [mine], allow_cast=True)
-        files = MappedTensors(stored)
-        with torch.no_grad():
+            files = MappedTensors(stored)
+            files.open()
+        with agreed(device=compute_device()), torch.no_grad():
             for bucket in plan.buckets:
                 bind(bucket.copies, files, shards.buffers).run()
             write_fills(mine.fills, shards.buffers)
-        dist.barrier()
 
     def export_weights(
         self, models: Sequence[torch.nn.Module], *, bucket_bytes: int = EXPORT_BUCKET_BYTES
@@ -188,14 +188,18 @@ class AutoBridge:
                 bucket_bytes=EXPORT_BUCKET_BYTES,
             )
             if rank == 0:
-                self._write_small_files(out_dir)
-                write_index(out_dir, files)
+                out_dir.mkdir(parents=True, exist_ok=True)
+                remove_weights(out_dir)
         megatron_model.gather_parameters(models)
         writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
             _write_files(out_dir, mine, tuple(files), exchange, plan)
+        with agreed(device=compute_device()):
+            if rank == 0:
+                self._write_small_files(out_dir)
+                write_index(out_dir, files)
 
     def _check_stored(self, stored: Mapping[str, StoredTensor], folder: Path) -> None:
         """Compare a checkpoint with the table; PlacementError lists missing, unexpected and wrongly shaped tensors at once."""
@@ -220,7 +224,6 @@ class AutoBridge:
 
     def _write_small_files(self, out_dir: Path) -> None:
         """Config, generation config and tokenizer, byte for byte as loaded."""
-        out_dir.mkdir(parents=True, exist_ok=True)
         if self._folder is None:
             (out_dir / "config.json").write_text(json.dumps(self.hf_config, indent=2, default=str) + "\n")
             return

@@ -25,7 +25,15 @@ from rlsync.bridge import AutoBridge
 from rlsync.errors import CheckpointError
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.megatron.state import load_rank_state, load_rank_weights, save_rank_state
+from rlsync.megatron.state import (
+    distributed_optimizer_state,
+    load_rank_weights,
+    rank_state,
+    read_rank_state,
+    restore_distributed_optimizer_state,
+    restore_rank_state,
+    write_rank_state,
+)
 from rlsync.topology import Topology
 from rlsync.transport.agreement import agreed
 
@@ -66,8 +74,10 @@ def save_checkpoint(
         mine.mkdir(parents=True, exist_ok=True)
     if bridge is not None:
         bridge.save_weights(models, folder / HF_FOLDER)
-    save_rank_state(mine, models, step=step, optimizer=optimizer, scheduler=scheduler)
-    dist.barrier()
+    state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
+    parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
+    with agreed(device=compute_device()):
+        write_rank_state(mine, state, parameters)
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
             _write_durably(folder / TRACKER, str(step))
@@ -91,8 +101,11 @@ def load_checkpoint(
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
     if held.complete:
         mine = _shards(folder, held.step) / rank_folder(topology, dist.get_rank())
-        load_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
-        dist.barrier()
+        with agreed(device=compute_device()):
+            state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
+        restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(mine))
+        if optimizer is not None:
+            restore_distributed_optimizer_state(parameters, optimizer)
         return held
     bridge.load_weights(models, _hf_weights(folder))
     if optimizer is not None:
@@ -160,20 +173,21 @@ def tracked_step(actor_folder: Path) -> int:
 def stage_checkpoint(root: Path | str, step: int) -> Path:
     """An empty folder to write checkpoint ``step`` into, invisible to :func:`latest_checkpoint` until it is published."""
     staged = Path(root) / f".global_step_{step}.partial"
+    _recover_replaced(Path(root))
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     return staged
 
 
 def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
-    """Give a complete staged checkpoint its name by one rename, then remove all but the ``keep_last_n`` newest ones.
+    """Give a complete staged checkpoint its name by one rename, then remove those before it but the ``keep_last_n`` newest.
 
     Raises CheckpointError where the staged folder has no tracker. Returns the published folder.
     """
     step = tracked_step(staged / "actor")
     final = staged.parent / f"global_step_{step}"
     if final.exists():
-        # Same step again, after a resume from an older checkpoint: the new one replaces it, and neither is ever half there.
+        # Same step again: a kill between the two renames is undone by _recover_replaced.
         outgoing = staged.parent / f".global_step_{step}.replaced"
         shutil.rmtree(outgoing, ignore_errors=True)
         os.rename(final, outgoing)
@@ -183,7 +197,8 @@ def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
         os.rename(staged, final)
     _sync_folder(staged.parent)
     if keep_last_n is not None:
-        for old in complete_checkpoints(staged.parent)[:-keep_last_n]:
+        until_now = [path for path in complete_checkpoints(staged.parent) if step_of(path) <= step]
+        for old in until_now[:-keep_last_n]:
             # Renamed first, so that a kill in the middle leaves no half checkpoint under a valid name.
             doomed = old.with_name(f".{old.name}.removed")
             os.rename(old, doomed)
@@ -191,20 +206,47 @@ def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
     return final
 
 
+def set_aside_later(root: Path | str, step: int) -> list[Path]:
+    """Take checkpoints after ``step`` out of sight: they are of a history that a run which continues from there leaves.
+
+    Each becomes ``.global_step_N.superseded``. Returns their new paths.
+    """
+    aside = []
+    for path in complete_checkpoints(root):
+        if step_of(path) > step:
+            superseded = path.with_name(f".{path.name}.superseded")
+            shutil.rmtree(superseded, ignore_errors=True)
+            os.rename(path, superseded)
+            aside.append(superseded)
+    return aside
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
 def complete_checkpoints(root: Path | str) -> list[Path]:
     """Published checkpoints of ``root``, oldest step first; unfinished ones are left out."""
-    found = []
-    for path in Path(root).glob("global_step_*"):
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and (path / "actor" / TRACKER).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    named = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted((path for path in named if (path / "actor" / TRACKER).is_file()), key=step_of)
 
 
 def latest_checkpoint(root: Path | str) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
+    _recover_replaced(Path(root))
     found = complete_checkpoints(root)
     return found[-1] if found else None
+
+
+def _recover_replaced(root: Path) -> None:
+    """Give a checkpoint its name back that a kill in the middle of its replacement left without one."""
+    for path in root.glob(".global_step_*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists():
+            os.rename(path, final)
 
 
 def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:

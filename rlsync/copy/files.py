@@ -25,16 +25,24 @@ class MappedTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._stored[name]
-        if entry.file not in self._maps:
-            with entry.file.open("rb") as stream:
-                # A private writable mapping: torch wants writable memory, and nothing reaches the file.
-                self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         dtype = getattr(torch, entry.spec.dtype)
         if entry.spec.size == 0:
             return torch.empty(entry.spec.shape, dtype=dtype)
         return torch.frombuffer(
-            self._maps[entry.file], dtype=dtype, count=entry.spec.size, offset=entry.begin
+            self._map(entry.file), dtype=dtype, count=entry.spec.size, offset=entry.begin
         ).view(entry.spec.shape)  # fmt: skip
+
+    def open(self) -> None:
+        """Map every file now, so that what cannot be opened is found before anything is copied."""
+        for entry in self._stored.values():
+            self._map(entry.file)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                # A private writable mapping: torch wants writable memory, and nothing reaches the file.
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return self._maps[file]
 
     def raw(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, 1-D uint8."""
@@ -86,6 +94,12 @@ def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of an older checkpoint: an index or shard that stayed behind would be read beside the new ones."""
+    for path in (folder / INDEX_NAME, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")):
+        path.unlink(missing_ok=True)
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:

@@ -32,6 +32,9 @@ except ImportError:
 SHM_PREFIX = "/dev/shm/vllm_dist_"
 
 
+_FINISH_S = 5.0
+
+
 def vllm_version() -> str:
     return vllm.__version__
 
@@ -156,7 +159,13 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str)
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
     await llm.start_weight_update()
-    await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+    try:
+        await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+    except Exception:
+        # A worker that committed while another failed would refuse every later update as "already active".
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(llm.finish_weight_update(), _FINISH_S)
+        raise
     if "weight_version" in inspect.signature(llm.finish_weight_update).parameters:  # vLLM >= 0.27
         await llm.finish_weight_update(weight_version)
     else:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.control import BucketEntry
 from rlsync.engine.compat import load_weights, parameters_on_meta, quiet
+from rlsync.geometry import Box, BufferSpec, box_in_buffer, cover
 
 _aten = torch.ops.aten
 _FILLS = (_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)
@@ -112,9 +113,19 @@ class _Recorder(TorchDispatchMode):
         self._regions[_key(target)].add((target.storage_offset(), tuple(target.shape), tuple(target.stride())))
 
     def is_full(self, parameter: torch.Tensor) -> bool:
-        """Whether distinct regions were written that together have the parameter's size."""
-        written = sum(prod(shape) for _, shape, _ in self._regions[_key(parameter)])
-        return written >= parameter.numel()
+        """Whether every element was written."""
+        regions = self._regions[_key(parameter)]
+        if sum(prod(shape) for _, shape, _ in regions) < parameter.numel():
+            return False
+        buffer = BufferSpec("", "", tuple(parameter.shape))
+        boxes = [box_in_buffer(buffer, *region) for region in regions]
+        if None not in boxes:
+            return not cover(Box.whole(buffer.shape), [(box, 0) for box in boxes if box is not None])[1]
+        # Some region is no box of the parameter's shape (a loader that flattens): look at each element.
+        written = torch.zeros(parameter.numel(), dtype=torch.bool)
+        for offset, shape, strides in regions:
+            written.as_strided(shape, strides, offset).fill_(True)
+        return bool(written.all())
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -48,6 +48,7 @@ class Engine:
         self._llm: Any = None
         self._changed = threading.Condition()
         self._state, self._reason, self._until = "dirty", "it is not started", 0.0
+        self._epoch = 0  # grows with each mark_dirty
         self._version: int | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._asleep: frozenset[str] = frozenset()
@@ -174,13 +175,23 @@ class Engine:
         await self._llm.reset_encoder_cache()
 
     def resume(self, version: int, timeout_s: float) -> None:
+        epoch = self._epoch
+        if self._state != "syncing":
+            raise self._refusal()
         self._call(self._llm.resume_generation(), timeout_s)
-        self._version = version
-        self._set("clean")
+        with self._changed:
+            # A call that outlived its sync must not undo mark_dirty.
+            if self._epoch != epoch:
+                raise self._refusal()
+            self._version = version
+            self._set("clean")
 
     def mark_dirty(self, reason: str) -> None:
-        self._set("dirty", reason)
-        self._loop.call_soon_threadsafe(self._cancel_running)
+        with self._changed:
+            self._epoch += 1
+            self._set("dirty", reason)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel_running)
 
     # Memory.
 

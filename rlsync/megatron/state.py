@@ -7,6 +7,7 @@ Must not know how folders are named, staged or tracked. Files hold tensors and p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -52,10 +53,23 @@ def save_rank_state(
     """
     state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
     parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
-    if _writes():
-        torch.save(state, Path(folder, RANK_STATE_FILE))
-        if parameters is not None:
-            torch.save(parameters, Path(folder, DISTRIBUTED_OPTIMIZER_FILE))
+    write_rank_state(folder, state, parameters)
+
+
+def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
+    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned, durably; only the writing rank does. Not collective."""
+    if not _writes():
+        return
+    _write(state, Path(folder, RANK_STATE_FILE))
+    if parameters is not None:
+        _write(parameters, Path(folder, DISTRIBUTED_OPTIMIZER_FILE))
+
+
+def _write(content: Any, path: Path) -> None:
+    with path.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def load_rank_state(
@@ -77,8 +91,30 @@ def load_rank_state(
         CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
             lacks the optimizer or schedule asked for.
     """
+    state, parameters = read_rank_state(folder, models, optimizer=optimizer, scheduler=scheduler)
+    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
+    if optimizer is not None:
+        restore_distributed_optimizer_state(parameters, optimizer)
+    return step
+
+
+def read_rank_state(
+    folder: Path | str,
+    models: Sequence[torch.nn.Module],
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> tuple[dict[str, Any], Sequence[Any] | None]:
+    """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
+
+    Raises:
+        CheckpointError: as ``load_rank_state``.
+    """
     state = _read(Path(folder, RANK_STATE_FILE))
     _check_complete(state, optimizer, scheduler, str(folder))
+    _check_topology(state["topology"], asdict(current_topology(models)), str(folder))
+    for key, model in _keyed(models):
+        _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
     parameters = None
     if optimizer is not None and _distributed_parts(optimizer):
         # Only the first data-parallel rank reads the file; the others take their shards from it.
@@ -86,10 +122,7 @@ def load_rank_state(
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the run that wrote this folder used no distributed optimizer, this one does")
         parameters = _read(path) if _writes() else None
-    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
-    if optimizer is not None:
-        restore_distributed_optimizer_state(parameters, optimizer)
-    return step
+    return state, parameters
 
 
 def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> None:

@@ -39,7 +39,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     folder = Path(folder)
     index = folder / INDEX_NAME
     if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map = _read_index(index)
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         weight_map, files = {}, sorted(folder.glob("*.safetensors"))
@@ -57,6 +57,15 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     if absent:
         raise CheckpointError(f"{index}: lists {len(absent)} tensors that no file holds: {', '.join(absent[:20])}")
     return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: unreadable index ({type(error).__name__}: {error})") from None
+    assert isinstance(weight_map, dict), index
+    return weight_map
 
 
 def _read_header(file: Path) -> list[StoredTensor]:

@@ -15,6 +15,7 @@ from functools import partial
 
 import msgspec
 import torch
+import zmq
 
 from rlsync.control import bytes_needed
 from rlsync.control import messages as m
@@ -117,7 +118,7 @@ class WeightSyncer:
             self._server = CoordinatorServer(self._config.bind_host)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
             self._server.start(self._expected(token, run_id, self._ring))
-        except (RlsyncError, OSError) as error:
+        except (RlsyncError, OSError, zmq.ZMQError) as error:
             return _Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
         return _Invitation(self._server.endpoint, token, run_id)
 
@@ -212,6 +213,9 @@ class WeightSyncer:
         try:
             report = Attempt(self._connection, self._tasks, self._attempt, version).run()
         except BaseException as error:
+            if not isinstance(error, WeightSyncError) and self._peer is not None:
+                # It arose on this rank alone; the others are told instead of left to their deadline.
+                self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
             for engine in self._engines:
                 engine.mark_dirty(str(error))
             raise

@@ -30,15 +30,15 @@ def gather_bytes(payload: bytes, *, device: torch.device, group: dist.ProcessGro
 
 @contextmanager
 def agreed(*, device: torch.device, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a block that contains no collective; an RlsyncError or OSError on any rank is raised on every rank.
+    """Run a block that contains no collective; an exception on any rank is raised on every rank.
 
-    A rank that failed itself raises its own error; the others raise an error of the same type that names the ranks.
-    Collective over the group.
+    A rank that failed itself raises its own exception; the others raise an RlsyncError (of the same type, where it is one of
+    ours) that names the ranks. Collective over the group.
     """
     failure: Exception | None = None
     try:
         yield
-    except (RlsyncError, OSError) as error:
+    except Exception as error:  # whatever it is, the others wait for word of it
         failure = error
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
     said = gather_bytes(text.encode(), device=device, group=group)

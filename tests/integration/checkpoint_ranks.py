@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from rlsync import AutoBridge
 from rlsync import checkpoint as checkpoints
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.parallel import initialize_parallel
@@ -91,13 +92,27 @@ def resume_refused(folder: str, topology: dict[str, int], root: str) -> None:
 
 
 def resume_weights(folder: str, topology: dict[str, int], actor_parent: str) -> None:
+    """Weights that were wiped come back from the HF folder alone, bit for bit; then training goes on."""
     trainer = Trainer(folder, topology)
+    for _, _, _, parameter in iter_parameters(trainer.models):
+        parameter.data.fill_(float("nan"))
     restored = trainer.load(actor_parent)
     assert restored == checkpoints.Restored(7, complete=False)
-    loss = trainer.train()
+    saved = load_file(Path(actor_parent, "actor", "hf_checkpoint", "model.safetensors"))
     exported = dict(trainer.bridge.export_weights(trainer.models))
-    changed = any(not torch.equal(t, torch.zeros_like(t)) for t in exported.values())
-    print("SAID " + json.dumps([loss, changed]), flush=True)
+    assert set(exported) == set(saved) and all(torch.equal(t, saved[name]) for name, t in exported.items())
+    print("SAID " + json.dumps(trainer.train()), flush=True)
+
+
+def resume_truncated(folder: str, topology: dict[str, int], root: str) -> None:
+    """A rank's truncated file is an error on every rank, and no rank's weights changed."""
+    trainer = Trainer(folder, topology)
+    before = [p.clone() for _, _, _, p in iter_parameters(trainer.models)]
+    try:
+        trainer.load(checkpoints.latest_checkpoint(root))
+    except RlsyncError as error:
+        print("SAID " + json.dumps(str(error)), flush=True)
+    assert all(torch.equal(a, p) for a, (_, _, _, p) in zip(before, iter_parameters(trainer.models), strict=True))
 
 
 def killed_while_saving(folder: str, topology: dict[str, int], root: str, die_at: str) -> None:
@@ -109,7 +124,7 @@ def killed_while_saving(folder: str, topology: dict[str, int], root: str, die_at
     original = getattr(checkpoints, die_at)
 
     def die(*args, **kwargs):
-        if die_at == "save_rank_state":  # half of the files are there
+        if die_at == "write_rank_state":  # half of the files are there
             original(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 

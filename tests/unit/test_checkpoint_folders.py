@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from rlsync.checkpoint import complete_checkpoints, latest_checkpoint, publish_checkpoint, stage_checkpoint, tracked_step
+from rlsync.checkpoint import (
+    complete_checkpoints,
+    latest_checkpoint,
+    publish_checkpoint,
+    set_aside_later,
+    stage_checkpoint,
+    tracked_step,
+)
 from rlsync.errors import CheckpointError
 
 
@@ -57,3 +65,40 @@ def test_a_tracker_that_is_no_number_is_an_error(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises(CheckpointError, match="'release' instead of a step number"):
         tracked_step(tmp_path)
+
+
+def test_the_checkpoint_just_written_is_kept_whatever_later_ones_lie_there(tmp_path):
+    """As after a resume from an older step."""
+    for step in (2, 4, 6):
+        publish_checkpoint(staged(tmp_path, step))
+    final = publish_checkpoint(staged(tmp_path, 3), keep_last_n=1)
+    assert final.exists() and [p.name for p in complete_checkpoints(tmp_path)] == ["global_step_3", "global_step_4", "global_step_6"]
+
+
+def test_later_checkpoints_of_another_history_are_set_aside_and_not_lost(tmp_path):
+    for step in (2, 4, 6):
+        publish_checkpoint(staged(tmp_path, step, content=str(step)))
+    aside = set_aside_later(tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == tmp_path / "global_step_2"
+    assert [(p.name, (p / "content").read_text()) for p in aside] == [
+        (".global_step_4.superseded", "4"),
+        (".global_step_6.superseded", "6"),
+    ]
+
+
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path, monkeypatch):
+    publish_checkpoint(staged(tmp_path, 3, content="old"))
+    rename = os.rename
+
+    def die(source, target):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        publish_checkpoint(staged(tmp_path, 3, content="new"))
+    assert complete_checkpoints(tmp_path) == [], "neither has its name"
+    monkeypatch.setattr(os, "rename", rename)
+    newest = latest_checkpoint(tmp_path)
+    assert newest == tmp_path / "global_step_3" and (newest / "content").read_text() == "old"

@@ -1,0 +1,32 @@
+"""What the ranks of ``test_agreement`` do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlsync.errors import PlacementError, RlsyncError
+from rlsync.transport.agreement import agreed, gather_bytes
+
+CPU = torch.device("cpu")
+
+
+def disagree() -> None:
+    """Errors of ours and of others, on one rank, reach all of them; and afterwards the group still works."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    raise_one(PlacementError("two names"), PlacementError)
+    raise_one(ValueError("seven"), RlsyncError if rank == 0 else ValueError)
+    raise_one(OSError(28, "full"), RlsyncError if rank == 0 else OSError)
+    with agreed(device=CPU):
+        pass
+    assert gather_bytes(b"x" * rank, device=CPU) == [b"", b"x"]
+    dist.destroy_process_group()
+
+
+def raise_one(failure: Exception, seen: type[Exception]) -> None:
+    with pytest.raises(seen) as caught, agreed(device=CPU):
+        if dist.get_rank() == 1:
+            raise failure
+    assert dist.get_rank() == 1 or ("rank 1" in str(caught.value) and str(failure) in str(caught.value))
