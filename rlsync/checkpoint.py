@@ -206,14 +206,14 @@ def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
     return final
 
 
-def set_aside_later(root: Path | str, step: int) -> list[Path]:
+def set_aside_later(root: Path | str, step: int, *, but: Path | None = None) -> list[Path]:
     """Take checkpoints after ``step`` out of sight: they are of a history that a run which continues from there leaves.
 
-    Each becomes ``.global_step_N.superseded``. Returns their new paths.
+    ``but`` stays. Each other becomes ``.global_step_N.superseded``. Returns their new paths.
     """
     aside = []
     for path in complete_checkpoints(root):
-        if step_of(path) > step:
+        if step_of(path) > step and path != but:
             superseded = path.with_name(f".{path.name}.superseded")
             shutil.rmtree(superseded, ignore_errors=True)
             os.rename(path, superseded)

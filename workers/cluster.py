@@ -53,12 +53,13 @@ class Cluster:
         else to Ray's session folder.
         """
         address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {} if address else {"num_cpus": _LOCAL_CPUS, "include_dashboard": False}
+        # "local" and not None: Ray would else join whatever cluster it finds traces of on this machine.
+        options: dict[str, Any] = {} if address else {"address": "local", "num_cpus": _LOCAL_CPUS, "include_dashboard": False}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
-            address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
+            **{"address": address, **options}, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}
         )  # fmt: skip
         # Ray's own handlers abort the process in the middle of ending the others.
         if threading.current_thread() is threading.main_thread():

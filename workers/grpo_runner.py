@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 import torch
 
-from rlsync.checkpoint import publish_checkpoint, stage_checkpoint
+from rlsync.checkpoint import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.errors import RlsyncError
 from workers.actor import Example, LogprobDifference
 from workers.cluster import Cluster
@@ -36,6 +36,7 @@ class GrpoRunner:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._saved = False
 
     def run(self) -> None:
         """Train to the end, or until KeyboardInterrupt, after which all processes are gone too.
@@ -119,7 +120,7 @@ class GrpoRunner:
         examples: list[Example] = [
             (tuple(tokenizer(line["prompt"])["input_ids"]), tuple(tokenizer(line["response"])["input_ids"]) + end)
             for path in warm.data_paths
-            for line in map(json.loads, Path(path).read_text().splitlines())
+            for line in map(json.loads, Path(path).open(encoding="utf-8"))
         ]
         order = torch.Generator().manual_seed(self._config.actor.seed)
         picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
@@ -230,7 +231,12 @@ class GrpoRunner:
         self._on_ranks("save", str(staged / "actor"), step)
         (staged / DATA_STATE).parent.mkdir()
         torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
-        publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
+        final = publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
+        if not self._saved:
+            # Until now they were the newest ones; from here on `auto` must not prefer another run's later steps.
+            for path in set_aside_later(final.parent, self._prepared.start_step, but=final):
+                self._screen.note(f"a later checkpoint of an earlier run is set aside: {path}")
+        self._saved = True
 
     def _on_ranks(self, method: str, *arguments: object) -> list:
         return self._crew.on_ranks(method, *arguments)

@@ -133,6 +133,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _in_order(count: int, dp_size: int) -> list[list[int]]:
+    assert count % dp_size == 0, "validate_world refuses it"
     size = count // dp_size
     return [list(range(rank * size, (rank + 1) * size)) for rank in range(dp_size)]
 

@@ -16,17 +16,22 @@ def disagree() -> None:
     """Errors of ours and of others, on one rank, reach all of them; and afterwards the group still works."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    raise_one(PlacementError("two names"), PlacementError)
-    raise_one(ValueError("seven"), RlsyncError if rank == 0 else ValueError)
-    raise_one(OSError(28, "full"), RlsyncError if rank == 0 else OSError)
+    fail_on_rank_one(PlacementError("two names"), PlacementError)
+    fail_on_rank_one(ValueError("seven"), RlsyncError if rank == 0 else ValueError)
+    fail_on_rank_one(OSError(28, "full"), RlsyncError if rank == 0 else OSError)
     with agreed(device=CPU):
         pass
     assert gather_bytes(b"x" * rank, device=CPU) == [b"", b"x"]
     dist.destroy_process_group()
 
 
-def raise_one(failure: Exception, seen: type[Exception]) -> None:
-    with pytest.raises(seen) as caught, agreed(device=CPU):
+def fail_on_rank_one(failure: Exception, seen: type[Exception]) -> None:
+    with pytest.raises(seen) as caught:
+        enter(failure)
+    assert dist.get_rank() == 1 or ("rank 1" in str(caught.value) and str(failure) in str(caught.value))
+
+
+def enter(failure: Exception) -> None:
+    with agreed(device=CPU):
         if dist.get_rank() == 1:
             raise failure
-    assert dist.get_rank() == 1 or ("rank 1" in str(caught.value) and str(failure) in str(caught.value))

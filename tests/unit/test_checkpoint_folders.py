@@ -78,8 +78,9 @@ def test_the_checkpoint_just_written_is_kept_whatever_later_ones_lie_there(tmp_p
 def test_later_checkpoints_of_another_history_are_set_aside_and_not_lost(tmp_path):
     for step in (2, 4, 6):
         publish_checkpoint(staged(tmp_path, step, content=str(step)))
-    aside = set_aside_later(tmp_path, 2)
-    assert latest_checkpoint(tmp_path) == tmp_path / "global_step_2"
+    final = publish_checkpoint(staged(tmp_path, 3))
+    aside = set_aside_later(tmp_path, 2, but=final)
+    assert latest_checkpoint(tmp_path) == final
     assert [(p.name, (p / "content").read_text()) for p in aside] == [
         (".global_step_4.superseded", "4"),
         (".global_step_6.superseded", "6"),

@@ -68,6 +68,12 @@ def validate_world(config: RunConfig, actor_world_size: int) -> int:
         found.append(f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by the data-parallel size ({dp_size})")
     batch, micro = config.actor.global_batch_size, config.actor.micro_batch_size
     assert batch is not None and micro is not None, "load_config derives both"
+    if batch % dp_size:
+        found.append(
+            f"actor.global_batch_size ({batch}), the samples of a mini-batch, must be divisible by the data-parallel size ({dp_size})"
+        )
+    if config.warm_start is not None and config.warm_start.batch_size < dp_size:
+        found.append(f"warm_start.batch_size ({config.warm_start.batch_size}) must be at least the data-parallel size ({dp_size})")
     if not config.runner.enable_dynamic_batch_size and batch % (micro * dp_size):
         found.append(
             f"actor.global_batch_size ({batch}) must be divisible by actor.micro_batch_size x data-parallel size ({micro} x {dp_size})"

@@ -1,0 +1,81 @@
+"""States of an engine handle when calls come late. vLLM itself is replaced by one that answers when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from rlsync.engine.handle import Engine
+from rlsync.errors import EngineDirtyError
+
+
+class SlowLLM:
+    """``resume_generation`` waits for ``gate``."""
+
+    def __init__(self) -> None:
+        self.gate, self.entered = threading.Event(), threading.Event()
+
+    async def pause_generation(self, **_: object) -> None: ...
+
+    async def resume_generation(self) -> None:
+        self.entered.set()
+        await asyncio.to_thread(self.gate.wait)
+
+
+@pytest.fixture
+def engine():
+    made = Engine("e", {})
+    made._llm = SlowLLM()
+    made._thread = threading.Thread(target=made._loop.run_forever, daemon=True)
+    made._thread.start()
+    yield made
+    made._loop.call_soon_threadsafe(made._loop.stop)
+    made._thread.join()
+    if not made._loop.is_closed():
+        made._loop.close()
+
+
+def test_a_resume_that_outlives_its_sync_does_not_clean_a_dirty_engine(engine):
+    engine.pause("abort", 5)
+    failures: list[BaseException] = []
+
+    def resume() -> None:
+        try:
+            engine.resume(7, 5)
+        except EngineDirtyError as error:
+            failures.append(error)
+
+    late = threading.Thread(target=resume)
+    late.start()
+    assert engine._llm.entered.wait(5)
+    engine.mark_dirty("the deadline passed")
+    engine._llm.gate.set()
+    late.join(5)
+    assert engine.state == "dirty" and engine.version is None and "the deadline passed" in str(failures[0])
+
+
+def test_a_resume_of_an_engine_that_is_not_syncing_is_refused(engine):
+    engine.mark_dirty("its sync failed")
+    engine._llm.gate.set()
+    with pytest.raises(EngineDirtyError, match="its sync failed"):
+        engine.resume(7, 5)
+
+
+def test_a_resume_in_time_makes_it_clean(engine):
+    engine.pause("abort", 5)
+    engine._llm.gate.set()
+    engine.resume(7, 5)
+    assert (engine.state, engine.version) == ("clean", 7)
+
+
+def test_marking_a_closed_engine_dirty_says_nothing(engine):
+    engine._loop.call_soon_threadsafe(engine._loop.stop)
+    engine._thread.join()
+    engine._loop.close()
+    engine.mark_dirty("too late")
+    assert engine.state == "dirty"
+    engine._thread = threading.Thread(target=lambda: None)
+    engine._thread.start()
+    engine._loop = asyncio.new_event_loop()
