@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import ray
@@ -76,9 +77,10 @@ def _translated(call: Call, error: ray.exceptions.RayError) -> RlsyncError:
     if isinstance(error, ray.exceptions.RayTaskError):
         if isinstance(error.cause, RlsyncError):
             return error.cause
+        # The frames alone: what stands before is Ray's own, the last line repeats the error.
+        frames = "\n".join(dropwhile(lambda line: not line.startswith("  File"), str(error).splitlines()[:-1]))
         return RlsyncError(
-            f"{worker.name} failed in {call.method}: {type(error.cause).__name__}: {error.cause}\n"
-            f"{error.traceback_str.strip()}\nits log: {worker.log}"
+            f"{worker.name} failed in {call.method}: {type(error.cause).__name__}: {error.cause}\n{frames}\nits log: {worker.log}"
         )
     if getattr(error, "actor_init_failed", False):
         return RlsyncError(f"{worker.name} could not be created: {error}\nits log: {worker.log}")

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -19,19 +20,26 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def main(composed: DictConfig) -> None:
     _keep_the_screen_for_the_run()
     # Only now: importing them already prints.
-    from rlsync.errors import RlsyncError
     from workers.config import load_config
     from workers.grpo_runner import GrpoRunner
 
+    sys.exit(exit_code(lambda: GrpoRunner(load_config(composed)).run()))
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """What a run comes to: 0, 1 after an error that it explains, 130 after Ctrl-C, 143 after SIGTERM."""
+    from rlsync.errors import RlsyncError
+
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        GrpoRunner(load_config(composed)).run()
+        run()
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def _keep_the_screen_for_the_run() -> None:

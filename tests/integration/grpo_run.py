@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
+from examples.reasoning.main_grpo import exit_code
 from workers.config import lenient_overrides, load_config, register_resolvers
 from workers.grpo_runner import GrpoRunner
 
@@ -43,4 +44,4 @@ if __name__ == "__main__":
         composed = compose("arithmetic-grpo-megatron", overrides=lenient_overrides(overrides))
     if placement is not None:
         composed.cluster.component_placement = placement
-    RUNNERS[fault](load_config(composed)).run()
+    sys.exit(exit_code(lambda: RUNNERS[fault](load_config(composed)).run()))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -48,6 +49,27 @@ def run(command: list[str], folder: Path, *overrides: str) -> str:
     return output
 
 
+def strike(
+    process: subprocess.Popen, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
+) -> int:
+    """Send a signal to one process of a run when ``steps`` lines are in its metrics; the exit code, once nothing of the run is left."""
+    deadline = time.monotonic() + 200
+    while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) > 4, (folder / "output.log").read_text()[-4000:]
+        victim([psutil.Process(process.pid), *family]).send_signal(number)
+        code = process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, [p.cmdline() for p in alive]
+    assert not list(Path("/dev/shm").glob("rlsync*"))
+    return code
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """Eight steps with a checkpoint after the fourth and at the end."""
@@ -65,13 +87,6 @@ def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
     assert all(line["sync/bytes"] > 0 and line["sync/gb_per_s"] > 0 for line in lines)
 
 
-def test_without_sync_engines_and_actor_part(tmp_path):
-    """The negative control of the line above: the measure is not blind."""
-    run([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=5", "runner.save_interval=-1")
-    differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
-    assert differences[0] <= 1e-3 < differences[-1], differences
-
-
 def test_results_are_where_users_look_for_them(finished):
     folder, output = finished
     found = {path.name for path in (folder / "run").iterdir()}
@@ -86,24 +101,25 @@ def test_results_are_where_users_look_for_them(finished):
     assert json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])["time/sync_weights"] > 0
 
 
-def test_steps_after_a_resume_equal_those_of_the_uninterrupted_run(finished, tmp_path):
+def test_a_resumed_run_goes_on_alike_until_its_engine_is_killed_which_it_says(finished, tmp_path):
+    """Two claims on one run: the steps after a resume equal the uninterrupted ones, and a lost engine is one clear error."""
     shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
     shutil.copytree(finished[0] / "world", tmp_path / "world")
-    run(SCRIPT, tmp_path, "runner.max_steps=6", "runner.resume_dir=auto", "+actor.megatron.mbridge=True")
-    whole, resumed = read_metrics(finished[0] / "run")[4:6], read_metrics(tmp_path / "run")
+    process = start(SCRIPT, tmp_path, "runner.max_steps=16", "runner.resume_dir=auto", "+actor.megatron.mbridge=True")
+    core = "VLLM::EngineCore"
+    code = strike(process, tmp_path, 3, lambda family: next(p for p in family if core in p.cmdline()), signal.SIGKILL)
+    output = (tmp_path / "output.log").read_text()
+    assert code == 1 and "error: " in output and "engine 0" in output.split("error: ")[1], output[-4000:]
+    assert "worker_logs" in output and "ray::" not in output and "Traceback" not in output, output[-4000:]
+    whole, resumed = read_metrics(finished[0] / "run")[4:7], read_metrics(tmp_path / "run")[:3]
+    assert [line["step"] for line in resumed] == [5, 6, 7]
     assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
 
 
-def test_an_interrupt_ends_every_process_and_leaves_no_checkpoint_half_done(tmp_path):
-    process = start(SCRIPT, tmp_path, "runner.max_steps=200", "runner.save_interval=2")
-    metrics, deadline = tmp_path / "run", time.monotonic() + 200
-    while len(read_metrics(metrics)) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) > 4, (tmp_path / "output.log").read_text()[-4000:]
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130, (tmp_path / "output.log").read_text()[-4000:]
-    _, alive = psutil.wait_procs(family, timeout=15)
-    assert not alive, [p.cmdline() for p in alive]
+def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(tmp_path):
+    """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
+    process = start([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=16")
+    assert strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT) == 130
+    differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
+    assert differences[0] <= 1e-3 < differences[-1], differences
     assert "interrupted" in (tmp_path / "output.log").read_text()
-    assert not list(Path("/dev/shm").glob("rlsync*"))
