@@ -401,7 +401,8 @@ def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(en
     segments = _segments(psutil.Process().children(recursive=True))
     with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
         syncer.connect()
-        syncer._source.on_fill = lambda bucket: worker.suspend() if bucket == 1 else None  # type: ignore[attr-defined]
+        # Of two slots the third bucket finds one free only when the worker has begun to load.
+        syncer._source.on_fill = lambda bucket: worker.suspend() if bucket == 2 else None  # type: ignore[attr-defined]
         with pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "b"
