@@ -1,0 +1,112 @@
+"""Claims about how the samples of a step are dealt and put into tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.algorithms import group_advantages
+from workers.samples import Sample, Share, collate, deal, with_advantages
+
+
+def sample(prompt: int, response: int, reward: float = 0.0, number: int = 0) -> Sample:
+    """A sample with these numbers of tokens; its first token id is its number."""
+    return Sample(
+        prompt_ids=(number, *range(1, prompt)),
+        response_ids=tuple(range(100, 100 + response)),
+        engine_logprobs=tuple(-0.5 * (i + 1) for i in range(response)),
+        finished=True,
+        version=0,
+        reward=reward,
+    )
+
+
+def numbers(share: Share) -> list[list[list[int]]]:
+    return [[[s.prompt_ids[0] for s in micro] for micro in update] for update in share.updates]
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=4, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(LENGTHS, min_size=2, max_size=6), dp_size=st.sampled_from([1, 2, 4]), balance=st.booleans(),
+    max_tokens=st.one_of(st.none(), st.integers(15, 40)), seed=st.one_of(st.none(), st.integers(0, 9)),
+)  # fmt: skip
+def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, seed) -> None:
+    samples = [sample(p, r, number=i) for i, (p, r) in enumerate(pair for group in groups for pair in group)]
+    shares = deal(
+        samples, dp_size=dp_size, num_updates=1, micro_batch_size=3, max_tokens=max_tokens, balance=balance, shuffle_seed=seed
+    )  # fmt: skip
+    dealt = Counter(n for share in shares for update in numbers(share) for micro in update for n in micro)
+    assert dealt == Counter(range(len(samples)))
+    # Replicas run in step: as many microbatches each, and the same divisors.
+    assert len({len(update) for share in shares for update in share.updates}) == 1
+    assert len({(share.num_tokens, share.num_sequences) for share in shares}) == 1
+    assert shares[0].num_tokens == (sum(len(s.response_ids) for s in samples),)
+    assert shares[0].num_sequences == (sum(1 for s in samples if s.response_ids),)
+    if max_tokens is not None:
+        assert all(sum(s.length for s in micro) <= max_tokens for share in shares for update in share.updates for micro in update)
+
+
+def test_the_deal_keeps_the_order_without_balance_and_shuffling() -> None:
+    shares = deal([sample(2, 2, number=i) for i in range(16)], dp_size=2, num_updates=2, micro_batch_size=3)
+    assert numbers(shares[0]) == [[[0, 1, 2], [3]], [[8, 9, 10], [11]]]
+    assert numbers(shares[1]) == [[[4, 5, 6], [7]], [[12, 13, 14], [15]]]
+
+
+def test_balance_evens_out_tokens() -> None:
+    lengths = [40, 38, 36, 34, 2, 2, 2, 2]
+    plain, balanced = (
+        deal([sample(1, n, number=i) for i, n in enumerate(lengths)], dp_size=2, num_updates=1, micro_batch_size=4, balance=balance)
+        for balance in (False, True)
+    )
+    assert spread(plain) > 100 > 10 > spread(balanced)
+
+
+def spread(shares: Sequence[Share]) -> int:
+    tokens = [sum(s.length for s in share.samples) for share in shares]
+    return max(tokens) - min(tokens)
+
+
+def test_shuffling_depends_on_its_seed_alone() -> None:
+    samples = [sample(2, 2, number=i) for i in range(16)]
+    first, again, other = (numbers(deal(samples, dp_size=1, num_updates=2, micro_batch_size=8, shuffle_seed=seed)[0]) for seed in (0, 0, 1))
+    assert first == again != other
+    assert first != numbers(deal(samples, dp_size=1, num_updates=2, micro_batch_size=8)[0]), "seed 0 shuffles too"
+
+
+def test_a_share_can_be_cut_anew_in_the_order_of_its_updates() -> None:
+    (share,) = deal([sample(2, 2, number=i) for i in range(8)], dp_size=1, num_updates=2, micro_batch_size=3, shuffle_seed=4)
+    order = [s.prompt_ids[0] for s in share.samples]
+    assert [n for update in numbers(share) for micro in update for n in micro] == order
+    assert [[s.prompt_ids[0] for s in cut] for cut in share.cuts(5)] == [order[:5], order[5:]]
+    assert [len(cut) for cut in share.cuts(None)] == [3, 1, 3, 1]
+
+
+def test_collate_puts_scores_where_their_tokens_are() -> None:
+    batch = collate([sample(2, 3, number=7), sample(4, 0, number=8), sample(1, 1, number=9)])
+    assert batch["tokens"].tolist() == [[7, 1, 100, 101, 102], [8, 1, 2, 3, 0], [9, 100, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[False, False, True, True, True], [False] * 5, [False, True, False, False, False]]
+    assert batch["engine_logprobs"].tolist() == [[0, 0, -0.5, -1.0, -1.5], [0] * 5, [0, -0.5, 0, 0, 0]]
+    assert batch["advantages"].shape == (3, 1)
+
+
+def test_whitening_weighs_a_response_by_its_tokens() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    samples = [sample(1, i + 1, reward=r) for i, r in enumerate(rewards.tolist())]
+    whitened = with_advantages(samples, 4, normalize=True)
+    tokens = torch.tensor([s.advantage for s in whitened for _ in s.response_ids], dtype=torch.float64)
+    assert tokens.mean().abs() < 1e-6 and abs(tokens.std().item() - 1) < 1e-5
+    plain = torch.tensor([s.advantage for s in with_advantages(samples, 4, normalize=False)])
+    assert torch.equal(plain, group_advantages(rewards, 4))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equal_rewards_give_no_advantage(normalize: bool) -> None:
+    assert all(s.advantage == 0 for s in with_advantages([sample(1, 2, reward=1.0)] * 8, 4, normalize=normalize))
