@@ -1,0 +1,129 @@
+"""Claims about what is refused, and what is said, before any process of a run starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.errors import CheckpointError, ConfigError
+from workers.arithmetic import ArithmeticRecipe, build_world
+from workers.config import RunConfig, load_config
+from workers.preparation import DATA_STATE, prepare
+
+RECIPE = ArithmeticRecipe(
+    seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=1
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("world") / "world"
+    build_world(path, RECIPE)
+    return path
+
+
+def config(world: Path, root: Path, **sections: dict[str, Any]) -> RunConfig:
+    values: dict[str, Any] = {
+        "cluster": {"component_placement": {"actor": "0-1", "rollout,reward": "2"}},
+        "runner": {"seq_length": 16, "experiment_name": "run", "output_dir": str(root)},
+        "algorithm": {"group_size": 2},
+        "rollout": {"model": {"model_path": str(world / "model")}},
+        "data": {"train_data_paths": [str(world / "train.jsonl")], "max_prompt_length": 8, "rollout_batch_size": 4},
+        "actor": {"model": {"precision": "fp32", "tensor_model_parallel_size": 2}, "megatron": {"mbridge": True}},
+    }
+    for section, keys in sections.items():
+        target = values["actor"] if section in ("model", "megatron") else values
+        target[section] = {**target[section], **keys}
+    return load_config(values)
+
+
+def checkpoint(root: Path, step: int, *parts: str) -> Path:
+    """The names of a checkpoint; nobody reads further here."""
+    folder = root / "run" / "checkpoints" / f"global_step_{step}"
+    for part in parts:
+        (folder / "actor" / part).mkdir(parents=True)
+    (folder / "actor" / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
+
+
+TP2_SHARDS = ("iter_0000003/mp_rank_00", "iter_0000003/mp_rank_01")
+
+
+def test_a_fresh_run_starts_at_the_first_step(world, tmp_path) -> None:
+    prepared = prepare(config(world, tmp_path))
+    assert (prepared.resume, prepared.start_step, prepared.notes) == (None, 0, ())
+    assert len(prepared.loader) == 64 // 4 and prepared.stop_ids == (2,)
+
+
+@pytest.mark.parametrize("named", ["nowhere", "run/checkpoints"])
+def test_a_folder_that_is_no_checkpoint_is_refused(world, tmp_path, named) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="does not exist, or has no actor/ folder"):
+        prepare(config(world, tmp_path, runner={"resume_dir": str(tmp_path / named)}))
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused_and_not_chosen(world, tmp_path) -> None:
+    folder = checkpoint(tmp_path, 3, *TP2_SHARDS)
+    (folder / "actor" / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        prepare(config(world, tmp_path, runner={"resume_dir": str(folder)}))
+    assert prepare(config(world, tmp_path, runner={"resume_dir": "auto"})).resume is None
+
+
+def test_another_layout_is_refused_with_both_sizes(world, tmp_path) -> None:
+    checkpoint(tmp_path, 3, *TP2_SHARDS)
+    with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size 2, pipeline_model_parallel_size 1; this run has 1, 1"):
+        prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, model={"tensor_model_parallel_size": 1}))
+
+
+def test_auto_takes_the_newest_and_says_that_its_data_position_is_missing(world, tmp_path) -> None:
+    checkpoint(tmp_path, 2, "iter_0000002/mp_rank_00", "iter_0000002/mp_rank_01")
+    folder = checkpoint(tmp_path, 3, *TP2_SHARDS)
+    prepared = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
+    assert (prepared.resume, prepared.start_step) == (folder, 3)
+    assert [note.split(":")[0] for note in prepared.notes] == ["warning"] and "data" in prepared.notes[0]
+
+
+@pytest.mark.parametrize("name", ["hf_model", "hf_checkpoint"])
+def test_hf_weights_alone_are_resumed_under_any_layout_with_a_warning(world, tmp_path, name) -> None:
+    checkpoint(tmp_path, 5, name)
+    prepared = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, model={"tensor_model_parallel_size": 1}))
+    assert prepared.start_step == 5 and "optimizer and schedule start anew at step 5" in prepared.notes[0]
+
+
+def test_the_data_goes_on_where_it_was_and_other_data_is_refused(world, tmp_path) -> None:
+    whole = [prompt.index for batch in prepare(config(world, tmp_path)).loader for prompt in batch]
+    loader = prepare(config(world, tmp_path)).loader
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    state = checkpoint(tmp_path, 3, *TP2_SHARDS) / DATA_STATE
+    state.parent.mkdir()
+    torch.save(loader.state_dict(), state)
+    resumed = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
+    assert resumed.notes == () and [p.index for batch in resumed.loader for p in batch] == whole[12:]
+    with pytest.raises(CheckpointError, match="rollout_batch_size 4 -> 8"):
+        prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, data={"rollout_batch_size": 8}))
+
+
+def test_without_hf_weights_a_run_needs_a_checkpoint_that_is_there(world, tmp_path) -> None:
+    without = {"use_hf_ckpt": False}
+    with pytest.raises(ConfigError, match=r"megatron_checkpoint is required if use_hf_ckpt is False.*found no complete checkpoint"):
+        prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"}))
+    checkpoint(tmp_path, 3, *TP2_SHARDS)
+    assert prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"})).start_step == 3
+    with pytest.raises(ConfigError, match="kl_beta is not 0"):
+        prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"}, algorithm={"kl_beta": 0.1}))
+    with pytest.raises(CheckpointError, match="is missing"):
+        prepare(config(world, tmp_path, megatron=without, model={"megatron_checkpoint": str(tmp_path / "nowhere")}))
+
+
+def test_a_model_path_without_a_config_is_refused(world, tmp_path) -> None:
+    found = config(world, tmp_path)
+    model = replace(found.rollout.model, model_path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        prepare(replace(found, rollout=replace(found.rollout, model=model)))
