@@ -47,20 +47,22 @@ class Cluster:
 
     @classmethod
     def start(cls, num_nodes: int = 1, *, log_folder: Path | None = None) -> Cluster:
-        """Join the cluster RAY_ADDRESS names, or start one on this machine. ConfigError when nodes are missing.
+        """Join the cluster that RAY_ADDRESS names, or with several nodes the one running here, or else start one on this machine.
 
         With ``log_folder`` (visible to all nodes) what an actor and its children print goes to ``<log_folder>/<name>.log``,
-        else to Ray's session folder.
+        else to Ray's session folder. Raises ConfigError when there is no such cluster or nodes are missing.
         """
-        address = os.environ.get("RAY_ADDRESS")
-        # "local" and not None: Ray would else join whatever cluster it finds traces of on this machine.
-        options: dict[str, Any] = {} if address else {"address": "local", "num_cpus": _LOCAL_CPUS, "include_dashboard": False}
+        address = os.environ.get("RAY_ADDRESS", "auto" if num_nodes > 1 else "local")
+        options: dict[str, Any] = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False} if address == "local" else {}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            **{"address": address, **options}, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}
-        )  # fmt: skip
+        try:
+            ray.init(
+                address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
+            )  # fmt: skip
+        except ConnectionError as error:
+            raise ConfigError(f"no Ray cluster at {address} ({error}); start Ray on all nodes and set RAY_ADDRESS") from None
         # Ray's own handlers abort the process in the middle of ending the others.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
