@@ -23,7 +23,7 @@ from workers.data import Prompt
 from workers.metrics import MetricsLog
 from workers.preparation import DATA_STATE, prepare, run_folder
 from workers.reward import RewardScale, VerifierPool
-from workers.rollout import sampling_arguments
+from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import rollout_metrics
 from workers.samples import Sample, Share, deal, with_advantages
 from workers.screen import Screen
@@ -76,8 +76,14 @@ class GrpoRunner:
             self._validate_weights()
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
+        if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
+            self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
         self._on_ranks("begin", None if prepared.resume is None else str(prepared.resume / "actor"))
         crew.connect()
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._prepared.hf_config["vocab_size"])
 
     def _open_log(self) -> MetricsLog:
         config = self._config
@@ -182,13 +188,12 @@ class GrpoRunner:
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, next to each other; prompts are spread over the engines."""
-        vocab_size = int(self._prepared.hf_config["vocab_size"])
-        sampling = sampling_arguments(self._config, vocab_size=vocab_size, stop_token_ids=self._prepared.stop_ids)
+        sampling = sampling_arguments(self._config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids)
         groups = self._crew.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
             Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version)
             for prompt, group in zip(prompts, groups, strict=True)
-            for c in group
+            for c in group * (self._config.algorithm.group_size // len(group))
         ]
         if self._config.rollout.print_outputs:
             self._screen.note(f"{self._decoded(samples[0].prompt_ids)} -> {self._decoded(samples[0].response_ids)}")

@@ -203,9 +203,11 @@ def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mappin
 
 
 def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the updates that have a number: a skipped update has no gradient norm."""
     if not updates:
         return {}
-    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    numbers = {name: [update[name] for update in updates if not math.isnan(update[name])] for name in updates[0]}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in numbers.items()}
 
 
 def _json_number(value: float) -> float | None:

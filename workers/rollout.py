@@ -140,11 +140,11 @@ def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
 
 
 def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Fields of ``vllm.SamplingParams`` for the rollouts of a run, ``n`` samples a prompt."""
+    """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same."""
     sampling = config.algorithm.sampling_params
     greedy = not sampling.do_sample
     return {
-        "n": config.algorithm.group_size,
+        "n": 1 if greedy else config.algorithm.group_size,
         "temperature": 0.0 if greedy else sampling.temperature,
         "top_k": 0 if sampling.top_k >= vocab_size else sampling.top_k,
         "top_p": sampling.top_p,
@@ -155,3 +155,15 @@ def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Se
         "logprobs": 0 if config.rollout.return_logprobs else None,
         "detokenize": config.rollout.detokenize,
     }
+
+
+def reshaping(config: RunConfig, *, vocab_size: int) -> tuple[str, ...]:
+    """Sampling keys that make the engines draw from another distribution than the actor scores: their log-probabilities differ then."""
+    sampling = config.algorithm.sampling_params
+    found = {
+        "top_k": 0 < sampling.top_k < vocab_size,
+        "top_p": sampling.top_p < 1,
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "min_new_tokens": sampling.min_new_tokens > 0,
+    }
+    return tuple(name for name, does in found.items() if does)

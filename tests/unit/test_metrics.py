@@ -37,6 +37,13 @@ def test_each_step_is_one_complete_line_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_skipped_update_leaves_the_means_to_the_others(tmp_path: Path) -> None:
+    with MetricsLog(logger_config(tmp_path), {}) as log:
+        updates = [{"actor/grad_norm": math.nan, "actor/update_success": 0.0}, {"actor/grad_norm": 3.0, "actor/update_success": 1.0}]
+        written = log.log(1, {}, training=updates)
+    assert written == {"actor/training/actor/grad_norm": 3.0, "actor/training/actor/update_success": 0.5}
+
+
 def test_the_resolved_config_is_written_and_loads_again(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
