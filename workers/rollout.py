@@ -161,8 +161,8 @@ def reshaping(config: RunConfig, *, vocab_size: int) -> tuple[str, ...]:
     """Sampling keys that make the engines draw from another distribution than the actor scores: their log-probabilities differ then."""
     sampling = config.algorithm.sampling_params
     found = {
-        "top_k": 0 < sampling.top_k < vocab_size,
-        "top_p": sampling.top_p < 1,
+        "top_k": sampling.do_sample and 0 < sampling.top_k < vocab_size,
+        "top_p": sampling.do_sample and sampling.top_p < 1,
         "repetition_penalty": sampling.repetition_penalty != 1,
         "min_new_tokens": sampling.min_new_tokens > 0,
     }
