@@ -111,7 +111,8 @@ def begin_with(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
     """The weights that ``setup`` gives in each case, whether it converted, and whether an optimizer built on them trains."""
     found = []
     for case in cases:
-        config = run_config(folder, case)
+        sections = {name: keys for name, keys in case.items() if name != "folder"}
+        config = run_config(case.get("folder", folder), sections)
         origin = Path(config.actor.megatron.ckpt_convertor.save_path, initial_weights.ORIGIN)
         before = origin.stat().st_mtime_ns if origin.is_file() else None
         actor = start(config)

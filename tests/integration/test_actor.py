@@ -105,21 +105,18 @@ def test_a_microbatch_far_off_the_old_policy_adds_nothing(given):
 
 def test_initial_weights_are_the_same_from_every_source_and_converted_once(given, tmp_path):
     """Read from HF; converted, also where a conversion was killed; from that conversion under other replicas and layouts."""
-    given = {**given, "folder": str(save_tiny_model(tmp_path / "hf", "qwen2", tied=True, seed=3))}
+    other = str(save_tiny_model(tmp_path / "other", "qwen2", tied=True, seed=4))
     once = {"actor.megatron": {"mbridge": False}, "actor.megatron.ckpt_convertor": {"save_path": str(tmp_path / "converted")}}
     with pytest.raises(AssertionError, match="exit -9"):
         run_ranks(1, RANKS, "die_while_converting", case=once, folder=given["folder"])
-    killed, direct, second = begin(1, given, once, {}, once)
-    assert killed["digest"] == direct["digest"] == second["digest"]
+    killed, direct, second, changed = begin(1, given, once, {}, once, {**once, "folder": other})
+    assert killed["digest"] == direct["digest"] == second["digest"] != changed["digest"]
     assert [one["converted"] for one in (killed, direct, second)] == [True, False, False]
+    assert changed["converted"], "other weights must not be taken for those converted before"
     named = {"actor.megatron": {"use_hf_ckpt": False}, "actor.model": {"megatron_checkpoint": str(tmp_path / "converted")}}
-    replicas, layout = begin(2, given, named, {**once, "actor.model": TP2})
-    assert replicas["digest"] == layout["digest"] == direct["digest"]
+    replicas, layout = begin(2, given, named, {**once, "actor.model": TP2, "folder": other})
+    assert replicas["digest"] == layout["digest"] == changed["digest"]
     assert layout["converted"], "each layout needs a conversion of its own"
-    # Other weights under the same path must not be missed.
-    save_tiny_model(given["folder"], "qwen2", tied=True, seed=4)
-    (other,) = begin(1, given, once)
-    assert other["converted"] and other["digest"] != direct["digest"]
 
 
 def begin(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> list[dict[str, Any]]:
