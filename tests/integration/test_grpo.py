@@ -33,6 +33,8 @@ def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen
     return subprocess.Popen(
         [*command, *SMALL, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
         cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        # Whoever runs the tests in the background ignores SIGINT, and so would the run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -71,6 +73,13 @@ def strike(
     return code
 
 
+def engine_core(family: list[psutil.Process]) -> psutil.Process:
+    titles = {p: " ".join(p.cmdline()) for p in family if p.is_running()}
+    found = [p for p, title in titles.items() if "EngineCore" in title]
+    assert found, sorted(titles.values())
+    return found[0]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """Eight steps with a checkpoint after the fourth and at the end."""
@@ -107,8 +116,7 @@ def test_a_resumed_run_goes_on_alike_until_its_engine_is_killed_which_it_says(fi
     shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
     shutil.copytree(finished[0] / "world", tmp_path / "world")
     process = start(SCRIPT, tmp_path, "runner.max_steps=16", "runner.resume_dir=auto", "+actor.megatron.mbridge=True")
-    core = "VLLM::EngineCore"
-    code = strike(process, tmp_path, 3, lambda family: next(p for p in family if core in p.cmdline()), signal.SIGKILL)
+    code = strike(process, tmp_path, 3, engine_core, signal.SIGKILL)
     output = (tmp_path / "output.log").read_text()
     assert code == 1 and "error: " in output and "engine 0" in output.split("error: ")[1], output[-4000:]
     assert "worker_logs" in output and "ray::" not in output and "Traceback" not in output, output[-4000:]
