@@ -7,7 +7,7 @@ Rank order follows Megatron-Core's default ``tp-cp-ep-dp-pp``: tp varies fastest
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rlsync.errors import ConfigError
 
@@ -62,10 +62,6 @@ class Topology:
             etp_rank=inner % self.etp_size,
             ep_rank=inner // self.etp_size % self.ep_size,
         )
-
-    def replica(self, **changes: int) -> Topology:
-        """The same topology with some sizes changed."""
-        return replace(self, **changes)
 
     def layers_of(self, num_layers: int, pp_rank: int, vpp_rank: int = 0) -> range:
         """Global indices (0-based) of the transformer layers of one virtual chunk.

@@ -7,7 +7,7 @@ nor the model; the tokenizer is any Hugging Face tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,8 +245,3 @@ class PromptLoader:
     def _identity(self) -> dict[str, int]:
         order = self._order
         return {"num_problems": order.num_items, "rollout_batch_size": order.batch_size, "seed": order.seed, "shuffle": int(order.shuffle)}
-
-
-def repeat_groups(prompts: Iterable[Prompt], group_size: int) -> list[Prompt]:
-    """Each prompt ``group_size`` times in a row: the order in which ``group_advantages`` expects its samples."""
-    return [prompt for prompt in prompts for _ in range(group_size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,9 +59,6 @@ class RolloutEngine:
             raise RlsyncError(
                 f"engine {self._engine.engine_id} could not {what}: {type(error).__name__}: {error}{cause}\nits log: {log}"
             ) from error
-
-    def process_id(self) -> int:
-        return os.getpid()
 
     def close(self) -> None:
         self._engine.close()

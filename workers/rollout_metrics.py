@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 
 def rollout_metrics(
@@ -32,22 +31,3 @@ def rollout_metrics(
         "rollout/reward_scores": torch.tensor(rewards, dtype=torch.float64).mean().item(),
         "rollout/fraction_of_samples_properly_ended": sum(properly_ended) / len(properly_ended),
     }
-
-
-def advantage_metrics(advantages: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean, largest and smallest advantage over the valid tokens; (B, T) both, or (B, 1) advantages."""
-    valid = advantages.expand_as(mask)[mask.bool()].double()
-    return {
-        "rollout/advantages_mean": valid.mean().item(),
-        "rollout/advantages_max": valid.max().item(),
-        "rollout/advantages_min": valid.min().item(),
-    }
-
-
-def logprob_difference_metrics(rollout_logprobs: Tensor, recomputed_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the engines' log-probabilities of their own samples are from the actor's: |difference| over the valid tokens.
-
-    Near 0 (float error) exactly when engines and actor hold the same weights. Shapes (B, T).
-    """
-    difference = (rollout_logprobs - recomputed_logprobs)[mask.bool()].double().abs()
-    return {"rollout/logprob_diff_mean": difference.mean().item(), "rollout/logprob_diff_max": difference.max().item()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -263,7 +262,3 @@ def check_buckets(buckets: Buckets) -> None:
         findings.append("no tensor in any bucket")
     if findings:
         raise ConfigError("bucket table: " + "; ".join(findings))
-
-
-def entry_names(buckets: Buckets) -> Sequence[str]:
-    return [entry.name for bucket in buckets for entry in bucket]

@@ -12,7 +12,7 @@ import torch
 
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import make_tokenizer
-from workers.data import Problem, PromptDataset, PromptForm, PromptLoader, load_problems, repeat_groups
+from workers.data import Problem, PromptDataset, PromptForm, PromptLoader, load_problems
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -163,7 +163,3 @@ def test_a_position_may_be_continued_with_more_epochs_but_not_in_other_data() ->
 def test_an_empty_loader_says_so() -> None:
     with pytest.raises(ConfigError, match=r"Train dataloader is empty! 2 problems remain"):
         PromptLoader(dataset(2), 3)
-
-
-def test_groups_are_neighbours() -> None:
-    assert [prompt.index for prompt in repeat_groups([dataset()[1], dataset()[2]], 2)] == [1, 1, 2, 2]

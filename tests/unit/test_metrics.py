@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from rlsync.errors import ConfigError
@@ -18,7 +17,7 @@ from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
 from workers.metrics import MetricsLog, read_metrics
-from workers.rollout_metrics import advantage_metrics, logprob_difference_metrics, rollout_metrics
+from workers.rollout_metrics import rollout_metrics
 from workers.screen import Screen, summary_rows
 
 
@@ -137,17 +136,6 @@ def test_rollout_metrics_match_hand_computed_values() -> None:
         "rollout/reward_scores": 0.5,
         "rollout/fraction_of_samples_properly_ended": 0.5,
     }
-
-
-def test_advantage_and_logprob_metrics_count_valid_tokens_only() -> None:
-    mask = torch.tensor([[1, 1], [1, 0]])
-    assert advantage_metrics(torch.tensor([[2.0], [-1.0]]), mask) == {
-        "rollout/advantages_mean": 1.0,
-        "rollout/advantages_max": 2.0,
-        "rollout/advantages_min": -1.0,
-    }
-    found = logprob_difference_metrics(torch.tensor([[-1.0, -2.0], [-3.0, 99.0]]), torch.tensor([[-1.0, -2.5], [-2.0, 0.0]]), mask)
-    assert found == {"rollout/logprob_diff_mean": 0.5, "rollout/logprob_diff_max": 1.0}
 
 
 def test_the_screen_prints_a_line_a_step_and_a_summary(tmp_path: Path) -> None:
