@@ -17,7 +17,9 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
     (
         "pure",
         True,
-        frozenset(f"rlsync.{unit}" for unit in ("errors", "topology", "geometry", "families", "placement", "plan", "links", "staging", "control")),
+        frozenset(
+            f"rlsync.{unit}" for unit in ("errors", "topology", "geometry", "families", "placement", "plan", "links", "staging", "control")
+        ),
     ),
     ("copy", True, frozenset({"rlsync.copy"})),
     ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine", "rlsync.transport"})),
