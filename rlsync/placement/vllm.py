@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides, cover
+from rlsync.placement.regions import Part, Side, split
+from rlsync.plan import FLOATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +28,111 @@ class Write:
     source_offset: int = 0
     source_strides: tuple[int, ...] = ()
     value: float | None = None
+
+
+def placement_of(
+    holder: str,
+    tensors: Sequence[TensorSpec],
+    buffers: Sequence[BufferSpec],
+    writes: Sequence[Write],
+    location: Location | None = None,
+) -> tuple[Placement, tuple[str, ...]]:
+    """The placement that ``writes`` leave behind in row-major ``buffers``, where the last write to an element counts.
+
+    Its pieces and fills cover each of its buffers exactly once. The second result has one sentence for each buffer that has
+    no such description: a value that a loader computed, a region that is no combination of boxes, an element that nothing
+    writes, a cast other than between floating-point dtypes. The placement leaves these buffers out altogether, and those
+    without elements too. ``writes`` name tensors and buffers that are given.
+    """
+    specs = {tensor.name: tensor for tensor in tensors}
+    by_buffer: dict[str, list[Write]] = defaultdict(list)
+    for write in writes:
+        by_buffer[write.buffer].append(write)
+    kept: list[BufferSpec] = []
+    pieces: list[Piece] = []
+    fills: list[Fill] = []
+    findings: list[str] = []
+    for buffer in buffers:
+        found = _describe(buffer, by_buffer[buffer.name], specs)
+        if isinstance(found, str):
+            findings.append(found)
+        elif buffer.size:
+            kept.append(buffer)
+            pieces += found[0]
+            fills += found[1]
+    return Placement(holder, tuple(kept), tuple(pieces), tuple(fills), location), tuple(findings)
+
+
+def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | str:
+    """Pieces and fills of one buffer, or what is wrong with it."""
+    parts: list[tuple[Box, Part, Write]] = []
+    for write in writes:
+        found = _parts(buffer, write, specs)
+        if isinstance(found, str):
+            return found
+        parts += ((part.box(0), part, write) for part in found)
+    # The last write is the first choice.
+    parts.reverse()
+    taken, rest = cover(Box.whole(buffer.shape), [(box, i) for i, (box, _, _) in enumerate(parts)])
+    unwritten = sum(box.size for box in rest)
+    if unwritten:
+        return f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
+    pieces: list[Piece] = []
+    fills: list[Fill] = []
+    for box, i in sorted(taken, key=lambda row: row[0].start):
+        _, part, write = parts[i]
+        if write.source is not None:
+            pieces.append(_piece(buffer, box, part, write.source))
+        elif write.value is not None:
+            fills.append(_fill(buffer, box, write.value))
+        else:
+            return f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor"
+    return pieces, fills
+
+
+def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> list[Part] | str:
+    """Boxes of a write; side 0 is the buffer, side 1 the tensor."""
+    here = Side(buffer.shape, write.offset, write.strides)
+    sides, what = [here], f"{buffer.name} {buffer.shape}"
+    if write.source is not None:
+        tensor = specs[write.source]
+        if tensor.dtype != buffer.dtype and not {tensor.dtype, buffer.dtype} <= FLOATS:
+            return f"{what} is {buffer.dtype}, {tensor.name} {tensor.shape} is {tensor.dtype}; only floating-point tensors can be cast"
+        sides.append(Side(tensor.shape, write.source_offset, write.source_strides))
+        what += f", from {tensor.name} {tensor.shape}"
+    assert 0 in write.shape or all(side.is_inside(write.shape) for side in sides), write
+    overlaps = any(n > 1 and not step for n, step in zip(write.shape, write.strides, strict=True))
+    parts = None if overlaps else split(write.shape, sides)
+    return f"{what}: the region written {here.offset, write.shape, here.strides} is no combination of boxes" if parts is None else parts
+
+
+def _piece(buffer: BufferSpec, box: Box, part: Part, tensor: str) -> Piece:
+    """The piece of a box that lies in a part."""
+    whole, here = part.box(1), part.box(0)
+    steps = contiguous_strides(buffer.shape)
+    start, stop = list(whole.start), list(whole.stop)
+    strides: dict[int, int] = {}
+    for axis, at in zip(part.axes(1), part.axes(0), strict=True):
+        start[axis] += box.start[at] - here.start[at]
+        stop[axis] = start[axis] + box.stop[at] - box.start[at]
+        strides[axis] = steps[at]
+    found = Box(tuple(start), tuple(stop))
+    return Piece(tensor, found, buffer.name, _offset(box, steps), _dense(found.shape, strides))
+
+
+def _fill(buffer: BufferSpec, box: Box, value: float) -> Fill:
+    steps = contiguous_strides(buffer.shape)
+    return Fill(buffer.name, _offset(box, steps), box.shape, steps, value)
+
+
+def _offset(box: Box, steps: Sequence[int]) -> int:
+    return sum(a * step for a, step in zip(box.start, steps, strict=True))
+
+
+def _dense(shape: Sequence[int], strides: dict[int, int]) -> tuple[int, ...]:
+    """Strides by dim, completed for dims of size 1 as torch does it, so that a contiguous piece looks contiguous."""
+    found, after = [0] * len(shape), 1
+    for dim in reversed(range(len(shape))):
+        found[dim] = strides.get(dim, after)
+        after = found[dim] * shape[dim]
+    return tuple(found)

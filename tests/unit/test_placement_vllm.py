@@ -1,0 +1,338 @@
+"""What loaders were seen to write, turned into a placement, gives the bytes that the loaders themselves give."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsync.copy.cpu import bind, write_fills
+from rlsync.errors import PlacementError
+from rlsync.geometry import Box, BufferSpec, Fill, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.placement.regions import MOST_PARTS, Side, split
+from rlsync.placement.vllm import Write, placement_of
+from rlsync.plan import build_plan
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SIZE_MOST = 600
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype_of(dtype))
+
+
+def write_of(buffer: str, target: torch.Tensor, source: tuple[str, torch.Tensor] | None = None, value: float | None = None) -> Write:
+    """A copy or a fill, as a recorder notes it."""
+    region = (target.storage_offset(), tuple(target.shape), target.stride())
+    if source is None:
+        return Write(buffer, *region, value=value)
+    return Write(buffer, *region, source[0], source[1].storage_offset(), source[1].stride())
+
+
+def executed(tensors: dict[str, torch.Tensor], placement: Placement) -> dict[str, torch.Tensor]:
+    """Empty buffers, filled by a plan from whole HF tensors. Raises where the placement does not fill each of them once."""
+    specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
+    plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], allow_cast=True)
+    buffers = {b.name: torch.full(b.shape, 7.0, dtype=dtype_of(b.dtype)) for b in placement.buffers}
+    write_fills(placement.fills, buffers)
+    bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()
+    return buffers
+
+
+# Chains of views: from a tensor to a view of it, and from a view to a memory of which it is one.
+
+
+@st.composite
+def views(draw: st.DrawFn, tensor: torch.Tensor) -> torch.Tensor:
+    """A random view of ``tensor``, by what loaders use: narrow, transpose, chunk, view, unsqueeze, select, expand."""
+    for _ in range(draw(st.integers(0, 5))):
+        kind = draw(st.sampled_from(["narrow", "transpose", "chunk", "flatten", "unflatten", "unsqueeze", "squeeze", "select", "step"]))
+        if kind == "unsqueeze":
+            tensor = tensor.unsqueeze(draw(st.integers(0, tensor.ndim)))
+        elif kind == "squeeze":
+            tensor = tensor.squeeze()
+        elif tensor.ndim:
+            tensor = _moved(draw, tensor, kind, draw(st.integers(0, tensor.ndim - 1)))
+    return tensor
+
+
+def _moved(draw: st.DrawFn, tensor: torch.Tensor, kind: str, dim: int) -> torch.Tensor:
+    size = tensor.shape[dim]
+    if kind == "narrow":
+        start = draw(st.integers(0, size - 1)) if size else 0
+        return tensor.narrow(dim, start, draw(st.integers(1, size - start)) if size else 0)
+    if kind == "transpose":
+        return tensor.transpose(dim, draw(st.integers(0, tensor.ndim - 1)))
+    if kind == "chunk":
+        return draw(st.sampled_from(tensor.chunk(draw(st.integers(1, 3)), dim)))
+    if kind == "select" and size:
+        return tensor.select(dim, draw(st.integers(0, size - 1)))
+    if kind == "flatten" and tensor.is_contiguous():
+        return tensor.flatten()
+    if kind == "step":
+        return tensor[(slice(None),) * dim + (slice(None, None, 2),)]
+    factors = [f for f in range(1, size + 1) if size % f == 0] if kind == "unflatten" else []
+    return tensor.unflatten(dim, (draw(st.sampled_from(factors)), -1)) if factors else tensor
+
+
+@dataclass(frozen=True)
+class Undo:
+    """One step from a view back to what it is a view of, and how the view is taken."""
+
+    kind: str
+    dim: int
+    sizes: tuple[int, ...]
+
+    def base(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.kind == "narrow":
+            before, after = self.sizes
+            return (*shape[: self.dim], before + shape[self.dim] + after, *shape[self.dim + 1 :])
+        if self.kind == "select":
+            return (*shape[: self.dim], self.sizes[1], *shape[self.dim :])
+        if self.kind == "transpose":
+            return tuple(shape[d] for d in self._order(len(shape)))
+        return (*shape[: self.dim], *self.sizes, *shape[self.dim + 1 :])
+
+    def view(self, base: torch.Tensor) -> torch.Tensor:
+        if self.kind == "narrow":
+            return base.narrow(self.dim, self.sizes[0], base.shape[self.dim] - sum(self.sizes))
+        if self.kind == "select":
+            return base.select(self.dim, self.sizes[0])
+        if self.kind == "transpose":
+            return base.permute(self._order(base.ndim))
+        return base.flatten(self.dim, self.dim + 1)
+
+    def _order(self, ndim: int) -> list[int]:
+        order = list(range(ndim))
+        order[self.dim], order[self.sizes[0]] = order[self.sizes[0]], order[self.dim]
+        return order
+
+
+@st.composite
+def memories(draw: st.DrawFn, shape: tuple[int, ...], steps: int) -> tuple[tuple[int, ...], list[Undo]]:
+    """The shape of a memory, and the views that lead from it to a region of ``shape``."""
+    undone: list[Undo] = []
+    for _ in range(draw(st.integers(0, steps))):
+        kind = draw(st.sampled_from(["narrow", "select", "transpose", "flatten"]))
+        if kind == "select":
+            count = draw(st.integers(1, 3))
+            step = Undo(kind, draw(st.integers(0, len(shape))), (draw(st.integers(0, count - 1)), count))
+        elif not shape:
+            continue
+        else:
+            dim = draw(st.integers(0, len(shape) - 1))
+            if kind == "narrow":
+                sizes = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+            elif kind == "transpose":
+                sizes = (draw(st.integers(0, len(shape) - 1)),)
+            else:
+                factor = draw(st.sampled_from([f for f in range(1, max(shape[dim], 1) + 1) if shape[dim] % f == 0]))
+                sizes = (factor, shape[dim] // factor)
+            step = Undo(kind, dim, sizes)
+        if torch.Size(step.base(shape)).numel() > SIZE_MOST:
+            continue
+        shape = step.base(shape)
+        undone.append(step)
+    return shape, undone[::-1]
+
+
+def region_of(memory: torch.Tensor, chain: list[Undo]) -> torch.Tensor | None:
+    """None where a flattening is no view."""
+    for step in chain:
+        view = step.view(memory)
+        if view.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr():
+            return None
+        memory = view
+    return memory
+
+
+shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_placement_gives_the_bytes_of_the_copies_it_was_made_of(data):
+    """Overlaps included: every buffer is filled first, and later copies go over earlier ones."""
+    tensors = {
+        f"t{i}": random_tensor(data.draw(shapes), data.draw(st.sampled_from(DTYPES)), i) for i in range(data.draw(st.integers(1, 3)))
+    }
+    region = data.draw(views(tensors["t0"]))
+    shape, chain = data.draw(memories(tuple(region.shape), 5))
+    buffer = torch.full(shape, -1.0, dtype=dtype_of(data.draw(st.sampled_from(DTYPES))))
+    wanted, writes = buffer.clone(), [write_of("w", buffer, value=-1.0)]
+    for turn in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        source = region if turn == 0 else data.draw(views(tensors[name]))
+        name = "t0" if turn == 0 else name
+        target = region_of(wanted, chain)
+        target = None if target is None else (target if turn == 0 else data.draw(views(target)))
+        if target is None or (data.draw(st.booleans()) and turn):
+            target = data.draw(views(wanted))
+            target.fill_(turn)
+            writes.append(write_of("w", target, value=float(turn)))
+        elif target.shape == source.shape:
+            target.copy_(source)
+            writes.append(write_of("w", target, (name, source)))
+    specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
+    placement, findings = placement_of("worker", specs, [BufferSpec("w", str(buffer.dtype).removeprefix("torch."), shape)], writes)
+    assert not findings
+    if wanted.numel():
+        assert torch.equal(executed(tensors, placement)["w"], wanted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_parts_of_a_split_are_the_region_each_element_once(data):
+    source, target = (torch.arange(torch.Size(s).numel()).view(s) for s in (data.draw(shapes), data.draw(shapes)))
+    view = data.draw(views(source))
+    flat = target.flatten()[: view.numel()]
+    if flat.numel() != view.numel():
+        return
+    grids = (tuple(target.shape), tuple(source.shape))
+    sides = (Side(grids[0], 0, contiguous_strides(view.shape)), Side(grids[1], view.storage_offset(), view.stride()))
+    parts = split(tuple(view.shape), sides)
+    assert parts is not None
+    pairs: list[tuple[int, int]] = []
+    for part in parts:
+        ends = []
+        for k, memory in enumerate((target, source)):
+            ends.append(memory.as_strided(part.shape, part.sides[k].strides, part.sides[k].offset).flatten().tolist())
+            box = memory[tuple(slice(a, b) for a, b in zip(part.box(k).start, part.box(k).stop, strict=True))]
+            assert sorted(box.flatten().tolist()) == sorted(ends[-1])
+        pairs += zip(*ends, strict=True)
+    assert sorted(pairs) == sorted(zip(flat.tolist(), view.flatten().tolist(), strict=True))
+
+
+def copies(*pairs: tuple[torch.Tensor, str, torch.Tensor]) -> list[Write]:
+    return [write_of("w", target, (name, source)) for target, name, source in pairs]
+
+
+def one(shape: tuple[int, ...], specs: list[TensorSpec], writes: list[Write], dtype: str = "float32") -> tuple[Placement, tuple[str, ...]]:
+    return placement_of("worker 0", specs, [BufferSpec("w", dtype, shape)], writes)
+
+
+HF = TensorSpec("t", "float32", (4, 6))
+
+
+def test_fused_rows_become_one_piece_each():
+    buffer, source = torch.empty(6, 6), torch.empty(4, 6)
+    placement, findings = one((6, 6), [HF, replace(HF, name="u")], copies((buffer[:4], "t", source), (buffer[4:], "u", source[1:3])))
+    assert not findings
+    assert set(placement.pieces) == {
+        Piece("t", Box((0, 0), (4, 6)), "w", 0, (6, 1)),
+        Piece("u", Box((1, 0), (3, 6)), "w", 24, (6, 1)),
+    }
+
+
+def test_a_flat_chunk_that_begins_in_a_row_becomes_boxes():
+    buffer, source = torch.empty(13), torch.empty(4, 6)
+    placement, findings = one((13,), [HF], copies((buffer, "t", source.flatten()[4:17])))
+    assert not findings
+    assert {p.box for p in placement.pieces} == {Box((0, 4), (1, 6)), Box((1, 0), (2, 6)), Box((2, 0), (3, 5))}
+
+
+def test_a_transposed_expert_is_one_piece():
+    buffer, source = torch.empty(3, 6, 4), torch.empty(4, 6)
+    writes = copies(*((buffer[e], "t", source.t()) for e in range(3)))
+    placement, findings = one((3, 6, 4), [HF], writes)
+    assert not findings
+    assert placement.pieces == tuple(Piece("t", Box((0, 0), (4, 6)), "w", 24 * e, (1, 4)) for e in range(3))
+
+
+def test_vocabulary_padding_is_filled_and_a_fill_under_a_copy_is_not():
+    buffer, source = torch.empty(6, 6), torch.empty(4, 6)
+    writes = [write_of("w", buffer, value=3.0), *copies((buffer[:4], "t", source)), write_of("w", buffer[4:], value=0.0)]
+    placement, findings = one((6, 6), [HF], writes)
+    assert not findings
+    assert placement.fills == (Fill("w", 24, (2, 6), (6, 1), 0.0),)
+    assert [p.box for p in placement.pieces] == [Box((0, 0), (4, 6))]
+
+
+def test_an_identical_repeat_counts_once_and_the_last_write_wins():
+    buffer, source = torch.empty(4, 6), torch.empty(4, 6)
+    twice = copies((buffer, "t", source), (buffer, "t", source))
+    assert one((4, 6), [HF], twice)[0].pieces == one((4, 6), [HF], twice[:1])[0].pieces
+    later = one((4, 6), [HF, replace(HF, name="u")], [*twice, *copies((buffer[1:3], "u", source[:2]))])[0]
+    assert {(p.tensor, p.box) for p in later.pieces} == {
+        ("t", Box((0, 0), (1, 6))), ("u", Box((0, 0), (2, 6))), ("t", Box((3, 0), (4, 6))),
+    }  # fmt: skip
+
+
+def test_scalars_and_empty_tensors():
+    scalar = TensorSpec("s", "float32", ())
+    placement, findings = one((1,), [scalar], [Write("w", 0, (1,), (1,), "s", 0, (1,))])
+    assert not findings
+    assert executed({"s": torch.tensor(2.5)}, placement)["w"].tolist() == [2.5]
+    placement, findings = one((), [scalar], [Write("w", 0, (), (), "s", 0, ())])
+    assert not findings
+    assert executed({"s": torch.tensor(2.5)}, placement)["w"].item() == 2.5
+    empty = TensorSpec("e", "float32", (0, 3))
+    assert one((0, 3), [empty], [Write("w", 0, (0, 3), (3, 1), "e", 0, (3, 1))]) == (Placement("worker 0", (), ()), ())
+    assert one((0, 3), [], [])[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("writes", "finding"),
+    [
+        ([], r"w \(4, 6\): nothing writes 24 of its 24 elements, among them \[0:4, 0:6\]"),
+        ([Write("w", 0, (3, 6), (6, 1), "t", 0, (6, 1))], r"nothing writes 6 of its 24 elements, among them \[3:4, 0:6\]"),
+        ([Write("w", 0, (4, 6), (6, 1))], "its loader computes 24 elements"),
+        ([Write("w", 0, (4, 6), (6, 1), "t", 0, (6, 1)), Write("w", 8, (2,), (1,))], r"its loader computes 2 elements at \[1:2, 2:4\]"),
+        ([Write("w", 0, (2, 24), (0, 1), value=0.0)], "is no combination of boxes"),
+        ([Write("w", 0, (4, 6), (6, 1), "i", 0, (6, 1))], r"w \(4, 6\) is float32, i \(4, 6\) is int32; only floating-point tensors"),
+    ],
+)
+def test_a_buffer_without_description_is_left_out_with_a_sentence(writes, finding):
+    buffers = [BufferSpec("w", "float32", (4, 6)), BufferSpec("v", "float32", (4, 6))]
+    good = Write("v", 0, (4, 6), (6, 1), "t", 0, (6, 1))
+    placement, findings = placement_of("worker 0", [HF, replace(HF, name="i", dtype="int32")], buffers, [*writes, good])
+    assert len(findings) == 1
+    assert re.search(finding, findings[0]), findings[0]
+    assert [b.name for b in placement.buffers] == ["v"] and {p.buffer for p in placement.pieces} == {"v"}
+
+
+def test_computed_elements_under_a_later_copy_do_not_count():
+    whole = Write("w", 0, (4, 6), (6, 1), "t", 0, (6, 1))
+    assert one((4, 6), [HF], [replace(whole, source=None), whole])[1] == ()
+
+
+def test_a_region_of_too_many_boxes_is_a_finding_with_both_shapes():
+    size = MOST_PARTS + 2
+    tensor = TensorSpec("t", "float32", (3 * size,))
+    # Every third element: a transpose of a flat tensor, which has no rows.
+    writes = [Write("w", 0, (3, size), (size, 1), "t", 0, (1, 3))]
+    (finding,) = one((3 * size,), [tensor], writes)[1]
+    assert finding.startswith(f"w ({3 * size},), from t ({3 * size},): the region written (0, (3, {size})")
+    assert not one((3 * size,), [replace(tensor, shape=(size, 3))], writes)[1], "with rows, each column is one piece"
+
+
+def test_a_plan_refuses_a_placement_that_lost_a_piece():
+    """Negative control of the comparisons above: the plan proves that buffers are filled exactly once."""
+    buffer, source = torch.empty(6, 6), torch.empty(4, 6)
+    placement, _ = one((6, 6), [HF, replace(HF, name="u")], copies((buffer[:4], "t", source), (buffer[4:], "u", source[1:3])))
+    with pytest.raises(PlacementError, match="has 36 elements, of which its pieces fill 12"):
+        executed({"t": source, "u": source}, replace(placement, pieces=placement.pieces[1:]))
+
+
+def test_a_stack_of_many_experts_is_described_in_a_moment():
+    """As many writes as one layer of DeepSeek-V3 has, in an order by name that is not that of the experts."""
+    experts, rows, columns = 256, 64, 32
+    specs = [TensorSpec(f"e{e}.{p}", "bfloat16", (rows, columns)) for e in sorted(range(experts), key=str) for p in ("gate", "up")]
+    writes = []
+    for spec in specs:
+        expert, half = int(spec.name[1:].split(".")[0]), spec.name.endswith("up")
+        writes.append(Write("w", (2 * expert + half) * rows * columns, (rows, columns), (columns, 1), spec.name, 0, (columns, 1)))
+    began_s = time.perf_counter()
+    placement, findings = placement_of("worker 0", specs, [BufferSpec("w", "bfloat16", (experts, 2 * rows, columns))], writes)
+    assert not findings and len(placement.pieces) == 2 * experts
+    assert time.perf_counter() - began_s < 5
