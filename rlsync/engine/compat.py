@@ -82,7 +82,7 @@ def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
     # judged at connect.
     with torch.no_grad(), quiet():
         layerwise.finalize_layerwise_reload(model, model_config)
-        _refresh_sharers(model)
+        refresh_sharers(model)
 
 
 @contextlib.contextmanager
@@ -107,6 +107,10 @@ def abandon_reload(model: torch.nn.Module) -> None:
         if info.can_load():
             if info.kernel_tensors is not None:
                 layerwise._place_kernel_tensors(layer, info)
+            for tensor in get_layer_tensors(layer).values():
+                # Tensors that a reload leaves live were wrapped too.
+                if hasattr(tensor, "weight_loader"):
+                    tensor.weight_loader = layerwise._get_original_loader(tensor)
             info.reset()
     layerwise.LOADING_LAYERS.clear()
 
@@ -134,7 +138,7 @@ def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
             info.reset()
 
 
-def _refresh_sharers(model: torch.nn.Module) -> None:
+def refresh_sharers(model: torch.nn.Module) -> None:
     """Rebuild what a CPU layer packed from a parameter that belongs to another layer.
 
     A tied lm_head shares the embedding's parameter, and no tensor is loaded for it, so its reload leaves it alone. On CPU

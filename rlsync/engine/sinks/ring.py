@@ -5,13 +5,15 @@ A sink has ``open``, ``write`` for each bucket in order, and ``close``; after an
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlsync.control import BucketEntry
 from rlsync.engine import compat
+
+if TYPE_CHECKING:
+    from rlsync.control import BucketEntry
 
 
 class SlotReader(Protocol):

@@ -1,0 +1,236 @@
+"""One layer of vLLM at a time: checkpoint layout, post-processing, what is derived from it, and the healing of its faults.
+
+Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0) and nothing else does. Knows no bucket.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention, MLAAttention, MMEncoderAttention
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_layer, materialize_meta_tensor, restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
+from vllm.platforms import current_platform
+
+# Attributes in which MLA keeps what it absorbed of kv_b_proj: views of its weight where nothing is quantised, else copies.
+_ABSORBED = ("W_UV", "W_UK_T", "W_UK_T_dcp_qrep", "W_K", "W_K_scale", "W_V", "W_V_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What decides whether a layer's parameters stay as its checkpoint has them.
+
+    ``platform`` is ``cpu``, ``cuda`` or ``other``; ``method`` the full name of its quantisation method's class, or of its own
+    class where it has none; ``backend`` the kernel it computes with, where there is a choice.
+    """
+
+    platform: str
+    method: str
+    backend: str = ""
+
+
+def platform_name() -> str:
+    return "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else "other"
+
+
+def layer_kind(layer: torch.nn.Module) -> LayerKind:
+    """The kind of one layer as it stands."""
+    method = getattr(layer, "quant_method", None)
+    cls = type(layer if method is None else method)
+    backend = getattr(method, "unquantized_backend", None)
+    name = getattr(backend, "name", "")
+    if current_platform.is_cpu() and not name and method is not None:
+        name = "packed" if _holds_weights(getattr(layer, "cpu_linear", None)) else "plain"
+    return LayerKind(platform_name(), f"{cls.__module__}.{cls.__qualname__}", name)
+
+
+def _holds_weights(function: Any) -> bool:
+    """Whether a layer's own product on CPU has anything but its arguments to compute from: packed copies, kernel handles."""
+    if function is None or isinstance(function, types.BuiltinFunctionType):
+        return False
+    bare = isinstance(function, types.FunctionType) and not (function.__closure__ or function.__defaults__ or function.__kwdefaults__)
+    return not bare
+
+
+def opaque_linear_width(layer: Any) -> int | None:
+    """Number of inputs of a linear layer on CPU that computes from what cannot be read, or None for every other layer."""
+    if not current_platform.is_cpu() or not _holds_weights(getattr(layer, "cpu_linear", None)):
+        return None
+    return int(layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition)
+
+
+# Layout.
+
+
+def checkpoint_layout(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's own parameters and buffers as its loaders want them: on meta, or live where vLLM leaves them live in a reload."""
+    parameters, buffers = layerwise.get_layerwise_info(layer).restore_metadata
+    return {n: t for n, t in get_layer_tensors(layer).items() if n in SKIP_TENSORS} | parameters | buffers
+
+
+def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's own parameters and buffers."""
+    return dict(get_layer_tensors(layer))
+
+
+def is_host_offloaded(tensor: torch.Tensor) -> bool:
+    """Whether vLLM keeps this parameter in host memory and lets the GPU read it there."""
+    return bool(getattr(tensor, "_vllm_is_uva_offloaded", False))
+
+
+def materialize(layer: torch.nn.Module, keep: Collection[str]) -> int:
+    """Put a layer into checkpoint layout, in new and uninitialised memory; returns the bytes of it.
+
+    Tensors named in ``keep``, and those that vLLM leaves live in a reload, are the live ones: a write to them is a write to the
+    engine. ``complete`` or ``restore`` ends this state.
+    """
+    info = layerwise.get_layerwise_info(layer)
+    live = get_layer_tensors(layer)
+    info.kernel_tensors = get_layer_params_buffers(layer)
+    if hasattr(info, "kernel_non_persistent_buffers"):  # vLLM >= 0.32
+        info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    restore_layer_on_meta(layer, info)
+    for name in keep:
+        setattr(layer, name, live[name])
+    materialize_layer(layer, info)
+    known = {id(tensor) for tensor in live.values()}
+    return sum(tensor.nbytes for tensor in get_layer_tensors(layer).values() if id(tensor) not in known)
+
+
+def complete(layer: torch.nn.Module) -> None:
+    """vLLM's own post-processing of a materialised and filled layer, and the copy into the storages the engine computes with."""
+    layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
+
+
+def restore(layer: torch.nn.Module) -> None:
+    """Give a materialised layer its live tensors back, whatever happened to it since."""
+    info = layerwise.get_layerwise_info(layer)
+    if info.kernel_tensors is not None:
+        layerwise._place_kernel_tensors(layer, info)
+    info.reset()
+
+
+# What belongs to other layers.
+
+
+def _is_deferred_attention(layer: torch.nn.Module) -> bool:
+    if hasattr(layerwise, "is_deferred_attention_layer"):  # vLLM >= 0.32
+        return bool(layerwise.is_deferred_attention_layer(layer))
+    return isinstance(layer, (Attention, MLAAttention, MMEncoderAttention)) and hasattr(layer, "process_weights_after_loading")
+
+
+def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers that are post-processed after all others, from the weights of others."""
+    return ((name, layer) for name, layer in model.named_modules() if _is_deferred_attention(layer))
+
+
+def finish_attention(model: torch.nn.Module, model_config: Any) -> None:
+    """Post-process the attention layers, as vLLM does at the end of a load and of a reload."""
+    for _, layer in attention_layers(model):
+        layer.process_weights_after_loading(model_config.dtype)
+
+
+def absorbed_tensors(attention: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:
+    """``(kv_b_proj, name -> tensor made of its weight)`` of an MLA layer, or None."""
+    projection = getattr(attention, "kv_b_proj", None)
+    if projection is None:
+        return None
+    found = {name: getattr(attention, name, None) for name in _ABSORBED}
+    return projection, {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def own_post_processing(model: torch.nn.Module) -> tuple[str, ...]:
+    """Modules with a post-processing that vLLM runs in a load and in no reload (the model itself, from 0.32 on; HPC modules)."""
+    deferred = {id(layer) for _, layer in attention_layers(model)}
+    return tuple(
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if callable(getattr(module, "process_weights_after_loading", None)) and id(module) not in deferred and not _is_method(module)
+    )
+
+
+def _is_method(module: torch.nn.Module) -> bool:
+    """Some quantisation methods and kernels are modules themselves; their layer runs their post-processing."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    return isinstance(module, QuantizeMethodBase)
+
+
+# Experts on CPU.
+
+
+def heal() -> None:
+    """Make vLLM's CPU build pack experts in every load, not only in the first. Once per process; idempotent; nothing elsewhere.
+
+    vLLM 0.32 packs in the experts' own post-processing, which runs only while there is no kernel yet: a reload leaves plain
+    bytes where the kernel reads packed ones. vLLM 0.25 makes the kernel anew each time and is not touched. Not for
+    other experts classes: some change scales in place. It can go with the last version for which ``reload_findings`` is not
+    empty without it.
+    """
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if not current_platform.is_cpu() or hasattr(original, "heals"):
+        return
+
+    def setup_kernel(self: Any, *args: Any, **kwargs: Any) -> None:
+        kernel, layer = self.moe_kernel, kwargs["layer"] if "layer" in kwargs else args[0]
+        original(self, *args, **kwargs)
+        if kernel is not None and kernel is self.moe_kernel and self.unquantized_backend.name == "CPU":
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+    setup_kernel.heals = original  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
+    """Layers whose post-processing makes something else of the same weights when it runs for the second time.
+
+    Tried with random weights on a twin of one layer of each kind of experts on CPU, where vLLM has had this fault; the model
+    is not touched. Takes twice that layer's memory for the moment. One sentence a finding.
+    """
+    if not current_platform.is_cpu():
+        return ()
+    tried: set[LayerKind] = set()
+    findings = []
+    for name, layer in model.named_modules():
+        kind = layer_kind(layer)
+        if not isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod) or kind in tried:
+            continue
+        tried.add(kind)
+        twin = _shallow(layer)
+        twin.quant_method = _shallow(layer.quant_method)
+        twin.quant_method.moe_kernel = None
+        first, second = _processed(twin), _processed(twin)
+        findings += [
+            f"{name}.{n}: loading the same weights a second time leaves other bytes than the first ({kind.method}, {kind.backend})"
+            for n in first
+            if not torch.equal(first[n], second[n])
+        ]
+    return tuple(findings)
+
+
+def _processed(twin: Any) -> dict[str, torch.Tensor]:
+    """Parameters of a layer after post-processing of random weights, always the same, as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, meta in layerwise.get_layerwise_info(twin).restore_metadata[0].items():
+        tensor = materialize_meta_tensor(meta)
+        with torch.no_grad():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        twin._parameters[name] = tensor
+    with torch.no_grad():
+        twin.quant_method.process_weights_after_loading(twin)
+    return {n: p.detach().contiguous().view(-1).view(torch.uint8).clone() for n, p in twin._parameters.items() if p is not None}
+
+
+def _shallow(module: torch.nn.Module) -> Any:
+    """A module that shares the tensors of another, and on which they can be replaced."""
+    twin = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[registry] = dict(module.__dict__[registry])
+    return twin

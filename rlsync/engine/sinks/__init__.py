@@ -1,0 +1,44 @@
+"""Where the bytes of a bucket go inside a worker.
+
+A sink has ``open``, ``write`` for each bucket in order, and ``close``; after an error ``abandon`` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from rlsync.engine.sinks.ring import LoadersSink, SlotReader
+
+__all__ = ["LoadersSink", "Sink", "SlotReader"]
+
+
+class Sink(Protocol):
+    """What the receiver calls. Every call raises on failure, and only ``abandon`` may follow then."""
+
+    @property
+    def peak_extra_bytes(self) -> int:
+        """Most memory that the sink itself has taken at once, in all syncs so far."""
+        ...
+
+    def open(self) -> None:
+        """Begin; the model holds no version until ``close`` returns."""
+        ...
+
+    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Take in bucket ``bucket`` from ``slot`` (1-D uint8, CPU or the model's device). Buckets come in order.
+
+        Calls ``landed`` when the bytes are in place, before anything else is made of them: with this bucket's buffers, contiguous
+        and in checkpoint layout. Nothing refers to the slot when it returns; the caller synchronises CUDA.
+        """
+        ...
+
+    def close(self) -> None:
+        """Complete everything that is made from the weights. The model then holds the version."""
+        ...
+
+    def abandon(self) -> None:
+        """After an error: a model that no reload is in the middle of. The next ``open`` works."""
+        ...

@@ -1,0 +1,167 @@
+"""Which sink writes which buffer of a worker: an allow-list, and what the live model shows. Knows no bucket and no byte.
+
+A layout that is shape, strides and dtype may still hold shuffled bytes, and a checksum after a write of one's own proves
+nothing; so *direct* needs a kind of layer that is known to compute from plain weights, and memory that is what it seems.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rlsync.engine import compat_layers
+from rlsync.engine.compat_layers import LayerKind
+from rlsync.errors import ConfigError
+
+SinkName = Literal["direct", "layerwise", "loaders"]
+REQUESTS = ("auto", "direct", "layerwise", "loaders")
+
+_LAYERS = "vllm.model_executor.layers"
+_LINEAR = f"{_LAYERS}.linear.UnquantizedLinearMethod"
+_EMBEDDING = f"{_LAYERS}.vocab_parallel_embedding.UnquantizedEmbeddingMethod"
+_EXPERTS = f"{_LAYERS}.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
+_NORMS = (
+    *(f"{_LAYERS}.layernorm.{name}" for name in ("RMSNorm", "GemmaRMSNorm", "RMSNormGated", "LayerNorm")),
+    "torch.nn.modules.normalization.LayerNorm",
+    "torch.nn.modules.normalization.RMSNorm",
+)
+# Kinds of layers that compute from plain weights and derive nothing else from them, in vLLM 0.25.1 and 0.32.0.
+DIRECT: frozenset[LayerKind] = frozenset(
+    {LayerKind(platform, norm) for platform in ("cpu", "cuda") for norm in _NORMS}
+    | {
+        LayerKind("cuda", _LINEAR),
+        LayerKind("cuda", _EMBEDDING),
+        LayerKind("cuda", _EXPERTS, "TRITON"),
+        LayerKind("cuda", _EXPERTS, "BATCHED_TRITON"),
+        LayerKind("cpu", _LINEAR, "plain"),
+        LayerKind("cpu", _EMBEDDING, "plain"),
+    }
+)
+# Whose post-processing may run on the live weight, after the layer that owns it has been written (a tied lm_head).
+_SHARERS = frozenset({_LINEAR, _EMBEDDING})
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``sinks``: buffer name -> sink; either no buffer is written by ``loaders`` or all are. ``reasons``: one sentence for each
+    module that is not direct, or for the worker where nothing is placed, for the log."""
+
+    sinks: Mapping[str, SinkName]
+    reasons: tuple[str, ...]
+
+
+def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter or registered buffer, and its name there."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str, Sequence[str]], requested: str) -> Choice:
+    """Choose for each module that holds one of ``buffers``.
+
+    Args:
+        model: the live model of a worker, in the state in which it serves.
+        buffers: names as in ``named_parameters``; one of each group that shares memory.
+        aliases: for a buffer, the other names of its memory (a tied ``lm_head.weight``).
+        requested: ``auto``, ``direct``, ``layerwise`` or ``loaders``. ``auto`` is direct where that is safe, else layerwise, and
+            loaders for the whole worker where vLLM's reload of one layer alone would not be complete.
+
+    Raises ConfigError where what is requested cannot be kept right; one error with all that is in its way.
+    """
+    if requested not in REQUESTS:
+        raise ConfigError(f"weight_sync.sink is {requested!r}; it is one of {', '.join(REQUESTS)}")
+    unsound = compat_layers.reload_findings(model)
+    if unsound:
+        raise ConfigError(f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is rlsync's plug-in loaded in the worker?")
+    if requested == "loaders":
+        return Choice(dict.fromkeys(buffers, "loaders"), ("loaders: requested",))
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in buffers:
+        modules[name.rpartition(".")[0]].append(name)
+    against = {path: tuple(_against_direct(model, names, aliases)) for path, names in modules.items()}
+    if requested == "direct" and any(against.values()):
+        raise ConfigError(f"weight_sync.sink is direct, but: {'; '.join(_sentences(against))}. Use auto or layerwise")
+    findings = _against_layerwise(model, modules, {path for path in modules if requested == "layerwise" or against[path]}, aliases)
+    if findings and requested != "auto":
+        raise ConfigError(f"weight_sync.sink is {requested}, but: {'; '.join(findings)}. Use auto or loaders")
+    if findings:
+        return Choice(dict.fromkeys(buffers, "loaders"), tuple(f"loaders: {finding}" for finding in findings))
+    sinks: dict[str, SinkName] = {}
+    for path, names in modules.items():
+        sinks.update(dict.fromkeys(names, "layerwise" if requested == "layerwise" or against[path] else "direct"))
+    return Choice(sinks, tuple(_sentences(against)) if requested == "auto" else (f"{requested}: requested",))
+
+
+def _sentences(against: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    return (f"{path or 'the model'} is not direct: {', '.join(dict.fromkeys(reasons))}" for path, reasons in against.items() if reasons)
+
+
+def _against_direct(model: torch.nn.Module, names: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Why the buffers of one module cannot be written where they live."""
+    for name in names:
+        for alias in (name, *aliases.get(name, ())):
+            layer, attribute = owner(model, alias)
+            kind = compat_layers.layer_kind(layer)
+            if kind not in DIRECT:
+                yield f"{kind.method}{f' ({kind.backend})' if kind.backend else ''} on {kind.platform} is not on the list"
+            reason = _identity(layer, attribute)
+            if reason is not None:
+                yield f"{alias} {reason}"
+            yield from _derived(model, layer, alias)
+
+
+def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
+    """Why the live tensor is not its checkpoint layout, or None."""
+    live, wanted = compat_layers.live_tensors(layer).get(attribute), compat_layers.checkpoint_layout(layer).get(attribute)
+    if live is None or wanted is None:
+        return "exists in only one of engine and checkpoint layout"
+    if (live.shape, live.stride(), live.dtype) != (wanted.shape, wanted.stride(), wanted.dtype):
+        return (
+            f"is {tuple(live.shape)} {live.dtype} {live.stride()} in the engine, "
+            f"{tuple(wanted.shape)} {wanted.dtype} {wanted.stride()} as it is loaded"
+        )
+    if not live.numel() or not live.is_contiguous():
+        return "is empty" if not live.numel() else f"has strides {live.stride()}"
+    return "is kept in host memory" if compat_layers.is_host_offloaded(live) else None
+
+
+def _derived(model: torch.nn.Module, layer: torch.nn.Module, name: str) -> Iterator[str]:
+    """What the engine computes from this buffer's layer and keeps elsewhere, in memory of its own."""
+    for path, attention in compat_layers.attention_layers(model):
+        absorbed = compat_layers.absorbed_tensors(attention)
+        if absorbed is None or absorbed[0] is not layer:
+            continue
+        storage = owner(model, name)[0].get_parameter(name.rpartition(".")[2]).untyped_storage().data_ptr()
+        yield from (f"{path}.{n} is a copy of {name}" for n, t in absorbed[1].items() if t.untyped_storage().data_ptr() != storage)
+
+
+def _against_layerwise(
+    model: torch.nn.Module, modules: Mapping[str, Sequence[str]], layerwise: set[str], aliases: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What would not be right after the modules named in ``layerwise`` were reloaded one by one, and the others in place."""
+    findings = [f"{name} has a post-processing that only a load runs" for name in compat_layers.own_post_processing(model)]
+    attention = {name for name, _ in compat_layers.attention_layers(model)}
+    for path, names in modules.items():
+        if path in attention:
+            findings.append(f"{', '.join(names)} are loaded into an attention layer, which is post-processed after all others")
+        for name in names:
+            kinds = {alias: compat_layers.layer_kind(owner(model, alias)[0]).method for alias in aliases.get(name, ())}
+            findings += [f"{alias} shares {name} and is made by {kind}" for alias, kind in kinds.items() if kind not in _SHARERS]
+        if path in layerwise:
+            findings += _unfilled(model.get_submodule(path), path, {name.rpartition(".")[2] for name in names})
+    return findings
+
+
+def _unfilled(layer: torch.nn.Module, path: str, filled: set[str]) -> Iterator[str]:
+    """Tensors of a module that nothing fills and whose live values cannot stand in its checkpoint layout."""
+    live = compat_layers.live_tensors(layer)
+    for name, wanted in compat_layers.checkpoint_layout(layer).items():
+        if name in filled:
+            continue
+        kept = live.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (wanted.shape, wanted.dtype):
+            yield f"nothing fills {path}.{name}, and the engine no longer has it as it was loaded"

@@ -1,0 +1,87 @@
+"""Buckets in destination layout, written into the parameters of one worker: some directly, some module by module.
+
+Owns the order of a sync inside the worker's model. Knows no channel and no ring: a slot is a tensor that it reads and forgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rlsync.copy.cpu import CopyProgram, region, write_fills
+from rlsync.engine import compat, compat_layers
+from rlsync.engine.sinks.choice import SinkName
+from rlsync.engine.sinks.direct import DirectBuffers
+from rlsync.engine.sinks.layerwise import LayerwiseBuffers
+from rlsync.engine.sinks.slots import segment_in
+from rlsync.geometry import Fill
+from rlsync.staging import Segment
+
+
+class PlacedSink:
+    """``direct`` and ``layerwise`` side by side.
+
+    Args:
+        buckets: for each bucket this worker's segments; together with ``fills`` they cover every buffer once.
+        fills: elements that no segment brings; they are written in every sync, because sleep may have discarded them.
+        sinks: ``direct`` or ``layerwise`` for every buffer that occurs, as ``choose`` gave it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: Any,
+        buckets: tuple[tuple[Segment, ...], ...],
+        fills: tuple[Fill, ...],
+        sinks: Mapping[str, SinkName],
+    ) -> None:
+        self._model, self._model_config, self._buckets = model, model_config, buckets
+        last = dict.fromkeys((fill.buffer for fill in fills), -1)
+        last.update((segment.buffer, number) for number, bucket in enumerate(buckets) for segment in bucket)
+        unknown = sorted(set(last) - sinks.keys())
+        assert not unknown, f"no sink was chosen for {', '.join(unknown)}"
+        self._direct = DirectBuffers(model, (name for name in last if sinks[name] == "direct"))
+        self._layerwise = LayerwiseBuffers(model, {name: b for name, b in last.items() if sinks[name] == "layerwise"}, fills)
+        self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
+
+    @property
+    def peak_extra_bytes(self) -> int:
+        """Most bytes that modules in progress have taken at once, without what vLLM's post-processing takes for itself."""
+        return self._layerwise.peak_bytes
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Begin: from now on the model holds no version until ``close``."""
+        write_fills(self._direct_fills, {fill.buffer: self._direct[fill.buffer] for fill in self._direct_fills})
+        self._layerwise.complete_after(-1)
+
+    @torch.no_grad()
+    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Take in bucket ``bucket`` from ``slot`` (1-D uint8, CPU or the model's device); nothing refers to the slot afterwards.
+
+        Buckets come in order. ``landed`` gets the buffers of this bucket, contiguous and in checkpoint layout, when their bytes
+        are in place and nothing else has been made of them. The caller synchronises CUDA.
+        """
+        names = dict.fromkeys(segment.buffer for segment in self._buckets[bucket])
+        buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in names}
+        CopyProgram(
+            (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(slot, s)) for s in self._buckets[bucket]
+        ).run()
+        landed(buffers)
+        # The buffers of a module would outlive its completion.
+        buffers.clear()
+        self._layerwise.complete_after(bucket)
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Complete what is made from several modules: absorbed and attention weights, packed copies of a shared parameter."""
+        left = self._layerwise.in_progress
+        assert not left, f"{len(left)} buffers are incomplete after the last bucket, among them {left[0]}"
+        compat_layers.finish_attention(self._model, self._model_config)
+        compat.refresh_sharers(self._model)
+
+    def abandon(self) -> None:
+        """Leave a model without a parameter in checkpoint layout; its values are those of no version."""
+        self._layerwise.abandon()
