@@ -19,7 +19,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
-from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from vllm.platforms import current_platform
 
 try:  # vLLM >= 0.27: a draft model's completeness is checked after each load_weights call, while a sync makes one per bucket
@@ -117,25 +117,47 @@ def abandon_reload(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
-    """For the moment, parameters have checkpoint layout and no memory, and loaders run at once. The live ones come back."""
-    layers = list(model.modules())
-    for layer in layers:
-        info = layerwise.get_layerwise_info(layer)
-        info.kernel_tensors = get_layer_params_buffers(layer)
-        if hasattr(info, "kernel_non_persistent_buffers"):  # vLLM >= 0.32
-            info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
-        restore_layer_on_meta(layer, info)
-        for tensor in get_layer_tensors(layer).values():
-            # An earlier reload has left its wrappers on the tensors that describe the layout.
-            if hasattr(tensor, "weight_loader"):
-                tensor.weight_loader = layerwise._get_original_loader(tensor)
+    """For the moment, parameters have checkpoint layout and no memory, and loaders run at once. Leaves no trace.
+
+    Raises RuntimeError while a reload is under way.
+    """
+    known = set(layerwise.LAYERWISE_INFO)
+    kept: list[_KeptLayer] = []
     try:
+        for layer in model.modules():
+            info = layerwise.get_layerwise_info(layer)
+            if info.can_load():
+                raise RuntimeError(f"a reload of {type(layer).__name__} is under way; finish or abandon it first")
+            kept.append(_KeptLayer(layer, info))
+            restore_layer_on_meta(layer, info)
+            for tensor in get_layer_tensors(layer).values():
+                # An earlier reload has left its wrappers on the tensors that describe the layout.
+                if hasattr(tensor, "weight_loader"):
+                    tensor.weight_loader = layerwise._get_original_loader(tensor)
         yield
     finally:
-        for layer in layers:
-            info = layerwise.get_layerwise_info(layer)
-            layerwise._place_kernel_tensors(layer, info)
-            info.reset()
+        for layer_kept in reversed(kept):
+            layer_kept.put_back()
+        for layer in set(layerwise.LAYERWISE_INFO) - known:
+            del layerwise.LAYERWISE_INFO[layer]
+
+
+class _KeptLayer:
+    """What a layer and its tensors have as attributes, to be put back in the same order."""
+
+    def __init__(self, layer: torch.nn.Module, info: Any) -> None:
+        tensors = [*get_layer_tensors(layer).values(), *(t for group in info.restore_metadata for t in group.values())]
+        tables: list[dict[str, Any]] = [layer.__dict__, layer._parameters, layer._buffers, *(t.__dict__ for t in tensors)]
+        self._tables = [(table, dict(table)) for table in tables]
+        self._non_persistent = layer._non_persistent_buffers_set, set(layer._non_persistent_buffers_set)
+
+    def put_back(self) -> None:
+        for table, entries in self._tables:
+            table.clear()
+            table.update(entries)
+        names, kept = self._non_persistent
+        names.clear()
+        names |= kept
 
 
 def refresh_sharers(model: torch.nn.Module) -> None:

@@ -1,0 +1,282 @@
+"""What vLLM's own loaders do with each HF tensor, seen on the live model before a byte moves. Knows no plan and no channel.
+
+The loaders are run on tensors without memory while the parameters are on meta. Every write is noted and none is executed,
+also not into tensors that vLLM keeps live (biases, expert maps). vLLM itself only warns about a parameter that nothing
+loads, and skips some unknown names in silence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlsync.engine.compat import load_weights, parameters_on_meta, quiet
+from rlsync.engine.provenance import Origins, key_of
+from rlsync.geometry import BufferSpec, TensorSpec
+from rlsync.placement.vllm import Write
+
+_aten = torch.ops.aten
+_FILLS = (_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)
+_ERROR_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What one worker takes.
+
+    Attributes:
+        buffers: every parameter in checkpoint layout (shape and dtype), and each registered buffer that a loader writes, by
+            the name in ``model.named_parameters(remove_duplicate=False)``; of names for one memory only the first.
+        writes: in the order in which they were made; regions count from the first element of their buffer.
+        aliases: for each of ``buffers`` the other names of the live model whose tensors share its memory.
+        read_names, unused_names: HF names that some loader read, and those that none did. With tensor, pipeline or expert
+            parallelism each worker takes its own share: judge names on the union of an engine's workers.
+        findings: one sentence for each tensor at which a loader raised, other than for its name.
+    """
+
+    buffers: tuple[BufferSpec, ...]
+    writes: tuple[Write, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+    read_names: tuple[str, ...]
+    unused_names: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+def record(model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
+    """Run the loaders of ``model`` on every tensor, without memory. Leaves the model as it was. Not collective.
+
+    Needs vLLM's config to be current where the loaders ask for it. Raises RuntimeError while a reload is under way.
+    """
+    live = _tensors_of(model)
+    aliases = _aliases(live)
+    with parameters_on_meta(model), quiet():
+        sources = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
+        targets = _Targets(model, live)
+        recorder, findings = _Recorder(targets, sources), list[str]()
+        try:
+            _load(model, recorder, sources)
+        except Exception:
+            # Once more, one by one, so that all that is wrong is found together.
+            recorder = _Recorder(targets, sources)
+            findings = _load_one_by_one(model, recorder, sources)
+        written = {write.buffer for write in recorder.writes}
+        buffers = tuple(
+            BufferSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in targets.buffers.items()
+            if name in written or name in targets.parameters
+        )
+    named = {f.split(" ", 1)[0] for f in findings}
+    return Recording(
+        buffers=buffers,
+        writes=tuple(recorder.writes),
+        aliases={buffer.name: aliases.get(buffer.name, ()) for buffer in buffers},
+        read_names=tuple(name for name in sources if name in recorder.read),
+        unused_names=tuple(name for name in sources if name not in recorder.read and name not in named),
+        findings=tuple(findings),
+    )
+
+
+def _load(model: torch.nn.Module, recorder: _Recorder, sources: Mapping[str, torch.Tensor]) -> None:
+    try:
+        with recorder:
+            load_weights(model, iter(sources.items()))
+    finally:
+        recorder.note_replaced()
+
+
+def _load_one_by_one(model: torch.nn.Module, recorder: _Recorder, sources: Mapping[str, torch.Tensor]) -> list[str]:
+    findings = []
+    for name, tensor in sources.items():
+        try:
+            _load(model, recorder, {name: tensor})
+        except (ValueError, KeyError, AttributeError) as error:
+            # How models answer to a name they do not have; shapes are asserted.
+            if name in recorder.read:
+                findings.append(_finding(name, tensor, error))
+        except Exception as error:
+            findings.append(_finding(name, tensor, error))
+    return findings
+
+
+def _finding(name: str, tensor: torch.Tensor, error: Exception) -> str:
+    text = " ".join(str(error).split())[:_ERROR_CHARS]
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} does not fit the engine's model: {type(error).__name__}: {text}"
+
+
+class _Targets:
+    """The tensors that loaders may write, by storage. Of several names for one memory the first one stands for all."""
+
+    def __init__(self, model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> None:
+        found = _tensors_of(model)
+        names = [*(n for n in live if n in found), *(n for n in found if n not in live)]
+        self.buffers: dict[str, torch.Tensor] = {}
+        self._by_storage: dict[int, list[str]] = defaultdict(list)
+        self._names: dict[str, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
+        for name in names:
+            tensor = found[name]
+            views = [_view(tensor)] + ([(*_view(live[name]), tensor.shape, tensor.dtype)] if name in live else [])
+            owner = next((first[v] for v in views if v in first), name)
+            first.update((v, owner) for v in views if v not in first)
+            self._names[name] = owner
+            self.buffers.setdefault(owner, tensor)
+            self._by_storage[key_of(tensor)].append(name)
+        self.parameters = {self._names[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._found = found
+        self._kept = {name: (key_of(t), t.data) for name, t in found.items()}
+
+    def region(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        """Buffer and offset at which a view of a target begins; None for a tensor that is none."""
+        for name in self._by_storage.get(key_of(tensor), ()):
+            whole = self._found[name]
+            offset = int(tensor.storage_offset()) - int(whole.storage_offset())
+            if tensor.dtype != whole.dtype or not whole.is_contiguous():
+                continue
+            if 0 <= offset < max(whole.numel(), 1):
+                return self._names[name], offset
+        return None
+
+    def owner(self, tensor: torch.Tensor) -> str | None:
+        names = self._by_storage.get(key_of(tensor))
+        return self._names[names[0]] if names else None
+
+    def take_back(self) -> Iterator[str]:
+        """Buffers whose memory a loader exchanged (``parameter.data = ...``); they get their own one back."""
+        for name, (key, data) in self._kept.items():
+            if key_of(self._found[name]) != key:
+                self._found[name].data = data
+                yield self._names[name]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what is written and what is read, and executes no write."""
+
+    def __init__(self, targets: _Targets, sources: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.writes: list[Write] = []
+        self._targets = targets
+        self._origins = Origins(sources)
+
+    @property
+    def read(self) -> set[str]:
+        """HF names that were read."""
+        return self._origins.read
+
+    def note_replaced(self) -> None:
+        for buffer in self._targets.take_back():
+            self._compute(buffer)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.copy_.default:
+            return self._copy(args[0], args[1])
+        if func is _aten._foreach_copy_.default:
+            for target, source in zip(args[0], args[1], strict=True):
+                self._copy(target, source)
+            return None
+        if func in _FILLS and self._targets.owner(args[0]) is not None:
+            return self._fill(*args)
+        written = _written(func, args, kwargs)
+        if any(self._targets.owner(t) is not None for t in written):
+            self._origins.note_read(args, kwargs)
+            for tensor in written:
+                self._compute(self._targets.owner(tensor))
+            return written[0] if func._schema.returns else None
+        for tensor in written:
+            self._check_ours(tensor)
+        return self._origins.run(func, args, kwargs, written)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        if target.shape.numel() != source.shape.numel():
+            raise ValueError(f"{tuple(source.shape)} is copied into {tuple(target.shape)}")
+        self._origins.note_read((source,), {})
+        if self._targets.owner(target) is None:
+            self._check_ours(target)
+            self._origins.run(_aten.copy_.default, (target, source), {}, [target])
+        else:
+            self._write(target, source.expand(target.shape))
+        return target
+
+    def _fill(self, target: torch.Tensor, value: Any = 0.0) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            self._write(target, float(value))
+        elif value.is_meta or self._origins.knows(value):
+            self._origins.note_read((value,), {})
+            self._write(target, value.expand(target.shape))
+        else:
+            self._write(target, float(value.item()))
+        return target
+
+    def _write(self, target: torch.Tensor, source: torch.Tensor | float) -> None:
+        region = self._targets.region(target)
+        if region is None:
+            self._compute(self._targets.owner(target))
+            return
+        buffer, offset = region
+        shape, strides = tuple(target.shape), target.stride()
+        if not isinstance(source, torch.Tensor):
+            self.writes.append(Write(buffer, offset, shape, strides, value=source))
+            return
+        parts = self._origins.parts(source, target.dtype)
+        if parts is None:
+            self.writes.append(Write(buffer, offset, shape, strides))
+            return
+        for part in parts:
+            begin = offset + sum(a * s for a, s in zip(part.start, strides, strict=True))
+            steps = tuple(strides[dim] for dim in part.dims)
+            self.writes.append(Write(buffer, begin, part.shape, steps, part.name, part.offset, part.strides))
+
+    def _compute(self, buffer: str | None) -> None:
+        """The whole buffer may hold anything now."""
+        assert buffer is not None
+        self.writes.append(Write(buffer, 0, (self._targets.buffers[buffer].numel(),), (1,)))
+
+    def _check_ours(self, tensor: torch.Tensor) -> None:
+        if not self._origins.knows(tensor):
+            raise ValueError(f"a loader writes into a tensor {tuple(tensor.shape)} that is neither a parameter nor a buffer of the model")
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors that an operator changes in place."""
+    if not func._schema.is_mutable:
+        return []
+    found: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return found
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and registered buffers under all of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int]:
+    """A tensor without elements shares its memory with nothing but itself."""
+    return ("storage", key_of(tensor)) if tensor.numel() else ("object", id(tensor))
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two names for the same elements have in common."""
+    return _memory(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _aliases(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    """For each name the others whose tensors have memory in common with it."""
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, tensor in live.items():
+        groups[_memory(tensor)].append(name)
+    return {name: tuple(n for n in group if n != name and _overlap(live[n], live[name])) for group in groups.values() for name in group}
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the ranges from first to last element meet, of two tensors in one storage."""
+    ranges = [(t.storage_offset(), t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in (a, b)]
+    return a is b or (ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1])
