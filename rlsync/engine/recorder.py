@@ -137,7 +137,7 @@ class _Targets:
             offset = int(tensor.storage_offset()) - int(whole.storage_offset())
             if tensor.dtype != whole.dtype or not whole.is_contiguous():
                 continue
-            if 0 <= offset < max(whole.numel(), 1):
+            if 0 <= offset < whole.numel():
                 return self._names[name], offset
         return None
 
@@ -213,6 +213,9 @@ class _Recorder(TorchDispatchMode):
         return target
 
     def _write(self, target: torch.Tensor, source: torch.Tensor | float) -> None:
+        if not target.numel():
+            # A rank without padding fills an empty region, which begins after the last element.
+            return
         region = self._targets.region(target)
         if region is None:
             self._compute(self._targets.owner(target))
