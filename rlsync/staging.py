@@ -1,22 +1,31 @@
 """Staging: how the bytes of a plan's buckets lie in slots on their way. Pure integers; owns no memory.
 
-A slot holds one bucket for all streams side by side. Each *stream* is one destination of the plan; its part of the bucket is
-cut into *segments*, each of them dense and in the order of the destination's memory, so that the taker moves as few and as
-large pieces as the destination allows.
+A *stream* is one destination of the plan; several workers that hold the same share one. Its *part* of a bucket is cut into
+*segments*, each dense and in the order of the destination's memory, so that the taker moves few and large pieces. What one
+source gives to one part is a *region*: the unit of copying in, and of verification.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Elements of one destination buffer that lie together in a slot.
+from rlsync.geometry import DTYPE_BYTES, BufferSpec, contiguous_strides
+from rlsync.plan import Copy, Plan
+
+# Segments start at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
+SEGMENT_ALIGNMENT = 64
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Elements of one destination buffer that lie together in a part.
 
     ``buffer_offset``, ``shape`` and ``strides`` count elements of the destination buffer; in the slot they lie dense and
-    row-major over ``shape``, from byte ``slot_offset`` on. ``dtype`` is the destination's.
+    row-major over ``shape``, from byte ``slot_offset`` of the part on. ``dtype`` is the destination's.
     """
 
     buffer: str
@@ -29,3 +38,133 @@ class Segment:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPE_BYTES[self.dtype]
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """Elements that one source gives to a part. Offsets and strides in elements, ``slot_offset`` in bytes of the part.
+
+    ``number`` counts the regions of a stream over all its buckets. ``tensor`` is the HF name.
+    """
+
+    number: int
+    tensor: str
+    source: int
+    source_buffer: str
+    source_offset: int
+    source_strides: tuple[int, ...]
+    shape: tuple[int, ...]
+    buffer: str
+    buffer_offset: int
+    buffer_strides: tuple[int, ...]
+    dtype: str
+    slot_offset: int
+    slot_strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stream's share of one bucket: ``nbytes`` of a slot, alignment included."""
+
+    nbytes: int
+    segments: tuple[Segment, ...]
+    regions: tuple[Region, ...]
+
+
+def lay_out(plan: Plan) -> tuple[tuple[Part, ...], ...]:
+    """Parts by bucket and stream; stream ``s`` is destination ``s`` of the plan. Deterministic."""
+    specs = [{b.name: b for b in p.buffers} for p in plan.destinations]
+    numbers = [0] * len(plan.destinations)
+    table = []
+    for bucket in plan.buckets:
+        copies: dict[int, list[Copy]] = defaultdict(list)
+        for copy in bucket.copies:
+            copies[copy.destination].append(copy)
+        row = []
+        for stream in range(len(plan.destinations)):
+            row.append(_part(copies[stream], specs[stream], numbers[stream]))
+            numbers[stream] += len(row[-1].regions)
+        table.append(tuple(row))
+    return tuple(table)
+
+
+def part_offsets(parts: Sequence[Part]) -> tuple[int, ...]:
+    """Byte at which each part begins when the parts of a bucket lie side by side in one slot; one more for the end."""
+    offsets = [0]
+    for part in parts:
+        offsets.append(offsets[-1] + part.nbytes)
+    return tuple(offsets)
+
+
+def _part(copies: Sequence[Copy], specs: dict[str, BufferSpec], number: int) -> Part:
+    by_buffer: dict[str, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        by_buffer[copy.destination_buffer].append(copy)
+    segments: list[Segment] = []
+    regions: list[Region] = []
+    cursor = 0
+    for name, group in by_buffer.items():
+        spec = specs[name]
+        for run in _runs(group, spec):
+            segment = _segment(run, spec, cursor)
+            for copy in run:
+                regions.append(_region(copy, segment, number + len(regions), len(run) > 1))
+            segments.append(segment)
+            cursor += -(-segment.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+    return Part(cursor, tuple(segments), tuple(regions))
+
+
+def _runs(copies: list[Copy], spec: BufferSpec) -> list[list[Copy]]:
+    """Copies of one buffer, grouped so that each group fills one dense range of it or is a single strided region."""
+    copies = sorted(copies, key=lambda c: c.destination_offset)
+    if _is_dense(copies):
+        return [copies]
+    runs: list[list[Copy]] = []
+    for copy in copies:
+        if not _is_dense([copy]):
+            runs.append([copy])
+        elif runs and _is_dense(runs[-1]) and _end(runs[-1][-1]) == copy.destination_offset:
+            runs[-1].append(copy)
+        else:
+            runs.append([copy])
+    return runs
+
+
+def _end(copy: Copy) -> int:
+    """One past the highest element that a copy writes."""
+    return copy.destination_offset + sum((n - 1) * s for n, s in zip(copy.shape, copy.destination_strides, strict=True)) + 1
+
+
+def _is_dense(copies: list[Copy]) -> bool:
+    """Whether the copies fill a range of the buffer without gaps; the plan has proven that they do not overlap."""
+    return sum(c.size for c in copies) == max(map(_end, copies)) - copies[0].destination_offset
+
+
+def _segment(run: list[Copy], spec: BufferSpec, cursor: int) -> Segment:
+    first = run[0]
+    if _is_dense(run):
+        size = max(map(_end, run)) - first.destination_offset
+        return Segment(spec.name, spec.dtype, first.destination_offset, (size,), (1,), cursor)
+    return Segment(spec.name, spec.dtype, first.destination_offset, first.shape, first.destination_strides, cursor)
+
+
+def _region(copy: Copy, segment: Segment, number: int, in_range: bool) -> Region:
+    if segment.strides == (1,):
+        slot_offset = segment.slot_offset + (copy.destination_offset - segment.buffer_offset) * DTYPE_BYTES[segment.dtype]
+        slot_strides = copy.destination_strides
+    else:
+        assert not in_range
+        slot_offset, slot_strides = segment.slot_offset, contiguous_strides(copy.shape)
+    return Region(
+        number, copy.tensor,
+        copy.source, copy.source_buffer, copy.source_offset, copy.source_strides, copy.shape,
+        copy.destination_buffer, copy.destination_offset, copy.destination_strides, segment.dtype,
+        slot_offset, slot_strides,
+    )  # fmt: skip

@@ -139,11 +139,12 @@ class ActorRank:
             timeout_s=sync.timeout_s,
             sink=sync.sink,
             transport=sync.transport,
+            verify=sync.verify,
             pause_mode=sync.pause_mode,
         )
         device = compute_device()
         self._syncer = WeightSyncer(
-            MegatronSource(self._bridge, self._models, bucket_bytes=sync.bucket_bytes),
+            MegatronSource(self._bridge, self._models),
             engines if self._rank == 0 else (),
             config,
             rank=self._rank,

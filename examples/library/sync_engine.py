@@ -37,9 +37,9 @@ def main(hf_path: str) -> None:
     rank = dist.get_rank()
     engines = [start_engine(hf_path)] if rank == 0 else []
     syncer = WeightSyncer(
-        MegatronSource(bridge, models, bucket_bytes=2**20),
+        MegatronSource(bridge, models),
         engines,
-        SyncConfig(timeout_s=120),
+        SyncConfig(bucket_bytes=2**20, timeout_s=120),
         rank=rank,
         world_size=dist.get_world_size(),
         broadcast=broadcast_bytes,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from rlsync.control import messages as m
+from rlsync.control.progress import Progress
 from rlsync.control.roster import Expected, Member, Roster, some
 
 
@@ -23,22 +23,6 @@ class Sender(Protocol):
     """Hands a message to one peer; must not block."""
 
     def __call__(self, identity: bytes, message: m.FromCoordinator) -> None: ...
-
-
-@dataclass(slots=True)
-class _Sync:
-    """Progress of one attempt, by peer identity."""
-
-    attempt: int
-    version: int
-    started: set[bytes] = field(default_factory=set)
-    filled: dict[bytes, int] = field(default_factory=dict)
-    joined: set[bytes] = field(default_factory=set)
-    done: dict[bytes, int] = field(default_factory=dict)
-    loaded: dict[bytes, m.Loaded] = field(default_factory=dict)
-    committed: set[bytes] = field(default_factory=set)
-    buckets_ready: int = 0
-    buckets_writable: int = 0
 
 
 class Coordinator:
@@ -54,8 +38,10 @@ class Coordinator:
         self._expected, self._send = expected, send
         self._roster = Roster(expected)
         self._members = self._roster.members
-        self._sync: _Sync | None = None
+        self._sync: Progress | None = None
         self._failure: m.Error | None = None
+        self._num_buckets = self._num_slots = 0
+        self._streams: dict[bytes, int] = {}
         self.phase, self.version = "connect", -1
         self.deadline: float | None = now + expected.timeout_s
 
@@ -64,6 +50,8 @@ class Coordinator:
     def receive(self, identity: bytes, raw: bytes, now: float) -> None:
         """Take one message of a peer. Strangers are answered or ignored and disturb nobody."""
         peer = self._members.get(identity)
+        if peer is None and len(raw) > m.MAX_HELLO_BYTES:
+            return
         try:
             message = m.decode_from_peer(raw)
         except msgspec.MsgspecError as error:
@@ -125,23 +113,46 @@ class Coordinator:
         problem = self._roster.mismatch(peer)
         if problem is not None:
             self._fail(problem, peer)
-        else:
-            welcome = expected.welcome if peer.engine is not None else msgspec.structs.replace(expected.welcome, buckets=())
-            self._send(identity, welcome)
+        elif peer.engine is not None:
+            self._send(identity, expected.catalogue)
+        self._survey()
 
     def _reject(self, identity: bytes, cause: str) -> None:
         self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
 
-    def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
-        peer.attached = message
-        if self.phase != "connect" or not self._roster.is_attached():
+    def _on_recorded(self, peer: Member, message: m.Recorded, now: float) -> None:
+        peer.recorded = message
+        self._survey()
+
+    def _survey(self) -> None:
+        """When everybody is here: judge the names, and let actor rank 0 plan."""
+        if self.phase != "connect" or not self._roster.is_recorded():
             return
         findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
         if findings:
-            self._fail("the bucket table and the engine's model do not fit: " + "; ".join(findings), None)
+            self._fail("what the actor has and what the engines take do not fit: " + "; ".join(findings), None)
             return
-        self.phase, self.deadline = "idle", None
-        self._broadcast(m.Connected())
+        survey = self._roster.survey()
+        self._send(self._roster.actors()[0].identity, survey)
+
+    def _on_planned(self, peer: Member, message: m.Planned, now: float) -> None:
+        actors, workers = self._roster.actors(), self._roster.workers()
+        counts = (len(message.actors), len(message.workers))
+        if self.phase != "connect" or peer.place != 0 or counts != (len(actors), len(workers)):
+            self._fail(f"{peer} sent shares for {counts} actor ranks and workers in phase {self.phase}", peer)
+            return
+        self._num_buckets, self._num_slots = len(message.actors[0].parts), message.actors[0].ring.num_slots
+        for member, actor in zip(actors, message.actors, strict=True):
+            self._send(member.identity, m.Share(actor=actor))
+        for member, worker in zip(workers, message.workers, strict=True):
+            self._streams[member.identity] = worker.stream
+            self._send(member.identity, m.Share(worker=worker))
+
+    def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
+        peer.attached = True
+        if self.phase == "connect" and self._roster.is_attached():
+            self.phase, self.deadline = "idle", None
+            self._broadcast(m.Connected())
 
     # A sync.
 
@@ -162,15 +173,14 @@ class Coordinator:
             self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable))
             self._begin_transfer(sync, now)
 
-    def _begin_transfer(self, sync: _Sync, now: float) -> None:
+    def _begin_transfer(self, sync: Progress, now: float) -> None:
         """The phase of waiting for everybody ends when all actor ranks and all workers are there."""
         if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._roster.workers())):
             self._enter("transfer", now)
 
     def _open(self, message: m.Start, now: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
-        self._sync = _Sync(message.attempt, message.version)
-        self._sync.buckets_writable = min(self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
+        self._sync = Progress(message.attempt, message.version, self._num_buckets, self._num_slots)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
@@ -181,20 +191,15 @@ class Coordinator:
         sync = self._current(message.attempt)
         if sync is None:
             return
-        count = sync.filled.get(peer.identity, 0)
-        if message.bucket != count or message.bucket >= sync.buckets_writable:
-            self._fail(f"{peer} filled bucket {message.bucket}, its turn is {count} and {sync.buckets_writable} are writable", peer)
-            return
-        sync.filled[peer.identity] = count + 1
-        ready = (
-            min(sync.filled.get(p.identity, 0) for p in self._roster.actors())
-            if len(self._roster.actors()) == self._expected.num_actors
-            else 0
-        )
-        if ready > sync.buckets_ready:
-            sync.buckets_ready = ready
+        outcome = sync.fill(peer.identity, message.bucket, message.sums, self._roster.actors(), self._expected.num_actors)
+        if isinstance(outcome, str):
+            self._fail(f"{peer} {outcome}", peer)
+        elif outcome:
             for identity in sync.joined:
-                self._send(identity, m.Ready(sync.attempt, ready))
+                self._tell_ready(identity, sync)
+
+    def _tell_ready(self, identity: bytes, sync: Progress) -> None:
+        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sync.untold(identity, self._streams[identity])))
 
     def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
         sync = self._sync
@@ -208,34 +213,28 @@ class Coordinator:
         elif message.version != sync.version:
             self._fail(f"{peer} joined version {message.version}, the actor started version {sync.version}", peer)
         else:
-            sync.joined.add(peer.identity)
-            self._send(peer.identity, m.Ready(sync.attempt, sync.buckets_ready))
+            self._tell_ready(peer.identity, sync)
             self._begin_transfer(sync, now)
 
     def _on_done(self, peer: Member, message: m.Done, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
             return
-        count = sync.done.get(peer.identity, 0)
-        if message.bucket != count or message.bucket >= sync.buckets_ready:
-            self._fail(f"{peer} finished bucket {message.bucket}, its turn is {count} and {sync.buckets_ready} are ready", peer)
-            return
-        sync.done[peer.identity] = count + 1
-        completed = min(sync.done.get(p.identity, 0) for p in self._roster.workers())
-        writable = min(completed + self._expected.welcome.num_slots, self._expected.welcome.num_buckets)
-        if writable > sync.buckets_writable:
-            sync.buckets_writable = writable
+        outcome = sync.take(peer.identity, message.bucket, self._roster.workers())
+        if isinstance(outcome, str):
+            self._fail(f"{peer} {outcome}", peer)
+        elif outcome:
             for identity in sync.started:
-                self._send(identity, m.Writable(sync.attempt, writable))
+                self._send(identity, m.Writable(sync.attempt, sync.buckets_writable))
 
     def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
             return
-        if sync.done.get(peer.identity, 0) != self._expected.welcome.num_buckets:
-            self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {self._expected.welcome.num_buckets} buckets", peer)
+        if sync.done.get(peer.identity, 0) != sync.num_buckets:
+            self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {sync.num_buckets} buckets", peer)
             return
-        sync.loaded[peer.identity] = message
+        sync.loaded[peer.identity] = message.times
         if len(sync.loaded) == len(self._roster.workers()):
             self._enter("commit", now)
             for worker in self._roster.workers():
@@ -248,9 +247,9 @@ class Coordinator:
         sync.committed.add(peer.identity)
         if len(sync.committed) == len(self._roster.workers()):
             self._enter("resume", now)
-            load_s, finalize_s = (max(getattr(x, f) for x in sync.loaded.values()) for f in ("load_s", "finalize_s"))
+            times = tuple(sync.loaded[p.identity] for p in self._roster.workers())
             for identity in sync.started:
-                self._send(identity, m.AllCommitted(sync.attempt, load_s, finalize_s))
+                self._send(identity, m.AllCommitted(sync.attempt, times))
 
     def _on_finish(self, peer: Member, message: m.Finish, now: float) -> None:
         sync = self._current(message.attempt)
@@ -274,7 +273,7 @@ class Coordinator:
 
     # Common.
 
-    def _current(self, attempt: int) -> _Sync | None:
+    def _current(self, attempt: int) -> Progress | None:
         """The sync that a message belongs to, or None when it is a late one of an attempt that is over."""
         sync = self._sync
         return sync if sync is not None and sync.attempt == attempt and self.phase not in ("idle", "failed") else None
@@ -288,7 +287,7 @@ class Coordinator:
             self._send(identity, m.Writable(sync.attempt, sync.buckets_writable))
         if phase == "transfer":
             for identity in sync.joined:
-                self._send(identity, m.Ready(sync.attempt, sync.buckets_ready))
+                self._tell_ready(identity, sync)
 
     def _broadcast(self, message: m.FromCoordinator) -> None:
         for identity in self._members:
@@ -304,12 +303,11 @@ class Coordinator:
         if engine is None and peer is not None:
             engine = peer.engine
         if bucket is None and self.phase == "transfer" and sync is not None and peer is not None:
-            bucket = (sync.filled if peer.engine is None else sync.done).get(peer.identity, 0)
-            bucket = min(bucket, self._expected.welcome.num_buckets - 1)
+            bucket = sync.bucket_of(peer)
         self._failure = m.Error(
             attempt=0 if sync is None else sync.attempt,
             phase=self.phase if phase is None else phase,
-            cause=cause,
+            cause=m.shortened(cause),
             engine=engine,
             version=None if sync is None else sync.version,
             bucket=bucket,
@@ -321,28 +319,14 @@ class Coordinator:
         """Whom the phase waits for, in words, and the peer to blame when it is one kind of peer."""
         if self.phase == "connect":
             return self._roster.absent(), None
-        sync, total = self._sync, self._expected.welcome.num_buckets
-        assert sync is not None
-        if self.phase == "begin":
-            late = [(p, "to enter sync()") for p in self._roster.actors() if p.identity not in sync.started]
-            late += [(p, "to begin its update") for p in self._roster.workers() if p.identity not in sync.joined]
-        elif self.phase == "transfer":
-            limit = min(sync.buckets_writable, total)
-            slow = [p for p in self._roster.actors() if sync.filled.get(p.identity, 0) < limit]
-            late = [(p, f"to fill bucket {sync.filled.get(p.identity, 0)}") for p in slow]
-            if not late:
-                slow = [p for p in self._roster.workers() if sync.done.get(p.identity, 0) < sync.buckets_ready]
-                slow.sort(key=lambda p: sync.done.get(p.identity, 0))
-                late = [(p, f"to load bucket {sync.done.get(p.identity, 0)}") for p in slow]
-                late = late or [(p, "to finish loading") for p in self._roster.workers() if p.identity not in sync.loaded]
-        elif self.phase == "commit":
-            late = [(p, "to commit") for p in self._roster.workers() if p.identity not in sync.committed]
-        else:
-            late = [(p, "to resume the engines") for p in self._roster.actors() if p.place == 0]
+        assert self._sync is not None
+        late = self._sync.laggards(self.phase, self._roster.actors(), self._roster.workers())
         return [f"{p}, which was {what}" for p, what in late], late[0][0] if late else None
 
 
 _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
+    (m.Recorded, True): Coordinator._on_recorded,
+    (m.Planned, False): Coordinator._on_planned,
     (m.Attached, True): Coordinator._on_attached,
     (m.Attached, False): Coordinator._on_attached,
     (m.Start, False): Coordinator._on_start,

@@ -7,36 +7,32 @@ a message that is read late says no less than one that is read in time.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
-from rlsync.errors import ConfigError
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.control.shares import ActorShare, WorkerShare
+from rlsync.geometry import Placement, TensorSpec
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-
-
-class BucketEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where one HF tensor lies in its bucket. ``dtype`` is torch's name without the prefix, as ``"bfloat16"``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-Buckets = tuple[tuple[BucketEntry, ...], ...]
+# A first message is a hello, and whoever sends more is not one of ours.
+MAX_HELLO_BYTES = 16 * 2**10
+_MAX_TEXT = 2**16
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+Text = Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Base that gives every message its type tag."""
+
+
+class Sum(msgspec.Struct, frozen=True, array_like=True):
+    """Checksum of one region of one stream."""
+
+    stream: Count
+    region: Count
+    value: int
 
 
 # From a peer to the coordinator.
@@ -45,100 +41,131 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 class WorkerHello(Message):
     """First message of an engine worker. ``host`` names it in errors; ``shm_domain`` tells whose /dev/shm it sees."""
 
-    token: str
-    run_id: str
-    engine_id: str
-    dp_index: int
-    worker_rank: int
-    world_size: int
-    host: str
-    shm_domain: str
-    pid_domain: str
-    pid: int
+    token: Name
+    run_id: Name
+    engine_id: Name
+    dp_index: Count
+    worker_rank: Count
+    world_size: Count
+    host: Name
+    shm_domain: Name
+    pid_domain: Name
+    pid: Count
     gpu_uuid: str | None
-    vllm_version: str
+    vllm_version: Name
 
 
 class ActorHello(Message):
-    """First message of an actor rank. ``digest`` is that of its BucketSource."""
+    """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement."""
 
-    token: str
-    run_id: str
-    actor_rank: int
-    world_size: int
-    host: str
-    shm_domain: str
-    pid_domain: str
-    pid: int
-    digest: str
+    token: Name
+    run_id: Name
+    actor_rank: Count
+    world_size: Count
+    host: Name
+    shm_domain: Name
+    pid_domain: Name
+    pid: Count
+    gpu_uuid: str | None
+    digest: Name
+
+
+class Recorded(Message):
+    """What a worker holds, as its own loaders were seen to fill it, and the sink that will take it.
+
+    ``unused_names`` are HF names that its model did not take, ``findings`` what cannot work. ``remark`` says why a sink
+    that moves more bytes was taken, where one was.
+    """
+
+    placement: Placement
+    sink: Name
+    unused_names: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    remark: Text = ""
+
+
+class Planned(Message):
+    """Actor rank 0: the shares of everybody, actor ranks in order, workers in the order in which ``Surveyed`` named them."""
+
+    actors: tuple[ActorShare, ...]
+    workers: tuple[WorkerShare, ...]
 
 
 class Attached(Message):
-    """The ring is mapped. A worker also lists HF names its model did not take and parameters that nothing would fill."""
-
-    unused_names: tuple[str, ...] = ()
-    unfilled_parameters: tuple[str, ...] = ()
-    findings: tuple[str, ...] = ()
+    """The peer has taken its share: memory is mapped, copies are bound."""
 
 
 class Start(Message):
     """An actor rank has entered ``sync(version)``."""
 
-    attempt: int
+    attempt: Count
     version: int
 
 
 class Filled(Message):
-    """This actor rank's pieces of a bucket are in its slot."""
+    """This actor rank's regions of a bucket are readable. ``sums`` are the checksums of those that are verified."""
 
-    attempt: int
-    bucket: int
-    nbytes: int
+    attempt: Count
+    bucket: Count
+    nbytes: Count
+    sums: tuple[Sum, ...] = ()
 
 
 class Joined(Message):
     """A worker is inside its update and waits for buckets."""
 
-    attempt: int
+    attempt: Count
     version: int
 
 
 class Done(Message):
     """Nothing of this worker refers to the bucket's slot any more."""
 
-    attempt: int
-    bucket: int
+    attempt: Count
+    bucket: Count
+
+
+class WorkerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds of one worker in one sync, and bytes of memory that it took beside what it always has.
+
+    ``wait_s``: for buckets. ``pull_s``: taking them in. ``verify_s``: checksums. ``finalize_s``: after the last bucket.
+    """
+
+    wait_s: float
+    pull_s: float
+    verify_s: float
+    finalize_s: float
+    extra_bytes: Count
 
 
 class Loaded(Message):
-    """A worker's model holds every bucket and is post-processed."""
+    """A worker's model holds and has verified every bucket, and is post-processed."""
 
-    attempt: int
-    load_s: float
-    finalize_s: float
+    attempt: Count
+    times: WorkerTimes
 
 
 class Committed(Message):
     """The worker has declared the version."""
 
-    attempt: int
+    attempt: Count
 
 
 class Finish(Message):
     """Actor rank 0: every engine serves the version. ``report`` is the encoded SyncReport, handed to all actor ranks."""
 
-    attempt: int
+    attempt: Count
     report: bytes
 
 
 class Failed(Message):
     """Something went wrong at this peer."""
 
-    attempt: int
-    phase: str
-    cause: str
+    attempt: Count
+    phase: Name
+    cause: Text
     engine: str | None = None
-    bucket: int | None = None
+    bucket: Count | None = None
 
 
 class Goodbye(Message):
@@ -148,117 +175,112 @@ class Goodbye(Message):
 # From the coordinator to a peer.
 
 
-class Welcome(Message):
-    """The ring to map; for a worker also the bucket table."""
+class Catalogue(Message):
+    """To a worker: the HF tensors that there are, in the order of the source, and the sink that is asked for."""
 
-    ring_path: str
-    ring_token: str
-    num_slots: int
-    slot_bytes: int
-    num_buckets: int
-    buckets: Buckets = ()
+    tensors: tuple[TensorSpec, ...]
+    sink: Name
+
+
+class Surveyed(Message):
+    """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``."""
+
+    actors: tuple[ActorHello, ...]
+    workers: tuple[WorkerHello, ...]
+    records: tuple[Recorded, ...]
+
+
+class Share(Message):
+    """What a peer has to do with each bucket."""
+
+    actor: ActorShare | None = None
+    worker: WorkerShare | None = None
 
 
 class Connected(Message):
-    """Every peer has mapped the ring."""
+    """Every peer has taken its share."""
 
 
 class Writable(Message):
     """Buckets ``[0, buckets_writable)`` may be filled."""
 
-    attempt: int
-    buckets_writable: int
+    attempt: Count
+    buckets_writable: Count
 
 
 class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete in their slots."""
+    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told."""
 
-    attempt: int
-    buckets_ready: int
+    attempt: Count
+    buckets_ready: Count
+    sums: tuple[Sum, ...] = ()
 
 
 class Commit(Message):
     """Every worker of every engine holds the version: declare it."""
 
-    attempt: int
+    attempt: Count
     version: int
 
 
 class AllCommitted(Message):
-    """Every worker has declared the version. ``load_s`` and ``finalize_s`` are those of the slowest worker."""
+    """Every worker has declared the version. ``times`` is by worker, in the order of ``Surveyed``."""
 
-    attempt: int
-    load_s: float
-    finalize_s: float
+    attempt: Count
+    times: tuple[WorkerTimes, ...]
 
 
 class Finished(Message):
     """The sync is complete on all sides."""
 
-    attempt: int
+    attempt: Count
     report: bytes
 
 
 class Error(Message):
     """Fields of a WeightSyncError, the same for every peer."""
 
-    attempt: int
-    phase: str
-    cause: str
+    attempt: Count
+    phase: Name
+    cause: Text
     engine: str | None = None
     version: int | None = None
-    bucket: int | None = None
+    bucket: Count | None = None
 
 
-FromPeer = WorkerHello | ActorHello | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed | Goodbye
-FromCoordinator = Welcome | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
+FromPeer = (
+    WorkerHello | ActorHello | Recorded | Planned | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed
+    | Goodbye
+)  # fmt: skip
+FromCoordinator = Catalogue | Surveyed | Share | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
+
+M = TypeVar("M")
 
 _encoder = msgspec.msgpack.Encoder()
 _from_peer = msgspec.msgpack.Decoder(FromPeer, strict=True)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator, strict=True)
 
 encode = _encoder.encode
-M = TypeVar("M")
+
+
+def shortened(text: str) -> str:
+    """A cause that fits into a message: the end is kept, where tracebacks say what happened."""
+    return text if len(text) <= _MAX_TEXT else "... " + text[4 - _MAX_TEXT :]
 
 
 def decode_from_peer(raw: bytes) -> FromPeer:
     """Raises msgspec.ValidationError or msgspec.DecodeError on anything that is not one of the messages."""
-    return _from_peer.decode(raw)
+    return _decode(_from_peer, raw)
 
 
 def decode_from_coordinator(raw: bytes) -> FromCoordinator:
     """Raises msgspec.ValidationError or msgspec.DecodeError on anything that is not one of the messages."""
-    return _from_coordinator.decode(raw)
+    return _decode(_from_coordinator, raw)
 
 
-def bytes_needed(buckets: Buckets) -> int:
-    """Bytes of the largest bucket, which every slot of a ring must have."""
-    return max((entry.offset_bytes + entry.nbytes for bucket in buckets for entry in bucket), default=0)
-
-
-def buckets_digest(buckets: Buckets) -> str:
-    """Hash of the table; equal tables on two ranks have equal digests."""
-    return hashlib.sha256(encode(buckets)).hexdigest()
-
-
-def check_buckets(buckets: Buckets) -> None:
-    """Raise ConfigError naming every entry that is doubled, misaligned, overlapping or of an unknown dtype."""
-    findings, seen = [], set()
-    for index, bucket in enumerate(buckets):
-        end = 0
-        for entry in sorted(bucket, key=lambda e: e.offset_bytes):
-            if entry.name in seen:
-                findings.append(f"{entry.name} is in the table twice")
-            seen.add(entry.name)
-            if entry.dtype not in DTYPE_BYTES:
-                findings.append(f"{entry.name} has dtype {entry.dtype}, known are {', '.join(DTYPE_BYTES)}")
-                continue
-            if entry.offset_bytes % DTYPE_BYTES[entry.dtype]:
-                findings.append(f"{entry.name} lies at byte {entry.offset_bytes}, which {entry.dtype} does not divide")
-            if entry.offset_bytes < end:
-                findings.append(f"{entry.name} overlaps its neighbour in bucket {index}")
-            end = entry.offset_bytes + entry.nbytes
-    if not seen:
-        findings.append("no tensor in any bucket")
-    if findings:
-        raise ConfigError("bucket table: " + "; ".join(findings))
+def _decode(decoder: msgspec.msgpack.Decoder[M], raw: bytes) -> M:
+    try:
+        return decoder.decode(raw)
+    except (UnicodeDecodeError, RecursionError, OverflowError) as error:
+        # msgspec lets some errors of what it reads with through.
+        raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None

@@ -36,7 +36,9 @@ class Peer:
         self.send(hello)
 
     def send(self, message: m.FromPeer) -> None:
-        """Queue a message; never blocks."""
+        """Queue a message; never blocks. A cause that is too long keeps its end."""
+        if isinstance(message, m.Failed):
+            message = msgspec.structs.replace(message, cause=m.shortened(message.cause))
         self._socket.send(m.encode(message))
 
     def receive(self, attempt: int, deadline: float, wake_fd: int | None = None) -> m.FromCoordinator | None:

@@ -10,24 +10,26 @@ from rlsync.control import messages as m
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Who has to dial in, and what they are told. ``engines`` maps engine ids to their numbers of workers."""
+    """Who has to dial in, and what they are told.
+
+    ``engines`` maps engine ids to their numbers of workers; ``digests`` are those of the actor ranks' sources.
+    """
 
     token: str
     run_id: str
     num_actors: int
     engines: Mapping[str, int]
-    digest: str
-    host: str
-    shm_domain: str
+    digests: tuple[str, ...]
     timeout_s: float
-    welcome: m.Welcome
+    catalogue: m.Catalogue
 
 
 @dataclass(slots=True)
 class Member:
     identity: bytes
     hello: m.ActorHello | m.WorkerHello
-    attached: m.Attached | None = None
+    recorded: m.Recorded | None = None
+    attached: bool = False
     lost: bool = False
 
     @property
@@ -53,33 +55,47 @@ class Roster:
         self.members: dict[bytes, Member] = {}
 
     def actors(self) -> list[Member]:
-        return [p for p in self.members.values() if p.engine is None]
+        """By rank."""
+        return sorted((p for p in self.members.values() if p.engine is None), key=lambda p: p.place)
 
     def workers(self) -> list[Member]:
-        return [p for p in self.members.values() if p.engine is not None]
+        """By engine, in the order in which rank 0 named them, and place."""
+        order = {engine: index for index, engine in enumerate(self.expected.engines)}
+        members = [p for p in self.members.values() if p.engine is not None]
+        return sorted(members, key=lambda p: (order.get(p.engine or "", len(order)), p.place))
 
     def twin(self, peer: Member) -> Member | None:
         """The member that already stands where ``peer`` wants to."""
         return next((p for p in self.members.values() if (p.engine, p.place) == (peer.engine, peer.place)), None)
 
+    def is_complete(self) -> bool:
+        """Whether everybody has dialled in."""
+        return len(self.members) == self.expected.num_actors + sum(self.expected.engines.values())
+
+    def is_recorded(self) -> bool:
+        """Whether everybody is here and every worker has said what it holds."""
+        return self.is_complete() and all(p.recorded is not None for p in self.workers())
+
     def is_attached(self) -> bool:
-        """Whether everybody is here and has mapped the ring."""
-        count = self.expected.num_actors + sum(self.expected.engines.values())
-        return sum(p.attached is not None for p in self.members.values()) == count
+        """Whether everybody is here and has taken its share."""
+        return self.is_complete() and all(p.attached for p in self.members.values())
+
+    def survey(self) -> m.Surveyed:
+        """Everybody, for the plan."""
+        actors = tuple(p.hello for p in self.actors() if isinstance(p.hello, m.ActorHello))
+        workers = self.workers()
+        hellos = tuple(p.hello for p in workers if isinstance(p.hello, m.WorkerHello))
+        return m.Surveyed(actors, hellos, tuple(p.recorded for p in workers if p.recorded is not None))
 
     def mismatch(self, peer: Member) -> str | None:
         """Why a member with the right token cannot take part, or None."""
         hello, expected = peer.hello, self.expected
-        if hello.shm_domain != expected.shm_domain:
-            return (
-                f"{peer} does not share /dev/shm with actor rank 0 on {expected.host}; the shm transport needs actor and engine "
-                "on one host (and one /dev/shm where they run in containers)"
-            )
         if isinstance(hello, m.ActorHello):
             if hello.world_size != expected.num_actors or not 0 <= hello.actor_rank < expected.num_actors:
                 return f"{peer} counts {hello.world_size} actor ranks, actor rank 0 counts {expected.num_actors}"
-            if hello.digest != expected.digest:
-                return f"{peer} has plan digest {hello.digest[:16]}, actor rank 0 has {expected.digest[:16]}; their models differ"
+            if hello.digest != expected.digests[hello.actor_rank]:
+                known = expected.digests[hello.actor_rank]
+                return f"{peer} holds what has digest {hello.digest[:16]}, actor rank 0 expects {known[:16]}; their models differ"
             return None
         if hello.engine_id not in expected.engines:
             return f"{peer} is of an engine that nobody expects; expected are {', '.join(expected.engines)}"
@@ -93,15 +109,12 @@ class Roster:
 
     def name_findings(self, engine: str) -> list[str]:
         """Names are judged on the union of an engine's workers: with pipeline stages each takes only its own."""
-        reports = [p.attached for p in self.members.values() if p.engine == engine and p.attached is not None]
+        reports = [p.recorded for p in self.workers() if p.engine == engine and p.recorded is not None]
         unused = set.intersection(*(set(r.unused_names) for r in reports))
-        unfilled = set().union(*(r.unfilled_parameters for r in reports))
         findings = list(dict.fromkeys(f for r in reports for f in r.findings))
         if unused:
             findings.append(f"engine {engine} takes no tensor named {some(sorted(unused))}")
-        if unfilled:
-            findings.append(f"no tensor of the table fills {some(sorted(unfilled))} of engine {engine}")
-        return findings
+        return [f if engine in f else f"engine {engine}: {f}" for f in findings]
 
     def absent(self) -> list[str]:
         """Whom the connection waits for, in words."""
@@ -113,8 +126,10 @@ class Roster:
             peer = here.get((engine, place))
             if peer is None:
                 late.append(f"{name}, which has not dialled in")
-            elif peer.attached is None:
-                late.append(f"{peer}, which has not mapped the ring")
+            elif peer.engine is not None and peer.recorded is None:
+                late.append(f"{peer}, which has not said what it holds")
+            elif self.is_recorded() and not peer.attached:
+                late.append(f"{peer}, which has not taken its share")
         return late
 
 

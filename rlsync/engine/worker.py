@@ -1,4 +1,4 @@
-"""The receiver inside each engine worker: dials home, pulls buckets into a sink, answers for every one of them.
+"""The receiver inside each engine worker: dials home, says what it holds, pulls buckets into a sink, verifies them.
 
 Owns the worker's end of the channel and its deadlines. A blocked worker blocks its whole engine, so no wait is unbounded.
 """
@@ -18,19 +18,23 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer, pid_domain
-from rlsync.engine import compat
-from rlsync.engine.coverage import check_coverage
-from rlsync.engine.sinks import LoadersSink, SlotReader
+from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.engine import compat, compat_layers
+from rlsync.engine.intake import Intake, take_stock
+from rlsync.engine.pull import MismatchError, Pull
+from rlsync.engine.sinks import Sink
 from rlsync.errors import RlsyncError, WeightSyncError
 
 # The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
 GRACE_S = 2.0
 
 
-class MappedRing(SlotReader, Protocol):
+class MappedRing(Protocol):
     """A ring as the receiver sees it."""
 
     num_slots: int
+
+    def slot(self, index: int) -> torch.Tensor: ...
 
     def close(self) -> None: ...
 
@@ -48,7 +52,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Which sync to join. Names, shapes and places were agreed on at connect."""
+    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then."""
 
     version: int
     attempt: int
@@ -80,24 +84,25 @@ class Receiver(WeightTransferEngine):
         self._attach, self._domain = attach, domain
         self._peer: Peer | None = None
         self._ring: MappedRing | None = None
-        self._sink: LoadersSink | None = None
-        self._welcome: m.Welcome | None = None
+        self._sink: Sink | None = None
+        self._share: WorkerShare | None = None
         self._info: InitInfo | None = None
         self._version = -1
+        compat_layers.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Dial home, map the ring and judge the bucket table. Returns when every peer of the run has done so."""
+        """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""
         self.shutdown()
         self._info, self._version = init_info, -1
         peer = self._peer = Peer(init_info.endpoint, self._hello(init_info))
         try:
-            welcome = self._wait(m.Welcome, 0, "the coordinator's welcome")
-            self._welcome = welcome
-            self._ring = self._attach(welcome.ring_path, welcome.ring_token, welcome.num_slots, welcome.slot_bytes)
+            catalogue = self._wait(m.Catalogue, 0, "the list of tensors")
+            holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             with compat.config_scope(self.vllm_config):
-                coverage = check_coverage(self.model, [entry for bucket in welcome.buckets for entry in bucket])
-            self._sink = LoadersSink(self.model, self.model_config, welcome.buckets)
-            peer.send(m.Attached(coverage.unused_names, coverage.unfilled, coverage.findings))
+                intake = take_stock(self.model, self.model_config, holder, catalogue.tensors, catalogue.sink)
+            peer.send(intake.record)
+            self._attach_share(intake, self._wait(m.Share, 0, "this worker's share of the plan").worker)
+            peer.send(m.Attached())
             self._wait(m.Connected, 0, "all peers to connect")
         except Exception as error:
             if not isinstance(error, WeightSyncError):
@@ -105,40 +110,63 @@ class Receiver(WeightTransferEngine):
             self.shutdown()
             raise
 
+    def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
+        ring = share.ring
+        self._ring = self._attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+        self._sink = intake.make_sink(tuple(part.segments for part in share.parts))
+        self._share = share
+
     def start_weight_update(self) -> None:
         """Nothing: the reload begins when the actor's side is known to be there."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Take part in one sync, up to and including its commit. The model has the version, or an error is raised."""
-        if self._peer is None or self._sink is None or self._welcome is None:
+        if self._peer is None or self._sink is None or self._share is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
-        sink, phase, bucket = self._sink, "begin", None
+        sink, pull = self._sink, Pull(self._share, update_info.attempt)
         try:
             with compat.config_scope(self.vllm_config):
                 self._peer.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
-                ready = self._wait(m.Ready, update_info.attempt, "the first bucket").buckets_ready
+                self._await_bucket(pull, -1)
                 sink.open()
-                phase, started_s = "transfer", time.monotonic()
-                for bucket in range(self._welcome.num_buckets):
-                    while ready <= bucket:
-                        ready = self._wait(m.Ready, update_info.attempt, f"bucket {bucket}").buckets_ready
-                    self._load(sink, bucket)
+                pull.phase = "transfer"
+                for bucket, part in enumerate(self._share.parts):
+                    pull.bucket = bucket
+                    self._await_bucket(pull, bucket)
+                    self._take(sink, pull, part)
                     self._peer.send(m.Done(update_info.attempt, bucket))
-                loaded_s = time.monotonic()
-                sink.close()
-                self._synchronize()
-            self._peer.send(m.Loaded(update_info.attempt, loaded_s - started_s, time.monotonic() - loaded_s))
-            phase, bucket = "commit", None
+                with pull.timed("finalize"):
+                    sink.close()
+                    self._synchronize()
+            self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes)))
+            pull.phase, pull.bucket = "commit", None
             self._wait(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
             self._peer.send(m.Committed(update_info.attempt))
         except BaseException as error:
             if not isinstance(error, WeightSyncError):
-                self._peer.send(m.Failed(update_info.attempt, phase, _cause(error), bucket=bucket))
+                phase = "verify" if isinstance(error, MismatchError) else pull.phase
+                self._peer.send(m.Failed(update_info.attempt, phase, _cause(error), bucket=pull.bucket))
             sink.abandon()
             raise
+
+    def _await_bucket(self, pull: Pull, bucket: int) -> None:
+        """Until ``bucket`` is ready, and in any case until the actor's side has answered."""
+        with pull.timed("wait"):
+            while pull.buckets_ready <= bucket:
+                what = "the actor's side" if bucket < 0 else f"bucket {bucket}"
+                pull.hear(self._wait(m.Ready, pull.attempt, what))
+
+    def _take(self, sink: Sink, pull: Pull, part: WorkerPart) -> None:
+        assert self._ring is not None and pull.bucket is not None
+        if part.nbytes == 0:
+            return
+        with pull.timed("pull"):
+            slot = self._ring.slot(pull.bucket % self._ring.num_slots)[part.offset : part.offset + part.nbytes]
+            sink.write(pull.bucket, slot, lambda buffers: pull.verify(part, buffers))
+            self._synchronize()
 
     def finish_weight_update(self) -> None:
         """Nothing: the version was committed inside the update."""
@@ -150,17 +178,12 @@ class Receiver(WeightTransferEngine):
             self._peer.close()
         if self._ring is not None:
             self._ring.close()
-        self._peer = self._ring = self._sink = self._welcome = None
+        self._peer = self._ring = self._sink = self._share = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Abstract in vLLM 0.25; the actor's side is ``rlsync.sync.WeightSyncer``."""
         raise NotImplementedError("use rlsync.sync.WeightSyncer on the actor's side")
-
-    def _load(self, sink: LoadersSink, bucket: int) -> None:
-        assert self._ring is not None
-        sink.write(bucket, bucket % self._ring.num_slots, self._ring)
-        self._synchronize()
 
     def _synchronize(self) -> None:
         """Copies to a GPU out of the slot must have happened before the slot is given back."""
@@ -202,4 +225,4 @@ class Receiver(WeightTransferEngine):
 
 def _cause(error: BaseException) -> str:
     """What the other side shows: the sentence of an error of ours, the whole traceback of any other."""
-    return str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip()
+    return m.shortened(str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip())

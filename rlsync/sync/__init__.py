@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlsync.sync.config import SyncConfig, SyncReport
-from rlsync.sync.syncer import BucketSource, WeightSyncer
+from rlsync.sync.source import Source
+from rlsync.sync.syncer import WeightSyncer
 
-__all__ = ["BucketSource", "SyncConfig", "SyncReport", "WeightSyncer"]
+__all__ = ["Source", "SyncConfig", "SyncReport", "WeightSyncer"]

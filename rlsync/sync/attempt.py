@@ -15,9 +15,10 @@ from rlsync.control.peer import Peer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig, SyncReport
-from rlsync.sync.source import BucketSource
+from rlsync.sync.filling import Filler
+from rlsync.sync.planning import Blueprint
+from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
-from rlsync.transport.shm import Ring
 
 # The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
 GRACE_S = 2.0
@@ -25,14 +26,17 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What ``connect`` has made and every sync uses."""
+    """What ``connect`` has made and every sync uses. Only rank 0 has a blueprint, the sinks of its workers, and engines."""
 
     peer: Peer
-    ring: Ring
+    num_buckets: int
     lane: Lane
-    source: BucketSource
+    source: Source
+    filler: Filler
     engines: tuple[EngineHandle, ...]
     config: SyncConfig
+    blueprint: Blueprint | None = None
+    sinks: tuple[str, ...] = ()
 
 
 def receive(
@@ -54,7 +58,6 @@ class Attempt:
         self._link, self._tasks, self._attempt, self._version = connection, tasks, attempt, version
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
-        self._slots = [connection.ring.slot(i) for i in range(connection.ring.num_slots)]
         self._filled, self._writable, self._filling = 0, 0, True
         self._pending: dict[str, set[str]] = {}
         self._marks: dict[str, float] = {}
@@ -71,7 +74,7 @@ class Attempt:
             cause = "still inside the source since a failed sync; close() and connect() anew"
             self._peer.send(m.Failed(self._attempt, "begin", cause))
         else:
-            self._link.lane.submit(self._tasks, ("begin", None), lambda: self._source.begin(self._version))
+            self._link.lane.submit(self._tasks, ("begin", None), self._begin)
             self._for_each_engine("pause", lambda e: e.pause(self._link.config.pause_mode, self._timeout_s))
         while True:
             message = receive(self._peer, self._tasks, self._timeout_s, attempt=self._attempt, phase="transfer", version=self._version)
@@ -87,6 +90,10 @@ class Attempt:
             self._fill_next()
             self._advance()
 
+    def _begin(self) -> None:
+        self._source.begin(self._version)
+        self._link.filler.check()
+
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
         if outcome.error is not None:
@@ -98,7 +105,7 @@ class Attempt:
             self._filling = False
             if kind == "fill":
                 self._filled += 1
-                self._peer.send(m.Filled(self._attempt, which, outcome.result))
+                self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
         else:
             self._pending[kind].discard(which)
             self._marks[kind] = time.monotonic()
@@ -108,10 +115,9 @@ class Attempt:
     def _fill_next(self) -> None:
         """Fill the next bucket as soon as its slot is free."""
         bucket = self._filled
-        if not self._filling and bucket < min(self._writable, len(self._source.buckets)):
+        if not self._filling and bucket < min(self._writable, self._link.num_buckets):
             self._filling = True
-            slot = self._slots[bucket % len(self._slots)]
-            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._source.fill(bucket, slot))
+            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.filler.fill(bucket, self._attempt))
 
     def _advance(self) -> None:
         """Rank 0: the engines' next call, when all of them have ended the one before."""
@@ -138,22 +144,27 @@ class Attempt:
             self._tasks.spawn((kind, engine.engine_id), partial(call, engine))
 
     def _report(self) -> SyncReport:
-        assert self._committed is not None
-        at = self._marks
-        transport, sink = chosen(self._link.config)
+        assert self._committed is not None and self._link.blueprint is not None
+        at, times, blueprint = self._marks, self._committed.times, self._link.blueprint
         return SyncReport(
             version=self._version,
-            transport=transport,
-            sink=sink,
-            bytes=self._source.nbytes,
-            num_buckets=len(self._source.buckets),
+            transport="shm",
+            sinks=tuple(sorted(set(self._link.sinks))),
+            verify=self._link.config.verify,
+            bytes=blueprint.nbytes,
+            bytes_by_link=dict(blueprint.traffic.bytes_by_link),
+            redundancy=dict(blueprint.traffic.redundancy),
+            num_buckets=self._link.num_buckets,
             seconds=time.monotonic() - at["start"],
             pause_s=at["pause"] - at["start"],
             begin_s=self._seconds["begin"],
             fill_s=self._seconds["fill"],
             transfer_s=at["update"] - at["pause"],
-            load_s=self._committed.load_s,
-            finalize_s=self._committed.finalize_s,
+            wait_s=max(t.wait_s for t in times),
+            pull_s=max(t.pull_s for t in times),
+            verify_s=max(t.verify_s for t in times),
+            finalize_s=max(t.finalize_s for t in times),
+            extra_bytes=max(t.extra_bytes for t in times),
             commit_s=at["caches"] - at["update"],
             resume_s=at["resume"] - at["caches"],
             engine_s=self._engine_s,
@@ -162,9 +173,4 @@ class Attempt:
 
 def describe(error: BaseException) -> str:
     """The sentence of an error of ours, the whole traceback of any other."""
-    return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
-
-
-def chosen(config: SyncConfig) -> tuple[str, str]:
-    """The transport and the sink that a configuration comes to."""
-    return ("shm" if config.transport == "auto" else config.transport), ("loaders" if config.sink == "auto" else config.sink)
+    return m.shortened(str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip())

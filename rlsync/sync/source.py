@@ -1,31 +1,35 @@
-"""The seam of the actor's side: where the bytes of a sync come from."""
+"""The seam of the actor's side: whose weights a sync sends."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import msgspec
 import torch
 
-from rlsync.control import BucketEntry
+from rlsync.geometry import Placement, TensorSpec
 
 
-class BucketSource(Protocol):
-    """Where the bytes of a sync come from; one on each actor rank.
+class Source(Protocol):
+    """Weights of the actor; one on each actor rank.
 
     Attributes:
-        buckets: the table, in layer order, the same on all ranks.
-        digest: names what is sent and how it is laid out; must be equal on all ranks.
-        nbytes: bytes of all tensors.
+        tensors: every HF tensor, in the order in which buckets carry them; the same on all ranks.
+        placements: what each actor rank holds, by rank; the same on all ranks.
+        buffers: memory of this rank's placement, by buffer name: contiguous tensors that stay where they are.
     """
 
-    buckets: tuple[tuple[BucketEntry, ...], ...]
-    digest: str
-    nbytes: int
+    tensors: Sequence[TensorSpec]
+    placements: Sequence[Placement]
+    buffers: Mapping[str, torch.Tensor]
 
     def begin(self, version: int) -> None:
-        """Make the parameters those after the last optimizer step. May be collective over the actor ranks."""
+        """Make the weights those of ``version``. May be collective over the actor ranks."""
         ...
 
-    def fill(self, bucket: int, slot: torch.Tensor) -> int:
-        """Copy this rank's pieces of a bucket into ``slot`` (1-D uint8); returns the bytes copied. Not collective."""
-        ...
+
+def source_digest(tensors: Sequence[TensorSpec], placement: Placement) -> str:
+    """SHA-256 of what there is and of what one rank holds of it."""
+    return hashlib.sha256(msgspec.msgpack.encode((tuple(tensors), placement))).hexdigest()

@@ -1,6 +1,6 @@
 """WeightSyncer: the actor's side of a connection. Owns the ring, the channel and the order of a sync.
 
-Knows the seams only: a BucketSource fills slots, EngineHandles drive engines, the coordinator says how a sync stands.
+Knows the seams only: a Source has weights, EngineHandles drive engines, the coordinator says how a sync stands.
 No process group is used inside a sync, so that a dead or stopped rank is found by a deadline and not by a hang.
 """
 
@@ -17,16 +17,18 @@ import msgspec
 import torch
 import zmq
 
-from rlsync.control import bytes_needed
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer, pid_domain, to_exception
 from rlsync.control.roster import Expected
 from rlsync.control.server import CoordinatorServer
+from rlsync.control.shares import ActorShare, RingInfo
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
-from rlsync.sync.attempt import GRACE_S, Attempt, Connection, chosen, describe, receive
+from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
 from rlsync.sync.config import SyncConfig, SyncReport
-from rlsync.sync.source import BucketSource
+from rlsync.sync.filling import Filler
+from rlsync.sync.planning import Blueprint, draw_up
+from rlsync.sync.source import Source, source_digest
 from rlsync.sync.tasks import Lane, Tasks
 from rlsync.transport.shm import Ring, shm_domain
 
@@ -55,7 +57,7 @@ class WeightSyncer:
 
     def __init__(
         self,
-        source: BucketSource,
+        source: Source,
         engines: Sequence[EngineHandle],
         config: SyncConfig,
         *,
@@ -75,12 +77,14 @@ class WeightSyncer:
         self._server: CoordinatorServer | None = None
         self._tasks = Tasks()
         self._connection: Connection | None = None
+        self._blueprint: Blueprint | None = None
+        self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
 
     # Connect.
 
     def connect(self) -> None:
-        """Make the ring, let all workers and ranks dial in, and judge the bucket table. Collective over the actor ranks.
+        """Let all workers and ranks dial in, record what the workers hold, and plan. Collective over the actor ranks.
 
         Raises the same WeightSyncError on all ranks. May be called again after ``close``.
         """
@@ -99,45 +103,40 @@ class WeightSyncer:
             self.close()
             raise
         self._attempt, self._version = 0, -1
-        if self._rank == 0:
-            buckets, workers = len(self._source.buckets), sum(engine.num_workers for engine in self._engines)
-            _log.info(
-                "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d buckets, transport %s, sink %s",
-                self._world_size, workers, len(self._engines), self._source.nbytes / 1e9, buckets,
-                *chosen(self._config),
-            )  # fmt: skip
+        if self._blueprint is not None:
+            self._log_connection(self._blueprint)
+
+    def _log_connection(self, blueprint: Blueprint) -> None:
+        _log.info(
+            "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d streams and %d buckets, transport %s, sinks %s",
+            self._world_size, len(blueprint.stream_of), len(self._engines), blueprint.nbytes / 1e9, blueprint.num_streams,
+            len(blueprint.parts), "shm", ", ".join(sorted(set(self._sinks))),
+        )  # fmt: skip
 
     def _invite(self) -> _Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""
         try:
-            m.check_buckets(self._source.buckets)
             ids = [engine.engine_id for engine in self._engines]
             if len(set(ids)) != len(ids):
                 raise ConfigError(f"engine ids must differ: {', '.join(ids)}")
-            self._ring = Ring.create(self._config.num_slots, bytes_needed(self._source.buckets))
             self._server = CoordinatorServer(self._config.bind_host)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
-            self._server.start(self._expected(token, run_id, self._ring))
+            self._server.start(self._expected(token, run_id))
         except (RlsyncError, OSError, zmq.ZMQError) as error:
             return _Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
         return _Invitation(self._server.endpoint, token, run_id)
 
-    def _expected(self, token: str, run_id: str, ring: Ring) -> Expected:
-        buckets = self._source.buckets
+    def _expected(self, token: str, run_id: str) -> Expected:
+        tensors, placements = tuple(self._source.tensors), self._source.placements
         return Expected(
             token=token,
             run_id=run_id,
             num_actors=self._world_size,
             engines={engine.engine_id: engine.num_workers for engine in self._engines},
-            digest=self._digest(),
-            host=socket.gethostname(),
-            shm_domain=shm_domain(),
+            digests=tuple(source_digest(tensors, placement) for placement in placements),
             timeout_s=self._config.timeout_s,
-            welcome=m.Welcome(str(ring.path), ring.token, ring.num_slots, ring.slot_bytes, len(buckets), buckets),
+            catalogue=m.Catalogue(tensors, self._config.sink),
         )
-
-    def _digest(self) -> str:
-        return f"{self._source.digest}-{m.buckets_digest(self._source.buckets)[:16]}"
 
     def _dial(self, invitation: _Invitation) -> None:
         hello = m.ActorHello(
@@ -149,7 +148,8 @@ class WeightSyncer:
             shm_domain=shm_domain(),
             pid_domain=pid_domain(),
             pid=os.getpid(),
-            digest=self._digest(),
+            gpu_uuid=_gpu_uuid(),
+            digest=source_digest(self._source.tensors, self._source.placements[self._rank]),
         )
         self._peer = Peer(invitation.endpoint, hello)
         self._tasks = Tasks()
@@ -162,38 +162,59 @@ class WeightSyncer:
                 "timeout_s": self._config.timeout_s,
             }
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
-        ring = self._await_connected()
-        ring.unlink()
+        share = self._await_connected()
+        assert self._ring is not None
+        self._ring.unlink()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        self._connection = Connection(self._peer, ring, lane, self._source, self._engines, self._config)
+        filler = Filler(share, self._source.buffers, [self._ring.slot(i) for i in range(self._ring.num_slots)])
+        self._connection = Connection(
+            self._peer, len(share.parts), lane, self._source, filler, self._engines, self._config, self._blueprint, self._sinks
+        )
 
-    def _await_connected(self) -> Ring:
-        """The mapped ring, when every peer is attached and every engine has answered."""
+    def _await_connected(self) -> ActorShare:
+        """This rank's share, when every peer has its own and every engine has answered."""
         assert self._peer is not None
-        connected, pending = False, {engine.engine_id for engine in self._engines}
+        share, connected, pending = None, False, {engine.engine_id for engine in self._engines}
         while not connected or pending:
             message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 pending.discard(outcome.key)
                 if outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
-            if isinstance(message, m.Welcome):
-                if self._ring is None:
-                    self._ring = self._attach(message)
-                self._peer.send(m.Attached())
+            if isinstance(message, m.Surveyed):
+                self._peer.send(self._guarded(partial(self._plan, message)))
+            elif isinstance(message, m.Share):
+                share = message.actor
+                assert share is not None
+                self._peer.send(self._guarded(partial(self._attach, share.ring)))
             elif isinstance(message, m.Connected):
                 connected = True
-        assert self._ring is not None
-        return self._ring
+        assert share is not None
+        return share
 
-    def _attach(self, welcome: m.Welcome) -> Ring:
-        assert self._peer is not None
+    def _guarded(self, act: Callable[[], m.Planned | m.Attached]) -> m.Planned | m.Attached | m.Failed:
+        """What goes wrong on this rank becomes everybody's error, in the words of the coordinator."""
         try:
-            return Ring.attach(welcome.ring_path, welcome.ring_token, welcome.num_slots, welcome.slot_bytes)
-        except ConfigError as error:
-            self._peer.send(m.Failed(0, "connect", str(error)))
-            raise WeightSyncError(phase="connect", cause=str(error)) from error
+            return act()
+        except Exception as error:
+            return m.Failed(0, "connect", describe(error))
+
+    def _plan(self, survey: m.Surveyed) -> m.Planned:
+        """Rank 0: decide who does what, and make the ring that it takes."""
+        for hello, record in zip(survey.workers, survey.records, strict=True):
+            if record.remark:
+                _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
+        self._blueprint = draw_up(self._source.tensors, self._source.placements, survey, self._config)
+        self._sinks = tuple(record.sink for record in survey.records)
+        self._ring = Ring.create(self._config.num_slots, self._blueprint.slot_bytes)
+        ring = RingInfo(str(self._ring.path), self._ring.token, self._ring.num_slots, self._ring.slot_bytes)
+        return m.Planned(*self._blueprint.shares(self._world_size, ring, self._config.verify))
+
+    def _attach(self, ring: RingInfo) -> m.Attached:
+        if self._ring is None:
+            self._ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+        return m.Attached()
 
     # Sync.
 
@@ -233,10 +254,15 @@ class WeightSyncer:
             self._ring.close()
         if self._server is not None:
             self._server.stop()
-        self._peer = self._ring = self._server = self._connection = None
+        self._peer = self._ring = self._server = self._connection = self._blueprint = None
 
     def __enter__(self) -> WeightSyncer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _gpu_uuid() -> str | None:
+    """UUID of the GPU that this process computes on, or None where it has touched none."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_initialized() else None

@@ -6,12 +6,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlsync.sync import SyncConfig, WeightSyncer
-from tests.integration.engine_source import FolderSource, read_folder
+from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 
 
-def serve(pipe: Connection, folder: str, bucket_bytes: int, settings: dict[str, Any]) -> None:
+def serve(pipe: Connection, folder: str, settings: dict[str, Any]) -> None:
     """Answer ``(method, argument)`` with ``("ok", None)`` or ``("error", text)`` until told to ``end``."""
-    source = FolderSource(read_folder(folder), bucket_bytes, rank=1, world_size=2)
+    source = FolderSource(read_folder(folder), rank=1, world_size=2)
     syncer = WeightSyncer(source, (), SyncConfig(**settings), rank=1, world_size=2, broadcast=lambda payload: pipe.recv())
 
     def boom(bucket: int) -> None:
@@ -31,9 +31,9 @@ def serve(pipe: Connection, folder: str, bucket_bytes: int, settings: dict[str, 
             elif method == "close":
                 syncer.close()
             elif method == "read":
-                source.tensors = read_folder(argument)
+                source.take(read_folder(argument))
             elif method == "curse":
-                source.on_fill = boom if argument else lambda bucket: None
+                call_on_fill(syncer, boom if argument else lambda bucket: None)
             pipe.send(("ok", None))
         except Exception as error:
             pipe.send(("error", str(error)))

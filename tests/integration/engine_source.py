@@ -1,4 +1,4 @@
-"""A real BucketSource over an HF checkpoint folder, and engines small enough to start in a test."""
+"""A real Source over an HF checkpoint folder, and the environment of engines small enough to start in a test."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from rlsync.control import BucketEntry, buckets_digest
 from rlsync.geometry import TensorSpec
-from rlsync.plan import cut_buckets
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.sync import WeightSyncer
+from rlsync.sync.filling import Filling
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -36,33 +37,31 @@ def read_folder(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 class FolderSource:
-    """Fills buckets from tensors in memory. With several ranks, each copies every ``world_size``-th tensor of a bucket."""
+    """Whole HF tensors in memory. With several ranks, each holds every ``world_size``-th."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], bucket_bytes: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.tensors, self.rank, self.world_size = tensors, rank, world_size
-        specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
-        self.buckets = tuple(_entries(group) for group in cut_buckets(specs, bucket_bytes))
-        self.digest = buckets_digest(self.buckets)
-        self.nbytes = sum(t.nbytes for t in tensors.values())
+    def __init__(self, tensors: dict[str, torch.Tensor], *, rank: int = 0, world_size: int = 1) -> None:
+        self.tensors = tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
+        self.placements = tuple(whole_tensors(f"actor {r}", self.tensors[r::world_size]) for r in range(world_size))
+        self.buffers = {spec.name: tensors[spec.name].contiguous() for spec in self.tensors[rank::world_size]}
         self.on_begin: Callable[[int], None] = lambda version: None
-        self.on_fill: Callable[[int], None] = lambda bucket: None
 
     def begin(self, version: int) -> None:
         self.on_begin(version)
 
-    def fill(self, bucket: int, slot: torch.Tensor) -> int:
-        self.on_fill(bucket)
-        filled = 0
-        for entry in self.buckets[bucket][self.rank :: self.world_size]:
-            source = self.tensors[entry.name].contiguous().view(-1).view(torch.uint8)
-            slot[entry.offset_bytes : entry.offset_bytes + source.numel()].copy_(source)
-            filled += source.numel()
-        return filled
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Other values for the same tensors, in the same memory."""
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[name])
 
 
-def _entries(specs: tuple[TensorSpec, ...]) -> tuple[BucketEntry, ...]:
-    entries, cursor = [], 0
-    for spec in specs:
-        entries.append(BucketEntry(spec.name, spec.dtype, spec.shape, cursor))
-        cursor += -(-spec.nbytes // 64) * 64
-    return tuple(entries)
+def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
+    """Make a connected syncer call something in its filling thread before each bucket."""
+    assert syncer._connection is not None
+    filler = syncer._connection.filler
+    fill = type(filler).fill
+
+    def wrapped(bucket: int, turn: int) -> Filling:
+        call(bucket)
+        return fill(filler, bucket, turn)
+
+    filler.fill = wrapped  # type: ignore[method-assign]

@@ -44,7 +44,7 @@ def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str, dtype:
     rank = dist.get_rank()
     synced = engine("synced", folder, dtype, load_format="dummy", enforce_eager=enforce_eager) if rank == 0 else None
     syncer = WeightSyncer(
-        MegatronSource(bridge, models, bucket_bytes=60_000),
+        MegatronSource(bridge, models),
         [synced] if synced is not None else (),
         SyncConfig(bucket_bytes=60_000, timeout_s=60),
         rank=rank,

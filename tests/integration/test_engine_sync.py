@@ -25,7 +25,7 @@ from rlsync.engine.handle import Completion, Engine, _segments
 from rlsync.errors import ConfigError, EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.integration.engine_rank import serve
-from tests.integration.engine_source import ENGINE_ENV, FolderSource, read_folder
+from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
 from tests.models import save_tiny_model
 
 # The first test waits for all engines to start.
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-BUCKET_BYTES = 100_000
+SETTINGS: dict[str, Any] = {"bucket_bytes": 100_000}
 LOGPROB_TOLERANCE = 1e-4
 TIMEOUT_S = 8.0
 
@@ -109,20 +109,20 @@ def transformers_answers(folder: Path) -> Answers:
 
 
 def one_rank(engines: list[Engine], folder: Path, **settings: Any) -> WeightSyncer:
-    return WeightSyncer(FolderSource(read_folder(folder), BUCKET_BYTES), engines, SyncConfig(**{"timeout_s": 60.0, **settings}))
+    return WeightSyncer(FolderSource(read_folder(folder)), engines, SyncConfig(**{**SETTINGS, "timeout_s": 60.0, **settings}))
 
 
 class TwoRanks:
     """Actor rank 0 in this process and rank 1 in another; each fills every second tensor."""
 
     def __init__(self, engines: list[Engine], folder: Path, **settings: Any) -> None:
-        settings = {"timeout_s": TIMEOUT_S, **settings}
+        settings = {**SETTINGS, "timeout_s": TIMEOUT_S, **settings}
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, str(folder), BUCKET_BYTES, settings), daemon=True)
+        self.process = context.Process(target=serve, args=(other, str(folder), settings), daemon=True)
         self.process.start()
         other.close()
-        self.source = FolderSource(read_folder(folder), BUCKET_BYTES, rank=0, world_size=2)
+        self.source = FolderSource(read_folder(folder), rank=0, world_size=2)
         self.syncer = WeightSyncer(self.source, engines, SyncConfig(**settings), rank=0, world_size=2, broadcast=self._broadcast)
         self.tell("read", str(folder))
 
@@ -203,8 +203,8 @@ def test_a_synced_engine_answers_like_a_fresh_one(engines: dict[str, Engine], fr
             assert same(answers[1], fresh["b"])
             assert {c.version for answer in answers[0] for c in answer} == {version}
             assert report.num_buckets > 3
-            assert report.bytes == sum(t.nbytes for t in read_folder(folders["b"]).values())
-        syncer._source.tensors = read_folder(folders["a"])  # type: ignore[attr-defined]
+            assert report.bytes == sum(t.nbytes for t in read_folder(folders["b"]).values()), "two engines, one stream"
+        syncer._source.take(read_folder(folders["a"]))  # type: ignore[attr-defined]
         syncer.sync(4)
         assert all(same(engines[name].generate(PROMPTS, GREEDY), fresh["a"]) for name in ("a", "b"))
 
@@ -218,8 +218,7 @@ def test_a_tied_padded_engine_without_weights_answers_like_transformers(
         assert_refuses(engines[family], "dummy")
     with one_rank([engines[family]], folders[family], num_slots=num_slots) as syncer:
         syncer.connect()
-        names = [entry.name for bucket in syncer._source.buckets for entry in bucket]
-        assert "lm_head.weight" not in names
+        assert "lm_head.weight" not in {t.name for t in syncer._source.tensors}
         for version in (1, 2):
             syncer.sync(version)
             assert same(engines[family].generate(PROMPTS, GREEDY), transformers_answers(folders[family]))
@@ -272,7 +271,7 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
     with one_rank([engine], folders["a"], pause_mode="keep") as syncer, ThreadPoolExecutor(2) as pool:
         syncer.connect()
         syncer.sync(1)
-        syncer._source.tensors = read_folder(folders["b"])  # type: ignore[attr-defined]
+        syncer._source.take(read_folder(folders["b"]))  # type: ignore[attr-defined]
         kept = pool.submit(engine.generate, PROMPTS, long)
         time.sleep(0.1)
         asked = threading.Event()
@@ -283,7 +282,7 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
                 waiting.append(pool.submit(engine.generate, PROMPTS, GREEDY))
 
         waiting: list[Any] = []
-        syncer._source.on_fill = ask  # type: ignore[attr-defined]
+        call_on_fill(syncer, ask)
         syncer.sync(2)
         assert same(waiting[0].result(60), fresh["b"])
         (first, *_), *_ = kept.result(60)
@@ -299,7 +298,7 @@ def test_names_shapes_and_gaps_are_one_error_at_connect(engines: dict[str, Engin
     tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(7, 5)
     tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(128)
     tensors["model.unheard_of.weight"] = torch.zeros(3)
-    syncer = WeightSyncer(FolderSource(tensors, BUCKET_BYTES), [engines["a"]], SyncConfig(timeout_s=60.0))
+    syncer = WeightSyncer(FolderSource(tensors), [engines["a"]], SyncConfig(**SETTINGS, timeout_s=60.0))
     with pytest.raises(WeightSyncError) as raised:
         syncer.connect()
     assert raised.value.phase == "connect"
@@ -329,7 +328,7 @@ def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
 ) -> None:
     ranks = two_ranks("ab", "b")
     ranks.connect()
-    ranks.source.on_fill = lambda bucket: os.kill(ranks.process.pid, signal.SIGSTOP) if bucket == 1 else None
+    call_on_fill(ranks.syncer, lambda bucket: os.kill(ranks.process.pid, signal.SIGSTOP) if bucket == 1 else None)
     started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
     with pytest.raises(WeightSyncError, match="actor rank 1") as raised:
@@ -350,7 +349,7 @@ def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
 def test_a_killed_filler_is_found_at_once(engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]) -> None:
     ranks = two_ranks("a", "b", timeout_s=60.0)
     ranks.connect()
-    ranks.source.on_fill = lambda bucket: ranks.process.kill() if bucket == 1 else None
+    call_on_fill(ranks.syncer, lambda bucket: ranks.process.kill() if bucket == 1 else None)
     started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
     with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
@@ -365,7 +364,7 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(
     """As when actor rank 0 is killed: a worker that went on waiting would block its engine for ever."""
     with one_rank([engines["a"]], folders["b"], timeout_s=2.0) as syncer:
         syncer.connect()
-        syncer._source.on_fill = lambda bucket: syncer._server._stop.set() if bucket == 1 else None  # type: ignore[attr-defined, union-attr]
+        call_on_fill(syncer, lambda bucket: syncer._server._stop.set() if bucket == 1 else None)
         with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
             syncer.sync(1)
     assert_refuses(engines["a"], "coordinator")
@@ -386,7 +385,7 @@ def worker_of(engine: Engine) -> psutil.Process:
 def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
     with one_rank([engines["a"], engines["b"]], folders["b"]) as syncer:
         syncer.connect()
-        syncer._source.on_fill = lambda bucket: worker_of(engines["a"]).kill() if bucket == 1 else None  # type: ignore[attr-defined]
+        call_on_fill(syncer, lambda bucket: worker_of(engines["a"]).kill() if bucket == 1 else None)
         started_s = time.monotonic()
         with pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
@@ -402,7 +401,7 @@ def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(en
     with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
-        syncer._source.on_fill = lambda bucket: worker.suspend() if bucket == 2 else None  # type: ignore[attr-defined]
+        call_on_fill(syncer, lambda bucket: worker.suspend() if bucket == 2 else None)
         with pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "b"

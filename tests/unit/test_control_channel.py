@@ -17,33 +17,42 @@ import torch
 
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer
+from rlsync.control.shares import WorkerShare
+from rlsync.engine.pull import MismatchError, Pull
 from rlsync.errors import ConfigError, WeightSyncError
+from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
+from rlsync.placement.huggingface import whole_tensors
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.sync.filling import Filling
 from rlsync.transport.shm import Ring, shm_domain
+from rlsync.verification import SAMPLE_PERIOD
 
 TIMEOUT_S = 1.0
 SIZES = (16, 40, 8, 24, 32)
 
 
 class Numbers:
-    """A source of five float32 tensors, one in each bucket; with two ranks each fills one half of every tensor."""
+    """A source of five float32 tensors, one in each bucket; with two ranks each holds one half of every tensor."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.buckets = tuple((m.BucketEntry(f"w{i}", "float32", (n,), 0),) for i, n in enumerate(SIZES))
-        self.digest, self.nbytes = "digest", 4 * sum(SIZES)
-        self.version = 0
+        self.tensors = tuple(TensorSpec(f"w{i}", "float32", (n,)) for i, n in enumerate(SIZES))
+        self.placements = tuple(half_placement(r, world_size) for r in range(world_size))
+        self.buffers = {f"half{i}": torch.zeros(n // world_size) for i, n in enumerate(SIZES)}
         self.on_fill: Callable[[int], None] = lambda bucket: None
 
     def begin(self, version: int) -> None:
-        self.version = version
+        for i, half in enumerate(self.buffers.values()):
+            half.copy_(tensor(version, i)[self.rank * len(half) :][: len(half)])
 
-    def fill(self, bucket: int, slot: torch.Tensor) -> int:
-        self.on_fill(bucket)
-        half = SIZES[bucket] // self.world_size
-        mine = slice(self.rank * half, (self.rank + 1) * half)
-        slot[: 4 * SIZES[bucket]].view(torch.float32)[mine] = tensor(self.version, bucket)[mine]
-        return 4 * half
+
+def half_placement(rank: int, world_size: int) -> Placement:
+    halves = [(i, n // world_size) for i, n in enumerate(SIZES)]
+    return Placement(
+        f"actor {rank}",
+        tuple(BufferSpec(f"half{i}", "float32", (n,)) for i, n in halves),
+        tuple(Piece(f"w{i}", Box((rank * n,), ((rank + 1) * n,)), f"half{i}", 0, (1,)) for i, n in halves),
+    )
 
 
 def tensor(version: int, bucket: int) -> torch.Tensor:
@@ -60,8 +69,10 @@ class ThreadEngine:
         self.dirty = ""
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
+        self.on_hold: Callable[[int, dict[str, torch.Tensor]], None] = lambda worker, weights: None
         self._peers: list[Peer] = []
         self._rings: list[Ring] = []
+        self._shares: list[WorkerShare] = []
 
     def _in_workers(self, call: Callable[[int], None]) -> None:
         errors: list[BaseException] = []
@@ -87,13 +98,19 @@ class ThreadEngine:
         about = (self.workers, "here", shm_domain(), "threads", 1, None, "none")
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about)) for i in range(self.workers)]
         self._rings = [None] * self.workers  # type: ignore[list-item]
+        self._shares = [None] * self.workers  # type: ignore[list-item]
 
         def connect(worker: int) -> None:
             peer = self._peers[worker]
-            welcome = peer.receive(0, time.monotonic() + timeout_s)
-            assert isinstance(welcome, m.Welcome)
-            self._rings[worker] = Ring.attach(welcome.ring_path, welcome.ring_token, welcome.num_slots, welcome.slot_bytes)
-            self._table = welcome.buckets
+            catalogue = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(catalogue, m.Catalogue)
+            peer.send(m.Recorded(whole_tensors(f"engine {self.engine_id} worker {worker}", catalogue.tensors), "direct"))
+            share = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(share, m.Share)
+            self._shares[worker] = share.worker
+            ring = share.worker.ring
+            self._rings[worker] = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+            self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
             peer.send(m.Attached())
             assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
 
@@ -107,25 +124,33 @@ class ThreadEngine:
         self._in_workers(lambda worker: self._update(worker, update_info["attempt"], update_info["version"]))
 
     def _update(self, worker: int, attempt: int, version: int) -> None:
-        peer, ring, ready = self._peers[worker], self._rings[worker], 0
+        peer, ring, share = self._peers[worker], self._rings[worker], self._shares[worker]
+        weights, pull = self.weights[worker], Pull(share, attempt)
         deadline = time.monotonic() + 10
         try:
             peer.send(m.Joined(attempt, version))
-            for bucket, (entry,) in enumerate(self._table):
-                while ready <= bucket:
+            for bucket, part in enumerate(share.parts):
+                pull.bucket = bucket
+                while pull.buckets_ready <= bucket:
                     message = peer.receive(attempt, deadline)
                     assert isinstance(message, m.Ready)
-                    ready = message.buckets_ready
+                    pull.hear(message)
                 self.on_bucket(worker, bucket)
-                self.weights[worker][entry.name] = ring.tensor(bucket % ring.num_slots, 0, entry.shape, torch.float32).clone()
+                slot = ring.slot(bucket % ring.num_slots)[part.offset : part.offset + part.nbytes]
+                for segment in part.segments:
+                    flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
+                    weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
+                self.on_hold(worker, weights)
+                pull.verify(part, weights)
                 peer.send(m.Done(attempt, bucket))
-            peer.send(m.Loaded(attempt, 0.0, 0.0))
+            peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
                 pass
             peer.send(m.Committed(attempt))
         except BaseException as error:
             if not isinstance(error, WeightSyncError):
-                peer.send(m.Failed(attempt, "transfer", repr(error), bucket=ready))
+                phase = "verify" if isinstance(error, MismatchError) else "transfer"
+                peer.send(m.Failed(attempt, phase, str(error), bucket=pull.bucket))
             raise
 
     def reset_caches(self, timeout_s: float) -> None:
@@ -154,7 +179,7 @@ class Actors:
             assert there.wait(10)
             return shared[0]
 
-        settings = SyncConfig(**{"timeout_s": TIMEOUT_S, **config})
+        settings = SyncConfig(**{"timeout_s": TIMEOUT_S, "bucket_bytes": 1, **config})
         self.syncers = [
             WeightSyncer(self.sources[rank], engines, settings, rank=rank, world_size=2, broadcast=partial(broadcast, rank))
             for rank in range(2)
@@ -178,6 +203,8 @@ class Actors:
 
     def connect(self) -> None:
         assert self.both(lambda s: s.connect()) == [None, None]
+        for syncer, source in zip(self.syncers, self.sources, strict=True):
+            call_on_fill(syncer, lambda bucket, source=source: source.on_fill(bucket))
 
     def sync(self, version: int) -> SyncReport:
         first, second = self.both(lambda s: s.sync(version))
@@ -195,6 +222,19 @@ class Actors:
 
     def close(self) -> None:
         self.both(lambda s: s.close())
+
+
+def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
+    """Make a connected syncer call something in its filling thread before each bucket."""
+    assert syncer._connection is not None
+    filler = syncer._connection.filler
+    fill = filler.fill
+
+    def wrapped(bucket: int, turn: int) -> Filling:
+        call(bucket)
+        return fill(bucket, turn)
+
+    filler.fill = wrapped  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -220,6 +260,7 @@ def test_every_worker_of_every_engine_gets_what_all_ranks_filled(actors: Actors,
         assert all(holds(engine, version) for engine in engines)
         assert not any(holds(engine, version + 1) for engine in engines)
         assert (report.version, report.bytes, report.num_buckets) == (version, 4 * sum(SIZES), 5)
+        assert report.max_redundancy == 1.0
         metrics = report.metrics()
         assert metrics["sync/version"] == version
         assert metrics["sync/gb_per_s"] > 0
@@ -295,6 +336,41 @@ def test_a_filler_that_hangs_is_found_by_the_deadline_and_must_connect_anew(acto
     release.set()
 
 
+@pytest.mark.parametrize(("verify", "found"), [("full", [True] * 3), ("sampled", [True, False, False]), ("off", [False] * 3)])
+def test_a_flipped_bit_is_found_where_it_is_verified(engines: list[ThreadEngine], verify: str, found: list[bool]) -> None:
+    actors = Actors(engines, verify=verify)
+    actors.connect()
+
+    def flip(worker: int, weights: dict[str, torch.Tensor]) -> None:
+        if worker == 1:
+            weights["w2"].view(torch.int32)[5] ^= 1 << 7
+
+    engines[1].on_hold = flip
+    for version, expected in enumerate(found, 1):
+        outcomes = actors.both(lambda s, version=version: s.sync(version))
+        assert [isinstance(o, WeightSyncError) for o in outcomes] == [expected] * 2, outcomes
+        if expected:
+            assert (outcomes[0].phase, outcomes[0].engine, outcomes[0].bucket) == ("verify", "e1", 2)
+            assert "w2" in outcomes[0].cause
+            assert "actor rank 1" in outcomes[0].cause
+            assert all(engine.dirty for engine in engines)
+    actors.close()
+
+
+def test_sampling_covers_every_region_within_the_period(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines[:1])
+    actors.connect()
+    actors.sync(1)
+
+    def flip(worker: int, weights: dict[str, torch.Tensor]) -> None:
+        weights["w4"].view(torch.int32)[0] ^= 1
+
+    engines[0].on_hold = flip
+    outcomes = [actors.both(lambda s, version=version: s.sync(version))[0] for version in range(2, 2 + SAMPLE_PERIOD)]
+    assert sum(isinstance(o, WeightSyncError) for o in outcomes) == 1
+    actors.close()
+
+
 def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
     release = threading.Event()
     engines[1].on_bucket = lambda worker, bucket: release.wait(20) if worker == 0 and bucket == 2 else None
@@ -347,7 +423,7 @@ def test_a_wrong_number_of_workers_is_named(engines: list[ThreadEngine]) -> None
 
 def test_different_digests_are_refused(engines: list[ThreadEngine]) -> None:
     actors = Actors(engines)
-    actors.sources[1].digest = "another"
+    actors.sources[1].placements = tuple(reversed(actors.sources[1].placements))
     error = actors.failure(lambda s: s.connect())
     assert "digest" in error.cause
 
@@ -380,7 +456,16 @@ def test_errors_cross_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bucket_bytes": 0}, {"num_slots": 0}, {"timeout_s": 0}, {"sink": "direct"}, {"transport": "nccl"}, {"pause_mode": "stop"}]
+    "settings",
+    [
+        {"bucket_bytes": 0},
+        {"num_slots": 0},
+        {"timeout_s": 0},
+        {"sink": "copy"},
+        {"verify": "some"},
+        {"transport": "nccl"},
+        {"pause_mode": "stop"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"weight_sync.{next(iter(settings))}"):

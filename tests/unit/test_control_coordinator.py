@@ -8,9 +8,17 @@ import pytest
 from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
 from rlsync.control.roster import Expected
+from rlsync.control.shares import ActorShare, RingInfo, WorkerPart, WorkerShare
+from rlsync.geometry import TensorSpec
+from rlsync.placement.huggingface import whole_tensors
 
-TABLE = tuple((m.BucketEntry(f"w{i}", "float32", (4,), 0),) for i in range(4))
-WELCOME = m.Welcome("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096, num_buckets=4, buckets=TABLE)
+CATALOGUE = m.Catalogue(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")
+RECORDED = m.Recorded(whole_tensors("engine e0", CATALOGUE.tensors), "direct")
+RING = RingInfo("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096)
+ACTOR_SHARE = ActorShare("plan", RING, "off", ((),) * 4)
+WORKER_SHARE = WorkerShare("plan", RING, 0, "off", (WorkerPart(0, 16, (), ()),) * 4)
+PLANNED = m.Planned((ACTOR_SHARE,) * 2, (WORKER_SHARE,) * 2)
+TIMES = m.WorkerTimes(0.1, 0.2, 0.3, 0.4, 5)
 TIMEOUT_S = 10.0
 
 
@@ -19,12 +27,14 @@ class Run:
 
     def __init__(self, *, connected: bool = True) -> None:
         self.sent: dict[bytes, list] = {}
-        expected = Expected("secret", "run", 2, {"e0": 2}, "digest", "here", "shm", TIMEOUT_S, WELCOME)
+        expected = Expected("secret", "run", 2, {"e0": 2}, ("digest", "digest"), TIMEOUT_S, CATALOGUE)
         self.coordinator = Coordinator(expected, lambda peer, message: self.sent.setdefault(peer, []).append(message), 0.0)
         if connected:
             for rank in range(2):
                 self.tell(f"a{rank}", actor(rank))
                 self.tell(f"w{rank}", worker(rank))
+                self.tell(f"w{rank}", RECORDED)
+            self.tell("a0", PLANNED)
             for peer in ("a0", "a1", "w0", "w1"):
                 self.tell(peer, m.Attached())
 
@@ -48,7 +58,7 @@ class Run:
                 self.tell(f"w{worker_rank}", m.Done(attempt, bucket))
 
     def finish(self, attempt: int = 1) -> None:
-        for message in (m.Loaded(attempt, 0.1, 0.2), m.Committed(attempt)):
+        for message in (m.Loaded(attempt, TIMES), m.Committed(attempt)):
             for rank in range(2):
                 self.tell(f"w{rank}", message)
         self.tell("a0", m.Finish(attempt, b"report"))
@@ -62,7 +72,7 @@ class Run:
 
 
 def actor(rank: int, **changes: object) -> m.ActorHello:
-    hello = m.ActorHello("secret", "run", rank, 2, "here", "shm", "pids", 100 + rank, "digest")
+    hello = m.ActorHello("secret", "run", rank, 2, "here", "shm", "pids", 100 + rank, None, "digest")
     return msgspec.structs.replace(hello, **changes)
 
 
@@ -71,13 +81,22 @@ def worker(rank: int, **changes: object) -> m.WorkerHello:
     return msgspec.structs.replace(hello, **changes)
 
 
-def test_only_workers_are_told_the_table() -> None:
+def test_workers_are_told_the_tensors_and_everybody_its_share() -> None:
     run = Run()
-    welcomes = {peer: run.sent[peer.encode()][0] for peer in ("a0", "w0")}
-    assert welcomes["w0"] == WELCOME
-    assert welcomes["a0"].buckets == ()
-    assert run.last("a0") == m.Connected()
+    assert run.sent[b"w0"] == [CATALOGUE, m.Share(worker=WORKER_SHARE), m.Connected()]
+    assert run.sent[b"a1"] == [m.Share(actor=ACTOR_SHARE), m.Connected()]
+    survey = run.sent[b"a0"][0]
+    assert isinstance(survey, m.Surveyed)
+    assert [h.actor_rank for h in survey.actors] == [h.worker_rank for h in survey.workers] == [0, 1]
+    assert survey.records == (RECORDED, RECORDED)
     assert run.coordinator.phase == "idle"
+
+
+def test_only_actor_rank_0_plans_and_only_once() -> None:
+    for peer in ("a1", "a0"):
+        run = Run()
+        run.tell(peer, PLANNED)
+        assert "sent shares" in run.error().cause
 
 
 @pytest.mark.parametrize(
@@ -85,8 +104,6 @@ def test_only_workers_are_told_the_table() -> None:
     [
         ("a1", actor(1, digest="another"), ("digest", "another", "actor rank 1")),
         ("a1", actor(1, world_size=3), ("3 actor ranks", "counts 2")),
-        ("a1", actor(1, shm_domain="elsewhere", host="there"), ("one host", "there", "here")),
-        ("w1", worker(1, shm_domain="elsewhere"), ("one host", "engine e0 worker 1")),
         ("w1", worker(1, engine_id="e7"), ("nobody expects", "e0")),
         ("w1", worker(0, world_size=4, worker_rank=3), ("world size 4", "2 workers")),
     ],
@@ -111,30 +128,50 @@ def test_a_stranger_is_turned_away_and_disturbs_nobody(hello: m.FromPeer) -> Non
     run.tell("stranger", m.Attached())
     run.coordinator.receive(b"nobody", b"\x00garbage", 1.0)
     assert run.coordinator.phase == "connect"
-    assert isinstance(run.last("a0"), m.Welcome)
+    assert b"a0" not in run.sent
+
+
+def recorded(run: Run, first: m.Recorded, second: m.Recorded) -> None:
+    for rank, record in enumerate((first, second)):
+        run.tell(f"a{rank}", actor(rank))
+        run.tell(f"w{rank}", worker(rank))
+        run.tell(f"w{rank}", record)
 
 
 def test_names_are_judged_on_the_union_of_an_engines_workers() -> None:
     run = Run(connected=False)
-    for rank in range(2):
-        run.tell(f"a{rank}", actor(rank))
-        run.tell(f"w{rank}", worker(rank))
-        run.tell(f"a{rank}", m.Attached())
-    run.tell("w0", m.Attached(unused_names=("w0", "w1")))
-    run.tell("w1", m.Attached(unused_names=("w2",)))
-    assert run.coordinator.phase == "idle"
+    replace = msgspec.structs.replace
+    recorded(run, replace(RECORDED, unused_names=("w0", "w1")), replace(RECORDED, unused_names=("w2",)))
+    assert isinstance(run.last("a0"), m.Surveyed)
 
 
-def test_names_that_no_worker_takes_and_parameters_that_nothing_fills_are_one_error() -> None:
+def test_names_that_no_worker_takes_and_findings_are_one_error() -> None:
     run = Run(connected=False)
-    for rank in range(2):
-        run.tell(f"a{rank}", actor(rank))
-        run.tell(f"w{rank}", worker(rank))
-        run.tell(f"a{rank}", m.Attached())
-    run.tell("w0", m.Attached(unused_names=("w0", "w1"), unfilled_parameters=("norm.weight",)))
-    run.tell("w1", m.Attached(unused_names=("w1",)))
+    replace = msgspec.structs.replace
+    recorded(
+        run, replace(RECORDED, unused_names=("w0", "w1"), findings=("nothing fills norm.weight",)), replace(RECORDED, unused_names=("w1",))
+    )
     assert "takes no tensor named w1" in run.error().cause
     assert "norm.weight" in run.error().cause
+
+
+def test_a_plan_that_cannot_be_made_is_everybodys_error() -> None:
+    run = Run(connected=False)
+    recorded(run, RECORDED, RECORDED)
+    run.tell("a0", m.Failed(0, "connect", "no source for norm.weight"))
+    assert "no source for norm.weight" in run.error().cause
+
+
+def test_checksums_reach_the_workers_of_their_stream_once() -> None:
+    run = Run()
+    run.begin()
+    mine, other = m.Sum(0, 7, 123), m.Sum(1, 7, 456)
+    run.tell("a0", m.Filled(1, 0, 8, (mine,)))
+    run.tell("a1", m.Filled(1, 0, 8, (other,)))
+    assert run.last("w0") == run.last("w1") == m.Ready(1, 1, (mine,))
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Filled(1, 1, 8))
+    assert run.last("w0") == m.Ready(1, 2)
 
 
 def test_a_bucket_is_ready_when_every_filler_has_filled_it() -> None:
@@ -161,13 +198,14 @@ def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
     run = Run()
     run.begin()
     run.transfer()
-    run.tell("w0", m.Loaded(1, 0.1, 0.2))
+    other = msgspec.structs.replace(TIMES, pull_s=9.0)
+    run.tell("w0", m.Loaded(1, TIMES))
     assert not isinstance(run.last("w0"), m.Commit)
-    run.tell("w1", m.Loaded(1, 0.3, 0.1))
+    run.tell("w1", m.Loaded(1, other))
     assert run.last("w0") == run.last("w1") == m.Commit(1, 1)
     run.tell("w0", m.Committed(1))
     run.tell("w1", m.Committed(1))
-    assert run.last("a0") == m.AllCommitted(1, 0.3, 0.2)
+    assert run.last("a0") == m.AllCommitted(1, (TIMES, other))
     run.tell("a0", m.Finish(1, b"report"))
     assert run.last("a1") == m.Finished(1, b"report")
     assert (run.coordinator.phase, run.coordinator.version, run.coordinator.deadline) == ("idle", 1, None)
@@ -181,7 +219,7 @@ def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
         ("w1", m.Goodbye()),
         ("a0", m.Filled(1, 3, 8)),
         ("w0", m.Done(1, 2)),
-        ("w0", m.Loaded(1, 0, 0)),
+        ("w0", m.Loaded(1, TIMES)),
         ("w0", m.Start(1, 1)),
         ("a0", m.Joined(1, 1)),
         ("a1", m.Start(1, 2)),
@@ -300,12 +338,3 @@ def test_decoding_is_strict() -> None:
     ):
         with pytest.raises(msgspec.MsgspecError):
             m.decode_from_peer(bad)
-
-
-def test_a_bad_table_is_refused_with_all_its_faults() -> None:
-    entry = m.BucketEntry("a", "float32", (4,), 0)
-    table = ((entry, m.BucketEntry("b", "float32", (1,), 6)), (entry, m.BucketEntry("c", "float3", (1,), 16)))
-    with pytest.raises(ValueError) as raised:
-        m.check_buckets(table)
-    for words in ("a is in the table twice", "b lies at byte 6", "b overlaps", "float3"):
-        assert words in str(raised.value)

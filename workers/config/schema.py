@@ -191,10 +191,11 @@ class WeightSyncConfig:
     """``weight_sync``: how engines are kept equal to the actor."""
 
     bucket_bytes: int = key(256 * 2**20, "bytes moved and acknowledged together")
-    sink: Literal["auto", "loaders"] = key("auto", "how tensors enter the engine; auto: loaders")
+    sink: Literal["auto", "direct", "layerwise", "loaders"] = key("auto", "how bytes enter the engine; auto: the first that is right")
     transport: Literal["auto", "shm"] = key("auto", "how bytes travel; auto: shm, host shared memory")
     timeout_s: float = key(600.0, "deadline of each phase of a sync")
     num_slots: int = key(2, "staging buckets in flight, 2 or 3")
+    verify: Literal["off", "sampled", "full"] = key("sampled", "checksums of what was sent against what is held")
     pause_mode: Literal["abort", "wait", "keep"] = key("abort", "what happens to requests that run when a sync begins")
 
 

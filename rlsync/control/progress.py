@@ -1,0 +1,90 @@
+"""How far one sync is: counts by peer, and what follows from them. Knows no messages but their numbers, sends nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rlsync.control.messages import Sum, WorkerTimes
+from rlsync.control.roster import Member
+
+
+@dataclass(slots=True)
+class Progress:
+    """One attempt. Buckets are filled and taken in order; a slot is free when every worker is done with what was in it.
+
+    Attributes:
+        buckets_ready: buckets that every actor rank has filled.
+        buckets_writable: buckets whose slot is free, those already filled included.
+        told: stream -> checksums of its regions, in the order in which buckets became ready.
+    """
+
+    attempt: int
+    version: int
+    num_buckets: int
+    num_slots: int
+    started: set[bytes] = field(default_factory=set)
+    filled: dict[bytes, int] = field(default_factory=dict)
+    joined: dict[bytes, int] = field(default_factory=dict)
+    done: dict[bytes, int] = field(default_factory=dict)
+    loaded: dict[bytes, WorkerTimes] = field(default_factory=dict)
+    committed: set[bytes] = field(default_factory=set)
+    buckets_ready: int = 0
+    buckets_writable: int = 0
+    told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.buckets_writable = min(self.num_slots, self.num_buckets)
+
+    def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum], actors: Sequence[Member], num_actors: int) -> str | bool:
+        """Count one bucket of an actor rank. Returns whether more buckets are ready now, or what is wrong."""
+        count = self.filled.get(identity, 0)
+        if bucket != count or bucket >= self.buckets_writable:
+            return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable"
+        self.filled[identity] = count + 1
+        for entry in sums:
+            self.told[entry.stream].append(entry)
+        ready = min(self.filled.get(p.identity, 0) for p in actors) if len(actors) == num_actors else 0
+        grown, self.buckets_ready = ready > self.buckets_ready, max(ready, self.buckets_ready)
+        return grown
+
+    def take(self, identity: bytes, bucket: int, workers: Sequence[Member]) -> str | bool:
+        """Count one bucket of a worker. Returns whether more buckets are writable now, or what is wrong."""
+        count = self.done.get(identity, 0)
+        if bucket != count or bucket >= self.buckets_ready:
+            return f"finished bucket {bucket}, its turn is {count} and {self.buckets_ready} are ready"
+        self.done[identity] = count + 1
+        completed = min(self.done.get(p.identity, 0) for p in workers)
+        writable = min(completed + self.num_slots, self.num_buckets)
+        grown, self.buckets_writable = writable > self.buckets_writable, max(writable, self.buckets_writable)
+        return grown
+
+    def untold(self, identity: bytes, stream: int) -> tuple[Sum, ...]:
+        """Checksums of a worker's stream that it has not been given yet; they count as given now."""
+        told = self.told[stream]
+        begin, self.joined[identity] = self.joined.get(identity, 0), len(told)
+        return tuple(told[begin:])
+
+    def bucket_of(self, peer: Member) -> int:
+        """The bucket that a peer is at."""
+        at = (self.filled if peer.engine is None else self.done).get(peer.identity, 0)
+        return min(at, self.num_buckets - 1)
+
+    def laggards(self, phase: str, actors: Sequence[Member], workers: Sequence[Member]) -> list[tuple[Member, str]]:
+        """Whom a phase waits for, and what they were to do."""
+        if phase == "begin":
+            late = [(p, "to enter sync()") for p in actors if p.identity not in self.started]
+            return late + [(p, "to begin its update") for p in workers if p.identity not in self.joined]
+        if phase == "transfer":
+            limit = min(self.buckets_writable, self.num_buckets)
+            slow = [p for p in actors if self.filled.get(p.identity, 0) < limit]
+            if slow:
+                return [(p, f"to fill bucket {self.filled.get(p.identity, 0)}") for p in slow]
+            slow = [p for p in workers if self.done.get(p.identity, 0) < self.buckets_ready]
+            slow.sort(key=lambda p: self.done.get(p.identity, 0))
+            late = [(p, f"to load bucket {self.done.get(p.identity, 0)}") for p in slow]
+            return late or [(p, "to finish loading") for p in workers if p.identity not in self.loaded]
+        if phase == "commit":
+            return [(p, "to commit") for p in workers if p.identity not in self.committed]
+        return [(p, "to resume the engines") for p in actors if p.place == 0]
