@@ -13,17 +13,22 @@ from rlsync.geometry import Placement, TensorSpec
 
 
 class Source(Protocol):
-    """Weights of the actor; one on each actor rank.
+    """Weights of the actor; one on each actor rank."""
 
-    Attributes:
-        tensors: every HF tensor, in the order in which buckets carry them; the same on all ranks.
-        placements: what each actor rank holds, by rank; the same on all ranks.
-        buffers: memory of this rank's placement, by buffer name: contiguous tensors that stay where they are.
-    """
+    @property
+    def tensors(self) -> Sequence[TensorSpec]:
+        """Every HF tensor, in the order in which buckets carry them; the same on all ranks."""
+        ...
 
-    tensors: Sequence[TensorSpec]
-    placements: Sequence[Placement]
-    buffers: Mapping[str, torch.Tensor]
+    @property
+    def placements(self) -> Sequence[Placement]:
+        """What each actor rank holds, by rank; the same on all ranks."""
+        ...
+
+    @property
+    def buffers(self) -> Mapping[str, torch.Tensor]:
+        """Memory of this rank's placement, by buffer name: contiguous tensors that stay where they are."""
+        ...
 
     def begin(self, version: int) -> None:
         """Make the weights those of ``version``. May be collective over the actor ranks."""
