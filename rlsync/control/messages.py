@@ -172,6 +172,12 @@ class Goodbye(Message):
     """This peer closes on purpose; its process may end."""
 
 
+class State(Message):
+    """To an inspection: a hash by path of everything that a worker computes from."""
+
+    hashes: dict[str, str]
+
+
 # From the coordinator to a peer.
 
 
@@ -250,7 +256,7 @@ class Error(Message):
 
 FromPeer = (
     WorkerHello | ActorHello | Recorded | Planned | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed
-    | Goodbye
+    | Goodbye | State
 )  # fmt: skip
 FromCoordinator = Catalogue | Surveyed | Share | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 

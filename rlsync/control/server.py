@@ -9,15 +9,28 @@ import os
 import threading
 import time
 import traceback
+from typing import Protocol
 
 import zmq
 
 from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import pid_domain
-from rlsync.control.roster import Expected
 
 _TICK_MS = 200
+
+
+class Served(Protocol):
+    """Who decides: a Coordinator, or an Inspection."""
+
+    def receive(self, identity: bytes, raw: bytes, now: float) -> None: ...
+
+    def lose(self, identity: bytes) -> None: ...
+
+    def expire(self, now: float) -> None: ...
+
+    def fail(self, cause: str) -> None: ...
+
+    def process_of(self, identity: bytes) -> tuple[int, str] | None: ...
 
 
 class CoordinatorServer:
@@ -41,10 +54,9 @@ class CoordinatorServer:
         self._pidfds: dict[int, bytes] = {}
         self._watched: set[bytes] = set()
 
-    def start(self, expected: Expected) -> None:
-        """Begin to admit peers; the connect deadline runs from here."""
-        coordinator = Coordinator(expected, self._send, time.monotonic())
-        self._thread = threading.Thread(target=self._run, args=(coordinator,), name="rlsync-coordinator", daemon=True)
+    def start(self, served: Served) -> None:
+        """Begin to listen on behalf of ``served``, which answers through ``send``."""
+        self._thread = threading.Thread(target=self._run, args=(served,), name="rlsync-coordinator", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -55,10 +67,11 @@ class CoordinatorServer:
             self._thread = None
         self._socket.close()
 
-    def _send(self, identity: bytes, message: m.FromCoordinator) -> None:
+    def send(self, identity: bytes, message: m.FromCoordinator) -> None:
+        """Queue a message for one peer; only from within ``served``."""
         self._socket.send_multipart([identity, m.encode(message)])
 
-    def _run(self, coordinator: Coordinator) -> None:
+    def _run(self, coordinator: Served) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         try:
@@ -77,7 +90,7 @@ class CoordinatorServer:
             for fd in self._pidfds:
                 os.close(fd)
 
-    def _drain(self, coordinator: Coordinator, poller: zmq.Poller) -> None:
+    def _drain(self, coordinator: Served, poller: zmq.Poller) -> None:
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -87,7 +100,7 @@ class CoordinatorServer:
                 coordinator.receive(frames[0], frames[1], time.monotonic())
                 self._watch(frames[0], coordinator, poller)
 
-    def _watch(self, identity: bytes, coordinator: Coordinator, poller: zmq.Poller) -> None:
+    def _watch(self, identity: bytes, coordinator: Served, poller: zmq.Poller) -> None:
         """Learn at once, not at the deadline, when the process of an admitted peer ends."""
         process = None if identity in self._watched else coordinator.process_of(identity)
         if process is None:
@@ -103,7 +116,7 @@ class CoordinatorServer:
             self._pidfds[fd] = identity
             poller.register(fd, zmq.POLLIN)
 
-    def _bury(self, coordinator: Coordinator, poller: zmq.Poller, fd: int) -> None:
+    def _bury(self, coordinator: Served, poller: zmq.Poller, fd: int) -> None:
         poller.unregister(fd)
         identity = self._pidfds.pop(fd)
         os.close(fd)

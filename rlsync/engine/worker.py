@@ -23,6 +23,7 @@ from rlsync.engine import compat, compat_layers
 from rlsync.engine.intake import Intake, take_stock
 from rlsync.engine.pull import MismatchError, Pull
 from rlsync.engine.sinks import Sink
+from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError
 
 # The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
@@ -41,13 +42,14 @@ class MappedRing(Protocol):
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where to dial, and as whom. ``timeout_s`` bounds every phase."""
+    """Where to dial, and as whom. ``timeout_s`` bounds every phase. ``purpose`` ``inspect`` asks for hashes and changes nothing."""
 
     endpoint: str
     token: str
     run_id: str
     engine_id: str
     timeout_s: float
+    purpose: str = "sync"
 
 
 @dataclass
@@ -92,6 +94,9 @@ class Receiver(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""
+        if init_info.purpose == "inspect":
+            self._tell_state(init_info)
+            return
         self.shutdown()
         self._info, self._version = init_info, -1
         peer = self._peer = Peer(init_info.endpoint, self._hello(init_info))
@@ -109,6 +114,12 @@ class Receiver(WeightTransferEngine):
                 peer.send(m.Failed(attempt=0, phase="connect", cause=_cause(error)))
             self.shutdown()
             raise
+
+    def _tell_state(self, info: InitInfo) -> None:
+        peer = Peer(info.endpoint, self._hello(info))
+        with compat.config_scope(self.vllm_config):
+            peer.send(m.State(state_hashes(self.model)))
+        peer.close()
 
     def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
         ring = share.ring

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +19,7 @@ import torch
 import zmq
 
 from rlsync.control import messages as m
+from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import Peer, pid_domain, to_exception
 from rlsync.control.roster import Expected
 from rlsync.control.server import CoordinatorServer
@@ -121,7 +123,7 @@ class WeightSyncer:
                 raise ConfigError(f"engine ids must differ: {', '.join(ids)}")
             self._server = CoordinatorServer(self._config.bind_host)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
-            self._server.start(self._expected(token, run_id))
+            self._server.start(Coordinator(self._expected(token, run_id), self._server.send, time.monotonic()))
         except (RlsyncError, OSError, zmq.ZMQError) as error:
             return _Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
         return _Invitation(self._server.endpoint, token, run_id)

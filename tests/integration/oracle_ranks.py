@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.engine.handle import Completion, Engine
+from rlsync.engine.state import state_difference
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
+from rlsync.sync.inspection import inspect_engines
 from rlsync.topology import Topology
 from rlsync.transport.agreement import gather_bytes
 from tests.models import VOCAB_SIZE
@@ -69,14 +71,19 @@ def sync_and_compare(folder: str, topology: dict[str, int], out_dir: str, dtype:
         check_against_actor(models, before)
     syncer.close()
     if synced is not None:
+        held = inspect_engines([synced])
         synced.close()
         fresh = engine("fresh", str(Path(out_dir, "hf_model")), dtype, enforce_eager=enforce_eager)
         expected = [group[0] for group in fresh.generate(PROMPTS, GREEDY)]
+        wanted = inspect_engines([fresh])
         fresh.close()
+        for (_, place), state in wanted.items():
+            assert state_difference(held["synced", place], state) == ()
+            assert len(state) > 20
         assert [a.token_ids for a in before] == [b.token_ids for b in expected]
         worst = max(abs(x - y) for a, b in zip(before, expected, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=True))
         assert worst <= 1e-4, worst
-        print(f"ORACLE {worst:.1e}", flush=True)
+        print(f"ORACLE {worst:.1e} {report.sinks} {report.seconds:.3f} s", flush=True)
     dist.barrier()
     destroy_parallel()
 
