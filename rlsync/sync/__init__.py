@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlsync.sync.config import SyncConfig, SyncReport
+from rlsync.sync.config import SyncConfig
+from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.syncer import WeightSyncer
 

@@ -14,9 +14,10 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
-from rlsync.sync.config import SyncConfig, SyncReport
+from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
 from rlsync.sync.planning import Blueprint
+from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
 

@@ -1,21 +1,15 @@
-"""What a sync is told and what it answers: SyncConfig and SyncReport. Plain data."""
+"""What a sync is told: SyncConfig. Plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
 from rlsync.errors import ConfigError
 from rlsync.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
 _PAUSE_MODES = ("abort", "wait", "keep")
-_METRICS = (
-    "version", "bytes", "num_buckets", "gb_per_s", "seconds", "pause_s", "begin_s", "fill_s", "transfer_s", "wait_s", "pull_s", "verify_s",
-    "finalize_s", "commit_s", "resume_s", "extra_bytes", "max_redundancy",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,61 +53,3 @@ class SyncConfig:
         ):
             if value not in known:
                 raise ConfigError(f"weight_sync.{key} is {value!r}; known are {', '.join(known)}")
-
-
-class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed sync as rank 0 saw it; the same object's fields on all actor ranks.
-
-    Attributes:
-        sinks: what workers used: ``direct``, ``layerwise``, ``direct+layerwise`` or ``loaders``.
-        bytes: bytes that streams take in, each stream once. Several workers that hold the same on one host are one stream.
-        bytes_by_link, redundancy: of the plan, by link name and by stream; see ``rlsync.links.Traffic``.
-        seconds: from the call of ``sync`` to the last engine that serves again.
-        pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
-        begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
-        fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
-        transfer_s: from the first engine's update to the last worker's commit.
-        wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, taking them in, checksums,
-            and what is left to do after the last.
-        commit_s: resetting caches. resume_s: letting requests in again.
-        extra_bytes: most memory that a worker took for the sync beside the ring.
-        engine_s: seconds of the update, by engine id.
-    """
-
-    version: int
-    sinks: tuple[str, ...]
-    transport: str
-    verify: str
-    bytes: int
-    bytes_by_link: dict[str, int]
-    redundancy: dict[str, float]
-    num_buckets: int
-    seconds: float
-    pause_s: float
-    begin_s: float
-    fill_s: float
-    transfer_s: float
-    wait_s: float
-    pull_s: float
-    verify_s: float
-    finalize_s: float
-    commit_s: float
-    resume_s: float
-    extra_bytes: int
-    engine_s: dict[str, float]
-
-    @property
-    def gb_per_s(self) -> float:
-        """10^9 bytes per second of the whole sync."""
-        return self.bytes / 1e9 / self.seconds
-
-    @property
-    def max_redundancy(self) -> float:
-        """Bytes received over bytes held, of the worst stream; 1.0 is each byte once."""
-        return max(self.redundancy.values())
-
-    def metrics(self) -> dict[str, float]:
-        """Flat numbers for a metrics log."""
-        flat = {f"sync/{name}": getattr(self, name) for name in _METRICS}
-        flat |= {f"sync/bytes_{link.replace(' ', '_')}": nbytes for link, nbytes in self.bytes_by_link.items()}
-        return flat | {"time/sync_weights": self.seconds}

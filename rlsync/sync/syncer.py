@@ -27,9 +27,10 @@ from rlsync.control.shares import ActorShare, RingInfo
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
-from rlsync.sync.config import SyncConfig, SyncReport
+from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
 from rlsync.sync.planning import Blueprint, draw_up
+from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
 from rlsync.sync.tasks import Lane, Tasks
 from rlsync.transport.shm import Ring, shm_domain
