@@ -168,13 +168,14 @@ def refresh_sharers(model: torch.nn.Module) -> None:
     """
     if not current_platform.is_cpu():
         return
-    owners: dict[int, torch.nn.Module] = {}
+    owners: dict[int, Any] = {}
+    layer: Any
     for layer in model.modules():
-        quant_method = getattr(layer, "quant_method", None)
         for parameter in layer.parameters(recurse=False):
             shared = owners.setdefault(id(parameter), layer) is not layer
-            if shared and quant_method is not None and parameter.numel():
-                quant_method.process_weights_after_loading(layer)
+            # Experts share a gate's score correction, and would pack packed weights.
+            if shared and parameter.numel() and parameter is getattr(layer, "weight", None) and hasattr(layer, "cpu_linear"):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 # AsyncLLM.
