@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def opaque_linear_width(layer: Any) -> int | None:
     """Number of inputs of a linear layer on CPU that computes from what cannot be read, or None for every other layer."""
     if not current_platform.is_cpu() or not _holds_weights(getattr(layer, "cpu_linear", None)):
         return None
-    return int(layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition)
+    return int(checkpoint_layout(layer)["weight"].shape[1])
 
 
 # Layout.
@@ -78,6 +78,11 @@ def checkpoint_layout(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The layer's own parameters and buffers."""
     return dict(get_layer_tensors(layer))
+
+
+def stays_as_loaded(name: str) -> bool:
+    """Whether tensors of this name are live in a reload and nothing post-processes them (expert maps, score corrections)."""
+    return name in SKIP_TENSORS and name != "bias"
 
 
 def is_host_offloaded(tensor: torch.Tensor) -> bool:
@@ -206,7 +211,8 @@ def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
         twin = _shallow(layer)
         twin.quant_method = _shallow(layer.quant_method)
         twin.quant_method.moe_kernel = None
-        first, second = _processed(twin), _processed(twin)
+        layout = layerwise.get_layerwise_info(layer).restore_metadata[0]
+        first, second = _processed(twin, layout), _processed(twin, layout)
         findings += [
             f"{name}.{n}: loading the same weights a second time leaves other bytes than the first ({kind.method}, {kind.backend})"
             for n in first
@@ -215,10 +221,10 @@ def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(findings)
 
 
-def _processed(twin: Any) -> dict[str, torch.Tensor]:
+def _processed(twin: Any, layout: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters of a layer after post-processing of random weights, always the same, as bytes."""
     generator = torch.Generator().manual_seed(0)
-    for name, meta in layerwise.get_layerwise_info(twin).restore_metadata[0].items():
+    for name, meta in layout.items():
         tensor = materialize_meta_tensor(meta)
         with torch.no_grad():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))

@@ -12,35 +12,33 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import base_loader, get_model
+from vllm.model_executor.model_loader.reload import meta
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rlsync.engine import compat, compat_layers
+from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import choose
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.errors import ConfigError
-from rlsync.geometry import DTYPE_BYTES, Fill
+from rlsync.geometry import DTYPE_BYTES, Fill, TensorSpec
 from rlsync.staging import Segment
 from tests.integration.engine_source import read_folder
+from tests.integration.sink_models import save_case
 from tests.models import VOCAB_SIZE
 
 BUCKET_BYTES = 30_000
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12]
+Regions = list[tuple[int, tuple[int, ...], tuple[int, ...]]]
 
 
 class Started:
     """An engine in this process."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
-        self.options = {
-            "model": folder,
-            "dtype": dtype,
-            "max_model_len": 64,
-            "max_num_seqs": 8,
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-        }
-        self.llm = LLM(**self.options, disable_log_stats=True)
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self._options = {"dtype": dtype, "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "enforce_eager": True}
+        self.llm = LLM(str(folder), disable_log_stats=True, **self._options)
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.model, self.model_config, self.vllm_config = runner.model, runner.model_config, runner.vllm_config
 
@@ -50,9 +48,9 @@ class Started:
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in outputs]
 
-    def plain(self, folder: str) -> torch.nn.Module:
+    def plain(self, folder: Path) -> torch.nn.Module:
         """What vLLM's own loaders put into a model of which nothing is post-processed."""
-        config = EngineArgs(**{**self.options, "model": folder}).create_engine_config()
+        config = EngineArgs(str(folder), **self._options).create_engine_config()
         with compat.config_scope(config), mock.patch.object(base_loader, "process_weights_after_loading", return_value=None):
             return get_model(vllm_config=config)
 
@@ -60,14 +58,12 @@ class Started:
 class Weights:
     """One version as a sink gets it: segments in buckets, and the bytes of a slot."""
 
-    def __init__(
-        self, tensors: Mapping[str, torch.Tensor], parts: Callable[[str, torch.Tensor], list[tuple[int, tuple[int, ...], tuple[int, ...]]]]
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], regions: Callable[[str, torch.Tensor], Regions]) -> None:
         self.tensors = tensors
         buckets: list[list[Segment]] = [[]]
         cursor = 0
         for name, tensor in tensors.items():
-            for offset, shape, strides in parts(name, tensor):
+            for offset, shape, strides in regions(name, tensor):
                 if cursor > BUCKET_BYTES:
                     buckets.append([])
                     cursor = 0
@@ -75,19 +71,30 @@ class Weights:
                 buckets[-1].append(segment)
                 cursor += -(-segment.size * DTYPE_BYTES[segment.dtype] // 64) * 64
         self.buckets = tuple(map(tuple, buckets))
+        self.slot_bytes = max(s.slot_offset + s.size * DTYPE_BYTES[s.dtype] for bucket in buckets for s in bucket)
+
+    def part(self, s: Segment) -> torch.Tensor:
+        return self.tensors[s.buffer].detach().as_strided(s.shape, s.strides, s.buffer_offset)
 
     def fill(self, bucket: int, slot: torch.Tensor) -> None:
-        slot.fill_(0xAB)
         for s in self.buckets[bucket]:
-            source = self.tensors[s.buffer].detach().as_strided(s.shape, s.strides, s.buffer_offset).contiguous().view(-1).view(torch.uint8)
+            source = self.part(s).contiguous().view(-1).view(torch.uint8)
             slot[s.slot_offset : s.slot_offset + source.numel()] = source
 
+    def check(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        """What ``landed`` is promised: the buffers of the bucket, contiguous, with the bytes in place."""
+        assert buffers.keys() == {s.buffer for s in self.buckets[bucket]}
+        for s in self.buckets[bucket]:
+            held = buffers[s.buffer]
+            assert held.is_contiguous() and type(held) is torch.Tensor
+            assert torch.equal(held.as_strided(s.shape, s.strides, held.storage_offset() + s.buffer_offset), self.part(s)), s
 
-def in_parts(name: str, tensor: torch.Tensor) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+
+def in_parts(name: str, tensor: torch.Tensor) -> Regions:
     """Rows above, and below two blocks of columns; rows of the padded vocabulary are left to fills."""
     if tensor.ndim == 1:
         return [(0, tuple(tensor.shape), (1,))]
-    rows = VOCAB_SIZE if tensor.shape[0] > VOCAB_SIZE and tensor.ndim == 2 and is_vocabulary(name) else tensor.shape[0]
+    rows = VOCAB_SIZE if is_vocabulary(name) else tensor.shape[0]
     upper, left = rows // 2, tensor.shape[-1] // 3
     rest, strides = tensor.shape[1:-1], tensor.stride()
     return [
@@ -101,39 +108,31 @@ def is_vocabulary(name: str) -> bool:
     return name.split(".")[-2] in ("embed_tokens", "lm_head")
 
 
-def placed_weights(plain: torch.nn.Module) -> tuple[Weights, tuple[Fill, ...]]:
-    tensors = dict(plain.named_parameters())
-    fills = tuple(
+def padding(tensors: Mapping[str, torch.Tensor]) -> tuple[Fill, ...]:
+    return tuple(
         Fill(n, VOCAB_SIZE * t.shape[1], (t.shape[0] - VOCAB_SIZE, t.shape[1]), (t.shape[1], 1))
         for n, t in tensors.items()
         if is_vocabulary(n)
     )
-    return Weights(tensors, in_parts), fills
 
 
-def whole_weights(folder: str, dtype: torch.dtype) -> Weights:
-    tensors = {n: t.to(dtype) for n, t in read_folder(folder).items()}
-    return Weights(tensors, lambda name, tensor: [(0, tuple(tensor.shape), tuple(tensor.stride()))])
+def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = None, fault: bool = False) -> None:
+    """A sync with a ring of one slot, overwritten as soon as a bucket is taken; with ``last``, abandoned at or in that bucket."""
+    slot = torch.empty(weights.slot_bytes, dtype=torch.uint8)
 
+    def landed(buffers: Mapping[str, torch.Tensor]) -> None:
+        weights.check(number, buffers)
+        if number == last and fault:
+            raise ZeroDivisionError
 
-def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = None) -> None:
-    """A sync with a ring of one slot, which is overwritten as soon as a bucket is taken; with ``last``, abandoned after that bucket."""
-    slot = torch.empty(4 * BUCKET_BYTES, dtype=torch.uint8)
     with compat.config_scope(engine.vllm_config):
         sink.open()
         for number in range(len(weights.buckets)):
-            weights.fill(number, slot)
-            names = {s.buffer for s in weights.buckets[number]}
-
-            def landed(buffers: Mapping[str, torch.Tensor], number: int = number, names: set[str] = names) -> None:
-                assert buffers.keys() == names
-                for s in weights.buckets[number]:
-                    held = buffers[s.buffer]
-                    assert held.is_contiguous() and type(held) is torch.Tensor
-                    expected = weights.tensors[s.buffer].detach().as_strided(s.shape, s.strides, s.buffer_offset)
-                    assert torch.equal(held.as_strided(s.shape, s.strides, held.storage_offset() + s.buffer_offset), expected), s
-
-            sink.write(number, slot, landed)
+            weights.fill(number, slot.fill_(0xAB))
+            try:
+                sink.write(number, slot, landed)
+            except ZeroDivisionError:
+                assert fault
             slot.fill_(0xCD)
             if number == last:
                 sink.abandon()
@@ -141,88 +140,146 @@ def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = Non
         sink.close()
 
 
+def addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {n: t.data_ptr() for n, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+
+
 def leftovers(model: torch.nn.Module, before: dict[str, int]) -> list[str]:
-    """What an abandoned sync must not leave: parameters elsewhere than before, on meta, or with a wrapped loader."""
+    """What no sync may leave: tensors elsewhere than before, on meta, or with a wrapped loader."""
     now = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     wrapped = [n for n, t in now.items() if getattr(getattr(t, "weight_loader", None), "__name__", "") == "online_process_loader"]
     return [n for n, t in now.items() if t.is_meta or before.get(n) != t.data_ptr()] + sorted(now.keys() ^ before.keys()) + wrapped
 
 
-def addresses(model: torch.nn.Module) -> dict[str, int]:
-    return {n: t.data_ptr() for n, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+def poisoned(tensor: torch.Tensor, original: Any = meta.materialize_meta_tensor) -> torch.Tensor:
+    """Memory that vLLM takes for a layer holds no zeros by chance."""
+    made = original(tensor)
+    with torch.no_grad():
+        made.view(torch.uint8).fill_(0xFF) if made.ndim else made.fill_(float("nan"))
+    return made
 
 
-def compare(folders: list[str], dtype: str, out: str, heal: bool = True) -> None:
-    """Everything that is claimed of one model; writes a JSON object to ``out``."""
-    a, b = folders
-    report: dict[str, Any] = {}
+def run(cases: list[str], root: str, heal: bool) -> None:
+    """Everything that is claimed of each case, as JSON in ``root/report.json``."""
+    reports = {}
+    for case in cases:
+        dtype = case.rpartition("-")[2]
+        folders = [save_case(Path(root, f"{case}-{version}"), case, version) for version in "ab"]
+        with mock.patch.object(meta, "materialize_meta_tensor", poisoned):
+            reports[case] = compare(*folders, dtype, heal)
+    Path(root, "report.json").write_text(json.dumps(reports))
+
+
+def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
     fresh = Started(b, dtype)
     hash_b, answers_b = state_hashes(fresh.model), fresh.answers()
     del fresh
     engine = Started(a, dtype)
-    hash_a = state_hashes(engine.model)
-    report["hash_again"] = state_difference(hash_a, state_hashes(engine.model))
-    report["a_and_b_part"] = state_difference(hash_a, hash_b)
-    report["answers_part"] = engine.answers() != answers_b
-    (weights_a, fills), (weights_b, _) = placed_weights(engine.plain(a)), placed_weights(engine.plain(b))
-    names = list(weights_a.tensors)
-    aliases = {
-        n: tuple(m for m, q in engine.model.named_parameters(remove_duplicate=False) if q is p and m != n)
-        for n, p in engine.model.named_parameters()
-    }
-    report["aliases"] = {n: m for n, m in aliases.items() if m}
+    hash_a, whole_a, whole_b = state_hashes(engine.model), whole(a, dtype), whole(b, dtype)
+    report: dict[str, Any] = {
+        "parted": state_difference(hash_a, hash_b), "hashed": sorted(hash_a), "again": state_difference(hash_a, state_hashes(engine.model)),
+        "answers_part": engine.answers() != answers_b,
+    }  # fmt: skip
+    with compat.config_scope(engine.vllm_config):
+        recording = record(engine.model, [TensorSpec(n, dtype, tuple(t.shape)) for n, t in whole_a.tensors.items()])
+    names = [buffer.name for buffer in recording.buffers]
+    placed_a, placed_b = placed(engine.plain(a), names), placed(engine.plain(b), names)
+    fills, layerwise = padding(placed_a.tensors), dict.fromkeys(names, "layerwise")
     if not heal:
-        report["unhealed"] = unhealed(engine, weights_a, fills, hash_a, (names, aliases))
+        report["unhealed"] = unhealed(
+            engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, fills, layerwise), placed_a, hash_a
+        )
     compat_layers.heal()
     compat_layers.heal()
-    choice = choose(engine.model, names, aliases, "auto")
-    report["choice"] = {"sinks": dict(choice.sinks), "reasons": choice.reasons}
-    for requested in ("direct", "layerwise", "loaders", "nonsense"):
+    report["choice"] = choices(engine, names, recording.aliases)
+    report["bytes"] = {n: t.nbytes for n, t in placed_a.tensors.items()}
+    report["placed_direct"] = direct(engine, a, b, names)
+    for name, sinks in (("placed", report["choice"]["auto"]), ("layerwise", layerwise), ("loaders", None)):
+        versions = (whole_a, whole_b) if sinks is None else (placed_a, placed_b)
+
+        def make(sinks: Any = sinks, buckets: Any = versions[0].buckets) -> Any:
+            if sinks is None:
+                return LoadersSink(engine.model, engine.model_config, buckets)
+            return PlacedSink(engine.model, engine.model_config, buckets, fills, sinks)
+
+        report[name] = claims(engine, make(), versions, hash_a, hash_b) | {"num_buckets": len(versions[0].buckets)}
+        sync(engine, make(), versions[1])
+        report[name]["answers"] = engine.answers() == answers_b
+        report[name]["unfilled"] = unfilled(engine, make, versions[0])
+    return report
+
+
+def whole(folder: Path, dtype: str) -> Weights:
+    tensors = {n: t.to(getattr(torch, dtype)) for n, t in read_folder(folder).items()}
+    return Weights(tensors, lambda name, tensor: [(0, tuple(tensor.shape), tuple(tensor.stride()))])
+
+
+def placed(plain: torch.nn.Module, names: list[str]) -> Weights:
+    live = {**dict(plain.named_parameters(remove_duplicate=False)), **dict(plain.named_buffers(remove_duplicate=False))}
+    return Weights({name: live[name] for name in names}, in_parts)
+
+
+def choices(engine: Started, names: list[str], aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"aliases": {n: m for n, m in aliases.items() if m}}
+    for requested in ("auto", "direct", "layerwise", "loaders", "nonsense"):
         try:
-            report[requested] = sorted(set(choose(engine.model, names, aliases, requested).sinks.values()))
+            choice = choose(engine.model, names, aliases, requested)
+            found[requested], found[f"{requested}_reasons"] = dict(choice.sinks), choice.reasons
         except ConfigError as error:
-            report[requested] = str(error)
-    whole_a, whole_b = (whole_weights(f, getattr(torch, dtype)) for f in (a, b))
-    sinks = {
-        "placed": (PlacedSink(engine.model, engine.model_config, weights_a.buckets, fills, choice.sinks), weights_a, weights_b),
-        "layerwise": (
-            PlacedSink(engine.model, engine.model_config, weights_a.buckets, fills, dict.fromkeys(names, "layerwise")),
-            weights_a,
-            weights_b,
-        ),
-        "loaders": (LoadersSink(engine.model, engine.model_config, whole_a.buckets), whole_a, whole_b),
-    }
-    before = addresses(engine.model)
-    for name, (sink, version_a, version_b) in sinks.items():
-        got = report[f"{name}_sink"] = {"num_buckets": len(version_a.buckets)}
-        sync(engine, sink, version_a)
-        got["identity"] = state_difference(hash_a, state_hashes(engine.model))
-        sync(engine, sink, version_b)
-        got["fresh"] = state_difference(hash_b, state_hashes(engine.model))
-        got["answers"] = engine.answers() == answers_b
-        got["moved"] = leftovers(engine.model, before)
-        for last in (0, len(version_a.buckets) // 2, len(version_a.buckets) - 1):
-            sync(engine, sink, version_a, last=last)
-            got[f"left_after_{last}"] = leftovers(engine.model, before)
-            sync(engine, sink, version_a)
-            got[f"fresh_after_{last}"] = state_difference(hash_a, state_hashes(engine.model))
-            sync(engine, sink, version_b, last=last)
-        sync(engine, sink, version_a)
-        got["peak_extra_bytes"] = sink.peak_extra_bytes
-    report["module_bytes"] = sorted(sum(p.nbytes for p in m.parameters(recurse=False)) for m in engine.plain(a).modules())
-    Path(out).write_text(json.dumps(report))
+            found[requested] = str(error)
+    return found
 
 
-def unhealed(
-    engine: Started, weights: Weights, fills: tuple[Fill, ...], hash_a: dict[str, str], buffers: tuple[Any, Any]
-) -> dict[str, Any]:
-    """The same without healing: what the hashes and the choice say."""
-    sink = PlacedSink(engine.model, engine.model_config, weights.buckets, fills, dict.fromkeys(weights.tensors, "layerwise"))
+def claims(engine: Started, sink: Any, versions: tuple[Weights, Weights], hash_a: dict[str, str], hash_b: dict[str, str]) -> dict[str, Any]:
+    """The engine holds A; what syncs of A and B, complete and abandoned, leave."""
+    before, got = addresses(engine.model), {}
+    sync(engine, sink, versions[0])
+    got["identity"] = state_difference(hash_a, state_hashes(engine.model))
+    sync(engine, sink, versions[1])
+    got["fresh"] = state_difference(hash_b, state_hashes(engine.model))
+    got["left"] = leftovers(engine.model, before)
+    count = len(versions[0].buckets)
+    for last, fault in ((0, False), (count // 2, True), (count // 2, False), (count - 1, False)):
+        sync(engine, sink, versions[0], last=last, fault=fault)
+        got["left"] += leftovers(engine.model, before)
+        sync(engine, sink, versions[1])
+        got[f"fresh_after_{last}_{fault}"] = state_difference(hash_b, state_hashes(engine.model))
+    sync(engine, sink, versions[0])
+    got["back"] = state_difference(hash_a, state_hashes(engine.model))
+    return got | {"peak_extra_bytes": sink.peak_extra_bytes}
+
+
+def direct(engine: Started, a: Path, b: Path, names: list[str]) -> list[str]:
+    """Buffers of a model held in plain layout that direct writes leave unlike vLLM's own loaders."""
+    model, wanted = engine.plain(a), placed(engine.plain(b), names)
+    with torch.no_grad():
+        for tensor in placed(model, names).tensors.values():
+            tensor.view(torch.uint8).fill_(0xFF)
+    sync(engine, PlacedSink(model, engine.model_config, wanted.buckets, padding(wanted.tensors), dict.fromkeys(names, "direct")), wanted)
+    held = placed(model, names).tensors
+    return [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))]
+
+
+def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list[str]:
+    """Which buffers that no checkpoint fills a sync changes, in a module that is rebuilt."""
+    name, layer = next((n, m) for n, m in engine.model.named_modules() if n.endswith(("routed_experts", "0.self_attn.o_proj")))
+    for attribute, persistent in (("calibration", True), ("scratch", False)):
+        layer.register_buffer(attribute, torch.full((3,), 7.0), persistent=persistent)
+        get_layerwise_info(layer).restore_metadata[1][attribute] = torch.empty(3, device="meta")
+    sync(engine, make(), weights)
+    changed = [n for n in ("calibration", "scratch") if not torch.equal(layer._buffers[n], torch.full((3,), 7.0))]
+    for attribute in ("calibration", "scratch"):
+        delattr(layer, attribute)
+        del get_layerwise_info(layer).restore_metadata[1][attribute]
+    return [f"{name}.{n}" for n in changed]
+
+
+def unhealed(engine: Started, sink: PlacedSink, weights: Weights, hash_a: dict[str, str]) -> dict[str, Any]:
+    """What is seen without the healing: by the engine's own check, by the choice, by the hashes after a sync of what it has."""
     found: dict[str, Any] = {"findings": compat_layers.reload_findings(engine.model)}
     try:
-        choose(engine.model, *buffers, "auto")
+        choose(engine.model, [], {}, "auto")
     except ConfigError as error:
         found["refused"] = str(error)
     sync(engine, sink, weights)
-    found["identity"] = state_difference(hash_a, state_hashes(engine.model))
-    return found
+    return found | {"identity": state_difference(hash_a, state_hashes(engine.model))}

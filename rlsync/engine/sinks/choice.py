@@ -84,7 +84,7 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
         modules[name.rpartition(".")[0]].append(name)
     against = {path: tuple(_against_direct(model, names, aliases)) for path, names in modules.items()}
     if requested == "direct" and any(against.values()):
-        raise ConfigError(f"weight_sync.sink is direct, but: {'; '.join(_sentences(against))}. Use auto or layerwise")
+        raise ConfigError(f"weight_sync.sink is direct, but: {'; '.join(_sentences(modules, against))}. Use auto or layerwise")
     findings = _against_layerwise(model, modules, {path for path in modules if requested == "layerwise" or against[path]}, aliases)
     if findings and requested != "auto":
         raise ConfigError(f"weight_sync.sink is {requested}, but: {'; '.join(findings)}. Use auto or loaders")
@@ -93,25 +93,34 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
     sinks: dict[str, SinkName] = {}
     for path, names in modules.items():
         sinks.update(dict.fromkeys(names, "layerwise" if requested == "layerwise" or against[path] else "direct"))
-    return Choice(sinks, tuple(_sentences(against)) if requested == "auto" else (f"{requested}: requested",))
+    return Choice(sinks, tuple(_sentences(modules, against)) if requested == "auto" else (f"{requested}: requested",))
 
 
-def _sentences(against: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    return (f"{path or 'the model'} is not direct: {', '.join(dict.fromkeys(reasons))}" for path, reasons in against.items() if reasons)
+def _sentences(modules: Mapping[str, Sequence[str]], against: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for path, reasons in against.items():
+        if reasons:
+            yield f"{', '.join(modules[path])} {'is' if len(modules[path]) == 1 else 'are'} not direct: {', '.join(dict.fromkeys(reasons))}"
 
 
 def _against_direct(model: torch.nn.Module, names: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Why the buffers of one module cannot be written where they live."""
     for name in names:
-        for alias in (name, *aliases.get(name, ())):
-            layer, attribute = owner(model, alias)
+        for alias, layer in {name: owner(model, name)[0], **_sharers(model, name, aliases)}.items():
+            attribute = alias.rpartition(".")[2]
             kind = compat_layers.layer_kind(layer)
-            if kind not in DIRECT:
+            if kind not in DIRECT and not compat_layers.stays_as_loaded(attribute):
                 yield f"{kind.method}{f' ({kind.backend})' if kind.backend else ''} on {kind.platform} is not on the list"
             reason = _identity(layer, attribute)
             if reason is not None:
                 yield f"{alias} {reason}"
             yield from _derived(model, layer, alias)
+
+
+def _sharers(model: torch.nn.Module, name: str, aliases: Mapping[str, Sequence[str]]) -> dict[str, torch.nn.Module]:
+    """Other layers with the same memory; not attention, which makes its views of other layers' weights anew at the end."""
+    first, attention = owner(model, name)[0], {id(layer) for _, layer in compat_layers.attention_layers(model)}
+    found = {alias: owner(model, alias)[0] for alias in aliases.get(name, ())}
+    return {alias: layer for alias, layer in found.items() if layer is not first and id(layer) not in attention}
 
 
 def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
@@ -148,11 +157,12 @@ def _against_layerwise(
     for path, names in modules.items():
         if path in attention:
             findings.append(f"{', '.join(names)} are loaded into an attention layer, which is post-processed after all others")
-        for name in names:
-            kinds = {alias: compat_layers.layer_kind(owner(model, alias)[0]).method for alias in aliases.get(name, ())}
+        if path not in layerwise:
+            continue
+        findings += _unfilled(model.get_submodule(path), path, {name.rpartition(".")[2] for name in names})
+        for name in (name for name in names if not compat_layers.stays_as_loaded(name.rpartition(".")[2])):
+            kinds = {alias: compat_layers.layer_kind(layer).method for alias, layer in _sharers(model, name, aliases).items()}
             findings += [f"{alias} shares {name} and is made by {kind}" for alias, kind in kinds.items() if kind not in _SHARERS]
-        if path in layerwise:
-            findings += _unfilled(model.get_submodule(path), path, {name.rpartition(".")[2] for name in names})
     return findings
 
 
