@@ -199,6 +199,12 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str)
         await llm.finish_weight_update()
 
 
+def sampled_by(output: Any) -> tuple[str, str] | None:
+    """Labels of the weights that sampled the first and the last token; None without a token, or where vLLM (< 0.32) does not say."""
+    spans = getattr(output, "weight_versions", None)
+    return (spans[0].version, spans[-1].version) if spans else None
+
+
 async def shut_down(llm: Any, timeout_s: float) -> None:
     """End an AsyncLLM's processes, by force after ``timeout_s`` (vLLM 0.25: after its own 5 s)."""
     # Otherwise it logs the end of the processes as their failure.

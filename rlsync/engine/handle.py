@@ -1,32 +1,28 @@
-"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM, its event loop, its processes and its state.
+"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM and its processes.
 
-States: ``clean`` serves the weights of one committed version; ``syncing`` makes new requests wait; ``dirty`` refuses
-them until a complete sync or a restart. Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
+Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import os
-import threading
-import time
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from rlsync.engine import compat
+from rlsync.engine.calls import Calls
+from rlsync.engine.gate import Gate
 from rlsync.engine.plugin import BACKEND, register
 from rlsync.engine.protocol import Completion, EngineHandle, PauseMode
-from rlsync.errors import ConfigError, EngineDirtyError
+from rlsync.errors import ConfigError, RlsyncError
 
 __all__ = ["Completion", "Engine", "EngineHandle", "PauseMode"]
 
-T = TypeVar("T")
 _CLOSE_S = 15.0
 
 
@@ -43,42 +39,36 @@ class Engine:
         self.engine_id = engine_id
         self.num_workers = 0
         self._args = dict(engine_args)
-        self._loop = asyncio.new_event_loop()
-        self._thread: threading.Thread | None = None
+        self._gate = Gate(engine_id, "it is not started")
+        self._calls = Calls(self._gate)
         self._llm: Any = None
-        self._changed = threading.Condition()
-        self._state, self._reason, self._until = "dirty", "it is not started", 0.0
-        self._epoch = 0  # grows with each mark_dirty
-        self._version: int | None = None
-        self._running: set[asyncio.Task[Any]] = set()
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
 
     @property
     def state(self) -> str:
         """``clean``, ``syncing`` or ``dirty``."""
-        return self._state
+        return self._gate.state
 
     @property
     def version(self) -> int | None:
         """Version that is served, or None for the weights of the start."""
-        return self._version
+        return self._gate.version
 
     def start(self) -> None:
         """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors."""
         _check_plugin()
         register()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"rlsync-engine-{self.engine_id}", daemon=True)
-        self._thread.start()
+        self._calls.start()
         try:
-            self._call(self._start(), None)
+            self._calls.run(self._start(), None)
         except BaseException:
             self.close()
             raise
         if self._args.get("load_format") == "dummy":
             self.mark_dirty("it was started with load_format=dummy and has had no sync")
         else:
-            self._set("clean")
+            self._gate.open()
 
     async def _start(self) -> None:
         from vllm.config import WeightTransferConfig
@@ -105,38 +95,29 @@ class Engine:
             seeds: of each prompt; what is drawn then depends on the seed alone and not on what was drawn before.
             timeout_s: bound of the whole call, or None.
 
-        Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile.
+        Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
+        passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean.
         """
-        self._await_clean()
-        return self._call(self._generate(prompts, sampling, seeds), timeout_s)
-
-    async def _generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
-    ) -> list[tuple[Completion, ...]]:
+        self._gate.wait(timeout_s)
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
         seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
-        tasks = [
-            asyncio.ensure_future(self._generate_one(p, SamplingParams(**fields, **seed))) for p, seed in zip(prompts, seeded, strict=True)
-        ]
-        self._running.update(tasks)
-        try:
-            return list(await asyncio.gather(*tasks))
-        except asyncio.CancelledError:
-            if self._state == "dirty":
-                raise self._refusal() from None
-            raise
-        finally:
-            for task in tasks:
-                task.cancel()
-            self._running.difference_update(tasks)
+        params = [SamplingParams(**fields, **seed) for seed in seeded]
+        requests = [self._generate_one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        return self._calls.run_requests(requests, timeout_s, probe=lambda: self._llm.is_paused())
 
     async def _generate_one(self, prompt: Sequence[int], params: Any) -> tuple[Completion, ...]:
-        version, final = self._version, None
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        version, final = self._gate.version, None
         request_id = f"{self.engine_id}-{next(self._numbers)}"
-        async for output in self._llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
-            final = output
+        try:
+            async for output in self._llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+                final = output
+        except EngineDeadError:
+            self._gate.shut("a process of it has ended")
+            raise
         assert final is not None and final.finished
         return tuple(self._completion(o, version) for o in sorted(final.outputs, key=lambda o: o.index))
 
@@ -145,53 +126,45 @@ class Engine:
         logprobs: tuple[float, ...] = ()
         if output.logprobs is not None:
             logprobs = tuple(float(entry[token].logprob) for token, entry in zip(token_ids, output.logprobs, strict=True))
-        return Completion(token_ids, logprobs, output.finish_reason, version, self._version)
+        labels = compat.sampled_by(output)
+        first, last = (version, self._gate.version) if labels is None else map(_version, labels)
+        return Completion(token_ids, logprobs, output.finish_reason, first, last)
 
     # EngineHandle.
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._call(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
+        self._calls.run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
 
     def pause(self, mode: PauseMode, timeout_s: float) -> None:
         if "weights" in self._asleep:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
-        self._set("syncing", until=time.monotonic() + 5 * timeout_s)
-        self._call(self._llm.pause_generation(mode=mode, clear_cache=False), timeout_s)
+        self._gate.begin_sync(5 * timeout_s)
+        self._calls.run(self._llm.pause_generation(mode=mode, clear_cache=False), timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        self._call(compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)
+        self._calls.run(compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)
 
     def reset_caches(self, timeout_s: float) -> None:
-        self._call(self._reset_caches(), timeout_s)
+        self._calls.run(self._reset_caches(), timeout_s)
 
     async def _reset_caches(self) -> None:
         # Kept requests are preempted: their keys and values are computed again with the new weights.
-        if await self._llm.reset_prefix_cache(reset_running_requests=True) is False:
-            raise RuntimeError(f"engine {self.engine_id} could not reset its prefix cache: requests hold blocks of it")
+        if await self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True) is False:
+            raise RlsyncError(f"engine {self.engine_id} could not reset its prefix cache: requests hold blocks of it")
         await self._llm.reset_mm_cache()
         await self._llm.reset_encoder_cache()
 
     def resume(self, version: int, timeout_s: float) -> None:
-        epoch = self._epoch
-        if self._state != "syncing":
-            raise self._refusal()
-        self._call(self._llm.resume_generation(), timeout_s)
-        with self._changed:
-            # A call that outlived its sync must not undo mark_dirty.
-            if self._epoch != epoch:
-                raise self._refusal()
-            self._version = version
-            self._set("clean")
+        ticket = self._gate.ticket()
+        self._calls.run(self._llm.resume_generation(), timeout_s)
+        self._gate.commit(ticket, version)
 
     def mark_dirty(self, reason: str) -> None:
-        with self._changed:
-            self._epoch += 1
-            self._set("dirty", reason)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cancel_running)
+        self._gate.shut(reason)
+        self._calls.end_requests()
 
     # Memory.
 
@@ -202,71 +175,38 @@ class Engine:
         """
         if not compat.can_sleep():
             raise ConfigError(f"engine {self.engine_id}: this platform has no sleep mode; leave the engine awake during training")
-        self._call(self._llm.sleep(level), timeout_s)
+        self._calls.run(self._llm.sleep(level), timeout_s)
         self._asleep = frozenset({"weights", "kv_cache"})
         if level >= 2:
             self.mark_dirty("its weights were dropped by sleep level 2, and no sync has followed")
 
     def wake(self, tags: Sequence[str], timeout_s: float) -> None:
         """Take memory again for ``weights`` or ``kv_cache``; a sync goes between the two."""
-        self._call(self._llm.wake_up(list(tags)), timeout_s)
+        self._calls.run(self._llm.wake_up(list(tags)), timeout_s)
         self._asleep -= frozenset(tags)
 
     def close(self) -> None:
         """End all processes of the engine, stopped ones too. Idempotent."""
-        if self._loop.is_closed():
+        if self._calls.closed:
             return
-        self._set("dirty", "it is closed")
+        self._gate.shut("it is closed")
         if self._llm is not None:
             children = _descendants(self._llm)
             segments = _segments(children)
             with contextlib.suppress(TimeoutError):
-                self._call(self._shut_down(), 2 * _CLOSE_S)
+                self._calls.run(self._shut_down(), 2 * _CLOSE_S)
             _end(children, segments)
             self._llm = None
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.close()
+        self._calls.stop()
 
     async def _shut_down(self) -> None:
-        self._cancel_running()
+        self._calls.cancel_requests()
         await compat.shut_down(self._llm, _CLOSE_S)
 
-    # Common.
 
-    def _call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(timeout_s)
-        except TimeoutError:
-            if future.done():
-                raise
-            future.cancel()
-            raise TimeoutError(f"engine {self.engine_id} did not answer within {timeout_s:g} s") from None
-        except CancelledError:
-            raise self._refusal() from None
-
-    def _await_clean(self) -> None:
-        with self._changed:
-            while self._state == "syncing" and time.monotonic() < self._until:
-                self._changed.wait(self._until - time.monotonic())
-            if self._state == "syncing":
-                self._state, self._reason = "dirty", "a sync neither committed nor failed in time"
-            if self._state == "dirty":
-                raise self._refusal()
-
-    def _refusal(self) -> EngineDirtyError:
-        return EngineDirtyError(f"engine {self.engine_id} refuses to generate: {self._reason}; sync it completely or restart it")
-
-    def _set(self, state: str, reason: str = "", until: float = 0.0) -> None:
-        with self._changed:
-            self._state, self._reason, self._until = state, reason, until
-            self._changed.notify_all()
-
-    def _cancel_running(self) -> None:
-        for task in self._running:
-            task.cancel()
+def _version(label: str) -> int | None:
+    """The version that a sync gave to vLLM as a label; None for vLLM's own label of the weights of the start."""
+    return int(label) if label.isdecimal() else None
 
 
 def _check_plugin() -> None:

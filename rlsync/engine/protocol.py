@@ -44,8 +44,10 @@ class Completion:
     """One sampled continuation.
 
     ``token_ids`` and ``logprobs`` have equal length, unless no log-probabilities were asked for; one is that of the sampled
-    token, as vLLM's ``logprobs_mode`` defines it. ``version`` is the version at admission, ``last_version`` at completion: they differ only
-    for requests kept through a sync. None means the weights the engine was started with.
+    token, as vLLM's ``logprobs_mode`` defines it. ``finish_reason`` is vLLM's: ``stop``, ``length``, or ``abort`` for what a pause cut
+    off, with the tokens so far. ``version`` sampled the first token and ``last_version`` the last; they differ for requests that went
+    through a sync. None means the weights the engine was started with. Where vLLM does not say (before 0.32, and over HTTP) they are
+    the versions at admission and at completion, so that a request which waited out a sync is called older than it is.
     """
 
     token_ids: tuple[int, ...]

@@ -28,13 +28,9 @@ class SlowLLM:
 def engine():
     made = Engine("e", {})
     made._llm = SlowLLM()
-    made._thread = threading.Thread(target=made._loop.run_forever, daemon=True)
-    made._thread.start()
+    made._calls.start()
     yield made
-    made._loop.call_soon_threadsafe(made._loop.stop)
-    made._thread.join()
-    if not made._loop.is_closed():
-        made._loop.close()
+    made._calls.stop()
 
 
 def test_a_resume_that_outlives_its_sync_does_not_clean_a_dirty_engine(engine):
@@ -71,11 +67,20 @@ def test_a_resume_in_time_makes_it_clean(engine):
 
 
 def test_marking_a_closed_engine_dirty_says_nothing(engine):
-    engine._loop.call_soon_threadsafe(engine._loop.stop)
-    engine._thread.join()
-    engine._loop.close()
+    engine._calls.stop()
     engine.mark_dirty("too late")
     assert engine.state == "dirty"
-    engine._thread = threading.Thread(target=lambda: None)
-    engine._thread.start()
-    engine._loop = asyncio.new_event_loop()
+
+
+def test_a_request_waits_for_a_sync_no_longer_than_it_was_given(engine):
+    engine.pause("abort", 5)
+    with pytest.raises(TimeoutError, match=r"engine e was still in a sync after 0\.1 s"):
+        engine.generate([[1]], {}, timeout_s=0.1)
+    assert engine.state == "syncing"
+
+
+def test_a_sync_that_nobody_hears_of_again_counts_as_failed(engine):
+    engine.pause("abort", 0.02)
+    with pytest.raises(EngineDirtyError, match="neither committed nor failed in time"):
+        engine.generate([[1]], {})
+    assert engine.state == "dirty"
