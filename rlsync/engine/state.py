@@ -23,6 +23,7 @@ NOT_STATE = frozenset(
     {
         ("*", "kv_cache"),  # what was computed for requests
         ("*", "kv_sharing_target_layer"),
+        ("*", "aot_compiled_fn"),  # example inputs of the compiler: not what it computes from
         ("CPUDNNLGEMMHandler", "handler_tensor"),  # an address; the kernel behind it is probed
     }
 )

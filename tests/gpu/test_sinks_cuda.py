@@ -1,0 +1,63 @@
+"""Every sink on a real vLLM engine on CUDA leaves the state of a fresh engine: to another version and back."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rlsync.engine.handle import Engine
+from rlsync.engine.state import state_difference
+from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.sync.inspection import inspect_engines
+from tests.integration.engine_source import FolderSource, read_folder
+from tests.integration.sink_models import save_case
+
+PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12]
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+
+def start(name: str, folder: Path) -> Engine:
+    args = {"model": str(folder), "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    engine = Engine(name, args | {"gpu_memory_utilization": 0.3})
+    engine.start()
+    return engine
+
+
+def give(engine: Engine, folder: Path, sink: str, version: int) -> SyncReport:
+    with WeightSyncer(
+        FolderSource(read_folder(folder)), [engine], SyncConfig(bucket_bytes=100_000, sink=sink, verify="full", timeout_s=60)
+    ) as syncer:
+        syncer.connect()
+        syncer.sync(version)
+        return syncer.sync(version + 1)
+
+
+def state(engine: Engine) -> dict[str, str]:
+    return inspect_engines([engine])[engine.engine_id, 0]
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize(("case", "expected"), [("qwen2-bfloat16", "direct"), ("qwen3-bfloat16", "direct"), ("moe-bfloat16", "direct")])
+def test_a_synced_engine_holds_what_a_fresh_one_holds(tmp_path: Path, case: str, expected: str) -> None:
+    folders = {name: save_case(tmp_path / name, case, name) for name in "ab"}
+    with ThreadPoolExecutor(2) as pool:
+        engines = dict(zip("ab", pool.map(start, "ab", folders.values()), strict=True))
+    try:
+        fresh = {name: state(engine) for name, engine in engines.items()}
+        answers = {name: engine.generate(PROMPTS, GREEDY) for name, engine in engines.items()}
+        assert state_difference(fresh["a"], fresh["b"]), "the two versions differ"
+        for sink in ("auto", "layerwise", "loaders"):
+            for name in "ba":
+                report = give(engines["a"], folders[name], sink, 1)
+                found = [[c.token_ids for c in row] for row in engines["a"].generate(PROMPTS, GREEDY)]
+                assert state_difference(state(engines["a"]), fresh[name]) == (), (sink, name)
+                assert found == [[c.token_ids for c in row] for row in answers[name]], (sink, name)
+            print(f"{case} {sink}: {report.sinks} {report.seconds:.3f} s, pause {report.pause_s:.3f}, pull {report.pull_s:.3f}, "
+                  f"verify {report.verify_s:.3f}, finalize {report.finalize_s:.3f}")  # fmt: skip
+            if sink == "auto":
+                assert report.sinks == (expected,), report.sinks
+    finally:
+        for engine in engines.values():
+            engine.close()
