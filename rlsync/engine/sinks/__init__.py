@@ -10,10 +10,6 @@ from typing import Protocol
 
 import torch
 
-from rlsync.engine.sinks.ring import LoadersSink, SlotReader
-
-__all__ = ["LoadersSink", "Sink", "SlotReader"]
-
 
 class Sink(Protocol):
     """What the receiver calls. Every call raises on failure, and only ``abandon`` may follow then."""
