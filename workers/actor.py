@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,18 +31,10 @@ from workers.initial_weights import load_initial_weights
 from workers.logs import keep_own_log
 from workers.objective import PolicyObjective, update_metrics
 from workers.rollout import RayEngine
+from workers.rollout_metrics import LogprobDifference
 from workers.samples import Sample, Share, collate
 
 Example = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobDifference:
-    """|engine - actor| over the response tokens of one replica: sum, largest, and how many tokens."""
-
-    total: float
-    largest: float
-    count: int
 
 
 class ActorRank:

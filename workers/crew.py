@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from rlsync.engine.protocol import Completion
+from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.topology import Topology
 from workers.actor import ActorRank
 from workers.actor_options import actor_topology
@@ -24,6 +25,7 @@ from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arg
 
 _ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
 _RANK_CLOSE_S = 5.0
+_AILMENT_S = 10.0
 
 
 class Crew:
@@ -40,6 +42,8 @@ class Crew:
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
+        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0)
+        self._num_replaced = 0
 
     @property
     def description(self) -> str:
@@ -55,15 +59,8 @@ class Crew:
 
     def start(self, *, load_initial: bool) -> None:
         """Start engines and actor ranks side by side; ranks hold initial weights where asked."""
-        config, on_gpu = self._config, self._cluster.num_gpus > 0
-        arguments = engine_arguments(config, on_gpu=on_gpu)
-        for i, devices in enumerate(self._placement.engines(config.rollout.tensor_parallel_size)):
-            self._engines.append(
-                self._cluster.launch(
-                    RolloutEngine, f"{config.rollout.group_name}:{i}", devices, str(i), arguments,
-                    name=f"engine {i}", threads=ENGINE_THREADS,
-                )
-            )  # fmt: skip
+        config = self._config
+        self._engines += [self._launch_engine(i) for i in range(len(self._engine_devices))]
         starting = [engine.call("start") for engine in self._engines]
         world_size = self.topology.world_size
         for rank, device in enumerate(self._placement.actor):
@@ -80,6 +77,17 @@ class Crew:
         self._handles = [
             RayEngine(str(i), workers, engine.actor) for i, (engine, workers) in enumerate(zip(self._engines, num_workers, strict=False))
         ]
+
+    @property
+    def _engine_devices(self) -> Sequence[Sequence[int]]:
+        return self._placement.engines(self._config.rollout.tensor_parallel_size)
+
+    def _launch_engine(self, i: int) -> Worker:
+        group = self._config.rollout.group_name
+        return self._cluster.launch(
+            RolloutEngine, f"{group}:{i}{f'-{self._num_replaced}' if self._num_replaced else ''}", self._engine_devices[i],
+            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS,
+        )  # fmt: skip
 
     def _address(self) -> str:
         """Where rank 0 is reached by the others."""
@@ -100,15 +108,46 @@ class Crew:
         """Continue every prompt (token ids) on one of the engines; ``seeds`` of each prompt, or None."""
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
+        timeout_s = self._config.rollout.timeout_s
         calls = [
-            engine.call("generate", prompts[a:b], sampling, None if seeds is None else seeds[a:b])
+            engine.call("generate", prompts[a:b], sampling, None if seeds is None else seeds[a:b], timeout_s)
             for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
         ]
         return [group for answer in collect(calls) for group in answer]
 
     def answers(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
         """What each engine, by itself, answers to all prompts."""
-        return collect([engine.call("generate", prompts, sampling, None) for engine in self._engines])
+        timeout_s = self._config.rollout.timeout_s
+        return collect([engine.call("generate", prompts, sampling, None, timeout_s) for engine in self._engines])
+
+    # Engines that are lost.
+
+    def lost_engines(self, error: RlsyncError) -> dict[int, str]:
+        """Engines that cannot go on, with the reason: those whose processes are gone or stopped, and the one that ``error`` blames."""
+        lost = {}
+        for i, engine in enumerate(self._engines):
+            try:
+                ailment = ray.get(engine.actor.ailment.remote(), timeout=_AILMENT_S)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost_actor:
+                ailment = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
+            if ailment is None and isinstance(error, WeightSyncError) and error.engine == str(i):
+                ailment = str(error)
+            if ailment is not None:
+                lost[i] = ailment
+        return lost
+
+    def replace_engines(self, numbers: Sequence[int]) -> None:
+        """End these engines, by force where needed, and start new ones in their places; they serve after ``connect`` and a sync."""
+        old = [self._engines[i] for i in numbers]
+        ray.wait([engine.actor.close.remote() for engine in old], num_returns=len(old), timeout=_ENGINE_CLOSE_S)
+        for engine in old:
+            ray.kill(engine.actor, no_restart=True)
+        for i in numbers:
+            self._num_replaced += 1
+            self._engines[i] = self._launch_engine(i)
+        num_workers = collect([self._engines[i].call("start") for i in numbers])
+        for i, workers in zip(numbers, num_workers, strict=True):
+            self._handles[i] = RayEngine(str(i), workers, self._engines[i].actor)
 
     def __enter__(self) -> Crew:
         return self

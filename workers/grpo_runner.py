@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 
 from rlsync.checkpoint import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.errors import RlsyncError
-from workers.actor import Example, LogprobDifference
+from rlsync.sync import SyncReport
+from workers.actor import Example
 from workers.cluster import Cluster
 from workers.config import RunConfig, WarmStartConfig, config_as_dict
 from workers.crew import Crew
@@ -24,7 +25,7 @@ from workers.metrics import MetricsLog
 from workers.preparation import DATA_STATE, prepare, run_folder
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
-from workers.rollout_metrics import rollout_metrics
+from workers.rollout_metrics import difference_metrics, sample_metrics
 from workers.samples import Sample, Share, deal, with_advantages
 from workers.screen import Screen
 
@@ -36,7 +37,8 @@ class GrpoRunner:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._saved = False
+        self._saved = self._connected = False
+        self._num_restarts = 0
 
     def run(self) -> None:
         """Train to the end, or until KeyboardInterrupt, after which all processes are gone too.
@@ -79,7 +81,6 @@ class GrpoRunner:
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
         self._on_ranks("begin", None if prepared.resume is None else str(prepared.resume / "actor"))
-        crew.connect()
 
     @property
     def _vocab_size(self) -> int:
@@ -167,12 +168,7 @@ class GrpoRunner:
         algorithm, screen = self._config.algorithm, self._screen
         with _timed(seconds, "time/prepare_data"):
             prompts = next(batches)
-        screen.phase("sync")
-        with _timed(seconds, "time/sync_weights"):
-            report = self._on_ranks("sync", step - 1)[0]
-        screen.phase("rollout")
-        with _timed(seconds, "time/rollout"):
-            samples = self._rollout(prompts, step)
+        report, samples = self._synced_rollout(prompts, step, seconds)
         screen.phase("reward")
         with _timed(seconds, "time/reward"):
             samples = self._reward(prompts, samples)
@@ -184,7 +180,40 @@ class GrpoRunner:
         screen.phase("training")
         with _timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", shares)[0]
-        return {**_sample_metrics(samples), **_difference_metrics(differences), **report.metrics()}, updates
+        counts = {"rollout/engine_restarts": float(self._num_restarts)}
+        return {**sample_metrics(samples), **difference_metrics(differences), **report.metrics(), **counts}, updates
+
+    def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
+        """Sync and roll out; once more from the sync on after lost engines were replaced, where the configuration allows it."""
+        while True:
+            try:
+                self._connect()
+                self._screen.phase("sync")
+                with _timed(seconds, "time/sync_weights"):
+                    report = self._on_ranks("sync", step - 1)[0]
+                self._screen.phase("rollout")
+                with _timed(seconds, "time/rollout"):
+                    return report, self._rollout(prompts, step)
+            except RlsyncError as error:
+                self._replace_lost_engines(error)
+
+    def _connect(self) -> None:
+        if not self._connected:
+            self._screen.phase("connecting")
+            self._crew.connect()
+            self._connected = True
+
+    def _replace_lost_engines(self, error: RlsyncError) -> None:
+        """Start new engines for those that are lost. Raises ``error`` where none is, or too many are."""
+        left = self._config.rollout.max_engine_restarts - self._num_restarts
+        lost = self._crew.lost_engines(error) if left > 0 else {}
+        if not lost or len(lost) > left:
+            raise error
+        for ailment in lost.values():
+            self._screen.note(f"replacing an engine: {ailment}")
+        self._num_restarts += len(lost)
+        self._connected = False
+        self._crew.replace_engines(list(lost))
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, next to each other; prompts are spread over the engines."""
@@ -257,31 +286,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = time.monotonic() - began
-
-
-def _sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    advantages = [s.advantage for s in samples if s.response_ids]
-    tokens = [len(s.response_ids) for s in samples if s.response_ids]
-    return {
-        **rollout_metrics(
-            prompt_lengths=[len(s.prompt_ids) for s in samples],
-            response_lengths=[len(s.response_ids) for s in samples],
-            rewards=[s.reward for s in samples],
-            properly_ended=[s.finished for s in samples],
-        ),
-        "rollout/advantages_mean": sum(a * n for a, n in zip(advantages, tokens, strict=True)) / max(1, sum(tokens)),
-        "rollout/advantages_max": max(advantages, default=0.0),
-        "rollout/advantages_min": min(advantages, default=0.0),
-    }
-
-
-def _difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mapping[str, float]:
-    """Over all replicas; empty where engines or actor gave no log-probabilities."""
-    seen = [d for d in differences if d is not None]
-    count = sum(d.count for d in seen)
-    if not count:
-        return {}
-    return {
-        "rollout/logprob_diff_mean": sum(d.total for d in seen) / count,
-        "rollout/logprob_diff_max": max(d.largest for d in seen),
-    }

@@ -38,11 +38,15 @@ class RolloutEngine:
         """One of the calls of an EngineHandle."""
         getattr(self._engine, method)(*arguments)
 
+    def ailment(self) -> str | None:
+        """Why the engine must be replaced, or None."""
+        return self._engine.ailment()
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float
     ) -> list[tuple[Completion, ...]]:
         with self._explained("generate"):
-            return self._engine.generate(prompts, sampling, seeds=seeds)
+            return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

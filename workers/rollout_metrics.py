@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+
+from workers.samples import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobDifference:
+    """|engine - actor| over the response tokens of one replica: sum, largest, and how many tokens."""
+
+    total: float
+    largest: float
+    count: int
 
 
 def rollout_metrics(
@@ -30,4 +42,33 @@ def rollout_metrics(
         "rollout/total_length": (prompts + responses).mean().item(),
         "rollout/reward_scores": torch.tensor(rewards, dtype=torch.float64).mean().item(),
         "rollout/fraction_of_samples_properly_ended": sum(properly_ended) / len(properly_ended),
+    }
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of one step's samples."""
+    advantages = [s.advantage for s in samples if s.response_ids]
+    tokens = [len(s.response_ids) for s in samples if s.response_ids]
+    return {
+        **rollout_metrics(
+            prompt_lengths=[len(s.prompt_ids) for s in samples],
+            response_lengths=[len(s.response_ids) for s in samples],
+            rewards=[s.reward for s in samples],
+            properly_ended=[s.finished for s in samples],
+        ),
+        "rollout/advantages_mean": sum(a * n for a, n in zip(advantages, tokens, strict=True)) / max(1, sum(tokens)),
+        "rollout/advantages_max": max(advantages, default=0.0),
+        "rollout/advantages_min": min(advantages, default=0.0),
+    }
+
+
+def difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mapping[str, float]:
+    """Over all replicas; empty where engines or actor gave no log-probabilities."""
+    seen = [d for d in differences if d is not None]
+    count = sum(d.count for d in seen)
+    if not count:
+        return {}
+    return {
+        "rollout/logprob_diff_mean": sum(d.total for d in seen) / count,
+        "rollout/logprob_diff_max": max(d.largest for d in seen),
     }

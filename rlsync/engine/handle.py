@@ -42,6 +42,7 @@ class Engine:
         self._gate = Gate(engine_id, "it is not started")
         self._calls = Calls(self._gate)
         self._llm: Any = None
+        self._processes: list[psutil.Process] = []
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
 
@@ -79,6 +80,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(args)
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
+        self._processes = _descendants(self._llm)
 
     def generate(
         self,
@@ -185,6 +187,17 @@ class Engine:
         self._calls.run(self._llm.wake_up(list(tags)), timeout_s)
         self._asleep -= frozenset(tags)
 
+    def ailment(self) -> str | None:
+        """Why the engine cannot go on without a restart: a process of it has ended or is stopped. None while all run; never waits."""
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    if process.status() == psutil.STATUS_STOPPED:
+                        return f"process {process.pid} of engine {self.engine_id} is stopped"
+                    continue
+            return f"process {process.pid} of engine {self.engine_id} has ended"
+        return None if self._processes else f"engine {self.engine_id} is not started"
+
     def close(self) -> None:
         """End all processes of the engine, stopped ones too. Idempotent."""
         if self._calls.closed:
@@ -197,6 +210,7 @@ class Engine:
                 self._calls.run(self._shut_down(), 2 * _CLOSE_S)
             _end(children, segments)
             self._llm = None
+            self._processes = []
         self._calls.stop()
 
     async def _shut_down(self) -> None:

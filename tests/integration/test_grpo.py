@@ -125,6 +125,18 @@ def test_a_resumed_run_goes_on_alike_until_its_engine_is_killed_which_it_says(fi
     assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
 
 
+def test_a_lost_engine_is_replaced_where_the_configuration_allows_it_and_the_steps_are_the_same(finished, tmp_path):
+    shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
+    shutil.copytree(finished[0] / "world", tmp_path / "world")
+    process = start(SCRIPT, tmp_path, "runner.max_steps=8", "runner.resume_dir=auto", "rollout.max_engine_restarts=1")
+    assert strike(process, tmp_path, 1, engine_core, signal.SIGKILL) == 0, (tmp_path / "output.log").read_text()[-4000:]
+    assert "replacing an engine: process" in (tmp_path / "output.log").read_text()
+    whole, resumed = read_metrics(finished[0] / "run")[4:], read_metrics(tmp_path / "run")
+    assert [line["step"] for line in resumed] == [5, 6, 7, 8]
+    assert resumed[-1]["rollout/engine_restarts"] == 1
+    assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
+
+
 def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(tmp_path):
     """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
     process = start([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=16")

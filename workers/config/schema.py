@@ -149,6 +149,8 @@ class RolloutConfig:
     pipeline_parallel_size: int = key(1, "only 1 is supported")
     validate_weight: bool = key(False, "before step 1 compare the engines' greedy answers with the HF weights'")
     max_running_requests: int = key(64, "sequences an engine runs at once")
+    timeout_s: float = key(3600.0, "deadline of one step's rollout; an engine that gives no sign of life then counts as lost")
+    max_engine_restarts: int = key(0, "lost engines that a run may replace, synced before they serve; 0: a lost engine ends the run")
     cuda_graph_max_bs: int | None = key(None, "largest batch captured in a CUDA graph; null: vLLM's default")
 
 

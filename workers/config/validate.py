@@ -160,7 +160,13 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "weight_sync.bucket_bytes": config.weight_sync.bucket_bytes,
     }
     yield from (f"{name} ({value}) must be at least 1" for name, value in at_least_one.items() if value < 1)
-    above_zero = {"weight_sync.timeout_s": config.weight_sync.timeout_s, "reward.timeout_s": config.reward.timeout_s}
+    above_zero = {
+        "weight_sync.timeout_s": config.weight_sync.timeout_s,
+        "reward.timeout_s": config.reward.timeout_s,
+        "rollout.timeout_s": config.rollout.timeout_s,
+    }
+    if config.rollout.max_engine_restarts < 0:
+        yield f"rollout.max_engine_restarts ({config.rollout.max_engine_restarts}) must not be negative"
     yield from (f"{name} ({value}) must be greater than 0" for name, value in above_zero.items() if value <= 0)
     if config.weight_sync.num_slots not in (2, 3):
         yield f"weight_sync.num_slots ({config.weight_sync.num_slots}) must be 2 or 3"
