@@ -1,7 +1,6 @@
-"""``rlsync plan``: what a sync of a model between two layouts moves and needs, computed from a config.json alone.
+"""``rlsync plan``: what a sync of a model between two layouts moves and needs, from a config.json alone, and what it would refuse.
 
-Prices the path that exists: actor ranks fill buckets of whole HF tensors in host shared memory, every engine worker of the
-host reads all of them.
+Owns arguments and output; ``pricing`` computes.
 """
 
 from __future__ import annotations
@@ -9,125 +8,129 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlsync.cli.pricing import Price, Quote, Scene, Settings, quote
 from rlsync.errors import ConfigError
-from rlsync.families import model_of
-from rlsync.links import traffic
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.topology import Topology
 
-_AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size"}
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """One sync on paper. Byte counts are exact; they hold for parameters of ``dtype``."""
-
-    architecture: str
-    dtype: str
-    num_tensors: int
-    tensor_bytes: int
-    actor_ranks: int
-    held_bytes_per_actor_rank: tuple[int, int]
-    filled_bytes_per_actor_rank: tuple[int, int]
-    num_copies: int
-    num_buckets: int
-    largest_bucket_bytes: int
-    ring_bytes: int
-    engine_workers: int
-    read_bytes_per_worker: int
-    plan_digest: str
+_AXES = {
+    "tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size",
+    "first": "first_stage_layers", "last": "last_stage_layers",
+}  # fmt: skip
+_ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="config.json, or the folder that holds it")
-    parser.add_argument("--actor", default="tp=1", help="sizes of the actor's axes, as tp=2,pp=2,vpp=2,cp=1,dp=4")
-    parser.add_argument("--rollout", default="tp=1,engines=1", help="the engines on the actor's host, as tp=2,engines=2")
-    parser.add_argument("--dtype", help="of the parameters; default: the config's")
-    parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20)
-    parser.add_argument("--num-slots", type=int, default=2)
+    parser.add_argument(
+        "--actor", default="tp=1", help="sizes of the actor's axes, as tp=8,pp=8,dp=1; also vpp, cp, and layers: first, last"
+    )
+    parser.add_argument("--rollout", default="tp=1,engines=1", help="the engines, as tp=8,engines=8")
+    parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs are taken in order: the actor's, then the engines'")
+    parser.add_argument("--actor-hosts", type=int, help="hosts for the actor alone; default: engines may share its last one")
+    parser.add_argument("--colocated", action="store_true", help="engines are on the actor's GPUs")
+    parser.add_argument("--dtype", help="of the actor's parameters; default: the config's")
+    parser.add_argument("--engine-dtype", help="of the engines' parameters; default: the actor's")
+    parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="weight_sync.bucket_bytes")
+    parser.add_argument("--num-slots", type=int, default=2, help="weight_sync.num_slots")
+    parser.add_argument("--transport", choices=("auto", "shm", "gloo"), default="auto", help="weight_sync.transport")
+    parser.add_argument("--shm-bytes", type=int, help="size of /dev/shm on the actor's host: refuse a ring that does not fit")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the price; refusals (layouts that cannot work) are raised as ConfigError or PlacementError."""
+    """Print price and refusals; 1 where a sync would be refused. Raises ConfigError for arguments that cannot be read."""
     path = arguments.config / "config.json" if arguments.config.is_dir() else arguments.config
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a config.json or the folder that holds it")
-    rollout = _sizes(arguments.rollout, {"tp": "tp", "engines": "engines"}, "--rollout")
-    result = price(
-        json.loads(path.read_text()),
-        Topology(**_sizes(arguments.actor, _AXES, "--actor")),
-        num_workers=rollout.get("tp", 1) * rollout.get("engines", 1),
+    scene = Scene(
+        axes=_sizes(arguments.actor, _AXES, "--actor"),
+        **_sizes(arguments.rollout, _ENGINES, "--rollout"),
+        gpus_per_host=_positive(arguments.gpus_per_host, "--gpus-per-host"),
+        colocated=arguments.colocated,
+        actor_hosts=arguments.actor_hosts,
+    )
+    settings = Settings(
         dtype=arguments.dtype,
-        bucket_bytes=arguments.bucket_bytes,
-        num_slots=arguments.num_slots,
-        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+        engine_dtype=arguments.engine_dtype,
+        bucket_bytes=_positive(arguments.bucket_bytes, "--bucket-bytes"),
+        num_slots=_positive(arguments.num_slots, "--num-slots"),
+        transport=arguments.transport,
+        shm_bytes=arguments.shm_bytes,
+        make_vocab_size_divisible_by=_positive(arguments.make_vocab_size_divisible_by, "--make-vocab-size-divisible-by"),
     )
-    print(json.dumps(asdict(result)) if arguments.json else _table(result))
-    return 0
+    found = quote(_config(path), scene, settings)
+    print(json.dumps(_flat(found)) if arguments.json else _shown(found))
+    return 1 if found.refusals else 0
 
 
-def price(
-    config: Mapping[str, Any],
-    topology: Topology,
-    *,
-    num_workers: int,
-    dtype: str | None = None,
-    bucket_bytes: int,
-    num_slots: int,
-    make_vocab_size_divisible_by: int = 1,
-) -> Price:
-    """Build the plan of a sync for an HF config and price it. Raises ConfigError or PlacementError where it cannot work."""
-    model = model_of(config)
-    tensors = model.tensors(dtype)
-    placements = megatron_placements(model, topology, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    plan = build_plan(tensors, placements, [whole_tensors("buckets", tensors)], bucket_bytes=bucket_bytes)
-    filled = traffic(plan).bytes_by_source.values()
-    item = tensors[0].nbytes // tensors[0].size
-    held = [sum(b.size for b in p.buffers) * item for p in placements]
-    largest = max(sum(t.nbytes for t in bucket.tensors) for bucket in plan.buckets)
-    total = sum(t.nbytes for t in tensors)
-    return Price(
-        architecture=config["architectures"][0],
-        dtype=tensors[0].dtype,
-        num_tensors=len(tensors),
-        tensor_bytes=total,
-        actor_ranks=topology.world_size,
-        held_bytes_per_actor_rank=(min(held), max(held)),
-        filled_bytes_per_actor_rank=(min(filled), max(filled)),
-        num_copies=sum(len(bucket.copies) for bucket in plan.buckets),
-        num_buckets=len(plan.buckets),
-        largest_bucket_bytes=largest,
-        ring_bytes=num_slots * largest,
-        engine_workers=num_workers,
-        read_bytes_per_worker=total,
-        plan_digest=plan.digest,
-    )
+def _config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds {type(config).__name__}, not the object that a config.json is")
+    return config
 
 
 def _sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in names or not value.isdigit():
+        if name not in names or not value.isdigit() or int(value) < 1:
             raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
+        if names[name] in sizes:
+            raise ConfigError(f"{option} {text!r}: {name} is given twice")
         sizes[names[name]] = int(value)
     return sizes
 
 
-def _table(price: Price) -> str:
-    rows = []
-    for name, value in asdict(price).items():
-        shown = " .. ".join(map(_amount, value)) if isinstance(value, tuple) else _amount(value) if "bytes" in name else str(value)
-        rows.append(f"{name.replace('_', ' '):<30} {shown}")
-    return "\n".join(rows)
+def _positive(value: int, option: str) -> int:
+    if value < 1:
+        raise ConfigError(f"{option} is {value}; it must be at least 1")
+    return value
+
+
+def _flat(found: Quote) -> dict[str, Any]:
+    return {"refusals": list(found.refusals), **({} if found.price is None else asdict(found.price))}
+
+
+def _shown(found: Quote) -> str:
+    rows = [] if found.price is None else _rows(found.price)
+    return "\n".join([*(f"{name:<26} {text}" for name, text in rows), *(f"refused: {text}" for text in found.refusals)])
+
+
+def _rows(p: Price) -> list[tuple[str, str]]:
+    transports = ", ".join(f"{name} for {_many(count, 'worker')}" for name, count in sorted(p.workers_by_transport.items()))
+    cast = "" if p.dtype == p.engine_dtype else f", cast to {p.engine_dtype}"
+    links = (("same GPU", p.bytes_same_gpu), ("same host", p.bytes_same_host), ("other host", p.bytes_other_host))
+    actor, engines = f"{_many(p.actor_ranks, 'rank')} on {_many(p.actor_hosts, 'host')}", _many(p.engine_workers, "worker")
+    return [
+        ("model", f"{p.architecture}: {p.num_tensors:,} tensors, {_amount(p.tensor_bytes)} in {p.dtype}{cast}"),
+        ("actor", f"{actor}, each holds {_between(p.held_bytes_per_actor_rank)}"),
+        ("engines", f"{engines} on {_many(p.engine_hosts, 'host')} in {_many(p.num_streams, 'stream')}"),
+        ("transport", transports),
+        ("given per actor rank", _between(p.given_bytes_per_actor_rank)),
+        ("received per worker", f"{_between(p.received_bytes_per_worker)}, {p.redundancy_per_worker[1]:.2f} times what it holds"),
+        ("over links, in all", ", ".join(f"{_amount(nbytes)} {link}" for link, nbytes in links)),
+        ("a step", f"{p.num_copies:,} copies in {_many(p.num_buckets, 'bucket')}"),
+        ("staging", f"slots of {_amount(p.slot_bytes)}, {_amount(p.ring_bytes)} in /dev/shm"),
+        ("extra in a worker", f"none with the direct sink, up to {_amount(p.layerwise_extra_bytes)} with layerwise"),
+        ("planned in", f"{p.planning_s:.1f} s, digest {p.plan_digest[:16]}"),
+    ]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _between(limits: tuple[int, int]) -> str:
+    low, high = limits
+    return _amount(low) if low == high else f"{_amount(low)} to {_amount(high)}"
 
 
 def _amount(nbytes: int) -> str:

@@ -1,0 +1,286 @@
+"""The price of a sync on paper: what it moves, over which links, and what it needs. Integers; needs no torch, vLLM or GPU.
+
+Places actor ranks and engine workers on GPUs and hosts, plans as a sync would, and counts. What a sync would refuse is
+collected instead of raised.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from rlsync.cli.paper import paper_worker
+from rlsync.errors import ConfigError, PlacementError
+from rlsync.families import model_of
+from rlsync.families.rules import Model
+from rlsync.geometry import DTYPE_BYTES, Location, Placement
+from rlsync.links import traffic
+from rlsync.placement.megatron import megatron_placements
+from rlsync.plan import Plan, build_plan
+from rlsync.staging import lay_out, part_offsets
+from rlsync.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Who takes part and where. GPUs are numbered through all hosts; actor ranks take them from 0 on.
+
+    Attributes:
+        axes: sizes of the actor's axes, as arguments of Topology.
+        tp_size, num_engines: of the engines.
+        colocated: engines take the actor's GPUs from 0 on; else those after the actor's.
+        actor_hosts: hosts that the actor has for itself, or None where engines may share its last one.
+    """
+
+    axes: Mapping[str, int]
+    tp_size: int = 1
+    num_engines: int = 1
+    gpus_per_host: int = 8
+    colocated: bool = False
+    actor_hosts: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of the sync, as in ``rlsync.sync.SyncConfig``; dtypes are the config's where None.
+
+    ``shm_bytes``: size of /dev/shm on the actor's host, or None where nobody asks whether the ring fits.
+    """
+
+    dtype: str | None = None
+    engine_dtype: str | None = None
+    bucket_bytes: int = 256 * 2**20
+    num_slots: int = 2
+    transport: str = "auto"
+    shm_bytes: int | None = None
+    make_vocab_size_divisible_by: int = 1
+
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One sync on paper; byte counts are exact. Ranges are least and most.
+
+    ``layerwise_extra_bytes`` is the most that a worker takes where every module goes through vLLM's post-processing; the direct
+    sink takes none.
+    """
+
+    architecture: str
+    dtype: str
+    engine_dtype: str
+    num_tensors: int
+    tensor_bytes: int
+    actor_ranks: int
+    actor_hosts: int
+    held_bytes_per_actor_rank: Range
+    given_bytes_per_actor_rank: Range
+    engine_workers: int
+    engine_hosts: int
+    received_bytes_per_worker: Range
+    redundancy_per_worker: tuple[float, float]
+    workers_by_transport: Mapping[str, int]
+    num_streams: int
+    bytes_same_gpu: int
+    bytes_same_host: int
+    bytes_other_host: int
+    num_buckets: int
+    num_copies: int
+    slot_bytes: int
+    ring_bytes: int
+    layerwise_extra_bytes: int
+    planning_s: float
+    plan_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """``price`` is None where the refusals leave nothing to plan."""
+
+    refusals: tuple[str, ...]
+    price: Price | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Both sides on their GPUs, and what is wrong with them."""
+
+    model: Model
+    actors: tuple[Placement, ...] = ()
+    workers: tuple[Placement, ...] = ()
+    refusals: list[str] = field(default_factory=list)
+
+
+def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
+    """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
+    try:
+        sides = _set_out(model_of(config), scene, settings)
+    except (ConfigError, PlacementError) as error:
+        return Quote((str(error),))
+    if not sides.actors or not sides.workers:
+        return Quote(tuple(sides.refusals))
+    began_s = time.perf_counter()
+    try:
+        plan, members = _plan(sides, settings)
+    except PlacementError as error:
+        return Quote((*sides.refusals, str(error)))
+    price = _count(str(config["architectures"][0]), sides, settings, plan, members, began_s)
+    refusals = [*sides.refusals, *_transport_refusals(sides, settings, price)]
+    return Quote(tuple(refusals), price)
+
+
+def _set_out(model: Model, scene: Scene, settings: Settings) -> _Sides:
+    """Placements of both sides; each side is tried, so that what is wrong with one does not hide the other."""
+    refusals: list[str] = []
+    actors: tuple[Placement, ...] = ()
+    workers: tuple[Placement, ...] = ()
+    try:
+        placements = megatron_placements(
+            model, Topology(**scene.axes), dtype=settings.dtype, make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by
+        )
+        actors = tuple(replace(p, location=_gpu(i, scene)) for i, p in enumerate(placements))
+    except (ConfigError, PlacementError) as error:
+        refusals.append(str(error))
+    try:
+        shapes = [
+            paper_worker(model, rank, scene.tp_size, holder="", dtype=settings.engine_dtype or settings.dtype)
+            for rank in range(scene.tp_size)
+        ]
+        first = _first_engine_gpu(scene, len(actors))
+        workers = tuple(
+            replace(p, holder=f"engine {engine} worker {rank}", location=_gpu(first + engine * scene.tp_size + rank, scene))
+            for engine in range(scene.num_engines)
+            for rank, p in enumerate(shapes)
+        )
+    except PlacementError as error:
+        refusals.append(str(error))
+    if scene.colocated and actors and len(workers) > len(actors):
+        refusals.append(f"{len(workers)} engine workers cannot share the GPUs of {len(actors)} actor ranks; take fewer engines")
+    if scene.actor_hosts is not None and len(actors) > scene.actor_hosts * scene.gpus_per_host:
+        refusals.append(f"{len(actors)} actor ranks do not fit on {scene.actor_hosts} hosts of {scene.gpus_per_host} GPUs")
+    return _Sides(model, actors, workers, refusals)
+
+
+def _first_engine_gpu(scene: Scene, num_actors: int) -> int:
+    if scene.colocated:
+        return 0
+    return num_actors if scene.actor_hosts is None else scene.actor_hosts * scene.gpus_per_host
+
+
+def _gpu(index: int, scene: Scene) -> Location:
+    return Location(f"host {index // scene.gpus_per_host}", f"gpu {index % scene.gpus_per_host}")
+
+
+def _transport_of(worker: Placement, actors: Sequence[Placement], requested: str) -> str:
+    """Host shared memory reaches a worker only where every actor rank is on its host."""
+    here = {_host(p) for p in actors} == {_host(worker)}
+    return "gloo" if requested == "gloo" or not here else "shm"
+
+
+def _plan(sides: _Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
+    """The plan, and the workers of each stream: those on one host that hold the same, where shared memory serves them."""
+    groups: dict[object, list[Placement]] = defaultdict(list)
+    # Tensor-parallel ranks differ and engines are alike, so that the pieces themselves need no comparison.
+    for index, worker in enumerate(sides.workers):
+        shared = _transport_of(worker, sides.actors, settings.transport) == "shm"
+        groups[(_host(worker), worker.pieces) if shared else index].append(worker)
+    members = list(groups.values())
+    tensors = sides.model.tensors(settings.dtype)
+    plan = build_plan(tensors, sides.actors, [row[0] for row in members], bucket_bytes=settings.bucket_bytes, allow_cast=True)
+    return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
+
+
+def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
+    moved, parts = traffic(plan), lay_out(plan)
+    planning_s = time.perf_counter() - began_s
+    transports = [_transport_of(row[0], sides.actors, settings.transport) for row in members]
+    by_transport: dict[str, int] = defaultdict(int)
+    for name, row in zip(transports, members, strict=True):
+        by_transport[name] += len(row)
+    tensors = sides.model.tensors(settings.dtype)
+    slot_bytes = max(part_offsets(row)[-1] for row in parts)
+    slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    received = [moved.bytes_by_destination[row[0].holder] for row in members]
+    same_gpu, same_host, other_host = moved.bytes_by_link.values()
+    return Price(
+        architecture=architecture,
+        dtype=tensors[0].dtype,
+        engine_dtype=sides.workers[0].buffers[0].dtype,
+        num_tensors=len(tensors),
+        tensor_bytes=sum(t.nbytes for t in tensors),
+        actor_ranks=len(sides.actors),
+        actor_hosts=len(set(map(_host, sides.actors))),
+        held_bytes_per_actor_rank=_range(map(_held_bytes, sides.actors)),
+        given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
+        engine_workers=len(sides.workers),
+        engine_hosts=len(set(map(_host, sides.workers))),
+        received_bytes_per_worker=_range(received),
+        redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
+        workers_by_transport=dict(by_transport),
+        num_streams=len(members),
+        bytes_same_gpu=same_gpu,
+        bytes_same_host=same_host,
+        bytes_other_host=other_host,
+        num_buckets=len(plan.buckets),
+        num_copies=sum(len(bucket.copies) for bucket in plan.buckets),
+        slot_bytes=slot_bytes,
+        ring_bytes=mmap.PAGESIZE + settings.num_slots * slot_bytes,
+        layerwise_extra_bytes=_layerwise_bytes(plan),
+        planning_s=planning_s,
+        plan_digest=plan.digest,
+    )
+
+
+def _layerwise_bytes(plan: Plan) -> int:
+    """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last."""
+    spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
+    for number, bucket in enumerate(plan.buckets):
+        for copy in bucket.copies:
+            module = _module(copy.destination_buffer)
+            begin, _ = spans[copy.destination].get(module, (number, number))
+            spans[copy.destination][module] = (begin, number)
+    most = 0
+    for placement, modules in zip(plan.destinations, spans, strict=True):
+        # What each bucket adds to the bytes in progress, and what the one before has freed.
+        change = [0] * (len(plan.buckets) + 1)
+        for buffer in placement.buffers:
+            begin, end = modules.get(_module(buffer.name), (0, -1))
+            change[begin] += buffer.size * DTYPE_BYTES[buffer.dtype]
+            change[end + 1] -= buffer.size * DTYPE_BYTES[buffer.dtype]
+        most = max(most, *accumulate(change))
+    return most
+
+
+def _module(buffer: str) -> str:
+    return buffer.rpartition(".")[0]
+
+
+def _transport_refusals(sides: _Sides, settings: Settings, price: Price) -> Iterable[str]:
+    apart = price.workers_by_transport.get("gloo", 0)
+    if settings.transport == "shm" and apart:
+        yield f"weight_sync.transport is shm, but {apart} of {price.engine_workers} workers do not share a host with every actor rank"
+    if settings.shm_bytes is not None and price.ring_bytes > settings.shm_bytes:
+        yield (
+            f"shared memory: /dev/shm has {settings.shm_bytes} bytes, the ring needs {price.ring_bytes}; "
+            "give it more room (docker: --shm-size), or lower weight_sync.bucket_bytes or weight_sync.num_slots"
+        )
+
+
+def _host(placement: Placement) -> str:
+    assert placement.location is not None
+    return placement.location.host
+
+
+def _held_bytes(placement: Placement) -> int:
+    return sum(b.size * DTYPE_BYTES[b.dtype] for b in placement.buffers)
+
+
+def _range(values: Iterable[int]) -> Range:
+    found = list(values)
+    return min(found), max(found)

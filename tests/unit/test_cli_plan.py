@@ -1,0 +1,218 @@
+"""Claims about ``rlsync plan``: it counts what a sync would do, refuses what a sync would refuse, and needs no framework for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsync.cli import main
+from rlsync.cli.paper import paper_worker
+from rlsync.cli.pricing import Price, Scene, Settings, quote
+from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
+from rlsync.families import model_of
+from rlsync.geometry import DTYPE_BYTES
+from rlsync.placement.megatron import megatron_placements
+from rlsync.sync import SyncConfig
+from rlsync.sync.planning import draw_up
+from rlsync.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[2]
+QWEN_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN_72B = QWEN_7B | {
+    "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80,
+}  # fmt: skip
+# Two layers, a vocabulary that both sides pad, and fewer key-value heads than an engine of four has ranks.
+SMALL = QWEN_7B | {
+    "hidden_size": 128, "intermediate_size": 192, "vocab_size": 131, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    return str(tmp_path)
+
+
+def priced(config: dict[str, Any], scene: Scene, **settings: Any) -> Price:
+    found = quote(config, scene, Settings(**settings))
+    assert found.refusals == () and found.price is not None, found.refusals
+    return found.price
+
+
+def test_plan_counts_the_bytes_of_a_model_it_never_sees(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", folder, "--actor", "tp=2,dp=2", "--rollout", "tp=2,engines=2", "--json"]) == 0
+    price = json.loads(capsys.readouterr().out)
+    assert price["refusals"] == []
+    assert price["tensor_bytes"] == 15_231_233_024, "7.6e9 parameters in bf16, as the published checkpoint"
+    assert price["num_tensors"] == 339 and price["actor_ranks"] == 4 and price["engine_workers"] == 4
+    assert price["num_streams"] == 2, "two engines on one host hold the same"
+    low, high = price["given_bytes_per_actor_rank"]
+    assert low > 0.2 * price["tensor_bytes"] and high < 0.3 * price["tensor_bytes"], "replicas share the work"
+    assert price["redundancy_per_worker"] == [1.0, 1.0]
+    assert price["bytes_same_host"] > price["tensor_bytes"] and price["bytes_other_host"] == 0
+
+
+def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", folder, "--actor", "tp=4", "--rollout", "tp=2,engines=2", "--colocated"]) == 0
+    out = capsys.readouterr().out
+    assert "Qwen2ForCausalLM: 339 tensors, 14.2 GiB in bfloat16" in out
+    assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 2 streams" in out
+    assert "shm for 4 workers" in out and "1.00 times what it holds" in out
+
+
+def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int) -> Surveyed:
+    """What a coordinator would tell of engines that hold what they hold on paper, all on one host with a GPU each."""
+
+    def shared(gpu: int) -> dict[str, Any]:
+        return {
+            "token": "t", "run_id": "r", "host": "host 0", "shm_domain": "d", "pid_domain": "p", "pid": gpu + 1, "gpu_uuid": f"gpu {gpu}",
+        }  # fmt: skip
+
+    size = topology.world_size
+    actors = tuple(ActorHello(**shared(r), actor_rank=r, world_size=size, digest="") for r in range(size))
+    places = [(e, r) for e in range(num_engines) for r in range(tp_size)]
+    workers = tuple(
+        WorkerHello(**shared(size + i), engine_id=str(e), dp_index=0, worker_rank=r, world_size=tp_size, vllm_version="0")
+        for i, (e, r) in enumerate(places)
+    )
+    model = model_of(config)
+    records = tuple(Recorded(paper_worker(model, r, tp_size, holder=f"engine {e} worker {r}"), "direct") for e, r in places)
+    return Surveyed(actors, workers, records)
+
+
+@pytest.mark.parametrize(
+    ("axes", "tp_size", "num_engines"), [({"tp_size": 2, "pp_size": 2}, 4, 1), ({"tp_size": 2, "dp_size": 2}, 2, 2), ({}, 1, 3)]
+)
+def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_size: int, num_engines: int) -> None:
+    topology, bucket_bytes = Topology(**axes), 50_000
+    price = priced(
+        SMALL, Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16), bucket_bytes=bucket_bytes, engine_dtype="bfloat16"
+    )
+    model = model_of(SMALL)
+    survey = surveyed(SMALL, topology, tp_size, num_engines)
+    blueprint = draw_up(model.tensors(), megatron_placements(model, topology), survey, SyncConfig(bucket_bytes=bucket_bytes))
+    page_bytes = 4096
+    assert price.slot_bytes == -(-blueprint.slot_bytes // page_bytes) * page_bytes
+    assert (price.num_buckets, price.num_streams) == (len(blueprint.parts), blueprint.num_streams)
+    by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
+    assert by_link == tuple(blueprint.traffic.bytes_by_link.values()) and sum(by_link) == blueprint.nbytes
+    given = blueprint.traffic.bytes_by_source.values()
+    assert price.given_bytes_per_actor_rank == (min(given), max(given))
+    assert price.num_copies == sum(len(part.regions) for row in blueprint.parts for part in row)
+    assert price.num_buckets > 5, "or the cut is not tried"
+
+
+def test_links_follow_from_where_the_engines_are() -> None:
+    axes = {"tp_size": 4, "pp_size": 2}
+    apart = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8))
+    assert (apart.bytes_same_gpu, apart.bytes_same_host) == (0, 0) and apart.workers_by_transport == {"gloo": 8}
+    together = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8, colocated=True))
+    assert together.bytes_same_gpu > 0 == together.bytes_other_host and together.workers_by_transport == {"shm": 8}
+    beside = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=16))
+    assert beside.bytes_same_gpu == 0 == beside.bytes_other_host and beside.engine_hosts == 1
+    alone = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=16, actor_hosts=1))
+    assert alone.bytes_other_host > 0 == alone.bytes_same_host
+
+
+def test_a_cast_counts_in_the_engines_bytes() -> None:
+    scene = Scene({}, tp_size=1)
+    whole, half = priced(SMALL, scene, dtype="float32", engine_dtype="bfloat16"), priced(SMALL, scene, dtype="float32")
+    assert (whole.dtype, whole.engine_dtype, half.engine_dtype) == ("float32", "bfloat16", "float32")
+    assert 2 * whole.received_bytes_per_worker[0] == half.received_bytes_per_worker[0]
+
+
+def test_one_layer_is_what_layerwise_takes() -> None:
+    model = model_of(SMALL)
+    sizes: dict[str, int] = {}
+    for buffer in paper_worker(model, 0, 1, holder="w").buffers:
+        module = buffer.name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + buffer.size * DTYPE_BYTES[buffer.dtype]
+    # A bucket for each tensor: a module of two tensors is in progress alone, a smaller one beside it never.
+    assert priced(SMALL, Scene({}), bucket_bytes=1).layerwise_extra_bytes == max(sizes.values())
+    assert priced(SMALL, Scene({})).layerwise_extra_bytes == sum(sizes.values()), "one bucket has all of them in progress"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--actor", "tp=8"], ["28 attention heads cannot be divided by a tensor axis of 8 ranks"]),
+        (
+            ["--actor", "tp=8", "--rollout", "tp=3"],
+            ["cannot be divided by a tensor axis of 8 ranks", "self_attn.qkv_proj.weight: 28 attention heads cannot be divided by 3 ranks"],
+        ),
+        (["--actor", "pp=3"], ["28 layers cannot be split over pp_size 3"]),
+        (["--actor", "tp=2", "--rollout", "engines=4", "--colocated"], ["4 engine workers cannot share the GPUs of 2 actor ranks"]),
+        (["--actor", "dp=4", "--gpus-per-host", "2", "--actor-hosts", "1"], ["4 actor ranks do not fit on 1 hosts of 2 GPUs"]),
+        (["--gpus-per-host", "1", "--transport", "shm"], ["1 of 1 workers do not share a host with every actor rank"]),
+        (["--shm-bytes", "1000000"], ["/dev/shm has 1000000 bytes, the ring needs 21"]),
+        (["--dtype", "bf16"], ["model.embed_tokens.weight has dtype bf16, of which no size is known"]),
+        (["--dtype", "int8", "--engine-dtype", "float32"], ["float32 in engine 0 worker 0, int8 in actor 0"]),
+    ],
+)
+def test_what_a_sync_would_refuse_is_refused_with_its_reason(
+    folder: str, arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", folder, *arguments, "--json"]) == 1
+    refusals = json.loads(capsys.readouterr().out)["refusals"]
+    assert len(refusals) == len(said)
+    assert all(part in refusal for part, refusal in zip(said, refusals, strict=True)), refusals
+    assert main(["plan", folder, *arguments]) == 1
+    assert capsys.readouterr().out.count("refused: ") == len(said)
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "refused: config.json: unknown architecture GPT2LMHeadModel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--actor", "tensor=8"], "cannot read 'tensor=8'; write tp=N"),
+        (["--actor", "tp=0"], "cannot read 'tp=0'"),
+        (["--rollout", "tp=2,tp=4"], "tp is given twice"),
+        (["--bucket-bytes", "0"], "--bucket-bytes is 0; it must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_named(folder: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", folder, *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, said in (("{", "not JSON"), ("[]", "holds list, not the object")):
+        (tmp_path / "config.json").write_text(text)
+        assert main(["plan", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "absent")]) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_plan_needs_no_torch_no_vllm_and_no_megatron(folder: str) -> None:
+    absent = "import sys\nfor name in ('torch', 'vllm', 'megatron', 'ray', 'numpy'): sys.modules[name] = None\n"
+    program = f"{absent}from rlsync.cli import main\nsys.exit(main(['plan', {folder!r}, '--json']))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["num_tensors"] == 339
+
+
+def test_64_actor_ranks_and_64_workers_of_72b_are_priced_in_15_seconds() -> None:
+    began_s = time.process_time()
+    scene = Scene({"tp_size": 8, "pp_size": 8}, tp_size=8, num_engines=8, colocated=True)
+    price = priced(QWEN_72B, scene)
+    assert time.process_time() - began_s < 15
+    assert (price.actor_ranks, price.engine_workers, price.actor_hosts) == (64, 64, 8)
+    received = price.bytes_same_gpu + price.bytes_same_host + price.bytes_other_host
+    # Key-value heads are as many as ranks, so each engine holds every element once, and norms on each rank.
+    assert 8 * price.tensor_bytes < received < 8.01 * price.tensor_bytes
