@@ -122,6 +122,60 @@ def restore(layer: torch.nn.Module) -> None:
     info.reset()
 
 
+# Beside the live layer, for comparisons.
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Attributes of a layer and of the objects that post-processing changes, as they were."""
+
+    layer: torch.nn.Module
+    attributes: tuple[tuple[Any, dict[str, Any]], ...]
+
+
+def snapshot(layer: torch.nn.Module) -> Snapshot:
+    """What ``bring_back`` restores. Tensors are referred to, not copied."""
+    method = getattr(layer, "quant_method", None)
+    kernel = getattr(method, "moe_kernel", None)
+    objects = [o for o in (layer, method, kernel, getattr(kernel, "fused_experts", None)) if hasattr(o, "__dict__")]
+    return Snapshot(layer, tuple((o, {n: copy.copy(v) if isinstance(v, dict | set) else v for n, v in vars(o).items()}) for o in objects))
+
+
+def stand_in(layer: torch.nn.Module, names: Collection[str]) -> int:
+    """Put the layer into checkpoint layout with no tensor among ``names`` (full ones) being live; returns the bytes taken.
+
+    Others keep their live values in tensors of their own.
+    """
+    live = live_tensors(layer)
+    filled = {name.rpartition(".")[2] for name in names}
+    materialize(layer, ())
+    for name, tensor in live_tensors(layer).items():
+        if name in live and (tensor is live[name] or (name not in filled and tensor.shape == live[name].shape)):
+            setattr(layer, name, _copied(live[name]))
+    # Without live tensors to copy into, post-processing leaves its results where they are.
+    layerwise.get_layerwise_info(layer).kernel_tensors = None
+    return sum(tensor.nbytes for tensor in live_tensors(layer).values())
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    twin = tensor.detach().clone()
+    twin.__class__, twin.__dict__ = tensor.__class__, tensor.__dict__.copy()
+    return twin
+
+
+def process_apart(layer: torch.nn.Module) -> None:
+    """vLLM's post-processing of a layer that stands in for the live one."""
+    layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
+
+
+def bring_back(snapshot: Snapshot) -> None:
+    """Make the layer its live self again."""
+    for owner, attributes in snapshot.attributes:
+        vars(owner).clear()
+        vars(owner).update(attributes)
+    layerwise.get_layerwise_info(snapshot.layer).reset()
+
+
 # What belongs to other layers.
 
 
@@ -194,13 +248,28 @@ def heal() -> None:
 
 
 def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
-    """Layers whose post-processing makes something else of the same weights when it runs for the second time.
+    """What vLLM's own reload would leave wrong, one sentence each. The model is not touched.
 
-    Tried with random weights on a twin of one layer of each kind of experts on CPU, where vLLM has had this fault; the model
-    is not touched. Takes twice that layer's memory for the moment. One sentence a finding.
+    Layers whose post-processing makes something else of the same weights when it runs for the second time: tried with random
+    weights on a twin of one layer of each kind of experts on CPU, where vLLM has had this fault; takes twice that layer's memory
+    for the moment. And attention sinks that are kept as a copy which nothing renews (FlashInfer in vLLM < 0.32).
     """
-    if not current_platform.is_cpu():
-        return ()
+    return (*_stale_sinks(model), *(_unstable_experts(model) if current_platform.is_cpu() else ()))
+
+
+def _stale_sinks(model: torch.nn.Module) -> list[str]:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = ((name, getattr(layer, "impl", None)) for name, layer in attention_layers(model))
+    return [
+        f"{name} computes with a copy of its sinks that this version of vLLM makes only once"
+        for name, impl in kept
+        if isinstance(sinks := getattr(impl, "sinks", None), torch.Tensor)
+        and not hasattr(impl, "_sinks_source")
+        and sinks.untyped_storage().data_ptr() not in parameters
+    ]
+
+
+def _unstable_experts(model: torch.nn.Module) -> list[str]:
     tried: set[LayerKind] = set()
     findings = []
     for name, layer in model.named_modules():
@@ -218,7 +287,7 @@ def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
             for n in first
             if not torch.equal(first[n], second[n])
         ]
-    return tuple(findings)
+    return findings
 
 
 def _processed(twin: Any, layout: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

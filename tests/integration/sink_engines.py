@@ -227,6 +227,10 @@ def choices(engine: Started, names: list[str], aliases: Mapping[str, tuple[str, 
             found[requested], found[f"{requested}_reasons"] = dict(choice.sinks), choice.reasons
         except ConfigError as error:
             found[requested] = str(error)
+    impl = next(layer.impl for _, layer in compat_layers.attention_layers(engine.model))
+    kept, impl.sinks = getattr(impl, "sinks", None), torch.zeros(4)
+    found["stale"] = compat_layers.reload_findings(engine.model)
+    impl.sinks = kept
     return found
 
 

@@ -126,3 +126,8 @@ def test_a_tied_head_is_one_buffer(reports: Mapping[str, Any]) -> None:
     assert "lm_head.weight" not in choice["auto"]
     # Both are packed, each for itself.
     assert {"model.embed_tokens#probe", "lm_head#probe"} <= set(reports["qwen3-float32"]["parted"])
+
+
+def test_a_copy_that_no_reload_renews_is_found(reports: Mapping[str, Any]) -> None:
+    (finding,) = reports["qwen2-float32"]["choice"]["stale"]
+    assert finding.startswith("model.layers.0.self_attn.attn computes with a copy of its sinks")

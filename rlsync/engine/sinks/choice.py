@@ -76,16 +76,19 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
         raise ConfigError(f"weight_sync.sink is {requested!r}; it is one of {', '.join(REQUESTS)}")
     unsound = compat_layers.reload_findings(model)
     if unsound:
-        raise ConfigError(f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is rlsync's plug-in loaded in the worker?")
+        raise ConfigError(
+            f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is rlsync's plug-in loaded in the worker, and its vLLM a supported one?"
+        )
     if requested == "loaders":
         return Choice(dict.fromkeys(buffers, "loaders"), ("loaders: requested",))
     modules: dict[str, list[str]] = defaultdict(list)
     for name in buffers:
         modules[name.rpartition(".")[0]].append(name)
-    against = {path: tuple(_against_direct(model, names, aliases)) for path, names in modules.items()}
+    view = _View.of(model, aliases)
+    against = {path: tuple(_against_direct(view, names)) for path, names in modules.items()}
     if requested == "direct" and any(against.values()):
         raise ConfigError(f"weight_sync.sink is direct, but: {'; '.join(_sentences(modules, against))}. Use auto or layerwise")
-    findings = _against_layerwise(model, modules, {path for path in modules if requested == "layerwise" or against[path]}, aliases)
+    findings = _against_layerwise(view, modules, {path for path in modules if requested == "layerwise" or against[path]})
     if findings and requested != "auto":
         raise ConfigError(f"weight_sync.sink is {requested}, but: {'; '.join(findings)}. Use auto or loaders")
     if findings:
@@ -102,10 +105,37 @@ def _sentences(modules: Mapping[str, Sequence[str]], against: Mapping[str, Seque
             yield f"{', '.join(modules[path])} {'is' if len(modules[path]) == 1 else 'are'} not direct: {', '.join(dict.fromkeys(reasons))}"
 
 
-def _against_direct(model: torch.nn.Module, names: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What is asked of a model for every buffer. ``attention``: identity -> path of each attention layer. ``absorbed``: identity of
+    a projection -> what an attention layer made of its weight, by path."""
+
+    model: torch.nn.Module
+    aliases: Mapping[str, Sequence[str]]
+    attention: Mapping[int, str]
+    absorbed: Mapping[int, Mapping[str, torch.Tensor]]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, aliases: Mapping[str, Sequence[str]]) -> _View:
+        attention, absorbed = {}, {}
+        for path, layer in compat_layers.attention_layers(model):
+            attention[id(layer)] = path
+            found = compat_layers.absorbed_tensors(layer)
+            if found is not None:
+                absorbed[id(found[0])] = {f"{path}.{name}": tensor for name, tensor in found[1].items()}
+        return cls(model, aliases, attention, absorbed)
+
+    def sharers(self, name: str) -> dict[str, torch.nn.Module]:
+        """Other layers with the same memory; not attention, which makes its views of other layers' weights anew at the end."""
+        first = owner(self.model, name)[0]
+        found = {alias: owner(self.model, alias)[0] for alias in self.aliases.get(name, ())}
+        return {alias: layer for alias, layer in found.items() if layer is not first and id(layer) not in self.attention}
+
+
+def _against_direct(view: _View, names: Sequence[str]) -> Iterator[str]:
     """Why the buffers of one module cannot be written where they live."""
     for name in names:
-        for alias, layer in {name: owner(model, name)[0], **_sharers(model, name, aliases)}.items():
+        for alias, layer in {name: owner(view.model, name)[0], **view.sharers(name)}.items():
             attribute = alias.rpartition(".")[2]
             kind = compat_layers.layer_kind(layer)
             if kind not in DIRECT and not compat_layers.stays_as_loaded(attribute):
@@ -113,14 +143,10 @@ def _against_direct(model: torch.nn.Module, names: Sequence[str], aliases: Mappi
             reason = _identity(layer, attribute)
             if reason is not None:
                 yield f"{alias} {reason}"
-            yield from _derived(model, layer, alias)
-
-
-def _sharers(model: torch.nn.Module, name: str, aliases: Mapping[str, Sequence[str]]) -> dict[str, torch.nn.Module]:
-    """Other layers with the same memory; not attention, which makes its views of other layers' weights anew at the end."""
-    first, attention = owner(model, name)[0], {id(layer) for _, layer in compat_layers.attention_layers(model)}
-    found = {alias: owner(model, alias)[0] for alias in aliases.get(name, ())}
-    return {alias: layer for alias, layer in found.items() if layer is not first and id(layer) not in attention}
+                continue
+            storage = compat_layers.live_tensors(layer)[attribute].untyped_storage().data_ptr()
+            absorbed = view.absorbed.get(id(layer), {})
+            yield from (f"{path} is a copy of {alias}" for path, t in absorbed.items() if t.untyped_storage().data_ptr() != storage)
 
 
 def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
@@ -138,30 +164,18 @@ def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
     return "is kept in host memory" if compat_layers.is_host_offloaded(live) else None
 
 
-def _derived(model: torch.nn.Module, layer: torch.nn.Module, name: str) -> Iterator[str]:
-    """What the engine computes from this buffer's layer and keeps elsewhere, in memory of its own."""
-    for path, attention in compat_layers.attention_layers(model):
-        absorbed = compat_layers.absorbed_tensors(attention)
-        if absorbed is None or absorbed[0] is not layer:
-            continue
-        storage = owner(model, name)[0].get_parameter(name.rpartition(".")[2]).untyped_storage().data_ptr()
-        yield from (f"{path}.{n} is a copy of {name}" for n, t in absorbed[1].items() if t.untyped_storage().data_ptr() != storage)
-
-
-def _against_layerwise(
-    model: torch.nn.Module, modules: Mapping[str, Sequence[str]], layerwise: set[str], aliases: Mapping[str, Sequence[str]]
-) -> list[str]:
+def _against_layerwise(view: _View, modules: Mapping[str, Sequence[str]], layerwise: set[str]) -> list[str]:
     """What would not be right after the modules named in ``layerwise`` were reloaded one by one, and the others in place."""
-    findings = [f"{name} has a post-processing that only a load runs" for name in compat_layers.own_post_processing(model)]
-    attention = {name for name, _ in compat_layers.attention_layers(model)}
+    findings = [f"{name} has a post-processing that only a load runs" for name in compat_layers.own_post_processing(view.model)]
+    attention = set(view.attention.values())
     for path, names in modules.items():
         if path in attention:
             findings.append(f"{', '.join(names)} are loaded into an attention layer, which is post-processed after all others")
         if path not in layerwise:
             continue
-        findings += _unfilled(model.get_submodule(path), path, {name.rpartition(".")[2] for name in names})
+        findings += _unfilled(view.model.get_submodule(path), path, {name.rpartition(".")[2] for name in names})
         for name in (name for name in names if not compat_layers.stays_as_loaded(name.rpartition(".")[2])):
-            kinds = {alias: compat_layers.layer_kind(layer).method for alias, layer in _sharers(model, name, aliases).items()}
+            kinds = {alias: compat_layers.layer_kind(layer).method for alias, layer in view.sharers(name).items()}
             findings += [f"{alias} shares {name} and is made by {kind}" for alias, kind in kinds.items() if kind not in _SHARERS]
     return findings
 
