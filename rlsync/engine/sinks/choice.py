@@ -77,7 +77,7 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
     unsound = compat_layers.reload_findings(model)
     if unsound:
         raise ConfigError(
-            f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is rlsync's plug-in loaded in the worker, and its vLLM a supported one?"
+            f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is the plug-in loaded in the worker, and its vLLM supported?"
         )
     if requested == "loaders":
         return Choice(dict.fromkeys(buffers, "loaders"), ("loaders: requested",))
