@@ -205,7 +205,7 @@ class _Recorder(TorchDispatchMode):
     def _fill(self, target: torch.Tensor, value: Any = 0.0) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):
             self._write(target, float(value))
-        elif value.is_meta or self._origins.knows(value):
+        elif value.is_meta:
             self._origins.note_read((value,), {})
             self._write(target, value.expand(target.shape))
         else:
