@@ -15,6 +15,8 @@ from tests.ranks import run_ranks
 # qwen2 has biases, qwen3 a tied head over a padded vocabulary. oneDNN packs fp32 everywhere, bf16 on newer CPUs only.
 CASES = ("qwen2-float32", "qwen3-float32", "qwen3-bfloat16")
 SINKS = ("placed", "layerwise", "loaders")
+# The first test waits for the engines; other work on the machine may take most of it.
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def run_cases(root: Path, cases: tuple[str, ...], *, heal: bool) -> Mapping[str,
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
             patch.setenv(name, value)
-        run_ranks(1, "tests.integration.sink_engines", "run", cases=cases, root=str(root), heal=heal)
+        run_ranks(1, "tests.integration.sink_engines", "run", timeout_s=540, cases=cases, root=str(root), heal=heal)
     return json.loads((root / "report.json").read_text())
 
 
