@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from operator import ge, le, sub
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +26,23 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return prod(self.shape)
+        return prod(map(sub, self.stop, self.start))
 
     def contains(self, other: Box) -> bool:
-        return all(a <= c for a, c in zip(self.start, other.start, strict=True)) and all(
-            d <= b for b, d in zip(self.stop, other.stop, strict=True)
-        )
+        return all(map(le, self.start, other.start)) and all(map(ge, self.stop, other.stop))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common box, or None when there is no common element."""
+        """The common box, or None when there is no common element. Boxes have equally many dims."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        return None if any(a >= b for a, b in zip(start, stop, strict=True)) else Box(start, stop)
+        if any(map(ge, start, stop)):
+            return None
+        return self if start == self.start and stop == self.stop else Box(start, stop)
 
     def subtract(self, other: Box) -> tuple[Box, ...]:
         """Disjoint boxes that cover this box without ``other``; at most two per dim."""
@@ -99,6 +101,8 @@ class Piece:
 
     def offset_of(self, box: Box) -> int:
         """Offset of the first element of a box that lies inside this piece's box."""
+        if box is self.box:
+            return self.offset
         assert self.box.contains(box), f"{self.tensor}: {box} is not inside {self.box}"
         return self.offset + sum((b - a) * s for a, b, s in zip(self.box.start, box.start, self.strides, strict=True))
 
@@ -164,6 +168,12 @@ def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, 
 
     Returns the shorter shape and the matching strides. The element order is unchanged.
     """
+    return _collapsed(tuple(shape), tuple(map(tuple, strides)))
+
+
+# The layers of a model ask for the same few thousands of times.
+@lru_cache(maxsize=4096)
+def _collapsed(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     dims: list[int] = []
     steps: list[list[int]] = [[] for _ in strides]
     for d, size in enumerate(shape):

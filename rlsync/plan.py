@@ -1,22 +1,24 @@
 """Plans: what is left to copy between two sets of placements. Pure integers and names; executes nothing.
 
-A plan proves its completeness when it is built: every destination element has exactly one source or one fill, dtypes
-agree or a cast was allowed, and unknown, missing and wrongly shaped names are reported together in one error.
+A plan is complete when it is built: every destination element has exactly one source or one fill, dtypes agree or a cast was
+allowed, and everything that is wrong comes in one error. Nothing in a plan depends on the order of holders, buffers, pieces.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from rlsync.errors import PlacementError
-from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
+from rlsync.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
 from rlsync.links import link_class
+from rlsync.proof import examine, first_of, listing_findings
 
-Preference = Callable[[int, int], int]
+# The mean work of a source has so many shares; a piece of two or more is divided among the replicas that have it.
+_SHARES_PER_SOURCE = 100
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
@@ -61,67 +63,165 @@ class Plan:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Holders:
+    """One side of a plan: its placements, what can be worked with of each, dtypes by buffer, and the order of holders by name."""
+
+    placements: tuple[Placement, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    dtypes: tuple[Mapping[str, str], ...]
+    ranks: tuple[int, ...]
+    findings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, placements: Sequence[Placement], specs: Mapping[str, TensorSpec]) -> _Holders:
+        examined = [examine(p, specs) for p in placements]
+        order = sorted(range(len(placements)), key=lambda i: placements[i].holder)
+        return cls(
+            tuple(placements),
+            tuple(pieces for pieces, _ in examined),
+            tuple({b.name: b.dtype for b in p.buffers} for p in placements),
+            tuple(sorted(range(len(order)), key=order.__getitem__)),
+            tuple(finding for _, findings in examined for finding in findings),
+        )
+
+
+# A source and the piece it gives from.
+_Origin = tuple[int, Piece]
+
+
 def build_plan(
     tensors: Sequence[TensorSpec],
     sources: Sequence[Placement],
     destinations: Sequence[Placement],
     *,
     bucket_bytes: int | None = None,
-    prefer: Preference | None = None,
     allow_cast: bool = False,
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
 
+    The nearest source is taken: same device before same host before other host; holders that nobody located are equally far.
+    Among equally near ones the work is divided by bytes.
+
     Args:
         tensors: every HF tensor that may occur, in the order in which buckets carry them.
         sources, destinations: holders. A tensor that no destination wants is not copied.
-        bucket_bytes: most bytes of HF tensors in one bucket; a larger tensor has a bucket to itself. None: one bucket.
-        prefer: cost of a source for a destination, by index; the lowest is taken, ties are spread over the sources. By
-            default the distance of their locations: same device before same host before other host.
+        bucket_bytes: most bytes that a bucket moves to all destinations together, in their dtypes; a tensor with more has a
+            bucket to itself. None: one bucket.
         allow_cast: floating-point dtypes of source and destination may differ.
 
     Raises PlacementError with all findings at once.
     """
     specs = {t.name: t for t in tensors}
-    prefer = _nearest(sources, destinations) if prefer is None else prefer
-    findings = [f for p in (*sources, *destinations) for f in _placement_findings(p, specs)]
-    have = _by_tensor(sources)
-    want = _by_tensor(destinations)
-    dtypes = [{b.name: b.dtype for b in p.buffers} for p in sources], [{b.name: b.dtype for b in p.buffers} for p in destinations]
-    copies: dict[str, list[Copy]] = defaultdict(list)
-    missing: list[str] = []
-    turns = {index: turn for turn, index in enumerate(sorted(range(len(destinations)), key=lambda i: destinations[i].holder))}
-    for ordinal, spec in enumerate(tensors):
-        for destination, piece in want.get(spec.name, ()):
-            order = _ranked(have.get(spec.name, ()), destination, ordinal + turns[destination], prefer)
-            taken, rest = cover(piece.box, [(p.box, i) for i, (_, p) in enumerate(order)])
-            for box, i in taken:
-                source, origin = order[i]
-                copies[spec.name].append(_copy(box, source, origin, destination, piece))
-                found, wanted = dtypes[0][source][origin.buffer], dtypes[1][destination][piece.buffer]
-                if found != wanted and not (allow_cast and {found, wanted} <= FLOATS):
-                    findings.append(f"{spec.name}: {wanted} in {destinations[destination].holder}, {found} in {sources[source].holder}")
-            if rest:
-                missing.append(f"{spec.name}{', '.join(map(str, rest))} wanted by {destinations[destination].holder}")
+    givers, takers = _Holders.of(sources, specs), _Holders.of(destinations, specs)
+    findings = [*listing_findings(tensors, sources, destinations), *givers.findings, *takers.findings]
+    copies, missing = _matched(tensors, givers, takers)
     if missing:
-        findings.append(f"no source for {len(missing)} pieces: {_first(missing)}")
+        findings.append(f"no source for {len(missing)} pieces: {first_of(missing)}")
+    findings += _dtype_findings(copies, givers, takers, allow_cast)
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
-    buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in cut_buckets(tensors, bucket_bytes))
-    return Plan(tuple(sources), tuple(destinations), buckets, _digest(tensors, sources, destinations, copies))
+    moved = {
+        name: sum(c.size * DTYPE_BYTES[takers.dtypes[c.destination][c.destination_buffer]] for c in row) for name, row in copies.items()
+    }
+    groups = cut_buckets(tensors, bucket_bytes, moved)
+    buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
+    return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
 
 
-def cut_buckets(tensors: Iterable[TensorSpec], bucket_bytes: int | None) -> tuple[tuple[TensorSpec, ...], ...]:
-    """Consecutive groups of tensors of at most ``bucket_bytes``; a larger tensor is a group of its own."""
+def cut_buckets(
+    tensors: Iterable[TensorSpec], bucket_bytes: int | None, moved_bytes: Mapping[str, int] | None = None
+) -> tuple[tuple[TensorSpec, ...], ...]:
+    """Consecutive groups of tensors of at most ``bucket_bytes``; a larger tensor is a group of its own.
+
+    A tensor counts its own bytes, or those of ``moved_bytes`` by name (none where it is not there).
+    """
     groups: list[list[TensorSpec]] = []
     filled = 0
     for tensor in tensors:
-        if not groups or (bucket_bytes is not None and filled + tensor.nbytes > bucket_bytes):
+        nbytes = tensor.nbytes if moved_bytes is None else moved_bytes.get(tensor.name, 0)
+        if not groups or (bucket_bytes is not None and filled and filled + nbytes > bucket_bytes):
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
-        filled += tensor.nbytes
+        filled += nbytes
     return tuple(map(tuple, groups))
+
+
+def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[dict[str, list[Copy]], list[str]]:
+    """Copies by tensor, and what no source has."""
+    origins, wanted = _origins(givers), _wanted(tensors, takers)
+    share_bytes = max(1, sum(nbytes for nbytes, _, _ in wanted) // max(1, len(givers.placements) * _SHARES_PER_SOURCE))
+    costs = [[link_class(s.location, d.location) for s in givers.placements] for d in takers.placements]
+    loads = [0] * len(givers.placements)
+    found: dict[tuple[str, int], list[Copy]] = {}
+    missing: list[str] = []
+    for nbytes, destination, piece in wanted:
+
+        def rating(origin: _Origin, cost: Sequence[int] = costs[destination]) -> tuple[int, int]:
+            return cost[origin[0]], loads[origin[0]]
+
+        taken, rest = _choose(origins.get(piece.tensor, {}), piece.box, rating)
+        row = found.setdefault((piece.tensor, destination), [])
+        for box, group in taken:
+            for part in _parted(box, group, costs[destination], nbytes * box.size // piece.box.size // share_bytes):
+                source, origin = group[0] if len(group) == 1 else min(group, key=rating)
+                row.append(_copy(part, source, origin, destination, piece))
+                loads[source] += nbytes * part.size // piece.box.size
+        if rest:
+            missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
+    copies: dict[str, list[Copy]] = defaultdict(list)
+    for (name, _), row in sorted(found.items(), key=lambda item: takers.ranks[item[0][1]]):
+        copies[name].extend(coalesce(row))
+    return copies, sorted(missing)
+
+
+def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, int, Piece]]:
+    """Bytes, destination and piece of everything that is wanted: the largest first, so that the small ones can even out."""
+    ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
+    rows = [
+        (piece.box.size * DTYPE_BYTES[dtypes[piece.buffer]], ordinals[piece.tensor], destination, piece)
+        for destination, (pieces, dtypes) in enumerate(zip(takers.pieces, takers.dtypes, strict=True))
+        for piece in pieces
+    ]
+    rows.sort(key=lambda row: (-row[0], row[1], takers.ranks[row[2]], row[3].box.start, row[3].buffer, row[3].offset))
+    return [(nbytes, destination, piece) for nbytes, _, destination, piece in rows if nbytes]
+
+
+def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
+    """By tensor and box, who has it, in the order of the holders' names."""
+    table: dict[str, dict[Box, list[_Origin]]] = defaultdict(dict)
+    for source in sorted(range(len(givers.placements)), key=givers.ranks.__getitem__):
+        for piece in sorted(givers.pieces[source], key=lambda p: (p.buffer, p.offset)):
+            table[piece.tensor].setdefault(piece.box, []).append((source, piece))
+    return table
+
+
+def _choose(
+    origins: Mapping[Box, Sequence[_Origin]], wanted: Box, rating: Callable[[_Origin], tuple[int, int]]
+) -> tuple[list[tuple[Box, Sequence[_Origin]]], list[Box]]:
+    """Cover a box from the nearest and least loaded. Returns boxes with all who have them, and what nobody has."""
+    useful = [(box, group) for box, group in origins.items() if wanted.intersect(box) is not None]
+    if len(useful) == 1 and useful[0][0].contains(wanted):
+        return [(wanted, useful[0][1])], []
+    useful.sort(key=lambda row: (min(map(rating, row[1])), row[0].start, row[0].stop))
+    taken, rest = cover(wanted, [(box, i) for i, (box, _) in enumerate(useful)])
+    return [(box, useful[i][1]) for box, i in taken], rest
+
+
+def _parted(box: Box, group: Sequence[_Origin], cost: Sequence[int], num_shares: int) -> Iterator[Box]:
+    """The box, or slices of it where it is worth several shares and several equally near sources have it."""
+    nearest = min(cost[source] for source, _ in group) if num_shares > 1 < len(group) else None
+    num_parts = min(num_shares, sum(cost[source] == nearest for source, _ in group))
+    dim = next((d for d, size in enumerate(box.shape) if size >= num_parts), None)
+    if num_parts < 2 or dim is None:
+        yield box
+        return
+    first, size = box.start[dim], box.shape[dim]
+    for i in range(num_parts):
+        start, stop = list(box.start), list(box.stop)
+        start[dim], stop[dim] = first + size * i // num_parts, first + size * (i + 1) // num_parts
+        yield Box(tuple(start), tuple(stop))
 
 
 def _copy(box: Box, source: int, origin: Piece, destination: int, piece: Piece) -> Copy:
@@ -133,83 +233,66 @@ def _copy(box: Box, source: int, origin: Piece, destination: int, piece: Piece) 
     )  # fmt: skip
 
 
-def _ranked(candidates: Sequence[tuple[int, Piece]], destination: int, turn: int, prefer: Preference) -> list[tuple[int, Piece]]:
-    """Candidates from the best; equal ones are rotated by ``turn``, so that replicas share the work."""
-    count = len(candidates)
-    return [
-        candidate
-        for _, _, candidate in sorted(
-            ((prefer(c[0], destination), (i - turn) % count, c) for i, c in enumerate(candidates)), key=lambda row: row[:2]
-        )
-    ]
+def coalesce(copies: Sequence[Copy]) -> list[Copy]:
+    """Copies of one tensor to one destination, with those of equal form at equal distances made one: the heads of a packed QKV."""
+    if len(copies) < 2:
+        return list(copies)
+    alike: dict[tuple[object, ...], list[Copy]] = defaultdict(list)
+    for c in sorted(copies, key=lambda c: (c.destination_buffer, c.destination_offset)):
+        alike[c.source, c.source_buffer, c.destination_buffer, c.shape, c.source_strides, c.destination_strides].append(c)
+    return [_joined(run) for group in alike.values() for run in _even_runs(group)]
 
 
-def _by_tensor(placements: Sequence[Placement]) -> dict[str, list[tuple[int, Piece]]]:
-    table: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
-    # By holder name, so that the choice among replicas does not depend on the order of the arguments.
-    for index, placement in sorted(enumerate(placements), key=lambda row: row[1].holder):
-        for piece in placement.pieces:
-            table[piece.tensor].append((index, piece))
-    return table
+def _even_runs(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
+    """Split copies, sorted by destination, into runs whose offsets grow by the same steps on both sides."""
+    run: list[Copy] = []
+    for copy in copies:
+        even = _step(run[-1], copy) == _step(run[0], run[1]) if len(run) > 1 else not run or _step(run[0], copy)[0] > 0
+        if not even:
+            yield run
+            run = []
+        run.append(copy)
+    yield run
 
 
-def _nearest(sources: Sequence[Placement], destinations: Sequence[Placement]) -> Preference:
-    """Cost by link class of two holders."""
-    return lambda source, destination: link_class(sources[source].location, destinations[destination].location)
+def _step(a: Copy, b: Copy) -> tuple[int, int]:
+    return b.source_offset - a.source_offset, b.destination_offset - a.destination_offset
 
 
-def _placement_findings(placement: Placement, specs: dict[str, TensorSpec]) -> Iterable[str]:
-    """What is wrong with one placement: unknown tensors, boxes outside their tensor, buffers not filled exactly once."""
-    parts: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
-    unknown = []
-    for piece in placement.pieces:
-        spec = specs.get(piece.tensor)
-        if spec is None:
-            unknown.append(piece.tensor)
-        elif not Box.whole(spec.shape).contains(piece.box):
-            yield f"{piece.tensor}{piece.box} in {placement.holder} lies outside its shape {spec.shape}"
-        parts[piece.buffer].append((piece.offset, piece.box.shape, piece.strides))
-    for fill in placement.fills:
-        parts[fill.buffer].append((fill.offset, fill.shape, fill.strides))
-    if unknown:
-        yield f"unknown tensors in {placement.holder}: {_first(sorted(set(unknown)))}"
-    for buffer in placement.buffers:
-        finding = _filling(buffer, parts[buffer.name])
-        if finding is not None:
-            yield f"{buffer.name} of {placement.holder} {finding}"
+def _joined(run: Sequence[Copy]) -> Copy:
+    if len(run) == 1:
+        return run[0]
+    first = run[0]
+    step = _step(first, run[1])
+    strides = (step[0], *first.source_strides), (step[1], *first.destination_strides)
+    shape, (source_strides, destination_strides) = collapse((len(run), *first.shape), *strides)
+    return replace(first, shape=shape, source_strides=source_strides, destination_strides=destination_strides)
 
 
-def _filling(buffer: BufferSpec, parts: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> str | None:
-    """None when the parts fill the buffer exactly once, else what is wrong. Equal volume and full cover exclude overlaps."""
-    filled = sum(prod(shape) for _, shape, _ in parts)
-    if filled != buffer.size:
-        return f"has {buffer.size} elements, of which its pieces fill {filled}"
-    boxes = [box_in_buffer(buffer, *part) for part in parts]
-    if None in boxes:
-        return f"has a piece that is no box of its shape {buffer.shape}: offset, shape, strides {parts[boxes.index(None)]}"
-    _, rest = cover(Box.whole(buffer.shape), [(box, i) for i, box in enumerate(boxes) if box is not None])
-    return f"has elements that no piece fills, while others are filled twice: {', '.join(map(str, rest[:5]))}" if rest else None
+def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, takers: _Holders, allow_cast: bool) -> Iterator[str]:
+    for name, row in copies.items():
+        for c in row:
+            found, wanted = givers.dtypes[c.source][c.source_buffer], takers.dtypes[c.destination][c.destination_buffer]
+            if found != wanted and not (allow_cast and found in FLOATS and wanted in FLOATS):
+                taker, giver = takers.placements[c.destination].holder, givers.placements[c.source].holder
+                yield f"{name}: {wanted} in {taker}, {found} in {giver}"
 
 
-def _first(names: Sequence[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _digest(
-    tensors: Sequence[TensorSpec],
-    sources: Sequence[Placement],
-    destinations: Sequence[Placement],
-    copies: dict[str, list[Copy]],
-) -> str:
-    """SHA-256 over tensors and copies by holder name; independent of the order in which copies were found."""
+def _digest(buckets: Sequence[Bucket], givers: _Holders, takers: _Holders) -> str:
+    """SHA-256 over buckets, tensors, copies, buffers and fills, by names."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.name}|{tensor.dtype}|{tensor.shape}\n".encode())
-        rows = sorted(
-            f"{sources[c.source].holder}|{c.source_buffer}|{c.source_offset}|{c.source_strides}|"
-            f"{destinations[c.destination].holder}|{c.destination_buffer}|{c.destination_offset}|{c.destination_strides}|{c.shape}"
-            for c in copies.get(tensor.name, ())
+    for side in (givers, takers):
+        for placement in sorted(side.placements, key=lambda p: p.holder):
+            rows = [f"{b.name}|{b.dtype}|{b.shape}" for b in placement.buffers]
+            rows += [f"{f.buffer}|{f.offset}|{f.shape}|{f.strides}|{float(f.value)!r}" for f in placement.fills]
+            digest.update(f"{placement.holder}\n{sorted(rows)}\n".encode())
+    from_, to = ([p.holder for p in side.placements] for side in (givers, takers))
+    for bucket in buckets:
+        digest.update(f"bucket {[(t.name, t.dtype, t.shape) for t in bucket.tensors]}\n".encode())
+        lines = sorted(
+            f"{c.tensor}|{c.shape}|{from_[c.source]}|{c.source_buffer}|{c.source_offset}|{c.source_strides}|"
+            f"{to[c.destination]}|{c.destination_buffer}|{c.destination_offset}|{c.destination_strides}"
+            for c in bucket.copies
         )
-        digest.update("\n".join(rows).encode())
+        digest.update("\n".join(lines).encode())
     return digest.hexdigest()

@@ -18,7 +18,8 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
         "pure",
         True,
         frozenset(
-            f"rlsync.{unit}" for unit in ("errors", "topology", "geometry", "families", "placement", "plan", "links", "staging", "control")
+            f"rlsync.{unit}"
+            for unit in ("errors", "topology", "geometry", "families", "placement", "proof", "plan", "links", "staging", "control")
         ),
     ),
     ("copy", True, frozenset({"rlsync.copy"})),

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.paper import QWEN25_05B, QWEN25_7B
+from rlsync.cli.paper import paper_worker
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.errors import PlacementError
 from rlsync.families import model_of
@@ -138,6 +140,7 @@ def test_heads_that_tp_cannot_divide_are_refused_with_both_numbers():
         megatron_placements(model, Topology(tp_size=8))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.data())
 def test_subtracting_a_box_leaves_a_disjoint_cover(ndim, data):
     def box():
@@ -182,7 +185,7 @@ def rows(start: int, stop: int, at: int) -> Piece:
     ("broken", "finding"),
     [
         (placement(rows(0, 3, 0)), "has 24 elements, of which its pieces fill 18"),
-        (placement(rows(0, 2, 0), rows(2, 4, 1)), r"no piece fills, while others are filled twice: \[3:4, 0:6\]"),
+        (placement(rows(0, 2, 0), rows(2, 4, 1)), r"nothing fills \[3:4, 0:6\]; filled twice: \[1:2, 0:6\] by w and w"),
         (placement(rows(0, 2, 0), rows(0, 2, 2), fills=(Fill("w", 0, (1, 6), (6, 1)),)), "of which its pieces fill 30"),
         (placement(Piece("w", Box((0, 0), (4, 6)), "w", 0, (5, 1))), "no box of its shape"),
         (placement(rows(0, 3, 0), rows(3, 5, 3)), r"w\[3:5, 0:6\] in worker 0 lies outside its shape \(4, 6\)"),
@@ -193,6 +196,77 @@ def test_a_destination_not_filled_exactly_once_is_refused(broken, finding):
         build_plan([W], [whole_tensors("hf", [W])], [broken])
 
 
+def test_everything_that_is_wrong_comes_in_one_error():
+    a, b = TensorSpec("a", "float32", (4, 6)), TensorSpec("b", "float32", (2,))
+    strange = TensorSpec("s", "float3", (1,))
+    hf = whole_tensors("hf", [a])
+    both = Piece("a", Box((2, 0), (4, 6)), "w", 12, (6, 1))
+    broken = Placement(
+        "worker 0",
+        tuple(BufferSpec(name, "float32", (4, 6)) for name in ("w", "x", "y", "y")),
+        (
+            Piece("a", Box((0, 0), (4, 6)), "w", 0, (6, 1)), both,
+            Piece("a", Box((0,), (4,)), "x", 0, (6, 1)),
+            Piece("nobody", Box((0,), (24,)), "y", 0, (1,)),
+            Piece("b", Box((0,), (2,)), "elsewhere", 0, (1,)),
+        ),
+    )  # fmt: skip
+    wants_b = whole_tensors("worker 1", [b])
+    with pytest.raises(PlacementError) as error:
+        build_plan([a, b, strange, a], [hf, hf], [broken, wants_b, wants_b])
+    for finding in (
+        "tensors listed twice: a;",
+        "sources of one name: hf;",
+        "destinations of one name: worker 1;",
+        "buffers of one name in worker 0: y;",
+        "s has dtype float3, of which no size is known",
+        "unknown tensors in worker 0: nobody",
+        "pieces in worker 0 that lie in buffers which it does not list: elsewhere",
+        "a[0:4] in worker 0 has 1, 1 and 2 starts, stops and strides, where its tensor has 2 dims",
+        "w of worker 0 has 24 elements, of which its pieces fill 36; filled twice: [2:4, 0:6] by a and a",
+        "no source for 2 pieces: b[0:2] wanted by worker 1, b[0:2] wanted by worker 1",
+    ):
+        assert finding in str(error.value)
+
+
+def test_overlapping_padding_is_named():
+    with pytest.raises(PlacementError, match=r"filled twice: \[3:4, 0:6\] by w and padding"):
+        build_plan([W], [whole_tensors("hf", [W])], [placement(rows(0, 4, 0), fills=(Fill("w", 18, (1, 6), (6, 1)),))])
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "topology"),
+    [
+        (QWEN25_7B, Topology(tp_size=4, dp_size=2)),
+        (QWEN25_7B, Topology(tp_size=2, cp_size=2, dp_size=2)),
+        (QWEN25_05B, Topology(dp_size=2)),
+        (QWEN25_05B, Topology(tp_size=2, dp_size=4)),
+        ({**QWEN25_05B, "tie_word_embeddings": False}, Topology(dp_size=8)),
+    ],
+)
+@pytest.mark.parametrize("engines", [0, 1, 3])
+def test_replicas_give_equally_many_bytes(hf_config, topology, engines):
+    """To buckets of whole tensors (0) and to engines of two workers each. Split pieces stay few."""
+    model = model_of(hf_config)
+    tensors, actors = model.tensors(), megatron_placements(model, topology)
+    workers = [paper_worker(model, rank, 2, holder=f"engine {e} worker {rank}") for e in range(engines) for rank in range(2)]
+    plan = build_plan(tensors, actors, workers or [whole_tensors("buckets", tensors)], bucket_bytes=2**28)
+    count = traffic(plan)
+    given_bytes = count.bytes_by_source.values()
+    assert max(given_bytes) <= 1.1 * sum(given_bytes) / topology.world_size
+    assert set(count.redundancy.values()) == {1.0}
+    assert sum(len(bucket.copies) for bucket in plan.buckets) <= 4 * len(tensors) * topology.tp_size * max(1, 2 * engines)
+
+
+def test_heads_packed_at_equal_distances_are_one_copy():
+    model = model_of(config("Qwen2ForCausalLM", heads=8, groups=4))
+    specs = model.tensors()
+    packed, whole = megatron_placements(model, Topology())[0], whole_tensors("hf", specs)
+    for source, destination in ((packed, whole), (whole, packed)):
+        plan = build_plan(specs, [source], [destination])
+        assert sum(len(bucket.copies) for bucket in plan.buckets) == len(specs)
+
+
 def test_a_transposed_slice_of_a_stack_is_a_box():
     """Expert 2 of a stack (3, 5, 7) that holds the transpose of an HF tensor (7, 5)."""
     stack = BufferSpec("w", "float32", (3, 5, 7))
@@ -201,6 +275,7 @@ def test_a_transposed_slice_of_a_stack_is_a_box():
     assert box_in_buffer(stack, 3, (5,), (1,)) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
 def test_a_box_survives_its_strided_form(shape, data):
     start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)

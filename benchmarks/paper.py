@@ -1,0 +1,223 @@
+"""Plans of the size of real models, on paper: dense ones by the tables, and a mixture of experts by hand on both sides.
+
+For tests and benches that need the shapes and none of the bytes. A sync records what live workers hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlsync.cli.paper import paper_worker
+from rlsync.families import model_of
+from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.placement.megatron import megatron_placements
+from rlsync.topology import Topology
+
+VOCAB_MULTIPLE = 64
+GPUS_PER_HOST = 8
+
+QWEN25_05B: Mapping[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+QWEN25_7B: Mapping[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+QWEN25_72B: Mapping[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Shelf:
+    """Collects the buffers of one holder; pieces are stacked along dim 0 of a buffer."""
+
+    holder: str
+    dtype: str
+    location: Location | None = None
+    buffers: list[BufferSpec] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
+
+    def put(self, buffer: str, parts: Sequence[tuple[str, Box]], *, padded_rows: int = 0) -> None:
+        """A buffer of boxes one below the other, and ``padded_rows`` rows of zeros."""
+        tail = parts[0][1].shape[1:]
+        row = contiguous_strides((1, *tail))[0]
+        rows = 0
+        for tensor, box in parts:
+            self.pieces.append(Piece(tensor, box, buffer, rows * row, contiguous_strides(box.shape)))
+            rows += box.shape[0]
+        if padded_rows:
+            shape = (padded_rows, *tail)
+            self.fills.append(Fill(buffer, rows * row, shape, contiguous_strides(shape)))
+        self.buffers.append(BufferSpec(buffer, self.dtype, (rows + padded_rows, *tail)))
+
+    def stack(self, buffer: str, layers: Sequence[Sequence[tuple[str, Box]]]) -> None:
+        """A 3-D buffer: each layer is a matrix of boxes one below the other."""
+        rows, columns = sum(box.shape[0] for _, box in layers[0]), layers[0][0][1].shape[1]
+        for index, parts in enumerate(layers):
+            row = 0
+            for tensor, box in parts:
+                self.pieces.append(Piece(tensor, box, buffer, (index * rows + row) * columns, (columns, 1)))
+                row += box.shape[0]
+        self.buffers.append(BufferSpec(buffer, self.dtype, (len(layers), rows, columns)))
+
+    def placement(self) -> Placement:
+        return Placement(self.holder, tuple(self.buffers), tuple(self.pieces), tuple(self.fills), self.location)
+
+
+def chunk(shape: Sequence[int], dim: int, rank: int, size: int) -> Box:
+    """The ``rank``-th of ``size`` equal chunks of a tensor along a dim."""
+    assert shape[dim] % size == 0, (shape, dim, size)
+    step = shape[dim] // size
+    start = tuple(rank * step if d == dim else 0 for d in range(len(shape)))
+    return Box(start, tuple(a + (step if d == dim else n) for d, (a, n) in enumerate(zip(start, shape, strict=True))))
+
+
+def place(index: int) -> Location:
+    """GPU ``index`` of a run with GPUS_PER_HOST to a host."""
+    return Location(f"host {index // GPUS_PER_HOST}", f"gpu {index % GPUS_PER_HOST}")
+
+
+def _vocabulary(shelf: Shelf, name: str, shape: tuple[int, int], tp_rank: int, tp_size: int) -> None:
+    rows = -(-shape[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // tp_size
+    begin, end = min(tp_rank * rows, shape[0]), min((tp_rank + 1) * rows, shape[0])
+    shelf.put(name, [(name, Box((begin, 0), (end, shape[1])))], padded_rows=rows - (end - begin))
+
+
+def _attention(shelf: Shelf, shapes: Mapping[str, tuple[int, ...]], layer: str, num_groups: int, tp_rank: int, tp_size: int) -> None:
+    """qkv_proj: this rank's query heads, then its key and its value heads, which ranks share where there are fewer than ranks."""
+    kv_size = min(tp_size, num_groups)
+    kv_rank = tp_rank * kv_size // tp_size
+    q, k, v, output = (f"{layer}.self_attn.{x}_proj.weight" for x in "qkvo")
+    fused = [(q, chunk(shapes[q], 0, tp_rank, tp_size)), *((x, chunk(shapes[x], 0, kv_rank, kv_size)) for x in (k, v))]
+    shelf.put(f"{layer}.self_attn.qkv_proj.weight", fused)
+    shelf.put(output, [(output, chunk(shapes[output], 1, tp_rank, tp_size))])
+
+
+def _whole(shelf: Shelf, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    if name in shapes:
+        shelf.put(name, [(name, Box.whole(shapes[name]))])
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Both sides of a plan."""
+
+    tensors: tuple[TensorSpec, ...]
+    sources: tuple[Placement, ...]
+    destinations: tuple[Placement, ...]
+
+
+def dense_case(config: Mapping[str, Any], topology: Topology, *, num_engines: int, engine_tp: int, colocated: bool = True) -> Case:
+    """Actor ranks and ``num_engines`` engines of a dense model, on the same GPUs or on other hosts."""
+    model = model_of(config)
+    actors = megatron_placements(model, topology)
+    first_gpu = 0 if colocated else -(-topology.world_size // GPUS_PER_HOST) * GPUS_PER_HOST
+    workers = [
+        paper_worker(model, rank, engine_tp, holder=f"engine {e} worker {rank}", location=place(first_gpu + e * engine_tp + rank))
+        for e in range(num_engines)
+        for rank in range(engine_tp)
+    ]
+    located = [replace(p, location=place(i)) for i, p in enumerate(actors)]
+    return Case(model.tensors(), tuple(located), tuple(workers))
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Sizes of a mixture of experts with plain attention."""
+
+    num_layers: int
+    num_experts: int
+    hidden: int
+    moe_ffn: int
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    vocab: int
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every HF tensor in layer order."""
+
+        def spec(name: str, *shape: int) -> TensorSpec:
+            return TensorSpec(name, "bfloat16", shape)
+
+        yield spec("model.embed_tokens.weight", self.vocab, self.hidden)
+        for i in range(self.num_layers):
+            layer, q, kv = f"model.layers.{i}", self.num_heads * self.head_dim, self.num_groups * self.head_dim
+            yield spec(f"{layer}.input_layernorm.weight", self.hidden)
+            for x, rows in (("q", q), ("k", kv), ("v", kv)):
+                yield spec(f"{layer}.self_attn.{x}_proj.weight", rows, self.hidden)
+            yield spec(f"{layer}.self_attn.o_proj.weight", self.hidden, q)
+            yield spec(f"{layer}.post_attention_layernorm.weight", self.hidden)
+            yield spec(f"{layer}.mlp.gate.weight", self.num_experts, self.hidden)
+            for e in range(self.num_experts):
+                expert = f"{layer}.mlp.experts.{e}"
+                yield spec(f"{expert}.gate_proj.weight", self.moe_ffn, self.hidden)
+                yield spec(f"{expert}.up_proj.weight", self.moe_ffn, self.hidden)
+                yield spec(f"{expert}.down_proj.weight", self.hidden, self.moe_ffn)
+        yield spec("model.norm.weight", self.hidden)
+        yield spec("lm_head.weight", self.vocab, self.hidden)
+
+    def actor(self, rank: int, ep_size: int, pp_size: int, world_size: int) -> Placement:
+        """A rank with TP=1: attention whole, a share of the experts, each under a name of its own; a stage of the layers."""
+        per_stage = world_size // pp_size
+        stage, ep_rank = rank // per_stage, rank % per_stage % ep_size
+        shapes = {t.name: t.shape for t in self.tensors()}
+        shelf = Shelf(f"actor {rank}", "bfloat16", place(rank))
+        step, held = self.num_layers // pp_size, self.num_experts // ep_size
+        for name in (*(["model.embed_tokens.weight"] if stage == 0 else []), *(_HEAD if stage == pp_size - 1 else [])):
+            _whole(shelf, shapes, name)
+        for i in range(stage * step, (stage + 1) * step):
+            layer = f"model.layers.{i}"
+            for name in (n for n in _SMALL if f"{layer}.{n}.weight" in shapes):
+                _whole(shelf, shapes, f"{layer}.{name}.weight")
+            for e in range(ep_rank * held, (ep_rank + 1) * held):
+                expert = f"{layer}.mlp.experts.{e}"
+                fc1 = [(f"{expert}.{x}_proj.weight", Box.whole((self.moe_ffn, self.hidden))) for x in ("gate", "up")]
+                shelf.put(f"{expert}.linear_fc1.weight", fc1)
+                _whole(shelf, shapes, f"{expert}.down_proj.weight")
+        return shelf.placement()
+
+    def worker(self, tp_rank: int, tp_size: int, holder: str, location: Location, *, expert_parallel: bool) -> Placement:
+        """A vLLM worker: attention divided, stacked experts; whole ones under expert parallelism, else a slice of each."""
+        shapes = {t.name: t.shape for t in self.tensors()}
+        shelf = Shelf(holder, "bfloat16", location)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            _vocabulary(shelf, name, (self.vocab, self.hidden), tp_rank, tp_size)
+        _whole(shelf, shapes, "model.norm.weight")
+        held = self.num_experts // tp_size if expert_parallel else self.num_experts
+        experts = range(tp_rank * held, (tp_rank + 1) * held) if expert_parallel else range(held)
+        at = (0, 1) if expert_parallel else (tp_rank, tp_size)
+        for i in range(self.num_layers):
+            layer = f"model.layers.{i}"
+            for name in ("input_layernorm", "post_attention_layernorm", "mlp.gate"):
+                _whole(shelf, shapes, f"{layer}.{name}.weight")
+            _attention(shelf, shapes, layer, self.num_groups, tp_rank, tp_size)
+            both = [[f"{layer}.mlp.experts.{e}.{x}_proj.weight" for x in ("gate", "up")] for e in experts]
+            shelf.stack(f"{layer}.mlp.experts.w13_weight", [[(n, chunk(shapes[n], 0, *at)) for n in pair] for pair in both])
+            downs = [f"{layer}.mlp.experts.{e}.down_proj.weight" for e in experts]
+            shelf.stack(f"{layer}.mlp.experts.w2_weight", [[(n, chunk(shapes[n], 1, *at))] for n in downs])
+        return shelf.placement()
+
+    def case(self, *, world_size: int, ep_size: int, pp_size: int, num_engines: int, engine_tp: int, expert_parallel: bool) -> Case:
+        actors = [self.actor(r, ep_size, pp_size, world_size) for r in range(world_size)]
+        workers = [
+            self.worker(r, engine_tp, f"engine {e} worker {r}", place(e * engine_tp + r), expert_parallel=expert_parallel)
+            for e in range(num_engines)
+            for r in range(engine_tp)
+        ]
+        return Case(tuple(self.tensors()), tuple(actors), tuple(workers))
+
+
+_HEAD = ["model.norm.weight", "lm_head.weight"]
+_SMALL = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate",
+)  # fmt: skip
+
+QWEN3_30B_A3B = Experts(48, 128, 2048, 768, 32, 4, 128, 151936)
