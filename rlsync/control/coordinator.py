@@ -141,7 +141,7 @@ class Coordinator:
         if self.phase != "connect" or peer.place != 0 or counts != (len(actors), len(workers)):
             self._fail(f"{peer} sent shares for {counts} actor ranks and workers in phase {self.phase}", peer)
             return
-        self._num_buckets, self._num_slots = len(message.actors[0].parts), message.actors[0].ring.num_slots
+        self._num_buckets, self._num_slots = len(message.actors[0].parts), message.actors[0].num_slots
         for member, actor in zip(actors, message.actors, strict=True):
             self._send(member.identity, m.Share(actor=actor))
         for member, worker in zip(workers, message.workers, strict=True):
@@ -170,7 +170,7 @@ class Coordinator:
         elif (message.attempt, message.version) != (sync.attempt, sync.version):
             self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
         else:
-            self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable))
+            self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
             self._begin_transfer(sync, now)
 
     def _begin_transfer(self, sync: Progress, now: float) -> None:
@@ -180,7 +180,8 @@ class Coordinator:
 
     def _open(self, message: m.Start, now: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
-        self._sync = Progress(message.attempt, message.version, self._num_buckets, self._num_slots)
+        group = 0 if self._sync is None else self._sync.group + (self._failure is not None)
+        self._sync = Progress(message.attempt, message.version, self._num_buckets, self._num_slots, group)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
@@ -199,7 +200,8 @@ class Coordinator:
                 self._tell_ready(identity, sync)
 
     def _tell_ready(self, identity: bytes, sync: Progress) -> None:
-        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sync.untold(identity, self._streams[identity])))
+        sums = sync.untold(identity, self._streams[identity])
+        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group))
 
     def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
         sync = self._sync
@@ -225,7 +227,7 @@ class Coordinator:
             self._fail(f"{peer} {outcome}", peer)
         elif outcome:
             for identity in sync.started:
-                self._send(identity, m.Writable(sync.attempt, sync.buckets_writable))
+                self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
 
     def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
         sync = self._current(message.attempt)
@@ -284,7 +286,7 @@ class Coordinator:
         assert sync is not None
         self.phase, self.deadline = phase, now + self._expected.timeout_s
         for identity in sync.started:
-            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable))
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
         if phase == "transfer":
             for identity in sync.joined:
                 self._tell_ready(identity, sync)

@@ -208,18 +208,23 @@ class Connected(Message):
 
 
 class Writable(Message):
-    """Buckets ``[0, buckets_writable)`` may be filled."""
+    """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages."""
 
     attempt: Count
     buckets_writable: Count
+    group: Count = 0
 
 
 class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told."""
+    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told.
+
+    ``group`` is the number of the group that carries messages.
+    """
 
     attempt: Count
     buckets_ready: Count
     sums: tuple[Sum, ...] = ()
+    group: Count = 0
 
 
 class Commit(Message):

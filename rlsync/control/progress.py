@@ -15,6 +15,7 @@ class Progress:
     """One attempt. Buckets are filled and taken in order; a slot is free when every worker is done with what was in it.
 
     Attributes:
+        group: number of the group that carries messages. A failed sync may leave some in it, so the next has one of its own.
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
         told: stream -> checksums of its regions, in the order in which buckets became ready.
@@ -24,6 +25,7 @@ class Progress:
     version: int
     num_buckets: int
     num_slots: int
+    group: int = 0
     started: set[bytes] = field(default_factory=set)
     filled: dict[bytes, int] = field(default_factory=dict)
     joined: dict[bytes, int] = field(default_factory=dict)

@@ -16,8 +16,20 @@ class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot_bytes: int
 
 
+class GroupInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A gloo group to join as ``rank``; its members meet at a store on ``host`` and ``port``.
+
+    ``members`` names them for errors: actor ranks in order, then the workers that get their bytes through the group.
+    """
+
+    host: str
+    port: int
+    rank: int
+    members: tuple[str, ...]
+
+
 class WorkerPart(msgspec.Struct, frozen=True, array_like=True):
-    """A worker's part of one bucket: where it begins in the slot (bytes), its length, and what lies in it."""
+    """A worker's part of one bucket: where it begins in the ring's slot (bytes), its length, and what lies in it."""
 
     offset: int
     nbytes: int
@@ -33,20 +45,43 @@ class ActorPart(msgspec.Struct, frozen=True, array_like=True):
     regions: tuple[Region, ...]
 
 
+class ActorParcel(msgspec.Struct, frozen=True, array_like=True):
+    """The regions of one stream and one bucket that an actor rank sends to member ``taker`` of the group.
+
+    ``whole_bytes`` is the length of the part where they are all of it, and 0 where other ranks give some.
+    """
+
+    stream: int
+    taker: int
+    whole_bytes: int
+    regions: tuple[Region, ...]
+
+
 class WorkerShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything a worker needs to take part. ``digest`` is that of the plan; ``parts`` are by bucket."""
+    """Everything a worker needs to take part. ``digest`` is that of the plan; ``parts`` are by bucket.
+
+    Its bytes come through ``group`` where there is one, and through ``ring`` otherwise.
+    """
 
     digest: str
-    ring: RingInfo
+    num_slots: int
     stream: int
     verify: str
     parts: tuple[WorkerPart, ...]
+    ring: RingInfo | None = None
+    group: GroupInfo | None = None
 
 
 class ActorShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything an actor rank needs to take part. ``parts`` are by bucket; a bucket to which it gives nothing is empty."""
+    """Everything an actor rank needs to take part, by bucket: what it puts into ``ring``, and what it sends in ``group``.
+
+    A bucket to which it gives nothing is empty.
+    """
 
     digest: str
-    ring: RingInfo
+    num_slots: int
     verify: str
     parts: tuple[tuple[ActorPart, ...], ...]
+    parcels: tuple[tuple[ActorParcel, ...], ...]
+    ring: RingInfo | None = None
+    group: GroupInfo | None = None

@@ -26,12 +26,13 @@ class Pull:
     Attributes:
         phase, bucket: where it stands, for the error that names them.
         buckets_ready: buckets that may be pulled.
+        group: number of the group that carries messages.
     """
 
     def __init__(self, share: WorkerShare, attempt: int) -> None:
         self.attempt = attempt
         self.phase, self.bucket = "begin", None
-        self.buckets_ready = -1
+        self.buckets_ready, self.group = -1, 0
         self._share = share
         self._sums: dict[int, int] = {}
         self._seconds = dict.fromkeys(("wait", "pull", "verify", "finalize"), 0.0)
@@ -41,7 +42,7 @@ class Pull:
 
     def hear(self, ready: m.Ready) -> None:
         """Take in what the coordinator says of the actor's side."""
-        self.buckets_ready = ready.buckets_ready
+        self.buckets_ready, self.group = ready.buckets_ready, ready.group
         self._sums.update((s.region, s.value) for s in ready.sums)
 
     def verify(self, part: WorkerPart, buffers: Mapping[str, torch.Tensor]) -> None:

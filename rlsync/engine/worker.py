@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -30,14 +30,43 @@ from rlsync.errors import RlsyncError, WeightSyncError
 GRACE_S = 2.0
 
 
-class MappedRing(Protocol):
-    """A ring as the receiver sees it."""
+# A link that breaks is often the echo of a fault that the coordinator names better; it is heard for so long first.
+_ECHO_S = 1.0
 
-    num_slots: int
+T = TypeVar("T")
 
-    def slot(self, index: int) -> torch.Tensor: ...
 
-    def close(self) -> None: ...
+class Inlet(Protocol):
+    """How the bytes of buckets come to this worker. No call blocks; each raises what has failed, ConnectionError where it is a link."""
+
+    @property
+    def fd(self) -> int | None:
+        """Readable when a call that gave None is worth repeating; None where no call does."""
+        ...
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that it takes in this process."""
+        ...
+
+    def join(self, group: int) -> bool | None:
+        """Begin a sync whose messages travel in the group of this number. True when this worker is in it."""
+        ...
+
+    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor | None:
+        """This worker's part of a bucket (1-D uint8) when it is here; it stays until a later bucket is asked for.
+
+        Buckets ``[0, buckets_ready)`` can be had; they are asked for in order, and not those of which this worker takes nothing.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """After an error: nothing is written any more to what ``fetch`` gave."""
+        ...
+
+    def close(self) -> None:
+        """Leave for good. Idempotent."""
+        ...
 
 
 @dataclass
@@ -64,7 +93,7 @@ class Receiver(WeightTransferEngine):
     """vLLM's weight-transfer engine of backend ``rlsync``. One for each worker process.
 
     Args:
-        attach: maps the ring that the coordinator announced: ``attach(path, token, num_slots, slot_bytes)``.
+        open_inlet: makes the way in that a share names, given the deadline of the phases in seconds.
         domain: names the shared memory this process sees.
     """
 
@@ -79,13 +108,13 @@ class Receiver(WeightTransferEngine):
         device: torch.device,
         model: torch.nn.Module,
         *,
-        attach: Callable[[str, str, int, int], MappedRing],
+        open_inlet: Callable[[WorkerShare, float], Inlet],
         domain: Callable[[], str],
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._attach, self._domain = attach, domain
+        self._open_inlet, self._domain = open_inlet, domain
         self._peer: Peer | None = None
-        self._ring: MappedRing | None = None
+        self._inlet: Inlet | None = None
         self._sink: Sink | None = None
         self._share: WorkerShare | None = None
         self._info: InitInfo | None = None
@@ -122,8 +151,9 @@ class Receiver(WeightTransferEngine):
         peer.close()
 
     def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
-        ring = share.ring
-        self._ring = self._attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+        assert self._info is not None
+        inlet = self._inlet = self._open_inlet(share, self._info.timeout_s)
+        self._until(lambda: inlet.join(0), 0, "all members of the group", lambda message: None, inlet)
         self._sink = intake.make_sink(tuple(part.segments for part in share.parts))
         self._share = share
 
@@ -132,36 +162,53 @@ class Receiver(WeightTransferEngine):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Take part in one sync, up to and including its commit. The model has the version, or an error is raised."""
-        if self._peer is None or self._sink is None or self._share is None:
+        if self._peer is None or self._sink is None or self._share is None or self._inlet is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
-        sink, pull = self._sink, Pull(self._share, update_info.attempt)
+        sink, inlet, pull = self._sink, self._inlet, Pull(self._share, update_info.attempt)
         try:
             with compat.config_scope(self.vllm_config):
                 self._peer.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
                 self._await_bucket(pull, -1)
+                self._until(lambda: inlet.join(pull.group), pull.attempt, "all members of the group", pull.hear, inlet)
                 sink.open()
                 pull.phase = "transfer"
                 for bucket, part in enumerate(self._share.parts):
                     pull.bucket = bucket
                     self._await_bucket(pull, bucket)
-                    self._take(sink, pull, part)
+                    self._take(sink, inlet, pull, part)
                     self._peer.send(m.Done(update_info.attempt, bucket))
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
-            self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes)))
+            self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + inlet.extra_bytes)))
             pull.phase, pull.bucket = "commit", None
             self._wait(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
             self._peer.send(m.Committed(update_info.attempt))
         except BaseException as error:
-            if not isinstance(error, WeightSyncError):
+            told = self._told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
+            if told is None and not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else pull.phase
                 self._peer.send(m.Failed(update_info.attempt, phase, _cause(error), bucket=pull.bucket))
+            inlet.abandon()
             sink.abandon()
+            if told is not None:
+                raise told from error
             raise
+
+    def _told_meanwhile(self, attempt: int) -> WeightSyncError | None:
+        """The error that the coordinator made everybody's, if it comes soon."""
+        assert self._peer is not None
+        deadline_s = time.monotonic() + _ECHO_S
+        try:
+            while True:
+                self._peer.receive(attempt, deadline_s)
+        except TimeoutError:
+            return None
+        except WeightSyncError as told:
+            return told
 
     def _await_bucket(self, pull: Pull, bucket: int) -> None:
         """Until ``bucket`` is ready, and in any case until the actor's side has answered."""
@@ -170,26 +217,28 @@ class Receiver(WeightTransferEngine):
                 what = "the actor's side" if bucket < 0 else f"bucket {bucket}"
                 pull.hear(self._wait(m.Ready, pull.attempt, what))
 
-    def _take(self, sink: Sink, pull: Pull, part: WorkerPart) -> None:
-        assert self._ring is not None and pull.bucket is not None
+    def _take(self, sink: Sink, inlet: Inlet, pull: Pull, part: WorkerPart) -> None:
+        bucket = pull.bucket
+        assert bucket is not None
         if part.nbytes == 0:
             return
         with pull.timed("pull"):
-            slot = self._ring.slot(pull.bucket % self._ring.num_slots)[part.offset : part.offset + part.nbytes]
-            sink.write(pull.bucket, slot, lambda buffers: pull.verify(part, buffers))
+            what = f"the bytes of bucket {bucket}"
+            slot = self._until(lambda: inlet.fetch(bucket, pull.buckets_ready), pull.attempt, what, pull.hear, inlet)
+            sink.write(bucket, slot, lambda buffers: pull.verify(part, buffers))
             self._synchronize()
 
     def finish_weight_update(self) -> None:
         """Nothing: the version was committed inside the update."""
 
     def shutdown(self) -> None:
-        """Leave the run and unmap the ring. Idempotent."""
+        """Leave the run and what brought its bytes. Idempotent."""
         if self._peer is not None:
             self._peer.send(m.Goodbye())
             self._peer.close()
-        if self._ring is not None:
-            self._ring.close()
-        self._peer = self._ring = self._sink = self._share = None
+        if self._inlet is not None:
+            self._inlet.close()
+        self._peer = self._inlet = self._sink = self._share = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -203,18 +252,29 @@ class Receiver(WeightTransferEngine):
 
     def _wait(self, kind: type[Any], attempt: int, what: str) -> Any:
         """The next message of ``kind``; ``Ready`` says a level and may come again after the last bucket was taken."""
+        found: list[Any] = []
+
+        def hear(message: m.FromCoordinator) -> None:
+            if isinstance(message, kind):
+                found.append(message)
+            elif not isinstance(message, m.Ready):
+                raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
+
+        return self._until(lambda: found.pop() if found else None, attempt, what, hear)
+
+    def _until(self, poll: Callable[[], T | None], attempt: int, what: str, hear: Callable[[Any], None], inlet: Inlet | None = None) -> T:
+        """What ``poll`` gives; it is asked again after each message, which ``hear`` gets, and whenever ``inlet`` has news."""
         assert self._peer is not None and self._info is not None
         limit_s = self._info.timeout_s + GRACE_S
         deadline_s = time.monotonic() + limit_s
-        while True:
+        while (result := poll()) is None:
             try:
-                message = self._peer.receive(attempt, deadline_s)
+                message = self._peer.receive(attempt, deadline_s, None if inlet is None else inlet.fd)
             except TimeoutError:
                 raise RuntimeError(f"nothing from {self._info.endpoint} within {limit_s:g} s while waiting for {what}") from None
-            if isinstance(message, kind):
-                return message
-            if not isinstance(message, m.Ready):
-                raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
+            if message is not None:
+                hear(message)
+        return result
 
     def _hello(self, info: InitInfo) -> m.WorkerHello:
         dp_index, worker_rank, world_size = compat.worker_place(self.parallel_config)

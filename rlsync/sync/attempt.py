@@ -20,6 +20,7 @@ from rlsync.sync.planning import Blueprint
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
+from rlsync.transport.gloo import Outbox
 
 # The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
 GRACE_S = 2.0
@@ -34,6 +35,7 @@ class Connection:
     lane: Lane
     source: Source
     filler: Filler
+    outbox: Outbox | None
     engines: tuple[EngineHandle, ...]
     config: SyncConfig
     blueprint: Blueprint | None = None
@@ -59,7 +61,7 @@ class Attempt:
         self._link, self._tasks, self._attempt, self._version = connection, tasks, attempt, version
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
-        self._filled, self._writable, self._filling = 0, 0, True
+        self._filled, self._writable, self._group, self._filling = 0, 0, 0, True
         self._pending: dict[str, set[str]] = {}
         self._marks: dict[str, float] = {}
         self._seconds = {"begin": 0.0, "fill": 0.0}
@@ -83,7 +85,7 @@ class Attempt:
                 for outcome in self._tasks.finished():
                     self._take(outcome)
             elif isinstance(message, m.Writable):
-                self._writable = message.buckets_writable
+                self._writable, self._group = message.buckets_writable, message.group
             elif isinstance(message, m.AllCommitted):
                 self._committed = message
             elif isinstance(message, m.Finished):
@@ -98,11 +100,11 @@ class Attempt:
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
         if outcome.error is not None:
-            phase = {"fill": "transfer", "update": "transfer", "caches": "commit"}.get(kind, kind)
-            engine, bucket = (which, None) if kind not in ("begin", "fill") else (None, which)
+            phase = {"join": "begin", "fill": "transfer", "update": "transfer", "caches": "commit"}.get(kind, kind)
+            engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (None, which)
             self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
-        elif kind in ("begin", "fill"):
-            self._seconds[kind] += outcome.seconds
+        elif kind in ("begin", "join", "fill"):
+            self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
             self._filling = False
             if kind == "fill":
                 self._filled += 1
@@ -114,10 +116,14 @@ class Attempt:
                 self._engine_s[which] = outcome.seconds
 
     def _fill_next(self) -> None:
-        """Fill the next bucket as soon as its slot is free."""
-        bucket = self._filled
-        if not self._filling and bucket < min(self._writable, self._link.num_buckets):
-            self._filling = True
+        """Fill the next bucket as soon as its slot is free, and the group is there that carries its messages."""
+        bucket, outbox, group = self._filled, self._link.outbox, self._group
+        if self._filling or bucket >= min(self._writable, self._link.num_buckets):
+            return
+        self._filling = True
+        if outbox is not None and outbox.number != group:
+            self._link.lane.submit(self._tasks, ("join", None), lambda: outbox.join(group))
+        else:
             self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.filler.fill(bucket, self._attempt))
 
     def _advance(self) -> None:
@@ -149,7 +155,7 @@ class Attempt:
         at, times, blueprint = self._marks, self._committed.times, self._link.blueprint
         return SyncReport(
             version=self._version,
-            transport="shm",
+            transport=blueprint.transport,
             sinks=tuple(sorted(set(self._link.sinks))),
             verify=self._link.config.verify,
             bytes=blueprint.nbytes,

@@ -9,6 +9,9 @@ from rlsync.errors import ConfigError
 from rlsync.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
+TRANSPORTS = ("auto", "shm", "gloo")
+# Nobody can dial these, and nothing should listen on networks that nobody named.
+_EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
 _PAUSE_MODES = ("abort", "wait", "keep")
 
 
@@ -24,16 +27,17 @@ class SyncConfig:
             ``loaders`` as whole HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
             the first sync, and each at least once in ``rlsync.verification.SAMPLE_PERIOD`` consecutive ones.
-        transport: how bytes get to the workers; ``auto`` is ``shm``.
+        transport: how bytes get to the workers: ``shm`` through shared memory, ``gloo`` as messages; ``auto`` is ``shm`` for each
+            worker that shares /dev/shm with all actor ranks, and ``gloo`` for the others.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
-        bind_host: address on which rank 0 listens for actor ranks and engine workers.
+        bind_host: address on which rank 0 listens for actor ranks and engine workers; those of other hosts have to reach it.
     """
 
     bucket_bytes: int = 256 * 2**20
     num_slots: int = 2
     timeout_s: float = 600.0
     sink: Literal["auto", "direct", "layerwise", "loaders"] = "auto"
-    transport: Literal["auto", "shm"] = "auto"
+    transport: Literal["auto", "shm", "gloo"] = "auto"
     verify: Literal["off", "sampled", "full"] = "sampled"
     pause_mode: Literal["abort", "wait", "keep"] = "abort"
     bind_host: str = "127.0.0.1"
@@ -45,10 +49,12 @@ class SyncConfig:
             raise ConfigError(f"weight_sync.num_slots is {self.num_slots}; it must be at least 1, and 2 to overlap filling and loading")
         if not self.timeout_s > 0:
             raise ConfigError(f"weight_sync.timeout_s is {self.timeout_s}; it must be positive")
+        if self.bind_host in _EVERY_ADDRESS:
+            raise ConfigError(f"weight_sync.bind_host is {self.bind_host!r}, which is every address; name the one that engines can reach")
         for key, value, known in (
             ("sink", self.sink, SINKS),
             ("verify", self.verify, MODES),
-            ("transport", self.transport, ("auto", "shm")),
+            ("transport", self.transport, TRANSPORTS),
             ("pause_mode", self.pause_mode, _PAUSE_MODES),
         ):
             if value not in known:

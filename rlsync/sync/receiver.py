@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rlsync.engine.worker import Receiver
-from rlsync.transport.shm import Ring, shm_domain
+from rlsync.sync.inlets import open_inlet
+from rlsync.transport.shm import shm_domain
 
 
 def make_receiver(config: Any, vllm_config: Any, device: Any, model: Any) -> Receiver:
     """vLLM's factory call for backend ``rlsync``, in each worker when its model is loaded."""
-    return Receiver(config, vllm_config, device, model, attach=Ring.attach, domain=shm_domain)
+    return Receiver(config, vllm_config, device, model, open_inlet=open_inlet, domain=shm_domain)

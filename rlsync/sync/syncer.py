@@ -21,18 +21,19 @@ import zmq
 from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import Peer, pid_domain, to_exception
-from rlsync.control.roster import Expected
+from rlsync.control.roster import Expected, some
 from rlsync.control.server import CoordinatorServer
-from rlsync.control.shares import ActorShare, RingInfo
+from rlsync.control.shares import ActorShare, GroupInfo, RingInfo
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
 from rlsync.sync.config import SyncConfig
-from rlsync.sync.filling import Filler
+from rlsync.sync.filling import Filler, make_outbox
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
 from rlsync.sync.tasks import Lane, Tasks
+from rlsync.transport.gloo import Outbox, Rendezvous
 from rlsync.transport.shm import Ring, shm_domain
 
 _log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class WeightSyncer:
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
         self._peer: Peer | None = None
         self._ring: Ring | None = None
+        self._outbox: Outbox | None = None
+        self._rendezvous: Rendezvous | None = None
         self._server: CoordinatorServer | None = None
         self._tasks = Tasks()
         self._connection: Connection | None = None
@@ -113,8 +116,10 @@ class WeightSyncer:
         _log.info(
             "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d streams and %d buckets, transport %s, sinks %s",
             self._world_size, len(blueprint.stream_of), len(self._engines), blueprint.nbytes / 1e9, blueprint.num_streams,
-            len(blueprint.parts), "shm", ", ".join(sorted(set(self._sinks))),
+            len(blueprint.parts), blueprint.transport, ", ".join(sorted(set(self._sinks))),
         )  # fmt: skip
+        if blueprint.remote:
+            _log.info("gloo serves %s", some(list(blueprint.members[self._world_size :])))
 
     def _invite(self) -> _Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""
@@ -166,13 +171,23 @@ class WeightSyncer:
             }
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
         share = self._await_connected()
-        assert self._ring is not None
-        self._ring.unlink()
+        if self._ring is not None:
+            self._ring.unlink()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        filler = Filler(share, self._source.buffers, [self._ring.slot(i) for i in range(self._ring.num_slots)])
+        slots = [] if self._ring is None else [self._ring.slot(i) for i in range(self._ring.num_slots)]
+        filler = Filler(share, self._source.buffers, slots, self._outbox)
         self._connection = Connection(
-            self._peer, len(share.parts), lane, self._source, filler, self._engines, self._config, self._blueprint, self._sinks
+            self._peer,
+            len(share.parts),
+            lane,
+            self._source,
+            filler,
+            self._outbox,
+            self._engines,
+            self._config,
+            self._blueprint,
+            self._sinks,
         )
 
     def _await_connected(self) -> ActorShare:
@@ -183,41 +198,48 @@ class WeightSyncer:
             message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 pending.discard(outcome.key)
-                if outcome.error is not None:
+                if outcome.key is None:
+                    self._peer.send(m.Attached() if outcome.error is None else m.Failed(0, "connect", describe(outcome.error)))
+                elif outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
             if isinstance(message, m.Surveyed):
-                self._peer.send(self._guarded(partial(self._plan, message)))
+                try:
+                    self._peer.send(self._plan(message))
+                except Exception as error:
+                    # What goes wrong on this rank becomes everybody's error, in the words of the coordinator.
+                    self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Share):
                 share = message.actor
                 assert share is not None
-                self._peer.send(self._guarded(partial(self._attach, share.ring)))
+                self._outbox = make_outbox(share, self._config.timeout_s)
+                self._tasks.spawn(None, partial(self._attach, share, self._outbox))
             elif isinstance(message, m.Connected):
                 connected = True
         assert share is not None
         return share
 
-    def _guarded(self, act: Callable[[], m.Planned | m.Attached]) -> m.Planned | m.Attached | m.Failed:
-        """What goes wrong on this rank becomes everybody's error, in the words of the coordinator."""
-        try:
-            return act()
-        except Exception as error:
-            return m.Failed(0, "connect", describe(error))
-
     def _plan(self, survey: m.Surveyed) -> m.Planned:
-        """Rank 0: decide who does what, and make the ring that it takes."""
+        """Rank 0: decide who does what, and make the ring and the meeting place that it takes."""
         for hello, record in zip(survey.workers, survey.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
         self._blueprint = draw_up(self._source.tensors, self._source.placements, survey, self._config)
         self._sinks = tuple(record.sink for record in survey.records)
-        self._ring = Ring.create(self._config.num_slots, self._blueprint.slot_bytes)
-        ring = RingInfo(str(self._ring.path), self._ring.token, self._ring.num_slots, self._ring.slot_bytes)
-        return m.Planned(*self._blueprint.shares(self._world_size, ring, self._config.verify))
+        config, blueprint, ring, group = self._config, self._blueprint, None, None
+        if blueprint.slot_bytes:
+            self._ring = Ring.create(config.num_slots, blueprint.slot_bytes)
+            ring = RingInfo(str(self._ring.path), self._ring.token, self._ring.num_slots, self._ring.slot_bytes)
+        if blueprint.remote:
+            self._rendezvous = Rendezvous(config.bind_host, config.timeout_s)
+            group = GroupInfo(config.bind_host, self._rendezvous.port, 0, blueprint.members)
+        return m.Planned(*blueprint.shares(self._world_size, config.num_slots, config.verify, ring=ring, group=group))
 
-    def _attach(self, ring: RingInfo) -> m.Attached:
-        if self._ring is None:
+    def _attach(self, share: ActorShare, outbox: Outbox | None) -> None:
+        ring = share.ring
+        if ring is not None and self._ring is None:
             self._ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
-        return m.Attached()
+        if outbox is not None:
+            outbox.join(0)
 
     # Sync.
 
@@ -240,6 +262,8 @@ class WeightSyncer:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # It arose on this rank alone; the others are told instead of left to their deadline.
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
+            if self._outbox is not None:
+                self._outbox.abandon()
             for engine in self._engines:
                 engine.mark_dirty(str(error))
             raise
@@ -247,7 +271,7 @@ class WeightSyncer:
         return report
 
     def close(self) -> None:
-        """Leave: unmap the ring, close the channel. Engines keep what they serve. Idempotent; waits for nobody."""
+        """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody."""
         if self._peer is not None:
             self._peer.send(m.Goodbye())
             self._peer.close()
@@ -255,9 +279,12 @@ class WeightSyncer:
             self._connection.lane.stop()
         if self._ring is not None:
             self._ring.close()
+        if self._outbox is not None:
+            self._outbox.abandon()
         if self._server is not None:
             self._server.stop()
-        self._peer = self._ring = self._server = self._connection = self._blueprint = None
+        self._peer = self._ring = self._outbox = self._rendezvous = None
+        self._server = self._connection = self._blueprint = None
 
     def __enter__(self) -> WeightSyncer:
         return self

@@ -74,12 +74,12 @@ class Lane:
     Always the same thread, because OpenMP keeps a team of threads for each thread that calls it, and CUDA a device.
     """
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None], name: str = "rlsync-filler") -> None:
         self._prepare = prepare
         self._calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
-        threading.Thread(target=self._run, name="rlsync-filler", daemon=True).start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, tasks: Tasks, key: Any, call: Callable[[], Any]) -> None:
         self._idle.clear()

@@ -1,4 +1,4 @@
-"""Claims about WeightSyncer over the real channel and the real ring, with engines that are a thread and a dictionary.
+"""Claims about WeightSyncer over the real channel and the real transports, with engines that are a thread and a dictionary.
 
 The engine is the only stand-in: what it does with the tensors is proved on real ones in tests/integration.
 """
@@ -19,12 +19,14 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.shares import WorkerShare
 from rlsync.engine.pull import MismatchError, Pull
+from rlsync.engine.worker import Inlet
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.filling import Filling
-from rlsync.transport.shm import Ring, shm_domain
+from rlsync.sync.inlets import open_inlet
+from rlsync.transport.shm import shm_domain
 from rlsync.verification import SAMPLE_PERIOD
 
 TIMEOUT_S = 1.0
@@ -60,18 +62,18 @@ def tensor(version: int, bucket: int) -> torch.Tensor:
 
 
 class ThreadEngine:
-    """An EngineHandle with two workers, each a Peer that copies buckets into ``weights``."""
+    """An EngineHandle with two workers, each a Peer that copies buckets into ``weights``. ``domain`` is the /dev/shm it claims to see."""
 
     def __init__(self, engine_id: str, num_workers: int = 2) -> None:
         self.engine_id, self.num_workers, self.workers = engine_id, num_workers, num_workers
         self.weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_workers)]
         self.calls: list[str] = []
-        self.dirty = ""
+        self.dirty, self.domain, self.inlet_timeout_s = "", shm_domain(), TIMEOUT_S
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
         self.on_hold: Callable[[int, dict[str, torch.Tensor]], None] = lambda worker, weights: None
         self._peers: list[Peer] = []
-        self._rings: list[Ring] = []
+        self._inlets: list[Inlet] = []
         self._shares: list[WorkerShare] = []
 
     def _in_workers(self, call: Callable[[int], None]) -> None:
@@ -95,9 +97,9 @@ class ThreadEngine:
         info = self.change_info(dict(init_info))
         # A pid domain of its own: the deaths of threads cannot be watched.
         place = (info["token"], info["run_id"], info["engine_id"], 0)
-        about = (self.workers, "here", shm_domain(), "threads", 1, None, "none")
+        about = (self.workers, "here", self.domain, "threads", 1, None, "none")
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about)) for i in range(self.workers)]
-        self._rings = [None] * self.workers  # type: ignore[list-item]
+        self._inlets = [None] * self.workers  # type: ignore[list-item]
         self._shares = [None] * self.workers  # type: ignore[list-item]
 
         def connect(worker: int) -> None:
@@ -108,8 +110,8 @@ class ThreadEngine:
             share = peer.receive(0, time.monotonic() + timeout_s)
             assert isinstance(share, m.Share)
             self._shares[worker] = share.worker
-            ring = share.worker.ring
-            self._rings[worker] = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+            inlet = self._inlets[worker] = open_inlet(share.worker, self.inlet_timeout_s)
+            until(lambda: inlet.join(0), peer, 0, inlet, lambda message: None)
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
             peer.send(m.Attached())
             assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
@@ -124,19 +126,18 @@ class ThreadEngine:
         self._in_workers(lambda worker: self._update(worker, update_info["attempt"], update_info["version"]))
 
     def _update(self, worker: int, attempt: int, version: int) -> None:
-        peer, ring, share = self._peers[worker], self._rings[worker], self._shares[worker]
+        peer, inlet, share = self._peers[worker], self._inlets[worker], self._shares[worker]
         weights, pull = self.weights[worker], Pull(share, attempt)
         deadline = time.monotonic() + 10
         try:
             peer.send(m.Joined(attempt, version))
+            until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, inlet, pull.hear)
+            until(lambda: inlet.join(pull.group), peer, attempt, inlet, pull.hear)
             for bucket, part in enumerate(share.parts):
                 pull.bucket = bucket
-                while pull.buckets_ready <= bucket:
-                    message = peer.receive(attempt, deadline)
-                    assert isinstance(message, m.Ready)
-                    pull.hear(message)
+                until(lambda bucket=bucket: True if pull.buckets_ready > bucket else None, peer, attempt, inlet, pull.hear)
                 self.on_bucket(worker, bucket)
-                slot = ring.slot(bucket % ring.num_slots)[part.offset : part.offset + part.nbytes]
+                slot = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
                 for segment in part.segments:
                     flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
                     weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
@@ -151,6 +152,7 @@ class ThreadEngine:
             if not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else "transfer"
                 peer.send(m.Failed(attempt, phase, str(error), bucket=pull.bucket))
+            inlet.abandon()
             raise
 
     def reset_caches(self, timeout_s: float) -> None:
@@ -162,6 +164,16 @@ class ThreadEngine:
 
     def mark_dirty(self, reason: str) -> None:
         self.dirty = reason
+
+
+def until(poll: Callable[[], Any], peer: Peer, attempt: int, inlet: Inlet, hear: Callable[[Any], None]) -> Any:
+    """What ``poll`` gives, asked again after every message and whenever the inlet has news."""
+    deadline = time.monotonic() + 10
+    while (result := poll()) is None:
+        message = peer.receive(attempt, deadline, inlet.fd)
+        if message is not None:
+            hear(message)
+    return result
 
 
 class Actors:
@@ -464,6 +476,7 @@ def test_errors_cross_processes() -> None:
         {"sink": "copy"},
         {"verify": "some"},
         {"transport": "nccl"},
+        {"bind_host": "0.0.0.0"},
         {"pause_mode": "stop"},
     ],
 )

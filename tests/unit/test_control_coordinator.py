@@ -15,8 +15,8 @@ from rlsync.placement.huggingface import whole_tensors
 CATALOGUE = m.Catalogue(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")
 RECORDED = m.Recorded(whole_tensors("engine e0", CATALOGUE.tensors), "direct")
 RING = RingInfo("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096)
-ACTOR_SHARE = ActorShare("plan", RING, "off", ((),) * 4)
-WORKER_SHARE = WorkerShare("plan", RING, 0, "off", (WorkerPart(0, 16, (), ()),) * 4)
+ACTOR_SHARE = ActorShare("plan", 2, "off", ((),) * 4, ((),) * 4, ring=RING)
+WORKER_SHARE = WorkerShare("plan", 2, 0, "off", (WorkerPart(0, 16, (), ()),) * 4, ring=RING)
 PLANNED = m.Planned((ACTOR_SHARE,) * 2, (WORKER_SHARE,) * 2)
 TIMES = m.WorkerTimes(0.1, 0.2, 0.3, 0.4, 5)
 TIMEOUT_S = 10.0
@@ -316,7 +316,20 @@ def test_late_answers_to_a_failed_sync_are_no_answers_to_the_next() -> None:
     run.begin(attempt=2)
     run.tell("a0", m.Filled(1, 0, 8))
     run.tell("a1", m.Filled(2, 0, 8))
-    assert run.last("w0") == m.Ready(2, 0)
+    assert run.last("w0") == m.Ready(2, 0, group=1)
+
+
+def test_a_failed_sync_takes_its_group_along_and_a_complete_one_keeps_it() -> None:
+    run = Run()
+    for attempt, outcome, group in ((1, "complete", 0), (2, "failed", 0), (3, "failed", 1), (4, "complete", 2), (5, "complete", 2)):
+        run.begin(version=attempt, attempt=attempt)
+        for peer in ("a0", "a1", "w0", "w1"):
+            assert run.last(peer).group == group
+        if outcome == "failed":
+            run.tell("w1", m.Failed(attempt, "transfer", "boom"))
+        else:
+            run.transfer(attempt)
+            run.finish(attempt)
 
 
 def test_an_actor_rank_that_enters_late_learns_of_the_failure() -> None:

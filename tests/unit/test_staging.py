@@ -36,7 +36,7 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2) -> 
     """Fill and empty every bucket, through slots that are used again; returns the buffers of every destination."""
     parts = lay_out(plan)
     blueprint = Blueprint(plan, parts, tuple(range(len(plan.destinations))), traffic(plan))
-    actors, workers = blueprint.shares(len(sources), RingInfo("", "", num_slots, blueprint.slot_bytes), "off")
+    actors, workers = blueprint.shares(len(sources), num_slots, "off", ring=RingInfo("", "", num_slots, blueprint.slot_bytes), group=None)
     slots = [torch.randint(0, 255, (blueprint.slot_bytes,), dtype=torch.uint8) for _ in range(num_slots)]
     fillers = [Filler(share, buffers, slots) for share, buffers in zip(actors, sources, strict=True)]
     filled = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in p.buffers} for p in plan.destinations]

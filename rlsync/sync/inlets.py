@@ -1,0 +1,114 @@
+"""How the bytes of buckets come to an engine worker: out of the ring that it maps, or as messages of a group.
+
+Both are an ``rlsync.engine.worker.Inlet``: no call blocks. Owns the thread in which messages are waited for.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from rlsync.control.shares import RingInfo, WorkerShare
+from rlsync.engine.worker import Inlet
+from rlsync.sync.tasks import Lane, Tasks
+from rlsync.transport.gloo import Group, Inbox
+from rlsync.transport.shm import Ring
+
+
+def open_inlet(share: WorkerShare, timeout_s: float) -> Inlet:
+    """The way in that a share names. ``timeout_s``: of the phases."""
+    if share.group is not None:
+        return GroupInlet(share, timeout_s)
+    assert share.ring is not None
+    return RingInlet(share, share.ring)
+
+
+class RingInlet:
+    """A bucket that is ready can be read."""
+
+    fd = None
+    extra_bytes = 0
+
+    def __init__(self, share: WorkerShare, ring: RingInfo) -> None:
+        self._parts = share.parts
+        self._ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+
+    def join(self, group: int) -> bool:
+        return True
+
+    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor:
+        part = self._parts[bucket]
+        return self._ring.slot(bucket % self._ring.num_slots)[part.offset : part.offset + part.nbytes]
+
+    def abandon(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._ring.close()
+
+
+class GroupInlet:
+    """A bucket that is ready is asked for as soon as there is memory for it, while those before it are taken in.
+
+    Each group has a thread and memory of its own, so that nothing that is left over of one gets into the next.
+    """
+
+    def __init__(self, share: WorkerShare, timeout_s: float) -> None:
+        self._share, self._timeout_s = share, timeout_s
+        self._group: Group | None = None
+        self._inbox: Inbox | None = None
+        self._tasks, self._lane = Tasks(), Lane(lambda: None, name="rlsync-inlet")
+        self._arrived: dict[Any, Any] = {}
+        self._num_asked = 0
+
+    @property
+    def fd(self) -> int:
+        return self._tasks.fd
+
+    @property
+    def extra_bytes(self) -> int:
+        return 0 if self._inbox is None else self._inbox.nbytes
+
+    def join(self, group: int) -> bool | None:
+        if self._group is None or self._group.number != group:
+            self.abandon()
+            assert self._share.group is not None
+            made = self._group = Group(self._share.group, group, self._timeout_s)
+            self._tasks, self._lane = Tasks(), Lane(lambda: None, name="rlsync-inlet")
+            self._lane.submit(self._tasks, "open", lambda: self._open(made))
+        self._collect()
+        self._inbox = self._arrived.pop("open", self._inbox)
+        self._num_asked = 0
+        return None if self._inbox is None else True
+
+    def _open(self, group: Group) -> Inbox:
+        group.open()
+        return Inbox(group, self._share.parts, self._share.num_slots)
+
+    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor | None:
+        inbox = self._inbox
+        assert inbox is not None
+        for number in range(self._num_asked, min(buckets_ready, bucket + self._share.num_slots)):
+            self._num_asked = number + 1
+            if self._share.parts[number].nbytes:
+                self._lane.submit(self._tasks, number, partial(inbox.receive, number))
+        self._collect()
+        return self._arrived.pop(bucket, None)
+
+    def _collect(self) -> None:
+        for outcome in self._tasks.finished():
+            if outcome.error is not None:
+                raise outcome.error
+            self._arrived[outcome.key] = outcome.result
+
+    def abandon(self) -> None:
+        if self._group is not None:
+            self._group.abandon()
+        self._lane.stop()
+        self._group = self._inbox = None
+        self._arrived, self._num_asked = {}, 0
+
+    def close(self) -> None:
+        self.abandon()

@@ -1,0 +1,148 @@
+"""Claims about messages between actor ranks and workers, over real gloo groups, with engines that are a thread and a dictionary."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlsync.errors import WeightSyncError
+from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
+
+TIMEOUT_S = 3.0
+
+
+@pytest.fixture
+def engines() -> list[ThreadEngine]:
+    """Two engines; the first says that it is on another host."""
+    made = [ThreadEngine("far"), ThreadEngine("near")]
+    made[0].domain = "another"
+    for engine in made:
+        engine.inlet_timeout_s = TIMEOUT_S
+    return made
+
+
+@pytest.fixture
+def actors(engines: list[ThreadEngine]) -> Iterator[Actors]:
+    made = Actors(engines, timeout_s=TIMEOUT_S, verify="full")
+    made.connect()
+    yield made
+    made.close()
+
+
+def both_hold(engines: list[ThreadEngine], version: int) -> bool:
+    return all(holds(engine, version) for engine in engines)
+
+
+def test_each_worker_gets_what_it_can_reach_and_both_ways_carry_the_same(actors: Actors, engines: list[ThreadEngine]) -> None:
+    for version in (1, 2, 3):
+        report = actors.sync(version)
+        assert both_hold(engines, version)
+        assert not holds(engines[0], version + 1)
+        assert report.transport == "gloo+shm"
+        assert report.bytes == 3 * 4 * sum(SIZES), "two workers far away, and two that share a stream"
+        assert report.max_redundancy == 1.0
+
+
+@pytest.mark.parametrize(("num_slots", "transport"), [(1, "gloo"), (3, "auto"), (8, "gloo")])
+def test_any_number_of_slots_carries_the_same_bytes(engines: list[ThreadEngine], num_slots: int, transport: str) -> None:
+    actors = Actors(engines, num_slots=num_slots, transport=transport, timeout_s=TIMEOUT_S)
+    actors.connect()
+    for version in (1, 2):
+        assert actors.sync(version).transport == ("gloo" if transport == "gloo" else "gloo+shm")
+        assert both_hold(engines, version)
+    actors.close()
+
+
+def test_shared_memory_where_there_is_none_is_refused(engines: list[ThreadEngine]) -> None:
+    error = Actors(engines, transport="shm").failure(lambda s: s.connect())
+    assert "engine far worker 0" in error.cause
+    assert "does not share /dev/shm" in error.cause
+
+
+@pytest.mark.parametrize("bucket", [0, 2, 4])
+def test_the_sync_after_a_failed_fill_is_right_in_the_same_connection(actors: Actors, engines: list[ThreadEngine], bucket: int) -> None:
+    def boom(at: int) -> None:
+        if at == bucket:
+            raise ZeroDivisionError("cursed")
+
+    actors.sources[1].on_fill = boom
+    for _ in range(2):
+        error = actors.failure(lambda s: s.sync(1))
+        assert (error.phase, error.bucket) == ("transfer", bucket)
+        assert "cursed" in error.cause
+    actors.sources[1].on_fill = lambda at: None
+    for version in (1, 2):
+        actors.sync(version)
+        assert both_hold(engines, version)
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engines: list[ThreadEngine], engine: int) -> None:
+    def boom(worker: int, bucket: int) -> None:
+        if (worker, bucket) == (1, 2):
+            raise KeyError("no such layer")
+
+    engines[engine].on_bucket = boom
+    error = actors.failure(lambda s: s.sync(1))
+    assert (error.engine, error.bucket) == (engines[engine].engine_id, 2)
+    assert "no such layer" in error.cause
+    engines[engine].on_bucket = lambda worker, bucket: None
+    actors.sync(1)
+    assert both_hold(engines, 1)
+
+
+def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> None:
+    engines[0].on_hold = lambda worker, weights: weights["w2"].neg_() if worker == 1 else None
+    error = actors.failure(lambda s: s.sync(1))
+    assert (error.phase, error.engine, error.bucket) == ("verify", "far", 2)
+
+
+def test_a_filler_that_hangs_is_found_by_the_deadline(actors: Actors) -> None:
+    release = threading.Event()
+    actors.sources[1].on_fill = lambda bucket: release.wait(30) if bucket == 1 else None
+    started_s = time.monotonic()
+    error = actors.failure(lambda s: s.sync(1))
+    assert time.monotonic() - started_s < TIMEOUT_S + 3
+    assert "actor rank 1" in error.cause
+    assert "still inside the source" in actors.failure(lambda s: s.sync(1)).cause
+    release.set()
+
+
+def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
+    release = threading.Event()
+    engines[0].on_bucket = lambda worker, bucket: release.wait(30) if (worker, bucket) == (0, 2) else None
+    started_s = time.monotonic()
+    error = actors.failure(lambda s: s.sync(1))
+    release.set()
+    assert time.monotonic() - started_s < TIMEOUT_S + 3
+    assert (error.engine, error.bucket, error.phase) == ("far", 2, "transfer")
+
+
+def test_a_worker_that_does_not_come_to_the_new_group_is_named(actors: Actors, engines: list[ThreadEngine]) -> None:
+    engines[0].on_bucket = lambda worker, bucket: 1 / 0
+    actors.failure(lambda s: s.sync(1))
+    engines[0].on_bucket = lambda worker, bucket: None
+    inlet: Any = engines[0]._inlets[1]
+    inlet.join = lambda group: None
+    error = actors.failure(lambda s: s.sync(1))
+    assert "engine far worker 1" in error.cause
+    assert "did not come to the gloo group" in error.cause
+    del inlet.join
+    actors.sync(1)
+    assert both_hold(engines, 1)
+
+
+def test_a_new_connection_starts_over(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(1)
+    actors.close()
+    with pytest.raises(WeightSyncError, match="not connected"):
+        actors.syncers[0].sync(2)
+    again = Actors(engines, timeout_s=TIMEOUT_S)
+    again.connect()
+    again.sync(2)
+    again.close()
+    assert both_hold(engines, 2)
