@@ -16,18 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlsync", description="Keeps vLLM engines equal to a Megatron-Core actor.")
     parser.add_argument("--version", action="version", version=f"rlsync {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="check versions, GPUs and shared memory of this machine, and say what to do")
+    doctor.add_arguments(commands.add_parser("doctor", help="check software, GPUs, memory and network of this machine, and say what to do"))
     plan.add_arguments(commands.add_parser("plan", help="what a sync of a model between two layouts moves and needs, on paper"))
     verify.add_arguments(commands.add_parser("verify", help="compare the weights of two Hugging Face folders bit for bit"))
     arguments = parser.parse_args(argv)
     try:
-        return {"doctor": _doctor, "plan": plan.run, "verify": verify.run}[arguments.command](arguments)
+        return {"doctor": doctor.run, "plan": plan.run, "verify": verify.run}[arguments.command](arguments)
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    findings = doctor.examine()
-    print("\n".join(map(str, findings)))
-    return 1 if any(finding.level == "error" for finding in findings) else 0

@@ -1,4 +1,4 @@
-"""Claims about the command line and about what it finds on a machine."""
+"""Claims about the command line as a whole, and about which requirements an interpreter meets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlsync import __version__
-from rlsync.cli import doctor, main
+from rlsync.cli import main
 from rlsync.cli.requirements import declared, unmet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,24 +28,6 @@ def test_unmet_minds_markers_and_extras() -> None:
 
 def test_development_environment_meets_what_is_declared() -> None:
     assert unmet(declared(ROOT / "pyproject.toml", ("runner", "dev"))) == []
-
-
-def test_doctor_fails_exactly_when_it_finds_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    fine, wrong = doctor.Finding("warning", "little memory", "add some"), doctor.Finding("error", "no memory", "add some")
-    monkeypatch.setattr(doctor, "examine", lambda: [fine])
-    assert main(["doctor"]) == 0
-    monkeypatch.setattr(doctor, "examine", lambda: [fine, wrong])
-    assert main(["doctor"]) == 1
-    assert "-> add some" in capsys.readouterr().out
-
-
-def test_doctor_names_python_outside_the_range() -> None:
-    assert doctor._python((3, 11)).level == doctor._python((3, 12)).level == "ok"
-    assert doctor._python((3, 10)).level == doctor._python((3, 13)).level == "error"
-
-
-def test_doctor_reports_missing_shared_memory(tmp_path: Path) -> None:
-    assert doctor._shared_memory(tmp_path / "absent").level == "error"
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,13 @@
+"""Prints what the installed vLLM supports, after loading its plug-ins as a worker would. Run by ``probes``."""
+
+from __future__ import annotations
+
+import json
+
+from rlsync.engine.compat_support import supported
+from rlsync.engine.plugin import BACKEND
+from rlsync.sync.receiver import make_receiver
+
+if __name__ == "__main__":
+    assert callable(make_receiver)
+    print(json.dumps(supported(BACKEND)))
