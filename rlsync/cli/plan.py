@@ -118,10 +118,20 @@ def _rows(p: Price) -> list[tuple[str, str]]:
         ("received per worker", f"{_between(p.received_bytes_per_worker)}, {p.redundancy_per_worker[1]:.2f} times what it holds"),
         ("over links, in all", ", ".join(f"{_amount(nbytes)} {link}" for link, nbytes in links)),
         ("a step", f"{p.num_copies:,} copies in {_many(p.num_buckets, 'bucket')}"),
-        ("staging", f"slots of {_amount(p.slot_bytes)}, {_amount(p.ring_bytes)} in /dev/shm"),
+        *_staging(p),
         ("extra in a worker", f"none with the direct sink, up to {_amount(p.layerwise_extra_bytes)} with layerwise"),
         ("planned in", f"{p.planning_s:.1f} s, digest {p.plan_digest[:16]}"),
     ]
+
+
+def _staging(p: Price) -> list[tuple[str, str]]:
+    rows = []
+    if p.ring_bytes:
+        rows.append(("ring", f"{_amount(p.ring_bytes)} in /dev/shm, in slots of {_amount(p.slot_bytes)}"))
+    if "gloo" in p.workers_by_transport:
+        sent, taken = _between(p.outbox_bytes_per_actor_rank), _between(p.inbox_bytes_per_worker)
+        rows.append(("messages", f"{sent} in each actor rank, {taken} in each worker"))
+    return rows
 
 
 def _many(count: int, noun: str) -> str:

@@ -6,14 +6,13 @@ collected instead of raised.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
+from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import model_of
@@ -22,7 +21,7 @@ from rlsync.geometry import DTYPE_BYTES, Location, Placement
 from rlsync.links import traffic
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import Plan, build_plan
-from rlsync.staging import lay_out, part_offsets
+from rlsync.staging import lay_out
 from rlsync.topology import Topology
 
 
@@ -68,8 +67,11 @@ Range = tuple[int, int]
 class Price:
     """One sync on paper; byte counts are exact. Ranges are least and most.
 
-    ``layerwise_extra_bytes`` is the most that a worker takes where every module goes through vLLM's post-processing; the direct
-    sink takes none.
+    Attributes:
+        slot_bytes, ring_bytes: of the ring in host shared memory; 0 where no worker is served through it.
+        outbox_bytes_per_actor_rank, inbox_bytes_per_worker: memory for gloo's messages; 0 where there are none.
+        layerwise_extra_bytes: most that a worker takes where every module goes through vLLM's post-processing; the direct sink
+            takes none.
     """
 
     architecture: str
@@ -94,6 +96,8 @@ class Price:
     num_copies: int
     slot_bytes: int
     ring_bytes: int
+    outbox_bytes_per_actor_rank: Range
+    inbox_bytes_per_worker: Range
     layerwise_extra_bytes: int
     planning_s: float
     plan_digest: str
@@ -131,7 +135,7 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     except PlacementError as error:
         return Quote((*sides.refusals, str(error)))
     price = _count(str(config["architectures"][0]), sides, settings, plan, members, began_s)
-    refusals = [*sides.refusals, *_transport_refusals(sides, settings, price)]
+    refusals = [*sides.refusals, *_transport_refusals(settings, price)]
     return Quote(tuple(refusals), price)
 
 
@@ -204,9 +208,8 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
     for name, row in zip(transports, members, strict=True):
         by_transport[name] += len(row)
     tensors = sides.model.tensors(settings.dtype)
-    slot_bytes = max(part_offsets(row)[-1] for row in parts)
-    slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    received = [moved.bytes_by_destination[row[0].holder] for row in members]
+    slot_size, ring_size = ring_bytes(parts, transports, settings.num_slots)
+    outboxes, inboxes = message_bytes(parts, transports, len(sides.actors), settings.num_slots)
     same_gpu, same_host, other_host = moved.bytes_by_link.values()
     return Price(
         architecture=architecture,
@@ -220,7 +223,7 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
         engine_workers=len(sides.workers),
         engine_hosts=len(set(map(_host, sides.workers))),
-        received_bytes_per_worker=_range(received),
+        received_bytes_per_worker=_range(moved.bytes_by_destination[row[0].holder] for row in members),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
         workers_by_transport=dict(by_transport),
         num_streams=len(members),
@@ -229,43 +232,21 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         bytes_other_host=other_host,
         num_buckets=len(plan.buckets),
         num_copies=sum(len(bucket.copies) for bucket in plan.buckets),
-        slot_bytes=slot_bytes,
-        ring_bytes=mmap.PAGESIZE + settings.num_slots * slot_bytes,
-        layerwise_extra_bytes=_layerwise_bytes(plan),
+        slot_bytes=slot_size,
+        ring_bytes=ring_size,
+        outbox_bytes_per_actor_rank=_range(outboxes),
+        inbox_bytes_per_worker=_range(inboxes),
+        layerwise_extra_bytes=layerwise_bytes(plan),
         planning_s=planning_s,
         plan_digest=plan.digest,
     )
 
 
-def _layerwise_bytes(plan: Plan) -> int:
-    """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last."""
-    spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
-    for number, bucket in enumerate(plan.buckets):
-        for copy in bucket.copies:
-            module = _module(copy.destination_buffer)
-            begin, _ = spans[copy.destination].get(module, (number, number))
-            spans[copy.destination][module] = (begin, number)
-    most = 0
-    for placement, modules in zip(plan.destinations, spans, strict=True):
-        # What each bucket adds to the bytes in progress, and what the one before has freed.
-        change = [0] * (len(plan.buckets) + 1)
-        for buffer in placement.buffers:
-            begin, end = modules.get(_module(buffer.name), (0, -1))
-            change[begin] += buffer.size * DTYPE_BYTES[buffer.dtype]
-            change[end + 1] -= buffer.size * DTYPE_BYTES[buffer.dtype]
-        most = max(most, *accumulate(change))
-    return most
-
-
-def _module(buffer: str) -> str:
-    return buffer.rpartition(".")[0]
-
-
-def _transport_refusals(sides: _Sides, settings: Settings, price: Price) -> Iterable[str]:
+def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:
     apart = price.workers_by_transport.get("gloo", 0)
     if settings.transport == "shm" and apart:
         yield f"weight_sync.transport is shm, but {apart} of {price.engine_workers} workers do not share a host with every actor rank"
-    if settings.shm_bytes is not None and price.ring_bytes > settings.shm_bytes:
+    if settings.shm_bytes is not None and settings.shm_bytes < price.ring_bytes:
         yield (
             f"shared memory: /dev/shm has {settings.shm_bytes} bytes, the ring needs {price.ring_bytes}; "
             "give it more room (docker: --shm-size), or lower weight_sync.bucket_bytes or weight_sync.num_slots"

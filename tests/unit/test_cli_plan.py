@@ -15,12 +15,15 @@ from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Scene, Settings, quote
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
+from rlsync.control.shares import GroupInfo
 from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.placement.megatron import megatron_placements
 from rlsync.sync import SyncConfig
-from rlsync.sync.planning import draw_up
+from rlsync.sync.filling import make_outbox
+from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.topology import Topology
+from rlsync.transport.gloo import Group, Inbox
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN_7B: dict[str, Any] = {
@@ -90,26 +93,49 @@ def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engin
     return Surveyed(actors, workers, records)
 
 
-@pytest.mark.parametrize(
+LAYOUTS = pytest.mark.parametrize(
     ("axes", "tp_size", "num_engines"), [({"tp_size": 2, "pp_size": 2}, 4, 1), ({"tp_size": 2, "dp_size": 2}, 2, 2), ({}, 1, 3)]
 )
-def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_size: int, num_engines: int) -> None:
-    topology, bucket_bytes = Topology(**axes), 50_000
-    price = priced(
-        SMALL, Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16), bucket_bytes=bucket_bytes, engine_dtype="bfloat16"
-    )
-    model = model_of(SMALL)
+BUCKET_BYTES = 50_000
+
+
+def drawn_up(axes: dict[str, int], tp_size: int, num_engines: int, transport: Any) -> tuple[Price, Blueprint]:
+    """The same sync on paper and as a connection would plan it."""
+    scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16)
+    price = priced(SMALL, scene, bucket_bytes=BUCKET_BYTES, transport=transport, engine_dtype="bfloat16")
+    model, topology = model_of(SMALL), Topology(**axes)
     survey = surveyed(SMALL, topology, tp_size, num_engines)
-    blueprint = draw_up(model.tensors(), megatron_placements(model, topology), survey, SyncConfig(bucket_bytes=bucket_bytes))
+    config = SyncConfig(bucket_bytes=BUCKET_BYTES, transport=transport)
+    return price, draw_up(model.tensors(), megatron_placements(model, topology), survey, config)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_size: int, num_engines: int, transport: str) -> None:
+    price, blueprint = drawn_up(axes, tp_size, num_engines, transport)
     page_bytes = 4096
     assert price.slot_bytes == -(-blueprint.slot_bytes // page_bytes) * page_bytes
     assert (price.num_buckets, price.num_streams) == (len(blueprint.parts), blueprint.num_streams)
+    assert price.workers_by_transport == {blueprint.transport: tp_size * num_engines}
     by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
     assert by_link == tuple(blueprint.traffic.bytes_by_link.values()) and sum(by_link) == blueprint.nbytes
     given = blueprint.traffic.bytes_by_source.values()
     assert price.given_bytes_per_actor_rank == (min(given), max(given))
     assert price.num_copies == sum(len(part.regions) for row in blueprint.parts for part in row)
     assert price.num_buckets > 5, "or the cut is not tried"
+
+
+@LAYOUTS
+def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int, num_engines: int) -> None:
+    price, blueprint = drawn_up(axes, tp_size, num_engines, "gloo")
+    group, num_slots = GroupInfo("127.0.0.1", 1, 0, blueprint.members), 2
+    actors, workers = blueprint.shares(price.actor_ranks, num_slots, "off", ring=None, group=group)
+    outboxes = [make_outbox(share, 1.0) for share in actors]
+    sent = [sum(slot.numel() for slot in box._slots) for box in outboxes if box is not None]
+    assert price.outbox_bytes_per_actor_rank == (min(sent), max(sent)) and len(sent) == price.actor_ranks
+    taken = [Inbox(Group(group, 0, 1.0), share.parts, num_slots).nbytes for share in workers]
+    assert price.inbox_bytes_per_worker == (min(taken), max(taken))
+    assert price.ring_bytes == 0 < min(sent)
 
 
 def test_links_follow_from_where_the_engines_are() -> None:

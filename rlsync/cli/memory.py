@@ -1,0 +1,74 @@
+"""Memory that a sync takes on paper: the ring, messages, modules in progress. Integers, by the rules of those who allocate it."""
+
+from __future__ import annotations
+
+import mmap
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+
+from rlsync.geometry import DTYPE_BYTES
+from rlsync.plan import Plan
+from rlsync.staging import SEGMENT_ALIGNMENT, Part
+
+
+def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
+    """Bytes of a slot and of the ring, which has a page of its own in front: whole pages, as ``rlsync.transport.shm`` allocates."""
+    largest = max(sum(part.nbytes for part, name in zip(row, transports, strict=True) if name == "shm") for row in parts)
+    if not largest:
+        return 0, 0
+    slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
+    return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
+
+
+def message_bytes(
+    parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int
+) -> tuple[list[int], list[int]]:
+    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.gloo`` allocates them."""
+    num_slots = min(num_slots, len(parts))
+    sent, packed, taken = [0] * num_actors, [0] * len(transports), [0] * len(transports)
+    for row in parts:
+        given = [0] * num_actors
+        for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
+            if transport != "gloo":
+                continue
+            parcels = _parcel_bytes(part)
+            for source, nbytes in parcels.items():
+                given[source] += nbytes
+            if len(parcels) > 1:
+                packed[stream] = max(packed[stream], sum(parcels.values()))
+            taken[stream] = max(taken[stream], part.nbytes)
+        sent = list(map(max, sent, given))
+    return [num_slots * nbytes for nbytes in sent], [p + num_slots * t for p, t in zip(packed, taken, strict=True)]
+
+
+def _parcel_bytes(part: Part) -> dict[int, int]:
+    """Bytes of the message of each source: the part as it is where one gives all of it, else its regions one after the other."""
+    parcels: dict[int, int] = defaultdict(int)
+    for region in part.regions:
+        parcels[region.source] += -(-region.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+    return dict.fromkeys(parcels, part.nbytes) if len(parcels) == 1 else parcels
+
+
+def layerwise_bytes(plan: Plan) -> int:
+    """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last."""
+    spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
+    for number, bucket in enumerate(plan.buckets):
+        for copy in bucket.copies:
+            module = _module(copy.destination_buffer)
+            begin, _ = spans[copy.destination].get(module, (number, number))
+            spans[copy.destination][module] = (begin, number)
+    most = 0
+    for placement, modules in zip(plan.destinations, spans, strict=True):
+        # What each bucket adds to the bytes in progress, and what the one before has freed.
+        change = [0] * (len(plan.buckets) + 1)
+        for buffer in placement.buffers:
+            begin, end = modules.get(_module(buffer.name), (0, -1))
+            change[begin] += buffer.size * DTYPE_BYTES[buffer.dtype]
+            change[end + 1] -= buffer.size * DTYPE_BYTES[buffer.dtype]
+        most = max(most, *accumulate(change))
+    return most
+
+
+def _module(buffer: str) -> str:
+    return buffer.rpartition(".")[0]
