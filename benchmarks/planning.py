@@ -1,11 +1,17 @@
-"""Plans of large models on paper: seconds, memory, balance. ``python -m benchmarks.planning [CASE ...]``; one core, no torch."""
+"""Plans of large models on paper: seconds, memory, balance. One core, no torch.
+
+``python -m benchmarks.planning [CASE ...]``, a process for each case whose memory matters. ``busiest_source`` is the most bytes that
+a source gives over the mean of those that give any.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
 from rlsync.links import traffic
@@ -23,26 +29,43 @@ CASES: dict[str, Callable[[], Case]] = {
 BUCKET_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What planning a case took and what came out. Seconds are those of the processor, memory that of the whole process."""
+
+    case: str
+    tensors: int
+    sources: int
+    destinations: int
+    pieces: int
+    copies: int
+    buckets: int
+    seconds: float
+    peak_mib: float
+    plan_mib: float
+    busiest_source: float
+    redundancy: tuple[float, float]
+
+
+def planned(name: str) -> Planned:
+    case = CASES[name]()
+    before_mib, begin = _peak_mib(), time.process_time()
+    plan = build_plan(case.tensors, case.sources, case.destinations, bucket_bytes=BUCKET_BYTES)
+    seconds = time.process_time() - begin
+    count = traffic(plan)
+    given_bytes = [n for n in count.bytes_by_source.values() if n]
+    return Planned(
+        name, len(case.tensors), len(case.sources), len(case.destinations), sum(len(p.pieces) for p in case.destinations),
+        sum(len(b.copies) for b in plan.buckets), len(plan.buckets), round(seconds, 2), round(_peak_mib()), round(_peak_mib() - before_mib),
+        round(max(given_bytes) * len(given_bytes) / sum(given_bytes), 3), (min(count.redundancy.values()), max(count.redundancy.values())),
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=["72b", "7b-dp2", "30b-ep"], help=f"of {', '.join(CASES)}")
     for name in parser.parse_args().cases:
-        case = CASES[name]()
-        before = _peak_mib()
-        begin = time.process_time()
-        plan = build_plan(case.tensors, case.sources, case.destinations, bucket_bytes=BUCKET_BYTES)
-        planned = time.process_time() - begin
-        count = traffic(plan)
-        given = [n for n in count.bytes_by_source.values() if n]
-        print(
-            f"{name}: {len(case.tensors):,} tensors, {len(case.sources)} -> {len(case.destinations)} holders, "
-            f"{sum(len(p.pieces) for p in case.destinations):,} pieces: {planned:.1f} s, peak {_peak_mib():,.0f} MiB "
-            f"({_peak_mib() - before:,.0f} for the plan); {sum(len(b.copies) for b in plan.buckets):,} copies, "
-            f"{len(plan.buckets)} buckets, "
-            f"max/mean of a source {max(given) * len(given) / sum(given):.3f} over {len(given)}, "
-            f"redundancy {min(count.redundancy.values()):.2f}..{max(count.redundancy.values()):.2f}, {dict(count.bytes_by_link)}",
-            flush=True,
-        )
+        print(json.dumps(asdict(planned(name))), flush=True)
 
 
 def _peak_mib() -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import islice
 from math import prod
 from operator import le
 
@@ -15,8 +15,6 @@ from rlsync.geometry import DTYPE_BYTES, Box, BufferSpec, Piece, Placement, Tens
 
 # What lies in a buffer, under its tensor's name or as "padding": offset, shape and strides in elements.
 _Part = tuple[str, int, tuple[int, ...], tuple[int, ...]]
-# Parts that are compared with one another to say which of them overlap.
-_MOST_COMPARED = 200
 
 
 def first_of(names: Sequence[str], most: int = 20) -> str:
@@ -104,9 +102,8 @@ def _filling(buffer: BufferSpec, parts: Sequence[_Part]) -> str | None:
     says = [f"has {buffer.size} elements, of which its pieces fill {filled}"]
     if rest:
         says.append(f"nothing fills {', '.join(map(str, rest[:5]))}")
-    doubled = list(_doubled(named[:_MOST_COMPARED]))
-    if doubled:
-        says.append(f"filled twice: {first_of(doubled, 5)}")
+    if filled > buffer.size - sum(box.size for box in rest):
+        says.append(f"filled twice: {', '.join(islice(_doubled(named), 5))}")
     return "; ".join(says)
 
 
@@ -122,7 +119,11 @@ def _is_filled_in_order(buffer: BufferSpec, parts: Iterable[_Part]) -> bool:
 
 
 def _doubled(named: Sequence[tuple[Box, str]]) -> Iterator[str]:
-    for (a, name), (b, other) in combinations(named, 2):
-        common = a.intersect(b)
-        if common is not None:
-            yield f"{common} by {name} and {other}"
+    """Overlaps of boxes that are sorted by their starts."""
+    for index, (box, name) in enumerate(named):
+        for other, other_name in named[index + 1 :]:
+            if other.start and other.start[0] >= box.stop[0]:
+                break
+            common = box.intersect(other)
+            if common is not None:
+                yield f"{common} by {name} and {other_name}"

@@ -234,6 +234,19 @@ def test_overlapping_padding_is_named():
         build_plan([W], [whole_tensors("hf", [W])], [placement(rows(0, 4, 0), fills=(Fill("w", 18, (1, 6), (6, 1)),))])
 
 
+def test_a_doubled_expert_is_named_in_whatever_place_it_stands():
+    """Transposed experts with gate and up side by side: no piece is dense, and the doubled one is the last of many."""
+    tensors = [TensorSpec(f"{e}.{x}", "float32", (2, 3)) for e in range(300) for x in ("gate", "up")]
+    pieces = [Piece(t.name, Box.whole(t.shape), "w", i // 2 * 12 + i % 2 * 3, (6, 1)) for i, t in enumerate(tensors)]
+    stack = BufferSpec("w", "float32", (300, 2, 6))
+    hf = [whole_tensors("hf", tensors)]
+    assert len(build_plan(tensors, hf, [Placement("x", (stack,), tuple(pieces[::-1]))]).buckets[0].copies) == 600
+    with pytest.raises(PlacementError, match=r"fill 3606; filled twice: \[299:300, 0:2, 3:6\] by 299.up and 299.up$"):
+        build_plan(tensors, hf, [Placement("x", (stack,), (*pieces, pieces[-1]))])
+    with pytest.raises(PlacementError, match=r"fill 3600; nothing fills \[298:299, 0:2, 0:3\]; filled twice: \[299:300, 0:2, 3:6\]"):
+        build_plan(tensors, hf, [Placement("x", (stack,), (*pieces[:-4], *pieces[-3:], pieces[-1]))])
+
+
 @pytest.mark.parametrize(
     ("hf_config", "topology"),
     [

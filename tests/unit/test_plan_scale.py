@@ -1,0 +1,54 @@
+"""Plans of large models: within time and memory, and without work that grows faster than the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.paper import Experts
+from rlsync.geometry import Box
+from rlsync.plan import build_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_72b_from_64_ranks_to_64_workers_is_planned_in_time_and_memory():
+    """A process of its own, since memory counts. Seconds of the processor; the bench has 3, a busy machine has reached 5."""
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.planning", "72b"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
+    )
+    planned = json.loads(run.stdout)
+    assert (planned["sources"], planned["destinations"], planned["tensors"]) == (64, 64, 963)
+    assert planned["seconds"] <= 30 and planned["peak_mib"] <= 1024
+    assert planned["redundancy"] == [1.0, 1.0]
+    assert planned["copies"] == planned["pieces"] == 963 * 64, "equal tensor axes: each piece comes whole from one rank"
+
+
+@pytest.mark.parametrize("expert_parallel", [True, False])
+def test_work_grows_with_the_pieces_and_not_with_their_pairs(monkeypatch, expert_parallel):
+    """Counted in intersections and subtractions of boxes, of which everything that could be quadratic is made."""
+    calls = [0]
+    for name in ("intersect", "subtract"):
+        original = getattr(Box, name)
+
+        def counted(self, other, original=original):
+            calls[0] += 1
+            return original(self, other)
+
+        monkeypatch.setattr(Box, name, counted)
+
+    def calls_per_piece(num_layers: int, num_experts: int) -> float:
+        experts = Experts(num_layers, num_experts, 8, 4, 4, 2, 2, 64)
+        case = experts.case(world_size=8, ep_size=4, pp_size=2, num_engines=2, engine_tp=4, expert_parallel=expert_parallel)
+        calls[0] = 0
+        build_plan(case.tensors, case.sources, case.destinations)
+        return calls[0] / sum(len(p.pieces) for p in (*case.sources, *case.destinations))
+
+    small = calls_per_piece(2, 8)
+    assert small > 0
+    assert calls_per_piece(2, 64) < 2 * small, "eight times the experts"
+    assert calls_per_piece(16, 8) < 2 * small, "eight times the layers"
