@@ -194,6 +194,20 @@ def check_foreign() -> None:
     assert not toy.plain.any()
 
 
+def check_shared_live() -> None:
+    """A live tensor of two layers, which a reload left wrapped, keeps its wrapper."""
+    layers = [Toy(lambda toy, hf: toy.weight.data.copy_(hf)) for _ in range(2)]
+
+    def online_process_loader() -> None: ...
+
+    online_process_loader.__wrapped__ = default_weight_loader  # type: ignore[attr-defined]
+    layers[1].bias = layers[0].bias
+    layers[0].bias.weight_loader = online_process_loader
+    layers[0].add_module("other", layers[1])
+    record(layers[0], [HF])
+    assert layers[0].bias is layers[1].bias and layers[0].bias.weight_loader is online_process_loader
+
+
 def one_rank(folders: dict[str, str], report: str) -> None:
     claims = Claims(Path(report))
     start_ranks(engine_config(folders["qwen3_moe"]), 0, 1)
@@ -204,6 +218,7 @@ def one_rank(folders: dict[str, str], report: str) -> None:
     for idiom in COMPUTED:
         claims.run(f"computes: {idiom}", functools.partial(check_computations, idiom))
     claims.run("foreign", check_foreign)
+    claims.run("shared live", check_shared_live)
     for name in folders:
         claims.run(f"placement {name}", lambda name=name: check_placement(packed(name), plain(name)))
         claims.run(f"trace {name}", lambda name=name: check_trace(packed(name)))

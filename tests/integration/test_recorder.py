@@ -133,3 +133,7 @@ def test_every_idiom_of_computing_is_a_finding_and_nothing_is_executed(reports: 
 
 def test_a_loader_that_writes_beside_the_model_is_a_finding(reports: Reports) -> None:
     reports.found("one", "foreign")
+
+
+def test_a_live_tensor_of_two_layers_keeps_what_a_reload_left_on_it(reports: Reports) -> None:
+    reports.found("one", "shared live")
