@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
     ),
     ("copy", True, frozenset({"rlsync.copy"})),
     ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine", "rlsync.transport"})),
-    ("services", True, frozenset({"rlsync.bridge", "rlsync.source", "rlsync.sync", "rlsync.checkpoint"})),
+    ("services", True, frozenset({"rlsync.bridge", "rlsync.source", "rlsync.folder_source", "rlsync.sync", "rlsync.checkpoint"})),
     ("facade", True, frozenset({"rlsync"})),
     ("command line", True, frozenset({"rlsync.cli"})),
     ("workers", True, frozenset({"workers"})),
