@@ -57,6 +57,11 @@ class Crew:
             f"{engines} engine{'s' * (engines > 1)}{f' (TP {size})' if size > 1 else ''}"
         )
 
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        """As in the errors of a sync."""
+        return tuple(handle.engine_id for handle in self._handles)
+
     def start(self, *, load_initial: bool) -> None:
         """Start engines and actor ranks side by side; ranks hold initial weights where asked."""
         config = self._config

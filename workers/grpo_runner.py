@@ -14,8 +14,9 @@ import ray
 import torch
 
 from rlsync.checkpoint import publish_checkpoint, set_aside_later, stage_checkpoint
-from rlsync.errors import RlsyncError
+from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
+from rlsync.sync.health import SyncHealth
 from workers.actor import Example
 from workers.cluster import Cluster
 from workers.config import RunConfig, WarmStartConfig, config_as_dict
@@ -39,6 +40,7 @@ class GrpoRunner:
         self._config = config
         self._saved = self._connected = False
         self._num_restarts = 0
+        self._health = SyncHealth()
 
     def run(self) -> None:
         """Train to the end, or until KeyboardInterrupt, after which all processes are gone too.
@@ -138,6 +140,7 @@ class GrpoRunner:
     # The loop.
 
     def _train(self, log: MetricsLog) -> None:
+        self._log = log
         batches, title = iter(self._prepared.loader), "failed"
         try:
             for step in range(self._prepared.start_step + 1, self._total + 1):
@@ -180,7 +183,7 @@ class GrpoRunner:
         screen.phase("training")
         with _timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", shares)[0]
-        counts = {"rollout/engine_restarts": float(self._num_restarts)}
+        counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
         return {**sample_metrics(samples), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
@@ -191,10 +194,14 @@ class GrpoRunner:
                 self._screen.phase("sync")
                 with _timed(seconds, "time/sync_weights"):
                     report = self._on_ranks("sync", step - 1)[0]
+                self._health.committed(self._crew.engine_ids)
                 self._screen.phase("rollout")
                 with _timed(seconds, "time/rollout"):
                     return report, self._rollout(prompts, step)
             except RlsyncError as error:
+                if isinstance(error, WeightSyncError):
+                    self._health.failed(error, self._crew.engine_ids)
+                    self._log.show(self._health.metrics())
                 self._replace_lost_engines(error)
 
     def _connect(self) -> None:

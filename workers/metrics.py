@@ -1,4 +1,4 @@
-"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab.
+"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab, Prometheus.
 
 Owns file names, step numbering and the loggers. Knows nothing of how a number came about (``rollout_metrics``,
 ``algorithms``) or of the screen (``screen``). Loggers are imported only when named.
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from workers.config.schema import LoggerConfig
+from workers.prometheus import PrometheusExporter
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -58,6 +59,9 @@ class MetricsLog:
         self._rewrite()
         self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         self._loggers = [_open_logger(name, config, self.folder, resolved) for name in config.logger_backends]
+        self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
+        if self._exporter is not None:
+            self._loggers.append(self._exporter)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -94,6 +98,11 @@ class MetricsLog:
             for offset, update in enumerate(updates):
                 logger.log(update, index + offset)
         return written
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Numbers that hold now and belong to no step, for whoever fetches them: what a failed sync leaves behind."""
+        if self._exporter is not None:
+            self._exporter.show(metrics)
 
     def close(self) -> None:
         """Draw ``rewards.png`` and close files and loggers. Idempotent."""

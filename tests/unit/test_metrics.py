@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import socket
 import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
 from rlsync.errors import ConfigError
+from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
@@ -155,3 +161,52 @@ def test_the_screen_prints_a_line_a_step_and_a_summary(tmp_path: Path) -> None:
 
 def test_a_summary_of_no_steps_still_says_where_results_are(tmp_path: Path) -> None:
     assert summary_rows([], tmp_path) == [("steps", "0"), ("results", str(tmp_path))]
+
+
+def fetched(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
+
+
+def test_prometheus_is_shown_the_latest_numbers(tmp_path: Path) -> None:
+    port = free_port()
+    config = replace(logger_config(tmp_path), prometheus_port=port)
+    with MetricsLog(config, {}, n_minibatches=2) as log:
+        log.log(1, {"sync/gb_per_s": 1.5, "rollout/reward_scores": math.nan}, training=[{"actor/lr": 1.0}, {"actor/lr": 3.0}])
+        log.log(2, {"sync/gb_per_s": 2.5}, training=[{"actor/lr": 5.0}])
+        numbers = fetched(port)
+        assert (numbers["rlsync_sync_gb_per_s"], numbers["rlsync_actor_training_actor_lr"], numbers["rlsync_logged_step"]) == (2.5, 5.0, 2)
+        assert math.isnan(numbers["rlsync_rollout_reward_scores"]), "the last that was reported"
+        log.show({"sync/engines_dirty": 2})
+        assert fetched(port)["rlsync_sync_engines_dirty"] == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2], "what belongs to no step is in no file"
+    with pytest.raises(urllib.error.URLError):
+        fetched(port)
+
+
+def test_prometheus_listens_on_loopback_unless_told_otherwise(tmp_path: Path) -> None:
+    port = free_port()
+    with MetricsLog(replace(logger_config(tmp_path), prometheus_port=port), {}):
+        listening = [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+    assert listening == ["127.0.0.1"]
+
+
+def test_nothing_listens_unless_asked(tmp_path: Path) -> None:
+    before = len(psutil.Process().net_connections("tcp"))
+    with MetricsLog(logger_config(tmp_path), {}) as log:
+        log.show({"sync/engines_dirty": 1})
+        assert len(psutil.Process().net_connections("tcp")) == before
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"runner\.logger\.prometheus_port: cannot listen on 127\.0\.0\.1:{port}"):
+            MetricsLog(replace(logger_config(tmp_path), prometheus_port=port), {})
+
+
+def test_a_missing_prometheus_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match="pip install prometheus-client"):
+        MetricsLog(replace(logger_config(tmp_path), prometheus_port=free_port()), {})

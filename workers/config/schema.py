@@ -38,6 +38,8 @@ class LoggerConfig:
     wandb_proxy: str | None = key(None, "HTTP(S) proxy for wandb")
     wandb_entity: str | None = key(None, "wandb team or user")
     swanlab_mode: str = key("cloud", "swanlab mode: cloud, local, offline or disabled")
+    prometheus_port: int = key(0, "the driver shows its latest numbers at this port under /metrics, for Prometheus; 0: none")
+    prometheus_host: str = key("127.0.0.1", "address of that port; anybody who reaches it can read the numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

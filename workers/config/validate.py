@@ -168,6 +168,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     if config.rollout.max_engine_restarts < 0:
         yield f"rollout.max_engine_restarts ({config.rollout.max_engine_restarts}) must not be negative"
     yield from (f"{name} ({value}) must be greater than 0" for name, value in above_zero.items() if value <= 0)
+    if not 0 <= config.runner.logger.prometheus_port < 2**16:
+        yield f"runner.logger.prometheus_port ({config.runner.logger.prometheus_port}) must be a port, or 0 for none"
     if config.weight_sync.num_slots not in (2, 3):
         yield f"weight_sync.num_slots ({config.weight_sync.num_slots}) must be 2 or 3"
     if not 0 < config.rollout.gpu_memory_utilization <= 1:
