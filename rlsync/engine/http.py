@@ -1,0 +1,240 @@
+"""An engine behind HTTP: the EngineHandle on a server that somebody else started as ``vllm serve``.
+
+Owns what is known of the server's state. Needs no vLLM, and never touches the server's process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rlsync.engine.calls import Calls
+from rlsync.engine.gate import Gate
+from rlsync.engine.protocol import Completion, PauseMode
+from rlsync.engine.server import Server, UnreachableError
+from rlsync.errors import ConfigError, RlsyncError
+
+_log = logging.getLogger(__name__)
+
+# Fields of vllm.SamplingParams that the completions route takes under the same names, and their defaults. All are sent, because
+# the server takes what is left out from the model's generation_config.json.
+_SAMPLING: dict[str, Any] = {
+    "n": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "max_tokens": 16,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "stop": [],
+    "stop_token_ids": [],
+    "logprobs": 0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "seed": None,
+}
+# These concern the text, which nobody looks at here.
+_TEXT_FIELDS = frozenset({"detokenize", "skip_special_tokens", "spaces_between_special_tokens"})
+_CLEANUP_S = 10.0
+
+
+class HttpEngine:
+    """Handle on one running ``vllm serve``. Methods block, are bounded by ``timeout_s`` and may be called from any thread.
+
+    The server cannot refuse by itself. What keeps it from answering with weights of no committed version is that it is paused before
+    the first byte and stays so until the sync is complete. A server found paused when the handle is made is ``dirty``.
+
+    Args:
+        url: ``http://host:port`` of the server.
+        engine_id: names the engine in errors and metrics.
+        api_key: what the server was given as ``--api-key``; appears in no error and no log.
+        timeout_s: how long to wait for the server to be up.
+
+    Attributes:
+        num_workers: of the server, data-parallel replicas included.
+        vllm_version: of the server.
+
+    Raises ConfigError where the server cannot be driven, and RlsyncError or TimeoutError where it does not answer in time.
+    """
+
+    def __init__(self, url: str, *, engine_id: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+        self.engine_id, self.num_workers, self.vllm_version = engine_id, 0, ""
+        self._server = Server(f"engine {engine_id}", url, api_key)
+        self._gate = Gate(engine_id, "it is not connected")
+        self._calls = Calls(self._gate)
+        self._may_answer = True  # for all that this handle has told the server
+        self._cleanup: Future[None] | None = None
+        self._calls.start()
+        try:
+            self._calls.run(self._connect(timeout_s), None)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def state(self) -> str:
+        """``clean``, ``syncing`` or ``dirty``, as this handle knows it."""
+        return self._gate.state
+
+    @property
+    def version(self) -> int | None:
+        """Version that is served, or None for the weights that the server had when the handle was made."""
+        return self._gate.version
+
+    async def _connect(self, timeout_s: float) -> None:
+        server = self._server
+        self.vllm_version = await server.open(timeout_s)
+        self.num_workers = int((await server.ask("world_size", timeout_s))["world_size"])
+        if (await server.ask("is_paused", timeout_s))["is_paused"]:
+            self._may_answer = False
+            self._gate.shut("its server is paused: a sync of it did not complete, or somebody paused it")
+        elif (await server.ask("config", timeout_s))["vllm_config"]["load_config"]["load_format"] == "dummy":
+            self.mark_dirty("its server was started with load_format=dummy and has had no sync")
+        else:
+            self._gate.open()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
+        *,
+        seeds: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        """Continue every prompt (token ids), ``sampling["n"]`` times each; waits while a sync is going on.
+
+        Args:
+            sampling: fields of ``vllm.SamplingParams``, with its defaults whatever the model's generation config says.
+            seeds: of each prompt.
+            timeout_s: bound of the whole call, or None.
+
+        Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where the server
+        holds other weights than were synced to it; ConfigError for a field that the server's completions route does not know.
+        """
+        unknown = sorted(sampling.keys() - _SAMPLING.keys() - _TEXT_FIELDS)
+        if unknown:
+            known = ", ".join(_SAMPLING)
+            raise ConfigError(f"engine {self.engine_id}: no sampling field {', '.join(unknown)} over HTTP; known are {known}")
+        self._gate.wait(timeout_s)
+        self._check_label(timeout_s)
+        fields = _SAMPLING | {name: value for name, value in sampling.items() if name in _SAMPLING}
+        seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
+        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(prompts, seeded, strict=True)]
+        try:
+            return self._calls.run_requests(requests, timeout_s, probe=lambda: self._server.ask("is_paused", _CLEANUP_S))
+        except UnreachableError as error:
+            # When it is there again, it may be with the weights of its start.
+            self.mark_dirty(str(error))
+            raise
+
+    async def _generate_one(self, prompt: Sequence[int], fields: Mapping[str, Any]) -> tuple[Completion, ...]:
+        version = self._gate.version
+        body = {"prompt": list(prompt), "return_token_ids": True, "return_tokens_as_token_ids": True, **fields}
+        answer = await self._server.ask("generate", None, body=body)
+        return tuple(self._completion(c, version) for c in sorted(answer["choices"], key=lambda c: c["index"]))
+
+    def _completion(self, choice: Mapping[str, Any], version: int | None) -> Completion:
+        logprobs = () if choice["logprobs"] is None else tuple(choice["logprobs"]["token_logprobs"])
+        return Completion(tuple(choice["token_ids"]), logprobs, choice["finish_reason"], version, self._gate.version)
+
+    def _check_label(self, timeout_s: float | None) -> None:
+        """A server that was started again behind the same address has the weights of its start."""
+        version = self._gate.version
+        if version is None:
+            return
+        label = self._calls.run(self._server.label(_CLEANUP_S if timeout_s is None else timeout_s), None)
+        # Another sync may have begun meanwhile, and then nothing is wrong.
+        if label not in (None, str(version)) and self._gate.state == "clean" and self._gate.version == version:
+            self.mark_dirty(f"its server holds weights {label!r} instead of version {version}: it was started again")
+            raise self._gate.refusal()
+
+    # EngineHandle.
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        self._run("init", timeout_s, body={"init_info": init_info})
+
+    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+        # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
+        self._gate.begin_sync(5 * timeout_s)
+        # Requests that came to a paused server wait for its next complete sync; abort would end them unanswered.
+        is_paused = self._run("is_paused", timeout_s)["is_paused"]
+        self._run("pause", timeout_s, query=f"?mode={'keep' if is_paused else mode}&clear_cache=false")
+        self._may_answer = False
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self._calls.run(self._update(update_info, timeout_s), timeout_s)
+
+    async def _update(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        server = self._server
+        try:
+            await server.ask("start", timeout_s)
+        except RlsyncError:
+            # An actor that died between two calls left its sync open in the workers. Where that is not why, the second call says it.
+            await self._finish_quietly()
+            await server.ask("start", timeout_s)
+        try:
+            await server.ask("update", timeout_s, body={"update_info": update_info})
+        except RlsyncError:
+            # A worker that committed while another failed would refuse every later sync as already active.
+            await self._finish_quietly()
+            raise
+        await server.ask("finish", timeout_s, body={"weight_version": str(update_info["version"])})
+        if not (await server.ask("is_paused", timeout_s))["is_paused"]:
+            self._may_answer = True
+            cause = "was resumed by somebody in the midst of a sync; what it answered since may come from weights of two versions"
+            raise RlsyncError(f"{server.name} {cause}")
+
+    async def _finish_quietly(self) -> None:
+        try:
+            await self._server.ask("finish", _CLEANUP_S)
+        except (RlsyncError, TimeoutError) as error:
+            _log.debug("there was no sync to finish: %s", error)
+
+    def reset_caches(self, timeout_s: float) -> None:
+        if self._run("prefix_cache", timeout_s).get("success") is False:
+            raise RlsyncError(f"{self._server.name} could not reset its prefix cache: requests hold blocks of it")
+        self._run("mm_cache", timeout_s)
+        self._run("encoder_cache", timeout_s)
+
+    def resume(self, version: int, timeout_s: float) -> None:
+        ticket = self._gate.ticket()
+        self._may_answer = True
+        self._run("resume", timeout_s)
+        self._gate.commit(ticket, version)
+
+    def mark_dirty(self, reason: str) -> None:
+        """Refuse to generate, for this reason, until a complete sync. A server that may still answer others is paused for it."""
+        self._gate.shut(reason)
+        self._calls.end_requests()
+        if self._may_answer and not self._calls.closed:
+            self._may_answer = False
+            self._cleanup = self._calls.spawn(self._pause_quietly())
+
+    async def _pause_quietly(self) -> None:
+        try:
+            await self._server.ask("pause", _CLEANUP_S, query="?mode=abort&clear_cache=false")
+        except (RlsyncError, TimeoutError) as error:
+            _log.warning("engine %s is dirty, but its server could not be paused and may answer others: %s", self.engine_id, error)
+
+    def close(self) -> None:
+        """Forget the server, which goes on as it is. Idempotent."""
+        if self._calls.closed:
+            return
+        self._gate.shut("its handle is closed")
+        if self._cleanup is not None:
+            self._cleanup.result()
+        self._calls.run(self._disconnect(), None)
+        self._calls.stop()
+
+    async def _disconnect(self) -> None:
+        self._calls.cancel_requests()
+        await self._server.close()
+
+    def _run(self, route: str, timeout_s: float, **what: Any) -> dict[str, Any]:
+        return self._calls.run(self._server.ask(route, timeout_s, **what), timeout_s)

