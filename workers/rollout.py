@@ -73,6 +73,7 @@ class RayEngine:
 
     def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
         self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
+        self.version: int | None = None
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", timeout_s, init_info)
@@ -86,8 +87,9 @@ class RayEngine:
     def reset_caches(self, timeout_s: float) -> None:
         self._call("reset_caches", timeout_s)
 
-    def resume(self, version: int, timeout_s: float) -> None:
+    def resume(self, version: int | None, timeout_s: float) -> None:
         self._call("resume", timeout_s, version)
+        self.version = version
 
     def mark_dirty(self, reason: str) -> None:
         # Not awaited: the actor may be the one that is gone.

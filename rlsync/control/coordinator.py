@@ -236,7 +236,7 @@ class Coordinator:
         if sync.done.get(peer.identity, 0) != sync.num_buckets:
             self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {sync.num_buckets} buckets", peer)
             return
-        sync.loaded[peer.identity] = message.times
+        sync.loaded[peer.identity] = message
         if len(sync.loaded) == len(self._roster.workers()):
             self._enter("commit", now)
             for worker in self._roster.workers():
@@ -249,9 +249,10 @@ class Coordinator:
         sync.committed.add(peer.identity)
         if len(sync.committed) == len(self._roster.workers()):
             self._enter("resume", now)
-            times = tuple(sync.loaded[p.identity] for p in self._roster.workers())
+            loaded = [sync.loaded[p.identity] for p in self._roster.workers()]
+            done = m.AllCommitted(sync.attempt, tuple(x.times for x in loaded), tuple(x.differences for x in loaded))
             for identity in sync.started:
-                self._send(identity, m.AllCommitted(sync.attempt, times))
+                self._send(identity, done)
 
     def _on_finish(self, peer: Member, message: m.Finish, now: float) -> None:
         sync = self._current(message.attempt)

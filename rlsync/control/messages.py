@@ -139,10 +139,14 @@ class WorkerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loaded(Message):
-    """A worker's model holds and has verified every bucket, and is post-processed."""
+    """A worker's model holds and has verified every bucket, and is post-processed.
+
+    In a comparison it holds what it held, and ``differences`` names what the buckets would have changed.
+    """
 
     attempt: Count
     times: WorkerTimes
+    differences: tuple[str, ...] = ()
 
 
 class Committed(Message):
@@ -235,10 +239,11 @@ class Commit(Message):
 
 
 class AllCommitted(Message):
-    """Every worker has declared the version. ``times`` is by worker, in the order of ``Surveyed``."""
+    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Surveyed``."""
 
     attempt: Count
     times: tuple[WorkerTimes, ...]
+    differences: tuple[tuple[str, ...], ...] = ()
 
 
 class Finished(Message):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlsync.control.messages import Sum, WorkerTimes
+from rlsync.control.messages import Loaded, Sum
 from rlsync.control.roster import Member
 
 
@@ -30,7 +30,7 @@ class Progress:
     filled: dict[bytes, int] = field(default_factory=dict)
     joined: dict[bytes, int] = field(default_factory=dict)
     done: dict[bytes, int] = field(default_factory=dict)
-    loaded: dict[bytes, WorkerTimes] = field(default_factory=dict)
+    loaded: dict[bytes, Loaded] = field(default_factory=dict)
     committed: set[bytes] = field(default_factory=set)
     buckets_ready: int = 0
     buckets_writable: int = 0

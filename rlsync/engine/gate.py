@@ -54,7 +54,7 @@ class Gate:
                 raise self.refusal()
             return self._epoch
 
-    def commit(self, ticket: int, version: int) -> None:
+    def commit(self, ticket: int, version: int | None) -> None:
         """Become ``clean`` at ``version``. A call that outlived its sync raises EngineDirtyError and undoes no ``shut``."""
         with self._changed:
             if self._epoch != ticket:

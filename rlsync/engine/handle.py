@@ -159,7 +159,7 @@ class Engine:
         await self._llm.reset_mm_cache()
         await self._llm.reset_encoder_cache()
 
-    def resume(self, version: int, timeout_s: float) -> None:
+    def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
         self._calls.run(self._llm.resume_generation(), timeout_s)
         self._gate.commit(ticket, version)

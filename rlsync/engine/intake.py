@@ -13,6 +13,7 @@ from rlsync.control.messages import Recorded
 from rlsync.engine.recorder import Recording, record
 from rlsync.engine.sinks import Sink
 from rlsync.engine.sinks.choice import choose
+from rlsync.engine.sinks.compare import CompareSink
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.geometry import TensorSpec, contiguous_strides
@@ -31,16 +32,23 @@ class Intake:
     make_sink: Callable[[Buckets], Sink]
 
 
-def take_stock(model: torch.nn.Module, model_config: Any, holder: str, tensors: Sequence[TensorSpec], requested: str) -> Intake:
-    """Record what the model's own loaders make of ``tensors``, and choose how it will be written. Leaves the model as it was.
+def take_stock(
+    model: torch.nn.Module, model_config: Any, holder: str, tensors: Sequence[TensorSpec], requested: str, compare: bool = False
+) -> Intake:
+    """Record what the model's own loaders make of ``tensors``, and choose how it will be written, or compared.
 
-    Raises ConfigError where the sink that is asked for by name cannot keep the model right.
+    Leaves the model as it was. Raises ConfigError where the sink that is asked for by name cannot keep the model right.
     """
     recording = record(model, tensors)
     placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
     missing = tuple(f for f in findings if ": nothing writes " in f)
     computed = tuple(f for f in findings if f not in missing)
     problems = recording.findings + missing
+    if compare:
+        problems += tuple(f"it cannot be compared: {f}" for f in computed)
+        return Intake(
+            Recorded(placement, "compare", recording.unused_names, problems), lambda buckets: CompareSink(model, buckets, placement.fills)
+        )
     choice = choose(model, [b.name for b in placement.buffers], recording.aliases, requested)
     used = sorted(set(choice.sinks.values()))
     if problems or computed or used == ["loaders"]:

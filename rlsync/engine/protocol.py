@@ -14,6 +14,11 @@ class EngineHandle(Protocol):
     engine_id: str
     num_workers: int
 
+    @property
+    def version(self) -> int | None:
+        """Version that is served, or None for the weights of the start."""
+        ...
+
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         """Make every worker dial home; returns when all peers of the run are connected."""
         ...
@@ -30,8 +35,8 @@ class EngineHandle(Protocol):
         """Forget everything computed from the former weights: prefix, multimodal and encoder caches."""
         ...
 
-    def resume(self, version: int, timeout_s: float) -> None:
-        """Become ``clean`` at ``version`` and serve."""
+    def resume(self, version: int | None, timeout_s: float) -> None:
+        """Become ``clean`` at ``version`` (None: the weights of the start) and serve."""
         ...
 
     def mark_dirty(self, reason: str) -> None:

@@ -71,7 +71,11 @@ class Inlet(Protocol):
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where to dial, and as whom. ``timeout_s`` bounds every phase. ``purpose`` ``inspect`` asks for hashes and changes nothing."""
+    """Where to dial, and as whom. ``timeout_s`` bounds every phase.
+
+    ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
+    that there may be, then with 1 to take buckets in and tell what they would change. The last two change nothing.
+    """
 
     endpoint: str
     token: str
@@ -79,6 +83,7 @@ class InitInfo(WeightTransferInitInfo):
     engine_id: str
     timeout_s: float
     purpose: str = "sync"
+    attempt: int = 0
 
 
 @dataclass
@@ -119,13 +124,19 @@ class Receiver(WeightTransferEngine):
         self._share: WorkerShare | None = None
         self._info: InitInfo | None = None
         self._version = -1
+        self._comparison: Receiver | None = None
         compat_layers.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""
         if init_info.purpose == "inspect":
             self._tell_state(init_info)
-            return
+        elif init_info.purpose == "compare":
+            self._compare(init_info)
+        else:
+            self._connect(init_info)
+
+    def _connect(self, init_info: InitInfo) -> None:
         self.shutdown()
         self._info, self._version = init_info, -1
         peer = self._peer = Peer(init_info.endpoint, self._hello(init_info))
@@ -133,7 +144,8 @@ class Receiver(WeightTransferEngine):
             catalogue = self._wait(m.Catalogue, 0, "the list of tensors")
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             with compat.config_scope(self.vllm_config):
-                intake = take_stock(self.model, self.model_config, holder, catalogue.tensors, catalogue.sink)
+                compare = init_info.purpose == "compare"
+                intake = take_stock(self.model, self.model_config, holder, catalogue.tensors, catalogue.sink, compare)
             peer.send(intake.record)
             self._attach_share(intake, self._wait(m.Share, 0, "this worker's share of the plan").worker)
             peer.send(m.Attached())
@@ -149,6 +161,21 @@ class Receiver(WeightTransferEngine):
         with compat.config_scope(self.vllm_config):
             peer.send(m.State(state_hashes(self.model)))
         peer.close()
+
+    def _compare(self, info: InitInfo) -> None:
+        """In a receiver of its own, so that a connection that there is goes on."""
+        if info.attempt == 0:
+            twin = self._comparison = Receiver(
+                self.config, self.vllm_config, self.device, self.model, open_inlet=self._open_inlet, domain=self._domain
+            )
+            twin._connect(info)
+        elif self._comparison is not None:
+            twin, self._comparison = self._comparison, None
+            try:
+                twin.receive_weights(UpdateInfo(version=0, attempt=info.attempt))
+            finally:
+                # The other side goes on to let the engine go, and has no use for a goodbye.
+                twin.shutdown(with_goodbye=False)
 
     def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
         assert self._info is not None
@@ -182,7 +209,7 @@ class Receiver(WeightTransferEngine):
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
-            self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + inlet.extra_bytes)))
+            self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + inlet.extra_bytes), tuple(sink.differences)))
             pull.phase, pull.bucket = "commit", None
             self._wait(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
@@ -231,10 +258,11 @@ class Receiver(WeightTransferEngine):
     def finish_weight_update(self) -> None:
         """Nothing: the version was committed inside the update."""
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, with_goodbye: bool = True) -> None:
         """Leave the run and what brought its bytes. Idempotent."""
         if self._peer is not None:
-            self._peer.send(m.Goodbye())
+            if with_goodbye:
+                self._peer.send(m.Goodbye())
             self._peer.close()
         if self._inlet is not None:
             self._inlet.close()

@@ -175,6 +175,7 @@ class Attempt:
             commit_s=at["caches"] - at["update"],
             resume_s=at["resume"] - at["caches"],
             engine_s=self._engine_s,
+            differences=self._committed.differences,
         )
 
 

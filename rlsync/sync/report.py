@@ -33,6 +33,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         link_gb_per_s: 10^9 bytes per second that the link was measured to carry at connect, or None where nobody measured it.
         engines_dirty: engines of this connection that are dirty now. failures: syncs that did not commit, by phase, since the
             syncer was made. See ``rlsync.sync.health.SyncHealth``.
+        differences: of a comparison, by worker; see ``rlsync.sync.comparison``. Empty in a sync.
     """
 
     version: int
@@ -59,6 +60,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     link_gb_per_s: float | None = None
     engines_dirty: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict)
+    differences: tuple[tuple[str, ...], ...] = ()
 
     @property
     def gb_per_s(self) -> float:

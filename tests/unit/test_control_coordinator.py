@@ -205,7 +205,7 @@ def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
     assert run.last("w0") == run.last("w1") == m.Commit(1, 1)
     run.tell("w0", m.Committed(1))
     run.tell("w1", m.Committed(1))
-    assert run.last("a0") == m.AllCommitted(1, (TIMES, other))
+    assert run.last("a0") == m.AllCommitted(1, (TIMES, other), ((), ()))
     run.tell("a0", m.Finish(1, b"report"))
     assert run.last("a1") == m.Finished(1, b"report")
     assert (run.coordinator.phase, run.coordinator.version, run.coordinator.deadline) == ("idle", 1, None)

@@ -13,10 +13,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from rlsync.cli.paper import paper_worker
 from rlsync.families import model_of
-from rlsync.placement.huggingface import whole_tensors
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import build_plan
+from rlsync.staging import lay_out
 from rlsync.topology import Topology
 from workers.config import config_table, load_config, register_resolvers
 
@@ -168,7 +169,8 @@ def test_the_journey_in_the_readme_is_what_the_code_computes() -> None:
     name, gate, up = "decoder.layers.1.mlp.linear_fc1.weight", "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
     actors = megatron_placements(model, Topology(tp_size=4, dp_size=2))
     tensors = model.tensors()
-    plan = build_plan(tensors, actors, [whole_tensors("buckets", tensors)], bucket_bytes=256 * 2**20)
+    workers = [paper_worker(model, rank, 2, holder=f"engine 0 worker {rank}") for rank in range(2)]
+    plan = build_plan(tensors, actors, workers, bucket_bytes=256 * 2**20)
     bucket_of = {t.name: k for k, bucket in enumerate(plan.buckets) for t in bucket.tensors}
     (shape,) = (b.shape for b in actors[1].buffers if b.name == name)
     assert f"The parameter is {shape}" in text
@@ -179,9 +181,12 @@ def test_the_journey_in_the_readme_is_what_the_code_computes() -> None:
     assert f"{len(tensors)} tensors make {len(plan.buckets)} buckets" in text
     assert (bucket_of[gate], bucket_of[up], len(plan.buckets) - 1) == (4, 5, 85)
     mib = {t.name: t.nbytes / 2**20 for t in tensors}
-    assert f"`gate_proj` ({mib[gate]} MiB)" in text
+    assert f"`gate_proj` ({mib[gate]} MiB over both workers)" in text
     assert mib[gate] + mib[up] > 256
-    assert f"{max(mib.values()):,} MiB" in text
-    quarters = [c for c in plan.buckets[4].copies if c.tensor == gate]
-    assert sorted(c.destination_offset * 2 for c in quarters) == [i * 33_947_648 for i in range(4)]
-    assert all(c.size * 2 == 33_947_648 and len(c.shape) == 1 for c in quarters)
+    part, _ = lay_out(plan)[4]
+    (segment,) = (s for s in part.segments if s.buffer == "model.layers.1.mlp.gate_up_proj.weight")
+    assert (segment.buffer_offset, segment.shape) == (0, (9472 * 3584,))
+    quarters = {r.source: r for r in part.regions if r.tensor == gate}
+    assert sorted(quarters) == [4, 5]
+    assert (quarters[5].slot_offset - segment.slot_offset, quarters[5].nbytes, len(quarters[5].shape)) == (33_947_648, 33_947_648, 1)
+    assert {r.source for r in lay_out(plan)[5][0].regions if r.tensor == up} == {0, 1}

@@ -5,7 +5,7 @@ A sink has ``open``, ``write`` for each bucket in order, and ``close``; after an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,11 @@ class Sink(Protocol):
     @property
     def peak_extra_bytes(self) -> int:
         """Most memory that the sink itself has taken at once, in all syncs so far."""
+        ...
+
+    @property
+    def differences(self) -> Sequence[str]:
+        """What is not as the buckets have it, by path, where the sink compares; nothing where it writes."""
         ...
 
     def open(self) -> None:

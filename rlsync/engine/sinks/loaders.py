@@ -27,6 +27,8 @@ class LoadersSink:
         buckets: for each bucket its segments: whole HF tensors, dense.
     """
 
+    differences = ()
+
     def __init__(self, model: torch.nn.Module, model_config: Any, buckets: tuple[tuple[Segment, ...], ...]) -> None:
         self._model, self._model_config, self._buckets = model, model_config, buckets
         self._kept: dict[int, frozenset[str]] = {}

@@ -46,6 +46,8 @@ class PlacedSink:
         self._layerwise = LayerwiseBuffers(model, {name: b for name, b in last.items() if sinks[name] == "layerwise"}, fills)
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 
+    differences = ()
+
     @property
     def peak_extra_bytes(self) -> int:
         """Most bytes that modules in progress have taken at once, without what vLLM's post-processing takes for itself."""

@@ -1,0 +1,64 @@
+"""Does an engine hold these weights? The data path of a sync with sinks that compare; nothing in the engine changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlsync.engine.protocol import EngineHandle, PauseMode
+from rlsync.errors import WeightSyncError
+from rlsync.sync.config import SyncConfig
+from rlsync.sync.source import Source
+from rlsync.sync.syncer import WeightSyncer
+
+
+class _Compared:
+    """An engine whose workers compare where those of its handle would sync. Paused meanwhile, and let go as it was."""
+
+    def __init__(self, engine: EngineHandle) -> None:
+        self._engine, self._info = engine, dict[str, Any]()
+        self.engine_id, self.num_workers = engine.engine_id, engine.num_workers
+        self._paused = threading.Event()
+
+    @property
+    def version(self) -> int | None:
+        return self._engine.version
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        self._info = {**init_info, "purpose": "compare"}
+        self._engine.init_weight_transfer(self._info, timeout_s)
+
+    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+        self._paused.set()
+        self._engine.pause(mode, timeout_s)
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self._engine.init_weight_transfer({**self._info, "attempt": update_info["attempt"]}, timeout_s)
+
+    def reset_caches(self, timeout_s: float) -> None:
+        """They are of the weights that the engine still has."""
+
+    def resume(self, version: int | None, timeout_s: float) -> None:
+        self._engine.resume(self._engine.version, timeout_s)
+        self._paused.clear()
+
+    def mark_dirty(self, reason: str) -> None:
+        """The engine is what it was: a comparison that failed has put everything back."""
+        if self._paused.is_set():
+            self._engine.resume(self._engine.version, 60.0)
+
+
+def compare_engines(source: Source, engines: Sequence[EngineHandle], config: SyncConfig | None = None) -> tuple[tuple[str, ...], ...]:
+    """What each worker of each engine holds unlike ``source``: paths of tensors, empty where everything is equal.
+
+    Engines are paused for as long as a sync would take and keep requests, caches, version and any connection. Workers come in
+    the order of ``engines``. ``source`` is the only actor rank. Raises WeightSyncError, as where names or shapes do not fit.
+    """
+    config = SyncConfig(pause_mode="keep") if config is None else replace(config, pause_mode="keep")
+    if len(source.placements) != 1:
+        raise WeightSyncError(phase="connect", cause=f"a comparison has one source, this one counts {len(source.placements)} ranks")
+    with WeightSyncer(source, [_Compared(engine) for engine in engines], replace(config, verify="full")) as syncer:
+        syncer.connect()
+        return syncer.sync(0).differences
