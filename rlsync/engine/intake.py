@@ -41,8 +41,8 @@ def take_stock(
     """
     recording = record(model, tensors)
     placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
-    missing = tuple(f for f in findings if ": nothing writes " in f)
-    computed = tuple(f for f in findings if f not in missing)
+    missing = tuple(str(f) for f in findings if f.unwritten)
+    computed = tuple(str(f) for f in findings if not f.unwritten)
     problems = recording.findings + missing
     if compare:
         problems += tuple(f"it cannot be compared: {f}" for f in computed)

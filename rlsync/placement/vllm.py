@@ -30,17 +30,28 @@ class Write:
     value: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Undescribed:
+    """A buffer that no boxes describe, and why. ``unwritten``: elements that no loader wrote; 0 where all were, from elsewhere."""
+
+    text: str
+    unwritten: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def placement_of(
     holder: str,
     tensors: Sequence[TensorSpec],
     buffers: Sequence[BufferSpec],
     writes: Sequence[Write],
     location: Location | None = None,
-) -> tuple[Placement, tuple[str, ...]]:
+) -> tuple[Placement, tuple[Undescribed, ...]]:
     """The placement that ``writes`` leave behind in row-major ``buffers``, where the last write to an element counts.
 
-    Its pieces and fills cover each of its buffers exactly once. The second result has one sentence for each buffer that has
-    no such description: a value that a loader computed, a region that is no combination of boxes, an element that nothing
+    Its pieces and fills cover each of its buffers exactly once. The second result says of each buffer that has
+    no such description why: a value that a loader computed, a region that is no combination of boxes, an element that nothing
     writes, a cast other than between floating-point dtypes. The placement leaves these buffers out altogether, and those
     without elements too. ``writes`` name tensors and buffers that are given.
     """
@@ -51,10 +62,10 @@ def placement_of(
     kept: list[BufferSpec] = []
     pieces: list[Piece] = []
     fills: list[Fill] = []
-    findings: list[str] = []
+    findings: list[Undescribed] = []
     for buffer in buffers:
         found = _describe(buffer, by_buffer[buffer.name], specs)
-        if isinstance(found, str):
+        if isinstance(found, Undescribed):
             findings.append(found)
         elif buffer.size:
             kept.append(buffer)
@@ -63,20 +74,21 @@ def placement_of(
     return Placement(holder, tuple(kept), tuple(pieces), tuple(fills), location), tuple(findings)
 
 
-def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | str:
+def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | Undescribed:
     """Pieces and fills of one buffer, or what is wrong with it."""
     parts: list[tuple[Box, Part, Write]] = []
     for write in writes:
         found = _parts(buffer, write, specs)
         if isinstance(found, str):
-            return found
+            return Undescribed(found)
         parts += ((part.box(0), part, write) for part in found)
     # The last write is the first choice.
     parts.reverse()
     taken, rest = cover(Box.whole(buffer.shape), [(box, i) for i, (box, _, _) in enumerate(parts)])
     unwritten = sum(box.size for box in rest)
     if unwritten:
-        return f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
+        text = f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
+        return Undescribed(text, unwritten)
     pieces: list[Piece] = []
     fills: list[Fill] = []
     for box, i in sorted(taken, key=lambda row: row[0].start):
@@ -86,7 +98,9 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
         elif write.value is not None:
             fills.append(_fill(buffer, box, write.value))
         else:
-            return f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor"
+            return Undescribed(
+                f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor"
+            )
     return pieces, fills
 
 

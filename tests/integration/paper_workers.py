@@ -34,7 +34,7 @@ def _differences(folder: str, rank: int, size: int) -> list[str]:
     on_paper = paper_worker(model, rank, size, holder="worker", dtype="bfloat16")
     # A paper of another rank shows that the comparison sees what it should.
     assert size == 1 or _unlike(recorded, paper_worker(model, (rank + 1) % size, size, holder="worker", dtype="bfloat16"))
-    return [*findings, *recording.findings, *_unlike(recorded, on_paper)]
+    return [*map(str, findings), *recording.findings, *_unlike(recorded, on_paper)]
 
 
 def _unlike(recorded: Placement, on_paper: Placement) -> list[str]:

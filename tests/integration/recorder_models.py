@@ -86,7 +86,7 @@ def executed(recording: Recording, tensors: dict[str, torch.Tensor]) -> tuple[di
     buffers = {b.name: torch.full(b.shape, 7, dtype=getattr(torch, b.dtype)) for b in placement.buffers}
     write_fills(placement.fills, buffers)
     bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()
-    return buffers, findings
+    return buffers, tuple(map(str, findings))
 
 
 def differing(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:

@@ -297,7 +297,7 @@ def test_a_buffer_without_description_is_left_out_with_a_sentence(writes, findin
     good = Write("v", 0, (4, 6), (6, 1), "t", 0, (6, 1))
     placement, findings = placement_of("worker 0", [HF, replace(HF, name="i", dtype="int32")], buffers, [*writes, good])
     assert len(findings) == 1
-    assert re.search(finding, findings[0]), findings[0]
+    assert re.search(finding, str(findings[0])), findings[0]
     assert [b.name for b in placement.buffers] == ["v"] and {p.buffer for p in placement.pieces} == {"v"}
 
 
@@ -312,7 +312,7 @@ def test_a_region_of_too_many_boxes_is_a_finding_with_both_shapes():
     # Every third element: a transpose of a flat tensor, which has no rows.
     writes = [Write("w", 0, (3, size), (size, 1), "t", 0, (1, 3))]
     (finding,) = one((3 * size,), [tensor], writes)[1]
-    assert finding.startswith(f"w ({3 * size},), from t ({3 * size},): the region written (0, (3, {size})")
+    assert str(finding).startswith(f"w ({3 * size},), from t ({3 * size},): the region written (0, (3, {size})")
     assert not one((3 * size,), [replace(tensor, shape=(size, 3))], writes)[1], "with rows, each column is one piece"
 
 
