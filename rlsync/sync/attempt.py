@@ -16,6 +16,7 @@ from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
+from rlsync.sync.health import SyncHealth
 from rlsync.sync.planning import Blueprint
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
@@ -38,8 +39,10 @@ class Connection:
     outbox: Outbox | None
     engines: tuple[EngineHandle, ...]
     config: SyncConfig
+    health: SyncHealth
     blueprint: Blueprint | None = None
     sinks: tuple[str, ...] = ()
+    link_gb_per_s: float | None = None
 
 
 def receive(
@@ -152,6 +155,7 @@ class Attempt:
 
     def _report(self) -> SyncReport:
         assert self._committed is not None and self._link.blueprint is not None
+        self._link.health.committed(engine.engine_id for engine in self._engines)
         at, times, blueprint = self._marks, self._committed.times, self._link.blueprint
         return SyncReport(
             version=self._version,
@@ -175,6 +179,9 @@ class Attempt:
             commit_s=at["caches"] - at["update"],
             resume_s=at["resume"] - at["caches"],
             engine_s=self._engine_s,
+            link_gb_per_s=self._link.link_gb_per_s,
+            engines_dirty=len(self._link.health.dirty),
+            failures=dict(self._link.health.failures),
             differences=self._committed.differences,
         )
 

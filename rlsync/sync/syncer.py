@@ -24,11 +24,13 @@ from rlsync.control.peer import Peer, pid_domain, to_exception
 from rlsync.control.roster import Expected, some
 from rlsync.control.server import CoordinatorServer
 from rlsync.control.shares import ActorShare, GroupInfo, RingInfo
+from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler, make_outbox
+from rlsync.sync.health import SyncHealth
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
@@ -50,6 +52,9 @@ class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class WeightSyncer:
     """Syncs engines with an actor. ``connect`` once, ``sync`` for each version, ``close``; all collective over the actor ranks.
+
+    Attributes:
+        health: what failed so far and which engines are dirty; filled on rank 0.
 
     Args:
         source: this rank's source.
@@ -86,14 +91,21 @@ class WeightSyncer:
         self._blueprint: Blueprint | None = None
         self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
+        self.health = SyncHealth()
 
     # Connect.
 
-    def connect(self) -> None:
+    def connect(self, engines: Sequence[EngineHandle] | None = None) -> None:
         """Let all workers and ranks dial in, record what the workers hold, and plan. Collective over the actor ranks.
 
-        Raises the same WeightSyncError on all ranks. May be called again after ``close``.
+        May be called again after ``close``, with other engines where some were restarted or added: versions then start over,
+        and every engine serves after the next sync. Raises the same WeightSyncError on all ranks.
+
+        Args:
+            engines: handles from now on, on rank 0; None keeps those that there are.
         """
+        if engines is not None and self._rank == 0 and self._peer is None:
+            self._engines = tuple(engines)
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
         invitation = self._invite() if self._rank == 0 else _Invitation()
@@ -104,6 +116,7 @@ class WeightSyncer:
                 raise to_exception(invitation.error)
             self._dial(invitation)
         except BaseException as error:
+            self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
                 engine.mark_dirty(f"its connection to the actor failed: {error}")
             self.close()
@@ -186,8 +199,10 @@ class WeightSyncer:
             self._outbox,
             self._engines,
             self._config,
+            self.health,
             self._blueprint,
             self._sinks,
+            copy_gb_per_s(slots[0]) if slots and self._rank == 0 else None,
         )
 
     def _await_connected(self) -> ActorShare:
@@ -264,6 +279,7 @@ class WeightSyncer:
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
             if self._outbox is not None:
                 self._outbox.abandon()
+            self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
                 engine.mark_dirty(str(error))
             raise

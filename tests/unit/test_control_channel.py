@@ -453,6 +453,27 @@ def test_connect_after_close_starts_over(actors: Actors, engines: list[ThreadEng
     assert "not connected" in error.cause
 
 
+def test_an_engine_is_added_by_a_new_connection_and_gets_the_present_version(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(4)
+    added = ThreadEngine("e2")
+    actors.close()
+    assert actors.both(lambda s: s.connect([*engines, added])) == [None, None]
+    report = actors.sync(4)
+    assert all(holds(engine, 4) for engine in (*engines, added))
+    assert set(report.engine_s) == {"e0", "e1", "e2"}
+
+
+def test_the_report_counts_what_failed_before_and_knows_its_floor(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sources[0].on_fill = lambda bucket: 1 // 0
+    actors.failure(lambda s: s.sync(1))
+    assert actors.syncers[0].health.dirty == {"e0", "e1"}
+    actors.sources[0].on_fill = lambda bucket: None
+    report = actors.sync(1)
+    assert (report.failures, report.engines_dirty) == ({"transfer": 1}, 0)
+    assert report.floor_s is not None
+    assert 0 < report.floor_s < report.seconds
+
+
 def test_a_coordinator_that_is_gone_is_noticed(actors: Actors) -> None:
     server = actors.syncers[0]._server
     assert server is not None
