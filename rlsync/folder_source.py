@@ -42,7 +42,7 @@ class FolderSource:
         if tied and _HEAD in loaded:
             _check_tied_head(files, stored, folder)
             del loaded[_HEAD]
-        self.tensors: tuple[TensorSpec, ...] = tuple(loaded[name].spec for name in sorted(loaded, key=_in_layer_order))
+        self.tensors: tuple[TensorSpec, ...] = tuple(loaded[name].spec for name in sorted(loaded, key=layer_order))
         self.placements: tuple[Placement, ...] = (whole_tensors(str(folder), self.tensors),)
         self.buffers: Mapping[str, torch.Tensor] = MappedTensors(loaded)
 
@@ -50,8 +50,8 @@ class FolderSource:
         """Nothing: the weights are what they are."""
 
 
-def _in_layer_order(name: str) -> list[tuple[int, int, str]]:
-    """Sorts numbers in names as numbers."""
+def layer_order(name: str) -> list[tuple[int, int, str]]:
+    """Key that sorts numbers in names as numbers, so that layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

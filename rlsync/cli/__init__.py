@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor.add_arguments(commands.add_parser("doctor", help="check software, GPUs, memory and network of this machine, and say what to do"))
     plan.add_arguments(commands.add_parser("plan", help="what a sync of a model between two layouts moves and needs, on paper"))
-    verify.add_arguments(commands.add_parser("verify", help="compare the weights of two Hugging Face folders bit for bit"))
+    verify.add_arguments(commands.add_parser("verify", help="compare the weights of a Hugging Face folder with another or with an engine"))
     arguments = parser.parse_args(argv)
     try:
         return {"doctor": doctor.run, "plan": plan.run, "verify": verify.run}[arguments.command](arguments)

@@ -202,7 +202,7 @@ class HttpEngine:
         self._run("mm_cache", timeout_s)
         self._run("encoder_cache", timeout_s)
 
-    def resume(self, version: int, timeout_s: float) -> None:
+    def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
         self._may_answer = True
         self._run("resume", timeout_s)

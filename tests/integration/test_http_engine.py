@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from rlsync.cli import main
 from rlsync.engine.http import HttpEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
@@ -277,3 +281,39 @@ def test_an_address_without_a_server_is_one_error_that_says_how_to_start_one() -
         HttpEngine("http://127.0.0.1:9", engine_id="gone", timeout_s=0.5)
     with pytest.raises(ConfigError, match="without a name or a password"):
         HttpEngine("http://me:secret@127.0.0.1:9", engine_id="gone")
+
+
+def test_verify_tells_what_a_server_holds_unlike_a_folder_and_changes_nothing(
+    url: str,
+    engine: HttpEngine,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", API_KEY)
+
+    def verify(folder: Path) -> tuple[int, list[str]]:
+        return main(["verify", str(folder), "--engine", url, "--timeout-s", "30"]), capsys.readouterr().out.splitlines()
+
+    flipped = {name: tensor.clone() for name, tensor in read_folder(folders["b"]).items()}
+    for name in ("model.layers.2.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"):
+        flipped[name].view(-1).view(torch.int32)[7] ^= 1
+    shutil.copytree(folders["b"], tmp_path / "flipped")
+    save_file(flipped, tmp_path / "flipped" / "model.safetensors", metadata={"format": "pt"})
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        syncer.sync(1)
+        assert verify(folders["b"]) == (0, [f"equal: 51 tensors in {folders['b']}; 1 workers of {url}"])
+        probed = "model.layers.2.mlp.gate_up_proj, by what it makes of a fixed input"
+        code, lines = verify(tmp_path / "flipped")
+        assert (code, lines[:-1]) == (1, ["worker 0: model.layers.1.input_layernorm.weight", f"worker 0: {probed}"])
+        code, lines = verify(folders["a"])
+        assert code == 1 and len(lines) > 30 and "tensors of the engine differ" in lines[-1]
+        assert answers_like(engine, folders["b"])
+        syncer.sync(2)
+    ask(url, "POST", "/pause?mode=keep&clear_cache=false")
+    assert main(["verify", str(folders["b"]), "--engine", url]) == 1
+    assert "serves no committed version, so it cannot be compared" in capsys.readouterr().err
+    assert ask(url, "GET", "/is_paused") == {"is_paused": True}, "it is not let go"
+    ask(url, "POST", "/resume")

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from rlsync.cli import main
+from rlsync.cli.verify import report
+from tests.ranks import free_port
 
 
 def checkpoint(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
@@ -33,3 +35,30 @@ def test_verify_finds_one_flipped_bit_and_every_other_difference(tmp_path, capsy
 def test_verify_names_a_folder_without_weights(tmp_path, capsys):
     assert main(["verify", str(tmp_path), str(tmp_path)]) == 1
     assert "no *.safetensors file" in capsys.readouterr().err
+
+
+def test_what_an_engine_holds_otherwise_is_told_by_worker_in_layer_order(tmp_path, capsys):
+    found = [["model.layers.10.norm.weight", "model.layers.9.mlp.down_proj.#probe", "lm_head.weight"], []]
+    assert report([1, 2, 3], tmp_path, "http://h:1", found) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "worker 0: lm_head.weight",
+        "worker 0: model.layers.9.mlp.down_proj, by what it makes of a fixed input",
+        "worker 0: model.layers.10.norm.weight",
+        f"3 tensors of the engine differ: 3 tensors in {tmp_path}; 2 workers of http://h:1",
+    ]
+    assert report([1, 2, 3], tmp_path, "http://h:1", [[], []]) == 0
+    assert capsys.readouterr().out == f"equal: 3 tensors in {tmp_path}; 2 workers of http://h:1\n"
+
+
+def test_a_folder_is_compared_with_one_other_thing(tmp_path, capsys):
+    for arguments in ([], ["x", "--engine", "http://127.0.0.1:1"]):
+        assert main(["verify", str(tmp_path), *arguments]) == 1
+        assert "with one other thing: a second folder, or --engine URL" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_there_is_named(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "m", {"a": torch.ones(2)})
+    (tmp_path / "m/config.json").write_text("{}")
+    url = f"http://127.0.0.1:{free_port()}"
+    assert main(["verify", folder, "--engine", url, "--timeout-s", "1"]) == 1
+    assert f"engine {url}" in capsys.readouterr().err
