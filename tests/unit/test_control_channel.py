@@ -182,7 +182,7 @@ class Actors:
     def __init__(self, engines: list[ThreadEngine], **config: Any) -> None:
         self.sources = [Numbers(rank, 2) for rank in range(2)]
         shared: list[bytes] = []
-        there = threading.Event()
+        there = self.there = threading.Event()
 
         def broadcast(rank: int, payload: bytes) -> bytes:
             if rank == 0:
@@ -457,6 +457,7 @@ def test_an_engine_is_added_by_a_new_connection_and_gets_the_present_version(act
     actors.sync(4)
     added = ThreadEngine("e2")
     actors.close()
+    actors.there.clear()
     assert actors.both(lambda s: s.connect([*engines, added])) == [None, None]
     report = actors.sync(4)
     assert all(holds(engine, 4) for engine in (*engines, added))
