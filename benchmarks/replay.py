@@ -1,7 +1,8 @@
 """One step of a sync on the CPU, without processes: a plan's copies against a plain copy of the same bytes, in the same run.
 
 ``python -m benchmarks.replay``: Qwen2.5-0.5B in bf16, actor TP=2, one engine worker as vLLM lays it out. The floor is one
-contiguous ``copy_`` of as many bytes, alternated with the replays, so that both see the same machine.
+contiguous ``copy_`` of as many bytes, alternated with the replays, so that both see the same machine. Beside it stand as many
+contiguous copies as the step has, of the same sizes: what the number of copies costs, apart from their strides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.paper import QWEN25_05B, dense_case
 from rlsync.copy.cpu import CopyProgram, bind
-from rlsync.geometry import Placement
+from rlsync.geometry import DTYPE_BYTES, Placement
 from rlsync.plan import build_plan
 from rlsync.topology import Topology
 
@@ -25,15 +26,25 @@ def buffers(placement: Placement) -> dict[str, torch.Tensor]:
     return {b.name: torch.ones(b.shape, dtype=getattr(torch, b.dtype)) for b in placement.buffers}
 
 
-def programs() -> list[CopyProgram]:
-    """The copies of a step, bucket by bucket and source by source, bound to memory."""
+def step_programs() -> tuple[list[CopyProgram], list[int]]:
+    """The copies of a step, bucket by bucket and source by source, bound to memory; and the bytes of each copy."""
     case = dense_case(QWEN25_05B, Topology(tp_size=2), num_engines=1, engine_tp=1)
     plan = build_plan(case.tensors, case.sources, case.destinations, bucket_bytes=256 * 2**20)
     sources = [buffers(p) for p in case.sources]
     (destination,) = (buffers(p) for p in case.destinations)
-    return [
-        bind([c for c in bucket.copies if c.source == s], sources[s], destination) for bucket in plan.buckets for s in range(len(sources))
-    ]
+    groups = [[c for c in bucket.copies if c.source == s] for bucket in plan.buckets for s in range(len(sources))]
+    item_bytes = {b.name: DTYPE_BYTES[b.dtype] for p in case.destinations for b in p.buffers}
+    sizes = [c.size * item_bytes[c.destination_buffer] for group in groups for c in group]
+    return [bind(group, sources[group[0].source], destination) for group in groups if group], sizes
+
+
+def contiguous(sizes: list[int], source: torch.Tensor, destination: torch.Tensor) -> CopyProgram:
+    """The same sizes, one after the other in flat memory (1-D uint8)."""
+    pairs, cursor = [], 0
+    for nbytes in sizes:
+        pairs.append((destination[cursor : cursor + nbytes], source[cursor : cursor + nbytes]))
+        cursor += nbytes
+    return CopyProgram(pairs)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -48,19 +59,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    step = programs()
-    nbytes = sum(program.nbytes for program in step)
+    step, sizes = step_programs()
+    nbytes = sum(sizes)
     source, destination = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-    replays, floors = [], []
+    cut = contiguous(sizes, source, destination)
+    works: dict[str, Callable[[], object]] = {
+        "floor": lambda: destination.copy_(source),
+        "contiguous copies": cut.run,
+        "replay": lambda: [program.run() for program in step],
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(arguments.rounds + 1):
-        floors.append(seconds(lambda: destination.copy_(source)))
-        replays.append(seconds(lambda: [program.run() for program in step]))
-    ratios = [r / f for r, f in zip(replays[1:], floors[1:], strict=True)]
-    print(
-        f"{nbytes / 1e6:,.0f} MB, {arguments.threads} threads, {arguments.rounds} rounds: replay {nbytes / min(replays) / 1e9:.2f} GB/s, "
-        f"floor {nbytes / min(floors) / 1e9:.2f} GB/s (best of each); ratio {min(replays) / min(floors):.2f} of the best, "
-        f"{statistics.median(ratios):.2f} median of the rounds"
-    )
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    print(f"{nbytes / 1e6:,.0f} MB in {len(sizes)} copies, {arguments.threads} threads, {arguments.rounds} rounds")
+    floors = times["floor"][1:]
+    for name, (_, *rounds) in times.items():
+        median = statistics.median(r / f for r, f in zip(rounds, floors, strict=True))
+        best = min(rounds)
+        print(
+            f"{name}: best {nbytes / best / 1e9:.2f} GB/s; {best / min(floors):.2f} x the best floor, median of the rounds {median:.2f} x"
+        )
 
 
 if __name__ == "__main__":
