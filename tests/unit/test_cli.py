@@ -35,3 +35,19 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"rlsync {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan", "verify"])
+def test_each_command_explains_its_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: rlsync {command}" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["dctor"], ["plan"], ["doctor", "--ring-bytes", "many"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+    assert "invalid choice: 'dctor'" in capsys.readouterr().err

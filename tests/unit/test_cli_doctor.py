@@ -105,16 +105,16 @@ def test_frameworks_that_are_absent_are_told_from_those_that_are_broken() -> Non
 
 
 def test_doctor_runs_where_no_framework_is_installed(tmp_path: Path) -> None:
-    """Stand-ins for a machine without them: modules of these names that say so when they are imported."""
-    for name in ("torch", "vllm", "megatron"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")\n")
+    """Stand-ins for a machine without them, and without any other package: modules that say so when they are imported."""
+    for name in ("torch", "vllm", "megatron", "msgspec", "numpy", "zmq", "safetensors", "psutil", "ray", "aiohttp", "packaging"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n")
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     run = subprocess.run(
         [sys.executable, "-m", "rlsync.cli", "doctor", "--json"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
     )
     findings = [Finding(**fields) for fields in json.loads(run.stdout)]
     assert run.returncode == 1, "nothing works without torch"
-    assert "torch is not installed" in said(findings, "problem")
+    assert "torch is not installed" in said(findings, "problem") and "needs packaging" in said(findings, "problem")
     assert "Megatron-Core is not installed" in said(findings, "warning") and "vLLM is not installed" in said(findings, "warning")
     assert "127.0.0.1 works" in said(findings, "ok"), "the rest is looked at"
 

@@ -28,7 +28,11 @@ def examine(engine_extra: str) -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("problem", "the distribution rlsync is not installed", "pip install -e . --no-deps in the repository")
     else:
-        yield from examine_packages(installed, requirements, engine_extra)
+        try:
+            yield from examine_packages(installed, requirements, engine_extra)
+        except ModuleNotFoundError as error:
+            # What reads versions is itself a package.
+            yield Finding("problem", f"needs {error.name}", f"pip install {error.name}, or make setup")
     yield examine_plugin(bool(metadata.entry_points(group="vllm.general_plugins", name=BACKEND)), os.environ)
 
 
