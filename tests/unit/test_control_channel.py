@@ -29,7 +29,7 @@ from rlsync.sync.inlets import open_inlet
 from rlsync.transport.shm import shm_domain
 from rlsync.verification import SAMPLE_PERIOD
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 SIZES = (16, 40, 8, 24, 32)
 
 
