@@ -1,7 +1,7 @@
-"""WeightSyncer: the actor's side of a connection. Owns the ring, the channel and the order of a sync.
+"""WeightSyncer: the actor's side of a connection. Owns the channel, what carries bytes, and the order of a sync.
 
 Knows the seams only: a Source has weights, EngineHandles drive engines, the coordinator says how a sync stands.
-No process group is used inside a sync, so that a dead or stopped rank is found by a deadline and not by a hang.
+No collective runs inside a sync, so that a dead or stopped rank is found by a deadline and not by a hang.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import Peer, pid_domain, to_exception
 from rlsync.control.roster import Expected, some
 from rlsync.control.server import CoordinatorServer
-from rlsync.control.shares import ActorShare, GroupInfo, RingInfo
+from rlsync.control.shares import ActorShare
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
+from rlsync.sync.carriers import Carriers
 from rlsync.sync.config import SyncConfig
-from rlsync.sync.filling import Filler, make_outbox
+from rlsync.sync.filling import Filler
 from rlsync.sync.health import SyncHealth
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
 from rlsync.sync.tasks import Lane, Tasks
-from rlsync.transport.gloo import Outbox, Rendezvous
-from rlsync.transport.shm import Ring, shm_domain
+from rlsync.transport.shm import shm_domain
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +82,7 @@ class WeightSyncer:
         self._engines = tuple(engines) if rank == 0 else ()
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
         self._peer: Peer | None = None
-        self._ring: Ring | None = None
-        self._outbox: Outbox | None = None
-        self._rendezvous: Rendezvous | None = None
+        self._carriers = Carriers()
         self._server: CoordinatorServer | None = None
         self._tasks = Tasks()
         self._connection: Connection | None = None
@@ -184,25 +182,24 @@ class WeightSyncer:
             }
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
         share = self._await_connected()
-        if self._ring is not None:
-            self._ring.unlink()
+        self._carriers.seal()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        slots = [] if self._ring is None else [self._ring.slot(i) for i in range(self._ring.num_slots)]
-        filler = Filler(share, self._source.buffers, slots, self._outbox)
+        slots, outbox = self._carriers.slots(), self._carriers.outbox
+        filler = Filler(share, self._source.buffers, slots, outbox)
         self._connection = Connection(
             self._peer,
             len(share.parts),
             lane,
             self._source,
             filler,
-            self._outbox,
+            outbox,
             self._engines,
             self._config,
             self.health,
             self._blueprint,
             self._sinks,
-            copy_gb_per_s(slots[0]) if slots and self._rank == 0 else None,
+            copy_gb_per_s(slots[0]) if self._rank == 0 and outbox is None else None,
         )
 
     def _await_connected(self) -> ActorShare:
@@ -226,35 +223,23 @@ class WeightSyncer:
             elif isinstance(message, m.Share):
                 share = message.actor
                 assert share is not None
-                self._outbox = make_outbox(share, self._config.timeout_s)
-                self._tasks.spawn(None, partial(self._attach, share, self._outbox))
+                try:
+                    self._tasks.spawn(None, self._carriers.attach(share, self._config.timeout_s))
+                except Exception as error:
+                    self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Connected):
                 connected = True
         assert share is not None
         return share
 
     def _plan(self, survey: m.Surveyed) -> m.Planned:
-        """Rank 0: decide who does what, and make the ring and the meeting place that it takes."""
+        """Rank 0: decide who does what, and make what carries it."""
         for hello, record in zip(survey.workers, survey.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
         self._blueprint = draw_up(self._source.tensors, self._source.placements, survey, self._config)
         self._sinks = tuple(record.sink for record in survey.records)
-        config, blueprint, ring, group = self._config, self._blueprint, None, None
-        if blueprint.slot_bytes:
-            self._ring = Ring.create(config.num_slots, blueprint.slot_bytes)
-            ring = RingInfo(str(self._ring.path), self._ring.token, self._ring.num_slots, self._ring.slot_bytes)
-        if blueprint.remote:
-            self._rendezvous = Rendezvous(config.bind_host, config.timeout_s)
-            group = GroupInfo(config.bind_host, self._rendezvous.port, 0, blueprint.members)
-        return m.Planned(*blueprint.shares(self._world_size, config.num_slots, config.verify, ring=ring, group=group))
-
-    def _attach(self, share: ActorShare, outbox: Outbox | None) -> None:
-        ring = share.ring
-        if ring is not None and self._ring is None:
-            self._ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
-        if outbox is not None:
-            outbox.join(0)
+        return m.Planned(*self._carriers.make(self._blueprint, self._config, self._world_size))
 
     # Sync.
 
@@ -277,8 +262,7 @@ class WeightSyncer:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # It arose on this rank alone; the others are told instead of left to their deadline.
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
-            if self._outbox is not None:
-                self._outbox.abandon()
+            self._carriers.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
                 engine.mark_dirty(str(error))
@@ -293,14 +277,10 @@ class WeightSyncer:
             self._peer.close()
         if self._connection is not None:
             self._connection.lane.stop()
-        if self._ring is not None:
-            self._ring.close()
-        if self._outbox is not None:
-            self._outbox.abandon()
+        self._carriers.close()
         if self._server is not None:
             self._server.stop()
-        self._peer = self._ring = self._outbox = self._rendezvous = None
-        self._server = self._connection = self._blueprint = None
+        self._peer = self._server = self._connection = self._blueprint = None
 
     def __enter__(self) -> WeightSyncer:
         return self
