@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine import compat
+from rlsync.engine import compat, owner
 from rlsync.engine.calls import Calls
 from rlsync.engine.gate import Gate
 from rlsync.engine.plugin import BACKEND, register
@@ -60,6 +60,7 @@ class Engine:
         """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors."""
         _check_plugin()
         register()
+        owner.declare()
         self._calls.start()
         try:
             self._calls.run(self._start(), None)

@@ -6,10 +6,12 @@ BACKEND = "rlsync"
 
 
 def register() -> None:
-    """Make ``weight_transfer_config={"backend": "rlsync"}`` known to this process. Idempotent.
+    """Make ``weight_transfer_config={"backend": "rlsync"}`` known to this process, and let it end with its owner. Idempotent.
 
     The receiver is composed in ``rlsync.sync.receiver``, which knows engine and transport; vLLM imports it when a model is loaded.
     """
+    from rlsync.engine import owner
     from rlsync.engine.compat import register_backend
 
+    owner.watch()
     register_backend(BACKEND, "rlsync.sync.receiver", "make_receiver")

@@ -1,0 +1,49 @@
+"""Claims about the processes of an engine whose owner is killed and can end nothing any more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlsync.engine import owner
+from rlsync.engine.handle import _segments
+from tests.integration.engine_source import ENGINE_ENV
+from tests.models import save_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "llama", tied=True)
+    command = [sys.executable, "-m", "tests.integration.owned_engine", str(folder)]
+    process = psutil.Popen(command, env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    children = process.children(recursive=True)
+    mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | _segments(children)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    assert len(children) >= 3
+    assert [child.pid for child in alive] == []
+    assert [path for path in mapped if os.path.exists(path)] == []
+
+
+def test_a_process_ends_with_its_owner_and_not_with_a_namesake_on_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pid is that of a process that has ended; only the first of the two children knows it as its owner."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner.declare()
+    declared = os.environ[owner._VARIABLE]
+    monkeypatch.setenv(owner._VARIABLE, declared.replace(str(os.getpid()), str(gone.pid), 1))
+    code = "import time; from rlsync.engine import owner; owner.watch(); owner.watch(); time.sleep(2)"
+    watching = subprocess.Popen([sys.executable, "-c", code])
+    monkeypatch.setenv(owner._VARIABLE, f"{gone.pid}@elsewhere")
+    far = subprocess.Popen([sys.executable, "-c", code])
+    assert (watching.wait(30), far.wait(30)) == (-15, 0)
