@@ -33,9 +33,9 @@ QWEN_7B: dict[str, Any] = {
 QWEN_72B = QWEN_7B | {
     "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80,
 }  # fmt: skip
-# Two layers, a vocabulary that both sides pad, and fewer key-value heads than an engine of four has ranks.
+# Two layers, a vocabulary that both sides pad, fewer key-value heads than an engine of four has ranks, and no size that is aligned.
 SMALL = QWEN_7B | {
-    "hidden_size": 128, "intermediate_size": 192, "vocab_size": 131, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 100, "intermediate_size": 180, "vocab_size": 131, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }  # fmt: skip
 
@@ -99,13 +99,15 @@ LAYOUTS = pytest.mark.parametrize(
 BUCKET_BYTES = 50_000
 
 
-def drawn_up(axes: dict[str, int], tp_size: int, num_engines: int, transport: Any) -> tuple[Price, Blueprint]:
+def drawn_up(
+    axes: dict[str, int], tp_size: int, num_engines: int, transport: Any, bucket_bytes: int = BUCKET_BYTES
+) -> tuple[Price, Blueprint]:
     """The same sync on paper and as a connection would plan it."""
     scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16)
-    price = priced(SMALL, scene, bucket_bytes=BUCKET_BYTES, transport=transport, engine_dtype="bfloat16")
+    price = priced(SMALL, scene, bucket_bytes=bucket_bytes, transport=transport, engine_dtype="bfloat16")
     model, topology = model_of(SMALL), Topology(**axes)
     survey = surveyed(SMALL, topology, tp_size, num_engines)
-    config = SyncConfig(bucket_bytes=BUCKET_BYTES, transport=transport)
+    config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport)
     return price, draw_up(model.tensors(), megatron_placements(model, topology), survey, config)
 
 
@@ -126,8 +128,9 @@ def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_s
 
 
 @LAYOUTS
-def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int, num_engines: int) -> None:
-    price, blueprint = drawn_up(axes, tp_size, num_engines, "gloo")
+@pytest.mark.parametrize("bucket_bytes", [BUCKET_BYTES, 10**7])
+def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int, num_engines: int, bucket_bytes: int) -> None:
+    price, blueprint = drawn_up(axes, tp_size, num_engines, "gloo", bucket_bytes)
     group, num_slots = GroupInfo("127.0.0.1", 1, 0, blueprint.members), 2
     actors, workers = blueprint.shares(price.actor_ranks, num_slots, "off", ring=None, group=group)
     outboxes = [make_outbox(share, 1.0) for share in actors]
@@ -136,6 +139,13 @@ def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int,
     taken = [Inbox(Group(group, 0, 1.0), share.parts, num_slots).nbytes for share in workers]
     assert price.inbox_bytes_per_worker == (min(taken), max(taken))
     assert price.ring_bytes == 0 < min(sent)
+
+
+def test_neighbouring_workers_share_a_key_value_head() -> None:
+    held = [paper_worker(model_of(SMALL), rank, 4, holder="w").pieces for rank in range(4)]
+    keys = [next(p for p in pieces if p.tensor == "model.layers.0.self_attn.k_proj.weight") for pieces in held]
+    assert [(p.box.start[0], p.box.stop[0]) for p in keys] == [(0, 25), (0, 25), (25, 50), (25, 50)]
+    assert {(p.buffer, p.offset) for p in keys} == {("model.layers.0.self_attn.qkv_proj.weight", 25 * 100)}
 
 
 def test_links_follow_from_where_the_engines_are() -> None:
