@@ -6,8 +6,10 @@ For ``n`` bytes ``b`` and their words ``w`` (signed 32-bit little-endian; the la
 
 The words are half as wide as the weights on purpose. ``BASE = 5 mod 8`` makes every weight odd and ``BASE**k - 1`` divisible by
 no more than four times the twos in ``k``; hence, within ``2**31`` words (8 GiB), any change of one word, any two flipped bits
-and any swap of two unequal words change the checksum for certain, and anything else does but for accidents of about
-2**-64. Weights as wide as the words would see only the parity of the topmost bits: two flipped signs would cancel.
+and any swap of two unequal words change the checksum for certain. Anything else does but for accidents of about 2**-64 (2**-32
+where nothing but topmost bits of words differ). Weights as wide as the words would see only the parity of the topmost bits:
+two flipped signs would cancel.
+
 ``LENGTH_WEIGHT`` is odd, so that zeros added at the end are seen too. Integers only: no rounding, and no order of summation matters.
 """
 
