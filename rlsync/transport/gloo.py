@@ -1,7 +1,7 @@
 """Messages between actor ranks and the workers that share no memory with them: a gloo group, and the boxes at its two ends.
 
 Owns the group, its store and the memory of messages. Knows parcels; knows no sync and starts no thread: what waits here is
-called in a thread of the caller's own, and ends when another one calls ``abandon``.
+called in a thread of the caller's own, with a limit, and another one may call ``abandon``.
 
 The group is made of torch's ProcessGroupGloo directly, because the default group belongs to the trainer here and to vLLM there.
 gloo can take back no send and no receive. A group in which one is left over is therefore given up as a whole, all its
@@ -138,9 +138,9 @@ class Group:
             transfer.work.wait(_seconds(self._limit_s))
 
     def abandon(self) -> None:
-        """Close all connections; whoever waits in this group, in any thread, is let go. Memory is not written to any more.
+        """Close all connections: no memory is written to any more, and who waits to receive, in any thread, is let go at once.
 
-        Idempotent, does not block.
+        Who waits for a send in full flow may wait until its time is over. Idempotent, does not block.
         """
         self._abandoned.set()
         backend = self._backend

@@ -1,0 +1,207 @@
+"""Claims about gloo groups and parcels themselves: real groups between threads of this process, real bytes on loopback."""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed import PrefixStore, TCPStore
+
+from rlsync.control.shares import GroupInfo, WorkerPart
+from rlsync.copy.cpu import CopyProgram, region
+from rlsync.families import model_of
+from rlsync.placement.megatron import megatron_placements
+from rlsync.plan import build_plan
+from rlsync.staging import SEGMENT_ALIGNMENT, lay_out
+from rlsync.topology import Topology
+from rlsync.transport.gloo import Group, GroupError, Rendezvous, address_towards
+from rlsync.transport.parcels import bind_unpack, parcels_of, placed
+from tests.unit.test_staging import CONFIG, fill_from
+
+HOST = "127.0.0.1"
+MEMBERS = ("actor rank 0", "engine e worker 0")
+TIMEOUT_S = 4.0
+
+
+@pytest.fixture
+def meeting() -> Rendezvous:
+    return Rendezvous(HOST, TIMEOUT_S)
+
+
+def group(meeting: Rendezvous, rank: int, number: int = 0, timeout_s: float = TIMEOUT_S) -> Group:
+    return Group(GroupInfo(HOST, meeting.port, rank, MEMBERS), number, timeout_s)
+
+
+def open_pair(meeting: Rendezvous, number: int = 0, timeout_s: float = TIMEOUT_S) -> list[Group]:
+    pair = [group(meeting, rank, number, timeout_s) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Group.open, pair))
+    return pair
+
+
+def test_a_message_arrives_and_a_group_serves_many(meeting: Rendezvous) -> None:
+    sender, receiver = open_pair(meeting)
+    for bucket in range(5):
+        message, found = torch.randint(0, 255, (100_000,), dtype=torch.uint8), torch.zeros(100_000, dtype=torch.uint8)
+        sending, receiving = sender.send(message, 1, bucket), receiver.receive(found, 0, bucket)
+        receiver.wait(receiving)
+        sender.wait(sending)
+        assert torch.equal(found, message)
+
+
+def send_for_ever(sender: Group, message: torch.Tensor) -> None:
+    while True:
+        sender.send(message, 1, 1)
+
+
+@pytest.mark.parametrize("give_up", [True, False])
+def test_nothing_is_written_after_a_group_was_given_up(meeting: Rendezvous, give_up: bool) -> None:
+    """The other case is the control: a message that is not given up goes on arriving."""
+    sender, receiver = open_pair(meeting, timeout_s=40)
+    size = 200_000_000
+    message, found = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    sending, receiving = sender.send(message, 1, 0), receiver.receive(found, 0, 0)
+    while not found[size // 100]:
+        time.sleep(0.001)
+    if give_up:
+        receiver.abandon()
+    arrived = int(found.count_nonzero())
+    assert arrived < size, "too fast to see"
+    if give_up:
+        with pytest.raises(GroupError, match="engine e worker 0, bucket 1"):
+            send_for_ever(sender, message)
+        time.sleep(0.3)
+        assert int(found.count_nonzero()) == arrived
+    else:
+        receiver.wait(receiving)
+        sender.wait(sending)
+        assert int(found.count_nonzero()) == size
+    sender.abandon()
+
+
+def test_giving_up_lets_a_waiting_thread_go_and_tells_the_other_end(meeting: Rendezvous) -> None:
+    near, far = open_pair(meeting, timeout_s=60)
+    memory = torch.zeros(2, 8, dtype=torch.uint8)
+    with ThreadPoolExecutor(2) as pool:
+        here = pool.submit(near.wait, near.receive(memory[0], 1, 0))
+        there = pool.submit(far.wait, far.receive(memory[1], 0, 0))
+        time.sleep(0.3)
+        assert not here.done() and not there.done()
+        started_s = time.monotonic()
+        near.abandon()
+        with pytest.raises(GroupError, match="given up"):
+            here.result(5)
+        with pytest.raises(GroupError, match="actor rank 0, bucket 0: Connection closed by peer"):
+            there.result(5)
+        assert time.monotonic() - started_s < 2
+    near.abandon()
+    with pytest.raises(GroupError):
+        near.receive(memory[0], 1, 1)
+
+
+def test_a_wait_ends_before_the_deadline_and_says_for_whom_it_was(meeting: Rendezvous) -> None:
+    _, far = open_pair(meeting, timeout_s=1.0)
+    started_s = time.monotonic()
+    with pytest.raises(GroupError, match=r"with actor rank 0, bucket 7: Timed out waiting 750ms"):
+        far.wait(far.receive(torch.zeros(8, dtype=torch.uint8), 0, 7))
+    assert time.monotonic() - started_s < 1.0
+
+
+def test_who_does_not_come_is_named(meeting: Rendezvous) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(GroupError, match=r"^engine e worker 0 did not come to the gloo group within 0.75 s$"):
+        group(meeting, 0, timeout_s=1.0).open()
+    assert time.monotonic() - started_s < 1.0
+
+
+def test_a_group_that_nobody_came_to_can_be_given_up(meeting: Rendezvous) -> None:
+    alone = group(meeting, 0, timeout_s=60)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(alone.open)
+        time.sleep(0.3)
+        alone.abandon()
+        with pytest.raises(GroupError, match="given up"):
+            opening.result(5)
+
+
+def test_groups_of_other_numbers_do_not_meet(meeting: Rendezvous) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = [pool.submit(group(meeting, rank, number=rank, timeout_s=1.0).open) for rank in range(2)]
+        for outcome in outcomes:
+            with pytest.raises(GroupError, match="did not come"):
+                outcome.result(5)
+    open_pair(meeting, number=2)
+
+
+def test_another_version_of_torch_is_refused(meeting: Rendezvous) -> None:
+    stranger = PrefixStore("group-0", TCPStore(HOST, meeting.port, None, False, timedelta(seconds=5), wait_for_workers=False))
+    stranger.set("1", "1.13.1")
+    with pytest.raises(GroupError, match=r"engine e worker 0 runs torch 1\.13\.1, actor rank 0 runs torch"):
+        group(meeting, 0).open()
+
+
+def test_nobody_at_the_meeting_place_is_an_error_in_time() -> None:
+    with socket.socket() as unused:
+        unused.bind((HOST, 0))
+        port = unused.getsockname()[1]
+    started_s = time.monotonic()
+    with pytest.raises(GroupError, match="while the group was made"):
+        Group(GroupInfo(HOST, port, 1, MEMBERS), 0, 2.0).open()
+    assert time.monotonic() - started_s < 4
+
+
+def test_the_store_and_the_group_listen_where_they_are_told_and_stop(meeting: Rendezvous) -> None:
+    def listening() -> set[tuple[str, int]]:
+        return {tuple(c.laddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+    assert (HOST, meeting.port) in listening()
+    before = listening()
+    elsewhere = Rendezvous("127.0.0.2", TIMEOUT_S)
+    assert listening() - before == {("127.0.0.2", elsewhere.port)}
+    pair = [Group(GroupInfo("127.0.0.2", elsewhere.port, rank, MEMBERS), 0, TIMEOUT_S) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Group.open, pair))
+    ours = {address_towards("127.0.0.2", elsewhere.port)}
+    assert {address for address, _ in listening() - before} == {"127.0.0.2"} | ours
+    assert not {"0.0.0.0", "::"} & {address for address, _ in listening() - before}
+    for member in pair:
+        member.abandon()
+    del pair, member, elsewhere
+    assert listening() == before
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tp=st.sampled_from([1, 2]), pp=st.sampled_from([1, 2]), dp=st.sampled_from([1, 2]), other_tp=st.sampled_from([1, 2]),
+    other_dtype=st.sampled_from(["float32", "bfloat16"]), bucket_bytes=st.sampled_from([1, 3000, 10**9]),
+)  # fmt: skip
+def test_what_is_unpacked_from_parcels_is_what_a_ring_would_hold(tp, pp, dp, other_tp, other_dtype, bucket_bytes):
+    model = model_of(CONFIG)
+    whole = {t.name: torch.randn(t.shape) for t in model.tensors("float32")}
+    placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
+    wanted = megatron_placements(model, Topology(tp_size=other_tp), dtype=other_dtype)
+    sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in placements]
+    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, allow_cast=True)
+    for row in lay_out(plan):
+        for part in row:
+            views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]
+            ring = torch.zeros(part.nbytes, dtype=torch.uint8)
+            CopyProgram((placed(ring, r.slot_offset, r, r.slot_strides), v) for r, v in zip(part.regions, views, strict=True)).run()
+            parcels = parcels_of(WorkerPart(0, part.nbytes, part.segments, part.regions))
+            assert sum(p.nbytes for p in parcels) <= sum(r.nbytes for r in part.regions) + SEGMENT_ALIGNMENT * len(part.regions)
+            messages = [torch.zeros(p.nbytes, dtype=torch.uint8) for p in parcels]
+            for parcel, message in zip(parcels, messages, strict=True):
+                mine = [v for r, v in zip(part.regions, views, strict=True) if r.source == parcel.peer]
+                CopyProgram(zip(parcel.views(message), mine, strict=True)).run()
+            if len(parcels) == 1:
+                assert torch.equal(messages[0], ring), "the part as it lies in a slot"
+            slot = torch.zeros_like(ring)
+            bind_unpack(zip(parcels, messages, strict=True), slot).run()
+            assert torch.equal(slot, ring)
