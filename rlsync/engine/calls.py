@@ -12,6 +12,7 @@ from rlsync.engine.gate import Gate
 
 T = TypeVar("T")
 _PROBE_S = 5.0
+_END_S = 1.0
 
 
 class Calls:
@@ -37,9 +38,18 @@ class Calls:
         if self.closed:
             return
         if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self.spawn(self._end())
             self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        """Cancel what is left, such as a call that a stopped engine never answered, and stop the loop."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_END_S)
+        self._loop.stop()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         """The coroutine's result. Raises TimeoutError after ``timeout_s``, EngineDirtyError where requests were ended."""

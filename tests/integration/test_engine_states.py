@@ -84,3 +84,12 @@ def test_a_sync_that_nobody_hears_of_again_counts_as_failed(engine):
     with pytest.raises(EngineDirtyError, match="neither committed nor failed in time"):
         engine.generate([[1]], {})
     assert engine.state == "dirty"
+
+
+def test_a_call_that_is_never_answered_ends_with_its_loop(engine):
+    engine.pause("abort", 5)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
+        engine._calls.run(asyncio.sleep(60), 0.1)
+    never = engine._calls.spawn(asyncio.sleep(60))
+    engine._calls.stop()
+    assert never.cancelled() and engine._calls.closed
