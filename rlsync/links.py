@@ -38,7 +38,7 @@ def link_class(source: Location | None, destination: Location | None) -> int:
         return 1
     if source.host != destination.host:
         return 2
-    return 0 if source.device == destination.device else 1
+    return 0 if source.device is not None and source.device == destination.device else 1
 
 
 def traffic(plan: Plan) -> Traffic:

@@ -132,6 +132,7 @@ class ActorRank:
             transport=sync.transport,
             verify=sync.verify,
             pause_mode=sync.pause_mode,
+            bind_host=sync.bind_host,
         )
         device = compute_device()
         self._syncer = WeightSyncer(

@@ -15,6 +15,7 @@ from workers.logs import first_error, keep_own_log, log_size, own_log
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
 ENGINE_THREADS = 8
+_STATE_S = 10.0
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -37,6 +38,9 @@ class RolloutEngine:
     def call(self, method: str, *arguments: Any) -> None:
         """One of the calls of an EngineHandle."""
         getattr(self._engine, method)(*arguments)
+
+    def state(self) -> str:
+        return self._engine.state
 
     def ailment(self) -> str | None:
         """Why the engine must be replaced, or None."""
@@ -74,6 +78,11 @@ class RayEngine:
     def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
         self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
         self.version: int | None = None
+
+    @property
+    def state(self) -> str:
+        """As the engine's own handle knows it."""
+        return str(ray.get(self.actor.state.remote(), timeout=_STATE_S))
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", timeout_s, init_info)

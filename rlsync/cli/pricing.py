@@ -178,7 +178,8 @@ def _first_engine_gpu(scene: Scene, num_actors: int) -> int:
 
 
 def _gpu(index: int, scene: Scene) -> Location:
-    return Location(f"host {index // scene.gpus_per_host}", f"gpu {index % scene.gpus_per_host}")
+    """Every transport goes through host memory, so that one GPU is as near as another."""
+    return Location(f"host {index // scene.gpus_per_host}")
 
 
 def _transport_of(worker: Placement, actors: Sequence[Placement], requested: str) -> str:

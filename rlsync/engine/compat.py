@@ -28,8 +28,8 @@ except ImportError:
     _partial_load = contextlib.nullcontext
 
 
-# Of the shared memory through which CPU workers reduce and gather.
-SHM_PREFIX = "/dev/shm/vllm_dist_"
+# Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
+SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
 
 
 _FINISH_S = 5.0

@@ -18,7 +18,7 @@ def supported(backend: str) -> dict[str, Any]:
 
     ``version``; ``platform``: cpu, cuda, ...; ``backend_loaded``: vLLM's plug-ins, loaded as in a worker, have registered
     ``backend``; ``takes_version``: an engine can be told which version it serves (vLLM >= 0.27); ``can_sleep``; ``heals``: reload
-    of packed experts is set right; ``shm_prefix``: where its CPU workers put shared memory.
+    of packed experts is set right; ``shm_prefixes``: where its workers put shared memory.
     """
     load_general_plugins()
     compat_layers.heal()
@@ -28,5 +28,5 @@ def supported(backend: str) -> dict[str, Any]:
         "backend_loaded": backend in WeightTransferEngineFactory._registry,
         "takes_version": "weight_version" in inspect.signature(AsyncLLM.finish_weight_update).parameters,
         "can_sleep": compat.can_sleep(),
-        "shm_prefix": compat.SHM_PREFIX,
+        "shm_prefixes": list(compat.SHM_PREFIXES),
     }

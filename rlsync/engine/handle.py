@@ -243,11 +243,11 @@ def _descendants(llm: Any) -> list[psutil.Process]:
 
 
 def _segments(processes: list[psutil.Process]) -> set[str]:
-    """Shared memory that vLLM's CPU workers make for their collectives, and remove only when they end by themselves."""
+    """Shared memory that vLLM's processes make for collectives and messages, and remove only when they end by themselves."""
     found = set()
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            found |= {m.path for m in process.memory_maps() if m.path.startswith(compat.SHM_PREFIX)}
+            found |= {m.path for m in process.memory_maps() if m.path.startswith(compat.SHM_PREFIXES)}
     return found
 
 

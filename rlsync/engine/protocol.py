@@ -15,6 +15,11 @@ class EngineHandle(Protocol):
     num_workers: int
 
     @property
+    def state(self) -> str:
+        """``clean``, ``syncing`` or ``dirty``."""
+        ...
+
+    @property
     def version(self) -> int | None:
         """Version that is served, or None for the weights of the start."""
         ...

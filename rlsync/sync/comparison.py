@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlsync.engine.protocol import EngineHandle, PauseMode
-from rlsync.errors import WeightSyncError
+from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.source import Source
 from rlsync.sync.syncer import WeightSyncer
@@ -21,6 +21,10 @@ class _Compared:
         self._engine, self._info = engine, dict[str, Any]()
         self.engine_id, self.num_workers = engine.engine_id, engine.num_workers
         self._paused = threading.Event()
+
+    @property
+    def state(self) -> str:
+        return self._engine.state
 
     @property
     def version(self) -> int | None:
@@ -54,8 +58,13 @@ def compare_engines(source: Source, engines: Sequence[EngineHandle], config: Syn
     """What each worker of each engine holds unlike ``source``: paths of tensors, empty where everything is equal.
 
     Engines are paused for as long as a sync would take and keep requests, caches, version and any connection. Workers come in
-    the order of ``engines``. ``source`` is the only actor rank. Raises WeightSyncError, as where names or shapes do not fit.
+    the order of ``engines``. ``source`` is the only actor rank. Raises
+    ConfigError for an engine that is not clean, WeightSyncError where names or shapes do not fit.
     """
+    unfit = [f"{engine.engine_id} ({engine.state})" for engine in engines if engine.state != "clean"]
+    if unfit:
+        # To let it go again would make it serve.
+        raise ConfigError(f"engines that cannot be compared: {', '.join(unfit)}; only a clean one holds a version")
     config = SyncConfig(pause_mode="keep") if config is None else replace(config, pause_mode="keep")
     if len(source.placements) != 1:
         raise WeightSyncError(phase="connect", cause=f"a comparison has one source, this one counts {len(source.placements)} ranks")

@@ -158,7 +158,8 @@ def _as_member(group: GroupInfo | None, rank: int) -> GroupInfo | None:
 
 
 def _location(hello: ActorHello | WorkerHello) -> Location:
-    return Location(hello.host, hello.gpu_uuid)
+    """Every transport goes through host memory, so that one GPU is as near as another."""
+    return Location(hello.host)
 
 
 def _actor_parts(row: Sequence[Part], offsets: Sequence[int], rank: int, takers: Mapping[int, int]) -> tuple[ActorPart, ...]:

@@ -96,7 +96,7 @@ def test_frameworks_that_are_absent_are_told_from_those_that_are_broken() -> Non
         "backend_loaded": False,
         "takes_version": False,
         "can_sleep": True,
-        "shm_prefix": "/x",
+        "shm_prefixes": ["/x"],
     }
     findings = list(environment.examine_vllm(facts, {"VLLM_SERVER_DEV_MODE": "1"}))
     assert "rlsync was not among them" in said(findings, "problem") and "before vLLM 0.27" in said(findings, "ok")
@@ -247,15 +247,15 @@ def test_a_proxy_for_local_calls_is_warned_of() -> None:
 
 def test_rings_of_the_dead_are_told_from_those_of_the_living(tmp_path: Path) -> None:
     ring = Ring.create(1, mmap.PAGESIZE, directory=tmp_path)
-    assert said(leftovers.examine(tmp_path, None), "ok")
+    assert said(leftovers.examine(tmp_path, ()), "ok")
     dead = tmp_path / "rlsync-ring-1-dead"
     dead.write_bytes(b"x" * 2**20)
     hidden, fd = _create_locked(tmp_path)
     os.rename(hidden, tmp_path / f".{hidden.name}")
-    findings = list(leftovers.examine(tmp_path, None))
+    findings = list(leftovers.examine(tmp_path, ()))
     assert f"1 rings of rlsync whose creator was killed: {dead}, 1.0 MiB" in said(findings, "warning")
     os.close(fd)
-    assert "2 rings of rlsync" in said(leftovers.examine(tmp_path, None), "warning"), "half made, and nobody holds it now"
+    assert "2 rings of rlsync" in said(leftovers.examine(tmp_path, ()), "warning"), "half made, and nobody holds it now"
     ring.close()
     assert dead.exists(), "nothing is removed"
 
@@ -267,8 +267,8 @@ def test_segments_that_no_process_uses_are_found(tmp_path: Path) -> None:
     with used.open("r+b") as file:
         mapped = mmap.mmap(file.fileno(), 0)
     with opened.open():
-        text = said(leftovers.examine(tmp_path, str(tmp_path / "vllm_dist_")), "warning")
+        text = said(leftovers.examine(tmp_path, [str(tmp_path / "vllm_dist_")]), "warning")
         assert "2 segments" in text and str(orphan) in text and str(python) in text
-        assert "1 segments" in said(leftovers.examine(tmp_path, None), "warning"), "without vLLM its names are not known"
+        assert "1 segments" in said(leftovers.examine(tmp_path, ()), "warning"), "without vLLM its names are not known"
     mapped.close()
-    assert "4 segments" in said(leftovers.examine(tmp_path, str(tmp_path / "vllm_dist_")), "warning")
+    assert "4 segments" in said(leftovers.examine(tmp_path, [str(tmp_path / "vllm_dist_")]), "warning")

@@ -12,7 +12,8 @@ from tests.unit.test_control_coordinator import ACTOR_SHARE, CATALOGUE, PLANNED,
 
 FROM_PEER = (
     actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Start(1, 1), m.Filled(1, 0, 8, (m.Sum(0, 1, 2**64 - 1),)), m.Joined(1, 1),
-    m.Done(1, 0), m.Loaded(1, TIMES), m.Committed(1), m.Finish(1, b"report"), m.Failed(1, "transfer", "boom"), m.Goodbye(), m.State({"w": "0"}),
+    m.Done(1, 0), m.Loaded(1, TIMES), m.Committed(1), m.Finish(1, b"report"), m.Failed(1, "transfer", "boom"), m.Goodbye(),
+    m.State({"w": "0"}),
 )  # fmt: skip
 FROM_COORDINATOR = (
     CATALOGUE, m.Share(actor=ACTOR_SHARE), m.Share(worker=WORKER_SHARE), m.Connected(), m.Writable(1, 2), m.Ready(1, 2, (m.Sum(0, 1, 2),)),

@@ -58,5 +58,5 @@ def examine(*, quick: bool = False, ring_bytes: int | None = None) -> Iterator[F
     yield from host.examine(ring_bytes)
     yield from network.examine()
     engine = facts.get("engine")
-    prefix = engine.get("shm_prefix") if isinstance(engine, dict) else None
-    yield from leftovers.examine(Path("/dev/shm"), prefix)
+    prefixes = engine.get("shm_prefixes", []) if isinstance(engine, dict) else []
+    yield from leftovers.examine(Path("/dev/shm"), prefixes)

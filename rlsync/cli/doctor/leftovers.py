@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rlsync.cli.doctor.finding import Finding, amount, ok
@@ -16,8 +16,8 @@ _PYTHON_PATTERN = "psm_*"
 _SHOWN = 5
 
 
-def examine(directory: Path, engine_prefix: str | None) -> Iterator[Finding]:
-    """``engine_prefix``: with which paths of shared memory of vLLM's workers begin, or None where vLLM did not say."""
+def examine(directory: Path, engine_prefixes: Sequence[str]) -> Iterator[Finding]:
+    """``engine_prefixes``: with which paths of vLLM's shared memory begin; none where vLLM did not say."""
     if not directory.is_dir():
         return
     rings = [path for pattern in RING_PATTERNS for path in directory.glob(pattern) if _is_unlocked(path)]
@@ -26,8 +26,7 @@ def examine(directory: Path, engine_prefix: str | None) -> Iterator[Finding]:
             "rings of rlsync whose creator was killed", rings, "rm them; the next connection of this user removes most by itself"
         )
     patterns = [_PYTHON_PATTERN]
-    if engine_prefix is not None and Path(engine_prefix).parent == directory:
-        patterns.append(f"{Path(engine_prefix).name}*")
+    patterns += [f"{Path(prefix).name}*" for prefix in engine_prefixes if Path(prefix).parent == directory]
     candidates = [path for pattern in patterns for path in directory.glob(pattern) if _is_ours(path)]
     orphans = sorted(set(candidates) - set(_in_use(candidates)))
     if orphans:
