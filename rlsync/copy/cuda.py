@@ -1,0 +1,204 @@
+"""The CUDA copier: strided copies bound to device memory once, replayed every step by one kernel launch.
+
+Owns the tables on the device and the launch, and is the only importer of cupy. What the tables mean is in rlsync.copy.tables, what
+the device makes of them in rlsync.copy.kernel. Knows no process group and opens no handles: a peer's memory comes as an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlsync.copy import kernel
+from rlsync.copy.kernel_bulk import BULK_CAPABILITY
+from rlsync.copy.tables import PATTERN_BYTES, Move, Strided, Tables, build_tables, moved
+from rlsync.errors import ConfigError, PlacementError
+
+# A CUDA tensor (a view of any strides), or memory that this process reaches in another way.
+View = torch.Tensor | Strided
+
+
+class CudaCopyProgram:
+    """Pairs of views and constants, copied by one launch on the device that was named.
+
+    Means what rlsync.copy.cpu.CopyProgram means, bit for bit; but a NaN that is cast stays some NaN, because processors disagree
+    about its bits.
+
+    Everything is enqueued on one stream, and nothing here waits but ``checksums``: the caller makes the stream wait for whoever
+    writes the sources, and synchronises before it counts on the destinations, moves sources or drops the program. Tensors are
+    kept alive by the program; memory behind a Strided is not. Not collective.
+    """
+
+    __slots__ = (
+        "_constants",
+        "_device",
+        "_kept",
+        "_kernel",
+        "_last_stream",
+        "_lengths",
+        "_num_blocks",
+        "_num_bulk",
+        "_num_pairs",
+        "_sums",
+        "_tables",
+        "_uploaded",
+    )
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[View | None, View]],
+        fills: Iterable[tuple[View, float]] = (),
+        *,
+        device: torch.device,
+        summed: bool = False,
+    ) -> None:
+        """Build the tables and upload them; compile the kernel, if this machine has not yet.
+
+        Args:
+            pairs: (destination, source) of equal shape, of one dtype or with a cast between float32, bfloat16 and float16.
+                Destinations lie on ``device``; sources there or on a GPU whose memory it can reach. Where the destination is
+                None the source is only summed up. They must not overlap.
+            fills: destinations and the constants to write there; no pair writes the same elements.
+            device: a CUDA device. A mapping of another process's memory must have been opened in its context, wherever the
+                memory itself lies.
+            summed: runs compute a checksum for each pair.
+
+        Raises ConfigError where CUDA or cupy is missing or peer memory is out of reach, PlacementError for pairs that differ.
+        """
+        pairs, fills = tuple(pairs), tuple(fills)
+        self._device = _usable(device)
+        self._kernel = _compiled(summed, self._device.index)
+        self._kept = tuple(view for pair in (*pairs, *fills) for view in pair if isinstance(view, torch.Tensor))
+        _open_peers(self._device, [s for _, s in pairs], [d for d, _ in (*pairs, *fills)])
+        taken = [strided(destination) for destination, _ in fills]
+        self._constants = _constants([(view.dtype, value) for view, (_, value) in zip(taken, fills, strict=True)], self._device)
+        self._tables = build_tables(
+            [(None if d is None else strided(d), strided(s)) for d, s in pairs],
+            [(view, self._constants[i].data_ptr()) for i, view in enumerate(taken)],
+            in_order=summed,
+        )
+        # The sums of the constants are made behind those of the pairs; nobody asks for them.
+        self._num_pairs = len(pairs)
+        self._lengths = torch.from_numpy(self._tables.lengths.view(np.int64)).to(self._device)
+        self._sums = torch.zeros_like(self._lengths) if summed else None
+        self._last_stream: torch.cuda.Stream | None = None
+        chip = torch.cuda.get_device_properties(self._device)
+        self._num_blocks = min(self.num_tasks, chip.multi_processor_count * kernel.BLOCKS_PER_MULTIPROCESSOR)
+        self._num_bulk = self._tables.num_bulk if (chip.major, chip.minor) >= BULK_CAPABILITY else 0
+        self._uploaded = _upload(self._tables, self._device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a run writes."""
+        return self._tables.nbytes
+
+    @property
+    def num_tasks(self) -> int:
+        """Pieces of work of a run, most of them 64 KiB."""
+        return len(self._tables.tasks)
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory that the tables take."""
+        return sum(table.numel() for table in self._uploaded)
+
+    def run(self, stream: torch.cuda.Stream | None = None) -> int:
+        """Enqueue every copy on ``stream``, or on torch's current one of the device; returns the bytes that will be written."""
+        stream = torch.cuda.current_stream(self._device) if stream is None else stream
+        self._last_stream = stream
+        if self._sums is not None:
+            with torch.cuda.stream(stream):
+                self._sums.copy_(self._lengths)
+        if self.num_tasks:
+            cupy = _cupy()
+            memory = [*self._uploaded, self._lengths if self._sums is None else self._sums]
+            arguments = [np.uint64(t.data_ptr()) for t in memory] + [np.int32(n) for n in (self._num_bulk, self.num_tasks)]
+            with cupy.cuda.Device(self._device.index), cupy.cuda.Stream.from_external(stream):
+                self._kernel((self._num_blocks,), (kernel.THREADS_PER_BLOCK,), tuple(arguments))
+        return self.nbytes
+
+    def checksums(self) -> list[int]:
+        """By pair, what rlsync.copy.checksum says of the source as the last run read it, cast to the destination's dtype.
+
+        Elements count in the order of the pair's shape; dims that are not in the order of the memory of both sides make them slow.
+        Waits for that run.
+        """
+        assert self._sums is not None, "the program was not made to sum"
+        assert self._last_stream is not None, "nothing has run yet"
+        with torch.cuda.stream(self._last_stream):
+            return [int(value) for value in self._sums[: self._num_pairs].cpu().numpy().view(np.uint64)]
+
+    def move_sources(self, moves: Sequence[Move]) -> None:
+        """Read from elsewhere from now on, where the owner's memory has moved. No run may be under way.
+
+        Raises PlacementError where memory moved by no multiple of 16 bytes.
+        """
+        self._tables = moved(self._tables, moves)
+        self._uploaded = _upload(self._tables, self._device)
+
+
+def strided(view: View) -> Strided:
+    """Where a tensor lies. Raises PlacementError for one that is not on a CUDA device."""
+    if isinstance(view, Strided):
+        return view
+    if not view.is_cuda:
+        raise PlacementError(f"a CUDA copy of a tensor on {view.device}: move it to a CUDA device, or copy it with rlsync.copy.cpu")
+    return Strided(view.data_ptr(), str(view.dtype).removeprefix("torch."), tuple(view.shape), view.stride())
+
+
+def _usable(device: torch.device) -> torch.device:
+    """The device with its index. Raises ConfigError where it cannot be used."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(f"CUDA copies on {device} need a CUDA device; torch {torch.__version__} sees {torch.cuda.device_count()}")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _open_peers(device: torch.device, sources: Sequence[View], destinations: Sequence[View | None]) -> None:
+    """Let kernels of ``device`` read the other GPUs that sources lie on. Raises ConfigError where they cannot."""
+    away = {d.device for d in destinations if isinstance(d, torch.Tensor)} - {device}
+    if away:
+        raise PlacementError(f"a CUDA copy on {device} was given destinations on {', '.join(sorted(map(str, away)))}")
+    for peer in sorted({s.device.index for s in sources if isinstance(s, torch.Tensor) and s.is_cuda} - {device.index}):
+        if not torch.cuda.can_device_access_peer(device.index, peer):
+            raise ConfigError(f"{device} cannot read memory of cuda:{peer}: no peer access between them; stage through host memory")
+        # torch opens peer access at the first copy between two devices, and remembers it; done twice it is an error that sticks.
+        torch.empty(1, device=device).copy_(torch.zeros(1, device=f"cuda:{peer}"))
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _constants(values: Sequence[tuple[str, float]], device: torch.device) -> torch.Tensor:
+    """PATTERN_BYTES of each constant in its dtype; uint8 (values, PATTERN_BYTES)."""
+    table = torch.empty(len(values), PATTERN_BYTES, dtype=torch.uint8)
+    for row, (name, value) in zip(table, values, strict=True):
+        dtype = getattr(torch, name)
+        row.copy_(torch.full((PATTERN_BYTES // dtype.itemsize,), value, dtype=dtype).view(torch.uint8))
+    return table.to(device)
+
+
+def _upload(tables: Tables, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tasks, pairs and dims as bytes on the device; complete when it returns."""
+    tasks, pairs, dims = (torch.from_numpy(t.view(np.uint8)).to(device) for t in (tables.tasks, tables.pairs, tables.dims))
+    return tasks, pairs, dims
+
+
+def _cupy() -> Any:
+    """The module, imported by whoever copies on CUDA only. Raises ConfigError where it is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ConfigError(f"CUDA copies need cupy ({error}); install rlsync[cuda]") from error
+    return cupy
+
+
+@lru_cache
+def _compiled(summed: bool, device_index: int) -> Any:
+    """The kernel, loaded on a device. cupy keeps the machine code on disk."""
+    cupy = _cupy()
+    with cupy.cuda.Device(device_index):
+        compiled = cupy.RawKernel(kernel.source(), kernel.NAME, options=kernel.options(summed=summed))
+        compiled.compile()
+    return compiled
