@@ -8,12 +8,13 @@ SETUP := source scripts/bootstrap.sh
 # Folders that hold typed code.
 TYPED := $(wildcard rlsync workers)
 
-.PHONY: help setup test test-unit test-rest lint format
+.PHONY: help setup test test-unit test-rest chaos lint format
 
 help:
 	@echo "make setup      make or complete .venv"
 	@echo "make test       lint, then all tests; those that need GPUs say so and skip where there are none"
 	@echo "make test-unit  the tests that need no process group, vLLM or Ray: seconds"
+	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
 	@echo "make lint       ruff, mypy and the layering test"
 	@echo "make format     rewrite the sources as ruff formats them"
 
@@ -28,6 +29,11 @@ test-unit:
 # Integration and GPU tests. pytest fails by itself when it collects nothing.
 test-rest:
 	@$(SETUP); "$$PYTHON" -m pytest tests --ignore=tests/unit --durations=10
+
+FAULTS ?= 100
+SEED ?= 0
+chaos:
+	@$(SETUP); "$$PYTHON" -m tests.chaos.campaign --faults $(FAULTS) --seed $(SEED)
 
 lint:
 	@$(SETUP); "$$PYTHON" -m ruff check .

@@ -85,6 +85,23 @@ def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
         refresh_sharers(model)
 
 
+def forbid_answers(model: torch.nn.Module, reason: str) -> None:
+    """Make the model raise instead of giving logits, until ``allow_answers``: being paused is all else that keeps it from answering.
+
+    Logits are computed outside CUDA graphs, so that captured graphs are no way around.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"this engine refuses to answer: {reason}; sync it completely or restart it")
+
+    model.compute_logits = refuse  # type: ignore[assignment]
+
+
+def allow_answers(model: torch.nn.Module) -> None:
+    """Let the model answer again. Idempotent."""
+    vars(model).pop("compute_logits", None)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep vLLM's warnings out of the log for the moment."""
@@ -185,7 +202,13 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str)
     """One complete weight update of a paused engine: start, update, finish."""
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-    await llm.start_weight_update()
+    try:
+        await llm.start_weight_update()
+    except Exception:
+        # A call that was given up between update and finish has left a session open. Where that is not why, the second call says it.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(llm.finish_weight_update(), _FINISH_S)
+        await llm.start_weight_update()
     try:
         await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
     except Exception:

@@ -125,6 +125,7 @@ class Receiver(WeightTransferEngine):
         self._info: InitInfo | None = None
         self._version = -1
         self._comparison: Receiver | None = None
+        self._is_comparison = False
         compat_layers.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -168,6 +169,7 @@ class Receiver(WeightTransferEngine):
             twin = self._comparison = Receiver(
                 self.config, self.vllm_config, self.device, self.model, open_inlet=self._open_inlet, domain=self._domain
             )
+            twin._is_comparison = True
             twin._connect(info)
         elif self._comparison is not None:
             twin, self._comparison = self._comparison, None
@@ -199,6 +201,8 @@ class Receiver(WeightTransferEngine):
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
                 self._await_bucket(pull, -1)
                 self._until(lambda: inlet.join(pull.group), pull.attempt, "all members of the group", pull.hear, inlet)
+                if not self._is_comparison:
+                    compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
                 sink.open()
                 pull.phase = "transfer"
                 for bucket, part in enumerate(self._share.parts):
@@ -213,6 +217,7 @@ class Receiver(WeightTransferEngine):
             pull.phase, pull.bucket = "commit", None
             self._wait(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
+            compat.allow_answers(self.model)
             self._peer.send(m.Committed(update_info.attempt))
         except BaseException as error:
             told = self._told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None

@@ -317,3 +317,15 @@ def test_verify_tells_what_a_server_holds_unlike_a_folder_and_changes_nothing(
     assert "serves no committed version, so it cannot be compared" in capsys.readouterr().err
     assert ask(url, "GET", "/is_paused") == {"is_paused": True}, "it is not let go"
     ask(url, "POST", "/resume")
+
+
+def test_a_server_that_somebody_resumes_after_a_failed_sync_gives_no_answer(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    """It costs the server. Keep it last."""
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        call_on_fill(syncer, lambda bucket: 1 // 0 if bucket == 3 else None)
+        with pytest.raises(WeightSyncError):
+            syncer.sync(1)
+    ask(url, "POST", "/resume")
+    with pytest.raises(urllib.error.URLError):
+        complete(url, PROMPTS[0], timeout_s=30, temperature=0, max_tokens=12)
