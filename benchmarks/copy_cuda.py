@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, Case, dense_case
 from rlsync.copy.cpu import region
-from rlsync.copy.cuda import CudaCopyProgram, strided
+from rlsync.copy.cuda import CudaCopyProgram, open_peer, strided
 from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.plan import Copy, build_plan
 from rlsync.topology import Topology
@@ -92,6 +92,7 @@ class Bound:
     """A case in memory: the worker's parameters on WORKER, each by itself, and those of the actor on ``actor``."""
 
     def __init__(self, case: Case, actor: torch.device) -> None:
+        open_peer(WORKER, actor)
         plan = build_plan(case.tensors, case.sources, case.destinations)
         self.copies = [c for bucket in plan.buckets for c in bucket.copies]
         self.sources = [parameters(p, actor) for p in case.sources]

@@ -73,7 +73,9 @@ class CudaCopyProgram:
         self._device = _usable(device)
         self._kernel = _compiled(summed, self._device.index)
         self._kept = tuple(view for pair in (*pairs, *fills) for view in pair if isinstance(view, torch.Tensor))
-        _open_peers(self._device, [s for _, s in pairs], [d for d, _ in (*pairs, *fills)])
+        _refuse_elsewhere(self._device, [d for d, _ in (*pairs, *fills)])
+        for peer in {s.device for _, s in pairs if isinstance(s, torch.Tensor) and s.is_cuda}:
+            open_peer(self._device, peer)
         taken = [strided(destination) for destination, _ in fills]
         self._constants = _constants([(view.dtype, value) for view, (_, value) in zip(taken, fills, strict=True)], self._device)
         self._tables = build_tables(
@@ -157,17 +159,25 @@ def _usable(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _open_peers(device: torch.device, sources: Sequence[View], destinations: Sequence[View | None]) -> None:
-    """Let kernels of ``device`` read the other GPUs that sources lie on. Raises ConfigError where they cannot."""
+def open_peer(device: torch.device, peer: torch.device) -> None:
+    """Let kernels of ``device`` read what this process holds on ``peer``. Raises ConfigError where they cannot.
+
+    Programs do so for tensors. Mappings of other processes' memory, opened in the context of ``device``, need nothing.
+    """
+    if device == peer:
+        return
+    if not torch.cuda.can_device_access_peer(device, peer):
+        raise ConfigError(f"{device} cannot read memory of {peer}: no peer access between them; stage through host memory")
+    # torch opens the way from the source's device to the destination's at the first copy, and remembers it. Opened behind its back
+    # it would meet an error when it does the same.
+    torch.empty(1, device=peer).copy_(torch.zeros(1, device=device))
+    torch.cuda.current_stream(device).synchronize()
+
+
+def _refuse_elsewhere(device: torch.device, destinations: Sequence[View | None]) -> None:
     away = {d.device for d in destinations if isinstance(d, torch.Tensor)} - {device}
     if away:
         raise PlacementError(f"a CUDA copy on {device} was given destinations on {', '.join(sorted(map(str, away)))}")
-    for peer in sorted({s.device.index for s in sources if isinstance(s, torch.Tensor) and s.is_cuda} - {device.index}):
-        if not torch.cuda.can_device_access_peer(device.index, peer):
-            raise ConfigError(f"{device} cannot read memory of cuda:{peer}: no peer access between them; stage through host memory")
-        # torch opens peer access at the first copy between two devices, and remembers it; done twice it is an error that sticks.
-        torch.empty(1, device=device).copy_(torch.zeros(1, device=f"cuda:{peer}"))
-        torch.cuda.current_stream(device).synchronize()
 
 
 def _constants(values: Sequence[tuple[str, float]], device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The part of the CUDA copier that moves long runs, in CUDA C++. Owns the source text, which rlsync.copy.kernel puts into its own.
 
 From Hopper on a multiprocessor copies kilobytes by one instruction (cp.async.bulk). They go through a ring of stages in shared memory:
-the next pieces are being loaded while one is stored, and sums are made of the stage. On H200 this moves whole models at 93 to 95 % of
+the next pieces are being loaded while one is stored, and sums are made of the stage. On H200 this moves whole models at 91 to 95 % of
 the speed of a copy of one large buffer; loads into registers reached 77 %.
 """
 
