@@ -55,6 +55,15 @@ def worker_place(parallel_config: Any) -> tuple[int, int, int]:
     return parallel_config.data_parallel_index, parallel_config.rank, parallel_config.world_size
 
 
+def is_read_last(parallel_config: Any) -> bool:
+    """Whether vLLM reads this worker's answer to a call after those of all others.
+
+    An executor of several processes stops reading at the first failure, and takes what is left for answers to its next calls. Of
+    workers that fail together only this one may raise, until https://github.com/vllm-project/vllm/issues/49972 is solved.
+    """
+    return parallel_config.rank == parallel_config.world_size - 1
+
+
 def gpu_uuid(device: torch.device) -> str | None:
     """UUID of the worker's GPU, or None where there is none."""
     if device.type != "cuda":

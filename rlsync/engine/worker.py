@@ -5,11 +5,13 @@ Owns the worker's end of the channel and its deadlines. A blocked worker blocks 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +27,8 @@ from rlsync.engine.pull import MismatchError, Pull
 from rlsync.engine.sinks import Sink
 from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError
+
+_log = logging.getLogger(__name__)
 
 # The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
 GRACE_S = 2.0
@@ -130,12 +134,23 @@ class Receiver(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""
-        if init_info.purpose == "inspect":
-            self._tell_state(init_info)
-        elif init_info.purpose == "compare":
-            self._compare(init_info)
-        else:
-            self._connect(init_info)
+        with self._raising_once():
+            if init_info.purpose == "inspect":
+                self._tell_state(init_info)
+            elif init_info.purpose == "compare":
+                self._compare(init_info)
+            else:
+                self._connect(init_info)
+
+    @contextlib.contextmanager
+    def _raising_once(self) -> Iterator[None]:
+        """A failure is everybody's, by way of the coordinator, and raised by one worker: see ``compat.is_read_last``."""
+        try:
+            yield
+        except Exception:
+            if compat.is_read_last(self.parallel_config):
+                raise
+            _log.exception("this worker leaves the sync; the last worker of the engine raises")
 
     def _connect(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -174,7 +189,7 @@ class Receiver(WeightTransferEngine):
         elif self._comparison is not None:
             twin, self._comparison = self._comparison, None
             try:
-                twin.receive_weights(UpdateInfo(version=0, attempt=info.attempt))
+                twin._receive(UpdateInfo(version=0, attempt=info.attempt))
             finally:
                 # The other side goes on to let the engine go, and has no use for a goodbye.
                 twin.shutdown(with_goodbye=False)
@@ -190,7 +205,11 @@ class Receiver(WeightTransferEngine):
         """Nothing: the reload begins when the actor's side is known to be there."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Take part in one sync, up to and including its commit. The model has the version, or an error is raised."""
+        """Take part in one sync, up to and including its commit. The model has the version, or gives no answers until it has one."""
+        with self._raising_once():
+            self._receive(update_info)
+
+    def _receive(self, update_info: UpdateInfo) -> None:
         if self._peer is None or self._sink is None or self._share is None or self._inlet is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
         sink, inlet, pull = self._sink, self._inlet, Pull(self._share, update_info.attempt)

@@ -1,0 +1,210 @@
+"""Claims about real vLLM engines that get their weights as gloo messages, from two actor ranks on the same host.
+
+The engine ``pair`` has two workers, each of which takes its share of every tensor from both ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlsync.engine.handle import Engine
+from rlsync.errors import WeightSyncError
+from tests.integration.engine_source import ENGINE_ENV, call_on_fill, read_folder
+from tests.integration.test_engine_sync import GREEDY, PROMPTS, TwoRanks, assert_refuses, same, start, transformers_answers, worker_of
+from tests.models import save_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TIMEOUT_S = 10.0
+# Beyond the deadline: the grace of a peer's own, and a busy machine.
+SLACK_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
+
+
+@pytest.fixture(scope="module")
+def wanted(folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: transformers_answers(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENV.items():
+            patch.setenv(name, value)
+        with ThreadPoolExecutor(2) as pool:
+            starting = {
+                name: pool.submit(start, name, folders["a"], tensor_parallel_size=num_workers)
+                for name, num_workers in (("single", 1), ("pair", 2))
+            }
+        made = {name: future.result() for name, future in starting.items()}
+        yield made
+        for engine in made.values():
+            engine.close()
+
+
+@pytest.fixture
+def two_ranks(engines: dict[str, Engine], folders: dict[str, Path]) -> Iterator[Callable[..., TwoRanks]]:
+    made: list[TwoRanks] = []
+
+    def make(*names: str, **settings: Any) -> TwoRanks:
+        settings = {"transport": "gloo", "timeout_s": TIMEOUT_S, "verify": "full", **settings}
+        made.append(TwoRanks([engines[name] for name in names], folders["b"], **settings))
+        made[-1].connect()
+        return made[-1]
+
+    yield make
+    for ranks in made:
+        ranks.close()
+
+
+def answers(engine: Engine) -> Any:
+    return engine.generate(PROMPTS, GREEDY)
+
+
+def take(ranks: TwoRanks, folder: Path) -> None:
+    ranks.source.take(read_folder(folder))
+    ranks.tell("read", str(folder))
+
+
+def test_engines_answer_like_transformers_and_each_worker_gets_what_it_holds(
+    engines: dict[str, Engine], folders: dict[str, Path], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    assert not any(same(answers(engine), wanted["b"]) for engine in engines.values()), "without a sync they do not"
+    ranks = two_ranks("single", "pair")
+    for version, name in ((1, "b"), (2, "b"), (3, "a")):
+        take(ranks, folders[name])
+        report = ranks.sync(version)
+        assert all(same(answers(engine), wanted[name]) for engine in engines.values()), (version, name)
+    whole = sum(t.nbytes for t in read_folder(folders["b"]).values())
+    assert report.transport == "gloo"
+    assert report.max_redundancy == 1.0
+    assert len(report.redundancy) == 3
+    assert 2 * whole < report.bytes < 3 * whole, "once the single worker, and the two halves with what both hold"
+    assert report.extra_bytes > 0
+    assert report.link_gb_per_s is None
+
+
+def test_an_exception_of_one_rank_costs_one_sync(
+    engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("single", "pair")
+    ranks.tell("curse", True)
+    error, answer = ranks.both("sync", 1)
+    assert isinstance(error, WeightSyncError)
+    assert answer == ("error", str(error))
+    assert (error.phase, error.bucket) == ("transfer", 2)
+    for engine in engines.values():
+        assert_refuses(engine, "the second is cursed")
+    ranks.tell("curse", False)
+    ranks.sync(1)
+    assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
+
+
+@pytest.mark.parametrize("bucket", [0, 2])
+def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
+    engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks], bucket: int
+) -> None:
+    ranks = two_ranks("single", "pair")
+    call_on_fill(ranks.syncer, lambda at: os.kill(ranks.process.pid, signal.SIGSTOP) if at == bucket else None)
+    started_s = time.monotonic()
+    ranks.pipe.send(("sync", 1))
+    with pytest.raises(WeightSyncError, match="actor rank 1") as raised:
+        ranks.syncer.sync(1)
+    assert time.monotonic() - started_s < TIMEOUT_S + SLACK_S
+    for engine in engines.values():
+        assert_refuses(engine, "actor rank 1")
+    os.kill(ranks.process.pid, signal.SIGCONT)
+    assert ranks.answer() == ("error", str(raised.value))
+    call_on_fill(ranks.syncer, lambda at: None)
+    ranks.sync(1)
+    assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
+
+
+def test_a_killed_rank_is_found_at_once_and_a_new_connection_heals(
+    engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("single", "pair", timeout_s=60.0)
+    call_on_fill(ranks.syncer, lambda at: ranks.process.kill() if at == 2 else None)
+    started_s = time.monotonic()
+    ranks.pipe.send(("sync", 1))
+    with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
+        ranks.syncer.sync(1)
+    assert time.monotonic() - started_s < 15
+    for engine in engines.values():
+        assert_refuses(engine, "actor rank 1")
+    with pytest.raises(WeightSyncError, match=r"connect\(\) anew"):
+        ranks.syncer.sync(2)
+    ranks.close()
+    two_ranks("single", "pair").sync(1)
+    assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
+
+
+def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]) -> None:
+    ranks = two_ranks("single", "pair", timeout_s=4.0)
+    server = ranks.syncer._server
+    assert server is not None
+    call_on_fill(ranks.syncer, lambda at: server._stop.set() if at == 1 else None)
+    started_s = time.monotonic()
+    ranks.pipe.send(("sync", 1))
+    with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
+        ranks.syncer.sync(1)
+    ranks.close()
+    # Engines that still were inside would not answer a new connection.
+    two_ranks("single", "pair").sync(1)
+    assert time.monotonic() - started_s < 4.0 + 2 * SLACK_S
+    assert engines["single"].state == engines["pair"].state == "clean"
+
+
+# Faults that cost the engine. Keep them last.
+
+
+def test_a_stopped_worker_is_found_by_the_deadline(
+    engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("single", "pair")
+    worker = worker_of(engines["single"])
+    call_on_fill(ranks.syncer, lambda at: worker.suspend() if at == 2 else None)
+    started_s = time.monotonic()
+    error, answer = ranks.both("sync", 1)
+    worker.resume()
+    assert isinstance(error, WeightSyncError)
+    assert answer == ("error", str(error))
+    assert time.monotonic() - started_s < TIMEOUT_S + SLACK_S
+    assert (error.engine, error.phase) == ("single", "transfer")
+    for engine in engines.values():
+        assert_refuses(engine, "engine single worker 0")
+
+
+def test_a_killed_worker_is_found_at_once_and_nothing_is_left_behind(
+    engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks("single", "pair")
+    worker = worker_of(engines["pair"])
+    call_on_fill(ranks.syncer, lambda at: worker.kill() if at == 2 else None)
+    started_s = time.monotonic()
+    error, answer = ranks.both("sync", 1)
+    assert isinstance(error, WeightSyncError)
+    assert answer == ("error", str(error))
+    assert time.monotonic() - started_s < TIMEOUT_S
+    assert error.engine == "pair"
+    ranks.close()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Engine.close, engines.values()))
+    assert [p for p in psutil.Process().children(recursive=True) if "VLLM" in "".join(p.cmdline())] == []
+    assert [name for name in os.listdir("/dev/shm") if name.startswith(f"rlsync-ring-{os.getpid()}-")] == []
+    listening = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [c for c in listening if c.laddr.ip != "127.0.0.1"] == []
