@@ -43,6 +43,7 @@ class Engine:
         self._calls = Calls(self._gate)
         self._llm: Any = None
         self._processes: list[psutil.Process] = []
+        self._segments: set[str] = set()
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
 
@@ -81,7 +82,9 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(args)
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
+        # When the core is dead, nothing leads to its workers and to what they share.
         self._processes = _descendants(self._llm)
+        self._segments = _segments(self._processes)
 
     def generate(
         self,
@@ -205,11 +208,11 @@ class Engine:
             return
         self._gate.shut("it is closed")
         if self._llm is not None:
-            children = _descendants(self._llm)
-            segments = _segments(children)
+            processes = list({*self._processes, *_descendants(self._llm)})
+            segments = self._segments | _segments(processes)
             with contextlib.suppress(TimeoutError):
                 self._calls.run(self._shut_down(), 2 * _CLOSE_S)
-            _end(children, segments)
+            _end(processes, segments)
             self._llm = None
             self._processes = []
         self._calls.stop()
