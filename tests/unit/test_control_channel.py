@@ -75,8 +75,14 @@ class ThreadEngine:
         self._peers: list[Peer] = []
         self._inlets: list[Inlet] = []
         self._shares: list[WorkerShare] = []
+        # As in an engine, where a call waits until the workers have left the one before, also one that the actor gave up.
+        self._turn = threading.Lock()
 
     def _in_workers(self, call: Callable[[int], None]) -> None:
+        with self._turn:
+            self._in_threads(call)
+
+    def _in_threads(self, call: Callable[[int], None]) -> None:
         errors: list[BaseException] = []
 
         def run(worker: int) -> None:
