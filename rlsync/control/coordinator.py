@@ -79,8 +79,8 @@ class Coordinator:
     def expire(self, now: float) -> None:
         """Fail the phase when its deadline has passed."""
         if self.deadline is not None and now >= self.deadline:
-            laggards, culprit = self._laggards()
-            self._fail(f"nothing within {self._expected.timeout_s:g} s from {'; '.join(laggards)}", culprit)
+            laggards, culprit, engine = self._laggards()
+            self._fail(f"nothing within {self._expected.timeout_s:g} s from {'; '.join(laggards)}", culprit, engine=engine)
 
     def fail(self, cause: str) -> None:
         """Fail what is going on for a reason of the coordinator's own process."""
@@ -149,10 +149,28 @@ class Coordinator:
             self._send(member.identity, m.Share(worker=worker))
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
+        if self.phase != "connect" or peer.attached:
+            return
         peer.attached = True
-        if self.phase == "connect" and self._roster.is_attached():
+        if self._roster.is_attached():
+            for worker in self._roster.workers():
+                self._send(worker.identity, m.Connected())
+            self._conclude()
+
+    def _on_answered(self, peer: Member, message: m.Answered, now: float) -> None:
+        sync = self._current(message.attempt)
+        if self.phase == "connect":
+            self._roster.answered.add(message.engine)
+            self._conclude()
+        elif sync is not None:
+            sync.answered[message.engine] = message.call
+
+    def _conclude(self) -> None:
+        """An engine whose core is stuck has workers that are attached, and is no engine to sync with."""
+        if self._roster.is_attached() and self._roster.answered >= set(self._expected.engines):
             self.phase, self.deadline = "idle", None
-            self._broadcast(m.Connected())
+            for actor in self._roster.actors():
+                self._send(actor.identity, m.Connected())
 
     # A sync.
 
@@ -264,7 +282,7 @@ class Coordinator:
 
     def _on_failed(self, peer: Member, message: m.Failed, now: float) -> None:
         if self.phase == "connect":
-            self._fail(f"{peer}: {message.cause}", peer)
+            self._fail(f"{peer}: {message.cause}", peer, engine=message.engine)
         elif self._current(message.attempt) is not None:
             self._fail(f"{peer}: {message.cause}", peer, phase=message.phase, engine=message.engine, bucket=message.bucket)
 
@@ -318,13 +336,15 @@ class Coordinator:
         self.phase, self.deadline = "failed", None
         self._broadcast(self._failure)
 
-    def _laggards(self) -> tuple[list[str], Member | None]:
-        """Whom the phase waits for, in words, and the peer to blame when it is one kind of peer."""
+    def _laggards(self) -> tuple[list[str], Member | None, str | None]:
+        """Whom the phase waits for, in words, and the first of them: the peer and the engine, where it is one."""
         if self.phase == "connect":
-            return self._roster.absent(), None
+            absent = self._roster.absent()
+            return [words for _, words in absent], None, absent[0][0] if absent else None
         assert self._sync is not None
         late = self._sync.laggards(self.phase, self._roster.actors(), self._roster.workers())
-        return [f"{p}, which was {what}" for p, what in late], late[0][0] if late else None
+        culprit = late[0][0] if late else None
+        return [f"{p}, which was {what}" for p, what in late], culprit, culprit.engine if culprit else None
 
 
 _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
@@ -332,6 +352,7 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Planned, False): Coordinator._on_planned,
     (m.Attached, True): Coordinator._on_attached,
     (m.Attached, False): Coordinator._on_attached,
+    (m.Answered, False): Coordinator._on_answered,
     (m.Start, False): Coordinator._on_start,
     (m.Filled, False): Coordinator._on_filled,
     (m.Joined, True): Coordinator._on_joined,

@@ -7,7 +7,7 @@ a message that is read late says no less than one that is read in time.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -93,6 +93,14 @@ class Planned(Message):
 
 class Attached(Message):
     """The peer has taken its share: memory is mapped, copies are bound."""
+
+
+class Answered(Message):
+    """Actor rank 0: an engine has answered a call. ``connect`` has attempt 0."""
+
+    attempt: Count
+    engine: Name
+    call: Literal["connect", "pause", "update", "caches", "resume"]
 
 
 class Start(Message):
@@ -208,7 +216,7 @@ class Share(Message):
 
 
 class Connected(Message):
-    """Every peer has taken its share."""
+    """To a worker: every peer has taken its share. To an actor rank: and every engine has returned from its call."""
 
 
 class Writable(Message):
@@ -265,8 +273,8 @@ class Error(Message):
 
 
 FromPeer = (
-    WorkerHello | ActorHello | Recorded | Planned | Attached | Start | Filled | Joined | Done | Loaded | Committed | Finish | Failed
-    | Goodbye | State
+    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Filled | Joined | Done | Loaded | Committed | Finish
+    | Failed | Goodbye | State
 )  # fmt: skip
 FromCoordinator = Catalogue | Surveyed | Share | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from rlsync.control.messages import Loaded, Sum
 from rlsync.control.roster import Member
 
+# What actor rank 0 calls an engine's handle for in a sync, in this order.
+_CALLS = ("nothing", "pause", "update", "caches", "resume")
+
 
 @dataclass(slots=True)
 class Progress:
@@ -19,6 +22,7 @@ class Progress:
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
         told: stream -> checksums of its regions, in the order in which buckets became ready.
+        answered: engine -> the last call that its handle has returned from.
     """
 
     attempt: int
@@ -32,6 +36,7 @@ class Progress:
     done: dict[bytes, int] = field(default_factory=dict)
     loaded: dict[bytes, Loaded] = field(default_factory=dict)
     committed: set[bytes] = field(default_factory=set)
+    answered: dict[str, str] = field(default_factory=dict)
     buckets_ready: int = 0
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
@@ -89,4 +94,9 @@ class Progress:
             return late or [(p, "to finish loading") for p in workers if p.identity not in self.loaded]
         if phase == "commit":
             return [(p, "to commit") for p in workers if p.identity not in self.committed]
-        return [(p, "to resume the engines") for p in actors if p.place == 0]
+        # Engines are called side by side, and the next call waits for all of them: those that are furthest back are late.
+        answers = [(p, self.answered.get(p.engine or "", "nothing")) for p in workers if p.place == 0]
+        last = min((call for _, call in answers), key=_CALLS.index)
+        if last == "resume":
+            return [(p, "to say that the engines are resumed") for p in actors if p.place == 0]
+        return [(p, f"to be resumed by its engine, whose last answer was to {call}") for p, call in answers if call == last]

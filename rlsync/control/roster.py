@@ -48,11 +48,12 @@ class Member:
 
 
 class Roster:
-    """The members by identity, in the order in which they came."""
+    """The members by identity, in the order in which they came, and the engines whose call to connect has returned."""
 
     def __init__(self, expected: Expected) -> None:
         self.expected = expected
         self.members: dict[bytes, Member] = {}
+        self.answered: set[str] = set()
 
     def actors(self) -> list[Member]:
         """By rank."""
@@ -116,20 +117,23 @@ class Roster:
             findings.append(f"engine {engine} takes no tensor named {some(sorted(unused))}")
         return [f if engine in f else f"engine {engine}: {f}" for f in findings]
 
-    def absent(self) -> list[str]:
-        """Whom the connection waits for, in words."""
+    def absent(self) -> list[tuple[str | None, str]]:
+        """Whom the connection waits for: engine id, or None for an actor rank, and the words."""
         here = {(p.engine, p.place): p for p in self.members.values()}
         wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self.expected.num_actors)]
         wanted += [(e, place, f"engine {e} worker {place}") for e, count in self.expected.engines.items() for place in range(count)]
-        late = []
+        late: list[tuple[str | None, str]] = []
         for engine, place, name in wanted:
             peer = here.get((engine, place))
             if peer is None:
-                late.append(f"{name}, which has not dialled in")
+                late.append((engine, f"{name}, which has not dialled in"))
             elif peer.engine is not None and peer.recorded is None:
-                late.append(f"{peer}, which has not said what it holds")
+                late.append((engine, f"{peer}, which has not said what it holds"))
             elif self.is_recorded() and not peer.attached:
-                late.append(f"{peer}, which has not taken its share")
+                late.append((engine, f"{peer}, which has not taken its share"))
+        if self.is_attached():
+            stuck = [e for e in self.expected.engines if e not in self.answered]
+            late += [(e, f"engine {e}, whose workers are connected and whose core does not say so") for e in stuck]
         return late
 
 

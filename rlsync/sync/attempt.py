@@ -113,6 +113,7 @@ class Attempt:
                 self._filled += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
         else:
+            self._peer.send(m.Answered(self._attempt, which, kind))
             self._pending[kind].discard(which)
             self._marks[kind] = time.monotonic()
             if kind == "update":

@@ -205,15 +205,16 @@ class WeightSyncer:
     def _await_connected(self) -> ActorShare:
         """This rank's share, when every peer has its own and every engine has answered."""
         assert self._peer is not None
-        share, connected, pending = None, False, {engine.engine_id for engine in self._engines}
-        while not connected or pending:
+        share, connected = None, False
+        while not connected:
             message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
-                pending.discard(outcome.key)
                 if outcome.key is None:
                     self._peer.send(m.Attached() if outcome.error is None else m.Failed(0, "connect", describe(outcome.error)))
                 elif outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
+                else:
+                    self._peer.send(m.Answered(0, outcome.key, "connect"))
             if isinstance(message, m.Surveyed):
                 try:
                     self._peer.send(self._plan(message))

@@ -25,7 +25,7 @@ TIMEOUT_S = 10.0
 class Run:
     """A coordinator of two actor ranks and engine ``e0`` with two workers, and what it has sent to each peer."""
 
-    def __init__(self, *, connected: bool = True) -> None:
+    def __init__(self, *, connected: bool = True, engines_answer: bool = True) -> None:
         self.sent: dict[bytes, list] = {}
         expected = Expected("secret", "run", 2, {"e0": 2}, ("digest", "digest"), TIMEOUT_S, CATALOGUE)
         self.coordinator = Coordinator(expected, lambda peer, message: self.sent.setdefault(peer, []).append(message), 0.0)
@@ -37,6 +37,8 @@ class Run:
             self.tell("a0", PLANNED)
             for peer in ("a0", "a1", "w0", "w1"):
                 self.tell(peer, m.Attached())
+            if engines_answer:
+                self.tell("a0", m.Answered(0, "e0", "connect"))
 
     def tell(self, peer: str, message: m.FromPeer, now: float = 1.0) -> None:
         self.coordinator.receive(peer.encode(), m.encode(message), now)
@@ -90,6 +92,44 @@ def test_workers_are_told_the_tensors_and_everybody_its_share() -> None:
     assert [h.actor_rank for h in survey.actors] == [h.worker_rank for h in survey.workers] == [0, 1]
     assert survey.records == (RECORDED, RECORDED)
     assert run.coordinator.phase == "idle"
+
+
+def test_actor_ranks_are_connected_when_the_engines_have_answered_and_not_before() -> None:
+    """A core that is stuck does not keep its workers from attaching."""
+    run = Run(engines_answer=False)
+    assert (run.coordinator.phase, run.last("w1")) == ("connect", m.Connected())
+    assert run.last("a1") == m.Share(actor=ACTOR_SHARE)
+    run.coordinator.expire(TIMEOUT_S)
+    assert (run.error().phase, run.error().engine) == ("connect", "e0")
+    assert "engine e0, whose workers are connected and whose core does not say so" in run.error().cause
+
+
+@pytest.mark.parametrize("call", ["pause", "update", "caches"])
+def test_an_engine_that_does_not_go_on_after_the_commit_is_named(call: str) -> None:
+    run = Run()
+    run.begin()
+    run.tell("a0", m.Answered(1, "e0", call))
+    run.transfer()
+    for message in (m.Loaded(1, TIMES), m.Committed(1)):
+        for rank in range(2):
+            run.tell(f"w{rank}", message)
+    assert run.coordinator.phase == "resume"
+    run.coordinator.expire(1.0 + TIMEOUT_S)
+    assert (run.error().phase, run.error().engine) == ("resume", "e0")
+    assert f"whose last answer was to {call}" in run.error().cause
+
+
+def test_actor_rank_0_is_named_when_every_engine_is_resumed() -> None:
+    run = Run()
+    run.begin()
+    run.tell("a0", m.Answered(1, "e0", "resume"))
+    run.transfer()
+    for message in (m.Loaded(1, TIMES), m.Committed(1)):
+        for rank in range(2):
+            run.tell(f"w{rank}", message)
+    run.coordinator.expire(1.0 + TIMEOUT_S)
+    assert (run.error().phase, run.error().engine) == ("resume", None)
+    assert "actor rank 0" in run.error().cause
 
 
 def test_only_actor_rank_0_plans_and_only_once() -> None:

@@ -1,0 +1,49 @@
+"""Claims about engines whose workers do their part while a call to the engine does not return: they are named, on all ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.test_control_channel import TIMEOUT_S, Actors, ThreadEngine
+
+
+@pytest.fixture
+def stuck() -> Iterator[threading.Event]:
+    """Set at the end, so that calls that wait for it end too."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hang_in(engine: ThreadEngine, call: str, stuck: threading.Event) -> None:
+    """The call does what it does, and does not return."""
+    real = getattr(engine, call)
+
+    def hang(*arguments: object) -> None:
+        real(*arguments)
+        stuck.wait(10 * TIMEOUT_S)
+
+    setattr(engine, call, hang)
+
+
+@pytest.mark.parametrize("call", ["update_weights", "reset_caches", "resume"])
+def test_an_engine_that_does_not_go_on_after_the_commit_is_named(call: str, stuck: threading.Event) -> None:
+    engines = [ThreadEngine("left"), ThreadEngine("right")]
+    hang_in(engines[1], call, stuck)
+    actors = Actors(engines)
+    actors.connect()
+    error = actors.failure(lambda syncer: syncer.sync(1))
+    assert (error.engine, error.phase, error.version) == ("right", "resume", 1)
+    assert [bool(engine.dirty) for engine in engines] == [True, True]
+    actors.close()
+
+
+def test_an_engine_whose_workers_connect_and_whose_core_is_stuck_is_no_connection_on_any_rank(stuck: threading.Event) -> None:
+    engines = [ThreadEngine("left"), ThreadEngine("right")]
+    hang_in(engines[1], "init_weight_transfer", stuck)
+    error = Actors(engines).failure(lambda syncer: syncer.connect())
+    assert (error.engine, error.phase) == ("right", "connect")
+    assert "engine right, whose workers are connected and whose core does not say so" in error.cause
