@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
 from rlsync.links import traffic
@@ -69,7 +69,9 @@ def main() -> None:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Not ``ru_maxrss``, which begins with the memory of the process that started this one."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
