@@ -115,7 +115,9 @@ def _chunks(view: torch.Tensor, limit_bytes: int) -> Iterator[torch.Tensor]:
 
 def _words(chunk: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's bytes as 1-D int32, padded with zero bytes; a view where alignment and length allow."""
-    raw = chunk.reshape(-1).view(torch.uint8)
+    flat = chunk.reshape(-1)
+    # A single element may have any stride, and then it is no view of bytes.
+    raw = (flat.clone() if flat.numel() == 1 else flat).view(torch.uint8)
     padding = -raw.numel() % _WORD_BYTES
     if padding:
         raw = torch.nn.functional.pad(raw, (0, padding))

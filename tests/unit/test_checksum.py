@@ -166,3 +166,9 @@ def test_a_gpu_gives_the_value_of_the_cpu():
     tensors = [noise(shape, dtype) for dtype in DTYPES for shape in [(), (0,), (3,), (55, 69), (3000, 2048)]]
     views = [v for t in tensors for v in (t, *((t.t()[1:], t[:, 1:]) if t.dim() == 2 else ()))]
     assert checksums([v.cuda() if v.is_contiguous() else v.T.cuda().T for v in views]) == checksums(views)
+
+
+def test_a_single_element_of_any_stride_counts_as_itself():
+    one = torch.tensor([1.5], dtype=torch.float16)
+    assert checksum(torch.full((3, 1), 1.5, dtype=torch.float16).as_strided((1,), (0,))) == checksum(one)
+    assert checksum(one) != checksum(-one)

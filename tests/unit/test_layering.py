@@ -47,6 +47,7 @@ OWNERS: dict[str, frozenset[str]] = {
     "megatron": frozenset({"rlsync.megatron"}),
     "vllm": frozenset({"rlsync.engine"}),
     "ray": frozenset({"workers", "examples"}),
+    "cupy": frozenset({"rlsync.copy"}),
 }
 # Units below these layers know no process group.
 WITHOUT_PROCESS_GROUPS = frozenset({"pure", "copy"})
