@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow now and then, which is no finding.
+settings.register_profile("rlsync", deadline=None)
+settings.load_profile("rlsync")
 
 # Before torch, vLLM or Ray are imported, and inherited by every process a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -117,7 +117,7 @@ def _words(chunk: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's bytes as 1-D int32, padded with zero bytes; a view where alignment and length allow."""
     flat = chunk.reshape(-1)
     # A single element may have any stride, and then it is no view of bytes.
-    raw = (flat.clone() if flat.numel() == 1 else flat).view(torch.uint8)
+    raw = (flat.clone(memory_format=torch.contiguous_format) if flat.numel() == 1 else flat).view(torch.uint8)
     padding = -raw.numel() % _WORD_BYTES
     if padding:
         raw = torch.nn.functional.pad(raw, (0, padding))
