@@ -22,6 +22,7 @@ class Gate:
         self._state, self._reason, self._until_s = "dirty", reason, 0.0
         self._epoch = 0  # grows with each call of shut
         self._version: int | None = None
+        self._closed = False
 
     @property
     def state(self) -> str:
@@ -41,11 +42,21 @@ class Gate:
         """Become ``dirty``; those who wait are refused."""
         with self._changed:
             self._epoch += 1
-            self._set("dirty", reason)
+            if not self._closed:
+                self._set("dirty", reason)
+
+    def close(self, reason: str) -> None:
+        """Become ``dirty`` for good and for this reason: no sync opens it again."""
+        with self._changed:
+            self.shut(reason)
+            self._closed = True
 
     def begin_sync(self, limit_s: float) -> None:
-        """Become ``syncing``. A sync of which nothing is heard for ``limit_s`` counts as failed."""
-        self._set("syncing", until_s=time.monotonic() + limit_s)
+        """Become ``syncing``. A sync of which nothing is heard for ``limit_s`` counts as failed. Raises EngineDirtyError when closed."""
+        with self._changed:
+            if self._closed:
+                raise self.refusal()
+            self._set("syncing", until_s=time.monotonic() + limit_s)
 
     def ticket(self) -> int:
         """What ``commit`` asks for, taken before the engine is let go. Raises EngineDirtyError unless it is ``syncing``."""

@@ -206,7 +206,7 @@ class Engine:
         """End all processes of the engine, stopped ones too. Idempotent."""
         if self._calls.closed:
             return
-        self._gate.shut("it is closed")
+        self._gate.close("it is closed")
         if self._llm is not None:
             processes = list({*self._processes, *_descendants(self._llm)})
             segments = self._segments | _segments(processes)

@@ -66,6 +66,18 @@ def test_a_resume_in_time_makes_it_clean(engine):
     assert (engine.state, engine.version) == ("clean", 7)
 
 
+def test_an_engine_that_is_closed_in_the_midst_of_a_sync_is_not_made_to_serve_by_it(engine):
+    engine._llm.gate.set()
+    engine._gate.close("it is closed")
+    with pytest.raises(EngineDirtyError, match="it is closed"):
+        engine.pause("abort", 5)
+    with pytest.raises(EngineDirtyError, match="it is closed"):
+        engine.resume(7, 5)
+    engine.mark_dirty("its sync failed")
+    with pytest.raises(EngineDirtyError, match="it is closed"):
+        engine.generate([[1]], {})
+
+
 def test_marking_a_closed_engine_dirty_says_nothing(engine):
     engine._calls.stop()
     engine.mark_dirty("too late")
