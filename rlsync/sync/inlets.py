@@ -59,7 +59,8 @@ class GroupInlet:
         self._share, self._timeout_s = share, timeout_s
         self._group: Group | None = None
         self._inbox: Inbox | None = None
-        self._tasks, self._lane = Tasks(), Lane(lambda: None, name="rlsync-inlet")
+        self._tasks = Tasks()
+        self._lane: Lane | None = None
         self._arrived: dict[Any, Any] = {}
         self._num_asked = 0
 
@@ -76,8 +77,9 @@ class GroupInlet:
             self.abandon()
             assert self._share.group is not None
             made = self._group = Group(self._share.group, group, self._timeout_s)
-            self._tasks, self._lane = Tasks(), Lane(lambda: None, name="rlsync-inlet")
-            self._lane.submit(self._tasks, "open", lambda: self._open(made))
+            self._tasks, lane = Tasks(), Lane(lambda: None, name="rlsync-inlet")
+            self._lane = lane
+            lane.submit(self._tasks, "open", lambda: self._open(made))
         self._collect()
         self._inbox = self._arrived.pop("open", self._inbox)
         self._num_asked = 0
@@ -88,12 +90,12 @@ class GroupInlet:
         return Inbox(group, self._share.parts, self._share.num_slots)
 
     def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor | None:
-        inbox = self._inbox
-        assert inbox is not None
+        inbox, lane = self._inbox, self._lane
+        assert inbox is not None and lane is not None, "join() comes first"
         for number in range(self._num_asked, min(buckets_ready, bucket + self._share.num_slots)):
             self._num_asked = number + 1
             if self._share.parts[number].nbytes:
-                self._lane.submit(self._tasks, number, partial(inbox.receive, number))
+                lane.submit(self._tasks, number, partial(inbox.receive, number))
         self._collect()
         return self._arrived.pop(bucket, None)
 
@@ -106,8 +108,9 @@ class GroupInlet:
     def abandon(self) -> None:
         if self._group is not None:
             self._group.abandon()
-        self._lane.stop()
-        self._group = self._inbox = None
+        if self._lane is not None:
+            self._lane.stop()
+        self._group = self._inbox = self._lane = None
         self._arrived, self._num_asked = {}, 0
 
     def close(self) -> None:

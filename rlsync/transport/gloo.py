@@ -147,7 +147,7 @@ class Group:
         if backend is None:
             return
         # ProcessGroupGloo.abort() leaves a wait for one message alone, while a wait that times out closes every connection.
-        nothing = torch.empty(1, dtype=torch.uint8)
+        nothing = _memory(1)
         for rank in range(len(self.info.members)):
             if rank != self.info.rank:
                 with contextlib.suppress(RuntimeError):
@@ -175,8 +175,7 @@ class Outbox:
     def __init__(self, info: GroupInfo, parcels: Sequence[Sequence[Parcel]], num_slots: int, timeout_s: float) -> None:
         self._info, self._parcels, self._num_slots, self._timeout_s = info, parcels, num_slots, timeout_s
         slot_bytes = max(sum(p.nbytes for p in row) for row in parcels)
-        # Zeros, because what lies between regions travels too.
-        self._slots = [torch.zeros(slot_bytes, dtype=torch.uint8) for _ in range(min(num_slots, len(parcels)))]
+        self._slots = [_memory(slot_bytes) for _ in range(min(num_slots, len(parcels)))]
         self._sends: dict[int, list[Transfer]] = {}
         self._group: Group | None = None
         self.number: int | None = None
@@ -224,9 +223,9 @@ class Inbox:
         self._parts, self._num_slots = parts, num_slots
         self._parcels = [parcels_of(part) for part in parts]
         packed_bytes = max(sum(p.nbytes for p in row) if len(row) > 1 else 0 for row in self._parcels)
-        self._packed = torch.zeros(packed_bytes, dtype=torch.uint8)
+        self._packed = _memory(packed_bytes)
         slot_bytes = max(part.nbytes for part in parts)
-        self._slots = [torch.zeros(slot_bytes, dtype=torch.uint8) for _ in range(min(num_slots, len(parts)))]
+        self._slots = [_memory(slot_bytes) for _ in range(min(num_slots, len(parts)))]
         self._programs: dict[int, CopyProgram] = {}
         self.nbytes = packed_bytes + slot_bytes * len(self._slots)
 
@@ -243,6 +242,11 @@ class Inbox:
                 self._programs[bucket] = bind_unpack(zip(parcels, messages, strict=True), slot)
             self._programs[bucket].run()
         return slot
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Of the host, whatever the process's default device. Zeros, because what lies between regions travels too."""
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _split(memory: torch.Tensor, parcels: Sequence[Parcel]) -> list[torch.Tensor]:
