@@ -102,7 +102,11 @@ class GroupInlet:
     def _collect(self) -> None:
         for outcome in self._tasks.finished():
             if outcome.error is not None:
-                raise outcome.error
+                try:
+                    raise outcome.error
+                finally:
+                    # The traceback refers to this frame, and would keep a broken group until a worker at rest collects cycles.
+                    del outcome
             self._arrived[outcome.key] = outcome.result
 
     def abandon(self) -> None:

@@ -54,6 +54,8 @@ class Tasks:
         except BaseException as caught:
             error = caught
         self._outcomes.put(Outcome(key, result, error, time.monotonic() - started_s))
+        # The traceback of an error refers to this frame: what it named would live until the next collection of cycles.
+        del call, result, error
         os.eventfd_write(self.fd, 1)
 
     def finished(self) -> list[Outcome]:
@@ -100,4 +102,4 @@ class Lane:
             tasks.run(key, call)
             if self._calls.empty():
                 self._idle.set()
-            del tasks, item
+            del tasks, item, call

@@ -1,0 +1,53 @@
+"""Claims about calls beside a waiting thread: what they leave alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from rlsync.sync.tasks import Lane, Tasks
+
+
+class Large:
+    """Stands for a group, a ring, buckets."""
+
+
+def use(large: Large, fails: bool) -> None:
+    if fails:
+        raise RuntimeError("in use")
+
+
+@pytest.fixture
+def no_collections():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def in_lane(tasks: Tasks, call: Callable[[], None]) -> Lane:
+    lane = Lane(lambda: None)
+    lane.submit(tasks, "key", call)
+    assert lane.wait_idle(5)
+    return lane
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("run", [lambda tasks, call: tasks.run("key", call), in_lane], ids=["run", "lane"])
+def test_a_call_that_has_ended_keeps_nothing_alive(no_collections: None, run: Callable[..., object], fails: bool) -> None:
+    """Not even one that failed, with its traceback; a worker at rest runs no collection."""
+    large, tasks = Large(), Tasks()
+    alive = weakref.ref(large)
+
+    def call(large: Large = large) -> None:
+        use(large, fails)
+
+    kept = run(tasks, call)
+    del large, call
+    (outcome,) = tasks.finished()
+    assert (outcome.error is not None) is fails
+    del outcome
+    assert alive() is None
+    del kept
