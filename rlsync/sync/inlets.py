@@ -12,7 +12,7 @@ import torch
 
 from rlsync.control.shares import RingInfo, WorkerShare
 from rlsync.engine.worker import Inlet
-from rlsync.sync.tasks import Lane, Tasks
+from rlsync.sync.tasks import Lane, Tasks, forget_frames
 from rlsync.transport.gloo import Group, Inbox
 from rlsync.transport.shm import Ring
 
@@ -102,6 +102,8 @@ class GroupInlet:
     def _collect(self) -> None:
         for outcome in self._tasks.finished():
             if outcome.error is not None:
+                # vLLM keeps the error of a call until the next one comes.
+                forget_frames(outcome.error)
                 try:
                     raise outcome.error
                 finally:

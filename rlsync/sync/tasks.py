@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,14 @@ class Outcome:
     result: Any
     error: BaseException | None
     seconds: float
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go what the calls that ended in ``error`` named, and keep what its traceback says. Whoever caught it may keep it for long."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 class Tasks:

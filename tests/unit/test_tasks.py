@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from rlsync.sync.tasks import Lane, Tasks
+from rlsync.sync.tasks import Lane, Tasks, forget_frames
 
 
 class Large:
@@ -51,3 +52,23 @@ def test_a_call_that_has_ended_keeps_nothing_alive(no_collections: None, run: Ca
     del outcome
     assert alive() is None
     del kept
+
+
+def test_an_error_that_somebody_keeps_keeps_nothing_else(no_collections: None) -> None:
+    large, tasks = Large(), Tasks()
+    alive = weakref.ref(large)
+
+    def call(large: Large) -> None:
+        try:
+            use(large, True)
+        except RuntimeError as error:
+            raise ConnectionError("it broke") from error
+
+    tasks.run("key", partial(call, large))
+    del large
+    (outcome,) = tasks.finished()
+    kept = outcome.error
+    assert kept is not None and alive() is not None
+    forget_frames(kept)
+    assert alive() is None
+    assert "it broke" in str(kept) and kept.__traceback__ is not None
