@@ -15,6 +15,7 @@ from rlsync.errors import WeightSyncError
 
 # How long what was sent may still leave after ``close``; the other side may be gone.
 _LINGER_MS = 1000
+_LAST_LOOK_S = 0.5
 
 
 class Peer:
@@ -56,9 +57,10 @@ class Peer:
             poller.register(wake_fd, zmq.POLLIN)
         while True:
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            # A process that was stopped looks once more when it goes on: what it missed says what happened meanwhile.
+            events = dict(poller.poll(math.ceil(max(left_s, _LAST_LOOK_S) * 1000)))
+            if not events and time.monotonic() >= deadline:
                 raise TimeoutError
-            events = dict(poller.poll(math.ceil(left_s * 1000)))
             if self._socket in events:
                 message = self._decode(self._socket.recv())
                 # A failure of the connection itself has no attempt and ends every attempt.

@@ -17,6 +17,7 @@ import torch
 
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer
+from rlsync.control.server import CoordinatorServer
 from rlsync.control.shares import WorkerShare
 from rlsync.engine.pull import MismatchError, Pull
 from rlsync.engine.worker import Inlet
@@ -511,3 +512,27 @@ def test_errors_cross_processes() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"weight_sync.{next(iter(settings))}"):
         SyncConfig(**settings)
+
+
+def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> None:
+    class Failing:
+        def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+            server.send(identity, m.Error(attempt=0, phase="transfer", cause="it took too long"))
+
+        def lose(self, identity: bytes) -> None: ...
+
+        def expire(self, now: float) -> None: ...
+
+        def fail(self, cause: str) -> None: ...
+
+        def process_of(self, identity: bytes) -> None: ...
+
+    server = CoordinatorServer("127.0.0.1")
+    server.start(Failing())
+    peer = Peer(server.endpoint, m.ActorHello("", "", 0, 1, "", "", "", 1, None, ""))
+    with pytest.raises(WeightSyncError, match="it took too long"):
+        peer.receive(0, time.monotonic() - 1)
+    with pytest.raises(TimeoutError):
+        peer.receive(0, time.monotonic() - 1)
+    peer.close()
+    server.stop()
