@@ -246,7 +246,11 @@ class Receiver(WeightTransferEngine):
             inlet.abandon()
             sink.abandon()
             if told is not None:
-                raise told from error
+                try:
+                    raise told from error
+                finally:
+                    # Its traceback refers to this frame, and its cause to a group that has broken: a worker at rest collects no cycles.
+                    del told
             raise
 
     def _told_meanwhile(self, attempt: int) -> WeightSyncError | None:

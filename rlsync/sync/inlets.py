@@ -12,7 +12,7 @@ import torch
 
 from rlsync.control.shares import RingInfo, WorkerShare
 from rlsync.engine.worker import Inlet
-from rlsync.sync.tasks import Lane, Tasks, forget_frames
+from rlsync.sync.tasks import Lane, Tasks
 from rlsync.transport.gloo import Group, Inbox
 from rlsync.transport.shm import Ring
 
@@ -102,8 +102,6 @@ class GroupInlet:
     def _collect(self) -> None:
         for outcome in self._tasks.finished():
             if outcome.error is not None:
-                # vLLM keeps the error of a call until the next one comes.
-                forget_frames(outcome.error)
                 try:
                     raise outcome.error
                 finally:
@@ -117,7 +115,8 @@ class GroupInlet:
         if self._lane is not None:
             self._lane.stop()
         self._group = self._inbox = self._lane = None
-        self._arrived, self._num_asked = {}, 0
+        # What still ends in the former thread has the former tasks, and goes with them.
+        self._tasks, self._arrived, self._num_asked = Tasks(), {}, 0
 
     def close(self) -> None:
         self.abandon()

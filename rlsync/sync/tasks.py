@@ -61,11 +61,12 @@ class Tasks:
         try:
             result = call()
         except BaseException as caught:
+            forget_frames(caught)
             error = caught
         self._outcomes.put(Outcome(key, result, error, time.monotonic() - started_s))
-        # The traceback of an error refers to this frame: what it named would live until the next collection of cycles.
-        del call, result, error
         os.eventfd_write(self.fd, 1)
+        # The traceback of an error refers to this frame: what it names would live until the next collection of cycles.
+        del self, key, call, result, error
 
     def finished(self) -> list[Outcome]:
         """Outcomes since the last call, oldest first; never blocks."""
