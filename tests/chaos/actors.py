@@ -28,7 +28,7 @@ class Actors:
     """A syncer on two ranks, each of which fills every second tensor.
 
     Attributes:
-        syncer: rank 0's, or None while nothing is connected.
+        syncer: rank 0's, connected or not; None before the first connection. connected: whether it is.
         killed, stopped: what was done to rank 1.
     """
 
@@ -36,7 +36,8 @@ class Actors:
         self._folders = {letter: str(folder) for letter, folder in folders.items()}
         self._source = FolderSource(read_folder(folders["a"]), rank=0, world_size=2)
         self.syncer: WeightSyncer | None = None
-        self.stopped = self.killed = False
+        self.stopped = self.killed = self.connected = False
+        self._settings: dict[str, Any] = {}
         self._start()
 
     def _start(self) -> None:
@@ -50,9 +51,9 @@ class Actors:
 
     def kill(self) -> None:
         """kill -9; returns when the process is gone."""
+        self.killed = True
         self.process.kill()
         self.process.join(5)
-        self.killed = True
 
     def stop(self) -> None:
         """SIGSTOP, until ``go_on``."""
@@ -87,12 +88,12 @@ class Actors:
         assert ended is not None and ended.error is None, f"rank 1, {method}: {ended}"
 
     def connect(self, handles: list[Engine], settings: dict[str, Any], revive: Callable[[], None], limit_s: float) -> list[Ended]:
-        """Make a new connection; see ``_both``. The former one must be closed."""
-        assert self.syncer is None
-        self.syncer = WeightSyncer(
-            self._source, handles, SyncConfig(**settings), rank=0, world_size=2, broadcast=self._broadcast
-        )  # fmt: skip
-        return self._both("connect", self.syncer.connect, (), settings, revive, limit_s)
+        """Make a new connection, by the same syncer where the settings are the same; see ``_both``. The former one must be closed."""
+        assert not self.connected
+        if self.syncer is None or settings != self._settings:
+            self.syncer = WeightSyncer(self._source, handles, SyncConfig(**settings), rank=0, world_size=2, broadcast=self._broadcast)
+        self._settings, self.connected = settings, True
+        return self._both("connect", self.syncer.connect, (handles,), settings, revive, limit_s)
 
     def sync(self, version: int, version_of_rank_1: int, revive: Callable[[], None], limit_s: float) -> list[Ended]:
         """Sync on both ranks; see ``_both``."""
@@ -101,9 +102,9 @@ class Actors:
 
     def close(self) -> None:
         """Leave the connection on both ranks, as far as they live."""
-        if self.syncer is not None:
+        if self.syncer is not None and self.connected:
             self.syncer.close()
-            self.syncer = None
+            self.connected = False
             if self.process.is_alive():
                 self.tell("close", None)
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _INSIDE = "RLSYNC_CHAOS_INSIDE"
 _SHM_SIZE = "512m"
+# So many faults come one after another while an engine is missing.
+_PATIENCE = 5
 _OUTCOMES = ("refused", "committed", "started")
 
 
@@ -90,8 +92,9 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     violation = None
     try:
         while chosen:
-            steps.append(Step(_next(chosen, runner)))
-            runner.run(steps[-1])
+            draw, wait = _next(chosen, steps, runner)
+            steps.append(Step(draw))
+            runner.run(steps[-1], wait=wait)
             say(_line(steps[-1]))
         findings = runner.end()
         if findings:
@@ -132,17 +135,20 @@ def _chosen(options: argparse.Namespace) -> list[Draw]:
     return chosen
 
 
-def _next(chosen: list[Draw], runner: Runner) -> Draw:
-    """While an engine is being started, first what costs none."""
+def _next(chosen: list[Draw], steps: list[Step], runner: Runner) -> tuple[Draw, bool]:
+    """The next draw, and whether engines that are being started are waited for. Meanwhile a few faults come that cost none."""
     cheap = [d for d in chosen if not d.fault.costs_engine]
-    draw = cheap[0] if runner.engines.starting and cheap else chosen[0]
+    patient = not all(s.draw.fault.costs_engine is False for s in steps[-_PATIENCE:])
+    meanwhile = bool(runner.engines.starting and cheap and patient)
+    draw = cheap[0] if meanwhile else chosen[0]
     chosen.remove(draw)
-    return draw
+    return draw, not meanwhile
 
 
 def _line(step: Step) -> str:
     error = "" if step.error is None else f": {' '.join(step.error.split())[:160]}"
-    how = f" after {step.seconds:g} s, {step.samples} answers checked, healed by {step.healed_by or 'nothing'}" if step.outcome else ""
+    healed = f", healed by {step.healed_by}" if step.healed_by else ""
+    how = f" after {step.seconds:g} s, {step.samples} answers checked{healed}" if step.outcome else ""
     return f"#{step.draw.number} {step.draw} [{step.victim}] {step.outcome}{how}{error}"
 
 

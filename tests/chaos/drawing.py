@@ -72,6 +72,7 @@ def _draw(number: int, fault: Fault, phase: str, rng: Random) -> Draw:
             "num_slots": rng.choice((1, 2, 3)),
             "verify": "full",
             "sink": rng.choice(("auto", "auto", "loaders")),
+            "transport": rng.choice(("shm", "shm", "gloo")),
             "pause_mode": rng.choice(("abort", "wait", "keep")),
         },
         reuses_connection=rng.random() < 0.5,

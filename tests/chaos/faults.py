@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _FILLER = SHM / "chaos-filler"
 # What the file system keeps free: enough for engines to go on, too little for the ring of a connection with these settings.
 _KEPT_BYTES = 8 * 2**20
-_LARGE_RING = {"num_slots": 256}
+_LARGE_RING = {"num_slots": 256, "transport": "shm"}
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _attempt(scene: Scene) -> int:
 
 
 def _unusable_message(scene: Scene, identity: bytes | None) -> None:
-    scene.send_to_worker(identity, lambda: m.encode(m.AllCommitted(_attempt(scene), ())))
+    scene.send_to_worker(identity, lambda: m.encode(m.Writable(_attempt(scene), 0)))
 
 
 def _noise(scene: Scene, identity: bytes | None) -> None:
@@ -167,11 +167,13 @@ def _noise(scene: Scene, identity: bytes | None) -> None:
 def _flip(scene: Scene, _: bytes | None) -> None:
     """One bit of one region that a worker reads, after every rank has filled it and before a worker is told."""
     syncer, bucket = scene.actors.syncer, scene.bucket()
-    assert syncer is not None and syncer._carriers.ring is not None and syncer._blueprint is not None
+    assert syncer is not None and syncer._blueprint is not None
+    ring = syncer._carriers.ring
+    assert ring is not None
     row = syncer._blueprint.parts[bucket]
     streams = [s for s, part in enumerate(row) if part.regions]
     stream = streams[scene.worker % len(streams)]
-    slot = syncer._carriers.ring.slot(bucket % syncer._carriers.ring.num_slots)
+    slot = ring.slot(bucket % ring.num_slots)
     slot[part_offsets(row)[stream] + row[stream].regions[-1].slot_offset] ^= 1
 
 
@@ -198,7 +200,7 @@ def _order_wrongly(field_name: str) -> Act:
         def wrong(info: dict[str, Any], timeout_s: float) -> None:
             update(engine, {**info, field_name: info[field_name] - 1}, timeout_s)
 
-        engine.update_weights = wrong  # type: ignore[method-assign]
+        engine.update_weights = wrong  # type: ignore[method-assign, assignment]
 
     return act
 
@@ -230,10 +232,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("stop worker", _ALL, _stop_worker, True, may_commit=("resume",)),
     Fault("kill engine core", _ALL, _kill_core, True, may_commit=("resume",), costs_engine=True, loses_peer=True),
     Fault("stop engine core", _ALL, _stop_core, True, may_commit=("resume",)),
-    Fault("close engine", _ALL, _close_engine, True, may_commit=_LATE, costs_engine=True, loses_peer=True),
+    Fault("close engine", _ALL, _close_engine, True, may_commit=("connect", *_LATE), costs_engine=True, loses_peer=True),
     Fault("unusable message to worker", _ALL, _unusable_message, True, may_commit=("verify", *_LATE)),
     Fault("noise to worker", (*_BUCKETS, "verify", "commit"), _noise, True, may_commit=("verify", "commit"), loses_peer=True),
-    Fault("flipped bit", _BUCKETS, _flip, says="not what was sent", exact_bucket=True),
+    Fault("flipped bit", _BUCKETS, _flip, says="not what was sent", exact_bucket=True, settings={"transport": "shm"}),
     Fault("exception in a source", _BUCKETS, None, says="is cursed", exact_bucket=True, prepare=_curse, undo=_bless),
     Fault(
         "full /dev/shm", ("connect",), _fill_shm,

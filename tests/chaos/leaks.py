@@ -7,6 +7,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -64,6 +65,14 @@ def listening(process: psutil.Process) -> set[int]:
     return set()
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """On which a process may listen: those that are known, and so many others."""
+
+    known: set[int]
+    others: int
+
+
 class Leaks:
     """Looks for what nobody owns any more. Files that were there when it was made are not looked at."""
 
@@ -79,12 +88,12 @@ class Leaks:
             )
         )
 
-    def everywhere(self, owned: Callable[[], set[int]], ports: Callable[[], dict[int, set[int]]]) -> list[str]:
+    def everywhere(self, owned: Callable[[], set[int]], ports: Callable[[], dict[int, Ports]]) -> list[str]:
         """What nobody owns.
 
         Args:
             owned: pids of all processes that may live.
-            ports: pid -> ports on which it may listen; processes that it does not name may not listen at all.
+            ports: by pid; processes that it does not name may not listen at all.
         """
         return self._settled(lambda: [*_strays(owned()), *self._unmapped(), *_open_ports(ports())])
 
@@ -115,10 +124,11 @@ def _command(process: psutil.Process) -> list[str]:
     return []
 
 
-def _open_ports(allowed: dict[int, set[int]]) -> list[str]:
-    here = psutil.Process()
-    return [
-        f"process {p.pid} listens on port {port}"
-        for p in (here, *here.children(recursive=True))
-        for port in sorted(listening(p) - allowed.get(p.pid, set()))
-    ]
+def _open_ports(allowed: dict[int, Ports]) -> list[str]:
+    here, findings = psutil.Process(), []
+    for process in (here, *here.children(recursive=True)):
+        limit = allowed.get(process.pid, Ports(set(), 0))
+        unknown = sorted(listening(process) - limit.known)
+        if len(unknown) > limit.others:
+            findings.append(f"process {process.pid} listens on {unknown}, of which {limit.others} may be its own")
+    return findings

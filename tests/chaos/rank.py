@@ -41,6 +41,7 @@ def serve(pipe: Connection, folders: dict[str, str]) -> None:
     """Answer each ``(method, argument)`` with how it ended, until told to ``end`` or the other side is gone."""
     source = FolderSource(read_folder(folders["a"]), rank=1, world_size=2)
     syncer: WeightSyncer | None = None
+    settings: dict[str, Any] = {}
     while True:
         try:
             method, argument = pipe.recv()
@@ -49,7 +50,9 @@ def serve(pipe: Connection, folders: dict[str, str]) -> None:
         if method == "end":
             return
         if method == "connect":
-            syncer = WeightSyncer(source, (), SyncConfig(**argument), rank=1, world_size=2, broadcast=lambda payload: pipe.recv())
+            if syncer is None or argument != settings:
+                syncer = WeightSyncer(source, (), SyncConfig(**argument), rank=1, world_size=2, broadcast=lambda payload: pipe.recv())
+            settings = argument
             ended = timed(syncer.connect)
         elif method == "read":
             ended = timed(source.take, read_folder(folders[argument]))

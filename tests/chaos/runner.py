@@ -19,13 +19,13 @@ from tests.chaos.drawing import Draw
 from tests.chaos.engines import Engines
 from tests.chaos.faults import ADDED, Scene
 from tests.chaos.judgement import complaints
-from tests.chaos.leaks import Leaks
+from tests.chaos.leaks import Leaks, Ports
 from tests.chaos.rank import Ended
 from tests.chaos.tap import Tap, Trap
 
 # Beside the deadline of a phase and what a peer grants the coordinator: for a machine that has other things to do.
 SLACK_S = 4.0
-# Connections that heal are not measured: a worker that was stopped goes through what it missed first.
+# Of connections that nothing is asked of but to succeed: an engine that was stopped goes through what it missed first.
 _HEAL_TIMEOUT_S = 60.0
 _MOST_ENGINES = 2
 # What an engine may give as its reason instead of the sync's error.
@@ -70,10 +70,10 @@ class Runner:
 
     # One step.
 
-    def run(self, step: Step) -> None:
-        """Raises Violation; ``step`` says how far it came."""
+    def run(self, step: Step, *, wait: bool) -> None:
+        """Raises Violation; ``step`` says how far it came. ``wait`` for engines that are being started."""
         with self._tap.installed():
-            self._take_in(wait=not self.engines.standing)
+            self._take_in(wait=wait or not self.engines.standing)
             if step.draw.fault is ADDED:
                 self._added += 1
                 self.engines.start_later(f"added-{self._added}")
@@ -122,8 +122,8 @@ class Runner:
         def revive() -> None:
             if self._actors.stopped or any(s.stopped for s in self.engines.standing.values()):
                 time.sleep(draw.revives_after * self._timeout_s)
-            scene.revived_s = time.monotonic()
-            self._wake()
+                scene.revived_s = time.monotonic()
+                self._wake()
 
         started_s, self._tap.trap = time.monotonic(), trap
         if draw.phase == "connect":
@@ -207,8 +207,9 @@ class Runner:
 
     def _stand_ready(self, draw: Draw) -> None:
         """A connection with the deadline of the campaign, old or new, that has or has not had a sync."""
-        usable = self._actors.syncer is not None and self._settings["timeout_s"] == self._timeout_s
-        if not (usable and draw.reuses_connection):
+        usable = self._actors.connected and self._settings["timeout_s"] == self._timeout_s
+        fits = usable and draw.fault.settings.items() <= self._settings.items()
+        if not (fits and draw.reuses_connection):
             self._connect(self._timeout_s, draw.settings | draw.fault.settings)
         if draw.syncs_before and not self._synced:
             self._sync(self._version + 1, self._letter)
@@ -221,15 +222,14 @@ class Runner:
         if fault.costs_engine:
             self.engines.lose(scene.victim)
             self.engines.start_later(scene.victim)
-        connected = self._actors.syncer is not None and draw.phase != "connect"
-        if connected and draw.heals_by_sync and not fault.loses_peer:
+        if draw.phase != "connect" and draw.heals_by_sync and not fault.loses_peer:
             step.healed_by = "next sync"
         else:
             step.healed_by = "new connection"
             self._actors.close()
             if not self.engines.standing:
                 self._take_in(wait=True)
-            self._connect(_HEAL_TIMEOUT_S, draw.settings)
+            self._connect(self._timeout_s if scene.revived_s is None else _HEAL_TIMEOUT_S, self._settings)
         self._sync(self._version + 1, target if draw.heals_to_other else self._letter)
 
     def _take_in(self, *, wait: bool) -> None:
@@ -243,7 +243,7 @@ class Runner:
         self._actors.close()
         while len(self.engines.standing) > _MOST_ENGINES:
             self.engines.lose(next(iter(self.engines.standing)))
-        self._connect(_HEAL_TIMEOUT_S, {})
+        self._connect(self._timeout_s, {"verify": "full", "bucket_bytes": 100_000})
         self._sync(max(self._version, 1), self._letter)
         self.joined += len(come)
         self._say(f"joined at version {self._version}: engine {', '.join(come)}")
@@ -258,10 +258,13 @@ class Runner:
     def _owned(self) -> set[int]:
         return self.engines.owned() | {self._actors.process.pid or 0}
 
-    def _ports(self) -> dict[int, set[int]]:
-        syncer = self._actors.syncer
-        own = set() if syncer is None or syncer._server is None else {int(syncer._server.endpoint.rpartition(":")[2])}
-        return self.engines.ports() | {os.getpid(): own}
+    def _ports(self) -> dict[int, Ports]:
+        """The coordinator's; and with gloo one of each member of the group, and that of their meeting place."""
+        members = int(self._actors.connected and self._settings.get("transport") == "gloo")
+        server = None if self._actors.syncer is None else self._actors.syncer._server
+        own = set() if server is None else {int(server.endpoint.rpartition(":")[2])}
+        workers = {pid: Ports(ports, members) for pid, ports in self.engines.ports().items()}
+        return workers | {os.getpid(): Ports(own, 2 * members), self._actors.process.pid or 0: Ports(set(), members)}
 
     def end(self) -> list[str]:
         """End everything; what is left behind."""
