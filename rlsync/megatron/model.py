@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.rope import llama3_inverse_frequencies
@@ -114,7 +114,16 @@ def gather_parameters(models: Sequence[torch.nn.Module]) -> None:
 
     With ``overlap_param_gather`` the optimizer leaves each rank with new values for its own shard only, and the rest
     arrives during the next forward pass; whoever reads parameters before must call this. Free otherwise.
+
+    Raises:
+        RlsyncError: the weights are in host memory (``ActorMemory.offload``).
     """
+    away = [name for _, _, name, p in iter_parameters(models) if p.numel() and not p.untyped_storage().nbytes()]
+    if away:
+        raise RlsyncError(
+            f"the actor's weights are offloaded ({len(away)} parameters, among them {away[0]}): onload them before they are synced, "
+            "saved or used"
+        )
     for model in models:
         if isinstance(model, DistributedDataParallel) and model.use_forward_hook:
             # The public start_param_sync(force_sync=True) only waits where a gather is in flight, and gathers the first

@@ -78,7 +78,7 @@ class Actor:
         sha = hashlib.sha256()
         for _, _, name, parameter in iter_parameters(self.models):
             sha.update(name.encode())
-            sha.update(parameter.detach().float().cpu().numpy().tobytes())
+            sha.update(parameter.detach().float().cpu().clone().numpy().tobytes())  # numpy() pins a storage for good
         return sha.hexdigest()
 
     def folder(self, root: str) -> Path:
