@@ -44,6 +44,7 @@ class FolderSource:
             del loaded[_HEAD]
         self.tensors: tuple[TensorSpec, ...] = tuple(loaded[name].spec for name in sorted(loaded, key=layer_order))
         self.placements: tuple[Placement, ...] = (whole_tensors(str(folder), self.tensors),)
+        self.stays = True
         self.buffers: Mapping[str, torch.Tensor] = MappedTensors(loaded)
 
     def begin(self, version: int) -> None:

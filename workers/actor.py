@@ -130,6 +130,7 @@ class ActorRank:
             timeout_s=sync.timeout_s,
             sink=sync.sink,
             transport=sync.transport,
+            staging=sync.staging,
             verify=sync.verify,
             pause_mode=sync.pause_mode,
             bind_host=sync.bind_host,

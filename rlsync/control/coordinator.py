@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from rlsync.control import messages as m
+from rlsync.control.ledger import Ledger
 from rlsync.control.progress import Progress
 from rlsync.control.roster import Expected, Member, Roster, some
 
@@ -42,6 +43,7 @@ class Coordinator:
         self._failure: m.Error | None = None
         self._num_buckets = self._num_slots = 0
         self._streams: dict[bytes, int] = {}
+        self._ledger = Ledger()
         self.phase, self.version = "connect", -1
         self.deadline: float | None = now + expected.timeout_s
 
@@ -146,15 +148,18 @@ class Coordinator:
             self._send(member.identity, m.Share(actor=actor))
         for member, worker in zip(workers, message.workers, strict=True):
             self._streams[member.identity] = worker.stream
+            self._ledger.borrows(member.identity, worker.lenders)
             self._send(member.identity, m.Share(worker=worker))
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
         if self.phase != "connect" or peer.attached:
             return
         peer.attached = True
+        if message.loan is not None:
+            self._ledger.lend(peer.place, message.loan)
         if self._roster.is_attached():
             for worker in self._roster.workers():
-                self._send(worker.identity, m.Connected())
+                self._send(worker.identity, m.Connected(self._ledger.first(worker.identity)))
             self._conclude()
 
     def _on_answered(self, peer: Member, message: m.Answered, now: float) -> None:
@@ -206,6 +211,10 @@ class Coordinator:
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
 
+    def _on_lent(self, peer: Member, message: m.Lent, now: float) -> None:
+        # Also one of a sync that is over: the memory is where it is.
+        self._ledger.renew(peer.place, message.loan)
+
     def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is None:
@@ -219,7 +228,8 @@ class Coordinator:
 
     def _tell_ready(self, identity: bytes, sync: Progress) -> None:
         sums = sync.untold(identity, self._streams[identity])
-        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group))
+        loans = self._ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
+        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, loans))
 
     def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
         sync = self._sync
@@ -354,6 +364,7 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Attached, False): Coordinator._on_attached,
     (m.Answered, False): Coordinator._on_answered,
     (m.Start, False): Coordinator._on_start,
+    (m.Lent, False): Coordinator._on_lent,
     (m.Filled, False): Coordinator._on_filled,
     (m.Joined, True): Coordinator._on_joined,
     (m.Done, True): Coordinator._on_done,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from rlsync.control.loans import Loan
 from rlsync.control.shares import ActorShare, WorkerShare
 from rlsync.geometry import Placement, TensorSpec
 
@@ -56,7 +57,11 @@ class WorkerHello(Message):
 
 
 class ActorHello(Message):
-    """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement."""
+    """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.
+
+    ``memory`` is where its buffers are: in the host, in device memory that other processes of the host can map (``lendable``),
+    or in ``device`` memory that they cannot.
+    """
 
     token: Name
     run_id: Name
@@ -68,6 +73,7 @@ class ActorHello(Message):
     pid: Count
     gpu_uuid: str | None
     digest: Name
+    memory: Literal["host", "device", "lendable"] = "host"
 
 
 class Recorded(Message):
@@ -92,7 +98,9 @@ class Planned(Message):
 
 
 class Attached(Message):
-    """The peer has taken its share: memory is mapped, copies are bound."""
+    """The peer has taken its share: memory is mapped. An actor rank says what it lends."""
+
+    loan: Loan | None = None
 
 
 class Answered(Message):
@@ -108,6 +116,13 @@ class Start(Message):
 
     attempt: Count
     version: int
+
+
+class Lent(Message):
+    """What this actor rank lends lies elsewhere since it last said so; comes before its first ``Filled`` of a sync."""
+
+    attempt: Count
+    loan: Loan
 
 
 class Filled(Message):
@@ -215,8 +230,17 @@ class Share(Message):
     worker: WorkerShare | None = None
 
 
+class Lender(msgspec.Struct, frozen=True, array_like=True):
+    """An actor rank and what it lends."""
+
+    actor_rank: Count
+    loan: Loan
+
+
 class Connected(Message):
-    """To a worker: every peer has taken its share. To an actor rank: and every engine has returned from its call."""
+    """To a worker: every peer has taken its share, and this is lent. To an actor rank: and every engine has returned from its call."""
+
+    loans: tuple[Lender, ...] = ()
 
 
 class Writable(Message):
@@ -230,13 +254,14 @@ class Writable(Message):
 class Ready(Message):
     """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told.
 
-    ``group`` is the number of the group that carries messages.
+    ``group`` is the number of the group that carries messages. ``loans`` are those that were renewed since ``Connected``.
     """
 
     attempt: Count
     buckets_ready: Count
     sums: tuple[Sum, ...] = ()
     group: Count = 0
+    loans: tuple[Lender, ...] = ()
 
 
 class Commit(Message):
@@ -273,8 +298,8 @@ class Error(Message):
 
 
 FromPeer = (
-    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Filled | Joined | Done | Loaded | Committed | Finish
-    | Failed | Goodbye | State
+    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Lent | Filled | Joined | Done | Loaded | Committed
+    | Finish | Failed | Goodbye | State
 )  # fmt: skip
 FromCoordinator = Catalogue | Surveyed | Share | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 

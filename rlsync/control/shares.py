@@ -60,7 +60,9 @@ class ActorParcel(msgspec.Struct, frozen=True, array_like=True):
 class WorkerShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a worker needs to take part. ``digest`` is that of the plan; ``parts`` are by bucket.
 
-    Its bytes come through ``group`` where there is one, and through ``ring`` otherwise.
+    Its bytes come through ``group`` or through ``ring`` where there is one; otherwise it reads the device memory that actor
+    ranks ``lenders`` lend. Those of them that stage what they give are in ``staged``, by bucket: rank -> byte of a slot of its
+    staging ring at which this worker's parcel begins.
     """
 
     digest: str
@@ -70,12 +72,15 @@ class WorkerShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: tuple[WorkerPart, ...]
     ring: RingInfo | None = None
     group: GroupInfo | None = None
+    lenders: tuple[int, ...] = ()
+    staged: tuple[dict[int, int], ...] = ()
 
 
 class ActorShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an actor rank needs to take part, by bucket: what it puts into ``ring``, and what it sends in ``group``.
 
-    A bucket to which it gives nothing is empty.
+    ``lent`` is read by workers where it lies. ``staged`` is put into a ring in device memory, of slots of ``stage_bytes``, each
+    part as a parcel. A bucket to which it gives nothing is empty.
     """
 
     digest: str
@@ -85,3 +90,6 @@ class ActorShare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parcels: tuple[tuple[ActorParcel, ...], ...]
     ring: RingInfo | None = None
     group: GroupInfo | None = None
+    lent: tuple[tuple[ActorPart, ...], ...] = ()
+    staged: tuple[tuple[ActorPart, ...], ...] = ()
+    stage_bytes: int = 0

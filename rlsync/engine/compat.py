@@ -207,6 +207,11 @@ def refresh_sharers(model: torch.nn.Module) -> None:
 # AsyncLLM.
 
 
+async def pause(llm: Any, mode: str) -> None:
+    """Let no request be scheduled. Not ``AsyncLLM.pause_generation``: it sleeps 20 ms afterwards, which is no part of the pause."""
+    await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+
+
 async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str) -> None:
     """One complete weight update of a paused engine: start, update, finish."""
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

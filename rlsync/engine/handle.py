@@ -148,7 +148,7 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(5 * timeout_s)
-        self._calls.run(self._llm.pause_generation(mode=mode, clear_cache=False), timeout_s)
+        self._calls.run(compat.pause(self._llm, mode), timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self._calls.run(compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)

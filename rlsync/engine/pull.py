@@ -9,15 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from rlsync.control import messages as m
-from rlsync.control.shares import WorkerPart, WorkerShare
-from rlsync.copy.checksum import checksums
-from rlsync.copy.cpu import region
-from rlsync.errors import RlsyncError
-from rlsync.verification import is_verified
-
-
-class MismatchError(RlsyncError):
-    """What this worker holds is not what the actor sent."""
+from rlsync.engine.verifier import Verifier
 
 
 class Pull:
@@ -27,13 +19,15 @@ class Pull:
         phase, bucket: where it stands, for the error that names them.
         buckets_ready: buckets that may be pulled.
         group: number of the group that carries messages.
+        loans: what actor ranks lend anew and nobody has taken note of.
     """
 
-    def __init__(self, share: WorkerShare, attempt: int) -> None:
+    def __init__(self, verifier: Verifier, attempt: int) -> None:
         self.attempt = attempt
         self.phase, self.bucket = "begin", None
         self.buckets_ready, self.group = -1, 0
-        self._share = share
+        self._verifier = verifier
+        self.loans: tuple[m.Lender, ...] = ()
         self._sums: dict[int, int] = {}
         self._seconds = dict.fromkeys(("wait", "pull", "verify", "finalize"), 0.0)
 
@@ -44,23 +38,12 @@ class Pull:
         """Take in what the coordinator says of the actor's side."""
         self.buckets_ready, self.group = ready.buckets_ready, ready.group
         self._sums.update((s.region, s.value) for s in ready.sums)
+        self.loans += ready.loans
 
-    def verify(self, part: WorkerPart, buffers: Mapping[str, torch.Tensor]) -> None:
+    def verify(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Compare what lies in ``buffers`` with what was sent, region by region. Raises MismatchError naming all that differ."""
-        chosen = [r for r in part.regions if is_verified(self._share.verify, r.number, self.attempt)]
-        if not chosen:
-            return
         with self.timed("verify"):
-            held = checksums([region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in chosen])
-        findings = [
-            f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
-            + (f"sums up to {value:016x}, sent were {self._sums[r.number]:016x}" if r.number in self._sums else "came without a checksum")
-            for r, value in zip(chosen, held, strict=True)
-            if self._sums.get(r.number) != value
-        ]
-        if findings:
-            more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
-            raise MismatchError(f"{len(findings)} of {len(chosen)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}")
+            self._verifier.compare(bucket, buffers, self._sums, self.attempt)
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:

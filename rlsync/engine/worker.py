@@ -11,9 +11,9 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -22,10 +22,12 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer, pid_domain
 from rlsync.control.shares import WorkerPart, WorkerShare
 from rlsync.engine import compat, compat_layers
+from rlsync.engine.inlet import Inlet
 from rlsync.engine.intake import Intake, take_stock
-from rlsync.engine.pull import MismatchError, Pull
+from rlsync.engine.pull import Pull
 from rlsync.engine.sinks import Sink
 from rlsync.engine.state import state_hashes
+from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.errors import RlsyncError, WeightSyncError
 
 _log = logging.getLogger(__name__)
@@ -38,39 +40,6 @@ GRACE_S = 2.0
 _ECHO_S = 1.0
 
 T = TypeVar("T")
-
-
-class Inlet(Protocol):
-    """How the bytes of buckets come to this worker. No call blocks; each raises what has failed, ConnectionError where it is a link."""
-
-    @property
-    def fd(self) -> int | None:
-        """Readable when a call that gave None is worth repeating; None where no call does."""
-        ...
-
-    @property
-    def extra_bytes(self) -> int:
-        """Memory that it takes in this process."""
-        ...
-
-    def join(self, group: int) -> bool | None:
-        """Begin a sync whose messages travel in the group of this number. True when this worker is in it."""
-        ...
-
-    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor | None:
-        """This worker's part of a bucket (1-D uint8) when it is here; it stays until a later bucket is asked for.
-
-        Buckets ``[0, buckets_ready)`` can be had; they are asked for in order, and not those of which this worker takes nothing.
-        """
-        ...
-
-    def abandon(self) -> None:
-        """After an error: nothing is written any more to what ``fetch`` gave."""
-        ...
-
-    def close(self) -> None:
-        """Leave for good. Idempotent."""
-        ...
 
 
 @dataclass
@@ -102,7 +71,7 @@ class Receiver(WeightTransferEngine):
     """vLLM's weight-transfer engine of backend ``rlsync``. One for each worker process.
 
     Args:
-        open_inlet: makes the way in that a share names, given the deadline of the phases in seconds.
+        open_inlet: makes the way in that a share names, given the deadline of the phases in seconds and the worker's device.
         domain: names the shared memory this process sees.
     """
 
@@ -117,7 +86,7 @@ class Receiver(WeightTransferEngine):
         device: torch.device,
         model: torch.nn.Module,
         *,
-        open_inlet: Callable[[WorkerShare, float], Inlet],
+        open_inlet: Callable[[WorkerShare, float, torch.device], Inlet],
         domain: Callable[[], str],
     ) -> None:
         super().__init__(config, vllm_config, device, model)
@@ -126,6 +95,7 @@ class Receiver(WeightTransferEngine):
         self._inlet: Inlet | None = None
         self._sink: Sink | None = None
         self._share: WorkerShare | None = None
+        self._verifier: Verifier | None = None
         self._info: InitInfo | None = None
         self._version = -1
         self._comparison: Receiver | None = None
@@ -165,7 +135,7 @@ class Receiver(WeightTransferEngine):
             peer.send(intake.record)
             self._attach_share(intake, self._wait(m.Share, 0, "this worker's share of the plan").worker)
             peer.send(m.Attached())
-            self._wait(m.Connected, 0, "all peers to connect")
+            self._prepare(self._wait(m.Connected, 0, "all peers to connect").loans)
         except Exception as error:
             if not isinstance(error, WeightSyncError):
                 peer.send(m.Failed(attempt=0, phase="connect", cause=_cause(error)))
@@ -196,10 +166,20 @@ class Receiver(WeightTransferEngine):
 
     def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
         assert self._info is not None
-        inlet = self._inlet = self._open_inlet(share, self._info.timeout_s)
+        inlet = self._inlet = self._open_inlet(share, self._info.timeout_s, self.device)
         self._until(lambda: inlet.join(0), 0, "all members of the group", lambda message: None, inlet)
         self._sink = intake.make_sink(tuple(part.segments for part in share.parts))
-        self._share = share
+        self._share, self._verifier = share, Verifier(share)
+
+    def _prepare(self, loans: Sequence[m.Lender]) -> None:
+        """What every sync would do alike is done once."""
+        assert self._share is not None and self._sink is not None and self._inlet is not None
+        self._inlet.borrow(loans)
+        for bucket, part in enumerate(self._share.parts):
+            buffers = self._sink.standing(bucket) if part.nbytes else None
+            if buffers is not None:
+                self._inlet.prepare(bucket, buffers)
+        self._inlet.rest()
 
     def start_weight_update(self) -> None:
         """Nothing: the reload begins when the actor's side is known to be there."""
@@ -210,9 +190,9 @@ class Receiver(WeightTransferEngine):
             self._receive(update_info)
 
     def _receive(self, update_info: UpdateInfo) -> None:
-        if self._peer is None or self._sink is None or self._share is None or self._inlet is None:
+        if self._peer is None or self._sink is None or self._share is None or self._inlet is None or self._verifier is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
-        sink, inlet, pull = self._sink, self._inlet, Pull(self._share, update_info.attempt)
+        sink, inlet, pull = self._sink, self._inlet, Pull(self._verifier, update_info.attempt)
         try:
             with compat.config_scope(self.vllm_config):
                 self._peer.send(m.Joined(update_info.attempt, update_info.version))
@@ -232,6 +212,7 @@ class Receiver(WeightTransferEngine):
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
+                    inlet.rest()
             self._peer.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + inlet.extra_bytes), tuple(sink.differences)))
             pull.phase, pull.bucket = "commit", None
             self._wait(m.Commit, update_info.attempt, "the commit")
@@ -278,9 +259,17 @@ class Receiver(WeightTransferEngine):
         if part.nbytes == 0:
             return
         with pull.timed("pull"):
+            inlet.borrow(pull.loans)
+            pull.loans = ()
             what = f"the bytes of bucket {bucket}"
-            slot = self._until(lambda: inlet.fetch(bucket, pull.buckets_ready), pull.attempt, what, pull.hear, inlet)
-            sink.write(bucket, slot, lambda buffers: pull.verify(part, buffers))
+            arrival = self._until(lambda: inlet.fetch(bucket, pull.buckets_ready), pull.attempt, what, pull.hear, inlet)
+
+            def landed(buffers: Mapping[str, torch.Tensor]) -> None:
+                # Or the time of the copies would be counted as that of the checksums.
+                self._synchronize()
+                pull.verify(bucket, buffers)
+
+            sink.write(bucket, arrival, landed)
             self._synchronize()
 
     def finish_weight_update(self) -> None:
@@ -294,7 +283,7 @@ class Receiver(WeightTransferEngine):
             self._peer.close()
         if self._inlet is not None:
             self._inlet.close()
-        self._peer = self._inlet = self._sink = self._share = None
+        self._peer = self._inlet = self._sink = self._share = self._verifier = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -302,7 +291,7 @@ class Receiver(WeightTransferEngine):
         raise NotImplementedError("use rlsync.sync.WeightSyncer on the actor's side")
 
     def _synchronize(self) -> None:
-        """Copies to a GPU out of the slot must have happened before the slot is given back."""
+        """Copies to a GPU must have happened before what they read is given back."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

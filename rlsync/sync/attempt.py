@@ -11,12 +11,14 @@ from functools import partial
 import msgspec
 
 from rlsync.control import messages as m
+from rlsync.control.loans import Loan
 from rlsync.control.peer import Peer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
 from rlsync.sync.health import SyncHealth
+from rlsync.sync.lending import Lender
 from rlsync.sync.planning import Blueprint
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
@@ -37,6 +39,7 @@ class Connection:
     source: Source
     filler: Filler
     outbox: Outbox | None
+    lender: Lender | None
     engines: tuple[EngineHandle, ...]
     config: SyncConfig
     health: SyncHealth
@@ -96,9 +99,11 @@ class Attempt:
             self._fill_next()
             self._advance()
 
-    def _begin(self) -> None:
+    def _begin(self) -> Loan | None:
+        """Make the weights fresh; returns what is lent from now on, where that has changed."""
         self._source.begin(self._version)
         self._link.filler.check()
+        return None if self._link.lender is None else self._link.lender.renewed()
 
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
@@ -109,6 +114,8 @@ class Attempt:
         elif kind in ("begin", "join", "fill"):
             self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
             self._filling = False
+            if kind == "begin" and outcome.result is not None:
+                self._peer.send(m.Lent(self._attempt, outcome.result))
             if kind == "fill":
                 self._filled += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))

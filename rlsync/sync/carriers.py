@@ -1,16 +1,18 @@
-"""What carries an actor rank's bytes: the ring that it maps, and the group that it sends in. Owns both and their ends."""
+"""What carries an actor rank's bytes: the ring that it maps, the group that it sends in, the memory that it lends. Owns their ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from rlsync.control.loans import Loan
 from rlsync.control.shares import ActorShare, GroupInfo, RingInfo, WorkerShare
 from rlsync.sync.config import SyncConfig
-from rlsync.sync.filling import make_outbox
+from rlsync.sync.lending import Lender
 from rlsync.sync.planning import Blueprint
 from rlsync.transport.gloo import Outbox, Rendezvous
+from rlsync.transport.parcels import make_parcel
 from rlsync.transport.shm import Ring
 
 
@@ -20,10 +22,12 @@ class Carriers:
     Attributes:
         ring: where there is one.
         outbox: for messages, where this rank has a group to send them in.
+        lender: of what workers read in device memory, where they do.
     """
 
     def __init__(self) -> None:
         self.outbox: Outbox | None = None
+        self.lender: Lender | None = None
         self.ring: Ring | None = None
         self._rendezvous: Rendezvous | None = None
 
@@ -33,18 +37,33 @@ class Carriers:
         if blueprint.slot_bytes:
             self.ring = Ring.create(config.num_slots, blueprint.slot_bytes)
             ring = RingInfo(str(self.ring.path), self.ring.token, self.ring.num_slots, self.ring.slot_bytes)
-        if blueprint.remote:
+        if blueprint.members:
             self._rendezvous = Rendezvous(config.bind_host, config.timeout_s)
             group = GroupInfo(config.bind_host, self._rendezvous.port, 0, blueprint.members)
         return blueprint.shares(num_actors, config.num_slots, config.verify, ring=ring, group=group)
 
-    def attach(self, share: ActorShare, timeout_s: float) -> Callable[[], None]:
-        """Take hold of what a share names. What is returned waits for the other members of the group."""
+    def attach(
+        self, share: ActorShare, timeout_s: float, buffers: Mapping[str, torch.Tensor], *, stays: bool, device: torch.device | None
+    ) -> Callable[[], Loan | None]:
+        """Take hold of what a share names. What is returned waits for the other members of the group, and says what is lent.
+
+        ``buffers``, ``stays`` and ``device`` are as for a Lender.
+        """
         ring = share.ring
         if ring is not None and self.ring is None:
             self.ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
+        lender = None
+        if share.lent or share.stage_bytes:
+            assert device is not None, "a rank without a device lends nothing"
+            lender = self.lender = Lender(share, buffers, stays=stays, device=device)
         outbox = self.outbox = make_outbox(share, timeout_s)
-        return lambda: None if outbox is None else outbox.join(0)
+
+        def enter() -> Loan | None:
+            if outbox is not None:
+                outbox.join(0)
+            return None if lender is None else lender.loan()
+
+        return enter
 
     def seal(self) -> None:
         """Everybody is attached: take away the ring's name, and nobody else can be."""
@@ -52,7 +71,7 @@ class Carriers:
             self.ring.unlink()
 
     def slots(self) -> list[torch.Tensor]:
-        """Of the ring, 1-D uint8; none where there is no ring."""
+        """Of the ring in host memory, 1-D uint8; none where there is no ring."""
         return [] if self.ring is None else [self.ring.slot(i) for i in range(self.ring.num_slots)]
 
     def abandon(self) -> None:
@@ -61,8 +80,18 @@ class Carriers:
             self.outbox.abandon()
 
     def close(self) -> None:
-        """Unmap the ring, leave the group, close the meeting place."""
+        """Unmap the ring, leave the group, close the meeting place, give the staging ring back."""
         self.abandon()
+        if self.lender is not None:
+            self.lender.close()
         if self.ring is not None:
             self.ring.close()
-        self.ring = self.outbox = self._rendezvous = None
+        self.ring = self.outbox = self.lender = self._rendezvous = None
+
+
+def make_outbox(share: ActorShare, timeout_s: float) -> Outbox | None:
+    """Memory for what an actor rank sends, or None where there is no group."""
+    if share.group is None:
+        return None
+    parcels = [[make_parcel(p.taker, p.regions, p.whole_bytes) for p in row] for row in share.parcels]
+    return Outbox(share.group, parcels, share.num_slots, timeout_s)

@@ -9,7 +9,8 @@ from rlsync.errors import ConfigError
 from rlsync.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
-TRANSPORTS = ("auto", "shm", "gloo")
+TRANSPORTS = ("auto", "ipc", "shm", "gloo")
+STAGING = ("auto", "always")
 # Nobody can dial these, and nothing should listen on networks that nobody named.
 _EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
 _PAUSE_MODES = ("abort", "wait", "keep")
@@ -27,8 +28,10 @@ class SyncConfig:
             ``loaders`` as whole HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
             the first sync, and each at least once in ``rlsync.verification.SAMPLE_PERIOD`` consecutive ones.
-        transport: how bytes get to the workers: ``shm`` through shared memory, ``gloo`` as messages; ``auto`` is ``shm`` for each
-            worker that shares /dev/shm with all actor ranks, and ``gloo`` for the others.
+        transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
+            through shared memory; ``gloo`` as messages. ``auto`` is for each worker the first of these that reaches it.
+        staging: what ``ipc`` reads: ``auto`` the parameters where they lie, and a ring in GPU memory of those actor ranks whose
+            parameters cannot be mapped; ``always`` the ring.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
         bind_host: address on which rank 0 listens for actor ranks and engine workers; those of other hosts have to reach it.
     """
@@ -37,7 +40,8 @@ class SyncConfig:
     num_slots: int = 2
     timeout_s: float = 600.0
     sink: Literal["auto", "direct", "layerwise", "loaders"] = "auto"
-    transport: Literal["auto", "shm", "gloo"] = "auto"
+    transport: Literal["auto", "ipc", "shm", "gloo"] = "auto"
+    staging: Literal["auto", "always"] = "auto"
     verify: Literal["off", "sampled", "full"] = "sampled"
     pause_mode: Literal["abort", "wait", "keep"] = "abort"
     bind_host: str = "127.0.0.1"
@@ -55,6 +59,7 @@ class SyncConfig:
             ("sink", self.sink, SINKS),
             ("verify", self.verify, MODES),
             ("transport", self.transport, TRANSPORTS),
+            ("staging", self.staging, STAGING),
             ("pause_mode", self.pause_mode, _PAUSE_MODES),
         ):
             if value not in known:

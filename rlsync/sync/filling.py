@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -11,77 +12,141 @@ from rlsync.control.messages import Sum
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
+from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.copy.sums import Sums
 from rlsync.errors import PlacementError
 from rlsync.staging import Region
 from rlsync.transport.gloo import Outbox
 from rlsync.transport.parcels import make_parcel, placed
-from rlsync.verification import is_verified
+from rlsync.verification import is_verified, round_of
 
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """What one fill did: bytes copied, and checksums of the memory it copied from."""
+    """What one fill did: bytes copied, and checksums of the memory it copied or lent."""
 
     nbytes: int
     sums: tuple[Sum, ...]
 
 
-class Filler:
-    """Fills the slots of a ring, and sends messages to workers that have no part in it.
+class _Program(Protocol):
+    def run(self) -> int: ...
 
-    Programs are made once per bucket; neither slots nor messages move.
+
+# A region and its stream.
+_Given = tuple[int, Region]
+# Destination and source.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Filler:
+    """Fills the slots of rings, and sends messages to workers that have no part in them. What is lent, it only sums up.
+
+    Programs are made once per bucket, and again where parameters have moved; neither slots nor messages move.
 
     Args:
         share: of this actor rank.
         buffers: memory of this rank's placement.
-        slots: 1-D uint8 tensors; bucket ``k`` goes into slot ``k % len(slots)``.
+        slots: of the ring in host memory, 1-D uint8; bucket ``k`` goes into slot ``k % len(slots)``.
+        stage: slots of the staging ring in device memory, alike.
         outbox: for what the share sends, if anything.
     """
 
     def __init__(
-        self, share: ActorShare, buffers: Mapping[str, torch.Tensor], slots: Sequence[torch.Tensor], outbox: Outbox | None = None
+        self,
+        share: ActorShare,
+        buffers: Mapping[str, torch.Tensor],
+        slots: Sequence[torch.Tensor],
+        outbox: Outbox | None = None,
+        stage: Sequence[torch.Tensor] = (),
     ) -> None:
-        self._share, self._buffers, self._slots, self._outbox = share, buffers, slots, outbox
-        self._programs: dict[int, CopyProgram] = {}
-        self._addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+        self._share, self._buffers, self._slots, self._stage, self._outbox = share, buffers, slots, stage, outbox
+        self._programs: dict[int, tuple[_Program, ...]] = {}
+        self._sums = Sums()
+        self._chosen: dict[tuple[int, int], tuple[list[_Given], list[_Given]]] = {}
+        self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
+        self._addresses = self._find()
 
     def check(self) -> None:
-        """Raise PlacementError where memory is not where it was when the programs were made."""
-        moved = sorted(name for name, tensor in self._buffers.items() if tensor.data_ptr() != self._addresses[name])
-        if moved:
-            raise PlacementError(f"{len(moved)} parameters have moved since connect(), among them {moved[0]}; close() and connect() anew")
+        """Look where the parameters are now. Raises PlacementError where they are no longer what they were at connect."""
+        changed = [
+            f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
+            for name, t in self._buffers.items()
+            if (t.shape, t.dtype) != self._shapes[name] or t.untyped_storage().nbytes() == 0 < t.numel()
+        ]
+        if changed:
+            raise PlacementError(
+                f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
+            )
+        if any(tensor.is_cuda for tensor in self._buffers.values()):
+            # They may have been written on any stream of this process, and others read them.
+            torch.cuda.synchronize()
+        addresses = self._find()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._programs.clear()
+
+    def _find(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._buffers.values()]
 
     def fill(self, bucket: int, turn: int) -> Filling:
-        """Copy this rank's regions of a bucket into its slot and its messages; these are on their way when it returns."""
+        """Copy this rank's regions of a bucket into its slots and its messages; these are on their way when it returns.
+
+        What is lent of the bucket, and what was copied on a device, is complete then and can be read by other processes.
+        """
         if bucket not in self._programs:
             self._programs[bucket] = self._bind(bucket)
         if self._outbox is not None:
             self._outbox.reclaim(bucket)
-        nbytes = self._programs[bucket].run()
+        nbytes = sum(program.run() for program in self._programs[bucket])
         if self._outbox is not None:
             self._outbox.post(bucket)
-        given: list[ActorPart | ActorParcel] = [*self._share.parts[bucket], *self._share.parcels[bucket]]
-        chosen = [(part.stream, r) for part in given for r in part.regions if is_verified(self._share.verify, r.number, turn)]
-        values = checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in chosen])
-        return Filling(nbytes, tuple(Sum(stream, r.number, value) for (stream, r), value in zip(chosen, values, strict=True)))
+        sums = self._sum_up(bucket, turn)
+        if self._stage:
+            # Its readers are other processes, which know nothing of this one's streams.
+            torch.cuda.current_stream(self._stage[0].device).synchronize()
+        return Filling(nbytes, sums)
 
-    def _bind(self, bucket: int) -> CopyProgram:
-        pairs = []
+    def _bind(self, bucket: int) -> tuple[_Program, ...]:
+        pairs = list(self._pairs(bucket))
+        on_device = [(d, s) for d, s in pairs if d.is_cuda]
+        programs: list[_Program] = [CopyProgram((d, s) for d, s in pairs if not d.is_cuda)]
+        if on_device:
+            programs.append(CudaCopyProgram(on_device, device=on_device[0][0].device))
+        return tuple(programs)
+
+    def _pairs(self, bucket: int) -> Iterator[_Pair]:
         for part in self._share.parts[bucket]:
             slot = self._slots[bucket % len(self._slots)]
-            pairs += [(placed(slot, part.offset + r.slot_offset, r, r.slot_strides), self._view(r)) for r in part.regions]
+            yield from ((placed(slot, part.offset + r.slot_offset, r, r.slot_strides), self._view(r)) for r in part.regions)
+        for part in self._share.staged[bucket] if self._share.staged else ():
+            parcel = make_parcel(part.stream, part.regions, 0)
+            memory = self._stage[bucket % len(self._stage)][part.offset : part.offset + parcel.nbytes]
+            yield from zip(parcel.views(memory), map(self._view, part.regions), strict=True)
         if self._outbox is not None:
             for parcel, message in self._outbox.messages(bucket):
-                pairs += [(view, self._view(r)) for view, r in zip(parcel.views(message), parcel.regions, strict=True)]
-        return CopyProgram(pairs)
+                yield from zip(parcel.views(message), map(self._view, parcel.regions), strict=True)
+
+    def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
+        """Of the regions whose turn it is, in the dtype in which they arrive."""
+        key = bucket, round_of(self._share.verify, turn)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(bucket, turn)
+        same, cast = self._chosen[key]
+        values = self._sums.of(key, self._addresses, lambda: [self._view(r) for _, r in same])
+        values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
+        return tuple(Sum(stream, r.number, value) for (stream, r), value in zip((*same, *cast), values, strict=True))
+
+    def _choose(self, bucket: int, turn: int) -> tuple[list[_Given], list[_Given]]:
+        """Regions that are verified, with their streams: those that arrive as they are, and those that are cast."""
+        share = self._share
+        given: list[ActorPart | ActorParcel] = [*share.parts[bucket], *share.parcels[bucket]]
+        given += [part for table in (share.lent, share.staged) if table for part in table[bucket]]
+        chosen = [(p.stream, r) for p in given for r in p.regions if is_verified(share.verify, r.number, turn)]
+        is_cast = [str(self._buffers[r.source_buffer].dtype) != f"torch.{r.dtype}" for _, r in chosen]
+        return [c for c, cast in zip(chosen, is_cast, strict=True) if not cast], [
+            c for c, cast in zip(chosen, is_cast, strict=True) if cast
+        ]
 
     def _view(self, r: Region) -> torch.Tensor:
         return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)
-
-
-def make_outbox(share: ActorShare, timeout_s: float) -> Outbox | None:
-    """Memory for what an actor rank sends, or None where there is no group."""
-    if share.group is None:
-        return None
-    parcels = [[make_parcel(p.taker, p.regions, p.whole_bytes) for p in row] for row in share.parcels]
-    return Outbox(share.group, parcels, share.num_slots, timeout_s)

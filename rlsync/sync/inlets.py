@@ -1,31 +1,50 @@
-"""How the bytes of buckets come to an engine worker: out of the ring that it maps, or as messages of a group.
+"""How the bytes of buckets come to an engine worker: out of the ring that it maps, as messages of a group, or out of lent memory.
 
-Both are an ``rlsync.engine.worker.Inlet``: no call blocks. Owns the thread in which messages are waited for.
+All are an ``rlsync.engine.inlet.Inlet``: no call blocks. Owns the thread in which messages are waited for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from rlsync.control.messages import Lender
 from rlsync.control.shares import RingInfo, WorkerShare
-from rlsync.engine.worker import Inlet
+from rlsync.engine.inlet import Inlet
+from rlsync.engine.sinks.slots import SlotArrival
+from rlsync.sync.borrowing import LoanInlet
 from rlsync.sync.tasks import Lane, Tasks
 from rlsync.transport.gloo import Group, Inbox
 from rlsync.transport.shm import Ring
 
 
-def open_inlet(share: WorkerShare, timeout_s: float) -> Inlet:
-    """The way in that a share names. ``timeout_s``: of the phases."""
+def open_inlet(share: WorkerShare, timeout_s: float, device: torch.device) -> Inlet:
+    """The way in that a share names. ``timeout_s``: of the phases. ``device``: of the worker."""
+    if share.lenders:
+        return LoanInlet(share, device)
     if share.group is not None:
         return GroupInlet(share, timeout_s)
     assert share.ring is not None
     return RingInlet(share, share.ring)
 
 
-class RingInlet:
+class _Lasting:
+    """What borrows nothing, prepares nothing, and lets go of nothing between syncs."""
+
+    def borrow(self, loans: Sequence[Lender]) -> None:
+        pass
+
+    def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+
+class RingInlet(_Lasting):
     """A bucket that is ready can be read."""
 
     fd = None
@@ -38,9 +57,10 @@ class RingInlet:
     def join(self, group: int) -> bool:
         return True
 
-    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor:
+    def fetch(self, bucket: int, buckets_ready: int) -> SlotArrival:
         part = self._parts[bucket]
-        return self._ring.slot(bucket % self._ring.num_slots)[part.offset : part.offset + part.nbytes]
+        slot = self._ring.slot(bucket % self._ring.num_slots)
+        return SlotArrival(slot[part.offset : part.offset + part.nbytes], part.segments)
 
     def abandon(self) -> None:
         pass
@@ -49,7 +69,7 @@ class RingInlet:
         self._ring.close()
 
 
-class GroupInlet:
+class GroupInlet(_Lasting):
     """A bucket that is ready is asked for as soon as there is memory for it, while those before it are taken in.
 
     Each group has a thread and memory of its own, so that nothing that is left over of one gets into the next.
@@ -89,7 +109,7 @@ class GroupInlet:
         group.open()
         return Inbox(group, self._share.parts, self._share.num_slots)
 
-    def fetch(self, bucket: int, buckets_ready: int) -> torch.Tensor | None:
+    def fetch(self, bucket: int, buckets_ready: int) -> SlotArrival | None:
         inbox, lane = self._inbox, self._lane
         assert inbox is not None and lane is not None, "join() comes first"
         for number in range(self._num_asked, min(buckets_ready, bucket + self._share.num_slots)):
@@ -97,7 +117,8 @@ class GroupInlet:
             if self._share.parts[number].nbytes:
                 lane.submit(self._tasks, number, partial(inbox.receive, number))
         self._collect()
-        return self._arrived.pop(bucket, None)
+        memory = self._arrived.pop(bucket, None)
+        return None if memory is None else SlotArrival(memory, self._share.parts[bucket].segments)
 
     def _collect(self) -> None:
         for outcome in self._tasks.finished():

@@ -1,25 +1,26 @@
 """From who is there to who does what: the plan of a connection, its streams and everybody's share. Runs on actor rank 0.
 
-Owns the choice of streams and transports; moves nothing.
+Owns the choice of streams; transports are chosen in ``rlsync.sync.transports``. Moves nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.control.roster import Member, some
+from rlsync.control.roster import Member
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
-from rlsync.errors import ConfigError
 from rlsync.geometry import Location, Placement, TensorSpec
 from rlsync.links import Traffic, traffic
 from rlsync.plan import Plan, build_plan
 from rlsync.staging import Part, Region, lay_out, part_offsets
 from rlsync.sync.config import SyncConfig
+from rlsync.sync.transports import GROUPS, choose_transports
+from rlsync.transport.parcels import make_parcel
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,18 @@ class Blueprint:
 
     Attributes:
         stream_of: by worker of the survey, its stream.
-        remote: streams that come through the group, each of one worker; all others come through the ring.
-        members: of the group, in words: actor ranks, then the workers of ``remote``. None where there is no group.
+        transports: by stream. One that comes through a group or out of lent memory is of one worker alone.
+        members: of the group, in words: actor ranks, then the workers of its streams. None where there is no group.
+        staging: actor ranks that copy what ``ipc`` streams read into a ring first, because it cannot be read where it lies.
     """
 
     plan: Plan
     parts: tuple[tuple[Part, ...], ...]
     stream_of: tuple[int, ...]
     traffic: Traffic
-    remote: tuple[int, ...] = ()
+    transports: tuple[str, ...]
     members: tuple[str, ...] = ()
+    staging: frozenset[int] = frozenset()
 
     @property
     def num_streams(self) -> int:
@@ -45,8 +48,18 @@ class Blueprint:
 
     @property
     def transport(self) -> str:
-        """What the bytes go through: ``shm``, ``gloo`` or ``gloo+shm``."""
-        return "+".join(name for name, used in (("gloo", self.remote), ("shm", len(self.remote) < self.num_streams)) if used)
+        """What the bytes go through, in one word: several are joined by ``+``."""
+        return "+".join(sorted(set(self.transports)))
+
+    @property
+    def remote(self) -> tuple[int, ...]:
+        """Streams that come through the group."""
+        return tuple(stream for stream, name in enumerate(self.transports) if name in GROUPS)
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether nothing is copied but from where it lies to where it belongs."""
+        return set(self.transports) == {"ipc"} and not self.staging
 
     @property
     def slot_bytes(self) -> int:
@@ -64,108 +77,156 @@ class Blueprint:
         """What each actor rank and each worker of the survey has to do. ``group`` is actor rank 0's."""
         offsets = [self._ring_offsets(row) for row in self.parts]
         takers = {stream: num_actors + index for index, stream in enumerate(self.remote)}
-        common = self.plan.digest, num_slots
+        # What is read where it lies has no slots to wait for.
+        common = self.plan.digest, len(self.parts) if self.is_read_in_place else num_slots
+        stages = [self._stages(row) for row in self.parts]
         actors = tuple(
             ActorShare(
                 *common,
                 verify,
-                tuple(_actor_parts(row, at, rank, takers) for row, at in zip(self.parts, offsets, strict=True)),
+                tuple(self._ringed(row, at, rank) for row, at in zip(self.parts, offsets, strict=True)),
                 tuple(_parcels(row, rank, takers) for row in self.parts),
                 ring=ring,
                 group=_as_member(group, rank),
+                lent=self._lent(rank),
+                staged=self._staged(stages, rank),
+                stage_bytes=max(stage.sizes.get(rank, 0) for stage in stages),
             )
             for rank in range(num_actors)
         )
-        by_stream = [
-            tuple(WorkerPart(at[s], row[s].nbytes, row[s].segments, row[s].regions) for row, at in zip(self.parts, offsets, strict=True))
-            for s in range(self.num_streams)
-        ]
         workers = tuple(
-            WorkerShare(*common, s, verify, by_stream[s], group=_as_member(group, takers[s]))
-            if s in takers
-            else WorkerShare(*common, s, verify, by_stream[s], ring=ring)
-            for s in self.stream_of
+            self._worker_share(s, common, verify, offsets, stages, ring, _as_member(group, takers.get(s, 0))) for s in self.stream_of
         )
         return actors, workers
 
+    def _worker_share(
+        self,
+        stream: int,
+        common: tuple[str, int],
+        verify: str,
+        offsets: Sequence[Sequence[int]],
+        stages: Sequence[_Stages],
+        ring: RingInfo | None,
+        group: GroupInfo | None,
+    ) -> WorkerShare:
+        rows = [row[stream] for row in self.parts]
+        parts = tuple(WorkerPart(at[stream], part.nbytes, part.segments, part.regions) for part, at in zip(rows, offsets, strict=True))
+        share = WorkerShare(*common, stream, verify, parts)
+        if self.transports[stream] in GROUPS:
+            return msgspec.structs.replace(share, group=group)
+        if self.transports[stream] == "shm":
+            return msgspec.structs.replace(share, ring=ring)
+        return msgspec.structs.replace(
+            share,
+            lenders=tuple(sorted({r.source for part in rows for r in part.regions})),
+            staged=tuple({rank: at for (s, rank), at in stage.offsets.items() if s == stream} for stage in stages),
+        )
+
     def _ring_offsets(self, row: Sequence[Part]) -> tuple[int, ...]:
         """Byte at which each stream's part begins in the ring's slot; parts that do not go there take no room."""
-        return part_offsets([Part(0, (), ()) if stream in self.remote else part for stream, part in enumerate(row)])
+        return part_offsets([part if self.transports[stream] == "shm" else Part(0, (), ()) for stream, part in enumerate(row)])
+
+    def _ringed(self, row: Sequence[Part], offsets: Sequence[int], rank: int) -> tuple[ActorPart, ...]:
+        """What an actor rank puts into the ring in host memory."""
+        given = ((stream, _given(part, rank)) for stream, part in enumerate(row) if self.transports[stream] == "shm")
+        return tuple(ActorPart(stream, offsets[stream], mine) for stream, mine in given if mine)
+
+    def _borrowed(self, row: Sequence[Part], rank: int) -> Iterator[tuple[int, tuple[Region, ...]]]:
+        """Streams that read an actor rank's memory, and what of it."""
+        for stream, part in enumerate(row):
+            if self.transports[stream] == "ipc" and (mine := _given(part, rank)):
+                yield stream, mine
+
+    def _lent(self, rank: int) -> tuple[tuple[ActorPart, ...], ...]:
+        if rank in self.staging or "ipc" not in self.transports:
+            return ()
+        return tuple(tuple(ActorPart(stream, 0, mine) for stream, mine in self._borrowed(row, rank)) for row in self.parts)
+
+    def _staged(self, stages: Sequence[_Stages], rank: int) -> tuple[tuple[ActorPart, ...], ...]:
+        if rank not in self.staging:
+            return ()
+        return tuple(
+            tuple(ActorPart(stream, stage.offsets[stream, rank], mine) for stream, mine in self._borrowed(row, rank))
+            for row, stage in zip(self.parts, stages, strict=True)
+        )
+
+    def _stages(self, row: Sequence[Part]) -> _Stages:
+        offsets, sizes = {}, dict.fromkeys(self.staging, 0)
+        for rank in self.staging:
+            for stream, mine in self._borrowed(row, rank):
+                offsets[stream, rank] = sizes[rank]
+                sizes[rank] += make_parcel(stream, mine, 0).nbytes
+        return _Stages(offsets, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """How a bucket lies in the slots of staging rings. ``offsets``: by stream and actor rank. ``sizes``: bytes by actor rank."""
+
+    offsets: Mapping[tuple[int, int], int]
+    sizes: Mapping[int, int]
 
 
 def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], survey: Surveyed, config: SyncConfig) -> Blueprint:
     """Plan a connection. Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker."""
-    remote = _remote_workers(survey, config.transport)
-    located = [replace(p, location=_location(hello)) for p, hello in zip(placements, survey.actors, strict=True)]
-    streams, stream_of = _streams(survey.workers, survey.records, remote)
-    plan = build_plan(tensors, located, streams, bucket_bytes=config.bucket_bytes, allow_cast=True)
+    transports = choose_transports(survey, config.transport)
+    located = [replace(p, location=_location(hello, "ipc" in transports)) for p, hello in zip(placements, survey.actors, strict=True)]
+    streams, stream_of = _streams(survey.workers, survey.records, transports)
+    # By stream; all workers of a stream have one transport.
+    by_stream = dict(zip(stream_of, transports, strict=True))
+    staging = _staging(survey.actors, config.staging) if "ipc" in transports else frozenset[int]()
+    in_place = set(transports) == {"ipc"} and not staging and all(r.sink == "direct" for r in survey.records)
+    plan = build_plan(tensors, located, streams, bucket_bytes=None if in_place else config.bucket_bytes, allow_cast=True)
     used = tuple(bucket for bucket in plan.buckets if bucket.copies)
     plan = replace(plan, buckets=used)
+    remote = [index for index, name in enumerate(transports) if name in GROUPS]
     hellos: list[ActorHello | WorkerHello] = [*survey.actors, *(survey.workers[index] for index in remote)]
     return Blueprint(
         plan,
         lay_out(plan),
         stream_of,
         traffic(plan),
-        tuple(stream_of[index] for index in remote),
+        tuple(by_stream[stream] for stream in range(len(streams))),
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
+        staging,
     )
 
 
-def _streams(workers: Sequence[WorkerHello], records: Sequence[Recorded], remote: Sequence[int]) -> tuple[list[Placement], tuple[int, ...]]:
-    """Workers of one host that hold the same share a stream: their bytes are written once and read by each.
+def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:
+    """Actor ranks whose parameters are not read where they lie: all, or those whose memory others cannot map."""
+    return frozenset(rank for rank, hello in enumerate(actors) if staging == "always" or hello.memory != "lendable")
 
-    A remote worker is a stream of its own: nothing is saved by sharing, and its sources are chosen for it alone.
+
+def _streams(
+    workers: Sequence[WorkerHello], records: Sequence[Recorded], transports: Sequence[str]
+) -> tuple[list[Placement], tuple[int, ...]]:
+    """Workers of one host that hold the same share a stream of shared memory: their bytes are written once and read by each.
+
+    Any other worker is a stream of its own: nothing is saved by sharing, and its sources are chosen for it alone.
     """
     groups: dict[tuple[int | str, bytes], list[int]] = defaultdict(list)
     for index, (hello, record) in enumerate(zip(workers, records, strict=True)):
         held = record.placement
-        reader = index if index in remote else hello.shm_domain
+        reader = hello.shm_domain if transports[index] == "shm" else index
         groups[reader, msgspec.msgpack.encode((held.buffers, held.pieces, held.fills))].append(index)
     placements, stream_of = [], [0] * len(workers)
     for stream, members in enumerate(groups.values()):
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
         first = records[members[0]].placement
-        placements.append(replace(first, holder=f"{first.holder}{more}", location=_location(workers[members[0]])))
+        location = _location(workers[members[0]], transports[members[0]] == "ipc")
+        placements.append(replace(first, holder=f"{first.holder}{more}", location=location))
         for index in members:
             stream_of[index] = stream
     return placements, tuple(stream_of)
 
 
-def _remote_workers(survey: Surveyed, transport: str) -> tuple[int, ...]:
-    """Workers that are served through the group: all, or those that do not share /dev/shm with every actor rank.
-
-    Raises ConfigError where there are such and the transport is ``shm``.
-    """
-    if transport == "gloo":
-        return tuple(range(len(survey.workers)))
-    home = survey.actors[0]
-    peers: tuple[ActorHello | WorkerHello, ...] = (*survey.actors, *survey.workers)
-    strangers = [peer for peer in peers if peer.shm_domain != home.shm_domain]
-    if strangers and transport == "shm":
-        raise ConfigError(
-            f"{some([str(Member(b'', peer)) for peer in strangers])} does not share /dev/shm with actor rank 0 on {home.host}; the shm "
-            "transport needs actor and engine on one host (and one /dev/shm where they run in containers); "
-            "weight_sync.transport: auto serves such workers by gloo"
-        )
-    if any(isinstance(peer, ActorHello) for peer in strangers):
-        return tuple(range(len(survey.workers)))
-    return tuple(index for index, hello in enumerate(survey.workers) if hello in strangers)
+def _location(hello: ActorHello | WorkerHello, by_device: bool) -> Location:
+    """Transports that go through host memory find one GPU as near as another."""
+    return Location(hello.host, hello.gpu_uuid if by_device else None)
 
 
 def _as_member(group: GroupInfo | None, rank: int) -> GroupInfo | None:
     return None if group is None else msgspec.structs.replace(group, rank=rank)
-
-
-def _location(hello: ActorHello | WorkerHello) -> Location:
-    """Every transport goes through host memory, so that one GPU is as near as another."""
-    return Location(hello.host)
-
-
-def _actor_parts(row: Sequence[Part], offsets: Sequence[int], rank: int, takers: Mapping[int, int]) -> tuple[ActorPart, ...]:
-    """What an actor rank puts into the ring."""
-    given = ((stream, _given(part, rank)) for stream, part in enumerate(row) if stream not in takers)
-    return tuple(ActorPart(stream, offsets[stream], mine) for stream, mine in given if mine)
 
 
 def _parcels(row: Sequence[Part], rank: int, takers: Mapping[int, int]) -> tuple[ActorParcel, ...]:

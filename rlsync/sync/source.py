@@ -27,7 +27,12 @@ class Source(Protocol):
 
     @property
     def buffers(self) -> Mapping[str, torch.Tensor]:
-        """Memory of this rank's placement, by buffer name: contiguous tensors that stay where they are."""
+        """Memory of this rank's placement, by buffer name: contiguous tensors, the same objects for good, of constant shape and dtype."""
+        ...
+
+    @property
+    def stays(self) -> bool:
+        """Whether their memory stays allocated between syncs. If not, engines let go of it at the end of each sync."""
         ...
 
     def begin(self, version: int) -> None:

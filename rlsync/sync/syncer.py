@@ -32,6 +32,7 @@ from rlsync.sync.carriers import Carriers
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
 from rlsync.sync.health import SyncHealth
+from rlsync.sync.lending import memory_of
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
@@ -169,6 +170,7 @@ class WeightSyncer:
             pid=os.getpid(),
             gpu_uuid=_gpu_uuid(),
             digest=source_digest(self._source.tensors, self._source.placements[self._rank]),
+            memory=memory_of(self._source.buffers),
         )
         self._peer = Peer(invitation.endpoint, hello)
         self._tasks = Tasks()
@@ -183,10 +185,10 @@ class WeightSyncer:
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
         share = self._await_connected()
         self._carriers.seal()
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        device = _device()
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        slots, outbox = self._carriers.slots(), self._carriers.outbox
-        filler = Filler(share, self._source.buffers, slots, outbox)
+        slots, outbox, lender = self._carriers.slots(), self._carriers.outbox, self._carriers.lender
+        filler = Filler(share, self._source.buffers, slots, outbox, [] if lender is None else lender.slots)
         self._connection = Connection(
             self._peer,
             len(share.parts),
@@ -194,12 +196,13 @@ class WeightSyncer:
             self._source,
             filler,
             outbox,
+            lender,
             self._engines,
             self._config,
             self.health,
             self._blueprint,
             self._sinks,
-            copy_gb_per_s(slots[0]) if self._rank == 0 and outbox is None else None,
+            copy_gb_per_s(slots[0]) if self._rank == 0 and slots and outbox is None and lender is None else None,
         )
 
     def _await_connected(self) -> ActorShare:
@@ -210,7 +213,9 @@ class WeightSyncer:
             message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 if outcome.key is None:
-                    self._peer.send(m.Attached() if outcome.error is None else m.Failed(0, "connect", describe(outcome.error)))
+                    self._peer.send(
+                        m.Attached(outcome.result) if outcome.error is None else m.Failed(0, "connect", describe(outcome.error))
+                    )
                 elif outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
                 else:
@@ -225,7 +230,8 @@ class WeightSyncer:
                 share = message.actor
                 assert share is not None
                 try:
-                    self._tasks.spawn(None, self._carriers.attach(share, self._config.timeout_s))
+                    source, timeout_s = self._source, self._config.timeout_s
+                    self._tasks.spawn(None, self._carriers.attach(share, timeout_s, source.buffers, stays=source.stays, device=_device()))
                 except Exception as error:
                     self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Connected):
@@ -290,6 +296,12 @@ class WeightSyncer:
         self.close()
 
 
+def _device() -> torch.device | None:
+    """The GPU that this process computes on, or None where it has touched none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
 def _gpu_uuid() -> str | None:
-    """UUID of the GPU that this process computes on, or None where it has touched none."""
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_initialized() else None
+    """Its UUID."""
+    device = _device()
+    return None if device is None else str(torch.cuda.get_device_properties(device).uuid)

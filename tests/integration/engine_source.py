@@ -42,6 +42,7 @@ class FolderSource:
     def __init__(self, tensors: dict[str, torch.Tensor], *, rank: int = 0, world_size: int = 1) -> None:
         self.tensors = tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
         self.placements = tuple(whole_tensors(f"actor {r}", self.tensors[r::world_size]) for r in range(world_size))
+        self.stays = True
         self.buffers = {spec.name: tensors[spec.name].contiguous() for spec in self.tensors[rank::world_size]}
         self.on_begin: Callable[[int], None] = lambda version: None
 

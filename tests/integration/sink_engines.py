@@ -20,6 +20,7 @@ from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import choose
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
+from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.errors import ConfigError
 from rlsync.geometry import DTYPE_BYTES, Fill, TensorSpec
@@ -130,7 +131,7 @@ def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = Non
         for number in range(len(weights.buckets)):
             weights.fill(number, slot.fill_(0xAB))
             try:
-                sink.write(number, slot, landed)
+                sink.write(number, SlotArrival(slot, weights.buckets[number]), landed)
             except ZeroDivisionError:
                 assert fault
             slot.fill_(0xCD)

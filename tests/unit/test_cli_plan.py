@@ -20,7 +20,7 @@ from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.placement.megatron import megatron_placements
 from rlsync.sync import SyncConfig
-from rlsync.sync.filling import make_outbox
+from rlsync.sync.carriers import make_outbox
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.topology import Topology
 from rlsync.transport.gloo import Group, Inbox

@@ -19,7 +19,8 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.server import CoordinatorServer
 from rlsync.control.shares import WorkerShare
-from rlsync.engine.pull import MismatchError, Pull
+from rlsync.engine.pull import Pull
+from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.engine.worker import Inlet
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
@@ -38,7 +39,7 @@ class Numbers:
     """A source of five float32 tensors, one in each bucket; with two ranks each holds one half of every tensor."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.stays = rank, world_size, True
         self.tensors = tuple(TensorSpec(f"w{i}", "float32", (n,)) for i, n in enumerate(SIZES))
         self.placements = tuple(half_placement(r, world_size) for r in range(world_size))
         self.buffers = {f"half{i}": torch.zeros(n // world_size) for i, n in enumerate(SIZES)}
@@ -117,7 +118,7 @@ class ThreadEngine:
             share = peer.receive(0, time.monotonic() + timeout_s)
             assert isinstance(share, m.Share)
             self._shares[worker] = share.worker
-            inlet = self._inlets[worker] = open_inlet(share.worker, self.inlet_timeout_s)
+            inlet = self._inlets[worker] = open_inlet(share.worker, self.inlet_timeout_s, torch.device("cpu"))
             until(lambda: inlet.join(0), peer, 0, inlet, lambda message: None)
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
             peer.send(m.Attached())
@@ -134,7 +135,7 @@ class ThreadEngine:
 
     def _update(self, worker: int, attempt: int, version: int) -> None:
         peer, inlet, share = self._peers[worker], self._inlets[worker], self._shares[worker]
-        weights, pull = self.weights[worker], Pull(share, attempt)
+        weights, pull = self.weights[worker], Pull(Verifier(share), attempt)
         deadline = time.monotonic() + 10
         try:
             peer.send(m.Joined(attempt, version))
@@ -144,12 +145,12 @@ class ThreadEngine:
                 pull.bucket = bucket
                 until(lambda bucket=bucket: True if pull.buckets_ready > bucket else None, peer, attempt, inlet, pull.hear)
                 self.on_bucket(worker, bucket)
-                slot = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
+                slot = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear).slot()
                 for segment in part.segments:
                     flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
                     weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
                 self.on_hold(worker, weights)
-                pull.verify(part, weights)
+                pull.verify(bucket, weights)
                 peer.send(m.Done(attempt, bucket))
             peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):

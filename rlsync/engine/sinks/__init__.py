@@ -11,6 +11,21 @@ from typing import Protocol
 import torch
 
 
+class Arrival(Protocol):
+    """This worker's part of a bucket, which is here or can be read; until ``write`` of the bucket has returned."""
+
+    def land(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy every element to where it belongs: the bucket's buffers by name, contiguous and in checkpoint layout.
+
+        On CUDA the copies are enqueued on the current stream.
+        """
+        ...
+
+    def slot(self) -> torch.Tensor:
+        """The part as one memory, laid out in segments: 1-D uint8, CPU or the model's device."""
+        ...
+
+
 class Sink(Protocol):
     """What the receiver calls. Every call raises on failure, and only ``abandon`` may follow then."""
 
@@ -28,11 +43,15 @@ class Sink(Protocol):
         """Begin; the model holds no version until ``close`` returns."""
         ...
 
-    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Take in bucket ``bucket`` from ``slot`` (1-D uint8, CPU or the model's device). Buckets come in order.
+    def standing(self, bucket: int) -> Mapping[str, torch.Tensor] | None:
+        """The buffers that ``write`` will have this bucket land in, where they are the same in every sync; otherwise None."""
+        ...
+
+    def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Take in bucket ``bucket``. Buckets come in order.
 
         Calls ``landed`` when the bytes are in place, before anything else is made of them: with this bucket's buffers, contiguous
-        and in checkpoint layout. Nothing refers to the slot when it returns; the caller synchronises CUDA.
+        and in checkpoint layout. Nothing refers to the arrival when it returns; the caller synchronises CUDA.
         """
         ...
 

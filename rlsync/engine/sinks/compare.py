@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.copy.cpu import CopyProgram, region, write_fills
+from rlsync.copy.cpu import write_fills
 from rlsync.engine import compat_layers
+from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import owner
 from rlsync.engine.sinks.direct import plain
-from rlsync.engine.sinks.slots import segment_in
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.geometry import Fill
 from rlsync.staging import Segment
@@ -51,18 +51,19 @@ class CompareSink:
         self.differences: list[str] = []
         self.peak_extra_bytes = 0
 
+    def standing(self, bucket: int) -> None:
+        """Nothing: buffers are made for each comparison."""
+
     def open(self) -> None:
         """Forget what an earlier comparison found."""
         self.differences = []
         self._complete(-1)
 
     @torch.no_grad()
-    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+    def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """As every sink; what lands, lands beside the live memory."""
         buffers = {name: self._buffer(name) for name in dict.fromkeys(s.buffer for s in self._buckets[bucket])}
-        CopyProgram(
-            (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(slot, s)) for s in self._buckets[bucket]
-        ).run()
+        arrival.land(buffers)
         landed(buffers)
         buffers.clear()
         self._complete(bucket)

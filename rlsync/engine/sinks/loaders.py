@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlsync.engine import compat
+from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.slots import segment_in
 from rlsync.staging import Segment
 
@@ -40,12 +41,16 @@ class LoadersSink:
         """Begin a reload; the model cannot compute until ``close`` or ``abandon``."""
         compat.begin_reload(self._model)
 
-    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Load bucket ``bucket`` from ``slot`` (1-D uint8); nothing refers to the slot afterwards.
+    def standing(self, bucket: int) -> None:
+        """Nothing: tensors are read where they lie in the slot."""
+
+    def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """Load bucket ``bucket`` from the arrival's slot; nothing refers to the slot afterwards.
 
         ``landed`` gets the tensors where they lie in the slot. Raises RuntimeError where vLLM keeps a tensor it did not keep the
         first time: the slot is then not to be reused.
         """
+        slot = arrival.slot()
         landed({segment.buffer: segment_in(slot, segment) for segment in self._buckets[bucket]})
         kept = self._kept.get(bucket)
         tensors, watched = [], {}

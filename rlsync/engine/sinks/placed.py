@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from rlsync.copy.cpu import CopyProgram, region, write_fills
+from rlsync.copy.cpu import write_fills
 from rlsync.engine import compat, compat_layers
+from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import SinkName
 from rlsync.engine.sinks.direct import DirectBuffers
 from rlsync.engine.sinks.layerwise import LayerwiseBuffers
-from rlsync.engine.sinks.slots import segment_in
 from rlsync.geometry import Fill
 from rlsync.staging import Segment
 
@@ -37,7 +37,8 @@ class PlacedSink:
         fills: tuple[Fill, ...],
         sinks: Mapping[str, SinkName],
     ) -> None:
-        self._model, self._model_config, self._buckets = model, model_config, buckets
+        self._model, self._model_config = model, model_config
+        self._names = [tuple(dict.fromkeys(segment.buffer for segment in bucket)) for bucket in buckets]
         last = dict.fromkeys((fill.buffer for fill in fills), -1)
         last.update((segment.buffer, number) for number, bucket in enumerate(buckets) for segment in bucket)
         unknown = sorted(set(last) - sinks.keys())
@@ -47,6 +48,11 @@ class PlacedSink:
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 
     differences = ()
+
+    def standing(self, bucket: int) -> Mapping[str, torch.Tensor] | None:
+        """Live buffers, where all of the bucket are written directly."""
+        names = self._names[bucket]
+        return {name: self._direct[name] for name in names} if all(name in self._direct for name in names) else None
 
     @property
     def peak_extra_bytes(self) -> int:
@@ -60,17 +66,10 @@ class PlacedSink:
         self._layerwise.complete_after(-1)
 
     @torch.no_grad()
-    def write(self, bucket: int, slot: torch.Tensor, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Take in bucket ``bucket`` from ``slot`` (1-D uint8, CPU or the model's device); nothing refers to the slot afterwards.
-
-        Buckets come in order. ``landed`` gets the buffers of this bucket, contiguous and in checkpoint layout, when their bytes
-        are in place and nothing else has been made of them. The caller synchronises CUDA.
-        """
-        names = dict.fromkeys(segment.buffer for segment in self._buckets[bucket])
-        buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in names}
-        CopyProgram(
-            (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(slot, s)) for s in self._buckets[bucket]
-        ).run()
+    def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+        """As every sink. ``landed`` gets live memory where the sink is ``direct``."""
+        buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in self._names[bucket]}
+        arrival.land(buffers)
         landed(buffers)
         # The buffers of a module would outlive its completion.
         buffers.clear()

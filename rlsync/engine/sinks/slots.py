@@ -1,10 +1,31 @@
-"""How a segment lies in a slot. Owns no memory."""
+"""How a bucket lies in a slot. Owns no memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 
+from rlsync.copy.cpu import CopyProgram, region
 from rlsync.staging import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class SlotArrival:
+    """A bucket that lies in a slot (1-D uint8, CPU or the model's device) as its segments say."""
+
+    memory: torch.Tensor
+    segments: Sequence[Segment]
+
+    def land(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy every segment to where it belongs."""
+        CopyProgram(
+            (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(self.memory, s)) for s in self.segments
+        ).run()
+
+    def slot(self) -> torch.Tensor:
+        return self.memory
 
 
 def segment_in(slot: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -1,0 +1,180 @@
+"""How an engine worker reads device memory that actor ranks of its host lend. Owns the mappings, and the copies that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlsync.control.loans import Loan
+from rlsync.control.messages import Lender
+from rlsync.control.shares import WorkerShare
+from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.copy.tables import MOST_UNIT_BYTES, Move, Strided
+from rlsync.errors import ConfigError
+from rlsync.staging import Region
+from rlsync.transport.cuda_ipc import Mappings
+from rlsync.transport.parcels import make_parcel, placed
+
+
+@dataclass(slots=True)
+class _Bound:
+    """Copies of one bucket, and the addresses of the buffers that they write."""
+
+    places: list[int]
+    program: CudaCopyProgram
+
+
+class LoanInlet:
+    """A bucket that is ready is copied from where it lies to where it belongs, by one launch on the worker's device.
+
+    Copies are bound for the addresses of both sides, and bound anew where one has moved.
+    """
+
+    fd = None
+
+    def __init__(self, share: WorkerShare, device: torch.device) -> None:
+        self._share, self._device = share, device
+        self._loans: dict[int, Loan] = {}
+        self._mappings = {rank: Mappings(device, f"actor rank {rank}") for rank in share.lenders}
+        self._is_open = False
+        # By actor rank and buffer ("" is the staging ring), address here and bytes.
+        self._where: dict[tuple[int, str], tuple[int, int]] = {}
+        self._bound: dict[int, _Bound] = {}
+        self._memory: torch.Tensor | None = None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Tables of the copies, and the slot where a sink needs one."""
+        tables = sum(bound.program.table_bytes for bound in self._bound.values())
+        return tables + (0 if self._memory is None else self._memory.nbytes)
+
+    def join(self, group: int) -> bool:
+        return True
+
+    def borrow(self, loans: Sequence[Lender]) -> None:
+        changed = {loan.actor_rank: loan.loan for loan in loans if self._loans.get(loan.actor_rank) != loan.loan}
+        if changed:
+            self._loans.update(changed)
+            self._is_open = False
+
+    def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        self._open()
+        self._bind(bucket, buffers)
+
+    def fetch(self, bucket: int, buckets_ready: int) -> LoanArrival:
+        self._open()
+        return LoanArrival(self, bucket)
+
+    def land(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Enqueue the copies of a bucket on the current stream."""
+        self._bind(bucket, buffers).program.run()
+
+    def slot(self, bucket: int) -> torch.Tensor:
+        """The bucket copied into memory of this worker, as its segments say; the next bucket takes its place."""
+        part = self._share.parts[bucket]
+        if self._memory is None:
+            nbytes = max(part.nbytes for part in self._share.parts)
+            self._memory = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        memory = self._memory[: part.nbytes]
+        if bucket not in self._bound:
+            pairs = [(placed(memory, r.slot_offset, r, r.slot_strides), source) for r, source in self._sources(bucket)]
+            self._bound[bucket] = _Bound([], CudaCopyProgram(pairs, device=self._device))
+        self._bound[bucket].program.run()
+        return memory
+
+    def rest(self) -> None:
+        if any(not loan.stays for loan in self._loans.values()):
+            self._release()
+
+    def abandon(self) -> None:
+        # What is in flight reads what would be unmapped.
+        torch.cuda.current_stream(self._device).synchronize()
+        self.rest()
+
+    def close(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+        self._release()
+
+    def _open(self) -> None:
+        """Map what is lent, and have the copies that are bound read it where it lies now."""
+        if self._is_open:
+            return
+        where: dict[tuple[int, str], tuple[int, int]] = {}
+        for rank, mappings in self._mappings.items():
+            if rank not in self._loans:
+                raise ConfigError(f"actor rank {rank} has not said what it lends")
+            loan = self._loans[rank]
+            mappings.open(loan.allocations)
+            where.update(((rank, name), (mappings.here(lent.address), lent.nbytes)) for name, lent in loan.buffers.items())
+            if loan.stage:
+                where[rank, ""] = mappings.here(loan.stage), loan.stage_bytes * self._share.num_slots
+        before, self._where, self._is_open = self._where, where, True
+        moves = [Move(*before[key], where[key][0]) for key in before.keys() & where.keys() if before[key] != where[key]]
+        if moves and any(move.new_address - move.old_address & MOST_UNIT_BYTES - 1 for move in moves):
+            # The tables count on the alignment.
+            self._bound.clear()
+        elif moves:
+            for bound in self._bound.values():
+                bound.program.move_sources(moves)
+
+    def _release(self) -> None:
+        for mappings in self._mappings.values():
+            mappings.close()
+        self._is_open = False
+
+    def _bind(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> _Bound:
+        places = [tensor.data_ptr() for tensor in buffers.values()]
+        known = self._bound.get(bucket)
+        if known is not None and known.places == places:
+            return known
+        wholes = {name: _whole(tensor) for name, tensor in buffers.items()}
+        pairs = [(wholes[r.buffer].region(r.buffer_offset, r.shape, r.buffer_strides), source) for r, source in self._sources(bucket)]
+        bound = self._bound[bucket] = _Bound(places, CudaCopyProgram(pairs, device=self._device))
+        return bound
+
+    def _sources(self, bucket: int) -> list[tuple[Region, Strided]]:
+        """The bucket's regions, and where this process can read them."""
+        staged = self._share.staged[bucket]
+        by_source: dict[int, list[Region]] = {}
+        for r in self._share.parts[bucket].regions:
+            by_source.setdefault(r.source, []).append(r)
+        found: list[tuple[Region, Strided]] = []
+        for rank, regions in by_source.items():
+            found += self._in_stage(bucket, rank, regions, staged[rank]) if rank in staged else self._in_place(rank, regions)
+        return found
+
+    def _in_place(self, rank: int, regions: Sequence[Region]) -> list[tuple[Region, Strided]]:
+        loan = self._loans[rank]
+        names = dict.fromkeys(r.source_buffer for r in regions)
+        missing = [name for name in names if name not in loan.buffers]
+        if missing:
+            raise ConfigError(f"actor rank {rank} does not lend {missing[0]} ({len(missing)} of {len(names)} buffers are missing)")
+        wholes = {name: Strided(self._where[rank, name][0], loan.buffers[name].dtype, (), ()) for name in names}
+        return [(r, wholes[r.source_buffer].region(r.source_offset, r.shape, r.source_strides)) for r in regions]
+
+    def _in_stage(self, bucket: int, rank: int, regions: Sequence[Region], offset: int) -> list[tuple[Region, Strided]]:
+        parcel = make_parcel(rank, regions, 0)
+        begin = self._where[rank, ""][0] + (bucket % self._share.num_slots) * self._loans[rank].stage_bytes + offset
+        return [(r, Strided(begin + at, r.dtype, r.shape, strides)) for r, (at, strides) in zip(regions, parcel.places, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class LoanArrival:
+    """A bucket that lies in lent memory."""
+
+    inlet: LoanInlet
+    bucket: int
+
+    def land(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        self.inlet.land(self.bucket, buffers)
+
+    def slot(self) -> torch.Tensor:
+        return self.inlet.slot(self.bucket)
+
+
+def _whole(tensor: torch.Tensor) -> Strided:
+    """A contiguous buffer, to take regions of."""
+    assert tensor.is_contiguous(), "plans address contiguous buffers"
+    return Strided(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), (), ())
