@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
+from rlsync.errors import PlacementError
 from rlsync.geometry import Placement, TensorSpec
-from rlsync.megatron.model import gather_parameters
+from rlsync.megatron.model import gather_parameters, iter_parameters
 
 
 class MegatronSource:
@@ -37,5 +38,15 @@ class MegatronSource:
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
 
     def begin(self, version: int) -> None:
-        """Make the parameters those after the last optimizer step. Collective over the data-parallel groups."""
+        """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.
+
+        Raises PlacementError where a module has another parameter than when this source was made: what it had would be sent.
+        """
+        live = {name: parameter for _, _, name, parameter in iter_parameters(self._models)}
+        replaced = [name for name, buffer in self.buffers.items() if live.get(name) is not buffer]
+        if replaced:
+            raise PlacementError(
+                f"{len(replaced)} parameters are other objects than at connect(), among them {replaced[0]}; "
+                "make a new source and connect again"
+            )
         gather_parameters(self._models)

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.engine.handle import Completion, Engine
 from rlsync.engine.state import state_difference
+from rlsync.errors import WeightSyncError
+from rlsync.megatron.model import unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
@@ -57,6 +60,7 @@ def sync_and_compare(
         broadcast=lambda payload: gather_bytes(payload, device=compute_device())[0],
     )
     syncer.connect()
+    check_replaced_parameters_are_refused(models, syncer)
     tokens = torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))
     before: list[Completion] = []
     for version in range(3):
@@ -89,6 +93,16 @@ def sync_and_compare(
         print(f"ORACLE {worst:.1e} {report.transport} {report.sinks} {report.seconds:.3f} s", flush=True)
     dist.barrier()
     destroy_parallel()
+
+
+def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:
+    """What the source was made of is no longer the model's: both sides would agree about values that nobody trains."""
+    layer = unwrap(models[0]).decoder.layers[0].mlp.linear_fc1
+    kept = layer.weight
+    layer.weight = torch.nn.Parameter(kept.detach().clone())
+    with pytest.raises(WeightSyncError, match="other objects than at connect"):
+        syncer.sync(0)
+    layer.weight = kept
 
 
 def check_against_actor(models, answers: list[Completion]) -> None:

@@ -45,14 +45,14 @@ class PlacedSink:
         assert not unknown, f"no sink was chosen for {', '.join(unknown)}"
         self._direct = DirectBuffers(model, (name for name in last if sinks[name] == "direct"))
         self._layerwise = LayerwiseBuffers(model, {name: b for name, b in last.items() if sinks[name] == "layerwise"}, fills)
+        self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 
     differences = ()
 
     def standing(self, bucket: int) -> Mapping[str, torch.Tensor] | None:
         """Live buffers, where all of the bucket are written directly."""
-        names = self._names[bucket]
-        return {name: self._direct[name] for name in names} if all(name in self._direct for name in names) else None
+        return self._direct.group(self._names[bucket]) if self._is_direct[bucket] else None
 
     @property
     def peak_extra_bytes(self) -> int:
@@ -68,11 +68,13 @@ class PlacedSink:
     @torch.no_grad()
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """As every sink. ``landed`` gets live memory where the sink is ``direct``."""
-        buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in self._names[bucket]}
+        buffers = self.standing(bucket)
+        if buffers is None:
+            buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in self._names[bucket]}
         arrival.land(buffers)
         landed(buffers)
         # The buffers of a module would outlive its completion.
-        buffers.clear()
+        del buffers
         self._layerwise.complete_after(bucket)
 
     @torch.no_grad()
