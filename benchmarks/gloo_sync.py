@@ -29,10 +29,7 @@ from rlsync.placement.huggingface import whole_tensors
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.transport.gloo import Group, Rendezvous
 
-CONFIG = {
-    **QWEN25_05B, "model_type": "qwen2", "torch_dtype": "bfloat16", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "hidden_act": "silu",
-}  # fmt: skip
+CONFIG = {**QWEN25_05B, "max_position_embeddings": 2048}
 BUCKET_BYTES = 64 * 2**20
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0

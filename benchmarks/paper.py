@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlsync.cli.paper import paper_worker
+from rlsync.cli.shapes import SHAPES
 from rlsync.families import model_of
 from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.placement.megatron import megatron_placements
@@ -18,18 +19,9 @@ from rlsync.topology import Topology
 VOCAB_MULTIPLE = 64
 GPUS_PER_HOST = 8
 
-QWEN25_05B: Mapping[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "dtype": "bfloat16",
-}  # fmt: skip
-QWEN25_7B: Mapping[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
-QWEN25_72B: Mapping[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
+QWEN25_05B: Mapping[str, Any] = SHAPES["qwen2.5-0.5b"]
+QWEN25_7B: Mapping[str, Any] = SHAPES["qwen2.5-7b"]
+QWEN25_72B: Mapping[str, Any] = SHAPES["qwen2.5-72b"]
 
 
 @dataclass(slots=True)
@@ -220,4 +212,14 @@ _SMALL = (
     "post_attention_layernorm", "mlp.gate",
 )  # fmt: skip
 
-QWEN3_30B_A3B = Experts(48, 128, 2048, 768, 32, 4, 128, 151936)
+_EXPERTS = SHAPES["qwen3-30b-a3b"]
+QWEN3_30B_A3B = Experts(
+    num_layers=_EXPERTS["num_hidden_layers"],
+    num_experts=_EXPERTS["num_experts"],
+    hidden=_EXPERTS["hidden_size"],
+    moe_ffn=_EXPERTS["moe_intermediate_size"],
+    num_heads=_EXPERTS["num_attention_heads"],
+    num_groups=_EXPERTS["num_key_value_heads"],
+    head_dim=_EXPERTS["head_dim"],
+    vocab=_EXPERTS["vocab_size"],
+)

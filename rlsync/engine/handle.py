@@ -191,6 +191,11 @@ class Engine:
         self._calls.run(self._llm.wake_up(list(tags)), timeout_s)
         self._asleep -= frozenset(tags)
 
+    def call_workers(self, method: str, arguments: Sequence[Any], timeout_s: float) -> list[Any]:
+        """What a method of every worker returns, by worker rank; for instance one of a ``worker_extension_cls``."""
+        result: list[Any] = self._calls.run(self._llm.collective_rpc(method, args=tuple(arguments)), timeout_s)
+        return result
+
     def ailment(self) -> str | None:
         """Why the engine cannot go on without a restart: a process of it has ended or is stopped. None while all run; never waits."""
         for process in self._processes:

@@ -1,0 +1,139 @@
+"""One actor rank of a bench: a Megatron model with random weights as training has it, and what every way of syncing asks of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlsync.bridge import AutoBridge
+from rlsync.cli.bench.spec import Spec
+from rlsync.engine.peer_worker import Row, views
+from rlsync.megatron.model import DdpOptions, iter_parameters
+from rlsync.megatron.parallel import compute_device, initialize_parallel
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.plan import build_plan
+from rlsync.source import MegatronSource
+from rlsync.transport.agreement import gather_bytes
+from rlsync.transport.exchange import Exchange
+
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Whole HF tensors in one piece of memory (1-D uint8)."""
+
+    memory: torch.Tensor
+    rows: tuple[Row, ...]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(views(self.memory, self.rows))
+
+
+class Actor:
+    """The model of this rank. Everything here is collective over the actor ranks unless it says otherwise.
+
+    Attributes:
+        turned: whether the weights are the negatives of those it began with.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        initialize_parallel(spec.topology, seed=spec.seed, timeout_s=spec.timeout_s)
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), compute_device()
+        bridge = AutoBridge.from_config(spec.config)
+        # Gradients are not looked at, and take as little as they can.
+        ddp = DdpOptions(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
+        self._models = bridge.get_model(ddp=ddp, bf16=True)
+        self.source = MegatronSource(bridge, self._models)
+        self.turned = False
+        self._gather: Exchange | None = None
+        self._plan = build_plan(
+            self.source.tensors,
+            self.source.placements,
+            [whole_tensors("whole", self.source.tensors)],
+            bucket_bytes=spec.peer_bucket_bytes,
+        )
+
+    def turn(self) -> None:
+        """Other weights: each the negative of what it was, so that turning twice gives the first ones back bit for bit."""
+        with torch.no_grad():
+            for *_, parameter in iter_parameters(self._models):
+                parameter.data.neg_()
+        self.turned = not self.turned
+        self.settle()
+
+    def settle(self) -> None:
+        """All ranks, and what they gave their GPUs to do."""
+        synchronize(self.device)
+        dist.barrier()
+
+    def share(self, value: Any) -> list[Any]:
+        """The JSON-able value of every rank."""
+        return [json.loads(said) for said in self.share_bytes(json.dumps(value).encode())]
+
+    def share_bytes(self, value: bytes) -> list[bytes]:
+        return gather_bytes(value, device=self.device)
+
+    def memory(self, begin: bool) -> int:
+        """As ``PeerWorker.bench_memory``, of this rank. Not collective."""
+        if self.device.type != "cuda":
+            return 0
+        if begin:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def rows(self) -> list[tuple[str, str, list[int]]]:
+        """Name, dtype and shape of every HF tensor in the order of ``buckets``. Not collective."""
+        return [(t.name, t.dtype, list(t.shape)) for bucket in self._plan.buckets for t in bucket.tensors]
+
+    def buckets(self) -> Iterator[Bucket]:
+        """Every HF tensor whole, on every rank, a bucket at a time. The plan is made once, which trainers that gather do not do."""
+        if self._gather is None:
+            self._gather = Exchange(self._plan, self.source.buffers, device=self.device)
+        for index, planned in enumerate(self._plan.buckets):
+            offset, rows = 0, []
+            for tensor in planned.tensors:
+                rows.append((tensor.name, tensor.dtype, list(tensor.shape), offset))
+                offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            bucket = Bucket(torch.empty(offset, dtype=torch.uint8, device=self.device), tuple(rows))
+            self._gather.deliver(index, [bucket.tensors()])
+            yield bucket
+
+    def room_for_all(self) -> bool:
+        """Whether every rank has memory for the whole model beside its own part."""
+        if self.device.type != "cuda":
+            return True
+        free = min(self.share(torch.cuda.mem_get_info(self.device)[0]))
+        return bool(free > 1.2 * sum(t.nbytes for t in self.source.tensors) + 4 * 2**30)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the GPU has been given to do; nothing on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds by phase, of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin_s = self._last_s = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last lap belongs to this phase."""
+        now_s = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now_s - self._last_s
+        self._last_s = now_s
+
+    def stop(self) -> Mapping[str, float]:
+        self.seconds["whole"] = time.perf_counter() - self._begin_s
+        return self.seconds

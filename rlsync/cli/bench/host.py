@@ -1,0 +1,71 @@
+"""The process of one engine: ``python -m rlsync.cli.bench.host SPEC INDEX``. Owns what the engine is started with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from rlsync.cli.bench import spec as specs
+from rlsync.cli.bench.remote import serve
+from rlsync.cli.bench.waiting import await_file
+
+# Of an engine that answers a handful of short prompts at most: what is measured is its weights.
+_MAX_TOKENS = 512
+_MAX_REQUESTS = 8
+_KV_CACHE_BYTES = 2**30
+# CUDA context, activations, and the buffers that vLLM makes at start.
+_BESIDE_BYTES = 6 * 2**30
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
+
+
+def environment(spec: specs.Spec, engine: int) -> dict[str, str]:
+    """Of the process, as whoever starts it sets it: torch and vLLM read it when they are imported. What the caller has set wins."""
+    added = dict(_ENVIRONMENT)
+    if not spec.cuda_graphs:
+        added["TORCH_COMPILE_DISABLE"] = "1"
+    if find_spec("flashinfer") is None:
+        added["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if "vllm-ipc" in spec.peers:
+        # vLLM's ipc backend takes its handles as a pickle.
+        added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    merged = {**added, **os.environ}
+    if spec.on_gpu:
+        merged["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices[gpu] for gpu in spec.engine_gpus[engine])
+    return merged
+
+
+def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None) -> dict[str, Any]:
+    """Fields of AsyncEngineArgs. ``weight_bytes``: of the whole model. ``gpu_bytes``: of one GPU, None on CPU."""
+    arguments: dict[str, Any] = {
+        "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
+        "tensor_parallel_size": spec.engine_tp, "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
+        "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,
+        "worker_extension_cls": "rlsync.engine.peer_worker.PeerWorker",
+    }  # fmt: skip
+    if gpu_bytes is not None:
+        # With the cache's size given vLLM does not measure free memory, which the actor changes at the same time.
+        needed = weight_bytes / spec.engine_tp * 1.1 + _KV_CACHE_BYTES + _BESIDE_BYTES
+        arguments |= {"kv_cache_memory_bytes": _KV_CACHE_BYTES, "gpu_memory_utilization": min(0.9, max(0.05, needed / gpu_bytes))}
+    return arguments
+
+
+def main(path: str, index: str) -> None:
+    spec = specs.read(path)
+    from rlsync.engine.handle import Engine
+    from rlsync.families import model_of
+
+    floors = json.loads(await_file(spec.floors_path, spec.timeout_s))
+    weight_bytes = sum(tensor.nbytes for tensor in model_of(spec.config).tensors("bfloat16"))
+    engine = Engine(f"engine{index}", engine_arguments(spec, weight_bytes, floors["gpu_bytes"]))
+    engine.start()
+    serve(engine, spec.socket(int(index)), spec.token)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,38 @@
+"""What the steps of one case took. Plain data that crosses processes as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Measured(msgspec.Struct, kw_only=True):
+    """One case.
+
+    Attributes:
+        kind: ``rlsync`` or ``peer``.
+        connect_s: until the first step could begin.
+        first: the first step, which allocates what later ones use again.
+        steps: seconds by phase of the measured steps, in order.
+        begin_s, end_s: of the whole case, by the monotonic clock that all processes of a host share.
+        extra_torch_bytes: most that torch allocated beyond what it had before, of an actor rank and of a worker.
+        fingerprint: of all workers after the last step. changes: whether it differs from that of the step before.
+        report: SyncReport of the last step, of rlsync alone.
+        error: why there are no steps.
+    """
+
+    name: str
+    kind: str
+    remark: str = ""
+    settings: dict[str, Any] = {}
+    connect_s: float = 0.0
+    first: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
+    begin_s: float = 0.0
+    end_s: float = 0.0
+    extra_torch_bytes: dict[str, int] = {}
+    fingerprint: str = ""
+    changes: bool = False
+    report: dict[str, Any] = {}
+    error: str = ""

@@ -1,0 +1,122 @@
+"""Steps of one case, measured: rlsync's or a peer's. Collective over the actor ranks; what comes out is rank 0's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from rlsync.cli.bench.actor import Actor, Clock
+from rlsync.cli.bench.measured import Measured
+from rlsync.cli.bench.peers import WAYS, Fleet
+from rlsync.cli.bench.spec import Case, Spec
+from rlsync.errors import RlsyncError
+from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+
+# Phase of the bench -> seconds of SyncReport.
+PHASES = {
+    "pause": "pause_s", "begin": "begin_s", "fill": "fill_s", "wait": "wait_s", "pull": "pull_s", "verify": "verify_s",
+    "finalize": "finalize_s", "transfer": "transfer_s", "commit": "commit_s", "resume": "resume_s", "whole": "seconds",
+}  # fmt: skip
+Step = Mapping[str, float]
+
+
+class Bench:
+    """The two sides, and how a case is measured on them."""
+
+    def __init__(self, spec: Spec, actor: Actor, fleet: Fleet) -> None:
+        self._spec, self._actor, self._fleet = spec, actor, fleet
+
+    def sync(self, case: Case) -> Measured:
+        """rlsync. What it refuses or fails at is in ``error``, on all ranks alike."""
+        found = Measured(name=case.name, kind="rlsync", settings=case.settings)
+        actor = self._actor
+        syncer = WeightSyncer(
+            actor.source,
+            self._fleet.engines,
+            SyncConfig(**case.settings),
+            rank=actor.rank,
+            world_size=actor.world_size,
+            broadcast=lambda payload: actor.share_bytes(payload)[0],
+        )
+        memory = self._begin(found)
+        try:
+            with syncer:
+                syncer.connect()
+                found.connect_s = time.monotonic() - found.begin_s
+
+                def step(number: int) -> Step:
+                    report = syncer.sync(1 + number)
+                    found.report = msgspec.to_builtins(report)
+                    return _phases(report, case.settings)
+
+                self._run(found, step)
+        except RlsyncError as error:
+            found.error = str(error)
+        self._end(found, memory)
+        return found
+
+    def peer(self, name: str) -> Measured:
+        """Others. Their failures end the bench, as they are not known on all ranks."""
+        way = WAYS[name](self._actor, self._fleet, self._spec)
+        found = Measured(name=name, kind="peer", remark=way.remark)
+        memory = self._begin(found)
+        way.connect()
+        found.connect_s = time.monotonic() - found.begin_s
+
+        def step(number: int) -> Step:
+            clock = Clock()
+            self._fleet.each(lambda engine: engine.pause("abort", self._spec.timeout_s))
+            clock.lap("pause")
+            way.transfer(clock)
+            self._fleet.each(lambda engine: engine.reset_caches(self._spec.timeout_s))
+            clock.lap("commit")
+            self._fleet.each(lambda engine: engine.resume(number, self._spec.timeout_s))
+            clock.lap("resume")
+            return clock.stop()
+
+        self._run(found, step)
+        way.close()
+        self._end(found, memory)
+        return found
+
+    def _run(self, found: Measured, step: Callable[[int], Step]) -> None:
+        """Warm-up and steps. Each gives the engines other weights than the one before, and the last gives all cases the same."""
+        total = self._spec.warmup + self._spec.steps
+        if self._actor.turned != bool(total % 2):
+            self._actor.turn()
+        rows, prints = [], []
+        for number in range(total):
+            self._actor.turn()
+            rows.append(dict(step(number)))
+            if number >= total - 2:
+                prints.append(self._fingerprint())
+        found.first, found.steps = rows[0], rows[self._spec.warmup :]
+        found.fingerprint, found.changes = prints[-1], prints[-1] != prints[-2]
+
+    def _fingerprint(self) -> str:
+        return " ".join(self._fleet.call("bench_fingerprint"))
+
+    def _begin(self, found: Measured) -> list[int]:
+        """Memory of this rank and, on rank 0, of the workers."""
+        self._actor.settle()
+        before = [self._actor.memory(True), *self._fleet.call("bench_memory", True)]
+        self._actor.settle()
+        found.begin_s = time.monotonic()
+        return before
+
+    def _end(self, found: Measured, before: Sequence[int]) -> None:
+        after = [self._actor.memory(False), *self._fleet.call("bench_memory", False)]
+        more = [b - a for a, b in zip(before, after, strict=True)]
+        ranks = self._actor.share(more[0])
+        found.extra_torch_bytes = {"actor rank": max(ranks), "engine worker": max(more[1:], default=0)}
+        found.end_s = time.monotonic()
+
+
+def _phases(report: SyncReport, settings: Mapping[str, Any]) -> Step:
+    """``data`` is what has a floor: the workers' pull; and their waiting, where the actor copies first into what they read."""
+    seconds = {phase: float(getattr(report, name)) for phase, name in PHASES.items()}
+    staged = report.transport != "ipc" or settings.get("staging") == "always"
+    return {**seconds, "data": seconds["pull"] + (seconds["wait"] if staged else 0.0)}

@@ -1,0 +1,47 @@
+"""The process of one actor rank: ``python -m rlsync.cli.bench.rank SPEC``, in an environment as torchrun makes it.
+
+Rank 0 holds the engines, and writes what came out after each case, so that a failure leaves what there was before.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import msgspec
+
+from rlsync.cli.bench import spec as specs
+from rlsync.cli.bench.actor import Actor
+from rlsync.cli.bench.measured import Measured
+from rlsync.cli.bench.measuring import Bench
+from rlsync.cli.bench.peers import Fleet
+from rlsync.cli.bench.remote import RemoteEngine
+from rlsync.cli.bench.waiting import await_file, write_file
+from rlsync.megatron.parallel import destroy_parallel
+
+
+def main(path: str) -> None:
+    spec = specs.read(path)
+    # The imports above took as long as the links take to be measured.
+    await_file(spec.floors_path, spec.timeout_s)
+    begin_s = time.monotonic()
+    actor = Actor(spec)
+    built_s = time.monotonic() - begin_s
+    engines = []
+    if actor.rank == 0:
+        engines = [RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.timeout_s) for i in range(spec.num_engines)]
+        print(f"actor built in {built_s:.1f} s, engines there after {time.monotonic() - begin_s:.1f} s", flush=True)
+    bench = Bench(spec, actor, Fleet(engines, spec.timeout_s))
+    found: list[Measured] = []
+    for measure, what in [*((bench.sync, case) for case in spec.cases), *((bench.peer, name) for name in spec.peers)]:
+        found.append(measure(what))  # type: ignore[operator]
+        if actor.rank == 0:
+            write_file(spec.outcome_path, msgspec.json.encode(found).decode())
+    for engine in engines:
+        engine.close()
+    actor.settle()
+    destroy_parallel()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,100 @@
+"""What came out of a bench, as one JSON object: summaries, floors and ratios over the raw seconds of each step. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rlsync.cli.bench import work
+from rlsync.cli.bench.measured import Measured
+from rlsync.cli.bench.spec import Spec
+
+
+def summary(
+    spec: Spec, floors: Mapping[str, Any], found: Sequence[Measured], memory: Mapping[int, int], machine: Mapping[str, Any]
+) -> dict:
+    """Everything. ``memory``: by index into ``found``, most bytes that a GPU had in use beyond those before; none on CPU."""
+    workers = work.workers(spec, floors)
+    floor_s = work.floor_s(workers)
+    cases = [_case(one, floor_s, memory.get(index)) for index, one in enumerate(found)]
+    # All cases end with the same weights in the engines, or one of them is wrong.
+    expected = next((one.fingerprint for one in found if one.fingerprint), "")
+    for case, one in zip(cases, found, strict=True):
+        case["right"] = bool(one.steps) and one.changes and one.fingerprint == expected
+    return {
+        **machine,
+        "model": spec.model,
+        "config": spec.config,
+        "actor": spec.axes,
+        "rollout": {"tp_size": spec.engine_tp, "num_engines": spec.num_engines},
+        "placement": spec.placement,
+        "cuda_graphs": spec.cuda_graphs,
+        "steps": spec.steps,
+        "warmup": spec.warmup,
+        "floors": {**floors, "floor": work.FLOOR, "floor_s": floor_s},
+        "workers": [asdict(worker) for worker in workers],
+        "bytes_to_receive": sum(w.same_bytes + w.peer_bytes for w in workers),
+        "cases": cases,
+        "comparisons": _comparisons(cases),
+    }
+
+
+def _case(one: Measured, floor_s: float, gpu_bytes: int | None) -> dict[str, Any]:
+    case: dict[str, Any] = {
+        "name": one.name, "kind": one.kind, "remark": one.remark, "settings": one.settings, "error": one.error, "connect_s": one.connect_s,
+        "first_step": one.first, "steps": one.steps, "report": one.report,
+        "extra_memory": {"torch": one.extra_torch_bytes, "gpu_bytes": gpu_bytes, "report_bytes": one.report.get("extra_bytes")},
+    }  # fmt: skip
+    if one.steps:
+        phases = list(one.steps[0])
+        for label, pick in (("median", statistics.median), ("p10", _tenth), ("p90", _ninetieth)):
+            case[label] = {phase: pick([step[phase] for step in one.steps]) for phase in phases}
+        median = case["median"]
+        case["data_over_floor"] = median["data"] / floor_s
+        case["whole_over_floor"] = median["whole"] / floor_s
+        case["whole_minus_floor_s"] = median["whole"] - floor_s
+    return case
+
+
+def _comparisons(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each case of rlsync with each peer: how many times as long the peer takes.
+
+    ``transfer``: the peer's data phase, without what is listed as its gather, over rlsync's from the engines' update to the last
+    worker's commit. ``with_gather``: the peer's gather added. ``whole``: from pause to resume.
+    """
+    ours = [case for case in cases if case["kind"] == "rlsync" and case["steps"]]
+    peers = [case for case in cases if case["kind"] == "peer" and case["steps"]]
+    rows = []
+    for case in ours:
+        for peer in peers:
+            mine, theirs = case["median"], peer["median"]
+            both = theirs["data"] + theirs.get("gather", 0.0)
+            rows.append(
+                {
+                    "case": case["name"],
+                    "peer": peer["name"],
+                    "transfer": theirs["data"] / mine["transfer"],
+                    "with_gather": both / mine["transfer"],
+                    "whole": theirs["whole"] / mine["whole"],
+                }
+            )
+    return rows
+
+
+def _tenth(values: Sequence[float]) -> float:
+    return _quantile(values, 0.1)
+
+
+def _ninetieth(values: Sequence[float]) -> float:
+    return _quantile(values, 0.9)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Between the two nearest values, in proportion."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])

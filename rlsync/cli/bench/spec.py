@@ -1,0 +1,182 @@
+"""What a bench is asked to do: the two sides, where they are, and the cases. Plain data that crosses processes as JSON.
+
+Knows sizes and settings; starts nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rlsync.errors import ConfigError
+from rlsync.sync.config import SyncConfig
+from rlsync.topology import Topology
+
+AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
+ENGINES = {"tp": "tp_size", "engines": "num_engines"}
+PLACEMENTS = ("collocated", "disaggregated")
+# What the words of --mode are as weight_sync.staging.
+MODES = {"params": "auto", "ring": "always"}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A way that others sync. ``placements`` and ``devices``: where it can be."""
+
+    placements: tuple[str, ...]
+    devices: tuple[str, ...]
+    why: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "gather-broadcast": Peer(PLACEMENTS, ("cpu", "cuda"), ""),
+    "vllm-nccl": Peer(("disaggregated",), ("cuda",), "vLLM's nccl backend puts actor rank 0 and all engine workers into one NCCL group"),
+    "vllm-ipc": Peer(("collocated",), ("cuda",), "vLLM's ipc backend wants an actor rank on each engine's GPU"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way of rlsync: fields of SyncConfig."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A bench, for all of its processes.
+
+    Attributes:
+        config: content of config.json.
+        folder: of this run: config.json, sockets, floors, results.
+        actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
+        devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
+        peer_bucket_bytes: what a peer gathers at a time.
+    """
+
+    model: str
+    config: dict[str, Any]
+    axes: dict[str, int]
+    num_engines: int
+    engine_tp: int
+    placement: str
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    steps: int
+    warmup: int
+    timeout_s: float
+    folder: str
+    actor_gpus: tuple[int, ...]
+    engine_gpus: tuple[tuple[int, ...], ...]
+    devices: tuple[str, ...]
+    cuda_graphs: bool
+    token: str
+    seed: int = 0
+    peer_bucket_bytes: int = 512 * 2**20
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(**self.axes)
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.devices)
+
+    @property
+    def floors_path(self) -> Path:
+        return Path(self.folder, "floors.json")
+
+    @property
+    def outcome_path(self) -> Path:
+        return Path(self.folder, "outcome.json")
+
+    def socket(self, engine: int) -> str:
+        return str(Path(self.folder, f"engine-{engine}.sock"))
+
+
+def write(spec: Spec, path: Path) -> None:
+    path.write_bytes(msgspec.json.encode(spec))
+
+
+def read(path: str | Path) -> Spec:
+    return msgspec.json.decode(Path(path).read_bytes(), type=Spec)
+
+
+def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
+    """``tp=2,pp=1`` by full names. Raises ConfigError for what it cannot read."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in names or not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
+        if names[name] in found:
+            raise ConfigError(f"{option} {text!r}: {name} is given twice")
+        found[names[name]] = int(value)
+    return found
+
+
+def cases(options: Mapping[str, str | None], common: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Every combination of the values of ``transport``, ``sink`` and ``mode``, each a comma-separated list or None for the default.
+
+    Raises ConfigError for a value that SyncConfig refuses.
+    """
+    keys = {"transport": "transport", "sink": "sink", "mode": "staging"}
+    lists = {name: _words(name, text) for name, text in options.items() if text is not None}
+    made = []
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        settings: dict[str, Any] = {keys[name]: MODES.get(value, value) if name == "mode" else value for name, value in chosen.items()}
+        SyncConfig(**settings, **common)
+        made.append(Case(" ".join(chosen.values()) or "auto", {**settings, **common}))
+    return tuple(made)
+
+
+def _words(name: str, text: str) -> list[str]:
+    words = text.split(",")
+    if len(set(words)) != len(words) or "" in words:
+        raise ConfigError(f"--{name} {text!r}: write different words with commas between them")
+    if name == "mode" and (unknown := [word for word in words if word not in MODES]):
+        raise ConfigError(f"--mode {unknown[0]!r}: known are {', '.join(MODES)}")
+    return words
+
+
+def peers(text: str | None, placement: str, device: str) -> tuple[str, ...]:
+    """Names of PEERS; None is all that can be here, and ``none`` is none. Raises ConfigError for one that cannot be here."""
+    possible = [name for name, peer in PEERS.items() if placement in peer.placements and device in peer.devices]
+    if text is None:
+        return tuple(possible)
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise ConfigError(f"--peers {name!r}: known are {', '.join(PEERS)}, or none")
+        if name not in possible:
+            peer = PEERS[name]
+            raise ConfigError(
+                f"--peers {name} is for {' and '.join(peer.placements)} placement on {' or '.join(peer.devices)}, and this bench is "
+                f"{placement} on {device}: {peer.why}; leave it out, or choose {', '.join(possible)}"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def devices_of(
+    placement: str, num_actors: int, num_engines: int, engine_tp: int, devices: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """GPUs of actor ranks and of engine workers: in order, the same ones where collocated. On CPU (no devices): numbers only.
+
+    Raises ConfigError where there are too few.
+    """
+    first = num_actors if placement == "disaggregated" else 0
+    engines = tuple(tuple(range(first + e * engine_tp, first + (e + 1) * engine_tp)) for e in range(num_engines))
+    needed = max(num_actors, first + num_engines * engine_tp)
+    if devices and needed > len(devices):
+        raise ConfigError(
+            f"{placement}: {num_actors} actor ranks and {num_engines * engine_tp} engine workers need {needed} GPUs, and "
+            f"{len(devices)} are visible; make --actor or --rollout smaller, or use --placement collocated"
+        )
+    return tuple(range(num_actors)), engines

@@ -1,0 +1,59 @@
+"""Shapes of models by name: what a config.json says that decides sizes. No weights, no tokenizer, nothing to download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsync.errors import ConfigError
+
+_QWEN25: Mapping[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False,
+    "dtype": "bfloat16", "torch_dtype": "bfloat16", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "hidden_act": "silu", "initializer_range": 0.02, "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+
+
+def _qwen25(hidden: int, ffn: int, layers: int, heads: int, groups: int, **changes: Any) -> Mapping[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**_QWEN25, **sizes, "num_key_value_heads": groups, **changes}
+
+
+# Small enough for two CPU cores; a head has 32 elements because vLLM's attention on CPU takes no fewer.
+_TINY = _qwen25(128, 160, 4, 4, 2, vocab_size=512, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": _TINY,
+    "qwen2.5-0.5b": _qwen25(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True),
+    "qwen2.5-1.5b": _qwen25(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True),
+    "qwen2.5-7b": _qwen25(3584, 18944, 28, 28, 4),
+    "qwen2.5-32b": _qwen25(5120, 27648, 64, 40, 8),
+    "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8),
+    "qwen3-30b-a3b": {
+        **_QWEN25, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False, "max_position_embeddings": 40960,
+    },
+}  # fmt: skip
+
+
+def shape_of(model: str) -> dict[str, Any]:
+    """The config of a name of SHAPES, or of a config.json or the folder that holds it.
+
+    Raises ConfigError where it is neither, and for files that are no config.
+    """
+    if model in SHAPES:
+        return dict(SHAPES[model])
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    if not path.is_file():
+        raise ConfigError(f"{model}: neither a known shape ({', '.join(SHAPES)}) nor a config.json, nor a folder that holds one")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds {type(config).__name__}, not the object that a config.json is")
+    return config

@@ -1,0 +1,98 @@
+"""Claims about ``rlsync bench``, run as users run it: two Megatron ranks, a real engine, and what others do, on CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlsync.cli.bench import add_arguments, plan, spec
+from rlsync.cli.bench.crew import BenchError, Crew
+from tests.integration.engine_source import ENGINE_ENV
+
+REPO = Path(__file__).resolve().parents[2]
+SIDES = ["--model", "tiny", "--actor", "tp=2", "--rollout", "tp=1"]
+
+
+def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None:
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+    words = [*SIDES, "--sink", "auto,loaders", "--steps", "3", "--warmup", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsync.cli", "bench", *words], env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    ours, loaders, peer = found["cases"]
+    assert [(case["name"], case["kind"], case["right"]) for case in found["cases"]] == [
+        ("auto", "rlsync", True), ("loaders", "rlsync", True), ("gather-broadcast", "peer", True),
+    ]  # fmt: skip
+    assert loaders["report"]["sinks"] == ["loaders"]
+    (worker,) = found["workers"]
+    for case in (ours, loaders):
+        assert case["report"]["bytes"] == worker["held_bytes"] == worker["same_bytes"] == found["bytes_to_receive"]
+        assert list(case["report"]["redundancy"].values()) == [1.0]
+        assert case["data_over_floor"] == pytest.approx(case["median"]["data"] / found["floors"]["floor_s"])
+    assert found["floors"]["floor_s"] == pytest.approx(worker["held_bytes"] / 1e9 / found["floors"]["same_gb_per_s"]["cpu"])
+    for case in found["cases"]:
+        assert len(case["steps"]) == 3
+        for step in case["steps"]:
+            # Phases that follow one another are no longer than the whole; some of rlsync's overlap with the fills.
+            assert sum(step.get(phase, 0.0) for phase in ("pause", "gather", "data", "commit", "resume")) <= step["whole"]
+        assert sorted(step["whole"] for step in case["steps"])[1] == case["median"]["whole"]
+    row = found["comparisons"][0]
+    assert (row["case"], row["peer"]) == ("auto", "gather-broadcast")
+    assert row["whole"] == pytest.approx(peer["median"]["whole"] / ours["median"]["whole"])
+    assert "gather-broadcast" in done.stdout
+    assert "redundancy" in done.stdout
+    assert (tmp_path / "bench.png").read_bytes()[1:4] == b"PNG"
+    assert f"--out {tmp_path}" in found["command"]
+    assert found["versions"]["torch"]
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in word for word in p.info["cmdline"] or ())]
+
+
+def watched(folder: Path, limit_s: float, **changes: object) -> int:
+    """Start the processes of a bench and wait for their end; the most there were."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    made = replace(plan(parser.parse_args(SIDES), folder), **changes)  # type: ignore[arg-type]
+    spec.write(made, folder / "spec.json")
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, len(processes_of(folder)))
+
+    try:
+        with Crew(made, folder / "spec.json", folder / "logs") as crew:
+            crew.start()
+            crew.wait(time.monotonic() + limit_s, look)
+    finally:
+        assert most >= 4, "floors, an engine and two actor ranks"
+    return most
+
+
+def test_a_process_that_fails_ends_all_and_is_quoted(tmp_path: Path) -> None:
+    """Here the links cannot be measured, as there is no such GPU, while the others would wait for that for minutes."""
+    began_s = time.monotonic()
+    with pytest.raises(BenchError, match=r"floors ended with exit code 1(.|\n)*Traceback"):
+        watched(tmp_path, 200, devices=("none",))
+    assert time.monotonic() - began_s < 100
+    assert processes_of(tmp_path) == []
+
+
+def test_the_deadline_ends_all_and_names_who_was_still_running(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"deadline of the bench passed(.|\n)*engine0 is running"):
+        watched(tmp_path, 1)
+    assert processes_of(tmp_path) == []

@@ -1,0 +1,145 @@
+"""Claims about what ``rlsync bench`` makes of its arguments and of its numbers; nothing is started."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlsync.cli.bench import add_arguments, plan, result, spec, work
+from rlsync.cli.bench.chart import draw
+from rlsync.cli.bench.measured import Measured
+from rlsync.errors import ConfigError, PlacementError
+
+FLOORS = {
+    "same_gb_per_s": {str(gpu): 2000.0 for gpu in range(4)},
+    "peer_gb_per_s": {f"{s}->{d}": 400.0 for s in range(4) for d in range(4)},
+}
+
+
+def planned(folder: Path, *words: str) -> spec.Spec:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return plan(parser.parse_args(["--model", "qwen2.5-7b", *words]), folder)
+
+
+def on_gpus(made: spec.Spec, count: int = 4) -> spec.Spec:
+    devices = tuple(map(str, range(count)))
+    actors, engines = spec.devices_of(made.placement, made.topology.world_size, made.num_engines, made.engine_tp, devices)
+    return replace(made, devices=devices, actor_gpus=actors, engine_gpus=engines)
+
+
+def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
+    made = planned(tmp_path, "--transport", "shm,gloo", "--sink", "auto,loaders", "--bucket-bytes", "1000")
+    assert [case.name for case in made.cases] == ["shm auto", "shm loaders", "gloo auto", "gloo loaders"]
+    assert made.cases[1].settings == {"transport": "shm", "sink": "loaders", "bucket_bytes": 1000, "timeout_s": made.timeout_s}
+    assert [case.name for case in planned(tmp_path).cases] == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "qwen9"], "neither a known shape"),
+        (["--model", "qwen3-30b-a3b"], "Qwen3MoeForCausalLM"),
+        (["--actor", "tp=2,pp"], "--actor 'tp=2,pp': cannot read 'pp'"),
+        (["--rollout", "tp=2,tp=4"], "--rollout 'tp=2,tp=4': tp is given twice"),
+        (["--rollout", "tp=3"], "28 attention heads cannot be divided by 3 ranks"),
+        (["--actor", "pp=3"], "28 layers cannot be split over pp_size 3"),
+        (["--sink", "direct,fast"], "weight_sync.sink is 'fast'; known are auto, direct"),
+        (["--transport", "shm,,gloo"], "write different words with commas between them"),
+        (["--mode", "slow"], "--mode 'slow': known are params, ring"),
+        (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
+        (["--peers", "vllm-nccl"], "is for disaggregated placement on cuda, and this bench is collocated on cpu"),
+        (["--steps", "0"], "--steps is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises((ConfigError, PlacementError), match=said.replace("(", r"\(")):
+        planned(tmp_path, *words)
+
+
+def test_peers_are_those_that_can_be() -> None:
+    assert spec.peers(None, "collocated", "cuda") == ("gather-broadcast", "vllm-ipc")
+    assert spec.peers(None, "disaggregated", "cuda") == ("gather-broadcast", "vllm-nccl")
+    assert spec.peers(None, "disaggregated", "cpu") == ("gather-broadcast",)
+    assert spec.peers("none", "collocated", "cuda") == ()
+    with pytest.raises(ConfigError, match="one NCCL group; leave it out, or choose gather-broadcast, vllm-ipc"):
+        spec.peers("vllm-nccl", "collocated", "cuda")
+
+
+def test_gpus_are_shared_where_collocated_and_disjoint_where_not() -> None:
+    assert spec.devices_of("collocated", 4, 2, 2, "0123") == ((0, 1, 2, 3), ((0, 1), (2, 3)))
+    assert spec.devices_of("disaggregated", 2, 1, 2, "0123") == ((0, 1), ((2, 3),))
+    with pytest.raises(ConfigError, match="2 actor ranks and 4 engine workers need 6 GPUs, and 4 are visible"):
+        spec.devices_of("disaggregated", 2, 2, 2, "0123")
+
+
+def test_a_spec_survives_its_file(tmp_path: Path) -> None:
+    made = on_gpus(planned(tmp_path, "--actor", "tp=2", "--rollout", "tp=2"))
+    spec.write(made, tmp_path / "spec.json")
+    assert spec.read(tmp_path / "spec.json") == made
+    assert made.topology.tp_size == 2
+
+
+def test_the_floor_counts_bytes_of_the_same_gpu_and_of_others_apart(tmp_path: Path) -> None:
+    same = work.workers(on_gpus(planned(tmp_path, "--actor", "tp=2", "--rollout", "tp=2")), FLOORS)
+    apart = work.workers(on_gpus(planned(tmp_path, "--actor", "tp=2", "--rollout", "tp=2", "--placement", "disaggregated")), FLOORS)
+    halves = work.workers(on_gpus(planned(tmp_path, "--actor", "tp=2,pp=2", "--rollout", "tp=2,engines=2")), FLOORS)
+    for found in (same, apart, halves):
+        # Each byte once: two workers hold the model, but for norms and biases of q, k, v, which both hold.
+        assert all(w.held_bytes == w.same_bytes + w.peer_bytes for w in found)
+        assert sum(w.held_bytes for w in found[:2]) == pytest.approx(15.23e9, rel=1e-3)
+    assert [(w.peer_bytes, w.gpu) for w in same] == [(0, 0), (0, 1)]
+    assert same[0].floor_s == pytest.approx(same[0].held_bytes / 2000e9)
+    assert [(w.same_bytes, w.gpu) for w in apart] == [(0, 2), (0, 3)]
+    assert work.floor_s(apart) == pytest.approx(5 * work.floor_s(same))
+    for worker in halves:
+        assert 0.4 < worker.same_bytes / worker.held_bytes < 0.6
+        assert worker.floor_s == pytest.approx(worker.same_bytes / 2000e9 + worker.peer_bytes / 400e9)
+        assert worker.overlapped_floor_s == pytest.approx(worker.peer_bytes / 400e9)
+
+
+def measured(name: str, kind: str, whole: float, **changes: object) -> Measured:
+    steps = [{"data": 0.01 * n, "transfer": 0.02 * n, "whole": whole * n} for n in (1, 2, 3, 4, 10)]
+    if kind == "peer":
+        steps = [{**step, "gather": 0.5 * step["data"]} for step in steps]
+    return Measured(name=name, kind=kind, steps=steps, fingerprint="a", changes=True, **changes)  # type: ignore[arg-type]
+
+
+def summed_up(tmp_path: Path, *found: Measured) -> dict:
+    made = on_gpus(planned(tmp_path, "--actor", "tp=2", "--rollout", "tp=2"))
+    floors = {**FLOORS, "gpus": [], "convention": ""}
+    return result.summary(made, floors, found, {0: 7}, {"command": "rlsync bench"})
+
+
+def test_summaries_are_quantiles_and_quotients(tmp_path: Path) -> None:
+    whole = summed_up(tmp_path, measured("auto", "rlsync", 0.1), measured("other", "peer", 0.7))
+    ours, peer = whole["cases"]
+    assert ours["median"] == {"data": 0.03, "transfer": 0.06, "whole": pytest.approx(0.3)}
+    assert ours["p10"]["whole"] == pytest.approx(0.14)
+    assert ours["p90"]["whole"] == pytest.approx(0.76)
+    assert ours["data_over_floor"] == pytest.approx(0.03 / whole["floors"]["floor_s"])
+    assert ours["extra_memory"]["gpu_bytes"] == 7
+    assert peer["extra_memory"]["gpu_bytes"] is None
+    expected = {"transfer": 0.03 / 0.06, "with_gather": 0.045 / 0.06, "whole": 7.0}
+    assert whole["comparisons"] == [{"case": "auto", "peer": "other", **{k: pytest.approx(v) for k, v in expected.items()}}]
+    assert ours["right"] and peer["right"]
+
+
+def test_a_case_that_left_other_weights_is_not_right(tmp_path: Path) -> None:
+    stuck, other = measured("stuck", "rlsync", 0.1), measured("other", "peer", 0.1)
+    stuck.changes, other.fingerprint = False, "b"
+    refused = Measured(name="refused", kind="rlsync", error="no")
+    whole = summed_up(tmp_path, measured("auto", "rlsync", 0.1), stuck, refused, other)
+    assert [case["right"] for case in whole["cases"]] == [True, False, False, False]
+
+
+def test_a_chart_is_drawn_or_the_lack_of_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = summed_up(tmp_path, measured("auto", "rlsync", 0.1), measured("other", "peer", 0.7))
+    assert draw(whole, tmp_path / "bench.png") is None
+    assert (tmp_path / "bench.png").read_bytes()[1:4] == b"PNG"
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert "no chart was drawn" in str(draw(whole, tmp_path / "other.png"))
+    assert not (tmp_path / "other.png").exists()
