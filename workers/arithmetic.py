@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlsync.errors import ConfigError
+from workers.made_once import make_once
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
 _HEAD_DIM = 32
-_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +57,17 @@ def build_world(path: str | Path, recipe: ArithmeticRecipe) -> ArithmeticWorld:
     _check(recipe)
     folder = Path(path)
     world = ArithmeticWorld(folder / "model", folder / "train.jsonl", folder / "supervised.jsonl")
-    made = folder / _RECIPE
-    if made.is_file() and json.loads(made.read_text()) == asdict(recipe):
-        return world
-    if folder.exists() and any(folder.iterdir()):
-        if not made.is_file():
-            raise ConfigError(f"arithmetic.path {folder} exists and was not made by rlsync; name another folder or remove it")
-        shutil.rmtree(folder)
-    staging = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "model").mkdir(parents=True)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(staging / "model")
-    _make_model(recipe, tokenizer).save_pretrained(staging / "model")
-    _write_lines(staging / "train.jsonl", _training_lines(recipe))
-    _write_lines(staging / "supervised.jsonl", _supervised_lines(recipe))
-    (staging / _RECIPE).write_text(json.dumps(asdict(recipe)))
-    if folder.exists():
-        folder.rmdir()
-    # Complete or absent: an interrupted run leaves only the staging folder.
-    staging.rename(folder)
+    make_once(folder, asdict(recipe), lambda empty: _fill(empty, recipe), key="arithmetic.path")
     return world
+
+
+def _fill(folder: Path, recipe: ArithmeticRecipe) -> None:
+    (folder / "model").mkdir()
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    _make_model(recipe, tokenizer).save_pretrained(folder / "model")
+    _write_lines(folder / "train.jsonl", _training_lines(recipe))
+    _write_lines(folder / "supervised.jsonl", _supervised_lines(recipe))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

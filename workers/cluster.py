@@ -107,14 +107,16 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
     ) -> Worker:
-        """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables.
+        """Start a Ray actor on ``devices`` (all on one node), with extra environment variables.
+
+        It sees these first, and the node's other GPUs after them: memory of another GPU can be mapped only where that GPU is seen.
 
         ``ray_name`` is for Ray and the log's file name, ``name`` for messages.
         """
         places = [self.device(d) for d in devices]
         if len({p.node_id for p in places}) != 1:
             raise ConfigError(f"{name} needs devices {devices} on one node; choose sizes that do not straddle nodes")
-        visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": ",".join(str(p.gpu) for p in places)}
+        visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": self._visible(places)}
         log = None if self.log_folder is None else str(self.log_folder / f"{ray_name.replace(':', '-')}.log")
         variables = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH")))),
@@ -136,6 +138,13 @@ class Cluster:
         self._workers.append(worker)
         return worker
 
+    def _visible(self, places: Sequence[Device]) -> str:
+        """CUDA_VISIBLE_DEVICES of a process: the GPUs of its places, then the others of their node."""
+        node = next(n for n in self._nodes if n["NodeID"] == places[0].node_id)
+        names = _gpu_names(int(node["Resources"].get("GPU", 0)), os.environ.get("CUDA_VISIBLE_DEVICES") if node is self._nodes[0] else None)
+        own = [names[p.gpu] for p in places if p.gpu is not None]
+        return ",".join([*own, *(name for name in names if name not in own)])
+
     def __enter__(self) -> Cluster:
         return self
 
@@ -143,3 +152,9 @@ class Cluster:
         for worker in self._workers:
             ray.kill(worker.actor)
         ray.shutdown()
+
+
+def _gpu_names(count: int, visible: str | None) -> list[str]:
+    """How CUDA_VISIBLE_DEVICES names the GPUs of a node, in the order of Ray's count; ``visible``: the driver's own, on its node."""
+    named = [] if visible is None else visible.split(",")
+    return named if len(named) == count else [str(i) for i in range(count)]

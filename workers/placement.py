@@ -54,7 +54,8 @@ def resolve_placement(component_placement: Mapping[str, Any], num_devices: int |
 
     Args:
         component_placement: component names (several may share a key: ``actor,rollout``) to ``all``, a number, a
-            range ``0-3``, a comma list of both, or a list.
+            range ``0-3``, a comma list of both, or a list. A component's own key wins over one that it shares, so that an
+            override may move it.
         num_devices: devices of the whole cluster, or None where there are no GPUs; numbers are then process slots and
             ``all`` has no meaning.
 
@@ -63,13 +64,18 @@ def resolve_placement(component_placement: Mapping[str, Any], num_devices: int |
             actor and rollout sharing only some devices.
     """
     devices: dict[str, tuple[int, ...]] = {}
+    shared: list[tuple[list[str], Any]] = []
+    own: list[tuple[list[str], Any]] = []
     for names, value in component_placement.items():
-        for name in (part.strip() for part in names.split(",")):
+        (shared if "," in names else own).append(([part.strip() for part in names.split(",")], value))
+    for keys in (shared, own):
+        placed = [name for names, _ in keys for name in names]
+        for name in placed:
             if name not in _COMPONENTS:
                 raise ConfigError(_unknown_component(name))
-            if name in devices:
+            if placed.count(name) > 1:
                 raise ConfigError(f"cluster.component_placement names {name} twice")
-            devices[name] = _devices(name, value, num_devices)
+        devices |= {name: _devices(name, value, num_devices) for names, value in keys for name in names}
     missing = [name for name in _COMPONENTS if name not in devices]
     if missing:
         raise ConfigError(f"cluster.component_placement must place {', '.join(missing)}; it places {', '.join(devices) or 'nothing'}")

@@ -34,6 +34,12 @@ def test_disjoint_devices_are_disaggregated_and_reward_may_lie_anywhere() -> Non
     assert placement.engines(2) == ((2, 3), (4, 5)) and placement.engines(4) == ((2, 3, 4, 5),)
 
 
+def test_a_key_of_its_own_moves_a_component_out_of_a_shared_one() -> None:
+    placement = resolve_placement({"actor": "0-1", "actor,rollout,reward": "all", "rollout": "2-3"}, num_devices=4)
+    assert placement.actor == (0, 1) and placement.rollout == (2, 3) and placement.reward == (0, 1, 2, 3)
+    assert placement.mode is PlacementMode.DISAGGREGATED
+
+
 def test_process_slots_need_no_devices() -> None:
     assert resolve_placement({"actor": "0-1", "rollout,reward": 2}, num_devices=None).rollout == (2,)
 
@@ -47,7 +53,7 @@ def test_process_slots_need_no_devices() -> None:
         ),
         ({"actor": "0-3", "rollout": "0-1", "reward": 0}, "they must share all devices or none"),
         ({"actor": "0"}, "must place rollout, reward"),
-        ({"actor": "0", "actor,rollout,reward": "1"}, "names actor twice"),
+        ({"actor,rollout": "0", "actor,reward": "1"}, "names actor twice"),
         ({"aktor,rollout,reward": "0"}, "unknown component 'aktor'; did you mean 'actor'"),
         ({"actor,rollout,reward": "all", "inference": 0}, "remove inference"),
         ({"actor,rollout,reward": "0,2"}, "has a gap"),

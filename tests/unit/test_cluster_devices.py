@@ -1,0 +1,28 @@
+"""Claims about which GPUs a process of the run sees."""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.cluster import Cluster
+
+
+def cluster(*gpus_of_nodes: int) -> Cluster:
+    nodes = [{"NodeID": f"n{i}", "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"GPU": float(n)}} for i, n in enumerate(gpus_of_nodes)]
+    return Cluster(sum(gpus_of_nodes), None, nodes)
+
+
+def visible(made: Cluster, *devices: int) -> str:
+    return made._visible([made.device(d) for d in devices])
+
+
+def test_its_own_gpus_come_first_and_its_nodes_others_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made = cluster(4, 2)
+    assert visible(made, 0) == "0,1,2,3" and visible(made, 2, 3) == "2,3,0,1"
+    assert made.device(5).node_id == "n1" and visible(made, 5) == "1,0"
+
+
+def test_the_drivers_own_choice_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert visible(cluster(2, 2), 1) == "7,6" and visible(cluster(2, 2), 3) == "1,0"
