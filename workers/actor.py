@@ -16,6 +16,7 @@ from torch import Tensor
 from rlsync.bridge import AutoBridge
 from rlsync.checkpoint import Restored, load_checkpoint, save_checkpoint
 from rlsync.megatron.model import gather_parameters, iter_parameters
+from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import build_optimizer, build_scheduler
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores
@@ -81,6 +82,7 @@ class ActorRank:
         )
         if load_initial:
             load_initial_weights(self._bridge, self._models, actor)
+        self._memory = ActorMemory(self._models)
 
     def warm_start(self, steps: Sequence[Sequence[Example]], lr: float) -> list[float]:
         """Supervised steps on (prompt, response) token ids with an optimizer of their own. Returns the losses. Collective.
@@ -109,6 +111,7 @@ class ActorRank:
         # After all initial weights: it copies them.
         self._optimizer = build_optimizer(self._models, optimizer_options(actor, actor.optim.lr))
         self._scheduler = build_scheduler(self._optimizer, scheduler_options(actor))
+        self._memory = ActorMemory(self._models, self._optimizer)
         if resume_folder is None:
             return None
         if actor.megatron.no_load_optim:
@@ -116,6 +119,16 @@ class ActorRank:
             self._optimizer.reload_model_params()
             return restored
         return load_checkpoint(resume_folder, self._bridge, self._models, optimizer=self._optimizer, scheduler=self._scheduler)
+
+    # Memory, for the engines on the same devices.
+
+    def offload(self, parts: Sequence[Part]) -> int:
+        """Move parts of the actor to host memory; returns the bytes. Collective over the DP group."""
+        return self._memory.offload(*parts)
+
+    def onload(self, parts: Sequence[Part]) -> int:
+        """Move them to the device again; returns the bytes."""
+        return self._memory.onload(*parts)
 
     # Sync.
 

@@ -5,7 +5,7 @@ Owns their number and layout. Knows no step, no data and no reward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,7 @@ from workers.config import RunConfig, validate_world
 from workers.placement import resolve_placement
 from workers.remote import Worker, collect
 from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arguments
+from workers.turns import Part, plan_turns
 
 _ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
 _RANK_CLOSE_S = 5.0
@@ -33,6 +34,7 @@ class Crew:
 
     Attributes:
         topology: layout of the actor's ranks.
+        turn_plan: what of it moves in a step.
     """
 
     def __init__(self, config: RunConfig, cluster: Cluster) -> None:
@@ -42,7 +44,8 @@ class Crew:
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
-        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0)
+        self.turn_plan = plan_turns(config, self._placement.mode, on_gpu=cluster.num_gpus > 0)
+        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0, can_sleep=self.turn_plan.sleep_level > 0)
         self._num_replaced = 0
 
     @property
@@ -62,26 +65,36 @@ class Crew:
         """As in the errors of a sync."""
         return tuple(handle.engine_id for handle in self._handles)
 
-    def start(self, *, load_initial: bool) -> None:
-        """Start engines and actor ranks side by side; ranks hold initial weights where asked."""
-        config = self._config
+    def start(self, *, load_initial: bool, engines_first: Callable[[], None] | None = None) -> None:
+        """Start engines and actor ranks; ranks hold initial weights where asked.
+
+        Side by side, or engines first where something is to happen between: an engine sees how much memory its GPU has left only
+        while nobody else takes any.
+        """
         self._engines += [self._launch_engine(i) for i in range(len(self._engine_devices))]
         starting = [engine.call("start") for engine in self._engines]
-        world_size = self.topology.world_size
-        for rank, device in enumerate(self._placement.actor):
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-            self._ranks.append(
-                self._cluster.launch(
-                    ActorRank, f"{config.actor.group_name}:{rank}", (device,), config, self.topology,
-                    name=f"actor rank {rank}", environment=environment,
-                )
-            )  # fmt: skip
+        if engines_first is not None:
+            self._hold(collect(starting))
+            engines_first()
+        self._ranks += [self._launch_rank(rank) for rank in range(self.topology.world_size)]
         (port,) = collect([self._ranks[0].call("port")])
         setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
-        num_workers = collect([*starting, *setups])
-        self._handles = [
-            RayEngine(str(i), workers, engine.actor) for i, (engine, workers) in enumerate(zip(self._engines, num_workers, strict=False))
-        ]
+        if engines_first is not None:
+            collect(setups)
+        else:
+            self._hold(collect([*starting, *setups])[: len(starting)])
+
+    def _hold(self, num_workers: Sequence[int]) -> None:
+        """Handles on the engines that have started."""
+        self._handles = [RayEngine(str(i), n, engine.actor) for i, (engine, n) in enumerate(zip(self._engines, num_workers, strict=True))]
+
+    def _launch_rank(self, rank: int) -> Worker:
+        world_size, device = self.topology.world_size, self._placement.actor[rank]
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        return self._cluster.launch(
+            ActorRank, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
+            name=f"actor rank {rank}", environment=environment,
+        )  # fmt: skip
 
     @property
     def _engine_devices(self) -> Sequence[Sequence[int]]:
@@ -124,6 +137,28 @@ class Crew:
         """What each engine, by itself, answers to all prompts."""
         timeout_s = self._config.rollout.timeout_s
         return collect([engine.call("generate", prompts, sampling, None, timeout_s) for engine in self._engines])
+
+    # Memory, where actor and engines take turns.
+
+    def sleep_engines(self, level: int) -> None:
+        """Every engine gives its device memory back."""
+        self._on_engines("sleep", level)
+
+    def wake_engines(self, tag: str) -> None:
+        """Every engine that sleeps takes its ``weights``, or its ``kv_cache``, again."""
+        self._on_engines("wake", (tag,))
+
+    def offload_actor(self, parts: tuple[Part, ...]) -> None:
+        """Every rank moves these parts to the host."""
+        self.on_ranks("offload", parts)
+
+    def onload_actor(self, parts: tuple[Part, ...]) -> None:
+        """Every rank moves these parts to its device."""
+        self.on_ranks("onload", parts)
+
+    def _on_engines(self, method: str, argument: Any) -> None:
+        timeout_s = self._config.weight_sync.timeout_s
+        collect([engine.call("call", method, argument, timeout_s) for engine in self._engines])
 
     # Engines that are lost.
 

@@ -29,8 +29,8 @@ from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import difference_metrics, sample_metrics
 from workers.samples import Sample, Share, deal, with_advantages
 from workers.screen import Screen
-
-_VALIDATED_PROMPTS, _VALIDATED_TOKENS = 4, 16
+from workers.turns import Turns
+from workers.weight_check import WeightCheck
 
 
 class GrpoRunner:
@@ -73,11 +73,21 @@ class GrpoRunner:
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         fresh = prepared.resume is None
         needs_initial = fresh or config.algorithm.kl_beta != 0
+        self._turns = Turns(crew.turn_plan, crew)
+        for note in crew.turn_plan.notes:
+            self._screen.note(note)
+        check = WeightCheck(crew, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
+
+        def engines_first() -> None:
+            if check is not None:
+                check.before()
+            self._turns.first_sleep()
+
         began = time.monotonic()
-        crew.start(load_initial=needs_initial)
+        crew.start(load_initial=needs_initial, engines_first=engines_first if self._turns.alternate else None)
         self._screen.note(f"{crew.description} started in {time.monotonic() - began:.0f} s")
-        if config.rollout.validate_weight and fresh:
-            self._validate_weights()
+        if check is not None:
+            self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
@@ -89,37 +99,26 @@ class GrpoRunner:
         return int(self._prepared.hf_config["vocab_size"])
 
     def _open_log(self) -> MetricsLog:
-        config = self._config
+        config, start_step = self._config, self._prepared.start_step
         return MetricsLog(
-            config.runner.logger,
-            config_as_dict(config),
-            n_minibatches=config.algorithm.n_minibatches,
-            start_step=self._prepared.start_step,
-        )
+            config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step
+        )  # fmt: skip
 
     def _log_folder(self) -> Path | None:
         logger = self._config.runner.logger
         assert logger.log_path is not None, "load_config derives it"
         return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
 
-    def _validate_weights(self) -> None:
-        """Hold each engine's greedy answers with the HF weights it read itself against those after a first sync."""
+    def _validate_weights(self, check: WeightCheck) -> None:
+        """A first sync, between the two halves of the check."""
         self._screen.phase("validating weights")
-        prompts = [self._prepared.dataset[i].token_ids for i in range(min(_VALIDATED_PROMPTS, len(self._prepared.dataset)))]
-        greedy = {"n": 1, "temperature": 0.0, "max_tokens": _VALIDATED_TOKENS, "stop_token_ids": list(self._prepared.stop_ids)}
-        before = self._crew.answers(prompts, greedy)
+        check.before()
+        self._turns.before_sync()
         self._crew.connect()
         self._on_ranks("sync", 0)
-        after = self._crew.answers(prompts, greedy)
-        for engine, (old, new) in enumerate(zip(before, after, strict=True)):
-            for prompt, was, is_now in zip(prompts, old, new, strict=True):
-                if was[0].token_ids != is_now[0].token_ids:
-                    raise RlsyncError(
-                        f"rollout.validate_weight: to the prompt {self._decoded(prompt)} engine {engine} answered "
-                        f"{self._decoded(was[0].token_ids)} with the weights of {self._config.rollout.model.model_path}, but "
-                        f"{self._decoded(is_now[0].token_ids)} with those of the actor; do both start from the same weights?"
-                    )
-        self._screen.note(f"weights validated: {len(prompts)} greedy answers of each engine are the same before and after a sync")
+        self._turns.after_sync()
+        self._screen.note(check.after())
+        self._turns.after_rollout()
 
     def _warm_start(self, warm: WarmStartConfig) -> None:
         """Supervised steps, where the configuration asks for them."""
@@ -172,6 +171,7 @@ class GrpoRunner:
         with _timed(seconds, "time/prepare_data"):
             prompts = next(batches)
         report, samples = self._synced_rollout(prompts, step, seconds)
+        self._turns.after_rollout()
         screen.phase("reward")
         with _timed(seconds, "time/reward"):
             samples = self._reward(prompts, samples)
@@ -183,6 +183,7 @@ class GrpoRunner:
         screen.phase("training")
         with _timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", shares)[0]
+        seconds.update(self._turns.take_seconds())
         counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
         return {**sample_metrics(samples), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
@@ -190,10 +191,12 @@ class GrpoRunner:
         """Sync and roll out; once more from the sync on after lost engines were replaced, where the configuration allows it."""
         while True:
             try:
+                self._turns.before_sync()
                 self._connect()
                 self._screen.phase("sync")
                 with _timed(seconds, "time/sync_weights"):
                     report = self._on_ranks("sync", step - 1)[0]
+                self._turns.after_sync()
                 self._health.committed(self._crew.engine_ids)
                 self._screen.phase("rollout")
                 with _timed(seconds, "time/rollout"):

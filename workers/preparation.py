@@ -18,6 +18,7 @@ from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, validate_model
 from workers.data import PromptDataset, PromptForm, PromptLoader, load_problems
+from workers.seeded_model import make_seeded_model
 
 DATA_STATE = "data/data.pt"
 
@@ -59,6 +60,7 @@ def prepare(config: RunConfig) -> Preparation:
     if config.arithmetic is not None:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
+    notes += _make_seeded_model(config)
     hf_config = _hf_config(config)
     validate_model(config, hf_config)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -117,6 +119,15 @@ def _inspect(config: RunConfig, actor_folder: Path) -> tuple[int, bool]:
     model = config.actor.model
     held = inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
     return held.step, held.complete
+
+
+def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
+    """The model that the run starts from, where it is the one to be made."""
+    seeded, path = config.seeded_model, Path(config.rollout.model.model_path)
+    if seeded is None or Path(seeded.path).absolute() != path.absolute():
+        return ()
+    is_new = make_seeded_model(path, seeded.hf_config, seeded.seed)
+    return (f"{'made' if is_new else 'using'} a model of random weights in {path}; rollout.model.model_path=... names a real one",)
 
 
 def _hf_config(config: RunConfig) -> dict[str, Any]:

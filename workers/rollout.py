@@ -116,8 +116,11 @@ class RayEngine:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
-def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM."""
+def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:
+    """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM.
+
+    ``can_sleep`` puts their memory where it can be given back.
+    """
     rollout, vllm = config.rollout, config.rollout.vllm
     assert rollout.model.precision is not None, "load_config derives it"
     wanted: dict[str, Any] = {
@@ -141,6 +144,8 @@ def engine_arguments(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
         # Temperature included, so that they can be compared with the actor's.
         "logprobs_mode": "processed_logprobs",
     }
+    if can_sleep:
+        wanted["enable_sleep_mode"] = True
     if on_gpu:
         wanted["gpu_memory_utilization"] = rollout.gpu_memory_utilization
         if rollout.cuda_graph_max_bs is not None:

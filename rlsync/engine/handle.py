@@ -24,6 +24,8 @@ from rlsync.errors import ConfigError, RlsyncError
 __all__ = ["Completion", "Engine", "EngineHandle", "PauseMode"]
 
 _CLOSE_S = 15.0
+# What a sleeping engine gave back, in the order in which it is taken again.
+_TAGS = ("weights", "kv_cache")
 
 
 class Engine:
@@ -105,6 +107,8 @@ class Engine:
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean.
         """
         self._gate.wait(timeout_s)
+        if self._asleep:
+            raise ConfigError(f"engine {self.engine_id} sleeps without its {self._sleeps_without()}; wake it before it generates")
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
@@ -177,19 +181,47 @@ class Engine:
     def sleep(self, level: int, timeout_s: float) -> None:
         """Give device memory back: level 1 keeps the weights in host memory, level 2 drops them and makes the engine dirty.
 
-        Raises ConfigError where the platform cannot (CPU).
+        Requests under way are aborted. Does nothing where it sleeps already. Raises ConfigError where the platform cannot (CPU), or
+        the engine was not started with ``enable_sleep_mode``.
         """
+        if level not in (1, 2):
+            raise ConfigError(f"engine {self.engine_id}: sleep level {level} gives no memory back; there are 1 and 2")
         if not compat.can_sleep():
             raise ConfigError(f"engine {self.engine_id}: this platform has no sleep mode; leave the engine awake during training")
-        self._calls.run(self._llm.sleep(level), timeout_s)
-        self._asleep = frozenset({"weights", "kv_cache"})
-        if level >= 2:
+        if not self._args.get("enable_sleep_mode"):
+            raise ConfigError(f"engine {self.engine_id} was started without enable_sleep_mode=True, so that its memory cannot go")
+        if self._asleep:
+            return
+        if level == 2:
+            # Before, because what fails in the middle leaves nothing to answer with either.
             self.mark_dirty("its weights were dropped by sleep level 2, and no sync has followed")
+        self._calls.run(self._llm.sleep(level), timeout_s)
+        self._asleep = frozenset(_TAGS)
 
     def wake(self, tags: Sequence[str], timeout_s: float) -> None:
-        """Take memory again for ``weights`` or ``kv_cache``; a sync goes between the two."""
-        self._calls.run(self._llm.wake_up(list(tags)), timeout_s)
-        self._asleep -= frozenset(tags)
+        """Take memory again for ``weights`` or ``kv_cache``, those that are gone; a sync goes between the two.
+
+        An engine that cannot have it, because another process holds the memory, is lost: vLLM ends or stays without. RlsyncError.
+        """
+        unknown = sorted(set(tags) - set(_TAGS))
+        if unknown:
+            raise ConfigError(f"engine {self.engine_id} has no {', '.join(unknown)} to wake, only {' and '.join(_TAGS)}")
+        wanted = [tag for tag in _TAGS if tag in tags and tag in self._asleep]
+        if not wanted:
+            return
+        try:
+            self._calls.run(self._llm.wake_up(wanted), timeout_s)
+        except Exception as error:
+            self.mark_dirty(f"it could not wake its {' and '.join(wanted)}")
+            raise RlsyncError(
+                f"engine {self.engine_id} could not wake its {' and '.join(wanted)}: {type(error).__name__}: {error}; if its GPU is full, "
+                "offload more of the actor (actor.offload_weight, offload_grad, offload_optimizer) or lower "
+                "rollout.gpu_memory_utilization"
+            ) from error
+        self._asleep -= frozenset(wanted)
+
+    def _sleeps_without(self) -> str:
+        return " and ".join(tag for tag in _TAGS if tag in self._asleep)
 
     def call_workers(self, method: str, arguments: Sequence[Any], timeout_s: float) -> list[Any]:
         """What a method of every worker returns, by worker rank; for instance one of a ``worker_extension_cls``."""

@@ -42,10 +42,10 @@ class ActorMemory:
 
     Args:
         models: chunks of this rank, wrapped in Megatron's DistributedDataParallel where they have gradients.
-        optimizer: of these chunks, from ``build_optimizer``.
+        optimizer: of these chunks, from ``build_optimizer``; None as long as there is none.
     """
 
-    def __init__(self, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None = None) -> None:
         self._models, self._optimizer = models, optimizer
         self._away: dict[Part, tuple[_Away, ...]] = {}
         self._host = {part: _HostMemory() for part in PARTS}
@@ -63,7 +63,7 @@ class ActorMemory:
         going = [part for part in PARTS if part in parts and self.is_resident(part)]
         if "weights" in going:
             gather_parameters(self._models)
-        if "grads" in going:
+        if "grads" in going and self._optimizer is not None:
             self._optimizer.zero_grad()  # main gradients are copies of what goes, or views of it
         found = {part: self._copied(part) for part in going}
         if going and compute_device().type == "cuda":
@@ -109,9 +109,12 @@ class ActorMemory:
         if part == "grads":
             return tuple(_Away(storage, storage.nbytes(), None) for storage in _storages(_gradients(self._models)))
         storages = _storages(p for model in self._models for p in model.parameters())
+        if part == "optimizer" and self._optimizer is None:
+            return ()
         if part == "optimizer":
             # Main parameters of a fp32 model are views of the model's own.
             others = {s.data_ptr() for s in (*storages, *_storages(_gradients(self._models)))}
+            assert self._optimizer is not None
             storages = [s for s in _storages(_optimizer_tensors(self._optimizer)) if s.data_ptr() not in others]
         _check_movable(part, storages)
         found, offset = [], 0

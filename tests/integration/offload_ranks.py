@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from rlsync.errors import RlsyncError
 from rlsync.megatron.model import iter_parameters
-from rlsync.megatron.offload import PARTS, ActorMemory
+from rlsync.megatron.offload import PARTS, ActorMemory, Part
 from rlsync.megatron.parallel import compute_device, destroy_parallel
 from tests.integration.megatron_ranks import Actor
 
@@ -30,7 +30,7 @@ def goes_on_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Map
         print(f"OFFLOADED {case['model']} {case['topology']}", flush=True)
 
 
-def _run(case: Mapping[str, Any], expected: Mapping[str, Any], *, moves: bool, spoil: str | None = None) -> tuple[list[Any], str]:
+def _run(case: Mapping[str, Any], expected: Mapping[str, Any], *, moves: bool, spoil: Part | None = None) -> tuple[list[Any], str]:
     actor = Actor(expected["folder"], case)
     actor.steps(expected["batch"], 2)
     memory = ActorMemory(actor.models, actor.optimizer)
@@ -45,7 +45,7 @@ def _run(case: Mapping[str, Any], expected: Mapping[str, Any], *, moves: bool, s
     return results, digest
 
 
-def _away_and_back(actor: Actor, memory: ActorMemory, spoil: str | None) -> None:
+def _away_and_back(actor: Actor, memory: ActorMemory, spoil: Part | None) -> None:
     parameters = [p for _, _, _, p in iter_parameters(actor.models)]
     before, nbytes = actor.digest(), sum(p.nbytes for p in parameters)
     held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

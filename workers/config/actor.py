@@ -148,6 +148,9 @@ class ActorConfig:
     spec_name: Literal["decoder_gpt", "local_gpt", "te_gpt"] = key(
         "decoder_gpt", "layer implementation: local, TransformerEngine, or (decoder_gpt) TransformerEngine where installed"
     )
+    offload_weight: bool = key(False, "weights are in host memory during the rollout; where actor and engines share GPUs")
+    offload_grad: bool = key(False, "gradient buffers have no memory during sync and rollout; where actor and engines share GPUs")
+    offload_optimizer: bool = key(False, "optimizer state is in host memory during sync and rollout; where actor and engines share GPUs")
     enable_dp_load_balance: bool = key(False, "deal samples to data-parallel ranks by length")
     seed: int = key(1234, "of dropout, initialisation and shuffle_rollout")
     micro_batch_size: int | None = key(None, "derived: algorithm.training_batch_size_per_gpu")

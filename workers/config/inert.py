@@ -77,7 +77,6 @@ INERT = (
     Inert(("data.dataset_name",), "a label; runner.experiment_name names the run"),
     Inert(("rollout.vllm.enable_flash_infer_sampler",), "vLLM reads VLLM_USE_FLASHINFER_SAMPLER from the environment"),
     Inert(("rollout.vllm.torch_profiler_dir",), "no profiler in the engines", (None,)),
-    Inert(("actor.offload_optimizer", "actor.offload_weight", "actor.offload_grad"), "the actor's memory stays resident"),
     Inert(
         ("actor.model.freeze_language_model", "actor.model.freeze_vision_model", "actor.model.freeze_vision_projection"),
         "no vision-language models",

@@ -153,6 +153,11 @@ class RolloutConfig:
     max_running_requests: int = key(64, "sequences an engine runs at once")
     timeout_s: float = key(3600.0, "deadline of one step's rollout; an engine that gives no sign of life then counts as lost")
     max_engine_restarts: int = key(0, "lost engines that a run may replace, synced before they serve; 0: a lost engine ends the run")
+    sleep_level: Literal[0, 1, 2] | None = key(
+        None,
+        "what engines give back while the actor has their GPUs: 2: all; 1: weights wait in host memory; 0: nothing; "
+        "null: 2 where actor and engines share GPUs, else 0",
+    )
     cuda_graph_max_bs: int | None = key(None, "largest batch captured in a CUDA graph; null: vLLM's default")
 
 
@@ -232,6 +237,15 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SeededModelConfig:
+    """``seeded_model``: a model of given shapes with seeded random weights, made locally; absent: none is made."""
+
+    path: str = key(doc="folder that receives it, made unless it holds it already; used where rollout.model.model_path names it")
+    seed: int = key(0, "of the weights")
+    hf_config: Mapping[str, Any] = key(doc="content of its config.json; token ids and dtype are added")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """A whole run, validated. ``load_config`` makes it; components receive the parts they need as plain arguments."""
 
@@ -245,3 +259,4 @@ class RunConfig:
     weight_sync: WeightSyncConfig = key(WeightSyncConfig(), "")
     warm_start: WarmStartConfig | None = key(None, "")
     arithmetic: ArithmeticConfig | None = key(None, "")
+    seeded_model: SeededModelConfig | None = key(None, "")
