@@ -107,9 +107,7 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
     ) -> Worker:
-        """Start a Ray actor on ``devices`` (all on one node), with extra environment variables.
-
-        It sees these first, and the node's other GPUs after them: memory of another GPU can be mapped only where that GPU is seen.
+        """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables.
 
         ``ray_name`` is for Ray and the log's file name, ``name`` for messages.
         """
@@ -139,11 +137,10 @@ class Cluster:
         return worker
 
     def _visible(self, places: Sequence[Device]) -> str:
-        """CUDA_VISIBLE_DEVICES of a process: the GPUs of its places, then the others of their node."""
+        """CUDA_VISIBLE_DEVICES of a process."""
         node = next(n for n in self._nodes if n["NodeID"] == places[0].node_id)
         names = _gpu_names(int(node["Resources"].get("GPU", 0)), os.environ.get("CUDA_VISIBLE_DEVICES") if node is self._nodes[0] else None)
-        own = [names[p.gpu] for p in places if p.gpu is not None]
-        return ",".join([*own, *(name for name in names if name not in own)])
+        return ",".join(names[p.gpu] for p in places if p.gpu is not None)
 
     def __enter__(self) -> Cluster:
         return self

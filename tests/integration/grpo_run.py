@@ -1,6 +1,6 @@
 """Runs the GRPO loop of the tiny default with one part broken on purpose, or on other devices.
 
-python -m tests.integration.grpo_run FAULT [--placement JSON] key=value ...
+python -m tests.integration.grpo_run FAULT [--placement JSON] [--config NAME] key=value ...
 """
 
 from __future__ import annotations
@@ -32,16 +32,34 @@ class WithoutSync(GrpoRunner):
         return self._first
 
 
-RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync}
+class NeverSynced(GrpoRunner):
+    """Engines answer with the weights that they read from ``rollout.model.model_path`` themselves (``rollout.validate_weight``)."""
+
+    def _synced_rollout(self, prompts: Any, step: int, seconds: dict[str, float]) -> tuple[Any, list[Any]]:
+        self._turns.before_sync()
+        self._turns.after_sync()
+        return NoReport(), self._rollout(prompts, step)
+
+
+class NoReport:
+    """Of no sync."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced}
 
 if __name__ == "__main__":
     fault, *overrides = sys.argv[1:]
-    placement = None
+    placement, config = None, "arithmetic-grpo-megatron"
     if overrides[:1] == ["--placement"]:
         placement, overrides = json.loads(overrides[1]), overrides[2:]
+    if overrides[:1] == ["--config"]:
+        config, overrides = overrides[1], overrides[2:]
     register_resolvers()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("arithmetic-grpo-megatron", overrides=lenient_overrides(overrides))
+        composed = compose(config, overrides=lenient_overrides(overrides))
     if placement is not None:
         composed.cluster.component_placement = placement
     sys.exit(exit_code(lambda: RUNNERS[fault](load_config(composed)).run()))

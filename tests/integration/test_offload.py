@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ BATCH = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    root = tmp_path_factory.mktemp("models")
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def make_models(root: Path) -> dict[str, dict[str, Any]]:
     return {family: {"folder": str(save_tiny_model(root / family, family)), "batch": BATCH} for family in ("qwen2", "qwen3")}
 
 
