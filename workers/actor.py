@@ -132,8 +132,12 @@ class ActorRank:
 
     # Sync.
 
-    def connect(self, engines: Sequence[RayEngine]) -> None:
-        """Connect to the engines, anew where connected; versions then start over. Collective."""
+    def connect(self, engines: Sequence[RayEngine], stays: bool) -> None:
+        """Connect to the engines, anew where connected; versions then start over. Collective.
+
+        Args:
+            stays: whether the weights are never offloaded, so that engines may keep them mapped.
+        """
         if self._syncer is not None:
             self._syncer.close()
         sync = self._config.weight_sync
@@ -150,7 +154,7 @@ class ActorRank:
         )
         device = compute_device()
         self._syncer = WeightSyncer(
-            MegatronSource(self._bridge, self._models),
+            MegatronSource(self._bridge, self._models, stays=stays),
             engines if self._rank == 0 else (),
             config,
             rank=self._rank,

@@ -114,7 +114,7 @@ class Crew:
 
     def connect(self) -> None:
         """Connect the actor to all engines, anew where connected."""
-        self.on_ranks("connect", self._handles)
+        self.on_ranks("connect", self._handles, "weights" not in self.turn_plan.parts)
 
     def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
         """One call on every actor rank."""

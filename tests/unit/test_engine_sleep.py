@@ -15,6 +15,7 @@ class Sleeper:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.full = False
+        self.engine_core = self
 
     async def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
@@ -24,7 +25,7 @@ class Sleeper:
             raise RuntimeError("CUDA Error: out of memory")
         self.calls.append("wake " + " ".join(tags))
 
-    async def pause_generation(self, **_: object) -> None: ...
+    async def pause_scheduler_async(self, **_: object) -> None: ...
 
     async def resume_generation(self) -> None: ...
 
