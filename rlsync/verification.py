@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 OFF, SAMPLED, FULL = MODES = ("off", "sampled", "full")
 # ``sampled`` verifies every region in the first sync of a connection and at least once in this many consecutive ones.
 SAMPLE_PERIOD = 16
 
 
-def round_of(mode: str, turn: int) -> int:
-    """Syncs with the same number verify the same regions: -1 stands for all of them."""
-    return -1 if mode == FULL or (mode == SAMPLED and turn == 1) else turn % SAMPLE_PERIOD
+def num_rounds(mode: str) -> int:
+    """Regions are verified in rounds: the ones of a round together, in the same syncs."""
+    return {OFF: 0, SAMPLED: SAMPLE_PERIOD, FULL: 1}[mode]
+
+
+def round_of(mode: str, number: int) -> int:
+    """The round that region ``number`` of a stream is in."""
+    return number % num_rounds(mode)
+
+
+def rounds_in(mode: str, turn: int) -> Sequence[int]:
+    """Rounds whose turn it is in the ``turn``-th sync of a connection, counted from 1."""
+    return (turn % SAMPLE_PERIOD,) if mode == SAMPLED and turn != 1 else range(num_rounds(mode))
 
 
 def is_verified(mode: str, number: int, turn: int) -> bool:
-    """Whether region ``number`` of a stream is verified in the ``turn``-th sync of a connection, counted from 1."""
-    return mode == FULL or (mode == SAMPLED and (turn == 1 or number % SAMPLE_PERIOD == turn % SAMPLE_PERIOD))
+    """Whether region ``number`` of a stream is verified in the ``turn``-th sync of a connection."""
+    return mode != OFF and round_of(mode, number) in rounds_in(mode, turn)

@@ -9,26 +9,46 @@ import torch
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cuda import CudaCopyProgram, strided
 
+# Views of one round of those that belong to a key.
+Views = Callable[[int], Sequence[torch.Tensor]]
+
 
 class Sums:
-    """On CUDA one launch a call, bound once and again when memory has moved; elsewhere ``checksums``. Keeps no memory alive."""
+    """On CUDA one launch for each round, bound once and again when memory has moved; elsewhere ``checksums``. Keeps no memory alive.
+
+    A round of a key is a group of views that are summed up together.
+    """
 
     def __init__(self) -> None:
-        self._bound: dict[Hashable, tuple[Sequence[int], CudaCopyProgram]] = {}
+        self._bound: dict[tuple[Hashable, int], tuple[object, CudaCopyProgram]] = {}
 
-    def of(self, key: Hashable, places: Sequence[int], views: Callable[[], Sequence[torch.Tensor]]) -> list[int]:
-        """Checksums of ``views()``, after everything that this thread's stream has been given. Waits for them. Not collective.
+    def prepare(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> None:
+        """Do what would otherwise be done at the first call of ``of`` for each round."""
+        for number in rounds:
+            self._program(key, number, place, views)
+
+    def of(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> list[int]:
+        """Checksums of the views of some rounds, one round after another, after everything that the current stream has been given.
+
+        Waits for them. Not collective.
 
         Args:
-            key: names what is summed up; same key, same views, but for where they lie.
-            places: addresses of the memory that they lie in.
+            key: same key and round, same views, but for where they lie.
+            place: equal where they lie where they did: addresses of the memory that they are in.
         """
-        known = self._bound.get(key)
-        if known is None or known[0] != places:
-            made = views()
+        programs = [self._program(key, number, place, views) for number in rounds]
+        for program in programs:
+            if isinstance(program, CudaCopyProgram):
+                program.run()
+        return [v for p in programs for v in (p.checksums() if isinstance(p, CudaCopyProgram) else checksums(p))]
+
+    def _program(self, key: Hashable, number: int, place: object, views: Views) -> CudaCopyProgram | Sequence[torch.Tensor]:
+        """On CUDA a program, elsewhere the views themselves."""
+        known = self._bound.get((key, number))
+        if known is None or known[0] != place:
+            made = views(number)
             if not made or not made[0].is_cuda:
-                return checksums(made)
-            known = places, CudaCopyProgram([(None, strided(view)) for view in made], device=made[0].device, summed=True)
-            self._bound[key] = known
-        known[1].run()
-        return known[1].checksums()
+                return made
+            known = place, CudaCopyProgram([(None, strided(view)) for view in made], device=made[0].device, summed=True)
+            self._bound[key, number] = known
+        return known[1]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from rlsync.control.shares import WorkerShare
 from rlsync.copy.cpu import region
-from rlsync.copy.sums import Sums
+from rlsync.copy.sums import Sums, Views
 from rlsync.errors import RlsyncError
 from rlsync.staging import Region
-from rlsync.verification import is_verified, round_of
+from rlsync.verification import num_rounds, round_of, rounds_in
 
 
 class MismatchError(RlsyncError):
@@ -24,19 +25,20 @@ class Verifier:
     def __init__(self, share: WorkerShare) -> None:
         self._share = share
         self._sums = Sums()
-        self._chosen: dict[tuple[int, int], tuple[Region, ...]] = {}
+        self._rounds = [_by_round(part.regions, share.verify) for part in share.parts]
+
+    def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Make ready to verify a bucket in these buffers."""
+        self._sums.prepare(bucket, list(self._rounds[bucket]), _place(buffers), self._views(bucket, buffers))
 
     def compare(self, bucket: int, buffers: Mapping[str, torch.Tensor], sent: Mapping[int, int], turn: int) -> None:
         """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; ``sent`` is by region.
 
         Raises MismatchError naming those that differ.
         """
-        key = bucket, round_of(self._share.verify, turn)
-        if key not in self._chosen:
-            self._chosen[key] = tuple(r for r in self._share.parts[bucket].regions if is_verified(self._share.verify, r.number, turn))
-        chosen = self._chosen[key]
-        places = [tensor.data_ptr() for tensor in buffers.values()]
-        held = self._sums.of(key, places, lambda: [region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in chosen])
+        rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
+        chosen = [r for number in rounds for r in self._rounds[bucket][number]]
+        held = self._sums.of(bucket, rounds, _place(buffers), self._views(bucket, buffers))
         findings = [
             f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
             + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
@@ -46,3 +48,19 @@ class Verifier:
         if findings:
             more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
             raise MismatchError(f"{len(findings)} of {len(chosen)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}")
+
+    def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
+        rounds = self._rounds[bucket]
+        return lambda number: [region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in rounds[number]]
+
+
+def _by_round(regions: Sequence[Region], mode: str) -> dict[int, list[Region]]:
+    """Regions that are ever verified, by the round that they are in."""
+    found: dict[int, list[Region]] = defaultdict(list)
+    for r in regions if num_rounds(mode) else ():
+        found[round_of(mode, r.number)].append(r)
+    return dict(found)
+
+
+def _place(buffers: Mapping[str, torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in buffers.values()]

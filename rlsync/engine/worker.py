@@ -173,12 +173,13 @@ class Receiver(WeightTransferEngine):
 
     def _prepare(self, loans: Sequence[m.Lender]) -> None:
         """What every sync would do alike is done once."""
-        assert self._share is not None and self._sink is not None and self._inlet is not None
+        assert self._share is not None and self._sink is not None and self._inlet is not None and self._verifier is not None
         self._inlet.borrow(loans)
         for bucket, part in enumerate(self._share.parts):
             buffers = self._sink.standing(bucket) if part.nbytes else None
             if buffers is not None:
                 self._inlet.prepare(bucket, buffers)
+                self._verifier.prepare(bucket, buffers)
         self._inlet.rest()
 
     def start_weight_update(self) -> None:

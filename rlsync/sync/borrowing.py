@@ -20,10 +20,11 @@ from rlsync.transport.parcels import make_parcel, placed
 
 @dataclass(slots=True)
 class _Bound:
-    """Copies of one bucket, and the addresses of the buffers that they write."""
+    """Copies of one bucket and the addresses of the buffers that they write; and those buffers, where they are to be known again."""
 
     places: list[int]
     program: CudaCopyProgram
+    buffers: Mapping[str, torch.Tensor] | None = None
 
 
 class LoanInlet:
@@ -61,7 +62,7 @@ class LoanInlet:
 
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         self._open()
-        self._bind(bucket, buffers)
+        self._bind(bucket, buffers).buffers = buffers
 
     def fetch(self, bucket: int, buckets_ready: int) -> LoanArrival:
         self._open()
@@ -125,8 +126,10 @@ class LoanInlet:
         self._is_open = False
 
     def _bind(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> _Bound:
-        places = [tensor.data_ptr() for tensor in buffers.values()]
         known = self._bound.get(bucket)
+        if known is not None and known.buffers is buffers:
+            return known
+        places = [tensor.data_ptr() for tensor in buffers.values()]
         if known is not None and known.places == places:
             return known
         wholes = {name: _whole(tensor) for name, tensor in buffers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,12 +14,12 @@ from rlsync.control.shares import ActorParcel, ActorPart, ActorShare
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram
-from rlsync.copy.sums import Sums
+from rlsync.copy.sums import Sums, Views
 from rlsync.errors import PlacementError
 from rlsync.staging import Region
 from rlsync.transport.gloo import Outbox
 from rlsync.transport.parcels import make_parcel, placed
-from rlsync.verification import is_verified, round_of
+from rlsync.verification import num_rounds, round_of, rounds_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,18 @@ class Filling:
     sums: tuple[Sum, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Regions that are verified together, with their streams: those that arrive as they are, and those that are cast."""
+
+    same: list[tuple[int, Region]]
+    cast: list[tuple[int, Region]]
+
+
 class _Program(Protocol):
     def run(self) -> int: ...
 
 
-# A region and its stream.
-_Given = tuple[int, Region]
 # Destination and source.
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,7 +70,7 @@ class Filler:
         self._share, self._buffers, self._slots, self._stage, self._outbox = share, buffers, slots, stage, outbox
         self._programs: dict[int, tuple[_Program, ...]] = {}
         self._sums = Sums()
-        self._chosen: dict[tuple[int, int], tuple[list[_Given], list[_Given]]] = {}
+        self._rounds = [self._by_round(bucket) for bucket in range(len(share.parts))]
         self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
         self._addresses = self._find()
 
@@ -127,26 +134,36 @@ class Filler:
             for parcel, message in self._outbox.messages(bucket):
                 yield from zip(parcel.views(message), map(self._view, parcel.regions), strict=True)
 
+    def prepare(self) -> None:
+        """Do what the first syncs would otherwise do once."""
+        for bucket, rounds in enumerate(self._rounds):
+            self._sums.prepare(bucket, list(rounds), self._addresses, self._views(bucket))
+
     def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
         """Of the regions whose turn it is, in the dtype in which they arrive."""
-        key = bucket, round_of(self._share.verify, turn)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(bucket, turn)
-        same, cast = self._chosen[key]
-        values = self._sums.of(key, self._addresses, lambda: [self._view(r) for _, r in same])
+        rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
+        same = [given for number in rounds for given in self._rounds[bucket][number].same]
+        cast = [given for number in rounds for given in self._rounds[bucket][number].cast]
+        values = self._sums.of(bucket, rounds, self._addresses, self._views(bucket))
+        # A cast makes new memory each time, to which nothing can be bound.
         values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
         return tuple(Sum(stream, r.number, value) for (stream, r), value in zip((*same, *cast), values, strict=True))
 
-    def _choose(self, bucket: int, turn: int) -> tuple[list[_Given], list[_Given]]:
-        """Regions that are verified, with their streams: those that arrive as they are, and those that are cast."""
+    def _views(self, bucket: int) -> Views:
+        return lambda number: [self._view(r) for _, r in self._rounds[bucket][number].same]
+
+    def _by_round(self, bucket: int) -> dict[int, _Round]:
+        """Everything that is given of a bucket and ever verified."""
         share = self._share
         given: list[ActorPart | ActorParcel] = [*share.parts[bucket], *share.parcels[bucket]]
         given += [part for table in (share.lent, share.staged) if table for part in table[bucket]]
-        chosen = [(p.stream, r) for p in given for r in p.regions if is_verified(share.verify, r.number, turn)]
-        is_cast = [str(self._buffers[r.source_buffer].dtype) != f"torch.{r.dtype}" for _, r in chosen]
-        return [c for c, cast in zip(chosen, is_cast, strict=True) if not cast], [
-            c for c, cast in zip(chosen, is_cast, strict=True) if cast
-        ]
+        rounds: dict[int, _Round] = defaultdict(lambda: _Round([], []))
+        for part in given if num_rounds(share.verify) else ():
+            for r in part.regions:
+                found = rounds[round_of(share.verify, r.number)]
+                is_cast = str(self._buffers[r.source_buffer].dtype) != f"torch.{r.dtype}"
+                (found.cast if is_cast else found.same).append((part.stream, r))
+        return dict(rounds)
 
     def _view(self, r: Region) -> torch.Tensor:
         return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)

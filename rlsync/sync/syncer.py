@@ -189,6 +189,7 @@ class WeightSyncer:
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
         slots, outbox, lender = self._carriers.slots(), self._carriers.outbox, self._carriers.lender
         filler = Filler(share, self._source.buffers, slots, outbox, [] if lender is None else lender.slots)
+        filler.prepare()
         self._connection = Connection(
             self._peer,
             len(share.parts),

@@ -46,6 +46,7 @@ class PlacedSink:
         self._direct = DirectBuffers(model, (name for name in last if sinks[name] == "direct"))
         self._layerwise = LayerwiseBuffers(model, {name: b for name, b in last.items() if sinks[name] == "layerwise"}, fills)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
+        self._standing: list[Mapping[str, torch.Tensor] | None] = []
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 
     differences = ()
@@ -53,6 +54,10 @@ class PlacedSink:
     def standing(self, bucket: int) -> Mapping[str, torch.Tensor] | None:
         """Live buffers, where all of the bucket are written directly."""
         return self._direct.group(self._names[bucket]) if self._is_direct[bucket] else None
+
+    def _in_progress(self, bucket: int) -> dict[str, torch.Tensor]:
+        """Buffers of a bucket, some of modules that are put into checkpoint layout for it."""
+        return {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in self._names[bucket]}
 
     @property
     def peak_extra_bytes(self) -> int:
@@ -62,19 +67,20 @@ class PlacedSink:
     @torch.no_grad()
     def open(self) -> None:
         """Begin: from now on the model holds no version until ``close``."""
+        # Nothing else runs in this process until the bytes have landed.
+        self._standing = [self.standing(bucket) for bucket in range(len(self._names))]
         write_fills(self._direct_fills, {fill.buffer: self._direct[fill.buffer] for fill in self._direct_fills})
         self._layerwise.complete_after(-1)
 
     @torch.no_grad()
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """As every sink. ``landed`` gets live memory where the sink is ``direct``."""
-        buffers = self.standing(bucket)
-        if buffers is None:
-            buffers = {name: self._direct[name] if name in self._direct else self._layerwise[name] for name in self._names[bucket]}
+        standing = self._standing[bucket]
+        buffers = self._in_progress(bucket) if standing is None else standing
         arrival.land(buffers)
         landed(buffers)
         # The buffers of a module would outlive its completion.
-        del buffers
+        del buffers, standing
         self._layerwise.complete_after(bucket)
 
     @torch.no_grad()
