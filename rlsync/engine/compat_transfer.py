@@ -18,11 +18,19 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
-def replace_engine(worker: Any, backend: str) -> None:
-    """What a worker does when it loads a model (``gpu_worker.py``, ``load_model``), with another backend."""
-    worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
-        WeightTransferConfig(backend=backend), worker.vllm_config, worker.device, worker.model_runner.get_model()
-    )
+def replace_engine(worker: Any, backend: str | None, kept: Any) -> Any:
+    """Give a worker a new weight-transfer engine, as it makes one when it loads a model (``gpu_worker.py``), or ``kept`` for None.
+
+    Returns the one it had.
+    """
+    former = worker.weight_transfer_engine
+    if backend is None:
+        worker.weight_transfer_engine = kept
+    else:
+        worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
+            WeightTransferConfig(backend=backend), worker.vllm_config, worker.device, worker.model_runner.get_model()
+        )
+    return former
 
 
 def nccl_init_info(host: str, port: int, rank_offset: int, size: int) -> dict[str, Any]:

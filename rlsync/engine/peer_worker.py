@@ -35,10 +35,19 @@ def broadcast(group: Any, tensor: torch.Tensor) -> Any:
     return group.broadcast([tensor], options)
 
 
+def leave_group(group: Any) -> None:
+    """End one's part of a group of which nobody wants anything any more; None is no group. Waits for nobody."""
+    # Not there in a build without NCCL; gloo's ends with its last reference.
+    nccl: Any = getattr(torch.distributed, "ProcessGroupNCCL", None)
+    if nccl is not None and isinstance(group, nccl):
+        group.abort()
+
+
 class PeerWorker:
     """Methods that vLLM mixes into its worker. Each begins with ``bench_``, as vLLM refuses names that a worker has."""
 
     bench_group: Any = None
+    bench_own: Any = None
     device: Any
     rank: int
     model_runner: Any
@@ -54,6 +63,7 @@ class PeerWorker:
         self.bench_group = join_group(store, rank_offset + self.rank, size, timeout_s, on_gpu=self.bench_on_gpu())
 
     def bench_leave(self) -> None:
+        leave_group(self.bench_group)
         self.bench_group = None
 
     def bench_on_gpu(self) -> bool:
@@ -98,11 +108,12 @@ class PeerWorker:
 
     # vLLM's own weight transfer.
 
-    def bench_use(self, backend: str) -> None:
-        """Put another of vLLM's weight-transfer engines in the place of the present one."""
+    def bench_use(self, backend: str | None) -> None:
+        """Put another of vLLM's weight-transfer engines in the place of rlsync's; None puts rlsync's back."""
         from rlsync.engine import compat_transfer
 
-        compat_transfer.replace_engine(self, backend)
+        former = compat_transfer.replace_engine(self, backend, self.bench_own)
+        self.bench_own = former if backend is not None else None
 
     # What it holds and used.
 

@@ -24,7 +24,7 @@ SIDES = ["--model", "tiny", "--actor", "tp=2", "--rollout", "tp=1"]
 
 def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
-    words = [*SIDES, "--sink", "auto,loaders", "--steps", "3", "--warmup", "1", "--out", str(tmp_path)]
+    words = [*SIDES, "--sink", "auto,loaders", "--steps", "3", "--warmup", "1", "--deadline-s", "230", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "rlsync.cli", "bench", *words], env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path}, capture_output=True,
         text=True, timeout=240,

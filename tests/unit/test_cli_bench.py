@@ -111,7 +111,7 @@ def measured(name: str, kind: str, whole: float, **changes: object) -> Measured:
 def summed_up(tmp_path: Path, *found: Measured) -> dict:
     made = on_gpus(planned(tmp_path, "--actor", "tp=2", "--rollout", "tp=2"))
     floors = {**FLOORS, "gpus": [], "convention": ""}
-    return result.summary(made, floors, found, {0: 7}, {"command": "rlsync bench"})
+    return result.summary(made, floors, found, {0: {"1": 7}}, {"command": "rlsync bench"})
 
 
 def test_summaries_are_quantiles_and_quotients(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_summaries_are_quantiles_and_quotients(tmp_path: Path) -> None:
     assert ours["p10"]["whole"] == pytest.approx(0.14)
     assert ours["p90"]["whole"] == pytest.approx(0.76)
     assert ours["data_over_floor"] == pytest.approx(0.03 / whole["floors"]["floor_s"])
-    assert ours["extra_memory"]["gpu_bytes"] == 7
+    assert ours["extra_memory"]["gpu_bytes"] == {"1": 7}
     assert peer["extra_memory"]["gpu_bytes"] is None
     expected = {"transfer": 0.03 / 0.06, "with_gather": 0.045 / 0.06, "whole": 7.0}
     assert whole["comparisons"] == [{"case": "auto", "peer": "other", **{k: pytest.approx(v) for k, v in expected.items()}}]

@@ -14,8 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -25,10 +26,8 @@ from rlsync.cli.bench.crew import BenchError, Crew
 from rlsync.cli.bench.measured import Measured
 from rlsync.cli.bench.memory import Watch
 from rlsync.cli.shapes import SHAPES, shape_of
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from rlsync.topology import Topology
-
-_TIMEOUT_S = 300.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=10, help="measured steps of each case")
     add("--warmup", type=int, default=3, help="steps before them")
     add("--cuda-graphs", action="store_true", help="let the engines compile and capture, which takes a minute more to start")
+    add("--timeout-s", type=float, default=120.0, help="weight_sync.timeout_s, and of each call of an engine")
     add("--deadline-s", type=float, default=1200.0, help="of the whole bench; then all processes are killed")
     add("--out", type=Path, default=Path("rlsync-bench"), help="folder for bench.json, bench.png and logs/")
 
@@ -83,7 +83,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     axes = specs.sizes(arguments.actor, specs.AXES, "--actor")
     engines = {"tp_size": 1, "num_engines": 1, **specs.sizes(arguments.rollout, specs.ENGINES, "--rollout")}
     devices = _devices()
-    common = {"timeout_s": _TIMEOUT_S, "verify": arguments.verify, "bucket_bytes": arguments.bucket_bytes}
+    common = {"timeout_s": arguments.timeout_s, "verify": arguments.verify, "bucket_bytes": arguments.bucket_bytes}
     num_actors = Topology(**axes).world_size
     actor_gpus, engine_gpus = specs.devices_of(arguments.placement, num_actors, engines["num_engines"], engines["tp_size"], devices)
     spec = specs.Spec(
@@ -100,7 +100,8 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         peers=specs.peers(arguments.peers, arguments.placement, "cuda" if devices else "cpu"),
         steps=arguments.steps,
         warmup=arguments.warmup,
-        timeout_s=_TIMEOUT_S,
+        timeout_s=arguments.timeout_s,
+        start_s=arguments.deadline_s,
         folder=str(folder),
         actor_gpus=actor_gpus,
         engine_gpus=engine_gpus,
@@ -128,12 +129,13 @@ def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:
     spec_path = Path(spec.folder, "spec.json")
     specs.write(spec, spec_path)
     watch: Watch | None = None
-    told = 0
+    unwatched, told = spec.on_gpu, 0
 
     def look() -> None:
-        nonlocal watch, told
-        if watch is None and spec.on_gpu and spec.floors_path.exists():
-            watch = Watch([gpu["uuid"] for gpu in json.loads(spec.floors_path.read_text())["gpus"]])
+        nonlocal watch, unwatched, told
+        if unwatched and spec.floors_path.exists():
+            unwatched = False
+            watch = _watch(json.loads(spec.floors_path.read_text())["gpus"])
         found = _found(spec)
         for one in found[told:]:
             print(f"{one.kind} {one.name}: {one.error or 'done'}", file=sys.stderr, flush=True)
@@ -149,6 +151,15 @@ def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:
     return watch
 
 
+def _watch(gpus: Sequence[Mapping[str, Any]]) -> Watch | None:
+    """Of the GPUs' memory. Without NVML there is a bench and a word about it, but no numbers of the driver."""
+    try:
+        return Watch({str(gpu["index"]): gpu["uuid"] for gpu in gpus})
+    except RlsyncError as error:
+        print(f"warning: {error}; extra memory is what torch and the workers say", file=sys.stderr)
+        return None
+
+
 def _found(spec: specs.Spec) -> list[Measured]:
     """What rank 0 has written so far."""
     return msgspec.json.decode(spec.outcome_path.read_bytes(), type=list[Measured]) if spec.outcome_path.exists() else []
@@ -159,7 +170,7 @@ def _tell(spec: specs.Spec, found: Sequence[Measured], watch: Watch | None, out:
     floors = json.loads(spec.floors_path.read_text())
     memory = {}
     if watch is not None:
-        memory = {i: max(watch.most_more(one.begin_s, one.end_s).values(), default=0) for i, one in enumerate(found)}
+        memory = {i: watch.most_more(one.begin_s, one.end_s) for i, one in enumerate(found) if one.steps}
     whole = result.summary(spec, floors, found, memory, machine.describe(floors))
     (out / "bench.json").write_text(json.dumps(whole, indent=1) + "\n")
     screen.show(whole)

@@ -60,7 +60,7 @@ def main(path: str, index: str) -> None:
     from rlsync.engine.handle import Engine
     from rlsync.families import model_of
 
-    floors = json.loads(await_file(spec.floors_path, spec.timeout_s))
+    floors = json.loads(await_file(spec.floors_path, spec.start_s))
     weight_bytes = sum(tensor.nbytes for tensor in model_of(spec.config).tensors("bfloat16"))
     engine = Engine(f"engine{index}", engine_arguments(spec, weight_bytes, floors["gpu_bytes"]))
     engine.start()

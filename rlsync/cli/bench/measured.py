@@ -15,9 +15,9 @@ class Measured(msgspec.Struct, kw_only=True):
         connect_s: until the first step could begin.
         first: the first step, which allocates what later ones use again.
         steps: seconds by phase of the measured steps, in order.
-        begin_s, end_s: of the whole case, by the monotonic clock that all processes of a host share.
-        extra_torch_bytes: most that torch allocated beyond what it had before, of an actor rank and of a worker.
-        fingerprint: of all workers after the last step. changes: whether it differs from that of the step before.
+        begin_s, end_s: from before the connection to after the last measured step, by the monotonic clock that all processes share.
+        extra_torch_bytes: most that torch allocated in that time beyond what it had before, of an actor rank and of a worker.
+        fingerprint: of all workers after two more steps. changes: whether it differs from that of the step before.
         report: SyncReport of the last step, of rlsync alone.
         error: why there are no steps.
     """

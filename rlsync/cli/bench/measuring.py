@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -28,6 +28,14 @@ class Bench:
 
     def __init__(self, spec: Spec, actor: Actor, fleet: Fleet) -> None:
         self._spec, self._actor, self._fleet = spec, actor, fleet
+        self._before: list[int] = []
+
+    def warm_up(self) -> None:
+        """What every way uses, once, so that it is not the first one's memory: the actor's communicators, both sides' kernels."""
+        self._actor.turn()
+        self._actor.turn()
+        self._actor.share(None)
+        self._fingerprint()
 
     def sync(self, case: Case) -> Measured:
         """rlsync. What it refuses or fails at is in ``error``, on all ranks alike."""
@@ -41,7 +49,7 @@ class Bench:
             world_size=actor.world_size,
             broadcast=lambda payload: actor.share_bytes(payload)[0],
         )
-        memory = self._begin(found)
+        self._begin(found)
         try:
             with syncer:
                 syncer.connect()
@@ -55,14 +63,13 @@ class Bench:
                 self._run(found, step)
         except RlsyncError as error:
             found.error = str(error)
-        self._end(found, memory)
         return found
 
     def peer(self, name: str) -> Measured:
         """Others. Their failures end the bench, as they are not known on all ranks."""
         way = WAYS[name](self._actor, self._fleet, self._spec)
         found = Measured(name=name, kind="peer", remark=way.remark)
-        memory = self._begin(found)
+        self._begin(found)
         way.connect()
         found.connect_s = time.monotonic() - found.begin_s
 
@@ -79,37 +86,41 @@ class Bench:
 
         self._run(found, step)
         way.close()
-        self._end(found, memory)
         return found
 
     def _run(self, found: Measured, step: Callable[[int], Step]) -> None:
-        """Warm-up and steps. Each gives the engines other weights than the one before, and the last gives all cases the same."""
+        """Warm-up, steps, and two more that show what arrives. Each gives the engines other weights than the one before, and the
+        last one gives all cases the same.
+        """
         total = self._spec.warmup + self._spec.steps
         if self._actor.turned != bool(total % 2):
             self._actor.turn()
-        rows, prints = [], []
+        rows = []
         for number in range(total):
             self._actor.turn()
             rows.append(dict(step(number)))
-            if number >= total - 2:
-                prints.append(self._fingerprint())
         found.first, found.steps = rows[0], rows[self._spec.warmup :]
-        found.fingerprint, found.changes = prints[-1], prints[-1] != prints[-2]
+        self._end(found)
+        prints = []
+        for number in range(total, total + 2):
+            self._actor.turn()
+            step(number)
+            prints.append(self._fingerprint())
+        found.fingerprint, found.changes = prints[1], prints[1] != prints[0]
 
     def _fingerprint(self) -> str:
         return " ".join(self._fleet.call("bench_fingerprint"))
 
-    def _begin(self, found: Measured) -> list[int]:
+    def _begin(self, found: Measured) -> None:
         """Memory of this rank and, on rank 0, of the workers."""
         self._actor.settle()
-        before = [self._actor.memory(True), *self._fleet.call("bench_memory", True)]
+        self._before = [self._actor.memory(True), *self._fleet.call("bench_memory", True)]
         self._actor.settle()
         found.begin_s = time.monotonic()
-        return before
 
-    def _end(self, found: Measured, before: Sequence[int]) -> None:
+    def _end(self, found: Measured) -> None:
         after = [self._actor.memory(False), *self._fleet.call("bench_memory", False)]
-        more = [b - a for a, b in zip(before, after, strict=True)]
+        more = [b - a for a, b in zip(self._before, after, strict=True)]
         ranks = self._actor.share(more[0])
         found.extra_torch_bytes = {"actor rank": max(ranks), "engine worker": max(more[1:], default=0)}
         found.end_s = time.monotonic()

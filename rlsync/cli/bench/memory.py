@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rlsync.errors import RlsyncError
 
-_PERIOD_S = 0.001
+_PERIOD_S = 0.002
 
 
 class _Memory(ctypes.Structure):
@@ -17,13 +17,13 @@ class _Memory(ctypes.Structure):
 
 
 class Watch:
-    """A thread that looks at the GPUs every millisecond and keeps what changed."""
+    """A thread that looks at the GPUs every two milliseconds and keeps what changed."""
 
-    def __init__(self, uuids: Sequence[str]) -> None:
-        """``uuids`` as torch names them. Raises RlsyncError where the driver's library cannot be used."""
+    def __init__(self, uuids: Mapping[str, str]) -> None:
+        """``uuids`` by GPU, as torch names them. Raises RlsyncError where the driver's library cannot be used."""
         self._lib = _library()
-        self._handles = {uuid: self._handle(uuid) for uuid in uuids}
-        self._seen: dict[str, list[tuple[float, int]]] = {uuid: [] for uuid in uuids}
+        self._handles = {gpu: self._handle(uuid) for gpu, uuid in uuids.items()}
+        self._seen: dict[str, list[tuple[float, int]]] = {gpu: [] for gpu in uuids}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="bench-memory", daemon=True)
         self._thread.start()
@@ -38,9 +38,9 @@ class Watch:
     def _look(self) -> None:
         found = _Memory()
         while not self._ended.wait(_PERIOD_S):
-            for uuid, handle in self._handles.items():
+            for gpu, handle in self._handles.items():
                 if self._lib.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(found)) == 0:
-                    seen, now_s = self._seen[uuid], time.monotonic()
+                    seen, now_s = self._seen[gpu], time.monotonic()
                     if not seen or seen[-1][1] != found.used:
                         seen.append((now_s, int(found.used)))
 
@@ -51,11 +51,11 @@ class Watch:
     def most_more(self, begin_s: float, end_s: float) -> Mapping[str, int]:
         """By GPU, the most bytes in use between two times (monotonic clock) beyond those at the first."""
         found = {}
-        for uuid, seen in self._seen.items():
+        for gpu, seen in self._seen.items():
             before = [used for at_s, used in seen if at_s <= begin_s]
             during = [used for at_s, used in seen if begin_s < at_s <= end_s]
             if before:
-                found[uuid] = max([0, *(used - before[-1] for used in during)])
+                found[gpu] = max([0, *(used - before[-1] for used in during)])
         return found
 
 

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 from rlsync.cli.bench.actor import Actor, Bucket, Clock, synchronize
 from rlsync.cli.bench.remote import RemoteEngine
 from rlsync.cli.bench.spec import Spec
-from rlsync.engine.peer_worker import Row, broadcast, join_group
+from rlsync.engine.peer_worker import broadcast, join_group, leave_group
 
 _HOST = "127.0.0.1"
 _PACKED_BYTES = 2**30
@@ -128,6 +128,7 @@ class GatherBroadcast:
 
     def close(self) -> None:
         self._fleet.call("bench_leave")
+        leave_group(self._group)
         self._group = self._store = None
 
 
@@ -151,7 +152,7 @@ class _Vllm:
         return chain.from_iterable(whole)
 
     def close(self) -> None:
-        self._fleet.call("bench_use", "rlsync")
+        self._fleet.call("bench_use", None)
 
 
 class VllmNccl(_Vllm):
@@ -214,6 +215,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind((_HOST, 0))
         return int(listener.getsockname()[1])
-
-
-__all__ = ["WAYS", "Fleet", "Row", "Way"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib import import_module
 
 import msgspec
 
@@ -23,22 +24,26 @@ from rlsync.megatron.parallel import destroy_parallel
 def main(path: str) -> None:
     spec = specs.read(path)
     # The imports above took as long as the links take to be measured.
-    await_file(spec.floors_path, spec.timeout_s)
+    await_file(spec.floors_path, spec.start_s)
     begin_s = time.monotonic()
     actor = Actor(spec)
     built_s = time.monotonic() - begin_s
+    if any(name.startswith("vllm") for name in spec.peers):
+        # Takes seconds, in which the engines start.
+        import_module("rlsync.engine.compat_transfer")
     engines = []
     if actor.rank == 0:
-        engines = [RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.timeout_s) for i in range(spec.num_engines)]
+        engines = [RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.start_s) for i in range(spec.num_engines)]
         print(f"actor built in {built_s:.1f} s, engines there after {time.monotonic() - begin_s:.1f} s", flush=True)
-    bench = Bench(spec, actor, Fleet(engines, spec.timeout_s))
+    fleet = Fleet(engines, spec.timeout_s)
+    bench = Bench(spec, actor, fleet)
+    bench.warm_up()
     found: list[Measured] = []
     for measure, what in [*((bench.sync, case) for case in spec.cases), *((bench.peer, name) for name in spec.peers)]:
         found.append(measure(what))  # type: ignore[operator]
         if actor.rank == 0:
             write_file(spec.outcome_path, msgspec.json.encode(found).decode())
-    for engine in engines:
-        engine.close()
+    fleet.each(RemoteEngine.close)
     actor.settle()
     destroy_parallel()
 

@@ -13,9 +13,9 @@ from rlsync.cli.bench.spec import Spec
 
 
 def summary(
-    spec: Spec, floors: Mapping[str, Any], found: Sequence[Measured], memory: Mapping[int, int], machine: Mapping[str, Any]
+    spec: Spec, floors: Mapping[str, Any], found: Sequence[Measured], memory: Mapping[int, Mapping[str, int]], machine: Mapping[str, Any]
 ) -> dict:
-    """Everything. ``memory``: by index into ``found``, most bytes that a GPU had in use beyond those before; none on CPU."""
+    """Everything. ``memory``: by index into ``found`` and GPU, most bytes in use beyond those before; none on CPU."""
     workers = work.workers(spec, floors)
     floor_s = work.floor_s(workers)
     cases = [_case(one, floor_s, memory.get(index)) for index, one in enumerate(found)]
@@ -41,7 +41,7 @@ def summary(
     }
 
 
-def _case(one: Measured, floor_s: float, gpu_bytes: int | None) -> dict[str, Any]:
+def _case(one: Measured, floor_s: float, gpu_bytes: Mapping[str, int] | None) -> dict[str, Any]:
     case: dict[str, Any] = {
         "name": one.name, "kind": one.kind, "remark": one.remark, "settings": one.settings, "error": one.error, "connect_s": one.connect_s,
         "first_step": one.first, "steps": one.steps, "report": one.report,

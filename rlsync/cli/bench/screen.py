@@ -73,8 +73,9 @@ def _against(result: Mapping[str, Any]) -> Table:
 
 def _extra(memory: Mapping[str, Any]) -> str:
     """The driver's word where it was asked, else what the workers said."""
-    known = [value for value in (memory["gpu_bytes"], memory["report_bytes"]) if value is not None]
-    return f"{known[0] / 2**20:.0f}" if known else ""
+    if memory["gpu_bytes"]:
+        return f"{max(memory['gpu_bytes'].values()) / 2**20:.0f}"
+    return "" if memory["report_bytes"] is None else f"{memory['report_bytes'] / 2**20:.0f}"
 
 
 def _ms(seconds: float) -> str:

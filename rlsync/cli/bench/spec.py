@@ -57,6 +57,7 @@ class Spec:
         folder: of this run: config.json, sockets, floors, results.
         actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
+        timeout_s: of each phase of a sync and each call of an engine. start_s: until both sides are there.
         peer_bucket_bytes: what a peer gathers at a time.
     """
 
@@ -71,6 +72,7 @@ class Spec:
     steps: int
     warmup: int
     timeout_s: float
+    start_s: float
     folder: str
     actor_gpus: tuple[int, ...]
     engine_gpus: tuple[tuple[int, ...], ...]
