@@ -7,13 +7,16 @@ export RLSYNC_DEV := 1
 SETUP := source scripts/bootstrap.sh
 # Folders that hold typed code.
 TYPED := $(wildcard rlsync workers)
+# Files of tests that run side by side: engines start on one core each. On GPUs one after the other, because each takes its share of a GPU.
+LANES ?= $(if $(shell command -v nvidia-smi),0,2)
+IN_LANES := --numprocesses=$(LANES) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help setup test test-unit test-rest chaos lint format
+.PHONY: help setup test test-unit test-all chaos lint format
 
 help:
 	@echo "make setup      make or complete .venv"
 	@echo "make test       lint, then all tests; those that need GPUs say so and skip where there are none"
-	@echo "make test-unit  the tests that need no process group, vLLM or Ray: seconds"
+	@echo "make test-unit  the tests that need no process group, vLLM or Ray: a minute"
 	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
 	@echo "make lint       ruff, mypy and the layering test"
 	@echo "make format     rewrite the sources as ruff formats them"
@@ -21,14 +24,14 @@ help:
 setup:
 	@$(SETUP); echo "ready: $$PYTHON"
 
-test: lint test-unit test-rest
+test: lint test-all
 
 test-unit:
-	@$(SETUP); "$$PYTHON" -m pytest tests/unit
+	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) tests/unit
 
-# Integration and GPU tests. pytest fails by itself when it collects nothing.
-test-rest:
-	@$(SETUP); "$$PYTHON" -m pytest tests --ignore=tests/unit --durations=10
+# pytest fails by itself when it collects nothing. Unit tests come last: many small files fill up both lanes.
+test-all:
+	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) --durations=10 tests
 
 FAULTS ?= 100
 SEED ?= 0

@@ -19,8 +19,6 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-_skipped_gpu_tests = pytest.StashKey[list[str]]()
-
 
 def _gpu_lack(count: int) -> str | None:
     """Why a test for ``count`` CUDA devices cannot run here, or None."""
@@ -32,9 +30,8 @@ def _gpu_lack(count: int) -> str | None:
     return None if seen >= count else f"needs {count} CUDA devices; torch sees {seen}"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``@pytest.mark.gpu`` or ``@pytest.mark.gpu(2)``: the number of CUDA devices the test needs, 1 by default."""
-    skipped = config.stash.setdefault(_skipped_gpu_tests, [])
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is None:
@@ -42,12 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = _gpu_lack(*marker.args or (1,))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-            skipped.append(f"{item.nodeid}: {reason}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    skipped = config.stash.get(_skipped_gpu_tests, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """From the reports, which come from all processes that run tests."""
+    skipped = [r for r in terminalreporter.getreports("skipped") if isinstance(r, pytest.TestReport) and "gpu" in r.keywords]
     if skipped:
         terminalreporter.section(f"NOT RUN: {len(skipped)} GPU tests", sep="!", yellow=True)
-        for line in skipped:
-            terminalreporter.write_line(line)
+        for report in sorted(skipped, key=lambda r: r.nodeid):
+            assert isinstance(report.longrepr, tuple)
+            terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")

@@ -69,8 +69,13 @@ def strike(
             os.killpg(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive, [p.cmdline() for p in alive]
-    assert not list(Path("/dev/shm").glob("rlsync*"))
+    assert rings_of(family) == []
     return code
+
+
+def rings_of(family: list[psutil.Process]) -> list[str]:
+    """Rings in shared memory that bear the number of one of these processes."""
+    return [ring.name for ring in Path("/dev/shm").glob("*rlsync-ring-*") if int(ring.name.split("-")[2]) in {p.pid for p in family}]
 
 
 def engine_core(family: list[psutil.Process]) -> psutil.Process:
