@@ -40,7 +40,22 @@ def engine(name: str, folder: str, dtype: str, **options) -> Engine:
     return made
 
 
-def sync_and_compare(
+def sync_and_compare(**case: Any) -> None:
+    """One case; its arguments are those of ``compare``."""
+    compare_each([case])
+
+
+def compare_each(cases: list[dict[str, Any]]) -> None:
+    """One case after the other, on ranks that start once for all."""
+    for number, case in enumerate(cases):
+        if number:
+            destroy_parallel(keep_distributed=True)
+        compare(**case)
+    dist.barrier()
+    destroy_parallel()
+
+
+def compare(
     folder: str, topology: dict[str, int], out_dir: str, dtype: str = "float32", enforce_eager: bool = True, **config: Any
 ) -> None:
     """Several syncs of a changing actor; then the synced engine against one started from the exported ``hf_model``."""
@@ -91,8 +106,6 @@ def sync_and_compare(
         worst = max(abs(x - y) for a, b in zip(before, expected, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=True))
         assert worst <= 1e-4, worst
         print(f"ORACLE {worst:.1e} {report.transport} {report.sinks} {report.seconds:.3f} s", flush=True)
-    dist.barrier()
-    destroy_parallel()
 
 
 def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:

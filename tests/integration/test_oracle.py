@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import pytest
 
+from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
+# Family, whether its head is tied, and the layout of the actor.
+CASES = (("llama", False, {"tp_size": 2}), ("qwen2", True, {"pp_size": 2}), ("qwen3", True, {"dp_size": 2}))
 
-@pytest.mark.parametrize(
-    ("family", "tied", "topology"),
-    [
-        ("llama", False, {"tp_size": 2}),
-        ("qwen2", True, {"pp_size": 2}),
-        ("qwen3", False, {"dp_size": 2}),
-    ],
-)
-def test_a_synced_engine_answers_like_a_fresh_one(tmp_path, monkeypatch, family, tied, topology):
-    """Token for token, and within 1e-4 log-probability for log-probability (greedy, fp32)."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # An uncached first generate would spend its time in a compiler.
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    folder = save_tiny_model(tmp_path / "hf", family, tied=tied)
-    outputs = run_ranks(
-        2, "tests.integration.oracle_ranks", "sync_and_compare", folder=str(folder), topology=topology, out_dir=str(tmp_path)
-    )
-    assert "ORACLE" in outputs[0]
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
+    """Token for token, and within 1e-4 log-probability for log-probability (greedy, fp32). The synced ones start without weights."""
+    for name, value in ENGINE_ENV.items():
+        monkeypatch.setenv(name, value)
+    cases = [
+        {
+            "folder": str(save_tiny_model(tmp_path / family / "hf", family, tied=tied)),
+            "topology": topology,
+            "out_dir": str(tmp_path / family),
+        }
+        for family, tied, topology in CASES
+    ]
+    outputs = run_ranks(2, "tests.integration.oracle_ranks", "compare_each", timeout_s=500, cases=cases)
+    assert outputs[0].count("ORACLE") == len(CASES), outputs[0]
