@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -40,12 +41,8 @@ def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen
 
 def run(command: list[str], folder: Path, *overrides: str) -> str:
     folder.mkdir(exist_ok=True)
-    process = start(command, folder, *overrides)
-    try:
+    with started(command, folder, *overrides) as process:
         code = process.wait(280)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     output = (folder / "output.log").read_text()
     assert code == 0, output[-6000:]
     return output
@@ -53,24 +50,36 @@ def run(command: list[str], folder: Path, *overrides: str) -> str:
 
 def strike(
     process: subprocess.Popen, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
-) -> int:
-    """Send a signal to one process of a run when ``steps`` lines are in its metrics; the exit code, once nothing of the run is left."""
+) -> list[psutil.Process]:
+    """Send a signal to one process of a run when ``steps`` lines are in its metrics; all processes that it had started by then."""
     deadline = time.monotonic() + 200
     while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) > 4, (folder / "output.log").read_text()[-4000:]
-        victim([psutil.Process(process.pid), *family]).send_signal(number)
-        # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
-        code = process.wait(90)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    assert len(family) > 4, (folder / "output.log").read_text()[-4000:]
+    victim([psutil.Process(process.pid), *family]).send_signal(number)
+    return family
+
+
+def exit_code(process: subprocess.Popen, family: list[psutil.Process]) -> int:
+    """That of a run that was struck, once nothing of it is left."""
+    # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
+    code = process.wait(90)
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive, [p.cmdline() for p in alive]
     assert rings_of(family) == []
     return code
+
+
+@contextmanager
+def started(command: list[str], folder: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+    """A run whose processes end with the block at the latest."""
+    process = start(command, folder, *overrides)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def rings_of(family: list[psutil.Process]) -> list[str]:
@@ -116,36 +125,30 @@ def test_results_are_where_users_look_for_them(finished):
     assert json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])["time/sync_weights"] > 0
 
 
-def test_a_resumed_run_goes_on_alike_until_its_engine_is_killed_which_it_says(finished, tmp_path):
-    """Two claims on one run: the steps after a resume equal the uninterrupted ones, and a lost engine is one clear error."""
+def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_with_the_next(finished, tmp_path):
+    """Three claims on one run: the steps after a resume equal the uninterrupted ones, also those after an engine was lost and replaced
+    where the configuration allows it, and an engine that may not be replaced is one clear error."""
     shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
     shutil.copytree(finished[0] / "world", tmp_path / "world")
-    process = start(SCRIPT, tmp_path, "runner.max_steps=16", "runner.resume_dir=auto", "+actor.megatron.mbridge=True")
-    code = strike(process, tmp_path, 3, engine_core, signal.SIGKILL)
+    options = "runner.max_steps=16", "runner.resume_dir=auto", "rollout.max_engine_restarts=1", "+actor.megatron.mbridge=True"
+    with started(SCRIPT, tmp_path, *options) as process:
+        family = strike(process, tmp_path, 1, engine_core, signal.SIGKILL)
+        family += strike(process, tmp_path, 4, engine_core, signal.SIGKILL)
+        code = exit_code(process, family)
     output = (tmp_path / "output.log").read_text()
+    assert output.count("replacing an engine: process") == 1
     assert code == 1 and "error: " in output and "engine 0" in output.split("error: ")[1], output[-4000:]
     assert "worker_logs" in output and "ray::" not in output and "Traceback" not in output, output[-4000:]
-    whole, resumed = read_metrics(finished[0] / "run")[4:7], read_metrics(tmp_path / "run")[:3]
-    assert [line["step"] for line in resumed] == [5, 6, 7]
-    assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
-
-
-def test_a_lost_engine_is_replaced_where_the_configuration_allows_it_and_the_steps_are_the_same(finished, tmp_path):
-    shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
-    shutil.copytree(finished[0] / "world", tmp_path / "world")
-    process = start(SCRIPT, tmp_path, "runner.max_steps=8", "runner.resume_dir=auto", "rollout.max_engine_restarts=1")
-    assert strike(process, tmp_path, 1, engine_core, signal.SIGKILL) == 0, (tmp_path / "output.log").read_text()[-4000:]
-    assert "replacing an engine: process" in (tmp_path / "output.log").read_text()
-    whole, resumed = read_metrics(finished[0] / "run")[4:], read_metrics(tmp_path / "run")
+    whole, resumed = read_metrics(finished[0] / "run")[4:], read_metrics(tmp_path / "run")[:4]
     assert [line["step"] for line in resumed] == [5, 6, 7, 8]
-    assert resumed[-1]["rollout/engine_restarts"] == 1
+    assert [line["rollout/engine_restarts"] for line in resumed[::3]] == [0, 1]
     assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
 
 
 def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(tmp_path):
     """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
-    process = start([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=16")
-    assert strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT) == 130
+    with started([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=16") as process:
+        assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130
     differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
     assert differences[0] <= 1e-3 < differences[-1], differences
     assert "interrupted" in (tmp_path / "output.log").read_text()
