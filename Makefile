@@ -9,7 +9,7 @@ SETUP := source scripts/bootstrap.sh
 TYPED := $(wildcard rlsync workers)
 # Files of tests that run side by side: engines start on one core each. On GPUs one after the other, because each takes its share of a GPU.
 LANES ?= $(if $(shell command -v nvidia-smi),0,2)
-IN_LANES := --numprocesses=$(LANES) --dist=loadfile --no-loadscope-reorder
+IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder
 
 .PHONY: help setup test test-unit test-all chaos lint format
 

@@ -1,8 +1,9 @@
-"""What every test process needs: its environment, and GPU tests that skip themselves where there are no GPUs."""
+"""What every test process needs: its environment, GPU tests that skip themselves where there are no GPUs, and which files go together."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+# Files that share fixtures of a session with another one, in whose lane they run, after it.
+SHARED = {"tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py"}
 
 
 def _gpu_lack(count: int) -> str | None:
@@ -49,3 +53,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in sorted(skipped, key=lambda r: r.nodeid):
             assert isinstance(report.longrepr, tuple)
             terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One file after the other in each lane, as ``--dist=loadfile``, but for files that share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharingScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return SHARED.get(file, file)
+
+    return SharingScheduling(config, log)

@@ -5,8 +5,6 @@ Engines are expensive to start, so tests share them; a test leaves its engines c
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import threading
@@ -19,151 +17,43 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from rlsync.engine.handle import Completion, Engine, _segments
-from rlsync.errors import ConfigError, EngineDirtyError, WeightSyncError
-from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from tests.integration.engine_rank import serve
-from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
-from tests.models import save_tiny_model
+from rlsync.engine.handle import Engine, _segments
+from rlsync.errors import ConfigError, WeightSyncError
+from rlsync.sync import SyncConfig, WeightSyncer
+from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
+from tests.integration.tiny_engines import (
+    GREEDY,
+    PROMPTS,
+    SETTINGS,
+    TIMEOUT_S,
+    Answers,
+    TwoRanks,
+    assert_refuses,
+    one_rank,
+    same,
+    transformers_answers,
+    worker_of,
+)  # fmt: skip
 
 # The first test waits for all engines to start.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
-GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-SETTINGS: dict[str, Any] = {"bucket_bytes": 100_000}
-LOGPROB_TOLERANCE = 1e-4
-TIMEOUT_S = 8.0
 
-Answers = list[tuple[Completion, ...]]
+@pytest.fixture(scope="module")
+def engines(tiny_engines: dict[str, Engine]) -> dict[str, Engine]:
+    return tiny_engines
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints by name: two seeds of an untied qwen2, and one each of tied models of the other families."""
-    root = tmp_path_factory.mktemp("models")
-    made = {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
-    made |= {family: save_tiny_model(root / family, family, tied=True, seed=3) for family in ("llama", "qwen3")}
-    return made | {"tp2": made["llama"]}
-
-
-def start(engine_id: str, folder: Path, **changes: Any) -> Engine:
-    args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
-    args |= {"enforce_eager": True, "max_num_seqs": 8}
-    if torch.cuda.is_available():
-        args["gpu_memory_utilization"] = 0.1
-    engine = Engine(engine_id, args | changes)
-    engine.start()
-    return engine
-
-
-@pytest.fixture(scope="module")
-def engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
-    """Engines started from a and b, and from no weights at all for the tied families; ``tp2`` has two workers."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENGINE_ENV.items():
-            patch.setenv(name, value)
-        with ThreadPoolExecutor(2) as pool:
-            started = {
-                name: pool.submit(
-                    start, name, folder, load_format="auto" if name in "ab" else "dummy", tensor_parallel_size=2 if name == "tp2" else 1
-                )
-                for name, folder in folders.items()
-                if name != "tp2" or torch.cuda.device_count() != 1
-            }
-        made = {name: future.result() for name, future in started.items()}
-        yield made
-        for engine in made.values():
-            engine.close()
+def folders(tiny_folders: dict[str, Path]) -> dict[str, Path]:
+    return tiny_folders
 
 
 @pytest.fixture(scope="module")
 def fresh(engines: dict[str, Engine]) -> dict[str, Answers]:
     """What engines started from a and from b answer before any sync."""
     return {name: engines[name].generate(PROMPTS, GREEDY) for name in ("a", "b")}
-
-
-def same(found: Answers, wanted: Answers) -> bool:
-    """Token for token, and within the tolerance log-probability for log-probability."""
-    pairs = [(f, w) for fs, ws in zip(found, wanted, strict=True) for f, w in zip(fs, ws, strict=True)]
-    return all(
-        f.token_ids == w.token_ids and max(abs(x - y) for x, y in zip(f.logprobs, w.logprobs, strict=True)) <= LOGPROB_TOLERANCE
-        for f, w in pairs
-    )
-
-
-def transformers_answers(folder: Path) -> Answers:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers: Answers = []
-    for prompt in PROMPTS:
-        tokens, logprobs = list(prompt), []
-        for _ in range(GREEDY["max_tokens"]):
-            with torch.no_grad():
-                row = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            logprobs.append(float(row.max()))
-            tokens.append(int(row.argmax()))
-        answers.append((Completion(tuple(tokens[len(prompt) :]), tuple(logprobs), "length", None, None),))
-    return answers
-
-
-def one_rank(engines: list[Engine], folder: Path, **settings: Any) -> WeightSyncer:
-    return WeightSyncer(FolderSource(read_folder(folder)), engines, SyncConfig(**{**SETTINGS, "timeout_s": 60.0, **settings}))
-
-
-class TwoRanks:
-    """Actor rank 0 in this process and rank 1 in another; each fills every second tensor."""
-
-    def __init__(self, engines: list[Engine], folder: Path, **settings: Any) -> None:
-        settings = {**SETTINGS, "timeout_s": TIMEOUT_S, **settings}
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, str(folder), settings), daemon=True)
-        self.process.start()
-        other.close()
-        self.source = FolderSource(read_folder(folder), rank=0, world_size=2)
-        self.syncer = WeightSyncer(self.source, engines, SyncConfig(**settings), rank=0, world_size=2, broadcast=self._broadcast)
-        self.tell("read", str(folder))
-
-    def _broadcast(self, payload: bytes) -> bytes:
-        self.pipe.send(payload)
-        return payload
-
-    def tell(self, method: str, argument: Any = None) -> None:
-        self.pipe.send((method, argument))
-        assert self.answer() == ("ok", None)
-
-    def answer(self, timeout_s: float = 60.0) -> tuple[str, str | None]:
-        assert self.pipe.poll(timeout_s), "rank 1 does not answer"
-        return self.pipe.recv()
-
-    def both(self, method: str, *arguments: Any) -> tuple[Any, tuple[str, str | None]]:
-        """The outcome of a collective call on rank 0 and the answer of rank 1."""
-        self.pipe.send((method, *arguments) if arguments else (method, None))
-        try:
-            outcome = getattr(self.syncer, method)(*arguments)
-        except WeightSyncError as error:
-            outcome = error
-        return outcome, self.answer()
-
-    def connect(self) -> None:
-        assert self.both("connect") == (None, ("ok", None))
-
-    def sync(self, version: int) -> SyncReport:
-        report, answer = self.both("sync", version)
-        assert isinstance(report, SyncReport), report
-        assert answer == ("ok", None)
-        return report
-
-    def close(self) -> None:
-        self.syncer.close()
-        if self.process.is_alive():
-            with contextlib.suppress(BrokenPipeError):
-                self.pipe.send(("end", None))
-            self.process.join(10)
-        self.process.kill()
-        self.process.join()
 
 
 @pytest.fixture
@@ -177,12 +67,6 @@ def two_ranks(engines: dict[str, Engine], folders: dict[str, Path]) -> Iterator[
     yield make
     for ranks in made:
         ranks.close()
-
-
-def assert_refuses(engine: Engine, words: str) -> None:
-    assert engine.state == "dirty"
-    with pytest.raises(EngineDirtyError, match=words):
-        engine.generate(PROMPTS[:1], GREEDY)
 
 
 # What a sync makes of an engine.
@@ -209,25 +93,25 @@ def test_a_synced_engine_answers_like_a_fresh_one(engines: dict[str, Engine], fr
         assert all(same(engines[name].generate(PROMPTS, GREEDY), fresh["a"]) for name in ("a", "b"))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("num_slots", [1, 3])
-def test_a_tied_padded_engine_without_weights_answers_like_transformers(
-    engines: dict[str, Engine], folders: dict[str, Path], family: str, num_slots: int
+def test_a_tied_engine_without_weights_answers_like_transformers(
+    engines: dict[str, Engine], folders: dict[str, Path], num_slots: int
 ) -> None:
     if num_slots == 1:
-        assert_refuses(engines[family], "dummy")
-    with one_rank([engines[family]], folders[family], num_slots=num_slots) as syncer:
+        assert_refuses(engines["llama"], "dummy")
+    with one_rank([engines["llama"]], folders["llama"], num_slots=num_slots) as syncer:
         syncer.connect()
         assert "lm_head.weight" not in {t.name for t in syncer._source.tensors}
         for version in (1, 2):
             syncer.sync(version)
-            assert same(engines[family].generate(PROMPTS, GREEDY), transformers_answers(folders[family]))
+            assert same(engines["llama"].generate(PROMPTS, GREEDY), transformers_answers(folders["llama"]))
 
 
 def test_an_engine_with_two_workers_answers_like_transformers(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
     """Each worker takes its share of every tensor: one bucket table serves all."""
     if "tp2" not in engines:
         pytest.skip("tensor parallelism needs two GPUs")
+    assert_refuses(engines["tp2"], "dummy")
     with one_rank([engines["tp2"], engines["llama"]], folders["llama"]) as syncer:
         syncer.connect()
         syncer.sync(1)
@@ -374,12 +258,7 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(
     assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
 
 
-# Faults that cost the engine. Keep them last.
-
-
-def worker_of(engine: Engine) -> psutil.Process:
-    core = psutil.Process(engine._llm.engine_core.resources.engine_manager.processes[0].pid)
-    return core.children(recursive=True)[0]
+# Faults that cost engines a and b. Keep them last.
 
 
 def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
@@ -397,7 +276,8 @@ def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: d
 
 def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
     worker = worker_of(engines["b"])
-    segments = _segments(psutil.Process().children(recursive=True))
+    processes = [*engines["a"]._processes, *engines["b"]._processes]
+    segments = _segments(processes)
     with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
@@ -406,9 +286,9 @@ def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(en
             syncer.sync(1)
     assert raised.value.engine == "b"
     assert_refuses(engines["b"], "engine b worker 0")
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(Engine.close, engines.values()))
-    assert not worker.is_running()
-    assert [p for p in psutil.Process().children(recursive=True) if "VLLM" in "".join(p.cmdline())] == []
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Engine.close, (engines["a"], engines["b"])))
+    assert worker in processes and segments
+    assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert [p for p in os.listdir("/dev/shm") if p.startswith(f"rlsync-ring-{os.getpid()}-")] == []
     assert [p for p in segments if os.path.exists(p)] == []

@@ -1,6 +1,6 @@
 """Claims about real vLLM engines that get their weights as gloo messages, from two actor ranks on the same host.
 
-The engine ``pair`` has two workers, each of which takes its share of every tensor from both ranks.
+The engine ``tp2`` has two workers, each of which takes its share of every tensor from both ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import pytest
 
 from rlsync.engine.handle import Engine
 from rlsync.errors import WeightSyncError
-from tests.integration.engine_source import ENGINE_ENV, call_on_fill, read_folder
-from tests.integration.test_engine_sync import GREEDY, PROMPTS, TwoRanks, assert_refuses, same, start, transformers_answers, worker_of
-from tests.models import save_tiny_model
+from tests.integration.engine_source import call_on_fill, read_folder
+from tests.integration.tiny_engines import GREEDY, PROMPTS, TwoRanks, assert_refuses, same, transformers_answers, worker_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,9 +29,9 @@ SLACK_S = 6.0
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: save_tiny_model(root / name, "qwen2", seed=seed) for name, seed in (("a", 1), ("b", 2))}
+def folders(tiny_folders: dict[str, Path]) -> dict[str, Path]:
+    """Two checkpoints of one model."""
+    return {"a": tiny_folders["llama"], "b": tiny_folders["other llama"]}
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +40,10 @@ def wanted(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENGINE_ENV.items():
-            patch.setenv(name, value)
-        with ThreadPoolExecutor(2) as pool:
-            starting = {
-                name: pool.submit(start, name, folders["a"], tensor_parallel_size=num_workers)
-                for name, num_workers in (("single", 1), ("pair", 2))
-            }
-        made = {name: future.result() for name, future in starting.items()}
-        yield made
-        for engine in made.values():
-            engine.close()
+def engines(tiny_engines: dict[str, Engine]) -> dict[str, Engine]:
+    if "tp2" not in tiny_engines:
+        pytest.skip("tensor parallelism needs two GPUs")
+    return {name: tiny_engines[name] for name in ("llama", "tp2")}
 
 
 @pytest.fixture
@@ -83,8 +73,8 @@ def take(ranks: TwoRanks, folder: Path) -> None:
 def test_engines_answer_like_transformers_and_each_worker_gets_what_it_holds(
     engines: dict[str, Engine], folders: dict[str, Path], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    assert not any(same(answers(engine), wanted["b"]) for engine in engines.values()), "without a sync they do not"
-    ranks = two_ranks("single", "pair")
+    assert not same(wanted["a"], wanted["b"])
+    ranks = two_ranks("llama", "tp2")
     for version, name in ((1, "b"), (2, "b"), (3, "a")):
         take(ranks, folders[name])
         report = ranks.sync(version)
@@ -101,7 +91,7 @@ def test_engines_answer_like_transformers_and_each_worker_gets_what_it_holds(
 def test_an_exception_of_one_rank_costs_one_sync(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks("single", "pair")
+    ranks = two_ranks("llama", "tp2")
     ranks.tell("curse", True)
     error, answer = ranks.both("sync", 1)
     assert isinstance(error, WeightSyncError)
@@ -118,7 +108,7 @@ def test_an_exception_of_one_rank_costs_one_sync(
 def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks], bucket: int
 ) -> None:
-    ranks = two_ranks("single", "pair")
+    ranks = two_ranks("llama", "tp2")
     call_on_fill(ranks.syncer, lambda at: os.kill(ranks.process.pid, signal.SIGSTOP) if at == bucket else None)
     started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
@@ -137,7 +127,7 @@ def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
 def test_a_killed_rank_is_found_at_once_and_a_new_connection_heals(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks("single", "pair", timeout_s=60.0)
+    ranks = two_ranks("llama", "tp2", timeout_s=60.0)
     call_on_fill(ranks.syncer, lambda at: ranks.process.kill() if at == 2 else None)
     started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
@@ -149,12 +139,12 @@ def test_a_killed_rank_is_found_at_once_and_a_new_connection_heals(
     with pytest.raises(WeightSyncError, match=r"connect\(\) anew"):
         ranks.syncer.sync(2)
     ranks.close()
-    two_ranks("single", "pair").sync(1)
+    two_ranks("llama", "tp2").sync(1)
     assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
 
 
 def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]) -> None:
-    ranks = two_ranks("single", "pair", timeout_s=4.0)
+    ranks = two_ranks("llama", "tp2", timeout_s=4.0)
     server = ranks.syncer._server
     assert server is not None
     call_on_fill(ranks.syncer, lambda at: server._stop.set() if at == 1 else None)
@@ -164,9 +154,9 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engin
         ranks.syncer.sync(1)
     ranks.close()
     # Engines that still were inside would not answer a new connection.
-    two_ranks("single", "pair").sync(1)
+    two_ranks("llama", "tp2").sync(1)
     assert time.monotonic() - started_s < 4.0 + 2 * SLACK_S
-    assert engines["single"].state == engines["pair"].state == "clean"
+    assert engines["llama"].state == engines["tp2"].state == "clean"
 
 
 # Faults that cost the engine. Keep them last.
@@ -175,8 +165,8 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engin
 def test_a_stopped_worker_is_found_by_the_deadline(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks("single", "pair")
-    worker = worker_of(engines["single"])
+    ranks = two_ranks("llama", "tp2")
+    worker = worker_of(engines["llama"])
     call_on_fill(ranks.syncer, lambda at: worker.suspend() if at == 2 else None)
     started_s = time.monotonic()
     error, answer = ranks.both("sync", 1)
@@ -184,26 +174,27 @@ def test_a_stopped_worker_is_found_by_the_deadline(
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
     assert time.monotonic() - started_s < TIMEOUT_S + SLACK_S
-    assert (error.engine, error.phase) == ("single", "transfer")
+    assert (error.engine, error.phase) == ("llama", "transfer")
     for engine in engines.values():
-        assert_refuses(engine, "engine single worker 0")
+        assert_refuses(engine, "engine llama worker 0")
 
 
 def test_a_killed_worker_is_found_at_once_and_nothing_is_left_behind(
-    engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]
+    engines: dict[str, Engine], tiny_engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks("single", "pair")
-    worker = worker_of(engines["pair"])
+    """No engine of the session is needed after it."""
+    ranks = two_ranks("llama", "tp2")
+    worker = worker_of(engines["tp2"])
     call_on_fill(ranks.syncer, lambda at: worker.kill() if at == 2 else None)
     started_s = time.monotonic()
     error, answer = ranks.both("sync", 1)
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
     assert time.monotonic() - started_s < TIMEOUT_S
-    assert error.engine == "pair"
+    assert error.engine == "tp2"
     ranks.close()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Engine.close, engines.values()))
+        list(pool.map(Engine.close, tiny_engines.values()))
     assert [p for p in psutil.Process().children(recursive=True) if "VLLM" in "".join(p.cmdline())] == []
     assert [name for name in os.listdir("/dev/shm") if name.startswith(f"rlsync-ring-{os.getpid()}-")] == []
     listening = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
