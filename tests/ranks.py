@@ -1,19 +1,28 @@
-"""Runs a function on several ranks, each a process of its own, as torchrun would start them."""
+"""Runs a function on several ranks, each a process of its own with the environment that torchrun would give it."""
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import ExitStack
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryFile
-from typing import IO, Any
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, Protocol
 
 REPO = Path(__file__).resolve().parents[1]
+# A rank imports Megatron for 5 s. Ranks of these modules are forked from one process that has done so; it has no threads and nothing else.
+# Not those that import vLLM, which reads the environment when it is imported.
+_FORKED = tuple(f"tests.integration.{name}_ranks" for name in ("actor", "agreement", "bridge", "checkpoint", "megatron", "offload"))
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"
 
 
@@ -33,23 +42,76 @@ def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float =
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
+    # A process that was forked from one that asked for GPUs has none.
+    start = _fork if module in _FORKED and shutil.which("nvidia-smi") is None else _execute
     with ExitStack() as stack:
         arguments = stack.enter_context(NamedTemporaryFile("w", suffix=".json"))
         json.dump(kwargs, arguments)
         arguments.flush()
-        command = [sys.executable, "-c", _ENTRY, module, function, arguments.name]
-        logs = [stack.enter_context(TemporaryFile("w+")) for _ in range(world_size)]
+        logs = [stack.enter_context(NamedTemporaryFile("w+", suffix=".log")) for _ in range(world_size)]
         ranks = [
-            subprocess.Popen(
-                command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
-                stdin=subprocess.DEVNULL, stdout=logs[r], stderr=subprocess.STDOUT, cwd=REPO,
-            )
-            for r in range(world_size)
-        ]  # fmt: skip
+            start((module, function, arguments.name), {**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, log)
+            for r, log in enumerate(logs)
+        ]
         return _collect(ranks, logs, time.monotonic() + timeout_s)
 
 
-def _collect(ranks: list[subprocess.Popen], logs: list[IO[str]], deadline: float) -> list[str]:
+class _Rank(Protocol):
+    """As much of a Popen as is needed."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> Any: ...
+
+
+def _execute(entry: tuple[str, str, str], environment: dict[str, str], log: IO[str]) -> _Rank:
+    command = [sys.executable, "-c", _ENTRY, *entry]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPO)
+
+
+class _Forked:
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self.kill, self.wait = process.kill, process.join
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _fork(entry: tuple[str, str, str], environment: dict[str, str], log: IO[str]) -> _Rank:
+    process = _forking().Process(target=_be_rank, args=(entry, environment, log.name))
+    process.start()
+    return _Forked(process)
+
+
+@functools.cache
+def _forking() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_FORKED))
+    return context
+
+
+def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPO)
+    for name, flags, numbers in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
+        opened = os.open(name, flags)
+        for number in numbers:
+            os.dup2(opened, number)
+        os.close(opened)
+    warnings.simplefilter("ignore")
+    module, function, arguments = entry
+    getattr(import_module(module), function)(**json.loads(Path(arguments).read_text()))
+
+
+def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[str]:
     try:
         while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
