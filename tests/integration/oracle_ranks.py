@@ -55,9 +55,7 @@ def compare_each(cases: list[dict[str, Any]]) -> None:
     destroy_parallel()
 
 
-def compare(
-    folder: str, topology: dict[str, int], out_dir: str, dtype: str = "float32", enforce_eager: bool = True, **config: Any
-) -> None:
+def compare(folder: str, topology: dict[str, int], out_dir: str, dtype: str = "float32", enforce_eager: bool = True, **config: Any) -> None:
     """Several syncs of a changing actor; then the synced engine against one started from the exported ``hf_model``."""
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=120)

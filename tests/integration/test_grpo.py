@@ -55,8 +55,9 @@ def strike(
     deadline = time.monotonic() + 200
     while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    assert len(family) > 4, (folder / "output.log").read_text()[-4000:]
+    assert process.poll() is None and len(read_metrics(folder / "run")) >= steps, (folder / "output.log").read_text()[-4000:]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 4
     victim([psutil.Process(process.pid), *family]).send_signal(number)
     return family
 
