@@ -63,19 +63,18 @@ def resolve_placement(component_placement: Mapping[str, Any], num_devices: int |
         ConfigError: bad syntax, unknown, missing or doubled component, device out of range, a gap in a list, or
             actor and rollout sharing only some devices.
     """
-    devices: dict[str, tuple[int, ...]] = {}
-    shared: list[tuple[list[str], Any]] = []
-    own: list[tuple[list[str], Any]] = []
-    for names, value in component_placement.items():
-        (shared if "," in names else own).append(([part.strip() for part in names.split(",")], value))
-    for keys in (shared, own):
-        placed = [name for names, _ in keys for name in names]
-        for name in placed:
+    values: dict[str, Any] = {}
+    for is_shared in (True, False):
+        keys = [([part.strip() for part in names.split(",")], value) for names, value in component_placement.items()]
+        placed = {}
+        for name, value in ((name, value) for names, value in keys if (len(names) > 1) is is_shared for name in names):
             if name not in _COMPONENTS:
                 raise ConfigError(_unknown_component(name))
-            if placed.count(name) > 1:
+            if name in placed:
                 raise ConfigError(f"cluster.component_placement names {name} twice")
-        devices |= {name: _devices(name, value, num_devices) for names, value in keys for name in names}
+            placed[name] = value
+        values |= placed
+    devices = {name: _devices(name, value, num_devices) for name, value in values.items()}
     missing = [name for name in _COMPONENTS if name not in devices]
     if missing:
         raise ConfigError(f"cluster.component_placement must place {', '.join(missing)}; it places {', '.join(devices) or 'nothing'}")

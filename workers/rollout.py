@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from rlsync.engine.protocol import Completion, PauseMode
-from rlsync.errors import RlsyncError
+from rlsync.errors import ConfigError, RlsyncError
 from workers.config import RunConfig
 from workers.logs import first_error, keep_own_log, log_size, own_log
 
@@ -119,9 +119,15 @@ class RayEngine:
 def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM.
 
-    ``can_sleep`` puts their memory where it can be given back.
+    ``can_sleep`` puts their memory where it can be given back. Raises ConfigError for what vLLM cannot do without GPUs.
     """
     rollout, vllm = config.rollout, config.rollout.vllm
+    # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
+    no_chunks = not on_gpu and config.algorithm.sampling_params.seeded
+    if no_chunks and vllm.enable_chunked_prefill:
+        raise ConfigError(
+            "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
+        )
     assert rollout.model.precision is not None, "load_config derives it"
     wanted: dict[str, Any] = {
         "model": rollout.model.model_path,
@@ -138,7 +144,7 @@ def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False
         "max_num_seqs": rollout.max_running_requests,
         "max_num_batched_tokens": vllm.max_num_batched_tokens,
         "enable_prefix_caching": vllm.enable_prefix_caching,
-        "enable_chunked_prefill": vllm.enable_chunked_prefill,
+        "enable_chunked_prefill": False if no_chunks else vllm.enable_chunked_prefill,
         "disable_log_stats": rollout.disable_log_stats,
         "seed": config.actor.seed,
         # Temperature included, so that they can be compared with the actor's.

@@ -38,6 +38,8 @@ def test_a_key_of_its_own_moves_a_component_out_of_a_shared_one() -> None:
     placement = resolve_placement({"actor": "0-1", "actor,rollout,reward": "all", "rollout": "2-3"}, num_devices=4)
     assert placement.actor == (0, 1) and placement.rollout == (2, 3) and placement.reward == (0, 1, 2, 3)
     assert placement.mode is PlacementMode.DISAGGREGATED
+    own = {"actor": "0-1", "actor,rollout,reward": "all", "rollout": 2, "reward": 2}
+    assert resolve_placement(own, num_devices=None).rollout == (2,), "nothing is left for `all`, which needs GPUs"
 
 
 def test_process_slots_need_no_devices() -> None:

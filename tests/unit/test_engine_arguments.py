@@ -1,0 +1,30 @@
+"""Claims about what a configuration asks of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlsync.errors import ConfigError
+from tests.unit.test_config import minimal
+from workers.config import load_config
+from workers.rollout import engine_arguments
+
+
+def arguments(*, on_gpu: bool, can_sleep: bool = False, seeded: bool = True, **rollout: Any) -> dict[str, Any]:
+    config = load_config(minimal(rollout=rollout, algorithm={"sampling_params": {"seeded": seeded}}))
+    return engine_arguments(config, on_gpu=on_gpu, can_sleep=can_sleep)
+
+
+def test_an_engine_can_sleep_only_where_it_is_to() -> None:
+    assert "enable_sleep_mode" not in arguments(on_gpu=True) and arguments(on_gpu=True, can_sleep=True)["enable_sleep_mode"] is True
+    assert arguments(on_gpu=True)["load_format"] == "dummy"
+
+
+def test_seeded_prompts_are_not_cut_on_a_cpu() -> None:
+    assert arguments(on_gpu=False)["enable_chunked_prefill"] is False
+    assert "enable_chunked_prefill" not in arguments(on_gpu=True) and "enable_chunked_prefill" not in arguments(on_gpu=False, seeded=False)
+    assert arguments(on_gpu=True, vllm={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
+    with pytest.raises(ConfigError, match="enable_chunked_prefill=True ends vLLM on CPU .* set one of them to False"):
+        arguments(on_gpu=False, vllm={"enable_chunked_prefill": True})
