@@ -1,14 +1,15 @@
-"""Memory that a sync takes on paper: the ring, messages, modules in progress. Integers, by the rules of those who allocate it."""
+"""Memory that a sync takes on paper: rings, messages, modules in progress. Integers, by the rules of those who allocate it."""
 
 from __future__ import annotations
 
 import mmap
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from rlsync.geometry import DTYPE_BYTES
-from rlsync.plan import Plan
+from rlsync.plan import Bucket, Copy, Plan, cut_buckets
 from rlsync.staging import SEGMENT_ALIGNMENT, Part
 
 
@@ -19,6 +20,21 @@ def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_s
         return 0, 0
     slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
     return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
+
+
+def staging_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int) -> list[int]:
+    """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.sync.lending`` allocates it for what ``ipc`` streams read.
+
+    ``transports``: of each stream; none where parameters are read where they lie.
+    """
+    largest = [0] * num_actors
+    for row in parts if transports else ():
+        given = [0] * num_actors
+        for part, transport in zip(row, transports, strict=True):
+            for region in part.regions if transport == "ipc" else ():
+                given[region.source] += _aligned(region.nbytes)
+        largest = list(map(max, largest, given))
+    return [num_slots * nbytes for nbytes in largest]
 
 
 def message_bytes(
@@ -46,12 +62,20 @@ def _parcel_bytes(part: Part) -> dict[int, int]:
     """Bytes of the message of each source: the part as it is where one gives all of it, else its regions one after the other."""
     parcels: dict[int, int] = defaultdict(int)
     for region in part.regions:
-        parcels[region.source] += -(-region.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+        parcels[region.source] += _aligned(region.nbytes)
     return dict.fromkeys(parcels, part.nbytes) if len(parcels) == 1 else parcels
 
 
-def layerwise_bytes(plan: Plan) -> int:
-    """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last."""
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+
+
+def layerwise_bytes(plan: Plan, bucket_bytes: int) -> int:
+    """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last.
+
+    ``bucket_bytes``: of the buckets in which the layerwise sink gets what the direct one may read in one.
+    """
+    plan = _as_cut(plan, bucket_bytes)
     spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
     for number, bucket in enumerate(plan.buckets):
         for copy in bucket.copies:
@@ -72,3 +96,17 @@ def layerwise_bytes(plan: Plan) -> int:
 
 def _module(buffer: str) -> str:
     return buffer.rpartition(".")[0]
+
+
+def _as_cut(plan: Plan, bucket_bytes: int) -> Plan:
+    """The same copies, in buckets also where there is one that holds everything."""
+    if len(plan.buckets) > 1:
+        return plan
+    copies: dict[str, list[Copy]] = defaultdict(list)
+    moved: dict[str, int] = defaultdict(int)
+    items = [{b.name: DTYPE_BYTES[b.dtype] for b in p.buffers} for p in plan.destinations]
+    for copy in plan.buckets[0].copies:
+        copies[copy.tensor].append(copy)
+        moved[copy.tensor] += copy.size * items[copy.destination][copy.destination_buffer]
+    groups = cut_buckets(plan.buckets[0].tensors, bucket_bytes, moved)
+    return replace(plan, buckets=tuple(Bucket(group, tuple(c for t in group for c in copies[t.name])) for group in groups))

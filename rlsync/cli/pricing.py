@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes
+from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import model_of
@@ -46,7 +46,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of the sync, as in ``rlsync.sync.SyncConfig``; dtypes are the config's where None.
+    """Of the sync, as in ``rlsync.sync.SyncConfig``; dtypes are the config's where None. Sinks are direct.
 
     ``shm_bytes``: size of /dev/shm on the actor's host, or None where nobody asks whether the ring fits.
     """
@@ -56,6 +56,7 @@ class Settings:
     bucket_bytes: int = 256 * 2**20
     num_slots: int = 2
     transport: str = "auto"
+    staging: str = "auto"
     shm_bytes: int | None = None
     make_vocab_size_divisible_by: int = 1
 
@@ -69,6 +70,7 @@ class Price:
 
     Attributes:
         slot_bytes, ring_bytes: of the ring in host shared memory; 0 where no worker is served through it.
+        staging_bytes_per_actor_rank: of the rings in GPU memory that ``ipc`` reads; 0 where it reads parameters.
         outbox_bytes_per_actor_rank, inbox_bytes_per_worker: memory for gloo's messages; 0 where there are none.
         layerwise_extra_bytes: most that a worker takes where every module goes through vLLM's post-processing; the direct sink
             takes none.
@@ -96,6 +98,7 @@ class Price:
     num_copies: int
     slot_bytes: int
     ring_bytes: int
+    staging_bytes_per_actor_rank: Range
     outbox_bytes_per_actor_rank: Range
     inbox_bytes_per_worker: Range
     layerwise_extra_bytes: int
@@ -178,27 +181,41 @@ def _first_engine_gpu(scene: Scene, num_actors: int) -> int:
 
 
 def _gpu(index: int, scene: Scene) -> Location:
-    """Every transport goes through host memory, so that one GPU is as near as another."""
-    return Location(f"host {index // scene.gpus_per_host}")
+    return Location(f"host {index // scene.gpus_per_host}", f"GPU {index}")
 
 
 def _transport_of(worker: Placement, actors: Sequence[Placement], requested: str) -> str:
-    """Host shared memory reaches a worker only where every actor rank is on its host."""
+    """What one host has, reaches a worker only where every actor rank is on its host. All have GPUs here."""
     here = {_host(p) for p in actors} == {_host(worker)}
-    return "gloo" if requested == "gloo" or not here else "shm"
+    return "gloo" if requested == "gloo" or not here else "shm" if requested == "shm" else "ipc"
 
 
 def _plan(sides: _Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
     """The plan, and the workers of each stream: those on one host that hold the same, where shared memory serves them."""
     groups: dict[object, list[Placement]] = defaultdict(list)
+    transports = set()
     # Tensor-parallel ranks differ and engines are alike, so that the pieces themselves need no comparison.
     for index, worker in enumerate(sides.workers):
-        shared = _transport_of(worker, sides.actors, settings.transport) == "shm"
-        groups[(_host(worker), worker.pieces) if shared else index].append(worker)
+        transport = _transport_of(worker, sides.actors, settings.transport)
+        transports.add(transport)
+        located = _located(worker, transport == "ipc")
+        groups[(_host(worker), worker.pieces) if transport == "shm" else index].append(located)
     members = list(groups.values())
-    tensors = sides.model.tensors(settings.dtype)
-    plan = build_plan(tensors, sides.actors, [row[0] for row in members], bucket_bytes=settings.bucket_bytes, allow_cast=True)
+    in_place = transports == {"ipc"} and settings.staging == "auto"
+    plan = build_plan(
+        sides.model.tensors(settings.dtype),
+        [_located(actor, "ipc" in transports) for actor in sides.actors],
+        [row[0] for row in members],
+        bucket_bytes=None if in_place else settings.bucket_bytes,
+        allow_cast=True,
+    )
     return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
+
+
+def _located(placement: Placement, by_device: bool) -> Placement:
+    """Transports that go through host memory find one GPU as near as another."""
+    assert placement.location is not None
+    return placement if by_device else replace(placement, location=replace(placement.location, device=None))
 
 
 def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
@@ -210,6 +227,8 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         by_transport[name] += len(row)
     tensors = sides.model.tensors(settings.dtype)
     slot_size, ring_size = ring_bytes(parts, transports, settings.num_slots)
+    is_staged = settings.staging == "always"
+    stages = staging_bytes(parts, transports if is_staged else (), len(sides.actors), settings.num_slots)
     outboxes, inboxes = message_bytes(parts, transports, len(sides.actors), settings.num_slots)
     same_gpu, same_host, other_host = moved.bytes_by_link.values()
     return Price(
@@ -235,9 +254,10 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         num_copies=sum(len(bucket.copies) for bucket in plan.buckets),
         slot_bytes=slot_size,
         ring_bytes=ring_size,
+        staging_bytes_per_actor_rank=_range(stages),
         outbox_bytes_per_actor_rank=_range(outboxes),
         inbox_bytes_per_worker=_range(inboxes),
-        layerwise_extra_bytes=layerwise_bytes(plan),
+        layerwise_extra_bytes=layerwise_bytes(plan, settings.bucket_bytes),
         planning_s=planning_s,
         plan_digest=plan.digest,
     )
@@ -245,8 +265,9 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
 
 def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:
     apart = price.workers_by_transport.get("gloo", 0)
-    if settings.transport == "shm" and apart:
-        yield f"weight_sync.transport is shm, but {apart} of {price.engine_workers} workers do not share a host with every actor rank"
+    if settings.transport in ("ipc", "shm") and apart:
+        where = f"{apart} of {price.engine_workers} workers do not share a host with every actor rank"
+        yield f"weight_sync.transport is {settings.transport}, but {where}"
     if settings.shm_bytes is not None and settings.shm_bytes < price.ring_bytes:
         yield (
             f"shared memory: /dev/shm has {settings.shm_bytes} bytes, the ring needs {price.ring_bytes}; "

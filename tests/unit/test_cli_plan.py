@@ -58,9 +58,10 @@ def test_plan_counts_the_bytes_of_a_model_it_never_sees(folder: str, capsys: pyt
     assert price["refusals"] == []
     assert price["tensor_bytes"] == 15_231_233_024, "7.6e9 parameters in bf16, as the published checkpoint"
     assert price["num_tensors"] == 339 and price["actor_ranks"] == 4 and price["engine_workers"] == 4
-    assert price["num_streams"] == 2, "two engines on one host hold the same"
+    assert price["workers_by_transport"] == {"ipc": 4} and price["num_streams"] == 4, "each worker reads for itself"
+    assert price["num_buckets"] == 1 and price["ring_bytes"] == 0, "parameters are read where they lie"
     low, high = price["given_bytes_per_actor_rank"]
-    assert low > 0.2 * price["tensor_bytes"] and high < 0.3 * price["tensor_bytes"], "replicas share the work"
+    assert low > 0.4 * price["tensor_bytes"] and high < 0.6 * price["tensor_bytes"], "replicas share the work"
     assert price["redundancy_per_worker"] == [1.0, 1.0]
     assert price["bytes_same_host"] > price["tensor_bytes"] and price["bytes_other_host"] == 0
 
@@ -69,23 +70,24 @@ def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFi
     assert main(["plan", folder, "--actor", "tp=4", "--rollout", "tp=2,engines=2", "--colocated"]) == 0
     out = capsys.readouterr().out
     assert "Qwen2ForCausalLM: 339 tensors, 14.2 GiB in bfloat16" in out
-    assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 2 streams" in out
-    assert "shm for 4 workers" in out and "1.00 times what it holds" in out
+    assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 4 streams" in out
+    assert "ipc for 4 workers" in out and "1.00 times what it holds" in out
 
 
-def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int) -> Surveyed:
-    """What a coordinator would tell of engines that hold what they hold on paper, all on one host with a GPU each."""
+def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool) -> Surveyed:
+    """What a coordinator would tell of engines that hold what they hold on paper, all on one host, with a GPU each or an actor's."""
 
-    def shared(gpu: int) -> dict[str, Any]:
+    def shared(gpu: int, pid: int) -> dict[str, Any]:
         return {
-            "token": "t", "run_id": "r", "host": "host 0", "shm_domain": "d", "pid_domain": "p", "pid": gpu + 1, "gpu_uuid": f"gpu {gpu}",
+            "token": "t", "run_id": "r", "host": "host 0", "shm_domain": "d", "pid_domain": "p", "pid": pid, "gpu_uuid": f"gpu {gpu}",
         }  # fmt: skip
 
     size = topology.world_size
-    actors = tuple(ActorHello(**shared(r), actor_rank=r, world_size=size, digest="") for r in range(size))
+    actors = tuple(ActorHello(**shared(r, 1 + r), actor_rank=r, world_size=size, digest="", memory="lendable") for r in range(size))
     places = [(e, r) for e in range(num_engines) for r in range(tp_size)]
+    first = 0 if colocated else size
     workers = tuple(
-        WorkerHello(**shared(size + i), engine_id=str(e), dp_index=0, worker_rank=r, world_size=tp_size, vllm_version="0")
+        WorkerHello(**shared(first + i, 1 + size + i), engine_id=str(e), dp_index=0, worker_rank=r, world_size=tp_size, vllm_version="0")
         for i, (e, r) in enumerate(places)
     )
     model = model_of(config)
@@ -100,14 +102,20 @@ BUCKET_BYTES = 50_000
 
 
 def drawn_up(
-    axes: dict[str, int], tp_size: int, num_engines: int, transport: Any, bucket_bytes: int = BUCKET_BYTES
+    axes: dict[str, int],
+    tp_size: int,
+    num_engines: int,
+    transport: Any,
+    bucket_bytes: int = BUCKET_BYTES,
+    staging: Any = "auto",
+    colocated: bool = False,
 ) -> tuple[Price, Blueprint]:
     """The same sync on paper and as a connection would plan it."""
-    scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16)
-    price = priced(SMALL, scene, bucket_bytes=bucket_bytes, transport=transport, engine_dtype="bfloat16")
+    scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16, colocated=colocated)
+    price = priced(SMALL, scene, bucket_bytes=bucket_bytes, transport=transport, staging=staging, engine_dtype="bfloat16")
     model, topology = model_of(SMALL), Topology(**axes)
-    survey = surveyed(SMALL, topology, tp_size, num_engines)
-    config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport)
+    survey = surveyed(SMALL, topology, tp_size, num_engines, colocated)
+    config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport, staging=staging)
     return price, draw_up(model.tensors(), megatron_placements(model, topology), survey, config)
 
 
@@ -125,6 +133,26 @@ def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_s
     assert price.given_bytes_per_actor_rank == (min(given), max(given))
     assert price.num_copies == sum(len(part.regions) for row in blueprint.parts for part in row)
     assert price.num_buckets > 5, "or the cut is not tried"
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+@pytest.mark.parametrize("staging", ["auto", "always"])
+@pytest.mark.parametrize("transport", ["auto", "ipc"])
+def test_paper_finds_the_near_gpu_as_a_connection_does(transport: str, staging: str, colocated: bool) -> None:
+    price, blueprint = drawn_up({"tp_size": 2, "dp_size": 2}, 2, 2, transport, staging=staging, colocated=colocated)
+    assert blueprint.transport == "ipc" and price.workers_by_transport == {"ipc": 4}
+    assert (price.num_buckets, price.num_streams) == (len(blueprint.parts), blueprint.num_streams)
+    assert (price.num_buckets == 1) == (staging == "auto") == blueprint.is_read_in_place
+    by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
+    assert by_link == tuple(blueprint.traffic.bytes_by_link.values()) and sum(by_link) == blueprint.nbytes
+    # An engine and a replica are cut alike, but for the padding of the vocabulary.
+    assert by_link[0] > 0.9 * sum(by_link) if colocated else by_link == (0, sum(by_link), 0)
+    given = blueprint.traffic.bytes_by_source.values()
+    assert price.given_bytes_per_actor_rank == (min(given), max(given))
+    actors, _ = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=None)
+    stages = [2 * share.stage_bytes for share in actors]
+    assert price.staging_bytes_per_actor_rank == (min(stages), max(stages)) and (staging == "always") == (min(stages) > 0)
+    assert price.ring_bytes == price.slot_bytes == 0
 
 
 @LAYOUTS
@@ -153,9 +181,12 @@ def test_links_follow_from_where_the_engines_are() -> None:
     apart = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8))
     assert (apart.bytes_same_gpu, apart.bytes_same_host) == (0, 0) and apart.workers_by_transport == {"gloo": 8}
     together = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8, colocated=True))
-    # Through host memory, however near the GPUs are.
-    assert together.bytes_same_host > 0 == together.bytes_same_gpu == together.bytes_other_host
-    assert together.workers_by_transport == {"shm": 8}
+    # A worker wants a quarter of each of two stages, and one of them is on its GPU.
+    assert together.bytes_same_gpu > 0 < together.bytes_same_host and together.bytes_other_host == 0
+    assert together.workers_by_transport == {"ipc": 8}
+    through_host = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8, colocated=True), transport="shm")
+    # However near the GPUs are.
+    assert through_host.bytes_same_host > 0 == through_host.bytes_same_gpu == through_host.bytes_other_host
     beside = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=16))
     assert beside.bytes_same_gpu == 0 == beside.bytes_other_host and beside.engine_hosts == 1
     alone = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=16, actor_hosts=1))
@@ -176,7 +207,8 @@ def test_one_layer_is_what_layerwise_takes() -> None:
         module = buffer.name.rpartition(".")[0]
         sizes[module] = sizes.get(module, 0) + buffer.size * DTYPE_BYTES[buffer.dtype]
     # A bucket for each tensor: a module of two tensors is in progress alone, a smaller one beside it never.
-    assert priced(SMALL, Scene({}), bucket_bytes=1).layerwise_extra_bytes == max(sizes.values())
+    for transport in ("ipc", "shm"):
+        assert priced(SMALL, Scene({}), bucket_bytes=1, transport=transport).layerwise_extra_bytes == max(sizes.values())
     assert priced(SMALL, Scene({})).layerwise_extra_bytes == sum(sizes.values()), "one bucket has all of them in progress"
 
 
@@ -191,8 +223,9 @@ def test_one_layer_is_what_layerwise_takes() -> None:
         (["--actor", "pp=3"], ["28 layers cannot be split over pp_size 3"]),
         (["--actor", "tp=2", "--rollout", "engines=4", "--colocated"], ["4 engine workers cannot share the GPUs of 2 actor ranks"]),
         (["--actor", "dp=4", "--gpus-per-host", "2", "--actor-hosts", "1"], ["4 actor ranks do not fit on 1 hosts of 2 GPUs"]),
+        (["--gpus-per-host", "1", "--transport", "ipc"], ["transport is ipc, but 1 of 1"]),
         (["--gpus-per-host", "1", "--transport", "shm"], ["1 of 1 workers do not share a host with every actor rank"]),
-        (["--shm-bytes", "1000000"], ["/dev/shm has 1000000 bytes, the ring needs 21"]),
+        (["--shm-bytes", "1000000", "--transport", "shm"], ["/dev/shm has 1000000 bytes, the ring needs 21"]),
         (["--dtype", "bf16"], ["model.embed_tokens.weight has dtype bf16, of which no size is known"]),
         (["--dtype", "int8", "--engine-dtype", "float32"], ["float32 in engine 0 worker 0, int8 in actor 0"]),
     ],
