@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rlsync.bridge import AutoBridge
 from rlsync.errors import PlacementError
 from rlsync.geometry import Placement, TensorSpec
-from rlsync.megatron.model import gather_parameters, iter_parameters
+from rlsync.megatron.model import gather_parameters
 
 
 class MegatronSource:
@@ -36,14 +36,22 @@ class MegatronSource:
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
+        names = {id(buffer): name for name, buffer in self.buffers.items()}
+        # Where each parameter is looked up when the model computes; a sync has no time to walk the modules.
+        self._places = [
+            (module._parameters, attribute, names[id(parameter)], parameter)
+            for model in models
+            for module in model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in names
+        ]
 
     def begin(self, version: int) -> None:
         """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.
 
         Raises PlacementError where a module has another parameter than when this source was made: what it had would be sent.
         """
-        live = {name: parameter for _, _, name, parameter in iter_parameters(self._models)}
-        replaced = [name for name, buffer in self.buffers.items() if live.get(name) is not buffer]
+        replaced = [name for table, attribute, name, parameter in self._places if table.get(attribute) is not parameter]
         if replaced:
             raise PlacementError(
                 f"{len(replaced)} parameters are other objects than at connect(), among them {replaced[0]}; "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,9 +190,9 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if _is_deferred_attention(layer))
 
 
-def finish_attention(model: torch.nn.Module, model_config: Any) -> None:
-    """Post-process the attention layers, as vLLM does at the end of a load and of a reload."""
-    for _, layer in attention_layers(model):
+def finish_attention(layers: Iterable[Any], model_config: Any) -> None:
+    """Post-process attention layers, as vLLM does at the end of a load and of a reload."""
+    for layer in layers:
         layer.process_weights_after_loading(model_config.dtype)
 
 

@@ -118,8 +118,8 @@ def gather_parameters(models: Sequence[torch.nn.Module]) -> None:
     Raises:
         RlsyncError: the weights are in host memory (``ActorMemory.offload``).
     """
-    away = [name for _, _, name, p in iter_parameters(models) if p.numel() and not p.untyped_storage().nbytes()]
-    if away:
+    if any(p.data_ptr() == 0 and p.numel() for model in models for p in model.parameters()):
+        away = [name for _, _, name, p in iter_parameters(models) if p.data_ptr() == 0]
         raise RlsyncError(
             f"the actor's weights are offloaded ({len(away)} parameters, among them {away[0]}): onload them before they are synced, "
             "saved or used"

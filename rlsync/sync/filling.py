@@ -76,6 +76,12 @@ class Filler:
 
     def check(self) -> None:
         """Look where the parameters are now. Raises PlacementError where they are no longer what they were at connect."""
+        if any(tensor.is_cuda for tensor in self._buffers.values()):
+            # They may have been written on any stream of this process, and others read them.
+            torch.cuda.synchronize()
+        addresses = self._find()
+        if addresses == self._addresses:
+            return
         changed = [
             f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
             for name, t in self._buffers.items()
@@ -85,13 +91,8 @@ class Filler:
             raise PlacementError(
                 f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
             )
-        if any(tensor.is_cuda for tensor in self._buffers.values()):
-            # They may have been written on any stream of this process, and others read them.
-            torch.cuda.synchronize()
-        addresses = self._find()
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._programs.clear()
+        self._addresses = addresses
+        self._programs.clear()
 
     def _find(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._buffers.values()]

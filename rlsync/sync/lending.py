@@ -46,7 +46,9 @@ class Lender:
         if share.stage_bytes:
             self._stage = LendableMemory(share.num_slots * share.stage_bytes, device)
         self._stage_bytes, self._num_slots = share.stage_bytes, share.num_slots
-        self._numbers: tuple[tuple[int, int], ...] = ()
+        self._addresses: list[int] = []
+        # By number of an allocation, an address in it.
+        self._firsts: dict[int, int] = {}
 
     @property
     def slots(self) -> list[torch.Tensor]:
@@ -55,13 +57,16 @@ class Lender:
 
     def loan(self) -> Loan:
         """What is lent now. Raises PlacementError where it is not in memory that can be lent."""
-        self._numbers = self._places()
-        addresses = [tensor.data_ptr() for tensor in self._buffers.values()]
-        firsts = {number: address for (number, _), address in zip(self._numbers, addresses, strict=True)}
-        if self._stage is not None:
-            firsts[cuda_ipc.allocation_number(self._stage.address)] = self._stage.address
+        gone = [name for name, t in self._buffers.items() if not t.is_cuda or t.untyped_storage().nbytes() == 0]
+        if gone:
+            raise PlacementError(
+                f"{len(gone)} of {len(self._buffers)} parameters are not in device memory, among them {gone[0]}: onload them before sync()"
+            )
+        self._addresses = self._find()
+        self._firsts = {cuda_ipc.allocation_number(address): address for address in self._addresses}
+        lent = [*self._firsts.values(), *([] if self._stage is None else [self._stage.address])]
         return Loan(
-            tuple(cuda_ipc.allocation_of(address, self._device) for address in firsts.values()),
+            tuple(cuda_ipc.allocation_of(address, self._device) for address in lent),
             {name: Lent(t.data_ptr(), t.nbytes, str(t.dtype).removeprefix("torch.")) for name, t in self._buffers.items()},
             0 if self._stage is None else self._stage.address,
             self._stage_bytes,
@@ -69,17 +74,16 @@ class Lender:
         )
 
     def renewed(self) -> Loan | None:
-        """What is lent now, where that is not what was said last; None where nothing has moved."""
-        return None if self._places() == self._numbers else self.loan()
+        """What is lent now, where that is not what was said last; None where nothing has moved.
 
-    def _places(self) -> tuple[tuple[int, int], ...]:
-        """The generation of the memory: of each buffer, the driver's number of its allocation, and its address."""
-        gone = [name for name, t in self._buffers.items() if not t.is_cuda or t.untyped_storage().nbytes() == 0]
-        if gone:
-            raise PlacementError(
-                f"{len(gone)} of {len(self._buffers)} parameters are not in device memory, among them {gone[0]}: onload them before sync()"
-            )
-        return tuple((cuda_ipc.allocation_number(t.data_ptr()), t.data_ptr()) for t in self._buffers.values())
+        The generation of the memory is the addresses of the buffers, and the driver's numbers of the allocations that they are in:
+        one that was freed and taken again at the same address has another number.
+        """
+        same = self._find() == self._addresses and all(cuda_ipc.allocation_number(a) == number for number, a in self._firsts.items())
+        return None if same else self.loan()
+
+    def _find(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._buffers.values()]
 
     def close(self) -> None:
         """Give the staging ring back. Every reader has let go of it, or its process has ended. Idempotent."""
