@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.parallel import compute_device
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
@@ -73,8 +74,10 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
     its ``reload_model_params()`` after loading them. Whether it is distributed was decided by ``DdpOptions``.
 
     Raises:
-        ConfigError: the chunks are not wrapped in Megatron's DistributedDataParallel.
+        ConfigError: the chunks are not wrapped in Megatron's DistributedDataParallel, or ``optimizer_cpu_offload`` without CUDA.
     """
+    if options.optimizer_cpu_offload and compute_device().type != "cuda":
+        raise ConfigError("optimizer_cpu_offload moves optimizer state from a GPU to the host, and there is no GPU; set it to False")
     for index, model in enumerate(models):
         if not isinstance(model, DistributedDataParallel):
             raise ConfigError(f"chunk {index} is a bare {type(model).__name__}; build the model with wrap_with_ddp=True to train it")

@@ -15,7 +15,7 @@ from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.engine.handle import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
-from rlsync.megatron.model import unwrap
+from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
@@ -67,6 +67,7 @@ def compare(
     out_dir: str,
     dtype: str = "float32",
     enforce_eager: bool = True,
+    ddp: dict[str, Any] | None = None,
     gpus: list[str] | None = None,
     **config: Any,
 ) -> None:
@@ -77,7 +78,7 @@ def compare(
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16")
+    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})))
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     places = [None] if gpus is None else gpus
     synced = [

@@ -8,6 +8,7 @@ from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Family, whether its head is tied, and the layout of the actor.
 CASES = (("llama", False, {"tp_size": 2}), ("qwen2", True, {"pp_size": 2}), ("qwen3", True, {"dp_size": 2}))
 
@@ -23,6 +24,7 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
             "folder": str(save_tiny_model(tmp_path / family / "hf", family, tied=tied)),
             "topology": topology,
             "out_dir": str(tmp_path / family),
+            "ddp": OVERLAPPED if "dp_size" in topology else {},  # stale without a gather before each sync
         }
         for family, tied, topology in CASES
     ]

@@ -26,5 +26,5 @@ def test_seeded_prompts_are_not_cut_on_a_cpu() -> None:
     assert arguments(on_gpu=False)["enable_chunked_prefill"] is False
     assert "enable_chunked_prefill" not in arguments(on_gpu=True) and "enable_chunked_prefill" not in arguments(on_gpu=False, seeded=False)
     assert arguments(on_gpu=True, vllm={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
-    with pytest.raises(ConfigError, match="enable_chunked_prefill=True ends vLLM on CPU .* set one of them to False"):
+    with pytest.raises(ConfigError, match=r"enable_chunked_prefill=True ends vLLM on CPU .* set one of them to False"):
         arguments(on_gpu=False, vllm={"enable_chunked_prefill": True})

@@ -1,0 +1,24 @@
+"""A sync on GPUs reads the weights that the last step computed, also where the optimizer keeps and steps them on the host."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.test_freshness import RANKS, trained
+from tests.integration.test_offload import DISTRIBUTED, OVERLAPPED, make_models
+from tests.ranks import run_ranks
+
+ON_HOST = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
+
+
+@pytest.mark.gpu(2)
+def test_weights_are_fresh_after_every_step_wherever_the_optimizer_keeps_them(tmp_path):
+    cases = [
+        trained("qwen2", OVERLAPPED, dp_size=2),
+        trained("qwen3", DISTRIBUTED, dp_size=2),
+        trained("qwen2", DISTRIBUTED, dp_size=2, optimizer=ON_HOST),
+        trained("qwen3", OVERLAPPED, dp_size=2, optimizer={**ON_HOST, "optimizer_offload_fraction": 0.5}),
+        trained("qwen2", OVERLAPPED, dp_size=2, optimizer={**ON_HOST, "use_precision_aware_optimizer": True}),
+    ]
+    outputs = run_ranks(2, RANKS, "synced_weights_are_those_after_the_step", cases=cases, models=make_models(tmp_path))
+    assert outputs[0].count("FRESH") == len(cases), outputs[0]

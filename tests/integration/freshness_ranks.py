@@ -1,0 +1,88 @@
+"""What the ranks of ``test_freshness`` do: train, and hold what a sync reads with what the optimizer has just computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+
+from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.parallel import destroy_parallel
+from rlsync.source import MegatronSource
+from tests.integration.megatron_ranks import Actor
+
+Weights = dict[str, torch.Tensor]
+
+
+def synced_weights_are_those_after_the_step(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Step after step, on every replica, bit for bit; ``stale`` cases are not, as long as nobody has begun a sync."""
+    for case in cases:
+        expected = models[case["model"]]
+        actor = Actor(expected["folder"], case)
+        source = MegatronSource(actor.bridge, actor.models)
+        for version in range(1, 4):
+            before = _copies(source.buffers)
+            actor.steps(expected["batch"], 1)
+            computed = _computed(actor)
+            unforced = _copies(source.buffers)
+            source.begin(version)
+            read = _copies(source.buffers)
+            assert _equal(read, computed), f"{case}: version {version} is not what the optimizer computed"
+            assert not _equal(read, before), "negative control: the step changed nothing"
+            assert _everywhere(_equal(unforced, computed)) is not case["stale"], f"{case}: staleness without begin()"
+        print(f"FRESH {case['topology']} {case['optimizer']}", flush=True)
+        dist.barrier()
+        destroy_parallel(keep_distributed=True)
+
+
+def _computed(actor: Actor) -> Weights:
+    """Whole weights out of the main parameters, wherever the optimizer keeps them and whichever replica holds each part."""
+    optimizer, mains = actor.optimizer, {}
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        assert isinstance(part, DistributedOptimizer), "else main parameters are not sharded, and nothing has to be gathered"
+        for model_parameter, main, start in _shards(part):
+            mains.setdefault(id(model_parameter), []).append((start, main.detach().cpu()))
+    whole = {}
+    for _, _, name, parameter in iter_parameters(actor.models):
+        flat = torch.zeros(parameter.numel(), dtype=torch.float32)
+        for start, main in mains.get(id(parameter), ()):
+            flat[start : start + main.numel()] = main.float().flatten()
+        flat = flat.to(parameter.device)
+        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        whole[name] = flat.view(parameter.shape).to(parameter.dtype).cpu()
+    return whole
+
+
+def _shards(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter, torch.Tensor, int]]:
+    """(parameter, this replica's part of its main parameter, where the part starts)."""
+    found = []
+    pairs = [
+        *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
+        *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
+    ]
+    inner = part.optimizer
+    for group, mains in pairs:
+        for parameter, main in zip(group, mains, strict=True):
+            if main is None:  # the inner optimizer keeps main parameters among its state
+                index, order = part.model_param_group_index_map[parameter]
+                main = inner.state[inner.param_groups[index]["params"][order]]["master_param"]
+            found.append((parameter, main, part._get_model_param_range_map(parameter)["param"].start))
+    return found
+
+
+def _copies(buffers: Mapping[str, torch.Tensor]) -> Weights:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in buffers.items()}
+
+
+def _equal(left: Weights, right: Weights) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _everywhere(fact: bool) -> bool:
+    facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    return all(facts)
