@@ -142,6 +142,9 @@ def test_gpus_are_named_with_memory_driver_and_nccl() -> None:
         (gpus.Driver(error="driver mismatch"), {"devices": []}, "warning", "nvidia-smi is here and fails: driver mismatch"),
         (gpus.Driver((GPU, GPU)), {"devices": TORCH["devices"] * 2, "no_peers": [(0, 1)]}, "warning", "GPUs 0-1 cannot reach each other"),
         (gpus.Driver((GPU,)), {"ipc": "RuntimeError: invalid"}, "warning", "cannot open memory of GPU 0 (CUDA IPC): RuntimeError: invalid"),
+        (gpus.Driver((GPU,)), {"ipc": "RuntimeError: invalid"}, "warning", "--ipc=host; otherwise set weight_sync.transport to shm"),
+        (gpus.Driver((GPU, GPU), links={(0, 1): "NV18"}), {}, "ok", "all GPUs are linked by NVLink (NV18)"),
+        (gpus.Driver((GPU, GPU), links={(0, 1): "SYS"}), {}, "ok", "goes at the speed of PCIe: GPUs 0-1 (SYS)"),
         (gpus.Driver((GPU,)), {"nccl": None}, "problem", "this build of torch has no NCCL"),
         (gpus.Driver(), {"devices": []}, "ok", "torch 2.11 sees no GPU"),
     ],
@@ -150,10 +153,31 @@ def test_what_is_wrong_with_gpus_is_found(driver: gpus.Driver, changes: dict[str
     assert text in said(examined(driver, TORCH | changes), level)
 
 
-def test_expandable_segments_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:False")
     assert "expandable_segments" not in said(examined(gpus.Driver((GPU,)), TORCH), "warning")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
-    assert "expandable_segments is on" in said(examined(gpus.Driver((GPU,)), TORCH), "warning")
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    assert f"{name} switches expandable_segments on" in said(examined(gpus.Driver((GPU,)), TORCH), "warning")
+
+
+def test_links_are_read_off_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = (
+        "\x1b[4m\tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+        "GPU0\t X \tNV18\tSYS\tPXB\t0-31\t0\t\tN/A\nGPU1\tNV18\t X \tPHB\tSYS\t0-31\t0\t\tN/A\n"
+        "GPU2\tSYS\tPHB\t X \tSYS\t0-31\t0\t\tN/A\nNIC0\tPXB\tSYS\tSYS\t X \n\nLegend:\n\n  X    = Self\n"
+    )
+    (tmp_path / "matrix").write_text(matrix)
+    script = tmp_path / "nvidia-smi"
+    row = "H200, 143771, 580.1, Disabled"
+    script.write_text(
+        f'#!/bin/bash\nif [ $1 = topo ]; then echo "$(<{tmp_path}/matrix)"; else for i in 0 1 2; do echo $i, {row}; done; fi\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    driver = gpus.ask_driver()
+    assert driver.links == {(0, 1): "NV18", (0, 2): "SYS", (1, 2): "PHB"} and len(driver.gpus) == 3
+    assert "GPUs 0-2 (SYS), 1-2 (PHB)" in said(examined(driver, TORCH), "ok")
 
 
 def test_a_torch_that_breaks_is_a_problem() -> None:
