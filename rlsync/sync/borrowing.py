@@ -13,6 +13,7 @@ from rlsync.control.shares import WorkerShare
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.copy.tables import MOST_UNIT_BYTES, Move, Strided
 from rlsync.errors import ConfigError
+from rlsync.geometry import DTYPE_BYTES
 from rlsync.staging import Region
 from rlsync.transport.cuda_ipc import Mappings
 from rlsync.transport.parcels import make_parcel, placed
@@ -108,9 +109,10 @@ class LoanInlet:
                 raise ConfigError(f"actor rank {rank} has not said what it lends")
             loan = self._loans[rank]
             mappings.open(loan.allocations)
-            where.update(((rank, name), (mappings.here(lent.address), lent.nbytes)) for name, lent in loan.buffers.items())
+            where.update(((rank, name), (mappings.here(lent.address, lent.nbytes), lent.nbytes)) for name, lent in loan.buffers.items())
             if loan.stage:
-                where[rank, ""] = mappings.here(loan.stage), loan.stage_bytes * self._share.num_slots
+                nbytes = loan.stage_bytes * self._share.num_slots
+                where[rank, ""] = mappings.here(loan.stage, nbytes), nbytes
         before, self._where, self._is_open = self._where, where, True
         moves = [Move(*before[key], where[key][0]) for key in before.keys() & where.keys() if before[key] != where[key]]
         if moves and any(move.new_address - move.old_address & MOST_UNIT_BYTES - 1 for move in moves):
@@ -154,6 +156,13 @@ class LoanInlet:
         missing = [name for name in names if name not in loan.buffers]
         if missing:
             raise ConfigError(f"actor rank {rank} does not lend {missing[0]} ({len(missing)} of {len(names)} buffers are missing)")
+        ends = dict.fromkeys(names, 0)
+        for r in regions:
+            last = r.source_offset + sum((n - 1) * s for n, s in zip(r.shape, r.source_strides, strict=True))
+            ends[r.source_buffer] = max(ends[r.source_buffer], (last + 1) * DTYPE_BYTES[loan.buffers[r.source_buffer].dtype])
+        for name, end in ends.items():
+            if end > loan.buffers[name].nbytes:
+                raise ConfigError(f"actor rank {rank} lends {loan.buffers[name].nbytes} bytes of {name}, and the plan reads {end} of them")
         wholes = {name: Strided(self._where[rank, name][0], loan.buffers[name].dtype, (), ()) for name in names}
         return [(r, wholes[r.source_buffer].region(r.source_offset, r.shape, r.source_strides)) for r in regions]
 

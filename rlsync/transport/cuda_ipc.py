@@ -120,11 +120,11 @@ class Mappings:
             ) from error
         return address.value
 
-    def here(self, address: int) -> int:
-        """Where this process sees what its owner has at ``address``. Raises ConfigError for what is not mapped."""
+    def here(self, address: int, nbytes: int) -> int:
+        """Where this process sees the bytes that its owner has from ``address`` on. Raises ConfigError for what is not mapped."""
         for mapped in self._mapped.values():
             offset = address - mapped.allocation.address
-            if 0 <= offset < mapped.allocation.nbytes:
+            if 0 <= offset <= mapped.allocation.nbytes - nbytes:
                 return mapped.address + offset
         raise ConfigError(f"{self._owner} named the address {address:#x}, which lies in nothing that it lends")
 

@@ -1,0 +1,91 @@
+"""Claims about what a worker reads of what it was lent. The CUDA driver is stood in for: nothing is mapped, and nothing copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.control.loans import Allocation, Lent, Loan
+from rlsync.control.messages import Lender
+from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.errors import ConfigError
+from rlsync.staging import Region
+from rlsync.sync.borrowing import LoanInlet
+from rlsync.transport import cuda_ipc
+
+OWNER, HERE = 0x1000, 0x900000
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Of the driver. Allocation 7 is seen at HERE, 8 a megabyte further, and so on."""
+    made: list[tuple[str, Any]] = []
+
+    def open_one(self: cuda_ipc.Mappings, allocation: Allocation) -> int:
+        made.append(("open", allocation.number))
+        return HERE + (allocation.number - 7) * 2**20
+
+    monkeypatch.setattr(cuda_ipc, "_use", lambda device: None)
+    monkeypatch.setattr(cuda_ipc, "_call", lambda name, address: made.append((name, address.value)))
+    monkeypatch.setattr(cuda_ipc.Mappings, "_open", open_one)
+    return made
+
+
+def inlet() -> LoanInlet:
+    """Of a worker that reads 4 rows of 8 elements (bfloat16, 16 apart) of a parameter of actor rank 0, from its element 3 on."""
+    region = Region(0, "t", 0, "w", 3, (16, 1), (4, 8), "p", 0, (8, 1), "bfloat16", 0, (8, 1))
+    share = WorkerShare("digest", 1, 0, "off", (WorkerPart(0, 64, (), (region,)),), lenders=(0,), staged=({},))
+    return LoanInlet(share, DEVICE)
+
+
+LAST_BYTE = 2 * (3 + 3 * 16 + 8)
+
+
+def loan(nbytes: int, *, offset: int = 256, number: int = 7, allocation_bytes: int = 4096, stays: bool = True) -> list[Lender]:
+    allocation = Allocation(OWNER, allocation_bytes, number, bytes(cuda_ipc.HANDLE_BYTES))
+    return [Lender(0, Loan((allocation,), {"w": Lent(OWNER + offset, nbytes, "bfloat16")}, stays=stays))]
+
+
+def read(made: LoanInlet, lent: list[Lender]) -> int:
+    """Where the region is read."""
+    made.borrow(lent)
+    made._open()
+    ((_, source),) = made._sources(0)
+    return source.address
+
+
+def test_a_region_is_read_where_the_owner_has_it(calls: list[tuple[str, Any]]) -> None:
+    assert read(inlet(), loan(LAST_BYTE)) == HERE + 256 + 2 * 3
+    assert read(inlet(), loan(LAST_BYTE, offset=4096 - LAST_BYTE)) == HERE + 4096 - LAST_BYTE + 2 * 3, "to the last byte"
+
+
+def test_what_lies_beyond_a_loan_is_not_read() -> None:
+    with pytest.raises(ConfigError, match=f"actor rank 0 lends {LAST_BYTE - 2} bytes of w, and the plan reads {LAST_BYTE} of them"):
+        read(inlet(), loan(LAST_BYTE - 2))
+    for offset in (-2, 4096 - LAST_BYTE + 2, 4096):
+        with pytest.raises(ConfigError, match="lies in nothing that it lends"):
+            read(inlet(), loan(LAST_BYTE, offset=offset))
+    with pytest.raises(ConfigError, match="does not lend w"):
+        read(inlet(), [Lender(0, Loan())])
+    with pytest.raises(ConfigError, match="has not said what it lends"):
+        read(inlet(), [])
+
+
+def test_memory_that_moved_is_opened_anew_and_what_is_gone_is_closed(calls: list[tuple[str, Any]]) -> None:
+    made = inlet()
+    assert read(made, loan(LAST_BYTE)) == read(made, loan(LAST_BYTE)), "and nothing is opened twice"
+    assert read(made, loan(LAST_BYTE, number=8)) == HERE + 2**20 + 256 + 2 * 3, "the same address in another allocation"
+    assert calls == [("open", 7), ("cuIpcCloseMemHandle", HERE), ("open", 8)]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_memory_that_leaves_between_syncs_is_let_go_after_each(stays: bool, calls: list[tuple[str, Any]]) -> None:
+    made = inlet()
+    for _ in range(2):
+        read(made, loan(LAST_BYTE, stays=stays))
+        made.rest()
+    once = [("open", 7), ("cuIpcCloseMemHandle", HERE)]
+    assert calls == (once[:1] if stays else once * 2)
