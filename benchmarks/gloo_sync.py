@@ -27,7 +27,8 @@ from rlsync.families import model_of
 from rlsync.geometry import TensorSpec
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.transport.gloo import Group, Rendezvous
+from rlsync.transport.gloo import Group
+from rlsync.transport.meeting import Rendezvous
 
 CONFIG = {**QWEN25_05B, "max_position_embeddings": 2048}
 BUCKET_BYTES = 64 * 2**20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from rlsync.staging import Region, Segment
@@ -17,15 +19,18 @@ class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GroupInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A gloo group to join as ``rank``; its members meet at a store on ``host`` and ``port``.
+    """A group of ``transport`` to join as ``rank``; its members meet at a store on ``host`` and ``port``.
 
     ``members`` names them for errors: actor ranks in order, then the workers that get their bytes through the group.
+    ``num_steps``: into how many steps the messages of a bucket are cut.
     """
 
     host: str
     port: int
     rank: int
     members: tuple[str, ...]
+    transport: Literal["gloo", "nccl"] = "gloo"
+    num_steps: int = 1
 
 
 class WorkerPart(msgspec.Struct, frozen=True, array_like=True):

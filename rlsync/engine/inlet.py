@@ -20,6 +20,11 @@ class Inlet(Protocol):
         ...
 
     @property
+    def lands_ahead(self) -> bool:
+        """Whether buckets are put into the buffers of ``expect`` as they come, before ``Ready`` is heard of them."""
+        ...
+
+    @property
     def extra_bytes(self) -> int:
         """Memory that it takes in this process."""
         ...
@@ -36,10 +41,18 @@ class Inlet(Protocol):
         """Make ready what can be made before a sync: the bucket will land in these buffers."""
         ...
 
+    def expect(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Only where it ``lands_ahead``: the buffers, by bucket, may be written from now on, once in each sync before any ``fetch``.
+
+        They are written behind what this thread has enqueued on its current stream so far.
+        """
+        ...
+
     def fetch(self, bucket: int, buckets_ready: int) -> Arrival | None:
         """This worker's part of a bucket when it is here; it stays until a later bucket is asked for.
 
-        Buckets ``[0, buckets_ready)`` can be had; they are asked for in order, and not those of which this worker takes nothing.
+        Buckets ``[0, buckets_ready)`` can be had, and any where it ``lands_ahead``; they are asked for in order, and not those of
+        which this worker takes nothing.
         """
         ...
 

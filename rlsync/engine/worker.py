@@ -175,12 +175,16 @@ class Receiver(WeightTransferEngine):
         """What every sync would do alike is done once."""
         assert self._share is not None and self._sink is not None and self._inlet is not None and self._verifier is not None
         self._inlet.borrow(loans)
-        for bucket, part in enumerate(self._share.parts):
-            buffers = self._sink.standing(bucket) if part.nbytes else None
-            if buffers is not None:
-                self._inlet.prepare(bucket, buffers)
-                self._verifier.prepare(bucket, buffers)
+        for bucket, buffers in self._standing().items():
+            self._inlet.prepare(bucket, buffers)
+            self._verifier.prepare(bucket, buffers)
         self._inlet.rest()
+
+    def _standing(self) -> dict[int, Mapping[str, torch.Tensor]]:
+        """By bucket, the buffers that are the same in every sync."""
+        assert self._share is not None and self._sink is not None
+        found = {bucket: self._sink.standing(bucket) for bucket, part in enumerate(self._share.parts) if part.nbytes}
+        return {bucket: buffers for bucket, buffers in found.items() if buffers is not None}
 
     def start_weight_update(self) -> None:
         """Nothing: the reload begins when the actor's side is known to be there."""
@@ -205,9 +209,12 @@ class Receiver(WeightTransferEngine):
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
                 sink.open()
                 pull.phase = "transfer"
+                if inlet.lands_ahead:
+                    inlet.expect(self._standing())
                 for bucket, part in enumerate(self._share.parts):
                     pull.bucket = bucket
-                    self._await_bucket(pull, bucket)
+                    if not inlet.lands_ahead:
+                        self._await_bucket(pull, bucket)
                     self._take(sink, inlet, pull, part)
                     self._peer.send(m.Done(update_info.attempt, bucket))
                 with pull.timed("finalize"):
@@ -258,12 +265,15 @@ class Receiver(WeightTransferEngine):
         bucket = pull.bucket
         assert bucket is not None
         if part.nbytes == 0:
+            self._await_bucket(pull, bucket)
             return
         with pull.timed("pull"):
             inlet.borrow(pull.loans)
             pull.loans = ()
             what = f"the bytes of bucket {bucket}"
             arrival = self._until(lambda: inlet.fetch(bucket, pull.buckets_ready), pull.attempt, what, pull.hear, inlet)
+            # What it sums up to is told when it is ready.
+            self._await_bucket(pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
                 # Or the time of the copies would be counted as that of the checksums.

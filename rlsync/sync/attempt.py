@@ -23,7 +23,7 @@ from rlsync.sync.planning import Blueprint
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
-from rlsync.transport.gloo import Outbox
+from rlsync.transport.boxes import Outbox
 
 # The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
 GRACE_S = 2.0

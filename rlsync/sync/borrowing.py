@@ -35,6 +35,7 @@ class LoanInlet:
     """
 
     fd = None
+    lands_ahead = False
 
     def __init__(self, share: WorkerShare, device: torch.device) -> None:
         self._share, self._device = share, device
@@ -64,6 +65,9 @@ class LoanInlet:
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         self._open()
         self._bind(bucket, buffers).buffers = buffers
+
+    def expect(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        pass
 
     def fetch(self, bucket: int, buckets_ready: int) -> LoanArrival:
         self._open()

@@ -11,8 +11,9 @@ from rlsync.control.shares import ActorShare, GroupInfo, RingInfo, WorkerShare
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.lending import Lender
 from rlsync.sync.planning import Blueprint
-from rlsync.transport.gloo import Outbox, Rendezvous
-from rlsync.transport.parcels import make_parcel
+from rlsync.sync.wires import message_device, wire_maker
+from rlsync.transport.boxes import Outbox
+from rlsync.transport.meeting import Rendezvous
 from rlsync.transport.shm import Ring
 
 
@@ -39,7 +40,7 @@ class Carriers:
             ring = RingInfo(str(self.ring.path), self.ring.token, self.ring.num_slots, self.ring.slot_bytes)
         if blueprint.members:
             self._rendezvous = Rendezvous(config.bind_host, config.timeout_s)
-            group = GroupInfo(config.bind_host, self._rendezvous.port, 0, blueprint.members)
+            group = GroupInfo(config.bind_host, self._rendezvous.port, 0, blueprint.members, blueprint.group_transport, blueprint.num_steps)
         return blueprint.shares(num_actors, config.num_slots, config.verify, ring=ring, group=group)
 
     def attach(
@@ -56,7 +57,7 @@ class Carriers:
         if share.lent or share.stage_bytes:
             assert device is not None, "a rank without a device lends nothing"
             lender = self.lender = Lender(share, buffers, stays=stays, device=device)
-        outbox = self.outbox = make_outbox(share, timeout_s)
+        outbox = self.outbox = make_outbox(share, timeout_s, device)
 
         def enter() -> Loan | None:
             if outbox is not None:
@@ -89,9 +90,8 @@ class Carriers:
         self.ring = self.outbox = self.lender = self._rendezvous = None
 
 
-def make_outbox(share: ActorShare, timeout_s: float) -> Outbox | None:
+def make_outbox(share: ActorShare, timeout_s: float, device: torch.device | None) -> Outbox | None:
     """Memory for what an actor rank sends, or None where there is no group."""
     if share.group is None:
         return None
-    parcels = [[make_parcel(p.taker, p.regions, p.whole_bytes) for p in row] for row in share.parcels]
-    return Outbox(share.group, parcels, share.num_slots, timeout_s)
+    return Outbox(share, wire_maker(share.group, timeout_s, device), message_device(share.group, device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.copy.sums import Sums, Views
 from rlsync.errors import PlacementError
 from rlsync.staging import Region
-from rlsync.transport.gloo import Outbox
+from rlsync.transport.boxes import Outbox
 from rlsync.transport.parcels import make_parcel, placed
 from rlsync.verification import num_rounds, round_of, rounds_in
 
@@ -68,7 +68,9 @@ class Filler:
         stage: Sequence[torch.Tensor] = (),
     ) -> None:
         self._share, self._buffers, self._slots, self._stage, self._outbox = share, buffers, slots, stage, outbox
+        # By bucket what is put into slots, by step what is packed into messages.
         self._programs: dict[int, tuple[_Program, ...]] = {}
+        self._packing: dict[int, tuple[_Program, ...]] = {}
         self._sums = Sums()
         self._rounds = [self._by_round(bucket) for bucket in range(len(share.parts))]
         self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
@@ -93,6 +95,7 @@ class Filler:
             )
         self._addresses = addresses
         self._programs.clear()
+        self._packing.clear()
 
     def _find(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._buffers.values()]
@@ -103,25 +106,32 @@ class Filler:
         What is lent of the bucket, and what was copied on a device, is complete then and can be read by other processes.
         """
         if bucket not in self._programs:
-            self._programs[bucket] = self._bind(bucket)
-        if self._outbox is not None:
-            self._outbox.reclaim(bucket)
+            self._programs[bucket] = _bind(self._pairs(bucket))
         nbytes = sum(program.run() for program in self._programs[bucket])
         if self._outbox is not None:
-            self._outbox.post(bucket)
+            nbytes += self._send(bucket, self._outbox)
         sums = self._sum_up(bucket, turn)
         if self._stage:
             # Its readers are other processes, which know nothing of this one's streams.
             torch.cuda.current_stream(self._stage[0].device).synchronize()
         return Filling(nbytes, sums)
 
-    def _bind(self, bucket: int) -> tuple[_Program, ...]:
-        pairs = list(self._pairs(bucket))
-        on_device = [(d, s) for d, s in pairs if d.is_cuda]
-        programs: list[_Program] = [CopyProgram((d, s) for d, s in pairs if not d.is_cuda)]
-        if on_device:
-            programs.append(CudaCopyProgram(on_device, device=on_device[0][0].device))
-        return tuple(programs)
+    def _send(self, bucket: int, outbox: Outbox) -> int:
+        """Pack and post the bucket's messages, step by step; returns the bytes packed."""
+        nbytes = 0
+        for step in outbox.steps(bucket):
+            programs = self._pack(step, outbox)
+            outbox.reclaim(step)
+            nbytes += sum(program.run() for program in programs)
+            outbox.post(step)
+        return nbytes
+
+    def _pack(self, step: int, outbox: Outbox) -> tuple[_Program, ...]:
+        """The programs that write a step's messages."""
+        if step not in self._packing:
+            pairs = [pair for p, memory in outbox.messages(step) for pair in zip(p.views(memory), map(self._view, p.regions), strict=True)]
+            self._packing[step] = _bind(pairs)
+        return self._packing[step]
 
     def _pairs(self, bucket: int) -> Iterator[_Pair]:
         for part in self._share.parts[bucket]:
@@ -131,14 +141,14 @@ class Filler:
             parcel = make_parcel(part.stream, part.regions, 0)
             memory = self._stage[bucket % len(self._stage)][part.offset : part.offset + parcel.nbytes]
             yield from zip(parcel.views(memory), map(self._view, part.regions), strict=True)
-        if self._outbox is not None:
-            for parcel, message in self._outbox.messages(bucket):
-                yield from zip(parcel.views(message), map(self._view, parcel.regions), strict=True)
 
     def prepare(self) -> None:
         """Do what the first syncs would otherwise do once."""
         for bucket, rounds in enumerate(self._rounds):
             self._sums.prepare(bucket, list(rounds), self._addresses, self._views(bucket))
+            if self._outbox is not None:
+                for step in self._outbox.steps(bucket):
+                    self._pack(step, self._outbox)
 
     def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
         """Of the regions whose turn it is, in the dtype in which they arrive."""
@@ -168,3 +178,13 @@ class Filler:
 
     def _view(self, r: Region) -> torch.Tensor:
         return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)
+
+
+def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:
+    """The programs that copy these pairs: in the host, and on the device that destinations are on."""
+    pairs = list(given)
+    on_device = [(d, s) for d, s in pairs if d.is_cuda]
+    programs: list[_Program] = [CopyProgram((d, s) for d, s in pairs if not d.is_cuda)]
+    if on_device:
+        programs.append(CudaCopyProgram(on_device, device=on_device[0][0].device))
+    return tuple(programs)

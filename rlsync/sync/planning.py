@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import msgspec
 
@@ -31,6 +32,7 @@ class Blueprint:
         stream_of: by worker of the survey, its stream.
         transports: by stream. One that comes through a group or out of lent memory is of one worker alone.
         members: of the group, in words: actor ranks, then the workers of its streams. None where there is no group.
+        num_steps: into how many steps the messages of a bucket are cut.
         staging: actor ranks that copy what ``ipc`` streams read into a ring first, because it cannot be read where it lies.
     """
 
@@ -41,6 +43,7 @@ class Blueprint:
     transports: tuple[str, ...]
     members: tuple[str, ...] = ()
     staging: frozenset[int] = frozenset()
+    num_steps: int = 1
 
     @property
     def num_streams(self) -> int:
@@ -55,6 +58,11 @@ class Blueprint:
     def remote(self) -> tuple[int, ...]:
         """Streams that come through the group."""
         return tuple(stream for stream, name in enumerate(self.transports) if name in GROUPS)
+
+    @property
+    def group_transport(self) -> Literal["gloo", "nccl"]:
+        """What carries the messages of the group."""
+        return "nccl" if "nccl" in self.transports else "gloo"
 
     @property
     def is_read_in_place(self) -> bool:
@@ -175,21 +183,31 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
     # By stream; all workers of a stream have one transport.
     by_stream = dict(zip(stream_of, transports, strict=True))
     staging = _staging(survey.actors, config.staging) if "ipc" in transports else frozenset[int]()
-    in_place = set(transports) == {"ipc"} and not staging and all(r.sink == "direct" for r in survey.records)
-    plan = build_plan(tensors, located, streams, bucket_bytes=None if in_place else config.bucket_bytes, allow_cast=True)
+    # What goes from parameters to parameters takes one bucket: nobody has to be told of parts of it.
+    is_direct = all(r.sink == "direct" for r in survey.records)
+    at_once = is_direct and (set(transports) == {"nccl"} or (set(transports) == {"ipc"} and not staging))
+    plan = build_plan(tensors, located, streams, bucket_bytes=None if at_once else config.bucket_bytes, allow_cast=True)
     used = tuple(bucket for bucket in plan.buckets if bucket.copies)
     plan = replace(plan, buckets=used)
+    moved = traffic(plan)
     remote = [index for index, name in enumerate(transports) if name in GROUPS]
     hellos: list[ActorHello | WorkerHello] = [*survey.actors, *(survey.workers[index] for index in remote)]
     return Blueprint(
         plan,
         lay_out(plan),
         stream_of,
-        traffic(plan),
+        moved,
         tuple(by_stream[stream] for stream in range(len(streams))),
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
         staging,
+        _num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
     )
+
+
+def _num_steps(moved: Traffic, step_bytes: int) -> int:
+    """So many that nobody gives or takes more than ``step_bytes`` in one of them."""
+    most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
+    return max(1, -(-most // step_bytes))
 
 
 def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:

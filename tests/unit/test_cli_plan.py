@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
@@ -23,7 +24,8 @@ from rlsync.sync import SyncConfig
 from rlsync.sync.carriers import make_outbox
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.topology import Topology
-from rlsync.transport.gloo import Group, Inbox
+from rlsync.transport.boxes import Inbox
+from rlsync.transport.gloo import GlooWire
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN_7B: dict[str, Any] = {
@@ -161,10 +163,13 @@ def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int,
     price, blueprint = drawn_up(axes, tp_size, num_engines, "gloo", bucket_bytes)
     group, num_slots = GroupInfo("127.0.0.1", 1, 0, blueprint.members), 2
     actors, workers = blueprint.shares(price.actor_ranks, num_slots, "off", ring=None, group=group)
-    outboxes = [make_outbox(share, 1.0) for share in actors]
-    sent = [sum(slot.numel() for slot in box._slots) for box in outboxes if box is not None]
+    outboxes = [make_outbox(share, 1.0, None) for share in actors]
+    sent = [box.nbytes for box in outboxes if box is not None]
     assert price.outbox_bytes_per_actor_rank == (min(sent), max(sent)) and len(sent) == price.actor_ranks
-    taken = [Inbox(Group(group, 0, 1.0), share.parts, num_slots).nbytes for share in workers]
+    inboxes = [Inbox(share, GlooWire(group, 0, 1.0), torch.device("cpu")) for share in workers]
+    for inbox in inboxes:
+        inbox._make_slots()
+    taken = [inbox.nbytes for inbox in inboxes]
     assert price.inbox_bytes_per_worker == (min(taken), max(taken))
     assert price.ring_bytes == 0 < min(sent)
 

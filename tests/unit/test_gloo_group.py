@@ -21,8 +21,9 @@ from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import build_plan
 from rlsync.staging import SEGMENT_ALIGNMENT, lay_out
 from rlsync.topology import Topology
-from rlsync.transport.gloo import Group, GroupError, Rendezvous, address_towards
-from rlsync.transport.parcels import bind_unpack, parcels_of, placed
+from rlsync.transport.gloo import Group, address_towards
+from rlsync.transport.meeting import GroupError, Rendezvous
+from rlsync.transport.parcels import placed, steps_of
 from tests.unit.test_staging import CONFIG, fill_from
 
 HOST = "127.0.0.1"
@@ -142,7 +143,7 @@ def test_groups_of_other_numbers_do_not_meet(meeting: Rendezvous) -> None:
 
 def test_another_version_of_torch_is_refused(meeting: Rendezvous) -> None:
     stranger = PrefixStore("group-0", TCPStore(HOST, meeting.port, None, False, timedelta(seconds=5), wait_for_workers=False))
-    stranger.set("1", "1.13.1")
+    stranger.set("roll-1", "1.13.1")
     with pytest.raises(GroupError, match=r"engine e worker 0 runs torch 1\.13\.1, actor rank 0 runs torch"):
         group(meeting, 0).open()
 
@@ -194,7 +195,7 @@ def test_what_is_unpacked_from_parcels_is_what_a_ring_would_hold(tp, pp, dp, oth
             views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]
             ring = torch.zeros(part.nbytes, dtype=torch.uint8)
             CopyProgram((placed(ring, r.slot_offset, r, r.slot_strides), v) for r, v in zip(part.regions, views, strict=True)).run()
-            parcels = parcels_of(WorkerPart(0, part.nbytes, part.segments, part.regions))
+            (parcels,) = steps_of(WorkerPart(0, part.nbytes, part.segments, part.regions))
             assert sum(p.nbytes for p in parcels) <= sum(r.nbytes for r in part.regions) + SEGMENT_ALIGNMENT * len(part.regions)
             messages = [torch.zeros(p.nbytes, dtype=torch.uint8) for p in parcels]
             for parcel, message in zip(parcels, messages, strict=True):
@@ -203,5 +204,7 @@ def test_what_is_unpacked_from_parcels_is_what_a_ring_would_hold(tp, pp, dp, oth
             if len(parcels) == 1:
                 assert torch.equal(messages[0], ring), "the part as it lies in a slot"
             slot = torch.zeros_like(ring)
-            bind_unpack(zip(parcels, messages, strict=True), slot).run()
+            for parcel, message in zip(parcels, messages, strict=True):
+                targets = [placed(slot, r.slot_offset, r, r.slot_strides) for r in parcel.regions]
+                CopyProgram(zip(targets, parcel.views(message), strict=True)).run()
             assert torch.equal(slot, ring)

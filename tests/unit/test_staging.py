@@ -35,7 +35,7 @@ def land(part: Part, slot: torch.Tensor, buffers: dict[str, torch.Tensor]) -> No
 def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2) -> list[dict[str, torch.Tensor]]:
     """Fill and empty every bucket, through slots that are used again; returns the buffers of every destination."""
     parts = lay_out(plan)
-    blueprint = Blueprint(plan, parts, tuple(range(len(plan.destinations))), traffic(plan))
+    blueprint = Blueprint(plan, parts, tuple(range(len(plan.destinations))), traffic(plan), ("shm",) * len(plan.destinations))
     actors, workers = blueprint.shares(len(sources), num_slots, "off", ring=RingInfo("", "", num_slots, blueprint.slot_bytes), group=None)
     slots = [torch.randint(0, 255, (blueprint.slot_bytes,), dtype=torch.uint8) for _ in range(num_slots)]
     fillers = [Filler(share, buffers, slots) for share, buffers in zip(actors, sources, strict=True)]

@@ -1,0 +1,98 @@
+"""How members of a group find each other: a store on one host, and the roll that is called in it. Knows no backend and no message."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from rlsync.control.shares import GroupInfo
+from rlsync.errors import RlsyncError
+
+# A wait for a group ends before the deadline of the phase it is in, so that the error says whom it was for.
+PATIENCE = 0.75
+_POLL_S = 0.01
+
+
+class GroupError(RlsyncError, ConnectionError):
+    """The group could not be made, or a member of it is gone or silent."""
+
+
+class Rendezvous:
+    """The store through which members find each other, on ``bind_host`` and no other address. Lives until it is dropped.
+
+    Attributes:
+        port: chosen by the system.
+    """
+
+    def __init__(self, bind_host: str, timeout_s: float) -> None:
+        family = socket.getaddrinfo(bind_host, None)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((bind_host, 0))
+        listener.listen(128)
+        self.port: int = listener.getsockname()[1]
+        # torch's own listener would be bound to every address.
+        self._store = TCPStore(
+            bind_host, self.port, None, True, seconds(timeout_s), wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def enter(info: GroupInfo, number: int, limit_s: float) -> Store:
+    """The part of the store that belongs to the group of this number. Raises GroupError where it cannot be reached."""
+    with told_of_store(info):
+        store = TCPStore(info.host, info.port, None, False, seconds(limit_s), wait_for_workers=False)
+        return PrefixStore(f"group-{number}", store)
+
+
+@contextlib.contextmanager
+def told_of_store(info: GroupInfo) -> Iterator[None]:
+    """What torch raises of a store, as a GroupError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupError(f"the {info.transport} group broke while the group was made: {sentence(str(error))}") from error
+
+
+def call_the_roll(
+    room: Store, info: GroupInfo, value: str, limit_s: float, abandoned: threading.Event, *, topic: str = "roll"
+) -> tuple[str, ...]:
+    """What each member says, by rank, when all have said something under ``topic``. Collective over the members.
+
+    Making connections can hardly be interrupted, so it begins when everybody is there. Raises GroupError naming who is missing.
+    """
+    deadline_s = time.monotonic() + limit_s
+    keys = [f"{topic}-{rank}" for rank in range(len(info.members))]
+    with told_of_store(info):
+        room.set(keys[info.rank], value)
+        while not room.check(keys):
+            if abandoned.wait(_POLL_S):
+                raise GroupError(f"the {info.transport} group was given up while it was made")
+            if time.monotonic() > deadline_s:
+                absent = [member for key, member in zip(keys, info.members, strict=True) if not room.check([key])]
+                raise GroupError(f"{', '.join(absent)} did not come to the {info.transport} group within {limit_s:g} s")
+        return tuple(room.get(key).decode() for key in keys)
+
+
+def compare(info: GroupInfo, versions: Sequence[str], what: str) -> None:
+    """Raise GroupError where members differ in their version of ``what``, whose messages are those of one version."""
+    for member, version in zip(info.members, versions, strict=True):
+        if version != versions[0]:
+            raise GroupError(
+                f"{member} runs {what} {version}, {info.members[0]} runs {what} {versions[0]}; the messages of {info.transport} are "
+                f"those of one version: install the same {what} on both"
+            )
+
+
+def seconds(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s)
+
+
+def sentence(text: str) -> str:
+    """What torch says, without the line of its source before it and the advice behind it."""
+    return re.sub(r"^\[[^\]]*\] ", "", text.partition("\n")[0]).partition(". This is")[0]

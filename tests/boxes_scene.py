@@ -1,0 +1,83 @@
+"""Actor ranks and workers with memory of their own, and the boxes that carry the weights of one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlsync.control.shares import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
+from rlsync.copy.cpu import region
+from rlsync.staging import Part
+from rlsync.transport.boxes import Inbox, Outbox, Wire, bind_program
+
+HOST = "127.0.0.1"
+Buffers = dict[str, torch.Tensor]
+MakeWire = Callable[[GroupInfo, int], Wire]
+
+
+@dataclass
+class Scene:
+    """``parts`` are by bucket and worker. ``sources`` and ``wanted``: memory of each actor rank and each worker, on ``device``."""
+
+    parts: tuple[tuple[Part, ...], ...]
+    sources: Sequence[Buffers]
+    wanted: Sequence[Buffers]
+    port: int
+    make_wire: MakeWire
+    device: torch.device
+    transport: str = "gloo"
+    num_slots: int = 2
+    num_steps: int = 1
+    # A send goes with its outbox.
+    outboxes: list[Outbox] = field(default_factory=list)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (*(f"actor rank {i}" for i in range(len(self.sources))), *(f"worker {i}" for i in range(len(self.wanted))))
+
+    def info(self, rank: int) -> GroupInfo:
+        return GroupInfo(HOST, self.port, rank, self.members, self.transport, self.num_steps)  # type: ignore[arg-type]
+
+    def outbox(self, rank: int) -> Outbox:
+        info = self.info(rank)
+        share = ActorShare("digest", self.num_slots, "off", tuple(() for _ in self.parts), self._parcels(rank), group=info)
+        self.outboxes.append(Outbox(share, lambda number: self.make_wire(info, number), self.device))
+        return self.outboxes[-1]
+
+    def _parcels(self, rank: int) -> tuple[tuple[ActorParcel, ...], ...]:
+        rows = []
+        for row in self.parts:
+            given = [(worker, tuple(r for r in part.regions if r.source == rank)) for worker, part in enumerate(row)]
+            wholes = [row[worker].nbytes if len(mine) == len(row[worker].regions) else 0 for worker, mine in given]
+            rows.append(
+                tuple(
+                    ActorParcel(worker, len(self.sources) + worker, whole, mine)
+                    for (worker, mine), whole in zip(given, wholes, strict=True)
+                    if mine
+                )
+            )
+        return tuple(rows)
+
+    def inbox(self, worker: int, number: int = 0) -> Inbox:
+        info = self.info(len(self.sources) + worker)
+        own = tuple(WorkerPart(0, row[worker].nbytes, row[worker].segments, row[worker].regions) for row in self.parts)
+        return Inbox(WorkerShare("digest", self.num_slots, worker, "off", own, group=info), self.make_wire(info, number), self.device)
+
+    def send(self, outbox: Outbox, rank: int, steps: int | None = None) -> None:
+        """All buckets, or the first ``steps`` steps of them."""
+        for bucket in range(len(self.parts)):
+            for step in outbox.steps(bucket)[:steps]:
+                outbox.reclaim(step)
+                pairs = [
+                    (view, region(self.sources[rank][r.source_buffer], r.source_offset, r.shape, r.source_strides))
+                    for parcel, memory in outbox.messages(step)
+                    for r, view in zip(parcel.regions, parcel.views(memory), strict=True)
+                ]
+                bind_program(pairs, self.device).run()
+                outbox.post(step)
+
+    def buffers(self, worker: int, bucket: int) -> Buffers:
+        """That a bucket of a worker lands in."""
+        return {r.buffer: self.wanted[worker][r.buffer] for r in self.parts[bucket][worker].regions}
