@@ -9,7 +9,7 @@ from rlsync.errors import ConfigError
 from rlsync.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
-TRANSPORTS = ("auto", "ipc", "shm", "gloo")
+TRANSPORTS = ("auto", "ipc", "shm", "nccl", "gloo")
 STAGING = ("auto", "always")
 # Nobody can dial these, and nothing should listen on networks that nobody named.
 _EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
@@ -22,14 +22,16 @@ class SyncConfig:
 
     Attributes:
         bucket_bytes: most bytes of a bucket, those of all streams together; a larger tensor has a bucket to itself.
-        num_slots: slots of the ring. With 2, one bucket is filled while the one before it is loaded.
+        num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
+            it is loaded.
         timeout_s: deadline of each phase: connect, begin, transfer, commit, resume.
         sink: how workers take bytes in: ``direct`` into the live parameters, ``layerwise`` through vLLM's post-processing,
             ``loaders`` as whole HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
             the first sync, and each at least once in ``rlsync.verification.SAMPLE_PERIOD`` consecutive ones.
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
-            through shared memory; ``gloo`` as messages. ``auto`` is for each worker the first of these that reaches it.
+            through shared memory; ``nccl`` as messages from GPU to GPU, no two of them the same; ``gloo`` as messages through
+            host memory. ``auto`` is for each worker the first of these that reaches it.
         staging: what ``ipc`` reads: ``auto`` the parameters where they lie, and a ring in GPU memory of those actor ranks whose
             parameters cannot be mapped; ``always`` the ring.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
@@ -40,7 +42,7 @@ class SyncConfig:
     num_slots: int = 2
     timeout_s: float = 600.0
     sink: Literal["auto", "direct", "layerwise", "loaders"] = "auto"
-    transport: Literal["auto", "ipc", "shm", "gloo"] = "auto"
+    transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = "auto"
     staging: Literal["auto", "always"] = "auto"
     verify: Literal["off", "sampled", "full"] = "sampled"
     pause_mode: Literal["abort", "wait", "keep"] = "abort"

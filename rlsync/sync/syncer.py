@@ -131,7 +131,7 @@ class WeightSyncer:
             len(blueprint.parts), blueprint.transport, ", ".join(sorted(set(self._sinks))),
         )  # fmt: skip
         if blueprint.remote:
-            _log.info("gloo serves %s", some(list(blueprint.members[self._world_size :])))
+            _log.info("%s serves %s", blueprint.group_transport, some(list(blueprint.members[self._world_size :])))
 
     def _invite(self) -> _Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""

@@ -9,13 +9,15 @@ from rlsync.control.roster import Member, some
 from rlsync.errors import ConfigError
 
 # Transports that carry messages between the members of a group.
-GROUPS = frozenset({"gloo"})
+GROUPS = frozenset({"gloo", "nccl"})
 
 
 def choose_transports(survey: Surveyed, requested: str) -> tuple[str, ...]:
     """By worker of the survey. Raises ConfigError where the transport that is asked for does not reach a worker."""
     if requested == "auto":
-        return tuple(next(name for name, finding in _FINDINGS.items() if finding(survey, w) is None) for w in survey.workers)
+        chosen = [next(name for name, finding in _FINDINGS.items() if finding(survey, w) is None) for w in survey.workers]
+        # There is one group, and all its members speak alike.
+        return tuple("gloo" if name in GROUPS and "gloo" in chosen else name for name in chosen)
     findings = [found for worker in survey.workers if (found := _FINDINGS[requested](survey, worker)) is not None]
     if findings:
         raise ConfigError(f"weight_sync.transport is {requested}, but: {'; '.join(dict.fromkeys(findings))}")
@@ -50,10 +52,30 @@ def _shm_finding(survey: Surveyed, worker: WorkerHello) -> str | None:
     )
 
 
+def _nccl_finding(survey: Surveyed, worker: WorkerHello) -> str | None:
+    """Why NCCL cannot connect a worker and the actor ranks, or None."""
+    if worker.gpu_uuid is None:
+        return f"{_name(worker)} has no GPU"
+    host = [actor for actor in survey.actors if actor.memory == "host" or actor.gpu_uuid is None]
+    if host:
+        return f"the parameters of {_some(host)} are in host memory"
+    others: tuple[ActorHello | WorkerHello, ...] = (*survey.actors, *(w for w in survey.workers if w is not worker))
+    places: dict[str | None, ActorHello | WorkerHello] = {worker.gpu_uuid: worker}
+    for other in others:
+        twin = places.setdefault(other.gpu_uuid, other)
+        if twin is not other and other.gpu_uuid is not None:
+            return (
+                f"{_name(twin)} and {_name(other)} share the GPU {other.gpu_uuid}, and NCCL takes one member on each; "
+                "weight_sync.transport: auto serves such workers otherwise"
+            )
+    return None
+
+
 # In the order in which they are preferred: why a worker cannot be served so, or None.
 _FINDINGS: dict[str, Callable[[Surveyed, WorkerHello], str | None]] = {
     "ipc": _ipc_finding,
     "shm": _shm_finding,
+    "nccl": _nccl_finding,
     "gloo": lambda survey, worker: None,
 }
 

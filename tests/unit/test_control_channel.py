@@ -18,7 +18,7 @@ import torch
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.server import CoordinatorServer
-from rlsync.control.shares import WorkerShare
+from rlsync.control.shares import WorkerPart, WorkerShare
 from rlsync.engine.pull import Pull
 from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.engine.worker import Inlet
@@ -70,6 +70,8 @@ class ThreadEngine:
         self.engine_id, self.num_workers, self.workers = engine_id, num_workers, num_workers
         self.weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_workers)]
         self.calls: list[str] = []
+        # UUIDs of the GPUs that the workers claim to be on.
+        self.gpus: list[str | None] = [None] * num_workers
         self.dirty, self.domain, self.inlet_timeout_s = "", shm_domain(), TIMEOUT_S
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
@@ -105,8 +107,8 @@ class ThreadEngine:
         info = self.change_info(dict(init_info))
         # A pid domain of its own: the deaths of threads cannot be watched.
         place = (info["token"], info["run_id"], info["engine_id"], 0)
-        about = (self.workers, "here", self.domain, "threads", 1, None, "none")
-        self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about)) for i in range(self.workers)]
+        about = (self.workers, "here", self.domain, "threads", 1)
+        self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]
         self._inlets = [None] * self.workers  # type: ignore[list-item]
         self._shares = [None] * self.workers  # type: ignore[list-item]
 
@@ -123,8 +125,14 @@ class ThreadEngine:
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
             peer.send(m.Attached())
             assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
+            for bucket, buffers in self._standing(worker).items():
+                inlet.prepare(bucket, buffers)
 
         self._in_workers(connect)
+
+    def _standing(self, worker: int) -> dict[int, dict[str, torch.Tensor]]:
+        parts, weights = self._shares[worker].parts, self.weights[worker]
+        return {bucket: {s.buffer: weights[s.buffer] for s in part.segments} for bucket, part in enumerate(parts)}
 
     def pause(self, mode: str, timeout_s: float) -> None:
         self.calls.append(f"pause {mode}")
@@ -141,14 +149,23 @@ class ThreadEngine:
             peer.send(m.Joined(attempt, version))
             until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, inlet, pull.hear)
             until(lambda: inlet.join(pull.group), peer, attempt, inlet, pull.hear)
+            if inlet.lands_ahead:
+                inlet.expect(self._standing(worker))
             for bucket, part in enumerate(share.parts):
                 pull.bucket = bucket
-                until(lambda bucket=bucket: True if pull.buckets_ready > bucket else None, peer, attempt, inlet, pull.hear)
+
+                def is_ready(bucket: int = bucket) -> bool | None:
+                    return True if pull.buckets_ready > bucket else None
+
+                if not inlet.lands_ahead:
+                    until(is_ready, peer, attempt, inlet, pull.hear)
                 self.on_bucket(worker, bucket)
-                slot = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear).slot()
-                for segment in part.segments:
-                    flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
-                    weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
+                arrival = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
+                until(is_ready, peer, attempt, inlet, pull.hear)
+                if inlet.lands_ahead:
+                    arrival.land(self._standing(worker)[bucket])
+                else:
+                    put(arrival.slot(), part, weights)
                 self.on_hold(worker, weights)
                 pull.verify(bucket, weights)
                 peer.send(m.Done(attempt, bucket))
@@ -172,6 +189,12 @@ class ThreadEngine:
 
     def mark_dirty(self, reason: str) -> None:
         self.dirty = reason
+
+
+def put(slot: torch.Tensor, part: WorkerPart, weights: dict[str, torch.Tensor]) -> None:
+    for segment in part.segments:
+        flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
+        weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
 
 
 def until(poll: Callable[[], Any], peer: Peer, attempt: int, inlet: Inlet, hear: Callable[[Any], None]) -> Any:
@@ -505,7 +528,7 @@ def test_errors_cross_processes() -> None:
         {"timeout_s": 0},
         {"sink": "copy"},
         {"verify": "some"},
-        {"transport": "nccl"},
+        {"transport": "pigeon"},
         {"bind_host": "0.0.0.0"},
         {"pause_mode": "stop"},
     ],

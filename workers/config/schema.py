@@ -201,8 +201,8 @@ class WeightSyncConfig:
 
     bucket_bytes: int = key(256 * 2**20, "bytes moved and acknowledged together")
     sink: Literal["auto", "direct", "layerwise", "loaders"] = key("auto", "how bytes enter the engine; auto: the first that is right")
-    transport: Literal["auto", "ipc", "shm", "gloo"] = key(
-        "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, gloo to engine workers on other hosts"
+    transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = key(
+        "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"
     )
     staging: Literal["auto", "always"] = key("auto", "ipc through a ring beside the parameters: where they cannot be mapped, or always")
     timeout_s: float = key(600.0, "deadline of each phase of a sync")

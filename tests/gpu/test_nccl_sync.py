@@ -1,0 +1,193 @@
+"""Real vLLM engines that get their weights over NCCL, from actor ranks on GPUs of their own; and every way in which that can fail."""
+
+from __future__ import annotations
+
+import faulthandler
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from rlsync.engine.handle import Engine
+from rlsync.engine.state import state_difference
+from rlsync.errors import WeightSyncError
+from tests.gpu.test_ipc_sync import CudaSource, connected, state, told
+from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
+from tests.integration.sink_models import save_case
+
+CASE = "qwen2-bfloat16"
+TIMEOUT_S = 20.0
+SLACK_S = 6.0
+
+
+@pytest.fixture(autouse=True)
+def stacks() -> Iterator[None]:
+    """Of a test that is stuck, before pytest ends it."""
+    faulthandler.dump_traceback_later(100)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    torch.cuda.set_device(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: save_case(tmp_path_factory.mktemp(CASE) / name, CASE, name) for name in "ab"}
+
+
+def start(name: str, folder: Path) -> Engine:
+    """On the first GPU."""
+    engine = Engine(name, {
+        "model": str(folder), "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.2, "enforce_eager": True,
+    })  # fmt: skip
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """The state of a fresh engine of each version."""
+    found = {}
+    for name, folder in folders.items():
+        engine = start(f"fresh {name}", folder)
+        found[name] = state(engine)
+        engine.close()
+    assert state_difference(found["a"], found["b"]), "the two versions differ"
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(folders: dict[str, Path], fresh: dict[str, dict[str, str]]) -> Iterator[Engine]:
+    made = start("far", folders["a"])
+    yield made
+    made.close()
+
+
+def source_on(gpu: int, folder: Path) -> CudaSource:
+    return CudaSource(folder, f"cuda:{gpu}")
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("sink", ["auto", "layerwise", "loaders"])
+@pytest.mark.parametrize("bucket_bytes", [100_000, 10**7])
+def test_a_synced_engine_holds_what_a_fresh_one_holds(engine, folders, fresh, sink, bucket_bytes):
+    source = source_on(1, folders["a"])
+    with connected(source, engine, transport="nccl", sink=sink, bucket_bytes=bucket_bytes) as syncer:
+        for version, name in enumerate("abab"):
+            source.take(read_folder(folders[name]))
+            torch.cuda.synchronize()
+            report = syncer.sync(version)
+            assert state_difference(state(engine), fresh[name]) == (), (sink, name)
+            print(f"\n{sink} {bucket_bytes}: {told(report)}")
+        assert report.transport == "nccl" and report.max_redundancy == 1.0
+        assert (report.num_buckets == 1) == (sink == "auto" or bucket_bytes == 10**7)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+def test_memory_that_has_moved_is_sent_from_where_it_is(engine, folders, fresh):
+    source = source_on(1, folders["a"])
+    with connected(source, engine, transport="nccl") as syncer:
+        for version, name in enumerate("aba"):
+            source.move(folders[name])
+            syncer.sync(version)
+            assert state_difference(state(engine), fresh[name]) == (), name
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+def test_other_precisions_are_cast_before_they_are_sent(engine, folders, fresh):
+    torch.cuda.set_device(1)
+    source = FolderSource({name: t.float().cuda() for name, t in read_folder(folders["b"]).items()})
+    with connected(source, engine, transport="nccl") as syncer:
+        syncer.sync(0)
+        assert state_difference(state(engine), fresh["b"]) == ()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(120)
+def test_two_members_on_one_gpu_are_refused(engine, folders):
+    source = source_on(0, folders["a"])
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    with pytest.raises(WeightSyncError, match=rf"engine far worker 0 .*actor rank 0 .*share the GPU .*{re.escape(uuid)}"):
+        connected(source, engine, transport="nccl")
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_buckets", ["one", "several"])
+def test_the_sync_after_a_failed_one_is_right(engine, folders, fresh, num_buckets):
+    """The actor fails after it has begun to send, or before; the group is given up, and the next one has another number."""
+    source = source_on(1, folders["b"])
+    sink = "auto" if num_buckets == "one" else "layerwise"
+    with connected(source, engine, transport="nccl", sink=sink) as syncer:
+        syncer.sync(0)
+        failing = 0 if num_buckets == "one" else 3
+
+        def boom(bucket: int) -> None:
+            if bucket == failing:
+                raise ZeroDivisionError("cursed")
+
+        call_on_fill(syncer, boom)
+        begin_s = time.monotonic()
+        with pytest.raises(WeightSyncError, match="cursed"):
+            syncer.sync(1)
+        took_s = time.monotonic() - begin_s
+        assert engine.state == "dirty"
+        call_on_fill(syncer, lambda bucket: None)
+        begin_s = time.monotonic()
+        report = syncer.sync(1)
+        print(f"\nfailed in {took_s:.2f} s, right in {time.monotonic() - begin_s:.2f} s: {told(report)}")
+        assert took_s < 10
+        assert state_difference(state(engine), fresh["b"]) == ()
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+def test_a_filler_that_hangs_is_found_by_the_deadline(engine, folders, fresh):
+    source = source_on(1, folders["a"])
+    with connected(source, engine, transport="nccl", timeout_s=6.0) as syncer:
+        syncer.sync(0)
+        call_on_fill(syncer, lambda bucket: time.sleep(9))
+        begin_s = time.monotonic()
+        with pytest.raises(WeightSyncError) as raised:
+            syncer.sync(1)
+        took_s = time.monotonic() - begin_s
+        print(f"\nended in {took_s:.2f} s: {raised.value}")
+        assert took_s < 6.0 + SLACK_S
+        time.sleep(max(0.0, 10 - took_s))
+        call_on_fill(syncer, lambda bucket: None)
+        syncer.sync(1)
+        assert state_difference(state(engine), fresh["a"]) == ()
+
+
+# It costs the engine. Keep it last.
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+def test_a_killed_worker_is_found_and_the_actor_goes_on(engine, folders):
+    source = source_on(1, folders["a"])
+    syncer = connected(source, engine, transport="nccl", timeout_s=TIMEOUT_S)
+    syncer.sync(0)
+    # A single worker is in the process of the engine's core.
+    core = psutil.Process(engine._llm.engine_core.resources.engine_manager.processes[0].pid)
+    call_on_fill(syncer, lambda bucket: core.kill())
+    begin_s = time.monotonic()
+    with pytest.raises(WeightSyncError, match="engine far") as raised:
+        syncer.sync(1)
+    took_s = time.monotonic() - begin_s
+    print(f"\nended in {took_s:.2f} s: {raised.value}")
+    assert took_s < TIMEOUT_S + SLACK_S
+    syncer.close()
+    # What waited on the device for the dead worker has let go of it.
+    begin_s = time.monotonic()
+    while not torch.cuda.current_stream().query():
+        assert time.monotonic() - begin_s < 10
+        time.sleep(0.01)
+    assert float(torch.ones(1000, device="cuda:1").sum()) == 1000
