@@ -51,7 +51,7 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
         (["--transport", "shm,,gloo"], "write different words with commas between them"),
         (["--mode", "slow"], "--mode 'slow': known are params, ring"),
         (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
-        (["--peers", "vllm-nccl"], "is for disaggregated placement on cuda, and this bench is collocated on cpu"),
+        (["--peers", "vllm-nccl"], "--peers vllm-nccl works disaggregated on GPUs, and this bench is without GPUs"),
         (["--steps", "0"], "--steps is 0"),
     ],
 )
@@ -61,12 +61,16 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words:
 
 
 def test_peers_are_those_that_can_be() -> None:
-    assert spec.peers(None, "collocated", "cuda") == ("gather-broadcast", "vllm-ipc")
-    assert spec.peers(None, "disaggregated", "cuda") == ("gather-broadcast", "vllm-nccl")
-    assert spec.peers(None, "disaggregated", "cpu") == ("gather-broadcast",)
-    assert spec.peers("none", "collocated", "cuda") == ()
+    assert spec.peers(None, "collocated") == ("gather-broadcast", "vllm-ipc")
+    assert spec.peers(None, "disaggregated") == ("gather-broadcast", "vllm-nccl")
+    assert spec.peers(None, "cpu") == ("gather-broadcast",)
+    assert spec.peers(None, "beside") == spec.peers("none", "collocated") == ()
     with pytest.raises(ConfigError, match="one NCCL group; leave it out, or choose gather-broadcast, vllm-ipc"):
-        spec.peers("vllm-nccl", "collocated", "cuda")
+        spec.peers("vllm-nccl", "collocated")
+    assert spec.scene("collocated", "01", (0, 1), ((0, 1),)) == "collocated"
+    assert spec.scene("collocated", "01", (0,), ((0, 1),)) == "beside"
+    assert spec.scene("disaggregated", "01", (0,), ((1,),)) == "disaggregated"
+    assert spec.scene("disaggregated", "", (0,), ((1,),)) == "cpu"
 
 
 def test_gpus_are_shared_where_collocated_and_disjoint_where_not() -> None:
@@ -105,7 +109,7 @@ def measured(name: str, kind: str, whole: float, **changes: object) -> Measured:
     steps = [{"data": 0.01 * n, "transfer": 0.02 * n, "whole": whole * n} for n in (1, 2, 3, 4, 10)]
     if kind == "peer":
         steps = [{**step, "gather": 0.5 * step["data"]} for step in steps]
-    return Measured(name=name, kind=kind, steps=steps, fingerprint="a", changes=True, **changes)  # type: ignore[arg-type]
+    return Measured(name=name, kind=kind, steps=steps, fingerprints=["a", "b"], **changes)  # type: ignore[arg-type]
 
 
 def summed_up(tmp_path: Path, *found: Measured) -> dict:
@@ -130,7 +134,8 @@ def test_summaries_are_quantiles_and_quotients(tmp_path: Path) -> None:
 
 def test_a_case_that_left_other_weights_is_not_right(tmp_path: Path) -> None:
     stuck, other = measured("stuck", "rlsync", 0.1), measured("other", "peer", 0.1)
-    stuck.changes, other.fingerprint = False, "b"
+    # The second is what one tensor does that never arrives: it is right after every other sync.
+    stuck.fingerprints, other.fingerprints = ["b", "b"], ["x", "b"]
     refused = Measured(name="refused", kind="rlsync", error="no")
     whole = summed_up(tmp_path, measured("auto", "rlsync", 0.1), stuck, refused, other)
     assert [case["right"] for case in whole["cases"]] == [True, False, False, False]

@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
             {"transport": arguments.transport, "sink": arguments.sink, "mode": arguments.mode},
             {key: value for key, value in common.items() if value is not None},
         ),
-        peers=specs.peers(arguments.peers, arguments.placement, "cuda" if devices else "cpu"),
+        peers=specs.peers(arguments.peers, specs.scene(arguments.placement, devices, actor_gpus, engine_gpus)),
         steps=arguments.steps,
         warmup=arguments.warmup,
         timeout_s=arguments.timeout_s,

@@ -44,7 +44,8 @@ class Actor:
     """
 
     def __init__(self, spec: Spec) -> None:
-        initialize_parallel(spec.topology, seed=spec.seed, timeout_s=spec.timeout_s)
+        # Ranks wait here for rank 0, which waits for engines to start.
+        initialize_parallel(spec.topology, seed=spec.seed, timeout_s=spec.start_s)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), compute_device()
         bridge = AutoBridge.from_config(spec.config)
         # Gradients are not looked at, and take as little as they can.

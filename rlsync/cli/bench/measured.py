@@ -17,7 +17,7 @@ class Measured(msgspec.Struct, kw_only=True):
         steps: seconds by phase of the measured steps, in order.
         begin_s, end_s: from before the connection to after the last measured step, by the monotonic clock that all processes share.
         extra_torch_bytes: most that torch allocated in that time beyond what it had before, of an actor rank and of a worker.
-        fingerprint: of all workers after two more steps. changes: whether it differs from that of the step before.
+        fingerprints: of all workers after each of two more steps, whose weights differ.
         report: SyncReport of the last step, of rlsync alone.
         error: why there are no steps.
     """
@@ -32,7 +32,6 @@ class Measured(msgspec.Struct, kw_only=True):
     begin_s: float = 0.0
     end_s: float = 0.0
     extra_torch_bytes: dict[str, int] = {}
-    fingerprint: str = ""
-    changes: bool = False
+    fingerprints: list[str] = []
     report: dict[str, Any] = {}
     error: str = ""

@@ -12,7 +12,7 @@ from rlsync.cli.bench.actor import Actor, Clock
 from rlsync.cli.bench.measured import Measured
 from rlsync.cli.bench.peers import WAYS, Fleet
 from rlsync.cli.bench.spec import Case, Spec
-from rlsync.errors import RlsyncError
+from rlsync.errors import ConfigError, PlacementError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 
 # Phase of the bench -> seconds of SyncReport.
@@ -61,7 +61,7 @@ class Bench:
                     return _phases(report, case.settings)
 
                 self._run(found, step)
-        except RlsyncError as error:
+        except (ConfigError, PlacementError, WeightSyncError) as error:
             found.error = str(error)
         return found
 
@@ -89,8 +89,8 @@ class Bench:
         return found
 
     def _run(self, found: Measured, step: Callable[[int], Step]) -> None:
-        """Warm-up, steps, and two more that show what arrives. Each gives the engines other weights than the one before, and the
-        last one gives all cases the same.
+        """Warm-up, steps, and two more that show what arrives. Each gives the engines other weights than the one before, and those
+        two give all cases the same.
         """
         total = self._spec.warmup + self._spec.steps
         if self._actor.turned != bool(total % 2):
@@ -101,12 +101,10 @@ class Bench:
             rows.append(dict(step(number)))
         found.first, found.steps = rows[0], rows[self._spec.warmup :]
         self._end(found)
-        prints = []
         for number in range(total, total + 2):
             self._actor.turn()
             step(number)
-            prints.append(self._fingerprint())
-        found.fingerprint, found.changes = prints[1], prints[1] != prints[0]
+            found.fingerprints.append(self._fingerprint())
 
     def _fingerprint(self) -> str:
         return " ".join(self._fleet.call("bench_fingerprint"))

@@ -24,20 +24,29 @@ PLACEMENTS = ("collocated", "disaggregated")
 MODES = {"params": "auto", "ring": "always"}
 
 
+# Where a bench can be, for those who sync in other ways. ``beside`` is collocated GPUs of which one has an engine and no actor rank.
+SCENES = ("cpu", "collocated", "beside", "disaggregated")
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A way that others sync. ``placements`` and ``devices``: where it can be."""
+    """A way that others sync, the SCENES where it can be, and why not elsewhere."""
 
-    placements: tuple[str, ...]
-    devices: tuple[str, ...]
+    scenes: tuple[str, ...]
     why: str
 
 
 PEERS: Mapping[str, Peer] = {
-    "gather-broadcast": Peer(PLACEMENTS, ("cpu", "cuda"), ""),
-    "vllm-nccl": Peer(("disaggregated",), ("cuda",), "vLLM's nccl backend puts actor rank 0 and all engine workers into one NCCL group"),
-    "vllm-ipc": Peer(("collocated",), ("cuda",), "vLLM's ipc backend wants an actor rank on each engine's GPU"),
+    "gather-broadcast": Peer(
+        ("cpu", "collocated", "disaggregated"), "on shared GPUs each engine worker takes tensors from an actor rank on its GPU"
+    ),
+    "vllm-nccl": Peer(("disaggregated",), "vLLM's nccl backend puts actor rank 0 and all engine workers into one NCCL group"),
+    "vllm-ipc": Peer(("collocated",), "vLLM's ipc backend wants an actor rank on the GPU of each engine worker"),
 }
+_SCENES_IN_WORDS = {
+    "cpu": "without GPUs", "collocated": "collocated on GPUs", "disaggregated": "disaggregated on GPUs",
+    "beside": "collocated, with engine workers on GPUs that have no actor rank",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +157,17 @@ def _words(name: str, text: str) -> list[str]:
     return words
 
 
-def peers(text: str | None, placement: str, device: str) -> tuple[str, ...]:
-    """Names of PEERS; None is all that can be here, and ``none`` is none. Raises ConfigError for one that cannot be here."""
-    possible = [name for name, peer in PEERS.items() if placement in peer.placements and device in peer.devices]
+def scene(placement: str, devices: Sequence[str], actor_gpus: Sequence[int], engine_gpus: Sequence[Sequence[int]]) -> str:
+    """Which of SCENES it is."""
+    if not devices:
+        return "cpu"
+    alone = {gpu for gpus in engine_gpus for gpu in gpus} - set(actor_gpus)
+    return "beside" if placement == "collocated" and alone else placement
+
+
+def peers(text: str | None, scene: str) -> tuple[str, ...]:
+    """Names of PEERS; None is all that can be in this scene, and ``none`` is none. Raises ConfigError for one that cannot be."""
+    possible = [name for name, peer in PEERS.items() if scene in peer.scenes]
     if text is None:
         return tuple(possible)
     names = [] if text == "none" else text.split(",")
@@ -159,9 +176,10 @@ def peers(text: str | None, placement: str, device: str) -> tuple[str, ...]:
             raise ConfigError(f"--peers {name!r}: known are {', '.join(PEERS)}, or none")
         if name not in possible:
             peer = PEERS[name]
+            where = " or ".join(_SCENES_IN_WORDS[known] for known in peer.scenes)
             raise ConfigError(
-                f"--peers {name} is for {' and '.join(peer.placements)} placement on {' or '.join(peer.devices)}, and this bench is "
-                f"{placement} on {device}: {peer.why}; leave it out, or choose {', '.join(possible)}"
+                f"--peers {name} works {where}, and this bench is {_SCENES_IN_WORDS[scene]}: {peer.why}; "
+                f"leave it out, or choose {', '.join(possible) or 'none'}"
             )
     return tuple(dict.fromkeys(names))
 
