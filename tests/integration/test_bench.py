@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,30 @@ def test_a_process_that_fails_ends_all_and_is_quoted(tmp_path: Path) -> None:
         watched(tmp_path, 200, devices=("none",))
     assert time.monotonic() - began_s < 100
     assert processes_of(tmp_path) == []
+
+
+def test_nothing_is_left_of_a_bench_that_is_killed(tmp_path: Path) -> None:
+    """Its processes wait for the engine when it happens, and would for minutes."""
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "rlsync.cli", "bench", *SIDES, "--peers", "none", "--out", str(tmp_path / "out")]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, **ENGINE_ENV, "PYTHONPATH": path, "TMPDIR": str(temporary)}
+    bench = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(processes_of(temporary)) >= 4, 120)
+        bench.kill()
+        wait_until(lambda: not processes_of(temporary), 120)
+    finally:
+        bench.kill()
+        bench.wait()
+
+
+def wait_until(true: Callable[[], bool], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
 
 
 def test_the_deadline_ends_all_and_names_who_was_still_running(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import psutil
 
 from rlsync.cli.bench import host
 from rlsync.cli.bench.spec import Spec
+from rlsync.engine import owner
 from rlsync.errors import RlsyncError
 
 _POLL_S = 0.05
@@ -59,6 +60,8 @@ class Crew:
     def start(self) -> None:
         """Start them all. They import while the links are measured, and touch no GPU before."""
         self._logs.mkdir(parents=True, exist_ok=True)
+        # All of them end by themselves when this process is killed.
+        owner.declare()
         self._start("floors", [f"{_MODULES}.floors", self._path], self._visible(dict(os.environ)))
         for index in range(self._spec.num_engines):
             environment = host.environment(self._spec, index)

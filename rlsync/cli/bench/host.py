@@ -11,6 +11,7 @@ from typing import Any
 from rlsync.cli.bench import spec as specs
 from rlsync.cli.bench.remote import serve
 from rlsync.cli.bench.waiting import await_file
+from rlsync.engine import owner
 
 # Of an engine that answers a handful of short prompts at most: what is measured is its weights.
 _MAX_TOKENS = 512
@@ -56,6 +57,7 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
 
 
 def main(path: str, index: str) -> None:
+    owner.watch()
     spec = specs.read(path)
     from rlsync.engine.handle import Engine
     from rlsync.families import model_of

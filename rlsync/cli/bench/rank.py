@@ -18,10 +18,12 @@ from rlsync.cli.bench.measuring import Bench
 from rlsync.cli.bench.peers import Fleet
 from rlsync.cli.bench.remote import RemoteEngine
 from rlsync.cli.bench.waiting import await_file, write_file
+from rlsync.engine import owner
 from rlsync.megatron.parallel import destroy_parallel
 
 
 def main(path: str) -> None:
+    owner.watch()
     spec = specs.read(path)
     # The imports above took as long as the links take to be measured.
     await_file(spec.floors_path, spec.start_s)
