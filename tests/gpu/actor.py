@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,26 @@ def gpu_source(folder: str | Path, rank: int, world_size: int) -> FolderSource:
     return FolderSource({n: t.to(device) for n, t in read_folder(folder).items()}, rank=rank, world_size=world_size)
 
 
-def serve(pipe: Connection, folder: str, rank: int, world_size: int, settings: dict[str, Any]) -> None:
+def serve(pipe: Connection, folder: str, rank: int, world_size: int) -> None:
     """An actor rank that answers ``(method, argument)`` with ``("ok", None)`` or ``("error", text)`` until told to ``end``."""
     source = gpu_source(folder, rank, world_size)
-    syncer = WeightSyncer(source, (), SyncConfig(**settings), rank=rank, world_size=world_size, broadcast=lambda payload: pipe.recv())
+    syncers: list[WeightSyncer] = []
+
+    def connect(settings: dict[str, Any]) -> None:
+        config = SyncConfig(**settings)
+        syncers[:] = [WeightSyncer(source, (), config, rank=rank, world_size=world_size, broadcast=lambda payload: pipe.recv())]
+        syncers[0].connect()
+
     methods: dict[str, Callable[[Any], object]] = {
         "see": lambda count: _expect(torch.cuda.device_count(), count),
         "take": lambda other: source.take(read_folder(other)),
-        "connect": lambda _: syncer.connect(),
-        "sync": syncer.sync,
+        "connect": connect,
+        "sync": lambda version: syncers[0].sync(version),
+        "close": lambda _: syncers[0].close(),
     }
     while True:
         method, argument = pipe.recv()
         if method == "end":
-            syncer.close()
             return
         try:
             methods[method](argument)
@@ -54,83 +60,96 @@ def _expect(found: int, wanted: int) -> None:
 
 
 class GpuActor:
-    """The ranks of one connection; rank r is on GPU r."""
+    """Ranks that hold a folder's tensors, rank r on GPU r. Processes are started once, for as many connections as one likes.
 
-    def __init__(self, folder: Path, engines: Sequence[Engine], num_ranks: int = 1, **settings: Any) -> None:
-        settings = {"bucket_bytes": 100_000, "timeout_s": 20.0, "verify": "full", "transport": "ipc", **settings}
+    Attributes:
+        processes: of all ranks but rank 0.
+        syncer: of rank 0, in the present connection.
+    """
+
+    syncer: WeightSyncer
+
+    def __init__(self, folder: Path, num_ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
+        self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(1, num_ranks):
             ours, theirs = context.Pipe()
-            self.pipes.append(ours)
-            self.processes.append(context.Process(target=serve, args=(theirs, str(folder), rank, num_ranks, settings), daemon=True))
+            self._pipes.append(ours)
+            self.processes.append(context.Process(target=serve, args=(theirs, str(folder), rank, num_ranks), daemon=True))
             with only_gpus(str(rank)):
                 self.processes[-1].start()
             theirs.close()
-        self.source = gpu_source(folder, 0, num_ranks)
-        self.syncer = WeightSyncer(
-            self.source, engines, SyncConfig(**settings), rank=0, world_size=num_ranks, broadcast=self._broadcast if self.pipes else None
-        )
+        self._source = gpu_source(folder, 0, num_ranks)
         self._tell("see", 1)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all ranks live."""
+        return all(process.is_alive() for process in self.processes)
+
+    def take(self, folder: Path) -> None:
+        """The tensors of another folder, in the same memory."""
+        self._source.take(read_folder(folder))
+        self._tell("take", str(folder))
+
+    @contextlib.contextmanager
+    def connected(self, engines: Sequence[Engine], **settings: Any) -> Iterator[WeightSyncer]:
+        """All ranks and these engines. The yielded syncer is rank 0's; ``sync`` is that of all."""
+        settings = {"bucket_bytes": 100_000, "timeout_s": 20.0, "verify": "full", "transport": "ipc", **settings}
+        self.syncer = WeightSyncer(
+            self._source,
+            engines,
+            SyncConfig(**settings),
+            rank=0,
+            world_size=1 + len(self._pipes),
+            broadcast=self._broadcast if self._pipes else None,
+        )
+        self._ask("connect", settings)
+        try:
+            self.syncer.connect()
+            self._check(("ok", None))
+            yield self.syncer
+        finally:
+            self.syncer.close()
+            if self.is_whole:
+                self._tell("close", None)
+
+    def sync(self, version: int) -> SyncReport:
+        """Of all ranks. Raises rank 0's error, after it was seen to be that of every rank that lives."""
+        self._ask("sync", version)
+        try:
+            report = self.syncer.sync(version)
+        except WeightSyncError as error:
+            self._check(("error", str(error)))
+            raise
+        self._check(("ok", None))
+        return report
+
     def _broadcast(self, payload: bytes) -> bytes:
-        for pipe in self.pipes:
+        for pipe in self._pipes:
             pipe.send(payload)
         return payload
 
     def _tell(self, method: str, argument: Any) -> None:
-        for pipe in self.pipes:
+        self._ask(method, argument)
+        self._check(("ok", None))
+
+    def _ask(self, method: str, argument: Any) -> None:
+        for pipe in self._pipes:
             pipe.send((method, argument))
-        assert self.answers() == [("ok", None)] * len(self.pipes)
 
-    def answers(self) -> list[tuple[str, str | None]]:
-        """Of the other ranks to what they were told."""
-        for rank, pipe in enumerate(self.pipes, 1):
-            assert pipe.poll(_ANSWER_S), f"rank {rank} does not answer"
-        return [pipe.recv() for pipe in self.pipes]
-
-    def take(self, folder: Path) -> None:
-        """The tensors of another folder, in the same memory."""
-        self.source.take(read_folder(folder))
-        self._tell("take", str(folder))
-
-    def connect(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(("connect", None))
-        self.syncer.connect()
-        assert self.answers() == [("ok", None)] * len(self.pipes)
-
-    def sync(self, version: int) -> SyncReport:
-        """Of all ranks. Raises rank 0's error, after it was seen to be that of every rank that lives."""
-        for pipe in self.pipes:
-            pipe.send(("sync", version))
-        try:
-            report = self.syncer.sync(version)
-        except WeightSyncError as error:
-            self._check_all_heard(str(error))
-            raise
-        assert self.answers() == [("ok", None)] * len(self.pipes)
-        return report
-
-    def _check_all_heard(self, error: str) -> None:
-        living = [pipe for process, pipe in zip(self.processes, self.pipes, strict=True) if process.is_alive()]
+    def _check(self, answer: tuple[str, str | None]) -> None:
+        """Of every other rank that lives."""
+        living = [pipe for process, pipe in zip(self.processes, self._pipes, strict=True) if process.is_alive()]
         assert all(pipe.poll(_ANSWER_S) for pipe in living), "a rank does not answer"
-        assert [pipe.recv() for pipe in living] == [("error", error)] * len(living)
+        assert [pipe.recv() for pipe in living] == [answer] * len(living)
 
     def close(self) -> None:
-        self.syncer.close()
-        for pipe in self.pipes:
+        for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("end", None))
         for process in self.processes:
             process.join(15)
             process.kill()
             process.join()
-
-    def __enter__(self) -> GpuActor:
-        self.connect()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

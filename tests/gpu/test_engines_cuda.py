@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Pair:
         self.fresh: dict[str, State] = {}
         self.answers: dict[str, Answers] = {}
         self.addresses: dict[str, list[dict[str, int]]] = {}
+        self._actor: GpuActor | None = None
         dtype = getattr(torch, case.dtype)
         try:
             for seed, (name, gpus) in enumerate(zip("ab", case.gpus, strict=True)):
@@ -73,8 +75,13 @@ class Pair:
             assert len(state_difference(one, other)) > 10, "the two versions differ"
         assert self.answers["a"] != self.answers["b"]
 
-    def actor(self, **settings: Any) -> GpuActor:
-        return GpuActor(self.folders["a"], list(self.engines.values()), self.case.num_actor_ranks, **settings)
+    @contextlib.contextmanager
+    def connected(self, **settings: Any) -> Iterator[GpuActor]:
+        """The actor, connected with both engines."""
+        if self._actor is None:
+            self._actor = GpuActor(self.folders["a"], self.case.num_actor_ranks)
+        with self._actor.connected(list(self.engines.values()), **settings):
+            yield self._actor
 
     def differences(self, name: str) -> list[tuple[str, ...]]:
         """By worker of both engines: where it is not what a fresh engine of a version is."""
@@ -90,6 +97,8 @@ class Pair:
         return apart
 
     def close(self) -> None:
+        if self._actor is not None:
+            self._actor.close()
         for engine in self.engines.values():
             engine.close()
 
@@ -104,7 +113,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("staging", ["auto", "always"])
 def test_two_engines_become_fresh_ones_of_each_version(pair: Pair, staging: str) -> None:
     """Version after version, and the same one twice."""
-    with pair.actor(staging=staging) as actor:
+    with pair.connected(staging=staging) as actor:
         for version, name in enumerate("abba"):
             actor.take(pair.folders[name])
             report = actor.sync(version)
@@ -120,7 +129,7 @@ def test_two_engines_become_fresh_ones_of_each_version(pair: Pair, staging: str)
 @pytest.mark.parametrize("staging", ["auto", "always"])
 def test_engines_that_slept_become_fresh_ones(pair: Pair, staging: str) -> None:
     """What sleep drops comes back, padding included; a sync of weights alone goes between the two wakes."""
-    with pair.actor(staging=staging) as actor:
+    with pair.connected(staging=staging) as actor:
         for version, name in enumerate("bab"):
             for engine in pair.engines.values():
                 engine.sleep(2, _CALL_S)

@@ -5,6 +5,7 @@ The tests share two engines and run in order: the last ones cost an engine each.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class World:
         self.fresh: dict[str, State] = {}
         self.answers: dict[str, Answers] = {}
         self.processes: dict[str, list[psutil.Process]] = {}
+        self._actor: GpuActor | None = None
         try:
             self.start("both", "0,1")
             self.start("single", "1")
@@ -63,9 +65,20 @@ class World:
         self.fresh[name], self.answers[name] = state(engine), answers(engine)
         self.processes[name] = [*self.processes.get(name, []), *engine._processes]
 
-    def actor(self, folder: str, *names: str, **settings: Any) -> GpuActor:
-        """Of two ranks, and connected with these engines once it is entered; by default with all."""
-        return GpuActor(self.folders[folder], [self.engines[n] for n in names or self.engines], 2, **settings)
+    @contextlib.contextmanager
+    def connected(self, folder: str, *names: str, **settings: Any) -> Iterator[GpuActor]:
+        """An actor of two ranks with the tensors of a folder, connected with these engines; by default with all."""
+        if self._actor is None or not self._actor.is_whole:
+            self.end_actor()
+            self._actor = GpuActor(self.folders[folder], 2)
+        self._actor.take(self.folders[folder])
+        with self._actor.connected([self.engines[n] for n in names or self.engines], **settings):
+            yield self._actor
+
+    def end_actor(self) -> None:
+        if self._actor is not None:
+            self._actor.close()
+        self._actor = None
 
     def check(self, *names: str) -> None:
         """These engines hold what they were started from, and serve it."""
@@ -76,7 +89,7 @@ class World:
 
     def heal(self) -> None:
         """A new connection, another version, and back."""
-        with self.actor("b") as actor:
+        with self.connected("b") as actor:
             actor.sync(0)
             assert all(state(engine) != self.fresh[name] for name, engine in self.engines.items())
             actor.take(self.folders["a"])
@@ -84,6 +97,7 @@ class World:
         self.check()
 
     def close(self) -> None:
+        self.end_actor()
         for engine in self.engines.values():
             engine.close()
 
@@ -126,7 +140,7 @@ def failure(actor: GpuActor, version: int, fault: Callable[[], object]) -> Weigh
 
 @pytest.mark.parametrize("mode", [RING, IN_PLACE], ids=["ring", "in-place"])
 def test_a_lender_that_is_killed_is_found_at_once_and_its_memory_let_go(world: World, mode: dict[str, Any]) -> None:
-    with world.actor("b", **mode) as actor:
+    with world.connected("b", **mode) as actor:
         actor.sync(0)
         error = failure(actor, 1, actor.processes[0].kill)
         assert "the process of actor rank 1" in error.cause and "has ended" in error.cause
@@ -140,7 +154,7 @@ def test_a_lender_that_is_killed_is_found_at_once_and_its_memory_let_go(world: W
 
 def test_an_engine_asleep_fails_a_sync_and_the_other_goes_on_without_it(world: World) -> None:
     single, both = world.engines["single"], world.engines["both"]
-    with world.actor("b") as actor:
+    with world.connected("b") as actor:
         actor.sync(0)
         single.sleep(2, CALL_S)
         began_s = time.monotonic()
@@ -150,11 +164,11 @@ def test_an_engine_asleep_fails_a_sync_and_the_other_goes_on_without_it(world: W
         assert (raised.value.phase, raised.value.engine) == ("pause", "single")
         for engine in (single, both):
             assert_refuses(engine, "sleeps without its weights")
-    with world.actor("a", "both") as actor:
+    with world.connected("a", "both") as actor:
         actor.sync(0)
         world.check("both")
     single.wake(["weights"], CALL_S)
-    with world.actor("a") as actor:
+    with world.connected("a") as actor:
         actor.sync(0)
         single.wake(["kv_cache"], CALL_S)
     world.check()
@@ -162,7 +176,7 @@ def test_an_engine_asleep_fails_a_sync_and_the_other_goes_on_without_it(world: W
 
 def test_memory_that_is_full_at_wake_costs_that_engine_and_no_other(world: World) -> None:
     single = world.engines["single"]
-    with world.actor("b") as actor:
+    with world.connected("b", verify="off") as actor:
         actor.sync(0)
         single.sleep(2, CALL_S)
         hoard = fill(torch.device("cuda", 1))
@@ -180,7 +194,7 @@ def test_memory_that_is_full_at_wake_costs_that_engine_and_no_other(world: World
             torch.cuda.set_device(0)
     world.engines.pop("single").close()
     assert not any(map(lives, world.processes["single"]))
-    with world.actor("a") as actor:
+    with world.connected("a") as actor:
         actor.sync(0)
     world.check()
     # As a run does that may restart engines.
@@ -191,7 +205,7 @@ def test_memory_that_is_full_at_wake_costs_that_engine_and_no_other(world: World
 def test_a_borrower_that_is_killed_is_found_at_once_and_the_other_engine_goes_on(world: World) -> None:
     both, single = world.engines["both"], world.engines["single"]
     worker = psutil.Process(both.call_workers("tell_pid", (), CALL_S)[1])
-    with world.actor("b", **RING) as actor:
+    with world.connected("b", **RING) as actor:
         actor.sync(0)
         error = failure(actor, 1, worker.kill)
         assert error.engine == "both"
