@@ -95,6 +95,13 @@ def engine_core(family: list[psutil.Process]) -> psutil.Process:
     return found[0]
 
 
+def resumable(finished: Path, folder: Path) -> str:
+    """Lay out in ``folder`` what a run had after its fourth step, which saves another the warm start; the option to go on from it."""
+    shutil.copytree(finished / "run" / "checkpoints" / "global_step_4", folder / "run" / "checkpoints" / "global_step_4")
+    shutil.copytree(finished / "world", folder / "world")
+    return "runner.resume_dir=auto"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """Eight steps with a checkpoint after the fourth and at the end."""
@@ -129,10 +136,8 @@ def test_results_are_where_users_look_for_them(finished):
 def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_with_the_next(finished, tmp_path):
     """Three claims on one run: the steps after a resume equal the uninterrupted ones, also those after an engine was lost and replaced
     where the configuration allows it, and an engine that may not be replaced is one clear error."""
-    shutil.copytree(finished[0] / "run" / "checkpoints" / "global_step_4", tmp_path / "run" / "checkpoints" / "global_step_4")
-    shutil.copytree(finished[0] / "world", tmp_path / "world")
-    options = "runner.max_steps=16", "runner.resume_dir=auto", "rollout.max_engine_restarts=1", "+actor.megatron.mbridge=True"
-    with started(SCRIPT, tmp_path, *options) as process:
+    options = resumable(finished[0], tmp_path), "rollout.max_engine_restarts=1", "+actor.megatron.mbridge=True"
+    with started(SCRIPT, tmp_path, "runner.max_steps=16", *options) as process:
         family = strike(process, tmp_path, 1, engine_core, signal.SIGKILL)
         family += strike(process, tmp_path, 4, engine_core, signal.SIGKILL)
         code = exit_code(process, family)
@@ -146,9 +151,10 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
 
 
-def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(tmp_path):
+def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(finished, tmp_path):
     """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
-    with started([sys.executable, "-m", "tests.integration.grpo_run", "no-sync"], tmp_path, "runner.max_steps=16") as process:
+    command = [sys.executable, "-m", "tests.integration.grpo_run", "no-sync"]
+    with started(command, tmp_path, "runner.max_steps=20", resumable(finished[0], tmp_path)) as process:
         assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130
     differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
     assert differences[0] <= 1e-3 < differences[-1], differences
