@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 
 from workers.metrics import read_metrics
 
+# A run takes a minute, or several beside others.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh"]
 SMALL = [
@@ -42,7 +45,7 @@ def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen
 def run(command: list[str], folder: Path, *overrides: str) -> str:
     folder.mkdir(exist_ok=True)
     with started(command, folder, *overrides) as process:
-        code = process.wait(280)
+        code = process.wait(500)
     output = (folder / "output.log").read_text()
     assert code == 0, output[-6000:]
     return output
@@ -52,7 +55,7 @@ def strike(
     process: subprocess.Popen, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
 ) -> list[psutil.Process]:
     """Send a signal to one process of a run when ``steps`` lines are in its metrics; all processes that it had started by then."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     assert process.poll() is None and len(read_metrics(folder / "run")) >= steps, (folder / "output.log").read_text()[-4000:]
