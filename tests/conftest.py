@@ -20,7 +20,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray gives its workers a niceness of 15, with which they wait for all else that runs beside them.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 # Files that share fixtures of a session with another one, in whose lane they run, after it.
 SHARED = {"tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py"}
