@@ -59,3 +59,9 @@ def traffic(plan: Plan) -> Traffic:
         held[placement.holder] = sum(piece.box.size * items[piece.buffer] for piece in placement.pieces)
     redundancy = {holder: received[holder] / nbytes for holder, nbytes in held.items() if nbytes}
     return Traffic(by_link, given, received, redundancy)
+
+
+def num_steps(moved: Traffic, step_bytes: int) -> int:
+    """So many that nobody gives or takes more than ``step_bytes`` in one of them."""
+    most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
+    return max(1, -(-most // step_bytes))

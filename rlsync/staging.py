@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from math import prod
 
 import msgspec
+from msgspec.structs import replace
 
 from rlsync.geometry import DTYPE_BYTES, BufferSpec, contiguous_strides
 from rlsync.plan import Copy, Plan
 
 # Segments start at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
 SEGMENT_ALIGNMENT = 64
+# What one source gives to one destination at once is not cut below this: every message costs some microseconds.
+LEAST_PIECE_BYTES = 2**20
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -168,3 +171,69 @@ def _region(copy: Copy, segment: Segment, number: int, in_range: bool) -> Region
         copy.destination_buffer, copy.destination_offset, copy.destination_strides, segment.dtype,
         slot_offset, slot_strides,
     )  # fmt: skip
+
+
+def cut(regions: Sequence[Region], num_pieces: int) -> tuple[tuple[Region, ...], ...]:
+    """The same elements in so many pieces of about equal bytes, large regions divided; the last pieces of small parcels are empty.
+
+    Both ends cut alike, from the regions alone.
+    """
+    piece_bytes = max(LEAST_PIECE_BYTES, -(-sum(r.nbytes for r in regions) // num_pieces))
+    pieces: list[list[Region]] = [[] for _ in range(num_pieces)]
+    at, room = 0, piece_bytes
+    for region in regions:
+        rest = [region]
+        while rest:
+            first = rest.pop(0)
+            if first.nbytes > room and at < num_pieces - 1:
+                here, there = divide(first, room // DTYPE_BYTES[first.dtype])
+                pieces[at] += here
+                rest = there + rest
+                at, room = at + 1, piece_bytes
+            else:
+                pieces[at].append(first)
+                room -= first.nbytes
+    return tuple(map(tuple, pieces))
+
+
+def divide(r: Region, size: int) -> tuple[list[Region], list[Region]]:
+    """The first ``size`` elements of a region in row-major order, or a few less so that the rest begins aligned, and the rest."""
+    if len(r.shape) == 1:
+        size -= size % (SEGMENT_ALIGNMENT // DTYPE_BYTES[r.dtype])
+    if size <= 0:
+        return [], [r]
+    if not r.shape:
+        return [r], []
+    row = prod(r.shape[1:])
+    whole, partly = divmod(size, row)
+    if whole >= r.shape[0]:
+        return [r], []
+    first = [_rows(r, 0, whole)] if whole else []
+    if not partly:
+        return first, [_rows(r, whole, r.shape[0])]
+    here, there = divide(_row(r, whole), partly)
+    last = [_rows(r, whole + 1, r.shape[0])] if whole + 1 < r.shape[0] else []
+    return first + here, there + last
+
+
+def _rows(r: Region, begin: int, end: int) -> Region:
+    return _from(r, begin, (end - begin, *r.shape[1:]), 0)
+
+
+def _row(r: Region, number: int) -> Region:
+    """One of them, without its dim."""
+    return _from(r, number, r.shape[1:], 1)
+
+
+def _from(r: Region, begin: int, shape: tuple[int, ...], skipped_dims: int) -> Region:
+    """From index ``begin`` of the first dim on."""
+    return replace(
+        r,
+        source_offset=r.source_offset + begin * r.source_strides[0],
+        source_strides=r.source_strides[skipped_dims:],
+        shape=shape,
+        buffer_offset=r.buffer_offset + begin * r.buffer_strides[0],
+        buffer_strides=r.buffer_strides[skipped_dims:],
+        slot_offset=r.slot_offset + begin * r.slot_strides[0] * DTYPE_BYTES[r.dtype],
+        slot_strides=r.slot_strides[skipped_dims:],
+    )

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.plan import Bucket, Copy, Plan, cut_buckets
-from rlsync.staging import SEGMENT_ALIGNMENT, Part
+from rlsync.staging import SEGMENT_ALIGNMENT, Part, Region, cut
 
 
 def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def staging_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], nu
 def message_bytes(
     parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int
 ) -> tuple[list[int], list[int]]:
-    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.gloo`` allocates them."""
+    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.boxes`` allocates them for whole buckets."""
     num_slots = min(num_slots, len(parts))
     sent, packed, taken = [0] * num_actors, [0] * len(transports), [0] * len(transports)
     for row in parts:
@@ -56,6 +56,34 @@ def message_bytes(
             taken[stream] = max(taken[stream], part.nbytes)
         sent = list(map(max, sent, given))
     return [num_slots * nbytes for nbytes in sent], [p + num_slots * t for p, t in zip(packed, taken, strict=True)]
+
+
+def step_bytes(
+    parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int, num_steps: int
+) -> tuple[list[int], list[int]]:
+    """Bytes of GPU memory that each actor rank and each stream keeps for NCCL's messages, of buckets that are cut into steps."""
+    num_slots = min(num_slots, len(parts) * num_steps)
+    sent, taken = [0] * num_actors, [0] * len(transports)
+    for row in parts:
+        given = [[0] * num_steps for _ in range(num_actors)]
+        for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
+            taking = [0] * num_steps
+            for source, sizes in _piece_bytes(part, num_steps).items() if transport == "nccl" else ():
+                given[source] = [a + b for a, b in zip(given[source], sizes, strict=True)]
+                taking = [a + b for a, b in zip(taking, sizes, strict=True)]
+            taken[stream] = max(taken[stream], *taking)
+        sent = [max(before, *steps) for before, steps in zip(sent, given, strict=True)]
+    return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
+
+
+def _piece_bytes(part: Part, num_steps: int) -> dict[int, list[int]]:
+    """Bytes of the message of each source, by step."""
+    if num_steps == 1:
+        return {source: [nbytes] for source, nbytes in _parcel_bytes(part).items()}
+    by_source: dict[int, list[Region]] = defaultdict(list)
+    for region in part.regions:
+        by_source[region.source].append(region)
+    return {source: [sum(_aligned(r.nbytes) for r in piece) for piece in cut(regions, num_steps)] for source, regions in by_source.items()}
 
 
 def _parcel_bytes(part: Part) -> dict[int, int]:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-dtype", help="of the engines' parameters; default: the actor's")
     parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="weight_sync.bucket_bytes")
     parser.add_argument("--num-slots", type=int, default=2, help="weight_sync.num_slots")
-    parser.add_argument("--transport", choices=("auto", "ipc", "shm", "gloo"), default="auto", help="weight_sync.transport")
+    parser.add_argument("--transport", choices=("auto", "ipc", "shm", "nccl", "gloo"), default="auto", help="weight_sync.transport")
     parser.add_argument("--staging", choices=("auto", "always"), default="auto", help="weight_sync.staging")
     parser.add_argument("--shm-bytes", type=int, help="size of /dev/shm on the actor's host: refuse a ring that does not fit")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1)
@@ -132,7 +132,7 @@ def _staging(p: Price) -> list[tuple[str, str]]:
         rows.append(("ring", f"{_amount(p.ring_bytes)} in /dev/shm, in slots of {_amount(p.slot_bytes)}"))
     if p.staging_bytes_per_actor_rank[1]:
         rows.append(("staging ring", f"{_between(p.staging_bytes_per_actor_rank)} of GPU memory in each actor rank"))
-    if "gloo" in p.workers_by_transport:
+    if p.outbox_bytes_per_actor_rank[1]:
         sent, taken = _between(p.outbox_bytes_per_actor_rank), _between(p.inbox_bytes_per_worker)
         rows.append(("messages", f"{sent} in each actor rank, {taken} in each worker"))
     return rows

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes
+from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes, step_bytes
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import model_of
 from rlsync.families.rules import Model
 from rlsync.geometry import DTYPE_BYTES, Location, Placement
-from rlsync.links import traffic
+from rlsync.links import num_steps, traffic
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import Plan, build_plan
 from rlsync.staging import lay_out
@@ -62,6 +62,8 @@ class Settings:
 
 
 Range = tuple[int, int]
+# Transports that carry messages between members of a group.
+_GROUPS = ("nccl", "gloo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Price:
     Attributes:
         slot_bytes, ring_bytes: of the ring in host shared memory; 0 where no worker is served through it.
         staging_bytes_per_actor_rank: of the rings in GPU memory that ``ipc`` reads; 0 where it reads parameters.
-        outbox_bytes_per_actor_rank, inbox_bytes_per_worker: memory for gloo's messages; 0 where there are none.
+        outbox_bytes_per_actor_rank, inbox_bytes_per_worker: for messages of gloo (in the host) or NCCL (on GPUs), or 0.
         layerwise_extra_bytes: most that a worker takes where every module goes through vLLM's post-processing; the direct sink
             takes none.
     """
@@ -87,6 +89,7 @@ class Price:
     given_bytes_per_actor_rank: Range
     engine_workers: int
     engine_hosts: int
+    shared_gpus: int
     received_bytes_per_worker: Range
     redundancy_per_worker: tuple[float, float]
     workers_by_transport: Mapping[str, int]
@@ -184,29 +187,31 @@ def _gpu(index: int, scene: Scene) -> Location:
     return Location(f"host {index // scene.gpus_per_host}", f"GPU {index}")
 
 
-def _transport_of(worker: Placement, actors: Sequence[Placement], requested: str) -> str:
-    """What one host has, reaches a worker only where every actor rank is on its host. All have GPUs here."""
-    here = {_host(p) for p in actors} == {_host(worker)}
-    return "gloo" if requested == "gloo" or not here else "shm" if requested == "shm" else "ipc"
+def _transports(sides: _Sides, requested: str) -> list[str]:
+    """By worker. What one host has, reaches a worker only where every actor rank is on its host. All have GPUs here."""
+    if requested in _GROUPS:
+        return [requested] * len(sides.workers)
+    places = [p.location for p in (*sides.actors, *sides.workers)]
+    apart = "nccl" if len(set(places)) == len(places) else "gloo"
+    hosts = set(map(_host, sides.actors))
+    return [apart if hosts != {_host(w)} else "shm" if requested == "shm" else "ipc" for w in sides.workers]
 
 
 def _plan(sides: _Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
     """The plan, and the workers of each stream: those on one host that hold the same, where shared memory serves them."""
     groups: dict[object, list[Placement]] = defaultdict(list)
-    transports = set()
+    transports = _transports(sides, settings.transport)
     # Tensor-parallel ranks differ and engines are alike, so that the pieces themselves need no comparison.
-    for index, worker in enumerate(sides.workers):
-        transport = _transport_of(worker, sides.actors, settings.transport)
-        transports.add(transport)
+    for index, (worker, transport) in enumerate(zip(sides.workers, transports, strict=True)):
         located = _located(worker, transport == "ipc")
         groups[(_host(worker), worker.pieces) if transport == "shm" else index].append(located)
     members = list(groups.values())
-    in_place = transports == {"ipc"} and settings.staging == "auto"
+    at_once = set(transports) == {"nccl"} or (set(transports) == {"ipc"} and settings.staging == "auto")
     plan = build_plan(
         sides.model.tensors(settings.dtype),
         [_located(actor, "ipc" in transports) for actor in sides.actors],
         [row[0] for row in members],
-        bucket_bytes=None if in_place else settings.bucket_bytes,
+        bucket_bytes=None if at_once else settings.bucket_bytes,
         allow_cast=True,
     )
     return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
@@ -221,7 +226,8 @@ def _located(placement: Placement, by_device: bool) -> Placement:
 def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
     moved, parts = traffic(plan), lay_out(plan)
     planning_s = time.perf_counter() - began_s
-    transports = [_transport_of(row[0], sides.actors, settings.transport) for row in members]
+    of_worker = dict(zip((w.holder for w in sides.workers), _transports(sides, settings.transport), strict=True))
+    transports = [of_worker[row[0].holder] for row in members]
     by_transport: dict[str, int] = defaultdict(int)
     for name, row in zip(transports, members, strict=True):
         by_transport[name] += len(row)
@@ -230,6 +236,9 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
     is_staged = settings.staging == "always"
     stages = staging_bytes(parts, transports if is_staged else (), len(sides.actors), settings.num_slots)
     outboxes, inboxes = message_bytes(parts, transports, len(sides.actors), settings.num_slots)
+    if "nccl" in transports:
+        steps = num_steps(moved, settings.bucket_bytes) if set(transports) == {"nccl"} else 1
+        outboxes, inboxes = step_bytes(parts, transports, len(sides.actors), settings.num_slots, steps)
     same_gpu, same_host, other_host = moved.bytes_by_link.values()
     return Price(
         architecture=architecture,
@@ -243,6 +252,7 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
         engine_workers=len(sides.workers),
         engine_hosts=len(set(map(_host, sides.workers))),
+        shared_gpus=len({a.location for a in sides.actors} & {w.location for w in sides.workers}),
         received_bytes_per_worker=_range(moved.bytes_by_destination[row[0].holder] for row in members),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
         workers_by_transport=dict(by_transport),
@@ -264,7 +274,9 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
 
 
 def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:
-    apart = price.workers_by_transport.get("gloo", 0)
+    apart = sum(price.workers_by_transport.get(name, 0) for name in _GROUPS)
+    if settings.transport == "nccl" and price.shared_gpus:
+        yield f"weight_sync.transport is nccl, but {price.shared_gpus} GPUs are shared, and NCCL takes one member on each"
     if settings.transport in ("ipc", "shm") and apart:
         where = f"{apart} of {price.engine_workers} workers do not share a host with every actor rank"
         yield f"weight_sync.transport is {settings.transport}, but {where}"

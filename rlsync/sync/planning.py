@@ -16,7 +16,7 @@ from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.roster import Member
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
 from rlsync.geometry import Location, Placement, TensorSpec
-from rlsync.links import Traffic, traffic
+from rlsync.links import Traffic, num_steps, traffic
 from rlsync.plan import Plan, build_plan
 from rlsync.staging import Part, Region, lay_out, part_offsets
 from rlsync.sync.config import SyncConfig
@@ -200,14 +200,8 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
         tuple(by_stream[stream] for stream in range(len(streams))),
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
         staging,
-        _num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
+        num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
     )
-
-
-def _num_steps(moved: Traffic, step_bytes: int) -> int:
-    """So many that nobody gives or takes more than ``step_bytes`` in one of them."""
-    most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
-    return max(1, -(-most // step_bytes))
 
 
 def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:

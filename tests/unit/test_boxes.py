@@ -14,19 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlsync import staging
 from rlsync.control.shares import GroupInfo, WorkerPart
 from rlsync.copy.cpu import region
 from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import build_plan
-from rlsync.staging import Region, lay_out
+from rlsync.staging import Region, cut, divide, lay_out
 from rlsync.topology import Topology
 from rlsync.transport import parcels
 from rlsync.transport.boxes import Ticket, bind_program
 from rlsync.transport.gloo import GlooWire
 from rlsync.transport.meeting import GroupError, Rendezvous
-from rlsync.transport.parcels import cut, divide, steps_of
+from rlsync.transport.parcels import steps_of
 from tests.boxes_scene import HOST, Scene
 from tests.unit.test_staging import CONFIG, fill_from
 
@@ -79,7 +80,7 @@ def everybody(scene: Scene, act_out: Any, act_in: Any, timeout_s: float = 30) ->
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parcels, "LEAST_PIECE_BYTES", 512)
+    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 512)
 
 
 @pytest.mark.parametrize(("num_slots", "num_steps"), [(1, 1), (1, 7), (2, 7), (3, 40)])

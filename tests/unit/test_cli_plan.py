@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlsync import staging
 from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Scene, Settings, quote
@@ -174,6 +175,28 @@ def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int,
     assert price.ring_bytes == 0 < min(sent)
 
 
+@LAYOUTS
+@pytest.mark.parametrize("bucket_bytes", [BUCKET_BYTES, 10**7])
+def test_paper_counts_the_memory_of_steps(
+    axes: dict[str, int], tp_size: int, num_engines: int, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 4096)
+    price, blueprint = drawn_up(axes, tp_size, num_engines, "nccl", bucket_bytes)
+    assert (price.num_buckets, blueprint.num_steps > 1) == (1, bucket_bytes == BUCKET_BYTES)
+    group = GroupInfo("127.0.0.1", 1, 0, blueprint.members, "nccl", blueprint.num_steps)
+    actors, workers = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=group)
+    on_host = torch.device("cpu")
+    sent = [box.nbytes for share in actors if (box := make_outbox(share, 1.0, on_host)) is not None]
+    assert price.outbox_bytes_per_actor_rank == (min(sent), max(sent)) and len(sent) == price.actor_ranks
+    inboxes = [Inbox(share, GlooWire(group, 0, 1.0), on_host) for share in workers]
+    for inbox, share in zip(inboxes, workers, strict=True):
+        specs = {b.name: b for b in blueprint.plan.destinations[share.stream].buffers}
+        inbox.bind(0, {s.buffer: torch.empty(specs[s.buffer].shape, dtype=torch.bfloat16) for s in share.parts[0].segments})
+    taken = [inbox.nbytes for inbox in inboxes]
+    assert price.inbox_bytes_per_worker == (min(taken), max(taken))
+    assert max(*sent, *taken) <= 2 * 1.2 * bucket_bytes
+
+
 def test_neighbouring_workers_share_a_key_value_head() -> None:
     held = [paper_worker(model_of(SMALL), rank, 4, holder="w").pieces for rank in range(4)]
     keys = [next(p for p in pieces if p.tensor == "model.layers.0.self_attn.k_proj.weight") for pieces in held]
@@ -184,7 +207,7 @@ def test_neighbouring_workers_share_a_key_value_head() -> None:
 def test_links_follow_from_where_the_engines_are() -> None:
     axes = {"tp_size": 4, "pp_size": 2}
     apart = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8))
-    assert (apart.bytes_same_gpu, apart.bytes_same_host) == (0, 0) and apart.workers_by_transport == {"gloo": 8}
+    assert (apart.bytes_same_gpu, apart.bytes_same_host) == (0, 0) and apart.workers_by_transport == {"nccl": 8}
     together = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8, colocated=True))
     # A worker wants a quarter of each of two stages, and one of them is on its GPU.
     assert together.bytes_same_gpu > 0 < together.bytes_same_host and together.bytes_other_host == 0
@@ -229,6 +252,7 @@ def test_one_layer_is_what_layerwise_takes() -> None:
         (["--actor", "tp=2", "--rollout", "engines=4", "--colocated"], ["4 engine workers cannot share the GPUs of 2 actor ranks"]),
         (["--actor", "dp=4", "--gpus-per-host", "2", "--actor-hosts", "1"], ["4 actor ranks do not fit on 1 hosts of 2 GPUs"]),
         (["--gpus-per-host", "1", "--transport", "ipc"], ["transport is ipc, but 1 of 1"]),
+        (["--transport", "nccl", "--colocated"], ["transport is nccl, but 1 GPUs are shared, and NCCL takes one member on each"]),
         (["--gpus-per-host", "1", "--transport", "shm"], ["1 of 1 workers do not share a host with every actor rank"]),
         (["--shm-bytes", "1000000", "--transport", "shm"], ["/dev/shm has 1000000 bytes, the ring needs 21"]),
         (["--dtype", "bf16"], ["model.embed_tokens.weight has dtype bf16, of which no size is known"]),

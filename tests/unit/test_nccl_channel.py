@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rlsync import staging
 from rlsync.sync import carriers, group_inlet, syncer, wires
-from rlsync.transport import parcels
 from rlsync.transport.gloo import GlooWire
 from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
 
@@ -31,7 +31,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (wires, carriers, group_inlet):
         monkeypatch.setattr(module, "message_device", lambda group, device: torch.device("cpu"))
     monkeypatch.setattr(wires, "NcclWire", lambda group, number, timeout_s, device: GlooWire(group, number, timeout_s))
-    monkeypatch.setattr(parcels, "LEAST_PIECE_BYTES", 64)
+    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 64)
 
 
 @pytest.fixture
