@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlsync.cli.pricing import Price, Quote, Scene, Settings, quote
+from rlsync.cli.pricing import Price, Quote, Settings, quote
+from rlsync.cli.scene import Scene
 from rlsync.errors import ConfigError
 
 _AXES = {

@@ -1,6 +1,6 @@
 """The price of a sync on paper: what it moves, over which links, and what it needs. Integers; needs no torch, vLLM or GPU.
 
-Places actor ranks and engine workers on GPUs and hosts, plans as a sync would, and counts. What a sync would refuse is
+Plans as a sync would, between the two sides of ``scene``, and counts. What a sync would refuse is
 collected instead of raised.
 """
 
@@ -9,39 +9,17 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes, step_bytes
-from rlsync.cli.paper import paper_worker
+from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import model_of
-from rlsync.families.rules import Model
-from rlsync.geometry import DTYPE_BYTES, Location, Placement
+from rlsync.geometry import DTYPE_BYTES, Placement
 from rlsync.links import num_steps, traffic
-from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import Plan, build_plan
 from rlsync.staging import lay_out
-from rlsync.topology import Topology
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """Who takes part and where. GPUs are numbered through all hosts; actor ranks take them from 0 on.
-
-    Attributes:
-        axes: sizes of the actor's axes, as arguments of Topology.
-        tp_size, num_engines: of the engines.
-        colocated: engines take the actor's GPUs from 0 on; else those after the actor's.
-        actor_hosts: hosts that the actor has for itself, or None where engines may share its last one.
-    """
-
-    axes: Mapping[str, int]
-    tp_size: int = 1
-    num_engines: int = 1
-    gpus_per_host: int = 8
-    colocated: bool = False
-    actor_hosts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +40,6 @@ class Settings:
 
 
 Range = tuple[int, int]
-# Transports that carry messages between members of a group.
-_GROUPS = ("nccl", "gloo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +93,16 @@ class Quote:
     price: Price | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """Both sides on their GPUs, and what is wrong with them."""
-
-    model: Model
-    actors: tuple[Placement, ...] = ()
-    workers: tuple[Placement, ...] = ()
-    refusals: list[str] = field(default_factory=list)
-
-
 def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
     try:
-        sides = _set_out(model_of(config), scene, settings)
+        sides = set_out(
+            model_of(config),
+            scene,
+            dtype=settings.dtype,
+            engine_dtype=settings.engine_dtype,
+            make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
+        )
     except (ConfigError, PlacementError) as error:
         return Quote((str(error),))
     if not sides.actors or not sides.workers:
@@ -145,66 +117,14 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     return Quote(tuple(refusals), price)
 
 
-def _set_out(model: Model, scene: Scene, settings: Settings) -> _Sides:
-    """Placements of both sides; each side is tried, so that what is wrong with one does not hide the other."""
-    refusals: list[str] = []
-    actors: tuple[Placement, ...] = ()
-    workers: tuple[Placement, ...] = ()
-    try:
-        placements = megatron_placements(
-            model, Topology(**scene.axes), dtype=settings.dtype, make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by
-        )
-        actors = tuple(replace(p, location=_gpu(i, scene)) for i, p in enumerate(placements))
-    except (ConfigError, PlacementError) as error:
-        refusals.append(str(error))
-    try:
-        shapes = [
-            paper_worker(model, rank, scene.tp_size, holder="", dtype=settings.engine_dtype or settings.dtype)
-            for rank in range(scene.tp_size)
-        ]
-        first = _first_engine_gpu(scene, len(actors))
-        workers = tuple(
-            replace(p, holder=f"engine {engine} worker {rank}", location=_gpu(first + engine * scene.tp_size + rank, scene))
-            for engine in range(scene.num_engines)
-            for rank, p in enumerate(shapes)
-        )
-    except PlacementError as error:
-        refusals.append(str(error))
-    if scene.colocated and actors and len(workers) > len(actors):
-        refusals.append(f"{len(workers)} engine workers cannot share the GPUs of {len(actors)} actor ranks; take fewer engines")
-    if scene.actor_hosts is not None and len(actors) > scene.actor_hosts * scene.gpus_per_host:
-        refusals.append(f"{len(actors)} actor ranks do not fit on {scene.actor_hosts} hosts of {scene.gpus_per_host} GPUs")
-    return _Sides(model, actors, workers, refusals)
-
-
-def _first_engine_gpu(scene: Scene, num_actors: int) -> int:
-    if scene.colocated:
-        return 0
-    return num_actors if scene.actor_hosts is None else scene.actor_hosts * scene.gpus_per_host
-
-
-def _gpu(index: int, scene: Scene) -> Location:
-    return Location(f"host {index // scene.gpus_per_host}", f"GPU {index}")
-
-
-def _transports(sides: _Sides, requested: str) -> list[str]:
-    """By worker. What one host has, reaches a worker only where every actor rank is on its host. All have GPUs here."""
-    if requested in _GROUPS:
-        return [requested] * len(sides.workers)
-    places = [p.location for p in (*sides.actors, *sides.workers)]
-    apart = "nccl" if len(set(places)) == len(places) else "gloo"
-    hosts = set(map(_host, sides.actors))
-    return [apart if hosts != {_host(w)} else "shm" if requested == "shm" else "ipc" for w in sides.workers]
-
-
-def _plan(sides: _Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
+def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
     """The plan, and the workers of each stream: those on one host that hold the same, where shared memory serves them."""
     groups: dict[object, list[Placement]] = defaultdict(list)
-    transports = _transports(sides, settings.transport)
+    transports = transports_of(sides, settings.transport)
     # Tensor-parallel ranks differ and engines are alike, so that the pieces themselves need no comparison.
     for index, (worker, transport) in enumerate(zip(sides.workers, transports, strict=True)):
         located = _located(worker, transport == "ipc")
-        groups[(_host(worker), worker.pieces) if transport == "shm" else index].append(located)
+        groups[(host_of(worker), worker.pieces) if transport == "shm" else index].append(located)
     members = list(groups.values())
     at_once = set(transports) == {"nccl"} or (set(transports) == {"ipc"} and settings.staging == "auto")
     plan = build_plan(
@@ -223,10 +143,10 @@ def _located(placement: Placement, by_device: bool) -> Placement:
     return placement if by_device else replace(placement, location=replace(placement.location, device=None))
 
 
-def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
+def _count(architecture: str, sides: Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
     moved, parts = traffic(plan), lay_out(plan)
     planning_s = time.perf_counter() - began_s
-    of_worker = dict(zip((w.holder for w in sides.workers), _transports(sides, settings.transport), strict=True))
+    of_worker = dict(zip((w.holder for w in sides.workers), transports_of(sides, settings.transport), strict=True))
     transports = [of_worker[row[0].holder] for row in members]
     by_transport: dict[str, int] = defaultdict(int)
     for name, row in zip(transports, members, strict=True):
@@ -247,11 +167,11 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
         num_tensors=len(tensors),
         tensor_bytes=sum(t.nbytes for t in tensors),
         actor_ranks=len(sides.actors),
-        actor_hosts=len(set(map(_host, sides.actors))),
+        actor_hosts=len(set(map(host_of, sides.actors))),
         held_bytes_per_actor_rank=_range(map(_held_bytes, sides.actors)),
         given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
         engine_workers=len(sides.workers),
-        engine_hosts=len(set(map(_host, sides.workers))),
+        engine_hosts=len(set(map(host_of, sides.workers))),
         shared_gpus=len({a.location for a in sides.actors} & {w.location for w in sides.workers}),
         received_bytes_per_worker=_range(moved.bytes_by_destination[row[0].holder] for row in members),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
@@ -274,7 +194,7 @@ def _count(architecture: str, sides: _Sides, settings: Settings, plan: Plan, mem
 
 
 def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:
-    apart = sum(price.workers_by_transport.get(name, 0) for name in _GROUPS)
+    apart = sum(price.workers_by_transport.get(name, 0) for name in GROUPS)
     if settings.transport == "nccl" and price.shared_gpus:
         yield f"weight_sync.transport is nccl, but {price.shared_gpus} GPUs are shared, and NCCL takes one member on each"
     if settings.transport in ("ipc", "shm") and apart:
@@ -285,11 +205,6 @@ def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:
             f"shared memory: /dev/shm has {settings.shm_bytes} bytes, the ring needs {price.ring_bytes}; "
             "give it more room (docker: --shm-size), or lower weight_sync.bucket_bytes or weight_sync.num_slots"
         )
-
-
-def _host(placement: Placement) -> str:
-    assert placement.location is not None
-    return placement.location.host
 
 
 def _held_bytes(placement: Placement) -> int:

@@ -15,7 +15,8 @@ import torch
 from rlsync import staging
 from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
-from rlsync.cli.pricing import Price, Scene, Settings, quote
+from rlsync.cli.pricing import Price, Settings, quote
+from rlsync.cli.scene import Scene
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.shares import GroupInfo
 from rlsync.families import model_of
