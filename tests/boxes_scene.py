@@ -10,7 +10,7 @@ import torch
 from rlsync.control.shares import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
 from rlsync.copy.cpu import region
 from rlsync.staging import Part
-from rlsync.transport.boxes import Inbox, Outbox, Wire, bind_program
+from rlsync.transport.boxes import Inbox, Outbox, Program, Wire, bind_program
 
 HOST = "127.0.0.1"
 Buffers = dict[str, torch.Tensor]
@@ -32,6 +32,7 @@ class Scene:
     num_steps: int = 1
     # A send goes with its outbox.
     outboxes: list[Outbox] = field(default_factory=list)
+    programs: dict[tuple[int, int], Program] = field(default_factory=dict)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -69,14 +70,20 @@ class Scene:
         """All buckets, or the first ``steps`` steps of them."""
         for bucket in range(len(self.parts)):
             for step in outbox.steps(bucket)[:steps]:
+                program = self._program(outbox, rank, step)
                 outbox.reclaim(step)
-                pairs = [
-                    (view, region(self.sources[rank][r.source_buffer], r.source_offset, r.shape, r.source_strides))
-                    for parcel, memory in outbox.messages(step)
-                    for r, view in zip(parcel.regions, parcel.views(memory), strict=True)
-                ]
-                bind_program(pairs, self.device).run()
+                program.run()
                 outbox.post(step)
+
+    def _program(self, outbox: Outbox, rank: int, step: int) -> Program:
+        if (rank, step) not in self.programs:
+            pairs = [
+                (view, region(self.sources[rank][r.source_buffer], r.source_offset, r.shape, r.source_strides))
+                for parcel, memory in outbox.messages(step)
+                for r, view in zip(parcel.regions, parcel.views(memory), strict=True)
+            ]
+            self.programs[rank, step] = bind_program(pairs, self.device)
+        return self.programs[rank, step]
 
     def buffers(self, worker: int, bucket: int) -> Buffers:
         """That a bucket of a worker lands in."""

@@ -184,8 +184,8 @@ def give_up(folder: str) -> None:
 
 
 def die(folder: str) -> None:
-    """The actor ends in the middle. The worker notices within its limit, and its device still works."""
-    here = Rank(folder, 256, 8, timeout_s=6, limit_s=60)
+    """The actor ends in the middle. The worker notices within its limit of 4 s, and its device still works."""
+    here = Rank(folder, 256, 8, timeout_s=30, limit_s=60)
     if here.is_actor:
         outbox = here.scene.outbox(here.place)
         outbox.join(0)
@@ -195,6 +195,7 @@ def die(folder: str) -> None:
         os._exit(0)
     inbox = here.scene.inbox(here.place)
     inbox.open()
+    inbox.wire._limit_s = 4.0  # type: ignore[attr-defined]
     inbox.bind(0, here.scene.buffers(here.place, 0))
     begin_s = time.monotonic()
     with pytest.raises(GroupError, match="actor rank 0") as raised:
