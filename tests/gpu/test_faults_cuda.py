@@ -218,11 +218,15 @@ def test_a_borrower_that_is_killed_is_found_at_once_and_the_other_engine_goes_on
 
 
 def test_nothing_is_left_behind(world: World) -> None:
+    world.end_actor()
+    before = free_bytes()
     world.close()
+    given = [now - then for then, now in zip(before, free_bytes(), strict=True)]
+    print(f"\nthe engines gave back {given} B, what they had mapped of the actor among them")
     assert not any(lives(process) for processes in world.processes.values() for process in processes)
     assert [name for name in os.listdir("/dev/shm") if name.startswith(f"rlsync-ring-{os.getpid()}-")] == []
     kept = [then - now for then, now in zip(world.free_before, free_bytes(), strict=True)]
-    print(f"\nkept: {kept} B")
+    print(f"kept: {kept} B")
     assert max(kept) < NOTICEABLE_BYTES
 
 
