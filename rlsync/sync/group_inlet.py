@@ -21,6 +21,9 @@ from rlsync.sync.wires import message_device, wire_maker
 from rlsync.transport.boxes import Inbox, Ticket, Wire
 from rlsync.transport.meeting import GroupError
 
+# What is given up on a device is gone within a fraction of a second.
+_CLOSE_S = 5.0
+
 
 class GroupInlet:
     """A bucket is asked for as soon as there is memory for it, while those before it are taken in.
@@ -138,7 +141,11 @@ class GroupInlet:
         self._landing, self._begun = {}, None
 
     def close(self) -> None:
+        """Waits for what writes to the model's memory, as another connection may be next to write there."""
         self.abandon()
+        if self._former is not None:
+            self._former.rest(_CLOSE_S)
+            self._former = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,13 +38,15 @@ class NcclWire:
 
     Args:
         number: groups of one connection are counted; all members have to name the same.
-        timeout_s: deadline of the phases; every wait here is shorter.
+        timeout_s: deadline of the phases.
         device: of this member.
     """
 
     def __init__(self, info: GroupInfo, number: int, timeout_s: float, device: torch.device) -> None:
         self.info, self.number, self._device = info, number, device
-        self._limit_s = PATIENCE * timeout_s
+        # To be made within a phase; then what is asked for in one may come at the end of the next, because an engine takes its time to
+        # pause. Whoever keeps the phases gives the group up before.
+        self._open_limit_s, self._limit_s = PATIENCE * timeout_s, 2 * timeout_s
         self._abandoned, self._gone = threading.Event(), threading.Event()
         # One thread calls NCCL at a time; no call of it waits.
         self._lock = threading.Lock()
@@ -63,19 +65,21 @@ class NcclWire:
         """
         info = self.info
         with torch.cuda.device(self._device):
-            room = enter(info, self.number, self._limit_s)
-            self._compare(call_the_roll(room, info, f"{nccl_version()} {_cumem()}", self._limit_s, self._abandoned))
+            limit_s, abandoned = self._open_limit_s, self._abandoned
+            room = enter(info, self.number, limit_s)
+            self._compare(call_the_roll(room, info, f"{nccl_version()} {_cumem()}", limit_s, abandoned))
             # Rank 0 names the communicator.
             name = unique_id().hex() if info.rank == 0 else ""
-            name = call_the_roll(room, info, name, self._limit_s, self._abandoned, topic="name")[0]
+            name = call_the_roll(room, info, name, limit_s, abandoned, topic="name")[0]
             with self._told("while the group was made"), self._lock:
                 self._give_up_if_abandoned()
                 self._communicator = Communicator(bytes.fromhex(name), info.rank, len(info.members))
-            self._poll("while the group was made", lambda: True)
+            self._poll("while the group was made", lambda: True, limit_s)
             # Two members connect when there is a first message between them.
             self._hello = torch.zeros(len(info.members), dtype=torch.uint8, device=self._device)
             sends, receives = ([(self._hello[rank : rank + 1], rank) for rank in ranks] for ranks in (takers, givers))
-            self.wait(self._enqueue("while the group was made", sends, receives, [self.mark()]))
+            event = self._enqueue("while the group was made", sends, receives, [self.mark()], limit_s)
+            self._poll("while the group was made", event.query, limit_s)
 
     def _compare(self, said: Sequence[str]) -> None:
         versions, settings = zip(*(each.split() for each in said), strict=True)
@@ -96,10 +100,10 @@ class NcclWire:
     ) -> torch.cuda.Event:
         """Enqueue messages (1-D uint8 on the device) behind ``after``; they are enqueued when it returns. Raises GroupError."""
         others = sorted({self.info.members[rank] for _, rank in (*sends, *receives)})
-        return self._enqueue(f"in step {step} with {', '.join(others)}", sends, receives, after)
+        return self._enqueue(f"in step {step} with {', '.join(others)}", sends, receives, after, self._limit_s)
 
     def _enqueue(
-        self, where: str, sends: Sequence[_Message], receives: Sequence[_Message], after: Sequence[torch.cuda.Event]
+        self, where: str, sends: Sequence[_Message], receives: Sequence[_Message], after: Sequence[torch.cuda.Event], limit_s: float
     ) -> torch.cuda.Event:
         for event in after:
             self._stream.wait_event(event)
@@ -109,7 +113,7 @@ class NcclWire:
             self._give_up_if_abandoned()
             assert self._communicator is not None, "open() comes first"
             self._communicator.begin(_addressed(sends), _addressed(receives), self._stream.cuda_stream)
-        self._poll(where, lambda: True)
+        self._poll(where, lambda: True, limit_s)
         event = self._stream.record_event()
         while self._under_way and self._under_way[0][0].query():
             self._under_way.popleft()
@@ -127,13 +131,13 @@ class NcclWire:
     def wait(self, ticket: torch.cuda.Event) -> None:
         """Until the event has happened. Raises GroupError."""
         late = next((where for event, where in self._under_way if not event.query()), "after its last step")
-        self._poll(late, ticket.query)
+        self._poll(late, ticket.query, self._limit_s)
 
     def apart(self) -> contextlib.AbstractContextManager[object]:
         """A stream of its own is this thread's current one inside."""
         return torch.cuda.stream(self._apart)
 
-    def _poll(self, where: str, has_ended: Callable[[], bool]) -> None:
+    def _poll(self, where: str, has_ended: Callable[[], bool], limit_s: float) -> None:
         """Until NCCL has enqueued what was begun last, and ``has_ended``. Raises GroupError; any other call may end it."""
         begin_s = time.monotonic()
         while True:
@@ -144,8 +148,8 @@ class NcclWire:
             if not in_progress and has_ended():
                 return
             waited_s = time.monotonic() - begin_s
-            if waited_s > self._limit_s:
-                raise GroupError(f"the nccl group broke {where}: it did not end within {self._limit_s:g} s")
+            if waited_s > limit_s:
+                raise GroupError(f"the nccl group broke {where}: it did not end within {limit_s:g} s")
             time.sleep(_SHORT_POLL_S if waited_s < _PATIENT_AFTER_S else _LONG_POLL_S)
 
     def _give_up_if_abandoned(self) -> None:
