@@ -12,12 +12,13 @@ from rlsync.errors import EngineDirtyError
 
 
 class SlowLLM:
-    """``resume_generation`` waits for ``gate``."""
+    """``resume_generation`` waits for ``gate``. It has no requests that a pause would have to end, and is its own core."""
 
     def __init__(self) -> None:
         self.gate, self.entered = threading.Event(), threading.Event()
+        self.engine_core = self
 
-    async def pause_generation(self, **_: object) -> None: ...
+    async def pause_scheduler_async(self, **_: object) -> None: ...
 
     async def resume_generation(self) -> None:
         self.entered.set()
