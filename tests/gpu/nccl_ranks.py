@@ -9,6 +9,7 @@ import faulthandler
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rlsync.control.shares import GroupInfo
 from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.plan import build_plan
 from rlsync.staging import lay_out
+from rlsync.transport.boxes import Program
 from rlsync.transport.meeting import GroupError, Rendezvous
 from rlsync.transport.nccl import NcclWire
 from tests.boxes_scene import HOST, Scene
@@ -86,10 +88,10 @@ class Rank:
             time.sleep(0.01)
         return int(path.read_text())
 
-    def leave_together(self) -> None:
+    def leave_together(self, what: str = "done") -> None:
         """Memory of a sender may be read until its receivers are done."""
-        (self.folder / f"done-{self.rank}").touch()
-        while not all((self.folder / f"done-{rank}").exists() for rank in range(self.world_size)):
+        (self.folder / f"{what}-{self.rank}").touch()
+        while not all((self.folder / f"{what}-{rank}").exists() for rank in range(self.world_size)):
             time.sleep(0.01)
 
     def values(self, name: str, version: int) -> torch.Tensor:
@@ -144,6 +146,82 @@ def carry(folder: str, megabytes: int, num_steps: int, rounds: int) -> None:
         say(f"LANDED round {version}: {here.nbytes / 1e9:.3f} GB in {took_s * 1e3:.2f} ms, {here.nbytes / took_s / 1e9:.1f} GB/s")
     say(f"MEMORY worker: slots {inbox.nbytes >> 20} MiB, all of it {free - torch.cuda.mem_get_info()[0] >> 20} MiB")
     here.leave_together()
+
+
+def speeds(folder: str) -> None:
+    """Where the time of a step goes: messages alone, copies alone, and both in turn with several numbers of slots."""
+    here = Rank(folder, 4096, 16, timeout_s=30, limit_s=85)
+    for number, num_slots in enumerate((2, 3, 4)):
+        here.scene.num_slots = num_slots
+        here.scene.programs.clear()
+        if here.is_actor:
+            outbox = here.scene.outbox(here.place)
+            outbox.join(number)
+            wire = outbox._wire
+            assert isinstance(wire, NcclWire)
+            if num_slots == 2:
+                here.fill(0)
+                messages_alone(here, wire)
+            for _ in range(4):
+                begin_s = time.monotonic()
+                here.scene.send(outbox, here.place)
+                enqueued_s = time.monotonic() - begin_s
+                torch.cuda.synchronize()
+                say(f"slots {num_slots}: enqueued in {enqueued_s * 1e3:.2f} ms, sent in {(time.monotonic() - begin_s) * 1e3:.2f} ms")
+            copies_alone(here, [here.scene.programs[here.place, step] for step in outbox.steps(0)])
+            here.leave_together(f"slots{num_slots}")
+            outbox.abandon()
+        else:
+            inbox = here.scene.inbox(here.place, number)
+            inbox.open()
+            assert isinstance(inbox.wire, NcclWire)
+            if num_slots == 2:
+                messages_alone(here, inbox.wire)
+            inbox.bind(0, here.scene.buffers(here.place, 0))
+            for _ in range(4):
+                begin_s = time.monotonic()
+                inbox.land(0, inbox.wire.mark())
+                took_s = time.monotonic() - begin_s
+                say(f"SPEED slots {num_slots}: {took_s * 1e3:.2f} ms, {here.nbytes / took_s / 1e9:.1f} GB/s")
+            here.check(0)
+            # It leaves other values: slots hold the last steps.
+            copies_alone(here, inbox._landing[0][1])
+            here.leave_together(f"slots{num_slots}")
+            inbox.abandon()
+            assert inbox.wire.rest(10)
+
+
+def messages_alone(here: Rank, wire: NcclWire) -> None:
+    """From an actor rank to the worker of its number, of several sizes, one behind the other."""
+    other = here.rank + here.pairs if here.is_actor else here.rank - here.pairs
+    for megabytes in (16, 64, 256, 1024):
+        memory = torch.zeros(megabytes << 20, dtype=torch.uint8, device=here.device)
+        torch.cuda.synchronize()
+        count = 4096 // megabytes
+        for _ in range(3):
+            begin_s, tickets = time.monotonic(), []
+            for step in range(count):
+                pair = [(memory, other)]
+                tickets.append(wire.carry(step, pair if here.is_actor else [], [] if here.is_actor else pair, []))
+                if step >= 8:
+                    wire.wait(tickets[step - 8])
+            enqueued_s = time.monotonic() - begin_s
+            wire.wait(tickets[-1])
+            took_s = time.monotonic() - begin_s
+        speed = count * memory.nbytes / took_s / 1e9
+        say(f"SPEED messages of {megabytes} MiB alone: {speed:.1f} GB/s, {enqueued_s / count * 1e6:.0f} us each to enqueue")
+
+
+def copies_alone(here: Rank, programs: Sequence[Program]) -> None:
+    """Packing or unpacking of all steps, without a message."""
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin_s = time.monotonic()
+        nbytes = sum(program.run() for program in programs)
+        enqueued_s = time.monotonic() - begin_s
+        torch.cuda.synchronize()
+        took_s = time.monotonic() - begin_s
+    say(f"SPEED copies alone: {nbytes / took_s / 1e9:.1f} GB/s written, {enqueued_s / len(programs) * 1e6:.0f} us each to enqueue")
 
 
 def give_up(folder: str) -> None:

@@ -5,6 +5,8 @@ The output of every rank is printed: when it did what, how fast, and the stacks 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.ranks import run_ranks
@@ -22,6 +24,22 @@ def run(world_size: int, function: str, **arguments: object) -> list[str]:
 def test_what_is_sent_lands_and_the_next_sync_too(tmp_path, megabytes, num_steps):
     outputs = run(2, "carry", folder=str(tmp_path), megabytes=megabytes, num_steps=num_steps, rounds=5)
     assert outputs[1].count("LANDED") == 5
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(120)
+def test_where_the_time_of_a_step_goes(tmp_path):
+    """Prints ``SPEED`` lines; two slots are to reach most of what messages alone do."""
+    outputs = run(2, "speeds", folder=str(tmp_path))
+    found = {label: max(map(float, speeds)) for label, speeds in _speeds(outputs[1]).items()}
+    assert found["slots 2"] >= 0.7 * found["messages of 256 MiB alone"], found
+
+
+def _speeds(output: str) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {}
+    for label, speed in re.findall(r"SPEED (.*?): .*?([\d.]+) GB/s", output):
+        rows.setdefault(label, []).append(speed)
+    return rows
 
 
 @pytest.mark.gpu(4)
