@@ -180,6 +180,9 @@ class Coordinator:
     # A sync.
 
     def _on_start(self, peer: Member, message: m.Start, now: float) -> None:
+        if self._sync is not None and message.attempt < self._sync.attempt:
+            # It comes late to a sync that failed without it. It has been told so, and comes to this one next.
+            return
         if self._sync is None or message.attempt > self._sync.attempt:
             if self.phase not in ("idle", "failed"):
                 self._fail(f"{peer} started attempt {message.attempt} while one is going on", peer)

@@ -391,3 +391,18 @@ def test_decoding_is_strict() -> None:
     ):
         with pytest.raises(msgspec.MsgspecError):
             m.decode_from_peer(bad)
+
+
+def test_a_rank_that_is_late_for_a_sync_that_failed_does_not_fail_the_next_one() -> None:
+    """It has been told how the first one ended, and comes to the next one."""
+    run = Run()
+    run.tell("a0", m.Start(1, 1))
+    run.tell("a0", m.Failed(1, "begin", "boom"))
+    assert "boom" in run.error().cause
+    run.tell("a0", m.Start(2, 1))
+    run.tell("a1", m.Start(1, 1))
+    assert run.coordinator.phase == "begin"
+    run.begin(attempt=2)
+    run.transfer(attempt=2)
+    run.finish(attempt=2)
+    assert (run.coordinator.phase, run.coordinator.version) == ("idle", 1)
