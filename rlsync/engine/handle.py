@@ -5,6 +5,7 @@ Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -161,11 +162,15 @@ class Engine:
         self._calls.run(self._reset_caches(), timeout_s)
 
     async def _reset_caches(self) -> None:
-        # Kept requests are preempted: their keys and values are computed again with the new weights.
-        if await self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True) is False:
+        # Side by side: each is a round trip to the engine's core and its workers.
+        cleared, _, _ = await asyncio.gather(
+            # Kept requests are preempted: their keys and values are computed again with the new weights.
+            self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True),
+            self._llm.reset_mm_cache(),
+            self._llm.reset_encoder_cache(),
+        )
+        if cleared is False:
             raise RlsyncError(f"engine {self.engine_id} could not reset its prefix cache: requests hold blocks of it")
-        await self._llm.reset_mm_cache()
-        await self._llm.reset_encoder_cache()
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
