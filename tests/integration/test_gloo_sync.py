@@ -152,10 +152,10 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engin
     ranks.pipe.send(("sync", 1))
     with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
         ranks.syncer.sync(1)
+    assert time.monotonic() - started_s < 4.0 + SLACK_S
     ranks.close()
-    # Engines that still were inside would not answer a new connection.
+    # Engines that still were inside would not answer a new connection before its deadline.
     two_ranks("llama", "tp2").sync(1)
-    assert time.monotonic() - started_s < 4.0 + 2 * SLACK_S
     assert engines["llama"].state == engines["tp2"].state == "clean"
 
 
