@@ -24,7 +24,8 @@ def formula(raw: bytes) -> int:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    # A copy, because a single element is contiguous with any strides.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def of_bytes(raw: bytes, dtype: str = "uint8") -> torch.Tensor:
