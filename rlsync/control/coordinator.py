@@ -8,14 +8,13 @@ opens no socket and starts no thread (``server`` does), so that every fault can 
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from rlsync.control import messages as m
-from rlsync.control.ledger import Ledger
+from rlsync.control.connecting import Connecting
 from rlsync.control.progress import Progress
 from rlsync.control.roster import Expected, Member, Roster, some
 
@@ -41,9 +40,7 @@ class Coordinator:
         self._members = self._roster.members
         self._sync: Progress | None = None
         self._failure: m.Error | None = None
-        self._num_buckets = self._num_slots = 0
-        self._streams: dict[bytes, int] = {}
-        self._ledger = Ledger()
+        self._connecting = Connecting(expected, self._roster, send, self._fail)
         self.phase, self.version = "connect", -1
         self.deadline: float | None = now + expected.timeout_s
 
@@ -97,69 +94,25 @@ class Coordinator:
     # Connect.
 
     def _admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello) -> None:
-        expected, peer = self._expected, Member(identity, hello)
-        if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
-            self._reject(identity, f"{peer} came with a wrong token; it belongs to another run or an earlier connection")
-            return
-        if hello.run_id != expected.run_id:
-            self._reject(identity, f"{peer} belongs to run {hello.run_id}, this is run {expected.run_id}")
-            return
+        closed = None
         if self.phase != "connect":
-            self._reject(identity, self._failure.cause if self._failure else f"{peer} came after the connection was complete")
-            return
-        twin = self._roster.twin(peer)
-        if twin is not None:
-            self._reject(identity, f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}")
-            return
-        self._members[identity] = peer
-        problem = self._roster.mismatch(peer)
-        if problem is not None:
-            self._fail(problem, peer)
-        elif peer.engine is not None:
-            self._send(identity, expected.catalogue)
-        self._survey()
-
-    def _reject(self, identity: bytes, cause: str) -> None:
-        self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
+            closed = self._failure.cause if self._failure else f"{Member(identity, hello)} came after the connection was complete"
+        self._connecting.admit(identity, hello, closed)
 
     def _on_recorded(self, peer: Member, message: m.Recorded, now: float) -> None:
-        peer.recorded = message
-        self._survey()
-
-    def _survey(self) -> None:
-        """When everybody is here: judge the names, and let actor rank 0 plan."""
-        if self.phase != "connect" or not self._roster.is_recorded():
-            return
-        findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
-        if findings:
-            self._fail("what the actor has and what the engines take do not fit: " + "; ".join(findings), None)
-            return
-        survey = self._roster.survey()
-        self._send(self._roster.actors()[0].identity, survey)
+        if self.phase == "connect":
+            self._connecting.record(peer, message)
 
     def _on_planned(self, peer: Member, message: m.Planned, now: float) -> None:
-        actors, workers = self._roster.actors(), self._roster.workers()
-        counts = (len(message.actors), len(message.workers))
-        if self.phase != "connect" or peer.place != 0 or counts != (len(actors), len(workers)):
+        counts, wanted = (len(message.actors), len(message.workers)), (len(self._roster.actors()), len(self._roster.workers()))
+        if self.phase != "connect" or peer.place != 0 or counts != wanted:
             self._fail(f"{peer} sent shares for {counts} actor ranks and workers in phase {self.phase}", peer)
-            return
-        self._num_buckets, self._num_slots = len(message.actors[0].parts), message.actors[0].num_slots
-        for member, actor in zip(actors, message.actors, strict=True):
-            self._send(member.identity, m.Share(actor=actor))
-        for member, worker in zip(workers, message.workers, strict=True):
-            self._streams[member.identity] = worker.stream
-            self._ledger.borrows(member.identity, worker.lenders)
-            self._send(member.identity, m.Share(worker=worker))
+        else:
+            self._connecting.hand_out(message)
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
-        if self.phase != "connect" or peer.attached:
-            return
-        peer.attached = True
-        if message.loan is not None:
-            self._ledger.lend(peer.place, message.loan)
-        if self._roster.is_attached():
-            for worker in self._roster.workers():
-                self._send(worker.identity, m.Connected(self._ledger.first(worker.identity)))
+        if self.phase == "connect" and not peer.attached:
+            self._connecting.attach(peer, message)
             self._conclude()
 
     def _on_answered(self, peer: Member, message: m.Answered, now: float) -> None:
@@ -171,8 +124,7 @@ class Coordinator:
             sync.answered[message.engine] = message.call
 
     def _conclude(self) -> None:
-        """An engine whose core is stuck has workers that are attached, and is no engine to sync with."""
-        if self._roster.is_attached() and self._roster.answered >= set(self._expected.engines):
+        if self._connecting.is_complete():
             self.phase, self.deadline = "idle", None
             for actor in self._roster.actors():
                 self._send(actor.identity, m.Connected())
@@ -207,7 +159,7 @@ class Coordinator:
     def _open(self, message: m.Start, now: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
         group = 0 if self._sync is None else self._sync.group + (self._failure is not None)
-        self._sync = Progress(message.attempt, message.version, self._num_buckets, self._num_slots, group)
+        self._sync = Progress(message.attempt, message.version, self._connecting.num_buckets, self._connecting.num_slots, group)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
@@ -216,7 +168,7 @@ class Coordinator:
 
     def _on_lent(self, peer: Member, message: m.Lent, now: float) -> None:
         # Also one of a sync that is over: the memory is where it is.
-        self._ledger.renew(peer.place, message.loan)
+        self._connecting.ledger.renew(peer.place, message.loan)
 
     def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
@@ -230,8 +182,8 @@ class Coordinator:
                 self._tell_ready(identity, sync)
 
     def _tell_ready(self, identity: bytes, sync: Progress) -> None:
-        sums = sync.untold(identity, self._streams[identity])
-        loans = self._ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
+        sums = sync.untold(identity, self._connecting.streams[identity])
+        loans = self._connecting.ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
         self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, loans))
 
     def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:

@@ -110,7 +110,8 @@ def test_workers_of_other_hosts_and_without_a_gpu_are_served_otherwise():
 
 
 def test_actors_on_several_hosts_lend_nothing_that_is_not_all():
-    assert blueprint(("a0", "b0"), ("a1", "b1")).transport == "gloo"
+    assert blueprint(("a0", "b0"), ("a1", "b1")).transport == "nccl"
+    assert blueprint(("a0", "b0"), ("a0", "b1")).transport == "gloo", "NCCL takes no two members on one GPU"
 
 
 @pytest.mark.parametrize(
