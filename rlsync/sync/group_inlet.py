@@ -64,7 +64,8 @@ class GroupInlet:
             self._lane = lane
             lane.submit(self._tasks, "open", lambda: self._open(made, former))
         self._collect()
-        self._inbox = self._arrived.pop("open", self._inbox)
+        if "open" in self._arrived:
+            self._inbox, self._former = self._arrived.pop("open"), None
         self._landing, self._num_asked = {}, 0
         return None if self._inbox is None else True
 
@@ -134,7 +135,9 @@ class GroupInlet:
             self._wire.abandon(())
         if self._lane is not None:
             self._lane.stop()
-        self._former = self._wire if self._wire is not None else self._former
+        if self._wire is not None:
+            # Kept only while it writes: a broken group that is named anywhere keeps its port.
+            self._former = None if self._wire.rest(0.0) else self._wire
         self._wire = self._inbox = self._lane = None
         # What still ends in the former thread has the former tasks, and goes with them.
         self._tasks, self._arrived, self._num_asked = Tasks(), {}, 0

@@ -148,7 +148,7 @@ class Tap:
         if trap is None or trap.fired_s is not None or (trap.moment.channel, trap.moment.what) != (channel, what):
             return
         assert self.coordinator is not None
-        if not trap.moment.is_about(bucket, self.coordinator._num_buckets):
+        if not trap.moment.is_about(bucket, self.coordinator._connecting.num_buckets):
             return
         with self._lock:
             trap.passed += 1
