@@ -12,16 +12,16 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from rlsync.control import messages as m
 from rlsync.control.peer import Peer, pid_domain
 from rlsync.control.shares import WorkerPart, WorkerShare
 from rlsync.engine import compat, compat_layers
+from rlsync.engine.infos import InitInfo, UpdateInfo
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.intake import Intake, take_stock
 from rlsync.engine.pull import Pull
@@ -34,37 +34,10 @@ _log = logging.getLogger(__name__)
 
 # The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
 GRACE_S = 2.0
-
-
 # A link that breaks is often the echo of a fault that the coordinator names better; it is heard for so long first.
 _ECHO_S = 1.0
 
 T = TypeVar("T")
-
-
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    """Where to dial, and as whom. ``timeout_s`` bounds every phase.
-
-    ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
-    that there may be, then with 1 to take buckets in and tell what they would change. The last two change nothing.
-    """
-
-    endpoint: str
-    token: str
-    run_id: str
-    engine_id: str
-    timeout_s: float
-    purpose: str = "sync"
-    attempt: int = 0
-
-
-@dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then."""
-
-    version: int
-    attempt: int
 
 
 class Receiver(WeightTransferEngine):

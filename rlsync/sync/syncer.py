@@ -41,6 +41,9 @@ from rlsync.transport.shm import shm_domain
 
 _log = logging.getLogger(__name__)
 
+# A call that a failed sync leaves behind may be about to end.
+_LAST_CALL_S = 0.5
+
 
 class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What rank 0 tells the other ranks before they dial, or why there is nothing to dial."""
@@ -270,6 +273,8 @@ class WeightSyncer:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # It arose on this rank alone; the others are told instead of left to their deadline.
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
+            # What has not begun would be one collective too many on this rank: others may have failed before theirs.
+            self._connection.lane.forget(self._tasks, _LAST_CALL_S)
             self._carriers.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:

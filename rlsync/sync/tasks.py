@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,19 @@ class Lane:
         self._calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
+        self._lock = threading.Lock()
+        self._forgotten: weakref.ref[Tasks] | None = None
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, tasks: Tasks, key: Any, call: Callable[[], Any]) -> None:
         self._idle.clear()
         self._calls.put((tasks, key, call))
+
+    def forget(self, tasks: Tasks, patience_s: float) -> None:
+        """Begin none of the calls that were submitted for ``tasks``; give one that has begun so long to end."""
+        with self._lock:
+            self._forgotten = weakref.ref(tasks)
+        self._idle.wait(patience_s)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether the last call has ended, within ``timeout_s``."""
@@ -109,7 +118,10 @@ class Lane:
         self._prepare()
         while (item := self._calls.get()) is not None:
             tasks, key, call = item
-            tasks.run(key, call)
+            with self._lock:
+                is_forgotten = self._forgotten is not None and self._forgotten() is tasks
+            if not is_forgotten:
+                tasks.run(key, call)
             if self._calls.empty():
                 self._idle.set()
             del tasks, item, call

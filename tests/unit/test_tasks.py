@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import traceback
 import weakref
 from collections.abc import Callable
@@ -81,3 +82,16 @@ def test_an_outcome_that_nobody_takes_goes_with_its_tasks(no_collections: None) 
     tasks.run(large, partial(use, large, True))
     del large, tasks
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_lane_begins_nothing_that_was_forgotten_and_goes_on_with_the_next() -> None:
+    lane, former, tasks, ran, gate = Lane(lambda: None), Tasks(), Tasks(), [], threading.Event()
+    lane.submit(former, "running", gate.wait)
+    lane.submit(former, "waiting", lambda: ran.append("waiting"))
+    lane.forget(former, 0.01)
+    lane.submit(tasks, "next", lambda: ran.append("next"))
+    gate.set()
+    assert lane.wait_idle(5.0)
+    assert ran == ["next"]
+    assert [outcome.key for outcome in former.finished()] == ["running"]
+    lane.stop()
