@@ -85,9 +85,16 @@ def test_an_outcome_that_nobody_takes_goes_with_its_tasks(no_collections: None) 
 
 
 def test_a_lane_begins_nothing_that_was_forgotten_and_goes_on_with_the_next() -> None:
-    lane, former, tasks, ran, gate = Lane(lambda: None), Tasks(), Tasks(), [], threading.Event()
-    lane.submit(former, "running", gate.wait)
+    lane, former, tasks, ran = Lane(lambda: None), Tasks(), Tasks(), []
+    begun, gate = threading.Event(), threading.Event()
+
+    def running() -> None:
+        begun.set()
+        gate.wait()
+
+    lane.submit(former, "running", running)
     lane.submit(former, "waiting", lambda: ran.append("waiting"))
+    assert begun.wait(5.0)
     lane.forget(former, 0.01)
     lane.submit(tasks, "next", lambda: ran.append("next"))
     gate.set()
