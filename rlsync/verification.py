@@ -22,8 +22,3 @@ def round_of(mode: str, number: int) -> int:
 def rounds_in(mode: str, turn: int) -> Sequence[int]:
     """Rounds whose turn it is in the ``turn``-th sync of a connection, counted from 1."""
     return (turn % SAMPLE_PERIOD,) if mode == SAMPLED and turn != 1 else range(num_rounds(mode))
-
-
-def is_verified(mode: str, number: int, turn: int) -> bool:
-    """Whether region ``number`` of a stream is verified in the ``turn``-th sync of a connection."""
-    return mode != OFF and round_of(mode, number) in rounds_in(mode, turn)

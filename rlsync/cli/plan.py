@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsync.cli.pricing import Price, Quote, Settings, quote
 from rlsync.cli.scene import Scene
+from rlsync.cli.shapes import read_config
 from rlsync.errors import ConfigError
 
 _AXES = {
@@ -65,19 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
         shm_bytes=arguments.shm_bytes,
         make_vocab_size_divisible_by=_positive(arguments.make_vocab_size_divisible_by, "--make-vocab-size-divisible-by"),
     )
-    found = quote(_config(path), scene, settings)
+    found = quote(read_config(path), scene, settings)
     print(json.dumps(_flat(found)) if arguments.json else _shown(found))
     return 1 if found.refusals else 0
-
-
-def _config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds {type(config).__name__}, not the object that a config.json is")
-    return config
 
 
 def _sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:

@@ -50,6 +50,11 @@ def shape_of(model: str) -> dict[str, Any]:
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
         raise ConfigError(f"{model}: neither a known shape ({', '.join(SHAPES)}) nor a config.json, nor a folder that holds one")
+    return read_config(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json. Raises ConfigError for what is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

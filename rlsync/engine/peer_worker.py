@@ -134,12 +134,17 @@ class PeerWorker:
         """Bytes that torch has allocated: now, after its cache was emptied (``begin``), or at most since then. 0 on CPU."""
         if not self.bench_on_gpu():
             return 0
-        if begin:
-            # What an earlier case left in the cache would hide what the next one takes.
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        return torch.cuda.max_memory_allocated(self.device)
+        return allocated_bytes(self.device, begin)
+
+
+def allocated_bytes(device: torch.device, begin: bool) -> int:
+    """Bytes that torch has allocated on a CUDA device: now, after its cache was emptied (``begin``), or at most since then."""
+    if begin:
+        # What an earlier case left in the cache would hide what the next one takes.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def views(bucket: torch.Tensor, rows: Sequence[Row]) -> Iterator[tuple[str, torch.Tensor]]:

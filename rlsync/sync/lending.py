@@ -45,7 +45,7 @@ class Lender:
         self._stage: LendableMemory | None = None
         if share.stage_bytes:
             self._stage = LendableMemory(share.num_slots * share.stage_bytes, device)
-        self._stage_bytes, self._num_slots = share.stage_bytes, share.num_slots
+        self._stage_bytes = share.stage_bytes
         self._addresses: list[int] = []
         # By number of an allocation, an address in it.
         self._firsts: dict[int, int] = {}

@@ -174,9 +174,3 @@ def _use(device: torch.device) -> None:
     """Make the device's context the calling thread's, as calls of the driver need it and threads do not have it from the start."""
     torch.cuda.set_device(device)
     torch.cuda.current_stream(device).query()
-
-
-def host_boot_id() -> str:
-    """Equal in two processes exactly when they run on one booted kernel, which device memory can be shared within."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()

@@ -5,7 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsync.verification import SAMPLE_PERIOD, is_verified
+from rlsync.verification import SAMPLE_PERIOD, num_rounds, round_of, rounds_in
+
+
+def is_verified(mode: str, number: int, turn: int) -> bool:
+    """As both sides of a sync put the rule together."""
+    return num_rounds(mode) > 0 and round_of(mode, number) in rounds_in(mode, turn)
 
 
 @given(st.integers(2, 10**6), st.integers(0, 10**6))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
 from rlsync.cli.bench.spec import Spec
-from rlsync.engine.peer_worker import Row, views
+from rlsync.engine.peer_worker import Row, allocated_bytes, views
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.parallel import compute_device, initialize_parallel
 from rlsync.placement.huggingface import whole_tensors
@@ -83,13 +83,7 @@ class Actor:
 
     def memory(self, begin: bool) -> int:
         """As ``PeerWorker.bench_memory``, of this rank. Not collective."""
-        if self.device.type != "cuda":
-            return 0
-        if begin:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        return torch.cuda.max_memory_allocated(self.device)
+        return allocated_bytes(self.device, begin) if self.device.type == "cuda" else 0
 
     def rows(self) -> list[tuple[str, str, list[int]]]:
         """Name, dtype and shape of every HF tensor in the order of ``buckets``. Not collective."""
