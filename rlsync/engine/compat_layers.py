@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materiali
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 from vllm.platforms import current_platform
 
+# Attributes of attention that hold what was computed for requests.
+ATTENTION_CACHES = ("kv_cache",)
 # Attributes in which MLA keeps what it absorbed of kv_b_proj: views of its weight where nothing is quantised, else copies.
 _ABSORBED = ("W_UV", "W_UK_T", "W_UK_T_dcp_qrep", "W_K", "W_K_scale", "W_V", "W_V_scale")
 
@@ -190,10 +192,14 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if _is_deferred_attention(layer))
 
 
-def finish_attention(layers: Iterable[Any], model_config: Any) -> None:
-    """Post-process attention layers, as vLLM does at the end of a load and of a reload."""
-    for layer in layers:
-        layer.process_weights_after_loading(model_config.dtype)
+def attention_parts(layer: Any) -> tuple[Any, ...]:
+    """An attention layer and the objects whose attributes its post-processing can change."""
+    return tuple(part for part in (layer, getattr(layer, "impl", None), getattr(layer, "quant_method", None)) if hasattr(part, "__dict__"))
+
+
+def finish_attention(layer: Any, model_config: Any) -> None:
+    """Post-process an attention layer, as vLLM does at the end of a load and of a reload."""
+    layer.process_weights_after_loading(model_config.dtype)
 
 
 def absorbed_tensors(attention: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:

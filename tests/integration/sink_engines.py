@@ -251,6 +251,8 @@ def claims(engine: Started, sink: Any, versions: tuple[Weights, Weights], hash_a
         got[f"fresh_after_{last}_{fault}"] = state_difference(hash_b, state_hashes(engine.model))
     sync(engine, sink, versions[0])
     got["back"] = state_difference(hash_a, state_hashes(engine.model))
+    attention = getattr(sink, "_attention", None)
+    got["resting"] = attention and [attention.num_resting, len(list(compat_layers.attention_layers(engine.model)))]
     return got | {"peak_extra_bytes": sink.peak_extra_bytes}
 
 

@@ -63,6 +63,13 @@ def test_absorbed_and_shared_weights_of_mla_follow(reports: Mapping[str, Any]) -
     assert "model.layers.1.mlp.experts.routed_experts.e_score_correction_bias" in report["choice"]["aliases"][correction]
 
 
+@pytest.mark.parametrize("sink", ["placed", "layerwise"])
+def test_attention_that_computes_from_weights_is_finished_in_every_sync(reports: Mapping[str, Any], sink: str) -> None:
+    """The negative control of leaving plain attention out, which experts' models have."""
+    assert reports["mla-bfloat16"][sink]["resting"] == [0, 2]
+    assert reports["moe-bfloat16"][sink]["resting"] == [1, 1]
+
+
 class Slotted:
     __slots__ = ("_held",)
 

@@ -48,6 +48,13 @@ def test_syncing_what_an_engine_has_changes_no_hash(reports: Mapping[str, Any], 
     assert reports[case][sink]["identity"] == []
 
 
+@pytest.mark.parametrize("sink", ["placed", "layerwise"])
+@pytest.mark.parametrize("case", CASES)
+def test_plain_attention_is_left_out_of_what_follows_the_last_bucket(reports: Mapping[str, Any], case: str, sink: str) -> None:
+    resting, layers = reports[case][sink]["resting"]
+    assert resting == layers > 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_two_versions_part_in_every_weight_and_in_the_answers(reports: Mapping[str, Any], case: str) -> None:
     report = reports[case]

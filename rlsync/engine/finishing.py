@@ -1,0 +1,176 @@
+"""What layers make of weights when all have come, left out where it was seen to be the same for any weights.
+
+Owns the proof and the constants that are left to write. Post-processing of plain attention sets a handful of scales to 1.0, by a
+launch each and for every layer; that of MLA computes from weights and runs in every sync. Which is which is not known from names or
+classes: the first runs are watched. Knows no vLLM.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+# Each gives its first argument new values, whatever it had.
+_OVERWRITES = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default})
+# How a tensor that Python's numbers were put into is seen for the first time.
+_BIRTH = _aten.lift_fresh.default
+
+
+class Finishing:
+    """Of a fixed number of layers.
+
+    A layer rests when its last run read no tensor that there was before, left every attribute as it was, and wrote nothing but
+    constants into tensors that are attributes. While all its attributes are the same objects since, these constants are written
+    again, because sleep may have discarded them, and nothing else is done. Otherwise it runs, and is watched.
+
+    Args:
+        layers: in the order in which they are finished.
+        parts: the objects of a layer whose attributes post-processing can change, the layer first.
+        passing: names of attributes that say nothing about weights.
+    """
+
+    def __init__(self, layers: Sequence[Any], parts: Callable[[Any], Sequence[Any]], passing: Collection[str] = ()) -> None:
+        self._layers, self._parts, self._passing = tuple(layers), parts, frozenset(passing)
+        self._resting: list[_Resting | None] = [None] * len(self._layers)
+        self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    @property
+    def num_resting(self) -> int:
+        """Layers that the next ``run`` leaves out unless they change before."""
+        return sum(resting is not None for resting in self._resting)
+
+    @torch.no_grad()
+    def run(self, process: Callable[[Any], None]) -> None:
+        """Have every layer post-processed by ``process``, or made what that would make it."""
+        changed = False
+        for number, layer in enumerate(self._layers):
+            known = self._resting[number]
+            if known is None or not known.attributes.are_untouched():
+                found = self._resting[number] = self._watch(layer, process)
+                changed = changed or found is not known
+        if changed:
+            self._groups = _grouped([c for resting in self._resting if resting is not None for c in resting.constants])
+        for targets, values in self._groups:
+            torch._foreach_copy_(targets, values)
+
+    def _watch(self, layer: Any, process: Callable[[Any], None]) -> _Resting | None:
+        """Run it. What is left to do the next time, or None where that is all of it."""
+        before = self._attributes(layer)
+        with _Watch() as watch:
+            process(layer)
+        after = self._attributes(layer)
+        owned = {id(value) for value in after.values() if isinstance(value, torch.Tensor)}
+        written = {id(tensor): tensor for tensor in watch.written}
+        if watch.reads or not written.keys() <= owned or watch.leaves_others_than(owned) or not after.repeat(before):
+            return None
+        return _Resting(after, tuple((target, target.clone()) for target in written.values()))
+
+    def _attributes(self, layer: Any) -> _Attributes:
+        tables: list[dict[str, Any]] = []
+        for part in self._parts(layer):
+            modular = isinstance(part, torch.nn.Module)
+            tables += [vars(part), *([part._parameters, part._buffers] if modular else [])]
+        kept = [tuple(name for name in table if name not in self._passing) for table in tables]
+        rows = ((table, len(table), names, tuple(map(table.get, names))) for table, names in zip(tables, kept, strict=True))
+        return _Attributes(tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Attributes:
+    """Of some objects: each table, its length, and names and values of those that count. Values are referred to, not copied."""
+
+    rows: tuple[tuple[dict[str, Any], int, tuple[str, ...], tuple[Any, ...]], ...]
+
+    def values(self) -> Iterator[Any]:
+        return (value for *_, values in self.rows for value in values)
+
+    def are_untouched(self) -> bool:
+        """Whether they are the same objects still. Takes no look at the values of tensors."""
+        return all(len(table) == size and all(map(is_, map(table.get, names), values)) for table, size, names, values in self.rows)
+
+    def repeat(self, before: _Attributes) -> bool:
+        """Whether each is what it was, or one made anew that is equal to it."""
+        if len(self.rows) != len(before.rows):
+            return False
+        for (*_, names, values), (*_, former_names, former) in zip(self.rows, before.rows, strict=True):
+            old = dict(zip(former_names, former, strict=True))
+            if old.keys() != set(names) or not all(_equal(value, old[name]) for name, value in zip(names, values, strict=True)):
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Resting:
+    """A layer as its last run left it, and the tensors that it wrote, each with its value."""
+
+    attributes: _Attributes
+    constants: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation on tensors.
+
+    Attributes:
+        reads: whether one depends on a tensor that there was before, or on chance.
+        written: tensors that there were before and that were given other values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = False
+        self.written: list[torch.Tensor] = []
+        # Kept until the end, so that no other tensor takes the identity of one that is gone.
+        self._made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.reads:
+            return result
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        old = [] if func is _BIRTH else [t for t in given if id(t) not in self._made]
+        if func in _OVERWRITES and old and old[0] is given[0]:
+            self.written.append(old.pop(0))
+        self.reads = bool(old) or torch.Tag.nondeterministic_seeded in func.tags
+        if self.reads:
+            # There is nothing left to prove, and intermediate results of weights may be large.
+            self._made.clear()
+            return result
+        written = {id(t) for t in self.written}
+        self._made |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in written}
+        return result
+
+    def leaves_others_than(self, owned: Collection[int]) -> bool:
+        """Whether a tensor that was made is still in use and not one of these. Forgets them."""
+        left = [weakref.ref(tensor) for number, tensor in self._made.items() if number not in owned]
+        self._made.clear()
+        return any(reference() is not None for reference in left)
+
+
+def _equal(value: Any, former: Any) -> bool:
+    if value is former:
+        return True
+    if type(value) is not type(former):
+        return False
+    if isinstance(value, torch.Tensor):
+        same = (value.device, value.dtype, value.shape) == (former.device, former.dtype, former.shape)
+        return same and torch.equal(value, former)
+    return isinstance(value, bool | int | float | str) and value == former
+
+
+def _grouped(constants: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Targets and values that one launch can write."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+    for target, value in constants:
+        targets, values = groups[target.device, target.dtype]
+        targets.append(target)
+        values.append(value)
+    return list(groups.values())

@@ -1,0 +1,154 @@
+"""Claims about leaving post-processing out: only what makes the same of any weights rests, and what it writes is still written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.engine.finishing import Finishing
+
+KEPT: list[torch.Tensor] = []
+
+
+class Toy(torch.nn.Module):
+    """Has what vLLM's attention has: scales on the device and on the host, ranges, and an implementation."""
+
+    def __init__(self, process: Callable[[Toy], None]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+        self.weight = torch.nn.Parameter(torch.arange(4.0))
+        self.impl = SimpleNamespace(sinks=None, depth=SimpleNamespace(held=None))
+        self.process, self.runs, self.kv_cache = process, [], torch.zeros(2)
+
+    def finish(self) -> None:
+        self.runs.append(1)
+        self.process(self)
+
+
+def scales(layer: Toy) -> None:
+    layer.scale.fill_(1.0)
+    layer.scale_float = 1.0
+    layer.range = torch.tensor(200.0, dtype=torch.float32)
+    layer.impl.sinks = torch.full((2,), 3.0) * 2
+
+
+def finishing(*layers: Toy) -> Finishing:
+    return Finishing(layers, lambda layer: (layer, layer.impl), ("kv_cache",))
+
+
+def run(held: Finishing, times: int = 1) -> None:
+    for _ in range(times):
+        held.run(lambda layer: layer.finish())
+
+
+def test_constants_rest_from_the_second_run_and_are_still_written() -> None:
+    layers = [Toy(scales), Toy(scales)]
+    held = finishing(*layers)
+    run(held)
+    assert held.num_resting == 0  # it has made attributes that were not there
+    run(held)
+    assert held.num_resting == 2
+    layers[0].scale.fill_(7.0)  # as sleep does
+    layers[0].kv_cache = torch.ones(3)
+    run(held, 3)
+    assert [len(layer.runs) for layer in layers] == [2, 2]
+    assert [float(layer.scale) for layer in layers] == [1.0, 1.0]
+
+
+def reads_weight(layer: Toy) -> None:
+    layer.scale.copy_(layer.weight.sum())
+
+
+def makes_of_weight(layer: Toy) -> None:
+    layer.impl.sinks = layer.weight.to(torch.float64)
+
+
+def asks_weight(layer: Toy) -> None:
+    layer.scale.fill_(float(layer.weight[0]))
+
+
+def adds(layer: Toy) -> None:
+    layer.scale.zero_().add_(1.0)
+
+
+def draws(layer: Toy) -> None:
+    layer.scale.copy_(torch.rand(()))
+
+
+def writes_a_view(layer: Toy) -> None:
+    layer.weight[1:].fill_(0.0)
+
+
+def writes_elsewhere(layer: Toy) -> None:
+    layer.impl.depth.held.fill_(2.0)
+
+
+def keeps_elsewhere(layer: Toy) -> None:
+    layer.impl.depth.held = torch.ones(2)
+
+
+def counts(layer: Toy) -> None:
+    layer.impl.count = getattr(layer.impl, "count", 0) + 1
+
+
+def renews(layer: Toy) -> None:
+    layer.impl.depth = SimpleNamespace(held=None)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [reads_weight, makes_of_weight, asks_weight, adds, draws, writes_a_view, writes_elsewhere, keeps_elsewhere, counts, renews],
+    ids=lambda process: process.__name__,
+)
+def test_what_depends_on_anything_runs_every_time(process: Callable[[Toy], None]) -> None:
+    layer = Toy(process)
+    layer.impl.depth.held = torch.zeros(2)
+    held = finishing(layer)
+    run(held, 5)
+    assert (held.num_resting, len(layer.runs)) == (0, 5)
+
+
+def set_float(layer: Toy) -> None:
+    layer.scale_float = 0.5
+
+
+def set_buffer(layer: Toy) -> None:
+    layer.scale = torch.zeros(())
+
+
+def set_parameter(layer: Toy) -> None:
+    layer.weight = torch.nn.Parameter(torch.zeros(4))
+
+
+def set_new(layer: Toy) -> None:
+    layer.impl.other = 1
+
+
+def set_impl(layer: Toy) -> None:
+    layer.impl = SimpleNamespace(**vars(layer.impl))
+
+
+@pytest.mark.parametrize("change", [set_float, set_buffer, set_parameter, set_new, set_impl], ids=lambda change: change.__name__)
+def test_a_layer_that_has_changed_runs_again(change: Callable[[Any], None]) -> None:
+    layer = Toy(scales)
+    held = finishing(layer)
+    run(held, 2)
+    change(layer)
+    run(held)
+    assert len(layer.runs) == 3
+    assert (float(layer.scale), layer.scale_float) == (1.0, 1.0)
+    run(held, 3)
+    assert len(layer.runs) <= 4 and held.num_resting == 1
+
+
+def test_a_layer_that_ceases_to_rest_has_nothing_written() -> None:
+    layer = Toy(scales)
+    held = finishing(layer)
+    run(held, 2)
+    layer.process, layer.impl.other = reads_weight, 1
+    run(held, 2)
+    assert (held.num_resting, float(layer.scale)) == (0, 6.0)
