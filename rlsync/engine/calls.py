@@ -23,6 +23,7 @@ class Calls:
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._requests: set[asyncio.Task[Any]] = set()
+        self._turn = asyncio.Lock()
 
     @property
     def closed(self) -> bool:
@@ -63,6 +64,15 @@ class Calls:
             raise TimeoutError(f"engine {self._gate.engine_id} did not answer within {timeout_s:g} s") from None
         except CancelledError:
             raise self._gate.refusal() from None
+
+    def run_in_turn(self, call: Callable[[], Coroutine[Any, Any, T]], timeout_s: float | None) -> T:
+        """As ``run``, behind the calls before it, which may go on after their callers have left: a sync that has failed leaves at once."""
+
+        async def in_turn() -> T:
+            async with self._turn:
+                return await call()
+
+        return self.run(in_turn(), timeout_s)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine that nobody has to wait for."""

@@ -156,7 +156,8 @@ class Engine:
         self._calls.run(compat.pause(self._llm, mode), timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        self._calls.run(compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)
+        # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
+        self._calls.run_in_turn(lambda: compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)
 
     def reset_caches(self, timeout_s: float) -> None:
         self._calls.run(self._reset_caches(), timeout_s)

@@ -168,7 +168,8 @@ class HttpEngine:
         self._may_answer = False
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        self._calls.run(self._update(update_info, timeout_s), timeout_s)
+        # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
+        self._calls.run_in_turn(lambda: self._update(update_info, timeout_s), timeout_s)
 
     async def _update(self, update_info: dict[str, Any], timeout_s: float) -> None:
         server = self._server

@@ -258,6 +258,34 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(
     assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
 
 
+def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
+    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+) -> None:
+    """A failed sync leaves its caller before its calls to vLLM are over, and vLLM has one session of an engine's weights."""
+    engine = engines["a"]
+    with one_rank([engine], folders["b"], timeout_s=2.0) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+    info = {"version": 2, "attempt": 1}
+    with ThreadPoolExecutor() as threads:
+        calls = [threads.submit(engine.update_weights, info, 30.0) for _ in range(3)]
+        refused = [str(call.exception()) for call in calls]
+    assert all("waiting for the actor's side" in cause for cause in refused), refused
+    with one_rank([engine], folders["b"]) as syncer:
+        syncer.connect()
+        for version in range(2, 6):
+            call_on_fill(syncer, _cursed)
+            with pytest.raises(WeightSyncError, match="cursed"):
+                syncer.sync(version)
+            call_on_fill(syncer, lambda bucket: None)
+            syncer.sync(version)
+            assert same(engine.generate(PROMPTS, GREEDY), fresh["b"])
+
+
+def _cursed(bucket: int) -> None:
+    raise ZeroDivisionError("cursed")
+
+
 # Faults that cost engines a and b. Keep them last.
 
 
