@@ -154,6 +154,7 @@ def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False
         wanted["enable_sleep_mode"] = True
     if on_gpu:
         wanted["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+        wanted["kv_cache_memory_bytes"] = vllm.kv_cache_memory_bytes
         if rollout.cuda_graph_max_bs is not None:
             wanted["compilation_config"] = {"max_cudagraph_capture_size": rollout.cuda_graph_max_bs}
         if vllm.attention_backend is not None:

@@ -14,6 +14,8 @@ from rlsync.engine.handle import Engine
 from rlsync.sync import SyncReport
 from rlsync.sync.inspection import inspect_engines
 
+# Named, because what vLLM finds out at its start is wrong where others take memory meanwhile.
+KV_CACHE_BYTES = 2**28
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
 # By worker: path -> hash.
@@ -33,10 +35,10 @@ def only_gpus(indices: str) -> Iterator[None]:
 
 
 def start(engine_id: str, folder: Path, gpus: str, **options: Any) -> Engine:
-    """An engine with a worker on each of ``gpus``. One after the other: vLLM takes what others allocate meanwhile for its own."""
+    """An engine with a worker on each of ``gpus``."""
     made = Engine(engine_id, {
         "model": str(folder), "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "disable_log_stats": True,
-        "gpu_memory_utilization": 0.1, "num_gpu_blocks_override": 256, "tensor_parallel_size": len(gpus.split(",")),
+        "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": KV_CACHE_BYTES, "tensor_parallel_size": len(gpus.split(",")),
         "worker_extension_cls": f"{__name__}.{Asked.__name__}", **options,
     })  # fmt: skip
     with only_gpus(gpus), pytest.MonkeyPatch.context() as patch:

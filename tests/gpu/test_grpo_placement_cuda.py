@@ -1,8 +1,8 @@
 """``qwen2.5-1.5b-grpo-megatron`` on four H200s, collocated and disaggregated: steps, agreement of engines and actor, resume.
 
-Each run is a process of its own and takes one to four minutes. ``RLSYNC_RUNS_DIR`` names a folder that keeps finished runs, so that
-tests may be run one at a time without doing the shared ones again. GSM8K lies in ``RLSYNC_GSM8K_DIR``; where that is not set, problems of
-its form are written on the spot.
+Each run is a process of its own and takes one to four minutes. ``RLSYNC_RUNS_DIR`` names a folder that keeps finished runs: tests may then
+be run one at a time, or side by side in several processes, and shared runs are made once. GSM8K lies in ``RLSYNC_GSM8K_DIR``; where that is
+not set, problems of its form are written on the spot.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from workers.made_once import alone
 from workers.metrics import read_metrics
 
-pytestmark = pytest.mark.gpu(4)
+pytestmark = [pytest.mark.gpu(4), pytest.mark.timeout(900)]
 
 REPO = Path(__file__).resolve().parents[2]
 COLLOCATED = ("cluster.component_placement.actor=0-3", "cluster.component_placement.rollout=0-3", "cluster.component_placement.reward=0")
@@ -33,7 +34,8 @@ SMALL = (
     "runner.seq_length=320", "data.max_prompt_length=288", "algorithm.sampling_params.max_new_tokens=24", "runner.val_check_interval=-1",
     "data.rollout_batch_size=32", "algorithm.group_size=8", "algorithm.n_minibatches=2", "algorithm.training_batch_size_per_gpu=16",
     "algorithm.logprob_forward_micro_batch_size=16", "algorithm.early_stop_imp_ratio=null", "data.num_workers=0", "reward.num_processes=4",
-    "rollout.gpu_memory_utilization=0.8", "rollout.max_running_requests=128", "rollout.cuda_graph_max_bs=64", "weight_sync.timeout_s=120",
+    "rollout.gpu_memory_utilization=0.2", "rollout.vllm.kv_cache_memory_bytes=8589934592",
+    "rollout.max_running_requests=128", "rollout.cuda_graph_max_bs=64", "weight_sync.timeout_s=120",
     "weight_sync.verify=full",
 )  # fmt: skip
 STEPS = 4
@@ -44,40 +46,45 @@ def root(tmp_path_factory) -> Path:
     named = os.environ.get("RLSYNC_RUNS_DIR")
     folder = tmp_path_factory.mktemp("runs") if named is None else Path(named)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_problems(folder)
+    with alone(folder / "problems.lock"):
+        _write_problems(folder)
     return folder
 
 
 def run(root: Path, name: str, *overrides: str, fault: str = "none", timeout_s: float = 420) -> list[dict[str, Any]]:
     """The metrics of a run, made unless it is there already."""
     done = root / name / "done"
-    if not done.exists():
-        command = [
-            sys.executable, "-m", "tests.integration.grpo_run", fault, "--config", "qwen2.5-1.5b-grpo-megatron", *SMALL,
-            f"runner.output_dir={root}", f"runner.experiment_name={name}", f"seeded_model.path={root}/model",
-            f"data.train_data_paths=[{root}/problems.jsonl]", "data.val_data_paths=[]", f"runner.max_steps={STEPS}",
-            f"warm_start.data_paths=[{root}/supervised.jsonl]", "warm_start.num_steps=40", "warm_start.batch_size=32", "warm_start.lr=2e-4",
-            *overrides,
-        ]  # fmt: skip
-        began = time.monotonic()
-        ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
-        print(f"{name}: {time.monotonic() - began:.0f} s\n{ended.stdout[-5000:]}", flush=True)
-        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:] + _logs(root / name)
-        done.touch()
+    with alone(root / f"{name}.lock"):
+        if not done.exists():
+            _run(root, name, overrides, fault, timeout_s)
+            done.touch()
     lines = read_metrics(root / name)
     print(f"{name}: logprob_diff_mean {[line['rollout/logprob_diff_mean'] for line in lines]}", flush=True)
     return lines
 
 
-@pytest.fixture(scope="module")
-def collocated(root) -> list[dict[str, Any]]:
+def _run(root: Path, name: str, overrides: tuple[str, ...], fault: str, timeout_s: float) -> None:
+    command = [
+        sys.executable, "-m", "tests.integration.grpo_run", fault, "--config", "qwen2.5-1.5b-grpo-megatron", *SMALL,
+        f"runner.output_dir={root}", f"runner.experiment_name={name}", f"seeded_model.path={root}/model",
+        f"data.train_data_paths=[{root}/problems.jsonl]", "data.val_data_paths=[]", f"runner.max_steps={STEPS}",
+        f"warm_start.data_paths=[{root}/supervised.jsonl]", "warm_start.num_steps=40", "warm_start.batch_size=32", "warm_start.lr=2e-4",
+        *overrides,
+    ]  # fmt: skip
+    began = time.monotonic()
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
+    print(f"{name}: {time.monotonic() - began:.0f} s\n{ended.stdout[-5000:]}", flush=True)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:] + _logs(root / name)
+
+
+def collocated(root: Path) -> list[dict[str, Any]]:
     """Four steps with a checkpoint after the second."""
     return run(root, "collocated", *COLLOCATED, "runner.save_interval=2")
 
 
-@pytest.fixture(scope="module")
-def fresh_difference(root, collocated) -> float:
+def fresh_difference(root: Path) -> float:
     """What engines that read ``hf_model/`` of step 2 themselves differ by from an actor that has these weights."""
+    collocated(root)
     checkpoint = root / "collocated" / "checkpoints" / "global_step_2"
     lines = run(
         root, "fresh", *COLLOCATED, f"runner.resume_dir={checkpoint}", f"rollout.model.model_path={checkpoint}/actor/hf_model",
@@ -87,34 +94,35 @@ def fresh_difference(root, collocated) -> float:
     return lines[0]["rollout/logprob_diff_mean"]
 
 
-def test_a_collocated_run_agrees_as_fresh_engines_do(collocated, fresh_difference):
-    check_steps(collocated, fresh_difference)
-    for line in collocated:
+def test_a_collocated_run_agrees_as_fresh_engines_do(root):
+    lines = collocated(root)
+    check_steps(lines, fresh_difference(root))
+    for line in lines:
         moves = {name: round(line[name], 3) for name in line if name.startswith(("time/engine_", "time/actor/o"))}
         assert len(moves) == 4 and all(moves.values()), moves
     print(moves)
 
 
-def test_a_disaggregated_run_agrees_as_fresh_engines_do(root, fresh_difference):
+def test_a_disaggregated_run_agrees_as_fresh_engines_do(root):
     """Actor TP=2, two engines of TP=1 on GPUs of their own."""
-    check_steps(run(root, "disaggregated", *DISAGGREGATED, "runner.save_interval=-1"), fresh_difference)
+    check_steps(run(root, "disaggregated", *DISAGGREGATED, "runner.save_interval=-1"), fresh_difference(root))
 
 
-def test_without_a_sync_engines_and_actor_part(root, fresh_difference):
+def test_without_a_sync_engines_and_actor_part(root):
     """The negative control: synced before the first step alone. A sleep would drop the weights, so the engines keep theirs."""
     lines = run(root, "unsynced", *DISAGGREGATED, "runner.save_interval=-1", fault="no-sync")
-    differences = [line["rollout/logprob_diff_mean"] for line in lines]
-    assert differences[0] <= 1.5 * fresh_difference, (differences, fresh_difference)
-    assert min(differences[1:]) > 3 * fresh_difference, (differences, fresh_difference)
+    differences, expected = [line["rollout/logprob_diff_mean"] for line in lines], fresh_difference(root)
+    assert differences[0] <= 1.5 * expected, (differences, expected)
+    assert min(differences[1:]) > 3 * expected, (differences, expected)
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(root, collocated, fresh_difference):
+def test_a_resumed_run_goes_on_where_it_stopped(root):
     """The order of sums on GPUs differs from run to run, so numbers are close and not equal; prompts and their order are equal."""
-    checkpoint = root / "collocated" / "checkpoints" / "global_step_2"
+    whole, checkpoint = collocated(root), root / "collocated" / "checkpoints" / "global_step_2"
     resumed = run(root, "resumed", *COLLOCATED, f"runner.resume_dir={checkpoint}", "runner.save_interval=-1")
     assert [line["step"] for line in resumed] == [3, 4]
-    check_steps(resumed, fresh_difference, first_version=2)
-    first, same = resumed[0], collocated[2]
+    check_steps(resumed, fresh_difference(root), first_version=2)
+    first, same = resumed[0], whole[2]
     assert first["rollout/prompt_length"] == same["rollout/prompt_length"]
     for name in ("rollout/reward_scores", "rollout/response_length", "actor/training/actor/grad_norm", "actor/training/actor/lr"):
         assert first[name] == pytest.approx(same[name], rel=0.1, abs=1e-3), (name, first[name], same[name])

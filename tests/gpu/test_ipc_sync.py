@@ -14,6 +14,7 @@ from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.inspection import inspect_engines
 from rlsync.sync.lending import Lender
+from tests.gpu.engines import KV_CACHE_BYTES
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
 
@@ -62,7 +63,7 @@ def world(
         folders[name] = save_case(tmp_path_factory.mktemp(case) / name, case, name)
         engine = Engine(f"{case} {name}", {
             "model": str(folders[name]), "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True,
-            "gpu_memory_utilization": 0.2, "enforce_eager": name == "b",
+            "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": name == "b",
         })  # fmt: skip
         engine.start()
         fresh[name] = state(engine)

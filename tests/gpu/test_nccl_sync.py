@@ -18,6 +18,7 @@ from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
+from tests.gpu.engines import KV_CACHE_BYTES
 from tests.gpu.nccl_engine_rank import serve
 from tests.gpu.test_ipc_sync import CudaSource, connected, state, told
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
@@ -46,7 +47,7 @@ def start(name: str, folder: Path) -> Engine:
     """On the first GPU."""
     engine = Engine(name, {
         "model": str(folder), "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True,
-        "gpu_memory_utilization": 0.2, "enforce_eager": True,
+        "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": True,
     })  # fmt: skip
     engine.start()
     return engine

@@ -28,3 +28,9 @@ def test_seeded_prompts_are_not_cut_on_a_cpu() -> None:
     assert arguments(on_gpu=True, vllm={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
     with pytest.raises(ConfigError, match=r"enable_chunked_prefill=True ends vLLM on CPU .* set one of them to False"):
         arguments(on_gpu=False, vllm={"enable_chunked_prefill": True})
+
+
+def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> None:
+    named = {"kv_cache_memory_bytes": 2**33}
+    assert arguments(on_gpu=True, vllm=named)["kv_cache_memory_bytes"] == 2**33
+    assert "kv_cache_memory_bytes" not in {**arguments(on_gpu=True), **arguments(on_gpu=False, vllm=named)}

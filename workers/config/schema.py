@@ -129,6 +129,9 @@ class VllmConfig:
     attention_backend: str | None = key(None, "e.g. FLASH_ATTN")
     enable_chunked_prefill: bool | None = key(None, "split long prompts over scheduler steps")
     enable_prefix_caching: bool | None = key(None, "share the KV cache of equal prompt starts, e.g. within a group")
+    kv_cache_memory_bytes: int | None = key(
+        None, "KV cache of each GPU; null: what rollout.gpu_memory_utilization leaves, as vLLM finds it out at its start"
+    )
     max_num_batched_tokens: int | None = key(None, "tokens per scheduler step")
 
 
