@@ -120,11 +120,15 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class BufferSpec:
-    """One addressable memory of a holder: ``size`` elements of ``dtype``, and the shape its owner gives it."""
+    """One addressable memory of a holder: ``size`` elements of ``dtype``, and the shape its owner gives it.
+
+    ``has_gaps``: its holder uses the elements in its pieces and fills only, and the others may be anything.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    has_gaps: bool = False
 
     @property
     def size(self) -> int:

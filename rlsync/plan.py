@@ -283,7 +283,7 @@ def _digest(buckets: Sequence[Bucket], givers: _Holders, takers: _Holders) -> st
     digest = hashlib.sha256()
     for side in (givers, takers):
         for placement in sorted(side.placements, key=lambda p: p.holder):
-            rows = [f"{b.name}|{b.dtype}|{b.shape}" for b in placement.buffers]
+            rows = [f"{b.name}|{b.dtype}|{b.shape}|{b.has_gaps}" for b in placement.buffers]
             rows += [f"{f.buffer}|{f.offset}|{f.shape}|{f.strides}|{float(f.value)!r}" for f in placement.fills]
             digest.update(f"{placement.holder}\n{sorted(rows)}\n".encode())
     from_, to = ([p.holder for p in side.placements] for side in (givers, takers))

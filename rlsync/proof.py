@@ -1,6 +1,7 @@
 """Proof of placements: what is wrong with them, before anything is planned. Pure; chooses no source and builds no copy.
 
-Buffers must be filled exactly once by their pieces and fills, of tensors that are known, under names that are used once.
+Buffers must be filled exactly once by their pieces and fills (nowhere twice, where they have gaps), of tensors that are known,
+under names that are used once.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _misfit(piece: Piece, shape: tuple[int, ...] | None) -> str | None:
 
 
 def _filling(buffer: BufferSpec, parts: Sequence[_Part]) -> str | None:
-    """None when the parts fill the buffer exactly once, else what is wrong."""
+    """None when the parts fill the buffer exactly once, or no element twice where it has gaps; else what is wrong."""
     parts = [part for part in parts if prod(part[2])]
     if _is_filled_in_order(buffer, parts):
         return None
@@ -97,12 +98,13 @@ def _filling(buffer: BufferSpec, parts: Sequence[_Part]) -> str | None:
     # Equal volume and full cover exclude overlaps. In the order of their starts the rest stays in few boxes.
     _, rest = cover(Box.whole(buffer.shape), [(box, 0) for box, _ in named])
     filled = sum(box.size for box, _ in named)
-    if filled == buffer.size and not rest:
+    gaps = sum(box.size for box in rest)
+    if filled == buffer.size - gaps and (buffer.has_gaps or not rest):
         return None
     says = [f"has {buffer.size} elements, of which its pieces fill {filled}"]
-    if rest:
+    if rest and not buffer.has_gaps:
         says.append(f"nothing fills {', '.join(map(str, rest[:5]))}")
-    if filled > buffer.size - sum(box.size for box in rest):
+    if filled > buffer.size - gaps:
         says.append(f"filled twice: {', '.join(islice(_doubled(named), 5))}")
     return "; ".join(says)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 
 from rlsync.control.messages import Recorded
+from rlsync.engine import compat_reload
 from rlsync.engine.recorder import Recording, record
 from rlsync.engine.sinks import Sink
-from rlsync.engine.sinks.choice import choose
+from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.compare import CompareSink
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
-from rlsync.geometry import TensorSpec, contiguous_strides
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.placement.vllm import placement_of
+from rlsync.geometry import TensorSpec
+from rlsync.placement.vllm import placement_of, tensors_as_read
 from rlsync.staging import Segment
 
 Buckets = tuple[tuple[Segment, ...], ...]
@@ -55,7 +54,8 @@ def take_stock(
         if computed and requested in ("direct", "layerwise"):
             problems += tuple(f"weight_sync.sink is {requested}, but: {f}" for f in computed)
         remark = "" if requested == "loaders" else "; ".join((*computed, *choice.reasons))
-        return _by_loaders(model, model_config, holder, tensors, recording, problems, remark)
+        undescribed = [f.buffer for f in findings]
+        return _by_loaders(model, model_config, holder, tensors, recording, undescribed, problems, remark)
     return Intake(
         Recorded(placement, "+".join(used), recording.unused_names),
         lambda buckets: PlacedSink(model, model_config, buckets, placement.fills, choice.sinks),
@@ -68,21 +68,17 @@ def _by_loaders(
     holder: str,
     tensors: Sequence[TensorSpec],
     recording: Recording,
+    computed: Sequence[str],
     findings: tuple[str, ...],
     remark: str,
 ) -> Intake:
-    """The worker is sent whole HF tensors, those that it reads."""
+    """The worker is sent what it reads of the HF tensors. ``computed``: buffers that are not filled by copies alone."""
     unused = set(recording.unused_names)
-    taken = [t for t in tensors if t.name not in unused]
-    shapes = {t.name: t.shape for t in taken}
-    return Intake(
-        Recorded(whole_tensors(holder, taken), "loaders", recording.unused_names, findings, remark),
-        lambda buckets: LoadersSink(model, model_config, _shaped(buckets, shapes)),
-    )
+    taken = {t.name: t for t in tensors if t.name not in unused}
 
+    def make_sink(buckets: Buckets) -> LoadersSink:
+        layers = not_in_place(model, [b.name for b in recording.buffers], computed, recording.aliases)
+        return LoadersSink(model, model_config, buckets, taken, layers, compat_reload.loading_device(model))
 
-def _shaped(buckets: Buckets, shapes: Mapping[str, tuple[int, ...]]) -> Buckets:
-    """Segments are whole tensors here, in the shape in which loaders expect them."""
-    return tuple(
-        tuple(replace(s, shape=shapes[s.buffer], strides=contiguous_strides(shapes[s.buffer])) for s in bucket) for bucket in buckets
-    )
+    placement = tensors_as_read(holder, list(taken.values()), recording.writes, recording.computed_names)
+    return Intake(Recorded(placement, "loaders", recording.unused_names, findings, remark), make_sink)

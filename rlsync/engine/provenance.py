@@ -51,10 +51,15 @@ class _Origin:
 
 
 class Origins:
-    """Origin of every storage that loaders make or are given. ``read``: HF names whose elements were used."""
+    """Origin of every storage that loaders make or are given.
+
+    ``read``: HF names whose elements were used. ``computed``: those of them of which not only plain copies were made, so that any
+    element may have been used.
+    """
 
     def __init__(self, sources: Mapping[str, torch.Tensor]) -> None:
         self.read: set[str] = set()
+        self.computed: set[str] = set()
         # None: computed. The tensor beside it keeps the storage, whose identity must not be used again.
         self._known: dict[int, tuple[_Origin | None, torch.Tensor]] = {}
         for name, tensor in sources.items():
@@ -65,11 +70,19 @@ class Origins:
         """Whether it lies in an HF tensor or in memory that a loader made."""
         return key_of(tensor) in self._known
 
-    def note_read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def note_copied(self, tensor: torch.Tensor) -> None:
+        """Elements of ``tensor`` are copied as they are, and it will be said which."""
+        origin, _ = self._known.get(key_of(tensor), (None, None))
+        if origin is not None:
+            self.read.add(origin.name)
+
+    def note_computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Something that nobody looks into is made of these."""
         for tensor in _tensors((*args, *kwargs.values())):
             origin, _ = self._known.get(key_of(tensor), (None, None))
             if origin is not None:
                 self.read.add(origin.name)
+                self.computed.add(origin.name)
 
     def parts(self, tensor: torch.Tensor, dtype: torch.dtype) -> list[SourcePart] | None:
         """Parts of ``tensor`` by HF tensor, or None where a cast of an HF tensor to ``dtype`` gives other values."""
@@ -97,7 +110,7 @@ class Origins:
         if func in _COPIES:
             return self._copy(func, args, kwargs)
         if not func.is_view:
-            self.note_read(args, kwargs)
+            self.note_computed(args, kwargs)
         for tensor in written:
             self._known[key_of(tensor)] = (None, tensor)
         if written and any(t.is_meta for t in _tensors((*args, *kwargs.values()))) and not written[0].is_meta:
@@ -111,11 +124,14 @@ class Origins:
 
     def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         source = args[0]
-        self.note_read(args, kwargs)
+        self.note_copied(source)
         if source.is_meta and "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         result = func(*args, **kwargs)
-        self._known[key_of(result)] = (self._composed(source, result), result)
+        origin = self._composed(source, result)
+        if origin is None:
+            self.note_computed((source,), {})
+        self._known[key_of(result)] = (origin, result)
         return result
 
     def _composed(self, source: torch.Tensor, result: torch.Tensor) -> _Origin | None:

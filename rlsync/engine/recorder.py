@@ -36,6 +36,7 @@ class Recording:
         aliases: for each of ``buffers`` the other names of the live model whose tensors share its memory.
         read_names, unused_names: HF names that some loader read, and those that none did. With tensor, pipeline or expert
             parallelism each worker takes its own share: judge names on the union of an engine's workers.
+        computed_names: those of ``read_names`` of which some loader may have used more than ``writes`` say.
         findings: one sentence for each tensor at which a loader raised, other than for its name.
     """
 
@@ -43,6 +44,7 @@ class Recording:
     writes: tuple[Write, ...]
     aliases: Mapping[str, tuple[str, ...]]
     read_names: tuple[str, ...]
+    computed_names: frozenset[str]
     unused_names: tuple[str, ...]
     findings: tuple[str, ...]
 
@@ -76,6 +78,7 @@ def record(model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
         writes=tuple(recorder.writes),
         aliases={buffer.name: aliases.get(buffer.name, ()) for buffer in buffers},
         read_names=tuple(name for name in sources if name in recorder.read),
+        computed_names=frozenset(recorder.computed),
         unused_names=tuple(name for name in sources if name not in recorder.read and name not in named),
         findings=tuple(findings),
     )
@@ -145,12 +148,13 @@ class _Targets:
         names = self._by_storage.get(key_of(tensor))
         return self._names[names[0]] if names else None
 
-    def take_back(self) -> Iterator[str]:
-        """Buffers whose memory a loader exchanged (``parameter.data = ...``); they get their own one back."""
+    def take_back(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Buffers whose memory a loader exchanged (``parameter.data = ...``), and for what; they get their own one back."""
         for name, (key, data) in self._kept.items():
-            if key_of(self._found[name]) != key:
+            given = self._found[name].data
+            if key_of(given) != key:
                 self._found[name].data = data
-                yield self._names[name]
+                yield self._names[name], given
 
 
 class _Recorder(TorchDispatchMode):
@@ -167,8 +171,14 @@ class _Recorder(TorchDispatchMode):
         """HF names that were read."""
         return self._origins.read
 
+    @property
+    def computed(self) -> set[str]:
+        """HF names that were read otherwise than by copies that ``writes`` describe."""
+        return self._origins.computed
+
     def note_replaced(self) -> None:
-        for buffer in self._targets.take_back():
+        for buffer, given in self._targets.take_back():
+            self._origins.note_computed((given,), {})
             self._compute(buffer)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -183,7 +193,7 @@ class _Recorder(TorchDispatchMode):
             return self._fill(*args)
         written = _written(func, args, kwargs)
         if any(self._targets.owner(t) is not None for t in written):
-            self._origins.note_read(args, kwargs)
+            self._origins.note_computed(args, kwargs)
             for tensor in written:
                 self._compute(self._targets.owner(tensor))
             return written[0] if func._schema.returns else None
@@ -194,7 +204,7 @@ class _Recorder(TorchDispatchMode):
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         if target.shape.numel() != source.shape.numel():
             raise ValueError(f"{tuple(source.shape)} is copied into {tuple(target.shape)}")
-        self._origins.note_read((source,), {})
+        self._origins.note_copied(source)
         if self._targets.owner(target) is None:
             self._check_ours(target)
             self._origins.run(_aten.copy_.default, (target, source), {}, [target])
@@ -206,7 +216,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(value, torch.Tensor):
             self._write(target, float(value))
         elif value.is_meta:
-            self._origins.note_read((value,), {})
+            self._origins.note_copied(value)
             self._write(target, value.expand(target.shape))
         else:
             self._write(target, float(value.item()))
@@ -218,6 +228,7 @@ class _Recorder(TorchDispatchMode):
             return
         region = self._targets.region(target)
         if region is None:
+            self._origins.note_computed((source,), {})
             self._compute(self._targets.owner(target))
             return
         buffer, offset = region
@@ -227,6 +238,7 @@ class _Recorder(TorchDispatchMode):
             return
         parts = self._origins.parts(source, target.dtype)
         if parts is None:
+            self._origins.note_computed((source,), {})
             self.writes.append(Write(buffer, offset, shape, strides))
             return
         for part in parts:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides, cover
 from rlsync.placement.regions import Part, Side, split
 from rlsync.plan import FLOATS
+
+# A tensor of which more boxes are read is given whole: each costs a copy.
+MOST_BOXES_READ = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Write:
 class Undescribed:
     """A buffer that no boxes describe, and why. ``unwritten``: elements that no loader wrote; 0 where all were, from elsewhere."""
 
+    buffer: str
     text: str
     unwritten: int = 0
 
@@ -74,13 +78,51 @@ def placement_of(
     return Placement(holder, tuple(kept), tuple(pieces), tuple(fills), location), tuple(findings)
 
 
+def tensors_as_read(holder: str, tensors: Sequence[TensorSpec], writes: Sequence[Write], computed: Collection[str]) -> Placement:
+    """HF tensors as a worker's loaders are given them: each a whole and contiguous buffer of its name.
+
+    Its pieces are what ``writes`` copy from it, and the rest are gaps; of a tensor in ``computed``, of one that no write names,
+    and of one that is copied in many small boxes, all of it.
+    """
+    by_source: dict[str, list[Write]] = defaultdict(list)
+    for write in writes:
+        if write.source is not None:
+            by_source[write.source].append(write)
+    buffers, pieces = [], []
+    for tensor in tensors:
+        whole = Box.whole(tensor.shape)
+        boxes = None if tensor.name in computed else _boxes_read(tensor, by_source[tensor.name])
+        boxes = boxes or [whole]
+        steps = contiguous_strides(tensor.shape)
+        buffers.append(BufferSpec(tensor.name, tensor.dtype, tensor.shape, has_gaps=sum(box.size for box in boxes) < whole.size))
+        pieces += [Piece(tensor.name, box, tensor.name, _offset(box, steps), steps) for box in boxes]
+    return Placement(holder, tuple(buffers), tuple(pieces))
+
+
+def _boxes_read(tensor: TensorSpec, writes: Sequence[Write]) -> list[Box] | None:
+    """Disjoint boxes of a tensor that hold everything that is copied from it, or None where that takes many."""
+    found: dict[Box, None] = {}
+    for write in writes:
+        # An element that is copied to several places is read once.
+        read = [(n, step) for n, step in zip(write.shape, write.source_strides, strict=True) if step or not n]
+        side = Side(tensor.shape, write.source_offset, tuple(step for _, step in read))
+        parts = split([n for n, _ in read], [side], MOST_BOXES_READ)
+        if parts is None:
+            return None
+        found.update(dict.fromkeys(part.box(0) for part in parts))
+    if len(found) > MOST_BOXES_READ:
+        return None
+    taken, _ = cover(Box.whole(tensor.shape), [(box, 0) for box in found])
+    return sorted((box for box, _ in taken), key=lambda box: box.start) if len(taken) <= MOST_BOXES_READ else None
+
+
 def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | Undescribed:
     """Pieces and fills of one buffer, or what is wrong with it."""
     parts: list[tuple[Box, Part, Write]] = []
     for write in writes:
         found = _parts(buffer, write, specs)
         if isinstance(found, str):
-            return Undescribed(found)
+            return Undescribed(buffer.name, found)
         parts += ((part.box(0), part, write) for part in found)
     # The last write is the first choice.
     parts.reverse()
@@ -88,7 +130,7 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
     unwritten = sum(box.size for box in rest)
     if unwritten:
         text = f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
-        return Undescribed(text, unwritten)
+        return Undescribed(buffer.name, text, unwritten)
     pieces: list[Piece] = []
     fills: list[Fill] = []
     for box, i in sorted(taken, key=lambda row: row[0].start):
@@ -99,7 +141,8 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
             fills.append(_fill(buffer, box, write.value))
         else:
             return Undescribed(
-                f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor"
+                buffer.name,
+                f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor",
             )
     return pieces, fills
 

@@ -16,7 +16,7 @@ from rlsync.errors import ConfigError
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.staging import Region
 from rlsync.transport.cuda_ipc import Mappings
-from rlsync.transport.parcels import make_parcel, placed
+from rlsync.transport.parcels import make_parcel
 
 
 @dataclass(slots=True)
@@ -45,13 +45,11 @@ class LoanInlet:
         # By actor rank and buffer ("" is the staging ring), address here and bytes.
         self._where: dict[tuple[int, str], tuple[int, int]] = {}
         self._bound: dict[int, _Bound] = {}
-        self._memory: torch.Tensor | None = None
 
     @property
     def extra_bytes(self) -> int:
-        """Tables of the copies, and the slot where a sink needs one."""
-        tables = sum(bound.program.table_bytes for bound in self._bound.values())
-        return tables + (0 if self._memory is None else self._memory.nbytes)
+        """Tables of the copies."""
+        return sum(bound.program.table_bytes for bound in self._bound.values())
 
     def join(self, group: int) -> bool:
         return True
@@ -76,19 +74,6 @@ class LoanInlet:
     def land(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Enqueue the copies of a bucket on the current stream."""
         self._bind(bucket, buffers).program.run()
-
-    def slot(self, bucket: int) -> torch.Tensor:
-        """The bucket copied into memory of this worker, as its segments say; the next bucket takes its place."""
-        part = self._share.parts[bucket]
-        if self._memory is None:
-            nbytes = max(part.nbytes for part in self._share.parts)
-            self._memory = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
-        memory = self._memory[: part.nbytes]
-        if bucket not in self._bound:
-            pairs = [(placed(memory, r.slot_offset, r, r.slot_strides), source) for r, source in self._sources(bucket)]
-            self._bound[bucket] = _Bound([], CudaCopyProgram(pairs, device=self._device))
-        self._bound[bucket].program.run()
-        return memory
 
     def rest(self) -> None:
         if any(not loan.stays for loan in self._loans.values()):
@@ -185,9 +170,6 @@ class LoanArrival:
 
     def land(self, buffers: Mapping[str, torch.Tensor]) -> None:
         self.inlet.land(self.bucket, buffers)
-
-    def slot(self) -> torch.Tensor:
-        return self.inlet.slot(self.bucket)
 
 
 def _whole(tensor: torch.Tensor) -> Strided:

@@ -21,12 +21,13 @@ class SyncConfig:
     """Settings of a connection, the same on all actor ranks.
 
     Attributes:
-        bucket_bytes: most bytes of a bucket, those of all streams together; a larger tensor has a bucket to itself.
+        bucket_bytes: most bytes of a bucket, those of all streams together; a larger tensor has a bucket to itself, and where a
+            worker takes HF tensors, all buckets may be as large.
         num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
             it is loaded.
         timeout_s: deadline of each phase: connect, begin, transfer, commit, resume.
         sink: how workers take bytes in: ``direct`` into the live parameters, ``layerwise`` through vLLM's post-processing,
-            ``loaders`` as whole HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
+            ``loaders`` as HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
             the first sync, and each at least once in ``rlsync.verification.SAMPLE_PERIOD`` consecutive ones.
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``

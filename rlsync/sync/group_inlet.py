@@ -162,6 +162,3 @@ class Landed:
         moved = [name for name, tensor in buffers.items() if name not in self.buffers or self.buffers[name].data_ptr() != tensor.data_ptr()]
         if moved:
             raise RuntimeError(f"{len(moved)} parameters have moved while they were written, among them {moved[0]}")
-
-    def slot(self) -> torch.Tensor:
-        raise RuntimeError("a bucket that has landed in its buffers lies in no slot")

@@ -23,8 +23,9 @@ from vllm.model_executor.model_loader.weight_utils import composed_weight_loader
 from rlsync.engine import compat
 from rlsync.engine.recorder import Recording, record
 from rlsync.geometry import TensorSpec
+from rlsync.placement.vllm import tensors_as_read
 from tests.integration.recorder_models import Worker, differing, engine_config, executed, same_bits, start_ranks, virtual_rank
-from tests.integration.recorder_toys import COMPUTED, COPIES, SHAPE, Toy
+from tests.integration.recorder_toys import COMPUTED, COPIES, SHAPE, Loader, Toy
 from tests.integration.recorder_trace import differences, trace_of
 
 HF = TensorSpec("hf", "float32", SHAPE)
@@ -158,6 +159,22 @@ def check_misfits(worker: Worker) -> None:
     assert "nothing writes" in executed(recording, worker.tensors)[1][0]
 
 
+def check_partial(loader: Loader, recording: Recording) -> bool:
+    """A loader that is given nothing but what it was seen to read leaves the same. Returns whether it was given less than all."""
+    tensor, given = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)), torch.full(SHAPE, torch.nan)
+    read = [HF] if "hf" in recording.read_names else []
+    for piece in tensors_as_read("toy", read, recording.writes, recording.computed_names).pieces:
+        box = tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop, strict=True))
+        given[box] = tensor[box]
+    is_partial = bool(read) and bool(given.isnan().any())
+    whole, partial = Toy(loader), Toy(loader)
+    whole.load_weights([("hf", tensor)])
+    partial.load_weights([("hf", given)])
+    wanted = whole.state_dict()
+    assert all(torch.equal(t, wanted[n]) and not t.isnan().any() for n, t in partial.state_dict().items())
+    return is_partial
+
+
 def check_copies(idiom: str) -> None:
     tensor = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     wanted = Toy(COPIES[idiom])
@@ -167,6 +184,7 @@ def check_copies(idiom: str) -> None:
     recording = record(toy, [HF])
     assert all(torch.equal(t, before[n]) for n, t in toy.state_dict(keep_vars=True).items())
     assert recording.read_names == ("hf",) and not recording.findings
+    assert check_partial(COPIES[idiom], recording) == (idiom in ("assigned rows", "one row for all", "one element for all"))
     buffers, findings = executed(recording, {"hf": tensor})
     names = {"weight", "bias", "table", "e_score_correction_bias"} if idiom == "every table" else {"weight"}
     assert set(buffers) == names
@@ -181,6 +199,7 @@ def check_computations(idiom: str) -> None:
     recording = record(toy, [HF])
     assert toy.bias is kept and torch.equal(toy.bias, values) and toy.bias.untyped_storage()._cdata == kept.untyped_storage()._cdata
     assert not recording.findings, recording.findings
+    assert not check_partial(loader, recording)
     buffers, findings = executed(recording, {"hf": torch.zeros(SHAPE)})
     assert buffer not in buffers
     assert any(f.startswith(f"{buffer} ") and "its loader computes" in f for f in findings), findings

@@ -106,6 +106,16 @@ def _exchanged(toy: Toy, hf: torch.Tensor) -> None:
     toy.weight.data = hf.clone()
 
 
+def _exchanged_after_a_row(toy: Toy, hf: torch.Tensor) -> None:
+    toy.table.copy_(hf[1])
+    toy.weight.data = hf.clone()
+
+
+def _flipped_after_a_row(toy: Toy, hf: torch.Tensor) -> None:
+    toy.table.copy_(hf[1])
+    toy.weight.data.copy_(hf.flip(0))
+
+
 def _live_exchanged(toy: Toy, hf: torch.Tensor) -> None:
     toy.weight.data.copy_(hf)
     toy.bias.data = torch.ones(6)
@@ -128,6 +138,8 @@ COMPUTED: dict[str, tuple[str, Loader]] = {
     "bits": ("weight", lambda toy, hf: toy.weight.data.view(torch.int32).copy_(hf.view(torch.int32))),
     "memory of its own": ("weight", _through_memory_of_its_own),
     "memory exchanged": ("weight", _exchanged),
+    "memory exchanged after a row": ("weight", _exchanged_after_a_row),
+    "flipped after a row": ("weight", _flipped_after_a_row),
     "live memory exchanged": ("bias", _live_exchanged),
     "live in place": ("bias", lambda toy, hf: toy.bias.data.add_(hf[0])),
     "live by index": ("bias", lambda toy, hf: toy.bias.data.index_copy_(0, torch.arange(6), hf[0])),

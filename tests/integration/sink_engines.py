@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rlsync.engine import compat, compat_layers
 from rlsync.engine.recorder import record
-from rlsync.engine.sinks.choice import choose
+from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.sinks.slots import SlotArrival
@@ -29,6 +29,7 @@ from tests.integration.engine_source import read_folder
 from tests.integration.sink_models import save_case
 from tests.models import VOCAB_SIZE
 
+CPU = torch.device("cpu")
 BUCKET_BYTES = 30_000
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12]
 Regions = list[tuple[int, tuple[int, ...], tuple[int, ...]]]
@@ -61,6 +62,7 @@ class Weights:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], regions: Callable[[str, torch.Tensor], Regions]) -> None:
         self.tensors = tensors
+        self.specs = {n: TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
         buckets: list[list[Segment]] = [[]]
         cursor = 0
         for name, tensor in tensors.items():
@@ -195,13 +197,15 @@ def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
     report["choice"] = choices(engine, names, recording.aliases)
     report["bytes"] = {n: t.nbytes for n, t in placed_a.tensors.items()}
     report["placed_direct"] = direct(engine, a, b, names)
+    report["loaded_in_place"] = loaded_in_place(engine, a, b, names, recording.aliases)
     for name, sinks in (("placed", report["choice"]["auto"]), ("layerwise", layerwise), ("loaders", None)):
         versions = (whole_a, whole_b) if sinks is None else (placed_a, placed_b)
 
-        def make(sinks: Any = sinks, buckets: Any = versions[0].buckets) -> Any:
+        def make(sinks: Any = sinks, like: Weights = versions[0]) -> Any:
             if sinks is None:
-                return LoadersSink(engine.model, engine.model_config, buckets)
-            return PlacedSink(engine.model, engine.model_config, buckets, fills, sinks)
+                layers = not_in_place(engine.model, names, (), recording.aliases)
+                return LoadersSink(engine.model, engine.model_config, like.buckets, like.specs, layers, CPU)
+            return PlacedSink(engine.model, engine.model_config, like.buckets, fills, sinks)
 
         report[name] = claims(engine, make(), versions, hash_a, hash_b) | {"num_buckets": len(versions[0].buckets)}
         sync(engine, make(), versions[1])
@@ -265,6 +269,30 @@ def direct(engine: Started, a: Path, b: Path, names: list[str]) -> list[str]:
     sync(engine, PlacedSink(model, engine.model_config, wanted.buckets, padding(wanted.tensors), dict.fromkeys(names, "direct")), wanted)
     held = placed(model, names).tensors
     return [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))]
+
+
+def loaded_in_place(engine: Started, a: Path, b: Path, names: list[str], aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The same for loaders that write a plain model where it lives; and which modules of such a model are rebuilt nevertheless."""
+    model, wanted, given = engine.plain(a), placed(engine.plain(b), names), whole(b, str(engine.model_config.dtype).removeprefix("torch."))
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def rebuilt(computed: list[str]) -> list[str]:
+        return [paths[id(layer)] for layer in not_in_place(model, names, computed, aliases)]
+
+    layers = not_in_place(model, names, (), aliases)
+    sink = LoadersSink(model, engine.model_config, given.buckets, given.specs, layers, CPU)
+    with torch.no_grad():
+        for tensor in placed(model, names).tensors.values():
+            tensor.view(torch.uint8).fill_(0xFF)
+    before = addresses(model)
+    sync(engine, sink, given)
+    found: dict[str, Any] = {"left": leftovers(model, before), "kept": sorted(sink._kept), "rebuilt": rebuilt([])}
+    held = placed(model, names).tensors
+    found["differ"] = [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))]
+    found["computed"] = rebuilt(["model.norm.weight"])
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer.register_parameter("weight", torch.nn.Parameter(layer.get_parameter("weight").data, requires_grad=False))
+    return found | {"forgotten": rebuilt([])}
 
 
 def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list[str]:

@@ -87,10 +87,22 @@ def test_direct_writes_into_a_plain_model_are_what_the_loaders_put_there(reports
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_loaders_write_plain_layers_where_they_live_and_rebuild_all_others(reports: Mapping[str, Any], case: str) -> None:
+    got = reports[case]["loaded_in_place"]
+    attention = [f"model.layers.{number}.self_attn.attn" for number in range(2)]
+    assert got["rebuilt"] == attention
+    assert got["differ"] == got["left"] == got["kept"] == []
+    assert sorted(got["computed"]) == sorted([*attention, "model.norm"])
+    assert sorted(got["forgotten"]) == sorted([*attention, "model.layers.0.mlp.down_proj"])
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_buffers_that_no_checkpoint_fills_keep_their_values(reports: Mapping[str, Any], case: str) -> None:
-    """vLLM's own reload writes uninitialised memory into one of them, so the claim can fail."""
-    assert reports[case]["placed"]["unfilled"] == reports[case]["layerwise"]["unfilled"] == []
-    assert [name.rpartition(".")[2] for name in reports[case]["loaders"]["unfilled"]] == ["calibration"]
+    """vLLM's reload, of a layer that is not written where it lives, writes uninitialised memory into one: the claim can fail."""
+    report = reports[case]
+    assert report["placed"]["unfilled"] == report["layerwise"]["unfilled"] == []
+    rebuilt = report["choice"]["auto"]["model.layers.0.self_attn.o_proj.weight"] == "layerwise"
+    assert [name.rpartition(".")[2] for name in report["loaders"]["unfilled"]] == ["calibration"] * rebuilt
 
 
 @pytest.mark.parametrize("case", CASES)

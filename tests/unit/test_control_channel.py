@@ -165,7 +165,7 @@ class ThreadEngine:
                 if inlet.lands_ahead:
                     arrival.land(self._standing(worker)[bucket])
                 else:
-                    put(arrival.slot(), part, weights)
+                    put(arrival.memory, part, weights)
                 self.on_hold(worker, weights)
                 pull.verify(bucket, weights)
                 peer.send(m.Done(attempt, bucket))

@@ -16,7 +16,7 @@ from rlsync.errors import PlacementError
 from rlsync.geometry import Box, BufferSpec, Fill, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.placement.regions import MOST_PARTS, Side, split
-from rlsync.placement.vllm import Write, placement_of
+from rlsync.placement.vllm import Write, placement_of, tensors_as_read
 from rlsync.plan import build_plan
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -222,6 +222,34 @@ def one(shape: tuple[int, ...], specs: list[TensorSpec], writes: list[Write], dt
 
 
 HF = TensorSpec("t", "float32", (4, 6))
+
+
+def read(writes: list[Write], computed: tuple[str, ...] = (), spec: TensorSpec = HF) -> tuple[BufferSpec, set[Box]]:
+    placement = tensors_as_read("worker 0", [spec], writes, computed)
+    (buffer,) = placement.buffers
+    assert all(p.strides == contiguous_strides(spec.shape) and p.offset == p.offset_of(p.box) for p in placement.pieces)
+    build_plan([spec], [whole_tensors("hf", [spec])], [placement])
+    return buffer, {piece.box for piece in placement.pieces}
+
+
+def test_of_a_tensor_what_is_copied_is_read_and_the_rest_are_gaps():
+    source = torch.empty(4, 6)
+    writes = copies(
+        (torch.empty(2, 6), "t", source[2:]), (torch.empty(3), "t", source[3, 3:]), (torch.empty(2, 6), "t", source[:1].expand(2, 6))
+    )
+    buffer, boxes = read(writes)
+    assert buffer == BufferSpec("t", "float32", (4, 6), has_gaps=True)
+    assert boxes == {Box((2, 0), (4, 6)), Box((0, 0), (1, 6))}
+
+
+def test_all_is_read_of_a_tensor_from_which_something_is_computed_or_nothing_is_seen_to_be_copied():
+    source, whole = torch.empty(4, 6), (BufferSpec("t", "float32", (4, 6)), {Box((0, 0), (4, 6))})
+    some = copies((torch.empty(2, 6), "t", source[2:]))
+    assert read(some)[1] != whole[1]
+    assert read(some, ("t",)) == read([]) == whole
+    scattered = TensorSpec("t", "float32", (300, 6))
+    single = copies(*((torch.empty(1, 1), "t", torch.empty(300, 6)[row : row + 1, :1]) for row in range(0, 300, 2)))
+    assert read(single, spec=scattered) == (BufferSpec("t", "float32", (300, 6)), {Box((0, 0), (300, 6))})
 
 
 def test_fused_rows_become_one_piece_each():

@@ -196,6 +196,15 @@ def test_a_destination_not_filled_exactly_once_is_refused(broken, finding):
         build_plan([W], [whole_tensors("hf", [W])], [broken])
 
 
+def test_a_buffer_with_gaps_takes_what_its_pieces_name_and_no_element_twice():
+    gaping = BufferSpec("w", "float32", (4, 6), has_gaps=True)
+    plan = build_plan([W], [whole_tensors("hf", [W])], [Placement("worker 0", (gaping,), (rows(0, 1, 0), rows(2, 4, 2)))])
+    assert sum(copy.size for copy in plan.buckets[0].copies) == 18
+    assert traffic(plan).redundancy == {"worker 0": 1.0}
+    with pytest.raises(PlacementError, match=r"of which its pieces fill 18; filled twice: \[1:2, 0:6\] by w and w"):
+        build_plan([W], [whole_tensors("hf", [W])], [Placement("worker 0", (gaping,), (rows(0, 2, 0), rows(2, 3, 1)))])
+
+
 def test_everything_that_is_wrong_comes_in_one_error():
     a, b = TensorSpec("a", "float32", (4, 6)), TensorSpec("b", "float32", (2,))
     strange = TensorSpec("s", "float3", (1,))

@@ -21,10 +21,6 @@ class Arrival(Protocol):
         """
         ...
 
-    def slot(self) -> torch.Tensor:
-        """The part as one memory, laid out in segments: 1-D uint8, CPU or the model's device."""
-        ...
-
 
 class Sink(Protocol):
     """What the receiver calls. Every call raises on failure, and only ``abandon`` may follow then."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from rlsync.engine import compat_layers
+from rlsync.engine import compat_layers, compat_reload
 from rlsync.engine.compat_layers import LayerKind
 from rlsync.errors import ConfigError
 
@@ -97,6 +97,30 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
     for path, names in modules.items():
         sinks.update(dict.fromkeys(names, "layerwise" if requested == "layerwise" or against[path] else "direct"))
     return Choice(sinks, tuple(_sentences(modules, against)) if requested == "auto" else (f"{requested}: requested",))
+
+
+def not_in_place(
+    model: torch.nn.Module, buffers: Sequence[str], computed: Sequence[str], aliases: Mapping[str, Sequence[str]]
+) -> tuple[torch.nn.Module, ...]:
+    """Layers that vLLM's loaders cannot write where they live, so that they have to go through its reload.
+
+    Args:
+        buffers: all that loaders write. computed: those of them into which a loader puts what it has computed.
+    """
+    view = _View.of(model, aliases)
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in buffers:
+        modules[name.rpartition(".")[0]].append(name)
+    made = {name.rpartition(".")[0] for name in computed}
+    found: dict[int, torch.nn.Module] = {}
+    for path, names in modules.items():
+        layer = model.get_submodule(path)
+        known = all(compat_reload.loads_in_place(layer, name.rpartition(".")[2]) for name in names)
+        if path in made or not known or any(True for _ in _against_direct(view, names)):
+            found[id(layer)] = layer
+    # They are post-processed after all others, from the weights of others.
+    found.update((id(layer), layer) for _, layer in compat_layers.attention_layers(model))
+    return tuple(found.values())
 
 
 def _sentences(modules: Mapping[str, Sequence[str]], against: Mapping[str, Sequence[str]]) -> Iterator[str]:

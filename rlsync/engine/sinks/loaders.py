@@ -1,92 +1,131 @@
-"""HF-named tensors through the model's own loaders and vLLM's layer-wise reload. Owns their lifetimes in the slot.
-
-The fallback where a worker's parameters cannot be placed. Here a segment is a whole HF tensor, and its buffer the HF name.
-"""
+"""Buckets as HF-named tensors, through vLLM's own loaders. Its segments are elements of HF tensors, and their buffer the HF name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlsync.engine import compat
+from rlsync.engine import compat, compat_reload
 from rlsync.engine.sinks import Arrival
-from rlsync.engine.sinks.slots import segment_in
-from rlsync.staging import Segment
+from rlsync.geometry import TensorSpec
+from rlsync.staging import SEGMENT_ALIGNMENT, Segment
 
 
 class LoadersSink:
-    """Every bucket through ``load_weights``.
+    """Every bucket through ``load_weights``, out of memory in which its tensors have their whole shape.
 
-    vLLM keeps the tensors of a layer until the layer is complete, which may be in a later bucket, or (padded vocabulary)
-    never before ``close``. Such tensors are copied out of the slot, all others are read where they lie. The first sync
-    copies everything and learns which names are kept at the end of their bucket; every later one verifies it.
+    Elements that no segment brings are anything: no loader uses them. Loaders write layers where they live, but for those of
+    ``layers``: these go through vLLM's reload, which keeps their tensors until a layer is complete; that may be in a later bucket,
+    or (padded vocabulary) never before ``close``. Tensors that are still referred to when a bucket has been loaded keep the
+    memory they are in, and get a copy of their own from the next sync on.
 
     Args:
-        buckets: for each bucket its segments: whole HF tensors, dense.
+        buckets: for each bucket its segments.
+        tensors: by name, of every buffer that occurs.
+        layers: what cannot be written where it lives.
     """
 
     differences = ()
 
-    def __init__(self, model: torch.nn.Module, model_config: Any, buckets: tuple[tuple[Segment, ...], ...]) -> None:
-        self._model, self._model_config, self._buckets = model, model_config, buckets
-        self._kept: dict[int, frozenset[str]] = {}
-        self._copies: list[tuple[StorageWeakRef, int]] = []
-        # Most bytes of copies at the end of a bucket; vLLM's own memory for the layers in progress comes on top.
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: Any,
+        buckets: Sequence[Sequence[Segment]],
+        tensors: Mapping[str, TensorSpec],
+        layers: Sequence[torch.nn.Module],
+        device: torch.device,
+    ) -> None:
+        self._model, self._model_config, self._layers, self._device = model, model_config, layers, device
+        self._buckets = [tuple(tensors[name] for name in dict.fromkeys(s.buffer for s in bucket)) for bucket in buckets]
+        self._nbytes = max((sum(map(_room, bucket)) for bucket in self._buckets), default=0)
+        self._memory: torch.Tensor | None = None
+        self._views: dict[int, _Views] = {}
+        # Names that were referred to at the end of their bucket, and memory that may still be, with its bytes.
+        self._kept: set[str] = set()
+        self._left: list[tuple[StorageWeakRef, int]] = []
+        # Most bytes taken at once; vLLM's own memory for the layers in progress comes on top.
         self.peak_extra_bytes = 0
 
     def open(self) -> None:
         """Begin a reload; the model cannot compute until ``close`` or ``abandon``."""
-        compat.begin_reload(self._model)
+        compat_reload.begin_reload(self._model, self._layers)
 
     def standing(self, bucket: int) -> None:
-        """Nothing: tensors are read where they lie in the slot."""
+        """Nothing: buckets take turns in the same memory."""
 
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Load bucket ``bucket`` from the arrival's slot; nothing refers to the slot afterwards.
+        """Load bucket ``bucket``. ``landed`` gets the tensors, of which only what the segments bring is meant."""
+        memory, views = self._in_memory(bucket)
+        arrival.land(views.tensors)
+        landed(views.tensors)
+        # Nothing here refers to what a loader is given, so that a storage shows who still does.
+        compat.load_weights(self._model, ((n, self._copy(t) if n in self._kept else t.detach()) for n, t in views.tensors.items()))
+        held = views.held()
+        if held:
+            self._kept |= held
+            self._left.append((StorageWeakRef(memory.untyped_storage()), self._nbytes))
+            # What refers to it keeps it alive.
+            self._memory, self._views = None, {}
+        self._left = [(storage, nbytes) for storage, nbytes in self._left if not storage.expired()]
+        self.peak_extra_bytes = max(self.peak_extra_bytes, self._nbytes + sum(nbytes for _, nbytes in self._left))
 
-        ``landed`` gets the tensors where they lie in the slot. Raises RuntimeError where vLLM keeps a tensor it did not keep the
-        first time: the slot is then not to be reused.
-        """
-        slot = arrival.slot()
-        landed({segment.buffer: segment_in(slot, segment) for segment in self._buckets[bucket]})
-        kept = self._kept.get(bucket)
-        tensors, watched = [], {}
-        for segment in self._buckets[bucket]:
-            if kept is None or segment.buffer in kept:
-                tensor = segment_in(slot, segment).clone()
-                self._copies.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
-            else:
-                tensor = segment_in(_own_storage(slot), segment)
-            if kept is None or segment.buffer not in kept:
-                watched[segment.buffer] = StorageWeakRef(tensor.untyped_storage())
-            tensors.append((segment.buffer, tensor))
-            del tensor
-        # The iterator empties the list, so that no name here keeps a tensor alive.
-        tensors.reverse()
-        compat.load_weights(self._model, (tensors.pop() for _ in range(len(tensors))))
-        self._copies = [(storage, nbytes) for storage, nbytes in self._copies if not storage.expired()]
-        self.peak_extra_bytes = max(self.peak_extra_bytes, sum(nbytes for _, nbytes in self._copies))
-        held = frozenset(name for name, storage in watched.items() if not storage.expired())
-        if kept is None:
-            self._kept[bucket] = held
-        elif held:
-            raise RuntimeError(
-                f"vLLM still holds {len(held)} tensors of bucket {bucket} that it let go in the first sync, "
-                f"among them {min(held)}; their slot cannot be filled again"
-            )
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        self._left.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
+        return copy
+
+    def _in_memory(self, bucket: int) -> tuple[torch.Tensor, _Views]:
+        """The memory of all buckets, and where this one's tensors lie in it."""
+        if self._memory is None:
+            self._memory = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
+        if bucket not in self._views:
+            self._views[bucket] = _Views.of(dict(_laid_out(self._buckets[bucket], self._memory)))
+        return self._memory, self._views[bucket]
 
     def close(self) -> None:
         """Complete the model: padded and attention layers, packed copies, tied heads."""
-        compat.finish_reload(self._model, self._model_config)
+        compat_reload.finish_reload(self._model, self._layers, self._model_config)
 
     def abandon(self) -> None:
         """Leave a model that has no parameter on meta; its values are those of no version."""
         compat.abandon_reload(self._model)
 
 
-def _own_storage(slot: torch.Tensor) -> torch.Tensor:
-    """The same memory under a storage object of its own, so that it can be seen who still refers to it."""
-    return torch.from_dlpack(slot)  # type: ignore[no-any-return]
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Tensors of a bucket, their storages, and how many refer to each of those when none but this does."""
+
+    tensors: Mapping[str, torch.Tensor]
+    storages: tuple[torch.UntypedStorage, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> _Views:
+        storages = tuple(tensor.untyped_storage() for tensor in tensors.values())
+        return cls(tensors, storages, tuple(map(_num_references, storages)))
+
+    def held(self) -> set[str]:
+        """Names of tensors that somebody else refers to, or to a view of which."""
+        counts = map(_num_references, self.storages)
+        return {name for name, count, own in zip(self.tensors, counts, self.counts, strict=True) if count > own}
+
+
+def _laid_out(specs: Sequence[TensorSpec], memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors one behind the other in memory (1-D uint8), by name; each has a storage object of its own."""
+    cursor = 0
+    for spec in specs:
+        yield spec.name, torch.from_dlpack(memory[cursor : cursor + spec.nbytes]).view(getattr(torch, spec.dtype)).view(spec.shape)
+        cursor += _room(spec)
+
+
+def _num_references(storage: torch.UntypedStorage) -> int:
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+def _room(spec: TensorSpec) -> int:
+    return -(-spec.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT

@@ -24,9 +24,6 @@ class SlotArrival:
             (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(self.memory, s)) for s in self.segments
         ).run()
 
-    def slot(self) -> torch.Tensor:
-        return self.memory
-
 
 def segment_in(slot: torch.Tensor, segment: Segment) -> torch.Tensor:
     """The view of a slot (1-D uint8) that holds a segment, in its shape and dtype."""
