@@ -290,7 +290,7 @@ def loaded_in_place(engine: Started, a: Path, b: Path, names: list[str], aliases
     held = placed(model, names).tensors
     found["differ"] = [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))]
     found["computed"] = rebuilt(["model.norm.weight"])
-    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer = model.get_submodule("model.layers.0.self_attn.o_proj")
     layer.register_parameter("weight", torch.nn.Parameter(layer.get_parameter("weight").data, requires_grad=False))
     return found | {"forgotten": rebuilt([])}
 

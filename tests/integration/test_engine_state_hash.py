@@ -70,6 +70,15 @@ def test_attention_that_computes_from_weights_is_finished_in_every_sync(reports:
     assert reports["moe-bfloat16"][sink]["resting"] == [1, 1]
 
 
+@pytest.mark.parametrize("case", ["moe-bfloat16", "mla-bfloat16"])
+def test_loaders_leave_experts_to_a_reload_and_write_the_other_layers_where_they_live(reports: Mapping[str, Any], case: str) -> None:
+    """In a model that was never post-processed, only what was rebuilt differs from what a load puts there: it is packed."""
+    got = reports[case]["loaded_in_place"]
+    packed = [name for name in reports[case]["bytes"] if name.endswith(("w13_weight", "w2_weight"))]
+    assert sorted(got["differ"]) == sorted(packed)
+    assert {name.rpartition(".")[0] for name in packed} <= set(got["rebuilt"])
+
+
 class Slotted:
     __slots__ = ("_held",)
 

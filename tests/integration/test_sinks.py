@@ -93,7 +93,7 @@ def test_loaders_write_plain_layers_where_they_live_and_rebuild_all_others(repor
     assert got["rebuilt"] == attention
     assert got["differ"] == got["left"] == got["kept"] == []
     assert sorted(got["computed"]) == sorted([*attention, "model.norm"])
-    assert sorted(got["forgotten"]) == sorted([*attention, "model.layers.0.mlp.down_proj"])
+    assert sorted(got["forgotten"]) == sorted([*attention, "model.layers.0.self_attn.o_proj"])
 
 
 @pytest.mark.parametrize("case", CASES)
