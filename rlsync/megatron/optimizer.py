@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_te_version
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import compute_device
@@ -74,10 +75,13 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
     its ``reload_model_params()`` after loading them. Whether it is distributed was decided by ``DdpOptions``.
 
     Raises:
-        ConfigError: the chunks are not wrapped in Megatron's DistributedDataParallel, or ``optimizer_cpu_offload`` without CUDA.
+        ConfigError: the chunks are not wrapped in Megatron's DistributedDataParallel, ``optimizer_cpu_offload`` without CUDA, or
+            ``use_precision_aware_optimizer`` without TransformerEngine, whose FusedAdam it is.
     """
     if options.optimizer_cpu_offload and compute_device().type != "cuda":
         raise ConfigError("optimizer_cpu_offload moves optimizer state from a GPU to the host, and there is no GPU; set it to False")
+    if options.use_precision_aware_optimizer and get_te_version() is None:
+        raise ConfigError("use_precision_aware_optimizer is TransformerEngine's, which is not installed; install it or set it to False")
     for index, model in enumerate(models):
         if not isinstance(model, DistributedDataParallel):
             raise ConfigError(f"chunk {index} is a bare {type(model).__name__}; build the model with wrap_with_ddp=True to train it")

@@ -26,11 +26,15 @@ Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
 
 @contextlib.contextmanager
 def only_gpus(indices: str) -> Iterator[None]:
-    """Processes that are started meanwhile see these GPUs, of those that this one sees, as ``"0,1"``."""
+    """Engines that are started meanwhile see these GPUs, of those that this one sees, as ``"0,1"``, and do without multicast.
+
+    Not every host has it.
+    """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = indices if not seen else ",".join(seen.split(",")[int(i)] for i in indices.split(","))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", names)
+        patch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
         yield
 
 
@@ -41,9 +45,7 @@ def start(engine_id: str, folder: Path, gpus: str, **options: Any) -> Engine:
         "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": KV_CACHE_BYTES, "tensor_parallel_size": len(gpus.split(",")),
         "worker_extension_cls": f"{__name__}.{Asked.__name__}", **options,
     })  # fmt: skip
-    with only_gpus(gpus), pytest.MonkeyPatch.context() as patch:
-        # It needs multicast, which not every host has.
-        patch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    with only_gpus(gpus):
         made.start()
     return made
 

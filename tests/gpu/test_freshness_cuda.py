@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.integration.test_freshness import RANKS, trained
@@ -18,7 +22,17 @@ def test_weights_are_fresh_after_every_step_wherever_the_optimizer_keeps_them(tm
         trained("qwen3", DISTRIBUTED, dp_size=2),
         trained("qwen2", DISTRIBUTED, dp_size=2, optimizer=ON_HOST),
         trained("qwen3", OVERLAPPED, dp_size=2, optimizer={**ON_HOST, "optimizer_offload_fraction": 0.5}),
-        trained("qwen2", OVERLAPPED, dp_size=2, optimizer={**ON_HOST, "use_precision_aware_optimizer": True}),
     ]
+    check(cases, tmp_path)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="the optimizer is TransformerEngine's")
+def test_weights_of_the_precision_aware_optimizer_are_fresh_too(tmp_path):
+    precise = {"use_precision_aware_optimizer": True}
+    check([trained("qwen2", OVERLAPPED, dp_size=2, optimizer=each) for each in (precise, {**ON_HOST, **precise})], tmp_path)
+
+
+def check(cases: list[dict[str, Any]], tmp_path: Path) -> None:
     outputs = run_ranks(2, RANKS, "synced_weights_are_those_after_the_step", cases=cases, models=make_models(tmp_path))
     assert outputs[0].count("FRESH") == len(cases), outputs[0]

@@ -23,7 +23,7 @@ from rlsync.source import MegatronSource
 from rlsync.sync.inspection import inspect_engines
 from rlsync.topology import Topology
 from rlsync.transport.agreement import gather_bytes
-from tests.gpu.engines import only_gpus
+from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.models import VOCAB_SIZE
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
@@ -32,13 +32,15 @@ GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 
 
 def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **options: Any) -> Engine:
     """On ``gpus``, as ``"0,1"``, with a worker on each; by default on the first that this rank sees."""
+    if torch.cuda.is_available():
+        options = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, **options}
     if gpus is not None:
         options["tensor_parallel_size"] = len(gpus.split(","))
     made = Engine(
         name,
         {
             "model": folder, "dtype": dtype, "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True,
-            "disable_log_stats": True, **({"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}), **options,
+            "disable_log_stats": True, **options,
         },
     )  # fmt: skip
     with contextlib.nullcontext() if gpus is None else only_gpus(gpus):
