@@ -13,11 +13,11 @@ from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_state_cannot_leave_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="optimizer_cpu_offload .* no GPU; set it to False"):
-        build_optimizer([], OptimizerOptions(optimizer_cpu_offload=True))
+    with pytest.raises(ConfigError, match=r"optimizer_cpu_offload .* no GPU; set it to False"):
+        build_optimizer([], OptimizerOptions(lr=1e-3, optimizer_cpu_offload=True))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="TransformerEngine is there")
 def test_the_optimizer_of_an_absent_library_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="use_precision_aware_optimizer is TransformerEngine's, which is not installed"):
-        build_optimizer([], OptimizerOptions(use_precision_aware_optimizer=True))
+        build_optimizer([], OptimizerOptions(lr=1e-3, use_precision_aware_optimizer=True))
