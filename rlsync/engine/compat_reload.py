@@ -39,11 +39,10 @@ def begin_reload(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> N
 
 
 def finish_reload(model: torch.nn.Module, layers: Sequence[torch.nn.Module], model_config: Any) -> None:
-    """Rebuild those of ``layers`` that padding or attention kept waiting, and everything derived from them."""
+    """Rebuild those of ``layers`` that padding kept waiting, and attention layers into which something was loaded."""
     # vLLM warns of every layer without checkpoint tensors, at every reload; what is loaded was judged at connect.
     with torch.no_grad(), compat.quiet():
         layerwise.finalize_layerwise_reload(_Layers(model, layers), model_config)
-        compat.refresh_sharers(model)
 
 
 def loading_device(model: torch.nn.Module) -> torch.device:

@@ -63,7 +63,7 @@ def test_absorbed_and_shared_weights_of_mla_follow(reports: Mapping[str, Any]) -
     assert "model.layers.1.mlp.experts.routed_experts.e_score_correction_bias" in report["choice"]["aliases"][correction]
 
 
-@pytest.mark.parametrize("sink", ["placed", "layerwise"])
+@pytest.mark.parametrize("sink", SINKS)
 def test_attention_that_computes_from_weights_is_finished_in_every_sync(reports: Mapping[str, Any], sink: str) -> None:
     """The negative control of leaving plain attention out, which experts' models have."""
     assert reports["mla-bfloat16"][sink]["resting"] == [0, 2]

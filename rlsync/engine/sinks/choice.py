@@ -118,8 +118,6 @@ def not_in_place(
         known = all(compat_reload.loads_in_place(layer, name.rpartition(".")[2]) for name in names)
         if path in made or not known or any(True for _ in _against_direct(view, names)):
             found[id(layer)] = layer
-    # They are post-processed after all others, from the weights of others.
-    found.update((id(layer), layer) for _, layer in compat_layers.attention_layers(model))
     return tuple(found.values())
 
 
