@@ -15,9 +15,11 @@ import torch
 from vllm.model_executor.layers.attention import Attention, MLAAttention, MMEncoderAttention
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import layerwise
-from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_layer, materialize_meta_tensor, restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_meta_tensor, restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 from vllm.platforms import current_platform
+
+from rlsync.engine import meta_tensors
 
 # Attributes of attention that hold what was computed for requests.
 ATTENTION_CACHES = ("kv_cache",)
@@ -92,8 +94,14 @@ def is_host_offloaded(tensor: torch.Tensor) -> bool:
     return bool(getattr(tensor, "_vllm_is_uva_offloaded", False))
 
 
-def materialize(layer: torch.nn.Module, keep: Collection[str]) -> int:
-    """Put a layer into checkpoint layout, in new and uninitialised memory; returns the bytes of it.
+def room(layer: torch.nn.Module, keep: Collection[str]) -> int:
+    """Bytes of the memory that ``materialize`` wants."""
+    parameters, buffers = layerwise.get_layerwise_info(layer).restore_metadata
+    return meta_tensors.room(meta for name, meta in (parameters | buffers).items() if name not in keep and name not in SKIP_TENSORS)
+
+
+def materialize(layer: torch.nn.Module, keep: Collection[str], memory: torch.Tensor | None = None) -> None:
+    """Put a layer into checkpoint layout, uninitialised: in ``memory`` (1-D uint8, as much as ``room`` says), or in new one.
 
     Tensors named in ``keep``, and those that vLLM leaves live in a reload, are the live ones: a write to them is a write to the
     engine. ``complete`` or ``restore`` ends this state.
@@ -106,9 +114,13 @@ def materialize(layer: torch.nn.Module, keep: Collection[str]) -> int:
     restore_layer_on_meta(layer, info)
     for name in keep:
         setattr(layer, name, live[name])
-    materialize_layer(layer, info)
-    known = {id(tensor) for tensor in live.values()}
-    return sum(tensor.nbytes for tensor in get_layer_tensors(layer).values() if id(tensor) not in known)
+    if memory is None:
+        memory = torch.empty(room(layer, keep), dtype=torch.uint8, device=info.restore_device)
+    tables: tuple[dict[str, torch.Tensor | None], ...] = (layer._parameters, layer._buffers)  # type: ignore[assignment]
+    for table in tables:
+        for name, meta in table.items():
+            if meta is not None and meta.is_meta and name not in SKIP_TENSORS:
+                table[name], memory = meta_tensors.placed(meta, memory)
 
 
 def complete(layer: torch.nn.Module) -> None:

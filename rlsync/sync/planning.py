@@ -205,8 +205,11 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
 
 
 def _bucket_bytes(survey: Surveyed, streams: Sequence[Placement], config: SyncConfig) -> int:
-    """What is asked for; with loaders, at least the largest tensor, for which there has to be room anyway: their calls have a price."""
-    if all(r.sink != "loaders" for r in survey.records):
+    """What is asked for; and, of workers that take nothing directly, at least the largest tensor.
+
+    There has to be room for it anyway, in slots and in what such a sink makes of a bucket; and each bucket has a price.
+    """
+    if all(r.sink not in ("layerwise", "loaders") for r in survey.records):
         return config.bucket_bytes
     moved: dict[str, int] = defaultdict(int)
     for placement in streams:

@@ -162,13 +162,19 @@ def poisoned(tensor: torch.Tensor, original: Any = meta.materialize_meta_tensor)
     return made
 
 
+def materialized(layer: Any, keep: Any, memory: Any = None, original: Any = compat_layers.materialize) -> None:
+    """Nor does memory that a sink takes for it."""
+    memory = torch.empty(compat_layers.room(layer, keep), dtype=torch.uint8) if memory is None else memory
+    original(layer, keep, memory.fill_(0xFF))
+
+
 def run(cases: list[str], root: str, heal: bool) -> None:
     """Everything that is claimed of each case, as JSON in ``root/report.json``."""
     reports = {}
     for case in cases:
         dtype = case.rpartition("-")[2]
         folders = [save_case(Path(root, f"{case}-{version}"), case, version) for version in "ab"]
-        with mock.patch.object(meta, "materialize_meta_tensor", poisoned):
+        with mock.patch.object(meta, "materialize_meta_tensor", poisoned), mock.patch.object(compat_layers, "materialize", materialized):
             reports[case] = compare(*folders, dtype, heal)
     Path(root, "report.json").write_text(json.dumps(reports))
 

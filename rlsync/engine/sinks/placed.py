@@ -5,7 +5,7 @@ Owns the order of a sync inside the worker's model. Knows no channel and no ring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,11 @@ class PlacedSink:
     ) -> None:
         self._model, self._model_config = model, model_config
         self._names = [tuple(dict.fromkeys(segment.buffer for segment in bucket)) for bucket in buckets]
-        last = dict.fromkeys((fill.buffer for fill in fills), -1)
-        last.update((segment.buffer, number) for number, bucket in enumerate(buckets) for segment in bucket)
-        unknown = sorted(set(last) - sinks.keys())
+        spans = _spans(self._names, fills)
+        unknown = sorted(spans.keys() - sinks.keys())
         assert not unknown, f"no sink was chosen for {', '.join(unknown)}"
-        self._direct = DirectBuffers(model, (name for name in last if sinks[name] == "direct"))
-        self._layerwise = LayerwiseBuffers(model, {name: b for name, b in last.items() if sinks[name] == "layerwise"}, fills)
+        self._direct = DirectBuffers(model, (name for name in spans if sinks[name] == "direct"))
+        self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, fills)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         attention = [layer for _, layer in compat_layers.attention_layers(model)]
         self._attention = Finishing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
@@ -97,3 +96,13 @@ class PlacedSink:
     def abandon(self) -> None:
         """Leave a model without a parameter in checkpoint layout; its values are those of no version."""
         self._layerwise.abandon()
+
+
+def _spans(buckets: Sequence[Sequence[str]], fills: Sequence[Fill]) -> dict[str, tuple[int, int]]:
+    """For each buffer the first and the last bucket that brings some of it; -1 where it is all fills."""
+    spans = {fill.buffer: (-1, -1) for fill in fills}
+    for number, names in enumerate(buckets):
+        for name in names:
+            first = spans.get(name, (-1, -1))[0]
+            spans[name] = number if first < 0 else first, number
+    return spans
