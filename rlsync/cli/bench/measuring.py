@@ -84,22 +84,24 @@ class Bench:
             clock.lap("resume")
             return clock.stop()
 
-        self._run(found, step)
+        self._run(found, step, way.settling)
         way.close()
         return found
 
-    def _run(self, found: Measured, step: Callable[[int], Step]) -> None:
-        """Warm-up, steps, and two more that show what arrives. Each gives the engines other weights than the one before, and those
-        two give all cases the same.
+    def _run(self, found: Measured, step: Callable[[int], Step], settling: int = 0) -> None:
+        """Settling, warm-up, steps, and two more that show what arrives.
+
+        Each gives the engines other weights than the one before, and those two give all cases the same.
         """
-        total = self._spec.warmup + self._spec.steps
+        uncounted = settling + self._spec.warmup
+        total = uncounted + self._spec.steps
         if self._actor.turned != bool(total % 2):
             self._actor.turn()
         rows = []
         for number in range(total):
             self._actor.turn()
             rows.append(dict(step(number)))
-        found.first, found.steps = rows[0], rows[self._spec.warmup :]
+        found.first, found.steps = rows[0], rows[uncounted:]
         self._end(found)
         for number in range(total, total + 2):
             self._actor.turn()

@@ -26,9 +26,10 @@ _PACKED_BYTES = 2**30
 
 
 class Way(Protocol):
-    """One of the peers."""
+    """One of the peers. ``settling``: steps that it takes until it is as fast as it gets, beside those of the warm-up."""
 
     remark: str
+    settling: int
 
     def connect(self) -> None: ...
 
@@ -79,6 +80,8 @@ class GatherBroadcast:
 
     Collocated on GPUs the bucket is handed over by CUDA IPC instead, because NCCL takes no two ranks on one GPU.
     """
+
+    settling = 0
 
     def __init__(self, actor: Actor, fleet: Fleet, spec: Spec) -> None:
         self._actor, self._fleet, self._timeout_s = actor, fleet, spec.timeout_s
@@ -136,6 +139,7 @@ class _Vllm:
     """What vLLM's two backends have in common: the actor's gather before, which vLLM leaves to the trainer."""
 
     backend: str
+    settling = 0
 
     def __init__(self, actor: Actor, fleet: Fleet, spec: Spec) -> None:
         self._actor, self._fleet = actor, fleet
@@ -156,7 +160,12 @@ class _Vllm:
 
 
 class VllmNccl(_Vllm):
-    """vLLM's ``nccl`` backend, packed."""
+    """vLLM's ``nccl`` backend, packed.
+
+    Each of its transfers takes two new streams of torch's 32, and torch keeps memory by stream: until all have been taken it allocates.
+    """
+
+    settling = 16
 
     def connect(self) -> None:
         from rlsync.engine import compat_transfer
