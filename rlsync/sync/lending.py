@@ -64,6 +64,14 @@ class Lender:
             )
         self._addresses = self._find()
         self._firsts = {cuda_ipc.allocation_number(address): address for address in self._addresses}
+        unmappable = [address for address in self._firsts.values() if not cuda_ipc.can_be_lent(address)]
+        if unmappable:
+            # Decided at connect, for all ranks alike: nothing else reads through a ring what was to be read where it lies.
+            name = next(name for name, t in self._buffers.items() if t.data_ptr() == unmappable[0])
+            raise PlacementError(
+                f"parameter {name} has moved into memory that other processes cannot map (expandable segments, a memory saver); "
+                "close() and connect() anew to read it through a staging ring, or set weight_sync.staging=always"
+            )
         lent = [*self._firsts.values(), *([] if self._stage is None else [self._stage.address])]
         return Loan(
             tuple(cuda_ipc.allocation_of(address, self._device) for address in lent),

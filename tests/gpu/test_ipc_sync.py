@@ -219,3 +219,22 @@ def test_memory_of_expandable_segments_goes_through_the_ring(world):
             assert state_difference(state(engine), fresh["a"]) == ()
     finally:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+@pytest.mark.gpu(1)
+def test_parameters_that_move_where_nobody_can_map_them_are_refused_and_a_new_connection_takes_the_ring(world):
+    _, engine, folders, fresh = world
+    torch.cuda.empty_cache()
+    source = CudaSource(folders["a"], "cuda:0")
+    try:
+        with connected(source, engine) as syncer:
+            assert syncer.sync(0).num_buckets == 1
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            source.move(folders["b"])
+            with pytest.raises(WeightSyncError, match=r"other processes cannot map .* connect\(\) anew"):
+                syncer.sync(1)
+        with connected(source, engine) as syncer:
+            assert syncer.sync(1).num_buckets > 1
+            assert state_difference(state(engine), fresh["b"]) == ()
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
