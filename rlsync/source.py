@@ -57,4 +57,4 @@ class MegatronSource:
                 f"{len(replaced)} parameters are other objects than at connect(), among them {replaced[0]}; "
                 "make a new source and connect again"
             )
-        gather_parameters(self._models)
+        gather_parameters(self._models, self.buffers.values())

@@ -93,9 +93,6 @@ class RayEngine:
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self._call("update_weights", timeout_s, update_info)
 
-    def reset_caches(self, timeout_s: float) -> None:
-        self._call("reset_caches", timeout_s)
-
     def resume(self, version: int | None, timeout_s: float) -> None:
         self._call("resume", timeout_s, version)
         self.version = version

@@ -152,7 +152,10 @@ class Coordinator:
             self._begin_transfer(sync, now)
 
     def _begin_transfer(self, sync: Progress, now: float) -> None:
-        """The phase of waiting for everybody ends when all actor ranks and all workers are there."""
+        """The phase of waiting for everybody ends when all actor ranks and all workers are there.
+
+        No worker hears of a bucket before, nor touches its model: workers join from engines that are paused, and so all of them are.
+        """
         if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._roster.workers())):
             self._enter("transfer", now)
 
@@ -177,7 +180,7 @@ class Coordinator:
         outcome = sync.fill(peer.identity, message.bucket, message.sums, self._roster.actors(), self._expected.num_actors)
         if isinstance(outcome, str):
             self._fail(f"{peer} {outcome}", peer)
-        elif outcome:
+        elif outcome and self.phase == "transfer":
             for identity in sync.joined:
                 self._tell_ready(identity, sync)
 
@@ -198,7 +201,7 @@ class Coordinator:
         elif message.version != sync.version:
             self._fail(f"{peer} joined version {message.version}, the actor started version {sync.version}", peer)
         else:
-            self._tell_ready(peer.identity, sync)
+            sync.joined[peer.identity] = 0
             self._begin_transfer(sync, now)
 
     def _on_done(self, peer: Member, message: m.Done, now: float) -> None:

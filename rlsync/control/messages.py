@@ -108,7 +108,7 @@ class Answered(Message):
 
     attempt: Count
     engine: Name
-    call: Literal["connect", "pause", "update", "caches", "resume"]
+    call: Literal["connect", "pause", "update", "resume"]
 
 
 class Start(Message):
@@ -135,7 +135,7 @@ class Filled(Message):
 
 
 class Joined(Message):
-    """A worker is inside its update and waits for buckets."""
+    """A worker is inside its update, its engine being paused, and waits for buckets."""
 
     attempt: Count
     version: int

@@ -10,7 +10,7 @@ from rlsync.control.messages import Loaded, Sum
 from rlsync.control.roster import Member
 
 # What actor rank 0 calls an engine's handle for in a sync, in this order.
-_CALLS = ("nothing", "pause", "update", "caches", "resume")
+_CALLS = ("nothing", "pause", "update", "resume")
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ try:  # vLLM >= 0.27: a draft model's completeness is checked after each load_we
 except ImportError:
     _partial_load = contextlib.nullcontext
 
+
+_log = logging.getLogger(__name__)
 
 # Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
 SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
@@ -212,28 +214,43 @@ async def pause(llm: Any, mode: str) -> None:
     await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
-async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str) -> None:
-    """One complete weight update of a paused engine: start, update, finish."""
+def may_cache_media(llm: Any) -> bool:
+    """Whether the engine's model takes anything but tokens; otherwise its multimodal and encoder caches are always empty."""
+    config = llm.vllm_config.model_config
+    return bool(config.is_multimodal_model or config.is_encoder_decoder or config.enable_prompt_embeds)
+
+
+async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str, reset_caches: Callable[[], Awaitable[None]]) -> None:
+    """One complete weight update of a paused engine: start, update, finish, and ``reset_caches``.
+
+    All calls are made at once. The engine's core takes them one after another in this order, whatever becomes of this coroutine and of
+    the calls before: no session stays open. What one leaves open that somebody else gave up serves for the update, and is closed by it.
+    """
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+    takes_version = "weight_version" in inspect.signature(llm.finish_weight_update).parameters  # vLLM >= 0.27
+    start, update, finish, reset = calls = [
+        asyncio.ensure_future(call)
+        for call in (
+            llm.start_weight_update(),
+            llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)),
+            llm.finish_weight_update(*([weight_version] if takes_version else [])),
+            reset_caches(),
+        )
+    ]
     try:
-        await llm.start_weight_update()
-    except Exception:
-        # A call that was given up between update and finish has left a session open. Where that is not why, the second call says it.
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(llm.finish_weight_update(), _FINISH_S)
-        await llm.start_weight_update()
-    try:
-        await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
-    except Exception:
-        # A worker that committed while another failed would refuse every later update as "already active".
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(llm.finish_weight_update(), _FINISH_S)
-        raise
-    if "weight_version" in inspect.signature(llm.finish_weight_update).parameters:  # vLLM >= 0.27
-        await llm.finish_weight_update(weight_version)
-    else:
-        await llm.finish_weight_update()
+        await update
+        await asyncio.gather(finish, reset)
+        if start.exception() is not None:
+            _log.warning("this weight update went on in one that was open: %s", start.exception())
+    except Exception as error:
+        # The next update finds a core that is through with this one.
+        await asyncio.wait(calls, timeout=_FINISH_S)
+        raise error from (start.exception() if start.done() else None)
+    finally:
+        for call in calls:
+            if not call.cancel() and not call.cancelled():
+                call.exception()  # or asyncio would log it as one that nobody has heard of
 
 
 def sampled_by(output: Any) -> tuple[str, str] | None:

@@ -157,18 +157,19 @@ class Engine:
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        self._calls.run_in_turn(lambda: compat.run_update(self._llm, update_info, str(update_info["version"])), timeout_s)
+        info, version = update_info, str(update_info["version"])
+        self._calls.run_in_turn(lambda: compat.run_update(self._llm, info, version, self._reset_caches), timeout_s)
 
     def reset_caches(self, timeout_s: float) -> None:
+        """Forget everything computed from the weights that the engine had."""
         self._calls.run(self._reset_caches(), timeout_s)
 
     async def _reset_caches(self) -> None:
         # Side by side: each is a round trip to the engine's core and its workers.
-        cleared, _, _ = await asyncio.gather(
+        cleared, *_ = await asyncio.gather(
             # Kept requests are preempted: their keys and values are computed again with the new weights.
             self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True),
-            self._llm.reset_mm_cache(),
-            self._llm.reset_encoder_cache(),
+            *((self._llm.reset_mm_cache(), self._llm.reset_encoder_cache()) if compat.may_cache_media(self._llm) else ()),
         )
         if cleared is False:
             raise RlsyncError(f"engine {self.engine_id} could not reset its prefix cache: requests hold blocks of it")

@@ -5,6 +5,7 @@ Owns what is known of the server's state. Needs no vLLM, and never touches the s
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -190,6 +191,7 @@ class HttpEngine:
             self._may_answer = True
             cause = "was resumed by somebody in the midst of a sync; what it answered since may come from weights of two versions"
             raise RlsyncError(f"{server.name} {cause}")
+        await self._reset_caches(timeout_s)
 
     async def _finish_quietly(self) -> None:
         try:
@@ -197,11 +199,11 @@ class HttpEngine:
         except (RlsyncError, TimeoutError) as error:
             _log.debug("there was no sync to finish: %s", error)
 
-    def reset_caches(self, timeout_s: float) -> None:
-        if self._run("prefix_cache", timeout_s).get("success") is False:
+    async def _reset_caches(self, timeout_s: float) -> None:
+        routes = ("prefix_cache", "mm_cache", "encoder_cache")
+        cleared, *_ = await asyncio.gather(*(self._server.ask(route, timeout_s) for route in routes))
+        if cleared.get("success") is False:
             raise RlsyncError(f"{self._server.name} could not reset its prefix cache: requests hold blocks of it")
-        self._run("mm_cache", timeout_s)
-        self._run("encoder_cache", timeout_s)
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()

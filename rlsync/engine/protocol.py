@@ -33,11 +33,10 @@ class EngineHandle(Protocol):
         ...
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        """One sync in all workers, up to and including their commit."""
-        ...
+        """One sync in all workers, up to and including their commit.
 
-    def reset_caches(self, timeout_s: float) -> None:
-        """Forget everything computed from the former weights: prefix, multimodal and encoder caches."""
+        Then everything computed from the former weights is forgotten: prefix, multimodal and encoder caches.
+        """
         ...
 
     def resume(self, version: int | None, timeout_s: float) -> None:

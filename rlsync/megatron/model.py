@@ -5,7 +5,7 @@ Must not know HF names, files or engines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,16 +109,21 @@ def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, st
             yield chunk_index, name, _global_name(name, numbers), parameter
 
 
-def gather_parameters(models: Sequence[torch.nn.Module]) -> None:
+def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[torch.Tensor] | None = None) -> None:
     """Make every parameter of this rank current. Collective over the DP group.
 
     With ``overlap_param_gather`` the optimizer leaves each rank with new values for its own shard only, and the rest
     arrives during the next forward pass; whoever reads parameters before must call this. Free otherwise.
 
+    Args:
+        parameters: of the models, from a caller who knows them and has no time to walk the modules.
+
     Raises:
         RlsyncError: the weights are in host memory (``ActorMemory.offload``).
     """
-    if any(p.data_ptr() == 0 and p.numel() for model in models for p in model.parameters()):
+    if parameters is None:
+        parameters = (p for model in models for p in model.parameters())
+    if any(p.data_ptr() == 0 and p.numel() for p in parameters):
         away = [name for _, _, name, p in iter_parameters(models) if p.data_ptr() == 0]
         raise RlsyncError(
             f"the actor's weights are offloaded ({len(away)} parameters, among them {away[0]}): onload them before they are synced, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,8 +82,9 @@ class Attempt:
             cause = "still inside the source since a failed sync; close() and connect() anew"
             self._peer.send(m.Failed(self._attempt, "begin", cause))
         else:
+            # Engines first: what this rank's own thread does then takes nothing from the time until they stand still.
+            self._call_engines()
             self._link.lane.submit(self._tasks, ("begin", None), self._begin)
-            self._for_each_engine("pause", lambda e: e.pause(self._link.config.pause_mode, self._timeout_s))
         while True:
             message = receive(self._peer, self._tasks, self._timeout_s, attempt=self._attempt, phase="transfer", version=self._version)
             if message is None:
@@ -93,7 +93,7 @@ class Attempt:
             elif isinstance(message, m.Writable):
                 self._writable, self._group = message.buckets_writable, message.group
             elif isinstance(message, m.AllCommitted):
-                self._committed = message
+                self._committed, self._marks["committed"] = message, time.monotonic()
             elif isinstance(message, m.Finished):
                 return msgspec.msgpack.decode(message.report, type=SyncReport)
             self._fill_next()
@@ -108,7 +108,9 @@ class Attempt:
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
         if outcome.error is not None:
-            phase = {"join": "begin", "fill": "transfer", "update": "transfer", "caches": "commit"}.get(kind, kind)
+            # After the commit an update has caches to forget.
+            update = "transfer" if self._committed is None else "commit"
+            phase = {"join": "begin", "fill": "transfer", "update": update}.get(kind, kind)
             engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (None, which)
             self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
         elif kind in ("begin", "join", "fill"):
@@ -137,29 +139,27 @@ class Attempt:
         else:
             self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.filler.fill(bucket, self._attempt))
 
-    def _advance(self) -> None:
-        """Rank 0: the engines' next call, when all of them have ended the one before."""
-        if "pause" not in self._pending or not self._engines or any(self._pending.values()):
-            return
-        timeout_s = self._timeout_s
+    def _call_engines(self) -> None:
+        """Rank 0: pause each engine and begin its update. Nothing is written before the workers of all engines are inside theirs."""
+        mode, timeout_s = self._link.config.pause_mode, self._timeout_s
         info = {"version": self._version, "attempt": self._attempt}
-        # The workers and the coordinator keep the deadlines of the phases inside an update.
-        if "update" not in self._pending:
-            self._for_each_engine("update", lambda e: e.update_weights(info, 3 * (timeout_s + GRACE_S)))
-        elif self._committed is None:
+        self._pending = {kind: {engine.engine_id for engine in self._engines} for kind in ("pause", "update")}
+        for engine in self._engines:
+            # The workers and the coordinator keep the deadlines of the phases inside an update.
+            update = partial(engine.update_weights, info, 3 * (timeout_s + GRACE_S))
+            self._tasks.spawn(("pause", engine.engine_id), partial(engine.pause, mode, timeout_s), (("update", engine.engine_id), update))
+
+    def _advance(self) -> None:
+        """Rank 0: what follows when every worker has committed and every engine has ended the call before."""
+        if self._committed is None or not self._engines or any(self._pending.values()):
             return
-        elif "caches" not in self._pending:
-            self._for_each_engine("caches", lambda e: e.reset_caches(timeout_s))
-        elif "resume" not in self._pending:
-            self._for_each_engine("resume", lambda e: e.resume(self._version, timeout_s))
+        if "resume" not in self._pending:
+            self._pending["resume"] = {engine.engine_id for engine in self._engines}
+            for engine in self._engines:
+                self._tasks.spawn(("resume", engine.engine_id), partial(engine.resume, self._version, self._timeout_s))
         elif "finish" not in self._pending:
             self._pending["finish"] = set()
             self._peer.send(m.Finish(self._attempt, msgspec.msgpack.encode(self._report())))
-
-    def _for_each_engine(self, kind: str, call: Callable[[EngineHandle], None]) -> None:
-        self._pending[kind] = {engine.engine_id for engine in self._engines}
-        for engine in self._engines:
-            self._tasks.spawn((kind, engine.engine_id), partial(call, engine))
 
     def _report(self) -> SyncReport:
         assert self._committed is not None and self._link.blueprint is not None
@@ -178,14 +178,14 @@ class Attempt:
             pause_s=at["pause"] - at["start"],
             begin_s=self._seconds["begin"],
             fill_s=self._seconds["fill"],
-            transfer_s=at["update"] - at["pause"],
+            transfer_s=at["committed"] - at["pause"],
             wait_s=max(t.wait_s for t in times),
             pull_s=max(t.pull_s for t in times),
             verify_s=max(t.verify_s for t in times),
             finalize_s=max(t.finalize_s for t in times),
             extra_bytes=max(t.extra_bytes for t in times),
-            commit_s=at["caches"] - at["update"],
-            resume_s=at["resume"] - at["caches"],
+            commit_s=max(0.0, at["update"] - at["committed"]),
+            resume_s=at["resume"] - max(at["update"], at["committed"]),
             engine_s=self._engine_s,
             link_gb_per_s=self._link.link_gb_per_s,
             engines_dirty=len(self._link.health.dirty),

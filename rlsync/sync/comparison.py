@@ -39,10 +39,8 @@ class _Compared:
         self._engine.pause(mode, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        # Caches are of the weights that the engine still has.
         self._engine.init_weight_transfer({**self._info, "attempt": update_info["attempt"]}, timeout_s)
-
-    def reset_caches(self, timeout_s: float) -> None:
-        """They are of the weights that the engine still has."""
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         self._engine.resume(self._engine.version, timeout_s)

@@ -24,12 +24,12 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
         fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
-        transfer_s: from the first engine's update to the last worker's commit.
+        transfer_s: from then to the last worker's commit.
         wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, taking them in, checksums,
             and what is left to do after the last.
-        commit_s: resetting caches. resume_s: letting requests in again.
+        commit_s: from then until every engine has ended its update and reset its caches. resume_s: letting requests in again.
         extra_bytes: most memory that a worker took for the sync beside the ring.
-        engine_s: seconds of the update, by engine id.
+        engine_s: seconds of the update, caches included, by engine id.
         link_gb_per_s: 10^9 bytes per second that the link was measured to carry at connect, or None where nobody measured it.
         engines_dirty: engines of this connection that are dirty now. failures: syncs that did not commit, by phase, since the
             syncer was made. See ``rlsync.sync.health.SyncHealth``.

@@ -273,6 +273,7 @@ class WeightSyncer:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # It arose on this rank alone; the others are told instead of left to their deadline.
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
+            self._tasks.end()
             # What has not begun would be one collective too many on this rank: others may have failed before theirs.
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)
             self._carriers.abandon()

@@ -45,19 +45,28 @@ class Tasks:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._ended = False
 
     def __del__(self) -> None:
         # Not before the last thread that may write to it is gone: the number could be another file's by then.
         os.close(self.fd)
 
-    def spawn(self, key: Any, call: Callable[[], Any]) -> threading.Thread:
-        """Run a call in a thread of its own."""
-        thread = threading.Thread(target=self.run, args=(key, call), name=f"rlsync-{key}", daemon=True)
+    def spawn(self, key: Any, call: Callable[[], Any], *then: tuple[Any, Callable[[], Any]]) -> threading.Thread:
+        """Run a call in a thread of its own, and ``then`` others, each as soon as the one before has returned."""
+        thread = threading.Thread(target=self._run_all, args=([(key, call), *then],), name=f"rlsync-{key}", daemon=True)
         thread.start()
         return thread
 
-    def run(self, key: Any, call: Callable[[], Any]) -> None:
-        """Run a call in this thread; its outcome is put with the others."""
+    def end(self) -> None:
+        """Begin none of the calls that wait for another one to return."""
+        self._ended = True
+
+    def _run_all(self, steps: list[tuple[Any, Callable[[], Any]]]) -> None:
+        while self.run(*steps.pop(0)) and steps and not self._ended:
+            pass
+
+    def run(self, key: Any, call: Callable[[], Any]) -> bool:
+        """Run a call in this thread; its outcome is put with the others. Whether it has returned."""
         started_s, result, error = time.monotonic(), None, None
         try:
             result = call()
@@ -66,8 +75,10 @@ class Tasks:
             error = caught
         self._outcomes.put(Outcome(key, result, error, time.monotonic() - started_s))
         os.eventfd_write(self.fd, 1)
+        returned = error is None
         # The traceback of an error refers to this frame: what it names would live until the next collection of cycles.
         del self, key, call, result, error
+        return returned
 
     def finished(self) -> list[Outcome]:
         """Outcomes since the last call, oldest first; never blocks."""

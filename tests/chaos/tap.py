@@ -58,11 +58,11 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
         Moment("commit", "sent", "Commit"), Moment("commit", "sent", "Commit", ordinal=1), Moment("commit", "received", "Committed"),
     ),
     "resume": (
-        Moment("resume", "sent", "AllCommitted"), Moment("resume", "called", "reset_caches"), Moment("resume", "called", "resume"),
+        Moment("resume", "sent", "AllCommitted"), Moment("resume", "called", "resume"),
         Moment("resume", "called", "resume", ordinal=1), Moment("resume", "sent", "Finished"),
     ),
 }  # fmt: skip
-_CALLS = ("pause", "reset_caches", "resume")
+_CALLS = ("pause", "resume")
 
 
 @dataclass

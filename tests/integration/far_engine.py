@@ -55,9 +55,6 @@ class FarEngine:
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self.call("update_weights", update_info, timeout_s)
 
-    def reset_caches(self, timeout_s: float) -> None:
-        self.call("reset_caches", timeout_s)
-
     def resume(self, version: int, timeout_s: float) -> None:
         self.call("resume", version, timeout_s)
 

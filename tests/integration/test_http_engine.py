@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +135,12 @@ def test_the_prefix_cache_does_not_survive_a_commit(
             ((before,),) = engine.generate([LONG_PROMPT], GREEDY)
             assert same(before, greedy(folders["a"], LONG_PROMPT, 12))
         if not is_reset:
-            monkeypatch.setattr(engine, "reset_caches", lambda timeout_s: None)
+            monkeypatch.setattr(engine, "_reset_caches", partial(asyncio.sleep, 0))
         source.take(read_folder(folders["b"]))
         syncer.sync(2)
         ((after,),) = engine.generate([LONG_PROMPT], GREEDY)
     assert same(after, greedy(folders["b"], LONG_PROMPT, 12)) == is_reset
-    engine.reset_caches(10)
+    engine._calls.run(HttpEngine._reset_caches(engine, 10), 10)
 
 
 def test_requests_in_flight_are_aborted_with_the_tokens_they_have(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,7 @@ def test_keep_goes_on_with_the_new_weights_as_if_they_had_read_the_tokens_so_far
     """With the negative control: where caches are not reset, kept requests go on from keys and values of the former weights."""
     made = rollout(pause_mode="keep")
     if not is_reset:
-        monkeypatch.setattr(engine, "reset_caches", lambda timeout_s: None)
+        monkeypatch.setattr(engine, "_reset_caches", partial(asyncio.sleep, 0))
     completions, report = made.through_a_sync()
     assert versions(completions) == [(1, 2)] * NUM_RUNNING + [(2, 2)] * (len(PROMPTS) - NUM_RUNNING)
     assert {len(c.token_ids) for c in completions} == {NUM_TOKENS}
@@ -194,7 +195,7 @@ def test_the_prefix_cache_survives_no_commit(
         ((before,),) = engine.generate([LONG_PROMPT], SHORT)
         assert same(before, greedy(a.text, LONG_PROMPT, 8))
     if not is_reset:
-        monkeypatch.setattr(engine, "reset_caches", lambda timeout_s: None)
+        monkeypatch.setattr(engine, "_reset_caches", partial(asyncio.sleep, 0))
     made.syncer.sync(2)
     ((after,),) = engine.generate([LONG_PROMPT], SHORT)
     assert same(after, greedy(b.text, LONG_PROMPT, 8)) == is_reset
@@ -245,7 +246,7 @@ def test_without_a_reset_the_encoder_cache_would_survive(
     made = rollout(pause_mode="abort")
     hear(engine, "n-1")
     reset = partial(engine._llm.reset_prefix_cache, reset_running_requests=True)
-    monkeypatch.setattr(engine, "reset_caches", lambda timeout_s: engine._calls.run(reset(), timeout_s))
+    monkeypatch.setattr(engine, "_reset_caches", reset)
     made.syncer.sync(2)
     assert not same(hear(engine, "n-1"), hear(engine, "n-2"))
 

@@ -180,9 +180,6 @@ class ThreadEngine:
             inlet.abandon()
             raise
 
-    def reset_caches(self, timeout_s: float) -> None:
-        self.calls.append("reset_caches")
-
     def resume(self, version: int, timeout_s: float) -> None:
         self.calls.append(f"resume {version}")
         self.dirty = ""
@@ -308,7 +305,33 @@ def test_every_worker_of_every_engine_gets_what_all_ranks_filled(actors: Actors,
         assert metrics["sync/version"] == version
         assert metrics["sync/gb_per_s"] > 0
         assert set(report.engine_s) == {"e0", "e1"}
-    assert engines[0].calls[:4] == ["pause abort", "update 1", "reset_caches", "resume 1"]
+    assert engines[0].calls[:4] == ["pause abort", "update 1", "resume 1", "pause abort"]
+
+
+def test_nothing_is_written_before_every_engine_is_paused(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(1)
+    paused, begun, pause = threading.Event(), threading.Event(), engines[1].pause
+
+    def pause_late(mode: str, timeout_s: float) -> None:
+        assert paused.wait(10)
+        pause(mode, timeout_s)
+
+    update = engines[0].update_weights
+
+    def update_weights(update_info: dict[str, Any], timeout_s: float) -> None:
+        begun.set()
+        update(update_info, timeout_s)
+
+    engines[1].pause, engines[0].update_weights = pause_late, update_weights  # type: ignore[method-assign]
+    syncing = threading.Thread(target=lambda: actors.sync(2))
+    syncing.start()
+    # The other engine is inside its update, and buckets are filled.
+    assert begun.wait(10)
+    time.sleep(0.3)
+    assert holds(engines[0], 1) and holds(engines[1], 1)
+    paused.set()
+    syncing.join(10)
+    assert holds(engines[0], 2) and holds(engines[1], 2)
 
 
 def test_one_slot_and_many_slots_carry_the_same_bytes(engines: list[ThreadEngine]) -> None:

@@ -104,7 +104,21 @@ def test_actor_ranks_are_connected_when_the_engines_have_answered_and_not_before
     assert "engine e0, whose workers are connected and whose core does not say so" in run.error().cause
 
 
-@pytest.mark.parametrize("call", ["pause", "update", "caches"])
+def test_no_worker_hears_of_a_bucket_before_all_have_joined_from_engines_that_are_paused() -> None:
+    run = Run()
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Start(1, 1))
+    run.tell("w0", m.Joined(1, 1))
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Filled(1, 0, 8, (m.Sum(0, 0, 7),)))
+    assert (run.last("w0"), run.coordinator.phase) == (m.Connected(), "begin")
+    run.tell("w1", m.Joined(1, 1))
+    heard = run.last("w0")
+    assert isinstance(heard, m.Ready)
+    assert (heard.buckets_ready, len(heard.sums), run.coordinator.phase) == (1, 2, "transfer")
+
+
+@pytest.mark.parametrize("call", ["pause", "update"])
 def test_an_engine_that_does_not_go_on_after_the_commit_is_named(call: str) -> None:
     run = Run()
     run.begin()

@@ -102,3 +102,21 @@ def test_a_lane_begins_nothing_that_was_forgotten_and_goes_on_with_the_next() ->
     assert ran == ["next"]
     assert [outcome.key for outcome in former.finished()] == ["running"]
     lane.stop()
+
+
+def test_calls_that_follow_each_other_end_with_the_first_that_fails_and_with_their_tasks() -> None:
+    for failing, ended, wanted in ((None, False, [0, 1, 2]), (1, False, [0, 1]), (None, True, [0])):
+        tasks, seen = Tasks(), list[int]()
+
+        def call(number: int, tasks: Tasks = tasks, seen: list[int] = seen, failing: int | None = failing, ended: bool = ended) -> None:
+            seen.append(number)
+            if ended:
+                tasks.end()
+            if number == failing:
+                raise RuntimeError
+
+        steps = [(number, partial(call, number)) for number in range(3)]
+        tasks.spawn(*steps[0], *steps[1:]).join(5)
+        outcomes = tasks.finished()
+        assert seen == [outcome.key for outcome in outcomes] == wanted
+        assert [outcome.error is None for outcome in outcomes] == [number != failing for number in wanted]
