@@ -106,8 +106,8 @@ def build_plan(
     Args:
         tensors: every HF tensor that may occur, in the order in which buckets carry them.
         sources, destinations: holders. A tensor that no destination wants is not copied.
-        bucket_bytes: most bytes that a bucket moves to all destinations together, in their dtypes; a tensor with more has a
-            bucket to itself. None: one bucket.
+        bucket_bytes: most bytes of a bucket that one destination takes or one source gives, so that the number of buckets does not
+            grow with that of the holders; a tensor with more has a bucket to itself. None: one bucket.
         allow_cast: floating-point dtypes of source and destination may differ.
 
     Raises PlacementError with all findings at once.
@@ -121,12 +121,20 @@ def build_plan(
     findings += _dtype_findings(copies, givers, takers, allow_cast)
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
-    moved = {
-        name: sum(c.size * DTYPE_BYTES[takers.dtypes[c.destination][c.destination_buffer]] for c in row) for name, row in copies.items()
-    }
-    groups = cut_buckets(tensors, bucket_bytes, moved)
+    groups = cut_buckets(tensors, bucket_bytes, {name: share_bytes(row, takers.dtypes) for name, row in copies.items()})
     buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
     return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
+
+
+def share_bytes(copies: Iterable[Copy], dtypes: Sequence[Mapping[str, str]]) -> int:
+    """Most bytes of these copies that one destination takes or one source gives; ``dtypes``: of each destination's buffers."""
+    taken: dict[int, int] = defaultdict(int)
+    given: dict[int, int] = defaultdict(int)
+    for copy in copies:
+        nbytes = copy.size * DTYPE_BYTES[dtypes[copy.destination][copy.destination_buffer]]
+        taken[copy.destination] += nbytes
+        given[copy.source] += nbytes
+    return max((*taken.values(), *given.values()), default=0)
 
 
 def cut_buckets(

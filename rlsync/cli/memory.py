@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from rlsync.geometry import DTYPE_BYTES
-from rlsync.plan import Bucket, Copy, Plan, cut_buckets
+from rlsync.plan import Bucket, Copy, Plan, cut_buckets, share_bytes
 from rlsync.staging import SEGMENT_ALIGNMENT, Part, Region, cut
 
 
@@ -131,10 +131,8 @@ def _as_cut(plan: Plan, bucket_bytes: int) -> Plan:
     if len(plan.buckets) > 1:
         return plan
     copies: dict[str, list[Copy]] = defaultdict(list)
-    moved: dict[str, int] = defaultdict(int)
-    items = [{b.name: DTYPE_BYTES[b.dtype] for b in p.buffers} for p in plan.destinations]
     for copy in plan.buckets[0].copies:
         copies[copy.tensor].append(copy)
-        moved[copy.tensor] += copy.size * items[copy.destination][copy.destination_buffer]
-    groups = cut_buckets(plan.buckets[0].tensors, bucket_bytes, moved)
+    dtypes = [{b.name: b.dtype for b in p.buffers} for p in plan.destinations]
+    groups = cut_buckets(plan.buckets[0].tensors, bucket_bytes, {name: share_bytes(row, dtypes) for name, row in copies.items()})
     return replace(plan, buckets=tuple(Bucket(group, tuple(c for t in group for c in copies[t.name])) for group in groups))

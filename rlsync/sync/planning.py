@@ -211,12 +211,14 @@ def _bucket_bytes(survey: Surveyed, streams: Sequence[Placement], config: SyncCo
     """
     if all(r.sink not in ("layerwise", "loaders") for r in survey.records):
         return config.bucket_bytes
-    moved: dict[str, int] = defaultdict(int)
+    largest = config.bucket_bytes
     for placement in streams:
         item_bytes = {b.name: DTYPE_BYTES[b.dtype] for b in placement.buffers}
+        taken: dict[str, int] = defaultdict(int)
         for piece in placement.pieces:
-            moved[piece.tensor] += piece.box.size * item_bytes[piece.buffer]
-    return max(config.bucket_bytes, *moved.values())
+            taken[piece.tensor] += piece.box.size * item_bytes[piece.buffer]
+        largest = max(largest, *taken.values())
+    return largest
 
 
 def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:

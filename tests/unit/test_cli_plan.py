@@ -102,7 +102,7 @@ def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engin
 LAYOUTS = pytest.mark.parametrize(
     ("axes", "tp_size", "num_engines"), [({"tp_size": 2, "pp_size": 2}, 4, 1), ({"tp_size": 2, "dp_size": 2}, 2, 2), ({}, 1, 3)]
 )
-BUCKET_BYTES = 50_000
+BUCKET_BYTES = 25_000
 
 
 def drawn_up(

@@ -20,7 +20,7 @@ from rlsync.transport.gloo import GlooWire
 from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
 
 TIMEOUT_S = 6.0
-STEP_BYTES = 200
+BUCKET_BYTES = 400
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def engine() -> ThreadEngine:
 
 @pytest.fixture
 def actors(engine: ThreadEngine) -> Iterator[Actors]:
-    made = Actors([engine], timeout_s=TIMEOUT_S, verify="full", transport="nccl", bucket_bytes=STEP_BYTES)
+    made = Actors([engine], timeout_s=TIMEOUT_S, verify="full", transport="nccl", bucket_bytes=BUCKET_BYTES)
     made.connect()
     yield made
     made.close()
@@ -58,13 +58,13 @@ def test_weights_land_where_they_belong_in_one_bucket_of_many_steps(actors: Acto
     share = engine._shares[0]
     assert share.group is not None
     # Each worker takes all of both halves, and each actor rank gives its half twice.
-    assert share.group.num_steps == -(-4 * sum(SIZES) // STEP_BYTES) == 3
+    assert share.group.num_steps == -(-4 * sum(SIZES) // (BUCKET_BYTES // 2)) == 3
 
 
 def test_auto_takes_it_for_gpus_apart_and_gloo_where_one_worker_has_none(engine: ThreadEngine) -> None:
     for gpu, transport in (("GPU-far-1", "nccl"), (None, "gloo")):
         engine.gpus[1] = gpu
-        actors = Actors([engine], timeout_s=TIMEOUT_S, bucket_bytes=STEP_BYTES)
+        actors = Actors([engine], timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES)
         actors.connect()
         assert actors.sync(1).transport == transport
         assert holds(engine, 1)

@@ -58,7 +58,7 @@ def test_workers_of_the_actors_host_read_the_replica_on_their_own_gpu_in_place_a
 
 
 def test_what_is_read_in_place_waits_for_no_slot():
-    made = blueprint(("a0", "a1"), ("a2", "a3"), sink="layerwise")
+    made = blueprint(("a0", "a1"), ("a2", "a3"), sink="layerwise", bucket_bytes=NBYTES // 8)
     actors, workers = made.shares(2, 2, "off", ring=None, group=None)
     assert len(made.parts) > 2, "a layer at a time has memory"
     assert {share.num_slots for share in (*actors, *workers)} == {len(made.parts)}
