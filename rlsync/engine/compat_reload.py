@@ -53,8 +53,8 @@ def loading_device(model: torch.nn.Module) -> torch.device:
 def loads_in_place(layer: torch.nn.Module, attribute: str) -> bool:
     """Whether loaders take the live tensor for what they take the one in checkpoint layout for: same class, attributes and loader.
 
-    Post-processing may have put a plain parameter in the place of the one that knew how it is loaded. The tensors' layout is not
-    compared.
+    Post-processing may have put a plain parameter in the place of the one that knew how it is loaded. What a compiler or a load has
+    noted on the live one beside that does not matter; neither does the tensors' layout.
     """
     live, wanted = compat_layers.live_tensors(layer).get(attribute), compat_layers.checkpoint_layout(layer).get(attribute)
     if live is None or wanted is None or type(live) is not type(wanted):
@@ -62,7 +62,7 @@ def loads_in_place(layer: torch.nn.Module, attribute: str) -> bool:
     if _function(layerwise._get_original_loader(live)) is not _function(layerwise._get_original_loader(wanted)):
         return False
     mine, theirs = ({n: v for n, v in vars(t).items() if n not in _LOADER_NAMES} for t in (live, wanted))
-    return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+    return mine.keys() >= theirs.keys() and all(_same(mine[name], value) for name, value in theirs.items())
 
 
 def _function(loader: Callable[..., Any]) -> Any:

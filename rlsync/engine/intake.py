@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.geometry import TensorSpec
 from rlsync.placement.vllm import placement_of, tensors_as_read
 from rlsync.staging import Segment
+
+_log = logging.getLogger(__name__)
 
 Buckets = tuple[tuple[Segment, ...], ...]
 
@@ -78,6 +81,7 @@ def _by_loaders(
 
     def make_sink(buckets: Buckets) -> LoadersSink:
         layers = not_in_place(model, [b.name for b in recording.buffers], computed, recording.aliases)
+        _log.info("%s: loaders write its layers where they live, but for %d that vLLM rebuilds", holder, len(layers))
         return LoadersSink(model, model_config, buckets, taken, layers, compat_reload.loading_device(model))
 
     placement = tensors_as_read(holder, list(taken.values()), recording.writes, recording.computed_names)

@@ -1,0 +1,27 @@
+"""How a plan's buckets depend on how workers take them in."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlsync.control.messages import Recorded, Surveyed
+from rlsync.geometry import TensorSpec
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.sync.config import SyncConfig
+from rlsync.sync.planning import draw_up
+from tests.unit.test_planning_ipc import TENSORS, actor, worker
+
+
+@pytest.mark.parametrize(("sink", "num_buckets"), [("direct+layerwise", 8), ("layerwise", 3), ("loaders", 3)])
+def test_buckets_of_workers_that_take_nothing_directly_are_as_large_as_the_largest_tensor(sink: str, num_buckets: int) -> None:
+    """One tensor is four times as large as each of the others, and of these each is a whole bucket as it is asked for."""
+    tensors = [TensorSpec("large", "bfloat16", (256, 32)), *TENSORS[:7]]
+    survey = Surveyed(
+        tuple(actor(rank, f"a{rank}", "lendable") for rank in range(2)),
+        tuple(worker(number, f"a{number}") for number in range(2)),
+        tuple(Recorded(whole_tensors(f"worker {number}", tensors), sink) for number in range(2)),
+    )
+    replicas = [whole_tensors(f"actor {rank}", tensors) for rank in range(2)]
+    made = draw_up(tensors, replicas, survey, SyncConfig(bucket_bytes=TENSORS[0].nbytes))
+    assert len(made.parts) == num_buckets
+    assert max(part.nbytes for row in made.parts for part in row) == tensors[0].nbytes
