@@ -47,7 +47,8 @@ def finish_reload(model: torch.nn.Module, layers: Sequence[torch.nn.Module], mod
 
 def loading_device(model: torch.nn.Module) -> torch.device:
     """Where tensors of the model were made when it was loaded."""
-    return layerwise.get_layerwise_info(model).restore_device
+    known = (layerwise.LAYERWISE_INFO[layer] for layer in model.modules() if layer in layerwise.LAYERWISE_INFO)
+    return next(info.restore_device for info in known if any(info.restore_metadata))
 
 
 def loads_in_place(layer: torch.nn.Module, attribute: str) -> bool:

@@ -59,7 +59,30 @@ def check_placement(packed: Worker, plain: Worker) -> dict[str, Any]:
     described = {name for buffer in recording.buffers for name in (buffer.name, *recording.aliases[buffer.name])}
     absent = {name for name in held if name not in described and name.rsplit(".", 1)[1] not in NEVER_LOADED}
     assert not absent, absent
-    return {"read": recording.read_names, "unused": recording.unused_names, "digest": digest(recording)}
+    return {
+        "read": recording.read_names, "unused": recording.unused_names, "digest": digest(recording),
+        "gaping": check_gaps(recording, packed.specs, plain),
+    }  # fmt: skip
+
+
+def check_gaps(recording: Recording, specs: list[TensorSpec], plain: Worker) -> list[str]:
+    """Loaders that are given nothing but what they were seen to read leave the same. Returns which tensors that was not all of."""
+    names = set(recording.read_names)
+    placement = tensors_as_read("worker", [s for s in specs if s.name in names], recording.writes, recording.computed_names)
+    given = {b.name: torch.full_like(plain.tensors[b.name], torch.nan) for b in placement.buffers}
+    for piece in placement.pieces:
+        box = tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop, strict=True))
+        given[piece.tensor][box] = plain.tensors[piece.tensor][box]
+    held = plain.held()
+    written = {b.name: held[b.name] for b in recording.buffers}
+    wanted = {name: tensor.clone() for name, tensor in written.items()}
+    with torch.no_grad():
+        for tensor in written.values():
+            tensor.fill_(torch.nan)
+    with compat.config_scope(plain.config):
+        compat.load_weights(plain.model, iter(given.items()))
+    assert differing(written, wanted) == []
+    return [b.name for b in placement.buffers if b.has_gaps]
 
 
 def digest(recording: Recording) -> str:

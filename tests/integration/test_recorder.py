@@ -60,8 +60,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reports]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", ["one", "two"])
 def test_a_recorded_placement_gives_what_vllms_loaders_give(reports: Reports, ranks: str, model: str) -> None:
+    """And loaders that are given nothing but what they were seen to read leave the same."""
     for found in reports.found(ranks, f"placement {model}"):
         assert not found["unused"]
+        assert bool(found["gaping"]) == (ranks == "two")
+        if ranks == "two":
+            assert {"model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"} <= set(found["gaping"])
+            assert "model.norm.weight" not in found["gaping"]
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3"])
