@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.inspection import inspect_engines
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
+from tests.ranks import run_ranks
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -62,3 +64,16 @@ def test_a_synced_engine_holds_what_a_fresh_one_holds(tmp_path: Path, case: str,
     finally:
         for engine in engines.values():
             engine.close()
+
+
+@pytest.mark.gpu(1)
+def test_loaders_write_plain_layers_where_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sync by loaders would rebuild every layer, which is right and takes five times as long."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    folders = {case: str(save_case(tmp_path / case, case, "a")) for case in ("qwen2-bfloat16", "qwen3-bfloat16", "moe-bfloat16")}
+    report = tmp_path / "report.json"
+    run_ranks(1, "tests.gpu.rebuilt_layers", "run", timeout_s=200, folders=folders, report=str(report))
+    found = json.loads(report.read_text())
+    print(found)
+    assert found["qwen2-bfloat16"] == found["qwen3-bfloat16"] == []
+    assert all("experts" in path for path in found["moe-bfloat16"])

@@ -1,0 +1,30 @@
+"""What a child process of the sink tests does: says which layers of engines in it loaders do not write where they live."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vllm import LLM
+
+from rlsync.engine import compat
+from rlsync.engine.recorder import record
+from rlsync.engine.sinks.choice import not_in_place
+from rlsync.geometry import TensorSpec
+from tests.integration.engine_source import read_folder
+
+
+def run(folders: dict[str, str], report: str) -> None:
+    """Paths of layers by case, as JSON in ``report``."""
+    Path(report).write_text(json.dumps({case: rebuilt(Path(folder)) for case, folder in folders.items()}))
+
+
+def rebuilt(folder: Path) -> list[str]:
+    options = {"max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "enforce_eager": True}
+    llm = LLM(str(folder), dtype="bfloat16", gpu_memory_utilization=0.2, disable_log_stats=True, **options)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    specs = [TensorSpec(n, "bfloat16", tuple(t.shape)) for n, t in read_folder(folder).items()]
+    with compat.config_scope(runner.vllm_config):
+        recording = record(runner.model, specs)
+    layers = {id(layer) for layer in not_in_place(runner.model, [b.name for b in recording.buffers], (), recording.aliases)}
+    return [path for path, layer in runner.model.named_modules() if id(layer) in layers]
