@@ -31,8 +31,8 @@ def give(engine: Engine, folder: Path, sink: str, version: int) -> SyncReport:
         FolderSource(read_folder(folder)), [engine], SyncConfig(bucket_bytes=100_000, sink=sink, verify="full", timeout_s=60)
     ) as syncer:
         syncer.connect()
-        syncer.sync(version)
-        return syncer.sync(version + 1)
+        # What follows the last bucket is left out from the third on, where it is the same for any weights.
+        return [syncer.sync(version + number) for number in range(4)][-1]
 
 
 def state(engine: Engine) -> dict[str, str]:
