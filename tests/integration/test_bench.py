@@ -25,7 +25,21 @@ SIDES = ["--model", "tiny", "--actor", "tp=2", "--rollout", "tp=1"]
 
 def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
-    words = [*SIDES, "--rollout", "tp=2", "--sink", "auto,loaders", "--steps", "3", "--warmup", "1", "--deadline-s", "230"]
+    words = [
+        *SIDES,
+        "--rollout",
+        "tp=2",
+        "--sink",
+        "auto,loaders",
+        "--mode",
+        "params,moved",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--deadline-s",
+        "230",
+    ]
     words += ["--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "rlsync.cli", "bench", *words], env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path}, capture_output=True,
@@ -33,14 +47,15 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((tmp_path / "bench.json").read_text())
-    ours, loaders, peer = found["cases"]
+    ours, moved, loaders, loaders_moved, peer = found["cases"]
+    names = ["auto params", "auto moved", "loaders params", "loaders moved"]
     assert [(case["name"], case["kind"], case["right"]) for case in found["cases"]] == [
-        ("auto", "rlsync", True), ("loaders", "rlsync", True), ("gather-broadcast", "peer", True),
+        *((name, "rlsync", True) for name in names), ("gather-broadcast", "peer", True),
     ]  # fmt: skip
     assert loaders["report"]["sinks"] == ["loaders"]
     held = [worker["held_bytes"] for worker in found["workers"]]
     assert held == [worker["same_bytes"] for worker in found["workers"]]
-    for case in (ours, loaders):
+    for case in (ours, moved, loaders, loaders_moved):
         # Loaders are given tensors of their whole shape, and of these what they read.
         assert case["report"]["bytes"] == sum(held) == found["bytes_to_receive"]
         assert list(case["report"]["redundancy"].values()) == [1.0, 1.0]
@@ -53,7 +68,7 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
             assert sum(step.get(phase, 0.0) for phase in ("pause", "gather", "data", "commit", "resume")) <= step["whole"]
         assert sorted(step["whole"] for step in case["steps"])[1] == case["median"]["whole"]
     row = found["comparisons"][0]
-    assert (row["case"], row["peer"]) == ("auto", "gather-broadcast")
+    assert (row["case"], row["peer"]) == ("auto params", "gather-broadcast")
     assert row["whole"] == pytest.approx(peer["median"]["whole"] / ours["median"]["whole"])
     assert "gather-broadcast" in done.stdout
     assert "redundancy" in done.stdout

@@ -15,6 +15,7 @@ from rlsync.bridge import AutoBridge
 from rlsync.cli.bench.spec import Spec
 from rlsync.engine.peer_worker import Row, allocated_bytes, views
 from rlsync.megatron.model import DdpOptions, iter_parameters
+from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.parallel import compute_device, initialize_parallel
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.plan import build_plan
@@ -52,6 +53,7 @@ class Actor:
         ddp = DdpOptions(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
         self._models = bridge.get_model(ddp=ddp, bf16=True)
         self.source = MegatronSource(bridge, self._models)
+        self._memory = ActorMemory(self._models)
         self.turned = False
         self._gather: Exchange | None = None
         self._plan = build_plan(
@@ -67,6 +69,12 @@ class Actor:
             for *_, parameter in iter_parameters(self._models):
                 parameter.data.neg_()
         self.turned = not self.turned
+        self.settle()
+
+    def move(self) -> None:
+        """The same weights in other memory, as after a step for which they were offloaded."""
+        self._memory.offload("weights")
+        self._memory.onload("weights")
         self.settle()
 
     def settle(self) -> None:

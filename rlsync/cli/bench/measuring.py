@@ -41,6 +41,7 @@ class Bench:
         """rlsync. What it refuses or fails at is in ``error``, on all ranks alike."""
         found = Measured(name=case.name, kind="rlsync", settings=case.settings)
         actor = self._actor
+        actor.source.stays = not case.moves
         syncer = WeightSyncer(
             actor.source,
             self._fleet.engines,
@@ -56,6 +57,8 @@ class Bench:
                 found.connect_s = time.monotonic() - found.begin_s
 
                 def step(number: int) -> Step:
+                    if case.moves:
+                        actor.move()
                     report = syncer.sync(1 + number)
                     found.report = msgspec.to_builtins(report)
                     return _phases(report, case.settings)

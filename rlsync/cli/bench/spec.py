@@ -20,8 +20,9 @@ from rlsync.topology import Topology
 AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
 ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 PLACEMENTS = ("collocated", "disaggregated")
-# What the words of --mode are as weight_sync.staging.
-MODES = {"params": "auto", "ring": "always"}
+# What the words of --mode are as weight_sync.staging. MOVED: the actor's weights are away between syncs, and then in other memory.
+MOVED = "moved"
+MODES = {"params": "auto", "ring": "always", MOVED: "auto"}
 
 
 # Where a bench can be, for those who sync in other ways. ``beside`` is collocated GPUs of which one has an engine and no actor rank.
@@ -51,10 +52,11 @@ _SCENES_IN_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way of rlsync: fields of SyncConfig."""
+    """One way of rlsync: fields of SyncConfig, and whether weights are offloaded and onloaded before every sync."""
 
     name: str
     settings: dict[str, Any]
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def cases(options: Mapping[str, str | None], common: Mapping[str, Any]) -> tuple
         chosen = dict(zip(lists, values, strict=True))
         settings: dict[str, Any] = {keys[name]: MODES.get(value, value) if name == "mode" else value for name, value in chosen.items()}
         SyncConfig(**settings, **common)
-        made.append(Case(" ".join(chosen.values()) or "auto", {**settings, **common}))
+        made.append(Case(" ".join(chosen.values()) or "auto", {**settings, **common}, chosen.get("mode") == MOVED))
     return tuple(made)
 
 
