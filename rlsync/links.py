@@ -62,9 +62,6 @@ def traffic(plan: Plan) -> Traffic:
 
 
 def num_steps(moved: Traffic, bucket_bytes: int) -> int:
-    """So many that nobody gives or takes more than half of ``bucket_bytes`` in one of them.
-
-    Half, so that two slots take the memory of one bucket, and packing and unpacking begin and end sooner.
-    """
+    """So many that nobody gives or takes more than ``bucket_bytes`` in one of them."""
     most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
-    return max(1, -(-2 * most // bucket_bytes))
+    return max(1, -(-most // bucket_bytes))

@@ -20,7 +20,7 @@ from rlsync.transport.gloo import GlooWire
 from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
 
 TIMEOUT_S = 6.0
-BUCKET_BYTES = 400
+BUCKET_BYTES = 200
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_weights_land_where_they_belong_in_one_bucket_of_many_steps(actors: Acto
     share = engine._shares[0]
     assert share.group is not None
     # Each worker takes all of both halves, and each actor rank gives its half twice.
-    assert share.group.num_steps == -(-4 * sum(SIZES) // (BUCKET_BYTES // 2)) == 3
+    assert share.group.num_steps == -(-4 * sum(SIZES) // BUCKET_BYTES) == 3
 
 
 def test_auto_takes_it_for_gpus_apart_and_gloo_where_one_worker_has_none(engine: ThreadEngine) -> None:
