@@ -48,6 +48,7 @@ class PeerWorker:
 
     bench_group: Any = None
     bench_own: Any = None
+    weight_transfer_engine: Any
     device: Any
     rank: int
     model_runner: Any
@@ -116,6 +117,10 @@ class PeerWorker:
         self.bench_own = former if backend is not None else None
 
     # What it holds and used.
+
+    def bench_let_go(self) -> None:
+        """Leave the connection of the case before, so that its memory is not counted to the next one."""
+        self.weight_transfer_engine.shutdown()
 
     def bench_fingerprint(self) -> str:
         """Hash of the weights: of all that the model computes from on CPU; of checksums of its tensors on a GPU, where that is quick."""
