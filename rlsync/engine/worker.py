@@ -176,7 +176,8 @@ class Receiver(WeightTransferEngine):
                 self._peer.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
-                self._await_bucket(pull, -1)
+                # No time of the bytes: everybody has to be there.
+                self._await_ready(pull, -1, "the actor's side")
                 self._until(lambda: inlet.join(pull.group), pull.attempt, "all members of the group", pull.hear, inlet)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
@@ -228,11 +229,12 @@ class Receiver(WeightTransferEngine):
             return told
 
     def _await_bucket(self, pull: Pull, bucket: int) -> None:
-        """Until ``bucket`` is ready, and in any case until the actor's side has answered."""
         with pull.timed("wait"):
-            while pull.buckets_ready <= bucket:
-                what = "the actor's side" if bucket < 0 else f"bucket {bucket}"
-                pull.hear(self._wait(m.Ready, pull.attempt, what))
+            self._await_ready(pull, bucket, f"bucket {bucket}")
+
+    def _await_ready(self, pull: Pull, bucket: int, what: str) -> None:
+        while pull.buckets_ready <= bucket:
+            pull.hear(self._wait(m.Ready, pull.attempt, what))
 
     def _take(self, sink: Sink, inlet: Inlet, pull: Pull, part: WorkerPart) -> None:
         bucket = pull.bucket
