@@ -36,6 +36,11 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
     assert [case.name for case in made.cases] == ["shm auto", "shm loaders", "gloo auto", "gloo loaders"]
     assert made.cases[1].settings == {"transport": "shm", "sink": "loaders", "bucket_bytes": 1000, "timeout_s": made.timeout_s}
     assert [case.name for case in planned(tmp_path).cases] == ["auto"]
+    several = planned(tmp_path, "--mode", "params,moved", "--num-slots", "2,3").cases
+    assert [case.name for case in several] == ["params num-slots 2", "params num-slots 3", "moved num-slots 2", "moved num-slots 3"]
+    assert [(case.settings["num_slots"], case.settings["staging"], case.moves) for case in several] == [
+        (2, "auto", False), (3, "auto", False), (2, "auto", True), (3, "auto", True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,9 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
         (["--actor", "pp=3"], "28 layers cannot be split over pp_size 3"),
         (["--sink", "direct,fast"], "weight_sync.sink is 'fast'; known are auto, direct"),
         (["--transport", "shm,,gloo"], "write different words with commas between them"),
-        (["--mode", "slow"], "--mode 'slow': known are params, ring"),
+        (["--mode", "slow"], "--mode 'slow': known are params, ring, moved"),
+        (["--num-slots", "2,many"], "--num-slots 'many': write a whole number"),
+        (["--bucket-bytes", "0"], "weight_sync.bucket_bytes is 0; it must be positive"),
         (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
         (["--peers", "vllm-nccl"], "--peers vllm-nccl works disaggregated on GPUs, and this bench is without GPUs"),
         (["--steps", "0"], "--steps is 0"),

@@ -36,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--actor", default="tp=1", help="sizes of the actor's axes, as tp=2,pp=1; also vpp, cp, dp, ep, etp")
     add("--rollout", default="tp=1", help="the engines, as tp=2,engines=2")
     add("--placement", choices=specs.PLACEMENTS, default="collocated", help="engines on the actor's GPUs, or on the ones after them")
-    add("--transport", help="weight_sync.transport; this and the next two may be lists, as direct,loaders: every combination is run")
+    add("--transport", help="weight_sync.transport; this and the next four may be lists, as direct,loaders: every combination is run")
     add("--sink", help="weight_sync.sink")
     add("--mode", help="params: straight from the actor's parameters where that can be; ring: always through staging buckets")
+    add("--bucket-bytes", help="weight_sync.bucket_bytes")
+    add("--num-slots", help="weight_sync.num_slots")
     add("--verify", help="weight_sync.verify")
-    add("--bucket-bytes", type=int, help="weight_sync.bucket_bytes")
     add("--peers", help=f"of {', '.join(specs.PEERS)}; none; default: all that can be on this placement and device")
     add("--steps", type=int, default=10, help="measured steps of each case")
     add("--warmup", type=int, default=3, help="steps before them")
@@ -83,7 +84,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     axes = specs.sizes(arguments.actor, specs.AXES, "--actor")
     engines = {"tp_size": 1, "num_engines": 1, **specs.sizes(arguments.rollout, specs.ENGINES, "--rollout")}
     devices = _devices()
-    common = {"timeout_s": arguments.timeout_s, "verify": arguments.verify, "bucket_bytes": arguments.bucket_bytes}
+    common = {"timeout_s": arguments.timeout_s, "verify": arguments.verify}
     num_actors = Topology(**axes).world_size
     actor_gpus, engine_gpus = specs.devices_of(arguments.placement, num_actors, engines["num_engines"], engines["tp_size"], devices)
     spec = specs.Spec(
@@ -94,7 +95,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         engine_tp=engines["tp_size"],
         placement=arguments.placement,
         cases=specs.cases(
-            {"transport": arguments.transport, "sink": arguments.sink, "mode": arguments.mode},
+            {option: getattr(arguments, option.replace("-", "_")) for option in specs.LISTS},
             {key: value for key, value in common.items() if value is not None},
         ),
         peers=specs.peers(arguments.peers, specs.scene(arguments.placement, devices, actor_gpus, engine_gpus)),

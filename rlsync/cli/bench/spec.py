@@ -23,6 +23,9 @@ PLACEMENTS = ("collocated", "disaggregated")
 # What the words of --mode are as weight_sync.staging. MOVED: the actor's weights are away between syncs, and then in other memory.
 MOVED = "moved"
 MODES = {"params": "auto", "ring": "always", MOVED: "auto"}
+# Options whose every combination is a case, and their fields of SyncConfig.
+LISTS = {"transport": "transport", "sink": "sink", "mode": "staging", "bucket-bytes": "bucket_bytes", "num-slots": "num_slots"}
+_NUMBERS = ("bucket-bytes", "num-slots")
 
 
 # Where a bench can be, for those who sync in other ways. ``beside`` is collocated GPUs of which one has an engine and no actor rank.
@@ -135,19 +138,28 @@ def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
 
 
 def cases(options: Mapping[str, str | None], common: Mapping[str, Any]) -> tuple[Case, ...]:
-    """Every combination of the values of ``transport``, ``sink`` and ``mode``, each a comma-separated list or None for the default.
+    """Every combination of the values of LISTS, each a comma-separated list or None for the default.
 
     Raises ConfigError for a value that SyncConfig refuses.
     """
-    keys = {"transport": "transport", "sink": "sink", "mode": "staging"}
     lists = {name: _words(name, text) for name, text in options.items() if text is not None}
     made = []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
-        settings: dict[str, Any] = {keys[name]: MODES.get(value, value) if name == "mode" else value for name, value in chosen.items()}
+        settings: dict[str, Any] = {LISTS[name]: _setting(name, value) for name, value in chosen.items()}
         SyncConfig(**settings, **common)
-        made.append(Case(" ".join(chosen.values()) or "auto", {**settings, **common}, chosen.get("mode") == MOVED))
+        # A number that all cases share says nothing.
+        words = [
+            f"{name} {value}" if name in _NUMBERS else value
+            for name, value in chosen.items()
+            if name not in _NUMBERS or len(lists[name]) > 1
+        ]
+        made.append(Case(" ".join(words) or "auto", {**settings, **common}, chosen.get("mode") == MOVED))
     return tuple(made)
+
+
+def _setting(name: str, word: str) -> str | int:
+    return int(word) if name in _NUMBERS else MODES[word] if name == "mode" else word
 
 
 def _words(name: str, text: str) -> list[str]:
@@ -156,6 +168,8 @@ def _words(name: str, text: str) -> list[str]:
         raise ConfigError(f"--{name} {text!r}: write different words with commas between them")
     if name == "mode" and (unknown := [word for word in words if word not in MODES]):
         raise ConfigError(f"--mode {unknown[0]!r}: known are {', '.join(MODES)}")
+    if name in _NUMBERS and (wrong := [word for word in words if not word.isdigit()]):
+        raise ConfigError(f"--{name} {wrong[0]!r}: write a whole number")
     return words
 
 
