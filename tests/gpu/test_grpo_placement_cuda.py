@@ -38,7 +38,7 @@ SMALL = (
     "rollout.max_running_requests=128", "rollout.cuda_graph_max_bs=64", "weight_sync.timeout_s=120",
     "weight_sync.verify=full",
 )  # fmt: skip
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def _run(root: Path, name: str, overrides: tuple[str, ...], fault: str, timeout_
 
 
 def collocated(root: Path) -> list[dict[str, Any]]:
-    """Four steps with a checkpoint after the second."""
+    """Three steps with a checkpoint after the second."""
     return run(root, "collocated", *COLLOCATED, "runner.save_interval=2")
 
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(root):
     """The order of sums on GPUs differs from run to run, so numbers are close and not equal; prompts and their order are equal."""
     whole, checkpoint = collocated(root), root / "collocated" / "checkpoints" / "global_step_2"
     resumed = run(root, "resumed", *COLLOCATED, f"runner.resume_dir={checkpoint}", "runner.save_interval=-1")
-    assert [line["step"] for line in resumed] == [3, 4]
+    assert [line["step"] for line in resumed] == [3]
     check_steps(resumed, fresh_difference(root), first_version=2)
     first, same = resumed[0], whole[2]
     assert first["rollout/prompt_length"] == same["rollout/prompt_length"]
