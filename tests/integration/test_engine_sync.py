@@ -198,6 +198,23 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
 # Faults that leave the engines usable after the next complete sync.
 
 
+def test_waiting_for_other_engines_is_not_counted_as_waiting_for_buckets(
+    engines: dict[str, Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = engines["b"]
+    pause = late.pause
+
+    def pause_late(mode: Any, timeout_s: float) -> None:
+        time.sleep(2)
+        pause(mode, timeout_s)
+
+    with one_rank([engines["a"], late], folders["b"]) as syncer:
+        syncer.connect()
+        monkeypatch.setattr(late, "pause", pause_late)
+        report = syncer.sync(1)
+    assert report.pause_s >= 2 > 1 > report.wait_s
+
+
 def test_names_shapes_and_gaps_are_one_error_at_connect(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
     tensors = read_folder(folders["b"])
     del tensors["model.layers.1.self_attn.k_proj.weight"], tensors["model.norm.weight"]
