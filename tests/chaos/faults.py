@@ -190,10 +190,10 @@ def _empty_shm(scene: Scene) -> None:
     _FILLER.unlink(missing_ok=True)
 
 
-def _order_wrongly(field_name: str) -> Act:
+def _order_wrongly(field_name: str) -> Callable[[Scene], None]:
     """The next update of the victim is told one less than what is going on, as its version or its attempt."""
 
-    def act(scene: Scene, _: bytes | None) -> None:
+    def prepare(scene: Scene) -> None:
         engine = scene.standing.engine
         update = type(engine).update_weights
 
@@ -202,7 +202,7 @@ def _order_wrongly(field_name: str) -> Act:
 
         engine.update_weights = wrong  # type: ignore[method-assign, assignment]
 
-    return act
+    return prepare
 
 
 def _order_rightly(scene: Scene) -> None:
@@ -222,7 +222,6 @@ _BUCKETS = tuple(BUCKET_LEVELS)
 _LATE = ("commit", "resume")
 _RANK_1 = "actor rank 1"
 _ONLY_GROW = "versions only grow"
-_PAUSE_CALL = (Moment("begin", "called", "pause"),)
 _SURVEYED = (Moment("connect", "sent", "Surveyed"),)
 
 FAULTS: tuple[Fault, ...] = (
@@ -245,12 +244,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("repeated version", ("begin",), None, says=_ONLY_GROW, versions=lambda v: (v - 1, v - 1), untouched=True),
     Fault("versions that differ between ranks", ("begin",), None, says="started version", versions=lambda v: (v, v + 1)),
     Fault(
-        "stale version told to a worker", ("begin",), _order_wrongly("version"), True, "joined version",
-        moments=_PAUSE_CALL, undo=_order_rightly,
+        "stale version told to a worker", ("begin",), None, True, "joined version", prepare=_order_wrongly("version"), undo=_order_rightly,
     ),
     Fault(
-        "stale attempt told to a worker", ("begin",), _order_wrongly("attempt"), True, "joined attempt",
-        moments=_PAUSE_CALL, undo=_order_rightly,
+        "stale attempt told to a worker", ("begin",), None, True, "joined attempt", prepare=_order_wrongly("attempt"), undo=_order_rightly,
     ),
     Fault("engine added", ("idle",), None, costs_engine=True),
 )  # fmt: skip
