@@ -19,9 +19,9 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.server import CoordinatorServer
 from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.engine.inlet import Inlet
 from rlsync.engine.pull import Pull
 from rlsync.engine.verifier import MismatchError, Verifier
-from rlsync.engine.worker import Inlet
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.placement.huggingface import whole_tensors
