@@ -1,30 +1,23 @@
-"""One layer of vLLM at a time: checkpoint layout, post-processing, what is derived from it, and the healing of its faults.
+"""One layer of vLLM at a time: its kind, its checkpoint layout, its post-processing, in place or beside the live layer.
 
-Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0) and nothing else does. Knows no bucket.
+Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). Knows no bucket, no other layer and no model.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention import Attention, MLAAttention, MMEncoderAttention
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import layerwise
-from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_meta_tensor, restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 from vllm.platforms import current_platform
 
 from rlsync.engine import meta_tensors
-
-# Attributes of attention that hold what was computed for requests.
-ATTENTION_CACHES = ("kv_cache",)
-# Attributes in which MLA keeps what it absorbed of kv_b_proj: views of its weight where nothing is quantised, else copies.
-_ABSORBED = ("W_UV", "W_UK_T", "W_UK_T_dcp_qrep", "W_K", "W_K_scale", "W_V", "W_V_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,142 +181,3 @@ def bring_back(snapshot: Snapshot) -> None:
         vars(owner).clear()
         vars(owner).update(attributes)
     layerwise.get_layerwise_info(snapshot.layer).reset()
-
-
-# What belongs to other layers.
-
-
-def _is_deferred_attention(layer: torch.nn.Module) -> bool:
-    if hasattr(layerwise, "is_deferred_attention_layer"):  # vLLM >= 0.32
-        return bool(layerwise.is_deferred_attention_layer(layer))
-    return isinstance(layer, (Attention, MLAAttention, MMEncoderAttention)) and hasattr(layer, "process_weights_after_loading")
-
-
-def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers that are post-processed after all others, from the weights of others."""
-    return ((name, layer) for name, layer in model.named_modules() if _is_deferred_attention(layer))
-
-
-def attention_parts(layer: Any) -> tuple[Any, ...]:
-    """An attention layer and the objects whose attributes its post-processing can change."""
-    return tuple(part for part in (layer, getattr(layer, "impl", None), getattr(layer, "quant_method", None)) if hasattr(part, "__dict__"))
-
-
-def finish_attention(layer: Any, model_config: Any) -> None:
-    """Post-process an attention layer, as vLLM does at the end of a load and of a reload."""
-    layer.process_weights_after_loading(model_config.dtype)
-
-
-def absorbed_tensors(attention: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:
-    """``(kv_b_proj, name -> tensor made of its weight)`` of an MLA layer, or None."""
-    projection = getattr(attention, "kv_b_proj", None)
-    if projection is None:
-        return None
-    found = {name: getattr(attention, name, None) for name in _ABSORBED}
-    return projection, {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-
-
-def own_post_processing(model: torch.nn.Module) -> tuple[str, ...]:
-    """Modules with a post-processing that vLLM runs in a load and in no reload (the model itself, from 0.32 on; HPC modules)."""
-    deferred = {id(layer) for _, layer in attention_layers(model)}
-    return tuple(
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if callable(getattr(module, "process_weights_after_loading", None)) and id(module) not in deferred and not _is_method(module)
-    )
-
-
-def _is_method(module: torch.nn.Module) -> bool:
-    """Some quantisation methods and kernels are modules themselves; their layer runs their post-processing."""
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-    return isinstance(module, QuantizeMethodBase)
-
-
-# Experts on CPU.
-
-
-def heal() -> None:
-    """Make vLLM's CPU build pack experts in every load, not only in the first. Once per process; idempotent; nothing elsewhere.
-
-    vLLM 0.32 packs in the experts' own post-processing, which runs only while there is no kernel yet: a reload leaves plain
-    bytes where the kernel reads packed ones. vLLM 0.25 makes the kernel anew each time and is not touched. Not for
-    other experts classes: some change scales in place. It can go with the last version for which ``reload_findings`` is not
-    empty without it.
-    """
-    original = UnquantizedFusedMoEMethod._setup_kernel
-    if not current_platform.is_cpu() or hasattr(original, "heals"):
-        return
-
-    def setup_kernel(self: Any, *args: Any, **kwargs: Any) -> None:
-        kernel, layer = self.moe_kernel, kwargs["layer"] if "layer" in kwargs else args[0]
-        original(self, *args, **kwargs)
-        if kernel is not None and kernel is self.moe_kernel and self.unquantized_backend.name == "CPU":
-            kernel.fused_experts.process_weights_after_loading(layer)
-
-    setup_kernel.heals = original  # type: ignore[attr-defined]
-    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
-
-
-def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
-    """What vLLM's own reload would leave wrong, one sentence each. The model is not touched.
-
-    Layers whose post-processing makes something else of the same weights when it runs for the second time: tried with random
-    weights on a twin of one layer of each kind of experts on CPU, where vLLM has had this fault; takes twice that layer's memory
-    for the moment. And attention sinks that are kept as a copy which nothing renews (FlashInfer in vLLM < 0.32).
-    """
-    return (*_stale_sinks(model), *(_unstable_experts(model) if current_platform.is_cpu() else ()))
-
-
-def _stale_sinks(model: torch.nn.Module) -> list[str]:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = ((name, getattr(layer, "impl", None)) for name, layer in attention_layers(model))
-    return [
-        f"{name} computes with a copy of its sinks that this version of vLLM makes only once"
-        for name, impl in kept
-        if isinstance(sinks := getattr(impl, "sinks", None), torch.Tensor)
-        and not hasattr(impl, "_sinks_source")
-        and sinks.untyped_storage().data_ptr() not in parameters
-    ]
-
-
-def _unstable_experts(model: torch.nn.Module) -> list[str]:
-    tried: set[LayerKind] = set()
-    findings = []
-    for name, layer in model.named_modules():
-        kind = layer_kind(layer)
-        if not isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod) or kind in tried:
-            continue
-        tried.add(kind)
-        twin = _shallow(layer)
-        twin.quant_method = _shallow(layer.quant_method)
-        twin.quant_method.moe_kernel = None
-        layout = layerwise.get_layerwise_info(layer).restore_metadata[0]
-        first, second = _processed(twin, layout), _processed(twin, layout)
-        findings += [
-            f"{name}.{n}: loading the same weights a second time leaves other bytes than the first ({kind.method}, {kind.backend})"
-            for n in first
-            if not torch.equal(first[n], second[n])
-        ]
-    return findings
-
-
-def _processed(twin: Any, layout: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters of a layer after post-processing of random weights, always the same, as bytes."""
-    generator = torch.Generator().manual_seed(0)
-    for name, meta in layout.items():
-        tensor = materialize_meta_tensor(meta)
-        with torch.no_grad():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        twin._parameters[name] = tensor
-    with torch.no_grad():
-        twin.quant_method.process_weights_after_loading(twin)
-    return {n: p.detach().contiguous().view(-1).view(torch.uint8).clone() for n, p in twin._parameters.items() if p is not None}
-
-
-def _shallow(module: torch.nn.Module) -> Any:
-    """A module that shares the tensors of another, and on which they can be replaced."""
-    twin = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[registry] = dict(module.__dict__[registry])
-    return twin

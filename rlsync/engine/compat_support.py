@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rlsync.engine import compat, compat_layers
+from rlsync.engine import compat, compat_faults
 
 
 def supported(backend: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def supported(backend: str) -> dict[str, Any]:
     of packed experts is set right; ``shm_prefixes``: where its workers put shared memory.
     """
     load_general_plugins()
-    compat_layers.heal()
+    compat_faults.heal()
     return {
         "version": compat.vllm_version(),
         "platform": str(current_platform.device_type),

@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from rlsync.control import messages as m
 from rlsync.control.shares import WorkerPart, WorkerShare
-from rlsync.engine import compat, compat_layers
+from rlsync.engine import compat, compat_faults
 from rlsync.engine.infos import InitInfo, UpdateInfo
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.intake import Intake, take_stock
@@ -62,7 +62,7 @@ class Receiver(WeightTransferEngine):
         self._version = -1
         self._comparison: Receiver | None = None
         self._is_comparison = False
-        compat_layers.heal()
+        compat_faults.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""

@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader import base_loader, get_model
 from vllm.model_executor.model_loader.reload import meta
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rlsync.engine import compat, compat_layers
+from rlsync.engine import compat, compat_attention, compat_faults, compat_layers
 from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.loaders import LoadersSink
@@ -198,8 +198,8 @@ def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
         report["unhealed"] = unhealed(
             engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, fills, layerwise), placed_a, hash_a
         )
-    compat_layers.heal()
-    compat_layers.heal()
+    compat_faults.heal()
+    compat_faults.heal()
     report["choice"] = choices(engine, names, recording.aliases)
     report["bytes"] = {n: t.nbytes for n, t in placed_a.tensors.items()}
     report["placed_direct"] = direct(engine, a, b, names)
@@ -238,9 +238,9 @@ def choices(engine: Started, names: list[str], aliases: Mapping[str, tuple[str, 
             found[requested], found[f"{requested}_reasons"] = dict(choice.sinks), choice.reasons
         except ConfigError as error:
             found[requested] = str(error)
-    impl = next(layer.impl for _, layer in compat_layers.attention_layers(engine.model))
+    impl = next(layer.impl for _, layer in compat_attention.attention_layers(engine.model))
     kept, impl.sinks = getattr(impl, "sinks", None), torch.zeros(4)
-    found["stale"] = compat_layers.reload_findings(engine.model)
+    found["stale"] = compat_faults.reload_findings(engine.model)
     impl.sinks = kept
     return found
 
@@ -262,7 +262,7 @@ def claims(engine: Started, sink: Any, versions: tuple[Weights, Weights], hash_a
     sync(engine, sink, versions[0])
     got["back"] = state_difference(hash_a, state_hashes(engine.model))
     attention = getattr(sink, "_attention", None)
-    got["resting"] = attention and [attention.num_resting, len(list(compat_layers.attention_layers(engine.model)))]
+    got["resting"] = attention and [attention.num_resting, len(list(compat_attention.attention_layers(engine.model)))]
     return got | {"peak_extra_bytes": sink.peak_extra_bytes}
 
 
@@ -317,7 +317,7 @@ def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list
 
 def unhealed(engine: Started, sink: PlacedSink, weights: Weights, hash_a: dict[str, str]) -> dict[str, Any]:
     """What is seen without the healing: by the engine's own check, by the choice, by the hashes after a sync of what it has."""
-    found: dict[str, Any] = {"findings": compat_layers.reload_findings(engine.model)}
+    found: dict[str, Any] = {"findings": compat_faults.reload_findings(engine.model)}
     try:
         choose(engine.model, [], {}, "auto")
     except ConfigError as error:

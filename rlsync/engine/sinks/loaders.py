@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlsync.engine import compat, compat_layers, compat_reload
+from rlsync.engine import compat, compat_attention, compat_reload
 from rlsync.engine.finishing import Finishing
 from rlsync.engine.sinks import Arrival
 from rlsync.geometry import TensorSpec
@@ -44,8 +44,8 @@ class LoadersSink:
         self._model, self._model_config, self._layers, self._device = model, model_config, layers, device
         self._buckets = [tuple(tensors[name] for name in dict.fromkeys(s.buffer for s in bucket)) for bucket in buckets]
         reloaded = {id(layer) for layer in layers}
-        attention = [layer for _, layer in compat_layers.attention_layers(model) if id(layer) not in reloaded]
-        self._attention = Finishing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
+        attention = [layer for _, layer in compat_attention.attention_layers(model) if id(layer) not in reloaded]
+        self._attention = Finishing(attention, compat_attention.attention_parts, compat_attention.ATTENTION_CACHES)
         self._nbytes = max((sum(map(_room, bucket)) for bucket in self._buckets), default=0)
         self._memory: torch.Tensor | None = None
         self._views: dict[int, _Views] = {}
@@ -94,7 +94,7 @@ class LoadersSink:
     def close(self) -> None:
         """Complete the model: padded and attention layers, packed copies, tied heads."""
         compat_reload.finish_reload(self._model, self._layers, self._model_config)
-        self._attention.run(lambda layer: compat_layers.finish_attention(layer, self._model_config))
+        self._attention.run(lambda layer: compat_attention.finish_attention(layer, self._model_config))
         compat.refresh_sharers(self._model)
 
     def abandon(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlsync.copy.cpu import write_fills
-from rlsync.engine import compat, compat_layers
+from rlsync.engine import compat, compat_attention
 from rlsync.engine.finishing import Finishing
 from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import SinkName
@@ -46,8 +46,8 @@ class PlacedSink:
         self._direct = DirectBuffers(model, (name for name in spans if sinks[name] == "direct"))
         self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, fills)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
-        attention = [layer for _, layer in compat_layers.attention_layers(model)]
-        self._attention = Finishing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
+        attention = [layer for _, layer in compat_attention.attention_layers(model)]
+        self._attention = Finishing(attention, compat_attention.attention_parts, compat_attention.ATTENTION_CACHES)
         self._standing: list[Mapping[str, torch.Tensor] | None] = []
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 
@@ -90,7 +90,7 @@ class PlacedSink:
         """Complete what is made from several modules: absorbed and attention weights, packed copies of a shared parameter."""
         left = self._layerwise.in_progress
         assert not left, f"{len(left)} buffers are incomplete after the last bucket, among them {left[0]}"
-        self._attention.run(lambda layer: compat_layers.finish_attention(layer, self._model_config))
+        self._attention.run(lambda layer: compat_attention.finish_attention(layer, self._model_config))
         compat.refresh_sharers(self._model)
 
     def abandon(self) -> None:

@@ -1,0 +1,105 @@
+"""What vLLM's own reload gets wrong: healed where that is possible, and otherwise found on the model before anything relies on it.
+
+Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). It goes when no supported version has these faults.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+from vllm.platforms import current_platform
+
+from rlsync.engine.compat_attention import attention_layers
+from rlsync.engine.compat_layers import LayerKind, layer_kind
+
+
+def heal() -> None:
+    """Make vLLM's CPU build pack experts in every load, not only in the first. Once per process; idempotent; nothing elsewhere.
+
+    vLLM 0.32 packs in the experts' own post-processing, which runs only while there is no kernel yet: a reload leaves plain
+    bytes where the kernel reads packed ones. vLLM 0.25 makes the kernel anew each time and is not touched. Not for
+    other experts classes: some change scales in place. It can go with the last version for which ``reload_findings`` is not
+    empty without it.
+    """
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if not current_platform.is_cpu() or hasattr(original, "heals"):
+        return
+
+    def setup_kernel(self: Any, *args: Any, **kwargs: Any) -> None:
+        kernel, layer = self.moe_kernel, kwargs["layer"] if "layer" in kwargs else args[0]
+        original(self, *args, **kwargs)
+        if kernel is not None and kernel is self.moe_kernel and self.unquantized_backend.name == "CPU":
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+    setup_kernel.heals = original  # type: ignore[attr-defined]
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def reload_findings(model: torch.nn.Module) -> tuple[str, ...]:
+    """What vLLM's own reload would leave wrong, one sentence each. The model is not touched.
+
+    Layers whose post-processing makes something else of the same weights when it runs for the second time: tried with random
+    weights on a twin of one layer of each kind of experts on CPU, where vLLM has had this fault; takes twice that layer's memory
+    for the moment. And attention sinks that are kept as a copy which nothing renews (FlashInfer in vLLM < 0.32).
+    """
+    return (*_stale_sinks(model), *(_unstable_experts(model) if current_platform.is_cpu() else ()))
+
+
+def _stale_sinks(model: torch.nn.Module) -> list[str]:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = ((name, getattr(layer, "impl", None)) for name, layer in attention_layers(model))
+    return [
+        f"{name} computes with a copy of its sinks that this version of vLLM makes only once"
+        for name, impl in kept
+        if isinstance(sinks := getattr(impl, "sinks", None), torch.Tensor)
+        and not hasattr(impl, "_sinks_source")
+        and sinks.untyped_storage().data_ptr() not in parameters
+    ]
+
+
+def _unstable_experts(model: torch.nn.Module) -> list[str]:
+    tried: set[LayerKind] = set()
+    findings = []
+    for name, layer in model.named_modules():
+        kind = layer_kind(layer)
+        if not isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod) or kind in tried:
+            continue
+        tried.add(kind)
+        twin = _shallow(layer)
+        twin.quant_method = _shallow(layer.quant_method)
+        twin.quant_method.moe_kernel = None
+        layout = layerwise.get_layerwise_info(layer).restore_metadata[0]
+        first, second = _processed(twin, layout), _processed(twin, layout)
+        findings += [
+            f"{name}.{n}: loading the same weights a second time leaves other bytes than the first ({kind.method}, {kind.backend})"
+            for n in first
+            if not torch.equal(first[n], second[n])
+        ]
+    return findings
+
+
+def _processed(twin: Any, layout: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of a layer after post-processing of random weights, always the same, as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, meta in layout.items():
+        tensor = materialize_meta_tensor(meta)
+        with torch.no_grad():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        twin._parameters[name] = tensor
+    with torch.no_grad():
+        twin.quant_method.process_weights_after_loading(twin)
+    return {n: p.detach().contiguous().view(-1).view(torch.uint8).clone() for n, p in twin._parameters.items() if p is not None}
+
+
+def _shallow(module: torch.nn.Module) -> Any:
+    """A module that shares the tensors of another, and on which they can be replaced."""
+    twin = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[registry] = dict(module.__dict__[registry])
+    return twin
