@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rlsync.errors import WeightSyncError
-from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
+from tests.thread_actors import SIZES, Actors, holds
+from tests.thread_engines import ThreadEngine
 
 TIMEOUT_S = 3.0
 

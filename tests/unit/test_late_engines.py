@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.test_control_channel import TIMEOUT_S, Actors, ThreadEngine
+from tests.thread_actors import Actors
+from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import torch
 from rlsync import staging
 from rlsync.sync import carriers, group_inlet, syncer, wires
 from rlsync.transport.gloo import GlooWire
-from tests.unit.test_control_channel import SIZES, Actors, ThreadEngine, holds
+from tests.thread_actors import SIZES, Actors, holds
+from tests.thread_engines import ThreadEngine
 
 TIMEOUT_S = 6.0
 BUCKET_BYTES = 200

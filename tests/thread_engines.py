@@ -1,0 +1,167 @@
+"""Engines that are a thread for each worker and a dictionary of weights: the only stand-in of the claims about the channel.
+
+Owns an engine's side of a sync over real channels and transports. Knows no vLLM and nothing of the actor's side.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlsync.control import messages as m
+from rlsync.control.peer import Peer
+from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.engine.inlet import Inlet
+from rlsync.engine.pull import Pull
+from rlsync.engine.verifier import MismatchError, Verifier
+from rlsync.errors import WeightSyncError
+from rlsync.placement.huggingface import whole_tensors
+from rlsync.sync.inlets import open_inlet
+from rlsync.transport.shm import shm_domain
+
+TIMEOUT_S = 3.0
+
+
+class ThreadEngine:
+    """An EngineHandle with two workers, each a Peer that copies buckets into ``weights``. ``domain`` is the /dev/shm it claims to see."""
+
+    def __init__(self, engine_id: str, num_workers: int = 2) -> None:
+        self.engine_id, self.num_workers, self.workers = engine_id, num_workers, num_workers
+        self.weights: list[dict[str, torch.Tensor]] = [{} for _ in range(num_workers)]
+        self.calls: list[str] = []
+        # UUIDs of the GPUs that the workers claim to be on.
+        self.gpus: list[str | None] = [None] * num_workers
+        self.dirty, self.domain, self.inlet_timeout_s = "", shm_domain(), TIMEOUT_S
+        self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
+        self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
+        self.on_hold: Callable[[int, dict[str, torch.Tensor]], None] = lambda worker, weights: None
+        self._peers: list[Peer] = []
+        self._inlets: list[Inlet] = []
+        self._shares: list[WorkerShare] = []
+        # As in an engine, where a call waits until the workers have left the one before, also one that the actor gave up.
+        self._turn = threading.Lock()
+
+    def _in_workers(self, call: Callable[[int], None]) -> None:
+        with self._turn:
+            self._in_threads(call)
+
+    def _in_threads(self, call: Callable[[int], None]) -> None:
+        errors: list[BaseException] = []
+
+        def run(worker: int) -> None:
+            try:
+                call(worker)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise RuntimeError("worker failed") from errors[0]
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        info = self.change_info(dict(init_info))
+        # A pid domain of its own: the deaths of threads cannot be watched.
+        place = (info["token"], info["run_id"], info["engine_id"], 0)
+        about = (self.workers, "here", self.domain, "threads", 1)
+        self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]
+        self._inlets = [None] * self.workers  # type: ignore[list-item]
+        self._shares = [None] * self.workers  # type: ignore[list-item]
+
+        def connect(worker: int) -> None:
+            peer = self._peers[worker]
+            catalogue = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(catalogue, m.Catalogue)
+            peer.send(m.Recorded(whole_tensors(f"engine {self.engine_id} worker {worker}", catalogue.tensors), "direct"))
+            share = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(share, m.Share)
+            self._shares[worker] = share.worker
+            inlet = self._inlets[worker] = open_inlet(share.worker, self.inlet_timeout_s, torch.device("cpu"))
+            until(lambda: inlet.join(0), peer, 0, inlet, lambda message: None)
+            self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
+            peer.send(m.Attached())
+            assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
+            for bucket, buffers in self._standing(worker).items():
+                inlet.prepare(bucket, buffers)
+
+        self._in_workers(connect)
+
+    def _standing(self, worker: int) -> dict[int, dict[str, torch.Tensor]]:
+        parts, weights = self._shares[worker].parts, self.weights[worker]
+        return {bucket: {s.buffer: weights[s.buffer] for s in part.segments} for bucket, part in enumerate(parts)}
+
+    def pause(self, mode: str, timeout_s: float) -> None:
+        self.calls.append(f"pause {mode}")
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self.calls.append(f"update {update_info['version']}")
+        self._in_workers(lambda worker: self._update(worker, update_info["attempt"], update_info["version"]))
+
+    def _update(self, worker: int, attempt: int, version: int) -> None:
+        peer, inlet, share = self._peers[worker], self._inlets[worker], self._shares[worker]
+        weights, pull = self.weights[worker], Pull(Verifier(share), attempt)
+        deadline = time.monotonic() + 10
+        try:
+            peer.send(m.Joined(attempt, version))
+            until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, inlet, pull.hear)
+            until(lambda: inlet.join(pull.group), peer, attempt, inlet, pull.hear)
+            if inlet.lands_ahead:
+                inlet.expect(self._standing(worker))
+            for bucket, part in enumerate(share.parts):
+                pull.bucket = bucket
+
+                def is_ready(bucket: int = bucket) -> bool | None:
+                    return True if pull.buckets_ready > bucket else None
+
+                if not inlet.lands_ahead:
+                    until(is_ready, peer, attempt, inlet, pull.hear)
+                self.on_bucket(worker, bucket)
+                arrival = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
+                until(is_ready, peer, attempt, inlet, pull.hear)
+                if inlet.lands_ahead:
+                    arrival.land(self._standing(worker)[bucket])
+                else:
+                    put(arrival.memory, part, weights)
+                self.on_hold(worker, weights)
+                pull.verify(bucket, weights)
+                peer.send(m.Done(attempt, bucket))
+            peer.send(m.Loaded(attempt, pull.times(0)))
+            while not isinstance(peer.receive(attempt, deadline), m.Commit):
+                pass
+            peer.send(m.Committed(attempt))
+        except BaseException as error:
+            if not isinstance(error, WeightSyncError):
+                phase = "verify" if isinstance(error, MismatchError) else "transfer"
+                peer.send(m.Failed(attempt, phase, str(error), bucket=pull.bucket))
+            inlet.abandon()
+            raise
+
+    def resume(self, version: int, timeout_s: float) -> None:
+        self.calls.append(f"resume {version}")
+        self.dirty = ""
+
+    def mark_dirty(self, reason: str) -> None:
+        self.dirty = reason
+
+
+def put(slot: torch.Tensor, part: WorkerPart, weights: dict[str, torch.Tensor]) -> None:
+    for segment in part.segments:
+        flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
+        weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
+
+
+def until(poll: Callable[[], Any], peer: Peer, attempt: int, inlet: Inlet, hear: Callable[[Any], None]) -> Any:
+    """What ``poll`` gives, asked again after every message and whenever the inlet has news."""
+    deadline = time.monotonic() + 10
+    while (result := poll()) is None:
+        message = peer.receive(attempt, deadline, inlet.fd)
+        if message is not None:
+            hear(message)
+    return result

@@ -1,0 +1,187 @@
+"""Claims about faults of a sync over the real channel: each ends within the deadline in one error, the same on all ranks.
+
+The engine is the only stand-in: tests/chaos and tests/gpu cause the same in real ones.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+
+from rlsync.control import messages as m
+from rlsync.control.peer import Peer
+from rlsync.control.server import CoordinatorServer
+from rlsync.errors import WeightSyncError
+from rlsync.sync import SyncReport, WeightSyncer
+from rlsync.verification import SAMPLE_PERIOD
+from tests.thread_actors import Actors, holds
+from tests.thread_engines import TIMEOUT_S, ThreadEngine
+
+
+@pytest.fixture
+def engines() -> list[ThreadEngine]:
+    return [ThreadEngine("e0"), ThreadEngine("e1")]
+
+
+@pytest.fixture
+def actors(engines: list[ThreadEngine]):
+    actors = Actors(engines)
+    actors.connect()
+    yield actors
+    actors.close()
+
+
+def test_an_exception_in_fill_is_the_same_error_everywhere_and_the_next_sync_heals(actors: Actors, engines: list[ThreadEngine]) -> None:
+    def boom(bucket: int) -> None:
+        if bucket == 3:
+            raise ZeroDivisionError("the third is cursed")
+
+    actors.sources[1].on_fill = boom
+    error = actors.failure(lambda s: s.sync(1))
+    assert (error.phase, error.version, error.bucket, error.engine) == ("transfer", 1, 3, None)
+    assert "the third is cursed" in error.cause
+    assert "actor rank 1" in error.cause
+    assert all("the third is cursed" in engine.dirty for engine in engines)
+    actors.sources[1].on_fill = lambda bucket: None
+    actors.sync(1)
+    assert all(holds(engine, 1) and not engine.dirty for engine in engines)
+
+
+def test_an_exception_in_a_worker_names_engine_and_bucket(actors: Actors, engines: list[ThreadEngine]) -> None:
+    def boom(worker: int, bucket: int) -> None:
+        if (worker, bucket) == (1, 2):
+            raise KeyError("no such layer")
+
+    engines[1].on_bucket = boom
+    error = actors.failure(lambda s: s.sync(1))
+    assert error.engine == "e1"
+    assert "no such layer" in error.cause
+    assert engines[0].dirty, "an engine that loaded everything has not committed either"
+    assert "resume 1" not in engines[0].calls
+
+
+def test_a_filler_that_hangs_is_found_by_the_deadline_and_must_connect_anew(actors: Actors, engines: list[ThreadEngine]) -> None:
+    release = threading.Event()
+    actors.sources[1].on_fill = lambda bucket: release.wait() if bucket == 1 else None
+    started_s = time.monotonic()
+    error = actors.failure(lambda s: s.sync(1))
+    assert time.monotonic() - started_s < 3 * TIMEOUT_S + 3
+    assert "actor rank 1" in error.cause
+    assert "fill bucket 1" in error.cause
+    retry = actors.failure(lambda s: s.sync(1))
+    assert "still inside the source" in retry.cause
+    release.set()
+
+
+@pytest.mark.parametrize(("verify", "found"), [("full", [True] * 3), ("sampled", [True, False, False]), ("off", [False] * 3)])
+def test_a_flipped_bit_is_found_where_it_is_verified(engines: list[ThreadEngine], verify: str, found: list[bool]) -> None:
+    actors = Actors(engines, verify=verify)
+    actors.connect()
+
+    def flip(worker: int, weights: dict[str, torch.Tensor]) -> None:
+        if worker == 1:
+            weights["w2"].view(torch.int32)[5] ^= 1 << 7
+
+    engines[1].on_hold = flip
+    for version, expected in enumerate(found, 1):
+        outcomes = actors.both(lambda s, version=version: s.sync(version))
+        assert [isinstance(o, WeightSyncError) for o in outcomes] == [expected] * 2, outcomes
+        if expected:
+            assert (outcomes[0].phase, outcomes[0].engine, outcomes[0].bucket) == ("verify", "e1", 2)
+            assert "w2" in outcomes[0].cause
+            assert "actor rank 1" in outcomes[0].cause
+            assert all(engine.dirty for engine in engines)
+    actors.close()
+
+
+def test_sampling_covers_every_region_within_the_period(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines[:1])
+    actors.connect()
+    actors.sync(1)
+
+    def flip(worker: int, weights: dict[str, torch.Tensor]) -> None:
+        weights["w4"].view(torch.int32)[0] ^= 1
+
+    engines[0].on_hold = flip
+    outcomes = [actors.both(lambda s, version=version: s.sync(version))[0] for version in range(2, 2 + SAMPLE_PERIOD)]
+    assert sum(isinstance(o, WeightSyncError) for o in outcomes) == 1
+    actors.close()
+
+
+def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
+    release = threading.Event()
+    engines[1].on_bucket = lambda worker, bucket: release.wait(20) if worker == 0 and bucket == 2 else None
+    error = actors.failure(lambda s: s.sync(1))
+    release.set()
+    assert (error.engine, error.bucket, error.phase) == ("e1", 2, "transfer")
+
+
+def test_an_actor_rank_that_does_not_enter_is_found_by_the_deadline(actors: Actors) -> None:
+    with pytest.raises(WeightSyncError, match=r"actor rank 1.*enter sync"):
+        actors.syncers[0].sync(1)
+
+
+def test_ranks_that_disagree_on_the_version_fail(actors: Actors) -> None:
+    versions = iter((1, 2))
+    lock = threading.Lock()
+
+    def call(syncer: WeightSyncer) -> SyncReport:
+        with lock:
+            version = next(versions)
+        return syncer.sync(version)
+
+    outcomes = actors.both(call)
+    assert all(isinstance(o, WeightSyncError) and "started version" in str(o) for o in outcomes)
+
+
+def test_the_report_counts_what_failed_before_and_knows_its_floor(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sources[0].on_fill = lambda bucket: 1 // 0
+    actors.failure(lambda s: s.sync(1))
+    assert actors.syncers[0].health.dirty == {"e0", "e1"}
+    actors.sources[0].on_fill = lambda bucket: None
+    report = actors.sync(1)
+    assert (report.failures, report.engines_dirty) == ({"transfer": 1}, 0)
+    assert report.floor_s is not None
+    assert 0 < report.floor_s < report.seconds
+
+
+def test_a_coordinator_that_is_gone_is_noticed(actors: Actors) -> None:
+    server = actors.syncers[0]._server
+    assert server is not None
+    server.stop()
+    with pytest.raises(WeightSyncError, match="heard from the coordinator"):
+        actors.syncers[1].sync(1)
+
+
+def test_errors_cross_processes() -> None:
+    error = WeightSyncError(phase="transfer", cause="why", engine="e0", version=3, bucket=1)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.bucket, copy.engine) == (str(error), 1, "e0")
+
+
+def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> None:
+    class Failing:
+        def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+            server.send(identity, m.Error(attempt=0, phase="transfer", cause="it took too long"))
+
+        def lose(self, identity: bytes) -> None: ...
+
+        def expire(self, now: float) -> None: ...
+
+        def fail(self, cause: str) -> None: ...
+
+        def process_of(self, identity: bytes) -> None: ...
+
+    server = CoordinatorServer("127.0.0.1")
+    server.start(Failing())
+    peer = Peer(server.endpoint, m.ActorHello("", "", 0, 1, "", "", "", 1, None, ""))
+    with pytest.raises(WeightSyncError, match="it took too long"):
+        peer.receive(0, time.monotonic() - 1)
+    with pytest.raises(TimeoutError):
+        peer.receive(0, time.monotonic() - 1)
+    peer.close()
+    server.stop()
