@@ -13,10 +13,12 @@ from typing import Protocol
 
 import msgspec
 
+from rlsync.control import failure
 from rlsync.control import messages as m
 from rlsync.control.connecting import Connecting
 from rlsync.control.progress import Progress
 from rlsync.control.roster import Expected, Member, Roster, some
+from rlsync.control.transferring import Transferring
 
 
 class Sender(Protocol):
@@ -41,6 +43,7 @@ class Coordinator:
         self._sync: Progress | None = None
         self._failure: m.Error | None = None
         self._connecting = Connecting(expected, self._roster, send, self._fail)
+        self._transferring = Transferring(self._roster, self._connecting, send, self._fail)
         self.phase, self.version = "connect", -1
         self.deadline: float | None = now + expected.timeout_s
 
@@ -78,8 +81,7 @@ class Coordinator:
     def expire(self, now: float) -> None:
         """Fail the phase when its deadline has passed."""
         if self.deadline is not None and now >= self.deadline:
-            laggards, culprit, engine = self._laggards()
-            self._fail(f"nothing within {self._expected.timeout_s:g} s from {'; '.join(laggards)}", culprit, engine=engine)
+            self._spread(failure.late(self._roster, self._expected.timeout_s, self.phase, self._sync))
 
     def fail(self, cause: str) -> None:
         """Fail what is going on for a reason of the coordinator's own process."""
@@ -148,7 +150,7 @@ class Coordinator:
         elif (message.attempt, message.version) != (sync.attempt, sync.version):
             self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
         else:
-            self._send(peer.identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
+            self._transferring.tell_writable(sync, (peer.identity,))
             self._begin_transfer(sync, now)
 
     def _begin_transfer(self, sync: Progress, now: float) -> None:
@@ -175,19 +177,9 @@ class Coordinator:
 
     def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
-        if sync is None:
-            return
-        outcome = sync.fill(peer.identity, message.bucket, message.sums, self._roster.actors(), self._expected.num_actors)
-        if isinstance(outcome, str):
-            self._fail(f"{peer} {outcome}", peer)
-        elif outcome and self.phase == "transfer":
-            for identity in sync.joined:
-                self._tell_ready(identity, sync)
-
-    def _tell_ready(self, identity: bytes, sync: Progress) -> None:
-        sums = sync.untold(identity, self._connecting.streams[identity])
-        loans = self._connecting.ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
-        self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, loans))
+        # Before all are there, buckets are filled and no worker hears of them.
+        if sync is not None and self._transferring.fill(sync, peer, message, self._expected.num_actors) and self.phase == "transfer":
+            self._transferring.tell_ready(sync)
 
     def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
         sync = self._sync
@@ -206,24 +198,12 @@ class Coordinator:
 
     def _on_done(self, peer: Member, message: m.Done, now: float) -> None:
         sync = self._current(message.attempt)
-        if sync is None:
-            return
-        outcome = sync.take(peer.identity, message.bucket, self._roster.workers())
-        if isinstance(outcome, str):
-            self._fail(f"{peer} {outcome}", peer)
-        elif outcome:
-            for identity in sync.started:
-                self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
+        if sync is not None:
+            self._transferring.take(sync, peer, message)
 
     def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
         sync = self._current(message.attempt)
-        if sync is None:
-            return
-        if sync.done.get(peer.identity, 0) != sync.num_buckets:
-            self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {sync.num_buckets} buckets", peer)
-            return
-        sync.loaded[peer.identity] = message
-        if len(sync.loaded) == len(self._roster.workers()):
+        if sync is not None and self._transferring.hold(sync, peer, message):
             self._enter("commit", now)
             for worker in self._roster.workers():
                 self._send(worker.identity, m.Commit(sync.attempt, sync.version))
@@ -249,10 +229,8 @@ class Coordinator:
             self._send(actor.identity, m.Finished(sync.attempt, message.report))
 
     def _on_failed(self, peer: Member, message: m.Failed, now: float) -> None:
-        if self.phase == "connect":
-            self._fail(f"{peer}: {message.cause}", peer, engine=message.engine)
-        elif self._current(message.attempt) is not None:
-            self._fail(f"{peer}: {message.cause}", peer, phase=message.phase, engine=message.engine, bucket=message.bucket)
+        if self.phase == "connect" or self._current(message.attempt) is not None:
+            self._spread(failure.told(peer, message, self.phase, self._sync))
 
     def _on_goodbye(self, peer: Member, message: m.Goodbye, now: float) -> None:
         if self.phase in ("idle", "failed"):
@@ -272,47 +250,21 @@ class Coordinator:
         sync = self._sync
         assert sync is not None
         self.phase, self.deadline = phase, now + self._expected.timeout_s
-        for identity in sync.started:
-            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
+        self._transferring.tell_writable(sync, sync.started)
         if phase == "transfer":
-            for identity in sync.joined:
-                self._tell_ready(identity, sync)
+            self._transferring.tell_ready(sync)
 
-    def _broadcast(self, message: m.FromCoordinator) -> None:
-        for identity in self._members:
-            self._send(identity, message)
+    def _fail(self, cause: str, peer: Member | None) -> None:
+        self._spread(failure.found(cause, peer, self.phase, self._sync))
 
-    def _fail(
-        self, cause: str, peer: Member | None, *, phase: str | None = None, engine: str | None = None, bucket: int | None = None
-    ) -> None:
+    def _spread(self, error: m.Error) -> None:
         """Make the first failure everybody's; later ones are its echoes."""
         if self._failure is not None:
             return
-        sync = self._sync
-        if engine is None and peer is not None:
-            engine = peer.engine
-        if bucket is None and self.phase == "transfer" and sync is not None and peer is not None:
-            bucket = sync.bucket_of(peer)
-        self._failure = m.Error(
-            attempt=0 if sync is None else sync.attempt,
-            phase=self.phase if phase is None else phase,
-            cause=m.shortened(cause),
-            engine=engine,
-            version=None if sync is None else sync.version,
-            bucket=bucket,
-        )
+        self._failure = error
         self.phase, self.deadline = "failed", None
-        self._broadcast(self._failure)
-
-    def _laggards(self) -> tuple[list[str], Member | None, str | None]:
-        """Whom the phase waits for, in words, and the first of them: the peer and the engine, where it is one."""
-        if self.phase == "connect":
-            absent = self._roster.absent()
-            return [words for _, words in absent], None, absent[0][0] if absent else None
-        assert self._sync is not None
-        late = self._sync.laggards(self.phase, self._roster.actors(), self._roster.workers())
-        culprit = late[0][0] if late else None
-        return [f"{p}, which was {what}" for p, what in late], culprit, culprit.engine if culprit else None
+        for identity in self._members:
+            self._send(identity, error)
 
 
 _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
