@@ -1,301 +1,45 @@
-"""Messages of the sync channel and their wire form. Owns the vocabulary; knows no sockets and no process.
+"""The vocabulary of the sync channel and its wire form: every message by name, and how it becomes bytes and is read again.
 
 Every message that belongs to a sync carries ``attempt``, the count of ``sync`` calls since connect, so that an answer
 to a failed sync is never taken for one to the next. Counters (``buckets_ready``, ``buckets_writable``) are cumulative:
-a message that is read late says no less than one that is read in time.
+a message that is read late says no less than one that is read in time. Knows no sockets and no process.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from rlsync.control.loans import Loan
-from rlsync.control.shares import ActorShare, WorkerShare
-from rlsync.geometry import Placement, TensorSpec
+from rlsync.control.fields import MAX_TEXT
+from rlsync.control.fields import Message as Message
+from rlsync.control.fields import Sum as Sum
+from rlsync.control.from_coordinator import AllCommitted, Catalogue, Commit, Connected, Error, Finished, Ready, Share, Surveyed, Writable
+from rlsync.control.from_coordinator import Lender as Lender
+from rlsync.control.from_peers import (
+    ActorHello,
+    Answered,
+    Attached,
+    Committed,
+    Done,
+    Failed,
+    Filled,
+    Finish,
+    Goodbye,
+    Joined,
+    Lent,
+    Loaded,
+    Planned,
+    Recorded,
+    Start,
+    State,
+    WorkerHello,
+)
+from rlsync.control.from_peers import WorkerTimes as WorkerTimes
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 # A first message is a hello, and whoever sends more is not one of ours.
 MAX_HELLO_BYTES = 16 * 2**10
-_MAX_TEXT = 2**16
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-Name = Annotated[str, msgspec.Meta(max_length=1024)]
-Text = Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Base that gives every message its type tag."""
-
-
-class Sum(msgspec.Struct, frozen=True, array_like=True):
-    """Checksum of one region of one stream."""
-
-    stream: Count
-    region: Count
-    value: int
-
-
-# From a peer to the coordinator.
-
-
-class WorkerHello(Message):
-    """First message of an engine worker. ``host`` names it in errors; ``shm_domain`` tells whose /dev/shm it sees."""
-
-    token: Name
-    run_id: Name
-    engine_id: Name
-    dp_index: Count
-    worker_rank: Count
-    world_size: Count
-    host: Name
-    shm_domain: Name
-    pid_domain: Name
-    pid: Count
-    gpu_uuid: str | None
-    vllm_version: Name
-
-
-class ActorHello(Message):
-    """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.
-
-    ``memory`` is where its buffers are: in the host, in device memory that other processes of the host can map (``lendable``),
-    or in ``device`` memory that they cannot.
-    """
-
-    token: Name
-    run_id: Name
-    actor_rank: Count
-    world_size: Count
-    host: Name
-    shm_domain: Name
-    pid_domain: Name
-    pid: Count
-    gpu_uuid: str | None
-    digest: Name
-    memory: Literal["host", "device", "lendable"] = "host"
-
-
-class Recorded(Message):
-    """What a worker holds, as its own loaders were seen to fill it, and the sink that will take it.
-
-    ``unused_names`` are HF names that its model did not take, ``findings`` what cannot work. ``remark`` says why a sink
-    that moves more bytes was taken, where one was.
-    """
-
-    placement: Placement
-    sink: Name
-    unused_names: tuple[str, ...] = ()
-    findings: tuple[str, ...] = ()
-    remark: Text = ""
-
-
-class Planned(Message):
-    """Actor rank 0: the shares of everybody, actor ranks in order, workers in the order in which ``Surveyed`` named them."""
-
-    actors: tuple[ActorShare, ...]
-    workers: tuple[WorkerShare, ...]
-
-
-class Attached(Message):
-    """The peer has taken its share: memory is mapped. An actor rank says what it lends."""
-
-    loan: Loan | None = None
-
-
-class Answered(Message):
-    """Actor rank 0: an engine has answered a call. ``connect`` has attempt 0."""
-
-    attempt: Count
-    engine: Name
-    call: Literal["connect", "pause", "update", "resume"]
-
-
-class Start(Message):
-    """An actor rank has entered ``sync(version)``."""
-
-    attempt: Count
-    version: int
-
-
-class Lent(Message):
-    """What this actor rank lends lies elsewhere since it last said so; comes before its first ``Filled`` of a sync."""
-
-    attempt: Count
-    loan: Loan
-
-
-class Filled(Message):
-    """This actor rank's regions of a bucket are readable. ``sums`` are the checksums of those that are verified."""
-
-    attempt: Count
-    bucket: Count
-    nbytes: Count
-    sums: tuple[Sum, ...] = ()
-
-
-class Joined(Message):
-    """A worker is inside its update, its engine being paused, and waits for buckets."""
-
-    attempt: Count
-    version: int
-
-
-class Done(Message):
-    """Nothing of this worker refers to the bucket's slot any more."""
-
-    attempt: Count
-    bucket: Count
-
-
-class WorkerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of one worker in one sync, and bytes of memory that it took beside what it always has.
-
-    ``wait_s``: for buckets. ``pull_s``: taking them in. ``verify_s``: checksums. ``finalize_s``: after the last bucket.
-    """
-
-    wait_s: float
-    pull_s: float
-    verify_s: float
-    finalize_s: float
-    extra_bytes: Count
-
-
-class Loaded(Message):
-    """A worker's model holds and has verified every bucket, and is post-processed.
-
-    In a comparison it holds what it held, and ``differences`` names what the buckets would have changed.
-    """
-
-    attempt: Count
-    times: WorkerTimes
-    differences: tuple[str, ...] = ()
-
-
-class Committed(Message):
-    """The worker has declared the version."""
-
-    attempt: Count
-
-
-class Finish(Message):
-    """Actor rank 0: every engine serves the version. ``report`` is the encoded SyncReport, handed to all actor ranks."""
-
-    attempt: Count
-    report: bytes
-
-
-class Failed(Message):
-    """Something went wrong at this peer."""
-
-    attempt: Count
-    phase: Name
-    cause: Text
-    engine: str | None = None
-    bucket: Count | None = None
-
-
-class Goodbye(Message):
-    """This peer closes on purpose; its process may end."""
-
-
-class State(Message):
-    """To an inspection: a hash by path of everything that a worker computes from."""
-
-    hashes: dict[str, str]
-
-
-# From the coordinator to a peer.
-
-
-class Catalogue(Message):
-    """To a worker: the HF tensors that there are, in the order of the source, and the sink that is asked for."""
-
-    tensors: tuple[TensorSpec, ...]
-    sink: Name
-
-
-class Surveyed(Message):
-    """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``."""
-
-    actors: tuple[ActorHello, ...]
-    workers: tuple[WorkerHello, ...]
-    records: tuple[Recorded, ...]
-
-
-class Share(Message):
-    """What a peer has to do with each bucket."""
-
-    actor: ActorShare | None = None
-    worker: WorkerShare | None = None
-
-
-class Lender(msgspec.Struct, frozen=True, array_like=True):
-    """An actor rank and what it lends."""
-
-    actor_rank: Count
-    loan: Loan
-
-
-class Connected(Message):
-    """To a worker: every peer has taken its share, and this is lent. To an actor rank: and every engine has returned from its call."""
-
-    loans: tuple[Lender, ...] = ()
-
-
-class Writable(Message):
-    """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages."""
-
-    attempt: Count
-    buckets_writable: Count
-    group: Count = 0
-
-
-class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told.
-
-    ``group`` is the number of the group that carries messages. ``loans`` are those that were renewed since ``Connected``.
-    """
-
-    attempt: Count
-    buckets_ready: Count
-    sums: tuple[Sum, ...] = ()
-    group: Count = 0
-    loans: tuple[Lender, ...] = ()
-
-
-class Commit(Message):
-    """Every worker of every engine holds the version: declare it."""
-
-    attempt: Count
-    version: int
-
-
-class AllCommitted(Message):
-    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Surveyed``."""
-
-    attempt: Count
-    times: tuple[WorkerTimes, ...]
-    differences: tuple[tuple[str, ...], ...] = ()
-
-
-class Finished(Message):
-    """The sync is complete on all sides."""
-
-    attempt: Count
-    report: bytes
-
-
-class Error(Message):
-    """Fields of a WeightSyncError, the same for every peer."""
-
-    attempt: Count
-    phase: Name
-    cause: Text
-    engine: str | None = None
-    version: int | None = None
-    bucket: Count | None = None
-
 
 FromPeer = (
     WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Lent | Filled | Joined | Done | Loaded | Committed
@@ -314,7 +58,7 @@ encode = _encoder.encode
 
 def shortened(text: str) -> str:
     """A cause that fits into a message: the end is kept, where tracebacks say what happened."""
-    return text if len(text) <= _MAX_TEXT else "... " + text[4 - _MAX_TEXT :]
+    return text if len(text) <= MAX_TEXT else "... " + text[4 - MAX_TEXT :]
 
 
 def decode_from_peer(raw: bytes) -> FromPeer:
