@@ -15,7 +15,10 @@ from rlsync.errors import WeightSyncError
 
 # How long what was sent may still leave after ``close``; the other side may be gone.
 _LINGER_MS = 1000
+# What was sent to a process that was stopped is there this long after it goes on.
 _LAST_LOOK_S = 0.5
+# A wait that ends so late was not only slow.
+_OVERSLEPT_S = 0.1
 
 
 class Peer:
@@ -56,10 +59,12 @@ class Peer:
         if wake_fd is not None:
             poller.register(wake_fd, zmq.POLLIN)
         while True:
-            left_s = deadline - time.monotonic()
+            began_s = time.monotonic()
+            patience_s = max(deadline - began_s, _LAST_LOOK_S)
+            events = dict(poller.poll(math.ceil(patience_s * 1000)))
+            now_s = time.monotonic()
             # A process that was stopped looks once more when it goes on: what it missed says what happened meanwhile.
-            events = dict(poller.poll(math.ceil(max(left_s, _LAST_LOOK_S) * 1000)))
-            if not events and time.monotonic() >= deadline:
+            if not events and now_s >= deadline and now_s - began_s - patience_s < _OVERSLEPT_S:
                 raise TimeoutError
             if self._socket in events:
                 message = self._decode(self._socket.recv())
