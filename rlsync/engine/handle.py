@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-import psutil
-
 from rlsync.engine import compat, owner
 from rlsync.engine.calls import Calls
 from rlsync.engine.gate import Gate
 from rlsync.engine.plugin import BACKEND, register
+from rlsync.engine.processes import Processes
 from rlsync.engine.protocol import Completion, EngineHandle, PauseMode
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -45,8 +44,7 @@ class Engine:
         self._gate = Gate(engine_id, "it is not started")
         self._calls = Calls(self._gate)
         self._llm: Any = None
-        self._processes: list[psutil.Process] = []
-        self._segments: set[str] = set()
+        self._processes = Processes(engine_id)
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
 
@@ -85,9 +83,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(args)
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
-        # When the core is dead, nothing leads to its workers and to what they share.
-        self._processes = _descendants(self._llm)
-        self._segments = _segments(self._processes)
+        self._processes.look(self._llm)
 
     def generate(
         self,
@@ -237,14 +233,7 @@ class Engine:
 
     def ailment(self) -> str | None:
         """Why the engine cannot go on without a restart: a process of it has ended or is stopped. None while all run; never waits."""
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                    if process.status() == psutil.STATUS_STOPPED:
-                        return f"process {process.pid} of engine {self.engine_id} is stopped"
-                    continue
-            return f"process {process.pid} of engine {self.engine_id} has ended"
-        return None if self._processes else f"engine {self.engine_id} is not started"
+        return self._processes.ailment()
 
     def close(self) -> None:
         """End all processes of the engine, stopped ones too. Idempotent."""
@@ -252,13 +241,11 @@ class Engine:
             return
         self._gate.close("it is closed")
         if self._llm is not None:
-            processes = list({*self._processes, *_descendants(self._llm)})
-            segments = self._segments | _segments(processes)
+            self._processes.look(self._llm)
             with contextlib.suppress(TimeoutError):
                 self._calls.run(self._shut_down(), 2 * _CLOSE_S)
-            _end(processes, segments)
+            self._processes.end(_CLOSE_S)
             self._llm = None
-            self._processes = []
         self._calls.stop()
 
     async def _shut_down(self) -> None:
@@ -278,32 +265,3 @@ def _check_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and BACKEND not in allowed.split(","):
         raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading the plug-in; add {BACKEND} to it or unset it")
-
-
-def _descendants(llm: Any) -> list[psutil.Process]:
-    found: list[psutil.Process] = []
-    for core in compat.core_processes(llm):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(core.pid)
-            found += [process, *process.children(recursive=True)]
-    return found
-
-
-def _segments(processes: list[psutil.Process]) -> set[str]:
-    """Shared memory that vLLM's processes make for collectives and messages, and remove only when they end by themselves."""
-    found = set()
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            found |= {m.path for m in process.memory_maps() if m.path.startswith(compat.SHM_PREFIXES)}
-    return found
-
-
-def _end(processes: list[psutil.Process], segments: set[str]) -> None:
-    """vLLM asks its processes to end; those that cannot answer, being stopped, are killed, and what they left is removed."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=_CLOSE_S)
-    for segment in segments:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(segment)

@@ -63,7 +63,7 @@ class World:
     def start(self, name: str, gpus: str) -> None:
         engine = self.engines[name] = start(name, self.folders["a"], gpus, dtype="bfloat16", enforce_eager=True, enable_sleep_mode=True)
         self.fresh[name], self.answers[name] = state(engine), answers(engine)
-        self.processes[name] = [*self.processes.get(name, []), *engine._processes]
+        self.processes[name] = [*self.processes.get(name, []), *engine._processes.seen]
 
     @contextlib.contextmanager
     def connected(self, folder: str, *names: str, **settings: Any) -> Iterator[GpuActor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine.handle import _segments
+from rlsync.engine.processes import shared_segments
 from tests.integration.engine_source import ENGINE_ENV
 
 API_KEY = "open-sesame-4711"
@@ -53,7 +53,7 @@ def _search_path(scratch: Path) -> str:
 def _end(server: psutil.Popen) -> None:
     """End the server and its processes, and remove the shared memory that they leave when they are killed."""
     processes = [*server.children(recursive=True), server] if server.is_running() else []
-    segments = _segments(processes)
+    segments = shared_segments(processes)
     with contextlib.suppress(psutil.NoSuchProcess):
         server.send_signal(signal.SIGTERM)
     psutil.wait_procs(processes, timeout=10)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rlsync.engine import owner
-from rlsync.engine.handle import _segments
+from rlsync.engine.processes import shared_segments
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 
@@ -24,7 +24,7 @@ def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path:
     process = psutil.Popen(command, env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     children = process.children(recursive=True)
-    mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | _segments(children)
+    mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | shared_segments(children)
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)

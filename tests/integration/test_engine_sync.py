@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine, _segments
+from rlsync.engine.handle import Engine
+from rlsync.engine.processes import shared_segments
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
@@ -343,8 +344,8 @@ def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: d
 
 def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
     worker = worker_of(engines["b"])
-    processes = [*engines["a"]._processes, *engines["b"]._processes]
-    segments = _segments(processes)
+    processes = [*engines["a"]._processes.seen, *engines["b"]._processes.seen]
+    segments = shared_segments(processes)
     with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
