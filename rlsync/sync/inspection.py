@@ -13,6 +13,7 @@ from rlsync.control.server import CoordinatorServer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe
+from rlsync.sync.invitation import Invitation
 from rlsync.sync.tasks import Tasks
 
 
@@ -28,17 +29,11 @@ def inspect_engines(
     server = CoordinatorServer(bind_host)
     inspection = Inspection(token, run_id, {e.engine_id: e.num_workers for e in engines}, server.send)
     server.start(inspection)
+    invitation = Invitation(server.endpoint, token, run_id)
     tasks = Tasks()
     try:
         for engine in engines:
-            info = {
-                "endpoint": server.endpoint,
-                "token": token,
-                "run_id": run_id,
-                "engine_id": engine.engine_id,
-                "timeout_s": timeout_s,
-                "purpose": "inspect",
-            }
+            info = {**invitation.for_engine(engine.engine_id, timeout_s), "purpose": "inspect"}
             tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, timeout_s))
         _await(inspection.complete, tasks, timeout_s, len(engines))
         if inspection.absent():

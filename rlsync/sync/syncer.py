@@ -7,9 +7,7 @@ No collective runs inside a sync, so that a dead or stopped rank is found by a d
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +18,7 @@ import zmq
 
 from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
-from rlsync.control.peer import Peer, pid_domain, to_exception
+from rlsync.control.peer import Peer, to_exception
 from rlsync.control.roster import Expected, some
 from rlsync.control.server import CoordinatorServer
 from rlsync.control.shares import ActorShare
@@ -32,26 +30,16 @@ from rlsync.sync.carriers import Carriers
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
 from rlsync.sync.health import SyncHealth
-from rlsync.sync.lending import memory_of
+from rlsync.sync.invitation import Invitation
 from rlsync.sync.planning import Blueprint, draw_up
 from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source, source_digest
 from rlsync.sync.tasks import Lane, Tasks
-from rlsync.transport.shm import shm_domain
 
 _log = logging.getLogger(__name__)
 
 # A call that a failed sync leaves behind may be about to end.
 _LAST_CALL_S = 0.5
-
-
-class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What rank 0 tells the other ranks before they dial, or why there is nothing to dial."""
-
-    endpoint: str = ""
-    token: str = ""
-    run_id: str = ""
-    error: m.Error | None = None
 
 
 class WeightSyncer:
@@ -110,9 +98,9 @@ class WeightSyncer:
             self._engines = tuple(engines)
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
-        invitation = self._invite() if self._rank == 0 else _Invitation()
+        invitation = self._invite() if self._rank == 0 else Invitation()
         if self._broadcast is not None:
-            invitation = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(invitation)), type=_Invitation)
+            invitation = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(invitation)), type=Invitation)
         try:
             if invitation.error is not None:
                 raise to_exception(invitation.error)
@@ -136,7 +124,7 @@ class WeightSyncer:
         if blueprint.remote:
             _log.info("%s serves %s", blueprint.group_transport, some(list(blueprint.members[self._world_size :])))
 
-    def _invite(self) -> _Invitation:
+    def _invite(self) -> Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""
         try:
             ids = [engine.engine_id for engine in self._engines]
@@ -146,8 +134,8 @@ class WeightSyncer:
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
             self._server.start(Coordinator(self._expected(token, run_id), self._server.send, time.monotonic()))
         except (RlsyncError, OSError, zmq.ZMQError) as error:
-            return _Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
-        return _Invitation(self._server.endpoint, token, run_id)
+            return Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
+        return Invitation(self._server.endpoint, token, run_id)
 
     def _expected(self, token: str, run_id: str) -> Expected:
         tensors, placements = tuple(self._source.tensors), self._source.placements
@@ -161,30 +149,12 @@ class WeightSyncer:
             catalogue=m.Catalogue(tensors, self._config.sink),
         )
 
-    def _dial(self, invitation: _Invitation) -> None:
-        hello = m.ActorHello(
-            token=invitation.token,
-            run_id=invitation.run_id,
-            actor_rank=self._rank,
-            world_size=self._world_size,
-            host=socket.gethostname(),
-            shm_domain=shm_domain(),
-            pid_domain=pid_domain(),
-            pid=os.getpid(),
-            gpu_uuid=_gpu_uuid(),
-            digest=source_digest(self._source.tensors, self._source.placements[self._rank]),
-            memory=memory_of(self._source.buffers),
-        )
+    def _dial(self, invitation: Invitation) -> None:
+        hello = invitation.hello(self._source, self._rank, self._world_size, _gpu_uuid())
         self._peer = Peer(invitation.endpoint, hello)
         self._tasks = Tasks()
         for engine in self._engines:
-            info = {
-                "endpoint": invitation.endpoint,
-                "token": invitation.token,
-                "run_id": invitation.run_id,
-                "engine_id": engine.engine_id,
-                "timeout_s": self._config.timeout_s,
-            }
+            info = invitation.for_engine(engine.engine_id, self._config.timeout_s)
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
         share = self._await_connected()
         self._carriers.seal()
