@@ -42,6 +42,8 @@ class Finishing:
         self._layers, self._parts, self._passing = tuple(layers), parts, frozenset(passing)
         self._resting: list[_Resting | None] = [None] * len(self._layers)
         self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        # Whether _groups is that of other layers at rest.
+        self._changed = False
 
     @property
     def num_resting(self) -> int:
@@ -51,14 +53,15 @@ class Finishing:
     @torch.no_grad()
     def run(self, process: Callable[[Any], None]) -> None:
         """Have every layer post-processed by ``process``, or made what that would make it."""
-        changed = False
         for number, layer in enumerate(self._layers):
             known = self._resting[number]
             if known is None or not known.attributes.are_untouched():
                 found = self._resting[number] = self._watch(layer, process)
-                changed = changed or found is not known
-        if changed:
+                # Remembered, because a run that ends in an error leaves it to the next one to write what rests since.
+                self._changed = self._changed or found is not known
+        if self._changed:
             self._groups = _grouped([c for resting in self._resting if resting is not None for c in resting.constants])
+            self._changed = False
         for targets, values in self._groups:
             torch._foreach_copy_(targets, values)
 

@@ -217,7 +217,7 @@ def _bucket_bytes(survey: Surveyed, streams: Sequence[Placement], config: SyncCo
         taken: dict[str, int] = defaultdict(int)
         for piece in placement.pieces:
             taken[piece.tensor] += piece.box.size * item_bytes[piece.buffer]
-        largest = max(largest, *taken.values())
+        largest = max((largest, *taken.values()))
     return largest
 
 

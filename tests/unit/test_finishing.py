@@ -59,6 +59,23 @@ def test_constants_rest_from_the_second_run_and_are_still_written() -> None:
     assert [float(layer.scale) for layer in layers] == [1.0, 1.0]
 
 
+def test_constants_of_a_layer_that_rests_since_a_run_that_failed_are_still_written() -> None:
+    plain, other = Toy(lambda layer: layer.scale.fill_(1.0)), Toy(reads_weight)
+    held = finishing(plain, other)
+    other.process = fails
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(held)
+    assert held.num_resting == 1
+    other.process = reads_weight
+    plain.scale.fill_(7.0)  # as sleep does
+    run(held)
+    assert (len(plain.runs), float(plain.scale)) == (1, 1.0)
+
+
+def fails(layer: Toy) -> None:
+    raise RuntimeError("in the middle")
+
+
 def reads_weight(layer: Toy) -> None:
     layer.scale.copy_(layer.weight.sum())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlsync.control.messages import Recorded, Surveyed
-from rlsync.geometry import TensorSpec
+from rlsync.geometry import Placement, TensorSpec
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import draw_up
@@ -25,3 +25,13 @@ def test_buckets_of_workers_that_take_nothing_directly_are_as_large_as_the_large
     made = draw_up(tensors, replicas, survey, SyncConfig(bucket_bytes=TENSORS[0].nbytes))
     assert len(made.parts) == num_buckets
     assert max(part.nbytes for row in made.parts for part in row) == tensors[0].nbytes
+
+
+def test_a_worker_that_takes_nothing_does_not_keep_others_from_being_planned() -> None:
+    survey = Surveyed(
+        (actor(0, "a0", "lendable"),),
+        tuple(worker(number, f"a{number}") for number in range(2)),
+        (Recorded(whole_tensors("worker 0", TENSORS), "layerwise"), Recorded(Placement("worker 1", (), ()), "")),
+    )
+    made = draw_up(TENSORS, [whole_tensors("actor 0", TENSORS)], survey, SyncConfig())
+    assert [sum(row[stream].nbytes > 0 for row in made.parts) for stream in made.stream_of] == [len(made.parts), 0]
