@@ -204,6 +204,7 @@ def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
     report["bytes"] = {n: t.nbytes for n, t in placed_a.tensors.items()}
     report["placed_direct"] = direct(engine, a, b, names)
     report["loaded_in_place"] = loaded_in_place(engine, a, b, names, recording.aliases)
+    report["after_another_reload"] = after_another_reload(engine, a, b, names, recording.aliases)
     for name, sinks in (("placed", report["choice"]["auto"]), ("layerwise", layerwise), ("loaders", None)):
         versions = (whole_a, whole_b) if sinks is None else (placed_a, placed_b)
 
@@ -299,6 +300,21 @@ def loaded_in_place(engine: Started, a: Path, b: Path, names: list[str], aliases
     layer = model.get_submodule("model.layers.0.self_attn.o_proj")
     layer.register_parameter("weight", torch.nn.Parameter(layer.get_parameter("weight").data, requires_grad=False))
     return found | {"forgotten": rebuilt([])}
+
+
+def after_another_reload(engine: Started, a: Path, b: Path, names: list[str], aliases: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Of a plain model in which a reload by somebody else has ended, to which no tensor came: what is rebuilt, and what its loaders
+    no longer write where it lives."""
+    model, wanted, dtype = engine.plain(a), placed(engine.plain(b), names), str(engine.model_config.dtype).removeprefix("torch.")
+    compat.begin_reload(model)
+    compat.finish_reload(model, engine.model_config)
+    layers = {id(layer) for layer in not_in_place(model, names, (), aliases)}
+    compat.load_weights(model, iter(whole(b, dtype).tensors.items()))
+    held = placed(model, names).tensors
+    return {
+        "rebuilt": [path for path, module in model.named_modules() if id(module) in layers],
+        "lost": [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))],
+    }
 
 
 def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list[str]:
