@@ -41,6 +41,7 @@ class Coordinator:
         self._roster = Roster(expected)
         self._members = self._roster.members
         self._sync: Progress | None = None
+        self._early: list[tuple[Member, m.FromPeer]] = []
         self._failure: m.Error | None = None
         self._connecting = Connecting(expected, self._roster, send, self._fail)
         self._transferring = Transferring(self._roster, self._connecting, send, self._fail)
@@ -66,6 +67,9 @@ class Coordinator:
             handler = _HANDLERS.get((type(message), peer.engine is not None))
             if handler is None:
                 self._fail(f"{peer} sent {type(message).__name__}, which is not its to send", peer)
+            elif peer.engine is not None and self.phase in ("idle", "failed") and getattr(message, "attempt", 0) == self._next_attempt():
+                # Its engine was called when rank 0 had sent its Start, and what two peers send comes in any order.
+                self._early.append((peer, message))
             else:
                 handler(self, peer, message, now)
 
@@ -170,6 +174,9 @@ class Coordinator:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
+        early, self._early = self._early, []
+        for peer, said in early:
+            _HANDLERS[type(said), True](self, peer, said, now)
 
     def _on_lent(self, peer: Member, message: m.Lent, now: float) -> None:
         # Also one of a sync that is over: the memory is where it is.
@@ -239,6 +246,9 @@ class Coordinator:
             self._fail(f"{peer} closed its connection", peer)
 
     # Common.
+
+    def _next_attempt(self) -> int:
+        return 1 if self._sync is None else self._sync.attempt + 1
 
     def _current(self, attempt: int) -> Progress | None:
         """The sync that a message belongs to, or None when it is a late one of an attempt that is over."""

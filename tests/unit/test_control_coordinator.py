@@ -104,6 +104,33 @@ def test_actor_ranks_are_connected_when_the_engines_have_answered_and_not_before
     assert "engine e0, whose workers are connected and whose core does not say so" in run.error().cause
 
 
+def test_a_worker_may_join_before_the_actor_is_heard_to_start_but_no_other_attempt_than_the_next() -> None:
+    """What two peers send comes in any order, and rank 0 calls its engines when it has sent its Start."""
+    run = Run()
+    for attempt in (1, 2):
+        run.tell("w0", m.Joined(attempt, attempt))
+        run.tell("w1", m.Joined(attempt, attempt))
+        run.tell("a0", m.Start(attempt, attempt))
+        run.tell("a1", m.Start(attempt, attempt))
+        assert run.coordinator.phase == "transfer"
+        run.transfer(attempt)
+        run.finish(attempt)
+    for attempt in (1, 4):
+        run.tell("w0", m.Joined(attempt, 3))
+        refusal = run.last("w0")
+        assert isinstance(refusal, m.Error) and f"joined attempt {attempt}, which the actor has not started" in refusal.cause
+
+
+def test_a_worker_that_fails_before_the_actor_is_heard_to_start_fails_the_sync() -> None:
+    run = Run()
+    run.tell("w1", m.Joined(1, 1))
+    run.tell("w1", m.Failed(1, "begin", "older than what it has"))
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Start(1, 1))
+    run.tell("w0", m.Joined(1, 1))
+    assert "older than what it has" in run.error().cause
+
+
 def test_no_worker_hears_of_a_bucket_before_all_have_joined_from_engines_that_are_paused() -> None:
     run = Run()
     for rank in range(2):
