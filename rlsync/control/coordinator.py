@@ -154,7 +154,7 @@ class Coordinator:
         elif (message.attempt, message.version) != (sync.attempt, sync.version):
             self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
         else:
-            self._transferring.tell_writable(sync, (peer.identity,))
+            self._transferring.tell_writable(sync, () if sync.regroups else (peer.identity,))
             self._begin_transfer(sync, now)
 
     def _begin_transfer(self, sync: Progress, now: float) -> None:
@@ -167,8 +167,9 @@ class Coordinator:
 
     def _open(self, message: m.Start, now: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
-        group = 0 if self._sync is None else self._sync.group + (self._failure is not None)
-        self._sync = Progress(message.attempt, message.version, self._connecting.num_buckets, self._connecting.num_slots, group)
+        connecting, failed = self._connecting, self._failure is not None
+        group = 0 if self._sync is None else self._sync.group + failed
+        self._sync = Progress(message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed)
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)

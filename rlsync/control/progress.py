@@ -19,6 +19,8 @@ class Progress:
 
     Attributes:
         group: number of the group that carries messages. A failed sync may leave some in it, so the next has one of its own.
+        regroups: whether that group is still to be made. Its members look for each other for less than a phase may last, so that actor
+            ranks fill nothing, and do not join it, before everybody is there.
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
         told: stream -> checksums of its regions, in the order in which buckets became ready.
@@ -30,6 +32,7 @@ class Progress:
     num_buckets: int
     num_slots: int
     group: int = 0
+    regroups: bool = False
     started: set[bytes] = field(default_factory=set)
     filled: dict[bytes, int] = field(default_factory=dict)
     joined: dict[bytes, int] = field(default_factory=dict)

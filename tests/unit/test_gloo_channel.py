@@ -96,6 +96,23 @@ def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engines: list[T
     assert both_hold(engines, 1)
 
 
+@pytest.mark.parametrize("late", ["engine", "actor"])
+def test_those_who_are_late_within_the_deadline_are_waited_for_also_after_a_failed_sync(
+    actors: Actors, engines: list[ThreadEngine], late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed sync costs its group; members of the next one look for each other for less than a phase lasts."""
+    engines[0].on_bucket = lambda worker, bucket: 1 // 0
+    actors.failure(lambda s: s.sync(1))
+    engines[0].on_bucket = lambda worker, bucket: None
+    if late == "engine":
+        monkeypatch.setattr(engines[0], "pause", lambda mode, timeout_s: time.sleep(0.85 * TIMEOUT_S))
+    else:
+        sync = actors.syncers[1].sync
+        monkeypatch.setattr(actors.syncers[1], "sync", lambda version: time.sleep(0.85 * TIMEOUT_S) or sync(version))
+    actors.sync(1)
+    assert both_hold(engines, 1)
+
+
 def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> None:
     engines[0].on_hold = lambda worker, weights: weights["w2"].neg_() if worker == 1 else None
     error = actors.failure(lambda s: s.sync(1))
