@@ -226,7 +226,8 @@ _SURVEYED = (Moment("connect", "sent", "Surveyed"),)
 
 FAULTS: tuple[Fault, ...] = (
     Fault("kill actor rank 1", _ALL, _kill_rank, says=_RANK_1, may_commit=_LATE, loses_peer=True),
-    Fault("stop actor rank 1", _ALL, _stop_rank, says=_RANK_1, may_commit=("last bucket", "verify", *_LATE)),
+    # A rank fills as far as there are slots before the workers hear of the first bucket, and then has nothing left to do.
+    Fault("stop actor rank 1", _ALL, _stop_rank, says=_RANK_1, may_commit=(*_BUCKETS, "verify", *_LATE)),
     Fault("kill worker", _ALL, _kill_worker, True, may_commit=("resume",), costs_engine=True, loses_peer=True),
     Fault("stop worker", _ALL, _stop_worker, True, may_commit=("resume",)),
     Fault("kill engine core", _ALL, _kill_core, True, may_commit=("resume",), costs_engine=True, loses_peer=True),
