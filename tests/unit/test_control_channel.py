@@ -17,19 +17,6 @@ from tests.thread_actors import SIZES, Actors, holds
 from tests.thread_engines import ThreadEngine
 
 
-@pytest.fixture
-def engines() -> list[ThreadEngine]:
-    return [ThreadEngine("e0"), ThreadEngine("e1")]
-
-
-@pytest.fixture
-def actors(engines: list[ThreadEngine]):
-    actors = Actors(engines)
-    actors.connect()
-    yield actors
-    actors.close()
-
-
 def test_every_worker_of_every_engine_gets_what_all_ranks_filled(actors: Actors, engines: list[ThreadEngine]) -> None:
     for version in (1, 2, 7):
         report = actors.sync(version)

@@ -22,19 +22,6 @@ from tests.thread_actors import Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 
-@pytest.fixture
-def engines() -> list[ThreadEngine]:
-    return [ThreadEngine("e0"), ThreadEngine("e1")]
-
-
-@pytest.fixture
-def actors(engines: list[ThreadEngine]):
-    actors = Actors(engines)
-    actors.connect()
-    yield actors
-    actors.close()
-
-
 def test_an_exception_in_fill_is_the_same_error_everywhere_and_the_next_sync_heals(actors: Actors, engines: list[ThreadEngine]) -> None:
     def boom(bucket: int) -> None:
         if bucket == 3:
