@@ -117,6 +117,17 @@ def test_replicas_share_the_work():
     assert given_by == {0, 1}
 
 
+def test_a_bucket_holds_what_one_takes_or_gives_however_many_there_are():
+    """More destinations make no more buckets where each has a source of its own, and do where all have the same."""
+    specs = [TensorSpec(f"t{n}", "float32", (8,)) for n in range(6)]  # 32 bytes each
+    wanted = [whole_tensors(f"destination {n}", specs) for n in range(3)]
+    near = [Location("host", f"gpu {n}") for n in range(3)]
+    sources = [replace(whole_tensors(f"source {n}", specs), location=where) for n, where in enumerate(near)]
+    beside = [replace(placement, location=where) for placement, where in zip(wanted, near, strict=True)]
+    assert [len(b.tensors) for b in build_plan(specs, sources, beside, bucket_bytes=96).buckets] == [3, 3]
+    assert [len(b.tensors) for b in build_plan(specs, sources[:1], wanted, bucket_bytes=96).buckets] == [1] * 6
+
+
 def test_every_missing_tensor_is_named_once():
     model = model_of(config("Qwen2ForCausalLM"))
     specs = model.tensors()
