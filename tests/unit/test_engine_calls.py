@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -47,3 +49,26 @@ def test_an_engine_that_gives_no_sign_of_life_outside_a_sync_is_dirty(started: C
     with pytest.raises(EngineDirtyError, match="no sign of life"):
         ask_in_vain(started)
     assert gate.state == "dirty"
+
+
+def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_given_up(started: Calls) -> None:
+    """A server's update is several requests: those of a failed sync do not come between those of the next."""
+    happened: list[str] = []
+
+    async def update(name: str, seconds: float) -> None:
+        happened.append(f"{name} begins")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            happened.append(f"{name} ends")
+
+    left = threading.Thread(target=started.run_in_turn, args=(lambda: update("failed", 0.3), None))
+    left.start()
+    while not happened:
+        time.sleep(0.01)
+    started.run_in_turn(lambda: update("next", 0), 10)
+    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+        started.run_in_turn(lambda: update("stuck", 60), 0.1)
+    started.run_in_turn(lambda: update("last", 0), 10)
+    left.join(10)
+    assert happened == [f"{name} {what}" for name in ("failed", "next", "stuck", "last") for what in ("begins", "ends")]
