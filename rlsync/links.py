@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rlsync.plan import Plan
 
 LINK_NAMES = ("same device", "same host", "other host")
+# Of messages between GPUs. Larger ones were measured to take as long (benchmarks/RESULTS.md), and memory at both ends.
+MOST_STEP_BYTES = 192 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,6 @@ def traffic(plan: Plan) -> Traffic:
 
 
 def num_steps(moved: Traffic, bucket_bytes: int) -> int:
-    """So many that nobody gives or takes more than ``bucket_bytes`` in one of them."""
+    """So many that nobody gives or takes more than ``bucket_bytes`` or ``MOST_STEP_BYTES`` in one of them."""
     most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
-    return max(1, -(-most // bucket_bytes))
+    return max(1, -(-most // min(bucket_bytes, MOST_STEP_BYTES)))

@@ -182,7 +182,6 @@ class Receiver(WeightTransferEngine):
                     if not inlet.lands_ahead:
                         _await_bucket(line, pull, bucket)
                     self._take(line, sink, inlet, pull, part)
-                    line.send(m.Done(update_info.attempt, bucket))
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
@@ -213,6 +212,7 @@ class Receiver(WeightTransferEngine):
         assert bucket is not None
         if part.nbytes == 0:
             _await_bucket(line, pull, bucket)
+            line.send(m.Done(pull.attempt, bucket))
             return
         with pull.timed("pull"):
             inlet.borrow(pull.loans)
@@ -223,8 +223,9 @@ class Receiver(WeightTransferEngine):
             _await_bucket(line, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
-                # Or the time of the copies would be counted as that of the checksums.
                 self._synchronize()
+                # It is read no more where it came from, which may be filled anew while it is verified and made use of here.
+                line.send(m.Done(pull.attempt, bucket))
                 pull.verify(bucket, buffers)
 
             sink.write(bucket, arrival, landed)

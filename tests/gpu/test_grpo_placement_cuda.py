@@ -28,7 +28,7 @@ COLLOCATED = ("cluster.component_placement.actor=0-3", "cluster.component_placem
 DISAGGREGATED = ("cluster.component_placement.actor=0-1", "cluster.component_placement.rollout=2-3", "cluster.component_placement.reward=0")
 # Short prompts and answers; without recomputation, which this length does not need.
 SMALL = (
-    "actor.model.precision=bf16", "actor.optim.fp16=null", "actor.optim.loss_scale=null", "actor.optim.lr=1e-4", "actor.optim.min_lr=0",
+    "actor.model.precision=bf16", "actor.optim.fp16=null", "actor.optim.loss_scale=null", "actor.optim.lr=5e-5", "actor.optim.min_lr=0",
     "actor.model.recompute_granularity=null", "actor.model.recompute_method=null", "actor.model.recompute_num_layers=null",
     "actor.optim.overlap_grad_reduce=True", "actor.optim.overlap_param_gather=True",
     "runner.seq_length=320", "data.max_prompt_length=288", "algorithm.sampling_params.max_new_tokens=24", "runner.val_check_interval=-1",
@@ -130,7 +130,8 @@ def test_a_resumed_run_goes_on_where_it_stopped(root):
 
 def check_steps(lines: list[dict[str, Any]], fresh_difference: float, *, first_version: int = 0) -> None:
     assert [line["sync/version"] for line in lines] == list(range(first_version, STEPS))
-    assert all(line["actor/training/actor/grad_norm"] > 0 for line in lines), "weights that stay cannot show a missing sync"
+    trained = [line["actor/training/actor/grad_norm"] for line in lines[: STEPS - first_version - 1]]
+    assert all(norm > 0 for norm in trained), f"weights that stay cannot show a missing sync: {trained}"
     worst = max(line["rollout/logprob_diff_mean"] for line in lines)
     # Other versions and other samples than the fresh engines had; the control is farther away than this.
     assert worst <= 1.5 * fresh_difference, (worst, fresh_difference)
