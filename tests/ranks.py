@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,8 +41,8 @@ def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float =
     """
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
     environment = {
-        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
     # A process that was forked from one that asked for GPUs has none.
     start = _fork if module in _FORKED and shutil.which("nvidia-smi") is None else _execute
@@ -61,6 +63,8 @@ class _Rank(Protocol):
 
     @property
     def returncode(self) -> int | None: ...
+    @property
+    def pid(self) -> int: ...
     def poll(self) -> int | None: ...
     def kill(self) -> None: ...
     def wait(self) -> Any: ...
@@ -75,6 +79,11 @@ class _Forked:
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
         self.kill, self.wait = process.kill, process.join
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -107,6 +116,7 @@ def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str)
             os.dup2(opened, number)
         os.close(opened)
     warnings.simplefilter("ignore")
+    faulthandler.enable()
     module, function, arguments = entry
     getattr(import_module(module), function)(**json.loads(Path(arguments).read_text()))
 
@@ -121,6 +131,12 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
             time.sleep(0.05)
     finally:
         late = [i for i, r in enumerate(ranks) if r.poll() is None]
+        for i in late:
+            # It says where its threads are.
+            os.kill(ranks[i].pid, signal.SIGABRT)
+        settle = time.monotonic() + 2
+        while any(r.poll() is None for r in ranks) and time.monotonic() < settle:
+            time.sleep(0.05)
         for r in ranks:
             r.kill()
             r.wait()
@@ -129,6 +145,8 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
         log.seek(0)
         outputs.append(log.read())
     if late or any(r.returncode for r in ranks):
-        text = "\n".join(f"--- rank {i} (exit {r.returncode})\n{o[-6000:]}" for i, (r, o) in enumerate(zip(ranks, outputs, strict=True)))
+        # The end of a dump of threads lists modules.
+        said = [output.partition("\nExtension modules:")[0][-6000:] for output in outputs]
+        text = "\n".join(f"--- rank {i} (exit {r.returncode})\n{o}" for i, (r, o) in enumerate(zip(ranks, said, strict=True)))
         raise AssertionError(f"ranks {late} did not end in time\n{text}" if late else text)
     return outputs

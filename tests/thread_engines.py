@@ -132,6 +132,7 @@ class ThreadEngine:
                 self.on_hold(worker, weights)
                 pull.verify(bucket, weights)
                 peer.send(m.Done(attempt, bucket))
+            pull.conclude()
             peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
                 pass

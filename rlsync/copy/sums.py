@@ -13,6 +13,17 @@ from rlsync.copy.cuda import CudaCopyProgram, strided
 Views = Callable[[int], Sequence[torch.Tensor]]
 
 
+class Begun:
+    """Checksums that were asked for, some of which a device may still be at."""
+
+    def __init__(self, parts: Sequence[CudaCopyProgram | Sequence[int]]) -> None:
+        self._parts = parts
+
+    def values(self) -> list[int]:
+        """All of them, one round after another. Waits for them."""
+        return [v for part in self._parts for v in (part.checksums() if isinstance(part, CudaCopyProgram) else part)]
+
+
 class Sums:
     """On CUDA one launch for each round, bound once and again when memory has moved; elsewhere ``checksums``. Keeps no memory alive.
 
@@ -23,14 +34,15 @@ class Sums:
         self._bound: dict[tuple[Hashable, int], tuple[object, CudaCopyProgram]] = {}
 
     def prepare(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> None:
-        """Do what would otherwise be done at the first call of ``of`` for each round."""
+        """Do what would otherwise be done at the first call of ``begin`` for each round."""
         for number in rounds:
             self._program(key, number, place, views)
 
-    def of(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> list[int]:
-        """Checksums of the views of some rounds, one round after another, after everything that the current stream has been given.
+    def begin(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> Begun:
+        """Sum up the views of some rounds after everything that the current stream has been given. Not collective.
 
-        Waits for them. Not collective.
+        On CUDA nothing waits here: what is enqueued on that stream behind it may overwrite the views, and the values are to be had
+        until the next call for the same key.
 
         Args:
             key: same key and round, same views, but for where they lie.
@@ -40,7 +52,7 @@ class Sums:
         for program in programs:
             if isinstance(program, CudaCopyProgram):
                 program.run()
-        return [v for p in programs for v in (p.checksums() if isinstance(p, CudaCopyProgram) else checksums(p))]
+        return Begun([p if isinstance(p, CudaCopyProgram) else checksums(p) for p in programs])
 
     def _program(self, key: Hashable, number: int, place: object, views: Views) -> CudaCopyProgram | Sequence[torch.Tensor]:
         """On CUDA a program, elsewhere the views themselves."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from rlsync.control import messages as m
-from rlsync.engine.verifier import Verifier
+from rlsync.engine.verifier import Check, Verifier
 
 
 class Pull:
@@ -29,6 +29,7 @@ class Pull:
         self._verifier = verifier
         self.loans: tuple[m.Lender, ...] = ()
         self._sums: dict[int, int] = {}
+        self._checks: list[Check] = []
         self._seconds = dict.fromkeys(("wait", "pull", "verify", "finalize"), 0.0)
 
     phase: str
@@ -41,9 +42,16 @@ class Pull:
         self.loans += ready.loans
 
     def verify(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Compare what lies in ``buffers`` with what was sent, region by region. Raises MismatchError naming all that differ."""
+        """Sum up what lies in ``buffers``; on CUDA that is only begun, behind what the current stream has to do."""
         with self.timed("verify"):
-            self._verifier.compare(bucket, buffers, self._sums, self.attempt)
+            self._checks.append(self._verifier.begin(bucket, buffers, self.attempt))
+
+    def conclude(self) -> None:
+        """Compare everything with what was sent, region by region. Raises MismatchError naming what differs in the first such bucket."""
+        with self.timed("verify"):
+            for check in self._checks:
+                self.bucket = check.bucket
+                check.compare(self._sums)
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rlsync.control.shares import WorkerShare
 from rlsync.copy.cpu import region
-from rlsync.copy.sums import Sums, Views
+from rlsync.copy.sums import Begun, Sums, Views
 from rlsync.errors import RlsyncError
 from rlsync.staging import Region
 from rlsync.verification import num_rounds, round_of, rounds_in
@@ -17,6 +18,29 @@ from rlsync.verification import num_rounds, round_of, rounds_in
 
 class MismatchError(RlsyncError):
     """What this worker holds is not what the actor sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Of one bucket: regions, and what each sums up to where it landed."""
+
+    bucket: int
+    regions: Sequence[Region]
+    held: Begun
+
+    def compare(self, sent: Mapping[int, int]) -> None:
+        """``sent`` is by region. Raises MismatchError naming those that differ."""
+        findings = [
+            f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
+            + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
+            for r, value in zip(self.regions, self.held.values(), strict=True)
+            if sent.get(r.number) != value
+        ]
+        if findings:
+            more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+            raise MismatchError(
+                f"{len(findings)} of {len(self.regions)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}"
+            )
 
 
 class Verifier:
@@ -31,23 +55,11 @@ class Verifier:
         """Make ready to verify a bucket in these buffers."""
         self._sums.prepare(bucket, list(self._rounds[bucket]), _place(buffers), self._views(bucket, buffers))
 
-    def compare(self, bucket: int, buffers: Mapping[str, torch.Tensor], sent: Mapping[int, int], turn: int) -> None:
-        """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; ``sent`` is by region.
-
-        Raises MismatchError naming those that differ.
-        """
+    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
+        """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; on CUDA behind what the current stream has to do."""
         rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
         chosen = [r for number in rounds for r in self._rounds[bucket][number]]
-        held = self._sums.of(bucket, rounds, _place(buffers), self._views(bucket, buffers))
-        findings = [
-            f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
-            + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
-            for r, value in zip(chosen, held, strict=True)
-            if sent.get(r.number) != value
-        ]
-        if findings:
-            more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
-            raise MismatchError(f"{len(findings)} of {len(chosen)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}")
+        return Check(bucket, chosen, self._sums.begin(bucket, rounds, _place(buffers), self._views(bucket, buffers)))
 
     def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
         rounds = self._rounds[bucket]

@@ -182,6 +182,7 @@ class Receiver(WeightTransferEngine):
                     if not inlet.lands_ahead:
                         _await_bucket(line, pull, bucket)
                     self._take(line, sink, inlet, pull, part)
+                pull.conclude()
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
@@ -223,13 +224,17 @@ class Receiver(WeightTransferEngine):
             _await_bucket(line, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
-                self._synchronize()
-                # It is read no more where it came from, which may be filled anew while it is verified and made use of here.
-                line.send(m.Done(pull.attempt, bucket))
-                pull.verify(bucket, buffers)
+                # Where it came from may be filled anew as soon as nothing is read there, while it is verified and made use of here.
+                if self.device.type == "cuda":
+                    copied = torch.cuda.current_stream(self.device).record_event()
+                    pull.verify(bucket, buffers)
+                    copied.synchronize()
+                    line.send(m.Done(pull.attempt, bucket))
+                else:
+                    line.send(m.Done(pull.attempt, bucket))
+                    pull.verify(bucket, buffers)
 
             sink.write(bucket, arrival, landed)
-            self._synchronize()
 
     def finish_weight_update(self) -> None:
         """Nothing: the version was committed inside the update."""

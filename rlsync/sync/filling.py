@@ -155,7 +155,7 @@ class Filler:
         rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         cast = [given for number in rounds for given in self._rounds[bucket][number].cast]
-        values = self._sums.of(bucket, rounds, self._addresses, self._views(bucket))
+        values = self._sums.begin(bucket, rounds, self._addresses, self._views(bucket)).values()
         # A cast makes new memory each time, to which nothing can be bound.
         values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
         return tuple(Sum(stream, r.number, value) for (stream, r), value in zip((*same, *cast), values, strict=True))

@@ -1,4 +1,4 @@
-"""What a child process of the sink tests does: says which layers of engines in it loaders do not write where they live."""
+"""What a child process of the sink tests does: says which layers of an engine in it loaders do not write where they live."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlsync.geometry import TensorSpec
 from tests.integration.engine_source import read_folder
 
 
-def run(folders: dict[str, str], report: str) -> None:
-    """Paths of layers by case, as JSON in ``report``."""
-    Path(report).write_text(json.dumps({case: rebuilt(Path(folder)) for case, folder in folders.items()}))
+def run(folder: str, report: str) -> None:
+    """Paths of layers, as JSON in ``report``. Once in a process: vLLM keeps the groups of its first engine."""
+    Path(report).write_text(json.dumps(rebuilt(Path(folder))))
 
 
 def rebuilt(folder: Path) -> list[str]:

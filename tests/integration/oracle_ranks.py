@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +79,18 @@ def compare(
 
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
     """
+    places = [None] if gpus is None else gpus
+    # Before there is a group: a rank that waits for another one on its GPU takes half of that GPU's time from an engine that starts.
+    synced = [
+        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager)
+        for number, place in enumerate(places if os.environ["RANK"] == "0" else ())
+    ]
+    say("engines started")
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
     bridge = AutoBridge.from_pretrained(folder)
     models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})))
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
-    places = [None] if gpus is None else gpus
-    synced = [
-        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager)
-        for number, place in enumerate(places if dist.get_rank() == 0 else ())
-    ]
     syncer = WeightSyncer(
         MegatronSource(bridge, models),
         synced,
@@ -96,6 +100,7 @@ def compare(
         broadcast=lambda payload: gather_bytes(payload, device=compute_device())[0],
     )
     syncer.connect()
+    say("connected")
     check_replaced_parameters_are_refused(models, syncer)
     tokens = torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))
     before: list[list[Completion]] = [[] for _ in synced]
@@ -103,6 +108,7 @@ def compare(
         if version:
             train_step(models, optimizer, [{"tokens": tokens}], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
         report = syncer.sync(version)
+        say(f"synced to version {version}")
         assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
         answers = [[group[0] for group in each.generate(PROMPTS, GREEDY)] for each in synced]
         for mine, last in zip(answers, before, strict=True):
@@ -129,6 +135,11 @@ def compare(
         # What the order of a sum over GPUs, or of requests in a batch, makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
         print(f"ORACLE {worst:.1e} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+
+
+def say(text: str) -> None:
+    """For whoever reads the output of a rank that did not end in time."""
+    print(f"{time.strftime('%H:%M:%S')} rank {os.environ['RANK']}: {text}", flush=True)
 
 
 def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:
