@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from rlsync.buckets import grouped, limits_of
 from rlsync.errors import PlacementError
 from rlsync.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
 from rlsync.links import link_class
@@ -107,7 +108,7 @@ def build_plan(
         tensors: every HF tensor that may occur, in the order in which buckets carry them.
         sources, destinations: holders. A tensor that no destination wants is not copied.
         bucket_bytes: most bytes of a bucket that one destination takes or one source gives, so that the number of buckets does not
-            grow with that of the holders; a tensor with more has a bucket to itself. None: one bucket.
+            grow with that of the holders; where a holder's largest tensor is more, that. None: one bucket.
         allow_cast: floating-point dtypes of source and destination may differ.
 
     Raises PlacementError with all findings at once.
@@ -121,39 +122,23 @@ def build_plan(
     findings += _dtype_findings(copies, givers, takers, allow_cast)
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
-    groups = cut_buckets(tensors, bucket_bytes, {name: share_bytes(row, takers.dtypes) for name, row in copies.items()})
+    shares = shares_of(copies, takers.dtypes)
+    groups = grouped(tensors, shares, limits_of(shares, bucket_bytes))
     buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
     return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
 
 
-def share_bytes(copies: Iterable[Copy], dtypes: Sequence[Mapping[str, str]]) -> int:
-    """Most bytes of these copies that one destination takes or one source gives; ``dtypes``: of each destination's buffers."""
-    taken: dict[int, int] = defaultdict(int)
-    given: dict[int, int] = defaultdict(int)
-    for copy in copies:
-        nbytes = copy.size * DTYPE_BYTES[dtypes[copy.destination][copy.destination_buffer]]
-        taken[copy.destination] += nbytes
-        given[copy.source] += nbytes
-    return max((*taken.values(), *given.values()), default=0)
-
-
-def cut_buckets(
-    tensors: Iterable[TensorSpec], bucket_bytes: int | None, moved_bytes: Mapping[str, int] | None = None
-) -> tuple[tuple[TensorSpec, ...], ...]:
-    """Consecutive groups of tensors of at most ``bucket_bytes``; a larger tensor is a group of its own.
-
-    A tensor counts its own bytes, or those of ``moved_bytes`` by name (none where it is not there).
-    """
-    groups: list[list[TensorSpec]] = []
-    filled = 0
-    for tensor in tensors:
-        nbytes = tensor.nbytes if moved_bytes is None else moved_bytes.get(tensor.name, 0)
-        if not groups or (bucket_bytes is not None and filled and filled + nbytes > bucket_bytes):
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += nbytes
-    return tuple(map(tuple, groups))
+def shares_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str, str]]) -> dict[str, dict[Hashable, int]]:
+    """By tensor what each destination takes and each source gives; ``copies`` by tensor, ``dtypes`` of each destination's buffers."""
+    shares: dict[str, dict[Hashable, int]] = {}
+    for name, row in copies.items():
+        share: dict[Hashable, int] = defaultdict(int)
+        for copy in row:
+            nbytes = copy.size * DTYPE_BYTES[dtypes[copy.destination][copy.destination_buffer]]
+            share["destination", copy.destination] += nbytes
+            share["source", copy.source] += nbytes
+        shares[name] = share
+    return shares
 
 
 def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[dict[str, list[Copy]], list[str]]:

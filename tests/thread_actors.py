@@ -18,7 +18,7 @@ from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.filling import Filling
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
-SIZES = (16, 40, 8, 24, 32)
+SIZES = (24, 30, 16, 24, 26)
 
 
 class Numbers:

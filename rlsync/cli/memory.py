@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from rlsync.buckets import grouped, limits_of
 from rlsync.geometry import DTYPE_BYTES
-from rlsync.plan import Bucket, Copy, Plan, cut_buckets, share_bytes
+from rlsync.plan import Bucket, Copy, Plan, shares_of
 from rlsync.staging import SEGMENT_ALIGNMENT, Part, Region, cut
 
 
@@ -134,5 +135,6 @@ def _as_cut(plan: Plan, bucket_bytes: int) -> Plan:
     for copy in plan.buckets[0].copies:
         copies[copy.tensor].append(copy)
     dtypes = [{b.name: b.dtype for b in p.buffers} for p in plan.destinations]
-    groups = cut_buckets(plan.buckets[0].tensors, bucket_bytes, {name: share_bytes(row, dtypes) for name, row in copies.items()})
+    shares = shares_of(copies, dtypes)
+    groups = grouped(plan.buckets[0].tensors, shares, limits_of(shares, bucket_bytes))
     return replace(plan, buckets=tuple(Bucket(group, tuple(c for t in group for c in copies[t.name])) for group in groups))

@@ -11,9 +11,9 @@ from types import TracebackType
 
 import torch
 
+from rlsync.buckets import grouped
 from rlsync.geometry import TensorSpec
 from rlsync.placement.safetensors import INDEX_NAME, StoredTensor, encode_header
-from rlsync.plan import cut_buckets
 
 
 class MappedTensors(Mapping[str, torch.Tensor]):
@@ -89,8 +89,8 @@ class FileWriter:
 
 
 def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, tuple[TensorSpec, ...]]:
-    """File name -> tensors of a checkpoint cut into files of at most ``max_shard_bytes`` (HF's naming)."""
-    groups = cut_buckets(tensors, max_shard_bytes)
+    """File name -> tensors of a checkpoint cut into files of at most ``max_shard_bytes`` or one tensor (HF's naming)."""
+    groups = grouped(tensors, {t.name: {"file": t.nbytes} for t in tensors}, {"file": max_shard_bytes})
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -21,8 +21,8 @@ class SyncConfig:
     """Settings of a connection, the same on all actor ranks.
 
     Attributes:
-        bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; a larger tensor has a bucket to itself,
-            and where a worker takes nothing directly, all buckets may be as large.
+        bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; where it has a larger tensor, as many as
+            that one has, for which there has to be room anyway.
         num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
             it is loaded.
         timeout_s: deadline of each phase: connect, begin, transfer, commit, resume.

@@ -15,7 +15,7 @@ import msgspec
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.roster import Member
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
-from rlsync.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
+from rlsync.geometry import Location, Placement, TensorSpec
 from rlsync.links import Traffic, num_steps, traffic
 from rlsync.plan import Plan, build_plan
 from rlsync.staging import Part, Region, lay_out, part_offsets
@@ -186,7 +186,7 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
     # What goes from parameters to parameters takes one bucket: nobody has to be told of parts of it.
     is_direct = all(r.sink == "direct" for r in survey.records)
     at_once = is_direct and (set(transports) == {"nccl"} or (set(transports) == {"ipc"} and not staging))
-    plan = build_plan(tensors, located, streams, bucket_bytes=None if at_once else _bucket_bytes(survey, streams, config), allow_cast=True)
+    plan = build_plan(tensors, located, streams, bucket_bytes=None if at_once else config.bucket_bytes, allow_cast=True)
     used = tuple(bucket for bucket in plan.buckets if bucket.copies)
     plan = replace(plan, buckets=used)
     moved = traffic(plan)
@@ -202,23 +202,6 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
         staging,
         num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
     )
-
-
-def _bucket_bytes(survey: Surveyed, streams: Sequence[Placement], config: SyncConfig) -> int:
-    """What is asked for; and, of workers that take nothing directly, at least the largest tensor.
-
-    There has to be room for it anyway, in slots and in what such a sink makes of a bucket; and each bucket has a price.
-    """
-    if all(r.sink not in ("layerwise", "loaders") for r in survey.records):
-        return config.bucket_bytes
-    largest = config.bucket_bytes
-    for placement in streams:
-        item_bytes = {b.name: DTYPE_BYTES[b.dtype] for b in placement.buffers}
-        taken: dict[str, int] = defaultdict(int)
-        for piece in placement.pieces:
-            taken[piece.tensor] += piece.box.size * item_bytes[piece.buffer]
-        largest = max((largest, *taken.values()))
-    return largest
 
 
 def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:

@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_found_where_it_is_verified(engines: list[ThreadEngine]
 
     def flip(worker: int, weights: dict[str, torch.Tensor]) -> None:
         if worker == 1:
-            weights["w2"].view(torch.int32)[5] ^= 1 << 7
+            weights["w2"].view(torch.int32)[-3] ^= 1 << 7
 
     engines[1].on_hold = flip
     for version, expected in enumerate(found, 1):

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "families",
                 "placement",
                 "proof",
+                "buckets",
                 "plan",
                 "links",
                 "staging",

@@ -18,7 +18,7 @@ from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, T
 from rlsync.links import traffic
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan, cut_buckets
+from rlsync.plan import build_plan
 from rlsync.topology import Topology
 
 
@@ -172,13 +172,6 @@ def test_subtracting_a_box_leaves_a_disjoint_cover(ndim, data):
     if common is not None:
         mark(common, -1)
     assert not grid.any()
-
-
-def test_buckets_respect_their_size_and_keep_order():
-    specs = model_of(config("LlamaForCausalLM")).tensors()
-    groups = cut_buckets(specs, 4000)
-    assert [t for g in groups for t in g] == list(specs)
-    assert all(len(g) == 1 or sum(t.nbytes for t in g) <= 4000 for g in groups)
 
 
 def placement(*pieces: Piece, shape=(4, 6), fills=()) -> Placement:

@@ -278,15 +278,15 @@ def test_buckets_keep_the_order_and_bound_what_anybody_takes_or_gives(seed, buck
     plan = build_plan(tensors, sources, destinations, bucket_bytes=bucket_bytes, allow_cast=True)
     assert [t for bucket in plan.buckets for t in bucket.tensors] == tensors
     sizes = [{b.name: 2 if b.dtype == "bfloat16" else 4 for b in p.buffers} for p in destinations]
-    for bucket in plan.buckets:
-        moved: dict[tuple[str, int], int] = defaultdict(int)
+    moved: dict[tuple[str, int], dict[tuple[int, str], int]] = defaultdict(lambda: defaultdict(int))
+    for number, bucket in enumerate(plan.buckets):
         for c in bucket.copies:
-            nbytes = c.size * sizes[c.destination][c.destination_buffer]
-            moved["taken by", c.destination] += nbytes
-            moved["given by", c.source] += nbytes
-        names = {c.tensor for c in bucket.copies}
-        assert names <= {t.name for t in bucket.tensors}
-        assert max(moved.values(), default=0) <= bucket_bytes or len(names) == 1
+            for holder in (("takes", c.destination), ("gives", c.source)):
+                moved[holder][number, c.tensor] += c.size * sizes[c.destination][c.destination_buffer]
+        assert {c.tensor for c in bucket.copies} <= {t.name for t in bucket.tensors}
+    for had in moved.values():
+        limit = max(bucket_bytes, *had.values())
+        assert all(sum(n for (at, _), n in had.items() if at == number) <= limit for number in range(len(plan.buckets)))
 
 
 @settings(max_examples=150, deadline=None)

@@ -202,7 +202,7 @@ class RewardConfig:
 class WeightSyncConfig:
     """``weight_sync``: how engines are kept equal to the actor."""
 
-    bucket_bytes: int = key(256 * 2**20, "most bytes that a worker takes, or an actor rank gives, at a time")
+    bucket_bytes: int = key(256 * 2**20, "most bytes that a worker takes, or an actor rank gives, at a time, or its largest tensor")
     sink: Literal["auto", "direct", "layerwise", "loaders"] = key("auto", "how bytes enter the engine; auto: the first that is right")
     transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = key(
         "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"

@@ -1,0 +1,40 @@
+"""How tensors are grouped: consecutive ones, until some holder has its fill. Pure integers and names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+
+from rlsync.geometry import TensorSpec
+
+# By name of a tensor: bytes by holder. Whoever gives and whoever takes are two holders.
+Shares = Mapping[str, Mapping[Hashable, int]]
+
+
+def grouped(tensors: Iterable[TensorSpec], shares: Shares, limits: Mapping[Hashable, int]) -> tuple[tuple[TensorSpec, ...], ...]:
+    """Groups in which no holder has more bytes than its limit; a tensor that alone is more has a group that ends with it.
+
+    Args:
+        shares: nobody has anything of a tensor that is not there.
+        limits: by holder; one that is not there has none.
+    """
+    groups: list[list[TensorSpec]] = []
+    filled: dict[Hashable, int] = defaultdict(int)
+    for tensor in tensors:
+        share = shares.get(tensor.name, {})
+        if not groups or any(filled[h] and filled[h] + nbytes > limits[h] for h, nbytes in share.items() if nbytes and h in limits):
+            groups.append([])
+            filled.clear()
+        groups[-1].append(tensor)
+        for holder, nbytes in share.items():
+            filled[holder] += nbytes
+    return tuple(map(tuple, groups))
+
+
+def limits_of(shares: Shares, bucket_bytes: int | None) -> dict[Hashable, int]:
+    """By holder ``bucket_bytes``, or what its largest tensor has: there has to be room for that one anyway. None: no limits."""
+    limits: dict[Hashable, int] = {}
+    for share in shares.values() if bucket_bytes is not None else ():
+        for holder, nbytes in share.items():
+            limits[holder] = max(limits.get(holder, bucket_bytes or 0), nbytes)
+    return limits
