@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,13 @@ def compare_each(cases: list[dict[str, Any]]) -> None:
         if number:
             destroy_parallel(keep_distributed=True)
         compare(**case)
-    # On the host: rank 0 has started another engine on everybody's GPUs.
-    dist.barrier(dist.new_group(backend="gloo"))
+    wait_for_all()
     destroy_parallel()
+
+
+def wait_for_all() -> None:
+    """On the host: a rank that waits on its GPU takes half of that GPU's time from an engine that rank 0 starts there."""
+    dist.barrier(dist.new_group(backend="gloo"))
 
 
 def compare(
@@ -80,15 +83,15 @@ def compare(
 
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
     """
-    places = [None] if gpus is None else gpus
-    # Before there is a group: a rank that waits for another one on its GPU takes half of that GPU's time from an engine that starts.
-    synced = [
-        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager)
-        for number, place in enumerate(places if os.environ["RANK"] == "0" else ())
-    ]
-    say("engines started")
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
+    places = [None] if gpus is None else gpus
+    synced = [
+        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager)
+        for number, place in enumerate(places if dist.get_rank() == 0 else ())
+    ]
+    say("engines started")
+    wait_for_all()
     bridge = AutoBridge.from_pretrained(folder)
     models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})))
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
@@ -140,7 +143,7 @@ def compare(
 
 def say(text: str) -> None:
     """For whoever reads the output of a rank that did not end in time."""
-    print(f"{time.strftime('%H:%M:%S')} rank {os.environ['RANK']}: {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} rank {dist.get_rank()}: {text}", flush=True)
 
 
 def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:

@@ -22,6 +22,7 @@ from rlsync.engine.handle import Engine
 from rlsync.engine.processes import shared_segments
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
+from rlsync.sync.filling import Filling
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.tiny_engines import (
     GREEDY,
@@ -294,6 +295,30 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(
     assert_refuses(engines["a"], "coordinator")
     with one_rank([engines["a"]], folders["b"]) as syncer:
         syncer.connect()
+        syncer.sync(1)
+    assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
+
+
+def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_heals(
+    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+) -> None:
+    with one_rank([engines["a"]], folders["b"]) as syncer:
+        syncer.connect()
+        assert syncer._connection is not None
+        filler, fill = syncer._connection.filler, syncer._connection.filler.fill
+
+        def flipped(bucket: int, turn: int) -> Filling:
+            filling = fill(bucket, turn)
+            if bucket == 1:
+                filler._slots[1][0] ^= 1
+            return filling
+
+        filler.fill = flipped  # type: ignore[method-assign]
+        with pytest.raises(WeightSyncError, match=r"1 of .* verified regions are not what was sent") as raised:
+            syncer.sync(1)
+        assert (raised.value.phase, raised.value.engine, raised.value.bucket) == ("verify", "a", 1)
+        assert_refuses(engines["a"], "not what was sent")
+        filler.fill = fill  # type: ignore[method-assign]
         syncer.sync(1)
     assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
 
