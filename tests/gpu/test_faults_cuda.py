@@ -1,6 +1,7 @@
 """What faults in syncs between GPUs leave: one error in time, engines and ranks that go on, and nothing behind.
 
-The tests share two engines and run in order: the last ones cost an engine each.
+The tests share two engines and run in order: the last ones cost an engine each. They count what their GPUs have free, and so want
+them to themselves.
 """
 
 from __future__ import annotations
