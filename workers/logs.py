@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from rlsync import logs
+
 LOG_VARIABLE = "RLSYNC_WORKER_LOG"
 # What vLLM's processes put before each line of theirs.
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s+)?(?:ERROR [^\]]*\]\s?)?")
@@ -28,6 +30,7 @@ def keep_own_log() -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+    logs.set_up("INFO")
 
 
 def own_log() -> Path:

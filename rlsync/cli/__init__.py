@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rlsync import __version__
+from rlsync import __version__, logs
 from rlsync.errors import RlsyncError
 
 # Module of this package, with ``add_arguments`` and ``run``, and what it is for.
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_module(f"{__package__}.{name}").add_arguments(command)
     arguments = parser.parse_args(argv)
     try:
+        logs.set_up()
         code: int = import_module(f"{__package__}.{arguments.command}").run(arguments)
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -171,6 +171,7 @@ class Receiver(WeightTransferEngine):
                 # No time of the bytes: everybody has to be there.
                 _await_ready(line, pull, -1, "the actor's side")
                 line.until(lambda: inlet.join(pull.group), pull.attempt, "all members of the group", pull.hear, inlet)
+                _log.debug("version %d: everybody is there", update_info.version)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
                 sink.open()
@@ -182,7 +183,11 @@ class Receiver(WeightTransferEngine):
                     if not inlet.lands_ahead:
                         _await_bucket(line, pull, bucket)
                     self._take(line, sink, inlet, pull, part)
+                    _log.debug(
+                        "version %d: bucket %d of %d is in place, %d B", update_info.version, bucket, len(self._share.parts), part.nbytes
+                    )
                 pull.conclude()
+                _log.debug("version %d: all of it is verified", update_info.version)
                 with pull.timed("finalize"):
                     sink.close()
                     self._synchronize()
@@ -193,6 +198,7 @@ class Receiver(WeightTransferEngine):
             self._version = update_info.version
             compat.allow_answers(self.model)
             line.send(m.Committed(update_info.attempt))
+            _log.debug("version %d: committed", update_info.version)
         except BaseException as error:
             told = line.told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
             if told is None and not isinstance(error, WeightSyncError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
 from rlsync.transport.boxes import Outbox
+
+_log = logging.getLogger(__name__)
 
 # The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
 GRACE_S = 2.0
@@ -92,6 +95,7 @@ class Attempt:
                     self._take(outcome)
             elif isinstance(message, m.Writable):
                 self._writable, self._group = message.buckets_writable, message.group
+                _log.debug("version %d: %d buckets may be filled", self._version, self._writable)
             elif isinstance(message, m.AllCommitted):
                 self._committed, self._marks["committed"] = message, time.monotonic()
             elif isinstance(message, m.Finished):
@@ -107,6 +111,7 @@ class Attempt:
 
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
+        _log.debug("version %d: %s %s took %.6f s", self._version, kind, "" if which is None else which, outcome.seconds)
         if outcome.error is not None:
             # After the commit an update has caches to forget.
             update = "transfer" if self._committed is None else "commit"

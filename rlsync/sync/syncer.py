@@ -16,6 +16,7 @@ import msgspec
 import torch
 import zmq
 
+from rlsync import logs
 from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
 from rlsync.control.peer import Peer, to_exception
@@ -66,6 +67,7 @@ class WeightSyncer:
         world_size: int = 1,
         broadcast: Callable[[bytes], bytes] | None = None,
     ) -> None:
+        logs.set_up()
         if rank == 0 and not engines:
             raise ConfigError("WeightSyncer: rank 0 needs the handle of at least one engine")
         if broadcast is None and world_size > 1:

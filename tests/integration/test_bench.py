@@ -42,10 +42,17 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
     ]
     words += ["--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "rlsync.cli", "bench", *words], env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path}, capture_output=True,
-        text=True, timeout=240,
+        [sys.executable, "-m", "rlsync.cli", "bench", *words], capture_output=True, text=True, timeout=240,
+        env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path, "RLSYNC_LOGGING_LEVEL": "DEBUG"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    said = {name: (tmp_path / "logs" / f"{name}.log").read_text() for name in ("actor0", "actor1", "engine0")}
+    for text in ("connected 2 actor ranks and 2 workers of 1 engines", "version 1: fill 0 took", "version 1: update engine0 took"):
+        assert text in said["actor0"], said["actor0"][-3000:]
+    assert "version 1: fill 0 took" in said["actor1"]
+    for text in ("version 1: everybody is there", "version 1: bucket 0 of", "version 1: all of it is verified", "version 1: committed"):
+        # By two workers.
+        assert said["engine0"].count(text) >= 2, said["engine0"][-3000:]
     found = json.loads((tmp_path / "bench.json").read_text())
     ours, moved, loaders, loaders_moved, peer = found["cases"]
     names = ["auto params", "auto moved", "loaders params", "loaders moved"]

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
             f"rlsync.{unit}"
             for unit in (
                 "errors",
+                "logs",
                 "topology",
                 "geometry",
                 "families",
