@@ -97,7 +97,7 @@ class ThreadEngine:
         parts, weights = self._shares[worker].parts, self.weights[worker]
         return {bucket: {s.buffer: weights[s.buffer] for s in part.segments} for bucket, part in enumerate(parts)}
 
-    def pause(self, mode: str, timeout_s: float) -> None:
+    def pause(self, mode: str, sync: str, timeout_s: float) -> None:
         self.calls.append(f"pause {mode}")
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
@@ -148,7 +148,7 @@ class ThreadEngine:
         self.calls.append(f"resume {version}")
         self.dirty = ""
 
-    def mark_dirty(self, reason: str) -> None:
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
         self.dirty = reason
 
 

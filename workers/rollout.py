@@ -87,8 +87,8 @@ class RayEngine:
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", timeout_s, init_info)
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        self._call("pause", timeout_s, mode)
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+        self._call("pause", timeout_s, mode, sync)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self._call("update_weights", timeout_s, update_info)
@@ -97,9 +97,9 @@ class RayEngine:
         self._call("resume", timeout_s, version)
         self.version = version
 
-    def mark_dirty(self, reason: str) -> None:
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
         # Not awaited: the actor may be the one that is gone.
-        self.actor.call.remote("mark_dirty", reason)
+        self.actor.call.remote("mark_dirty", reason, sync)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
         try:

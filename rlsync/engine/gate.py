@@ -21,6 +21,7 @@ class Gate:
         self._changed = threading.Condition()
         self._state, self._reason, self._until_s = "dirty", reason, 0.0
         self._epoch = 0  # grows with each call of shut
+        self._over = ""  # the last sync that has failed
         self._version: int | None = None
         self._closed = False
 
@@ -38,10 +39,11 @@ class Gate:
         """Serve what the engine holds."""
         self._set("clean")
 
-    def shut(self, reason: str) -> None:
-        """Become ``dirty``; those who wait are refused."""
+    def shut(self, reason: str, sync: str = "") -> None:
+        """Become ``dirty``; those who wait are refused. ``sync`` is over, also where it begins only now."""
         with self._changed:
             self._epoch += 1
+            self._over = sync or self._over
             if not self._closed:
                 self._set("dirty", reason)
 
@@ -51,10 +53,13 @@ class Gate:
             self.shut(reason)
             self._closed = True
 
-    def begin_sync(self, limit_s: float) -> None:
-        """Become ``syncing``. A sync of which nothing is heard for ``limit_s`` counts as failed. Raises EngineDirtyError when closed."""
+    def begin_sync(self, sync: str, limit_s: float) -> None:
+        """Become ``syncing``. A sync of which nothing is heard for ``limit_s`` counts as failed.
+
+        Raises EngineDirtyError when closed, and for a sync that is over: of two threads' calls the second may come first.
+        """
         with self._changed:
-            if self._closed:
+            if self._closed or (sync and sync == self._over):
                 raise self.refusal()
             self._set("syncing", until_s=time.monotonic() + limit_s)
 

@@ -144,11 +144,11 @@ class Engine:
 
         self._calls.run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         if "weights" in self._asleep:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
-        self._gate.begin_sync(5 * timeout_s)
+        self._gate.begin_sync(sync, 5 * timeout_s)
         self._calls.run(compat.pause(self._llm, mode), timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
@@ -175,8 +175,8 @@ class Engine:
         self._calls.run(self._llm.resume_generation(), timeout_s)
         self._gate.commit(ticket, version)
 
-    def mark_dirty(self, reason: str) -> None:
-        self._gate.shut(reason)
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        self._gate.shut(reason, sync)
         self._calls.end_requests()
 
     # Memory.

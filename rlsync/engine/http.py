@@ -160,9 +160,9 @@ class HttpEngine:
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._run("init", timeout_s, body={"init_info": init_info})
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
-        self._gate.begin_sync(5 * timeout_s)
+        self._gate.begin_sync(sync, 5 * timeout_s)
         # Requests that came to a paused server wait for its next complete sync; abort would end them unanswered.
         is_paused = self._run("is_paused", timeout_s)["is_paused"]
         self._run("pause", timeout_s, query=f"?mode={'keep' if is_paused else mode}&clear_cache=false")
@@ -211,9 +211,9 @@ class HttpEngine:
         self._run("resume", timeout_s)
         self._gate.commit(ticket, version)
 
-    def mark_dirty(self, reason: str) -> None:
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
         """Refuse to generate, for this reason, until a complete sync. A server that may still answer others is paused for it."""
-        self._gate.shut(reason)
+        self._gate.shut(reason, sync)
         self._calls.end_requests()
         if self._may_answer and not self._calls.closed:
             self._may_answer = False

@@ -28,8 +28,11 @@ class EngineHandle(Protocol):
         """Make every worker dial home; returns when all peers of the run are connected."""
         ...
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait."""
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+        """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait.
+
+        ``sync`` names what the engine is paused for. Raises EngineDirtyError where ``mark_dirty`` has named it already.
+        """
         ...
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
@@ -43,8 +46,8 @@ class EngineHandle(Protocol):
         """Become ``clean`` at ``version`` (None: the weights of the start) and serve."""
         ...
 
-    def mark_dirty(self, reason: str) -> None:
-        """Refuse to serve, for this reason, until a complete sync."""
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        """Refuse to serve, for this reason, until a complete sync that is not ``sync``, whose calls may be under way still."""
         ...
 
 

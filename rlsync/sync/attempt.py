@@ -65,8 +65,9 @@ def receive(
 class Attempt:
     """One call of ``WeightSyncer.sync``: an event loop over the channel, this rank's fills and the engines' calls."""
 
-    def __init__(self, connection: Connection, tasks: Tasks, attempt: int, version: int) -> None:
-        self._link, self._tasks, self._attempt, self._version = connection, tasks, attempt, version
+    def __init__(self, connection: Connection, tasks: Tasks, attempt: int, version: int, name: str) -> None:
+        """``name`` is that of the sync to the engines."""
+        self._link, self._tasks, self._attempt, self._version, self._name = connection, tasks, attempt, version, name
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
         self._filled, self._writable, self._group, self._filling = 0, 0, 0, True
@@ -152,7 +153,9 @@ class Attempt:
         for engine in self._engines:
             # The workers and the coordinator keep the deadlines of the phases inside an update.
             update = partial(engine.update_weights, info, 3 * (timeout_s + GRACE_S))
-            self._tasks.spawn(("pause", engine.engine_id), partial(engine.pause, mode, timeout_s), (("update", engine.engine_id), update))
+            self._tasks.spawn(
+                ("pause", engine.engine_id), partial(engine.pause, mode, self._name, timeout_s), (("update", engine.engine_id), update)
+            )
 
     def _advance(self) -> None:
         """Rank 0: what follows when every worker has committed and every engine has ended the call before."""

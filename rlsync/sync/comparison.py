@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlsync.engine.protocol import EngineHandle, PauseMode
-from rlsync.errors import ConfigError, WeightSyncError
+from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.source import Source
 from rlsync.sync.syncer import WeightSyncer
@@ -20,7 +20,7 @@ class _Compared:
     def __init__(self, engine: EngineHandle) -> None:
         self._engine, self._info = engine, dict[str, Any]()
         self.engine_id, self.num_workers = engine.engine_id, engine.num_workers
-        self._paused = threading.Event()
+        self._paused, self._over = threading.Event(), ""
 
     @property
     def state(self) -> str:
@@ -34,9 +34,11 @@ class _Compared:
         self._info = {**init_info, "purpose": "compare"}
         self._engine.init_weight_transfer(self._info, timeout_s)
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         self._paused.set()
-        self._engine.pause(mode, timeout_s)
+        if sync == self._over:
+            raise RlsyncError(f"the comparison with engine {self.engine_id} has failed already")
+        self._engine.pause(mode, sync, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # Caches are of the weights that the engine still has.
@@ -46,8 +48,9 @@ class _Compared:
         self._engine.resume(self._engine.version, timeout_s)
         self._paused.clear()
 
-    def mark_dirty(self, reason: str) -> None:
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
         """The engine is what it was: a comparison that failed has put everything back."""
+        self._over = sync
         if self._paused.is_set():
             self._engine.resume(self._engine.version, 60.0)
 

@@ -239,8 +239,9 @@ class WeightSyncer:
         self._attempt += 1
         # Of its own, so that a call left over from a failed sync does not answer in this one.
         self._tasks = Tasks()
+        name = secrets.token_hex(8)
         try:
-            report = Attempt(self._connection, self._tasks, self._attempt, version).run()
+            report = Attempt(self._connection, self._tasks, self._attempt, version, name).run()
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # It arose on this rank alone; the others are told instead of left to their deadline.
@@ -251,7 +252,7 @@ class WeightSyncer:
             self._carriers.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
-                engine.mark_dirty(str(error))
+                engine.mark_dirty(str(error), name)
             raise
         self._version = version
         return report

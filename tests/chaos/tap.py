@@ -52,7 +52,7 @@ MOMENTS: dict[str, tuple[Moment, ...]] = {
     "connect": tuple(Moment("connect", "sent", what) for what in ("Catalogue", "Surveyed", "Share")),
     "pause": (Moment("pause", "called", "pause"), Moment("pause", "called", "pause", ordinal=1)),
     **{phase: (Moment(phase, "sent", "Ready", level),) for phase, level in BUCKET_LEVELS.items()},
-    # The first worker has verified all that it got; none has said so.
+    # The first worker has all that it takes; it verifies, and has not said so.
     "verify": (Moment("verify", "received", "Done", 1.0),),
     "commit": (
         Moment("commit", "sent", "Commit"), Moment("commit", "sent", "Commit", ordinal=1), Moment("commit", "received", "Committed"),

@@ -49,8 +49,8 @@ class FarEngine:
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self.call("init_weight_transfer", init_info, timeout_s)
 
-    def pause(self, mode: str, timeout_s: float) -> None:
-        self.call("pause", mode, timeout_s)
+    def pause(self, mode: str, sync: str, timeout_s: float) -> None:
+        self.call("pause", mode, sync, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self.call("update_weights", update_info, timeout_s)
@@ -58,8 +58,8 @@ class FarEngine:
     def resume(self, version: int, timeout_s: float) -> None:
         self.call("resume", version, timeout_s)
 
-    def mark_dirty(self, reason: str) -> None:
-        self.call("mark_dirty", reason)
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        self.call("mark_dirty", reason, sync)
 
     def generate(self, prompts: Any, sampling: Any) -> Any:
         return self.call("generate", prompts, sampling)

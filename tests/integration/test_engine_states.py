@@ -35,7 +35,7 @@ def engine():
 
 
 def test_a_resume_that_outlives_its_sync_does_not_clean_a_dirty_engine(engine):
-    engine.pause("abort", 5)
+    engine.pause("abort", "a sync", 5)
     failures: list[BaseException] = []
 
     def resume() -> None:
@@ -53,6 +53,18 @@ def test_a_resume_that_outlives_its_sync_does_not_clean_a_dirty_engine(engine):
     assert engine.state == "dirty" and engine.version is None and "the deadline passed" in str(failures[0])
 
 
+def test_a_pause_that_comes_behind_the_failure_of_its_sync_does_not_begin_it(engine):
+    engine.mark_dirty("a process of it has ended", "a sync")
+    with pytest.raises(EngineDirtyError, match="a process of it has ended"):
+        engine.pause("abort", "a sync", 5)
+    assert engine.state == "dirty"
+    engine.mark_dirty("for another reason")
+    with pytest.raises(EngineDirtyError, match="for another reason"):
+        engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "the next sync", 5)
+    assert engine.state == "syncing"
+
+
 def test_a_resume_of_an_engine_that_is_not_syncing_is_refused(engine):
     engine.mark_dirty("its sync failed")
     engine._llm.gate.set()
@@ -61,7 +73,7 @@ def test_a_resume_of_an_engine_that_is_not_syncing_is_refused(engine):
 
 
 def test_a_resume_in_time_makes_it_clean(engine):
-    engine.pause("abort", 5)
+    engine.pause("abort", "a sync", 5)
     engine._llm.gate.set()
     engine.resume(7, 5)
     assert (engine.state, engine.version) == ("clean", 7)
@@ -71,7 +83,7 @@ def test_an_engine_that_is_closed_in_the_midst_of_a_sync_is_not_made_to_serve_by
     engine._llm.gate.set()
     engine._gate.close("it is closed")
     with pytest.raises(EngineDirtyError, match="it is closed"):
-        engine.pause("abort", 5)
+        engine.pause("abort", "a sync", 5)
     with pytest.raises(EngineDirtyError, match="it is closed"):
         engine.resume(7, 5)
     engine.mark_dirty("its sync failed")
@@ -86,21 +98,21 @@ def test_marking_a_closed_engine_dirty_says_nothing(engine):
 
 
 def test_a_request_waits_for_a_sync_no_longer_than_it_was_given(engine):
-    engine.pause("abort", 5)
+    engine.pause("abort", "a sync", 5)
     with pytest.raises(TimeoutError, match=r"engine e was still in a sync after 0\.1 s"):
         engine.generate([[1]], {}, timeout_s=0.1)
     assert engine.state == "syncing"
 
 
 def test_a_sync_that_nobody_hears_of_again_counts_as_failed(engine):
-    engine.pause("abort", 0.02)
+    engine.pause("abort", "a sync", 0.02)
     with pytest.raises(EngineDirtyError, match="neither committed nor failed in time"):
         engine.generate([[1]], {})
     assert engine.state == "dirty"
 
 
 def test_a_call_that_is_never_answered_ends_with_its_loop(engine):
-    engine.pause("abort", 5)
+    engine.pause("abort", "a sync", 5)
     with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
         engine._calls.run(asyncio.sleep(60), 0.1)
     never = engine._calls.spawn(asyncio.sleep(60))

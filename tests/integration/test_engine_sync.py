@@ -129,7 +129,7 @@ def test_a_sync_leaves_no_weight_update_open_and_ends_one_that_is(engines: dict[
     engine, folder = engines[name], folders["b" if name == "a" else "llama"]
     with one_rank([engine], folder, timeout_s=20.0) as syncer:
         syncer.connect()
-        engine.pause("abort", 10)
+        engine.pause("abort", "a sync", 10)
         with pytest.raises(Exception, match="joined attempt 98, which the actor has not started"):
             engine.update_weights({"version": 1, "attempt": 98}, 10)
         with pytest.raises(TimeoutError):
@@ -206,9 +206,9 @@ def test_waiting_for_other_engines_is_not_counted_as_waiting_for_buckets(
     late = engines["b"]
     pause = late.pause
 
-    def pause_late(mode: Any, timeout_s: float) -> None:
+    def pause_late(mode: Any, sync: str, timeout_s: float) -> None:
         time.sleep(2)
-        pause(mode, timeout_s)
+        pause(mode, sync, timeout_s)
 
     with one_rank([engines["a"], late], folders["b"]) as syncer:
         syncer.connect()

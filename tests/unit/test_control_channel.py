@@ -31,13 +31,34 @@ def test_every_worker_of_every_engine_gets_what_all_ranks_filled(actors: Actors,
     assert engines[0].calls[:4] == ["pause abort", "update 1", "resume 1", "pause abort"]
 
 
+def test_engines_are_told_which_sync_they_pause_for_and_which_has_failed(actors: Actors, engines: list[ThreadEngine]) -> None:
+    """Its pause is in a thread of its own, and may come behind what ends the sync."""
+    heard: list[tuple[str, str]] = []
+    pause = engines[0].pause
+
+    def paused(mode: str, sync: str, timeout_s: float) -> None:
+        heard.append(("pause", sync))
+        pause(mode, sync, timeout_s)
+
+    engines[0].pause = paused  # type: ignore[method-assign]
+    engines[0].mark_dirty = lambda reason, sync="": heard.append(("dirty", sync))  # type: ignore[method-assign]
+    actors.sync(1)
+    actors.sources[0].on_fill = lambda bucket: 1 // 0
+    actors.failure(lambda s: s.sync(2))
+    actors.sources[0].on_fill = lambda bucket: None
+    actors.sync(2)
+    assert [kind for kind, _ in heard] == ["pause", "pause", "dirty", "pause"]
+    first, failed, dirty, last = (sync for _, sync in heard)
+    assert failed == dirty and len({first, failed, last, ""}) == 4
+
+
 def test_nothing_is_written_before_every_engine_is_paused(actors: Actors, engines: list[ThreadEngine]) -> None:
     actors.sync(1)
     paused, begun, pause = threading.Event(), threading.Event(), engines[1].pause
 
-    def pause_late(mode: str, timeout_s: float) -> None:
+    def pause_late(mode: str, sync: str, timeout_s: float) -> None:
         assert paused.wait(10)
-        pause(mode, timeout_s)
+        pause(mode, sync, timeout_s)
 
     update = engines[0].update_weights
 

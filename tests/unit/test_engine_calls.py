@@ -37,7 +37,7 @@ def ask_in_vain(started: Calls) -> None:
 
 def test_requests_that_time_out_in_a_sync_end_and_leave_it_alone(started: Calls, gate: Gate) -> None:
     """Its core answers nobody while its workers are inside an update, where they may wait for other engines."""
-    gate.begin_sync(60)
+    gate.begin_sync("a sync", 60)
     ticket = gate.ticket()
     with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
         ask_in_vain(started)

@@ -42,7 +42,7 @@ def engine(monkeypatch):
 
 
 def sync(engine: Engine) -> None:
-    engine.pause("abort", 5)
+    engine.pause("abort", "a sync", 5)
     engine.resume(3, 5)
 
 
@@ -52,7 +52,7 @@ def test_level_2_is_dirty_until_weights_are_awake_and_synced_and_answers_only_wi
     with pytest.raises(EngineDirtyError, match="dropped by sleep level 2"):
         engine.generate([[1]], {})
     with pytest.raises(ConfigError, match="sleeps without its weights"):
-        engine.pause("abort", 5)
+        engine.pause("abort", "a sync", 5)
     engine.wake(["weights"], 5)
     sync(engine)
     assert engine.state == "clean"

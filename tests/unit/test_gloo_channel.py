@@ -105,7 +105,7 @@ def test_those_who_are_late_within_the_deadline_are_waited_for_also_after_a_fail
     actors.failure(lambda s: s.sync(1))
     engines[0].on_bucket = lambda worker, bucket: None
     if late == "engine":
-        monkeypatch.setattr(engines[0], "pause", lambda mode, timeout_s: time.sleep(0.85 * TIMEOUT_S))
+        monkeypatch.setattr(engines[0], "pause", lambda mode, sync, timeout_s: time.sleep(0.85 * TIMEOUT_S))
     else:
         sync = actors.syncers[1].sync
         monkeypatch.setattr(actors.syncers[1], "sync", lambda version: time.sleep(0.85 * TIMEOUT_S) or sync(version))

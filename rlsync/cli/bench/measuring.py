@@ -79,7 +79,7 @@ class Bench:
 
         def step(number: int) -> Step:
             clock = Clock()
-            self._fleet.each(lambda engine: engine.pause("abort", self._spec.timeout_s))
+            self._fleet.each(lambda engine: engine.pause("abort", "", self._spec.timeout_s))
             clock.lap("pause")
             way.transfer(clock)
             self._fleet.each(lambda engine: engine.reset_caches(self._spec.timeout_s))

@@ -111,8 +111,8 @@ class RemoteEngine:
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", init_info, timeout_s)
 
-    def pause(self, mode: PauseMode, timeout_s: float) -> None:
-        self._call("pause", mode, timeout_s)
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+        self._call("pause", mode, sync, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         self._call("update_weights", update_info, timeout_s)
@@ -123,8 +123,8 @@ class RemoteEngine:
     def resume(self, version: int | None, timeout_s: float) -> None:
         self._call("resume", version, timeout_s)
 
-    def mark_dirty(self, reason: str) -> None:
-        self._call("mark_dirty", reason)
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        self._call("mark_dirty", reason, sync)
 
     def call_workers(self, method: str, arguments: Sequence[Any], timeout_s: float) -> list[Any]:
         result: list[Any] = self._call("call_workers", method, tuple(arguments), timeout_s)
