@@ -22,7 +22,7 @@ class GroupInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A group of ``transport`` to join as ``rank``; its members meet at a store on ``host`` and ``port``.
 
     ``members`` names them for errors: actor ranks in order, then the workers that get their bytes through the group.
-    ``num_steps``: into how many steps the messages of a bucket are cut.
+    ``num_steps``: into how many steps the messages of a bucket are cut. ``engines``: of each member, None for an actor rank.
     """
 
     host: str
@@ -31,6 +31,7 @@ class GroupInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     members: tuple[str, ...]
     transport: Literal["gloo", "nccl"] = "gloo"
     num_steps: int = 1
+    engines: tuple[str | None, ...] = ()
 
 
 class WorkerPart(msgspec.Struct, frozen=True, array_like=True):

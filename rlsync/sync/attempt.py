@@ -24,6 +24,7 @@ from rlsync.sync.report import SyncReport
 from rlsync.sync.source import Source
 from rlsync.sync.tasks import Lane, Outcome, Tasks
 from rlsync.transport.boxes import Outbox
+from rlsync.transport.meeting import GroupError
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Attempt:
             # After the commit an update has caches to forget.
             update = "transfer" if self._committed is None else "commit"
             phase = {"join": "begin", "fill": "transfer", "update": update}.get(kind, kind)
-            engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (None, which)
+            engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (blamed(outcome.error), which)
             self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
         elif kind in ("begin", "join", "fill"):
             self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
@@ -200,6 +201,11 @@ class Attempt:
             failures=dict(self._link.health.failures),
             differences=self._committed.differences,
         )
+
+
+def blamed(error: BaseException) -> str | None:
+    """The engine on whose account a call of an actor rank has failed, where that is known."""
+    return error.engine if isinstance(error, GroupError) else None
 
 
 def describe(error: BaseException) -> str:

@@ -32,6 +32,7 @@ class Blueprint:
         stream_of: by worker of the survey, its stream.
         transports: by stream. One that comes through a group or out of lent memory is of one worker alone.
         members: of the group, in words: actor ranks, then the workers of its streams. None where there is no group.
+        engines: of the members, None for actor ranks.
         num_steps: into how many steps the messages of a bucket are cut.
         staging: actor ranks that copy what ``ipc`` streams read into a ring first, because it cannot be read where it lies.
     """
@@ -44,6 +45,7 @@ class Blueprint:
     members: tuple[str, ...] = ()
     staging: frozenset[int] = frozenset()
     num_steps: int = 1
+    engines: tuple[str | None, ...] = ()
 
     @property
     def num_streams(self) -> int:
@@ -201,6 +203,7 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
         staging,
         num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
+        tuple(Member(b"", hello).engine for hello in hellos) if remote else (),
     )
 
 

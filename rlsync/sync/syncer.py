@@ -26,7 +26,7 @@ from rlsync.control.shares import ActorShare
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
-from rlsync.sync.attempt import GRACE_S, Attempt, Connection, describe, receive
+from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive
 from rlsync.sync.carriers import Carriers
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.filling import Filler
@@ -188,10 +188,10 @@ class WeightSyncer:
         while not connected:
             message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
-                if outcome.key is None:
-                    self._peer.send(
-                        m.Attached(outcome.result) if outcome.error is None else m.Failed(0, "connect", describe(outcome.error))
-                    )
+                if outcome.key is None and outcome.error is None:
+                    self._peer.send(m.Attached(outcome.result))
+                elif outcome.key is None and outcome.error is not None:
+                    self._peer.send(m.Failed(0, "connect", describe(outcome.error), engine=blamed(outcome.error)))
                 elif outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
                 else:

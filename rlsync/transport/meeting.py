@@ -21,7 +21,11 @@ _POLL_S = 0.01
 
 
 class GroupError(RlsyncError, ConnectionError):
-    """The group could not be made, or a member of it is gone or silent."""
+    """The group could not be made, or a member of it is gone or silent. ``engine``: whose worker that is, where it is known to be one."""
+
+    def __init__(self, cause: str, engine: str | None = None) -> None:
+        super().__init__(cause)
+        self.engine = engine
 
 
 class Rendezvous:
@@ -74,8 +78,10 @@ def call_the_roll(
             if abandoned.wait(_POLL_S):
                 raise GroupError(f"the {info.transport} group was given up while it was made")
             if time.monotonic() > deadline_s:
-                absent = [member for key, member in zip(keys, info.members, strict=True) if not room.check([key])]
-                raise GroupError(f"{', '.join(absent)} did not come to the {info.transport} group within {limit_s:g} s")
+                absent = [rank for rank, key in enumerate(keys) if not room.check([key])]
+                names = ", ".join(info.members[rank] for rank in absent)
+                engine = info.engines[absent[0]] if absent and info.engines else None
+                raise GroupError(f"{names} did not come to the {info.transport} group within {limit_s:g} s", engine)
         return tuple(room.get(key).decode() for key in keys)
 
 

@@ -149,6 +149,7 @@ def test_a_worker_that_does_not_come_to_the_new_group_is_named(actors: Actors, e
     error = actors.failure(lambda s: s.sync(1))
     assert "engine far worker 1" in error.cause
     assert "did not come to the gloo group" in error.cause
+    assert error.engine == "far"
     del inlet.join
     actors.sync(1)
     assert both_hold(engines, 1)
