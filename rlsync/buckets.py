@@ -34,7 +34,9 @@ def grouped(tensors: Iterable[TensorSpec], shares: Shares, limits: Mapping[Hasha
 def limits_of(shares: Shares, bucket_bytes: int | None) -> dict[Hashable, int]:
     """By holder ``bucket_bytes``, or what its largest tensor has: there has to be room for that one anyway. None: no limits."""
     limits: dict[Hashable, int] = {}
-    for share in shares.values() if bucket_bytes is not None else ():
+    if bucket_bytes is None:
+        return limits
+    for share in shares.values():
         for holder, nbytes in share.items():
-            limits[holder] = max(limits.get(holder, bucket_bytes or 0), nbytes)
+            limits[holder] = max(limits.get(holder, bucket_bytes), nbytes)
     return limits

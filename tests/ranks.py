@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -146,7 +147,7 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
         outputs.append(log.read())
     if late or any(r.returncode for r in ranks):
         # The end of a dump of threads lists modules.
-        said = [output.partition("\nExtension modules:")[0][-6000:] for output in outputs]
+        said = [re.sub(r"\nExtension modules:[^\n]*", "", output)[-6000:] for output in outputs]
         text = "\n".join(f"--- rank {i} (exit {r.returncode})\n{o}" for i, (r, o) in enumerate(zip(ranks, said, strict=True)))
         raise AssertionError(f"ranks {late} did not end in time\n{text}" if late else text)
     return outputs

@@ -40,8 +40,15 @@ class Carriers:
             ring = RingInfo(str(self.ring.path), self.ring.token, self.ring.num_slots, self.ring.slot_bytes)
         if blueprint.members:
             self._rendezvous = Rendezvous(config.bind_host, config.timeout_s)
-            where, rank = (config.bind_host, self._rendezvous.port), 0
-            group = GroupInfo(*where, rank, blueprint.members, blueprint.group_transport, blueprint.num_steps, blueprint.engines)
+            group = GroupInfo(
+                config.bind_host,
+                self._rendezvous.port,
+                0,
+                blueprint.members,
+                blueprint.group_transport,
+                blueprint.num_steps,
+                blueprint.engines,
+            )
         return blueprint.shares(num_actors, config.num_slots, config.verify, ring=ring, group=group)
 
     def attach(

@@ -36,7 +36,7 @@ class _Compared:
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         self._paused.set()
-        if sync == self._over:
+        if sync and sync == self._over:
             raise RlsyncError(f"the comparison with engine {self.engine_id} has failed already")
         self._engine.pause(mode, sync, timeout_s)
 

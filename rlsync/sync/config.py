@@ -22,7 +22,8 @@ class SyncConfig:
 
     Attributes:
         bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; where it has a larger tensor, as many as
-            that one has, for which there has to be room anyway.
+            that one has, for which there has to be room anyway. What ``nccl`` carries from parameters to parameters travels in steps of
+            so many bytes, and of ``rlsync.links.MOST_STEP_BYTES`` at most.
         num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
             it is loaded.
         timeout_s: deadline of each phase: connect, begin, transfer, commit, resume.

@@ -67,7 +67,7 @@ def test_a_synced_engine_holds_what_a_fresh_one_holds(tmp_path: Path, case: str,
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("case", ["qwen2-bfloat16", "moe-bfloat16"])
+@pytest.mark.parametrize("case", ["qwen2-bfloat16", "qwen3-bfloat16", "moe-bfloat16"])
 def test_loaders_write_plain_layers_where_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Or a sync by loaders would rebuild every layer, which is right and takes five times as long."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

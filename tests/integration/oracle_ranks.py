@@ -65,7 +65,7 @@ def compare_each(cases: list[dict[str, Any]]) -> None:
 
 
 def wait_for_all() -> None:
-    """On the host: a rank that waits on its GPU takes half of that GPU's time from an engine that rank 0 starts there."""
+    """On the host, because a rank that waits in NCCL keeps its GPU busy, on which rank 0 may be starting an engine."""
     dist.barrier(dist.new_group(backend="gloo"))
 
 
