@@ -25,6 +25,9 @@ class Peer:
     """One connection to the coordinator. Not thread-safe: one thread sends and receives.
 
     ``receive`` hands out messages of the given attempt and raises the error that the coordinator made everybody's.
+
+    Attributes:
+        heard_s: value of ``time.monotonic`` when the coordinator was last heard, or the connection made.
     """
 
     def __init__(self, endpoint: str, hello: m.ActorHello | m.WorkerHello) -> None:
@@ -37,6 +40,7 @@ class Peer:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(endpoint)
+        self.heard_s = time.monotonic()
         self.send(hello)
 
     def send(self, message: m.FromPeer) -> None:
@@ -68,6 +72,7 @@ class Peer:
                 raise TimeoutError
             if self._socket in events:
                 message = self._decode(self._socket.recv())
+                self.heard_s = time.monotonic()
                 # A failure of the connection itself has no attempt and ends every attempt.
                 if getattr(message, "attempt", 0) == attempt:
                     if isinstance(message, m.Error):

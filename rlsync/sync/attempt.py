@@ -52,12 +52,16 @@ class Connection:
 
 
 def receive(
-    peer: Peer, tasks: Tasks, timeout_s: float, *, attempt: int, phase: str, version: int | None = None
+    peer: Peer, tasks: Tasks, timeout_s: float, *, since_s: float, attempt: int, phase: str, version: int | None = None
 ) -> m.FromCoordinator | None:
-    """Next message, or None when a task has ended first. Raises WeightSyncError, also when the coordinator is silent too long."""
+    """Next message, or None when a task has ended first. Raises WeightSyncError, also when the coordinator is silent too long.
+
+    Each phase begins with a message to those who wait in it, so that silence is counted from the last one, and from ``since_s`` at the
+    earliest: tasks that end meanwhile, as the calls of engines whose workers give up, say nothing of the coordinator.
+    """
     limit_s = timeout_s + GRACE_S
     try:
-        return peer.receive(attempt, time.monotonic() + limit_s, tasks.fd)
+        return peer.receive(attempt, max(peer.heard_s, since_s) + limit_s, tasks.fd)
     except TimeoutError:
         cause = f"nothing was heard from the coordinator on actor rank 0 within {limit_s:g} s"
         raise WeightSyncError(phase=phase, version=version, cause=cause) from None
@@ -91,7 +95,15 @@ class Attempt:
             self._call_engines()
             self._link.lane.submit(self._tasks, ("begin", None), self._begin)
         while True:
-            message = receive(self._peer, self._tasks, self._timeout_s, attempt=self._attempt, phase="transfer", version=self._version)
+            message = receive(
+                self._peer,
+                self._tasks,
+                self._timeout_s,
+                since_s=self._marks["start"],
+                attempt=self._attempt,
+                phase="transfer",
+                version=self._version,
+            )
             if message is None:
                 for outcome in self._tasks.finished():
                     self._take(outcome)

@@ -184,9 +184,9 @@ class WeightSyncer:
     def _await_connected(self) -> ActorShare:
         """This rank's share, when every peer has its own and every engine has answered."""
         assert self._peer is not None
-        share, connected = None, False
+        share, connected, began_s = None, False, time.monotonic()
         while not connected:
-            message = receive(self._peer, self._tasks, self._config.timeout_s, attempt=0, phase="connect")
+            message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 if outcome.key is None and outcome.error is None:
                     self._peer.send(m.Attached(outcome.result))

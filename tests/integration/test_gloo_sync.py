@@ -147,7 +147,14 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engin
     ranks = two_ranks("llama", "tp2", timeout_s=4.0)
     server = ranks.syncer._server
     assert server is not None
-    call_on_fill(ranks.syncer, lambda at: server._stop.set() if at == 1 else None)
+
+    def let_go(at: int) -> None:
+        if at == 1:
+            server._stop.set()
+            # Workers give up before this call is as old as their patience: neither end is news of the coordinator.
+            time.sleep(2)
+
+    call_on_fill(ranks.syncer, let_go)
     started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
     with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):

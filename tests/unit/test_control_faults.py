@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.server import CoordinatorServer
 from rlsync.errors import WeightSyncError
-from rlsync.sync import SyncReport, WeightSyncer
+from rlsync.sync import SyncReport, WeightSyncer, attempt
+from rlsync.sync.tasks import Tasks
 from rlsync.verification import SAMPLE_PERIOD
 from tests.thread_actors import Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
+
+HELLO = m.ActorHello("", "", 0, 1, "", "", "", 1, None, "")
 
 
 def test_an_exception_in_fill_is_the_same_error_everywhere_and_the_next_sync_heals(actors: Actors, engines: list[ThreadEngine]) -> None:
@@ -144,6 +148,24 @@ def test_a_coordinator_that_is_gone_is_noticed(actors: Actors) -> None:
         actors.syncers[1].sync(1)
 
 
+def test_calls_that_end_meanwhile_do_not_put_off_the_end_of_the_wait_for_a_coordinator_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "GRACE_S", 0.2)
+    peer, tasks, began_s = Peer("tcp://127.0.0.1:1", HELLO), Tasks(), time.monotonic()
+    for delay_s in (0.8, 1.6, 2.4, 3.2, 4.0):
+        tasks.spawn("update", partial(time.sleep, delay_s))
+
+    def listen() -> None:
+        while attempt.receive(peer, tasks, 1.0, since_s=began_s, attempt=1, phase="transfer") is None:
+            tasks.finished()
+
+    with pytest.raises(WeightSyncError, match=r"heard from the coordinator.* within 1\.2 s"):
+        listen()
+    assert time.monotonic() - began_s < 3.0
+    peer.close()
+
+
 def test_errors_cross_processes() -> None:
     error = WeightSyncError(phase="transfer", cause="why", engine="e0", version=3, bucket=1)
     copy = pickle.loads(pickle.dumps(error))
@@ -165,7 +187,7 @@ def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> 
 
     server = CoordinatorServer("127.0.0.1")
     server.start(Failing())
-    peer = Peer(server.endpoint, m.ActorHello("", "", 0, 1, "", "", "", 1, None, ""))
+    peer = Peer(server.endpoint, HELLO)
     with pytest.raises(WeightSyncError, match="it took too long"):
         peer.receive(0, time.monotonic() - 1)
     with pytest.raises(TimeoutError):
