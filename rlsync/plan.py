@@ -97,6 +97,7 @@ def build_plan(
     destinations: Sequence[Placement],
     *,
     bucket_bytes: int | None = None,
+    takes_room: Callable[[int, int], bool] = lambda destination, source: True,
     allow_cast: bool = False,
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
@@ -109,6 +110,7 @@ def build_plan(
         sources, destinations: holders. A tensor that no destination wants is not copied.
         bucket_bytes: most bytes of a bucket that one destination takes or one source gives, so that the number of buckets does not
             grow with that of the holders; where a holder's largest tensor is more, that. None: one bucket.
+        takes_room: whether copies between a destination and a source count for that, by their indices. Others go along for nothing.
         allow_cast: floating-point dtypes of source and destination may differ.
 
     Raises PlacementError with all findings at once.
@@ -122,7 +124,8 @@ def build_plan(
     findings += _dtype_findings(copies, givers, takers, allow_cast)
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
-    shares = shares_of(copies, takers.dtypes)
+    roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
+    shares = shares_of(roomy, takers.dtypes)
     groups = grouped(tensors, shares, limits_of(shares, bucket_bytes))
     buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
     return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))

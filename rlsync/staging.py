@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -22,6 +23,10 @@ from rlsync.plan import Copy, Plan
 SEGMENT_ALIGNMENT = 64
 # What one source gives to one destination at once is not cut below this: every message costs some microseconds.
 LEAST_PIECE_BYTES = 2**20
+
+# Where the buffers of a holder are: in the host; in memory of a device that other processes of the host cannot map; in such that they
+# can, but which is allocated anew for every sync; in such that stays.
+Memory = Literal["host", "device", "leaving", "lendable"]
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -237,3 +242,16 @@ def _from(r: Region, begin: int, shape: tuple[int, ...], skipped_dims: int) -> R
         slot_offset=r.slot_offset + begin * r.slot_strides[0] * DTYPE_BYTES[r.dtype],
         slot_strides=r.slot_strides[skipped_dims:],
     )
+
+
+def is_staged(memory: Memory, mode: str, *, is_near: bool) -> bool:
+    """Whether a reader of a holder's device memory reads a ring in which the holder puts it first, and not where it lies.
+
+    So where it cannot be mapped, and where it would have to be mapped anew in every sync from another GPU: the driver takes many times
+    as long for that as the bytes for their way (benchmarks/RESULTS.md). A ring is mapped once.
+
+    Args:
+        mode: ``weight_sync.staging``, ``auto`` or ``always``.
+        is_near: whether both are on one GPU.
+    """
+    return mode == "always" or memory == "device" or (memory == "leaving" and not is_near)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from itertools import accumulate
 
@@ -23,19 +23,20 @@ def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_s
     return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
 
 
-def staging_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int) -> list[int]:
-    """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.sync.lending`` allocates it for what ``ipc`` streams read.
+def staging_bytes(parts: Sequence[Sequence[Part]], staged: Sequence[Set[int]], num_actors: int, num_slots: int) -> list[int]:
+    """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.sync.lending`` allocates it.
 
-    ``transports``: of each stream; none where parameters are read where they lie.
+    ``staged``: by stream, the actor ranks whose rings it reads.
     """
     largest = [0] * num_actors
-    for row in parts if transports else ():
+    for row in parts:
         given = [0] * num_actors
-        for part, transport in zip(row, transports, strict=True):
-            for region in part.regions if transport == "ipc" else ():
-                given[region.source] += _aligned(region.nbytes)
+        for part, ranks in zip(row, staged, strict=True):
+            for region in part.regions:
+                if region.source in ranks:
+                    given[region.source] += _aligned(region.nbytes)
         largest = list(map(max, largest, given))
-    return [num_slots * nbytes for nbytes in largest]
+    return [min(num_slots, len(parts)) * nbytes for nbytes in largest]
 
 
 def message_bytes(

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-slots", type=int, default=2, help="weight_sync.num_slots")
     parser.add_argument("--transport", choices=("auto", "ipc", "shm", "nccl", "gloo"), default="auto", help="weight_sync.transport")
     parser.add_argument("--staging", choices=("auto", "always"), default="auto", help="weight_sync.staging")
+    parser.add_argument("--offload-weight", action="store_true", help="actor.offload_weight: parameters leave the GPUs between syncs")
     parser.add_argument("--shm-bytes", type=int, help="size of /dev/shm on the actor's host: refuse a ring that does not fit")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_slots=_positive(arguments.num_slots, "--num-slots"),
         transport=arguments.transport,
         staging=arguments.staging,
+        offload_weight=arguments.offload_weight,
         shm_bytes=arguments.shm_bytes,
         make_vocab_size_divisible_by=_positive(arguments.make_vocab_size_divisible_by, "--make-vocab-size-divisible-by"),
     )

@@ -19,13 +19,14 @@ from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES, Placement
 from rlsync.links import num_steps, traffic
 from rlsync.plan import Plan, build_plan
-from rlsync.staging import lay_out
+from rlsync.staging import Memory, is_staged, lay_out
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Of the sync, as in ``rlsync.sync.SyncConfig``; dtypes are the config's where None. Sinks are direct.
 
+    ``offload_weight``: whether the actor's parameters leave its GPUs between syncs.
     ``shm_bytes``: size of /dev/shm on the actor's host, or None where nobody asks whether the ring fits.
     """
 
@@ -35,6 +36,7 @@ class Settings:
     num_slots: int = 2
     transport: str = "auto"
     staging: str = "auto"
+    offload_weight: bool = False
     shm_bytes: int | None = None
     make_vocab_size_divisible_by: int = 1
 
@@ -126,15 +128,35 @@ def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]
         located = _located(worker, transport == "ipc")
         groups[(host_of(worker), worker.pieces) if transport == "shm" else index].append(located)
     members = list(groups.values())
-    at_once = set(transports) == {"nccl"} or (set(transports) == {"ipc"} and settings.staging == "auto")
+    staged = _staged(sides, settings, members)
+
+    def takes_room(stream: int, source: int) -> bool:
+        in_place = set(transports) == {"ipc"} and source not in staged[stream]
+        return not (in_place or set(transports) == {"nccl"})
+
     plan = build_plan(
         sides.model.tensors(settings.dtype),
         [_located(actor, "ipc" in transports) for actor in sides.actors],
         [row[0] for row in members],
-        bucket_bytes=None if at_once else settings.bucket_bytes,
+        bucket_bytes=settings.bucket_bytes,
+        takes_room=takes_room,
         allow_cast=True,
     )
     return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
+
+
+def _staged(sides: Sides, settings: Settings, members: list[list[Placement]]) -> list[frozenset[int]]:
+    """By stream, the actor ranks whose staging rings it reads."""
+    of_worker = dict(zip((w.holder for w in sides.workers), transports_of(sides, settings.transport), strict=True))
+    memory: Memory = "leaving" if settings.offload_weight else "lendable"
+    return [
+        frozenset(
+            rank
+            for rank, actor in enumerate(sides.actors)
+            if of_worker[row[0].holder] == "ipc" and is_staged(memory, settings.staging, is_near=actor.location == row[0].location)
+        )
+        for row in members
+    ]
 
 
 def _located(placement: Placement, by_device: bool) -> Placement:
@@ -153,8 +175,7 @@ def _count(architecture: str, sides: Sides, settings: Settings, plan: Plan, memb
         by_transport[name] += len(row)
     tensors = sides.model.tensors(settings.dtype)
     slot_size, ring_size = ring_bytes(parts, transports, settings.num_slots)
-    is_staged = settings.staging == "always"
-    stages = staging_bytes(parts, transports if is_staged else (), len(sides.actors), settings.num_slots)
+    stages = staging_bytes(parts, _staged(sides, settings, members), len(sides.actors), settings.num_slots)
     outboxes, inboxes = message_bytes(parts, transports, len(sides.actors), settings.num_slots)
     if "nccl" in transports:
         steps = num_steps(moved, settings.bucket_bytes) if set(transports) == {"nccl"} else 1

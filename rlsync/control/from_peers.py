@@ -10,6 +10,7 @@ from rlsync.control.fields import Count, Message, Name, Sum, Text
 from rlsync.control.loans import Loan
 from rlsync.control.shares import ActorShare, WorkerShare
 from rlsync.geometry import Placement
+from rlsync.staging import Memory
 
 
 class WorkerHello(Message):
@@ -32,8 +33,7 @@ class WorkerHello(Message):
 class ActorHello(Message):
     """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.
 
-    ``memory`` is where its buffers are: in the host, in device memory that other processes of the host can map (``lendable``),
-    or in ``device`` memory that they cannot.
+    ``memory`` is where its buffers are; those of a rank without any are lendable.
     """
 
     token: Name
@@ -46,7 +46,7 @@ class ActorHello(Message):
     pid: Count
     gpu_uuid: str | None
     digest: Name
-    memory: Literal["host", "device", "lendable"] = "host"
+    memory: Memory = "host"
 
 
 class Recorded(Message):

@@ -11,7 +11,7 @@ in bulk, run by run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,6 +132,25 @@ def build_tables(pairs: Sequence[Pair], fills: Sequence[tuple[Strided, int]] = (
     written_bytes = int(nbytes[table["destination"] != 0].sum())
     tasks, num_bulk = _tasks(num_units, (table["form"] == 0) & (table["units_per_run"] >= LEAST_BULK_UNITS))
     return Tables(table, dims, tasks, num_bulk, nbytes.astype(np.uint64) * np.uint64(LENGTH_WEIGHT), written_bytes)
+
+
+def moves_of(places: Iterable[tuple[int, int, int]]) -> list[Move] | None:
+    """What has moved of ``places``, each the address before, the bytes, and the address now.
+
+    None where programs have to be built anew: something moved by no multiple of MOST_UNIT_BYTES, or what overlapped has parted.
+    """
+    found: list[Move] = []
+    for old, nbytes, new in sorted(places):
+        last = found[-1] if found else None
+        if last is None or old >= last.old_address + last.nbytes:
+            found.append(Move(old, nbytes, new))
+        elif new - old == last.new_address - last.old_address:
+            found[-1] = replace(last, nbytes=max(last.nbytes, old + nbytes - last.old_address))
+        else:
+            return None
+        if (new - old) % MOST_UNIT_BYTES:
+            return None
+    return [move for move in found if move.old_address != move.new_address]
 
 
 def moved(tables: Tables, moves: Sequence[Move]) -> Tables:

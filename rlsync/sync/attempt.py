@@ -192,6 +192,7 @@ class Attempt:
             sinks=tuple(sorted(set(self._link.sinks))),
             verify=self._link.config.verify,
             bytes=blueprint.nbytes,
+            staged_bytes=blueprint.staged_bytes,
             bytes_by_link=dict(blueprint.traffic.bytes_by_link),
             redundancy=dict(blueprint.traffic.redundancy),
             num_buckets=self._link.num_buckets,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rlsync.control.loans import Loan
+from rlsync.control.loans import Allocation, Loan
 from rlsync.control.messages import Lender
 from rlsync.control.shares import WorkerShare
 from rlsync.copy.cuda import CudaCopyProgram
-from rlsync.copy.tables import MOST_UNIT_BYTES, Move, Strided
+from rlsync.copy.tables import Strided, moves_of
 from rlsync.errors import ConfigError
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.staging import Region
@@ -40,6 +41,13 @@ class LoanInlet:
     def __init__(self, share: WorkerShare, device: torch.device) -> None:
         self._share, self._device = share, device
         self._loans: dict[int, Loan] = {}
+        # Of each actor rank, the buffers that are read where they lie; and whose rings are read.
+        self._names: dict[int, set[str]] = {rank: set() for rank in share.lenders}
+        self._rings = {rank for row in share.staged for rank in row}
+        for part, staged in zip(share.parts, share.staged, strict=True):
+            for r in part.regions:
+                if r.source not in staged:
+                    self._names[r.source].add(r.source_buffer)
         self._mappings = {rank: Mappings(device, f"actor rank {rank}") for rank in share.lenders}
         self._is_open = False
         # By actor rank and buffer ("" is the staging ring), address here and bytes.
@@ -76,8 +84,10 @@ class LoanInlet:
         self._bind(bucket, buffers).program.run()
 
     def rest(self) -> None:
-        if any(not loan.stays for loan in self._loans.values()):
-            self._release()
+        for rank, loan in self._loans.items():
+            if not loan.stays and self._names[rank]:
+                self._mappings[rank].open(self._read(rank, loan, rings_only=True))
+                self._is_open = False
 
     def abandon(self) -> None:
         # What is in flight reads what would be unmapped.
@@ -86,7 +96,9 @@ class LoanInlet:
 
     def close(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
-        self._release()
+        for mappings in self._mappings.values():
+            mappings.close()
+        self._is_open = False
 
     def _open(self) -> None:
         """Map what is lent, and have the copies that are bound read it where it lies now."""
@@ -97,24 +109,28 @@ class LoanInlet:
             if rank not in self._loans:
                 raise ConfigError(f"actor rank {rank} has not said what it lends")
             loan = self._loans[rank]
-            mappings.open(loan.allocations)
-            where.update(((rank, name), (mappings.here(lent.address, lent.nbytes), lent.nbytes)) for name, lent in loan.buffers.items())
-            if loan.stage:
+            mappings.open(self._read(rank, loan))
+            lent = {name: loan.buffers[name] for name in self._names[rank] if name in loan.buffers}
+            where.update(((rank, name), (mappings.here(x.address, x.nbytes), x.nbytes)) for name, x in lent.items())
+            if rank in self._rings:
                 nbytes = loan.stage_bytes * self._share.num_slots
                 where[rank, ""] = mappings.here(loan.stage, nbytes), nbytes
         before, self._where, self._is_open = self._where, where, True
-        moves = [Move(*before[key], where[key][0]) for key in before.keys() & where.keys() if before[key] != where[key]]
-        if moves and any(move.new_address - move.old_address & MOST_UNIT_BYTES - 1 for move in moves):
-            # The tables count on the alignment.
+        moves = moves_of((*before[key], where[key][0]) for key in before.keys() & where.keys())
+        if moves is None:
             self._bound.clear()
         elif moves:
             for bound in self._bound.values():
                 bound.program.move_sources(moves)
 
-    def _release(self) -> None:
-        for mappings in self._mappings.values():
-            mappings.close()
-        self._is_open = False
+    def _read(self, rank: int, loan: Loan, *, rings_only: bool = False) -> list[Allocation]:
+        """Of what is lent, the allocations that this worker reads."""
+        addresses = [loan.stage] if rank in self._rings else []
+        if not rings_only:
+            addresses += [loan.buffers[name].address for name in self._names[rank] if name in loan.buffers]
+        addresses.sort()
+        first = [bisect_left(addresses, a.address) for a in loan.allocations]
+        return [a for a, i in zip(loan.allocations, first, strict=True) if i < len(addresses) and addresses[i] < a.address + a.nbytes]
 
     def _bind(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> _Bound:
         known = self._bound.get(bucket)

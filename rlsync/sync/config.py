@@ -34,8 +34,8 @@ class SyncConfig:
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
             through shared memory; ``nccl`` as messages from GPU to GPU, no two of them the same; ``gloo`` as messages through
             host memory. ``auto`` is for each worker the first of these that reaches it.
-        staging: what ``ipc`` reads: ``auto`` the parameters where they lie, and a ring in GPU memory of those actor ranks whose
-            parameters cannot be mapped; ``always`` the ring.
+        staging: what ``ipc`` reads: ``auto`` the parameters where they lie, and a ring in GPU memory instead of those that cannot be
+            mapped, or leave between syncs and are on another GPU than their reader; ``always`` the ring.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
         bind_host: address on which rank 0 listens for actor ranks and engine workers; those of other hosts have to reach it.
     """

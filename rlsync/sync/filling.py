@@ -13,8 +13,9 @@ from rlsync.control.messages import Sum
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
-from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.copy.cuda import CudaCopyProgram, strided
 from rlsync.copy.sums import Sums, Views
+from rlsync.copy.tables import Move, moves_of
 from rlsync.errors import PlacementError
 from rlsync.staging import Region
 from rlsync.transport.boxes import Outbox
@@ -49,7 +50,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 class Filler:
     """Fills the slots of rings, and sends messages to workers that have no part in them. What is lent, it only sums up.
 
-    Programs are made once per bucket, and again where parameters have moved; neither slots nor messages move.
+    Programs are made once per bucket, and follow parameters that have moved; neither slots nor messages move.
 
     Args:
         share: of this actor rank.
@@ -93,9 +94,11 @@ class Filler:
             raise PlacementError(
                 f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
             )
+        nbytes = [tensor.nbytes for tensor in self._buffers.values()]
+        moves = moves_of(zip(self._addresses, nbytes, addresses, strict=True))
         self._addresses = addresses
-        self._programs.clear()
-        self._packing.clear()
+        _follow(self._programs, moves)
+        _follow(self._packing, moves)
 
     def _find(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._buffers.values()]
@@ -183,8 +186,21 @@ class Filler:
 def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:
     """The programs that copy these pairs: in the host, and on the device that destinations are on."""
     pairs = list(given)
-    on_device = [(d, s) for d, s in pairs if d.is_cuda]
-    programs: list[_Program] = [CopyProgram((d, s) for d, s in pairs if not d.is_cuda)]
+    in_host = [(d, s) for d, s in pairs if not d.is_cuda]
+    # Sources by address: a program would keep memory alive that parameters have left.
+    on_device = [(d, strided(s)) for d, s in pairs if d.is_cuda]
+    programs: list[_Program] = [CopyProgram(in_host)] if in_host else []
     if on_device:
         programs.append(CudaCopyProgram(on_device, device=on_device[0][0].device))
     return tuple(programs)
+
+
+def _follow(bound: dict[int, tuple[_Program, ...]], moves: Sequence[Move] | None) -> None:
+    """Have programs read where parameters are now. Those that cannot are made anew when their turn comes."""
+    for key, programs in list(bound.items()):
+        if moves is None or not all(isinstance(program, CudaCopyProgram) for program in programs):
+            del bound[key]
+            continue
+        for program in programs:
+            assert isinstance(program, CudaCopyProgram)
+            program.move_sources(moves)

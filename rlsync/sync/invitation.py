@@ -39,7 +39,7 @@ class Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             pid=os.getpid(),
             gpu_uuid=gpu_uuid,
             digest=source_digest(source.tensors, source.placements[actor_rank]),
-            memory=memory_of(source.buffers),
+            memory=memory_of(source.buffers, stays=source.stays),
         )
 
     def for_engine(self, engine_id: str, timeout_s: float) -> dict[str, Any]:

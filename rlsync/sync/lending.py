@@ -7,25 +7,28 @@ A worker reads parameters between ``Ready`` and ``Done``, and nothing else keeps
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from rlsync.control.loans import Lent, Loan
 from rlsync.control.shares import ActorShare
 from rlsync.errors import PlacementError
+from rlsync.staging import Memory
 from rlsync.transport import cuda_ipc
 from rlsync.transport.cuda_ipc import LendableMemory
 
-Memory = Literal["host", "device", "lendable"]
 
+def memory_of(buffers: Mapping[str, torch.Tensor], *, stays: bool) -> Memory:
+    """Where the buffers of an actor rank lie, and whether others can map it. A rank without any counts as lendable.
 
-def memory_of(buffers: Mapping[str, torch.Tensor]) -> Memory:
-    """Where the buffers of an actor rank lie, and whether others can map it. A rank without any counts as lendable."""
+    ``stays`` is as for a Lender.
+    """
     kinds = {tensor.is_cuda for tensor in buffers.values()}
     if False in kinds:
         return "host"
-    return "lendable" if all(cuda_ipc.can_be_lent(t.data_ptr()) for t in buffers.values() if t.numel()) else "device"
+    if not all(cuda_ipc.can_be_lent(t.data_ptr()) for t in buffers.values() if t.numel()):
+        return "device"
+    return "lendable" if stays or not buffers else "leaving"
 
 
 class Lender:

@@ -18,7 +18,7 @@ from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo,
 from rlsync.geometry import Location, Placement, TensorSpec
 from rlsync.links import Traffic, num_steps, traffic
 from rlsync.plan import Plan, build_plan
-from rlsync.staging import Part, Region, lay_out, part_offsets
+from rlsync.staging import Part, Region, is_staged, lay_out, part_offsets
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.transports import GROUPS, choose_transports
 from rlsync.transport.parcels import make_parcel
@@ -34,7 +34,8 @@ class Blueprint:
         members: of the group, in words: actor ranks, then the workers of its streams. None where there is no group.
         engines: of the members, None for actor ranks.
         num_steps: into how many steps the messages of a bucket are cut.
-        staging: actor ranks that copy what ``ipc`` streams read into a ring first, because it cannot be read where it lies.
+        staging: (stream, actor rank), where what an ``ipc`` stream reads of that rank is copied into a ring of the rank's first.
+        staged_bytes: that take this way.
     """
 
     plan: Plan
@@ -43,9 +44,10 @@ class Blueprint:
     traffic: Traffic
     transports: tuple[str, ...]
     members: tuple[str, ...] = ()
-    staging: frozenset[int] = frozenset()
+    staging: frozenset[tuple[int, int]] = frozenset()
     num_steps: int = 1
     engines: tuple[str | None, ...] = ()
+    staged_bytes: int = 0
 
     @property
     def num_streams(self) -> int:
@@ -88,8 +90,8 @@ class Blueprint:
         offsets = [self._ring_offsets(row) for row in self.parts]
         takers = {stream: num_actors + index for index, stream in enumerate(self.remote)}
         # What is read where it lies has no slots to wait for.
-        common = self.plan.digest, len(self.parts) if self.is_read_in_place else num_slots
-        stages = [self._stages(row) for row in self.parts]
+        common = self.plan.digest, len(self.parts) if self.is_read_in_place else min(num_slots, len(self.parts) * self.num_steps)
+        stages = [self._stages(row, num_actors) for row in self.parts]
         actors = tuple(
             ActorShare(
                 *common,
@@ -100,7 +102,7 @@ class Blueprint:
                 group=_as_member(group, rank),
                 lent=self._lent(rank),
                 staged=self._staged(stages, rank),
-                stage_bytes=max(stage.sizes.get(rank, 0) for stage in stages),
+                stage_bytes=max(stage.sizes[rank] for stage in stages),
             )
             for rank in range(num_actors)
         )
@@ -141,29 +143,27 @@ class Blueprint:
         given = ((stream, _given(part, rank)) for stream, part in enumerate(row) if self.transports[stream] == "shm")
         return tuple(ActorPart(stream, offsets[stream], mine) for stream, mine in given if mine)
 
-    def _borrowed(self, row: Sequence[Part], rank: int) -> Iterator[tuple[int, tuple[Region, ...]]]:
-        """Streams that read an actor rank's memory, and what of it."""
+    def _borrowed(self, row: Sequence[Part], rank: int, *, staged: bool) -> Iterator[tuple[int, tuple[Region, ...]]]:
+        """Streams that read an actor rank's memory where it lies, or its ring, and what of it."""
         for stream, part in enumerate(row):
-            if self.transports[stream] == "ipc" and (mine := _given(part, rank)):
+            if self.transports[stream] == "ipc" and ((stream, rank) in self.staging) == staged and (mine := _given(part, rank)):
                 yield stream, mine
 
     def _lent(self, rank: int) -> tuple[tuple[ActorPart, ...], ...]:
-        if rank in self.staging or "ipc" not in self.transports:
-            return ()
-        return tuple(tuple(ActorPart(stream, 0, mine) for stream, mine in self._borrowed(row, rank)) for row in self.parts)
+        rows = [tuple(ActorPart(stream, 0, mine) for stream, mine in self._borrowed(row, rank, staged=False)) for row in self.parts]
+        return tuple(rows) if any(rows) else ()
 
     def _staged(self, stages: Sequence[_Stages], rank: int) -> tuple[tuple[ActorPart, ...], ...]:
-        if rank not in self.staging:
-            return ()
-        return tuple(
-            tuple(ActorPart(stream, stage.offsets[stream, rank], mine) for stream, mine in self._borrowed(row, rank))
+        rows = [
+            tuple(ActorPart(stream, stage.offsets[stream, rank], mine) for stream, mine in self._borrowed(row, rank, staged=True))
             for row, stage in zip(self.parts, stages, strict=True)
-        )
+        ]
+        return tuple(rows) if any(rows) else ()
 
-    def _stages(self, row: Sequence[Part]) -> _Stages:
-        offsets, sizes = {}, dict.fromkeys(self.staging, 0)
-        for rank in self.staging:
-            for stream, mine in self._borrowed(row, rank):
+    def _stages(self, row: Sequence[Part], num_actors: int) -> _Stages:
+        offsets, sizes = {}, [0] * num_actors
+        for rank in range(num_actors):
+            for stream, mine in self._borrowed(row, rank, staged=True):
                 offsets[stream, rank] = sizes[rank]
                 sizes[rank] += make_parcel(stream, mine, 0).nbytes
         return _Stages(offsets, sizes)
@@ -174,7 +174,7 @@ class _Stages:
     """How a bucket lies in the slots of staging rings. ``offsets``: by stream and actor rank. ``sizes``: bytes by actor rank."""
 
     offsets: Mapping[tuple[int, int], int]
-    sizes: Mapping[int, int]
+    sizes: Sequence[int]
 
 
 def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], survey: Surveyed, config: SyncConfig) -> Blueprint:
@@ -184,32 +184,47 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
     streams, stream_of = _streams(survey.workers, survey.records, transports)
     # By stream; all workers of a stream have one transport.
     by_stream = dict(zip(stream_of, transports, strict=True))
-    staging = _staging(survey.actors, config.staging) if "ipc" in transports else frozenset[int]()
-    # What goes from parameters to parameters takes one bucket: nobody has to be told of parts of it.
+    staging = _staging(streams, by_stream, survey.actors, config.staging)
     is_direct = all(r.sink == "direct" for r in survey.records)
-    at_once = is_direct and (set(transports) == {"nccl"} or (set(transports) == {"ipc"} and not staging))
-    plan = build_plan(tensors, located, streams, bucket_bytes=None if at_once else config.bucket_bytes, allow_cast=True)
+
+    is_cut = is_direct and set(transports) == {"nccl"}
+
+    def takes_room(stream: int, rank: int) -> bool:
+        """Not what goes from parameters to parameters, of which nobody has to be told in parts."""
+        return not (is_cut or (is_direct and set(transports) == {"ipc"} and (stream, rank) not in staging))
+
+    plan = build_plan(tensors, located, streams, bucket_bytes=config.bucket_bytes, takes_room=takes_room, allow_cast=True)
     used = tuple(bucket for bucket in plan.buckets if bucket.copies)
     plan = replace(plan, buckets=used)
-    moved = traffic(plan)
+    moved, parts = traffic(plan), lay_out(plan)
+    given = [((stream, r.source), r.nbytes) for row in parts for stream, part in enumerate(row) for r in part.regions]
     remote = [index for index, name in enumerate(transports) if name in GROUPS]
     hellos: list[ActorHello | WorkerHello] = [*survey.actors, *(survey.workers[index] for index in remote)]
     return Blueprint(
         plan,
-        lay_out(plan),
+        parts,
         stream_of,
         moved,
         tuple(by_stream[stream] for stream in range(len(streams))),
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
-        staging,
-        num_steps(moved, config.bucket_bytes) if at_once and "nccl" in transports else 1,
+        staging & {way for way, _ in given},
+        num_steps(moved, config.bucket_bytes) if is_cut else 1,
         tuple(Member(b"", hello).engine for hello in hellos) if remote else (),
+        sum(nbytes for way, nbytes in given if way in staging),
     )
 
 
-def _staging(actors: Sequence[ActorHello], staging: str) -> frozenset[int]:
-    """Actor ranks whose parameters are not read where they lie: all, or those whose memory others cannot map."""
-    return frozenset(rank for rank, hello in enumerate(actors) if staging == "always" or hello.memory != "lendable")
+def _staging(
+    streams: Sequence[Placement], transports: Mapping[int, str], actors: Sequence[ActorHello], staging: str
+) -> frozenset[tuple[int, int]]:
+    """Who reads a ring of whom."""
+    return frozenset(
+        (stream, rank)
+        for stream, reader in enumerate(streams)
+        if transports[stream] == "ipc"
+        for rank, hello in enumerate(actors)
+        if is_staged(hello.memory, staging, is_near=reader.location == _location(hello, by_device=True))
+    )
 
 
 def _streams(

@@ -8,7 +8,7 @@ import msgspec
 PHASES = ("connect", "pause", "begin", "transfer", "verify", "commit", "resume")
 _NUMBERS = (
     "version", "bytes", "num_buckets", "gb_per_s", "seconds", "pause_s", "begin_s", "fill_s", "transfer_s", "wait_s", "pull_s", "verify_s",
-    "finalize_s", "commit_s", "resume_s", "extra_bytes", "max_redundancy", "engines_dirty",
+    "finalize_s", "commit_s", "resume_s", "extra_bytes", "staged_bytes", "max_redundancy", "engines_dirty",
 )  # fmt: skip
 
 
@@ -19,6 +19,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         sinks: what workers used: ``direct``, ``layerwise``, ``direct+layerwise`` or ``loaders``.
         transport: what the bytes went through; several are joined by ``+``.
         bytes: bytes that streams take in, each stream once. Several workers that hold the same on one host are one stream.
+        staged_bytes: of these, those that ``ipc`` read out of a staging ring in GPU memory instead of where they lie.
         bytes_by_link, redundancy: of the plan, by link name and by stream; see ``rlsync.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
@@ -57,6 +58,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     resume_s: float
     extra_bytes: int
     engine_s: dict[str, float]
+    staged_bytes: int = 0
     link_gb_per_s: float | None = None
     engines_dirty: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict)

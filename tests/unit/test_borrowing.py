@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -34,10 +35,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     return made
 
 
-def inlet() -> LoanInlet:
-    """Of a worker that reads 4 rows of 8 elements (bfloat16, 16 apart) of a parameter of actor rank 0, from its element 3 on."""
+def inlet(staged: dict[int, int] | None = None) -> LoanInlet:
+    """Of a worker that reads 4 rows of 8 elements (bfloat16, 16 apart) of a parameter of actor rank 0, from its element 3 on.
+
+    ``staged``: or, by rank, byte of the slot of its ring at which they lie, dense.
+    """
     region = Region(0, "t", 0, "w", 3, (16, 1), (4, 8), "p", 0, (8, 1), "bfloat16", 0, (8, 1))
-    share = WorkerShare("digest", 1, 0, "off", (WorkerPart(0, 64, (), (region,)),), lenders=(0,), staged=({},))
+    share = WorkerShare("digest", 1, 0, "off", (WorkerPart(0, 64, (), (region,)),), lenders=(0,), staged=(staged or {},))
     return LoanInlet(share, DEVICE)
 
 
@@ -89,3 +93,34 @@ def test_memory_that_leaves_between_syncs_is_let_go_after_each(stays: bool, call
         made.rest()
     once = [("open", 7), ("cuIpcCloseMemHandle", HERE)]
     assert calls == (once[:1] if stays else once * 2)
+
+
+def with_ring(lent: list[Lender]) -> list[Lender]:
+    """The same rank with a staging ring of one slot, which is allocation 9."""
+    (lender,) = lent
+    ring = Allocation(OWNER + 2**16, 1024, 9, bytes(cuda_ipc.HANDLE_BYTES))
+    return [
+        Lender(0, msgspec.structs.replace(lender.loan, allocations=(*lender.loan.allocations, ring), stage=ring.address, stage_bytes=512))
+    ]
+
+
+def test_a_worker_maps_what_it_reads_and_a_ring_for_good(calls: list[tuple[str, Any]]) -> None:
+    made = inlet(staged={0: 128})
+    for _ in range(2):
+        assert read(made, with_ring(loan(LAST_BYTE, stays=False))) == HERE + 2 * 2**20 + 128
+        made.rest()
+    assert calls == [("open", 9)], "of parameters that it does not read it maps nothing, and the ring stays"
+    calls.clear()
+    assert read(inlet(), with_ring(loan(LAST_BYTE))) == HERE + 256 + 2 * 3
+    assert calls == [("open", 7)], "and no ring that it does not read"
+
+
+def test_a_ring_stays_mapped_where_parameters_beside_it_leave(calls: list[tuple[str, Any]]) -> None:
+    here, there = (Region(0, "t", 0, "w", 3, (16, 1), (4, 8), "p", 0, (8, 1), "bfloat16", 0, (8, 1)) for _ in range(2))
+    parts = (WorkerPart(0, 64, (), (here,)), WorkerPart(0, 64, (), (there,)))
+    made = LoanInlet(WorkerShare("digest", 1, 0, "off", parts, lenders=(0,), staged=({}, {0: 0})), DEVICE)
+    for _ in range(2):
+        read(made, with_ring(loan(LAST_BYTE, stays=False)))
+        made.rest()
+    leaves = [("open", 7), ("cuIpcCloseMemHandle", HERE)]
+    assert calls == [("open", 7), ("open", 9), ("cuIpcCloseMemHandle", HERE), *leaves]

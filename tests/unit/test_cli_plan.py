@@ -22,6 +22,7 @@ from rlsync.control.shares import GroupInfo
 from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES
 from rlsync.placement.megatron import megatron_placements
+from rlsync.staging import Memory
 from rlsync.sync import SyncConfig
 from rlsync.sync.carriers import make_outbox
 from rlsync.sync.planning import Blueprint, draw_up
@@ -78,7 +79,9 @@ def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFi
     assert "ipc for 4 workers" in out and "1.00 times what it holds" in out
 
 
-def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool) -> Surveyed:
+def surveyed(
+    config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool, memory: Memory = "lendable"
+) -> Surveyed:
     """What a coordinator would tell of engines that hold what they hold on paper, all on one host, with a GPU each or an actor's."""
 
     def shared(gpu: int, pid: int) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def surveyed(config: dict[str, Any], topology: Topology, tp_size: int, num_engin
         }  # fmt: skip
 
     size = topology.world_size
-    actors = tuple(ActorHello(**shared(r, 1 + r), actor_rank=r, world_size=size, digest="", memory="lendable") for r in range(size))
+    actors = tuple(ActorHello(**shared(r, 1 + r), actor_rank=r, world_size=size, digest="", memory=memory) for r in range(size))
     places = [(e, r) for e in range(num_engines) for r in range(tp_size)]
     first = 0 if colocated else size
     workers = tuple(
@@ -113,12 +116,21 @@ def drawn_up(
     bucket_bytes: int = BUCKET_BYTES,
     staging: Any = "auto",
     colocated: bool = False,
+    offload_weight: bool = False,
 ) -> tuple[Price, Blueprint]:
     """The same sync on paper and as a connection would plan it."""
     scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16, colocated=colocated)
-    price = priced(SMALL, scene, bucket_bytes=bucket_bytes, transport=transport, staging=staging, engine_dtype="bfloat16")
+    price = priced(
+        SMALL,
+        scene,
+        bucket_bytes=bucket_bytes,
+        transport=transport,
+        staging=staging,
+        offload_weight=offload_weight,
+        engine_dtype="bfloat16",
+    )
     model, topology = model_of(SMALL), Topology(**axes)
-    survey = surveyed(SMALL, topology, tp_size, num_engines, colocated)
+    survey = surveyed(SMALL, topology, tp_size, num_engines, colocated, "leaving" if offload_weight else "lendable")
     config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport, staging=staging)
     return price, draw_up(model.tensors(), megatron_placements(model, topology), survey, config)
 
@@ -157,6 +169,19 @@ def test_paper_finds_the_near_gpu_as_a_connection_does(transport: str, staging: 
     stages = [2 * share.stage_bytes for share in actors]
     assert price.staging_bytes_per_actor_rank == (min(stages), max(stages)) and (staging == "always") == (min(stages) > 0)
     assert price.ring_bytes == price.slot_bytes == 0
+
+
+@pytest.mark.parametrize(("tp_size", "num_engines"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize("colocated", [True, False])
+def test_paper_finds_the_rings_of_weights_that_leave_as_a_connection_does(tp_size: int, num_engines: int, colocated: bool) -> None:
+    price, blueprint = drawn_up({"tp_size": 2, "dp_size": 2}, tp_size, num_engines, "ipc", colocated=colocated, offload_weight=True)
+    # Engines that are cut as the actor is read other GPUs for what the padding of the vocabulary has shifted alone.
+    assert price.num_buckets == len(blueprint.parts) and (price.num_buckets == 1) == (colocated and tp_size == 2)
+    actors, _ = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=None)
+    stages = [share.num_slots * share.stage_bytes for share in actors]
+    assert price.staging_bytes_per_actor_rank == (min(stages), max(stages)) and max(stages) > 0
+    lent = sum(r.nbytes for share in actors for row in share.lent for part in row for r in part.regions)
+    assert lent == price.bytes_same_gpu and bool(lent) == colocated
 
 
 @LAYOUTS

@@ -29,6 +29,7 @@ from rlsync.copy.tables import (
     Tables,
     build_tables,
     moved,
+    moves_of,
 )
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.geometry import contiguous_strides
@@ -254,6 +255,17 @@ def test_sources_can_move_and_nothing_else_does() -> None:
     assert tables.pairs["source"][0] == 0x100000
     with pytest.raises(PlacementError, match=r"from 0x100000 to 0x100108, by no multiple of 16 bytes; build the program anew"):
         moved(tables, [Move(0x100000, 256, 0x100108)])
+
+
+def test_moves_are_what_has_moved_as_a_whole_and_by_whole_units() -> None:
+    a, b, c = 0x1000, 0x2000, 0x3000
+    assert moves_of([(a, 64, a), (b, 64, c), (c, 32, b)]) == [Move(b, 64, c), Move(c, 32, b)]
+    # One place under two names, and one inside another, move once.
+    assert moves_of([(a, 64, b), (a, 32, b), (a + 16, 64, b + 16)]) == [Move(a, 80, b)]
+    assert moves_of([(a, 64, b), (a, 64, c)]) is None, "what was one is two"
+    assert moves_of([(a, 64, b), (a + 16, 16, c)]) is None
+    assert moves_of([(a, 64, a), (b, 64, b + 8)]) is None, "units would be another size"
+    assert moves_of([]) == moves_of([(0, 0, 0), (0, 0, 0)]) == []
 
 
 def test_everything_that_cannot_be_copied_comes_in_one_error() -> None:

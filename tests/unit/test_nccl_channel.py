@@ -28,7 +28,7 @@ BUCKET_BYTES = 200
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = itertools.count()
     monkeypatch.setattr(syncer, "_gpu_uuid", lambda: f"GPU-actor-{next(numbers)}")
-    monkeypatch.setattr(invitation, "memory_of", lambda buffers: "device")
+    monkeypatch.setattr(invitation, "memory_of", lambda buffers, stays: "device")
     for module in (wires, carriers, group_inlet):
         monkeypatch.setattr(module, "message_device", lambda group, device: torch.device("cpu"))
     monkeypatch.setattr(wires, "NcclWire", lambda group, number, timeout_s, device: GlooWire(group, number, timeout_s))

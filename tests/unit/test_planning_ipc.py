@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from rlsync.geometry import TensorSpec
 from rlsync.placement.huggingface import whole_tensors
 from rlsync.staging import Part
 from rlsync.sync.config import SyncConfig
+from rlsync.sync.lending import memory_of
 from rlsync.sync.planning import Blueprint, draw_up
+from rlsync.transport import cuda_ipc
 from rlsync.transport.parcels import make_parcel
 
 TENSORS = [TensorSpec(f"w{i}", "bfloat16", (64, 32)) for i in range(8)]
@@ -70,7 +74,7 @@ def test_what_is_read_in_place_waits_for_no_slot():
 )
 def test_ranks_that_cannot_be_read_in_place_stage_what_they_give(memory, staging, expected):
     made = blueprint(("a0", "a1"), ("a0", "a1"), memory, staging=staging)
-    assert made.staging == expected and len(made.parts) > 1
+    assert {rank for _, rank in made.staging} == expected and len(made.parts) > 1
     actors, workers = made.shares(2, 2, "off", ring=None, group=None)
     for rank, share in enumerate(actors):
         assert (rank in expected) == bool(share.stage_bytes) == any(share.staged) != any(share.lent)
@@ -84,11 +88,29 @@ def test_ranks_that_cannot_be_read_in_place_stage_what_they_give(memory, staging
             assert all(end <= share.stage_bytes for _, end in taken)
 
 
+def test_memory_that_leaves_between_syncs_is_read_in_place_on_its_own_gpu_and_through_a_ring_on_others():
+    """A mapping of another GPU's memory would have to be made anew in every sync."""
+    near = blueprint(("a0", "a1"), ("a0", "a1"), ("leaving", "leaving"))
+    assert near.is_read_in_place and len(near.parts) == 1
+    away = blueprint(("a0", "a1"), ("a0", "a2"), ("leaving", "leaving"), bucket_bytes=NBYTES // 4)
+    assert away.staging == {(1, 1)} and len(away.parts) > 2 and not away.is_read_in_place
+    assert near.staged_bytes == 0 and away.staged_bytes == NBYTES
+    actors, workers = away.shares(2, 2, "off", ring=None, group=None)
+    lent = [{part.stream for row in share.lent for part in row} for share in actors]
+    staged = [{part.stream for row in share.staged for part in row} for share in actors]
+    assert lent == [{0}, set()] and staged[1] == {1}, "the far worker reads the replica that the near one leaves alone"
+    assert actors[0].stage_bytes == 0 < actors[1].stage_bytes
+    assert not any(workers[0].staged) and all(set(row) <= {1} for row in workers[1].staged) and any(workers[1].staged)
+    both = blueprint(("a0", "a0"), ("a0", "a2"), ("leaving", "leaving"), bucket_bytes=NBYTES // 4)
+    first, _ = both.shares(2, 2, "off", ring=None, group=None)
+    assert any(share.lent and share.staged for share in first), "one rank lends to the near worker and stages for the far one"
+
+
 def test_every_region_is_lent_staged_or_put_into_the_ring_once():
-    made = blueprint(("a0", "a1"), ("a0", "a-", "a1"), ("lendable", "device"))
-    assert made.transports == ("ipc", "shm", "ipc")
+    made = blueprint(("a0", "a1"), ("a0", "a-", "a1", "a2"), ("leaving", "device"))
+    assert made.transports == ("ipc", "shm", "ipc", "ipc")
     actors, workers = made.shares(2, 2, "off", ring=RingInfo("/dev/shm/r", "t", 2, 1), group=None)
-    assert [bool(w.ring) for w in workers] == [False, True, False]
+    assert [bool(w.ring) for w in workers] == [False, True, False, False]
     for bucket, row in enumerate(made.parts):
         given = [
             (part.stream, r.number)
@@ -148,3 +170,19 @@ def test_a_worker_is_told_of_the_loans_that_it_borrows_and_of_renewed_ones_in_ea
         for identity in (b"w0", b"w1"):
             assert [(x.actor_rank, x.loan) for x in ledger.renewed(identity, attempt)] == [(1, second)]
             assert ledger.renewed(identity, attempt) == ()
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "is_lendable", "stays", "expected"),
+    [
+        ((True, True), (True, True), True, "lendable"),
+        ((True, True), (True, True), False, "leaving"),
+        ((True, True), (True, False), False, "device"),
+        ((True, False), (True, True), True, "host"),
+        ((), (), False, "lendable"),
+    ],
+)
+def test_an_actor_rank_says_where_its_memory_is(monkeypatch, is_cuda, is_lendable, stays, expected):
+    buffers: Any = {str(i): SimpleNamespace(is_cuda=on_gpu, data_ptr=partial(int, i), numel=lambda: 1) for i, on_gpu in enumerate(is_cuda)}
+    monkeypatch.setattr(cuda_ipc, "can_be_lent", lambda address: is_lendable[address])
+    assert memory_of(buffers, stays=stays) == expected

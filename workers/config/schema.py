@@ -207,7 +207,9 @@ class WeightSyncConfig:
     transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = key(
         "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"
     )
-    staging: Literal["auto", "always"] = key("auto", "ipc through a ring beside the parameters: where they cannot be mapped, or always")
+    staging: Literal["auto", "always"] = key(
+        "auto", "ipc through a ring beside the parameters: where they cannot be mapped, or are offloaded and on another GPU; or always"
+    )
     timeout_s: float = key(600.0, "deadline of each phase of a sync")
     num_slots: int = key(2, "staging buckets in flight, 2 or 3")
     verify: Literal["off", "sampled", "full"] = key("sampled", "checksums of what was sent against what is held")

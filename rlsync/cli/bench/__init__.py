@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--placement", choices=specs.PLACEMENTS, default="collocated", help="engines on the actor's GPUs, or on the ones after them")
     add("--transport", help="weight_sync.transport; this and the next four may be lists, as direct,loaders: every combination is run")
     add("--sink", help="weight_sync.sink")
-    add("--mode", help="params: straight from the actor's parameters where that can be; ring: always through staging buckets")
+    add(
+        "--mode",
+        help="params: straight from the actor's parameters where that can be; ring: always through staging buckets; "
+        "moved: as params, with the weights away between syncs",
+    )
     add("--bucket-bytes", help="weight_sync.bucket_bytes")
     add("--num-slots", help="weight_sync.num_slots")
     add("--verify", help="weight_sync.verify")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 
@@ -62,7 +61,7 @@ class Bench:
                         actor.move()
                     report = syncer.sync(1 + number)
                     found.report = msgspec.to_builtins(report)
-                    return _phases(report, case.settings)
+                    return _phases(report)
 
                 self._run(found, step)
         except (ConfigError, PlacementError, WeightSyncError) as error:
@@ -133,8 +132,8 @@ class Bench:
         found.end_s = time.monotonic()
 
 
-def _phases(report: SyncReport, settings: Mapping[str, Any]) -> Step:
+def _phases(report: SyncReport) -> Step:
     """``data`` is what has a floor: the workers' pull; and their waiting, where the actor copies first into what they read."""
     seconds = {phase: float(getattr(report, name)) for phase, name in PHASES.items()}
-    staged = report.transport != "ipc" or settings.get("staging") == "always"
+    staged = report.transport != "ipc" or report.staged_bytes > 0
     return {**seconds, "data": seconds["pull"] + (seconds["wait"] if staged else 0.0)}
