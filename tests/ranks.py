@@ -132,6 +132,7 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
             time.sleep(0.05)
     finally:
         late = [i for i, r in enumerate(ranks) if r.poll() is None]
+        said = [os.fstat(log.fileno()).st_size for log in logs]
         for i in late:
             # It says where its threads are.
             os.kill(ranks[i].pid, signal.SIGABRT)
@@ -146,8 +147,15 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
         log.seek(0)
         outputs.append(log.read())
     if late or any(r.returncode for r in ranks):
-        # The end of a dump of threads lists modules.
-        said = [re.sub(r"\nExtension modules:[^\n]*", "", output)[-6000:] for output in outputs]
-        text = "\n".join(f"--- rank {i} (exit {r.returncode})\n{o}" for i, (r, o) in enumerate(zip(ranks, said, strict=True)))
+        ends = [_end(log, size) for log, size in zip(logs, said, strict=True)]
+        text = "\n".join(f"--- rank {i} (exit {r.returncode})\n{end}" for i, (r, end) in enumerate(zip(ranks, ends, strict=True)))
         raise AssertionError(f"ranks {late} did not end in time\n{text}" if late else text)
     return outputs
+
+
+def _end(log: IO[str], said: int) -> str:
+    """The end of what a rank has said in ``said`` bytes, and where its threads were after that."""
+    written = Path(log.name).read_bytes()
+    dump = written[said:].decode(errors="replace")
+    # The end of a dump of threads lists modules.
+    return written[:said].decode(errors="replace")[-6000:] + re.sub(r"\nExtension modules:[^\n]*", "", dump)[-12000:]

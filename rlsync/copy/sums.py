@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cuda import CudaCopyProgram, strided
+from rlsync.copy.tables import moves_of
 
 # Views of one round of those that belong to a key.
 Views = Callable[[int], Sequence[torch.Tensor]]
+# Address and bytes of each piece of memory that views are in.
+Place = Sequence[tuple[int, int]]
+
+
+def place_of(tensors: Iterable[torch.Tensor]) -> Place:
+    """Where they lie now."""
+    return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
 class Begun:
@@ -25,20 +33,20 @@ class Begun:
 
 
 class Sums:
-    """On CUDA one launch for each round, bound once and again when memory has moved; elsewhere ``checksums``. Keeps no memory alive.
+    """On CUDA one launch for each round, bound once and to follow memory that moves; elsewhere ``checksums``. Keeps no memory alive.
 
     A round of a key is a group of views that are summed up together.
     """
 
     def __init__(self) -> None:
-        self._bound: dict[tuple[Hashable, int], tuple[object, CudaCopyProgram]] = {}
+        self._bound: dict[tuple[Hashable, int], tuple[Place, CudaCopyProgram]] = {}
 
-    def prepare(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> None:
+    def prepare(self, key: Hashable, rounds: Sequence[int], place: Place, views: Views) -> None:
         """Do what would otherwise be done at the first call of ``begin`` for each round."""
         for number in rounds:
             self._program(key, number, place, views)
 
-    def begin(self, key: Hashable, rounds: Sequence[int], place: object, views: Views) -> Begun:
+    def begin(self, key: Hashable, rounds: Sequence[int], place: Place, views: Views) -> Begun:
         """Sum up the views of some rounds after everything that the current stream has been given. Not collective.
 
         On CUDA nothing waits here: what is enqueued on that stream behind it may overwrite the views, and the values are to be had
@@ -46,7 +54,7 @@ class Sums:
 
         Args:
             key: same key and round, same views, but for where they lie.
-            place: equal where they lie where they did: addresses of the memory that they are in.
+            place: of the same pieces of memory for the same key.
         """
         programs = [self._program(key, number, place, views) for number in rounds]
         for program in programs:
@@ -54,13 +62,21 @@ class Sums:
                 program.run()
         return Begun([p if isinstance(p, CudaCopyProgram) else checksums(p) for p in programs])
 
-    def _program(self, key: Hashable, number: int, place: object, views: Views) -> CudaCopyProgram | Sequence[torch.Tensor]:
+    def _program(self, key: Hashable, number: int, place: Place, views: Views) -> CudaCopyProgram | Sequence[torch.Tensor]:
         """On CUDA a program, elsewhere the views themselves."""
         known = self._bound.get((key, number))
-        if known is None or known[0] != place:
-            made = views(number)
-            if not made or not made[0].is_cuda:
-                return made
-            known = place, CudaCopyProgram([(None, strided(view)) for view in made], device=made[0].device, summed=True)
-            self._bound[key, number] = known
-        return known[1]
+        if known is not None:
+            before, program = known
+            if before == place:
+                return program
+            moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(before, place, strict=True))
+            if moves is not None:
+                program.move_sources(moves)
+                self._bound[key, number] = place, program
+                return program
+        made = views(number)
+        if not made or not made[0].is_cuda:
+            return made
+        program = CudaCopyProgram([(None, strided(view)) for view in made], device=made[0].device, summed=True)
+        self._bound[key, number] = place, program
+        return program

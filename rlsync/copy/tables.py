@@ -137,18 +137,19 @@ def build_tables(pairs: Sequence[Pair], fills: Sequence[tuple[Strided, int]] = (
 def moves_of(places: Iterable[tuple[int, int, int]]) -> list[Move] | None:
     """What has moved of ``places``, each the address before, the bytes, and the address now.
 
-    None where programs have to be built anew: something moved by no multiple of MOST_UNIT_BYTES, or what overlapped has parted.
+    Neighbours that went the same way are one move, whatever lay between them. None where programs have to be built anew: something
+    moved by no multiple of MOST_UNIT_BYTES, or what overlapped has parted.
     """
     found: list[Move] = []
     for old, nbytes, new in sorted(places):
-        last = found[-1] if found else None
-        if last is None or old >= last.old_address + last.nbytes:
-            found.append(Move(old, nbytes, new))
-        elif new - old == last.new_address - last.old_address:
-            found[-1] = replace(last, nbytes=max(last.nbytes, old + nbytes - last.old_address))
-        else:
-            return None
         if (new - old) % MOST_UNIT_BYTES:
+            return None
+        last = found[-1] if found else None
+        if last is not None and new - old == last.new_address - last.old_address:
+            found[-1] = replace(last, nbytes=max(last.nbytes, old + nbytes - last.old_address))
+        elif last is None or old >= last.old_address + last.nbytes:
+            found.append(Move(old, nbytes, new))
+        else:
             return None
     return [move for move in found if move.old_address != move.new_address]
 

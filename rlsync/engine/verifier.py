@@ -10,7 +10,7 @@ import torch
 
 from rlsync.control.shares import WorkerShare
 from rlsync.copy.cpu import region
-from rlsync.copy.sums import Begun, Sums, Views
+from rlsync.copy.sums import Begun, Sums, Views, place_of
 from rlsync.errors import RlsyncError
 from rlsync.staging import Region
 from rlsync.verification import num_rounds, round_of, rounds_in
@@ -53,13 +53,13 @@ class Verifier:
 
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Make ready to verify a bucket in these buffers."""
-        self._sums.prepare(bucket, list(self._rounds[bucket]), _place(buffers), self._views(bucket, buffers))
+        self._sums.prepare(bucket, list(self._rounds[bucket]), place_of(buffers.values()), self._views(bucket, buffers))
 
     def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
         """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; on CUDA behind what the current stream has to do."""
         rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
         chosen = [r for number in rounds for r in self._rounds[bucket][number]]
-        return Check(bucket, chosen, self._sums.begin(bucket, rounds, _place(buffers), self._views(bucket, buffers)))
+        return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
 
     def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
         rounds = self._rounds[bucket]
@@ -72,7 +72,3 @@ def _by_round(regions: Sequence[Region], mode: str) -> dict[int, list[Region]]:
     for r in regions if num_rounds(mode) else ():
         found[round_of(mode, r.number)].append(r)
     return dict(found)
-
-
-def _place(buffers: Mapping[str, torch.Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in buffers.values()]

@@ -62,6 +62,8 @@ class Receiver(WeightTransferEngine):
         self._version = -1
         self._comparison: Receiver | None = None
         self._is_comparison = False
+        # Whether all buckets land where they belong for good.
+        self._is_direct = False
         compat_faults.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -140,7 +142,9 @@ class Receiver(WeightTransferEngine):
         """What every sync would do alike is done once."""
         assert self._share is not None and self._sink is not None and self._inlet is not None and self._verifier is not None
         self._inlet.borrow(loans)
-        for bucket, buffers in self._standing().items():
+        standing = self._standing()
+        self._is_direct = len(standing) == sum(part.nbytes > 0 for part in self._share.parts)
+        for bucket, buffers in standing.items():
             self._inlet.prepare(bucket, buffers)
             self._verifier.prepare(bucket, buffers)
         self._inlet.rest()
@@ -186,6 +190,10 @@ class Receiver(WeightTransferEngine):
                     _log.debug(
                         "version %d: bucket %d of %d is in place, %d B", update_info.version, bucket, len(self._share.parts), part.nbytes
                     )
+                if not self._is_direct:
+                    # What the sink has enqueued behind the sums of the last bucket is no time of verifying.
+                    with pull.timed("pull"):
+                        self._synchronize()
                 pull.conclude()
                 _log.debug("version %d: all of it is verified", update_info.version)
                 with pull.timed("finalize"):

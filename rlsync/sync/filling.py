@@ -14,7 +14,7 @@ from rlsync.control.shares import ActorParcel, ActorPart, ActorShare
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided
-from rlsync.copy.sums import Sums, Views
+from rlsync.copy.sums import Sums, Views, place_of
 from rlsync.copy.tables import Move, moves_of
 from rlsync.errors import PlacementError
 from rlsync.staging import Region
@@ -75,15 +75,15 @@ class Filler:
         self._sums = Sums()
         self._rounds = [self._by_round(bucket) for bucket in range(len(share.parts))]
         self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
-        self._addresses = self._find()
+        self._place = place_of(buffers.values())
 
     def check(self) -> None:
         """Look where the parameters are now. Raises PlacementError where they are no longer what they were at connect."""
         if any(tensor.is_cuda for tensor in self._buffers.values()):
             # They may have been written on any stream of this process, and others read them.
             torch.cuda.synchronize()
-        addresses = self._find()
-        if addresses == self._addresses:
+        place = place_of(self._buffers.values())
+        if place == self._place:
             return
         changed = [
             f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
@@ -94,14 +94,10 @@ class Filler:
             raise PlacementError(
                 f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
             )
-        nbytes = [tensor.nbytes for tensor in self._buffers.values()]
-        moves = moves_of(zip(self._addresses, nbytes, addresses, strict=True))
-        self._addresses = addresses
+        moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self._place, place, strict=True))
+        self._place = place
         _follow(self._programs, moves)
         _follow(self._packing, moves)
-
-    def _find(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._buffers.values()]
 
     def fill(self, bucket: int, turn: int) -> Filling:
         """Copy this rank's regions of a bucket into its slots and its messages; these are on their way when it returns.
@@ -148,7 +144,7 @@ class Filler:
     def prepare(self) -> None:
         """Do what the first syncs would otherwise do once."""
         for bucket, rounds in enumerate(self._rounds):
-            self._sums.prepare(bucket, list(rounds), self._addresses, self._views(bucket))
+            self._sums.prepare(bucket, list(rounds), self._place, self._views(bucket))
             if self._outbox is not None:
                 for step in self._outbox.steps(bucket):
                     self._pack(step, self._outbox)
@@ -158,7 +154,7 @@ class Filler:
         rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         cast = [given for number in rounds for given in self._rounds[bucket][number].cast]
-        values = self._sums.begin(bucket, rounds, self._addresses, self._views(bucket)).values()
+        values = self._sums.begin(bucket, rounds, self._place, self._views(bucket)).values()
         # A cast makes new memory each time, to which nothing can be bound.
         values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
         return tuple(Sum(stream, r.number, value) for (stream, r), value in zip((*same, *cast), values, strict=True))

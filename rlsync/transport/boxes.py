@@ -62,8 +62,8 @@ class Wire(Protocol):
         """What this thread begins on its device inside does not wait for other threads, nor they for it."""
         ...
 
-    def abandon(self, memory: Sequence[torch.Tensor]) -> None:
-        """Let go whoever waits. ``memory`` is kept until nothing uses it. From any thread, idempotent, does not block."""
+    def abandon(self, kept: Sequence[object]) -> None:
+        """Let go whoever waits. ``kept`` lives until the device uses none of it. From any thread, idempotent, does not block."""
         ...
 
     def rest(self, limit_s: float) -> bool:
@@ -239,7 +239,8 @@ class Inbox:
 
     def abandon(self) -> None:
         """Give the group up. From any thread, idempotent, does not block."""
-        self.wire.abandon([*self._slots, *self._packed, *self._memory])
+        programs = [*self._assembly.values(), *(program for _, row in self._landing.values() for program in row)]
+        self.wire.abandon([*self._slots, *self._packed, *self._memory, *programs])
 
 
 class _Steps:

@@ -162,7 +162,7 @@ class GlooWire:
         """A group that is given up writes nothing any more."""
         return True
 
-    def abandon(self, memory: Sequence[torch.Tensor] = ()) -> None:
+    def abandon(self, kept: Sequence[object] = ()) -> None:
         """Close all connections; see ``Group.abandon``."""
         self._group.abandon()
 

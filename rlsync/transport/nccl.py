@@ -165,15 +165,15 @@ class NcclWire:
         except NcclError as error:
             raise GroupError(f"the nccl group broke {where}: {error}") from error
 
-    def abandon(self, memory: Sequence[torch.Tensor] = ()) -> None:
-        """End what is under way on the device, in a thread of its own; ``memory`` is kept until then. Idempotent, does not block."""
+    def abandon(self, kept: Sequence[object] = ()) -> None:
+        """End what is under way on the device, in a thread of its own; ``kept`` lives until then. Idempotent, does not block."""
         if self._abandoned.is_set():
             return
         self._abandoned.set()
-        threading.Thread(target=self._abort, args=(memory,), name="rlsync-nccl-abort", daemon=True).start()
+        threading.Thread(target=self._abort, args=(kept,), name="rlsync-nccl-abort", daemon=True).start()
 
-    def _abort(self, memory: Sequence[torch.Tensor]) -> None:
-        """``memory`` lives as long as this call."""
+    def _abort(self, kept: Sequence[object]) -> None:
+        """``kept`` lives as long as this call."""
         with torch.cuda.device(self._device), self._lock:
             communicator, self._communicator = self._communicator, None
             if communicator is not None:
@@ -183,7 +183,7 @@ class NcclWire:
                     _log.warning("NCCL could not give up a group: %s", error)
             self._stream.synchronize()
             self._apart.synchronize()
-        del memory
+        del kept
         self._gone.set()
 
     def rest(self, limit_s: float) -> bool:

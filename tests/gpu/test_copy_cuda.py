@@ -10,6 +10,7 @@ import torch
 from rlsync.copy.checksum import checksum, checksums
 from rlsync.copy.cpu import CopyProgram
 from rlsync.copy.cuda import CudaCopyProgram, strided
+from rlsync.copy.sums import Sums, place_of
 from rlsync.copy.tables import Move, Strided
 from rlsync.errors import PlacementError
 from tests.copy_pairs import Pairs, draw_pairs, give
@@ -202,3 +203,16 @@ def test_addresses_do_as_well_as_tensors() -> None:
     assert CudaCopyProgram([(taken, given)], device=CUDA).run() == 64 * 32 * 2
     assert torch.equal(destination[:, :32], source[:, :32])
     assert not destination[:, 32:].any()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("shift", [0, 4096, 8])
+def test_sums_follow_memory_that_moves(shift: int) -> None:
+    """By whole units in the tables that are there, otherwise in new ones."""
+    sums, memory = Sums(), torch.randint(0, 256, (2**16,), dtype=torch.uint8, device=CUDA)
+    for begin, fresh in ((0, False), (shift, True)):
+        if fresh:
+            memory.random_(0, 256)
+        pieces = [memory[begin + i * 6000 :][: 512 * (i + 1)].view(torch.bfloat16) for i in range(3)]
+        found = sums.begin("key", [0], place_of(pieces), lambda number, pieces=pieces: pieces).values()
+        assert found == checksums([piece.cpu() for piece in pieces])

@@ -17,6 +17,8 @@ from workers.metrics import read_metrics
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 REPO = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.timeout(450)
+
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize(

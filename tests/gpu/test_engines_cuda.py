@@ -154,7 +154,7 @@ def test_an_engine_of_two_workers_follows_a_megatron_actor_of_two(tmp_path: Path
     ("topology", "dtype", "gpus", "enforce_eager"),
     [
         # An engine reads ranks whose GPUs it does not see.
-        ({"tp_size": 2, "pp_size": 2}, "bfloat16", ["0,1", "2,3"], False),
+        ({"tp_size": 2, "pp_size": 2}, "bfloat16", ["0,1", "2,3"], True),
         # Two key-value heads for four workers, and fp32 parameters that become fp16 on the way.
         ({"tp_size": 2, "dp_size": 2}, "float16", ["0,1,2,3"], True),
     ],

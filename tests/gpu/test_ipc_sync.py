@@ -238,3 +238,21 @@ def test_parameters_that_move_where_nobody_can_map_them_are_refused_and_a_new_co
             assert state_difference(state(engine), fresh["b"]) == ()
     finally:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_weights_that_leave_between_syncs_are_staged_where_they_are_on_another_gpu(world, device):
+    """To map them there anew in every sync takes the driver longer than all else."""
+    _, engine, folders, fresh = world
+    source = CudaSource(folders["a"], device)
+    source.stays = False
+    with connected(source, engine) as syncer:
+        for version, name in enumerate("abab"):
+            source.move(folders[name])
+            report = syncer.sync(version)
+            assert state_difference(state(engine), fresh[name]) == (), name
+            assert report.staged_bytes == (0 if device == "cuda:0" else report.bytes)
+            assert (report.num_buckets == 1) == (device == "cuda:0")
+    print(f"\n{device}: {told(report)}")
+    torch.cuda.set_device(0)

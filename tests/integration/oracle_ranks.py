@@ -65,8 +65,13 @@ def compare_each(cases: list[dict[str, Any]]) -> None:
 
 
 def wait_for_all() -> None:
-    """On the host, because a rank that waits in NCCL keeps its GPU busy, on which rank 0 may be starting an engine."""
+    """On the host, because a rank that waits in NCCL keeps its GPU busy, on which rank 0 may have an engine start or compute."""
     dist.barrier(dist.new_group(backend="gloo"))
+
+
+def ask(each: Engine) -> list[Completion]:
+    """Prompt by prompt, so that every batch is the same each time."""
+    return [each.generate([prompt], GREEDY, timeout_s=60)[0][0] for prompt in PROMPTS]
 
 
 def compare(
@@ -114,11 +119,12 @@ def compare(
         report = syncer.sync(version)
         say(f"synced to version {version}")
         assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
-        answers = [[group[0] for group in each.generate(PROMPTS, GREEDY)] for each in synced]
+        answers = [ask(each) for each in synced]
         for mine, last in zip(answers, before, strict=True):
             assert [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
             assert all(a.version == version for a in mine)
         before = answers
+        wait_for_all()
     bridge.save_weights(models, Path(out_dir, "hf_model"))
     if dtype == "float32":
         check_against_actor(models, before[0] if before else [])
@@ -128,7 +134,7 @@ def compare(
         for each in synced:
             each.close()
         fresh = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], enforce_eager=enforce_eager)
-        expected = [group[0] for group in fresh.generate(PROMPTS, GREEDY)]
+        expected = ask(fresh)
         wanted = inspect_engines([fresh])
         fresh.close()
         for (_, worker), state in wanted.items():
@@ -155,7 +161,7 @@ def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:
         syncer.sync(0)
     layer.weight = kept
     # A rank that is late for this sync must not meet the next one.
-    dist.barrier()
+    wait_for_all()
 
 
 def difference(answers: list[Completion], expected: list[Completion]) -> float:
