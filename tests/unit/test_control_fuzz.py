@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsync.control import messages as m
-from tests.unit.test_control_coordinator import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMES, WORKER_SHARE, Run, actor, worker
+from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMES, WORKER_SHARE, Run, actor, worker
 
 FROM_PEER = (
     actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Answered(1, "e0", "update"), m.Start(1, 1),

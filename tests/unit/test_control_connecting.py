@@ -1,0 +1,113 @@
+"""Claims about how the coordinator connects peers: who is admitted, what is planned, who is told what."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from rlsync.control import messages as m
+from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMEOUT_S, WORKER_SHARE, Run, actor, worker
+
+
+def test_workers_are_told_the_tensors_and_everybody_its_share() -> None:
+    run = Run()
+    assert run.sent[b"w0"] == [CATALOGUE, m.Share(worker=WORKER_SHARE), m.Connected()]
+    assert run.sent[b"a1"] == [m.Share(actor=ACTOR_SHARE), m.Connected()]
+    survey = run.sent[b"a0"][0]
+    assert isinstance(survey, m.Surveyed)
+    assert [h.actor_rank for h in survey.actors] == [h.worker_rank for h in survey.workers] == [0, 1]
+    assert survey.records == (RECORDED, RECORDED)
+    assert run.coordinator.phase == "idle"
+
+
+def test_actor_ranks_are_connected_when_the_engines_have_answered_and_not_before() -> None:
+    """A core that is stuck does not keep its workers from attaching."""
+    run = Run(engines_answer=False)
+    assert (run.coordinator.phase, run.last("w1")) == ("connect", m.Connected())
+    assert run.last("a1") == m.Share(actor=ACTOR_SHARE)
+    run.coordinator.expire(TIMEOUT_S)
+    assert (run.error().phase, run.error().engine) == ("connect", "e0")
+    assert "engine e0, whose workers are connected and whose core does not say so" in run.error().cause
+
+
+def test_only_actor_rank_0_plans_and_only_once() -> None:
+    for peer in ("a1", "a0"):
+        run = Run()
+        run.tell(peer, PLANNED)
+        assert "sent shares" in run.error().cause
+
+
+@pytest.mark.parametrize(
+    ("peer", "hello", "words"),
+    [
+        ("a1", actor(1, digest="another"), ("digest", "another", "actor rank 1")),
+        ("a1", actor(1, world_size=3), ("3 actor ranks", "counts 2")),
+        ("w1", worker(1, engine_id="e7"), ("nobody expects", "e0")),
+        ("w1", worker(0, world_size=4, worker_rank=3), ("world size 4", "2 workers")),
+    ],
+)
+def test_a_peer_that_does_not_fit_fails_the_connection_for_all(peer: str, hello: m.FromPeer, words: tuple[str, ...]) -> None:
+    run = Run(connected=False)
+    run.tell("a0", actor(0))
+    run.tell(peer, hello)
+    error = run.last("a0")
+    assert isinstance(error, m.Error)
+    assert error.phase == "connect"
+    assert all(word in error.cause for word in words), error.cause
+    assert run.last(peer) == error
+
+
+@pytest.mark.parametrize("hello", [worker(0, token="guess"), worker(0, run_id="older"), actor(0)])
+def test_a_stranger_is_turned_away_and_disturbs_nobody(hello: m.FromPeer) -> None:
+    run = Run(connected=False)
+    run.tell("a0", actor(0))
+    run.tell("stranger", hello)
+    assert isinstance(run.last("stranger"), m.Error)
+    run.tell("stranger", m.Attached())
+    run.coordinator.receive(b"nobody", b"\x00garbage", 1.0)
+    assert run.coordinator.phase == "connect"
+    assert b"a0" not in run.sent
+
+
+def recorded(run: Run, first: m.Recorded, second: m.Recorded) -> None:
+    for rank, record in enumerate((first, second)):
+        run.tell(f"a{rank}", actor(rank))
+        run.tell(f"w{rank}", worker(rank))
+        run.tell(f"w{rank}", record)
+
+
+def test_names_are_judged_on_the_union_of_an_engines_workers() -> None:
+    run = Run(connected=False)
+    replace = msgspec.structs.replace
+    recorded(run, replace(RECORDED, unused_names=("w0", "w1")), replace(RECORDED, unused_names=("w2",)))
+    assert isinstance(run.last("a0"), m.Surveyed)
+
+
+def test_names_that_no_worker_takes_and_findings_are_one_error() -> None:
+    run = Run(connected=False)
+    replace = msgspec.structs.replace
+    recorded(
+        run, replace(RECORDED, unused_names=("w0", "w1"), findings=("nothing fills norm.weight",)), replace(RECORDED, unused_names=("w1",))
+    )
+    assert "takes no tensor named w1" in run.error().cause
+    assert "norm.weight" in run.error().cause
+
+
+def test_a_plan_that_cannot_be_made_is_everybodys_error() -> None:
+    run = Run(connected=False)
+    recorded(run, RECORDED, RECORDED)
+    run.tell("a0", m.Failed(0, "connect", "no source for norm.weight"))
+    assert "no source for norm.weight" in run.error().cause
+
+
+def test_decoding_is_strict() -> None:
+    good = m.encode(m.Done(1, 2))
+    assert m.decode_from_peer(good) == m.Done(1, 2)
+    for bad in (
+        msgspec.msgpack.encode({"type": "Done", "attempt": "1", "bucket": 2}),
+        msgspec.msgpack.encode({"type": "Done", "attempt": 1, "bucket": 2, "more": 3}),
+        msgspec.msgpack.encode({"type": "Commit", "attempt": 1, "version": 2}),
+        b"",
+    ):
+        with pytest.raises(msgspec.MsgspecError):
+            m.decode_from_peer(bad)
