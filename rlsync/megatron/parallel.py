@@ -103,6 +103,11 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def is_first_replica() -> bool:
+    """Whether this rank is the first of its data-parallel group, which writes for all."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
 def _initialize_distributed(backend: str, *, timeout_s: float) -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,13 +16,20 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
-from rlsync.megatron.parallel import current_topology
+from rlsync.megatron.optimizer_state import (
+    allocate_adam_state,
+    distributed_optimizer_state,
+    distributed_parts,
+    restore_distributed_optimizer_state,
+    separate_steps,
+)
+from rlsync.megatron.parallel import current_topology, is_first_replica
 from rlsync.megatron.rng import gathered_rng_states, set_rng_state
 
 RANK_STATE_FILE = "model_optim_rng.pt"
@@ -58,7 +64,7 @@ def save_rank_state(
 
 def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
     """Write what ``rank_state`` and ``distributed_optimizer_state`` returned, durably; only the writing rank does. Not collective."""
-    if not _writes():
+    if not is_first_replica():
         return
     _write(state, Path(folder, RANK_STATE_FILE))
     if parameters is not None:
@@ -116,12 +122,12 @@ def read_rank_state(
     for key, model in _keyed(models):
         _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
     parameters = None
-    if optimizer is not None and _distributed_parts(optimizer):
+    if optimizer is not None and distributed_parts(optimizer):
         # Only the first data-parallel rank reads the file; the others take their shards from it.
         path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the run that wrote this folder used no distributed optimizer, this one does")
-        parameters = _read(path) if _writes() else None
+        parameters = _read(path) if is_first_replica() else None
     return state, parameters
 
 
@@ -160,7 +166,7 @@ def rank_state(
         **{key: dict(_tensors(model)) for key, model in _keyed(models)},
     }
     if optimizer is not None:
-        _allocate_adam_state(optimizer)
+        allocate_adam_state(optimizer)
         state["optimizer"] = optimizer.state_dict()
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
@@ -187,38 +193,11 @@ def restore_rank_state(
     _restore_tensors(state, models, source)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
-        _separate_steps(optimizer)
+        separate_steps(optimizer)
     if scheduler is not None:
         scheduler.load_state_dict(state["opt_param_scheduler"])
     set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
     return int(state["iteration"])
-
-
-def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:
-    """Content of ``distrib_optim.pt``: main parameters and moments of the whole DP group, float32 on the CPU.
-
-    None on all data-parallel ranks but the first, and everywhere when the optimizer is not distributed. Collective over
-    the DP group.
-    """
-    parts = _distributed_parts(optimizer)
-    _allocate_adam_state(optimizer)
-    states = [part.get_parameter_state_dp_zero() for part in parts]
-    return states if parts and _writes() else None
-
-
-def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer: MegatronOptimizer) -> None:
-    """Put back what ``distributed_optimizer_state`` returned; ``states`` counts on the first data-parallel rank only.
-
-    Does nothing for other optimizers. Collective over the DP group.
-    """
-    for index, part in enumerate(_distributed_parts(optimizer)):
-        # Without gradients, because float32 main parameters are views of the model's.
-        with torch.no_grad(), _steps_aside(part):
-            part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
-
-
-def _writes() -> bool:
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 def _keyed(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -241,53 +220,6 @@ def _restore_tensors(state: Mapping[str, Any], models: Sequence[torch.nn.Module]
         for live, stored in chunks:
             for name, tensor in live.items():
                 tensor.copy_(stored[name])
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
-
-
-def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give a distributed optimizer that has taken no step yet the zeros that its first step would start from.
-
-    Its ``state_dict`` of Megatron 0.16 asserts that there is a state; under fp16 the first steps may all be skipped.
-    """
-    for part in _distributed_parts(optimizer):
-        if part.optimizer is None or part.optimizer.state:
-            continue
-        part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for values in part.optimizer.state.values():
-                values["step"] = torch.tensor(0.0)
-
-
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter its own step counter.
-
-    ``DistributedOptimizer.load_state_dict`` of Megatron 0.16 hands one tensor to all of them, and torch's Adam then
-    counts a step for each parameter.
-    """
-    for part in _distributed_parts(optimizer):
-        for values in part.optimizer.state.values() if part.optimizer is not None else ():
-            if isinstance(values.get("step"), Tensor):
-                values["step"] = values["step"].clone()
-
-
-@contextmanager
-def _steps_aside(part: DistributedOptimizer) -> Iterator[None]:
-    """Hide the step counters of torch's Adam from the loading of moments, which Megatron 0.16 expects to be alone."""
-    states = list(part.optimizer.state.values()) if part.optimizer is not None else []
-    steps = [values.pop("step", None) for values in states]
-    try:
-        yield
-    finally:
-        for values, step in zip(states, steps, strict=True):
-            if step is not None:
-                values["step"] = step
 
 
 def _read(path: Path) -> Any:
