@@ -52,8 +52,8 @@ def tensor(version: int, bucket: int) -> torch.Tensor:
 class Actors:
     """Two actor ranks in two threads, each with its WeightSyncer; every call is made on both and both outcomes are kept."""
 
-    def __init__(self, engines: list[ThreadEngine], **config: Any) -> None:
-        self.sources = [Numbers(rank, 2) for rank in range(2)]
+    def __init__(self, engines: list[ThreadEngine], make_source: Callable[[int, int], Numbers] | None = None, **config: Any) -> None:
+        self.sources = [(make_source or Numbers)(rank, 2) for rank in range(2)]
         shared: list[bytes] = []
         there = self.there = threading.Event()
 

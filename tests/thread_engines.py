@@ -17,6 +17,7 @@ from rlsync.control.peer import Peer
 from rlsync.control.shares import WorkerPart, WorkerShare
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.pull import Pull
+from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.errors import WeightSyncError
 from rlsync.placement.huggingface import whole_tensors
@@ -35,6 +36,8 @@ class ThreadEngine:
         self.calls: list[str] = []
         # UUIDs of the GPUs that the workers claim to be on.
         self.gpus: list[str | None] = [None] * num_workers
+        # And the host; no pid domain is anybody's, as the deaths of threads cannot be watched.
+        self.host, self.pid_domain = "here", "threads"
         self.dirty, self.domain, self.inlet_timeout_s = "", shm_domain(), TIMEOUT_S
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
@@ -68,9 +71,8 @@ class ThreadEngine:
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         info = self.change_info(dict(init_info))
-        # A pid domain of its own: the deaths of threads cannot be watched.
         place = (info["token"], info["run_id"], info["engine_id"], 0)
-        about = (self.workers, "here", self.domain, "threads", 1)
+        about = (self.workers, self.host, self.domain, self.pid_domain, 1)
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]
         self._inlets = [None] * self.workers  # type: ignore[list-item]
         self._shares = [None] * self.workers  # type: ignore[list-item]
@@ -87,9 +89,12 @@ class ThreadEngine:
             until(lambda: inlet.join(0), peer, 0, inlet, lambda message: None)
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
             peer.send(m.Attached())
-            assert isinstance(peer.receive(0, time.monotonic() + timeout_s), m.Connected)
+            connected = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(connected, m.Connected)
+            inlet.borrow(connected.loans)
             for bucket, buffers in self._standing(worker).items():
                 inlet.prepare(bucket, buffers)
+            inlet.rest()
 
         self._in_workers(connect)
 
@@ -123,16 +128,19 @@ class ThreadEngine:
                 if not inlet.lands_ahead:
                     until(is_ready, peer, attempt, inlet, pull.hear)
                 self.on_bucket(worker, bucket)
+                inlet.borrow(pull.loans)
+                pull.loans = ()
                 arrival = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
                 until(is_ready, peer, attempt, inlet, pull.hear)
-                if inlet.lands_ahead:
-                    arrival.land(self._standing(worker)[bucket])
-                else:
+                if isinstance(arrival, SlotArrival):
                     put(arrival.memory, part, weights)
+                else:
+                    arrival.land(self._standing(worker)[bucket])
                 self.on_hold(worker, weights)
                 pull.verify(bucket, weights)
                 peer.send(m.Done(attempt, bucket))
             pull.conclude()
+            inlet.rest()
             peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
                 pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.paper import QWEN3_30B_A3B, place
-from rlsync.copy.checksum import BASE, checksums
+from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.copy.tables import (
@@ -34,51 +33,7 @@ from rlsync.copy.tables import (
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.geometry import contiguous_strides
 from tests.copy_pairs import Drawn, Pairs, draw_pairs, give
-
-
-def places(tables: Tables) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Pair, first unit and the addresses of the units of every task, on both sides: what the head of the module says."""
-    for task in tables.tasks:
-        row = tables.pairs[task["pair"]]
-        form = FORMS[row["form"]]
-        units = task["first_unit"] + np.arange(task["units"])
-        run, in_run = np.divmod(units, row["units_per_run"])
-        source = int(row["source"]) + in_run * form.load_bytes
-        destination = int(row["destination"]) + in_run * form.store_bytes
-        for dim in tables.dims[row["first_dim"] : row["first_dim"] + row["num_dims"]]:
-            run, index = np.divmod(run, dim["size"])
-            source, destination = source + index * dim["source_step"], destination + index * dim["destination_step"]
-        assert not run.any()
-        yield int(task["pair"]), int(task["first_unit"]), source, destination
-
-
-def execute(tables: Tables, memory: torch.Tensor, base: int) -> tuple[np.ndarray, list[int]]:
-    """Run the tables over memory (1-D uint8) that counts as beginning at address ``base``: writes by byte, and checksums by pair."""
-    raw, writes = memory.numpy(), np.zeros(len(memory), np.int64)
-    sums = tables.lengths.copy()
-    for pair, first_unit, source, destination in places(tables):
-        form = FORMS[tables.pairs[pair]["form"]]
-        # The device refuses units that are not aligned to their width.
-        assert not (source % form.load_bytes).any()
-        assert not (destination % form.store_bytes).any()
-        units = raw[(source - base)[:, None] + np.arange(form.load_bytes)]
-        if form.dtypes is not None:
-            given, taken = (getattr(torch, d) for d in form.dtypes)
-            units = torch.from_numpy(units).view(given).to(taken).view(torch.uint8).numpy()
-        if tables.pairs[pair]["destination"]:
-            at = (destination - base)[:, None] + np.arange(form.store_bytes)
-            raw[at] = units
-            np.add.at(writes, at, 1)
-        with np.errstate(over="ignore"):
-            sums[pair] += weighed(units.tobytes()) * np.uint64(pow(BASE, first_unit * form.store_bytes // 4, 2**64))
-    return writes, [int(value) for value in sums]
-
-
-def weighed(raw: bytes) -> np.uint64:
-    words = np.frombuffer(raw + bytes(-len(raw) % 4), "<i4").astype(np.int64).view(np.uint64)
-    powers = np.full(len(words), BASE, np.uint64)
-    powers[:1] = 1
-    return (words * np.cumprod(powers)).sum()
+from tests.copy_tables import execute, places
 
 
 class Bound:

@@ -1,0 +1,166 @@
+"""Claims about a sync out of GPU memory that is lent, over the real channel: in place, staged, and where memory comes and goes.
+
+What plans, lends, maps, stages, binds, follows and verifies is what serves GPUs; under it is tests/standin_gpu.py. tests/gpu claims the
+same of the real thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.sync.lending import Lender
+from tests import standin_gpu
+from tests.standin_gpu import Driver, GpuTensor, Memory
+from tests.thread_actors import SIZES, Actors, Numbers, holds
+from tests.thread_engines import ThreadEngine
+
+NBYTES = 4 * sum(SIZES)
+
+
+class GpuNumbers(Numbers):
+    """Its halves lie in one allocation, each 64 bytes behind the one before."""
+
+    def __init__(self, driver: Driver, rank: int, world_size: int, *, stays: bool) -> None:
+        super().__init__(rank, world_size)
+        self._driver, self.stays = driver, stays
+        self.memory: Memory | None = None
+        self.buffers = {name: half.as_subclass(GpuTensor) for name, half in self.buffers.items()}
+        self.move()
+
+    def move(self, shift: int = 0) -> None:
+        """Into new memory, from byte ``shift`` on. What was there before is given back."""
+        before, self.memory = self.memory, Memory(self._driver, 4096)
+        cursor = shift
+        for half in self.buffers.values():
+            half.data = self.memory.tensor[cursor : cursor + half.nbytes].view(torch.float32)
+            cursor += half.nbytes + 64
+        if before is not None:
+            before.free()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return standin_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def engine() -> ThreadEngine:
+    """Each worker holds everything, so that it reads half of it on its own GPU and half on the other rank's."""
+    made = ThreadEngine("near")
+    made.gpus = ["GPU-actor-0", "GPU-actor-1"]
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    made.host, made.pid_domain = standin_gpu.host(), f"{boot_id}:threads"
+    return made
+
+
+Connect = Callable[..., Actors]
+
+
+@pytest.fixture
+def connect(driver: Driver, engine: ThreadEngine) -> Iterator[Connect]:
+    made: list[Actors] = []
+
+    def connected(*, stays: bool, **config: Any) -> Actors:
+        settings = {"verify": "full", "transport": "ipc", **config}
+        made.append(Actors([engine], lambda rank, size: GpuNumbers(driver, rank, size, stays=stays), **settings))
+        made[-1].connect()
+        return made[-1]
+
+    yield connected
+    for actors in made:
+        actors.close()
+
+
+def test_what_stays_is_read_in_place_and_mapped_once(connect: Connect, driver: Driver, engine: ThreadEngine) -> None:
+    actors = connect(stays=True)
+    for version in (1, 2, 3):
+        report = actors.sync(version)
+        assert holds(engine, version)
+        assert not holds(engine, version + 1)
+    assert (report.transport, report.num_buckets, report.staged_bytes, report.bytes) == ("ipc", 1, 0, 2 * NBYTES)
+    assert report.bytes_by_link == {"same device": NBYTES, "same host": NBYTES, "other host": 0}
+    assert len(driver.opened) == len(driver.mapped) == 4, "both workers read both ranks"
+
+
+def test_what_leaves_is_staged_for_other_gpus_alone_and_mapped_anew_on_its_own(
+    connect: Connect, driver: Driver, engine: ThreadEngine
+) -> None:
+    actors = connect(stays=False)
+    rings = {number for number, _ in driver.mapped.values()}
+    assert len(rings) == 2, "of parameters nothing stays mapped"
+    driver.opened.clear()
+    for version, shift in ((1, 0), (2, 0), (3, 64), (4, 8), (5, 4), (6, 0)):
+        for source in actors.sources:
+            source.move(shift)
+        report = actors.sync(version)
+        assert holds(engine, version)
+        assert {number for number, _ in driver.mapped.values()} == rings
+    assert (report.staged_bytes, report.bytes) == (NBYTES, 2 * NBYTES)
+    assert report.num_buckets == len(SIZES), "what goes through a ring fills buckets"
+    assert len(driver.opened) == 6 * 2 and not rings & set(driver.opened), "a sync maps one allocation for each worker"
+
+
+def test_a_bucket_has_room_for_what_is_staged_and_more_of_what_is_not(connect: Connect) -> None:
+    """Each rank stages its half for one worker."""
+    most = 4 * max(SIZES) // 2
+    for bucket_bytes, num_buckets in ((10**6, 1), (NBYTES // 2, 1), (NBYTES // 2 - 4, 2), (most, 5)):
+        assert connect(stays=False, bucket_bytes=bucket_bytes).sync(1).num_buckets == num_buckets
+    assert connect(stays=True, bucket_bytes=most).sync(1).num_buckets == 1
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_rings_take_turns(connect: Connect, engine: ThreadEngine, stays: bool) -> None:
+    actors = connect(stays=stays, staging="always", num_slots=2)
+    for version in (1, 2, 3):
+        for source in actors.sources:
+            source.move(16 * version)
+        report = actors.sync(version)
+        assert holds(engine, version)
+    assert (report.staged_bytes, report.num_buckets) == (2 * NBYTES, len(SIZES))
+
+
+def test_memory_that_moves_unsaid_is_found_out_and_the_next_sync_is_right(
+    connect: Connect, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors = connect(stays=True)
+    actors.sync(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Lender, "renewed", lambda self: None)
+        for source in actors.sources:
+            source.move()
+        error = actors.failure(lambda s: s.sync(2))
+    assert (error.phase, error.engine) == ("verify", "near")
+    actors.sync(3)
+    assert holds(engine, 3)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_the_sync_after_a_failed_one_is_right_in_the_same_connection(connect: Connect, engine: ThreadEngine, stays: bool) -> None:
+    actors, tries = connect(stays=stays), itertools.count()
+
+    def boom(bucket: int) -> None:
+        if next(tries) == 0:
+            raise ZeroDivisionError("cursed")
+
+    actors.sources[1].on_fill = boom
+    assert "cursed" in actors.failure(lambda s: s.sync(1)).cause
+    for version in (1, 2):
+        for source in actors.sources:
+            source.move()
+        actors.sync(version)
+        assert holds(engine, version)
+
+
+def test_a_flipped_bit_is_found_in_place_and_in_the_ring(connect: Connect, engine: ThreadEngine) -> None:
+    for staging in ("auto", "always"):
+        actors = connect(stays=True, staging=staging)
+        engine.on_hold = lambda worker, weights: weights["w2"].neg_() if worker == 1 else None
+        error = actors.failure(lambda s: s.sync(1))
+        assert (error.phase, error.engine) == ("verify", "near")
+        engine.on_hold = lambda worker, weights: None
