@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rlsync.copy import kernel
@@ -140,7 +141,8 @@ class CudaCopyProgram:
         Raises PlacementError where memory moved by no multiple of 16 bytes.
         """
         self._tables = moved(self._tables, moves)
-        self._uploaded = _upload(self._tables, self._device)
+        tasks, _, dims = self._uploaded
+        self._uploaded = tasks, _on_device(self._tables.pairs, self._device), dims
 
 
 def strided(view: View) -> Strided:
@@ -190,9 +192,13 @@ def _constants(values: Sequence[tuple[str, float]], device: torch.device) -> tor
 
 
 def _upload(tables: Tables, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tasks, pairs and dims as bytes on the device; complete when it returns."""
-    tasks, pairs, dims = (torch.from_numpy(t.view(np.uint8)).to(device) for t in (tables.tasks, tables.pairs, tables.dims))
-    return tasks, pairs, dims
+    """Tasks, pairs and dims."""
+    return _on_device(tables.tasks, device), _on_device(tables.pairs, device), _on_device(tables.dims, device)
+
+
+def _on_device(rows: npt.NDArray[np.void], device: torch.device) -> torch.Tensor:
+    """As bytes; complete when it returns."""
+    return torch.from_numpy(rows.view(np.uint8)).to(device)
 
 
 def _cupy() -> Any:

@@ -86,7 +86,7 @@ class LoanInlet:
     def rest(self) -> None:
         for rank, loan in self._loans.items():
             if not loan.stays and self._names[rank]:
-                self._mappings[rank].open(self._read(rank, loan, rings_only=True))
+                self._mappings[rank].open(self._needed(rank, loan, rings_only=True))
                 self._is_open = False
 
     def abandon(self) -> None:
@@ -109,7 +109,7 @@ class LoanInlet:
             if rank not in self._loans:
                 raise ConfigError(f"actor rank {rank} has not said what it lends")
             loan = self._loans[rank]
-            mappings.open(self._read(rank, loan))
+            mappings.open(self._needed(rank, loan))
             lent = {name: loan.buffers[name] for name in self._names[rank] if name in loan.buffers}
             where.update(((rank, name), (mappings.here(x.address, x.nbytes), x.nbytes)) for name, x in lent.items())
             if rank in self._rings:
@@ -123,7 +123,7 @@ class LoanInlet:
             for bound in self._bound.values():
                 bound.program.move_sources(moves)
 
-    def _read(self, rank: int, loan: Loan, *, rings_only: bool = False) -> list[Allocation]:
+    def _needed(self, rank: int, loan: Loan, *, rings_only: bool = False) -> list[Allocation]:
         """Of what is lent, the allocations that this worker reads."""
         addresses = [loan.stage] if rank in self._rings else []
         if not rings_only:

@@ -186,7 +186,7 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
     by_stream = dict(zip(stream_of, transports, strict=True))
     staging = _staging(streams, by_stream, survey.actors, config.staging)
     is_direct = all(r.sink == "direct" for r in survey.records)
-
+    # One bucket, whose messages both ends cut into steps.
     is_cut = is_direct and set(transports) == {"nccl"}
 
     def takes_room(stream: int, rank: int) -> bool:
