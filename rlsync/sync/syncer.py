@@ -125,6 +125,9 @@ class WeightSyncer:
         )  # fmt: skip
         if blueprint.remote:
             _log.info("%s serves %s", blueprint.group_transport, some(list(blueprint.members[self._world_size :])))
+        if blueprint.staging:
+            ranks = some([f"actor rank {rank}" for rank in sorted({rank for _, rank in blueprint.staging})])
+            _log.info("%.3f GB of that go through staging rings in GPU memory of %s", blueprint.staged_bytes / 1e9, ranks)
 
     def _invite(self) -> Invitation:
         """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""

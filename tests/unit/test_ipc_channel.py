@@ -89,9 +89,11 @@ def test_what_stays_is_read_in_place_and_mapped_once(connect: Connect, driver: D
 
 
 def test_what_leaves_is_staged_for_other_gpus_alone_and_mapped_anew_on_its_own(
-    connect: Connect, driver: Driver, engine: ThreadEngine
+    connect: Connect, driver: Driver, engine: ThreadEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    actors = connect(stays=False)
+    with caplog.at_level("INFO", "rlsync"):
+        actors = connect(stays=False)
+    assert "0.000 GB of that go through staging rings in GPU memory of actor rank 0, actor rank 1" in caplog.text
     rings = {number for number, _ in driver.mapped.values()}
     assert len(rings) == 2, "of parameters nothing stays mapped"
     driver.opened.clear()
