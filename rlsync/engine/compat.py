@@ -28,8 +28,6 @@ except ImportError:
     _partial_load = contextlib.nullcontext
 
 
-_log = logging.getLogger(__name__)
-
 # Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
 SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
 
@@ -224,7 +222,7 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str,
     """One complete weight update of a paused engine: start, update, finish, and ``reset_caches``.
 
     All calls are made at once. The engine's core takes them one after another in this order, whatever becomes of this coroutine and of
-    the calls before: no session stays open. What one leaves open that somebody else gave up serves for the update, and is closed by it.
+    the calls before: no session stays open.
     """
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -241,8 +239,6 @@ async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str,
     try:
         await update
         await asyncio.gather(finish, reset)
-        if start.exception() is not None:
-            _log.warning("this weight update went on in one that was open: %s", start.exception())
     except Exception as error:
         # The next update finds a core that is through with this one.
         await asyncio.wait(calls, timeout=_FINISH_S)

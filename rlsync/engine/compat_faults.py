@@ -1,4 +1,4 @@
-"""What vLLM's own reload gets wrong: healed where that is possible, and otherwise found on the model before anything relies on it.
+"""What vLLM's own reload and weight updates get wrong: healed where that is possible, and otherwise found before anything relies on it.
 
 Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). It goes when no supported version has these faults.
 """
@@ -6,6 +6,7 @@ Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,43 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker
 
 from rlsync.engine.compat_attention import attention_layers
 from rlsync.engine.compat_layers import LayerKind, layer_kind
+from rlsync.engine.plugin import BACKEND
+
+_log = logging.getLogger(__name__)
 
 
 def heal() -> None:
-    """Make vLLM's CPU build pack experts in every load, not only in the first. Once per process; idempotent; nothing elsewhere.
+    """What can be healed, in this process; idempotent."""
+    _begin_updates_anew()
+    _pack_experts_in_every_load()
+
+
+def _begin_updates_anew() -> None:
+    """Have a worker end an update that somebody left open when the next one begins, instead of refusing that one.
+
+    All workers refuse, and an executor of several processes takes what it does not read for answers to its next calls: see
+    ``compat.is_read_last``. Nothing is lost: a version is committed inside its update. Workers of other backends are left alone.
+    """
+    original = Worker.start_weight_update
+    if hasattr(original, "heals"):
+        return
+
+    def start_weight_update(self: Any) -> None:
+        if self._weight_update_active and self.vllm_config.weight_transfer_config.backend == BACKEND:
+            _log.warning("a weight update was left open, by an actor that is gone or did not wait for it; it ends and a new one begins")
+            self._weight_update_active = False
+        original(self)
+
+    start_weight_update.heals = original  # type: ignore[attr-defined]
+    Worker.start_weight_update = start_weight_update
+
+
+def _pack_experts_in_every_load() -> None:
+    """vLLM's CPU build packs experts in the first load only. Nothing elsewhere.
 
     vLLM 0.32 packs in the experts' own post-processing, which runs only while there is no kernel yet: a reload leaves plain
     bytes where the kernel reads packed ones. vLLM 0.25 makes the kernel anew each time and is not touched. Not for

@@ -174,12 +174,7 @@ class HttpEngine:
 
     async def _update(self, update_info: dict[str, Any], timeout_s: float) -> None:
         server = self._server
-        try:
-            await server.ask("start", timeout_s)
-        except RlsyncError:
-            # An actor that died between two calls left its sync open in the workers. Where that is not why, the second call says it.
-            await self._finish_quietly()
-            await server.ask("start", timeout_s)
+        await server.ask("start", timeout_s)
         try:
             await server.ask("update", timeout_s, body={"update_info": update_info})
         except RlsyncError:
