@@ -134,17 +134,21 @@ def compare(
         for each in synced:
             each.close()
         fresh = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], enforce_eager=enforce_eager)
-        expected = ask(fresh)
-        wanted = inspect_engines([fresh])
+        worst = apart(fresh, held, before)
         fresh.close()
-        for (_, worker), state in wanted.items():
-            assert len(state) > 20
-            for each in synced:
-                assert state_difference(held[each.engine_id, worker], state) == (), each.engine_id
-        worst = max(difference(answers, expected) for answers in before)
-        # What the order of a sum over GPUs, or of requests in a batch, makes of half precision.
+        # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
         print(f"ORACLE {worst:.1e} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+
+
+def apart(fresh: Engine, held: dict[tuple[str, int], dict[str, str]], answers: list[list[Completion]]) -> float:
+    """How far answers of synced engines are from a fresh one's. What they hold, by engine and worker, is the same."""
+    expected = ask(fresh)
+    for (_, worker), state in inspect_engines([fresh]).items():
+        assert len(state) > 20
+        for engine_id in {engine_id for engine_id, _ in held}:
+            assert state_difference(held[engine_id, worker], state) == (), engine_id
+    return max(difference(one, expected) for one in answers)
 
 
 def say(text: str) -> None:
