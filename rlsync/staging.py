@@ -8,7 +8,7 @@ source gives to one part is a *region*: the unit of copying in, and of verificat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -255,3 +255,18 @@ def is_staged(memory: Memory, mode: str, *, is_near: bool) -> bool:
         is_near: whether both are on one GPU.
     """
     return mode == "always" or memory == "device" or (memory == "leaving" and not is_near)
+
+
+def fills_buckets(transports: Iterable[str], *, is_direct: bool, staged: bool) -> bool:
+    """Whether what a stream takes of a holder counts for the size of buckets.
+
+    Not what goes from parameters to parameters, of which nobody has to be told in parts: ``ipc`` reads it where it lies, and ``nccl``
+    cuts it into steps.
+
+    Args:
+        transports: of all streams. Where there are several, buckets are those of the others.
+        is_direct: whether all workers write into their parameters.
+        staged: whether it goes through a ring of the holder's, see ``is_staged``.
+    """
+    used = set(transports)
+    return not is_direct or not (used == {"nccl"} or (used == {"ipc"} and not staged))

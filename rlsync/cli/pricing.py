@@ -19,7 +19,7 @@ from rlsync.families import model_of
 from rlsync.geometry import DTYPE_BYTES, Placement
 from rlsync.links import num_steps, traffic
 from rlsync.plan import Plan, build_plan
-from rlsync.staging import Memory, is_staged, lay_out
+from rlsync.staging import Memory, fills_buckets, is_staged, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,7 @@ def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]
     staged = _staged(sides, settings, members)
 
     def takes_room(stream: int, source: int) -> bool:
-        in_place = set(transports) == {"ipc"} and source not in staged[stream]
-        return not (in_place or set(transports) == {"nccl"})
+        return fills_buckets(transports, is_direct=True, staged=source in staged[stream])
 
     plan = build_plan(
         sides.model.tensors(settings.dtype),

@@ -178,7 +178,7 @@ class HttpEngine:
         try:
             await server.ask("update", timeout_s, body={"update_info": update_info})
         except RlsyncError:
-            # A worker that committed while another failed would refuse every later sync as already active.
+            # A worker that committed while another failed has the update open still.
             await self._finish_quietly()
             raise
         await server.ask("finish", timeout_s, body={"weight_version": str(update_info["version"])})

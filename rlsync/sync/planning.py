@@ -18,7 +18,7 @@ from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo,
 from rlsync.geometry import Location, Placement, TensorSpec
 from rlsync.links import Traffic, num_steps, traffic
 from rlsync.plan import Plan, build_plan
-from rlsync.staging import Part, Region, is_staged, lay_out, part_offsets
+from rlsync.staging import Part, Region, fills_buckets, is_staged, lay_out, part_offsets
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.transports import GROUPS, choose_transports
 from rlsync.transport.parcels import make_parcel
@@ -186,12 +186,9 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
     by_stream = dict(zip(stream_of, transports, strict=True))
     staging = _staging(streams, by_stream, survey.actors, config.staging)
     is_direct = all(r.sink == "direct" for r in survey.records)
-    # One bucket, whose messages both ends cut into steps.
-    is_cut = is_direct and set(transports) == {"nccl"}
 
     def takes_room(stream: int, rank: int) -> bool:
-        """Not what goes from parameters to parameters, of which nobody has to be told in parts."""
-        return not (is_cut or (is_direct and set(transports) == {"ipc"} and (stream, rank) not in staging))
+        return fills_buckets(transports, is_direct=is_direct, staged=(stream, rank) in staging)
 
     plan = build_plan(tensors, located, streams, bucket_bytes=config.bucket_bytes, takes_room=takes_room, allow_cast=True)
     used = tuple(bucket for bucket in plan.buckets if bucket.copies)
@@ -208,7 +205,8 @@ def draw_up(tensors: Sequence[TensorSpec], placements: Sequence[Placement], surv
         tuple(by_stream[stream] for stream in range(len(streams))),
         tuple(str(Member(b"", hello)) for hello in hellos) if remote else (),
         staging & {way for way, _ in given},
-        num_steps(moved, config.bucket_bytes) if is_cut else 1,
+        # One bucket, whose messages both ends cut into steps.
+        num_steps(moved, config.bucket_bytes) if is_direct and set(transports) == {"nccl"} else 1,
         tuple(Member(b"", hello).engine for hello in hellos) if remote else (),
         sum(nbytes for way, nbytes in given if way in staging),
     )
