@@ -130,6 +130,9 @@ def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[s
         settle = min(deadline, time.monotonic() + 5)
         while any(r.poll() is None for r in ranks) and time.monotonic() < settle:
             time.sleep(0.05)
+    except KeyboardInterrupt:
+        print(*(f"\n--- rank {i} until it was interrupted\n{Path(log.name).read_text(errors='replace')}" for i, log in enumerate(logs)))
+        raise
     finally:
         late = [i for i, r in enumerate(ranks) if r.poll() is None]
         said = [os.fstat(log.fileno()).st_size for log in logs]

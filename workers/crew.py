@@ -5,6 +5,7 @@ Owns their number and layout. Knows no step, no data and no reward.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
@@ -69,14 +70,14 @@ class Crew:
         """Start engines and actor ranks; ranks hold initial weights where asked.
 
         Side by side, or engines first where something is to happen between: an engine sees how much memory its GPU has left only
-        while nobody else takes any.
+        while nobody else takes any, which ranks do from ``setup`` on. Their processes come up meanwhile.
         """
         self._engines += [self._launch_engine(i) for i in range(len(self._engine_devices))]
         starting = [engine.call("start") for engine in self._engines]
+        self._ranks += [self._launch_rank(rank) for rank in range(self.topology.world_size)]
         if engines_first is not None:
             self._hold(collect(starting))
             engines_first()
-        self._ranks += [self._launch_rank(rank) for rank in range(self.topology.world_size)]
         (port,) = collect([self._ranks[0].call("port")])
         setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
         if engines_first is not None:
@@ -90,7 +91,11 @@ class Crew:
 
     def _launch_rank(self, rank: int) -> Worker:
         world_size, device = self.topology.world_size, self._placement.actor[rank]
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        environment = {
+            "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1",
+            # Large pages for tensors of the host: what a checkpoint gathers there is several times the model.
+            "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
+        }  # fmt: skip
         return self._cluster.launch(
             ActorRank, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
             name=f"actor rank {rank}", environment=environment,

@@ -146,7 +146,7 @@ def test_engines_that_slept_become_fresh_ones(pair: Pair, staging: str) -> None:
 
 @pytest.mark.gpu(2)
 def test_an_engine_of_two_workers_follows_a_megatron_actor_of_two(tmp_path: Path) -> None:
-    _follow(tmp_path, "qwen2", {"tp_size": 2}, "bfloat16", ["0,1"], enforce_eager=False)
+    _follow(tmp_path, "qwen2", {"tp_size": 2}, "bfloat16", ["0,1"], enforce_eager=True)
 
 
 @pytest.mark.gpu(4)

@@ -1,4 +1,4 @@
-"""Runs the GRPO loop of the tiny default with one part broken on purpose, or on other devices.
+"""Runs the GRPO loop with one part broken on purpose or left out, or on other devices; the tiny default, or another configuration.
 
 python -m tests.integration.grpo_run FAULT [--placement JSON] [--config NAME] key=value ...
 """
@@ -41,6 +41,13 @@ class NeverSynced(GrpoRunner):
         return NoReport(), self._rollout(prompts, step)
 
 
+class SavedOnce(GrpoRunner):
+    """Saves where ``runner.save_interval`` says, not at the end, as a run that is killed there."""
+
+    def _saves(self, step: int) -> bool:
+        return step < self._total and super()._saves(step)
+
+
 class NoReport:
     """Of no sync."""
 
@@ -48,7 +55,7 @@ class NoReport:
         return {}
 
 
-RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced}
+RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced, "saved-once": SavedOnce}
 
 if __name__ == "__main__":
     fault, *overrides = sys.argv[1:]
