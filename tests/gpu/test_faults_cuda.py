@@ -111,9 +111,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def free_bytes() -> list[int]:
-    """Of each GPU, without what this process keeps for later."""
+    """Of each GPU, what is free or held by torch in this process: tensors of its rank, the last actor's too while a test names it."""
     torch.cuda.empty_cache()
-    return [torch.cuda.mem_get_info(device)[0] for device in (0, 1)]
+    return [torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in (0, 1)]
 
 
 def assert_refuses(engine: Engine, words: str) -> None:
