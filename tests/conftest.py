@@ -23,7 +23,10 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 # Files that share fixtures of a session with another one, in whose lane they run, after it.
-SHARED = {"tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py"}
+SHARED = {
+    "tests/integration/test_engine_sync_faults.py": "tests/integration/test_engine_sync.py",
+    "tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py",
+}
 
 
 def _gpu_lack(count: int) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,14 @@ def engines(tiny_engines: dict[str, Engine]) -> dict[str, Engine]:
 
 
 @pytest.fixture
-def two_ranks(engines: dict[str, Engine], folders: dict[str, Path]) -> Iterator[Callable[..., TwoRanks]]:
-    made: list[TwoRanks] = []
-
+def two_ranks(engines: dict[str, Engine], folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]) -> Callable[..., TwoRanks]:
     def make(*names: str, **settings: Any) -> TwoRanks:
         settings = {"transport": "gloo", "timeout_s": TIMEOUT_S, "verify": "full", **settings}
-        made.append(TwoRanks([engines[name] for name in names], folders["b"], **settings))
-        made[-1].connect()
-        return made[-1]
+        made = two_ranks([engines[name] for name in names], folders["b"], **settings)
+        made.connect()
+        return made
 
-    yield make
-    for ranks in made:
-        ranks.close()
+    return make
 
 
 def answers(engine: Engine) -> Any:

@@ -211,7 +211,7 @@ class WeightSyncConfig:
         "auto", "ipc through a ring beside the parameters: where they cannot be mapped, or are offloaded and on another GPU; or always"
     )
     timeout_s: float = key(600.0, "deadline of each phase of a sync")
-    num_slots: int = key(2, "staging buckets in flight, 2 or 3")
+    num_slots: int = key(2, "staging buckets in flight; with 1, filling and reading take turns")
     verify: Literal["off", "sampled", "full"] = key("sampled", "checksums of what was sent against what is held")
     bind_host: str = key("127.0.0.1", "address on which actor rank 0 listens; engines on other hosts must reach it")
     pause_mode: Literal["abort", "wait", "keep"] = key("abort", "what happens to requests that run when a sync begins")
