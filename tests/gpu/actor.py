@@ -7,15 +7,17 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlsync.engine.handle import Engine
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.gpu.engines import only_gpus
 from tests.integration.engine_source import FolderSource, read_folder
+
+if TYPE_CHECKING:
+    from rlsync.engine.handle import Engine
 
 _ANSWER_S = 90.0
 

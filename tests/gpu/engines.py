@@ -6,13 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rlsync.engine.handle import Engine
 from rlsync.sync import SyncReport
 from rlsync.sync.inspection import inspect_engines
+
+if TYPE_CHECKING:
+    # Ranks of an actor come by here, and would import vLLM for nothing.
+    from rlsync.engine.handle import Engine
 
 # Named, because what vLLM finds out at its start is wrong where others take memory meanwhile.
 KV_CACHE_BYTES = 2**28
@@ -40,6 +43,8 @@ def only_gpus(indices: str) -> Iterator[None]:
 
 def start(engine_id: str, folder: Path, gpus: str, **options: Any) -> Engine:
     """An engine with a worker on each of ``gpus``."""
+    from rlsync.engine.handle import Engine
+
     made = Engine(engine_id, {
         "model": str(folder), "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "disable_log_stats": True,
         "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": KV_CACHE_BYTES, "tensor_parallel_size": len(gpus.split(",")),

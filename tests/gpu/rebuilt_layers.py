@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM
 
@@ -11,6 +12,7 @@ from rlsync.engine import compat
 from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import not_in_place
 from rlsync.geometry import TensorSpec
+from tests.gpu.engines import KV_CACHE_BYTES
 from tests.integration.engine_source import read_folder
 
 
@@ -20,8 +22,9 @@ def run(folder: str, report: str) -> None:
 
 
 def rebuilt(folder: Path) -> list[str]:
-    options = {"max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "enforce_eager": True}
-    llm = LLM(str(folder), dtype="bfloat16", gpu_memory_utilization=0.2, disable_log_stats=True, **options)
+    options: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "enforce_eager": True}
+    options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, "disable_log_stats": True}
+    llm = LLM(str(folder), dtype="bfloat16", **options)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     specs = [TensorSpec(n, "bfloat16", tuple(t.shape)) for n, t in read_folder(folder).items()]
     with compat.config_scope(runner.vllm_config):

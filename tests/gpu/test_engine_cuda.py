@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.engines import KV_CACHE_BYTES
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 from workers.metrics import read_metrics
@@ -29,8 +30,8 @@ def test_a_synced_engine_answers_like_a_fresh_one(tmp_path, family, tied, topolo
     """bf16, with and without CUDA graphs; actor rank 0 and the engine share a GPU."""
     folder = save_tiny_model(tmp_path / "hf", family, tied=tied)
     outputs = run_ranks(
-        2, "tests.integration.oracle_ranks", "sync_and_compare", folder=str(folder), topology=topology, out_dir=str(tmp_path),
-        dtype="bfloat16", enforce_eager=enforce_eager, ddp=OVERLAPPED if "dp_size" in topology else {},
+        2, "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=400, folder=str(folder), topology=topology,
+        out_dir=str(tmp_path), dtype="bfloat16", enforce_eager=enforce_eager, ddp=OVERLAPPED if "dp_size" in topology else {},
     )  # fmt: skip
     print(outputs[0][outputs[0].index("ORACLE") :].splitlines()[0])
 
@@ -46,6 +47,7 @@ def test_reward_rises_in_bf16(tmp_path, placement, tp_size):
         sys.executable, "-m", "tests.integration.grpo_run", "none", "--placement", json.dumps(placement), f"runner.output_dir={tmp_path}",
         "runner.experiment_name=run", f"arithmetic.path={tmp_path}/world", "runner.max_steps=20", "runner.save_interval=20",
         "actor.model.precision=bf16", f"actor.model.tensor_model_parallel_size={tp_size}", "rollout.gpu_memory_utilization=0.2",
+        f"rollout.vllm.kv_cache_memory_bytes={KV_CACHE_BYTES}",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -18,7 +18,7 @@ from tests.gpu.engines import Answers, State, addresses, answers, start, state, 
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(520)
 
 _CALL_S = 60.0
 # What two runs of the same kernels on the same weights may differ by: nothing, but for the order of sums over GPUs.
@@ -169,7 +169,7 @@ def test_engines_follow_a_megatron_actor_of_four(
 def _follow(root: Path, family: str, topology: dict[str, int], dtype: str, gpus: list[str], *, enforce_eager: bool) -> None:
     folder = save_tiny_model(root / "hf", family)
     outputs = run_ranks(
-        len({gpu for several in gpus for gpu in several.split(",")}), "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=300,
+        len({gpu for several in gpus for gpu in several.split(",")}), "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=480,
         folder=str(folder), topology=topology, out_dir=str(root), dtype=dtype, enforce_eager=enforce_eager, gpus=gpus, transport="ipc",
         verify="full",
     )  # fmt: skip

@@ -54,22 +54,26 @@ def start(name: str, folder: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def fresh(folders: dict[str, Path]) -> dict[str, dict[str, str]]:
-    """The state of a fresh engine of each version."""
-    found = {}
-    for name, folder in folders.items():
-        engine = start(f"fresh {name}", folder)
-        found[name] = state(engine)
-        engine.close()
+def started(folders: dict[str, Path]) -> Iterator[tuple[Engine, dict[str, dict[str, str]]]]:
+    """An engine, and the states of fresh ones of each version, of which it is the second."""
+    engine = start("fresh", folders["a"])
+    found = {"a": state(engine)}
+    engine.close()
+    engine = start("far", folders["b"])
+    found["b"] = state(engine)
     assert state_difference(found["a"], found["b"]), "the two versions differ"
-    return found
+    yield engine, found
+    engine.close()
 
 
 @pytest.fixture(scope="module")
-def engine(folders: dict[str, Path], fresh: dict[str, dict[str, str]]) -> Iterator[Engine]:
-    made = start("far", folders["a"])
-    yield made
-    made.close()
+def engine(started: tuple[Engine, dict[str, dict[str, str]]]) -> Engine:
+    return started[0]
+
+
+@pytest.fixture(scope="module")
+def fresh(started: tuple[Engine, dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
+    return started[1]
 
 
 def source_on(gpu: int, folder: Path) -> CudaSource:
@@ -77,7 +81,7 @@ def source_on(gpu: int, folder: Path) -> CudaSource:
 
 
 @pytest.mark.gpu(2)
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120, func_only=True)
 @pytest.mark.parametrize("sink", ["auto", "layerwise", "loaders"])
 @pytest.mark.parametrize("bucket_bytes", [100_000, 10**7])
 def test_a_synced_engine_holds_what_a_fresh_one_holds(engine, folders, fresh, sink, bucket_bytes):

@@ -11,19 +11,13 @@ from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.inspection import inspect_engines
+from tests.gpu.engines import start
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
 from tests.ranks import run_ranks
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-
-
-def start(name: str, folder: Path) -> Engine:
-    args = {"model": str(folder), "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True}
-    engine = Engine(name, args | {"gpu_memory_utilization": 0.3})
-    engine.start()
-    return engine
 
 
 def give(engine: Engine, folder: Path, sink: str, version: int) -> SyncReport:
@@ -43,11 +37,10 @@ def state(engine: Engine) -> dict[str, str]:
 @pytest.mark.parametrize(("case", "expected"), [("qwen2-bfloat16", "direct"), ("qwen3-bfloat16", "direct"), ("moe-bfloat16", "direct")])
 def test_a_synced_engine_holds_what_a_fresh_one_holds(tmp_path: Path, case: str, expected: str) -> None:
     folders = {name: save_case(tmp_path / name, case, name) for name in "ab"}
-    # One after the other: vLLM takes what the other allocates meanwhile for its own.
     engines = {}
     try:
         for name, folder in folders.items():
-            engines[name] = start(name, folder)
+            engines[name] = start(name, folder, "0", dtype="bfloat16")
         fresh = {name: state(engine) for name, engine in engines.items()}
         answers = {name: engine.generate(PROMPTS, GREEDY) for name, engine in engines.items()}
         assert state_difference(fresh["a"], fresh["b"]), "the two versions differ"
