@@ -89,17 +89,19 @@ def _run(root: Path, name: str, overrides: tuple[str, ...], fault: str, timeout_
         *overrides,
     ]  # fmt: skip
     began = time.monotonic()
+    said = []
     with (root / f"{name}.stderr").open("w+") as errors:
-        run = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert run.stdout is not None
-        limit = threading.Timer(timeout_s, run.kill)
+        process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        limit = threading.Timer(timeout_s, process.terminate)
         limit.start()
-        said = []
-        for line in run.stdout:
-            said.append(line)
-            print(f"{name} {time.monotonic() - began:5.0f} s: {line}", end="", flush=True)
-        returncode = run.wait()
-        limit.cancel()
+        try:
+            for line in process.stdout:
+                said.append(line)
+                print(f"{name} {time.monotonic() - began:5.0f} s: {line}", end="", flush=True)
+            returncode = process.wait()
+        finally:
+            limit.cancel()
         errors.seek(0)
         assert returncode == 0, "".join(said)[-3000:] + errors.read()[-6000:] + _logs(root / name)
 
