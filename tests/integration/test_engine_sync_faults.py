@@ -36,31 +36,16 @@ from tests.integration.tiny_engines import (
 )  # fmt: skip
 
 # The first test waits for all engines to start.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("tiny_answers")]
 
 
-@pytest.fixture(scope="module")
-def engines(tiny_engines: dict[str, Engine]) -> dict[str, Engine]:
-    return tiny_engines
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_folders: dict[str, Path]) -> dict[str, Path]:
-    return tiny_folders
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh(tiny_answers: dict[str, Answers]) -> dict[str, Answers]:
-    return tiny_answers
-
-
-def test_names_shapes_and_gaps_are_one_error_at_connect(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
-    tensors = read_folder(folders["b"])
+def test_names_shapes_and_gaps_are_one_error_at_connect(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path]) -> None:
+    tensors = read_folder(tiny_folders["b"])
     del tensors["model.layers.1.self_attn.k_proj.weight"], tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(7, 5)
     tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(128)
     tensors["model.unheard_of.weight"] = torch.zeros(3)
-    syncer = WeightSyncer(FolderSource(tensors), [engines["a"]], SyncConfig(**SETTINGS, timeout_s=60.0))
+    syncer = WeightSyncer(FolderSource(tensors), [tiny_engines["a"]], SyncConfig(**SETTINGS, timeout_s=60.0))
     with pytest.raises(WeightSyncError) as raised:
         syncer.connect()
     assert raised.value.phase == "connect"
@@ -69,26 +54,26 @@ def test_names_shapes_and_gaps_are_one_error_at_connect(engines: dict[str, Engin
     ):  # fmt: skip
         assert words in raised.value.cause, raised.value.cause
     assert "layers.0.self_attn.qkv_proj.weight" not in raised.value.cause
-    assert_refuses(engines["a"], "connection")
+    assert_refuses(tiny_engines["a"], "connection")
 
 
-def test_a_wrong_token_is_refused(engines: dict[str, Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engines["a"].init_weight_transfer
-    monkeypatch.setattr(engines["a"], "init_weight_transfer", lambda info, timeout_s: real({**info, "token": "guess"}, timeout_s))
+def test_a_wrong_token_is_refused(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tiny_engines["a"].init_weight_transfer
+    monkeypatch.setattr(tiny_engines["a"], "init_weight_transfer", lambda info, timeout_s: real({**info, "token": "guess"}, timeout_s))
     with pytest.raises(WeightSyncError, match="wrong token"):
-        one_rank([engines["a"]], folders["b"]).connect()
+        one_rank([tiny_engines["a"]], tiny_folders["b"]).connect()
 
 
-def test_a_missing_worker_is_named(engines: dict[str, Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines["a"], "num_workers", 2)
+def test_a_missing_worker_is_named(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_engines["a"], "num_workers", 2)
     with pytest.raises(WeightSyncError, match=r"engine a worker 1, which has not dialled in"):
-        one_rank([engines["a"]], folders["b"], timeout_s=TIMEOUT_S).connect()
+        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=TIMEOUT_S).connect()
 
 
 def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
-    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]
+    tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks([engines["a"], engines["b"]], folders["b"])
+    ranks = two_ranks([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"])
     ranks.connect()
     call_on_fill(ranks.syncer, lambda bucket: os.kill(ranks.process.pid, signal.SIGSTOP) if bucket == 1 else None)
     started_s = time.monotonic()
@@ -98,18 +83,20 @@ def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
     assert time.monotonic() - started_s < 3 * TIMEOUT_S
     assert raised.value.bucket is not None
     for name in ("a", "b"):
-        assert_refuses(engines[name], "actor rank 1")
+        assert_refuses(tiny_engines[name], "actor rank 1")
     os.kill(ranks.process.pid, signal.SIGCONT)
     assert ranks.answer() == ("error", str(raised.value))
     ranks.close()
-    again = two_ranks([engines["a"], engines["b"]], folders["b"])
+    again = two_ranks([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"])
     again.connect()
     again.sync(1)
-    assert all(same(engines[name].generate(PROMPTS, GREEDY), fresh["b"]) for name in ("a", "b"))
+    assert all(same(tiny_engines[name].generate(PROMPTS, GREEDY), tiny_answers["b"]) for name in ("a", "b"))
 
 
-def test_a_killed_filler_is_found_at_once(engines: dict[str, Engine], folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]) -> None:
-    ranks = two_ranks([engines["a"]], folders["b"], timeout_s=60.0)
+def test_a_killed_filler_is_found_at_once(
+    tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]
+) -> None:
+    ranks = two_ranks([tiny_engines["a"]], tiny_folders["b"], timeout_s=60.0)
     ranks.connect()
     call_on_fill(ranks.syncer, lambda bucket: ranks.process.kill() if bucket == 1 else None)
     started_s = time.monotonic()
@@ -117,29 +104,29 @@ def test_a_killed_filler_is_found_at_once(engines: dict[str, Engine], folders: d
     with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
         ranks.syncer.sync(1)
     assert time.monotonic() - started_s < 10
-    assert_refuses(engines["a"], "actor rank 1")
+    assert_refuses(tiny_engines["a"], "actor rank 1")
 
 
 def test_workers_leave_a_sync_whose_coordinator_is_gone(
-    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+    tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
     """As when actor rank 0 is killed: a worker that went on waiting would block its engine for ever."""
-    with one_rank([engines["a"]], folders["b"], timeout_s=2.0) as syncer:
+    with one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=2.0) as syncer:
         syncer.connect()
         call_on_fill(syncer, lambda bucket: syncer._server._stop.set() if bucket == 1 else None)
         with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
             syncer.sync(1)
-    assert_refuses(engines["a"], "coordinator")
-    with one_rank([engines["a"]], folders["b"]) as syncer:
+    assert_refuses(tiny_engines["a"], "coordinator")
+    with one_rank([tiny_engines["a"]], tiny_folders["b"]) as syncer:
         syncer.connect()
         syncer.sync(1)
-    assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
+    assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
 
 
 def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_heals(
-    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+    tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
-    with one_rank([engines["a"]], folders["b"]) as syncer:
+    with one_rank([tiny_engines["a"]], tiny_folders["b"]) as syncer:
         syncer.connect()
         assert syncer._connection is not None
         filler, fill = syncer._connection.filler, syncer._connection.filler.fill
@@ -154,18 +141,18 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
         with pytest.raises(WeightSyncError, match=r"1 of .* verified regions are not what was sent") as raised:
             syncer.sync(1)
         assert (raised.value.phase, raised.value.engine, raised.value.bucket) == ("verify", "a", 1)
-        assert_refuses(engines["a"], "not what was sent")
+        assert_refuses(tiny_engines["a"], "not what was sent")
         filler.fill = fill  # type: ignore[method-assign]
         syncer.sync(1)
-    assert same(engines["a"].generate(PROMPTS, GREEDY), fresh["b"])
+    assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
 
 
 def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
-    engines: dict[str, Engine], fresh: dict[str, Answers], folders: dict[str, Path]
+    tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
     """A failed sync leaves its caller before its calls to vLLM are over, and vLLM has one session of an engine's weights."""
-    engine = engines["a"]
-    with one_rank([engine], folders["b"], timeout_s=2.0) as syncer:
+    engine = tiny_engines["a"]
+    with one_rank([engine], tiny_folders["b"], timeout_s=2.0) as syncer:
         syncer.connect()
         syncer.sync(1)
     info = {"version": 2, "attempt": 1}
@@ -173,7 +160,7 @@ def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
         calls = [threads.submit(engine.update_weights, info, 30.0) for _ in range(3)]
         refused = [str(call.exception()) for call in calls]
     assert all("waiting for the actor's side" in cause for cause in refused), refused
-    with one_rank([engine], folders["b"]) as syncer:
+    with one_rank([engine], tiny_folders["b"]) as syncer:
         syncer.connect()
         for version in range(2, 6):
             call_on_fill(syncer, _cursed)
@@ -181,7 +168,7 @@ def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
                 syncer.sync(version)
             call_on_fill(syncer, lambda bucket: None)
             syncer.sync(version)
-            assert same(engine.generate(PROMPTS, GREEDY), fresh["b"])
+            assert same(engine.generate(PROMPTS, GREEDY), tiny_answers["b"])
 
 
 def _cursed(bucket: int) -> None:
@@ -191,33 +178,35 @@ def _cursed(bucket: int) -> None:
 # Faults that cost engines a and b. Keep them last.
 
 
-def test_a_killed_worker_is_found_at_once(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
-    with one_rank([engines["a"], engines["b"]], folders["b"]) as syncer:
+def test_a_killed_worker_is_found_at_once(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path]) -> None:
+    with one_rank([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"]) as syncer:
         syncer.connect()
-        call_on_fill(syncer, lambda bucket: worker_of(engines["a"]).kill() if bucket == 1 else None)
+        call_on_fill(syncer, lambda bucket: worker_of(tiny_engines["a"]).kill() if bucket == 1 else None)
         started_s = time.monotonic()
         with pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
         assert time.monotonic() - started_s < 10
     assert raised.value.engine == "a"
     for name in ("a", "b"):
-        assert_refuses(engines[name], "engine a")
+        assert_refuses(tiny_engines[name], "engine a")
 
 
-def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(engines: dict[str, Engine], folders: dict[str, Path]) -> None:
-    worker = worker_of(engines["b"])
-    processes = [*engines["a"]._processes.seen, *engines["b"]._processes.seen]
+def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(
+    tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path]
+) -> None:
+    worker = worker_of(tiny_engines["b"])
+    processes = [*tiny_engines["a"]._processes.seen, *tiny_engines["b"]._processes.seen]
     segments = shared_segments(processes)
-    with one_rank([engines["b"]], folders["b"], timeout_s=TIMEOUT_S) as syncer:
+    with one_rank([tiny_engines["b"]], tiny_folders["b"], timeout_s=TIMEOUT_S) as syncer:
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
         call_on_fill(syncer, lambda bucket: worker.suspend() if bucket == 2 else None)
         with pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "b"
-    assert_refuses(engines["b"], "engine b worker 0")
+    assert_refuses(tiny_engines["b"], "engine b worker 0")
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Engine.close, (engines["a"], engines["b"])))
+        list(pool.map(Engine.close, (tiny_engines["a"], tiny_engines["b"])))
     assert worker in processes and segments
     assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert [p for p in os.listdir("/dev/shm") if p.startswith(f"rlsync-ring-{os.getpid()}-")] == []
