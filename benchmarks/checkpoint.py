@@ -15,18 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.paper import QWEN25_05B
 
 ENVIRONMENT = {
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "OMP_NUM_THREADS": "1",
-    "MASTER_ADDR": "127.0.0.1",
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     "PYTHONWARNINGS": "ignore",
-}
+}  # fmt: skip
 
 
 def save_and_load(model: Path, out: Path) -> dict[str, float]:
@@ -46,7 +43,7 @@ def save_and_load(model: Path, out: Path) -> dict[str, float]:
     optimizer = build_optimizer(models, OptimizerOptions(lr=1e-3))
     scheduler = build_scheduler(optimizer, SchedulerOptions(max_lr=1e-3))
 
-    def timed(action) -> float:
+    def timed(action: Callable[[], object]) -> float:
         began = time.monotonic()
         action()
         return time.monotonic() - began
@@ -86,9 +83,9 @@ def _compare(folder: Path, num_layers: int, rounds: int) -> None:
     model, out = folder / "model", folder / "checkpoint"
     make_seeded_model(model, {**QWEN25_05B, "num_hidden_layers": num_layers, "max_position_embeddings": 2048}, seed=0)
     results: dict[str, list[dict[str, float]]] = {"0": [], "1": []}
-    for number in range(rounds):
+    for _ in range(rounds):
         for large, found in results.items():
-            environment = {**os.environ, **ENVIRONMENT, "MASTER_PORT": str(29600 + number), "THP_MEM_ALLOC_ENABLE": large}
+            environment = {**os.environ, **ENVIRONMENT, "THP_MEM_ALLOC_ENABLE": large}
             command = [sys.executable, "-m", "benchmarks.checkpoint", "--child", str(model), str(out)]
             found.append(json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1]))
             shutil.rmtree(out)

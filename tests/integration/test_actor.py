@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from tests.integration.actor_reference import make_samples, write_samples
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
+REPO = Path(__file__).resolve().parents[2]
 RANKS = "tests.integration.actor_ranks"
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -117,6 +121,19 @@ def test_initial_weights_are_the_same_from_every_source_and_converted_once(given
     replicas, layout = begin(2, given, named, {**once, "actor.model": TP2, "folder": other})
     assert replicas["digest"] == layout["digest"] == changed["digest"]
     assert layout["converted"], "each layout needs a conversion of its own"
+
+
+def test_a_rank_comes_up_without_asking_for_a_gpu():
+    """Ranks come up while engines on the same GPUs measure what these have left; so nothing may touch one before ``setup``."""
+    lines = (
+        "import torch; asked = []",
+        "def spy(name): return lambda *a, **k: (asked.append(name), False)[1]",
+        "for name in ('is_available', 'device_count', 'current_device', '_lazy_init'): setattr(torch.cuda, name, spy(name))",
+        "import workers.actor",
+        "print('ASKED', asked)",
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], cwd=REPO, capture_output=True, text=True, timeout=200)
+    assert "ASKED []" in done.stdout, done.stdout + done.stderr
 
 
 def begin(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> list[dict[str, Any]]:

@@ -124,12 +124,7 @@ def test_a_killed_rank_is_found_at_once_and_a_new_connection_heals(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
     ranks = two_ranks("llama", "tp2", timeout_s=60.0)
-    call_on_fill(ranks.syncer, lambda at: ranks.process.kill() if at == 2 else None)
-    started_s = time.monotonic()
-    ranks.pipe.send(("sync", 1))
-    with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
-        ranks.syncer.sync(1)
-    assert time.monotonic() - started_s < 15
+    ranks.kill_in_sync(1, at=2)
     for engine in engines.values():
         assert_refuses(engine, "actor rank 1")
     with pytest.raises(WeightSyncError, match=r"connect\(\) anew"):

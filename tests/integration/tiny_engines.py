@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlsync.engine.handle import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.integration.engine_rank import serve
-from tests.integration.engine_source import ENGINE_ENV, FolderSource, read_folder
+from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
 from tests.models import save_tiny_model
 
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
@@ -137,6 +138,15 @@ class TwoRanks:
         assert isinstance(report, SyncReport), report
         assert answer == ("ok", None)
         return report
+
+    def kill_in_sync(self, version: int, at: int) -> None:
+        """Rank 1 is killed while rank 0 fills bucket ``at``; the sync fails with its name, long before any deadline."""
+        call_on_fill(self.syncer, lambda bucket: self.process.kill() if bucket == at else None)
+        started_s = time.monotonic()
+        self.pipe.send(("sync", version))
+        with pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
+            self.syncer.sync(version)
+        assert time.monotonic() - started_s < 15
 
     def close(self) -> None:
         self.syncer.close()
