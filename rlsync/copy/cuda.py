@@ -16,6 +16,7 @@ import torch
 
 from rlsync.copy import kernel
 from rlsync.copy.kernel_bulk import BULK_CAPABILITY
+from rlsync.copy.signals import heard_afterwards
 from rlsync.copy.tables import PATTERN_BYTES, Move, Strided, Tables, build_tables, moved
 from rlsync.errors import ConfigError, PlacementError
 
@@ -214,7 +215,7 @@ def _cupy() -> Any:
 def _compiled(summed: bool, device_index: int) -> Any:
     """The kernel, loaded on a device. cupy keeps the machine code on disk."""
     cupy = _cupy()
-    with cupy.cuda.Device(device_index):
+    with heard_afterwards(), cupy.cuda.Device(device_index):
         compiled = cupy.RawKernel(kernel.source(), kernel.NAME, options=kernel.options(summed=summed))
         compiled.compile()
     return compiled

@@ -143,7 +143,13 @@ def failure(actor: GpuActor, version: int, fault: Callable[[], object]) -> Weigh
 def test_a_lender_that_is_killed_is_found_at_once_and_its_memory_let_go(world: World, mode: dict[str, Any]) -> None:
     with world.connected("b", **mode) as actor:
         actor.sync(0)
-        error = failure(actor, 1, actor.processes[0].kill)
+
+        def end_rank_1() -> None:
+            # Nobody needs it to read its memory, so that a sync may be done before it has ended.
+            actor.processes[0].kill()
+            actor.processes[0].join()
+
+        error = failure(actor, 1, end_rank_1)
         assert "the process of actor rank 1" in error.cause and "has ended" in error.cause
         for engine in world.engines.values():
             assert_refuses(engine, "actor rank 1")
