@@ -185,7 +185,8 @@ class Engine:
         """Give device memory back: level 1 keeps the weights in host memory, level 2 drops them and makes the engine dirty.
 
         Requests under way are aborted. Does nothing where it sleeps already. Raises ConfigError where the platform cannot (CPU), or
-        the engine was not started with ``enable_sleep_mode``.
+        the engine was not started with ``enable_sleep_mode``; RlsyncError where it could not: the engine is lost then, as some of its
+        workers may have let their memory go.
         """
         if level not in (1, 2):
             raise ConfigError(f"engine {self.engine_id}: sleep level {level} gives no memory back; there are 1 and 2")
@@ -198,7 +199,14 @@ class Engine:
         if level == 2:
             # Before, because what fails in the middle leaves nothing to answer with either.
             self.mark_dirty("its weights were dropped by sleep level 2, and no sync has followed")
-        self._calls.run(self._llm.sleep(level), timeout_s)
+        try:
+            self._calls.run(self._llm.sleep(level), timeout_s)
+        except Exception as error:
+            self._gate.close("it could not fall asleep, and its memory may be gone")
+            raise RlsyncError(
+                f"engine {self.engine_id} could not fall asleep: {type(error).__name__}: {error}; restart it, and let nobody else take "
+                "memory of its GPUs meanwhile, which vLLM takes for a failure"
+            ) from error
         self._asleep = frozenset(_TAGS)
 
     def wake(self, tags: Sequence[str], timeout_s: float) -> None:

@@ -10,7 +10,7 @@ from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
 
 
 class Sleeper:
-    """Notes what it is asked for; ``full`` makes it fail to wake."""
+    """Notes what it is asked for; ``full`` makes it fail."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -18,6 +18,8 @@ class Sleeper:
         self.engine_core = self
 
     async def sleep(self, level: int) -> None:
+        if self.full:
+            raise RuntimeError("Memory usage increased after sleeping.")
         self.calls.append(f"sleep {level}")
 
     async def wake_up(self, tags: list[str]) -> None:
@@ -77,6 +79,17 @@ def test_an_engine_that_cannot_wake_says_what_to_do_and_is_dirty(engine):
     with pytest.raises(RlsyncError, match=r"could not wake its weights: RuntimeError: CUDA Error: out of memory; .* offload more"):
         engine.wake(["weights"], 5)
     assert engine.state == "dirty"
+
+
+def test_an_engine_that_cannot_fall_asleep_answers_no_more_and_takes_no_sync(engine):
+    """At level 1 too, where nothing else would tell that its memory may be gone."""
+    engine._llm.full = True
+    with pytest.raises(RlsyncError, match=r"could not fall asleep: RuntimeError: Memory usage increased after sleeping\.; restart it"):
+        engine.sleep(1, 5)
+    with pytest.raises(EngineDirtyError, match="could not fall asleep"):
+        engine.generate([[1]], {})
+    with pytest.raises(EngineDirtyError, match="could not fall asleep"):
+        engine.pause("abort", "a sync", 5)
 
 
 def test_what_cannot_sleep_is_refused(engine, monkeypatch):
