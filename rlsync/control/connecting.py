@@ -42,7 +42,7 @@ class Connecting:
         if reason is not None:
             self._send(identity, m.Error(attempt=0, phase="connect", cause=reason))
             return
-        self._roster.members[identity] = peer
+        self._roster.admit(peer)
         problem = self._roster.mismatch(peer)
         if problem is not None:
             self._fail(problem, peer)

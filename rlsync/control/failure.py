@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlsync.control import messages as m
 from rlsync.control.progress import Progress
-from rlsync.control.roster import Member, Roster
+from rlsync.control.roster import Member, Roster, some
 
 
 def found(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:
@@ -21,7 +21,7 @@ def told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) -> 
 
 
 def late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -> m.Error:
-    """A phase that took too long: all that it waits for, and the first of them as the one that is named."""
+    """A phase that took too long: whom it waits for, as many as fill a host or two, and the first of them as the one that is named."""
     if phase == "connect":
         absent = roster.absent()
         laggards, culprit, engine = [words for _, words in absent], None, absent[0][0] if absent else None
@@ -30,7 +30,7 @@ def late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) ->
         slow = sync.laggards(phase, roster.actors(), roster.workers())
         laggards, culprit = [f"{p}, which was {what}" for p, what in slow], slow[0][0] if slow else None
         engine = culprit.engine if culprit else None
-    cause = f"nothing within {timeout_s:g} s from {'; '.join(laggards)}"
+    cause = f"nothing within {timeout_s:g} s from {some(laggards, 16, '; ')}"
     return _error(cause, phase, sync, engine, _bucket(culprit, phase, sync))
 
 

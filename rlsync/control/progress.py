@@ -43,11 +43,15 @@ class Progress:
     buckets_ready: int = 0
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
+    # By bucket, how many have filled it, and taken it. As everybody goes through them in order, buckets are completed in order.
+    _fillers: list[int] = field(init=False)
+    _takers: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.buckets_writable = min(self.num_slots, self.num_buckets)
+        self._fillers, self._takers = [0] * self.num_buckets, [0] * self.num_buckets
 
-    def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum], actors: Sequence[Member], num_actors: int) -> str | bool:
+    def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> str | bool:
         """Count one bucket of an actor rank. Returns whether more buckets are ready now, or what is wrong."""
         count = self.filled.get(identity, 0)
         if bucket != count or bucket >= self.buckets_writable:
@@ -55,19 +59,20 @@ class Progress:
         self.filled[identity] = count + 1
         for entry in sums:
             self.told[entry.stream].append(entry)
-        ready = min(self.filled.get(p.identity, 0) for p in actors) if len(actors) == num_actors else 0
-        grown, self.buckets_ready = ready > self.buckets_ready, max(ready, self.buckets_ready)
+        self._fillers[bucket] += 1
+        grown = self._fillers[bucket] == num_actors
+        self.buckets_ready += grown
         return grown
 
-    def take(self, identity: bytes, bucket: int, workers: Sequence[Member]) -> str | bool:
+    def take(self, identity: bytes, bucket: int, num_workers: int) -> str | bool:
         """Count one bucket of a worker. Returns whether more buckets are writable now, or what is wrong."""
         count = self.done.get(identity, 0)
         if bucket != count or bucket >= self.buckets_ready:
             return f"finished bucket {bucket}, its turn is {count} and {self.buckets_ready} are ready"
         self.done[identity] = count + 1
-        completed = min(self.done.get(p.identity, 0) for p in workers)
-        writable = min(completed + self.num_slots, self.num_buckets)
-        grown, self.buckets_writable = writable > self.buckets_writable, max(writable, self.buckets_writable)
+        self._takers[bucket] += 1
+        grown = self._takers[bucket] == num_workers and self.buckets_writable < self.num_buckets
+        self.buckets_writable += grown
         return grown
 
     def untold(self, identity: bytes, stream: int) -> tuple[Sum, ...]:

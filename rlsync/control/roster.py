@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsync.control import messages as m
@@ -48,30 +48,48 @@ class Member:
 
 
 class Roster:
-    """The members by identity, in the order in which they came, and the engines whose call to connect has returned."""
+    """The members by identity, in the order in which they came, and the engines whose call to connect has returned.
+
+    With hundreds of members each message has to be dealt with in the time of a few of them, so that nothing that is asked for by message
+    goes through all of them.
+    """
 
     def __init__(self, expected: Expected) -> None:
         self.expected = expected
         self.members: dict[bytes, Member] = {}
         self.answered: set[str] = set()
+        self._by_place: dict[tuple[str | None, int], Member] = {}
+        self._size = expected.num_actors + sum(expected.engines.values())
+        # In order, made when they are asked for.
+        self._actors: list[Member] | None = None
+        self._workers: list[Member] | None = None
 
-    def actors(self) -> list[Member]:
+    def admit(self, peer: Member) -> None:
+        """Let a member in."""
+        self.members[peer.identity] = self._by_place[peer.engine, peer.place] = peer
+        self._actors = self._workers = None
+
+    def actors(self) -> Sequence[Member]:
         """By rank."""
-        return sorted((p for p in self.members.values() if p.engine is None), key=lambda p: p.place)
+        if self._actors is None:
+            self._actors = sorted((p for p in self.members.values() if p.engine is None), key=lambda p: p.place)
+        return self._actors
 
-    def workers(self) -> list[Member]:
+    def workers(self) -> Sequence[Member]:
         """By engine, in the order in which rank 0 named them, and place."""
-        order = {engine: index for index, engine in enumerate(self.expected.engines)}
-        members = [p for p in self.members.values() if p.engine is not None]
-        return sorted(members, key=lambda p: (order.get(p.engine or "", len(order)), p.place))
+        if self._workers is None:
+            order = {engine: index for index, engine in enumerate(self.expected.engines)}
+            members = [p for p in self.members.values() if p.engine is not None]
+            self._workers = sorted(members, key=lambda p: (order.get(p.engine or "", len(order)), p.place))
+        return self._workers
 
     def twin(self, peer: Member) -> Member | None:
         """The member that already stands where ``peer`` wants to."""
-        return next((p for p in self.members.values() if (p.engine, p.place) == (peer.engine, peer.place)), None)
+        return self._by_place.get((peer.engine, peer.place))
 
     def is_complete(self) -> bool:
         """Whether everybody has dialled in."""
-        return len(self.members) == self.expected.num_actors + sum(self.expected.engines.values())
+        return len(self.members) == self._size
 
     def is_recorded(self) -> bool:
         """Whether everybody is here and every worker has said what it holds."""
@@ -119,17 +137,17 @@ class Roster:
 
     def absent(self) -> list[tuple[str | None, str]]:
         """Whom the connection waits for: engine id, or None for an actor rank, and the words."""
-        here = {(p.engine, p.place): p for p in self.members.values()}
         wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self.expected.num_actors)]
         wanted += [(e, place, f"engine {e} worker {place}") for e, count in self.expected.engines.items() for place in range(count)]
         late: list[tuple[str | None, str]] = []
+        is_recorded = self.is_recorded()
         for engine, place, name in wanted:
-            peer = here.get((engine, place))
+            peer = self._by_place.get((engine, place))
             if peer is None:
                 late.append((engine, f"{name}, which has not dialled in"))
             elif peer.engine is not None and peer.recorded is None:
                 late.append((engine, f"{peer}, which has not said what it holds"))
-            elif self.is_recorded() and not peer.attached:
+            elif is_recorded and not peer.attached:
                 late.append((engine, f"{peer}, which has not taken its share"))
         if self.is_attached():
             stuck = [e for e in self.expected.engines if e not in self.answered]
@@ -137,7 +155,7 @@ class Roster:
         return late
 
 
-def some(items: list[str], limit: int = 8) -> str:
+def some(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
     """The first few of many, for a sentence."""
     rest = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    return separator.join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")

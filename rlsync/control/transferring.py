@@ -42,7 +42,7 @@ class Transferring:
 
     def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
         """An actor rank has filled a bucket. Returns whether more buckets are ready now."""
-        outcome = sync.fill(peer.identity, message.bucket, message.sums, self._roster.actors(), num_actors)
+        outcome = sync.fill(peer.identity, message.bucket, message.sums, num_actors)
         if isinstance(outcome, str):
             self._fail(f"{peer} {outcome}", peer)
             return False
@@ -50,7 +50,7 @@ class Transferring:
 
     def take(self, sync: Progress, peer: Member, message: m.Done) -> None:
         """A worker is done with a bucket, whose slot may be free now."""
-        outcome = sync.take(peer.identity, message.bucket, self._roster.workers())
+        outcome = sync.take(peer.identity, message.bucket, len(self._roster.workers()))
         if isinstance(outcome, str):
             self._fail(f"{peer} {outcome}", peer)
         elif outcome:
