@@ -14,6 +14,7 @@ from typing import Protocol
 import zmq
 
 from rlsync.control import messages as m
+from rlsync.control.open_files import make_room
 from rlsync.control.peer import pid_domain
 
 _TICK_MS = 200
@@ -36,11 +37,16 @@ class Served(Protocol):
 class CoordinatorServer:
     """Serves one connection from ``start`` to ``stop``.
 
+    Args:
+        bind_host: address to listen on, at a port of the system's choice.
+        num_peers: those that will dial in. Raises ConfigError where this process must not have as many open files.
+
     Attributes:
         endpoint: address that peers dial, as ``tcp://127.0.0.1:41321``.
     """
 
-    def __init__(self, bind_host: str) -> None:
+    def __init__(self, bind_host: str, num_peers: int) -> None:
+        make_room(num_peers)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 1000)
@@ -53,6 +59,7 @@ class CoordinatorServer:
         self._thread: threading.Thread | None = None
         self._pidfds: dict[int, bytes] = {}
         self._watched: set[bytes] = set()
+        self._domain = pid_domain()
 
     def start(self, served: Served) -> None:
         """Begin to listen on behalf of ``served``, which answers through ``send``."""
@@ -107,7 +114,7 @@ class CoordinatorServer:
             return
         self._watched.add(identity)
         pid, domain = process
-        if domain == pid_domain():
+        if domain == self._domain:
             try:
                 fd = os.pidfd_open(pid)
             except ProcessLookupError:

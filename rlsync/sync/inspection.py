@@ -26,7 +26,7 @@ def inspect_engines(
     (engine id, worker's number). Raises WeightSyncError naming the workers that do not answer. Not collective.
     """
     token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
-    server = CoordinatorServer(bind_host)
+    server = CoordinatorServer(bind_host, sum(e.num_workers for e in engines))
     inspection = Inspection(token, run_id, {e.engine_id: e.num_workers for e in engines}, server.send)
     server.start(inspection)
     invitation = Invitation(server.endpoint, token, run_id)

@@ -135,7 +135,8 @@ class WeightSyncer:
             ids = [engine.engine_id for engine in self._engines]
             if len(set(ids)) != len(ids):
                 raise ConfigError(f"engine ids must differ: {', '.join(ids)}")
-            self._server = CoordinatorServer(self._config.bind_host)
+            num_peers = self._world_size + sum(engine.num_workers for engine in self._engines)
+            self._server = CoordinatorServer(self._config.bind_host, num_peers)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
             self._server.start(Coordinator(self._expected(token, run_id), self._server.send, time.monotonic()))
         except (RlsyncError, OSError, zmq.ZMQError) as error:

@@ -185,7 +185,7 @@ def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> 
 
         def process_of(self, identity: bytes) -> None: ...
 
-    server = CoordinatorServer("127.0.0.1")
+    server = CoordinatorServer("127.0.0.1", 1)
     server.start(Failing())
     peer = Peer(server.endpoint, HELLO)
     with pytest.raises(WeightSyncError, match="it took too long"):
