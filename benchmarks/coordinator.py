@@ -48,7 +48,8 @@ class Course:
         nothing: tuple[tuple[()], ...] = ((),) * self.buckets
         actor_share = ActorShare("plan", 2, "off", nothing, nothing, ring=_RING)
         worker_share = WorkerShare("plan", 2, 0, "off", (WorkerPart(0, 16, (), ()),) * self.buckets, ring=_RING)
-        yield self.actors[0], m.Planned((actor_share,) * self.ranks, (worker_share,) * self.ranks)
+        for part in m.Planned((actor_share,) * self.ranks, (worker_share,) * self.ranks).parts():
+            yield self.actors[0], part
         for peer in (*self.actors, *self.workers):
             yield peer, m.Attached()
         for engine in self.engines:

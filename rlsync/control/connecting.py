@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rlsync.control import messages as m
 from rlsync.control.ledger import Ledger
-from rlsync.control.roster import Expected, Member, Roster
+from rlsync.control.roster import Expected, Member, Roster, some
 
 
 class Connecting:
@@ -34,6 +34,8 @@ class Connecting:
         self.num_buckets = self.num_slots = 0
         self.streams: dict[bytes, int] = {}
         self.ledger = Ledger()
+        # How many actor ranks and workers have theirs.
+        self._num_shares = (0, 0)
 
     def admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello, closed: str | None) -> None:
         """Let a peer in, or tell it why not. ``closed``: why nobody is let in any more, where that is so."""
@@ -74,19 +76,27 @@ class Connecting:
             return
         findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
         if findings:
-            self._fail("what the actor has and what the engines take do not fit: " + "; ".join(findings), None)
+            self._fail(f"what the actor has and what the engines take do not fit: {some(findings, separator='; ')}", None)
         else:
-            self._send(self._roster.actors()[0].identity, self._roster.survey())
+            for part in self._roster.survey().parts():
+                self._send(self._roster.actors()[0].identity, part)
 
-    def hand_out(self, message: m.Planned) -> None:
-        """Give everybody the share that actor rank 0 has made."""
-        self.num_buckets, self.num_slots = len(message.actors[0].parts), message.actors[0].num_slots
-        for member, actor in zip(self._roster.actors(), message.actors, strict=True):
+    def hand_out(self, message: m.Planned) -> bool:
+        """Give the next ones the shares that actor rank 0 has made. Returns whether there are as many, and everybody is here."""
+        num_actors, num_workers = self._num_shares
+        actors = self._roster.actors()[num_actors : num_actors + len(message.actors)]
+        workers = self._roster.workers()[num_workers : num_workers + len(message.workers)]
+        if not self._roster.is_recorded() or (len(actors), len(workers)) != (len(message.actors), len(message.workers)):
+            return False
+        self._num_shares = num_actors + len(actors), num_workers + len(workers)
+        for member, actor in zip(actors, message.actors, strict=True):
+            self.num_buckets, self.num_slots = len(actor.parts), actor.num_slots
             self._send(member.identity, m.Share(actor=actor))
-        for member, worker in zip(self._roster.workers(), message.workers, strict=True):
+        for member, worker in zip(workers, message.workers, strict=True):
             self.streams[member.identity] = worker.stream
             self.ledger.borrows(member.identity, worker.lenders)
             self._send(member.identity, m.Share(worker=worker))
+        return True
 
     def attach(self, peer: Member, message: m.Attached) -> None:
         """A peer has taken its share; when all have, workers learn what is lent to them."""

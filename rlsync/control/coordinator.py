@@ -110,11 +110,9 @@ class Coordinator:
             self._connecting.record(peer, message)
 
     def _on_planned(self, peer: Member, message: m.Planned, now: float) -> None:
-        counts, wanted = (len(message.actors), len(message.workers)), (len(self._roster.actors()), len(self._roster.workers()))
-        if self.phase != "connect" or peer.place != 0 or counts != wanted:
-            self._fail(f"{peer} sent shares for {counts} actor ranks and workers in phase {self.phase}", peer)
-        else:
-            self._connecting.hand_out(message)
+        if self.phase != "connect" or peer.place != 0 or not self._connecting.hand_out(message):
+            counts = len(message.actors), len(message.workers)
+            self._fail(f"{peer} sent shares for {counts} more actor ranks and workers in phase {self.phase}", peer)
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
         if self.phase == "connect" and not peer.attached:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
 from rlsync.control.fields import Count, Message, Name, Sum, Text
@@ -19,11 +21,25 @@ class Catalogue(Message):
 
 
 class Surveyed(Message):
-    """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``."""
+    """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``.
+
+    It comes in parts, because what hundreds of workers hold is more than a message may be: the first has everybody, each of the others
+    goes on with the records.
+    """
 
     actors: tuple[ActorHello, ...]
     workers: tuple[WorkerHello, ...]
     records: tuple[Recorded, ...]
+
+    def parts(self) -> Iterator[Surveyed]:
+        """As it is sent."""
+        yield Surveyed(self.actors, self.workers, ())
+        for record in self.records:
+            yield Surveyed((), (), (record,))
+
+    def joined(self, part: Surveyed) -> Surveyed:
+        """With the next part."""
+        return Surveyed(self.actors + part.actors, self.workers + part.workers, self.records + part.records)
 
 
 class Share(Message):

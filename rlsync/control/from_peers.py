@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -64,10 +65,20 @@ class Recorded(Message):
 
 
 class Planned(Message):
-    """Actor rank 0: the shares of everybody, actor ranks in order, workers in the order in which ``Surveyed`` named them."""
+    """Actor rank 0: the shares of everybody, actor ranks in order, workers in the order in which ``Surveyed`` named them.
+
+    It comes in parts, because all shares may be more than a message may be: each goes on where the one before has ended.
+    """
 
     actors: tuple[ActorShare, ...]
     workers: tuple[WorkerShare, ...]
+
+    def parts(self) -> Iterator[Planned]:
+        """As it is sent."""
+        for actor in self.actors:
+            yield Planned((actor,), ())
+        for worker in self.workers:
+            yield Planned((), (worker,))
 
 
 class Attached(Message):

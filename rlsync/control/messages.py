@@ -36,6 +36,7 @@ from rlsync.control.from_peers import (
     WorkerHello,
 )
 from rlsync.control.from_peers import WorkerTimes as WorkerTimes
+from rlsync.errors import RlsyncError
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 # A first message is a hello, and whoever sends more is not one of ours.
@@ -53,7 +54,13 @@ _encoder = msgspec.msgpack.Encoder()
 _from_peer = msgspec.msgpack.Decoder(FromPeer, strict=True)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator, strict=True)
 
-encode = _encoder.encode
+
+def encode(message: FromPeer | FromCoordinator) -> bytes:
+    """Raises RlsyncError for more than the other side takes, which would hang up without a word."""
+    raw = _encoder.encode(message)
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise RlsyncError(f"{type(message).__name__} takes {len(raw):,} bytes, and a message may have {MAX_MESSAGE_BYTES:,}")
+    return raw
 
 
 def shortened(text: str) -> str:

@@ -189,6 +189,7 @@ class WeightSyncer:
         """This rank's share, when every peer has its own and every engine has answered."""
         assert self._peer is not None
         share, connected, began_s = None, False, time.monotonic()
+        survey: m.Surveyed | None = None
         while not connected:
             message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
@@ -201,8 +202,12 @@ class WeightSyncer:
                 else:
                     self._peer.send(m.Answered(0, outcome.key, "connect"))
             if isinstance(message, m.Surveyed):
+                survey = message if survey is None else survey.joined(message)
+                if len(survey.records) < len(survey.workers):
+                    continue
                 try:
-                    self._peer.send(self._plan(message))
+                    for part in self._plan(survey).parts():
+                        self._peer.send(part)
                 except Exception as error:
                     # What goes wrong on this rank becomes everybody's error, in the words of the coordinator.
                     self._peer.send(m.Failed(0, "connect", describe(error)))

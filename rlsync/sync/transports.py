@@ -20,7 +20,7 @@ def choose_transports(survey: Surveyed, requested: str) -> tuple[str, ...]:
         return tuple("gloo" if name in GROUPS and "gloo" in chosen else name for name in chosen)
     findings = [found for worker in survey.workers if (found := _FINDINGS[requested](survey, worker)) is not None]
     if findings:
-        raise ConfigError(f"weight_sync.transport is {requested}, but: {'; '.join(dict.fromkeys(findings))}")
+        raise ConfigError(f"weight_sync.transport is {requested}, but: {some(list(dict.fromkeys(findings)), separator='; ')}")
     return (requested,) * len(survey.workers)
 
 

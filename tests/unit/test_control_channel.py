@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
+from rlsync.control import messages as m
 from rlsync.errors import ConfigError
 from rlsync.sync import SyncConfig
 from tests.thread_actors import SIZES, Actors, holds
@@ -175,3 +177,37 @@ def test_an_engine_is_added_by_a_new_connection_and_gets_the_present_version(act
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"weight_sync.{next(iter(settings))}"):
         SyncConfig(**settings)
+
+
+def test_what_everybody_is_told_together_may_be_more_than_a_message_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many engines, of which a message holds what one worker has and does, and not what all have and do."""
+    engines = [ThreadEngine(f"e{i}") for i in range(6)]
+    sizes: dict[str, list[int]] = defaultdict(list)
+    encode = m.encode
+
+    def measured(message: Any) -> bytes:
+        raw = encode(message)
+        sizes[type(message).__name__].append(len(raw))
+        return raw
+
+    monkeypatch.setattr(m, "encode", measured)
+    for limit in (m.MAX_MESSAGE_BYTES, 0):
+        monkeypatch.setattr(m, "MAX_MESSAGE_BYTES", limit or max(max(found) for found in sizes.values()))
+        actors = Actors(engines)
+        actors.connect()
+        actors.sync(1)
+        assert all(holds(engine, 1) for engine in engines)
+        actors.close()
+    assert min(sum(sizes["Recorded"]), sum(sizes["Share"])) / 2 > m.MAX_MESSAGE_BYTES, "by one sync of the two: all of it is more"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_message_that_is_too_large_is_everybodys_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zmq hangs up on whoever sends it, without a word."""
+    monkeypatch.setattr(m, "MAX_MESSAGE_BYTES", 6000)
+    actors = Actors([ThreadEngine("e0", 30)])
+    began_s = time.monotonic()
+    errors = actors.both(lambda syncer: syncer.connect())
+    assert time.monotonic() - began_s < 2
+    assert all("bytes, and a message may have 6,000" in str(error) for error in errors), errors
+    actors.close()

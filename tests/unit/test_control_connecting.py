@@ -13,8 +13,9 @@ def test_workers_are_told_the_tensors_and_everybody_its_share() -> None:
     run = Run()
     assert run.sent[b"w0"] == [CATALOGUE, m.Share(worker=WORKER_SHARE), m.Connected()]
     assert run.sent[b"a1"] == [m.Share(actor=ACTOR_SHARE), m.Connected()]
-    survey = run.sent[b"a0"][0]
-    assert isinstance(survey, m.Surveyed)
+    parts = [message for message in run.sent[b"a0"] if isinstance(message, m.Surveyed)]
+    assert [len(part.records) for part in parts] == [0, 1, 1]
+    survey = parts[0].joined(parts[1]).joined(parts[2])
     assert [h.actor_rank for h in survey.actors] == [h.worker_rank for h in survey.workers] == [0, 1]
     assert survey.records == (RECORDED, RECORDED)
     assert run.coordinator.phase == "idle"
