@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -13,6 +14,7 @@ import zmq
 from rlsync.control import messages as m
 from rlsync.errors import WeightSyncError
 
+_log = logging.getLogger(__name__)
 # How long what was sent may still leave after ``close``; the other side may be gone.
 _LINGER_MS = 1000
 # What was sent to a process that was stopped is there this long after it goes on.
@@ -44,10 +46,17 @@ class Peer:
         self.send(hello)
 
     def send(self, message: m.FromPeer) -> None:
-        """Queue a message; never blocks. A cause that is too long keeps its end."""
+        """Queue a message; never blocks. A cause that is too long keeps its end.
+
+        Where zmq has hung up for good, because what it was sent is no message of this channel, nothing is sent: silence ends by deadlines.
+        """
         if isinstance(message, m.Failed):
             message = msgspec.structs.replace(message, cause=m.shortened(message.cause))
-        self._socket.send(m.encode(message))
+        raw = m.encode(message)
+        try:
+            self._socket.send(raw, zmq.NOBLOCK)
+        except zmq.Again:
+            _log.warning("the connection to %s is broken, and a message (%s) stays unsent", self._endpoint, type(message).__name__)
 
     def receive(self, attempt: int, deadline: float, wake_fd: int | None = None) -> m.FromCoordinator | None:
         """Next message of ``attempt`` (0: of the connection itself).

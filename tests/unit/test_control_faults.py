@@ -194,3 +194,37 @@ def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> 
         peer.receive(0, time.monotonic() - 1)
     peer.close()
     server.stop()
+
+
+def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As on whoever is sent more than it takes: zmq closes the connection and makes no other."""
+    heard = threading.Event()
+
+    class TooMuch:
+        def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+            server.send(identity, m.Error(attempt=0, phase="connect", cause="x" * 5000))
+            heard.set()
+
+        def lose(self, identity: bytes) -> None: ...
+
+        def expire(self, now: float) -> None: ...
+
+        def fail(self, cause: str) -> None: ...
+
+        def process_of(self, identity: bytes) -> None: ...
+
+    server = CoordinatorServer("127.0.0.1", 1)
+    server.start(TooMuch())
+    with monkeypatch.context() as patch:
+        patch.setattr(m, "MAX_MESSAGE_BYTES", 1000)
+        peer = Peer(server.endpoint, HELLO)
+    assert heard.wait(10)
+    with pytest.raises(TimeoutError):
+        peer.receive(0, time.monotonic() + 0.5)
+    sending = threading.Thread(target=lambda: peer.send(m.Goodbye()), daemon=True)
+    sending.start()
+    sending.join(10)
+    assert not sending.is_alive()
+    assert "is broken, and a message (Goodbye) stays unsent" in caplog.text
+    peer.close()
+    server.stop()
