@@ -172,21 +172,29 @@ def test_errors_cross_processes() -> None:
     assert (str(copy), copy.bucket, copy.engine) == (str(error), 1, "e0")
 
 
+class Answering:
+    """A coordinator that has one answer to whatever it hears."""
+
+    def __init__(self, answer: m.FromCoordinator) -> None:
+        self.answer, self.has_answered = answer, threading.Event()
+        self.server = CoordinatorServer("127.0.0.1", 1)
+        self.server.start(self)
+
+    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+        self.server.send(identity, self.answer)
+        self.has_answered.set()
+
+    def lose(self, identity: bytes) -> None: ...
+
+    def expire(self, now: float) -> None: ...
+
+    def fail(self, cause: str) -> None: ...
+
+    def process_of(self, identity: bytes) -> None: ...
+
+
 def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> None:
-    class Failing:
-        def receive(self, identity: bytes, raw: bytes, now: float) -> None:
-            server.send(identity, m.Error(attempt=0, phase="transfer", cause="it took too long"))
-
-        def lose(self, identity: bytes) -> None: ...
-
-        def expire(self, now: float) -> None: ...
-
-        def fail(self, cause: str) -> None: ...
-
-        def process_of(self, identity: bytes) -> None: ...
-
-    server = CoordinatorServer("127.0.0.1", 1)
-    server.start(Failing())
+    server = Answering(m.Error(attempt=0, phase="transfer", cause="it took too long")).server
     peer = Peer(server.endpoint, HELLO)
     with pytest.raises(WeightSyncError, match="it took too long"):
         peer.receive(0, time.monotonic() - 1)
@@ -198,27 +206,11 @@ def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> 
 
 def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """As on whoever is sent more than it takes: zmq closes the connection and makes no other."""
-    heard = threading.Event()
-
-    class TooMuch:
-        def receive(self, identity: bytes, raw: bytes, now: float) -> None:
-            server.send(identity, m.Error(attempt=0, phase="connect", cause="x" * 5000))
-            heard.set()
-
-        def lose(self, identity: bytes) -> None: ...
-
-        def expire(self, now: float) -> None: ...
-
-        def fail(self, cause: str) -> None: ...
-
-        def process_of(self, identity: bytes) -> None: ...
-
-    server = CoordinatorServer("127.0.0.1", 1)
-    server.start(TooMuch())
+    served = Answering(m.Error(attempt=0, phase="connect", cause="x" * 5000))
     with monkeypatch.context() as patch:
         patch.setattr(m, "MAX_MESSAGE_BYTES", 1000)
-        peer = Peer(server.endpoint, HELLO)
-    assert heard.wait(10)
+        peer = Peer(served.server.endpoint, HELLO)
+    assert served.has_answered.wait(10)
     with pytest.raises(TimeoutError):
         peer.receive(0, time.monotonic() + 0.5)
     sending = threading.Thread(target=lambda: peer.send(m.Goodbye()), daemon=True)
@@ -227,4 +219,4 @@ def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.Monke
     assert not sending.is_alive()
     assert "is broken, and a message (Goodbye) stays unsent" in caplog.text
     peer.close()
-    server.stop()
+    served.server.stop()
