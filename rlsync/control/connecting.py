@@ -81,13 +81,15 @@ class Connecting:
             for part in self._roster.survey().parts():
                 self._send(self._roster.actors()[0].identity, part)
 
-    def hand_out(self, message: m.Planned) -> bool:
-        """Give the next ones the shares that actor rank 0 has made. Returns whether there are as many, and everybody is here."""
+    def hand_out(self, message: m.Planned) -> str | None:
+        """Give the next ones the shares that actor rank 0 has made. Returns what is wrong where there are not as many, or not all here."""
         num_actors, num_workers = self._num_shares
         actors = self._roster.actors()[num_actors : num_actors + len(message.actors)]
         workers = self._roster.workers()[num_workers : num_workers + len(message.workers)]
-        if not self._roster.is_recorded() or (len(actors), len(workers)) != (len(message.actors), len(message.workers)):
-            return False
+        if not self._roster.is_recorded():
+            return "before everybody is here"
+        if (len(actors), len(workers)) != (len(message.actors), len(message.workers)):
+            return f"while {len(self._roster.actors()) - num_actors} and {len(self._roster.workers()) - num_workers} have none"
         self._num_shares = num_actors + len(actors), num_workers + len(workers)
         for member, actor in zip(actors, message.actors, strict=True):
             self.num_buckets, self.num_slots = len(actor.parts), actor.num_slots
@@ -96,7 +98,7 @@ class Connecting:
             self.streams[member.identity] = worker.stream
             self.ledger.borrows(member.identity, worker.lenders)
             self._send(member.identity, m.Share(worker=worker))
-        return True
+        return None
 
     def attach(self, peer: Member, message: m.Attached) -> None:
         """A peer has taken its share; when all have, workers learn what is lent to them."""

@@ -110,9 +110,12 @@ class Coordinator:
             self._connecting.record(peer, message)
 
     def _on_planned(self, peer: Member, message: m.Planned, now: float) -> None:
-        if self.phase != "connect" or peer.place != 0 or not self._connecting.hand_out(message):
-            counts = len(message.actors), len(message.workers)
-            self._fail(f"{peer} sent shares for {counts} more actor ranks and workers in phase {self.phase}", peer)
+        if self.phase != "connect" or peer.place != 0:
+            problem: str | None = f"in phase {self.phase}, when none are due from it"
+        else:
+            problem = self._connecting.hand_out(message)
+        if problem is not None:
+            self._fail(f"{peer} sent shares for {len(message.actors)} actor ranks and {len(message.workers)} workers {problem}", peer)
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
         if self.phase == "connect" and not peer.attached:

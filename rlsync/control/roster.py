@@ -50,7 +50,7 @@ class Member:
 class Roster:
     """The members by identity, in the order in which they came, and the engines whose call to connect has returned.
 
-    With hundreds of members each message has to be dealt with in the time of a few of them, so that nothing that is asked for by message
+    Among hundreds of members a message of a sync has to take no longer than among a few, so that nothing that a sync asks for by message
     goes through all of them.
     """
 

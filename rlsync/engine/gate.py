@@ -96,7 +96,8 @@ class Gate:
 
     def refusal(self) -> EngineDirtyError:
         """The error that says why nothing is generated."""
-        return EngineDirtyError(f"engine {self.engine_id} refuses to generate: {self._reason}; sync it completely or restart it")
+        remedy = "restart it" if self._closed else "sync it completely or restart it"
+        return EngineDirtyError(f"engine {self.engine_id} refuses to generate: {self._reason}; {remedy}")
 
     def _set(self, state: str, reason: str = "", until_s: float = 0.0) -> None:
         with self._changed:

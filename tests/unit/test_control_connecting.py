@@ -35,7 +35,21 @@ def test_only_actor_rank_0_plans_and_only_once() -> None:
     for peer in ("a1", "a0"):
         run = Run()
         run.tell(peer, PLANNED)
-        assert "sent shares" in run.error().cause
+        assert "sent shares for 2 actor ranks and 2 workers in phase idle, when none are due from it" in run.error().cause
+
+
+def test_shares_are_as_many_as_there_are_members_and_come_after_them() -> None:
+    run = Run(connected=False)
+    run.tell("a0", actor(0))
+    run.tell("a0", PLANNED)
+    assert "sent shares for 2 actor ranks and 2 workers before everybody is here" in run.last("a0").cause
+    run = Run(connected=False)
+    recorded(run, RECORDED, RECORDED)
+    for part in PLANNED.parts():
+        run.tell("a0", part)
+    assert run.last("a1") == m.Share(actor=ACTOR_SHARE) and run.last("w1") == m.Share(worker=WORKER_SHARE)
+    run.tell("a0", m.Planned((), (WORKER_SHARE,)))
+    assert "sent shares for 0 actor ranks and 1 workers while 0 and 0 have none" in run.error().cause
 
 
 @pytest.mark.parametrize(

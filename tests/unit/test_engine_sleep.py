@@ -86,7 +86,7 @@ def test_an_engine_that_cannot_fall_asleep_answers_no_more_and_takes_no_sync(eng
     engine._llm.full = True
     with pytest.raises(RlsyncError, match=r"could not fall asleep: RuntimeError: Memory usage increased after sleeping\.; restart it"):
         engine.sleep(1, 5)
-    with pytest.raises(EngineDirtyError, match="could not fall asleep"):
+    with pytest.raises(EngineDirtyError, match=r"could not fall asleep, and its memory may be gone; restart it$"):
         engine.generate([[1]], {})
     with pytest.raises(EngineDirtyError, match="could not fall asleep"):
         engine.pause("abort", "a sync", 5)

@@ -93,3 +93,8 @@ def test_every_region_is_either_in_the_ring_or_in_one_parcel_of_the_right_worker
             for parcel in share.parcels[bucket]:
                 part = row[parcel.stream]
                 assert parcel.whole_bytes == (part.nbytes if len(parcel.regions) == len(part.regions) else 0)
+
+
+def test_workers_that_a_transport_does_not_reach_are_named_and_beyond_some_counted() -> None:
+    with pytest.raises(ConfigError, match=r"but: engine e0 worker 0 .*; engine e7 worker 0 (?!.*engine e8 ).* and 12 more$"):
+        blueprint("aa", "b" * 20, transport="shm")
