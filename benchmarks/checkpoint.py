@@ -32,10 +32,10 @@ def save_and_load(model: Path, out: Path) -> dict[str, float]:
 
     from rlsync import AutoBridge
     from rlsync.checkpoint import load_checkpoint, save_checkpoint
+    from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
     from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
     from rlsync.megatron.parallel import initialize_parallel
-    from rlsync.topology import Topology
 
     initialize_parallel(Topology(), seed=1, timeout_s=600)
     bridge = AutoBridge.from_pretrained(model)

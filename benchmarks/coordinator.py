@@ -14,8 +14,7 @@ from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
 from rlsync.control.roster import Expected
 from rlsync.control.shares import ActorShare, RingInfo, WorkerPart, WorkerShare
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import TensorSpec, whole_tensors
 
 _WORKERS = 8
 _CATALOGUE = m.Catalogue((TensorSpec("w", "bfloat16", (4,)),), "auto")

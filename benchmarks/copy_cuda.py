@@ -20,9 +20,9 @@ import torch
 from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, Case, dense_case
 from rlsync.copy.cpu import region
 from rlsync.copy.cuda import CudaCopyProgram, open_peer, strided
-from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
-from rlsync.plan import Copy, build_plan
-from rlsync.topology import Topology
+from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
+from rlsync.layout.topology import Topology
+from rlsync.plan.planner import Copy, build_plan
 
 WORKER = torch.device("cuda", 0)
 FLOOR_BYTES = 8 * 2**30

@@ -24,8 +24,7 @@ from benchmarks.paper import QWEN25_05B
 from rlsync.control.shares import GroupInfo
 from rlsync.engine.handle import Engine
 from rlsync.families import model_of
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.transport.gloo import Group
 from rlsync.transport.meeting import Rendezvous

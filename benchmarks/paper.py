@@ -12,9 +12,9 @@ from typing import Any
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.shapes import SHAPES
 from rlsync.families import model_of
-from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.topology import Topology
 
 VOCAB_MULTIPLE = 64
 GPUS_PER_HOST = 8

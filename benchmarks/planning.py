@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
-from rlsync.links import traffic
-from rlsync.plan import build_plan
-from rlsync.topology import Topology
+from rlsync.layout.topology import Topology
+from rlsync.plan.links import traffic
+from rlsync.plan.planner import build_plan
 
 CASES: dict[str, Callable[[], Case]] = {
     "72b": lambda: dense_case(QWEN25_72B, Topology(tp_size=8, pp_size=8), num_engines=8, engine_tp=8),

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.paper import QWEN25_05B, dense_case
 from rlsync.copy.cpu import CopyProgram, bind
-from rlsync.geometry import DTYPE_BYTES, Placement
-from rlsync.plan import build_plan
-from rlsync.topology import Topology
+from rlsync.layout.geometry import DTYPE_BYTES, Placement
+from rlsync.layout.topology import Topology
+from rlsync.plan.planner import build_plan
 
 
 def buffers(placement: Placement) -> dict[str, torch.Tensor]:

@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlsync.bridge import AutoBridge
+    from rlsync.layout.topology import Topology
     from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 
 __version__ = "0.1.0"
-__all__ = ["AutoBridge", "SyncConfig", "SyncReport", "WeightSyncer"]
+__all__ = ["AutoBridge", "SyncConfig", "SyncReport", "Topology", "WeightSyncer"]
 
 # Loaded on first use: a vLLM worker that imports the plug-in must not import Megatron, nor a trainer vLLM.
-_HOMES = {"AutoBridge": "rlsync.bridge", "SyncConfig": "rlsync.sync", "SyncReport": "rlsync.sync", "WeightSyncer": "rlsync.sync"}
+_HOMES = {
+    "AutoBridge": "rlsync.bridge",
+    "SyncConfig": "rlsync.sync",
+    "SyncReport": "rlsync.sync",
+    "Topology": "rlsync.layout.topology",
+    "WeightSyncer": "rlsync.sync",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,14 +21,13 @@ from rlsync.copy.cpu import bind, write_fills
 from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import Flavour, model_of, supported_architectures
-from rlsync.geometry import Placement, TensorSpec
+from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
+from rlsync.layout.safetensors import StoredTensor, read_checkpoint
+from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.placement.huggingface import whole_tensors
 from rlsync.placement.megatron import megatron_placements
-from rlsync.placement.safetensors import StoredTensor, read_checkpoint
-from rlsync.plan import Plan, build_plan
-from rlsync.topology import Topology
+from rlsync.plan.planner import Plan, build_plan
 from rlsync.transport.agreement import agreed
 from rlsync.transport.exchange import Exchange
 

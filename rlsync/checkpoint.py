@@ -23,11 +23,11 @@ import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
 from rlsync.errors import CheckpointError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
-from rlsync.topology import Topology
 from rlsync.transport.agreement import agreed
 
 TRACKER = "latest_checkpointed_iteration.txt"

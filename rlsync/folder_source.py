@@ -12,9 +12,8 @@ import torch
 
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError
-from rlsync.geometry import Placement, TensorSpec
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.placement.safetensors import StoredTensor, read_checkpoint
+from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
+from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 
 # What old checkpoints carry and nobody loads.
 _NEVER_LOADED = re.compile(r".*\.rotary_emb\.inv_freq")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
 from rlsync.errors import PlacementError
-from rlsync.geometry import Placement, TensorSpec
+from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.megatron.model import gather_parameters
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rlsync.control.shares import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
 from rlsync.copy.cpu import region
-from rlsync.staging import Part
+from rlsync.plan.packing import Part
 from rlsync.transport.boxes import Inbox, Outbox, Program, Wire, bind_program
 
 HOST = "127.0.0.1"

@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from rlsync.copy.tables import CASTS
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.layout.geometry import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

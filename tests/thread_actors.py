@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlsync.errors import WeightSyncError
-from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
+from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.filling import Filling
 from tests.thread_engines import TIMEOUT_S, ThreadEngine

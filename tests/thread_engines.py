@@ -20,7 +20,7 @@ from rlsync.engine.pull import Pull
 from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.errors import WeightSyncError
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import whole_tensors
 from rlsync.sync.inlets import open_inlet
 from rlsync.transport.shm import shm_domain
 

@@ -8,8 +8,7 @@ from rlsync.control import messages as m
 from rlsync.control.coordinator import Coordinator
 from rlsync.control.roster import Expected
 from rlsync.control.shares import ActorShare, RingInfo, WorkerPart, WorkerShare
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import TensorSpec, whole_tensors
 
 CATALOGUE = m.Catalogue(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")
 RECORDED = m.Recorded(whole_tensors("engine e0", CATALOGUE.tensors), "direct")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlsync.bridge import AutoBridge
 from rlsync.checkpoint import Restored, load_checkpoint, save_checkpoint
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import gather_parameters, iter_parameters
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import build_optimizer, build_scheduler
@@ -23,7 +24,6 @@ from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.topology import Topology
 from rlsync.transport.agreement import gather_bytes
 from workers.actor_options import SPECS, ddp_options, optimizer_options, policy_loss_options, scheduler_options, transformer_overrides
 from workers.algorithms import correct_importance

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions
 from rlsync.megatron.specs import SpecName
-from rlsync.topology import Topology
 from workers.algorithms import PolicyLossOptions
 from workers.config.actor import ActorConfig, ActorModelConfig
 from workers.config.schema import AlgorithmConfig

@@ -15,7 +15,7 @@ import ray
 
 from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
-from rlsync.topology import Topology
+from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.actor_options import actor_topology
 from workers.cluster import Cluster

@@ -8,10 +8,10 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from itertools import accumulate
 
-from rlsync.buckets import grouped, limits_of
-from rlsync.geometry import DTYPE_BYTES
-from rlsync.plan import Bucket, Copy, Plan, shares_of
-from rlsync.staging import SEGMENT_ALIGNMENT, Part, Region, cut
+from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.plan.buckets import grouped, limits_of
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, Part, Region, cut
+from rlsync.plan.planner import Bucket, Copy, Plan, shares_of
 
 
 def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:

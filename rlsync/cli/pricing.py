@@ -16,10 +16,10 @@ from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, stagin
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families import model_of
-from rlsync.geometry import DTYPE_BYTES, Placement
-from rlsync.links import num_steps, traffic
-from rlsync.plan import Plan, build_plan
-from rlsync.staging import Memory, fills_buckets, is_staged, lay_out
+from rlsync.layout.geometry import DTYPE_BYTES, Placement
+from rlsync.plan.links import num_steps, traffic
+from rlsync.plan.packing import Memory, fills_buckets, is_staged, lay_out
+from rlsync.plan.planner import Plan, build_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
-from rlsync.placement.safetensors import StoredTensor, read_checkpoint
+from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 
 # Where `vllm serve` itself takes its key from, so that no key stands on a command line.
 KEY_VARIABLE = "VLLM_API_KEY"

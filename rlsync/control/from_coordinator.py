@@ -10,7 +10,7 @@ from rlsync.control.fields import Count, Message, Name, Sum, Text
 from rlsync.control.from_peers import ActorHello, Recorded, WorkerHello, WorkerTimes
 from rlsync.control.loans import Loan
 from rlsync.control.shares import ActorShare, WorkerShare
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
 
 
 class Catalogue(Message):

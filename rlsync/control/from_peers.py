@@ -10,8 +10,8 @@ import msgspec
 from rlsync.control.fields import Count, Message, Name, Sum, Text
 from rlsync.control.loans import Loan
 from rlsync.control.shares import ActorShare, WorkerShare
-from rlsync.geometry import Placement
-from rlsync.staging import Memory
+from rlsync.layout.geometry import Placement
+from rlsync.plan.packing import Memory
 
 
 class WorkerHello(Message):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from rlsync.staging import Region, Segment
+from rlsync.plan.packing import Region, Segment
 
 
 class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from rlsync.geometry import Fill, collapse, contiguous_strides
-from rlsync.plan import Copy
+from rlsync.layout.geometry import Fill, collapse, contiguous_strides
+from rlsync.plan.planner import Copy
 
 Buffers = Mapping[str, torch.Tensor]
 # Segments of a packed message start at multiples of this many bytes, so that any dtype can view them.

@@ -11,9 +11,9 @@ from types import TracebackType
 
 import torch
 
-from rlsync.buckets import grouped
-from rlsync.geometry import TensorSpec
-from rlsync.placement.safetensors import INDEX_NAME, StoredTensor, encode_header
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.safetensors import INDEX_NAME, StoredTensor, encode_header
+from rlsync.plan.buckets import grouped
 
 
 class MappedTensors(Mapping[str, torch.Tensor]):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from rlsync.copy.checksum import LENGTH_WEIGHT
 from rlsync.errors import PlacementError
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.layout.geometry import DTYPE_BYTES
 
 # 64 KiB of 16-byte units. Divisible by 4, so that a task of single bytes begins with a word of the checksum.
 UNITS_PER_TASK = 4096

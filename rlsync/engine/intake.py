@@ -17,9 +17,9 @@ from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.compare import CompareSink
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
-from rlsync.geometry import TensorSpec
-from rlsync.placement.vllm import placement_of, tensors_as_read
-from rlsync.staging import Segment
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.recorded import placement_of, tensors_as_read
+from rlsync.plan.packing import Segment
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from rlsync.geometry import contiguous_strides
-from rlsync.placement.regions import Side, split
+from rlsync.layout.geometry import contiguous_strides
+from rlsync.layout.regions import Side, split
 
 _aten = torch.ops.aten
 # Operators whose result has the elements of their first argument, in its shape, and a memory of its own.

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.engine.compat import load_weights, parameters_on_meta, quiet
 from rlsync.engine.provenance import Origins, key_of
-from rlsync.geometry import BufferSpec, TensorSpec
-from rlsync.placement.vllm import Write
+from rlsync.layout.geometry import BufferSpec, TensorSpec
+from rlsync.layout.recorded import Write
 
 _aten = torch.ops.aten
 _FILLS = (_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default)

@@ -12,8 +12,8 @@ from rlsync.control.shares import WorkerShare
 from rlsync.copy.cpu import region
 from rlsync.copy.sums import Begun, Sums, Views, place_of
 from rlsync.errors import RlsyncError
-from rlsync.staging import Region
-from rlsync.verification import num_rounds, round_of, rounds_in
+from rlsync.plan.packing import Region
+from rlsync.plan.verification import num_rounds, round_of, rounds_in
 
 
 class MismatchError(RlsyncError):

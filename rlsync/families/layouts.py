@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlsync.errors import PlacementError
-from rlsync.geometry import Box, contiguous_strides
+from rlsync.layout.geometry import Box, contiguous_strides
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.families.layouts import Layout, LocalLayout
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
 
 Flavour = Literal["local", "te"]
 Stage = Literal["first", "layer", "last"]

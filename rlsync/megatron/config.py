@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.overrides import checked_overrides
 from rlsync.megatron.rope import Rope, read_rope
-from rlsync.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

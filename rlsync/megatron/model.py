@@ -16,11 +16,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
 from rlsync.errors import ConfigError, RlsyncError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.rope import llama3_inverse_frequencies
 from rlsync.megatron.specs import SpecName, block_spec
-from rlsync.topology import Topology
 
 _LAYER_LISTS = ("decoder.layers.",)
 

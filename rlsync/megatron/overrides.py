@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from rlsync.errors import ConfigError
-from rlsync.topology import Topology
+from rlsync.layout.topology import Topology
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.cpu import enable_cpu
-from rlsync.topology import Topology
 
 
 def initialize_parallel(topology: Topology, *, seed: int, timeout_s: float, backend: str | None = None) -> None:

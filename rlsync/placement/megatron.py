@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from rlsync.families.rules import Bound, Flavour, Model
-from rlsync.geometry import BufferSpec, Fill, Piece, Placement
-from rlsync.topology import Topology
+from rlsync.layout.geometry import BufferSpec, Fill, Piece, Placement
+from rlsync.layout.topology import Topology
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, make_vocab_size_divisible_by: int = 1) -> int:

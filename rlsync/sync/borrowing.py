@@ -14,8 +14,8 @@ from rlsync.control.shares import WorkerShare
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.copy.tables import Strided, moves_of
 from rlsync.errors import ConfigError
-from rlsync.geometry import DTYPE_BYTES
-from rlsync.staging import Region
+from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.plan.packing import Region
 from rlsync.transport.cuda_ipc import Mappings
 from rlsync.transport.parcels import make_parcel
 

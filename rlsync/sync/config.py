@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsync.errors import ConfigError
-from rlsync.verification import MODES
+from rlsync.plan.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
 TRANSPORTS = ("auto", "ipc", "shm", "nccl", "gloo")
@@ -23,14 +23,14 @@ class SyncConfig:
     Attributes:
         bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; where it has a larger tensor, as many as
             that one has, for which there has to be room anyway. What ``nccl`` carries from parameters to parameters travels in steps of
-            so many bytes, and of ``rlsync.links.MOST_STEP_BYTES`` at most.
+            so many bytes, and of ``rlsync.plan.links.MOST_STEP_BYTES`` at most.
         num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
             it is loaded.
         timeout_s: deadline of each phase: connect, begin, transfer, commit, resume.
         sink: how workers take bytes in: ``direct`` into the live parameters, ``layerwise`` through vLLM's post-processing,
             ``loaders`` as HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
-            the first sync, and each at least once in ``rlsync.verification.SAMPLE_PERIOD`` consecutive ones.
+            the first sync, and each at least once in ``rlsync.plan.verification.SAMPLE_PERIOD`` consecutive ones.
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
             through shared memory; ``nccl`` as messages from GPU to GPU, no two of them the same; ``gloo`` as messages through
             host memory. ``auto`` is for each worker the first of these that reaches it.

@@ -17,10 +17,10 @@ from rlsync.copy.cuda import CudaCopyProgram, strided
 from rlsync.copy.sums import Sums, Views, place_of
 from rlsync.copy.tables import Move, moves_of
 from rlsync.errors import PlacementError
-from rlsync.staging import Region
+from rlsync.plan.packing import Region
+from rlsync.plan.verification import num_rounds, round_of, rounds_in
 from rlsync.transport.boxes import Outbox
 from rlsync.transport.parcels import make_parcel, placed
-from rlsync.verification import num_rounds, round_of, rounds_in
 
 
 @dataclass(frozen=True, slots=True)

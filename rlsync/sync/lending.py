@@ -13,7 +13,7 @@ import torch
 from rlsync.control.loans import Lent, Loan
 from rlsync.control.shares import ActorShare
 from rlsync.errors import PlacementError
-from rlsync.staging import Memory
+from rlsync.plan.packing import Memory
 from rlsync.transport import cuda_ipc
 from rlsync.transport.cuda_ipc import LendableMemory
 

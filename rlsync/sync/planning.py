@@ -15,10 +15,10 @@ import msgspec
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.roster import Member
 from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
-from rlsync.geometry import Location, Placement, TensorSpec
-from rlsync.links import Traffic, num_steps, traffic
-from rlsync.plan import Plan, build_plan
-from rlsync.staging import Part, Region, fills_buckets, is_staged, lay_out, part_offsets
+from rlsync.layout.geometry import Location, Placement, TensorSpec
+from rlsync.plan.links import Traffic, num_steps, traffic
+from rlsync.plan.packing import Part, Region, fills_buckets, is_staged, lay_out, part_offsets
+from rlsync.plan.planner import Plan, build_plan
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.transports import GROUPS, choose_transports
 from rlsync.transport.parcels import make_parcel

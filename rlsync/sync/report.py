@@ -20,7 +20,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         transport: what the bytes went through; several are joined by ``+``.
         bytes: bytes that streams take in, each stream once. Several workers that hold the same on one host are one stream.
         staged_bytes: of these, those that ``ipc`` read out of a staging ring in GPU memory instead of where they lie.
-        bytes_by_link, redundancy: of the plan, by link name and by stream; see ``rlsync.links.Traffic``.
+        bytes_by_link, redundancy: of the plan, by link name and by stream; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 import torch
 
-from rlsync.geometry import Placement, TensorSpec
+from rlsync.layout.geometry import Placement, TensorSpec
 
 
 class Source(Protocol):

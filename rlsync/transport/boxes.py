@@ -21,7 +21,7 @@ import torch
 from rlsync.control.shares import ActorShare, WorkerShare
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram
-from rlsync.staging import Region
+from rlsync.plan.packing import Region
 from rlsync.transport.parcels import Parcel, placed, steps_of, steps_to
 
 # A message and the member at its other end.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rlsync.copy.cpu import Buffers, bind, bind_pack, bind_unpack, packed_bytes
-from rlsync.plan import Bucket, Copy, Plan
+from rlsync.plan.planner import Bucket, Copy, Plan
 
 _Key = TypeVar("_Key", int, tuple[int, int])
 

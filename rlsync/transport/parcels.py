@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from rlsync.control.shares import ActorParcel, WorkerPart
-from rlsync.geometry import contiguous_strides
-from rlsync.staging import SEGMENT_ALIGNMENT, Region, cut
+from rlsync.layout.geometry import contiguous_strides
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, Region, cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlsync.control import messages as m
-from rlsync.staging import part_offsets
+from rlsync.plan.packing import part_offsets
 from tests.chaos.actors import Actors
 from tests.chaos.engines import Engines, Standing
 from tests.chaos.leaks import SHM

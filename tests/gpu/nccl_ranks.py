@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from rlsync.control.shares import GroupInfo
-from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
-from rlsync.plan import build_plan
-from rlsync.staging import lay_out
+from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
+from rlsync.plan.packing import lay_out
+from rlsync.plan.planner import build_plan
 from rlsync.transport.boxes import Program
 from rlsync.transport.meeting import GroupError, Rendezvous
 from rlsync.transport.nccl import NcclWire

@@ -11,7 +11,7 @@ from vllm import LLM
 from rlsync.engine import compat
 from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import not_in_place
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
 from tests.gpu.engines import KV_CACHE_BYTES
 from tests.integration.engine_source import read_folder
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from rlsync.errors import CheckpointError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
-from rlsync.topology import Topology
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import initial_weights
 from workers.actor import ActorRank

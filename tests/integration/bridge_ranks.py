@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from rlsync import AutoBridge
 from rlsync.errors import CheckpointError, PlacementError, RlsyncError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
-from rlsync.topology import Topology
 
 
 def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:

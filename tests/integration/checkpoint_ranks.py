@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from rlsync import AutoBridge
 from rlsync import checkpoint as checkpoints
 from rlsync.errors import CheckpointError, RlsyncError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.parallel import initialize_parallel
 from rlsync.megatron.train import train_step
-from rlsync.topology import Topology
 
 
 class Trainer:

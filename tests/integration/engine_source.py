@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync import WeightSyncer
 from rlsync.sync.filling import Filling
 

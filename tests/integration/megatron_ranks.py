@@ -14,13 +14,13 @@ from megatron.core import parallel_state
 
 from rlsync.bridge import AutoBridge
 from rlsync.errors import CheckpointError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.state import load_rank_state, save_rank_state
 from rlsync.megatron.train import StepResult, token_scores, train_step
-from rlsync.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

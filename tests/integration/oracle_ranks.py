@@ -16,13 +16,13 @@ from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.engine.handle import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync.inspection import inspect_engines
-from rlsync.topology import Topology
 from rlsync.transport.agreement import gather_bytes
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.models import VOCAB_SIZE

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlsync.cli.paper import paper_worker
 from rlsync.families import model_of
-from rlsync.geometry import Placement
-from rlsync.placement.vllm import placement_of
+from rlsync.layout.geometry import Placement
+from rlsync.layout.recorded import placement_of
 from tests.integration.recorder_models import Worker, engine_config, start_ranks, virtual_rank
 
 

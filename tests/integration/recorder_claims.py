@@ -22,8 +22,8 @@ from vllm.model_executor.model_loader.weight_utils import composed_weight_loader
 
 from rlsync.engine import compat
 from rlsync.engine.recorder import Recording, record
-from rlsync.geometry import TensorSpec
-from rlsync.placement.vllm import tensors_as_read
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.recorded import tensors_as_read
 from tests.integration.recorder_models import Worker, differing, engine_config, executed, same_bits, start_ranks, virtual_rank
 from tests.integration.recorder_toys import COMPUTED, COPIES, SHAPE, Loader, Toy
 from tests.integration.recorder_trace import differences, trace_of

@@ -20,10 +20,9 @@ from vllm.platforms import current_platform
 
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.engine.recorder import Recording, record
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.placement.vllm import placement_of
-from rlsync.plan import build_plan
+from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.layout.recorded import placement_of
+from rlsync.plan.planner import build_plan
 
 
 def engine_config(folder: str | Path, **options: Any) -> Any:

@@ -23,8 +23,8 @@ from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.errors import ConfigError
-from rlsync.geometry import DTYPE_BYTES, Fill, TensorSpec
-from rlsync.staging import Segment
+from rlsync.layout.geometry import DTYPE_BYTES, Fill, TensorSpec
+from rlsync.plan.packing import Segment
 from tests.integration.engine_source import read_folder
 from tests.integration.sink_models import save_case
 from tests.models import VOCAB_SIZE

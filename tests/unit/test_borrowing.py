@@ -12,7 +12,7 @@ from rlsync.control.loans import Allocation, Lent, Loan
 from rlsync.control.messages import Lender
 from rlsync.control.shares import WorkerPart, WorkerShare
 from rlsync.errors import ConfigError
-from rlsync.staging import Region
+from rlsync.plan.packing import Region
 from rlsync.sync.borrowing import LoanInlet
 from rlsync.transport import cuda_ipc
 

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync import staging
 from rlsync.control.shares import GroupInfo, WorkerPart
 from rlsync.copy.cpu import region
 from rlsync.families import model_of
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.staging import Region, cut, divide, lay_out
-from rlsync.topology import Topology
+from rlsync.plan import packing
+from rlsync.plan.packing import Region, cut, divide, lay_out
+from rlsync.plan.planner import build_plan
 from rlsync.transport import parcels
 from rlsync.transport.boxes import Ticket, bind_program
 from rlsync.transport.gloo import GlooWire
@@ -80,7 +80,7 @@ def everybody(scene: Scene, act_out: Any, act_in: Any, timeout_s: float = 30) ->
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 512)
+    monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 512)
 
 
 @pytest.mark.parametrize(("num_slots", "num_steps"), [(1, 1), (1, 7), (2, 7), (3, 40)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsync.buckets import grouped, limits_of
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
+from rlsync.plan.buckets import grouped, limits_of
 
 
 def specs(count: int) -> list[TensorSpec]:

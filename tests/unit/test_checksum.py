@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlsync.copy import checksum as module
 from rlsync.copy.checksum import BASE, LENGTH_WEIGHT, checksum, checksums
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.layout.geometry import DTYPE_BYTES
 
 DTYPES = sorted(DTYPE_BYTES)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync import staging
 from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Settings, quote
@@ -20,13 +19,14 @@ from rlsync.cli.scene import Scene
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.shares import GroupInfo
 from rlsync.families import model_of
-from rlsync.geometry import DTYPE_BYTES
+from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.staging import Memory
+from rlsync.plan import packing
+from rlsync.plan.packing import Memory
 from rlsync.sync import SyncConfig
 from rlsync.sync.carriers import make_outbox
 from rlsync.sync.planning import Blueprint, draw_up
-from rlsync.topology import Topology
 from rlsync.transport.boxes import Inbox
 from rlsync.transport.gloo import GlooWire
 
@@ -206,7 +206,7 @@ def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int,
 def test_paper_counts_the_memory_of_steps(
     axes: dict[str, int], tp_size: int, num_engines: int, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 4096)
+    monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 4096)
     price, blueprint = drawn_up(axes, tp_size, num_engines, "nccl", bucket_bytes)
     assert (price.num_buckets, blueprint.num_steps > 1) == (1, bucket_bytes == 2 * BUCKET_BYTES)
     group = GroupInfo("127.0.0.1", 1, 0, blueprint.members, "nccl", blueprint.num_steps)

@@ -17,9 +17,9 @@ from rlsync.control import messages as m
 from rlsync.control.peer import Peer
 from rlsync.control.server import CoordinatorServer
 from rlsync.errors import WeightSyncError
+from rlsync.plan.verification import SAMPLE_PERIOD
 from rlsync.sync import SyncReport, WeightSyncer, attempt
 from rlsync.sync.tasks import Tasks
-from rlsync.verification import SAMPLE_PERIOD
 from tests.thread_actors import Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 

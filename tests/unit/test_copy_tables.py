@@ -31,7 +31,7 @@ from rlsync.copy.tables import (
     moves_of,
 )
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.geometry import contiguous_strides
+from rlsync.layout.geometry import contiguous_strides
 from tests.copy_pairs import Drawn, Pairs, draw_pairs, give
 from tests.copy_tables import execute, places
 

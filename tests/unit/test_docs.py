@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from rlsync.cli.paper import paper_worker
 from rlsync.families import model_of
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.staging import lay_out
-from rlsync.topology import Topology
+from rlsync.plan.packing import lay_out
+from rlsync.plan.planner import build_plan
 from workers.config import config_table, load_config, register_resolvers
 
 ROOT = Path(__file__).resolve().parents[2]

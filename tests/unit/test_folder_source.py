@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from rlsync.copy.files import shard_files, write_index
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.folder_source import FolderSource
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.plan import build_plan
+from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.plan.planner import build_plan
 from rlsync.sync import Source
 
 

@@ -17,10 +17,10 @@ from torch.distributed import PrefixStore, TCPStore
 from rlsync.control.shares import GroupInfo, WorkerPart
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.families import model_of
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.staging import SEGMENT_ALIGNMENT, lay_out
-from rlsync.topology import Topology
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, lay_out
+from rlsync.plan.planner import build_plan
 from rlsync.transport.gloo import Group, address_towards
 from rlsync.transport.meeting import GroupError, Rendezvous
 from rlsync.transport.parcels import placed, steps_of

@@ -22,16 +22,10 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
             for unit in (
                 "errors",
                 "logs",
-                "topology",
-                "geometry",
+                "layout",
                 "families",
                 "placement",
-                "proof",
-                "buckets",
                 "plan",
-                "links",
-                "staging",
-                "verification",
                 "control",
             )
         ),
@@ -74,7 +68,7 @@ def layer_of(unit: str) -> tuple[int, str, bool]:
 def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Line and full name of everything a module imports, wherever in the file, and uses of ``torch.distributed`` through ``torch``.
 
-    ``from rlsync import geometry`` counts as ``rlsync.geometry``; a public class of the facade as ``rlsync``.
+    ``from rlsync import geometry`` counts as ``rlsync.layout.geometry``; a public class of the facade as ``rlsync``.
     """
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
@@ -138,14 +132,14 @@ def test_layering_test_reads_the_sources() -> None:
         imported for path in (ROOT / "rlsync").rglob("*.py") for _, imported in imported_modules(path.read_text(), "rlsync.x", False)
     ]
     assert any(m.startswith("megatron.") for m in modules)
-    assert any(m.startswith("rlsync.geometry") for m in modules)
+    assert any(m.startswith("rlsync.layout.geometry") for m in modules)
 
 
 @pytest.mark.parametrize(
     ("path", "source", "reason"),
     [
-        ("rlsync/geometry.py", "import torch.distributed as dist", "no process group"),
-        ("rlsync/plan.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
+        ("rlsync/layout/geometry.py", "import torch.distributed as dist", "no process group"),
+        ("rlsync/plan/planner.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
         ("rlsync/copy/cpu.py", "from torch import distributed", "no process group"),
         ("rlsync/families/llama.py", "from rlsync.megatron.model import build_model", "above it"),
         ("rlsync/families/llama.py", "from ..copy import cpu", "above it"),
@@ -174,7 +168,7 @@ def test_forbidden_import_is_found(tmp_path: Path, path: str, source: str, reaso
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("rlsync/plan.py", "from rlsync.geometry import Box\nfrom rlsync import errors\nfrom . import topology"),
+        ("rlsync/plan/planner.py", "from rlsync.layout.geometry import Box\nfrom rlsync import errors\nfrom . import topology"),
         ("rlsync/bridge.py", "from rlsync.megatron.model import build_model\nfrom rlsync.transport import shm\nimport torch.distributed"),
         ("rlsync/engine/worker.py", "from vllm import LLM\nfrom rlsync.engine import sinks\nfrom rlsync.copy.cpu import copy"),
         ("workers/actor.py", "import ray\nfrom rlsync import AutoBridge\nfrom workers.data import load"),
@@ -195,5 +189,7 @@ def test_pure_layers_load_no_framework() -> None:
     program = f"import sys, importlib\nfor m in {present!r}: importlib.import_module(m)\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
-    assert {"rlsync.plan", "rlsync.links", "rlsync.staging", "rlsync.placement.megatron", "rlsync.families.rules"} <= set(present)
+    assert {"rlsync.plan.planner", "rlsync.plan.links", "rlsync.plan.packing", "rlsync.placement.megatron", "rlsync.families.rules"} <= set(
+        present
+    )
     assert not loaded & {"megatron", "vllm", "ray", "torch"}

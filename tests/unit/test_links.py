@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlsync.links import MOST_STEP_BYTES, Traffic, num_steps
+from rlsync.plan.links import MOST_STEP_BYTES, Traffic, num_steps
 
 MIB = 2**20
 

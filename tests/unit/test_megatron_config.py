@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
 from rlsync.megatron.config import model_config, supported_architectures
-from rlsync.topology import Topology
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlsync import staging
+from rlsync.plan import packing
 from rlsync.sync import carriers, group_inlet, invitation, syncer, wires
 from rlsync.transport.gloo import GlooWire
 from tests.thread_actors import SIZES, Actors, holds
@@ -32,7 +32,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (wires, carriers, group_inlet):
         monkeypatch.setattr(module, "message_device", lambda group, device: torch.device("cpu"))
     monkeypatch.setattr(wires, "NcclWire", lambda group, number, timeout_s, device: GlooWire(group, number, timeout_s))
-    monkeypatch.setattr(staging, "LEAST_PIECE_BYTES", 64)
+    monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 64)
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.errors import PlacementError
-from rlsync.geometry import Box, BufferSpec, Fill, Piece, Placement, TensorSpec, contiguous_strides
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.placement.regions import MOST_PARTS, Side, split
-from rlsync.placement.vllm import Write, placement_of, tensors_as_read
-from rlsync.plan import build_plan
+from rlsync.layout.geometry import Box, BufferSpec, Fill, Piece, Placement, TensorSpec, contiguous_strides, whole_tensors
+from rlsync.layout.recorded import Write, placement_of, tensors_as_read
+from rlsync.layout.regions import MOST_REGIONS, Side, split
+from rlsync.plan.planner import build_plan
 from tests.view_chains import memories, region_of, views
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -228,7 +227,7 @@ def test_computed_elements_under_a_later_copy_do_not_count():
 
 
 def test_a_region_of_too_many_boxes_is_a_finding_with_both_shapes():
-    size = MOST_PARTS + 2
+    size = MOST_REGIONS + 2
     tensor = TensorSpec("t", "float32", (3 * size,))
     # Every third element: a transpose of a flat tensor, which has no rows.
     writes = [Write("w", 0, (3, size), (size, 1), "t", 0, (1, 3))]

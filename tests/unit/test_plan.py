@@ -14,12 +14,22 @@ from rlsync.cli.paper import paper_worker
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.errors import PlacementError
 from rlsync.families import model_of
-from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, box_in_buffer, contiguous_strides
-from rlsync.links import traffic
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import (
+    Box,
+    BufferSpec,
+    Fill,
+    Location,
+    Piece,
+    Placement,
+    TensorSpec,
+    box_in_buffer,
+    contiguous_strides,
+    whole_tensors,
+)
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.topology import Topology
+from rlsync.plan.links import traffic
+from rlsync.plan.planner import build_plan
 
 
 def config(architecture: str, *, tied: bool = False, heads: int = 4, groups: int = 2, layers: int = 4, vocab: int = 37) -> dict:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from rlsync.copy.cpu import bind, region, write_fills
 from rlsync.errors import PlacementError
-from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
-from rlsync.links import link_class, traffic
-from rlsync.plan import Plan, build_plan
+from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.plan.links import link_class, traffic
+from rlsync.plan.planner import Plan, build_plan
 
 LOCATIONS = [None, *(Location(host, device) for host in "ab" for device in (None, "gpu 0", "gpu 1"))]
 SENTINEL = -77.0

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper import Experts
-from rlsync.geometry import Box
-from rlsync.plan import build_plan
+from rlsync.layout.geometry import Box
+from rlsync.plan.planner import build_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 

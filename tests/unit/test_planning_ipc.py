@@ -14,9 +14,8 @@ from rlsync.control.loans import Lent, Loan
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.shares import GroupInfo, RingInfo
 from rlsync.errors import ConfigError
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.staging import Part
+from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.plan.packing import Part
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.lending import memory_of
 from rlsync.sync.planning import Blueprint, draw_up

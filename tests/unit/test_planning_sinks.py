@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlsync.control.messages import Recorded, Surveyed
-from rlsync.geometry import Placement, TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import draw_up
 from tests.unit.test_planning_ipc import TENSORS, actor, worker

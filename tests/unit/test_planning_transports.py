@@ -10,8 +10,7 @@ import pytest
 from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.control.shares import GroupInfo, RingInfo
 from rlsync.errors import ConfigError
-from rlsync.geometry import TensorSpec
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import Blueprint, draw_up
 

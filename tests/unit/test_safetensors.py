@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
 from rlsync.errors import CheckpointError
-from rlsync.geometry import TensorSpec
-from rlsync.placement.safetensors import INDEX_NAME, read_checkpoint
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.safetensors import INDEX_NAME, read_checkpoint
 
 SPECS = (TensorSpec("a", "float32", (3, 5)), TensorSpec("b", "bfloat16", (7,)), TensorSpec("c", "int64", ()))
 

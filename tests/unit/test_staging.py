@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from rlsync.control.shares import RingInfo
 from rlsync.copy.cpu import region
 from rlsync.families import model_of
-from rlsync.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
-from rlsync.links import traffic
-from rlsync.placement.huggingface import whole_tensors
+from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
+from rlsync.layout.topology import Topology
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
-from rlsync.staging import SEGMENT_ALIGNMENT, Part, lay_out, part_offsets
+from rlsync.plan.links import traffic
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, Part, lay_out, part_offsets
+from rlsync.plan.planner import build_plan
 from rlsync.sync.filling import Filler
 from rlsync.sync.planning import Blueprint
-from rlsync.topology import Topology
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 24, "intermediate_size": 40, "vocab_size": 37, "head_dim": 6,

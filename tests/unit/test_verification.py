@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsync.verification import SAMPLE_PERIOD, num_rounds, round_of, rounds_in
+from rlsync.plan.verification import SAMPLE_PERIOD, num_rounds, round_of, rounds_in
 
 
 def is_verified(mode: str, number: int, turn: int) -> bool:

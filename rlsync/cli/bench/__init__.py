@@ -27,7 +27,7 @@ from rlsync.cli.bench.measured import Measured
 from rlsync.cli.bench.memory import Watch
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError, RlsyncError
-from rlsync.topology import Topology
+from rlsync.layout.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

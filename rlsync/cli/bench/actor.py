@@ -14,11 +14,11 @@ import torch.distributed as dist
 from rlsync.bridge import AutoBridge
 from rlsync.cli.bench.spec import Spec
 from rlsync.engine.peer_worker import Row, allocated_bytes, views
+from rlsync.layout.geometry import whole_tensors
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.parallel import compute_device, initialize_parallel
-from rlsync.placement.huggingface import whole_tensors
-from rlsync.plan import build_plan
+from rlsync.plan.planner import build_plan
 from rlsync.source import MegatronSource
 from rlsync.transport.agreement import gather_bytes
 from rlsync.transport.exchange import Exchange

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
 from rlsync.sync.config import SyncConfig
-from rlsync.topology import Topology
 
 AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
 ENGINES = {"tp": "tp_size", "engines": "num_engines"}

@@ -13,10 +13,10 @@ from typing import Any
 from rlsync.cli.bench.spec import Spec
 from rlsync.cli.paper import paper_worker
 from rlsync.families import model_of
-from rlsync.geometry import Location, Placement, TensorSpec
-from rlsync.links import LINK_NAMES, traffic
+from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan import build_plan
+from rlsync.plan.links import LINK_NAMES, traffic
+from rlsync.plan.planner import build_plan
 
 FLOOR = (
     "of the engine worker with the highest: bytes that actor ranks on its GPU hold / speed of a copy on that GPU, plus all others / "

@@ -18,8 +18,8 @@ from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import owner
 from rlsync.engine.sinks.direct import plain
 from rlsync.engine.state import state_difference, state_hashes
-from rlsync.geometry import Fill
-from rlsync.staging import Segment
+from rlsync.layout.geometry import Fill
+from rlsync.plan.packing import Segment
 
 
 @dataclass(frozen=True, slots=True)

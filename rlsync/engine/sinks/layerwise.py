@@ -17,7 +17,7 @@ from rlsync.copy.cpu import write_fills
 from rlsync.engine import compat_layers, compat_reload
 from rlsync.engine.sinks.choice import owner
 from rlsync.engine.sinks.direct import plain
-from rlsync.geometry import Fill
+from rlsync.layout.geometry import Fill
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rlsync.engine import compat, compat_attention, compat_reload
 from rlsync.engine.finishing import Finishing
 from rlsync.engine.sinks import Arrival
-from rlsync.geometry import TensorSpec
-from rlsync.staging import SEGMENT_ALIGNMENT, Segment
+from rlsync.layout.geometry import TensorSpec
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, Segment
 
 
 class LoadersSink:

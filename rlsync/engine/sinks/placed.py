@@ -17,8 +17,8 @@ from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import SinkName
 from rlsync.engine.sinks.direct import DirectBuffers
 from rlsync.engine.sinks.layerwise import LayerwiseBuffers
-from rlsync.geometry import Fill
-from rlsync.staging import Segment
+from rlsync.layout.geometry import Fill
+from rlsync.plan.packing import Segment
 
 
 class PlacedSink:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rlsync.copy.cpu import CopyProgram, region
-from rlsync.staging import Segment
+from rlsync.plan.packing import Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from itertools import islice
 from math import prod
 from operator import le
 
-from rlsync.geometry import DTYPE_BYTES, Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
+from rlsync.layout.geometry import DTYPE_BYTES, Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
 
 # What lies in a buffer, under its tensor's name or as "padding": offset, shape and strides in elements.
 _Part = tuple[str, int, tuple[int, ...], tuple[int, ...]]

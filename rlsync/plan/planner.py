@@ -12,15 +12,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, replace
 from math import prod
 
-from rlsync.buckets import grouped, limits_of
 from rlsync.errors import PlacementError
-from rlsync.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
-from rlsync.links import link_class
-from rlsync.proof import examine, first_of, listing_findings
+from rlsync.layout.geometry import DTYPE_BYTES, FLOATS, Box, Piece, Placement, TensorSpec, collapse, cover
+from rlsync.plan.buckets import grouped, limits_of
+from rlsync.plan.links import link_class
+from rlsync.plan.proof import examine, first_of, listing_findings
 
 # The mean work of a source has so many shares; a piece of two or more is divided among the replicas that have it.
 _SHARES_PER_SOURCE = 100
-FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from rlsync.geometry import Box, collapse, contiguous_strides
+from rlsync.layout.geometry import Box, collapse, contiguous_strides
 
 # More boxes than this are taken for a region that has none: a transpose flattened to single elements.
-MOST_PARTS = 1 << 14
+MOST_REGIONS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StridedRegion:
     """A region that is a box of the shape of every side: each of its dims (none of size 1) runs along one dim of each."""
 
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Part:
         return Box(start, tuple(stop))
 
 
-def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_PARTS) -> list[Part] | None:
+def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_REGIONS) -> list[StridedRegion] | None:
     """Parts that together are the region, each of its elements once, or None where that takes more than ``most`` parts.
 
     Every side must be inside its memory. An empty region has no parts.
@@ -74,8 +74,8 @@ def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_PARTS) -
         return []
     order = sorted(range(len(shape)), key=lambda d: [-side.strides[d] for side in sides])
     dims, strides = collapse([shape[d] for d in order], *([side.strides[d] for d in order] for side in sides))
-    waiting = [Part(dims, tuple(Side(side.grid, side.offset, steps) for side, steps in zip(sides, strides, strict=True)))]
-    done: list[Part] = []
+    waiting = [StridedRegion(dims, tuple(Side(side.grid, side.offset, steps) for side, steps in zip(sides, strides, strict=True)))]
+    done: list[StridedRegion] = []
     while waiting:
         part = waiting.pop()
         pieces = _cut(part, most)
@@ -88,7 +88,7 @@ def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_PARTS) -
     return done
 
 
-def _cut(part: Part, most: int) -> list[Part] | None:
+def _cut(part: StridedRegion, most: int) -> list[StridedRegion] | None:
     """Parts that are nearer to boxes, or None when this one is a box on every side."""
     for side in part.sides:
         start, runs = side.start, dict[int, int]()
@@ -109,26 +109,26 @@ def _cut(part: Part, most: int) -> list[Part] | None:
     return None
 
 
-def _single(part: Part, dim: int, most: int) -> list[Part]:
+def _single(part: StridedRegion, dim: int, most: int) -> list[StridedRegion]:
     """One part for each index of a dim; at most one more than is allowed."""
     return [_drop(_range(part, dim, i, i + 1), dim) for i in range(min(part.shape[dim], most + 1))]
 
 
-def _range(part: Part, dim: int, start: int, stop: int) -> Part:
+def _range(part: StridedRegion, dim: int, start: int, stop: int) -> StridedRegion:
     sides = (Side(s.grid, s.offset + start * s.strides[dim], s.strides) for s in part.sides)
-    return Part((*part.shape[:dim], stop - start, *part.shape[dim + 1 :]), tuple(sides))
+    return StridedRegion((*part.shape[:dim], stop - start, *part.shape[dim + 1 :]), tuple(sides))
 
 
-def _drop(part: Part, dim: int) -> Part:
+def _drop(part: StridedRegion, dim: int) -> StridedRegion:
     sides = (Side(s.grid, s.offset, (*s.strides[:dim], *s.strides[dim + 1 :])) for s in part.sides)
-    return Part((*part.shape[:dim], *part.shape[dim + 1 :]), tuple(sides))
+    return StridedRegion((*part.shape[:dim], *part.shape[dim + 1 :]), tuple(sides))
 
 
-def _unflatten(part: Part, dim: int, inner: int) -> Part:
+def _unflatten(part: StridedRegion, dim: int, inner: int) -> StridedRegion:
     rows = part.shape[dim] // inner
     split_dim = (rows, inner) if rows > 1 else (inner,)
     sides = []
     for s in part.sides:
         steps = (s.strides[dim] * inner, s.strides[dim]) if rows > 1 else (s.strides[dim],)
         sides.append(Side(s.grid, s.offset, (*s.strides[:dim], *steps, *s.strides[dim + 1 :])))
-    return Part((*part.shape[:dim], *split_dim, *part.shape[dim + 1 :]), tuple(sides))
+    return StridedRegion((*part.shape[:dim], *split_dim, *part.shape[dim + 1 :]), tuple(sides))

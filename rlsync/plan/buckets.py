@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
 
 # By name of a tensor: bytes by holder. Whoever gives and whoever takes are two holders.
 Shares = Mapping[str, Mapping[Hashable, int]]

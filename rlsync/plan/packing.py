@@ -16,8 +16,8 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from rlsync.geometry import DTYPE_BYTES, BufferSpec, contiguous_strides
-from rlsync.plan import Copy, Plan
+from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, contiguous_strides
+from rlsync.plan.planner import Copy, Plan
 
 # Segments start at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
 SEGMENT_ALIGNMENT = 64

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rlsync.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides, cover
-from rlsync.placement.regions import Part, Side, split
-from rlsync.plan import FLOATS
+from rlsync.layout.geometry import FLOATS, Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides, cover
+from rlsync.layout.regions import Side, StridedRegion, split
 
 # A tensor of which more boxes are read is given whole: each costs a copy.
 MOST_BOXES_READ = 64
@@ -118,7 +117,7 @@ def _boxes_read(tensor: TensorSpec, writes: Sequence[Write]) -> list[Box] | None
 
 def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | Undescribed:
     """Pieces and fills of one buffer, or what is wrong with it."""
-    parts: list[tuple[Box, Part, Write]] = []
+    parts: list[tuple[Box, StridedRegion, Write]] = []
     for write in writes:
         found = _parts(buffer, write, specs)
         if isinstance(found, str):
@@ -147,7 +146,7 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
     return pieces, fills
 
 
-def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> list[Part] | str:
+def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> list[StridedRegion] | str:
     """Boxes of a write; side 0 is the buffer, side 1 the tensor."""
     here = Side(buffer.shape, write.offset, write.strides)
     sides, what = [here], f"{buffer.name} {buffer.shape}"
@@ -163,7 +162,7 @@ def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> li
     return f"{what}: the region written {here.offset, write.shape, here.strides} is no combination of boxes" if parts is None else parts
 
 
-def _piece(buffer: BufferSpec, box: Box, part: Part, tensor: str) -> Piece:
+def _piece(buffer: BufferSpec, box: Box, part: StridedRegion, tensor: str) -> Piece:
     """The piece of a box that lies in a part."""
     whole, here = part.box(1), part.box(0)
     steps = contiguous_strides(buffer.shape)

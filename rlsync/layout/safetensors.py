@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsync.errors import CheckpointError
-from rlsync.geometry import TensorSpec
+from rlsync.layout.geometry import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {

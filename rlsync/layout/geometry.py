@@ -6,7 +6,7 @@ a holder's memory: HF element ``h`` lies at ``offset + sum((h[d] - box.start[d])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -84,6 +84,8 @@ DTYPE_BYTES = {
     "float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2,
     "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
+# Dtypes between which a copy may cast.
+FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,3 +238,13 @@ def box_in_buffer(buffer: BufferSpec, offset: int, shape: Sequence[int], strides
             return None
         extent[dims[0]] = size
     return None if rest else Box(tuple(start), tuple(a + e for a, e in zip(start, extent, strict=True)))
+
+
+def whole_tensors(holder: str, tensors: Iterable[TensorSpec]) -> Placement:
+    """Every tensor complete and contiguous in a buffer of its name: an open checkpoint, a stream of exported tensors, a bucket."""
+    tensors = tuple(tensors)
+    return Placement(
+        holder,
+        tuple(BufferSpec(t.name, t.dtype, t.shape) for t in tensors),
+        tuple(Piece(t.name, Box.whole(t.shape), t.name, 0, contiguous_strides(t.shape)) for t in tensors),
+    )

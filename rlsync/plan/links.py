@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlsync.geometry import DTYPE_BYTES, Location
+from rlsync.layout.geometry import DTYPE_BYTES, Location
 
 if TYPE_CHECKING:
-    from rlsync.plan import Plan
+    from rlsync.plan.planner import Plan
 
 LINK_NAMES = ("same device", "same host", "other host")
 # Of messages between GPUs. Larger ones were measured to take as long (benchmarks/RESULTS.md), and memory at both ends.
