@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     # Ranks of an actor come by here, and would import vLLM for nothing.
     from rlsync.engine.handle import Engine
 
+# Specs of an actor's layers that can be built here; TransformerEngine's takes a GPU besides, as all of these tests do.
+LAYERS = ("local", "te") if importlib.util.find_spec("transformer_engine") else ("local",)
 # Named, because what vLLM finds out at its start is wrong where others take memory meanwhile.
 KV_CACHE_BYTES = 2**28
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]

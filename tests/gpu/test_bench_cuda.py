@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.engines import LAYERS
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -45,12 +47,18 @@ def bench(out: Path, *words: str) -> dict:
             ["gather-broadcast", "vllm-ipc"],
         ),
         (["--actor", "tp=1", "--rollout", "tp=1", "--placement", "disaggregated"], ["gather-broadcast", "vllm-nccl"]),
+        pytest.param(
+            ["--actor", "tp=2", "--rollout", "tp=2", "--layers", "te", "--peers", "gather-broadcast"],
+            ["gather-broadcast"],
+            marks=pytest.mark.skipif("te" not in LAYERS, reason="TransformerEngine is not installed"),
+        ),
     ],
-    ids=["collocated", "disaggregated"],
+    ids=["collocated", "disaggregated", "transformer-engine"],
 )
 def test_every_way_leaves_the_same_weights(tmp_path: Path, words: list[str], peers: list[str]) -> None:
     found = bench(tmp_path, *words)
     assert all(case["right"] for case in found["cases"])
+    assert found["layers"] == ("te" if "te" in LAYERS else "local"), "of the actor: TransformerEngine's where it is installed"
     assert [case["name"] for case in found["cases"] if case["kind"] == "peer"] == peers
     for case in found["cases"]:
         # The driver counts what torch does not. Peers keep more with each transfer.

@@ -14,7 +14,7 @@ import torch
 from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from tests.gpu.actor import GpuActor
-from tests.gpu.engines import Answers, State, addresses, answers, start, state, told, worst
+from tests.gpu.engines import LAYERS, Answers, State, addresses, answers, start, state, told, worst
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
@@ -145,8 +145,9 @@ def test_engines_that_slept_become_fresh_ones(pair: Pair, staging: str) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_an_engine_of_two_workers_follows_a_megatron_actor_of_two(tmp_path: Path) -> None:
-    _follow(tmp_path, "qwen2", {"tp_size": 2}, "bfloat16", ["0,1"], enforce_eager=True)
+@pytest.mark.parametrize("spec", LAYERS)
+def test_an_engine_of_two_workers_follows_a_megatron_actor_of_two(tmp_path: Path, spec: str) -> None:
+    _follow(tmp_path, "qwen2", {"tp_size": 2}, "bfloat16", ["0,1"], enforce_eager=True, spec=spec)
 
 
 @pytest.mark.gpu(4)
@@ -166,11 +167,13 @@ def test_engines_follow_a_megatron_actor_of_four(
     _follow(tmp_path, "qwen3", topology, dtype, gpus, enforce_eager=enforce_eager)
 
 
-def _follow(root: Path, family: str, topology: dict[str, int], dtype: str, gpus: list[str], *, enforce_eager: bool) -> None:
+def _follow(
+    root: Path, family: str, topology: dict[str, int], dtype: str, gpus: list[str], *, enforce_eager: bool, spec: str = "auto"
+) -> None:
     folder = save_tiny_model(root / "hf", family)
     outputs = run_ranks(
         len({gpu for several in gpus for gpu in several.split(",")}), "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=480,
         folder=str(folder), topology=topology, out_dir=str(root), dtype=dtype, enforce_eager=enforce_eager, gpus=gpus, transport="ipc",
-        verify="full",
+        verify="full", spec=spec,
     )  # fmt: skip
     print(f"\nMEGATRON {topology} -> {gpus}: " + outputs[0][outputs[0].index("ORACLE") :].splitlines()[0])

@@ -36,7 +36,7 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
         bridge = AutoBridge.from_pretrained(case["folder"])
         models = bridge.get_model(
             case["folder"], topology=topology, bf16=False, wrap_with_ddp=False, make_vocab_size_divisible_by=case.get("divisor", 1),
-            overrides=case.get("overrides"),
+            overrides=case.get("overrides"), spec=case.get("spec", "auto"),
         )  # fmt: skip
         original = load_folder(case["folder"])
         exported = dict(bridge.export_weights(models, bucket_bytes=50_000))
@@ -76,7 +76,7 @@ def check_logits(models: list[torch.nn.Module], case: dict) -> None:
         logits = gather_from_tensor_model_parallel_region(outputs[0])[..., : expected.shape[-1]]
         difference = (logits - expected).abs().max().item()
         assert difference <= 1e-4, f"{case['folder']} {case['topology']}: logits differ by {difference}"
-        print(f"LOGITS {case['topology']} {difference:.2e}", flush=True)
+        print(f"LOGITS {case.get('spec', 'auto')} {case['topology']} {difference:.2e}", flush=True)
 
 
 def check_saved(bridge, topology, models, saved: Path, original, case) -> None:

@@ -82,11 +82,13 @@ def compare(
     enforce_eager: bool = True,
     ddp: dict[str, Any] | None = None,
     gpus: list[str] | None = None,
+    spec: str = "auto",
     **config: Any,
 ) -> None:
     """Several syncs of a changing actor; then the synced engines against one started from the exported ``hf_model``.
 
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
+    ``spec``: of the actor's layers, as ``rlsync.megatron.specs.block_spec`` knows them.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
@@ -98,7 +100,7 @@ def compare(
     say("engines started")
     wait_for_all()
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})))
+    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec)
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     syncer = WeightSyncer(
         MegatronSource(bridge, models),
@@ -138,7 +140,7 @@ def compare(
         fresh.close()
         # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
-        print(f"ORACLE {worst:.1e} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+        print(f"ORACLE {worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
 
 
 def apart(fresh: Engine, held: dict[tuple[str, int], dict[str, str]], answers: list[list[Completion]]) -> float:

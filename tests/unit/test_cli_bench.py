@@ -60,6 +60,7 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
         (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
         (["--peers", "vllm-nccl"], "--peers vllm-nccl works disaggregated on GPUs, and this bench is without GPUs"),
         (["--steps", "0"], "--steps is 0"),
+        (["--layers", "te"], "--layers te needs TransformerEngine and a CUDA device; install it, or use --layers local or auto"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
@@ -85,6 +86,14 @@ def test_gpus_are_shared_where_collocated_and_disjoint_where_not() -> None:
     assert spec.devices_of("disaggregated", 2, 1, 2, "0123") == ((0, 1), ((2, 3),))
     with pytest.raises(ConfigError, match="2 actor ranks and 4 engine workers need 6 GPUs, and 4 are visible"):
         spec.devices_of("disaggregated", 2, 2, 2, "0123")
+
+
+def test_layers_are_those_of_transformer_engine_where_it_is_installed_and_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, devices, automatic in ((None, "0", "local"), (True, "", "local"), (True, "0", "te")):
+        monkeypatch.setattr(spec.importlib.util, "find_spec", {"transformer_engine": installed}.get)
+        assert spec.layers_of("auto", devices) == automatic
+        assert spec.layers_of("local", devices) == "local"
+    assert spec.layers_of("te", "0") == "te"
 
 
 def test_a_spec_survives_its_file(tmp_path: Path) -> None:

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peers", help=f"of {', '.join(specs.PEERS)}; none; default: all that can be on this placement and device")
     add("--steps", type=int, default=10, help="measured steps of each case")
     add("--warmup", type=int, default=3, help="steps before them")
+    add(
+        "--layers",
+        choices=("auto", "local", "te"),
+        default="auto",
+        help="of the actor: Megatron-Core's local ones, TransformerEngine's, or auto: TransformerEngine's where it is installed",
+    )
     add("--cuda-graphs", action="store_true", help="let the engines compile and capture, which takes a minute more to start")
     add("--timeout-s", type=float, default=120.0, help="weight_sync.timeout_s, and of each call of an engine")
     add("--deadline-s", type=float, default=1200.0, help="of the whole bench; then all processes are killed")
@@ -112,6 +118,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         engine_gpus=engine_gpus,
         devices=devices,
         cuda_graphs=arguments.cuda_graphs,
+        layers=specs.layers_of(arguments.layers, devices),
         token=secrets.token_hex(16),
     )
     # Both sides on paper: what does not fit is said before anything starts.

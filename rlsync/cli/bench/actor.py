@@ -51,7 +51,7 @@ class Actor:
         bridge = AutoBridge.from_config(spec.config)
         # Gradients are not looked at, and take as little as they can.
         ddp = DdpOptions(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
-        self._models = bridge.get_model(ddp=ddp, bf16=True)
+        self._models = bridge.get_model(ddp=ddp, bf16=True, spec=spec.layers)
         self.source = MegatronSource(bridge, self._models)
         self._memory = ActorMemory(self._models)
         self.turned = False

@@ -31,6 +31,7 @@ def summary(
         "rollout": {"tp_size": spec.engine_tp, "num_engines": spec.num_engines},
         "placement": spec.placement,
         "cuda_graphs": spec.cuda_graphs,
+        "layers": spec.layers,
         "steps": spec.steps,
         "warmup": spec.warmup,
         "floors": {**floors, "floor": work.FLOOR, "floor_s": floor_s},

@@ -34,7 +34,8 @@ def _head(result: Mapping[str, Any]) -> str:
         speeds.append(f"{max(floors['peer_gb_per_s'].values()):.0f} GB/s from another GPU")
     most = max(w["same_bytes"] + w["peer_bytes"] for w in workers)
     return (
-        f"{result['model']}, {result['placement']}: {len(workers)} engine worker(s) receive up to {most / 1e9:.3f} GB each; "
+        f"{result['model']}, {result['placement']}, actor layers {result['layers']}: "
+        f"{len(workers)} engine worker(s) receive up to {most / 1e9:.3f} GB each; "
         f"{', '.join(speeds)} (bytes that arrive): floor {_ms(floors['floor_s'])} ms"
     )
 

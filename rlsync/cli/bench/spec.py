@@ -5,11 +5,12 @@ Knows sizes and settings; starts nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,6 +21,7 @@ from rlsync.sync.config import SyncConfig
 AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
 ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 PLACEMENTS = ("collocated", "disaggregated")
+Layers = Literal["local", "te"]
 # What the words of --mode are as weight_sync.staging. MOVED: the actor's weights are away between syncs, and then in other memory.
 MOVED = "moved"
 MODES = {"params": "auto", "ring": "always", MOVED: "auto"}
@@ -68,6 +70,7 @@ class Spec:
 
     Attributes:
         config: content of config.json.
+        layers: of the actor: Megatron-Core's local ones or TransformerEngine's.
         folder: of this run: config.json, sockets, floors, results.
         actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
@@ -92,6 +95,7 @@ class Spec:
     engine_gpus: tuple[tuple[int, ...], ...]
     devices: tuple[str, ...]
     cuda_graphs: bool
+    layers: Layers
     token: str
     seed: int = 0
     peer_bucket_bytes: int = 512 * 2**20
@@ -198,6 +202,17 @@ def peers(text: str | None, scene: str) -> tuple[str, ...]:
                 f"leave it out, or choose {', '.join(possible) or 'none'}"
             )
     return tuple(dict.fromkeys(names))
+
+
+def layers_of(asked: str, devices: Sequence[str]) -> Layers:
+    """What ``--layers`` is here, as ``decoder_gpt`` of ``actor.spec_name`` is: "auto" takes TransformerEngine where it is installed.
+
+    Raises ConfigError for "te" where it is not, or where there is no GPU.
+    """
+    has_te = bool(devices) and importlib.util.find_spec("transformer_engine") is not None
+    if asked == "te" and not has_te:
+        raise ConfigError("--layers te needs TransformerEngine and a CUDA device; install it, or use --layers local or auto")
+    return "te" if has_te and asked != "local" else "local"
 
 
 def devices_of(
