@@ -10,10 +10,10 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
-from rlsync.control.roster import Expected
-from rlsync.control.shares import ActorShare, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import ActorShare, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator.roster import Expected
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 
 _WORKERS = 8

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper import QWEN25_05B
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.engine.handle import Engine
 from rlsync.families import model_of
 from rlsync.layout.geometry import TensorSpec, whole_tensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlsync.control.shares import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
+from rlsync.coordinator.assignments import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
 from rlsync.copy.cpu import region
 from rlsync.plan.packing import Part
 from rlsync.transport.boxes import Inbox, Outbox, Program, Wire, bind_program

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsync.control.loans import Allocation
+from rlsync.coordinator.assignments import Allocation
 from rlsync.copy import sums
 from rlsync.copy.cuda import strided
 from rlsync.copy.tables import Move, Strided, build_tables, moved

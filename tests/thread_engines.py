@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from rlsync.control import messages as m
-from rlsync.control.peer import Peer
-from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import WorkerPart, WorkerShare
+from rlsync.coordinator.client import Peer
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.pull import Pull
 from rlsync.engine.sinks.slots import SlotArrival

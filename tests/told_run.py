@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
-from rlsync.control.roster import Expected
-from rlsync.control.shares import ActorShare, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import ActorShare, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator.roster import Expected
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 
 CATALOGUE = m.Catalogue(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")

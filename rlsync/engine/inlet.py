@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from rlsync.control.messages import Lender
+from rlsync.coordinator.messages import Lender
 from rlsync.engine.sinks import Arrival
 
 

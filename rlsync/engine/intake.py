@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlsync.control.messages import Recorded
+from rlsync.coordinator.messages import Recorded
 from rlsync.engine import compat_reload
 from rlsync.engine.recorder import Recording, record
 from rlsync.engine.sinks import Sink

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from rlsync.control import messages as m
-from rlsync.control.peer import Peer, pid_domain
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import Peer, pid_domain
 from rlsync.engine import compat
 from rlsync.engine.infos import InitInfo
 from rlsync.engine.inlet import Inlet

@@ -12,7 +12,7 @@ import time
 
 import psutil
 
-from rlsync.control.peer import pid_domain
+from rlsync.coordinator.client import pid_domain
 
 _VARIABLE = "RLSYNC_ENGINE_OWNER"
 _THREAD = "rlsync-owner"

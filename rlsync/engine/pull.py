@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from rlsync.engine.verifier import Check, Verifier
 
 

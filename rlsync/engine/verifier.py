@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.control.shares import WorkerShare
+from rlsync.coordinator.assignments import WorkerShare
 from rlsync.copy.cpu import region
 from rlsync.copy.sums import Begun, Sums, Views, place_of
 from rlsync.errors import RlsyncError

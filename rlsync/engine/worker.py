@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from rlsync.control import messages as m
-from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import WorkerPart, WorkerShare
 from rlsync.engine import compat, compat_faults
 from rlsync.engine.infos import InitInfo, UpdateInfo
 from rlsync.engine.inlet import Inlet

@@ -10,9 +10,9 @@ from functools import partial
 
 import msgspec
 
-from rlsync.control import messages as m
-from rlsync.control.loans import Loan
-from rlsync.control.peer import Peer
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import Loan
+from rlsync.coordinator.client import Peer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig

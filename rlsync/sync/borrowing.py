@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.control.loans import Allocation, Loan
-from rlsync.control.messages import Lender
-from rlsync.control.shares import WorkerShare
+from rlsync.coordinator.assignments import Allocation, Loan, WorkerShare
+from rlsync.coordinator.messages import Lender
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.copy.tables import Strided, moves_of
 from rlsync.errors import ConfigError

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from rlsync.control.loans import Loan
-from rlsync.control.shares import ActorShare, GroupInfo, RingInfo, WorkerShare
+from rlsync.coordinator.assignments import ActorShare, GroupInfo, Loan, RingInfo, WorkerShare
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.lending import Lender
 from rlsync.sync.planning import Blueprint

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from rlsync.control.messages import Sum
-from rlsync.control.shares import ActorParcel, ActorPart, ActorShare
+from rlsync.coordinator.assignments import ActorParcel, ActorPart, ActorShare
+from rlsync.coordinator.messages import Sum
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided

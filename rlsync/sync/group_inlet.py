@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rlsync.control.messages import Lender
-from rlsync.control.shares import WorkerShare
+from rlsync.coordinator.assignments import WorkerShare
+from rlsync.coordinator.messages import Lender
 from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.sync.tasks import Lane, Tasks

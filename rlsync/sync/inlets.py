@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rlsync.control.messages import Lender
-from rlsync.control.shares import RingInfo, WorkerShare
+from rlsync.coordinator.assignments import RingInfo, WorkerShare
+from rlsync.coordinator.messages import Lender
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.sync.borrowing import LoanInlet

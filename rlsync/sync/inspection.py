@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from rlsync.control.inspection import Inspection, Place
-from rlsync.control.server import CoordinatorServer
+from rlsync.coordinator.inspection import Inspection, Place
+from rlsync.coordinator.server import CoordinatorServer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe

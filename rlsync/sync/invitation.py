@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from rlsync.control import messages as m
-from rlsync.control.peer import pid_domain
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import pid_domain
 from rlsync.sync.lending import memory_of
 from rlsync.sync.source import Source, source_digest
 from rlsync.transport.shm import shm_domain

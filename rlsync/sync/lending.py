@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from rlsync.control.loans import Lent, Loan
-from rlsync.control.shares import ActorShare
+from rlsync.coordinator.assignments import ActorShare, Lent, Loan
 from rlsync.errors import PlacementError
 from rlsync.plan.packing import Memory
 from rlsync.transport import cuda_ipc

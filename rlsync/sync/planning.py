@@ -12,9 +12,9 @@ from typing import Literal
 
 import msgspec
 
-from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.control.roster import Member
-from rlsync.control.shares import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator.assignments import ActorParcel, ActorPart, ActorShare, GroupInfo, RingInfo, WorkerPart, WorkerShare
+from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
+from rlsync.coordinator.roster import Member
 from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.plan.links import Traffic, num_steps, traffic
 from rlsync.plan.packing import Part, Region, fills_buckets, is_staged, lay_out, part_offsets

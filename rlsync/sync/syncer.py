@@ -17,12 +17,12 @@ import torch
 import zmq
 
 from rlsync import logs
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
-from rlsync.control.peer import Peer, to_exception
-from rlsync.control.roster import Expected, some
-from rlsync.control.server import CoordinatorServer
-from rlsync.control.shares import ActorShare
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import ActorShare
+from rlsync.coordinator.client import Peer, to_exception
+from rlsync.coordinator.roster import Expected, some
+from rlsync.coordinator.server import CoordinatorServer
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rlsync.control.messages import ActorHello, Surveyed, WorkerHello
-from rlsync.control.roster import Member, some
+from rlsync.coordinator.messages import ActorHello, Surveyed, WorkerHello
+from rlsync.coordinator.roster import Member, some
 from rlsync.errors import ConfigError
 
 # Transports that carry messages between the members of a group.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.transport.boxes import Wire
 from rlsync.transport.gloo import GlooWire
 from rlsync.transport.nccl import NcclWire

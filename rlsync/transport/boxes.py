@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rlsync.control.shares import ActorShare, WorkerShare
+from rlsync.coordinator.assignments import ActorShare, WorkerShare
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.plan.packing import Region

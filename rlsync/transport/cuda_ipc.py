@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from rlsync.control.loans import Allocation
+from rlsync.coordinator.assignments import Allocation
 from rlsync.errors import ConfigError, RlsyncError
 
 HANDLE_BYTES = 64

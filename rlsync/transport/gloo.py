@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Work
 
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.transport.meeting import PATIENCE, GroupError, call_the_roll, compare, enter, seconds, sentence
 
 # No message has this tag: buckets are counted from 0.

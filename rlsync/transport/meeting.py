@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.errors import RlsyncError
 
 # A wait for a group ends before the deadline of the phase it is in, so that the error says whom it was for.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.transport.meeting import PATIENCE, GroupError, call_the_roll, compare, enter
 from rlsync.transport.nccl_library import Communicator, NcclError, nccl_version, unique_id
 

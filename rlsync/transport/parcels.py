@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.control.shares import ActorParcel, WorkerPart
+from rlsync.coordinator.assignments import ActorParcel, WorkerPart
 from rlsync.layout.geometry import contiguous_strides
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, Region, cut
 

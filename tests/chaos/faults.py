@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from rlsync.plan.packing import part_offsets
 from tests.chaos.actors import Actors
 from tests.chaos.engines import Engines, Standing

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
-from rlsync.control.server import CoordinatorServer
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.server import CoordinatorServer
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.engine.handle import Engine
 
 # How far through its buckets a sync is.

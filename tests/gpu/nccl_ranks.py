@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan

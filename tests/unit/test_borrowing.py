@@ -8,9 +8,8 @@ import msgspec
 import pytest
 import torch
 
-from rlsync.control.loans import Allocation, Lent, Loan
-from rlsync.control.messages import Lender
-from rlsync.control.shares import WorkerPart, WorkerShare
+from rlsync.coordinator.assignments import Allocation, Lent, Loan, WorkerPart, WorkerShare
+from rlsync.coordinator.messages import Lender
 from rlsync.errors import ConfigError
 from rlsync.plan.packing import Region
 from rlsync.sync.borrowing import LoanInlet

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.control.shares import GroupInfo, WorkerPart
+from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import region
 from rlsync.families import model_of
 from rlsync.layout.geometry import DTYPE_BYTES

@@ -16,8 +16,8 @@ from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
-from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.control.shares import GroupInfo
+from rlsync.coordinator.assignments import GroupInfo
+from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.families import model_of
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import PrefixStore, TCPStore
 
-from rlsync.control.shares import GroupInfo, WorkerPart
+from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.families import model_of
 from rlsync.layout.topology import Topology

@@ -26,12 +26,13 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "families",
                 "placement",
                 "plan",
-                "control",
             )
         ),
     ),
+    ("protocol", False, frozenset({"rlsync.coordinator"})),
     ("copy", True, frozenset({"rlsync.copy"})),
-    ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine", "rlsync.transport"})),
+    ("transport", True, frozenset({"rlsync.transport"})),
+    ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine"})),
     ("services", True, frozenset({"rlsync.bridge", "rlsync.source", "rlsync.folder_source", "rlsync.sync", "rlsync.checkpoint"})),
     ("facade", True, frozenset({"rlsync"})),
     ("command line", True, frozenset({"rlsync.cli"})),
@@ -45,8 +46,10 @@ OWNERS: dict[str, frozenset[str]] = {
     "ray": frozenset({"workers", "examples"}),
     "cupy": frozenset({"rlsync.copy"}),
 }
-# Units below these layers know no process group.
-WITHOUT_PROCESS_GROUPS = frozenset({"pure", "copy"})
+# These layers know no process group.
+WITHOUT_PROCESS_GROUPS = frozenset({"pure", "protocol", "copy"})
+# What integers and names do not need: modules that open sockets, and start threads or processes.
+NOT_PURE = frozenset({"asyncio", "concurrent", "multiprocessing", "queue", "socket", "subprocess", "threading", "torch", "zmq"})
 
 
 def unit_of(module: str) -> str | None:
@@ -95,6 +98,8 @@ def violation(importer: str, imported: str) -> str | None:
         return f"{where} imports {imported}, which only {', '.join(sorted(owners))} may"
     if (imported + ".").startswith("torch.distributed.") and name in WITHOUT_PROCESS_GROUPS:
         return f"{where} imports {imported}, and layers up to copy know no process group"
+    if name == "pure" and imported.split(".")[0] in NOT_PURE:
+        return f"{where} imports {imported}, and pure layers have neither sockets nor threads nor tensors"
     target = unit_of(imported)
     if target is None or target == importer or importer == "rlsync":
         return None if target not in ("workers", "examples") or target == importer else f"{where} imports {imported}, which is above it"
@@ -139,12 +144,16 @@ def test_layering_test_reads_the_sources() -> None:
     ("path", "source", "reason"),
     [
         ("rlsync/layout/geometry.py", "import torch.distributed as dist", "no process group"),
-        ("rlsync/plan/planner.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
+        ("rlsync/copy/cuda.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
         ("rlsync/copy/cpu.py", "from torch import distributed", "no process group"),
         ("rlsync/families/llama.py", "from rlsync.megatron.model import build_model", "above it"),
         ("rlsync/families/llama.py", "from ..copy import cpu", "above it"),
         ("rlsync/engine/worker.py", "from rlsync.megatron import parallel", "do not know each other"),
-        ("rlsync/transport/shm.py", "def f():\n    import rlsync.engine.worker", "do not know each other"),
+        ("rlsync/transport/shm.py", "def f():\n    import rlsync.engine.worker", "above it"),
+        ("rlsync/layout/geometry.py", "import threading", "neither sockets nor threads"),
+        ("rlsync/plan/links.py", "from socket import gethostname", "neither sockets nor threads"),
+        ("rlsync/families/rules.py", "import zmq", "neither sockets nor threads"),
+        ("rlsync/plan/packing.py", "from rlsync.coordinator.client import Client", "above it"),
         ("rlsync/bridge.py", "from megatron.core import parallel_state", "only rlsync.megatron may"),
         ("rlsync/sync.py", "import vllm", "only rlsync.engine may"),
         ("rlsync/engine/handle.py", "import ray", "only examples, workers may"),
@@ -170,7 +179,8 @@ def test_forbidden_import_is_found(tmp_path: Path, path: str, source: str, reaso
     [
         ("rlsync/plan/planner.py", "from rlsync.layout.geometry import Box\nfrom rlsync import errors\nfrom . import topology"),
         ("rlsync/bridge.py", "from rlsync.megatron.model import build_model\nfrom rlsync.transport import shm\nimport torch.distributed"),
-        ("rlsync/engine/worker.py", "from vllm import LLM\nfrom rlsync.engine import sinks\nfrom rlsync.copy.cpu import copy"),
+        ("rlsync/engine/worker.py", "from vllm import LLM\nfrom rlsync.engine import sinks\nfrom rlsync.transport.shm import Ring"),
+        ("rlsync/coordinator/server.py", "import threading\nimport zmq"),
         ("workers/actor.py", "import ray\nfrom rlsync import AutoBridge\nfrom workers.data import load"),
     ],
 )
@@ -181,11 +191,11 @@ def test_allowed_imports_are_not_found(tmp_path: Path, path: str, source: str) -
     assert violations(tmp_path) == []
 
 
-def test_pure_layers_load_no_framework() -> None:
+def test_pure_layers_and_the_protocol_load_no_framework() -> None:
     """What the sources cannot show: an import that arrives through a third package or a package's ``__init__``."""
     files = [p for p in sorted((ROOT / "rlsync").rglob("*.py")) if p.name != "__main__.py"]
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files]
-    present = [m for m in modules if unit_of(m) in LAYERS[0][2]]
+    present = [m for m in modules if unit_of(m) in LAYERS[0][2] | LAYERS[1][2]]
     program = f"import sys, importlib\nfor m in {present!r}: importlib.import_module(m)\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlsync.control.ledger import Ledger
-from rlsync.control.loans import Lent, Loan
-from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.control.shares import GroupInfo, RingInfo
+from rlsync.coordinator.assignments import GroupInfo, Lent, Loan, RingInfo
+from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
+from rlsync.coordinator.roster import Ledger
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.plan.packing import Part

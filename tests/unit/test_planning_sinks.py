@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlsync.control.messages import Recorded, Surveyed
+from rlsync.coordinator.messages import Recorded, Surveyed
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import draw_up

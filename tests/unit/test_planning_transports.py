@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlsync.control.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.control.shares import GroupInfo, RingInfo
+from rlsync.coordinator.assignments import GroupInfo, RingInfo
+from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync.config import SyncConfig

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.control.shares import RingInfo
+from rlsync.coordinator.assignments import RingInfo
 from rlsync.copy.cpu import region
 from rlsync.families import model_of
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors

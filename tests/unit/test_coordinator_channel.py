@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from rlsync.errors import ConfigError
 from rlsync.sync import SyncConfig
 from tests.thread_actors import SIZES, Actors, holds

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Sender
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.state_machine import Sender
 
 Place = tuple[str, int]
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlsync.control.messages import Loaded, Sum
-from rlsync.control.roster import Member
+from rlsync.coordinator.messages import Loaded, Sum
+from rlsync.coordinator.roster import Member
 
 # What actor rank 0 calls an engine's handle for in a sync, in this order.
 _CALLS = ("nothing", "pause", "update", "resume")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMEOUT_S, WORKER_SHARE, Run, actor, worker
 
 

@@ -14,7 +14,7 @@ _SERVER = """
 import resource, sys, threading
 soft, hard, peers = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-from rlsync.control import server as served
+from rlsync.coordinator import server as served
 {before}
 class Counting:
     def __init__(self):

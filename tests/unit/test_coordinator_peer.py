@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import zmq
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 
 REPO = Path(__file__).resolve().parents[2]
 # Waits for a message for as long as it is told, and says what came.
 WAITING = """
 import sys, time
-from rlsync.control import messages as m
-from rlsync.control.peer import Peer
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import Peer
 peer = Peer(sys.argv[1], m.ActorHello("", "", 0, 1, "", "", "", 1, None, ""))
 try:
     print(type(peer.receive(1, time.monotonic() + float(sys.argv[2]))).__name__)

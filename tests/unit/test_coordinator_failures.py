@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from tests.told_run import TIMEOUT_S, TIMES, Run
 
 

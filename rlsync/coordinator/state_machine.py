@@ -8,17 +8,15 @@ opens no socket and starts no thread (``server`` does), so that every fault can 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hmac
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
 
-from rlsync.control import failure
-from rlsync.control import messages as m
-from rlsync.control.connecting import Connecting
-from rlsync.control.progress import Progress
-from rlsync.control.roster import Expected, Member, Roster, some
-from rlsync.control.transferring import Transferring
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.progress import Progress
+from rlsync.coordinator.roster import Expected, Ledger, Member, Roster, some
 
 
 class Sender(Protocol):
@@ -85,7 +83,7 @@ class Coordinator:
     def expire(self, now: float) -> None:
         """Fail the phase when its deadline has passed."""
         if self.deadline is not None and now >= self.deadline:
-            self._spread(failure.late(self._roster, self._expected.timeout_s, self.phase, self._sync))
+            self._spread(_late(self._roster, self._expected.timeout_s, self.phase, self._sync))
 
     def fail(self, cause: str) -> None:
         """Fail what is going on for a reason of the coordinator's own process."""
@@ -239,7 +237,7 @@ class Coordinator:
 
     def _on_failed(self, peer: Member, message: m.Failed, now: float) -> None:
         if self.phase == "connect" or self._current(message.attempt) is not None:
-            self._spread(failure.told(peer, message, self.phase, self._sync))
+            self._spread(_told(peer, message, self.phase, self._sync))
 
     def _on_goodbye(self, peer: Member, message: m.Goodbye, now: float) -> None:
         if self.phase in ("idle", "failed"):
@@ -267,7 +265,7 @@ class Coordinator:
             self._transferring.tell_ready(sync)
 
     def _fail(self, cause: str, peer: Member | None) -> None:
-        self._spread(failure.found(cause, peer, self.phase, self._sync))
+        self._spread(_found(cause, peer, self.phase, self._sync))
 
     def _spread(self, error: m.Error) -> None:
         """Make the first failure everybody's; later ones are its echoes."""
@@ -298,3 +296,199 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Goodbye, True): Coordinator._on_goodbye,
     (m.Goodbye, False): Coordinator._on_goodbye,
 }
+
+
+class Connecting:
+    """The steps of the phase ``connect``, in the order of the methods.
+
+    Args:
+        send: hands a message to one peer.
+        fail: makes a cause everybody's error; the peer is the one it came from.
+
+    Attributes:
+        num_buckets, num_slots: of the plan, as soon as it is there.
+        streams: worker -> its stream.
+        ledger: who reads whose device memory.
+    """
+
+    def __init__(
+        self,
+        expected: Expected,
+        roster: Roster,
+        send: Callable[[bytes, m.FromCoordinator], None],
+        fail: Callable[[str, Member | None], None],
+    ) -> None:
+        self._expected, self._roster, self._send, self._fail = expected, roster, send, fail
+        self.num_buckets = self.num_slots = 0
+        self.streams: dict[bytes, int] = {}
+        self.ledger = Ledger()
+        # How many actor ranks and workers have theirs.
+        self._num_shares = (0, 0)
+
+    def admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello, closed: str | None) -> None:
+        """Let a peer in, or tell it why not. ``closed``: why nobody is let in any more, where that is so."""
+        expected, peer = self._expected, Member(identity, hello)
+        reason = self._refusal(peer, closed)
+        if reason is not None:
+            self._send(identity, m.Error(attempt=0, phase="connect", cause=reason))
+            return
+        self._roster.admit(peer)
+        problem = self._roster.mismatch(peer)
+        if problem is not None:
+            self._fail(problem, peer)
+            return
+        if peer.engine is not None:
+            self._send(identity, expected.catalogue)
+        self._survey()
+
+    def _refusal(self, peer: Member, closed: str | None) -> str | None:
+        """Why a peer is not let in, or None."""
+        expected, hello = self._expected, peer.hello
+        if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
+            return f"{peer} came with a wrong token; it belongs to another run or an earlier connection"
+        if hello.run_id != expected.run_id:
+            return f"{peer} belongs to run {hello.run_id}, this is run {expected.run_id}"
+        if closed is not None:
+            return closed
+        twin = self._roster.twin(peer)
+        return None if twin is None else f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}"
+
+    def record(self, peer: Member, message: m.Recorded) -> None:
+        """A worker has said what it holds."""
+        peer.recorded = message
+        self._survey()
+
+    def _survey(self) -> None:
+        """When everybody is here: judge the names, and let actor rank 0 plan."""
+        if not self._roster.is_recorded():
+            return
+        findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
+        if findings:
+            self._fail(f"what the actor has and what the engines take do not fit: {some(findings, separator='; ')}", None)
+        else:
+            for part in self._roster.survey().parts():
+                self._send(self._roster.actors()[0].identity, part)
+
+    def hand_out(self, message: m.Planned) -> str | None:
+        """Give the next ones the shares that actor rank 0 has made. Returns what is wrong where there are not as many, or not all here."""
+        num_actors, num_workers = self._num_shares
+        actors = self._roster.actors()[num_actors : num_actors + len(message.actors)]
+        workers = self._roster.workers()[num_workers : num_workers + len(message.workers)]
+        if not self._roster.is_recorded():
+            return "before everybody is here"
+        if (len(actors), len(workers)) != (len(message.actors), len(message.workers)):
+            return f"while {len(self._roster.actors()) - num_actors} and {len(self._roster.workers()) - num_workers} have none"
+        self._num_shares = num_actors + len(actors), num_workers + len(workers)
+        for member, actor in zip(actors, message.actors, strict=True):
+            self.num_buckets, self.num_slots = len(actor.parts), actor.num_slots
+            self._send(member.identity, m.Share(actor=actor))
+        for member, worker in zip(workers, message.workers, strict=True):
+            self.streams[member.identity] = worker.stream
+            self.ledger.borrows(member.identity, worker.lenders)
+            self._send(member.identity, m.Share(worker=worker))
+        return None
+
+    def attach(self, peer: Member, message: m.Attached) -> None:
+        """A peer has taken its share; when all have, workers learn what is lent to them."""
+        peer.attached = True
+        if message.loan is not None:
+            self.ledger.lend(peer.place, message.loan)
+        if self._roster.is_attached():
+            for worker in self._roster.workers():
+                self._send(worker.identity, m.Connected(self.ledger.first(worker.identity)))
+
+    def is_complete(self) -> bool:
+        """Whether all is done. An engine whose core is stuck has workers that are attached, and is no engine to sync with."""
+        return self._roster.is_attached() and self._roster.answered >= set(self._expected.engines)
+
+
+class Transferring:
+    """The steps of the phase ``transfer``.
+
+    Args:
+        connecting: has what was agreed on: the workers' streams, and the ledger of what is lent.
+        send: hands a message to one peer.
+        fail: makes a cause everybody's error; the peer is the one it came from.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        connecting: Connecting,
+        send: Callable[[bytes, m.FromCoordinator], None],
+        fail: Callable[[str, Member | None], None],
+    ) -> None:
+        self._roster, self._connecting, self._send, self._fail = roster, connecting, send, fail
+
+    def tell_writable(self, sync: Progress, actors: Iterable[bytes]) -> None:
+        """Say which slots are free."""
+        for identity in actors:
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
+
+    def tell_ready(self, sync: Progress) -> None:
+        """Say to all workers that have joined which buckets are complete, and what each has not heard of them."""
+        for identity in sync.joined:
+            sums = sync.untold(identity, self._connecting.streams[identity])
+            loans = self._connecting.ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
+            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, loans))
+
+    def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
+        """An actor rank has filled a bucket. Returns whether more buckets are ready now."""
+        outcome = sync.fill(peer.identity, message.bucket, message.sums, num_actors)
+        if isinstance(outcome, str):
+            self._fail(f"{peer} {outcome}", peer)
+            return False
+        return outcome
+
+    def take(self, sync: Progress, peer: Member, message: m.Done) -> None:
+        """A worker is done with a bucket, whose slot may be free now."""
+        outcome = sync.take(peer.identity, message.bucket, len(self._roster.workers()))
+        if isinstance(outcome, str):
+            self._fail(f"{peer} {outcome}", peer)
+        elif outcome:
+            self.tell_writable(sync, sync.started)
+
+    def hold(self, sync: Progress, peer: Member, message: m.Loaded) -> bool:
+        """A worker holds every bucket. Returns whether all do."""
+        if sync.done.get(peer.identity, 0) != sync.num_buckets:
+            self._fail(f"{peer} says loaded after {sync.done.get(peer.identity, 0)} of {sync.num_buckets} buckets", peer)
+            return False
+        sync.loaded[peer.identity] = message
+        return len(sync.loaded) == len(self._roster.workers())
+
+
+def _found(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:
+    """What the coordinator has seen for itself; ``peer`` is the one it came from, where it came from one."""
+    return _error(cause, phase, sync, None if peer is None else peer.engine, _bucket(peer, phase, sync))
+
+
+def _told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) -> m.Error:
+    """What a peer says of itself. It knows better than the coordinator where in a sync it was, and on whose account."""
+    cause, engine = f"{peer}: {message.cause}", peer.engine if message.engine is None else message.engine
+    if phase == "connect":
+        return _error(cause, phase, sync, engine, None)
+    return _error(cause, message.phase, sync, engine, _bucket(peer, phase, sync) if message.bucket is None else message.bucket)
+
+
+def _late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -> m.Error:
+    """A phase that took too long: whom it waits for, as many as fill a host or two, and the first of them as the one that is named."""
+    if phase == "connect":
+        absent = roster.absent()
+        laggards, culprit, engine = [words for _, words in absent], None, absent[0][0] if absent else None
+    else:
+        assert sync is not None
+        slow = sync.laggards(phase, roster.actors(), roster.workers())
+        laggards, culprit = [f"{p}, which was {what}" for p, what in slow], slow[0][0] if slow else None
+        engine = culprit.engine if culprit else None
+    cause = f"nothing within {timeout_s:g} s from {some(laggards, 16, '; ')}"
+    return _error(cause, phase, sync, engine, _bucket(culprit, phase, sync))
+
+
+def _bucket(peer: Member | None, phase: str, sync: Progress | None) -> int | None:
+    """The bucket that a peer is at, while buckets move."""
+    return sync.bucket_of(peer) if phase == "transfer" and sync is not None and peer is not None else None
+
+
+def _error(cause: str, phase: str, sync: Progress | None, engine: str | None, bucket: int | None) -> m.Error:
+    attempt, version = (0, None) if sync is None else (sync.attempt, sync.version)
+    return m.Error(attempt=attempt, phase=phase, cause=m.shortened(cause), engine=engine, version=version, bucket=bucket)

@@ -11,7 +11,7 @@ import uuid
 import msgspec
 import zmq
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from rlsync.errors import WeightSyncError
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,9 @@ Owns the socket and the thread; every decision is the coordinator's. Runs in the
 
 from __future__ import annotations
 
+import logging
 import os
+import resource
 import threading
 import time
 import traceback
@@ -13,9 +15,9 @@ from typing import Protocol
 
 import zmq
 
-from rlsync.control import messages as m
-from rlsync.control.open_files import make_room
-from rlsync.control.peer import pid_domain
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import pid_domain
+from rlsync.errors import ConfigError
 
 _TICK_MS = 200
 
@@ -130,3 +132,26 @@ class CoordinatorServer:
         # What the process sent before it ended comes first: it says why.
         self._drain(coordinator, poller)
         coordinator.lose(identity)
+
+
+_log = logging.getLogger(__name__)
+# A peer of this host is a connection and a descriptor of its process.
+_EACH = 2
+# What the process may open meanwhile.
+_SPARE = 256
+
+
+def make_room(num_peers: int) -> None:
+    """Let this process hold open files for so many more peers. Raises ConfigError where it must not have as many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + _EACH * num_peers
+    if soft == resource.RLIM_INFINITY or needed + _SPARE <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{num_peers:,} actor ranks and engine workers need {needed:,} open files here, and this process may have {hard:,}; allow "
+            f"more, as with ulimit -Hn {needed + _SPARE} or, in containers, docker run --ulimit nofile=65536"
+        )
+    wanted = needed + _SPARE if hard == resource.RLIM_INFINITY else min(needed + _SPARE, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _log.info("this process may have %d open files now instead of %d: %d actor ranks and engine workers dial in", wanted, soft, num_peers)

@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 import torch
 
-from rlsync.control import messages as m
-from rlsync.control.peer import Peer
-from rlsync.control.server import CoordinatorServer
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import Peer
+from rlsync.coordinator.server import CoordinatorServer
 from rlsync.errors import WeightSyncError
 from rlsync.plan.verification import SAMPLE_PERIOD
 from rlsync.sync import SyncReport, WeightSyncer, attempt

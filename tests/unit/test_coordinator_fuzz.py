@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMES, WORKER_SHARE, Run, actor, worker
 
 FROM_PEER = (

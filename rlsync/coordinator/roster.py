@@ -1,11 +1,16 @@
-"""Who takes part in a connection: whom rank 0 expects, who has dialled in, and whether they fit together. Sends nothing."""
+"""Who takes part in a connection: whom rank 0 expects, who has dialled in, whether they fit together, and who reads whose memory.
+
+Sends nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.assignments import Loan
+from rlsync.coordinator.messages import Lender
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +164,40 @@ def some(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
     """The first few of many, for a sentence."""
     rest = len(items) - limit
     return separator.join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class Ledger:
+    """The loans of a connection by actor rank, and of each worker whom it borrows from."""
+
+    def __init__(self) -> None:
+        self._loans: dict[int, Loan] = {}
+        self._is_renewed: set[int] = set()
+        self._lenders: dict[bytes, tuple[int, ...]] = {}
+        self._told: dict[bytes, int] = {}
+
+    def borrows(self, identity: bytes, lenders: tuple[int, ...]) -> None:
+        """A worker reads what these actor ranks lend."""
+        self._lenders[identity] = lenders
+
+    def lend(self, actor_rank: int, loan: Loan) -> None:
+        """What an actor rank lends from the beginning."""
+        self._loans[actor_rank] = loan
+
+    def renew(self, actor_rank: int, loan: Loan) -> None:
+        """What it lends from now on."""
+        self._loans[actor_rank] = loan
+        self._is_renewed.add(actor_rank)
+
+    def first(self, identity: bytes) -> tuple[Lender, ...]:
+        """What a worker borrows."""
+        return self._of(self._lenders[identity])
+
+    def renewed(self, identity: bytes, attempt: int) -> tuple[Lender, ...]:
+        """What is no longer as ``first`` said; once in an attempt, because a worker may not have read what came in one that failed."""
+        if self._told.get(identity) == attempt:
+            return ()
+        self._told[identity] = attempt
+        return self._of(tuple(rank for rank in self._lenders[identity] if rank in self._is_renewed))
+
+    def _of(self, ranks: tuple[int, ...]) -> tuple[Lender, ...]:
+        return tuple(Lender(rank, self._loans[rank]) for rank in ranks if rank in self._loans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from rlsync.control import messages as m
+from rlsync.coordinator import messages as m
 from tests.told_run import TIMES, Run
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.coordinator import Course
-from rlsync.control import messages as m
-from rlsync.control.coordinator import Coordinator
+from rlsync.coordinator import messages as m
+from rlsync.coordinator.state_machine import Coordinator
 
 BUCKETS = 3
 

@@ -1,1 +1,0 @@
-"""The typed channel between actor ranks and engine workers. Pure Python: no torch, no vLLM, no Megatron."""
