@@ -61,7 +61,7 @@ class Actors:
             if rank == 0:
                 shared[:] = [payload]
                 there.set()
-            assert there.wait(10)
+            assert there.wait(60)
             return shared[0]
 
         settings = SyncConfig(**{"timeout_s": TIMEOUT_S, "bucket_bytes": 1, **config})
@@ -83,7 +83,7 @@ class Actors:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(120)
         return outcomes
 
     def connect(self) -> None:

@@ -112,7 +112,7 @@ class ThreadEngine:
     def _update(self, worker: int, attempt: int, version: int) -> None:
         peer, inlet, share = self._peers[worker], self._inlets[worker], self._shares[worker]
         weights, pull = self.weights[worker], Pull(Verifier(share), attempt)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         try:
             peer.send(m.Joined(attempt, version))
             until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, inlet, pull.hear)
@@ -168,7 +168,7 @@ def put(slot: torch.Tensor, part: WorkerPart, weights: dict[str, torch.Tensor]) 
 
 def until(poll: Callable[[], Any], peer: Peer, attempt: int, inlet: Inlet, hear: Callable[[Any], None]) -> Any:
     """What ``poll`` gives, asked again after every message and whenever the inlet has news."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (result := poll()) is None:
         message = peer.receive(attempt, deadline, inlet.fd)
         if message is not None:

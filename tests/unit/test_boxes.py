@@ -29,6 +29,7 @@ from rlsync.transport.gloo import GlooWire
 from rlsync.transport.meeting import GroupError, Rendezvous
 from rlsync.transport.parcels import steps_of
 from tests.boxes_scene import HOST, Scene
+from tests.deadlines import ended_before
 from tests.unit.test_staging import CONFIG, fill_from
 
 CPU = torch.device("cpu")
@@ -208,11 +209,9 @@ def test_giving_up_lets_a_landing_go_and_the_next_group_is_right():
         inbox.open()
         inbox.bind(0, made.buffers(worker, 0))
         threading.Timer(0.5, inbox.abandon).start()
-        started_s = time.monotonic()
-        with contextlib.suppress(GroupError):
+        with ended_before(TIMEOUT_S), contextlib.suppress(GroupError):
             inbox.land(0, inbox.wire.mark())
             failed.append(AssertionError("nobody sent"))
-        assert time.monotonic() - started_s < TIMEOUT_S / 2
         again = made.inbox(worker, number=1)
         again.open()
         again.bind(0, made.buffers(worker, 0))
@@ -277,7 +276,7 @@ def test_a_divided_region_has_the_same_elements_in_order(shape, size):
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6),
     st.integers(1, 9),
     st.sampled_from(["bfloat16", "float32"]),
 )

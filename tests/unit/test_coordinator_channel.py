@@ -59,7 +59,7 @@ def test_nothing_is_written_before_every_engine_is_paused(actors: Actors, engine
     paused, begun, pause = threading.Event(), threading.Event(), engines[1].pause
 
     def pause_late(mode: str, sync: str, timeout_s: float) -> None:
-        assert paused.wait(10)
+        assert paused.wait(60)
         pause(mode, sync, timeout_s)
 
     update = engines[0].update_weights
@@ -72,11 +72,11 @@ def test_nothing_is_written_before_every_engine_is_paused(actors: Actors, engine
     syncing = threading.Thread(target=lambda: actors.sync(2))
     syncing.start()
     # The other engine is inside its update, and buckets are filled.
-    assert begun.wait(10)
+    assert begun.wait(60)
     time.sleep(0.3)
     assert holds(engines[0], 1) and holds(engines[1], 1)
     paused.set()
-    syncing.join(10)
+    syncing.join(60)
     assert holds(engines[0], 2) and holds(engines[1], 2)
 
 
@@ -90,19 +90,25 @@ def test_one_slot_and_many_slots_carry_the_same_bytes(engines: list[ThreadEngine
 
 
 def test_filling_overlaps_loading(engines: list[ThreadEngine]) -> None:
-    actors = Actors(engines, timeout_s=10)
+    actors = Actors(engines, timeout_s=60)
     events: list[str] = []
-    actors.sources[0].on_fill = lambda bucket: events.append(f"fill {bucket}")
+    filled = threading.Event()
+
+    def fill(bucket: int) -> None:
+        events.append(f"fill {bucket}")
+        if bucket == 1:
+            filled.set()
 
     def load(worker: int, bucket: int) -> None:
-        time.sleep(0.05)
+        assert filled.wait(30), "bucket 1 is not filled before bucket 0 is loaded"
         events.append(f"loaded {bucket}")
+
+    actors.sources[0].on_fill = fill
 
     engines[0].on_bucket = load
     actors.connect()
     actors.sync(1)
     actors.close()
-    assert events.index("fill 1") < events.index("loaded 0")
     assert events.index("fill 2") > events.index("loaded 0"), "bucket 2 shares its slot with bucket 0"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from benchmarks.coordinator import Course
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.state_machine import Coordinator
+from tests.counted import num_calls
 
 BUCKETS = 3
 
@@ -25,20 +25,13 @@ class Counted:
     def calls(self, said: Any) -> float:
         """For each message, those that come and those that it sends."""
         raw = [(peer, m.encode(message)) for peer, message in said]
-        count = 0
         self.sent.clear()
 
-        def on_event(frame: object, event: str, argument: object) -> None:
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(on_event)
-        try:
+        def receive() -> None:
             for identity, message in raw:
                 self.coordinator.receive(identity, message, 0.0)
-        finally:
-            sys.setprofile(None)
-        return count / (len(raw) + len(self.sent))
+
+        return num_calls(receive) / (len(raw) + len(self.sent))
 
 
 def test_a_message_costs_the_same_among_sixteen_and_among_five_hundred() -> None:

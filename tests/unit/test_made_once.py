@@ -30,9 +30,9 @@ def test_processes_that_want_the_same_folder_make_it_once_and_all_find_it_comple
     processes = [context.Process(target=_make, args=(str(tmp_path / "new" / "model"), results)) for _ in range(4)]
     for process in processes:
         process.start()
-    assert sorted(results.get(timeout=20) for _ in processes) == [False, False, False, True]
+    assert sorted(results.get(timeout=60) for _ in processes) == [False, False, False, True]
     for process in processes:
-        process.join(20)
+        process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
 
 

@@ -94,11 +94,11 @@ def test_a_lane_begins_nothing_that_was_forgotten_and_goes_on_with_the_next() ->
 
     lane.submit(former, "running", running)
     lane.submit(former, "waiting", lambda: ran.append("waiting"))
-    assert begun.wait(5.0)
+    assert begun.wait(60)
     lane.forget(former, 0.01)
     lane.submit(tasks, "next", lambda: ran.append("next"))
     gate.set()
-    assert lane.wait_idle(5.0)
+    assert lane.wait_idle(60.0)
     assert ran == ["next"]
     assert [outcome.key for outcome in former.finished()] == ["running"]
     lane.stop()
@@ -116,7 +116,7 @@ def test_calls_that_follow_each_other_end_with_the_first_that_fails_and_with_the
                 raise RuntimeError
 
         steps = [(number, partial(call, number)) for number in range(3)]
-        tasks.spawn(*steps[0], *steps[1:]).join(5)
+        tasks.spawn(*steps[0], *steps[1:]).join(60)
         outcomes = tasks.finished()
         assert seen == [outcome.key for outcome in outcomes] == wanted
         assert [outcome.error is None for outcome in outcomes] == [number != failing for number in wanted]
