@@ -1,32 +1,22 @@
-"""Prompts and reference answers: files to tokenised problems, and a loader that resumes at the exact batch.
+"""Problems to tokenised prompts, and a loader that resumes at the exact batch.
 
-Owns the file forms, chat template, prompt-length rule and the order of batches over all epochs. Knows neither Ray
-nor the model; the tokenizer is any Hugging Face tokenizer.
+Owns the chat template, the prompt-length rule and the order of batches over all epochs. Knows neither Ray nor the model; the
+tokenizer is any Hugging Face tokenizer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rlsync.errors import CheckpointError, ConfigError
-
-_FINAL_ANSWER_MARK = "####"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One line of a data file: the prompt as text or as chat messages, and every accepted reference answer."""
-
-    prompt: str | tuple[Mapping[str, str], ...]
-    answers: tuple[str, ...]
+from workers.problems import BadSamples, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,62 +39,6 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
 
 
-def load_problems(
-    paths: Sequence[str], *, prompt_key: str = "prompt", answer_key: str = "solutions", data_size: int | None = None
-) -> list[Problem]:
-    """Problems of JSONL files (an object per line) or ``.json`` files (an array of objects), in file order.
-
-    Two forms are read: ``prompt_key`` with a string or a message list and ``answer_key`` with a string, a number or a
-    list of them; and, where ``prompt_key`` is absent, GSM8K's ``question`` / ``answer``. In an answer that contains
-    ``####`` only what follows the last one counts. Other fields are ignored.
-
-    Raises:
-        ConfigError: a file is missing, unreadable or empty, or a record lacks a field; names file and line.
-    """
-    problems: list[Problem] = []
-    for path in paths:
-        before = len(problems)
-        problems += [_problem(record, where, prompt_key, answer_key) for where, record in _records(Path(path))]
-        if len(problems) == before:
-            raise ConfigError(f"{path}: no problems in this file")
-    return problems if data_size is None else problems[:data_size]
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place for messages, record) of one file."""
-    if not path.is_file():
-        raise ConfigError(f"data file {path} does not exist (seen from {Path.cwd()})")
-    try:
-        if path.suffix == ".json":
-            yield from ((f"{path}[{i}]", record) for i, record in enumerate(json.loads(path.read_text(encoding="utf-8"))))
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path if path.suffix == '.json' else where}: not JSON: {error}") from error
-
-
-def _problem(record: Any, where: str, prompt_key: str, answer_key: str) -> Problem:
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where}: expected an object, got {type(record).__name__}")
-    if prompt_key not in record and {"question", "answer"} <= record.keys():
-        prompt_key, answer_key = "question", "answer"
-    for name in (prompt_key, answer_key):
-        if name not in record:
-            raise ConfigError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record))}. Set data.prompt_key / data.answer_key")
-    prompt, answers = record[prompt_key], record[answer_key]
-    answers = answers if isinstance(answers, list) else [answers]
-    if not answers:
-        raise ConfigError(f"{where}: field {answer_key!r} is an empty list; a problem needs a reference answer")
-    return Problem(
-        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
-        answers=tuple(str(answer).rsplit(_FINAL_ANSWER_MARK, 1)[-1].strip() for answer in answers),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class PromptForm:
     """How a problem becomes tokens: the ``data`` keys of the same names."""
@@ -117,16 +51,33 @@ class PromptForm:
 
 
 class PromptDataset(Dataset[Prompt]):
-    """Tokenised problems. ``num_too_long`` of them were dropped, or cut, because of their length."""
+    """Tokenised problems. ``num_too_long`` of them were dropped, or cut, because of their length.
 
-    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm) -> None:
-        texts = [_render(problem, tokenizer, form) for problem in problems]
-        ids = _tokenize(texts, tokenizer, chat=form.apply_chat_template)
+    A problem that the chat template refuses, or that has no tokens, is added to ``bad``; without ``bad`` it is an error.
+    Raises ConfigError where the form and the tokenizer do not fit together.
+    """
+
+    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm, bad: BadSamples | None = None) -> None:
+        if form.apply_chat_template and getattr(tokenizer, "chat_template", "") is None:
+            raise ConfigError(
+                "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
+                "or set data.apply_chat_template to False"
+            )
+        taken = BadSamples() if bad is None else bad
+        rendered = [(problem, text) for problem in problems if (text := _render(problem, tokenizer, form, taken)) is not None]
+        ids = _tokenize([text for _, text in rendered], tokenizer, chat=form.apply_chat_template)
+        if rendered and not any(ids):
+            raise ConfigError("the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
+        for (problem, text), row in zip(rendered, ids, strict=True):
+            if not row:
+                taken.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
+        if bad is None:
+            taken.settle("error")
         limit = form.max_prompt_length
         self.num_too_long = sum(len(row) > limit for row in ids)
-        kept = [i for i, row in enumerate(ids) if len(row) <= limit or not form.filter_prompt_by_length]
+        kept = [i for i, row in enumerate(ids) if row and (len(row) <= limit or not form.filter_prompt_by_length)]
         self._prompts = tuple(
-            Prompt(index=index, text=texts[i], token_ids=tuple(ids[i][-limit:]), answers=problems[i].answers)
+            Prompt(index=index, text=rendered[i][1], token_ids=tuple(ids[i][-limit:]), answers=rendered[i][0].answers)
             for index, i in enumerate(kept)
         )
 
@@ -137,17 +88,24 @@ class PromptDataset(Dataset[Prompt]):
         return self._prompts[index]
 
 
-def _render(problem: Problem, tokenizer: Tokenizer, form: PromptForm) -> str:
+def chat_messages(problem: Problem, form: PromptForm) -> list[dict[str, str]]:
+    """What the chat template gets."""
+    if not isinstance(problem.prompt, str):
+        return [dict(message) for message in problem.prompt]
+    system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]
+    return [*system, {"role": "user", "content": problem.prompt + form.prompt_suffix}]
+
+
+def _render(problem: Problem, tokenizer: Tokenizer, form: PromptForm, bad: BadSamples) -> str | None:
     if not form.apply_chat_template:
         if not isinstance(problem.prompt, str):
-            raise ConfigError("a prompt is a message list: set data.apply_chat_template=True")
+            raise ConfigError(f"{problem.where}: a prompt is a message list: set data.apply_chat_template=True")
         return problem.prompt + form.prompt_suffix
-    if isinstance(problem.prompt, str):
-        system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]
-        messages = [*system, {"role": "user", "content": problem.prompt + form.prompt_suffix}]
-    else:
-        messages = [dict(message) for message in problem.prompt]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(chat_messages(problem, form), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        bad.add(problem.where, f"the chat template refuses it: {error}")
+        return None
 
 
 def _tokenize(texts: list[str], tokenizer: Tokenizer, *, chat: bool) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from workers.crew import Crew
 from workers.data import Prompt
 from workers.metrics import MetricsLog
 from workers.preparation import DATA_STATE, prepare, run_folder
+from workers.problems import load_supervised
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import difference_metrics, sample_metrics
@@ -126,9 +126,8 @@ class GrpoRunner:
         began = time.monotonic()
         tokenizer, end = self._prepared.tokenizer, self._prepared.stop_ids[:1]
         examples: list[Example] = [
-            (tuple(tokenizer(line["prompt"])["input_ids"]), tuple(tokenizer(line["response"])["input_ids"]) + end)
-            for path in warm.data_paths
-            for line in map(json.loads, Path(path).open(encoding="utf-8"))
+            (tuple(tokenizer(prompt)["input_ids"]), tuple(tokenizer(response)["input_ids"]) + end)
+            for prompt, response in load_supervised(warm.data_paths)
         ]
         order = torch.Generator().manual_seed(self._config.actor.seed)
         picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]

@@ -5,7 +5,8 @@ Whatever can be refused without a process is refused here. Knows no Ray.
 
 from __future__ import annotations
 
-import json
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from rlsync.checkpoint import inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, validate_model
-from workers.data import PromptDataset, PromptForm, PromptLoader, load_problems
+from workers.data import PromptDataset, PromptForm, PromptLoader
+from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
+from workers.problems import BadSamples, Problem, load_problems
+from workers.reward import unreadable_references
 from workers.seeded_model import make_seeded_model
 
 DATA_STATE = "data/data.pt"
+_OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +66,12 @@ def prepare(config: RunConfig) -> Preparation:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
     notes += _make_seeded_model(config)
-    hf_config = _hf_config(config)
+    hf_config = read_hf_config(Path(config.rollout.model.model_path))
     validate_model(config, hf_config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.actor.tokenizer.tokenizer_model,
-        use_fast=config.actor.tokenizer.use_fast,
-        trust_remote_code=config.actor.tokenizer.trust_remote_code,
-    )
-    dataset = _dataset(config, tokenizer)
+    tokenizer = _tokenizer(config, hf_config)
+    bad = BadSamples()
+    dataset = _dataset(config, tokenizer, bad)
+    notes += bad.settle(config.data.on_bad_sample)
     loader = _loader(config, dataset)
     if resume is not None:
         notes += _restore_position(loader, resume / DATA_STATE)
@@ -130,18 +133,23 @@ def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
     return (f"{'made' if is_new else 'using'} a model of random weights in {path}; rollout.model.model_path=... names a real one",)
 
 
-def _hf_config(config: RunConfig) -> dict[str, Any]:
-    path = Path(config.rollout.model.model_path)
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"rollout.model.model_path {path} holds no config.json; it must be a local Hugging Face folder")
-    return json.loads((path / "config.json").read_text())
+def _tokenizer(config: RunConfig, hf_config: dict[str, Any]) -> Any:
+    settings = config.actor.tokenizer
+    folder = Path(str(settings.tokenizer_model))
+    check_tokenizer_files(folder, trust_remote_code=settings.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=settings.use_fast, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for files it cannot use
+        raise ConfigError(f"no tokenizer can be made from {folder}: {type(error).__name__}: {error}") from error
+    check_tokenizer_size(tokenizer.vocab_size, hf_config.get("vocab_size"), folder)
+    return tokenizer
 
 
-def _dataset(config: RunConfig, tokenizer: Any) -> PromptDataset:
+def _dataset(config: RunConfig, tokenizer: Any, bad: BadSamples) -> PromptDataset:
     data = config.data
     if data.val_data_paths:
-        load_problems(data.val_data_paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
-    problems = load_problems(data.train_data_paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data.data_size)
+        load_readable_problems(config, data.val_data_paths, bad)
+    problems = load_readable_problems(config, data.train_data_paths, bad, data_size=data.data_size)
     form = PromptForm(
         max_prompt_length=data.max_prompt_length,
         filter_prompt_by_length=data.filter_prompt_by_length,
@@ -149,7 +157,19 @@ def _dataset(config: RunConfig, tokenizer: Any) -> PromptDataset:
         system_prompt=data.system_prompt,
         prompt_suffix=data.prompt_suffix,
     )
-    return PromptDataset(problems, tokenizer, form)
+    return PromptDataset(problems, tokenizer, form, bad)
+
+
+def load_readable_problems(config: RunConfig, paths: Sequence[str], bad: BadSamples, *, data_size: int | None = None) -> list[Problem]:
+    """Problems with at least one reference answer that a response can equal; the others go to ``bad``."""
+    data, reward = config.data, config.reward
+    problems = load_problems(paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data_size, bad=bad)
+    references = [answer for problem in problems for answer in problem.answers]
+    unreadable = unreadable_references(references, num_processes=reward.num_processes, timeout_s=reward.timeout_s)
+    for problem in problems:
+        if unreadable.issuperset(problem.answers):
+            bad.add(problem.where, f"math-verify cannot read the reference answer {problem.answers[0]!r}, so no response would be correct")
+    return [problem for problem in problems if not unreadable.issuperset(problem.answers)]
 
 
 def _loader(config: RunConfig, dataset: PromptDataset) -> PromptLoader:
@@ -167,15 +187,23 @@ def _loader(config: RunConfig, dataset: PromptDataset) -> PromptLoader:
 def _restore_position(loader: PromptLoader, state: Path) -> tuple[str, ...]:
     if not state.is_file():
         return (f"warning: {state} is missing: the training data starts from the beginning",)
-    loader.load_state_dict(torch.load(state, weights_only=True))
+    try:
+        found = torch.load(state, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{state} cannot be read ({said}); resume from an older checkpoint, or remove it to start the data anew"
+        ) from None
+    if not isinstance(found, dict) or not {"order", "handed_out", "loader"} <= found.keys():
+        raise CheckpointError(f"{state} holds no data position; {_OTHERWISE}")
+    loader.load_state_dict(found)
     return ()
 
 
 def _stop_ids(config: RunConfig, hf_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """End-of-sequence ids of the tokenizer and of the model's configs, the tokenizer's first."""
-    path = Path(config.rollout.model.model_path) / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    found: list[int] = []
-    for value in (tokenizer.eos_token_id, generation.get("eos_token_id"), hf_config.get("eos_token_id")):
-        found += value if isinstance(value, list) else [] if value is None else [value]
+    folder = Path(config.rollout.model.model_path)
+    found = token_ids(tokenizer.eos_token_id, "the tokenizer's eos_token_id")
+    found += token_ids(read_generation_config(folder).get("eos_token_id"), f"eos_token_id of {folder / 'generation_config.json'}")
+    found += token_ids(hf_config.get("eos_token_id"), f"eos_token_id of {folder / 'config.json'}")
     return tuple(dict.fromkeys(found))

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from rlsync.errors import RlsyncError
+from workers.references import is_plain
 
 # The process ends itself at the timeout; past this much more the pool kills it.
 _GRACE_S = 5.0
@@ -78,10 +79,10 @@ class _Process:
         self.end()
         raise RlsyncError(f"verifier process `{sys.executable} -m workers.verifier` did not start (exit status {status}):\n{said}")
 
-    def give(self, task: int, response: str, answers: Sequence[str], timeout_s: float) -> bool:
+    def give(self, task: int, question: Mapping[str, object], timeout_s: float) -> bool:
         """Hand over one task; False when the process is gone."""
         self.task, self.deadline_s = task, time.monotonic() + timeout_s + _GRACE_S
-        line = json.dumps({"id": task, "response": response, "answers": list(answers), "timeout_s": timeout_s})
+        line = json.dumps({"id": task, **question, "timeout_s": timeout_s})
         try:
             self._stdin.write(line.encode() + b"\n")
             self._stdin.flush()
@@ -97,7 +98,7 @@ class _Process:
         answer = json.loads(line)
         assert answer["id"] == self.task, "a process works on one task at a time"
         self.task, self.deadline_s = None, float("inf")
-        return bool(answer["correct"])
+        return bool(answer["is_true"])
 
     def end(self) -> None:
         self._popen.kill()
@@ -150,29 +151,37 @@ class VerifierPool:
         """
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} lists of reference answers")
+        return self._ask([{"response": text, "answers": list(accepted)} for text, accepted in zip(responses, answers, strict=True)])
+
+    def can_read(self, references: Sequence[str]) -> list[bool]:
+        """Whether each reference answer is one that a response can equal, as math-verify reads it. One that takes longer than
+        ``timeout_s`` is not. Raises as ``check``."""
+        return self._ask([{"reference": reference} for reference in references])
+
+    def _ask(self, questions: Sequence[Mapping[str, object]]) -> list[bool]:
         if not self._processes:
             raise ValueError("this VerifierPool is closed")
-        results = [False] * len(responses)
-        waiting = deque(range(len(responses)))
+        results = [False] * len(questions)
+        waiting = deque(range(len(questions)))
         with selectors.DefaultSelector() as selector:
             for slot in range(len(self._processes)):
-                self._feed(slot, waiting, responses, answers, selector)
+                self._feed(slot, waiting, questions, selector)
             while selector.get_map():
-                self._collect(results, waiting, responses, answers, selector)
+                self._collect(results, waiting, questions, selector)
         return results
 
-    def _feed(self, slot: int, waiting: deque[int], responses: Sequence[str], answers: Answers, selector: selectors.BaseSelector) -> None:
+    def _feed(self, slot: int, waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector) -> None:
         if not waiting:
             return
         task = waiting.popleft()
-        if not self._processes[slot].give(task, responses[task], answers[task], self._timeout_s):
+        if not self._processes[slot].give(task, questions[task], self._timeout_s):
             # It ended while idle, so the task is innocent.
             self._replace(slot)
-            self._processes[slot].give(task, responses[task], answers[task], self._timeout_s)
+            self._processes[slot].give(task, questions[task], self._timeout_s)
         selector.register(self._processes[slot].stdout, selectors.EVENT_READ, slot)
 
     def _collect(
-        self, results: list[bool], waiting: deque[int], responses: Sequence[str], answers: Answers, selector: selectors.BaseSelector
+        self, results: list[bool], waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector
     ) -> None:
         """Take in what is ready, end what is overdue, and hand out new tasks."""
         soonest_s = min(process.deadline_s for process in self._processes)
@@ -189,7 +198,7 @@ class VerifierPool:
                 self._replace(slot)
             else:
                 results[task] = answer
-            self._feed(slot, waiting, responses, answers, selector)
+            self._feed(slot, waiting, questions, selector)
 
     def _replace(self, slot: int) -> None:
         self._processes[slot].end()
@@ -201,3 +210,15 @@ class VerifierPool:
 def score(pool: VerifierPool, scale: RewardScale, responses: Sequence[str], answers: Answers) -> list[float]:
     """Reward of each response."""
     return [scale.reward(correct) for correct in pool.check(responses, answers)]
+
+
+def unreadable_references(references: Sequence[str], *, num_processes: int, timeout_s: float) -> set[str]:
+    """Those of some reference answers that no response could ever equal, because math-verify cannot read them.
+
+    Starts processes only where there are references that cannot be told by their looks.
+    """
+    unsure = [reference for reference in dict.fromkeys(references) if not is_plain(reference)]
+    if not unsure:
+        return set()
+    with VerifierPool(min(num_processes, len(unsure)), timeout_s) as pool:
+        return {reference for reference, read in zip(unsure, pool.can_read(unsure), strict=True) if not read}

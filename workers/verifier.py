@@ -1,9 +1,12 @@
 """The verifier process: reads one JSON object per line, answers one per line, and ends itself when a check hangs.
 It says ``{"ready": true}`` first.
 
-    {"id": 3, "response": "... \\boxed{18}", "answers": ["18"], "timeout_s": 10}  ->  {"id": 3, "correct": true}
+    {"id": 3, "response": "... \\boxed{18}", "answers": ["18"], "timeout_s": 10}  ->  {"id": 3, "is_true": true}
+    {"id": 4, "reference": "\\sqrt{2", "timeout_s": 10}                           ->  {"id": 4, "is_true": false}
 
-Runs as ``python -m workers.verifier`` and imports math-verify only. The parent (``reward.VerifierPool``) replaces it
+The first asks whether a response is correct, the second whether a reference answer can be read.
+
+Runs as ``python -m workers.verifier`` and imports little beside math-verify. The parent (``reward.VerifierPool``) replaces it
 when it ends. Symbolic simplification can hang in native code that no signal interrupts, so the limit is
 faulthandler's watchdog thread, which ends the process whatever Python does.
 """
@@ -19,6 +22,8 @@ import sys
 
 from math_verify import parse, verify
 
+from workers.references import reference_forms
+
 # A power tower can ask for all memory of the host before its time is up.
 _MAX_ADDRESS_SPACE_BYTES = 4 * 2**30
 
@@ -30,12 +35,19 @@ def is_correct(response: str, answers: list[str]) -> bool:
     """
     # From the last box on: several boxes would be read as a set of answers.
     found = parse(response[max(0, response.rfind("\\boxed")) :], parsing_timeout=None)
-    return any(verify(parse(_boxed(answer), parsing_timeout=None), found, timeout_seconds=None) for answer in answers)
+    forms = [form for answer in answers for form in reference_forms(answer)]
+    return any(verify(parse(_boxed(form), parsing_timeout=None), found, timeout_seconds=None) for form in forms)
 
 
-def _boxed(answer: str) -> str:
-    """math-verify reads LaTeX only between delimiters; references carry none."""
-    return answer if "\\boxed" in answer else f"\\boxed{{{answer.strip().strip('$')}}}"
+def is_readable(reference: str) -> bool:
+    """Whether math-verify reads a reference answer as an expression, so that a response in other words can equal it."""
+    readings = (parse(_boxed(form), parsing_timeout=None) for form in reference_forms(reference))
+    return any(not isinstance(item, str) for reading in readings for item in reading)
+
+
+def _boxed(form: str) -> str:
+    """math-verify reads LaTeX only between delimiters."""
+    return form if "\\boxed" in form else f"\\boxed{{{form}}}"
 
 
 def main() -> None:
@@ -50,11 +62,11 @@ def main() -> None:
         task = json.loads(line)
         faulthandler.dump_traceback_later(task["timeout_s"], exit=True, file=silent)
         try:
-            correct = is_correct(task["response"], task["answers"])
+            is_true = is_readable(task["reference"]) if "reference" in task else is_correct(task["response"], task["answers"])
         except (ArithmeticError, MemoryError, RecursionError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError):
-            correct = False  # what sympy raises for expressions it cannot handle: such an answer is not a correct one
+            is_true = False  # what sympy raises for expressions it cannot handle: such an answer is not a correct one
         faulthandler.cancel_dump_traceback_later()
-        answers_out.write(json.dumps({"id": task["id"], "correct": correct}) + "\n")
+        answers_out.write(json.dumps({"id": task["id"], "is_true": is_true}) + "\n")
 
 
 if __name__ == "__main__":

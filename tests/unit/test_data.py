@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import make_tokenizer
-from workers.data import Problem, PromptDataset, PromptForm, PromptLoader, load_problems
+from workers.data import PromptDataset, PromptForm, PromptLoader
+from workers.problems import BadSamples, Problem, load_problems, load_supervised
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -71,6 +73,121 @@ def test_bad_lines_are_named(tmp_path: Path, content: str, message: str) -> None
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_problems([str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("null", "holds null"),
+        ("true", "holds true"),
+        ("{}", "holds an object"),
+        ("NaN", "holds NaN"),
+        ("[null]", "holds null"),
+        ('""', "is empty"),
+        ('"  "', "is empty"),
+        ('"because\\n#### "', "is empty after ####"),
+        ('"\\ud800"', "holds half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_reference_answer_does_not_become_one(tmp_path: Path, answer: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "solutions": "1"}\n{"prompt": "a", "solutions": ' + answer + "}\n")
+    with pytest.raises(ConfigError, match=re.escape(f"a.jsonl:2: field 'solutions' {reason}")):
+        load_problems([str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("null", "holds null"),
+        ("7", "holds a number"),
+        ('" \\n"', "is empty"),
+        ("[]", "is an empty list"),
+        ('["a"]', "message 0 needs a `role` and a `content`"),
+        ('[{"role": "user"}]', "message 0 needs a `role` and a `content`"),
+        ('[{"role": "user", "content": [{"type": "text"}]}]', "message 0 needs a `role` and a `content`"),
+        ('[{"role": "user", "content": ""}]', "holds empty messages only"),
+    ],
+)
+def test_what_is_no_prompt_is_named(tmp_path: Path, prompt: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"solutions": "1", "prompt": ' + prompt + "}\n")
+    with pytest.raises(ConfigError, match=re.escape("a.jsonl:1: field 'prompt'") + ".*" + re.escape(reason)):
+        load_problems([str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a", "solutions": "1"}\n{"prompt": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8: byte 16 is 0xe9"),
+        ("a.parquet", b"PAR1\x15\x04\x15", "is a Parquet file"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "is a gzip file"),
+        ("a.json", b'{"prompt": "a", "solutions": "1"}\n{"prompt": "b"}', r"a\.json: not JSON.*one array of objects"),
+        ("a.json", b'{"prompt": "a", "solutions": "1"}', r"a\.json: holds an object; a \.json file holds one array"),
+        ("a.json", b"[" * 100_000, "not JSON that can be read"),
+    ],
+)
+def test_files_that_are_something_else_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_problems([str(tmp_path / name)])
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_problems([str(tmp_path)])
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "solutions": "1"}\n')
+    assert load_problems([str(tmp_path / "a.jsonl")]) == [Problem("a", ("1",))]
+
+
+def test_bad_rows_are_left_out_and_counted_where_asked_or_named_together(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}", "solutions": "1" if i % 2 else None} for i in range(20)]
+    bad = BadSamples()
+    found = load_problems([written(tmp_path / "a.jsonl", *rows)], bad=bad)
+    assert [problem.prompt for problem in found] == [str(i) for i in range(1, 20, 2)]
+    (note,) = bad.settle("skip")
+    assert note.startswith("left out 10 bad samples") and "a.jsonl:1: field 'solutions' holds null" in note and "and 5 more" in note
+    with pytest.raises(ConfigError, match=r"10 bad samples; data\.on_bad_sample=skip leaves such rows out"):
+        bad.settle("error")
+    assert BadSamples().settle("error") == ()
+
+
+def test_supervised_rows_need_both_texts(tmp_path: Path) -> None:
+    assert load_supervised([written(tmp_path / "a.jsonl", {"prompt": "1+1=", "response": "2"})]) == [("1+1=", "2")]
+    with pytest.raises(ConfigError, match=r"b\.jsonl:1: needs the fields 'prompt' and 'response'"):
+        load_supervised([written(tmp_path / "b.jsonl", {"prompt": "1+1="})])
+
+
+def test_a_prompt_without_tokens_is_a_bad_sample_and_all_of_them_are_the_tokenizers_fault() -> None:
+    class KnowsDigits:
+        """As transformers makes it from a folder without tokenizer.json: it drops what it does not know, without a word."""
+
+        bos_token = None
+
+        def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[int(c) for c in t if c.isdigit()] for t in text]}
+
+    problems = [Problem("1=", ("1",), "a.jsonl:1"), Problem("one", ("1",), "a.jsonl:2")]
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: the prompt 'one' has no tokens"):
+        PromptDataset(problems, KnowsDigits(), PromptForm(max_prompt_length=8))
+    bad = BadSamples()
+    assert len(PromptDataset(problems, KnowsDigits(), PromptForm(max_prompt_length=8), bad)) == 1 and len(bad.found) == 1
+    with pytest.raises(ConfigError, match="makes no token of any prompt"):
+        PromptDataset(problems[1:], KnowsDigits(), PromptForm(max_prompt_length=8))
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_sample_and_a_missing_template_is_said() -> None:
+    tokenizer = make_tokenizer()
+    form = PromptForm(max_prompt_length=8, apply_chat_template=True)
+    problems = [Problem("1=", ("1",), "a.jsonl:1"), Problem(({"role": "tool", "content": "1"},), ("1",), "a.jsonl:2")]
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        PromptDataset(problems, tokenizer, form)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('role ' + m.role) }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: the chat template refuses it: role tool"):
+        PromptDataset(problems, tokenizer, form)
 
 
 def test_a_missing_file_is_named() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,3 +130,77 @@ def test_a_model_path_without_a_config_is_refused(world, tmp_path) -> None:
     model = replace(found.rollout.model, model_path=str(tmp_path))
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         prepare(replace(found, rollout=replace(found.rollout, model=model)))
+
+
+def copied_model(world: Path, root: Path) -> Path:
+    shutil.copytree(world / "model", root / "model")
+    return root / "model"
+
+
+def with_model(world: Path, root: Path, model: Path, **sections: dict[str, Any]) -> RunConfig:
+    found = config(world, root, **sections)
+    actor = replace(found.actor, tokenizer=replace(found.actor.tokenizer, tokenizer_model=str(model)))
+    return replace(found, actor=actor, rollout=replace(found.rollout, model=replace(found.rollout.model, model_path=str(model))))
+
+
+def test_a_folder_without_a_tokenizer_is_refused_instead_of_getting_an_empty_one(world, tmp_path) -> None:
+    model = copied_model(world, tmp_path)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no tokenizer: neither tokenizer\.json"):
+        prepare(with_model(world, tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", r"config\.json is not JSON"),
+        ("config.json", "[]", r"config\.json holds list instead of an object"),
+        ("config.json", b"\xff", r"config\.json is not UTF-8"),
+        ("generation_config.json", "{", r"generation_config\.json is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id of .* is 'x'"),
+        ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+        ("tokenizer.json", "{}", "no tokenizer can be made from"),
+    ],
+)
+def test_broken_files_of_a_model_folder_are_named(world, tmp_path, name, content, message) -> None:
+    model = copied_model(world, tmp_path)
+    (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        prepare(with_model(world, tmp_path, model))
+
+
+def test_a_tokenizer_of_another_model_is_refused(world, tmp_path) -> None:
+    model = copied_model(world, tmp_path)
+    held = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**held, "vocab_size": 4}))
+    with pytest.raises(ConfigError, match="vocab_size is 4: they belong to different models"):
+        prepare(with_model(world, tmp_path, model))
+
+
+def test_bad_rows_end_a_run_or_are_left_out_and_said(world, tmp_path) -> None:
+    lines = (world / "train.jsonl").read_text().splitlines()
+    lines[3:6] = [
+        '{"prompt": "1+1=", "solutions": null}',
+        '{"prompt": "", "solutions": "1"}',
+        '{"prompt": "1+1=", "solutions": "\\\\sqrt{2"}',
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="3 bad samples") as caught:
+        prepare(config(world, tmp_path, data={"train_data_paths": [str(data)]}))
+    for number, reason in ((4, "holds null"), (5, "is empty"), (6, "math-verify cannot read the reference answer")):
+        assert re.search(rf"train\.jsonl:{number}: .*{reason}", str(caught.value))
+    prepared = prepare(config(world, tmp_path, data={"train_data_paths": [str(data)], "on_bad_sample": "skip"}))
+    assert len(prepared.dataset) == len(lines) - 3 and prepared.notes[0].startswith("left out 3 bad samples")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04cut"])
+def test_a_broken_data_position_is_named(world, tmp_path, content) -> None:
+    state = checkpoint(tmp_path, 3, *TP2_SHARDS) / DATA_STATE
+    state.parent.mkdir()
+    state.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"data\.pt cannot be read .*resume from an older checkpoint"):
+        prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
+    torch.save([1, 2], state)
+    with pytest.raises(CheckpointError, match="holds no data position"):
+        prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rlsync.errors import RlsyncError
-from workers.reward import RewardScale, VerifierPool, score
+from workers.references import is_plain
+from workers.reward import RewardScale, VerifierPool, score, unreadable_references
 
 # Takes longer than any run: native big-integer code that no signal interrupts.
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -40,6 +41,51 @@ CASES = [
     ("I do not know", ["7"], False),
     (r"\boxed{x+1", ["7"], False),
 ]
+
+
+# What data sets write, and a response that is right.
+REFERENCES = [
+    ("$5$.", r"\boxed{5}"), ("5 dollars", r"\boxed{5}"), ("$5$ dollars", r"\boxed{5}"), (r"\$5", r"\boxed{5}"), ("5€", r"\boxed{5}"),
+    ("5.", r"\boxed{5}"), ("**5**", r"\boxed{5}"), (r"\(5\)", r"\boxed{5}"), ("$1,234.50", r"\boxed{1234.5}"), ("-3 units", r"\boxed{-3}"),
+    ("12 square meters", r"\boxed{12}"), ("½", r"\boxed{0.5}"), ("√2", r"\boxed{\sqrt{2}}"), ("x²", r"\boxed{x^2}"),
+    ("∞", r"\boxed{\infty}"),
+    ("50%", r"\boxed{50\%}"), ("50%", "It is 50%."), ("5 x", r"\boxed{5x}"), ("90 degrees", r"\boxed{90^\circ}"),
+    (r"$\frac{1}{2}$.", r"\boxed{0.5}"), ("Paris", r"\boxed{Paris}"), ("(B)", r"\boxed{B}"), ("true", r"\boxed{true}"),
+    ("[1,2)", r"\boxed{[1,2)}"),
+]  # fmt: skip
+
+
+def test_references_are_read_as_data_sets_write_them(pool: VerifierPool) -> None:
+    found = pool.check([response for _, response in REFERENCES], [[answer] for answer, _ in REFERENCES])
+    assert [pair for pair, correct in zip(REFERENCES, found, strict=True) if not correct] == []
+    assert pool.check([r"\boxed{6}"] * len(REFERENCES), [[answer] for answer, _ in REFERENCES]) == [False] * len(REFERENCES)
+
+
+def test_references_that_nothing_can_equal_are_found(pool: VerifierPool) -> None:
+    unreadable = [r"\sqrt{2", "$", ".", "-", "𝔸"]
+    readable = [answer for answer, _ in REFERENCES]
+    assert unreadable_references([*readable, *unreadable], num_processes=2, timeout_s=2.0) == set(unreadable)
+
+
+def test_plain_references_are_those_that_math_verify_reads_for_certain(pool: VerifierPool) -> None:
+    texts = [answer for answer, _ in REFERENCES] + [
+        "7",
+        "-7",
+        "+7",
+        ".5",
+        "7.25",
+        "1,000",
+        "3/4",
+        "-3/4",
+        "C",
+        "yes",
+        "no solution",
+        "7 cm",
+    ]
+    plain = [text for text in texts if is_plain(text) and text != "true"]
+    assert len(plain) > 15
+    assert pool.can_read(plain) == [True] * len(plain)
+    assert not is_plain("1/0") and not is_plain("") and not is_plain("-")
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -173,6 +173,10 @@ class DataConfig:
     val_data_paths: tuple[str, ...] = key((), "further files with the same form, checked to exist and to parse")
     prompt_key: str = key("prompt", "field with the prompt: a string, or a message list; GSM8K: question")
     answer_key: str = key("solutions", "field with the reference answer(s): string or list; GSM8K: answer (the part after ####)")
+    on_bad_sample: Literal["error", "skip"] = key(
+        "error",
+        "rows whose prompt or reference answer cannot be used; error: name them and end, skip: leave them out and say how many",
+    )
     max_prompt_length: int = key(1024, "tokens")
     filter_prompt_by_length: bool = key(True, "drop longer prompts; false: keep their last max_prompt_length tokens")
     apply_chat_template: bool = key(False, "render the prompt with the tokenizer's chat template")

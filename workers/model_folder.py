@@ -1,0 +1,83 @@
+"""A Hugging Face folder as a run needs it: its JSON files and its tokenizer's files, checked before anything is made from them.
+
+Reads small files only. Knows no torch and no transformers, so that ``workers.check`` may use it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlsync.errors import ConfigError
+
+# Sets of files, each of which is enough to make a tokenizer from. Without any of them transformers makes an empty one, silently.
+_TOKENIZER_FILES: tuple[tuple[str, ...], ...] = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("vocab.txt",),
+    ("tekken.json",),
+)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Content of a file that holds one JSON object. Raises ConfigError naming the file and what is wrong with it."""
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start + 1}; copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}; copy it again") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__} instead of an object")
+    return found
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Content of a model folder's config.json. Raises ConfigError."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"rollout.model.model_path {folder} holds no config.json; it must be a local Hugging Face folder")
+    return read_json_object(folder / "config.json")
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Content of a model folder's generation_config.json; empty where there is none. Raises ConfigError."""
+    path = folder / "generation_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def token_ids(value: Any, where: str) -> list[int]:
+    """The ids that a config gives as a number, a list of numbers or nothing. Raises ConfigError naming ``where``."""
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in found):
+        raise ConfigError(f"{where} is {value!r}; it must be a token id, a list of them, or null")
+    return found
+
+
+def check_tokenizer_files(folder: Path, *, trust_remote_code: bool) -> None:
+    """Raise ConfigError unless a tokenizer can be made from the folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"actor.tokenizer.tokenizer_model {folder} is no folder; it must be a local Hugging Face folder")
+    settings = read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if trust_remote_code and "auto_map" in settings:
+        return
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"actor.tokenizer.tokenizer_model {folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt, "
+            "tokenizer.model or vocab.txt is there; copy the model's tokenizer files into it, or name a folder that has them"
+        )
+    if (folder / "tokenizer.json").is_file():
+        read_json_object(folder / "tokenizer.json")
+
+
+def check_tokenizer_size(num_tokens: int, vocab_size: Any, folder: Path) -> None:
+    """Raise ConfigError where a tokenizer, its added tokens left out, has ids that a model has no row for."""
+    if isinstance(vocab_size, int) and num_tokens > vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {folder} has {num_tokens} tokens, config.json's vocab_size is {vocab_size}: they belong to different models"
+        )
