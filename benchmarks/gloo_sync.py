@@ -23,8 +23,8 @@ import torch
 from benchmarks.paper import QWEN25_05B
 from rlsync.coordinator.assignments import GroupInfo
 from rlsync.engine.handle import Engine
-from rlsync.families import model_of
 from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.models import model_of
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.transport.gloo import Group
 from rlsync.transport.meeting import Rendezvous

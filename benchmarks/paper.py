@@ -11,9 +11,9 @@ from typing import Any
 
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.shapes import SHAPES
-from rlsync.families import model_of
 from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 
 VOCAB_MULTIPLE = 64

@@ -6,6 +6,7 @@ Load, export and save are plans between placements. Owns the comparison of the t
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,16 +21,18 @@ import torch.distributed as dist
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.families import Flavour, model_of, supported_architectures
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.parallel import compute_device, current_topology
+from rlsync.models import Flavour, model_of, supported_architectures, unread_keys
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.planner import Plan, build_plan
 from rlsync.transport.agreement import agreed
 from rlsync.transport.exchange import Exchange
+
+_LOG = logging.getLogger(__name__)
 
 # Largest message memory of an export on one rank.
 EXPORT_BUCKET_BYTES = 256 * 2**20
@@ -105,6 +108,9 @@ class AutoBridge:
         if make_vocab_size_divisible_by is not None:
             self._divisor = make_vocab_size_divisible_by
         topology = options.pop("topology", None)
+        unread = unread_keys(self.hf_config)
+        if unread and dist.get_rank() == 0:
+            _LOG.warning("config.json: neither transformers nor rlsync reads %s; these keys change nothing", ", ".join(unread))
         models = megatron_model.build_model(
             self.hf_config,
             topology=current_topology() if topology is None else topology,

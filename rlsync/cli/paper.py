@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsync.errors import PlacementError
-from rlsync.families.layouts import Column, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
-from rlsync.families.rules import Model
 from rlsync.layout.geometry import BufferSpec, Fill, Location, Piece, Placement
+from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
+from rlsync.models.rules import Model
 
 # vLLM pads the vocabulary to a multiple of this, whatever the number of ranks (``DEFAULT_VOCAB_PADDING_SIZE``).
 _VOCAB_MULTIPLE = 64

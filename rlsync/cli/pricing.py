@@ -15,8 +15,8 @@ from typing import Any
 from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes, step_bytes
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.families import model_of
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
+from rlsync.models import model_of
 from rlsync.plan.links import num_steps, traffic
 from rlsync.plan.packing import Memory, fills_buckets, is_staged, lay_out
 from rlsync.plan.planner import Plan, build_plan

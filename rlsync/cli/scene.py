@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.families.rules import Model
 from rlsync.layout.geometry import Location, Placement
 from rlsync.layout.topology import Topology
+from rlsync.models.rules import Model
 from rlsync.placement.megatron import megatron_placements
 
 # Transports that carry messages between members of a group.

@@ -5,6 +5,7 @@ Must not know HF names, files or engines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.megatron.rope import llama3_inverse_frequencies
 from rlsync.megatron.specs import SpecName, block_spec
+from rlsync.models.rope import Rope
 
 _LAYER_LISTS = ("decoder.layers.",)
 
@@ -166,7 +167,6 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.tied_embeddings,
         position_embedding_type="rope",
-        rotary_percent=config.rope.percent,
         rotary_base=config.rope.theta,
         seq_len_interpolation_factor=config.rope.interpolation,
         parallel_output=True,
@@ -178,6 +178,20 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         chunk.rotary_pos_emb.inv_freq = inverse.to(compute_device())
     chunk.unpadded_vocab_size = config.vocab_size
     return chunk.to(compute_device())
+
+
+def llama3_inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies of a llama3-scaled rotary embedding: (head_dim / 2,) float32 on the CPU.
+
+    The share of the unscaled frequency rises linearly in 1 / wavelength, from 0 at ``original / low_freq_factor`` to 1 at
+    ``original / high_freq_factor``; the rest is the frequency divided by ``factor``.
+    """
+    assert rope.llama3 is not None, "llama3_inverse_frequencies needs a llama3-scaled rope"
+    scaling = rope.llama3
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    rotations = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    share = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - share) * plain / scaling.factor + share * plain
 
 
 def _wrap(chunks: Sequence[MegatronModule], options: DdpOptions, *, dtype: torch.dtype) -> list[MegatronModule]:

@@ -9,15 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from rlsync.families.rules import Bound, Flavour, Model
 from rlsync.layout.geometry import BufferSpec, Fill, Piece, Placement
 from rlsync.layout.topology import Topology
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int, make_vocab_size_divisible_by: int = 1) -> int:
-    """Vocabulary rows after padding to a multiple of ``make_vocab_size_divisible_by * tp_size``."""
-    multiple = make_vocab_size_divisible_by * tp_size
-    return -(-vocab_size // multiple) * multiple
+from rlsync.models.rules import Bound, Flavour, Model
 
 
 def owned_parameters(model: Model, topology: Topology, rank: int) -> Iterator[Bound]:
@@ -48,7 +42,7 @@ def megatron_placement(
     Buffers are parameters by global name with their local shape; ``dtype`` is that of the parameters (default: the model's).
     Raises PlacementError or ConfigError where a tensor or the layers cannot be divided by the topology.
     """
-    padded = padded_vocab_size(model.dims["vocab"], topology.tp_size, make_vocab_size_divisible_by)
+    padded = model.padded_vocab(topology.tp_size, make_vocab_size_divisible_by)
     model = replace(model, dims={**model.dims, "padded_vocab": padded})
     tp_rank = topology.coordinates(rank).tp_rank
     buffers: list[BufferSpec] = []

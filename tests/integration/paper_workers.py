@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from rlsync.cli.paper import paper_worker
-from rlsync.families import model_of
 from rlsync.layout.geometry import Placement
 from rlsync.layout.recorded import placement_of
+from rlsync.models import model_of
 from tests.integration.recorder_models import Worker, engine_config, start_ranks, virtual_rank
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import region
-from rlsync.families import model_of
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.packing import Region, cut, divide, lay_out

@@ -17,9 +17,9 @@ from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
 from rlsync.coordinator.assignments import GroupInfo
 from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
-from rlsync.families import model_of
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.packing import Memory
@@ -40,7 +40,7 @@ QWEN_72B = QWEN_7B | {
 # Two layers, a vocabulary that both sides pad, fewer key-value heads than an engine of four has ranks, and no size that is aligned.
 SMALL = QWEN_7B | {
     "hidden_size": 100, "intermediate_size": 180, "vocab_size": 131, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 2, "head_dim": 26,
 }  # fmt: skip
 
 
@@ -225,8 +225,8 @@ def test_paper_counts_the_memory_of_steps(
 def test_neighbouring_workers_share_a_key_value_head() -> None:
     held = [paper_worker(model_of(SMALL), rank, 4, holder="w").pieces for rank in range(4)]
     keys = [next(p for p in pieces if p.tensor == "model.layers.0.self_attn.k_proj.weight") for pieces in held]
-    assert [(p.box.start[0], p.box.stop[0]) for p in keys] == [(0, 25), (0, 25), (25, 50), (25, 50)]
-    assert {(p.buffer, p.offset) for p in keys} == {("model.layers.0.self_attn.qkv_proj.weight", 25 * 100)}
+    assert [(p.box.start[0], p.box.stop[0]) for p in keys] == [(0, 26), (0, 26), (26, 52), (26, 52)]
+    assert {(p.buffer, p.offset) for p in keys} == {("model.layers.0.self_attn.qkv_proj.weight", 26 * 100)}
 
 
 def test_links_follow_from_where_the_engines_are() -> None:

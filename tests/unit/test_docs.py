@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlsync.cli.paper import paper_worker
-from rlsync.families import model_of
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan

@@ -16,8 +16,8 @@ from torch.distributed import PrefixStore, TCPStore
 
 from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import CopyProgram, region
-from rlsync.families import model_of
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, lay_out
 from rlsync.plan.planner import build_plan

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "errors",
                 "logs",
                 "layout",
-                "families",
+                "models",
                 "placement",
                 "plan",
             )
@@ -146,13 +146,13 @@ def test_layering_test_reads_the_sources() -> None:
         ("rlsync/layout/geometry.py", "import torch.distributed as dist", "no process group"),
         ("rlsync/copy/cuda.py", "import torch\n\n\ndef f():\n    torch.distributed.barrier()", "no process group"),
         ("rlsync/copy/cpu.py", "from torch import distributed", "no process group"),
-        ("rlsync/families/llama.py", "from rlsync.megatron.model import build_model", "above it"),
-        ("rlsync/families/llama.py", "from ..copy import cpu", "above it"),
+        ("rlsync/models/llama.py", "from rlsync.megatron.model import build_model", "above it"),
+        ("rlsync/models/llama.py", "from ..copy import cpu", "above it"),
         ("rlsync/engine/worker.py", "from rlsync.megatron import parallel", "do not know each other"),
         ("rlsync/transport/shm.py", "def f():\n    import rlsync.engine.worker", "above it"),
         ("rlsync/layout/geometry.py", "import threading", "neither sockets nor threads"),
         ("rlsync/plan/links.py", "from socket import gethostname", "neither sockets nor threads"),
-        ("rlsync/families/rules.py", "import zmq", "neither sockets nor threads"),
+        ("rlsync/models/rules.py", "import zmq", "neither sockets nor threads"),
         ("rlsync/plan/packing.py", "from rlsync.coordinator.client import Client", "above it"),
         ("rlsync/bridge.py", "from megatron.core import parallel_state", "only rlsync.megatron may"),
         ("rlsync/sync.py", "import vllm", "only rlsync.engine may"),
@@ -199,7 +199,7 @@ def test_pure_layers_and_the_protocol_load_no_framework() -> None:
     program = f"import sys, importlib\nfor m in {present!r}: importlib.import_module(m)\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
-    assert {"rlsync.plan.planner", "rlsync.plan.links", "rlsync.plan.packing", "rlsync.placement.megatron", "rlsync.families.rules"} <= set(
+    assert {"rlsync.plan.planner", "rlsync.plan.links", "rlsync.plan.packing", "rlsync.placement.megatron", "rlsync.models.rules"} <= set(
         present
     )
     assert not loaded & {"megatron", "vllm", "ray", "torch"}

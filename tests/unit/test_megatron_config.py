@@ -7,10 +7,13 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.config import model_config, supported_architectures
+from rlsync.megatron.config import model_config
+from rlsync.models import supported_architectures
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -27,8 +30,15 @@ QWEN3 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": True,
 }
-QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {"architectures": ["Qwen2ForCausalLM"]}
-LLAMA = {**QWEN3, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+}
+LLAMA = {**QWEN3, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+
+
+def without(hf, key):
+    return {name: value for name, value in hf.items() if name != key}
 
 
 def config(hf=QWEN3, *, dtype=torch.float32, divisible_by=1, overrides=None, **topology):
@@ -52,14 +62,27 @@ def test_families_differ_in_biases_and_head_norms(hf, bias, norm):
     assert (told.add_qkv_bias, told.qk_layernorm) == (bias, norm)
 
 
-@pytest.mark.parametrize(("hf", "expected"), [(QWEN2, 24), (LLAMA | {"head_dim": None}, 24), (QWEN3 | {"head_dim": None}, 128)])
+@pytest.mark.parametrize(("hf", "expected"), [(QWEN2, 24), (LLAMA | {"head_dim": None}, 24), (without(QWEN3, "head_dim"), 128)])
 def test_a_missing_head_dim_is_that_of_the_family(hf, expected):
     assert config(hf).transformer.kv_channels == expected
 
 
-def test_missing_key_value_heads_mean_one_for_each_head():
-    hf = {name: value for name, value in QWEN3.items() if name != "num_key_value_heads"}
+@pytest.mark.parametrize("hf", [without(LLAMA, "num_key_value_heads"), QWEN3 | {"num_key_value_heads": None}])
+def test_no_key_value_heads_mean_one_for_each_head(hf):
     assert config(hf).transformer.num_query_groups == 4
+
+
+@pytest.mark.parametrize("hf", [LLAMA, QWEN2, QWEN3])
+def test_a_missing_epsilon_is_that_of_transformers(hf):
+    assert config(without(hf, "rms_norm_eps")).transformer.layernorm_epsilon == 1e-6
+
+
+def test_two_stages_need_no_count_of_the_last():
+    """Megatron divides by the stages between the first and the last, on one rank only."""
+    told = config(QWEN3 | {"num_hidden_layers": 6}, pp_size=2, vpp_size=2, first_stage_layers=2, last_stage_layers=4).transformer
+    assert (told.num_layers_in_first_pipeline_stage, told.num_layers_in_last_pipeline_stage) == (2, None)
+    assert [get_transformer_layer_offset(told, v, p) for v in (0, 1) for p in (0, 1)] == [0, 1, 3, 4]
+    assert [get_num_layers_to_build(told, v, p) for v in (0, 1) for p in (0, 1)] == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(("tp_size", "divisible_by", "padded"), [(1, 1, 131), (2, 1, 132), (4, 1, 132), (2, 64, 256), (1, 128, 256)])
@@ -77,7 +100,7 @@ def test_one_dtype_rules_parameters_and_pipeline(dtype):
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"\['GPT2LMHeadModel'\].*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel .*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
         config(QWEN3 | {"architectures": ["GPT2LMHeadModel"]})
     assert supported_architectures() == ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -85,15 +108,12 @@ def test_an_unknown_architecture_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("hf", "said"),
     [
-        (LLAMA | {"attention_bias": True}, "attention_bias=True is not supported"),
-        (LLAMA | {"mlp_bias": True}, "mlp_bias=True is not supported"),
-        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        (QWEN3 | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (QWEN3 | {"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
-        (QWEN3 | {"vocab_size": None}, "lacks vocab_size"),
-        (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope type 'yarn'; supported are"),
-        (QWEN3 | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear' but gives no factor"),
-        (QWEN3 | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        (LLAMA | {"attention_bias": True}, "attention_bias is true; for LlamaForCausalLM it must be absent"),
+        (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, 'rope type "yarn"; supported are'),
+        (
+            QWEN3 | {"hidden_act": "gelu", "vocab_size": None},
+            'hidden_act is "gelu".*vocab_size is null|vocab_size is null.*hidden_act is "gelu"',
+        ),
     ],
 )
 def test_what_megatron_would_get_wrong_is_refused(hf, said):
@@ -104,9 +124,14 @@ def test_what_megatron_would_get_wrong_is_refused(hf, said):
 @pytest.mark.parametrize(
     ("hf", "topology", "said"),
     [
-        (QWEN3 | {"num_attention_heads": 6, "num_key_value_heads": 3}, {"tp_size": 4}, "6 attention heads cannot be divided by tp_size 4"),
-        (QWEN3 | {"num_attention_heads": 12, "num_key_value_heads": 3}, {"tp_size": 4}, "3 key-value heads and tp_size 4"),
-        (QWEN3 | {"intermediate_size": 161}, {"tp_size": 2}, "intermediate_size 161"),
+        (
+            QWEN3 | {"num_attention_heads": 6, "num_key_value_heads": 3},
+            {"tp_size": 4},
+            "tp_size 4 does not fit .*q_proj.*: 6 attention heads cannot be divided",
+        ),
+        (QWEN3 | {"num_attention_heads": 12, "num_key_value_heads": 3}, {"tp_size": 4}, "3 key-value heads and a tensor axis of 4 ranks"),
+        (QWEN3 | {"intermediate_size": 161}, {"tp_size": 2}, "tp_size 2 does not fit .*gate_proj.*161"),
+        (QWEN3, {"dp_size": 2, "ep_size": 2}, "ep_size is 2; Qwen3ForCausalLM has no experts"),
         (QWEN3, {"pp_size": 3}, "4 layers cannot be split over pp_size 3"),
     ],
 )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlsync.megatron.rope import Llama3Scaling, Rope, llama3_inverse_frequencies, read_rope
+from rlsync.megatron.model import llama3_inverse_frequencies
+from rlsync.models.rope import DEFAULT_THETA, Llama3Scaling, Rope
+from rlsync.models.rope import read_rope as read
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA32 = {**LLAMA31, "factor": 32.0}
 UNLIKE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 6.0, "original_max_position_embeddings": 512}
+
+
+def read_rope(config, **options):
+    rope, findings = read(config, **options)
+    assert not findings
+    return rope
 
 
 def test_both_spellings_of_the_default_mean_the_same():
@@ -39,8 +50,79 @@ def test_linear_scaling_interpolates_positions():
     assert read_rope({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}) == Rope(1e4, interpolation=2.0)
 
 
-def test_a_partial_rotation_is_a_share_of_the_head():
-    assert read_rope({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}) == Rope(1e4, percent=0.5)
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "keep one of them"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR}, "keep one of them"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {**LINEAR, "rope_theta": 5e5}}, "keep one of them"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor of config.json is 0.5; it must be 1"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of rope_parameters is 0.5"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor of rope_scaling is 0.25"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_parameters asks for rope type "yarn"; supported are'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 'rope_scaling asks for rope type "dynamic"'),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}}, 'rope_type "default" and type "mrope"'),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "holds mrope_section"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "holds factor, which that type does not have"),
+        ({"rope_parameters": {"rope_type": "linear"}}, '"linear" but gives no factor'),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor of rope_scaling is "2"; it must be a number above 0'),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of rope_scaling is 0"),
+        ({"rope_theta": None}, "gives no rope_theta"),
+        ({"rope_theta": "1e6"}, 'rope_theta of rope_parameters is "1e6"'),
+        ({"rope_theta": float("nan")}, "rope_theta of rope_parameters is NaN"),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 1000000.0, and 10000.0 in rope_parameters"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type (full_attention)"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
+        (
+            {"rope_scaling": {**UNLIKE, "low_freq_factor": 6.0}},
+            "low_freq_factor 6.0 of rope_scaling must be below its high_freq_factor 6.0",
+        ),
+        ({"rope_scaling": UNLIKE, "original_max_position_embeddings": 256}, "original_max_position_embeddings is 256, and 512 in"),
+        ({"rope_scaling": {"rope_type": [1]}}, "asks for rope type [1]"),
+    ],
+)
+def test_what_would_be_read_in_two_ways_is_refused(config, said):
+    rope, findings = read(config)
+    assert rope is None
+    assert any(said in finding for finding in findings), findings
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": dict(LINEAR)},
+        {"rope_scaling": {}, "rope_parameters": dict(LINEAR)},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5e5},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1e6, "partial_rotary_factor": 1.0},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+        {},
+    ],
+)
+def test_what_is_accepted_means_what_it_means_to_transformers(config):
+    theirs = LlamaConfig(head_dim=32, max_position_embeddings=4096, **copy.deepcopy(config))
+    kind = theirs.rope_parameters["rope_type"]
+    if kind == "default":
+        expected = LlamaRotaryEmbedding(theirs).inv_freq
+    else:
+        expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+    rope = read_rope(config, max_positions=4096)
+    if rope.llama3 is not None:
+        ours = llama3_inverse_frequencies(rope, 32)
+    else:
+        ours = 1 / rope.theta ** (torch.arange(0, 32, 2) / 32) / (1 if rope.interpolation is None else rope.interpolation)
+    torch.testing.assert_close(ours, expected, rtol=3e-7, atol=0)
+
+
+def test_the_default_base_is_that_of_transformers():
+    assert DEFAULT_THETA == LlamaConfig.default_theta == Qwen2Config.default_theta == Qwen3Config.default_theta
 
 
 @pytest.mark.parametrize("scaling", [LLAMA31, LLAMA32, UNLIKE])

@@ -13,7 +13,6 @@ from benchmarks.paper import QWEN25_05B, QWEN25_7B
 from rlsync.cli.paper import paper_worker
 from rlsync.copy.cpu import bind, write_fills
 from rlsync.errors import PlacementError
-from rlsync.families import model_of
 from rlsync.layout.geometry import (
     Box,
     BufferSpec,
@@ -27,6 +26,7 @@ from rlsync.layout.geometry import (
     whole_tensors,
 )
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from rlsync.coordinator.assignments import RingInfo
 from rlsync.copy.cpu import region
-from rlsync.families import model_of
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, Part, lay_out, part_offsets

@@ -60,7 +60,7 @@ def main(path: str, index: str) -> None:
     owner.watch()
     spec = specs.read(path)
     from rlsync.engine.handle import Engine
-    from rlsync.families import model_of
+    from rlsync.models import model_of
 
     floors = json.loads(await_file(spec.floors_path, spec.start_s))
     weight_bytes = sum(tensor.nbytes for tensor in model_of(spec.config).tensors("bfloat16"))

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlsync.errors import ConfigError, PlacementError
-from rlsync.families.layouts import Layout, LocalLayout
+from rlsync.errors import PlacementError
 from rlsync.layout.geometry import TensorSpec
+from rlsync.models.keys import HFConfig, Key
+from rlsync.models.layouts import Layout, LocalLayout
+from rlsync.models.rope import Rope
 
 Flavour = Literal["local", "te"]
 Stage = Literal["first", "layer", "last"]
-HFConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,27 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family: the architectures it serves, how to read sizes and features from their config, and its rules.
+    """A model family: the architectures it serves, what their config.json may hold, and the rules of their weights.
 
     Attributes:
         architectures: values of ``architectures[0]`` in ``config.json``.
-        dims: HF config -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
-        features: HF config -> names that the ``when`` of a rule refers to.
+        model_type: the value that transformers knows these architectures by.
+        keys: every key of config.json that transformers' class reads.
+        dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
+        contradictions: values and config -> what is wrong between keys that are right by themselves.
+        features: values of the honoured keys -> names that the ``when`` of a rule refers to.
+        transformer: fields of Megatron's TransformerConfig that are the same for all models of the family.
         rules: the table.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
     """
 
     architectures: tuple[str, ...]
-    dims: Callable[[HFConfig], dict[str, int]]
-    features: Callable[[HFConfig], frozenset[str]]
+    model_type: str
+    keys: Mapping[str, Key]
+    dims: Callable[[Mapping[str, Any]], dict[str, int]]
+    contradictions: Callable[[Mapping[str, Any], HFConfig], list[str]]
+    features: Callable[[Mapping[str, Any]], frozenset[str]]
+    transformer: Mapping[str, Any]
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
@@ -89,22 +98,37 @@ class Bound:
 
 @dataclass(frozen=True)
 class Model:
-    """A family bound to one HF config: every name and size is known, no rank is."""
+    """A family bound to one HF config: every name and size is known, no rank is. Made by :func:`rlsync.models.model_of`.
+
+    Attributes:
+        architecture: as config.json names it.
+        dims: named sizes.
+        features: names that the ``when`` of a rule refers to.
+        num_layers: of the decoder.
+        dtype: of the checkpoint by its config, as ``"bfloat16"``.
+        max_positions: longest sequence that the model was made for, in tokens.
+        rope: rotary embedding.
+        transformer: fields of Megatron's TransformerConfig that the config decides, by name; an activation is a name too.
+    """
 
     family: Family
+    architecture: str
     dims: Mapping[str, int]
     features: frozenset[str]
     num_layers: int
     dtype: str
-
-    @classmethod
-    def from_config(cls, family: Family, config: HFConfig) -> Model:
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-        return cls(family, family.dims(config), family.features(config), int(config["num_hidden_layers"]), dtype)
+    max_positions: int
+    rope: Rope
+    transformer: Mapping[str, Any]
 
     @property
     def tied(self) -> bool:
         return "tied" in self.features
+
+    def padded_vocab(self, tp_size: int, make_vocab_size_divisible_by: int = 1) -> int:
+        """Rows of the vocabulary in Megatron, over all tp_ranks: a multiple of ``make_vocab_size_divisible_by * tp_size``."""
+        multiple = make_vocab_size_divisible_by * tp_size
+        return -(-self.dims["vocab"] // multiple) * multiple
 
     def rules(self) -> Iterator[Rule]:
         """The rules that apply to this model."""
@@ -141,11 +165,3 @@ class Model:
         except PlacementError as error:
             names = ", ".join(f"{name} {shape}" for name, shape in bound.hf)
             raise PlacementError(f"{bound.rule.name('local', bound.layer)} <- {names}: {error}") from None
-
-
-def required(config: HFConfig, key: str) -> int:
-    """An integer of the HF config; ConfigError names the key where it is missing."""
-    value = config.get(key)
-    if value is None:
-        raise ConfigError(f"config.json has no {key!r}, which architecture {config.get('architectures')} needs")
-    return int(value)

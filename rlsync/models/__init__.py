@@ -1,0 +1,133 @@
+"""Model families, each stated once: what its config.json may hold, what Megatron is told, and which HF tensors make up its weights.
+
+``check_config`` says everything that is wrong with a config.json, ``model_of`` reads one or raises all of that. Plain Python: imports
+no torch, transformers or Megatron, so that whoever checks a run before it starts answers at once. A new family is one file here and
+a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlsync.errors import ConfigError, PlacementError
+from rlsync.layout.topology import Topology
+from rlsync.models.keys import HFConfig, joined, read_keys, shown, unread
+from rlsync.models.llama import LLAMA
+from rlsync.models.qwen2 import QWEN2
+from rlsync.models.qwen3 import QWEN3
+from rlsync.models.rope import read_rope
+from rlsync.models.rules import Family, Flavour, Model
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
+
+__all__ = ["FAMILIES", "Family", "Flavour", "Model", "check_config", "family_of", "model_of", "supported_architectures", "unread_keys"]
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """Values of ``architectures[0]`` that a family exists for, sorted."""
+    return tuple(sorted(name for family in FAMILIES for name in family.architectures))
+
+
+def check_config(hf_config: Any, topology: Topology | None = None) -> list[str]:
+    """Everything that keeps the model of a config.json from being trained as transformers computes it; empty where nothing does.
+
+    Args:
+        hf_config: content of config.json; anything that JSON can hold is answered by findings.
+        topology: parallel layout that has to divide the model, or None.
+
+    Returns:
+        One sentence for each finding: the key, its value, what is supported instead.
+    """
+    return _read(hf_config, topology)[1]
+
+
+def model_of(hf_config: HFConfig, topology: Topology | None = None) -> Model:
+    """The model of a config.json. Raises ConfigError with every finding of :func:`check_config`."""
+    model, findings = _read(hf_config, topology)
+    if findings or model is None:
+        raise ConfigError(joined(findings, "config.json"))
+    return model
+
+
+def unread_keys(hf_config: HFConfig) -> tuple[str, ...]:
+    """Keys of a supported config.json that its family's table does not name, sorted.
+
+    The table names what transformers and vLLM read, so these change nothing; whoever wrote them may think otherwise.
+    """
+    return unread(family_of(hf_config).keys, hf_config)
+
+
+def family_of(hf_config: HFConfig) -> Family:
+    """The family of an HF config. ConfigError lists the supported architectures."""
+    names = hf_config.get("architectures")
+    for family in FAMILIES:
+        if isinstance(names, (list, tuple)) and len(names) == 1 and names[0] in family.architectures:
+            return family
+    found = str(names[0]) if isinstance(names, (list, tuple)) and len(names) == 1 else shown(names)
+    kind = hf_config.get("model_type")
+    raise ConfigError(
+        f"config.json: unknown architecture {found} (model_type {shown(kind)}); supported are {', '.join(supported_architectures())}"
+    )
+
+
+def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list[str]]:
+    if not isinstance(hf_config, Mapping):
+        return None, [f"it holds {shown(hf_config)}, not an object of keys"]
+    try:
+        family = family_of(hf_config)
+    except ConfigError as error:
+        return None, [str(error).removeprefix("config.json: ")]
+    name = str(hf_config["architectures"][0])
+    values, findings = read_keys(family.keys, hf_config, name)
+    kind = hf_config.get("model_type", family.model_type)
+    if kind != family.model_type:
+        findings.insert(
+            0,
+            f"model_type is {shown(kind)}, but architectures is {name}, whose model_type is {shown(family.model_type)}: "
+            "transformers computes the one and engines the other; make them agree",
+        )
+    rope, wrong = read_rope(hf_config, max_positions=values.get("max_position_embeddings"))
+    findings += wrong
+    if findings:
+        return None, findings
+    findings = family.contradictions(values, hf_config)
+    if findings or rope is None:
+        return None, findings
+    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    fields = {key.field: values[key_name] for key_name, key in family.keys.items() if key.field}
+    dims = family.dims(values)
+    heads = {"num_query_groups": dims["num_groups"], "kv_channels": dims["head_dim"]}
+    model = Model(
+        family=family,
+        architecture=name,
+        dims=dims,
+        features=family.features(values),
+        num_layers=values["num_hidden_layers"],
+        dtype=str(dtype).removeprefix("torch."),
+        max_positions=values["max_position_embeddings"],
+        rope=rope,
+        transformer={**fields, **heads, **family.transformer},
+    )
+    return model, [] if topology is None else _misfits(model, topology)
+
+
+def _misfits(model: Model, topology: Topology) -> list[str]:
+    """What of a model a topology cannot divide; the layouts say so themselves."""
+    findings = []
+    if topology.ep_size > 1:
+        findings.append(f"ep_size is {topology.ep_size}; {model.architecture} has no experts, so it must be 1")
+    try:
+        topology.layers_of(model.num_layers, 0)
+    except ConfigError as error:
+        findings.append(str(error))
+    padded = replace(model, dims={**model.dims, "padded_vocab": model.padded_vocab(topology.tp_size)})
+    reasons: dict[str, str] = {}
+    for rule in padded.rules():
+        bound = padded.bind(rule, 0)
+        try:
+            rule.layout.local([shape for _, shape in bound.hf], 0, topology.tp_size, padded.dims)
+        except PlacementError as error:
+            reasons.setdefault(str(error), bound.hf[0][0])
+    return findings + [f"tp_size {topology.tp_size} does not fit {tensor}: {reason}" for reason, tensor in reasons.items()]

@@ -1,0 +1,164 @@
+"""What the dense decoder families (Llama, Qwen2, Qwen3) share: keys of config.json, GQA attention and a gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlsync.models.base_keys import BASE_KEYS
+from rlsync.models.keys import HFConfig, Key, flag, is_whole, number, only, shown, size
+from rlsync.models.layouts import GatedColumn, GroupedQKV, Replicated, Row, VocabPadded
+from rlsync.models.rules import HFTensor, Rule
+
+LAYER = "decoder.layers.{layer}"
+HF_LAYER = "model.layers.{layer}"
+
+_DROPOUT = "the actor trains without it; set it to 0.0"
+# Defaults that differ between the classes stand in the families' own tables.
+DENSE_KEYS: Mapping[str, Key] = {
+    **BASE_KEYS,
+    "vocab_size": size(is_required=True),
+    "hidden_size": size("hidden_size", is_required=True),
+    "intermediate_size": size("ffn_hidden_size", is_required=True),
+    "num_hidden_layers": size("num_layers", is_required=True),
+    "num_attention_heads": size("num_attention_heads", is_required=True),
+    "head_dim": size(is_nullable=True),
+    "hidden_act": only("silu", "swish", default="silu"),
+    "rms_norm_eps": number("layernorm_epsilon", default=1e-6),
+    "tie_word_embeddings": flag(default=False),
+    "attention_dropout": only(0, default=0.0, why=_DROPOUT),
+    "layer_types": Key(
+        lambda value: isinstance(value, list) and set(map(str, value)) <= {"full_attention"},
+        "a list of full_attention, one for each layer",
+        "no other kind of attention is supported",
+        is_nullable=True,
+    ),
+}
+# TransformerConfig of Megatron-Core; "silu" is the name of its activation function.
+DENSE_TRANSFORMER: Mapping[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation_func": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+}
+
+
+def dense_dims(values: Mapping[str, Any]) -> dict[str, int]:
+    """Named sizes of a dense decoder. ``head_dim`` is taken from the config where it is given (it need not be hidden / heads)."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    groups = values["num_key_value_heads"] if values["num_key_value_heads"] is not None else heads
+    head_dim = values["head_dim"] if values["head_dim"] is not None else hidden // heads
+    return {
+        "hidden": hidden,
+        "vocab": values["vocab_size"],
+        "ffn": values["intermediate_size"],
+        "q": heads * head_dim,
+        "kv": groups * head_dim,
+        "num_heads": heads,
+        "num_groups": groups,
+        "head_dim": head_dim,
+    }
+
+
+def dense_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
+    """What transformers refuses, or computes in a way of its own, in keys that are right one by one."""
+    dims, layers = dense_dims(values), values["num_hidden_layers"]
+    findings = []
+    if dims["num_heads"] % dims["num_groups"]:
+        findings.append(f"num_attention_heads {dims['num_heads']} is not a multiple of num_key_value_heads {dims['num_groups']}")
+    if dims["head_dim"] % 2 or not dims["head_dim"]:
+        findings.append(f"head_dim {dims['head_dim']} is odd; rotary embeddings turn pairs of dimensions")
+    if values["layer_types"] is not None and len(values["layer_types"]) != layers:
+        findings.append(f"layer_types has {len(values['layer_types'])} entries for num_hidden_layers {layers}")
+    padding = config.get("pad_token_id")
+    if padding is not None and not (is_whole(padding) and -dims["vocab"] <= padding < dims["vocab"]):
+        findings.append(f"pad_token_id is {shown(padding)}; the vocabulary has {dims['vocab']} tokens")
+    return findings
+
+
+def dense_features(values: Mapping[str, Any]) -> frozenset[str]:
+    """``{"tied"}`` or ``{"untied"}``."""
+    return frozenset({"tied" if values["tie_word_embeddings"] else "untied"})
+
+
+EMBEDDINGS = (
+    Rule(
+        "embedding.word_embeddings.weight",
+        (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
+        VocabPadded(),
+        stage="first",
+    ),
+    Rule("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "hidden"),), Replicated(), stage="last"),
+    Rule("output_layer.weight", (HFTensor("lm_head.weight", "vocab", "hidden"),), VocabPadded(), stage="last", when="untied"),
+    Rule(
+        "output_layer.weight",
+        (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
+        VocabPadded(),
+        stage="last",
+        when="tied",
+        pipelined_only=True,
+    ),
+)
+
+ATTENTION = (
+    Rule(
+        f"{LAYER}.input_layernorm.weight",
+        (HFTensor(f"{HF_LAYER}.input_layernorm.weight", "hidden"),),
+        Replicated(),
+        te=f"{LAYER}.self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Rule(
+        f"{LAYER}.self_attention.linear_qkv.weight",
+        (
+            HFTensor(f"{HF_LAYER}.self_attn.q_proj.weight", "q", "hidden"),
+            HFTensor(f"{HF_LAYER}.self_attn.k_proj.weight", "kv", "hidden"),
+            HFTensor(f"{HF_LAYER}.self_attn.v_proj.weight", "kv", "hidden"),
+        ),
+        GroupedQKV(),
+    ),
+    Rule(
+        f"{LAYER}.self_attention.linear_qkv.bias",
+        (
+            HFTensor(f"{HF_LAYER}.self_attn.q_proj.bias", "q"),
+            HFTensor(f"{HF_LAYER}.self_attn.k_proj.bias", "kv"),
+            HFTensor(f"{HF_LAYER}.self_attn.v_proj.bias", "kv"),
+        ),
+        GroupedQKV(),
+        when="qkv_bias",
+    ),
+    Rule(
+        f"{LAYER}.self_attention.q_layernorm.weight",
+        (HFTensor(f"{HF_LAYER}.self_attn.q_norm.weight", "head_dim"),),
+        Replicated(),
+        when="qk_norm",
+    ),
+    Rule(
+        f"{LAYER}.self_attention.k_layernorm.weight",
+        (HFTensor(f"{HF_LAYER}.self_attn.k_norm.weight", "head_dim"),),
+        Replicated(),
+        when="qk_norm",
+    ),
+    Rule(f"{LAYER}.self_attention.linear_proj.weight", (HFTensor(f"{HF_LAYER}.self_attn.o_proj.weight", "hidden", "q"),), Row()),
+)
+
+MLP = (
+    Rule(
+        f"{LAYER}.pre_mlp_layernorm.weight",
+        (HFTensor(f"{HF_LAYER}.post_attention_layernorm.weight", "hidden"),),
+        Replicated(),
+        te=f"{LAYER}.mlp.linear_fc1.layer_norm_weight",
+    ),
+    Rule(
+        f"{LAYER}.mlp.linear_fc1.weight",
+        (
+            HFTensor(f"{HF_LAYER}.mlp.gate_proj.weight", "ffn", "hidden"),
+            HFTensor(f"{HF_LAYER}.mlp.up_proj.weight", "ffn", "hidden"),
+        ),
+        GatedColumn(),
+    ),
+    Rule(f"{LAYER}.mlp.linear_fc2.weight", (HFTensor(f"{HF_LAYER}.mlp.down_proj.weight", "hidden", "ffn"),), Row()),
+)
+
+DENSE_RULES = EMBEDDINGS + ATTENTION + MLP

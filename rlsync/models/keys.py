@@ -1,0 +1,136 @@
+"""Keys of a config.json: what each may hold, transformers' default for it, and why a key without an effect has none.
+
+A family's table names every key that transformers' class reads. A key is honoured (``size``, ``number``, ``flag``), fixed to the
+values whose meaning the family computes (``only``, ``unsupported``), or harmless with the reason. Plain values; knows no family.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HFConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of config.json.
+
+    Attributes:
+        accepts: whether a value can be honoured; not asked about a missing key.
+        wanted: what is accepted, in words, as it follows "must be".
+        why: for an unsupported key the reason and what to do; for a harmless one why it changes nothing.
+        default: of transformers' class, for a missing key.
+        is_required: the file must state it: transformers' default has the size of another model.
+        is_nullable: null means the same as a missing key, or ``default`` None.
+        is_honoured: the value is read; False for keys that are only checked.
+        field: the TransformerConfig field of Megatron that takes the value as it is, or "".
+    """
+
+    accepts: Callable[[Any], bool]
+    wanted: str = ""
+    why: str = ""
+    default: Any = None
+    is_required: bool = False
+    is_nullable: bool = False
+    is_honoured: bool = True
+    field: str = ""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a JSON value is an integer, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; NaN and infinity are no JSON, though Python reads them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def size(field: str = "", *, default: int | None = None, is_required: bool = False, is_nullable: bool = False) -> Key:
+    """A whole number of at least 1."""
+    return Key(
+        lambda value: is_whole(value) and value > 0,
+        "a whole number of at least 1",
+        default=default,
+        is_required=is_required,
+        is_nullable=is_nullable,
+        field=field,
+    )
+
+
+def number(field: str = "", *, default: float) -> Key:
+    """A number above 0."""
+    return Key(lambda value: is_number(value) and value > 0, "a number above 0", default=default, field=field)
+
+
+def flag(*, default: bool) -> Key:
+    return Key(lambda value: isinstance(value, bool), "true or false", default=default)
+
+
+def only(*values: Any, default: Any, why: str = "", is_nullable: bool = False) -> Key:
+    """One of a few values, which differ in JSON type too: 0 is not false."""
+    return Key(
+        lambda value: any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values),
+        " or ".join(map(shown, values)),
+        why,
+        default=default,
+        is_nullable=is_nullable,
+        is_honoured=False,
+    )
+
+
+def unsupported(why: str, *, default: Any = None) -> Key:
+    """A key that asks for another computation wherever it holds more than null, false, zero or nothing."""
+    return Key(lambda value: not value, "absent", why, default=default, is_nullable=True, is_honoured=False)
+
+
+def harmless(why: str, *keys: str) -> dict[str, Key]:
+    """Keys whose values change nothing that is computed here."""
+    return dict.fromkeys(keys, Key(lambda _: True, why=why, is_nullable=True, is_honoured=False))
+
+
+def read_elsewhere(reader: str, *keys: str) -> dict[str, Key]:
+    """Keys that make sense only together; ``reader`` checks and honours them."""
+    return dict.fromkeys(keys, Key(lambda _: True, why=f"read by {reader}", is_nullable=True, is_honoured=False))
+
+
+def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str) -> tuple[dict[str, Any], list[str]]:
+    """Values of the honoured keys, defaults in place of missing ones, and what is wrong with the others.
+
+    ``owner`` is whom findings name as the reader of the key. A refused key has no value.
+    """
+    values: dict[str, Any] = {}
+    findings = []
+    for name, key in table.items():
+        value = config.get(name)
+        if name not in config or (value is None and key.is_nullable):
+            if key.is_required:
+                findings.append(f"{name} is missing; {owner} needs it: {key.wanted}")
+            elif key.is_honoured:
+                values[name] = None if name in config else key.default
+        elif not key.accepts(value):
+            reason = f": {key.why}" if key.why else ""
+            findings.append(f"{name} is {shown(value)}; for {owner} it must be {key.wanted}{reason}")
+        elif key.is_honoured:
+            values[name] = value
+    return values, findings
+
+
+def unread(table: Mapping[str, Key], config: HFConfig) -> tuple[str, ...]:
+    """Keys of a config that a table does not name, sorted."""
+    return tuple(sorted(str(name) for name in config if name not in table))
+
+
+def shown(value: Any) -> str:
+    """A value as config.json writes it, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 120 else f"{text[:116]} ..."
+
+
+def joined(findings: Iterable[str], what: str) -> str:
+    """All findings as one message."""
+    return f"{what}: {'; '.join(findings)}"

@@ -1,0 +1,30 @@
+"""Llama 2 and 3.x."""
+
+from __future__ import annotations
+
+from rlsync.models.dense import DENSE_KEYS, DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.keys import size, unsupported
+from rlsync.models.rules import Family
+
+# transformers' bias covers o_proj too, which Megatron couples to biases in the MLP.
+_BIAS = "no released Llama has biases, and the table of the family lacks them"
+
+LLAMA = Family(
+    architectures=("LlamaForCausalLM",),
+    model_type="llama",
+    keys={
+        **DENSE_KEYS,
+        "num_key_value_heads": size(is_nullable=True),
+        "max_position_embeddings": size(default=2048),
+        "attention_bias": unsupported(_BIAS, default=False),
+        "mlp_bias": unsupported(_BIAS, default=False),
+        "sliding_window": unsupported(
+            "transformers' Llama attends to all tokens whatever it says, and engines only to those in the window"
+        ),
+    },
+    dims=dense_dims,
+    contradictions=dense_contradictions,
+    features=dense_features,
+    transformer=DENSE_TRANSFORMER,
+    rules=DENSE_RULES,
+)

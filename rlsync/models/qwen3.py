@@ -1,0 +1,31 @@
+"""Qwen3 dense: RMSNorm over each query and key head, no QKV bias, and a head_dim of its own (128 where the config is silent)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlsync.models.dense import DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.keys import size, unsupported
+from rlsync.models.qwen2 import QWEN_KEYS
+from rlsync.models.rules import Family
+
+
+def _features(values: Mapping[str, Any]) -> frozenset[str]:
+    return dense_features(values) | {"qk_norm"}
+
+
+QWEN3 = Family(
+    architectures=("Qwen3ForCausalLM",),
+    model_type="qwen3",
+    keys={
+        **QWEN_KEYS,
+        "head_dim": size(default=128),
+        "attention_bias": unsupported("no released Qwen3 has biases, and the table of the family lacks them", default=False),
+    },
+    dims=dense_dims,
+    contradictions=dense_contradictions,
+    features=_features,
+    transformer={**DENSE_TRANSFORMER, "qk_layernorm": True},
+    rules=DENSE_RULES,
+)

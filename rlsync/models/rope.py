@@ -1,0 +1,123 @@
+"""Rotary position embeddings as a config.json describes them.
+
+Reads ``rope_parameters`` (transformers 5) and ``rope_theta`` / ``rope_scaling`` (transformers 4) as transformers 5 does, and
+refuses what it and an engine would read in two ways. Plain numbers; the frequencies are computed where tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlsync.models.keys import HFConfig, is_number, is_whole, shown
+
+DEFAULT_THETA = 10000.0  # PreTrainedConfig.default_theta
+# Numbers that each type takes beside rope_theta.
+TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# Keys of config.json that this module reads.
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Wavelengths above original/low are stretched by ``factor``, those below original/high kept, between them blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of one model, over all dimensions of a head.
+
+    Attributes:
+        theta: base of the frequencies.
+        interpolation: positions are divided by it (type "linear"); None otherwise.
+        llama3: frequencies are rescaled (type "llama3"); None otherwise.
+    """
+
+    theta: float
+    interpolation: float | None = None
+    llama3: Llama3Scaling | None = None
+
+
+def read_rope(config: HFConfig, *, max_positions: int | None = None) -> tuple[Rope | None, list[str]]:
+    """The rotary embedding of a config.json, and everything that is wrong with what it says about it.
+
+    ``max_positions`` is what ``original_max_position_embeddings`` is without a key of its own, as in transformers. The rope is
+    None where anything is wrong.
+    """
+    findings: list[str] = []
+    given: dict[str, Mapping[str, Any]] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = config.get(name)
+        if isinstance(value, Mapping):
+            given |= {name: value} if value else {}
+        elif value is not None:
+            findings.append(f"{name} is {shown(value)}; it must be an object, or absent")
+    ropes = []
+    for name, nested in given.items() or [("rope_parameters", {})]:
+        rope, wrong = _read(name, nested, config, max_positions)
+        ropes.append(rope)
+        findings.extend(f for f in wrong if f not in findings)
+    if not findings and len(set(ropes)) > 1:
+        both = " beside ".join(f"{name} {shown(value)}" for name, value in given.items())
+        findings.append(f"{both}: transformers 5 reads rope_scaling and forgets the other, other programs do not; keep one of them")
+    return (None if findings else ropes[0]), findings
+
+
+def _read(name: str, nested: Mapping[str, Any], config: HFConfig, max_positions: int | None) -> tuple[Rope | None, list[str]]:
+    """One of the two objects, together with the keys beside it."""
+    per_layer_type = sorted(key for key, value in nested.items() if isinstance(value, Mapping))
+    if per_layer_type:
+        return None, [f"{name} is given per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported"]
+    findings = []
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if "type" in nested and nested["type"] != kind:
+        findings.append(f"{name} has rope_type {shown(kind)} and type {shown(nested['type'])}; keep the one that is meant")
+    if not isinstance(kind, str) or kind not in TYPES:
+        return None, [*findings, f"{name} asks for rope type {shown(kind)}; supported are {', '.join(TYPES)}"]
+    foreign = sorted(key for key, value in nested.items() if key not in (*_COMMON, *TYPES[kind]) and value is not None)
+    if foreign:
+        findings.append(
+            f"{name} of rope type {kind} holds {', '.join(foreign)}, which that type does not have; remove it, or name its type"
+        )
+    for where, factor in ((name, nested.get("partial_rotary_factor")), ("config.json", config.get("partial_rotary_factor"))):
+        if factor is not None and factor != 1:
+            why = "these models rotate whole heads in transformers whatever it says, and a part of each in vLLM"
+            findings.append(f"partial_rotary_factor of {where} is {shown(factor)}; it must be 1: {why}")
+    numbers = {"rope_theta": config.get("rope_theta", DEFAULT_THETA)}
+    if "original_max_position_embeddings" in TYPES[kind]:
+        numbers["original_max_position_embeddings"] = config.get("original_max_position_embeddings", max_positions)
+    for key in numbers:
+        if key in nested and key in config and nested[key] != config[key]:
+            findings.append(f"{key} is {shown(config[key])}, and {shown(nested[key])} in {name}; keep one of them")
+    numbers |= {key: nested.get(key, numbers.get(key)) for key in ("rope_theta", *TYPES[kind])}
+    for key, value in numbers.items():
+        right = is_whole(value) if key == "original_max_position_embeddings" else is_number(value)
+        if value is None:
+            findings.append(f"{name} asks for rope type {shown(kind)} but gives no {key}")
+        elif not right or value <= 0:
+            findings.append(f"{key} of {name} is {shown(value)}; it must be a number above 0")
+    if not findings and kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        findings.append(f"low_freq_factor {low} of {name} must be below its high_freq_factor {high}")
+    return (None if findings else _rope(kind, numbers)), findings
+
+
+def _rope(kind: str, numbers: Mapping[str, Any]) -> Rope:
+    theta = float(numbers["rope_theta"])
+    if kind == "linear":
+        return Rope(theta, interpolation=float(numbers["factor"]))
+    if kind == "llama3":
+        factor, low, high, original = (numbers[key] for key in TYPES["llama3"])
+        return Rope(theta, llama3=Llama3Scaling(float(factor), float(low), float(high), int(original)))
+    return Rope(theta)

@@ -1,0 +1,277 @@
+"""What a config.json may hold: the tables against the installed transformers and vLLM, and every refusal in words."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.utils import logging as transformers_logging
+
+from rlsync.cli.shapes import SHAPES
+from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
+from rlsync.models import FAMILIES, check_config, family_of, model_of, unread_keys
+
+CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SHARED = {
+    "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160,
+    "vocab_size": 131, "rope_theta": 1e6,
+}  # fmt: skip
+LLAMA = {**SHARED, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN2 = {**SHARED, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {**SHARED, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+ALL = (LLAMA, QWEN2, QWEN3)
+
+# What code that any model runs through asks of a config, and what is no key of a file: methods, and values that it computes.
+NO_KEYS = {
+    "get_text_config", "sub_configs", "to_dict", "to_diff_dict", "standardize_rope_params", "validate_rope", "default_theta",
+    "per_layer_config", "_attn_implementation_internal", "_experts_implementation", "_experts_implementation_internal",
+    "is_heterogeneous", "__class__", "__dict__", "base_model_tp_plan", "base_model_pp_plan", "has_no_defaults_at_init",
+    "nested_rope_parameter_keys", "_rope_type_labels", "validate", "layer_type", "attribute_map", "keys_to_ignore_at_inference",
+    "use_return_dict", "_output_attentions", "from_text_vision_configs",
+}  # fmt: skip
+
+
+def keys_read(path: Path) -> Iterator[str]:
+    """Names X of ``config.X``, ``self.config.X``, ``getattr(config, "X")`` and ``hasattr(config, "X")`` in a source file."""
+
+    def is_config(node: ast.AST) -> bool:
+        return (isinstance(node, ast.Name) and node.id in ("config", "effective_config")) or (
+            isinstance(node, ast.Attribute) and node.attr in ("config", "hf_config", "hf_text_config")
+        )
+
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and is_config(node.value):
+            yield node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            target, name = node.args[:2]
+            if is_config(target) and isinstance(name, ast.Constant):
+                yield name.value
+
+
+def sources(package: str, *files: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return [Path(spec.submodule_search_locations[0], file) for file in files]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_every_field_of_transformers_class_is_in_the_table(family):
+    """A new field of a new version is looked at before it is ignored."""
+    declared = {field.name for field in dataclasses.fields(CLASSES[family.model_type])}
+    declared |= set(GenerationConfig._get_default_generation_params())
+    assert declared <= family.keys.keys(), declared - family.keys.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_every_key_that_transformers_model_asks_for_is_in_the_table(family):
+    kind = family.model_type
+    files = sources("transformers", f"models/{kind}/modeling_{kind}.py", "masking_utils.py", "modeling_rope_utils.py")
+    asked = {name for file in files for name in keys_read(file)}
+    assert "rms_norm_eps" in asked, "the sources are no longer read"
+    unknown = asked - family.keys.keys() - NO_KEYS
+    assert not unknown
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_every_key_that_vllm_asks_for_is_in_the_table(family):
+    (file,) = sources("vllm", f"model_executor/models/{family.model_type}.py")
+    if not file.is_file():
+        pytest.skip("vLLM is not installed")
+    of_vllm = {"quant_config", "model_config", "cache_config", "parallel_config", "compilation_config", "target_layer_count"}
+    unknown = set(keys_read(file)) - family.keys.keys() - NO_KEYS - of_vllm
+    assert not unknown
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_defaults_are_those_of_transformers_class(family):
+    for field in dataclasses.fields(CLASSES[family.model_type]):
+        key = family.keys[field.name]
+        if key.is_required or (not key.is_honoured and key.default is None):
+            continue
+        assert key.default == field.default, field.name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
+def test_the_default_config_of_transformers_class_is_accepted(family):
+    config = {**CLASSES[family.model_type]().to_dict(), "architectures": list(family.architectures)}
+    assert check_config(config) == []
+    assert unread_keys(config) == ()
+
+
+@pytest.mark.parametrize("hf", ALL, ids=lambda hf: hf["model_type"])
+@pytest.mark.parametrize("key", ["head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "hidden_act"])
+def test_a_missing_key_means_what_it_means_to_transformers(hf, key):
+    """Negative control: the same with the key."""
+    theirs = CLASSES[hf["model_type"]](**copy.deepcopy(hf))
+    model = model_of(hf)
+    read = {
+        "head_dim": model.dims["head_dim"],
+        "rms_norm_eps": model.transformer["layernorm_epsilon"],
+        "max_position_embeddings": model.max_positions,
+        "tie_word_embeddings": model.tied,
+        "hidden_act": model.transformer["activation_func"],
+    }
+    theirs_head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert read[key] == (theirs_head_dim if key == "head_dim" else getattr(theirs, key))
+
+
+REFUSALS = [
+    (LLAMA, "attention_bias", True, "attention_bias is true; for LlamaForCausalLM it must be absent"),
+    (LLAMA, "mlp_bias", True, "mlp_bias is true"),
+    (QWEN3, "attention_bias", True, "attention_bias is true"),
+    (QWEN2, "use_sliding_window", True, "use_sliding_window is true"),
+    (QWEN3, "use_sliding_window", True, "use_sliding_window is true"),
+    (LLAMA, "sliding_window", 4096, "sliding_window is 4096"),
+    (QWEN3, "layer_types", ["full_attention", "sliding_attention", "full_attention", "full_attention"], "must be a list of full_attention"),
+    (QWEN3, "layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers 4"),
+    (QWEN3, "layer_types", "full_attention", 'layer_types is "full_attention"'),
+    (QWEN3, "hidden_act", "gelu", 'hidden_act is "gelu"; for Qwen3ForCausalLM it must be "silu" or "swish"'),
+    (QWEN3, "hidden_act", None, "hidden_act is null"),
+    (QWEN3, "vocab_size", None, "vocab_size is null"),
+    (QWEN3, "vocab_size", True, "vocab_size is true; for Qwen3ForCausalLM it must be a whole number of at least 1"),
+    (QWEN3, "hidden_size", "128", 'hidden_size is "128"'),
+    (QWEN3, "hidden_size", 128.0, "hidden_size is 128.0"),
+    (QWEN3, "num_attention_heads", 0, "num_attention_heads is 0"),
+    (QWEN3, "num_hidden_layers", -1, "num_hidden_layers is -1"),
+    (QWEN3, "num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    (QWEN3, "head_dim", 33, "head_dim 33 is odd"),
+    (LLAMA, "head_dim", 33, "head_dim 33 is odd"),
+    (QWEN3, "head_dim", None, "head_dim is null"),
+    (QWEN3, "rms_norm_eps", None, "rms_norm_eps is null"),
+    (QWEN3, "rms_norm_eps", "1e-6", 'rms_norm_eps is "1e-6"'),
+    (QWEN3, "rms_norm_eps", float("nan"), "rms_norm_eps is NaN"),
+    (QWEN3, "tie_word_embeddings", None, "tie_word_embeddings is null"),
+    (QWEN3, "tie_word_embeddings", "false", 'tie_word_embeddings is "false"'),
+    (QWEN3, "attention_dropout", 0.1, "attention_dropout is 0.1"),
+    (QWEN3, "is_causal", False, "is_causal is false"),
+    (QWEN3, "use_bidirectional_attention", True, "use_bidirectional_attention is true"),
+    (QWEN3, "quantization_config", {"quant_method": "fp8"}, 'quantization_config is {"quant_method": "fp8"}'),
+    (QWEN3, "compression_config", {"quant_method": "compressed-tensors"}, "compression_config is"),
+    (QWEN3, "quantization", {"group_size": 64, "bits": 4}, "quantization is"),
+    (QWEN3, "per_layer_config", {"1": {"num_attention_heads": 2}}, "per_layer_config is"),
+    (QWEN3, "text_config", {"hidden_size": 64}, "text_config is"),
+    (QWEN3, "auto_map", {"AutoModelForCausalLM": "modeling_own.Own"}, "auto_map is"),
+    (QWEN3, "auto_map", [], "auto_map is []"),
+    (QWEN3, "pruned_heads", {"0": [1]}, "pruned_heads is"),
+    (QWEN3, "is_encoder_decoder", True, "is_encoder_decoder is true"),
+    (QWEN3, "transformers_weights", "other.safetensors", "transformers_weights is"),
+    (LLAMA, "logit_scale", 0.5, "logit_scale is 0.5"),
+    (LLAMA, "bias", True, "bias is true"),
+    (QWEN2, "qk_norm", True, "qk_norm is true"),
+    (QWEN2, "use_mrope", True, "use_mrope is true"),
+    (QWEN3, "dtype", "float8_e4m3fn", 'dtype is "float8_e4m3fn"'),
+    (QWEN3, "torch_dtype", "auto", 'torch_dtype is "auto"'),
+    (QWEN3, "pad_token_id", 131, "pad_token_id is 131; the vocabulary has 131 tokens"),
+    (LLAMA, "model_type", "mistral", 'model_type is "mistral", but architectures is LlamaForCausalLM, whose model_type is "llama"'),
+    (QWEN3, "model_type", None, "model_type is null"),
+    (QWEN3, "architectures", ["MistralForCausalLM"], "unknown architecture MistralForCausalLM"),
+    (QWEN3, "architectures", None, "unknown architecture null"),
+    (QWEN3, "architectures", "Qwen3ForCausalLM", 'unknown architecture "Qwen3ForCausalLM"'),
+    (QWEN3, "architectures", ["Own", "Qwen3ForCausalLM"], "unknown architecture"),
+    (QWEN3, "partial_rotary_factor", 0.5, "partial_rotary_factor of config.json is 0.5"),
+    (QWEN3, "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, 'rope type "yarn"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hf", "key", "value", "said"), REFUSALS, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_would_be_computed_otherwise_is_refused_by_name(hf, key, value, said):
+    """Negative control: the same without the key."""
+    (finding,) = check_config({**hf, key: value})
+    assert said in finding
+    assert check_config(hf) == []
+    with pytest.raises(ConfigError, match=r"^config\.json: "):
+        model_of({**hf, key: value})
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_sizes_must_be_stated(key):
+    (finding,) = check_config({name: value for name, value in QWEN3.items() if name != key})
+    assert f"{key} is missing; Qwen3ForCausalLM needs it" in finding
+
+
+ACCEPTED = [
+    (QWEN3, {"hidden_act": "swish"}),
+    (QWEN3, {"is_causal": True, "quantization_config": None, "pruned_heads": {}, "rope_scaling": None, "layer_types": None}),
+    (QWEN2, {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2, "use_mrope": False, "attention_bias": False}),
+    (QWEN3, {"layer_types": ["full_attention"] * 4, "attention_dropout": 0, "partial_rotary_factor": 1.0}),
+    (
+        LLAMA,
+        {"pretraining_tp": 2, "pad_token_id": -1, "sliding_window": None, "bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.6},
+    ),
+    (LLAMA, {"auto_map": {"AutoTokenizer": "tokenization_own.Own"}, "torch_dtype": "torch.bfloat16", "mlp_bias": False}),
+    (LLAMA, {"num_key_value_heads": None, "head_dim": None, "model_type": "llama"}),
+]
+
+
+@pytest.mark.parametrize(("hf", "changes"), ACCEPTED)
+def test_what_changes_nothing_is_accepted(hf, changes):
+    assert check_config({**hf, **changes}) == []
+    assert unread_keys({**hf, **changes}) == ()
+
+
+def test_everything_wrong_is_said_at_once():
+    findings = check_config({**QWEN3, "hidden_act": "gelu", "is_causal": False, "model_type": "qwen2", "rope_theta": 0, "vocab_size": 0})
+    assert len(findings) == 5
+    with pytest.raises(ConfigError) as raised:
+        model_of({**QWEN3, "hidden_act": "gelu", "is_causal": False})
+    assert "hidden_act" in str(raised.value) and "is_causal" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [None, [], "x", 1, {}, {"architectures": {}}, {"architectures": [None]}, {"architectures": [["x"]]}])
+def test_anything_that_json_can_hold_is_answered(content):
+    assert len(check_config(content)) == 1
+
+
+def test_any_value_of_any_key_is_answered():
+    for hf in ALL:
+        for key in family_of(hf).keys:
+            for value in (None, True, -1, 0.5, 10**400, float("inf"), "x", [], [[]], {}, {"x": {}}, {"x": 1}):
+                found = check_config({**hf, key: value}, Topology(tp_size=2, pp_size=2))
+                assert all(isinstance(finding, str) for finding in found)
+
+
+def test_keys_that_nobody_reads_are_listed():
+    assert unread_keys({**QWEN3, "attn_logit_softcap": 30.0, "num_experts": 4}) == ("attn_logit_softcap", "num_experts")
+
+
+def test_a_layout_that_cannot_divide_the_model_is_found():
+    findings = check_config({**QWEN3, "intermediate_size": 161}, Topology(tp_size=2, pp_size=3, dp_size=2, ep_size=2))
+    assert len(findings) == 4
+    assert (
+        "has no experts" in findings[0]
+        and "4 layers cannot be split" in findings[1]
+        and "gate_proj" in findings[2]
+        and "down_proj" in findings[3]
+    )
+    assert check_config(QWEN3, Topology(tp_size=2, pp_size=2)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "a3b" not in name])
+def test_the_shapes_that_ship_are_accepted(name):
+    assert check_config(SHAPES[name]) == []
+
+
+@pytest.mark.parametrize(("hf", "changes"), ACCEPTED)
+def test_transformers_takes_what_is_accepted(hf, changes):
+    transformers_logging.set_verbosity_error()
+    CLASSES[hf["model_type"]](**{**hf, **changes, "torch_dtype": "bfloat16", "attention_dropout": 0.0})
+
+
+def test_checking_imports_plain_python_only():
+    program = (
+        "import json, sys; from rlsync.models import check_config; "
+        f"assert check_config(json.loads({json.dumps(json.dumps(QWEN3))})) == []; print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert not loaded & {"torch", "transformers", "megatron", "numpy", "vllm"}
