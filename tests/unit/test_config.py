@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -22,11 +26,14 @@ from workers.config import (
     describe_config,
     lenient_overrides,
     load_config,
+    read_config,
     register_resolvers,
     validate_model,
     validate_world,
 )
-from workers.config.build import dotted_keys
+from workers.config.build import dotted_keys, section_of
+from workers.config.fields import Bounds
+from workers.config.hints import ABSENT, OTHER_NAMES
 from workers.config.inert import find_inert
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reasoning"
@@ -157,6 +164,90 @@ def test_a_wrong_type_names_key_expectation_and_value(section: str, values: dict
     assert message in str(caught.value)
 
 
+def numeric_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, type, Bounds | None]]:
+    """Dotted name, type and bounds of every key that holds a number."""
+    hints = get_type_hints(cls)
+    for declared in fields(cls):
+        section = section_of(hints[declared.name])
+        if section is not None:
+            yield from numeric_keys(section, f"{prefix}{declared.name}.")
+        kinds = {int, float} & {hints[declared.name], *get_args(hints[declared.name])}
+        if kinds and get_origin(hints[declared.name]) is not Literal:
+            yield prefix + declared.name, kinds.pop(), declared.metadata["bounds"]
+
+
+NUMERIC = list(numeric_keys())
+
+
+def test_every_number_names_the_values_it_may_have() -> None:
+    assert len(NUMERIC) > 80
+    assert [name for name, _, bounds in NUMERIC if bounds is None] == []
+
+
+@pytest.mark.parametrize(("name", "kind", "bounds"), NUMERIC, ids=[name for name, _, _ in NUMERIC])
+def test_no_number_is_taken_that_its_key_cannot_have(name: str, kind: type, bounds: Bounds) -> None:
+    outside = [] if kind is int else [math.nan, math.inf, -math.inf]
+    outside += [-(10**9)] if bounds.min is not None or bounds.above is not None else []
+    outside += [bounds.above] if bounds.above is not None else []
+    outside += [10**12] if bounds.max is not None or bounds.below is not None else []
+    outside += [bounds.below] if bounds.below is not None else []
+    for value in outside:
+        sections: Any = value
+        for part in reversed(name.split(".")):
+            sections = {part: sections}
+        findings = read_config(minimal(**sections)).findings
+        assert any(finding.startswith(f"{name} ({value}) must be ") for finding in findings), (value, findings)
+
+
+def test_findings_of_all_kinds_come_together() -> None:
+    actor = {"optim": {"lr": -1.0}, "lora": True}
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(actor=actor, critic={"use_critic_model": True}, rollout={"rollout_backend": "sglang"}))
+    message = str(caught.value)
+    for part in ("actor.optim.lr (-1.0) must be at least 0", "LoRA", "GRPO has no critic", "expected one of vllm"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("actor.lora", "adapters (LoRA) are not supported"),
+        ("actor.model.lora_rank", "adapters (LoRA) are not supported"),
+        ("rollout.quantization", "quantization is not supported"),
+        ("rollout.vllm.quantization", "quantization is not supported"),
+        ("rollout.sglang_args", "SGLang is not supported"),
+        ("runner.validation_steps", "no validation rollout is run"),
+        ("data.eval_files", "no validation rollout is run"),
+        ("convert.format", "nothing has to be converted"),
+        ("trainer.total_epochs", "it is runner.max_epochs here"),
+        ("trainer.test_freq", "no validation rollout is run"),
+        ("trainer.save_freq", "it is runner.save_interval here"),
+        ("data.train_files", "it is data.train_data_paths here"),
+        ("actor_rollout_ref.model.path", "it is rollout.model.model_path here"),
+        ("actor_rollout_ref.actor.optim.lr", "it is actor.optim.lr here"),
+        ("actor_rollout_ref.rollout.n", "it is algorithm.group_size here"),
+        ("actor_rollout_ref.ref.fsdp_config.param_offload", "it is actor.offload_weight here"),
+        ("learning_rate", "it is actor.optim.lr here"),
+        ("actor.group_size", "did you mean algorithm.group_size?"),
+        ("runner.max_step", "did you mean runner.max_steps?"),
+        ("runner.val_chek_interval", "did you mean runner.val_check_interval?"),
+        ("something.entirely_different", "no key is like it; docs/configuration.md lists all"),
+    ],
+)
+def test_a_key_that_is_not_there_is_answered_by_what_was_meant(key: str, said: str) -> None:
+    merged = OmegaConf.to_container(OmegaConf.merge(minimal(), OmegaConf.from_dotlist([f"{key}=1"])))
+    assert f"unknown key {key}: {said}" in read_config(merged).findings[0]  # type: ignore[arg-type]
+
+
+def test_hints_point_at_keys_that_exist_and_shadow_none() -> None:
+    known = set(dotted_keys(RunConfig))
+    assert set(OTHER_NAMES.values()) <= known
+    mentioned = {
+        name for _, sentence in ABSENT for name in re.findall(r"\b(?:actor|rollout|runner|reward|algorithm|data)\.[\w.]*\w", sentence)
+    }
+    assert mentioned <= known
+
+
 def test_missing_required_keys_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({})
@@ -245,7 +336,29 @@ def test_where_initial_weights_may_come_from(
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
         ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
-        ({"weight_sync": {"num_slots": 1}}, "weight_sync.num_slots (1) must be 2 or 3"),
+        ({"weight_sync": {"num_slots": 1}}, "weight_sync.num_slots (1) must be at least 2 and at most 3"),
+        ({"actor": {"optim": {"min_lr": 1.0}}}, "min_lr (1.0) must not exceed max_lr (1e-06)"),
+        ({"actor": {"lr_sched": {"lr_warmup_init": 1.0}}}, "lr_warmup_init (1.0) must not exceed max_lr (1e-06)"),
+        (
+            {"actor": {"lr_sched": {"lr_decay_style": "linear", "lr_warmup_iters": 10, "start_weight_decay": 0, "end_weight_decay": 0}}},
+            "the warm-up (10 steps) leaves nothing of lr_decay_iters (10)",
+        ),
+        (
+            {"actor": {"lr_sched": {"lr_decay_style": "linear", "lr_warmup_fraction": 1, "start_weight_decay": 0, "end_weight_decay": 0}}},
+            "the warm-up (10 steps) leaves nothing of lr_decay_iters (10)",
+        ),
+        (
+            {"actor": {"lr_sched": {"lr_decay_style": "WSD", "start_weight_decay": 0, "end_weight_decay": 0}}},
+            "WSD needs lr_wsd_decay_iters (None) from 1 to lr_decay_iters (10)",
+        ),
+        (
+            {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.2, "end_weight_decay": 0.1}}},
+            "end_weight_decay (0.1) must not be less than start_weight_decay (0.2)",
+        ),
+        (
+            {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}}},
+            "differ, but weight_decay_incr_style is constant",
+        ),
         ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
     ],
 )
@@ -334,6 +447,6 @@ def test_the_table_lists_every_key_once_and_the_dict_round_trips() -> None:
     names = [description.name for description in describe_config()]
     assert len(names) == len(set(names)) and "weight_sync.bucket_bytes" in names
     assert [description.name for description in describe_config() if not description.doc] == []
-    assert "| `algorithm.group_size` | int | `8` |" in config_table()
+    assert "| `algorithm.group_size` | int, greater than 1 | `8` |" in config_table()
     config = shipped()
     assert load_config(config_as_dict(config)) == config

@@ -11,7 +11,7 @@ from __future__ import annotations
 from workers.config.actor import ActorConfig, Precision
 from workers.config.command_line import lenient_overrides, register_resolvers
 from workers.config.describe import KeyDescription, config_table, describe_config
-from workers.config.load import config_as_dict, load_config
+from workers.config.load import Reading, config_as_dict, load_config, read_config
 from workers.config.schema import (
     AlgorithmConfig,
     ArithmeticConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "DataConfig",
     "KeyDescription",
     "Precision",
+    "Reading",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "describe_config",
     "lenient_overrides",
     "load_config",
+    "read_config",
     "register_resolvers",
     "validate",
     "validate_model",

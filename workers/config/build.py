@@ -1,18 +1,19 @@
 """Plain mappings to the dataclasses of ``schema``: types, required and unknown keys.
 
 Owns the conversion and its errors. Knows no key by name, no hydra and no rule between keys. All findings of one
-mapping are collected and raised as one error.
+mapping are collected.
 """
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rlsync.errors import ConfigError
+from workers.config.fields import Bounds
+from workers.config.hints import hint
 
 T = TypeVar("T")
 
@@ -21,42 +22,66 @@ class _Mismatch(Exception):
     """A value that does not fit its annotation; the message says what was expected."""
 
 
+class _OutOfBounds(Exception):
+    """A number that its key cannot have; the message says what it must be."""
+
+
 @dataclass(slots=True)
 class _Findings:
-    """What one build collected: errors, and keys that ``tolerate`` accepted without effect."""
+    """What one build collected.
+
+    Attributes:
+        errors: all of them.
+        num_values: how many of them say that a value cannot be taken, so that the key has its default instead.
+        is_lacking: a key without a default has no value.
+    """
 
     known: tuple[str, ...]
     tolerate: Callable[[str, Any], bool]
     errors: list[str] = field(default_factory=list)
+    num_values: int = 0
+    is_lacking: bool = False
 
-    def unknown(self, dotted: str) -> None:
-        self.errors.append(f"unknown key {dotted}: {self._suggestion(dotted)}")
+    def unknown(self, dotted: str, value: Any) -> None:
+        """Name a key, or the keys of a section that is none."""
+        said = hint(dotted, self.known)
+        if isinstance(value, Mapping) and value and not said.startswith("did you mean"):
+            for name, inner in value.items():
+                if not self.tolerate(f"{dotted}.{name}", inner):
+                    self.unknown(f"{dotted}.{name}", inner)
+        else:
+            self.errors.append(f"unknown key {dotted}: {said}")
 
-    def _suggestion(self, dotted: str) -> str:
-        parent, _, leaf = dotted.rpartition(".")
-        siblings = {k.rpartition(".")[2]: k for k in self.known if k.rpartition(".")[0] == parent}
-        elsewhere = [k for k in self.known if k.rpartition(".")[2] == leaf]
-        near = difflib.get_close_matches(leaf, list(siblings), n=1, cutoff=0.7)
-        if near and not elsewhere:
-            return f"did you mean {siblings[near[0]]}?"
-        near = elsewhere or difflib.get_close_matches(dotted, self.known, n=1, cutoff=0.0)
-        return f"did you mean {near[0]}?"
+    def value(self, message: str) -> None:
+        self.errors.append(message)
+        self.num_values += 1
 
 
-def build(cls: type[T], values: Mapping[str, Any], tolerate: Callable[[str, Any], bool]) -> T:
-    """``cls`` filled from nested mappings.
+@dataclass(frozen=True, slots=True)
+class Built(Generic[T]):
+    """What ``build`` made of a mapping.
+
+    Attributes:
+        config: None where a key without a default has no value that can be taken.
+        errors: what is wrong with keys, one sentence each.
+        is_exact: every value is the one that was given; otherwise keys that ``errors`` names have their defaults.
+    """
+
+    config: T | None
+    errors: tuple[str, ...]
+    is_exact: bool
+
+
+def build(cls: type[T], values: Mapping[str, Any], tolerate: Callable[[str, Any], bool]) -> Built[T]:
+    """``cls`` filled from nested mappings, with every unknown, missing, wrongly typed or impossible key by its full dotted name.
 
     Args:
-        tolerate: called with the dotted name and value of each key without a field; True accepts it.
-
-    Raises:
-        ConfigError: every unknown, missing or wrongly typed key at once, each with its full dotted name.
+        tolerate: called with the dotted name and value of each key without a field; True accepts it. A ConfigError that it raises
+            is one more finding.
     """
     findings = _Findings(known=tuple(dotted_keys(cls)), tolerate=tolerate)
     result = _build(cls, values, "", findings)
-    if findings.errors:
-        raise ConfigError("configuration:\n  " + "\n  ".join(findings.errors))
-    return result
+    return Built(None if findings.is_lacking else result, tuple(findings.errors), is_exact=not findings.num_values)
 
 
 def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -78,34 +103,47 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Finding
     hints = get_type_hints(cls)
     declared = {f.name: f for f in fields(cls)}
     for name, value in values.items():
-        if name not in declared and not findings.tolerate(prefix + str(name), value):
-            findings.unknown(prefix + str(name))
-    arguments: dict[str, Any] = {}
-    for name, declaration in declared.items():
-        dotted, section = prefix + name, section_of(hints[name])
-        if name in values and (section is None or isinstance(values[name], Mapping)):
-            arguments[name] = _convert_or_report(values[name], hints[name], dotted, findings)
-        elif name in values and values[name] is not None:
-            findings.errors.append(f"{dotted}: expected a section with keys, got {values[name]!r}")
-        elif declaration.default is not MISSING:
-            arguments[name] = declaration.default
-        elif section is not None:
-            arguments[name] = _build(section, {}, f"{dotted}.", findings)
-        else:
-            findings.errors.append(f"{dotted} is required: {declaration.metadata['doc']}")
-            arguments[name] = None
-    return cls(**arguments)
+        if name not in declared:
+            try:
+                tolerated = findings.tolerate(prefix + str(name), value)
+            except ConfigError as error:
+                findings.errors.append(str(error))
+                continue
+            if not tolerated:
+                findings.unknown(prefix + str(name), value)
+    return cls(**{name: _field(values, declaration, hints[name], prefix + name, findings) for name, declaration in declared.items()})
 
 
-def _convert_or_report(value: Any, annotation: Any, dotted: str, findings: _Findings) -> Any:
-    section = section_of(annotation)
+def _field(values: Mapping[str, Any], declaration: Field[Any], annotation: Any, dotted: str, findings: _Findings) -> Any:
+    name, section = declaration.name, section_of(annotation)
+    if name in values and section is not None and isinstance(values[name], Mapping):
+        return _build(section, values[name], f"{dotted}.", findings)
+    if name in values and section is None:
+        try:
+            return _bounded(_convert(values[name], annotation), declaration)
+        except _Mismatch as mismatch:
+            findings.value(f"{dotted}: expected {mismatch}, got {values[name]!r}")
+        except _OutOfBounds as finding:
+            findings.value(f"{dotted} ({values[name]}) {finding}{', or null' if type(None) in get_args(annotation) else ''}")
+    elif name in values and values[name] is not None:
+        findings.value(f"{dotted}: expected a section with keys, got {values[name]!r}")
+    elif declaration.default is MISSING and section is None:
+        findings.errors.append(f"{dotted} is required: {declaration.metadata['doc']}")
+    if declaration.default is not MISSING:
+        return declaration.default
     if section is not None:
-        return _build(section, value, f"{dotted}.", findings)
-    try:
-        return _convert(value, annotation)
-    except _Mismatch as mismatch:
-        findings.errors.append(f"{dotted}: expected {mismatch}, got {value!r}")
-        return None
+        return _build(section, {}, f"{dotted}.", findings)
+    findings.is_lacking = True
+    return None
+
+
+def _bounded(value: Any, declaration: Field[Any]) -> Any:
+    bounds: Bounds | None = declaration.metadata["bounds"]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and bounds is not None:
+        finding = bounds.finding(value)
+        if finding is not None:
+            raise _OutOfBounds(finding)
+    return value
 
 
 def _convert(value: Any, annotation: Any) -> Any:

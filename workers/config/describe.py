@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workers.config.build import section_of
+from workers.config.fields import ANY_NUMBER, Bounds
 from workers.config.schema import RunConfig
 
 
@@ -30,7 +31,9 @@ def describe_config(cls: type = RunConfig, prefix: str = "") -> Iterator[KeyDesc
             yield from describe_config(section, f"{prefix}{declared.name}.")
             continue
         default = "required" if declared.default is MISSING else _yaml(declared.default)
-        yield KeyDescription(prefix + declared.name, _type_text(annotation), default, declared.metadata["doc"])
+        bounds: Bounds | None = declared.metadata["bounds"]
+        limits = "" if bounds is None or bounds == ANY_NUMBER else f", {bounds}"
+        yield KeyDescription(prefix + declared.name, _type_text(annotation) + limits, default, declared.metadata["doc"])
 
 
 def config_table() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,37 +17,69 @@ from rlsync.errors import ConfigError
 from workers.config.build import build
 from workers.config.inert import inert_reason
 from workers.config.schema import RunConfig
-from workers.config.validate import validate
+from workers.config.validate import broken_rules, raise_all
 
 _log = logging.getLogger(__name__)
 
 
-def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
-    """The typed configuration of a run.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a composed configuration says.
+
+    Attributes:
+        config: None where keys without a default lack a value.
+        findings: everything that keeps it from being run, one sentence each. With findings, ``config`` is what it would be with the
+            defaults of the keys that they name.
+        inert: keys without effect, each with the reason.
+    """
+
+    config: RunConfig | None
+    findings: tuple[str, ...]
+    inert: tuple[tuple[str, str], ...]
+
+
+def read_config(composed: DictConfig | Mapping[str, Any]) -> Reading:
+    """The typed configuration of a run, and all that is wrong with it.
 
     Args:
         composed: what hydra composed, or a nested mapping. Interpolations are resolved here, so
             ``register_resolvers`` must have run when they use our resolvers.
-
-    Raises:
-        ConfigError: unknown, missing or wrongly typed keys (all of them, with the nearest known key), a feature
-            switched on that is not supported, or values that do not fit together.
     """
-    inert: dict[str, list[str]] = {}
+    inert: list[tuple[str, str]] = []
 
     def tolerate(dotted: str, value: Any) -> bool:
         reason = inert_reason(dotted, value)
-        if reason is None:
-            return False
-        inert.setdefault(reason, []).append(dotted)
-        return True
+        if reason is not None:
+            inert.append((dotted, reason))
+        return reason is not None
 
-    config = _derive(build(RunConfig, _resolve(composed), tolerate))
-    validate(config)
-    if inert:
-        listing = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in inert.items())
-        _log.warning("these keys have no effect: %s", listing)
-    return config
+    try:
+        values = _resolve(composed)
+    except ConfigError as error:
+        return Reading(None, (str(error),), ())
+    built = build(RunConfig, values, tolerate)
+    config = None if built.config is None else _derive(built.config)
+    # Rules between keys say nothing about values that are not there.
+    broken = list(broken_rules(config)) if config is not None and built.is_exact else []
+    return Reading(config, (*built.errors, *broken), tuple(inert))
+
+
+def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """As ``read_config``, with one warning about inert keys.
+
+    Raises:
+        ConfigError: unknown, missing or wrongly typed keys, numbers out of bounds, a feature switched on that is not supported, or
+            values that do not fit together; all of them.
+    """
+    reading = read_config(composed)
+    raise_all(reading.findings)
+    assert reading.config is not None, "without findings there is one"
+    if reading.inert:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in reading.inert:
+            reasons.setdefault(reason, []).append(name)
+        _log.warning("these keys have no effect: %s", "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()))
+    return reading.config
 
 
 def config_as_dict(config: RunConfig) -> dict[str, Any]:
@@ -61,7 +93,8 @@ def _resolve(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {error}") from error
-    assert isinstance(values, dict)
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration: expected a mapping, got {type(values).__name__}")
     return {str(k): v for k, v in values.items() if k != "hydra"}
 
 

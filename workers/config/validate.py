@@ -6,7 +6,7 @@ read, ``validate_world`` when the number of actor ranks is known. Findings are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
@@ -17,9 +17,15 @@ from workers.config.schema import RunConfig
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
 
 
+def broken_rules(config: RunConfig) -> Iterator[str]:
+    """Every rule between keys that the configuration breaks. The values are within their bounds."""
+    for rules in (_runner, _algorithm, _batches, _actor, _engine):
+        yield from rules(config)
+
+
 def validate(config: RunConfig) -> None:
     """Raise ConfigError with every rule the configuration breaks."""
-    _raise_all((*_runner(config), *_algorithm(config), *_batches(config), *_numbers(config), *_actor(config), *_engine(config)))
+    raise_all(broken_rules(config))
 
 
 def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
@@ -50,7 +56,7 @@ def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     wanted = config.rollout.model.model_type
     if wanted is not None and _HF_MODEL_TYPES.get(wanted, wanted) != hf_config.get("model_type"):
         found.append(f"rollout.model.model_type is {wanted}, but {config.rollout.model.model_path} holds {hf_config.get('model_type')}")
-    _raise_all(found)
+    raise_all(found)
 
 
 def validate_world(config: RunConfig, actor_world_size: int) -> int:
@@ -78,7 +84,7 @@ def validate_world(config: RunConfig, actor_world_size: int) -> int:
         found.append(
             f"actor.global_batch_size ({batch}) must be divisible by actor.micro_batch_size x data-parallel size ({micro} x {dp_size})"
         )
-    _raise_all(found)
+    raise_all(found)
     return dp_size
 
 
@@ -94,22 +100,16 @@ def _runner(config: RunConfig) -> Iterator[str]:
         )
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
-    if runner.keep_last_n is not None and runner.keep_last_n < 1:
-        yield f"runner.keep_last_n ({runner.keep_last_n}) must be at least 1, or null to keep all"
     if runner.enable_dynamic_batch_size and (runner.max_tokens_per_mbs or 0) < runner.seq_length:
         yield f"runner.max_tokens_per_mbs ({runner.max_tokens_per_mbs}) must be at least runner.seq_length ({runner.seq_length})"
 
 
 def _algorithm(config: RunConfig) -> Iterator[str]:
     algorithm = config.algorithm
-    if algorithm.group_size <= 1:
-        yield f"algorithm.group_size ({algorithm.group_size}) must be greater than 1 for adv_type {algorithm.adv_type}"
     if not (algorithm.recompute_logprobs or config.rollout.return_logprobs):
         yield "algorithm.recompute_logprobs or rollout.return_logprobs must be True"
     if algorithm.importance_sampling_fix and not algorithm.recompute_logprobs:
         yield "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True: it compares both log-probabilities"
-    if algorithm.clip_ratio_c is not None and algorithm.clip_ratio_c <= 1.0:
-        yield f"algorithm.clip_ratio_c ({algorithm.clip_ratio_c}) must be greater than 1.0"
     low, high = algorithm.clip_log_ratio_min, algorithm.clip_log_ratio_max
     if low is not None and high is not None and low > high:
         yield f"algorithm.clip_log_ratio_min ({low}) must not exceed algorithm.clip_log_ratio_max ({high})"
@@ -126,7 +126,7 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
 def _batches(config: RunConfig) -> Iterator[str]:
     algorithm, actor = config.algorithm, config.actor
     samples = config.data.rollout_batch_size * algorithm.group_size
-    if algorithm.n_minibatches < 1 or samples % algorithm.n_minibatches:
+    if samples % algorithm.n_minibatches:
         yield (
             f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by "
             f"algorithm.n_minibatches ({algorithm.n_minibatches})"
@@ -141,39 +141,6 @@ def _batches(config: RunConfig) -> Iterator[str]:
             f"actor.micro_batch_size ({actor.micro_batch_size}) must equal algorithm.training_batch_size_per_gpu "
             f"({algorithm.training_batch_size_per_gpu}); leave it out"
         )
-
-
-def _numbers(config: RunConfig) -> Iterator[str]:
-    at_least_one = {
-        "cluster.num_nodes": config.cluster.num_nodes,
-        "data.rollout_batch_size": config.data.rollout_batch_size,
-        "data.max_prompt_length": config.data.max_prompt_length,
-        "algorithm.training_batch_size_per_gpu": config.algorithm.training_batch_size_per_gpu,
-        "algorithm.logprob_forward_micro_batch_size": config.algorithm.logprob_forward_micro_batch_size,
-        "rollout.tensor_parallel_size": config.rollout.tensor_parallel_size,
-        "rollout.max_running_requests": config.rollout.max_running_requests,
-        "actor.model.tensor_model_parallel_size": config.actor.model.tensor_model_parallel_size,
-        "actor.model.pipeline_model_parallel_size": config.actor.model.pipeline_model_parallel_size,
-        "actor.model.context_parallel_size": config.actor.model.context_parallel_size,
-        "actor.model.expert_model_parallel_size": config.actor.model.expert_model_parallel_size,
-        "reward.num_processes": config.reward.num_processes,
-        "weight_sync.bucket_bytes": config.weight_sync.bucket_bytes,
-    }
-    yield from (f"{name} ({value}) must be at least 1" for name, value in at_least_one.items() if value < 1)
-    above_zero = {
-        "weight_sync.timeout_s": config.weight_sync.timeout_s,
-        "reward.timeout_s": config.reward.timeout_s,
-        "rollout.timeout_s": config.rollout.timeout_s,
-    }
-    if config.rollout.max_engine_restarts < 0:
-        yield f"rollout.max_engine_restarts ({config.rollout.max_engine_restarts}) must not be negative"
-    yield from (f"{name} ({value}) must be greater than 0" for name, value in above_zero.items() if value <= 0)
-    if not 0 <= config.runner.logger.prometheus_port < 2**16:
-        yield f"runner.logger.prometheus_port ({config.runner.logger.prometheus_port}) must be a port, or 0 for none"
-    if config.weight_sync.num_slots not in (2, 3):
-        yield f"weight_sync.num_slots ({config.weight_sync.num_slots}) must be 2 or 3"
-    if not 0 < config.rollout.gpu_memory_utilization <= 1:
-        yield f"rollout.gpu_memory_utilization ({config.rollout.gpu_memory_utilization}) must lie in (0, 1]"
 
 
 def _engine(config: RunConfig) -> Iterator[str]:
@@ -220,11 +187,28 @@ def _schedule(actor: ActorConfig) -> Iterator[str]:
         )
     if schedule.lr_decay_style != "constant" and None in decays:
         yield f"actor.lr_sched: lr_decay_style {schedule.lr_decay_style} needs start_weight_decay and end_weight_decay"
-    if schedule.lr_decay_style != "constant" and schedule.lr_warmup_iters >= schedule.lr_decay_iters:
-        yield f"actor.lr_sched: lr_warmup_iters ({schedule.lr_warmup_iters}) must be less than lr_decay_iters ({schedule.lr_decay_iters})"
+    style, end = schedule.lr_decay_style, schedule.lr_decay_iters
+    warmup = schedule.lr_warmup_iters if schedule.lr_warmup_fraction is None else int(schedule.lr_warmup_fraction * end)
+    if style != "constant" and warmup >= end:
+        yield f"actor.lr_sched: the warm-up ({warmup} steps) leaves nothing of lr_decay_iters ({end}) for the decay"
+    last_phase = schedule.lr_wsd_decay_iters
+    if style == "WSD" and (last_phase is None or last_phase > end):
+        yield f"actor.lr_sched: lr_decay_style WSD needs lr_wsd_decay_iters ({last_phase}) from 1 to lr_decay_iters ({end})"
+    top, floor = schedule.max_lr, schedule.min_lr
+    assert top is not None and floor is not None, "load_config derives both"
+    if floor > top:
+        yield f"actor.lr_sched: min_lr ({floor}) must not exceed max_lr ({top}); they default to actor.optim.min_lr and actor.optim.lr"
+    if schedule.lr_warmup_init > top:
+        yield f"actor.lr_sched: lr_warmup_init ({schedule.lr_warmup_init}) must not exceed max_lr ({top})"
+    first, last = decays
+    if first is not None and last is not None and last < first:
+        yield f"actor.lr_sched: end_weight_decay ({last}) must not be less than start_weight_decay ({first})"
+    if first != last and schedule.weight_decay_incr_style == "constant" and None not in decays:
+        yield f"actor.lr_sched: start_weight_decay ({first}) and end_weight_decay ({last}) differ, but weight_decay_incr_style is constant"
 
 
-def _raise_all(found: Any) -> None:
+def raise_all(found: Iterable[str]) -> None:
+    """Raise ConfigError with every finding, if there is one."""
     messages = list(found)
     if messages:
         raise ConfigError(messages[0] if len(messages) == 1 else "configuration:\n  " + "\n  ".join(messages))
