@@ -98,9 +98,9 @@ def test_the_library_block_is_the_runnable_file() -> None:
 
 
 def test_the_configuration_table_is_the_generated_one() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/configuration.md").read_text()
     assert text.endswith(f"\n\n{config_table()}\n"), (
-        "README.md must end with the output of: python -c 'from workers.config import config_table; print(config_table())'"
+        "docs/configuration.md must end with the output of: python -c 'from workers.config import config_table; print(config_table())'"
     )
 
 
