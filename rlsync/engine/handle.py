@@ -15,6 +15,7 @@ from typing import Any
 
 from rlsync.engine import compat, owner
 from rlsync.engine.calls import Calls
+from rlsync.engine.compat_features import check as check_features
 from rlsync.engine.gate import Gate
 from rlsync.engine.plugin import BACKEND, register
 from rlsync.engine.processes import Processes
@@ -80,7 +81,12 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(**self._args, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
-        self._llm = AsyncLLM.from_engine_args(args)
+        config = args.create_engine_config()
+        # As its workers would at connect, before they start.
+        check_features(config)
+        self._llm = AsyncLLM.from_vllm_config(
+            config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
+        )
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
         self._processes.look(self._llm)

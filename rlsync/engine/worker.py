@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.assignments import WorkerPart, WorkerShare
-from rlsync.engine import compat, compat_faults
+from rlsync.engine import compat, compat_faults, compat_features
 from rlsync.engine.infos import InitInfo, UpdateInfo
 from rlsync.engine.inlet import Inlet
 from rlsync.engine.intake import Intake, take_stock
@@ -91,6 +91,7 @@ class Receiver(WeightTransferEngine):
         self._version = -1
         line = self._line = self._dial(init_info)
         try:
+            compat_features.check(self.vllm_config)
             catalogue = line.next(m.Catalogue, 0, "the list of tensors")
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             with compat.config_scope(self.vllm_config):

@@ -1,0 +1,164 @@
+"""Claims about features of a vLLM configuration that a sync would get wrong: refused by name, before the engine and at connect."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import vllm.config
+from vllm.config import CompilationConfig, LoRAConfig, SpeculativeConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from rlsync.engine import compat_features, handle
+from rlsync.engine.compat_features import CONSIDERED, REFUSALS, check, refusals, unconsidered
+from rlsync.errors import ConfigError, WeightSyncError
+from tests.integration.engine_source import ENGINE_ENV
+from tests.integration.tiny_engines import one_rank, start
+from tests.models import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("features") / "qwen2", "qwen2", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENGINE_ENV.items():
+        monkeypatch.setenv(name, value)
+
+
+def config_of(folder: Path, **changes: Any) -> Any:
+    args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
+    return AsyncEngineArgs(**args | {"enforce_eager": True} | changes).create_engine_config()
+
+
+def changed(config: Any, path: str, value: Any) -> Any:
+    """What vLLM itself does not let a CPU engine ask for is put into its configuration afterwards."""
+    *owners, name = path.split(".")
+    object.__setattr__(functools.reduce(getattr, owners, config), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "remedy"),
+    [
+        ({"enable_lora": True, "max_lora_rank": 8}, "lora_config", "without enable_lora"),
+        ({"cpu_offload_gb": 1}, "offload_config.uva.cpu_offload_gb=1", "set cpu_offload_gb to 0"),
+        ({"offload_group_size": 2}, "offload_config.prefetch.offload_group_size=2", "set offload_group_size to 0"),
+        ({"load_format": "sharded_state"}, "load_config.load_format=sharded_state", "one of auto, dummy,"),
+        ({"hf_overrides": {"rope_theta": 7.0}}, "model_config.hf_overrides={'rope_theta': 7.0}", "config.json of the folder"),
+        ({"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}, "max_autotune=True", "set max_autotune to False"),
+        ({"compilation_config": {"inductor_compile_config": {"freezing": True}}}, "freezing=True", "set freezing to False"),
+        ({"quantization": "int8_per_channel_weight_only", "dtype": "bfloat16"}, "model_config.quantization=", "unquantised"),
+        ({"runner": "pooling", "convert": "embed"}, "model_config.runner_type=pooling", "runner=generate"),
+    ],
+)  # fmt: skip
+def test_what_vllm_can_be_asked_for_and_a_sync_would_get_wrong_is_refused(
+    folder: Path, arguments: dict[str, Any], path: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(config_of(folder, **arguments))
+    assert path in str(caught.value) and remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("parallel_config.enable_eplb", True),
+        ("parallel_config.eplb_config.num_redundant_experts", 4),
+        ("parallel_config.enable_elastic_ep", True),
+        ("parallel_config.enable_fault_tolerance", True),
+        ("model_config.sleep_mode_backend", "criu"),
+        ("model_config.quantization", "fp8"),
+        ("model_config.quantization", "compressed-tensors"),
+        ("model_config.hf_config_path", "/elsewhere"),
+        ("engram_config", SimpleNamespace()),
+        ("ec_transfer_config", SimpleNamespace()),
+        ("cache_config.calculate_kv_scales", True),  # vLLM 0.25
+        ("cache_config.cpu_offload_gb", 1.0),
+    ],
+)
+def test_what_a_cpu_engine_cannot_be_asked_for_is_refused_too(folder: Path, path: str, value: Any) -> None:
+    config = config_of(folder)
+    assert refusals(config) == ()
+    (found,) = refusals(changed(config, path, value))
+    assert found.startswith(path)
+
+
+@pytest.mark.parametrize(("method", "refused"), [("ngram", 0), ("suffix", 0), ("eagle3", 1), ("deepseek_mtp", 1), ("draft_model", 1)])
+def test_drafters_with_weights_are_refused_and_those_without_are_not(folder: Path, method: str, refused: int) -> None:
+    config = config_of(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
+    assert isinstance(config.speculative_config, SpeculativeConfig)
+    config.speculative_config.method = method
+    assert len(refusals(config)) == refused
+
+
+def test_every_finding_is_in_one_error(folder: Path) -> None:
+    config = changed(config_of(folder, enable_lora=True, hf_overrides={"rope_theta": 7.0}), "parallel_config.enable_eplb", True)
+    assert isinstance(config.lora_config, LoRAConfig)
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert all(word in str(caught.value) for word in ("enable_eplb", "lora_config", "hf_overrides"))
+
+
+def configs(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The config objects of an engine by path; what is not there by default is asked for."""
+    whole = config_of(folder)
+    for path in CONSIDERED:
+        found = functools.reduce(getattr, filter(None, path.split(".")), whole)
+        yield path, vllm.config.WeightTransferConfig() if path == "weight_transfer_config" else found
+
+
+def test_every_setting_of_the_installed_vllm_that_decides_about_weights_was_considered(folder: Path) -> None:
+    """Red for a new field of a new version: read what it does, then refuse or honour it in the table."""
+    found = {path: {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")} for path, config in configs(folder)}
+    assert {path: sorted(names - CONSIDERED[path]) for path, names in found.items() if names - CONSIDERED[path]} == {}
+
+
+def test_every_refusal_names_a_setting_that_was_considered() -> None:
+    for row in REFUSALS:
+        owner, _, name = row.path.rpartition(".")
+        derived = {"model_config.runner_type": "runner", "speculative_config.method": "speculative_config"}
+        if owner == "compilation_config.inductor_compile_config":
+            assert isinstance(CompilationConfig().inductor_compile_config, dict)
+        elif row.path in derived:
+            assert derived[row.path] in CONSIDERED["" if owner == "speculative_config" else owner]
+        else:
+            assert name in CONSIDERED[owner], row.path
+
+
+def test_a_setting_that_nobody_considered_is_told_when_it_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder)
+    assert unconsidered(config) == ()
+    monkeypatch.setattr(
+        compat_features, "CONSIDERED", {**CONSIDERED, "load_config": CONSIDERED["load_config"] - {"device", "ignore_patterns"}}
+    )
+    assert unconsidered(config) == ()
+    changed(config, "load_config.device", "cpu")
+    assert unconsidered(config) == ("load_config.device='cpu'",)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``vllm serve`` comes by the second way. With the actor's weights it would be another model: the rope's base differs."""
+    wanted = {"enable_lora": True, "max_lora_rank": 8, "hf_overrides": {"rope_theta": 3.0}}
+    with pytest.raises(ConfigError, match=r"lora_config.*hf_overrides"):
+        start("early", folder, **wanted)
+    monkeypatch.setattr(handle, "check_features", lambda config: None)
+    engine = start("late", folder, **wanted)
+    try:
+        with (
+            one_rank([engine], folder) as syncer,
+            pytest.raises(WeightSyncError, match=r"engine late.*lora_config.*hf_overrides") as caught,
+        ):
+            syncer.connect()
+        assert caught.value.phase == "connect"
+    finally:
+        engine.close()
