@@ -88,14 +88,29 @@ def current_topology(models: Sequence[torch.nn.Module] = ()) -> Topology:
 def destroy_parallel(*, keep_distributed: bool = False) -> None:
     """Destroy Megatron's process groups and torch.distributed, where they exist. Collective over all ranks.
 
+    The threads of a gloo group end with the last reference to it: drop models and optimizers that were built on it, too.
+
     Args:
         keep_distributed: leave torch.distributed as it is. Do so to call ``initialize_parallel`` again in the same
             process: torch's own store is not made to be opened a second time while another rank still closes it.
     """
-    if parallel_state.model_parallel_is_initialized():
+    if not dist.is_initialized():
+        return
+    if not keep_distributed:
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_distributed:
         dist.destroy_process_group()
+    elif parallel_state.model_parallel_is_initialized():
+        # Megatron only forgets its groups.
+        made = parallel_state._global_process_group_list
+        groups = {id(group): group for group in made if group is not None}
+        del made
+        parallel_state.destroy_model_parallel()
+        # No rank may close a connection on which another still waits.
+        dist.barrier()
+        while groups:
+            _, group = groups.popitem()
+            if group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
 
 
 def compute_device() -> torch.device:
