@@ -25,6 +25,7 @@ from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
+from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import Flavour, model_of, supported_architectures, unread_keys
 from rlsync.placement.megatron import megatron_placements
@@ -57,9 +58,14 @@ class Shards:
 
 
 class AutoBridge:
-    """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`."""
+    """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`.
+
+    Without CUDA it prepares this process for Megatron on CPU and gloo (``rlsync.megatron.cpu.enable_cpu``), so that a trainer's own
+    ``mpu.initialize_model_parallel`` and seeds do.
+    """
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None, *, make_vocab_size_divisible_by: int = 1) -> None:
+        enable_cpu()
         self.hf_config = dict(config)
         self.model = model_of(config)
         self._folder = folder

@@ -14,11 +14,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
+from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.specs import SpecName, block_spec
 from rlsync.models.rope import Rope
@@ -55,7 +57,8 @@ def build_model(
 ) -> list[MegatronModule]:
     """Build this rank's part of a model with random weights on its device.
 
-    Collective over all ranks (tied embeddings agree by an all-reduce under pipeline parallelism).
+    Collective over all ranks (tied embeddings agree by an all-reduce under pipeline parallelism). Without CUDA this process is
+    prepared for CPU first (``enable_cpu``).
 
     Args:
         hf_config: content of config.json.
@@ -72,9 +75,15 @@ def build_model(
         One module per virtual pipeline stage, in order; a single one without virtual stages.
 
     Raises:
-        ConfigError: as ``model_config``, or the topology differs from Megatron's process groups.
+        ConfigError: as ``model_config``, the topology differs from Megatron's process groups, or Megatron's random state was not seeded.
     """
+    enable_cpu()
     _check_topology(topology)
+    if not get_cuda_rng_tracker().is_initialized():
+        raise ConfigError(
+            "Megatron's random state of the tensor-parallel ranks does not exist: call "
+            "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) on every rank after the process groups were made"
+        )
     config = model_config(
         hf_config,
         topology=topology,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, model_parallel_cuda_manual_seed
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
-from rlsync.errors import CheckpointError, PlacementError, RlsyncError
+from rlsync.errors import CheckpointError, ConfigError, PlacementError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
@@ -49,6 +51,37 @@ def agree_with_huggingface(cases: list[dict], out_dir: str) -> None:
         bridge.save_weights(models, saved, max_shard_bytes=60_000)
         check_saved(bridge, topology, models, saved, original, case)
         destroy_parallel(keep_distributed=True)
+    destroy_parallel()
+
+
+def serve_a_trainer_with_plain_mpu(case: dict) -> None:
+    """Process groups and seeds as Megatron's own examples make them; nothing of ``rlsync.megatron.parallel``."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    bridge = AutoBridge.from_pretrained(case["folder"])
+    try:
+        bridge.get_model(case["folder"], bf16=False)
+    except ConfigError as error:
+        print(f"SAID {error}", flush=True)
+    model_parallel_cuda_manual_seed(1)
+    models = bridge.get_model(case["folder"], bf16=False)
+    original = load_folder(case["folder"])
+    assert all(torch.equal(t.cpu(), original[name]) for name, t in bridge.export_weights(models))
+    check_logits(models, case)
+
+
+def build_and_give_up(folder: str, times: int) -> None:
+    """Build a model on groups of its own, and give both up, again and again; says how many threads are left after each."""
+    numbers = []
+    for _ in range(times):
+        parallel({"tp_size": 2})
+        models = AutoBridge.from_pretrained(folder).get_model(folder, bf16=False)
+        destroy_parallel(keep_distributed=True)
+        del models
+        gc.collect()
+        numbers.append(len(os.listdir("/proc/self/task")))
+    print(f"THREADS {json.dumps(numbers)}", flush=True)
     destroy_parallel()
 
 

@@ -46,6 +46,23 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         ]
 
 
+def test_a_trainer_with_megatrons_own_process_groups_is_served(models):
+    """On CPU, too, where Megatron alone ends with "Torch not compiled with CUDA enabled"."""
+    outputs = run_ranks(
+        2, "tests.integration.bridge_ranks", "serve_a_trainer_with_plain_mpu", case={**models["qwen3-tied"], "topology": {"tp_size": 2}}
+    )
+    assert all("LOGITS" in output for output in outputs)
+    assert all(re.search(r"SAID .*call megatron.core.tensor_parallel.model_parallel_cuda_manual_seed", output) for output in outputs)
+
+
+def test_process_groups_end_where_they_are_given_up(models):
+    """Each of them has threads. Without that the numbers grow by tens with every layout."""
+    outputs = run_ranks(2, "tests.integration.bridge_ranks", "build_and_give_up", folder=models["qwen2"]["folder"], times=4)
+    for output in outputs:
+        numbers = json.loads(output.partition("THREADS ")[2].splitlines()[0])
+        assert numbers[1:] == numbers[:-1], numbers
+
+
 def test_a_checkpoint_saved_under_one_layout_loads_in_transformers(models, tmp_path):
     """And one rank reads what four would: the saved folder is an ordinary HF checkpoint."""
     from transformers import AutoModelForCausalLM
