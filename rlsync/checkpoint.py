@@ -6,44 +6,33 @@
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
 
-Owns names, order of writing and completeness; the content of ``mp_rank_*`` is ``rlsync.megatron.state``'s.
+Owns the order of writing; names and completeness are ``checkpoint_folder``'s, the content of ``mp_rank_*`` is ``rlsync.megatron.state``'s.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
-from rlsync.errors import CheckpointError
+from rlsync.checkpoint_folder import (
+    HF_FOLDER,
+    TRACKER,
+    Restored,
+    hf_folder,
+    inspect_checkpoint,
+    shards_folder,
+    write_durably,
+)
 from rlsync.layout.topology import Topology
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
 from rlsync.transport.agreement import agreed
-
-TRACKER = "latest_checkpointed_iteration.txt"
-HF_FOLDER = "hf_model"
-# What RLinf calls the same folder; read, never written.
-HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
-_STEP_FOLDER = re.compile(r"global_step_(\d+)")
-_RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What :func:`load_checkpoint` put back. ``complete`` is False where only HF weights were there: the optimizer starts anew."""
-
-    step: int
-    complete: bool
 
 
 def save_checkpoint(
@@ -61,7 +50,7 @@ def save_checkpoint(
     ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank is raised on all.
     """
     folder, topology = Path(folder), current_topology(models)
-    shards = _shards(folder, step)
+    shards = shards_folder(folder, step)
     mine = shards / rank_folder(topology, dist.get_rank())
     with agreed(device=compute_device()):
         mine.mkdir(parents=True, exist_ok=True)
@@ -73,7 +62,7 @@ def save_checkpoint(
         write_rank_state(mine, state, parameters)
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
-            _write_durably(folder / TRACKER, str(step))
+            write_durably(folder / TRACKER, str(step))
 
 
 def load_checkpoint(
@@ -93,14 +82,14 @@ def load_checkpoint(
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
     if held.complete:
-        mine = _shards(folder, held.step) / rank_folder(topology, dist.get_rank())
+        mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
         restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(mine))
         if optimizer is not None:
             restore_distributed_optimizer_state(parameters, optimizer)
         return held
-    bridge.load_weights(models, _hf_weights(folder))
+    bridge.load_weights(models, hf_folder(folder))
     if optimizer is not None:
         optimizer.reload_model_params()
     return held
@@ -115,161 +104,12 @@ def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequ
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
         if held.complete:
-            load_rank_weights(_shards(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
+            load_rank_weights(shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
     if not held.complete:
-        bridge.load_weights(models, _hf_weights(folder))
-
-
-def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int) -> Restored:
-    """What :func:`load_checkpoint` would restore from an ``actor/`` folder under these sizes; reads names only, no tensor.
-
-    Raises CheckpointError for an incomplete folder or one saved under another TP or PP.
-    """
-    folder = Path(folder)
-    step = tracked_step(folder)
-    shards = _shards(folder, step)
-    if shards.is_dir():
-        _check_layout(shards, tp_size, pp_size)
-    else:
-        _hf_weights(folder)
-    return Restored(step, complete=shards.is_dir())
-
-
-def _shards(folder: Path, step: int) -> Path:
-    return folder / f"iter_{step:07d}"
-
-
-def _hf_weights(folder: Path) -> Path:
-    for name in HF_FOLDER_NAMES:
-        if (folder / name).is_dir():
-            return folder / name
-    raise CheckpointError(f"{folder}: neither the tracked iter_* nor {' or '.join(HF_FOLDER_NAMES)} is there; nothing to resume from")
+        bridge.load_weights(models, hf_folder(folder))
 
 
 def rank_folder(topology: Topology, rank: int) -> str:
     """``mp_rank_TT``, with ``_PPP`` under pipeline parallelism; data-parallel replicas share one."""
     at = topology.coordinates(rank)
     return f"mp_rank_{at.tp_rank:02d}" + (f"_{at.pp_rank:03d}" if topology.pp_size > 1 else "")
-
-
-def tracked_step(actor_folder: Path) -> int:
-    """The step an ``actor/`` folder holds; CheckpointError where its tracker is missing, as after a killed save."""
-    tracker = actor_folder / TRACKER
-    if not tracker.is_file():
-        raise CheckpointError(f"{tracker} is missing: {actor_folder.parent} is not a complete checkpoint; resume from an older one")
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker} holds {text!r} instead of a step number")
-    return int(text)
-
-
-def stage_checkpoint(root: Path | str, step: int) -> Path:
-    """An empty folder to write checkpoint ``step`` into, invisible to :func:`latest_checkpoint` until it is published."""
-    staged = Path(root) / f".global_step_{step}.partial"
-    _recover_replaced(Path(root))
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    return staged
-
-
-def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
-    """Give a complete staged checkpoint its name by one rename, then remove those before it but the ``keep_last_n`` newest.
-
-    Raises CheckpointError where the staged folder has no tracker. Returns the published folder.
-    """
-    step = tracked_step(staged / "actor")
-    final = staged.parent / f"global_step_{step}"
-    if final.exists():
-        # Same step again: a kill between the two renames is undone by _recover_replaced.
-        outgoing = staged.parent / f".global_step_{step}.replaced"
-        shutil.rmtree(outgoing, ignore_errors=True)
-        os.rename(final, outgoing)
-        os.rename(staged, final)
-        shutil.rmtree(outgoing)
-    else:
-        os.rename(staged, final)
-    _sync_folder(staged.parent)
-    if keep_last_n is not None:
-        until_now = [path for path in complete_checkpoints(staged.parent) if step_of(path) <= step]
-        for old in until_now[:-keep_last_n]:
-            # Renamed first, so that a kill in the middle leaves no half checkpoint under a valid name.
-            doomed = old.with_name(f".{old.name}.removed")
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
-    return final
-
-
-def set_aside_later(root: Path | str, step: int, *, but: Path | None = None) -> list[Path]:
-    """Take checkpoints after ``step`` out of sight: they are of a history that a run which continues from there leaves.
-
-    ``but`` stays. Each other becomes ``.global_step_N.superseded``. Returns their new paths.
-    """
-    aside = []
-    for path in complete_checkpoints(root):
-        if step_of(path) > step and path != but:
-            superseded = path.with_name(f".{path.name}.superseded")
-            shutil.rmtree(superseded, ignore_errors=True)
-            os.rename(path, superseded)
-            aside.append(superseded)
-    return aside
-
-
-def step_of(folder: Path) -> int:
-    """The step in the name of a published checkpoint."""
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    assert match is not None, folder
-    return int(match[1])
-
-
-def complete_checkpoints(root: Path | str) -> list[Path]:
-    """Published checkpoints of ``root``, oldest step first; unfinished ones are left out."""
-    named = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted((path for path in named if (path / "actor" / TRACKER).is_file()), key=step_of)
-
-
-def latest_checkpoint(root: Path | str) -> Path | None:
-    """The complete checkpoint with the highest step, or None."""
-    _recover_replaced(Path(root))
-    found = complete_checkpoints(root)
-    return found[-1] if found else None
-
-
-def _recover_replaced(root: Path) -> None:
-    """Give a checkpoint its name back that a kill in the middle of its replacement left without one."""
-    for path in root.glob(".global_step_*.replaced"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():
-            os.rename(path, final)
-
-
-def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
-    """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
-    ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
-    if not ranks:
-        raise CheckpointError(f"{shards}: no mp_rank_* folder")
-    saved_tp = 1 + max(int(match[1]) for match in ranks)
-    saved_pp = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
-    if (saved_tp, saved_pp) != (tp_size, pp_size):
-        raise CheckpointError(
-            f"{shards} was saved with tensor_model_parallel_size {saved_tp}, pipeline_model_parallel_size {saved_pp}; this run has "
-            f"{tp_size}, {pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
-        )
-    if len(ranks) != saved_tp * saved_pp:
-        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {saved_tp * saved_pp}")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge import AutoBridge
-from rlsync.checkpoint import Restored, load_checkpoint, save_checkpoint
+from rlsync.checkpoint import load_checkpoint, save_checkpoint
+from rlsync.checkpoint_folder import Restored
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import gather_parameters, iter_parameters
 from rlsync.megatron.offload import ActorMemory, Part

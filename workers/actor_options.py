@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions
 from rlsync.megatron.specs import SpecName
@@ -13,22 +12,6 @@ from workers.config.actor import ActorConfig, ActorModelConfig
 from workers.config.schema import AlgorithmConfig
 
 SPECS: dict[str, SpecName] = {"decoder_gpt": "auto", "local_gpt": "local", "te_gpt": "te"}
-
-
-def actor_topology(model: ActorModelConfig, dp_size: int) -> Topology:
-    """Layout of the actor's ranks."""
-    vpp = model.virtual_pipeline_model_parallel_size
-    return Topology(
-        tp_size=model.tensor_model_parallel_size,
-        pp_size=model.pipeline_model_parallel_size,
-        vpp_size=1 if vpp is None else vpp,
-        cp_size=model.context_parallel_size,
-        dp_size=dp_size,
-        ep_size=model.expert_model_parallel_size,
-        etp_size=1 if model.expert_tensor_parallel_size is None else model.expert_tensor_parallel_size,
-        first_stage_layers=model.decoder_first_pipeline_num_layers,
-        last_stage_layers=model.decoder_last_pipeline_num_layers,
-    )
 
 
 def transformer_overrides(model: ActorModelConfig) -> dict[str, Any]:

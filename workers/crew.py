@@ -17,10 +17,9 @@ from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
-from workers.actor_options import actor_topology
 from workers.cluster import Cluster
 from workers.config import RunConfig, validate_world
-from workers.placement import resolve_placement
+from workers.placement import actor_topology, resolve_placement
 from workers.remote import Worker, collect
 from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arguments
 from workers.turns import Part, plan_turns

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
-from rlsync.checkpoint import publish_checkpoint, set_aside_later, stage_checkpoint
+from rlsync.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.health import SyncHealth

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from rlsync.bridge import AutoBridge
-from rlsync.checkpoint import TRACKER, load_checkpoint_weights, save_checkpoint
+from rlsync.checkpoint import load_checkpoint_weights, save_checkpoint
+from rlsync.checkpoint_folder import TRACKER
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.transport.agreement import agreed
 from workers.config.actor import ActorConfig

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from rlsync.checkpoint import inspect_checkpoint, latest_checkpoint
+from rlsync.checkpoint_folder import inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, validate_model

@@ -20,8 +20,8 @@ from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import initial_weights
 from workers.actor import ActorRank
-from workers.actor_options import actor_topology
 from workers.config import RunConfig
+from workers.placement import actor_topology
 from workers.samples import Sample, Share, deal
 
 

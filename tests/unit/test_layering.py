@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "models",
                 "placement",
                 "plan",
+                "checkpoint_folder",
             )
         ),
     ),

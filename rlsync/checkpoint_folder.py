@@ -1,0 +1,187 @@
+"""Folders of checkpoints: names, completeness, and staging and publishing by one rename. Reads names and the tracker, no tensor.
+
+    <root>/global_step_N/
+        actor/hf_model/                               for transformers and vLLM
+        actor/iter_XXXXXXX/mp_rank_TT[_PPP]/          Megatron's own shards
+        actor/latest_checkpointed_iteration.txt       written last
+        data/data.pt                                  the driver's
+
+Imports neither torch nor Megatron, so that what a run would resume is known before either is started.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsync.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf_model"
+# What RLinf calls the same folder; read, never written.
+HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
+_STEP_FOLDER = re.compile(r"global_step_(\d+)")
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What ``load_checkpoint`` puts back. ``complete`` is False where only HF weights were there: the optimizer starts anew."""
+
+    step: int
+    complete: bool
+
+
+def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int) -> Restored:
+    """What ``load_checkpoint`` would restore from an ``actor/`` folder under these sizes; reads names only, no tensor.
+
+    Raises CheckpointError for an incomplete folder or one saved under another TP or PP.
+    """
+    folder = Path(folder)
+    step = tracked_step(folder)
+    shards = shards_folder(folder, step)
+    if shards.is_dir():
+        _check_layout(shards, tp_size, pp_size)
+    else:
+        hf_folder(folder)
+    return Restored(step, complete=shards.is_dir())
+
+
+def shards_folder(folder: Path, step: int) -> Path:
+    """Megatron's shards of an ``actor/`` folder."""
+    return folder / f"iter_{step:07d}"
+
+
+def hf_folder(folder: Path) -> Path:
+    """The HF weights of an ``actor/`` folder. Raises CheckpointError where it has none."""
+    for name in HF_FOLDER_NAMES:
+        if (folder / name).is_dir():
+            return folder / name
+    raise CheckpointError(f"{folder}: neither the tracked iter_* nor {' or '.join(HF_FOLDER_NAMES)} is there; nothing to resume from")
+
+
+def tracked_step(actor_folder: Path) -> int:
+    """The step an ``actor/`` folder holds; CheckpointError where its tracker is missing, as after a killed save."""
+    tracker = actor_folder / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(f"{tracker} is missing: {actor_folder.parent} is not a complete checkpoint; resume from an older one")
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text!r} instead of a step number")
+    return int(text)
+
+
+def stage_checkpoint(root: Path | str, step: int) -> Path:
+    """An empty folder to write checkpoint ``step`` into, invisible to :func:`latest_checkpoint` until it is published."""
+    staged = Path(root) / f".global_step_{step}.partial"
+    _recover_replaced(Path(root))
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
+    """Give a complete staged checkpoint its name by one rename, then remove those before it but the ``keep_last_n`` newest.
+
+    Raises CheckpointError where the staged folder has no tracker. Returns the published folder.
+    """
+    step = tracked_step(staged / "actor")
+    final = staged.parent / f"global_step_{step}"
+    if final.exists():
+        # Same step again: a kill between the two renames is undone by _recover_replaced.
+        outgoing = staged.parent / f".global_step_{step}.replaced"
+        shutil.rmtree(outgoing, ignore_errors=True)
+        os.rename(final, outgoing)
+        os.rename(staged, final)
+        shutil.rmtree(outgoing)
+    else:
+        os.rename(staged, final)
+    _sync_folder(staged.parent)
+    if keep_last_n is not None:
+        until_now = [path for path in complete_checkpoints(staged.parent) if step_of(path) <= step]
+        for old in until_now[:-keep_last_n]:
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under a valid name.
+            doomed = old.with_name(f".{old.name}.removed")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
+    return final
+
+
+def set_aside_later(root: Path | str, step: int, *, but: Path | None = None) -> list[Path]:
+    """Take checkpoints after ``step`` out of sight: they are of a history that a run which continues from there leaves.
+
+    ``but`` stays. Each other becomes ``.global_step_N.superseded``. Returns their new paths.
+    """
+    aside = []
+    for path in complete_checkpoints(root):
+        if step_of(path) > step and path != but:
+            superseded = path.with_name(f".{path.name}.superseded")
+            shutil.rmtree(superseded, ignore_errors=True)
+            os.rename(path, superseded)
+            aside.append(superseded)
+    return aside
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def complete_checkpoints(root: Path | str) -> list[Path]:
+    """Published checkpoints of ``root``, oldest step first; unfinished ones are left out."""
+    named = [path for path in Path(root).glob("global_step_*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted((path for path in named if (path / "actor" / TRACKER).is_file()), key=step_of)
+
+
+def latest_checkpoint(root: Path | str) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    _recover_replaced(Path(root))
+    found = complete_checkpoints(root)
+    return found[-1] if found else None
+
+
+def _recover_replaced(root: Path) -> None:
+    """Give a checkpoint its name back that a kill in the middle of its replacement left without one."""
+    for path in root.glob(".global_step_*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists():
+            os.rename(path, final)
+
+
+def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
+    """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
+    ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
+    if not ranks:
+        raise CheckpointError(f"{shards}: no mp_rank_* folder")
+    saved_tp = 1 + max(int(match[1]) for match in ranks)
+    saved_pp = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
+    if (saved_tp, saved_pp) != (tp_size, pp_size):
+        raise CheckpointError(
+            f"{shards} was saved with tensor_model_parallel_size {saved_tp}, pipeline_model_parallel_size {saved_pp}; this run has "
+            f"{tp_size}, {pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
+        )
+    if len(ranks) != saved_tp * saved_pp:
+        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {saved_tp * saved_pp}")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file that is there as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
