@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from rlsync.copy.cpu import bind, write_fills
-from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
-from rlsync.errors import ConfigError, PlacementError
+from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index
+from rlsync.copy.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
+from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
@@ -37,8 +37,6 @@ _LOG = logging.getLogger(__name__)
 
 # Largest message memory of an export on one rank.
 EXPORT_BUCKET_BYTES = 256 * 2**20
-# Files of a checkpoint folder that travel with the weights: configs, tokenizers, chat templates, custom code.
-SMALL_FILE_SUFFIXES = frozenset({".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".tiktoken"})
 
 
 @dataclass(frozen=True)
@@ -64,24 +62,25 @@ class AutoBridge:
     ``mpu.initialize_model_parallel`` and seeds do.
     """
 
-    def __init__(self, config: Mapping[str, Any], folder: Path | None, *, make_vocab_size_divisible_by: int = 1) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], folder: Path | None, *, text: str | None = None, make_vocab_size_divisible_by: int = 1
+    ) -> None:
         enable_cpu()
         self.hf_config = dict(config)
         self.model = model_of(config)
         self._folder = folder
+        self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
         """Bridge for the checkpoint folder ``hf_path``; reads only its ``config.json``.
 
-        Raises ConfigError for a missing config or an unknown architecture.
+        Raises ConfigError for a missing or unreadable config and for an unknown architecture.
         """
         folder = Path(hf_path)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file; hf_path must be a local Hugging Face checkpoint folder")
-        return cls(json.loads(path.read_text()), folder, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+        text, config = read_config(folder)
+        return cls(config, folder, text=text, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
 
     @classmethod
     def from_config(cls, hf_config: Any, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
@@ -151,8 +150,7 @@ class AutoBridge:
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            stored = read_checkpoint(Path(hf_path))
-            self._check_stored(stored, Path(hf_path))
+            stored = self._checked(read_checkpoint(Path(hf_path)), Path(hf_path))
             mine = shards.placements[dist.get_rank()]
             source = whole_tensors(str(hf_path), [stored[t.name].spec for t in shards.tensors])
             plan = build_plan(shards.tensors, [source], [mine], allow_cast=True)
@@ -184,9 +182,13 @@ class AutoBridge:
     def save_weights(self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
         """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
 
-        Every file is written by one rank, so network file systems are safe; ``config.json`` and the other small files
-        are copied byte for byte from the folder the bridge was made from. ``out_dir`` must be visible to all ranks.
-        Collective over all ranks.
+        Every file is written by one rank, so network file systems are safe. What a model needs beside its weights
+        (``rlsync.copy.model_folder.TRAVELS``) is copied byte for byte from the folder the bridge was made from, but for the
+        dtypes in ``config.json``, which become those of the parameters. ``out_dir`` must be visible to all ranks; older weights
+        in it are replaced. Collective over all ranks.
+
+        Raises, before a file changes: ConfigError where ``out_dir`` is the folder the bridge was made from; CheckpointError where
+        it cannot be written to or holds weights under other names.
         """
         out_dir, rank = Path(out_dir), dist.get_rank()
         with agreed(device=compute_device()):
@@ -198,9 +200,9 @@ class AutoBridge:
                 [whole_tensors(name, group) for name, group in files.items()],
                 bucket_bytes=EXPORT_BUCKET_BYTES,
             )
+            small_files = self._small_files(out_dir) if rank == 0 else ()
             if rank == 0:
-                out_dir.mkdir(parents=True, exist_ok=True)
-                remove_weights(out_dir)
+                prepare_folder(out_dir)
         megatron_model.gather_parameters(models)
         writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
@@ -209,16 +211,18 @@ class AutoBridge:
             _write_files(out_dir, mine, tuple(files), exchange, plan)
         with agreed(device=compute_device()):
             if rank == 0:
-                self._write_small_files(out_dir)
+                self._write_small_files(out_dir, small_files, shards.tensors[0].dtype)
                 write_index(out_dir, files)
 
-    def _check_stored(self, stored: Mapping[str, StoredTensor], folder: Path) -> None:
-        """Compare a checkpoint with the table; PlacementError lists missing, unexpected and wrongly shaped tensors at once."""
+    def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> Mapping[str, StoredTensor]:
+        """The checkpoint without a copy of the embedding as its head, compared with the table.
+
+        PlacementError lists missing, unexpected and wrongly shaped tensors at once.
+        """
+        if self.model.tied:
+            stored = without_tied_head(stored, folder)
         wanted = {t.name: t.shape for t in self.model.tensors()}
         extra = {name for name in stored if name not in wanted and not self.model.is_ignored(name)}
-        if self.model.tied and "lm_head.weight" in extra:
-            _check_tied_head(stored, folder)
-            extra.remove("lm_head.weight")
         missing = sorted(name for name in wanted if name not in stored)
         wrong = [
             f"{name}: expected {shape}, stored {stored[name].spec.shape}"
@@ -232,15 +236,20 @@ class AutoBridge:
         ]
         if findings:
             raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
+        return stored
 
-    def _write_small_files(self, out_dir: Path) -> None:
-        """Config, generation config and tokenizer, byte for byte as loaded."""
+    def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
+        """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
         if self._folder is None:
-            (out_dir / "config.json").write_text(json.dumps(self.hf_config, indent=2, default=str) + "\n")
-            return
-        for path in sorted(self._folder.iterdir()):
-            if path.is_file() and path.suffix in SMALL_FILE_SUFFIXES and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, out_dir / path.name)
+            return ()
+        if out_dir.resolve() == self._folder.resolve():
+            raise ConfigError(f"save_weights: {out_dir} is where the model came from, and a save cut short would lose it; choose another")
+        return travelling_files(self._folder, but=out_dir)
+
+    def _write_small_files(self, out_dir: Path, files: tuple[Path, ...], dtype: str) -> None:
+        if self._folder is not None:
+            copy_files(self._folder, files, out_dir)
+        (out_dir / CONFIG_NAME).write_bytes(with_dtype(self._config_text, dtype).encode("utf-8"))
 
 
 def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
@@ -255,16 +264,6 @@ def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
     ]
     if findings:
         raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
-
-
-def _check_tied_head(stored: Mapping[str, StoredTensor], folder: Path) -> None:
-    """A tied checkpoint may ship a copy of the embedding as its head; another head would be lost silently."""
-    files = MappedTensors(stored)
-    if not torch.equal(files["lm_head.weight"], files["model.embed_tokens.weight"]):
-        raise PlacementError(
-            f"{folder}: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
-            "set tie_word_embeddings to false or remove lm_head.weight"
-        )
 
 
 def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) -> tuple[TensorSpec, ...]:
@@ -300,7 +299,7 @@ def _write_files(out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files:
             except OSError as error:
                 failure = error
         if failure is not None:
-            raise failure
+            raise CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})") from failure
 
 
 def empty_tensor(spec: TensorSpec) -> torch.Tensor:

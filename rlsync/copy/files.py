@@ -11,8 +11,9 @@ from types import TracebackType
 
 import torch
 
+from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import TensorSpec
-from rlsync.layout.safetensors import INDEX_NAME, StoredTensor, encode_header
+from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor, encode_header
 from rlsync.plan.buckets import grouped
 
 
@@ -92,14 +93,29 @@ def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str
     """File name -> tensors of a checkpoint cut into files of at most ``max_shard_bytes`` or one tensor (HF's naming)."""
     groups = grouped(tensors, {t.name: {"file": t.nbytes} for t in tensors}, {"file": max_shard_bytes})
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {SINGLE_NAME: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def remove_weights(folder: Path) -> None:
-    """Remove the weights of an older checkpoint: an index or shard that stayed behind would be read beside the new ones."""
-    for path in (folder / INDEX_NAME, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")):
-        path.unlink(missing_ok=True)
+def prepare_folder(folder: Path) -> None:
+    """Make a folder ready for new weights: an index or shard of older ones that stayed behind would be read beside them.
+
+    Removes what rlsync and transformers write. Raises CheckpointError, before anything is removed, for weights under other names, which
+    vLLM would load as well, and for what cannot be written to or replaced.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        older = [folder / INDEX_NAME, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")]
+        foreign = sorted(path.name for path in folder.glob("*.safetensors") if path not in older)
+        if foreign:
+            raise CheckpointError(f"{folder}: vLLM would load {', '.join(foreign[:5])} there too; choose another folder, or remove them")
+        for path in older:
+            if path.is_dir() and not path.is_symlink():
+                raise CheckpointError(f"{path}: is a folder, and a file is to be written there; choose another folder, or remove it")
+        for path in older:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be written ({error.strerror}); choose a folder that can") from None
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:

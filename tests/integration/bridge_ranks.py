@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -177,4 +178,25 @@ def survive_transformer_engine_names(folder: str) -> None:
     original = load_folder(folder)
     exported = dict(bridge.export_weights(models))
     assert set(exported) == set(original) and all(torch.equal(t.cpu(), original[name]) for name, t in exported.items())
+    destroy_parallel()
+
+
+def save_in_another_dtype(folder: str, nan_folder: str, out_dir: str) -> None:
+    """bf16 parameters of a fp32 folder; saved twice over each other, refused over the folder they came from."""
+    parallel({"tp_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(nan_folder, bf16=True, wrap_with_ddp=False)
+    before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    for alias in (folder, Path(folder, "..", Path(folder).name)):
+        with pytest.raises(RlsyncError, match="save cut short would lose it"):
+            bridge.save_weights(models, alias)
+    dist.barrier()
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
+    bridge.save_weights(models, out_dir, max_shard_bytes=60_000)
+    bridge.save_weights(models, out_dir)
+    Path(out_dir, "adapter.safetensors").touch()
+    dist.barrier()
+    with pytest.raises(RlsyncError, match=r"adapter\.safetensors"):
+        bridge.save_weights(models, out_dir)
+    dist.barrier()
     destroy_parallel()

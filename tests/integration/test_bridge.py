@@ -109,6 +109,49 @@ def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(model
         assert "missing 2 tensors" in said["one rank"], "an error of rank 1 alone is raised on rank 0 too"
 
 
+def test_a_saved_folder_says_its_own_dtype_and_the_loaded_one_is_never_written_over(models, tmp_path):
+    """A NaN in both copies of a tied embedding does not make them differ; the head that was stored is the embedding."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "hf"
+    shutil.copytree(models["qwen3-tied"]["folder"], folder)
+    (folder / "merges.txt").write_text("a b")
+    (folder / "training_log.txt").write_text("loss")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 5] = float("nan")
+    shutil.copytree(folder, tmp_path / "nan")
+    with_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(with_head, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    run_ranks(
+        2, "tests.integration.bridge_ranks", "save_in_another_dtype", folder=str(folder), nan_folder=str(tmp_path / "nan"), out_dir=str(out)
+    )
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert again.dtype == torch.bfloat16, "transformers takes the dtype of the config"
+    saved = load_file(out / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(saved[name].view(torch.int16).equal(t.to(torch.bfloat16).view(torch.int16)) for name, t in tensors.items())
+    before = (folder / "config.json").read_text()
+    assert before.count('"float32"') == 1
+    assert (out / "config.json").read_text() == before.replace('"float32"', '"bfloat16"')
+    assert {path.name for path in out.iterdir()} == {
+        "adapter.safetensors", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+    }  # fmt: skip
+
+
+def test_a_tied_checkpoint_that_stores_only_its_head_is_refused_on_every_rank(models, tmp_path):
+    """transformers takes the head for the embedding, vLLM refuses the folder."""
+    folder = Path(models["qwen3-tied"]["folder"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    shutil.copytree(folder, tmp_path / "head")
+    save_file(tensors, tmp_path / "head" / "model.safetensors", metadata={"format": "pt"})
+    kinds = {"head": str(tmp_path / "head"), "missing": str(tmp_path / "head")}
+    for output in run_ranks(2, "tests.integration.bridge_ranks", "refuse_bad_checkpoints", folder=str(folder), broken=kinds):
+        said = json.loads(output.split("SAID ")[1].splitlines()[0])
+        assert "CheckpointError" in said["head"] and "rename it to model.embed_tokens.weight" in said["head"]
+
+
 def test_a_model_that_differs_from_its_table_is_refused_by_name(models):
     for output in run_ranks(2, "tests.integration.bridge_ranks", "refuse_foreign_parameters", folder=models["llama"]["folder"]):
         assert "extra (3,): in the model, not in the table" in output

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlsync import AutoBridge
 from rlsync.copy.files import shard_files, write_index
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.folder_source import FolderSource
@@ -72,10 +73,42 @@ def test_a_tied_head_of_its_own_is_refused(tmp_path: Path) -> None:
         FolderSource(folder_of(tmp_path / "m", tensors_of_a_model(), tied=True))
 
 
+def test_a_tied_head_of_the_same_bits_is_left_out_though_a_nan_is_among_them(tmp_path: Path) -> None:
+    tensors = tensors_of_a_model()
+    tensors["model.embed_tokens.weight"][1, 2] = float("nan")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    assert "lm_head.weight" not in FolderSource(folder_of(tmp_path / "m", tensors, tied=True)).buffers
+
+
+def test_a_tied_head_without_its_embedding_is_refused(tmp_path: Path) -> None:
+    """transformers takes it for the embedding, vLLM refuses it."""
+    tensors = tensors_of_a_model()
+    del tensors["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored and model\.embed_tokens\.weight is not; rename it to model"):
+        FolderSource(folder_of(tmp_path / "m", tensors, tied=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not JSON in UTF-8"),
+        (b"\xff{}", "not JSON in UTF-8"),
+        (b'["tie_word_embeddings"]', "holds a list instead of keys and values"),
+        (b'{"transformers_weights": "other.safetensors"}', "transformers_weights names 'other.safetensors'"),
+    ],
+)
+def test_a_broken_config_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    folder = folder_of(tmp_path / "m", tensors_of_a_model())
+    (folder / "config.json").write_bytes(content)
+    for read in (FolderSource, AutoBridge.from_pretrained):
+        with pytest.raises(ConfigError, match=rf"config\.json: {said}"):
+            read(folder)
+
+
 def test_a_folder_without_weights_or_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
         FolderSource(tmp_path)
     folder = folder_of(tmp_path / "m", {"model.norm.weight": torch.ones(3)})
     (folder / "config.json").unlink()
-    with pytest.raises(ConfigError, match="a Hugging Face folder has one"):
+    with pytest.raises(ConfigError, match=r"config\.json: no such file; give a local Hugging Face folder"):
         FolderSource(folder)

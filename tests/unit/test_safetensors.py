@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from rlsync.copy.files import FileWriter, MappedTensors, remove_weights, shard_files, write_index
+from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index
 from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.safetensors import INDEX_NAME, read_checkpoint
@@ -22,7 +24,7 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, value: float, max_shard_bytes: int) -> None:
-    remove_weights(folder)
+    prepare_folder(folder)
     files = shard_files(SPECS, max_shard_bytes)
     for file, group in files.items():
         with FileWriter(folder / file, group) as writer:
@@ -48,12 +50,83 @@ def test_saving_over_a_checkpoint_cut_otherwise_leaves_only_the_new_one(tmp_path
     assert all(torch.equal(stored[n], t) for n, t in tensors(2.0).items())
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": ', "[]"])
-def test_an_unreadable_index_is_named(tmp_path, text):
-    save_file(tensors(), tmp_path / "model.safetensors")
-    (tmp_path / INDEX_NAME).write_text(text)
-    with pytest.raises(CheckpointError, match="unreadable index"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"{}", b'{"weight_map": ', b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000,
+        b'{"weight_map": ["a", "b", "c"]}', b'{"weight_map": {}}', b'{"weight_map": "model.safetensors"}',
+    ],
+)  # fmt: skip
+def test_an_unreadable_index_is_named(tmp_path, content):
+    save_file(tensors(), tmp_path / "part.safetensors")
+    (tmp_path / INDEX_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{INDEX_NAME}: unreadable index"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["../part.safetensors", "sub/part.safetensors", "{folder}/part.safetensors", "", "..", ["part.safetensors"], 3, None]
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, file):
+    save_file(tensors(), tmp_path / "part.safetensors")
+    file = file.format(folder=tmp_path) if isinstance(file, str) else file
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(CheckpointError, match=rf"{INDEX_NAME}: a is in .*, which is not the name of a file in {tmp_path}"):
+        read_checkpoint(tmp_path)
+
+
+def test_folders_and_missing_files_in_place_of_weights_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        read_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Is a directory\)"):
+        read_checkpoint(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"part\.safetensors: file is missing, though .* lists it"):
+        read_checkpoint(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    (tmp_path / INDEX_NAME).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{INDEX_NAME}: cannot be read \(Is a directory\)"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_damaged_file_is_refused_whenever_the_safetensors_library_refuses_it(tmp_path):
+    """Bytes of the header flipped and replaced, numbers changed, ends cut off and added: our error or what the library reads."""
+    save_file(tensors(), tmp_path / "whole.safetensors", metadata={"format": "pt"})
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    header_bytes = 8 + int.from_bytes(whole[:8], "little")
+    file, chance, outcomes = tmp_path / "model.safetensors", random.Random(0), {True: 0, False: 0}
+    (tmp_path / "whole.safetensors").unlink()
+    for _ in range(3_000):
+        damaged = bytearray(whole)
+        at = chance.randrange(header_bytes)
+        kind = chance.randrange(4)
+        if kind == 0:
+            damaged[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            damaged[at] = chance.choice(b'0123456789[]{}",:- ')
+        elif kind == 2:
+            del damaged[chance.randrange(len(damaged)) :]
+        else:
+            damaged += b"x" * chance.randrange(9)
+        file.write_bytes(damaged)
+        try:
+            with safe_open(file, "pt") as opened:
+                theirs = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            theirs = None
+        try:
+            ours = MappedTensors(read_checkpoint(tmp_path))
+        except CheckpointError as error:
+            ours, said = None, str(error)
+        outcomes[theirs is None] += 1
+        assert ours is not None or str(file) in said
+        if theirs is None:
+            assert ours is None, f"the library refuses {bytes(damaged[:header_bytes])!r}"
+        elif ours is not None:
+            assert ours.keys() == theirs.keys()
+            assert all(ours.raw(name).equal(theirs[name].reshape(-1).view(torch.uint8)) for name in theirs)
+    assert min(outcomes.values()) > 100, outcomes
 
 
 def test_an_index_that_lists_what_no_file_holds_is_refused(tmp_path):
@@ -72,3 +145,28 @@ def test_a_failed_write_leaves_no_file_under_the_final_name(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_prepared_for_new_weights_or_left_as_it_is(tmp_path):
+    for name in (
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors.partial",
+        INDEX_NAME,
+        "notes.txt",
+    ):
+        (tmp_path / name).write_text(name)
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "consolidated.safetensors").write_text("")
+    with pytest.raises(CheckpointError, match=r"vLLM would load consolidated\.safetensors there too"):
+        prepare_folder(tmp_path)
+    (tmp_path / "consolidated.safetensors").unlink()
+    (tmp_path / "model-x.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model-x\.safetensors: is a folder"):
+        prepare_folder(tmp_path)
+    (tmp_path / "model-x.safetensors").rmdir()
+    assert sorted(tmp_path.iterdir()) == before
+    prepare_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(CheckpointError, match=r"notes\.txt: cannot be written \(File exists\)"):
+        prepare_folder(tmp_path / "notes.txt")
