@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from workers.ray_access import LOCAL, protect_own_cluster
+
 # A busy machine is slow now and then, which is no finding.
 settings.register_profile("rlsync", deadline=None)
 settings.load_profile("rlsync")
@@ -21,6 +23,8 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray gives its workers a niceness of 15, with which they wait for all else that runs beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+# As the entry point of a run does; runs that tests start make a token of their own (``tests.ray_token``).
+protect_own_cluster(LOCAL)
 
 # Files that share fixtures of a session with another one, in whose lane they run, after it.
 SHARED = {

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError
 from workers.logs import LOG_VARIABLE
+from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
 from workers.remote import Worker
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,10 +51,13 @@ class Cluster:
         """Join the cluster that RAY_ADDRESS names, or with several nodes the one running here, or else start one on this machine.
 
         With ``log_folder`` (visible to all nodes) what an actor and its children print goes to ``<log_folder>/<name>.log``,
-        else to Ray's session folder. Raises ConfigError when there is no such cluster or nodes are missing.
+        else to Ray's session folder. One that is started here lets in who has the token of ``workers.ray_access``, and has no dashboard.
+        Raises ConfigError when there is no such cluster, which is known before Ray would wait for it, or nodes are missing.
         """
-        address = os.environ.get("RAY_ADDRESS", "auto" if num_nodes > 1 else "local")
-        options: dict[str, Any] = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False} if address == "local" else {}
+        address = cluster_address(num_nodes)
+        assert address != LOCAL or is_protected(), "call protect_own_cluster before Ray is imported"
+        check_answers(address)
+        options: dict[str, Any] = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False} if address == LOCAL else {}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -61,7 +65,7 @@ class Cluster:
             ray.init(
                 address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
             )  # fmt: skip
-        except ConnectionError as error:
+        except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"no Ray cluster at {address} ({error}); start Ray on all nodes and set RAY_ADDRESS") from None
         # Ray's own handlers abort the process in the middle of ending the others.
         if threading.current_thread() is threading.main_thread():

@@ -14,7 +14,11 @@ from hydra import compose, initialize_config_dir
 
 from examples.reasoning.main_grpo import exit_code
 from workers.config import lenient_overrides, load_config, register_resolvers
-from workers.grpo_runner import GrpoRunner
+from workers.ray_access import cluster_address, protect_own_cluster
+
+protect_own_cluster(cluster_address(1))
+
+from workers.grpo_runner import GrpoRunner  # noqa: E402 (imports Ray)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
 

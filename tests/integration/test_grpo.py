@@ -33,7 +33,9 @@ SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "act
 
 def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
     log = (folder / "output.log").open("a")
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
+    # Without the token that the tests' own Ray has: a run makes one of its own.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    environment = {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
     return subprocess.Popen(
         [*command, *SMALL, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
         cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

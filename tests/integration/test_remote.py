@@ -1,18 +1,29 @@
-"""Failures of worker processes under real Ray: one error that names who, in what, why, and where it printed."""
+"""Worker processes under real Ray: failures are one error that names who, in what, why, and where it printed; strangers are kept out."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from rlsync.errors import CheckpointError, RlsyncError
 from workers.cluster import Cluster
 from workers.logs import keep_own_log
 from workers.remote import Worker, WorkerDiedError, collect
+
+# Joins a cluster and runs code in it.
+_CLIENT = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print(ray.get(ray.remote(num_cpus=0)(lambda: "RAN").remote()))
+"""
 
 
 class Rank:
@@ -71,3 +82,49 @@ def test_a_dead_rank_is_named_although_another_complains_first_and_a_third_hangs
     with pytest.raises(WorkerDiedError, match=r"actor rank 3 \(process \d+\) ended during die") as caught:
         collect([ranks[1].call("break_down", 0.0), ranks[2].call("hang"), ranks[3].call("die", 0.5)])
     assert time.monotonic() - began < 20 and ranks[3].log in str(caught.value)
+
+
+# Who may join.
+
+
+def client(address: str, **variables: str) -> subprocess.Popen[str]:
+    """Another process of this user, with his home folder, that has none of Ray's variables but these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", _CLIENT, address], env=kept | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_who_has_not_the_token_of_a_run_cannot_run_code_in_its_cluster(ranks):
+    address, own = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
+    strangers = [
+        client(address),
+        client(address, RAY_AUTH_MODE="token"),  # with what Ray keeps in the home folder
+        client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
+    ]
+    friend = client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=own)
+    said, _ = friend.communicate(timeout=120)
+    assert friend.returncode == 0 and "RAN" in said, said
+    for stranger in strangers:
+        said, _ = stranger.communicate(timeout=120)
+        assert stranger.returncode != 0 and "RAN" not in said and "oken" in said, said
+
+
+def test_the_token_is_in_no_argument_and_no_log(cluster, ranks):
+    own, folder = os.environ["RAY_AUTH_TOKEN"].encode(), ray._private.worker.global_worker.node.get_session_dir_path()
+    commands = [(Path("/proc") / str(p.pid) / "cmdline").read_bytes() for p in psutil.Process().children(recursive=True)]
+    assert len(commands) > 5 and [c for c in commands if own in c] == []
+    logs = [path for root in (folder, cluster.logs) for path in Path(root).rglob("*") if path.is_file()]
+    assert len(logs) > 10 and [path for path in logs if own in path.read_bytes()] == []
+
+
+def test_a_cluster_that_refuses_the_token_is_an_error_that_says_so(ranks):
+    """In a process of its own, because this one is connected already."""
+    address = ray.get_runtime_context().gcs_address
+    script = "from workers.ray_access import check_answers\nimport sys\ncheck_answers(sys.argv[1])\n"
+    variables = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64, "RAY_ADDRESS": address}
+    run = subprocess.run([sys.executable, "-c", script, address], env=variables, capture_output=True, text=True, timeout=120)
+    assert f"ConfigError: RAY_ADDRESS={address}" in run.stderr and "oken" in run.stderr.splitlines()[-1], run.stderr
+    run = subprocess.run([sys.executable, "-c", script, address], env=os.environ, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
