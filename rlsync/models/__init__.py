@@ -65,11 +65,11 @@ def family_of(hf_config: HFConfig) -> Family:
     for family in FAMILIES:
         if isinstance(names, (list, tuple)) and len(names) == 1 and names[0] in family.architectures:
             return family
-    found = str(names[0]) if isinstance(names, (list, tuple)) and len(names) == 1 else shown(names)
-    kind = hf_config.get("model_type")
-    raise ConfigError(
-        f"config.json: unknown architecture {found} (model_type {shown(kind)}); supported are {', '.join(supported_architectures())}"
-    )
+    if isinstance(names, (list, tuple)) and len(names) == 1:
+        found = str(names[0])
+    else:
+        found = f"{shown(names)} (model_type {shown(hf_config.get('model_type'))})"
+    raise ConfigError(f"config.json: unknown architecture {found}; supported are {', '.join(supported_architectures())}")
 
 
 def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list[str]]:

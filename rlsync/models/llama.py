@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rlsync.models.dense import DENSE_KEYS, DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
-from rlsync.models.keys import size, unsupported
+from rlsync.models.keys import HFConfig, size, unsupported
 from rlsync.models.rules import Family
 
 # transformers' bias covers o_proj too, which Megatron couples to biases in the MLP.
 _BIAS = "no released Llama has biases, and the table of the family lacks them"
+
+
+def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    uneven = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, which transformers' Llama asks for"
+    return dense_contradictions(values, config) + [uneven] * (hidden % heads != 0)
+
 
 LLAMA = Family(
     architectures=("LlamaForCausalLM",),
@@ -23,7 +33,7 @@ LLAMA = Family(
         ),
     },
     dims=dense_dims,
-    contradictions=dense_contradictions,
+    contradictions=_contradictions,
     features=dense_features,
     transformer=DENSE_TRANSFORMER,
     rules=DENSE_RULES,

@@ -144,6 +144,7 @@ REFUSALS = [
     (QWEN3, "num_attention_heads", 0, "num_attention_heads is 0"),
     (QWEN3, "num_hidden_layers", -1, "num_hidden_layers is -1"),
     (QWEN3, "num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    (LLAMA, "hidden_size", 130, "hidden_size 130 is not a multiple of num_attention_heads 4"),
     (QWEN3, "head_dim", 33, "head_dim 33 is odd"),
     (LLAMA, "head_dim", 33, "head_dim 33 is odd"),
     (QWEN3, "head_dim", None, "head_dim is null"),
@@ -186,11 +187,11 @@ REFUSALS = [
 @pytest.mark.parametrize(("hf", "key", "value", "said"), REFUSALS, ids=lambda v: v if isinstance(v, str) else "")
 def test_what_would_be_computed_otherwise_is_refused_by_name(hf, key, value, said):
     """Negative control: the same without the key."""
-    (finding,) = check_config({**hf, key: value})
+    (finding,) = check_config({"head_dim": 32, **hf, key: value})
     assert said in finding
     assert check_config(hf) == []
     with pytest.raises(ConfigError, match=r"^config\.json: "):
-        model_of({**hf, key: value})
+        model_of({"head_dim": 32, **hf, key: value})
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
