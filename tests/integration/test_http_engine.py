@@ -315,7 +315,7 @@ def test_verify_tells_what_a_server_holds_unlike_a_folder_and_changes_nothing(
         assert answers_like(engine, folders["b"])
         syncer.sync(2)
     ask(url, "POST", "/pause?mode=keep&clear_cache=false")
-    assert main(["verify", str(folders["b"]), "--engine", url]) == 1
+    assert main(["verify", str(folders["b"]), "--engine", url]) == 2
     assert "serves no committed version, so it cannot be compared" in capsys.readouterr().err
     assert ask(url, "GET", "/is_paused") == {"is_paused": True}, "it is not let go"
     ask(url, "POST", "/resume")
