@@ -72,9 +72,12 @@ def load_checkpoint(
     *,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    random_state: bool = True,
 ) -> Restored:
     """Restore an ``actor/`` folder under the topology it was saved with. Collective over all ranks.
 
+    Options of optimizer and schedule (learning rate, betas, weight decay, shape of the schedule, static loss scale) stay those they were
+    built with; their state is restored: moments, step counts, dynamic loss scale. ``random_state`` False leaves the generators as they are.
     A folder without Megatron shards gives its HF weights alone; the result says so. Raises CheckpointError, on every
     rank before anything changes, for an incomplete folder or one saved under another TP or PP.
     """
@@ -85,7 +88,7 @@ def load_checkpoint(
         mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
-        restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(mine))
+        restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state, source=str(mine))
         if optimizer is not None:
             restore_distributed_optimizer_state(parameters, optimizer)
         return held

@@ -5,7 +5,7 @@ Knows no file; ``rlsync.megatron.state`` says what is kept where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,50 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from rlsync.errors import CheckpointError
 from rlsync.megatron.parallel import is_first_replica
+
+# Keys of a parameter group that count or hold what training made; all others are options of the run.
+_TRAINED = ("params", "step")
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Restore moments, step counters and a dynamic loss scale from ``optimizer.state_dict()``. Not collective.
+
+    Learning rate, betas, epsilon, weight decay and a static loss scale stay those ``optimizer`` was built with: Megatron would take
+    the saved ones over. A dynamic loss scale starts anew where the saved one was static.
+    """
+    own = [{key: value for key, value in group.items() if key not in _TRAINED} for group in optimizer.param_groups]
+    parts = _parts(optimizer)
+    for index, part in enumerate(parts):
+        part_state = state if len(parts) == 1 else state[index]
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler is not None and part_state.get("grad_scaler", {}).keys() != scaler.state_dict().keys():
+            part_state["grad_scaler"] = scaler.state_dict()
+    optimizer.load_state_dict(state)
+    separate_steps(optimizer)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
+
+
+def check_distributed_optimizer_state(states: Sequence[Any], optimizer: MegatronOptimizer, source: str) -> None:
+    """Raise CheckpointError where ``states`` (of ``distributed_optimizer_state``) were cut into other gradient buffers.
+
+    Megatron would fail on the first data-parallel rank alone while the others wait for it.
+    """
+    for part, state in zip(distributed_parts(optimizer), states, strict=True):
+        for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+            saved = {dtypes: content["numel_unpadded"] for dtypes, content in state[index].items()}
+            running = dict.fromkeys(ranges, buffer.numel_unpadded)
+            if saved != running:
+                raise CheckpointError(
+                    f"{source}: gradient buffer {index} held {_described(saved)} then, {_described(running)} now; resume with the saved "
+                    "ddp_bucket_size, overlap_grad_reduce, overlap_param_gather and accumulate_allreduce_grads_in_fp32"
+                )
+
+
+def _described(sizes: Mapping[Any, int]) -> str:
+    return ", ".join(f"{numel} elements of {dtypes}" for dtypes, numel in sizes.items())
 
 
 def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:

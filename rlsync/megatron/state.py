@@ -24,10 +24,11 @@ from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
     allocate_adam_state,
+    check_distributed_optimizer_state,
     distributed_optimizer_state,
     distributed_parts,
+    load_optimizer_state,
     restore_distributed_optimizer_state,
-    separate_steps,
 )
 from rlsync.megatron.parallel import current_topology, is_first_replica
 from rlsync.megatron.rng import gathered_rng_states, set_rng_state
@@ -121,13 +122,20 @@ def read_rank_state(
     _check_topology(state["topology"], asdict(current_topology(models)), str(folder))
     for key, model in _keyed(models):
         _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
-    parameters = None
-    if optimizer is not None and distributed_parts(optimizer):
-        # Only the first data-parallel rank reads the file; the others take their shards from it.
-        path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the run that wrote this folder used no distributed optimizer, this one does")
-        parameters = _read(path) if is_first_replica() else None
+    if optimizer is None:
+        return state, None
+    path, is_sharded = Path(folder, DISTRIBUTED_OPTIMIZER_FILE), bool(distributed_parts(optimizer))
+    if path.is_file() != is_sharded:
+        then, now = ("a", "none") if path.is_file() else ("no", "one")
+        raise CheckpointError(
+            f"{path} {'is there' if path.is_file() else 'is missing'}: the run that wrote this folder used {then} distributed optimizer, "
+            f"this one uses {now}; resume with the saved use_distributed_optimizer"
+        )
+    # Only the first data-parallel rank reads the file; the others take their shards from it.
+    if not is_sharded or not is_first_replica():
+        return state, None
+    parameters = _read(path)
+    check_distributed_optimizer_state(parameters, optimizer, str(path))
     return state, parameters
 
 
@@ -179,10 +187,12 @@ def restore_rank_state(
     *,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    random_state: bool = True,
     source: str = "the state given",
 ) -> int:
     """Put back what ``rank_state`` returned; returns its step. Not collective.
 
+    Options of optimizer and schedule stay those they were built with. Without ``random_state`` the generators stay as they are.
     A distributed optimizer is complete only after ``restore_distributed_optimizer_state``.
 
     Raises:
@@ -192,11 +202,13 @@ def restore_rank_state(
     _check_topology(state["topology"], asdict(current_topology(models)), source)
     _restore_tensors(state, models, source)
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        separate_steps(optimizer)
+        load_optimizer_state(optimizer, state["optimizer"])
     if scheduler is not None:
-        scheduler.load_state_dict(state["opt_param_scheduler"])
-    set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+        # Only how far it is: what it makes of the steps is the run's own. Megatron would take the saved shape over.
+        scheduler.num_steps = int(state["opt_param_scheduler"]["num_steps"])
+        scheduler.step(0)
+    if random_state:
+        set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
     return int(state["iteration"])
 
 

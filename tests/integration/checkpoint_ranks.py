@@ -5,33 +5,47 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
 from rlsync import checkpoint as checkpoints
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, iter_parameters
+from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
-from rlsync.megatron.parallel import initialize_parallel
+from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step
 
 
 class Trainer:
     """A tiny training run: tokens and losses depend on the step and the random state alone."""
 
-    def __init__(self, folder: str, topology: dict[str, int]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        topology: dict[str, int],
+        *,
+        fp16: bool = False,
+        ddp: Mapping[str, Any] = MappingProxyType({"use_distributed_optimizer": True}),
+        optimizer: OptimizerOptions = OptimizerOptions(lr=1e-2),  # noqa: B008
+        scheduler: SchedulerOptions = SchedulerOptions(max_lr=1e-2),  # noqa: B008
+    ) -> None:
         self.topology = Topology(**topology)
+        if parallel_state.model_parallel_is_initialized():
+            destroy_parallel(keep_distributed=True)
         initialize_parallel(self.topology, seed=3, timeout_s=60)
         self.bridge = AutoBridge.from_pretrained(folder)
-        ddp = DdpOptions(use_distributed_optimizer=True)
-        self.models = self.bridge.get_model(folder, topology=self.topology, bf16=False, ddp=ddp)
-        self.optimizer = build_optimizer(self.models, OptimizerOptions(lr=1e-2))
-        self.scheduler = build_scheduler(self.optimizer, SchedulerOptions(max_lr=1e-2))
+        self.models = self.bridge.get_model(folder, topology=self.topology, bf16=False, fp16=fp16, ddp=DdpOptions(**ddp))
+        self.optimizer = build_optimizer(self.models, optimizer)
+        self.scheduler = build_scheduler(self.optimizer, scheduler)
         self.step = 0
 
     def train(self) -> float:
@@ -60,6 +74,10 @@ class Trainer:
         self.step = restored.step
         return restored
 
+    def weights(self) -> list[torch.Tensor]:
+        gather_parameters(self.models)
+        return [p.detach().clone() for _, _, _, p in iter_parameters(self.models)]
+
 
 def train_and_save(folder: str, topology: dict[str, int], root: str) -> None:
     """Two steps, save, two more; then back to the saved step and the same two again."""
@@ -78,6 +96,75 @@ def resume(folder: str, topology: dict[str, int], root: str) -> None:
     trainer = Trainer(folder, topology)
     assert trainer.load(checkpoints.latest_checkpoint(root)).complete
     print("SAID " + json.dumps([trainer.train(), trainer.train()]), flush=True)
+
+
+def resume_with_other_options(folder: str, topology: dict[str, int], root: str, distributed: bool) -> None:
+    """A resumed optimizer has its own options and the saved state: its step is the one of the saved optimizer under those options."""
+    ddp = {"use_distributed_optimizer": distributed}
+    before = OptimizerOptions(lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01)
+    after = OptimizerOptions(lr=1e-4, adam_beta1=0.5, adam_beta2=0.75, adam_eps=1e-3, weight_decay=0.3)
+    decay = {"start_weight_decay": 0.01, "end_weight_decay": 0.01}
+    trainer = Trainer(folder, topology, ddp=ddp, optimizer=before, scheduler=SchedulerOptions(max_lr=1e-2, lr_decay_iters=10, **decay))
+    trainer.train(), trainer.train()
+    trainer.save(root)
+    for group in trainer.optimizer.param_groups:
+        group.update(betas=(0.5, 0.75), eps=1e-3, weight_decay=0.3 * group["wd_mult"], lr=1e-4 * (1 - 2 / 4))
+    trainer.scheduler.step = lambda increment: None
+    trainer.train()
+    expected = trainer.weights()
+
+    decay = {"start_weight_decay": 0.3, "end_weight_decay": 0.3}
+    schedule = SchedulerOptions(max_lr=1e-4, lr_decay_style="linear", lr_decay_iters=4, **decay)
+    resumed = Trainer(folder, topology, ddp=ddp, optimizer=after, scheduler=schedule)
+    assert resumed.load(checkpoints.latest_checkpoint(root)).complete
+    groups = [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in resumed.optimizer.param_groups if g["wd_mult"]]
+    assert groups == [(5e-5, (0.5, 0.75), 1e-3, 0.3)] * len(groups) and groups, groups
+    resumed.train()
+    assert [g["lr"] for g in resumed.optimizer.param_groups] == [1e-4 * (1 - 3 / 4)] * len(resumed.optimizer.param_groups)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.weights(), expected, strict=True)), "the update is not the asked one"
+
+
+def resume_with_another_loss_scale(folder: str, topology: dict[str, int], root: str, distributed: bool) -> None:
+    """fp16: a static scale is the run's own; a dynamic one goes on from a dynamic one, and starts anew after a static one."""
+    ddp = {"use_distributed_optimizer": distributed}
+
+    def scale_after(then: float | None, now: float | None) -> float:
+        before = OptimizerOptions(lr=1e-3, loss_scale=then, initial_loss_scale=2.0**8)
+        saved = Trainer(folder, topology, fp16=True, ddp=ddp, optimizer=before)
+        saved.train()
+        saved.save(root)
+        resumed = Trainer(folder, topology, fp16=True, ddp=ddp, optimizer=OptimizerOptions(lr=1e-3, loss_scale=now))
+        resumed.load(checkpoints.latest_checkpoint(root))
+        return resumed.optimizer.get_loss_scale().item()
+
+    assert [scale_after(64.0, 32.0), scale_after(None, 32.0), scale_after(None, None), scale_after(64.0, None)] == [32, 32, 2**8, 2**16]
+
+
+def resume_with_other_shards(folder: str, topology: dict[str, int], root: str) -> None:
+    """The state of a distributed optimizer is cut into other gradient buckets, or refused on all ranks where it does not fit them."""
+    trainer = Trainer(folder, topology)
+    trainer.train()
+    trainer.save(root)
+    trainer.train()
+    buckets = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    for ddp, fits in (
+        ({"use_distributed_optimizer": False}, False),
+        ({**buckets, "bucket_size": 5000}, True),
+        ({**buckets, "bucket_size": 1}, False),
+    ):
+        resumed = Trainer(folder, topology, ddp=ddp)
+        before = resumed.weights()
+        try:
+            resumed.load(checkpoints.latest_checkpoint(root))
+            resumed.train()
+        except CheckpointError as error:
+            print("SAID " + json.dumps(str(error)), flush=True)
+            assert not fits and all(torch.equal(a, b) for a, b in zip(resumed.weights(), before, strict=True))
+        else:
+            # The gradient's norm is summed in another order.
+            assert fits and all(
+                torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(resumed.weights(), trainer.weights(), strict=True)
+            )
 
 
 def resume_refused(folder: str, topology: dict[str, int], root: str) -> None:

@@ -48,6 +48,27 @@ def test_resumed_steps_equal_the_uninterrupted_ones_bitwise(model, saved):
     assert said(outputs[0]) == losses
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_resumed_optimizer_holds_its_own_options_and_the_saved_state(model, tmp_path, distributed):
+    run_ranks(
+        2, RANKS, "resume_with_other_options", folder=model, topology={"dp_size": 2}, root=str(tmp_path), distributed=distributed
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_static_loss_scale_is_the_run_s_own_and_a_dynamic_one_goes_on(model, tmp_path, distributed):
+    run_ranks(
+        1, RANKS, "resume_with_another_loss_scale", folder=model, topology={}, root=str(tmp_path), distributed=distributed
+    )  # fmt: skip
+
+
+def test_optimizer_state_fits_other_shards_or_is_refused_by_name_on_all_ranks(model, tmp_path):
+    for output in run_ranks(2, RANKS, "resume_with_other_shards", folder=model, topology={"dp_size": 2}, root=str(tmp_path)):
+        unsharded, other_buckets = (json.loads(line.split("\n")[0]) for line in output.split("SAID ")[1:])
+        assert "used a distributed optimizer, this one uses none; resume with the saved use_distributed_optimizer" in unsharded
+        assert "gradient buffer 0 held" in other_buckets and "ddp_bucket_size" in other_buckets
+
+
 def test_another_layout_is_refused_with_both_sizes_and_hf_weights_are_offered(model, saved):
     for output in run_ranks(2, RANKS, "resume_refused", folder=model, topology=PP2, root=str(saved[0])):
         assert "was saved with tensor_model_parallel_size 2, pipeline_model_parallel_size 1; this run has 1, 2" in said(output)
