@@ -22,8 +22,9 @@ from workers.config import RunConfig, WarmStartConfig, config_as_dict
 from workers.crew import Crew
 from workers.data import Prompt
 from workers.metrics import MetricsLog
-from workers.preparation import DATA_STATE, prepare, run_folder
+from workers.preparation import prepare
 from workers.problems import load_supervised
+from workers.resume import DATA_STATE, run_folder
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import difference_metrics, sample_metrics

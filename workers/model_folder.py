@@ -6,6 +6,7 @@ Reads small files only. Knows no torch and no transformers, so that ``workers.ch
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,28 @@ def check_tokenizer_size(num_tokens: int, vocab_size: Any, folder: Path) -> None
         raise ConfigError(
             f"the tokenizer of {folder} has {num_tokens} tokens, config.json's vocab_size is {vocab_size}: they belong to different models"
         )
+
+
+def check_chat_template(folder: Path) -> None:
+    """Raise ConfigError where a tokenizer's folder has no chat template, or one that is none."""
+    file = folder / "chat_template.jinja"
+    held = read_json_object(folder / "tokenizer_config.json").get("chat_template") if (folder / "tokenizer_config.json").is_file() else None
+    if not file.is_file() and held is None:
+        raise ConfigError(
+            f"data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to {folder}, "
+            "or set data.apply_chat_template to False"
+        )
+    try:
+        sources = [file.read_text(encoding="utf-8")] if file.is_file() else [held] if isinstance(held, str) else []
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: byte {error.start + 1}; copy it again") from None
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # A tag of transformers' own, which marks what an assistant says.
+    tag = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+    for source in sources:
+        try:
+            ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(tag.sub("", source))
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template of {folder} is not one: line {error.lineno}: {error.message}") from None

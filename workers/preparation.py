@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from rlsync.checkpoint_folder import inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
+from rlsync.models import check_config
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, validate_model
+from workers.config.validate import raise_all
 from workers.data import PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
 from workers.problems import BadSamples, Problem, load_problems
+from workers.resume import DATA_STATE, find_beginning
 from workers.reward import unreadable_references
 from workers.seeded_model import make_seeded_model
 
-DATA_STATE = "data/data.pt"
 _OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
 
 
@@ -49,24 +50,19 @@ class Preparation:
     notes: tuple[str, ...]
 
 
-def run_folder(config: RunConfig) -> Path:
-    """``<output_dir>/<experiment_name>``."""
-    return Path(config.runner.output_dir).absolute() / config.runner.experiment_name
-
-
 def prepare(config: RunConfig) -> Preparation:
     """Read and check everything, in an order that puts the quick checks first.
 
     Raises ConfigError or CheckpointError.
     """
-    resume = _resume_folder(config)
-    _check_initial_weights(config, resume)
-    start_step, notes = _check_resume(config, resume)
+    beginning = find_beginning(config)
+    resume, start_step, notes = beginning.resume, beginning.step, beginning.notes
     if config.arithmetic is not None:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
     notes += _make_seeded_model(config)
     hf_config = read_hf_config(Path(config.rollout.model.model_path))
+    raise_all(f"config.json of {config.rollout.model.model_path}: {finding}" for finding in check_config(hf_config))
     validate_model(config, hf_config)
     tokenizer = _tokenizer(config, hf_config)
     bad = BadSamples()
@@ -76,52 +72,6 @@ def prepare(config: RunConfig) -> Preparation:
     if resume is not None:
         notes += _restore_position(loader, resume / DATA_STATE)
     return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, loader, resume, start_step, notes)
-
-
-def _resume_folder(config: RunConfig) -> Path | None:
-    wanted = config.runner.resume_dir
-    if wanted is None:
-        return None
-    if wanted == "auto":
-        return latest_checkpoint(run_folder(config) / "checkpoints")
-    folder = Path(wanted).absolute()
-    if not (folder / "actor").is_dir():
-        raise CheckpointError(f"resume_dir {folder} does not exist, or has no actor/ folder; name a global_step_N folder, or auto")
-    return folder
-
-
-def _check_initial_weights(config: RunConfig, resume: Path | None) -> None:
-    model = config.actor.model
-    if config.actor.megatron.use_hf_ckpt or model.megatron_checkpoint is not None:
-        if model.megatron_checkpoint is not None:
-            _inspect(config, Path(model.megatron_checkpoint))
-        return
-    if resume is None:
-        raise ConfigError(
-            "model.megatron_checkpoint is required if use_hf_ckpt is False; "
-            f"runner.resume_dir=auto found no complete checkpoint in {run_folder(config) / 'checkpoints'}"
-        )
-    if config.algorithm.kl_beta != 0:
-        raise ConfigError(
-            "algorithm.kl_beta is not 0, so the initial weights are needed as its reference, also on resume: set "
-            "actor.model.megatron_checkpoint, or actor.megatron.use_hf_ckpt to True"
-        )
-
-
-def _check_resume(config: RunConfig, resume: Path | None) -> tuple[int, tuple[str, ...]]:
-    """Step to continue after, and what the user should know."""
-    if resume is None:
-        return 0, ()
-    step, complete = _inspect(config, resume / "actor")
-    if complete:
-        return step, ()
-    return step, (f"warning: {resume} holds HF weights alone: optimizer and schedule start anew at step {step}",)
-
-
-def _inspect(config: RunConfig, actor_folder: Path) -> tuple[int, bool]:
-    model = config.actor.model
-    held = inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
-    return held.step, held.complete
 
 
 def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:

@@ -17,6 +17,10 @@ from rlsync.errors import ConfigError
 LOCAL = "local"
 _AUTHENTICATION = "RAY_AUTH_"
 _CONNECT_S = 5.0
+_REMEDY = (
+    "start Ray there (ray start --head; on other nodes ray start --address=HEAD:6379) or correct RAY_ADDRESS; "
+    "unset it for a cluster of the run's own on this machine"
+)
 # Of a whole process that imports Ray, which takes seconds, on a busy machine many.
 _ANSWER_S = 40.0
 
@@ -51,15 +55,10 @@ def check_answers(address: str) -> None:
     """
     if address == LOCAL:
         return
-    named = f"RAY_ADDRESS={address}" if os.environ.get("RAY_ADDRESS") else "a Ray cluster on this machine"
-    remedy = (
-        "start Ray there (ray start --head; on other nodes ray start --address=HEAD:6379) or correct RAY_ADDRESS; "
-        "unset it for a cluster of the run's own on this machine"
-    )
-    if address != "auto":
-        _connect(address, named, remedy)
+    check_listens(address)
     if address.startswith("ray://"):
         return
+    named, remedy = _named(address), _REMEDY
     try:
         # Ray's own command, since its client cannot be interrupted.
         asked = subprocess.run(
@@ -74,11 +73,19 @@ def check_answers(address: str) -> None:
         raise ConfigError(f"{named}: Ray refused ({cause}); {remedy}")
 
 
-def _connect(address: str, named: str, remedy: str) -> None:
+def check_listens(address: str) -> None:
+    """Whether somebody listens at a cluster's address, be it Ray or not. Raises ConfigError that names the address."""
+    if address in (LOCAL, "auto"):
+        return
+    named = _named(address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{named} is no address; write HOST:PORT, as `ray start --head` prints it, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"{named}: nothing answers there ({error}); {remedy}") from None
+        raise ConfigError(f"{named}: nothing answers there ({error}); {_REMEDY}") from None
+
+
+def _named(address: str) -> str:
+    return f"RAY_ADDRESS={address}" if os.environ.get("RAY_ADDRESS") else "a Ray cluster on this machine"

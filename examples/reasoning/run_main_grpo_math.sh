@@ -2,6 +2,7 @@
 # Trains a model with GRPO on math problems.
 #
 #     bash examples/reasoning/run_main_grpo_math.sh [CONFIG] [key=value ...]
+#     bash examples/reasoning/run_main_grpo_math.sh [CONFIG] --check [key=value ...]     # says what is wrong, starts nothing
 #
 # CONFIG names a file of configs/reasoning without .yaml; without it a tiny model learns additions on the CPU.
 set -euo pipefail
@@ -10,7 +11,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 default=arithmetic-grpo-megatron
 config=$default
 case ${1:-} in
-    "" | *=*) ;;
+    "" | *=* | --*) ;;
     *) config=$1 && shift ;;
 esac
 if [ "$config" = "$default" ]; then
@@ -25,5 +26,5 @@ fi
 cd "$repository"
 # shellcheck source=scripts/bootstrap.sh
 source scripts/bootstrap.sh
-export CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=0 HYDRA_FULL_ERROR=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=0
 exec python examples/reasoning/main_grpo.py --config-path "$repository/configs/reasoning" --config-name "$config" "$@"

@@ -12,8 +12,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from examples.reasoning.main_grpo import exit_code
 from workers.config import lenient_overrides, load_config, register_resolvers
+from workers.entry import exit_code
 from workers.ray_access import cluster_address, protect_own_cluster
 
 protect_own_cluster(cluster_address(1))

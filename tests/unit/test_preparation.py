@@ -15,7 +15,8 @@ import torch
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, load_config
-from workers.preparation import DATA_STATE, prepare
+from workers.preparation import prepare
+from workers.resume import DATA_STATE
 
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=1

@@ -102,7 +102,7 @@ def test_a_listener_that_is_not_ray_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 _RUN = """
 import os, signal, sys, time
-from examples.reasoning.main_grpo import exit_code
+from workers.entry import exit_code
 def run():
     try:
         print("started", flush=True)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
-from workers.config.build import build
+from workers.config.build import build, section_of
 from workers.config.inert import inert_reason
 from workers.config.schema import RunConfig
 from workers.config.validate import broken_rules, raise_all
@@ -89,6 +89,15 @@ def config_as_dict(config: RunConfig) -> dict[str, Any]:
 
 def _resolve(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    # Interpolations into what is no section would fail first, with words of their own.
+    unresolved = OmegaConf.to_container(node, resolve=False)
+    for name in (declared.name for declared in fields(RunConfig)):
+        given = unresolved.get(name) if isinstance(unresolved, dict) else None
+        if given is not None and not isinstance(given, Mapping):
+            section = section_of(get_type_hints(RunConfig)[name])
+            assert section is not None, "all that is at the top is sections"
+            keys = ", ".join(f"{name}.{declared.name}" for declared in fields(section)[:3])
+            raise ConfigError(f"{name}={given}: {name} is a section; set its keys: {keys}, ...")
     try:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

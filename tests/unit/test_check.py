@@ -1,0 +1,228 @@
+"""Claims about what a run says before it starts anything: all findings at once, and without importing what is slow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.arithmetic import ArithmeticRecipe, build_world
+from workers.check import GRPO_CHECKS, Report, check_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples/reasoning/run_main_grpo_math.sh"
+HEAVY = ("torch", "transformers", "ray", "vllm", "megatron", "torchdata")
+RECIPE = ArithmeticRecipe(
+    seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("world") / "world"
+    build_world(path, RECIPE)
+    return path
+
+
+@pytest.fixture
+def own(world, tmp_path) -> Path:
+    """A world that a test may break."""
+    shutil.copytree(world, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def values(world: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "cluster": {"component_placement": {"actor": "0-1", "rollout,reward": "2"}},
+        "runner": {"seq_length": 16, "experiment_name": "run", "output_dir": str(world.parent / "results")},
+        "algorithm": {"group_size": 2},
+        "rollout": {"model": {"model_path": str(world / "model")}},
+        "data": {"train_data_paths": [str(world / "train.jsonl")], "max_prompt_length": 8, "rollout_batch_size": 4},
+        "actor": {"model": {"precision": "fp32", "tensor_model_parallel_size": 2}},
+    }
+    return {name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()}
+
+
+def check(world: Path, monkeypatch: pytest.MonkeyPatch | None = None, num_gpus: int = 0, **sections: dict[str, Any]) -> Report:
+    if monkeypatch is not None:
+        monkeypatch.setattr("workers.check.count_gpus", lambda: num_gpus)
+    return check_run(values(world, **sections), GRPO_CHECKS)
+
+
+def edit(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def texts(report: Report) -> str:
+    return "\n".join(text for _, text in report.findings)
+
+
+def test_a_run_that_can_start_has_no_findings_and_a_plan(world, monkeypatch) -> None:
+    report = check(world, monkeypatch)
+    assert report.findings == [] and report.notes == []
+    plan = dict(report.plan)
+    assert plan["actor"] == "2 ranks (TP 2) on process slots 0-1" and plan["engines"] == "1 on process slots 2, disaggregated"
+    assert plan["model"].startswith("Qwen2ForCausalLM, 2 layers, fp32") and plan["steps"] == "up to 16"
+    assert plan["begins"].startswith("from the start")
+
+
+def test_findings_of_every_part_come_together(own, monkeypatch) -> None:
+    edit(own / "model/config.json", architectures=["MixtralForCausalLM"])
+    (own / "model/tokenizer.json").unlink()
+    report = check(
+        own,
+        monkeypatch,
+        runner={"logger": {"logger_backends": ["wandb"]}, "resume_dir": "/nowhere"},
+        data={"train_data_paths": ["/gone.jsonl"]},
+        cluster={"component_placement": {"actor": "0-2", "rollout,reward": "3"}},
+        actor={"optim": {"lr": -1.0}, "model": {"tensor_model_parallel_size": 2, "precision": "fp32"}},
+    )
+    assert {about for about, _ in report.findings} >= {"configuration", "devices", "model", "tokenizer", "data", "loggers", "resume"}
+    said = texts(report)
+    for part in (
+        "actor.optim.lr (-1.0) must be at least 0",
+        "gives the actor 3 ranks, which TP x PP x CP = 2 must divide",
+        "unknown architecture MixtralForCausalLM",
+        "holds no tokenizer",
+        "/gone.jsonl does not exist",
+        "names wandb, which is not installed",
+        "resume_dir /nowhere does not exist",
+    ):
+        assert part in said, said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b"[1]", "config.json holds list instead of an object"),
+        ("config.json", b"\xff\xfe", "config.json is not UTF-8 text"),
+        ("config.json", b"{}", "architecture"),
+        ("config.json", b'{"architectures": ["Qwen2ForCausalLM"], "hidden_size": "many"}', "hidden_size"),
+        ("generation_config.json", b"{", "generation_config.json is not JSON"),
+        ("generation_config.json", b'{"eos_token_id": 1.5}', "eos_token_id"),
+        ("tokenizer.json", b"{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", b"{}", "no tokenizer can be made from"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds list"),
+    ],
+)
+def test_broken_files_of_the_model_are_findings(own, monkeypatch, name, content, part) -> None:
+    (own / "model" / name).write_bytes(content)
+    assert part in texts(check(own, monkeypatch))
+
+
+def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:
+    edit(own / "model/config.json", max_position_embeddings=12)
+    assert "runner.seq_length (16) exceeds max_position_embeddings (12)" in texts(check(own, monkeypatch))
+    edit(own / "model/config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0})
+    assert "yarn" in texts(check(own, monkeypatch))
+
+
+def test_layouts_that_do_not_fit_are_findings(own, monkeypatch) -> None:
+    edit(own / "model/config.json", intermediate_size=511)
+    assert "511" in texts(check(own, monkeypatch))
+    three = {"model": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 3, "precision": "fp32"}}
+    placed = {"component_placement": {"actor": "0-2", "rollout,reward": "3"}}
+    assert "num_hidden_layers (2) must be divisible" in texts(check(own, monkeypatch, actor=three, cluster=placed))
+
+
+def test_placement_without_enough_gpus_is_a_finding_and_a_cluster_is_counted_later(world, monkeypatch) -> None:
+    everything = {"component_placement": {"actor,rollout,reward": "all"}}
+    assert "`all` needs GPUs, and there are none" in texts(check(world, monkeypatch, cluster=everything))
+    assert check(world, monkeypatch, num_gpus=2, cluster=everything).findings == []
+    eight = {"component_placement": {"actor": "0-1", "rollout,reward": "2-7"}}
+    assert "device 7 does not exist; the cluster has 4" in texts(check(world, monkeypatch, num_gpus=4, cluster=eight))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        report = check(world, monkeypatch, cluster=everything)
+        assert report.findings == [] and f"counted when Ray is joined at {address}" in report.notes[0]
+    assert f"RAY_ADDRESS={address}: nothing answers there" in texts(check(world, monkeypatch, cluster=everything))
+
+
+def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatch) -> None:
+    rows = [
+        '{"prompt": "1+1=", "solutions": "2"}',
+        '{"prompt": "1+1=", "solutions": "\\\\sqrt{2"}',
+        '{"prompt": "1+1=", "solutions": null}',
+    ]
+    (own / "train.jsonl").write_text("\n".join(rows))
+    said = texts(check(own, monkeypatch))
+    assert "train.jsonl:3: field 'solutions' holds null" in said and "train.jsonl:2: math-verify cannot read" in said
+    report = check(own, monkeypatch, data={"on_bad_sample": "skip"})
+    assert report.findings == [] and report.notes[0].startswith("left out 2 bad samples")
+    (own / "train.jsonl").write_text('{"prompt": "1+1=1+1=1+1=1+1=", "solutions": "2"}\n')
+    assert "all of the first 1 prompts are longer than data.max_prompt_length (8)" in texts(check(own, monkeypatch))
+    (own / "train.jsonl").write_text('{"prompt": [{"role": "user", "content": "1+1="}], "solutions": "2"}\n')
+    assert "set data.apply_chat_template=True" in texts(check(own, monkeypatch))
+    assert "the tokenizer has no chat template" in texts(check(own, monkeypatch, data={"apply_chat_template": True}))
+    (own / "model/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    assert "the chat template of" in texts(check(own, monkeypatch, data={"apply_chat_template": True}))
+    (own / "model/chat_template.jinja").write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert check(own, monkeypatch, data={"apply_chat_template": True}).findings == []
+
+
+def test_a_vocabulary_of_another_model_is_a_finding(own, monkeypatch) -> None:
+    edit(own / "model/config.json", vocab_size=4)
+    assert "they belong to different models" in texts(check(own, monkeypatch))
+
+
+def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
+    folder = own.parent / "results/run/checkpoints/global_step_3"
+    for rank in range(2):
+        (folder / f"actor/iter_0000003/mp_rank_0{rank}").mkdir(parents=True)
+    (folder / "actor/latest_checkpointed_iteration.txt").write_text("3")
+    auto = {"resume_dir": "auto"}
+    assert f"from step 3 of {folder}" in dict(check(own, monkeypatch, runner=auto).plan)["begins"]
+    one = {"model": {"tensor_model_parallel_size": 1, "precision": "fp32"}}
+    assert "was saved with tensor_model_parallel_size 2" in texts(check(own, monkeypatch, runner=auto, actor=one))
+    (folder / "data").mkdir()
+    (folder / "data/data.pt").write_bytes(b"cut")
+    assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
+
+
+@pytest.mark.parametrize("argument", ["data=/a.jsonl", "actor=3"])
+def test_a_value_in_place_of_a_section_names_the_sections_keys(argument) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    name = argument.partition("=")[0]
+    assert (
+        done.returncode == 1 and f"{argument}: {name} is a section; set its keys: {name}." in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+@pytest.mark.parametrize("argument", ["actor.optim.lr=[1", "runner.seq_length=${nowhere}"])
+def test_what_hydra_cannot_read_is_told_without_a_traceback(argument) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_script_checks_without_importing_what_is_slow_and_without_leaving_files(world, tmp_path) -> None:
+    """Of a whole world: its files, its rows, its template. The exit code and the screen are a user's."""
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print('CODE', end.code)\n"
+        f"print('HEAVY', sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+    )
+    overrides = [f"rollout.model.model_path={world / 'model'}", f"data.train_data_paths=[{world / 'train.jsonl'}]"]
+    overrides += [f"runner.output_dir={tmp_path / 'results'}", "--check"]
+    command = [sys.executable, "-c", program, str(ROOT / "examples/reasoning/main_grpo.py"), *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert "CODE 0" in done.stdout and "HEAVY []" in done.stdout, done.stdout + done.stderr
+    assert "no findings in" in done.stdout and "2 ranks (TP 2)" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_checks_itself_first_and_starts_nothing_with_a_finding(tmp_path) -> None:
+    command = ["bash", str(SCRIPT), f"runner.output_dir={tmp_path / 'results'}", "actor.optim.lr=-1", "data.train_data_paths=[/gone.jsonl]"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
+    assert "actor.optim.lr (-1) must be at least 0" in done.stderr and "/gone.jsonl does not exist" in done.stderr
+    assert "2 findings" in done.stderr and "nothing was started" in done.stderr

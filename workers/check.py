@@ -1,0 +1,343 @@
+"""What can be known about a run before anything of it is started: every finding at once, in about two seconds.
+
+A run checks itself first; ``--check`` stops after that. Reads configuration, folders and the first rows of data files, and imports
+neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind has a tuple of checks like ``GRPO_CHECKS``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rlsync.errors import ConfigError, RlsyncError
+from rlsync.models import check_config, model_of
+from workers.config import RunConfig, read_config, validate_model, validate_world
+from workers.model_folder import (
+    check_chat_template,
+    check_tokenizer_files,
+    check_tokenizer_size,
+    read_generation_config,
+    read_hf_config,
+    token_ids,
+)
+from workers.placement import ComponentPlacement, actor_topology, resolve_placement
+from workers.problems import BadSamples, Problem, load_problems, load_supervised
+from workers.ray_access import LOCAL, check_listens, cluster_address
+from workers.resume import DATA_STATE, find_beginning, run_folder
+from workers.reward import unreadable_references
+from workers.turns import plan_turns
+
+_FIRST_ROWS = 200
+# What a logger needs to be imported.
+_LOGGER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+# Lines are counted for the number of steps where a file is not larger than this.
+_MAX_COUNTED_BYTES = 2**30
+
+
+@dataclass(slots=True)
+class Report:
+    """What checks found, and what a run without findings will do.
+
+    Attributes:
+        config: None where the configuration cannot be read.
+        findings: (what it is about, what is wrong and what to do).
+        notes: what has no effect, or will only be known later.
+        plan: (what it is about, what will happen).
+    """
+
+    config: RunConfig | None
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plan: list[tuple[str, str]] = field(default_factory=list)
+
+    def found(self, about: str, text: str) -> None:
+        if (about, text) not in self.findings:
+            self.findings.append((about, text))
+
+    def take(self, about: str, check: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a call; where it raises one of our errors that is a finding, and the result None."""
+        try:
+            return check(*arguments)
+        except RlsyncError as error:
+            for text in _findings_of(error):
+                self.found(about, text)
+            return None
+
+
+Check = Callable[[RunConfig, Report], None]
+
+
+def check_run(composed: DictConfig | Mapping[str, Any], checks: Sequence[Check]) -> Report:
+    """Every finding about a run of this configuration."""
+    reading = read_config(composed)
+    report = Report(reading.config, [("configuration", text) for text in reading.findings])
+    report.notes += [f"{name} has no effect: {reason}" for name, reason in reading.inert]
+    if reading.config is not None:
+        for check in checks:
+            check(reading.config, report)
+    return report
+
+
+def check_devices(config: RunConfig, report: Report) -> None:
+    """Placement, layout and batches on the devices of this machine, or as far as they can be known without those of a cluster."""
+    placement = config.cluster.component_placement
+    address, num_gpus = cluster_address(config.cluster.num_nodes), 0
+    if address == LOCAL:
+        num_gpus = count_gpus()
+    else:
+        report.take("devices", check_listens, address)
+        report.notes.append(f"nodes and devices are counted when Ray is joined at {address}")
+        if any(value == "all" for value in placement.values()):
+            return
+    resolved: ComponentPlacement | None = report.take("devices", resolve_placement, placement, num_gpus or None)
+    if resolved is None:
+        return
+    engines = report.take("devices", resolved.engines, config.rollout.tensor_parallel_size)
+    dp_size = report.take("devices", validate_world, config, len(resolved.actor))
+    topology = report.take("devices", actor_topology, config.actor.model, dp_size or 1)
+    if address == LOCAL:
+        turns = report.take("devices", lambda: plan_turns(config, resolved.mode, on_gpu=num_gpus > 0))
+        report.notes += [] if turns is None else turns.notes
+    if engines is not None and dp_size is not None and topology is not None:
+        axes = (("TP", topology.tp_size), ("PP", topology.pp_size), ("CP", topology.cp_size), ("DP", topology.dp_size))
+        layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
+        kind = "process slots" if address == LOCAL and not num_gpus else "GPUs"
+        report.plan.append(("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {_range(resolved.actor)}"))
+        size = config.rollout.tensor_parallel_size
+        engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {_range(resolved.rollout)}"
+        report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}"))
+
+
+def check_model(config: RunConfig, report: Report) -> None:
+    """Architecture, layout, rope and limits of the model, or of the one that the run will make."""
+    folder = Path(config.rollout.model.model_path)
+    seeded = config.seeded_model
+    if seeded is not None and Path(seeded.path).absolute() == folder.absolute():
+        hf_config: Mapping[str, Any] | None = seeded.hf_config
+        where = "seeded_model.hf_config"
+    elif _will_be_made(config, folder):
+        report.plan.append(("model", f"a tiny one, made in {folder}"))
+        return
+    else:
+        hf_config, where = report.take("model", read_hf_config, folder), str(folder / "config.json")
+    if hf_config is None:
+        return
+    findings = check_config(hf_config)
+    for text in findings:
+        report.found("model", f"{where}: {text}")
+    if findings:
+        return
+    model = model_of(hf_config)
+    before = len(report.findings)
+    report.take("model", validate_model, config, hf_config)
+    topology = report.take("model", actor_topology, config.actor.model, _dp_size(config))
+    if len(report.findings) == before and topology is not None:
+        for text in check_config(hf_config, topology):
+            report.found("model", f"{where}: {text}")
+    stretch = 1.0 if model.rope.interpolation is None else model.rope.interpolation
+    if config.runner.seq_length > model.max_positions * stretch:
+        report.found(
+            "model",
+            f"runner.seq_length ({config.runner.seq_length}) exceeds max_position_embeddings ({model.max_positions}) of {where}; "
+            "the engines would refuse it. Lower runner.seq_length",
+        )
+    made = "" if where != "seeded_model.hf_config" else ", with random weights, made by the run unless it is there"
+    precision = config.actor.model.precision
+    report.plan.append(("model", f"{model.architecture}, {model.num_layers} layers, {precision}, in {folder}{made}"))
+
+
+def check_tokenizer(config: RunConfig, report: Report) -> None:
+    """The tokenizer's files, its size beside the model's, end-of-sequence ids and the chat template."""
+    folder, model = Path(str(config.actor.tokenizer.tokenizer_model)), Path(config.rollout.model.model_path)
+    if _will_be_made(config, folder):
+        return
+    trusting = config.actor.tokenizer.trust_remote_code
+    before = len(report.findings)
+    report.take("tokenizer", lambda: check_tokenizer_files(folder, trust_remote_code=trusting))
+    if config.data.apply_chat_template and len(report.findings) == before:
+        report.take("tokenizer", check_chat_template, folder)
+    if not (model / "config.json").is_file():
+        return
+    generation = report.take("model", read_generation_config, model)
+    if generation is not None:
+        report.take("model", token_ids, generation.get("eos_token_id"), f"eos_token_id of {model / 'generation_config.json'}")
+
+
+def check_data(config: RunConfig, report: Report) -> None:
+    """Data files and their first rows, as far as those tell; the run reads the rest."""
+    data, bad = config.data, BadSamples()
+    problems: list[Problem] = []
+    for path in (*data.train_data_paths, *data.val_data_paths):
+        if not _will_be_made(config, Path(path)):
+            problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
+    unreadable = _Asked(problems, config)
+    if config.warm_start is not None:
+        for path in config.warm_start.data_paths:
+            if not _will_be_made(config, Path(path)):
+                report.take("data", load_supervised, [path], _FIRST_ROWS)
+    _check_prompts(config, problems, bad, report)
+    for problem in unreadable.problems():
+        bad.add(problem.where, f"math-verify cannot read the reference answer {problem.answers[0]!r}, so no response would be correct")
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    steps = _num_steps(config)
+    form = f"{data.rollout_batch_size} prompts x {config.algorithm.group_size} samples a step"
+    report.plan.append(("data", f"{form} from {', '.join(data.train_data_paths)}"))
+    report.plan.append(
+        ("steps", "as many as the data has" if steps is None else f"{steps}" if steps == config.runner.max_steps else f"up to {steps}")
+    )
+
+
+def check_loggers(config: RunConfig, report: Report) -> None:
+    """Loggers that are named and not installed."""
+    for name in config.runner.logger.logger_backends:
+        if importlib.util.find_spec(_LOGGER_MODULES[name]) is None:
+            report.found("loggers", f"runner.logger.logger_backends names {name}, which is not installed: pip install {name}, or remove it")
+
+
+def check_beginning(config: RunConfig, report: Report) -> None:
+    """The results folder, and the checkpoint to go on from."""
+    beginning = report.take("resume", find_beginning, config)
+    folder = run_folder(config)
+    if beginning is None:
+        return
+    report.notes += beginning.notes
+    state = None if beginning.resume is None else beginning.resume / DATA_STATE
+    if state is not None and state.is_file() and not zipfile.is_zipfile(state):
+        report.found("resume", f"{state} cannot be read; resume from an older checkpoint, or remove it to start the data anew")
+    most = config.runner.max_steps
+    if 0 <= most <= beginning.step and beginning.resume is not None:
+        report.found("resume", f"{beginning.resume} has done {beginning.step} steps, and runner.max_steps is {most}; raise it to go on")
+    start = "from the start" if beginning.resume is None else f"from step {beginning.step} of {beginning.resume}"
+    report.plan.append(("begins", f"{start}; results go to {folder}"))
+
+
+GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_tokenizer, check_data, check_loggers, check_beginning)
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, as NVML and CUDA_VISIBLE_DEVICES say; needs no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    count = ctypes.c_uint(0)
+    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    nvml.nvmlShutdown()
+    if failed:
+        return 0
+    return count.value if visible is None else min(count.value, len([name for name in visible.split(",") if name.strip()]))
+
+
+class _Asked:
+    """References that are being tried while other checks go on: math-verify takes a second to be imported."""
+
+    def __init__(self, problems: Sequence[Problem], config: RunConfig) -> None:
+        self._problems = problems
+        references = [answer for problem in problems for answer in problem.answers]
+        self._pool = ThreadPoolExecutor(1)
+        self._asked = self._pool.submit(unreadable_references, references, num_processes=1, timeout_s=config.reward.timeout_s)
+
+    def problems(self) -> Iterator[Problem]:
+        """Those that no response could ever solve."""
+        unreadable = self._asked.result()
+        self._pool.shutdown()
+        return (problem for problem in self._problems if unreadable.issuperset(problem.answers))
+
+
+def _first_problems(config: RunConfig, path: str, bad: BadSamples) -> list[Problem]:
+    data = config.data
+    return load_problems(
+        [path], prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data.data_size, bad=bad, rows_per_file=_FIRST_ROWS
+    )
+
+
+def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSamples, report: Report) -> None:
+    """What the tokenizer makes of the first prompts that are text."""
+    texts = [problem for problem in problems if isinstance(problem.prompt, str)]
+    if len(texts) < len(problems) and not config.data.apply_chat_template:
+        where = next(problem.where for problem in problems if not isinstance(problem.prompt, str))
+        report.found("data", f"{where}: a prompt is a message list: set data.apply_chat_template=True")
+    path = Path(str(config.actor.tokenizer.tokenizer_model)) / "tokenizer.json"
+    if not texts or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        report.found("tokenizer", f"no tokenizer can be made from {path}: {error}")
+        return
+    hf_path = Path(config.rollout.model.model_path)
+    if (hf_path / "config.json").is_file():
+        hf_config = report.take("model", read_hf_config, hf_path) or {}
+        size = tokenizer.get_vocab_size(with_added_tokens=False)
+        report.take("tokenizer", check_tokenizer_size, size, hf_config.get("vocab_size"), path.parent)
+    tokenizer.no_truncation()
+    encoded = tokenizer.encode_batch([f"{problem.prompt}{config.data.prompt_suffix}" for problem in texts], add_special_tokens=False)
+    rows = [encoding.ids for encoding in encoded]
+    if not any(rows):
+        report.found("tokenizer", "the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
+        return
+    for problem, row in zip(texts, rows, strict=True):
+        if not row:
+            bad.add(problem.where, f"the prompt {str(problem.prompt)[:40]!r} has no tokens")
+    shortest, limit = min(map(len, rows)), config.data.max_prompt_length
+    if shortest > limit and config.data.filter_prompt_by_length:
+        report.found(
+            "data",
+            f"all of the first {len(rows)} prompts are longer than data.max_prompt_length ({limit}); the shortest has {shortest} tokens",
+        )
+
+
+def _num_steps(config: RunConfig) -> int | None:
+    """Most steps that a run can have, or None where that is not known before the data is read."""
+    most, data = config.runner.max_steps, config.data
+    paths = [Path(path) for path in data.train_data_paths]
+    countable = all(path.is_file() and path.suffix != ".json" and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths)
+    if not countable:
+        return most if most >= 0 else None
+    rows = 0
+    for path in paths:
+        with path.open("rb") as stream:
+            rows += sum(1 for line in stream if line.strip())
+    rows = rows if data.data_size is None else min(rows, data.data_size)
+    steps = config.runner.max_epochs * (rows // data.rollout_batch_size)
+    return steps if most < 0 else min(most, steps)
+
+
+def _will_be_made(config: RunConfig, path: Path) -> bool:
+    """Whether a path that is not there yet belongs to what the run makes first."""
+    makers = [made.path for made in (config.arithmetic, config.seeded_model) if made is not None]
+    return not path.exists() and any(path.absolute().is_relative_to(Path(maker).absolute()) for maker in makers)
+
+
+def _dp_size(config: RunConfig) -> int:
+    """Of the placement, where that is known; layouts of a model do not depend on it."""
+    try:
+        resolved = resolve_placement(config.cluster.component_placement, count_gpus() or None)
+        return validate_world(config, len(resolved.actor))
+    except ConfigError:
+        return 1
+
+
+def _findings_of(error: RlsyncError) -> list[str]:
+    lines = str(error).splitlines()
+    if len(lines) > 1 and lines[0].endswith(":") and all(line.startswith("  ") for line in lines[1:]):
+        return [line.strip() for line in lines[1:]] if lines[0] == "configuration:" else [str(error)]
+    return [str(error)]
+
+
+def _range(devices: Sequence[int]) -> str:
+    return str(devices[0]) if len(devices) == 1 else f"{devices[0]}-{devices[-1]}"

@@ -1,0 +1,110 @@
+"""From a command line to a run: hydra composes, the run is checked, and only then is anything heavy imported.
+
+The same for every runner: a script hands over its checks and what makes its runner.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlsync.errors import ConfigError, RlsyncError
+from workers.check import Check, Report, check_run
+from workers.config import RunConfig, lenient_overrides, register_resolvers
+
+CHECK = "--check"
+
+
+def main(
+    arguments: Sequence[str], *, config_path: Path, config_name: str, checks: Sequence[Check], run: Callable[[RunConfig], None]
+) -> int:
+    """Compose, check, and unless ``--check`` is among the arguments, run. Returns the exit code: 1 after an error that it explains.
+
+    Args:
+        arguments: hydra's, in which ``key=value`` and ``+key=value`` both set a key; and ``--check``.
+        config_path, config_name: of the configuration where the arguments name none.
+        run: called with the configuration where there are no findings; the place for slow imports.
+    """
+    only_check = CHECK in arguments
+    code = 0
+
+    @hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
+    def composed_main(composed: DictConfig) -> None:
+        nonlocal code
+        began = time.monotonic()
+        report = check_run(composed, checks)
+        show(report, in_full=only_check, seconds=time.monotonic() - began)
+        if report.findings or report.config is None:
+            code = 1
+        elif not only_check:
+            config = report.config
+            code = exit_code(lambda: run(config))
+
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, where they are told in a line
+    try:
+        sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument != CHECK])
+        composed_main()
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """What a run comes to: 0, 1 after an error that it explains, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: to go on without its terminal
+        signal.signal(signal.SIGHUP, _terminate)
+    try:
+        run()
+    except RlsyncError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def show(report: Report, *, in_full: bool, seconds: float) -> None:
+    """Findings as errors, a group of lines each; what has no effect; and in full what a run would do."""
+    for note in report.notes if in_full or not report.findings else ():
+        print(note)
+    if report.findings:
+        for about, text in report.findings:
+            print(f"error: {about}: {text}" if not text.startswith(about) else f"error: {text}", file=sys.stderr)
+        count = len(report.findings)
+        print(f"{count} finding{'s' * (count > 1)} in {seconds:.1f} s; nothing was started", file=sys.stderr)
+    elif in_full:
+        width = max(len(about) for about, _ in report.plan)
+        for about, text in report.plan:
+            print(f"  {about:{width}}  {text}")
+        print(f"no findings in {seconds:.1f} s; without --check this would run")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as after Ctrl-C: everything that was started is ended too."""
+    if number == signal.SIGHUP:
+        _let_go_of_the_terminal()
+    sys.exit(128 + number)
+
+
+def _let_go_of_the_terminal() -> None:
+    """Print to nowhere what would go to a terminal, which is gone: writing to it fails, in the middle of ending the others."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
