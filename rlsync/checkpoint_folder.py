@@ -110,16 +110,18 @@ def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
     return final
 
 
-def set_aside_later(root: Path | str, step: int, *, but: Path | None = None) -> list[Path]:
+def set_aside_later(root: Path | str, step: int) -> list[Path]:
     """Take checkpoints after ``step`` out of sight: they are of a history that a run which continues from there leaves.
 
-    ``but`` stays. Each other becomes ``.global_step_N.superseded``. Returns their new paths.
+    Each becomes ``.global_step_N.superseded``, with a number behind it where that is taken. Returns their new paths.
     """
     aside = []
     for path in complete_checkpoints(root):
-        if step_of(path) > step and path != but:
-            superseded = path.with_name(f".{path.name}.superseded")
-            shutil.rmtree(superseded, ignore_errors=True)
+        if step_of(path) > step:
+            superseded, number = path.with_name(f".{path.name}.superseded"), 0
+            while superseded.exists():
+                number += 1
+                superseded = path.with_name(f".{path.name}.superseded.{number}")
             os.rename(path, superseded)
             aside.append(superseded)
     return aside

@@ -104,8 +104,12 @@ class ActorRank:
         gather_parameters(self._models)
         return losses
 
-    def begin(self, resume_folder: str | None) -> Restored | None:
-        """Optimizer and schedule; the present weights become the KL reference; then the checkpoint to resume, if any. Collective."""
+    def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
+        """Optimizer and schedule; the present weights become the KL reference; then the checkpoint to resume, if any. Collective.
+
+        Args:
+            random_state: restore that too, rather than go on with the one made of ``actor.seed``.
+        """
         actor = self._config.actor
         if self._config.algorithm.kl_beta != 0:
             self._reference = self._weights()
@@ -116,10 +120,17 @@ class ActorRank:
         if resume_folder is None:
             return None
         if actor.megatron.no_load_optim:
-            restored = load_checkpoint(resume_folder, self._bridge, self._models)
+            restored = load_checkpoint(resume_folder, self._bridge, self._models, random_state=random_state)
             self._optimizer.reload_model_params()
             return restored
-        return load_checkpoint(resume_folder, self._bridge, self._models, optimizer=self._optimizer, scheduler=self._scheduler)
+        return load_checkpoint(
+            resume_folder,
+            self._bridge,
+            self._models,
+            optimizer=self._optimizer,
+            scheduler=self._scheduler,
+            random_state=random_state,
+        )
 
     # Memory, for the engines on the same devices.
 

@@ -32,7 +32,9 @@ from workers.model_folder import (
 from workers.placement import ComponentPlacement, actor_topology, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
+from workers.results import becomes_of_earlier_run
 from workers.resume import DATA_STATE, find_beginning, run_folder
+from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
 from workers.turns import plan_turns
 
@@ -209,14 +211,21 @@ def check_beginning(config: RunConfig, report: Report) -> None:
     folder = run_folder(config)
     if beginning is None:
         return
-    report.notes += beginning.notes
+    report.plan += [("resume", note.strip()) for note in beginning.notes]
     state = None if beginning.resume is None else beginning.resume / DATA_STATE
     if state is not None and state.is_file() and not zipfile.is_zipfile(state):
         report.found("resume", f"{state} cannot be read; resume from an older checkpoint, or remove it to start the data anew")
-    most = config.runner.max_steps
-    if 0 <= most <= beginning.step and beginning.resume is not None:
-        report.found("resume", f"{beginning.resume} has done {beginning.step} steps, and runner.max_steps is {most}; raise it to go on")
-    start = "from the start" if beginning.resume is None else f"from step {beginning.step} of {beginning.resume}"
+    model_path = Path(config.rollout.model.model_path)
+    if (model_path / "config.json").is_file():
+        hf_config = report.take("resume", read_hf_config, model_path)
+        if hf_config is not None:
+            report.take("resume", check_restored_model, beginning, hf_config)
+    aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
+    if aside is not None:
+        report.plan.append(("results", f"hold an earlier run, which a start sets aside as {aside}"))
+    start = "from the start" if beginning.resume is None else f"after step {beginning.step} of {beginning.resume}"
+    if 0 <= config.runner.max_steps <= beginning.step:
+        start = f"nothing is to do: runner.max_steps is {config.runner.max_steps}, and {beginning.step} steps are done"
     report.plan.append(("begins", f"{start}; results go to {folder}"))
 
 

@@ -6,14 +6,14 @@ tokenizer is any Hugging Face tokenizer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
-from torch.utils.data import Dataset, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlsync.errors import CheckpointError, ConfigError
 from workers.problems import BadSamples, Problem
@@ -87,6 +87,13 @@ class PromptDataset(Dataset[Prompt]):
     def __getitem__(self, index: int) -> Prompt:
         return self._prompts[index]
 
+    def fingerprint(self) -> str:
+        """Hash of all prompts' tokens and answers in their order, wherever the files lie."""
+        content = hashlib.blake2b(digest_size=16)
+        for prompt in self._prompts:
+            content.update(repr((prompt.token_ids, prompt.answers)).encode())
+        return content.hexdigest()
+
 
 def chat_messages(problem: Problem, form: PromptForm) -> list[dict[str, str]]:
     """What the chat template gets."""
@@ -122,20 +129,25 @@ def _tokenize(texts: list[str], tokenizer: Tokenizer, *, chat: bool) -> list[lis
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Index batches of all epochs in one sequence. The order of epoch e depends on (seed, e) only; a short last batch is dropped."""
+    """Index batches of all epochs in one sequence. The order of epoch e depends on (seed, e) only; a short last batch is dropped.
+
+    Iterating begins with batch ``first`` of them.
+    """
 
     def __init__(self, num_items: int, batch_size: int, *, num_epochs: int, shuffle: bool, seed: int) -> None:
         self.num_items, self.batch_size, self.num_epochs, self.shuffle, self.seed = num_items, batch_size, num_epochs, shuffle, seed
         self.batches_per_epoch = num_items // batch_size
+        self.first = 0
 
     def __len__(self) -> int:
         return self.batches_per_epoch * self.num_epochs
 
     def __iter__(self) -> Iterator[list[int]]:
-        for epoch in range(self.num_epochs):
+        done_epochs, done_batches = divmod(self.first, max(1, self.batches_per_epoch))
+        for epoch in range(done_epochs, self.num_epochs):
             order = self._order(epoch)
-            for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
-                yield order[start : start + self.batch_size]
+            for batch in range(done_batches if epoch == done_epochs else 0, self.batches_per_epoch):
+                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -163,7 +175,9 @@ class PromptLoader:
                 f"Train dataloader is empty! {len(dataset)} problems remain ({dataset.num_too_long} were longer than "
                 f"data.max_prompt_length), fewer than data.rollout_batch_size ({batch_size}), over {num_epochs} epochs"
             )
-        self._loader = StatefulDataLoader(dataset, batch_sampler=self._order, collate_fn=_as_list, num_workers=num_workers)
+        # The position is the number of batches, whoever loads them: a StatefulDataLoader's is bound to ``num_workers``.
+        self._loader = DataLoader(dataset, batch_sampler=self._order, collate_fn=_as_list, num_workers=num_workers)
+        self._fingerprint = dataset.fingerprint()
         self._handed_out = 0
         self._batches: Iterator[list[Prompt]] | None = None
 
@@ -175,9 +189,9 @@ class PromptLoader:
         return len(self._order)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        # The inner iterator is never run to its end: a StatefulDataLoader forgets its position there.
         while self._handed_out < len(self):
             if self._batches is None:
+                self._order.first = self._handed_out
                 self._batches = iter(self._loader)
             batch = next(self._batches)
             self._handed_out += 1
@@ -185,7 +199,7 @@ class PromptLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, and what it is a position in; plain containers."""
-        return {"order": self._identity(), "handed_out": self._handed_out, "loader": self._loader.state_dict()}
+        return {"order": self._identity(), "handed_out": self._handed_out}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which ``state_dict`` was taken. More epochs than then are allowed.
@@ -196,10 +210,18 @@ class PromptLoader:
         saved, present = state["order"], self._identity()
         if saved != present:
             changed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in present if saved.get(name) != present[name])
-            raise CheckpointError(f"data position was saved with other settings ({changed}); restore them or start fresh")
+            raise CheckpointError(
+                f"data position was saved with other settings ({changed}); restore them, or remove data/data.pt of the checkpoint to start "
+                "the data from the beginning"
+            )
         self._handed_out, self._batches = state["handed_out"], None
-        self._loader.load_state_dict(dict(state["loader"]))
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         order = self._order
-        return {"num_problems": order.num_items, "rollout_batch_size": order.batch_size, "seed": order.seed, "shuffle": int(order.shuffle)}
+        return {
+            "num_problems": order.num_items,
+            "rollout_batch_size": order.batch_size,
+            "seed": order.seed,
+            "shuffle": int(order.shuffle),
+            "problems": self._fingerprint,
+        }

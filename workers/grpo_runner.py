@@ -21,10 +21,11 @@ from workers.cluster import Cluster
 from workers.config import RunConfig, WarmStartConfig, config_as_dict
 from workers.crew import Crew
 from workers.data import Prompt
-from workers.metrics import MetricsLog
+from workers.metrics import MetricsLog, check_loggers
 from workers.preparation import prepare
 from workers.problems import load_supervised
-from workers.resume import DATA_STATE, run_folder
+from workers.results import ResultsFolder
+from workers.resume import DATA_STATE, check_ranks, find_beginning, write_settings
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import difference_metrics, sample_metrics
@@ -39,7 +40,7 @@ class GrpoRunner:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._saved = self._connected = False
+        self._connected = False
         self._num_restarts = 0
         self._health = SyncHealth()
 
@@ -48,13 +49,24 @@ class GrpoRunner:
 
         Raises RlsyncError (ConfigError or CheckpointError before any process is started, where that can be).
         """
-        config, self._prepared = self._config, prepare(self._config)
-        most, all_steps = config.runner.max_steps, len(self._prepared.loader)
-        self._total = all_steps if most < 0 else min(most, all_steps)
+        config, beginning = self._config, find_beginning(self._config)
+        most = config.runner.max_steps
+        if 0 <= most <= beginning.step:
+            done = "" if beginning.resume is None else f" and {beginning.resume} has done {beginning.step} steps"
+            print(f"runner.max_steps is {most}{done}: there is nothing to do, and nothing was started")
+            return
+        check_loggers(config.runner.logger)
         with ExitStack() as stack:
-            self._screen = stack.enter_context(Screen(self._total, start_step=self._prepared.start_step))
-            for note in self._prepared.notes:
+            self._results = stack.enter_context(ResultsFolder(config, beginning.resume))
+            self._prepared = prepare(config, beginning)
+            all_steps = len(self._prepared.loader)
+            self._total = all_steps if most < 0 else min(most, all_steps)
+            self._screen = stack.enter_context(Screen(self._total, start_step=beginning.step))
+            for note in (*beginning.notes, *self._results.notes, *self._prepared.notes):
                 self._screen.note(note)
+            if self._total <= beginning.step:
+                self._screen.note(f"all {self._total} steps of the data are done: there is nothing to do, and nothing was started")
+                return
             self._pool = stack.enter_context(VerifierPool(config.reward.num_processes, config.reward.timeout_s))
             self._screen.phase("starting Ray")
             cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
@@ -70,9 +82,11 @@ class GrpoRunner:
     def _start(self, crew: Crew) -> None:
         """Processes, weights, optimizer and connection: all that comes before the first step."""
         config, prepared, self._crew = self._config, self._prepared, crew
+        check_ranks(prepared.beginning, crew.topology.world_size)
         self._screen.phase("starting engines and actor")
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
-        fresh = prepared.resume is None
+        resume = prepared.beginning.resume
+        fresh = resume is None
         needs_initial = fresh or config.algorithm.kl_beta != 0
         self._turns = Turns(crew.turn_plan, crew)
         for note in crew.turn_plan.notes:
@@ -93,17 +107,21 @@ class GrpoRunner:
             self._warm_start(config.warm_start)
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
-        self._on_ranks("begin", None if prepared.resume is None else str(prepared.resume / "actor"))
+        self._on_ranks("begin", None if resume is None else str(resume / "actor"), "actor.seed" not in prepared.beginning.changed)
 
     @property
     def _vocab_size(self) -> int:
         return int(self._prepared.hf_config["vocab_size"])
 
     def _open_log(self) -> MetricsLog:
-        config, start_step = self._config, self._prepared.start_step
-        return MetricsLog(
-            config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step
-        )  # fmt: skip
+        """From here on the results are this run's: what a resumed run repeats is kept aside, metrics and checkpoints alike."""
+        config, start_step = self._config, self._prepared.beginning.step
+        log = MetricsLog(config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step)
+        for note in log.notes:
+            self._screen.note(note)
+        for path in set_aside_later(self._results.path / "checkpoints", start_step):
+            self._screen.note(f"a checkpoint of a step that this run repeats is set aside: {path}")
+        return log
 
     def _log_folder(self) -> Path | None:
         logger = self._config.runner.logger
@@ -142,7 +160,7 @@ class GrpoRunner:
         self._log = log
         batches, title = iter(self._prepared.loader), "failed"
         try:
-            for step in range(self._prepared.start_step + 1, self._total + 1):
+            for step in range(self._prepared.beginning.step + 1, self._total + 1):
                 self._whole_step(step, batches, log)
             title = "finished"
         except (KeyboardInterrupt, SystemExit):
@@ -271,16 +289,12 @@ class GrpoRunner:
         return interval > 0 and (step % interval == 0 or step == self._total)
 
     def _save(self, step: int) -> None:
-        staged = stage_checkpoint(run_folder(self._config) / "checkpoints", step)
+        staged = stage_checkpoint(self._results.path / "checkpoints", step)
         self._on_ranks("save", str(staged / "actor"), step)
         (staged / DATA_STATE).parent.mkdir()
         torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
-        final = publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
-        if not self._saved:
-            # Until now they were the newest ones; from here on `auto` must not prefer another run's later steps.
-            for path in set_aside_later(final.parent, self._prepared.start_step, but=final):
-                self._screen.note(f"a later checkpoint of an earlier run is set aside: {path}")
-        self._saved = True
+        write_settings(staged, self._config, self._prepared.hf_config, self._crew.topology.world_size)
+        publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
 
     def _on_ranks(self, method: str, *arguments: object) -> list:
         return self._crew.on_ranks(method, *arguments)

@@ -20,12 +20,13 @@ from omegaconf import OmegaConf
 from rlsync.errors import ConfigError
 from workers.config.schema import LoggerConfig
 from workers.prometheus import PrometheusExporter
+from workers.results import METRICS_FILE, next_free
 
-METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 REWARDS_FILE = "rewards.png"
 REWARD_NAME = "rollout/reward_scores"
 TRAINING_PREFIX = "actor/training/"
+_LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
 class MetricsLogger(Protocol):
@@ -37,7 +38,7 @@ class MetricsLogger(Protocol):
 
 
 class MetricsLog:
-    """All metrics of a run. Use as a context manager, or ``close()``.
+    """All metrics of a run. Use as a context manager, or ``close()``. ``notes`` say what was kept aside.
 
     ``metrics.jsonl`` holds one object per step, complete once ``log`` has returned, so a killed run loses nothing.
     """
@@ -48,18 +49,25 @@ class MetricsLog:
             config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
             resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
             n_minibatches: optimizer updates per step; loggers number those, not the steps.
-            start_step: step a resumed run continues after; lines of later steps are dropped.
+            start_step: step a resumed run continues after; lines of later steps move to ``metrics.<n>.jsonl``, and another
+                ``config.yaml`` to ``config.yaml.<n>``.
+
+        Raises:
+            ConfigError: a logger that is named is not installed, or a file of the folder cannot be read. Nothing has changed then.
         """
         assert config.log_path is not None, "load_config derives log_path"
         self.folder = Path(config.log_path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._n_minibatches = n_minibatches
-        OmegaConf.save(OmegaConf.create(_plain(resolved)), self.folder / CONFIG_FILE)
-        self._history = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
+        self.notes: tuple[str, ...] = ()
+        lines = read_metrics(self.folder)
+        self._loggers = [_open_logger(name, config, self.folder, resolved, start_step * n_minibatches) for name in config.logger_backends]
+        self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
+        self._history = [line for line in lines if line["step"] <= start_step]
+        self._keep_aside([line for line in lines if line["step"] > start_step])
+        self._write_config(resolved)
         self._rewrite()
         self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._loggers = [_open_logger(name, config, self.folder, resolved) for name in config.logger_backends]
-        self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
         if self._exporter is not None:
             self._loggers.append(self._exporter)
 
@@ -113,11 +121,23 @@ class MetricsLog:
             logger.close()
         draw_rewards(self._history, self.folder / REWARDS_FILE)
 
+    def _keep_aside(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Move lines that are not of this history to a file of their own, before ``_rewrite`` drops them."""
+        if not lines:
+            return
+        aside = next_free(self.folder / "metrics", ".jsonl")
+        _write_whole(aside, lines)
+        self.notes += (f"metrics of steps {lines[0]['step']} to {lines[-1]['step']}, which this run repeats, are kept in {aside}",)
+
+    def _write_config(self, resolved: Mapping[str, Any]) -> None:
+        path, text = self.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(_plain(resolved)))
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            os.rename(path, next_free(path))
+        path.write_text(text, encoding="utf-8")
+
     def _rewrite(self) -> None:
-        """Keep the history only; through a second file, so that a kill leaves the one or the other."""
-        partial = self.folder / f"{METRICS_FILE}.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self._history), encoding="utf-8")
-        os.replace(partial, self.folder / METRICS_FILE)
+        """Keep the history only."""
+        _write_whole(self.folder / METRICS_FILE, self._history)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -125,7 +145,28 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return {**record, "step": int(record["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where} is no line of metrics ({type(error).__name__}: {error}); move the file away to begin another"
+        ) from error
+
+
+def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Through a second file, so that a kill leaves the old content or the new."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -148,10 +189,11 @@ def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_index: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # What a resumed run repeats is hidden then; the events stay in their files.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_index if first_index else None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -199,15 +241,25 @@ class _Swanlab:
         self._swanlab.finish()
 
 
-def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> MetricsLogger:
-    if name == "tensorboard":
-        return _TensorBoard(folder)
+def check_loggers(config: LoggerConfig) -> None:
+    """Import every logger that is named, before anything is written. Raises ConfigError."""
+    for name in config.logger_backends:
+        _import_logger(name)
+
+
+def _import_logger(name: str) -> Any:
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(_LOGGER_MODULES.get(name, name))
     except ImportError as error:
         raise ConfigError(
             f"runner.logger.logger_backends names {name}, which cannot be imported ({error}): pip install {name}, or remove it"
         ) from error
+
+
+def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], first_index: int) -> MetricsLogger:
+    module = _import_logger(name)
+    if name == "tensorboard":
+        return _TensorBoard(folder, first_index)
     return (_Wandb if name == "wandb" else _Swanlab)(module, config, folder, resolved)
 
 

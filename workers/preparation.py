@@ -22,7 +22,7 @@ from workers.config.validate import raise_all
 from workers.data import PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
 from workers.problems import BadSamples, Problem, load_problems
-from workers.resume import DATA_STATE, find_beginning
+from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_references
 from workers.seeded_model import make_seeded_model
 
@@ -35,9 +35,8 @@ class Preparation:
     hf_config: content of config.json.
     stop_ids: token ids that end a response, the tokenizer's own first.
     loader: positioned where the run continues.
-    resume: ``global_step_N`` folder to continue from, or None.
-    start_step: steps already done.
-    notes: what the user should know about the resume.
+    beginning: where the run continues.
+    notes: what the user should know about model and data.
     """
 
     hf_config: dict[str, Any]
@@ -45,33 +44,31 @@ class Preparation:
     stop_ids: tuple[int, ...]
     dataset: PromptDataset
     loader: PromptLoader
-    resume: Path | None
-    start_step: int
+    beginning: Beginning
     notes: tuple[str, ...]
 
 
-def prepare(config: RunConfig) -> Preparation:
-    """Read and check everything, in an order that puts the quick checks first.
+def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
+    """Make the model and the data of the run where it makes its own, and read and check them, quick checks first.
 
     Raises ConfigError or CheckpointError.
     """
-    beginning = find_beginning(config)
-    resume, start_step, notes = beginning.resume, beginning.step, beginning.notes
     if config.arithmetic is not None:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
-    notes += _make_seeded_model(config)
+    notes = _make_seeded_model(config)
     hf_config = read_hf_config(Path(config.rollout.model.model_path))
     raise_all(f"config.json of {config.rollout.model.model_path}: {finding}" for finding in check_config(hf_config))
     validate_model(config, hf_config)
+    check_model(beginning, hf_config)
     tokenizer = _tokenizer(config, hf_config)
     bad = BadSamples()
     dataset = _dataset(config, tokenizer, bad)
     notes += bad.settle(config.data.on_bad_sample)
     loader = _loader(config, dataset)
-    if resume is not None:
-        notes += _restore_position(loader, resume / DATA_STATE)
-    return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, loader, resume, start_step, notes)
+    if beginning.resume is not None:
+        notes += _restore_position(loader, beginning.resume / DATA_STATE)
+    return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, loader, beginning, notes)
 
 
 def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
@@ -144,7 +141,7 @@ def _restore_position(loader: PromptLoader, state: Path) -> tuple[str, ...]:
         raise CheckpointError(
             f"{state} cannot be read ({said}); resume from an older checkpoint, or remove it to start the data anew"
         ) from None
-    if not isinstance(found, dict) or not {"order", "handed_out", "loader"} <= found.keys():
+    if not isinstance(found, dict) or not {"order", "handed_out"} <= found.keys():
         raise CheckpointError(f"{state} holds no data position; {_OTHERWISE}")
     loader.load_state_dict(found)
     return ()

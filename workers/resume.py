@@ -1,28 +1,116 @@
-"""Where a run begins: the checkpoint it goes on from, if any, and whether that fits this run. Reads names, no tensor; imports no torch."""
+"""What a resumed run takes from its checkpoint and what from its configuration: one table, key by key.
+
+Owns the choice of the checkpoint, the record of the settings that it was made under, and their comparison with this run's. Knows
+no tensor, imports no torch: what ranks restore is ``rlsync.checkpoint``'s.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from rlsync.checkpoint_folder import inspect_checkpoint, latest_checkpoint
+from rlsync.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
-from workers.config import RunConfig
+from workers.config import RunConfig, config_as_dict
 
 DATA_STATE = "data/data.pt"
+SETTINGS = "run.json"
+
+
+class Rule(Enum):
+    """What becomes of a key that a resumed run sets otherwise than the run that saved the checkpoint."""
+
+    HOLDS = "the new value holds from the resumed step on, and the screen says so"
+    SILENT = "the new value holds; no result depends on it"
+    LAYOUT = "refused: the saved shards are cut by it"
+    OPTIMIZER = "refused where the optimizer is restored: its saved state has that form"
+    DATA = "refused where the data position is restored: it counts batches of that kind"
+
+
+# The longest prefix of a key decides. Some of the saved state says itself what it is and is compared where it is read: parameters by name,
+# shape and dtype; the problems by their content; gradient buffers by their sizes; the number of data-parallel ranks.
+RULES: Mapping[str, Rule] = {
+    "cluster": Rule.SILENT,
+    "runner": Rule.SILENT,
+    "runner.seq_length": Rule.HOLDS,
+    "algorithm": Rule.HOLDS,
+    "algorithm.training_batch_size_per_gpu": Rule.SILENT,
+    "algorithm.logprob_forward_micro_batch_size": Rule.SILENT,
+    "rollout": Rule.SILENT,
+    "rollout.model": Rule.HOLDS,
+    "data": Rule.HOLDS,
+    "data.num_workers": Rule.SILENT,
+    "data.rollout_batch_size": Rule.DATA,
+    "data.seed": Rule.DATA,
+    "data.shuffle": Rule.DATA,
+    "actor": Rule.SILENT,
+    # Also of dropout: the saved random state is then left alone.
+    "actor.seed": Rule.HOLDS,
+    "actor.model": Rule.HOLDS,
+    "actor.model.precision": Rule.LAYOUT,
+    "actor.model.tensor_model_parallel_size": Rule.LAYOUT,
+    "actor.model.pipeline_model_parallel_size": Rule.LAYOUT,
+    "actor.model.virtual_pipeline_model_parallel_size": Rule.LAYOUT,
+    "actor.model.context_parallel_size": Rule.LAYOUT,
+    "actor.model.expert_model_parallel_size": Rule.LAYOUT,
+    "actor.model.expert_tensor_parallel_size": Rule.LAYOUT,
+    "actor.model.decoder_first_pipeline_num_layers": Rule.LAYOUT,
+    "actor.model.decoder_last_pipeline_num_layers": Rule.LAYOUT,
+    "actor.model.make_vocab_size_divisible_by": Rule.LAYOUT,
+    "actor.optim": Rule.HOLDS,
+    "actor.optim.optimizer": Rule.OPTIMIZER,
+    "actor.optim.use_distributed_optimizer": Rule.OPTIMIZER,
+    "actor.optim.optimizer_cpu_offload": Rule.OPTIMIZER,
+    "actor.optim.optimizer_offload_fraction": Rule.OPTIMIZER,
+    "actor.optim.use_precision_aware_optimizer": Rule.OPTIMIZER,
+    "actor.optim.overlap_grad_reduce": Rule.SILENT,
+    "actor.optim.overlap_param_gather": Rule.SILENT,
+    "actor.lr_sched": Rule.HOLDS,
+    "actor.tokenizer": Rule.HOLDS,
+    "reward": Rule.HOLDS,
+    "reward.num_processes": Rule.SILENT,
+    "reward.timeout_s": Rule.SILENT,
+    "weight_sync": Rule.SILENT,
+    "warm_start": Rule.HOLDS,
+    "arithmetic": Rule.HOLDS,
+    "seeded_model": Rule.HOLDS,
+}
+# Keys of config.json that change no weight and no score.
+_SAME_MODEL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+def rule_of(key: str) -> Rule:
+    """The rule of a dotted configuration key; KeyError where the table lacks it."""
+    while key not in RULES:
+        if "." not in key:
+            raise KeyError(key)
+        key = key.rpartition(".")[0]
+    return RULES[key]
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """Attributes:
-    resume: ``global_step_N`` folder to continue from, or None.
-    step: steps already done.
-    notes: what the user should know about the resume.
+    """Where a run begins.
+
+    Attributes:
+        resume: ``global_step_N`` folder to continue from, or None for a fresh start.
+        step: steps already done.
+        notes: what the user should know about the resume.
+        complete: optimizer and schedule are restored too.
+        changed: keys that the run sets otherwise than the checkpoint's run did.
+        saved: settings that the checkpoint was made under; None where it does not say.
     """
 
-    resume: Path | None
-    step: int
-    notes: tuple[str, ...]
+    resume: Path | None = None
+    step: int = 0
+    notes: tuple[str, ...] = ()
+    complete: bool = False
+    changed: tuple[str, ...] = ()
+    saved: Mapping[str, Any] | None = None
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -31,14 +119,30 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def find_beginning(config: RunConfig) -> Beginning:
-    """What ``runner.resume_dir`` and the keys of the initial weights mean for the files that are there.
+    """What ``runner.resume_dir`` and the keys of the initial weights mean for the files that are there; changes nothing.
 
-    Raises ConfigError or CheckpointError.
+    Raises ConfigError or CheckpointError, also for settings that the checkpoint's state does not allow to change.
     """
     resume = _resume_folder(config)
     _check_initial_weights(config, resume)
-    step, notes = _check_resume(config, resume)
-    return Beginning(resume, step, notes)
+    if resume is None:
+        root = run_folder(config) / "checkpoints"
+        found_none = f"runner.resume_dir=auto: no complete checkpoint in {root}, so the run starts fresh"
+        return Beginning(notes=() if config.runner.resume_dir is None else (found_none,))
+    held = _inspect(config, resume / "actor")
+    notes = [f"resuming after step {held.step} from {resume}"]
+    if not held.complete:
+        notes.append(f"warning: {resume} holds HF weights alone: optimizer and schedule start anew at step {held.step}")
+    elif config.actor.megatron.no_load_optim:
+        notes.append(f"actor.megatron.no_load_optim: optimizer and schedule start anew at step {held.step}")
+    saved = _read_settings(resume)
+    if saved is None:
+        notes.append(f"warning: {resume / SETTINGS} is missing, so settings that changed since cannot be told")
+    changed = [] if saved is None else _compare(config, saved["config"], resume, complete=held.complete)
+    if changed:
+        notes.append(f"settings other than the checkpoint's, which hold from step {held.step + 1} on:")
+        notes += [f"  {key} {then} -> {now}" for key, then, now in changed]
+    return Beginning(resume, held.step, tuple(notes), held.complete, tuple(key for key, _, _ in changed), saved)
 
 
 def _resume_folder(config: RunConfig) -> Path | None:
@@ -71,17 +175,96 @@ def _check_initial_weights(config: RunConfig, resume: Path | None) -> None:
         )
 
 
-def _check_resume(config: RunConfig, resume: Path | None) -> tuple[int, tuple[str, ...]]:
-    """Step to continue after, and what the user should know."""
-    if resume is None:
-        return 0, ()
-    step, complete = _inspect(config, resume / "actor")
-    if complete:
-        return step, ()
-    return step, (f"warning: {resume} holds HF weights alone: optimizer and schedule start anew at step {step}",)
-
-
-def _inspect(config: RunConfig, actor_folder: Path) -> tuple[int, bool]:
+def _inspect(config: RunConfig, actor_folder: Path) -> Restored:
     model = config.actor.model
-    held = inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
-    return held.step, held.complete
+    return inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
+
+
+def check_model(beginning: Beginning, hf_config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where ``config.json`` describes another model than the checkpoint's."""
+    if beginning.saved is None:
+        return
+    then, now = beginning.saved["hf_config"], _plain(hf_config)
+    different = [
+        f"{key} {then.get(key)} then, {now.get(key)} now"
+        for key in sorted(then.keys() | now.keys())
+        if key not in _SAME_MODEL and then.get(key) != now.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{beginning.resume} is of another model than rollout.model.model_path: {'; '.join(different)}. "
+            "Resume with the checkpoint's model, or start a new run"
+        )
+
+
+def check_ranks(beginning: Beginning, num_ranks: int) -> None:
+    """Raise CheckpointError where the actor has another number of ranks than the one that saved."""
+    if beginning.saved is not None and beginning.complete and beginning.saved["actor_ranks"] != num_ranks:
+        raise CheckpointError(
+            f"{beginning.resume} was saved by {beginning.saved['actor_ranks']} actor ranks, cluster.component_placement gives this run "
+            f"{num_ranks}; give it as many, or start a new run from {beginning.resume}/actor/{HF_FOLDER}"
+        )
+
+
+def write_settings(folder: Path, config: RunConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
+    """Record in a checkpoint what it was made under."""
+    settings = {"config": config_as_dict(config), "hf_config": dict(hf_config), "actor_ranks": num_ranks}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _read_settings(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); remove it to resume without a comparison of settings") from error
+    absent = {"config", "hf_config", "actor_ranks"} - settings.keys()
+    if absent:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(absent))}; remove it to resume without a comparison of settings")
+    return settings
+
+
+def _compare(config: RunConfig, saved: Mapping[str, Any], folder: Path, *, complete: bool) -> list[tuple[str, Any, Any]]:
+    """(key, then, now) of the changes that hold. Raises CheckpointError naming all that cannot."""
+    then, now = dict(_leaves(saved)), dict(_leaves(_plain(config_as_dict(config))))
+    refuses = {
+        Rule.LAYOUT: complete,
+        Rule.OPTIMIZER: complete and not config.actor.megatron.no_load_optim,
+        Rule.DATA: (folder / DATA_STATE).is_file(),
+    }
+    advice = {
+        Rule.LAYOUT: f"start a new run from {folder}/actor/{HF_FOLDER}",
+        Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
+        Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
+    }
+    changed, refused, ways = [], [], []
+    for key in now:
+        # A key that one side lacks is of another version, or of a section that is left out.
+        if key not in then or then[key] == now[key]:
+            continue
+        rule = rule_of(key)
+        if refuses.get(rule, False):
+            refused.append(f"{key} {then[key]} -> {now[key]}")
+            ways.append(advice[rule])
+        elif rule is not Rule.SILENT:
+            changed.append((key, then[key], now[key]))
+    if refused:
+        raise CheckpointError(
+            f"{folder} was saved with other settings ({', '.join(refused)}); restore them, or {', or '.join(dict.fromkeys(ways))}"
+        )
+    return changed
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(values: Mapping[str, Any]) -> Any:
+    """As JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(values))

@@ -179,7 +179,7 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
         (folder / f"actor/iter_0000003/mp_rank_0{rank}").mkdir(parents=True)
     (folder / "actor/latest_checkpointed_iteration.txt").write_text("3")
     auto = {"resume_dir": "auto"}
-    assert f"from step 3 of {folder}" in dict(check(own, monkeypatch, runner=auto).plan)["begins"]
+    assert f"after step 3 of {folder}" in dict(check(own, monkeypatch, runner=auto).plan)["begins"]
     one = {"model": {"tensor_model_parallel_size": 1, "precision": "fp32"}}
     assert "was saved with tensor_model_parallel_size 2" in texts(check(own, monkeypatch, runner=auto, actor=one))
     (folder / "data").mkdir()

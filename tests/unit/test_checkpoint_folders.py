@@ -76,14 +76,17 @@ def test_the_checkpoint_just_written_is_kept_whatever_later_ones_lie_there(tmp_p
 
 
 def test_later_checkpoints_of_another_history_are_set_aside_and_not_lost(tmp_path):
-    for step in (2, 4, 6):
-        publish_checkpoint(staged(tmp_path, step, content=str(step)))
-    final = publish_checkpoint(staged(tmp_path, 3))
-    aside = set_aside_later(tmp_path, 2, but=final)
-    assert latest_checkpoint(tmp_path) == final
-    assert [(p.name, (p / "content").read_text()) for p in aside] == [
-        (".global_step_4.superseded", "4"),
-        (".global_step_6.superseded", "6"),
+    for run in "ab":
+        for step in (2, 4, 6):
+            publish_checkpoint(staged(tmp_path, step, content=f"{run}{step}"))
+        aside = set_aside_later(tmp_path, 2)
+        assert [(path / "content").read_text() for path in aside] == [f"{run}4", f"{run}6"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "global_step_2"
+    assert [(path.name, (path / "content").read_text()) for path in sorted(tmp_path.glob(".*"))] == [
+        (".global_step_4.superseded", "a4"),
+        (".global_step_4.superseded.1", "b4"),
+        (".global_step_6.superseded", "a6"),
+        (".global_step_6.superseded.1", "b6"),
     ]
 
 

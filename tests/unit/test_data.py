@@ -239,7 +239,9 @@ def test_special_tokens_are_added_exactly_once() -> None:
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_interrupted_loader_continues_as_if_nothing_had_happened(stop_after: int, num_workers: int, tmp_path: Path) -> None:
-    def loader() -> PromptLoader:
+    """Also with another number of loading processes than before."""
+
+    def loader(num_workers: int = 0) -> PromptLoader:
         return PromptLoader(dataset(), 3, num_epochs=3, seed=7, num_workers=num_workers)
 
     whole = indices(loader())
@@ -247,7 +249,7 @@ def test_an_interrupted_loader_continues_as_if_nothing_had_happened(stop_after: 
     interrupted = loader()
     before = indices(islice(iter(interrupted), stop_after)) if stop_after else []
     torch.save(interrupted.state_dict(), tmp_path / "data.pt")
-    resumed = loader()
+    resumed = loader(num_workers)
     resumed.load_state_dict(torch.load(tmp_path / "data.pt", weights_only=True))
     assert before + indices(resumed) == whole
 
@@ -273,6 +275,9 @@ def test_a_position_may_be_continued_with_more_epochs_but_not_in_other_data() ->
     assert head + indices(longer) == indices(PromptLoader(dataset(), 3, num_epochs=2, seed=7))
     with pytest.raises(CheckpointError, match="rollout_batch_size 3 -> 2"):
         PromptLoader(dataset(), 2, seed=7).load_state_dict(state)
+    others = PromptDataset([Problem(f"{i}+{i}=", ("0",)) for i in range(10)], TOKENIZER, PromptForm(max_prompt_length=8))
+    with pytest.raises(CheckpointError, match=r"problems [0-9a-f]+ -> [0-9a-f]+"):
+        PromptLoader(others, 3, seed=7).load_state_dict(state)
     with pytest.raises(CheckpointError, match="num_problems 10 -> 9"):
         PromptLoader(dataset(9), 3, seed=7).load_state_dict(state)
 

@@ -22,7 +22,7 @@ from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
-from workers.metrics import MetricsLog, read_metrics
+from workers.metrics import MetricsLog, check_loggers, read_metrics
 from workers.rollout_metrics import rollout_metrics
 from workers.screen import Screen, summary_rows
 
@@ -57,22 +57,39 @@ def test_the_resolved_config_is_written_and_loads_again(tmp_path: Path) -> None:
     assert load_config(OmegaConf.load(tmp_path / "config.yaml")) == config  # type: ignore[arg-type]
 
 
-def test_a_resumed_run_drops_the_lines_it_repeats_and_appends(tmp_path: Path) -> None:
-    with MetricsLog(logger_config(tmp_path), {}) as log:
-        for step in (1, 2, 3):
+def test_a_resumed_run_keeps_the_lines_it_repeats_aside_and_appends(tmp_path: Path) -> None:
+    with MetricsLog(logger_config(tmp_path), {"lr": 1}) as log:
+        for step in (1, 2, 3, 4):
             log.log(step, {"rollout/reward_scores": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rollou')  # killed while writing
-    with MetricsLog(logger_config(tmp_path), {}, start_step=2) as log:
-        log.log(3, {"rollout/reward_scores": 30.0})
-    assert [line["rollout/reward_scores"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
+        file.write('{"step": 5, "rollou')  # killed while writing
+    for number, repeated in ((1, [3, 4]), (2, [3])):
+        with MetricsLog(logger_config(tmp_path), {"lr": number + 1}, start_step=2) as log:
+            aside = tmp_path / f"metrics.{number}.jsonl"
+            (note,) = log.notes
+            assert note == f"metrics of steps {repeated[0]} to {repeated[-1]}, which this run repeats, are kept in {aside}"
+            assert [json.loads(line)["step"] for line in aside.read_text().splitlines()] == repeated
+            log.log(3, {"rollout/reward_scores": 30.0 * number})
+        assert [line["rollout/reward_scores"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0 * number]
+    configs = [(tmp_path / name).read_text() for name in ("config.yaml.1", "config.yaml.2", "config.yaml")]
+    assert configs == ["lr: 1\n", "lr: 2\n", "lr: 3\n"]
 
 
-def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
-    with MetricsLog(logger_config(tmp_path), {}) as log:
-        log.log(1, {"a": 1.0})
-    MetricsLog(logger_config(tmp_path), {}).close()
-    assert read_metrics(tmp_path) == []
+def test_a_start_that_fails_for_its_logger_leaves_the_lines_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' * 33)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):
+        check_loggers(logger_config(tmp_path, "wandb"))
+    with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):
+        MetricsLog(logger_config(tmp_path, "wandb"), {})
+    assert len(read_metrics(tmp_path)) == 33
+
+
+@pytest.mark.parametrize("line", ["{", '{"step": null}', "[1]", "{}"])
+def test_a_line_that_is_no_metrics_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2 is no line of metrics"):
+        read_metrics(tmp_path)
 
 
 def test_tensorboard_numbers_optimizer_updates(tmp_path: Path) -> None:

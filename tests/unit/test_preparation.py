@@ -15,8 +15,9 @@ import torch
 from rlsync.errors import CheckpointError, ConfigError
 from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, load_config
-from workers.preparation import prepare
-from workers.resume import DATA_STATE
+from workers.preparation import Preparation
+from workers.preparation import prepare as prepare_from
+from workers.resume import DATA_STATE, find_beginning
 
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=1
@@ -45,6 +46,10 @@ def config(world: Path, root: Path, **sections: dict[str, Any]) -> RunConfig:
     return load_config(values)
 
 
+def prepare(config: RunConfig) -> Preparation:
+    return prepare_from(config, find_beginning(config))
+
+
 def checkpoint(root: Path, step: int, *parts: str) -> Path:
     """The names of a checkpoint; nobody reads further here."""
     folder = root / "run" / "checkpoints" / f"global_step_{step}"
@@ -59,7 +64,7 @@ TP2_SHARDS = ("iter_0000003/mp_rank_00", "iter_0000003/mp_rank_01")
 
 def test_a_fresh_run_starts_at_the_first_step(world, tmp_path) -> None:
     prepared = prepare(config(world, tmp_path))
-    assert (prepared.resume, prepared.start_step, prepared.notes) == (None, 0, ())
+    assert (prepared.beginning.resume, prepared.beginning.step, prepared.notes) == (None, 0, ())
     assert len(prepared.loader) == 64 // 4 and prepared.stop_ids == (2,)
 
 
@@ -75,7 +80,7 @@ def test_a_checkpoint_that_was_cut_short_is_refused_and_not_chosen(world, tmp_pa
     (folder / "actor" / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         prepare(config(world, tmp_path, runner={"resume_dir": str(folder)}))
-    assert prepare(config(world, tmp_path, runner={"resume_dir": "auto"})).resume is None
+    assert prepare(config(world, tmp_path, runner={"resume_dir": "auto"})).beginning.resume is None
 
 
 def test_another_layout_is_refused_with_both_sizes(world, tmp_path) -> None:
@@ -88,7 +93,7 @@ def test_auto_takes_the_newest_and_says_that_its_data_position_is_missing(world,
     checkpoint(tmp_path, 2, "iter_0000002/mp_rank_00", "iter_0000002/mp_rank_01")
     folder = checkpoint(tmp_path, 3, *TP2_SHARDS)
     prepared = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
-    assert (prepared.resume, prepared.start_step) == (folder, 3)
+    assert (prepared.beginning.resume, prepared.beginning.step) == (folder, 3)
     assert [note.split(":")[0] for note in prepared.notes] == ["warning"] and "data" in prepared.notes[0]
 
 
@@ -96,7 +101,7 @@ def test_auto_takes_the_newest_and_says_that_its_data_position_is_missing(world,
 def test_hf_weights_alone_are_resumed_under_any_layout_with_a_warning(world, tmp_path, name) -> None:
     checkpoint(tmp_path, 5, name)
     prepared = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, model={"tensor_model_parallel_size": 1}))
-    assert prepared.start_step == 5 and "optimizer and schedule start anew at step 5" in prepared.notes[0]
+    assert prepared.beginning.step == 5 and "optimizer and schedule start anew at step 5" in prepared.beginning.notes[1]
 
 
 def test_the_data_goes_on_where_it_was_and_other_data_is_refused(world, tmp_path) -> None:
@@ -119,7 +124,7 @@ def test_without_hf_weights_a_run_needs_a_checkpoint_that_is_there(world, tmp_pa
     with pytest.raises(ConfigError, match=r"megatron_checkpoint is required if use_hf_ckpt is False.*found no complete checkpoint"):
         prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"}))
     checkpoint(tmp_path, 3, *TP2_SHARDS)
-    assert prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"})).start_step == 3
+    assert prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"})).beginning.step == 3
     with pytest.raises(ConfigError, match="kl_beta is not 0"):
         prepare(config(world, tmp_path, megatron=without, runner={"resume_dir": "auto"}, algorithm={"kl_beta": 0.1}))
     with pytest.raises(CheckpointError, match="is missing"):

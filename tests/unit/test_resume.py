@@ -1,0 +1,118 @@
+"""Claims about where a run begins: what may change since the checkpoint, what may not, and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsync.errors import CheckpointError
+from tests.unit.test_preparation import TP2_SHARDS, checkpoint, config, world  # noqa: F401
+from workers.config import describe_config
+from workers.model_folder import read_hf_config
+from workers.resume import DATA_STATE, RULES, Rule, check_model, check_ranks, find_beginning, rule_of, write_settings
+
+
+@pytest.fixture
+def saved(world, tmp_path) -> Path:  # noqa: F811
+    """A checkpoint of step 3 with its settings and a data position; contents that nobody reads here are left out."""
+    folder = checkpoint(tmp_path, 3, *TP2_SHARDS)
+    write_settings(folder, config(world, tmp_path), read_hf_config(world / "model"), 2)
+    (folder / DATA_STATE).parent.mkdir()
+    (folder / DATA_STATE).touch()
+    return folder
+
+
+def begun(world: Path, root: Path, **sections: dict[str, Any]) -> Any:  # noqa: F811
+    sections["runner"] = {"resume_dir": "auto", **sections.get("runner", {})}
+    return find_beginning(config(world, root, **sections))
+
+
+def test_every_key_has_a_rule_and_every_rule_a_key() -> None:
+    keys = [key.name for key in describe_config()]
+    assert {rule_of(key) for key in keys} == set(Rule)
+    assert [prefix for prefix in RULES if not any(key == prefix or key.startswith(f"{prefix}.") for key in keys)] == []
+    with pytest.raises(KeyError):
+        rule_of("unheard.of")
+
+
+def test_the_same_settings_are_resumed_without_a_word_but_where_from(world, tmp_path, saved) -> None:  # noqa: F811
+    found = begun(world, tmp_path)
+    assert (found.resume, found.step, found.changed) == (saved, 3, ())
+    assert found.notes == (f"resuming after step 3 from {saved}",)
+
+
+def test_settings_that_hold_from_now_on_are_listed_with_both_sides(world, tmp_path, saved) -> None:  # noqa: F811
+    changes = {"optim": {"lr": 5e-6, "adam_beta2": 0.99}, "seed": 7}
+    values = config(world, tmp_path, algorithm={"kl_beta": 0.0, "group_size": 4}, rollout={"max_running_requests": 3}, actor=changes)
+    found = find_beginning(with_auto(values))
+    assert found.notes[1:] == (
+        "settings other than the checkpoint's, which hold from step 4 on:",
+        "  algorithm.group_size 2 -> 4",
+        "  actor.seed 1234 -> 7",
+        "  actor.optim.lr 1e-06 -> 5e-06",
+        "  actor.optim.adam_beta2 0.95 -> 0.99",
+        "  actor.lr_sched.max_lr 1e-06 -> 5e-06",
+    )
+    assert "actor.seed" in found.changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"rollout_batch_size": 8}}, r"data\.rollout_batch_size 4 -> 8.*remove .*data\.pt to start the data from the beginning"),
+        ({"actor": {"optim": {"use_distributed_optimizer": False}}}, r"use_distributed_optimizer True -> False.*no_load_optim=True"),
+        ({"model": {"precision": "bf16"}}, r"actor\.model\.precision fp32 -> bf16.*start a new run from .*actor/hf_model"),
+    ],
+)
+def test_settings_that_shaped_the_saved_state_are_refused(world, tmp_path, saved, changes, said) -> None:  # noqa: F811
+    with pytest.raises(CheckpointError, match=said):
+        find_beginning(with_auto(config(world, tmp_path, **changes)))
+
+
+def test_without_the_state_that_they_shaped_they_may_change(world, tmp_path, saved) -> None:  # noqa: F811
+    (saved / DATA_STATE).unlink()
+    changes = {"optim": {"use_distributed_optimizer": False}, "megatron": {"no_load_optim": True, "mbridge": True}}
+    found = find_beginning(with_auto(config(world, tmp_path, data={"rollout_batch_size": 8}, actor=changes)))
+    assert {"data.rollout_batch_size", "actor.optim.use_distributed_optimizer"} <= set(found.changed)
+    assert "optimizer and schedule start anew at step 3" in found.notes[1]
+
+
+def test_another_model_and_another_number_of_ranks_are_refused_with_both_sides(world, tmp_path, saved) -> None:  # noqa: F811
+    found = begun(world, tmp_path)
+    hf_config = read_hf_config(world / "model")
+    check_model(found, {**hf_config, "transformers_version": "another", "torch_dtype": "bfloat16"})
+    with pytest.raises(CheckpointError, match=r"another model than rollout\.model\.model_path: hidden_size 128 then, 256 now"):
+        check_model(found, {**hf_config, "hidden_size": 256})
+    check_ranks(found, 2)
+    with pytest.raises(CheckpointError, match=r"saved by 2 actor ranks, cluster\.component_placement gives this run 4"):
+        check_ranks(found, 4)
+
+
+def test_auto_that_finds_nothing_says_so(world, tmp_path) -> None:  # noqa: F811
+    (note,) = begun(world, tmp_path).notes
+    assert note == f"runner.resume_dir=auto: no complete checkpoint in {tmp_path}/run/checkpoints, so the run starts fresh"
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_under_is_resumed_with_a_warning(world, tmp_path, saved) -> None:  # noqa: F811
+    (saved / "run.json").unlink()
+    assert "run.json is missing" in begun(world, tmp_path).notes[1]
+    (saved / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        begun(world, tmp_path)
+
+
+@pytest.mark.parametrize("max_steps", [0, 3])
+def test_a_run_that_is_done_says_so_and_starts_and_changes_nothing(world, tmp_path, saved, capsys, max_steps) -> None:  # noqa: F811
+    from workers.grpo_runner import GrpoRunner  # here, because it imports Megatron
+
+    before = sorted(tmp_path.rglob("*"))
+    GrpoRunner(config(world, tmp_path, runner={"resume_dir": "auto", "max_steps": max_steps})).run()
+    said = f"runner.max_steps is {max_steps} and {saved} has done 3 steps: there is nothing to do, and nothing was started"
+    assert capsys.readouterr().out.splitlines()[-1] == said and sorted(tmp_path.rglob("*")) == before
+
+
+def with_auto(found: Any) -> Any:
+    return replace(found, runner=replace(found.runner, resume_dir="auto"))

@@ -1,0 +1,176 @@
+"""A run's results folder: one run at a time, nothing of an earlier run overwritten.
+
+Owns the lock, which start continues in place and which sets the earlier run aside as a whole, and the names of what is kept aside.
+Knows no metric and no Ray.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from rlsync.errors import ConfigError
+from workers.config import RunConfig
+from workers.resume import run_folder
+
+METRICS_FILE = "metrics.jsonl"
+_PROBE_BYTES = 2**16
+
+
+class ResultsFolder:
+    """The results folder of one run, claimed: no other run can start in it until ``close``. Use as a context manager.
+
+    Attributes:
+        path: ``<output_dir>/<experiment_name>``.
+        in_place: the run continues a checkpoint of this folder.
+        notes: what the user should know.
+    """
+
+    def __init__(self, config: RunConfig, resume: Path | None) -> None:
+        """Claim the folder. A run that does not continue in place finds it unused: what an earlier run left becomes ``<path>.<n>``.
+
+        Args:
+            resume: ``global_step_N`` folder that the run continues from, or None.
+
+        Raises:
+            ConfigError: the folder cannot be written, another run is in it, or this run reads files that would be set aside.
+        """
+        self.path = run_folder(config)
+        self.in_place = continues_in_place(config, resume)
+        self.notes: tuple[str, ...] = ()
+        self._lock = _locked(self.path)
+        try:
+            aside = becomes_of_earlier_run(config, resume)
+            if aside is not None:
+                self._set_aside(aside)
+            for folder in dict.fromkeys((self.path, _log_path(config))):
+                _probe(folder)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> ResultsFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the folder. Idempotent."""
+        self._lock.close()
+
+    def _set_aside(self, aside: Path) -> None:
+        os.rename(self.path, aside)
+        self.notes = (f"an earlier run is set aside: {self.path} is now {aside}",)
+        # A conversion says itself what it was made from, and takes long.
+        converted = Path("converted_ckpts")
+        if (aside / converted).is_dir():
+            self.path.mkdir()
+            os.rename(aside / converted, self.path / converted)
+
+
+def continues_in_place(config: RunConfig, resume: Path | None) -> bool:
+    """Whether ``resume`` is a checkpoint of this run's own results folder."""
+    return resume is not None and resume.resolve().parent == (run_folder(config) / "checkpoints").resolve()
+
+
+def becomes_of_earlier_run(config: RunConfig, resume: Path | None) -> Path | None:
+    """Where a start would move what the results folder holds; None where it holds no run, or the one that continues. Changes nothing.
+
+    Raises ConfigError where that cannot be.
+    """
+    folder, log_path = run_folder(config), _log_path(config)
+    if continues_in_place(config, resume):
+        return None
+    if not log_path.resolve().is_relative_to(folder.resolve()) and _holds_lines(log_path / METRICS_FILE):
+        raise ConfigError(f"runner.logger.log_path {log_path} holds {METRICS_FILE} of another run; name another folder, or move the file")
+    if not _is_used(folder, log_path):
+        return None
+    inputs = [path for path in _inputs(config, resume) if path.resolve().is_relative_to(folder.resolve())]
+    if inputs:
+        raise ConfigError(
+            f"{folder} holds an earlier run, which a fresh start sets aside, but this run reads {inputs[0]} in it; set another "
+            "runner.experiment_name, or runner.resume_dir to continue the earlier run"
+        )
+    return next_free(folder)
+
+
+def next_free(path: Path, suffix: str = "") -> Path:
+    """``<path>.<n><suffix>`` for the smallest n from 1 on that is not taken."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number}{suffix}")).exists():
+        number += 1
+    return free
+
+
+def _log_path(config: RunConfig) -> Path:
+    assert config.runner.logger.log_path is not None, "load_config derives it"
+    return Path(config.runner.logger.log_path).absolute()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """A lock beside ``folder``, held until it is closed; not inherited by child processes."""
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise ConfigError(f"{folder} is in use by a run ({owner}); wait for it, or set another runner.experiment_name") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _probe(folder: Path) -> None:
+    """Raise ConfigError unless ``folder`` exists or can be made, and takes a file of a few kilobytes."""
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"results cannot be written to {folder}: {error.strerror}; set runner.output_dir to another folder")
+
+
+def _is_used(folder: Path, log_path: Path) -> bool:
+    """Whether a run left results: metrics or checkpoints, complete or not. Logs of a start that failed are none."""
+    checkpoints = folder / "checkpoints"
+    return any(_holds_lines(place / METRICS_FILE) for place in (folder, log_path)) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _holds_lines(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _inputs(config: RunConfig, resume: Path | None) -> Sequence[Path]:
+    """Files and folders that the run reads and does not make itself."""
+    made = [Path(section.path).absolute() for section in (config.arithmetic, config.seeded_model) if section is not None]
+    actor, data = config.actor, config.data
+    named = [
+        config.rollout.model.model_path, actor.tokenizer.tokenizer_model, actor.megatron.ckpt_convertor.hf_model_path,
+        actor.model.megatron_checkpoint, *data.train_data_paths, *data.val_data_paths,
+        *(() if config.warm_start is None else config.warm_start.data_paths),
+    ]  # fmt: skip
+    paths = [Path(name).absolute() for name in named if name is not None] + ([] if resume is None else [resume])
+    return [path for path in paths if not any(path.is_relative_to(folder) for folder in made)]
