@@ -221,19 +221,7 @@ class AutoBridge:
         """
         if self.model.tied:
             stored = without_tied_head(stored, folder)
-        wanted = {t.name: t.shape for t in self.model.tensors()}
-        extra = {name for name in stored if name not in wanted and not self.model.is_ignored(name)}
-        missing = sorted(name for name in wanted if name not in stored)
-        wrong = [
-            f"{name}: expected {shape}, stored {stored[name].spec.shape}"
-            for name, shape in wanted.items()
-            if name in stored and stored[name].spec.shape != shape
-        ]
-        findings = [
-            f"{kind} {len(names)} tensors: {', '.join(names)}"
-            for kind, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrongly shaped", wrong))
-            if names
-        ]
+        findings = self.model.misfits({name: tensor.spec.shape for name, tensor in stored.items()})
         if findings:
             raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
         return stored

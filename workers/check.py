@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlsync.errors import ConfigError, RlsyncError
+from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.config import RunConfig, read_config, validate_model, validate_world
 from workers.model_folder import (
@@ -157,6 +158,23 @@ def check_model(config: RunConfig, report: Report) -> None:
     report.plan.append(("model", f"{model.architecture}, {model.num_layers} layers, {precision}, in {folder}{made}"))
 
 
+def check_weights(config: RunConfig, report: Report) -> None:
+    """The headers of the weight files that a run starts from; no tensor is read."""
+    actor = config.actor
+    folder = Path(str(actor.megatron.ckpt_convertor.hf_model_path))
+    if not actor.megatron.use_hf_ckpt or _will_be_made(config, folder) or not (folder / "config.json").is_file():
+        return
+    stored = report.take("weights", read_checkpoint, folder)
+    hf_config = report.take("model", read_hf_config, folder)
+    if stored is None or hf_config is None or check_config(hf_config):
+        return
+    model = model_of(hf_config)
+    # Whether a tied model's head is a copy of its embedding is known when it is read.
+    shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
+    for text in model.misfits(shapes):
+        report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
+
+
 def check_tokenizer(config: RunConfig, report: Report) -> None:
     """The tokenizer's files, its size beside the model's, end-of-sequence ids and the chat template."""
     folder, model = Path(str(config.actor.tokenizer.tokenizer_model)), Path(config.rollout.model.model_path)
@@ -229,7 +247,7 @@ def check_beginning(config: RunConfig, report: Report) -> None:
     report.plan.append(("begins", f"{start}; results go to {folder}"))
 
 
-GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_tokenizer, check_data, check_loggers, check_beginning)
+GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_weights, check_tokenizer, check_data, check_loggers, check_beginning)
 
 
 def count_gpus() -> int:

@@ -155,6 +155,15 @@ class Model:
                         seen.update((name, shape) for name, shape in self.bind(rule, layer).hf if name not in seen)
         return tuple(TensorSpec(name, dtype or self.dtype, shape) for name, shape in seen.items())
 
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What keeps tensors of these shapes, by HF name, from being this model's: missing, unexpected and wrongly shaped ones."""
+        wanted = {t.name: t.shape for t in self.tensors()}
+        missing = sorted(name for name in wanted if name not in shapes)
+        extra = sorted(name for name in shapes if name not in wanted and not self.is_ignored(name))
+        wrong = [f"{name}: expected {shape}, stored {shapes[name]}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+        kinds = (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong))
+        return [f"{kind} {len(names)} tensors: {', '.join(names)}" for kind, names in kinds if names]
+
     def is_ignored(self, hf_name: str) -> bool:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.family.ignored)
 

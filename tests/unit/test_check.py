@@ -117,6 +117,19 @@ def test_broken_files_of_the_model_are_findings(own, monkeypatch, name, content,
     assert part in texts(check(own, monkeypatch))
 
 
+def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> None:
+    weights = own / "model/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "truncated safetensors file" in texts(check(own, monkeypatch))
+    (own / "model/model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    assert "model.safetensors.index.json" in texts(check(own, monkeypatch))
+    (own / "model/model.safetensors.index.json").unlink()
+    weights.write_bytes(whole)
+    edit(own / "model/config.json", num_hidden_layers=4, layer_types=["full_attention"] * 4, max_window_layers=4)
+    assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in texts(check(own, monkeypatch))
+
+
 def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:
     edit(own / "model/config.json", max_position_embeddings=12)
     assert "runner.seq_length (16) exceeds max_position_embeddings (12)" in texts(check(own, monkeypatch))
