@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
-import functools
 import json
-import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,10 +19,15 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, Protocol
 
+from tests.forking import CAN_FORK, ForkedProcess
+
 REPO = Path(__file__).resolve().parents[1]
-# A rank imports Megatron for 5 s. Ranks of these modules are forked from one process that has done so; it has no threads and nothing else.
-# Not those that import vLLM, which reads the environment when it is imported.
-_FORKED = tuple(f"tests.integration.{name}_ranks" for name in ("actor", "agreement", "bridge", "checkpoint", "megatron", "offload"))
+# Ranks of these modules import Megatron and not vLLM. They are forked from one process that has done so.
+_WITH_MEGATRON = tuple(
+    f"tests.integration.{name}_ranks" for name in ("actor", "agreement", "bridge", "checkpoint", "freshness", "megatron", "offload")
+)
+# These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
+_WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "recorder_claims", "sink_engines"))
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"
 
 
@@ -45,8 +47,7 @@ def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float =
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
-    # A process that was forked from one that asked for GPUs has none.
-    start = _fork if module in _FORKED and shutil.which("nvidia-smi") is None else _execute
+    start = _fork if CAN_FORK and module in (*_WITH_MEGATRON, *_WITH_VLLM) else _execute
     with ExitStack() as stack:
         arguments = stack.enter_context(NamedTemporaryFile("w", suffix=".json"))
         json.dump(kwargs, arguments)
@@ -95,16 +96,18 @@ class _Forked:
 
 
 def _fork(entry: tuple[str, str, str], environment: dict[str, str], log: IO[str]) -> _Rank:
-    process = _forking().Process(target=_be_rank, args=(entry, environment, log.name))
+    kind = _MegatronRank if entry[0] in _WITH_MEGATRON else _VllmRank
+    process = kind(target=_be_rank, args=(entry, environment, log.name))
     process.start()
     return _Forked(process)
 
 
-@functools.cache
-def _forking() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_FORKED))
-    return context
+class _MegatronRank(ForkedProcess):
+    preload = _WITH_MEGATRON
+
+
+class _VllmRank(ForkedProcess):
+    preload = ("tests.integration.warm_vllm", *_WITH_VLLM)
 
 
 def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:

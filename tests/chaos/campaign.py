@@ -40,11 +40,12 @@ def main() -> int:
     if _INSIDE not in os.environ:
         _enter_namespaces()
     from tests.chaos.leaks import adopt_orphans
+    from tests.forking import forked_engines
     from tests.integration.engine_source import ENGINE_ENV
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **ENGINE_ENV}
     adopt_orphans()
-    with TemporaryDirectory(prefix="chaos-") as folder:
+    with TemporaryDirectory(prefix="chaos-") as folder, forked_engines():
         return _run(options, Path(folder))
 
 
@@ -54,6 +55,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what is left to chance follows from it; now by default")
     parser.add_argument("--only", type=int, help="cause this draw of the seed alone")
     parser.add_argument("--timeout", type=float, default=5.0, help="deadline of each phase of a sync, in seconds")
+    parser.add_argument("--slack", type=float, default=4.0, help="what a call may take beyond that on this machine, in seconds")
     parser.add_argument("--engine-starts", type=int, help="leave out faults that cost more engines than this")
     parser.add_argument("--tp2", action="store_true", help="the second engine has two workers")
     parser.add_argument("--json", type=Path, help="write what happened to this file")
@@ -86,7 +88,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     chosen = _chosen(options)
     say(f"seed {options.seed}: {len(chosen)} faults, deadline {options.timeout:g} s")
     folders = {letter: save_tiny_model(folder / letter, "qwen2", seed=seed) for letter, seed in (("a", 1), ("b", 2))}
-    runner = Runner(folders, {"left": 1, "right": 2 if options.tp2 else 1}, options.timeout, say)
+    runner = Runner(folders, {"left": 1, "right": 2 if options.tp2 else 1}, options.timeout, options.slack, say)
     say("two engines answer")
     steps: list[Step] = []
     violation = None

@@ -16,6 +16,8 @@ SHM = Path("/dev/shm")
 _SHM_PREFIXES = ("rlsync-ring-", ".rlsync-ring-", "vllm_dist_", "psm_")
 _PR_SET_CHILD_SUBREAPER = 36
 _SETTLE_S = 15.0
+# Of multiprocessing: they end with this process.
+_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def adopt_orphans() -> None:
@@ -114,7 +116,7 @@ def _strays(owned: set[int]) -> list[str]:
     return [
         f"process {p.pid} ({' '.join(_command(p))}) belongs to nobody"
         for p in psutil.Process().children(recursive=True)
-        if p.pid not in owned and alive(p) and "multiprocessing.resource_tracker" not in " ".join(_command(p))
+        if p.pid not in owned and alive(p) and not any(name in " ".join(_command(p)) for name in _HELPERS)
     ]
 
 

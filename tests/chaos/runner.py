@@ -23,8 +23,6 @@ from tests.chaos.leaks import Leaks, Ports
 from tests.chaos.rank import Ended
 from tests.chaos.tap import Tap, Trap
 
-# Beside the deadline of a phase and what a peer grants the coordinator: for a machine that has other things to do.
-SLACK_S = 4.0
 # Of connections that nothing is asked of but to succeed: an engine that was stopped goes through what it missed first.
 _HEAL_TIMEOUT_S = 60.0
 _MOST_ENGINES = 2
@@ -54,13 +52,16 @@ class Runner:
     """A campaign's world: engines, actors and the version that all engines serve.
 
     Attributes:
-        limit_s: what any living rank's call may take from the fault on.
+        limit_s: what any living rank's call may take from the fault on: the deadline of a phase, what a peer grants the coordinator, and
+            ``slack_s`` for a machine that has other things to do.
         joined: engines that came while training went on.
     """
 
-    def __init__(self, folders: dict[str, Path], tp_sizes: dict[str, int], timeout_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folders: dict[str, Path], tp_sizes: dict[str, int], timeout_s: float, slack_s: float, say: Callable[[str], None]
+    ) -> None:
         self._timeout_s, self._say = timeout_s, say
-        self.limit_s = timeout_s + GRACE_S + SLACK_S
+        self.limit_s = timeout_s + GRACE_S + slack_s
         self._leaks, self._tap = Leaks(), Tap()
         self.engines = Engines(folders, tp_sizes, self._leaks)
         self._actors = Actors(folders)

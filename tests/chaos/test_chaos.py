@@ -15,9 +15,10 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_short_campaign_finds_no_broken_promise(tmp_path: Path) -> None:
-    """Deadlines of 10 s: a busy machine connects late, which is no finding."""
+    """Ten kinds of faults in seven phases. A busy machine is late for its deadlines, which is no finding."""
     record = tmp_path / "campaign.json"
-    command = [sys.executable, "-m", "tests.chaos.campaign", "--faults", "10", "--seed", "5", "--timeout", "10", "--engine-starts", "2"]
+    command = [sys.executable, "-m", "tests.chaos.campaign", "--faults", "10", "--seed", "72", "--timeout", "6", "--slack", "60"]
+    command += ["--engine-starts", "1"]
     done = subprocess.run([*command, "--json", str(record)], cwd=REPO, capture_output=True, text=True, timeout=650)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     found = json.loads(record.read_text())

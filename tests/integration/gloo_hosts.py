@@ -21,12 +21,13 @@ from typing import Any
 from rlsync.engine.handle import Completion, Engine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
+from tests.forking import forked_engines
 from tests.integration import far_engine, hosts
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.far_engine import FarEngine
 
 NEAR, FAR = "10.77.0.1", "10.77.0.2"
-TIMEOUT_S = 12.0
+TIMEOUT_S = 8.0
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 
@@ -36,7 +37,8 @@ Facts = dict[str, Any]
 def start(engine_id: str, folder: str) -> Engine:
     args = {"model": folder, "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
     engine = Engine(engine_id, {**args, "max_num_seqs": 8})
-    engine.start()
+    with forked_engines():
+        engine.start()
     return engine
 
 
@@ -160,7 +162,7 @@ def _fault(
     refusal = _refusal(far_engine)
     if mend is not None:
         mend()
-    _wait_for(lambda: "update_weights" in far_engine.took_s, 2 * TIMEOUT_S)
+    _wait_for(lambda: "update_weights" in far_engine.took_s, 10 * TIMEOUT_S)
     return {
         "seconds": took_s, "error": None if error is None else {"text": str(error), "phase": error.phase, "engine": error.engine},
         "refusal": refusal, "far seconds": far_engine.took_s.get("update_weights"),

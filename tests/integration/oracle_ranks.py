@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync.inspection import inspect_engines
 from rlsync.transport.agreement import gather_bytes
+from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.models import VOCAB_SIZE
 
@@ -44,7 +44,7 @@ def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **option
             "disable_log_stats": True, **options,
         },
     )  # fmt: skip
-    with contextlib.nullcontext() if gpus is None else only_gpus(gpus):
+    with forked_engines() if gpus is None else only_gpus(gpus):
         made.start()
     return made
 

@@ -27,7 +27,7 @@ def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path:
     mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | shared_segments(children)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     for child in alive:
         child.kill()
     assert len(children) >= 3
@@ -42,8 +42,8 @@ def test_a_process_ends_with_its_owner_and_not_with_a_namesake_on_another_host(m
     owner.declare()
     declared = os.environ[owner._VARIABLE]
     monkeypatch.setenv(owner._VARIABLE, declared.replace(str(os.getpid()), str(gone.pid), 1))
-    code = "import time; from rlsync.engine import owner; owner.watch(); owner.watch(); time.sleep(2)"
-    watching = subprocess.Popen([sys.executable, "-c", code])
+    code = "import sys, time; from rlsync.engine import owner; owner.watch(); owner.watch(); time.sleep(float(sys.argv[1]))"
+    watching = subprocess.Popen([sys.executable, "-c", code, "60"])
     monkeypatch.setenv(owner._VARIABLE, f"{gone.pid}@elsewhere")
-    far = subprocess.Popen([sys.executable, "-c", code])
-    assert (watching.wait(30), far.wait(30)) == (-15, 0)
+    far = subprocess.Popen([sys.executable, "-c", code, "2"])
+    assert (watching.wait(60), far.wait(60)) == (-15, 0)

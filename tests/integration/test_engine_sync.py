@@ -21,6 +21,7 @@ from tests.integration.tiny_engines import (
     Answers,
     TwoRanks,
     assert_refuses,
+    await_tokens,
     one_rank,
     same,
     transformers_answers,
@@ -141,7 +142,7 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
         syncer.sync(1)
         syncer._source.take(read_folder(tiny_folders["b"]))  # type: ignore[attr-defined]
         kept = pool.submit(engine.generate, PROMPTS, long)
-        time.sleep(0.1)
+        await_tokens(engine, len(PROMPTS))
         asked = threading.Event()
 
         def ask(bucket: int) -> None:

@@ -18,14 +18,13 @@ import pytest
 
 from rlsync.engine.handle import Engine
 from rlsync.errors import WeightSyncError
+from tests.deadlines import ended_before, ended_by
 from tests.integration.engine_source import call_on_fill, read_folder
 from tests.integration.tiny_engines import GREEDY, PROMPTS, TwoRanks, assert_refuses, same, transformers_answers, worker_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TIMEOUT_S = 10.0
-# Beyond the deadline: the grace of a peer's own, and a busy machine.
-SLACK_S = 6.0
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +105,9 @@ def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
 ) -> None:
     ranks = two_ranks("llama", "tp2")
     call_on_fill(ranks.syncer, lambda at: os.kill(ranks.process.pid, signal.SIGSTOP) if at == bucket else None)
-    started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
-    with pytest.raises(WeightSyncError, match="actor rank 1") as raised:
+    with ended_by(TIMEOUT_S), pytest.raises(WeightSyncError, match="actor rank 1") as raised:
         ranks.syncer.sync(1)
-    assert time.monotonic() - started_s < TIMEOUT_S + SLACK_S
     for engine in engines.values():
         assert_refuses(engine, "actor rank 1")
     os.kill(ranks.process.pid, signal.SIGCONT)
@@ -146,11 +143,9 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(engines: dict[str, Engin
             time.sleep(2)
 
     call_on_fill(ranks.syncer, let_go)
-    started_s = time.monotonic()
     ranks.pipe.send(("sync", 1))
-    with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
+    with ended_by(4.0), pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
         ranks.syncer.sync(1)
-    assert time.monotonic() - started_s < 4.0 + SLACK_S
     ranks.close()
     # Engines that still were inside would not answer a new connection before its deadline.
     two_ranks("llama", "tp2").sync(1)
@@ -166,12 +161,11 @@ def test_a_stopped_worker_is_found_by_the_deadline(
     ranks = two_ranks("llama", "tp2")
     worker = worker_of(engines["llama"])
     call_on_fill(ranks.syncer, lambda at: worker.suspend() if at == 2 else None)
-    started_s = time.monotonic()
-    error, answer = ranks.both("sync", 1)
+    with ended_by(TIMEOUT_S):
+        error, answer = ranks.both("sync", 1)
     worker.resume()
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
-    assert time.monotonic() - started_s < TIMEOUT_S + SLACK_S
     assert (error.engine, error.phase) == ("llama", "transfer")
     for engine in engines.values():
         assert_refuses(engine, "engine llama worker 0")
@@ -181,14 +175,13 @@ def test_a_killed_worker_is_found_at_once_and_nothing_is_left_behind(
     engines: dict[str, Engine], tiny_engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]
 ) -> None:
     """No engine of the session is needed after it."""
-    ranks = two_ranks("llama", "tp2")
+    ranks = two_ranks("llama", "tp2", timeout_s=60.0)
     worker = worker_of(engines["tp2"])
     call_on_fill(ranks.syncer, lambda at: worker.kill() if at == 2 else None)
-    started_s = time.monotonic()
-    error, answer = ranks.both("sync", 1)
+    with ended_before(60.0):
+        error, answer = ranks.both("sync", 1)
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
-    assert time.monotonic() - started_s < TIMEOUT_S
     assert error.engine == "tp2"
     ranks.close()
     with ThreadPoolExecutor(2) as pool:

@@ -71,7 +71,7 @@ def exit_code(process: subprocess.Popen, family: list[psutil.Process]) -> int:
     """That of a run that was struck, once nothing of it is left."""
     # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
     code = process.wait(90)
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, [p.cmdline() for p in alive]
     assert rings_of(family) == []
     return code

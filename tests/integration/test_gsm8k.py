@@ -7,7 +7,6 @@ The data is not part of this repository: ``RLSYNC_GSM8K_DIR``, or ``../shared/da
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +53,6 @@ def test_every_problem_is_read_with_a_numeric_reference(problems: list[Problem])
 
 
 def test_every_reference_answer_is_correct_and_every_perturbed_one_is_not(problems: list[Problem], pool: VerifierPool) -> None:
-    started_s = time.monotonic()
     forms = (r"So we get \boxed{%s}.", "The answer is %s.", "#### %s")
     responses = [forms[i % len(forms)] % problem.answers[0] for i, problem in enumerate(problems)]
     references = [problem.answers for problem in problems]
@@ -64,7 +62,6 @@ def test_every_reference_answer_is_correct_and_every_perturbed_one_is_not(proble
     judged = pool.check(wrong, references)
     assert [(wrong[i], problems[i]) for i, correct in enumerate(judged) if correct] == []
     assert pool.num_replaced == 0
-    assert time.monotonic() - started_s < 60
 
 
 def test_template_filter_and_loader_take_all_problems(problems: list[Problem]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import time
 import urllib.error
@@ -37,6 +38,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 # More than three blocks of the prefix cache.
 LONG_PROMPT = tuple((7 * i) % 131 for i in range(100))
 BLOCK_SIZE = 32
+NUM_RUNNING = 4
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def url(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "block_size": BLOCK_SIZE, "uvicorn_log_level": "warning"}
+    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": NUM_RUNNING, "block_size": BLOCK_SIZE}
+    options["uvicorn_log_level"] = "warning"
     scratch = tmp_path_factory.mktemp("server")
     with serve(folders["a"], scratch, skip_tokenizer_init=True, enforce_eager=True, api_key=API_KEY, **options) as (url, process):
         try:
@@ -87,6 +90,19 @@ def complete(url: str, prompt: tuple[int, ...], timeout_s: float = 30.0, **field
     """The first choice that a client of the server gets."""
     body = {"prompt": list(prompt), "return_token_ids": True, "ignore_eos": True, **fields}
     return ask(url, "POST", "/v1/completions", body, timeout_s)["choices"][0]
+
+
+def await_requests(url: str, *, running: int, waiting: int) -> None:
+    """Return when the server says that so many requests run and so many wait in its queue."""
+    wanted, deadline_s = {"running": running, "waiting": waiting}, time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        found = {name: sum(map(float, re.findall(rf"^vllm:num_requests_{name}{{.*}} (.*)$", text, re.MULTILINE))) for name in wanted}
+        if found == wanted:
+            return
+        assert time.monotonic() < deadline_s, (found, text)
+        time.sleep(0.01)
 
 
 def answers_like(engine: HttpEngine, folder: Path) -> bool:
@@ -149,9 +165,9 @@ def test_requests_in_flight_are_aborted_with_the_tokens_they_have(url: str, engi
     with syncer, ThreadPoolExecutor(3) as pool:
         mine = pool.submit(engine.generate, PROMPTS, {**GREEDY, "max_tokens": 500})
         theirs = pool.submit(complete, url, PROMPTS[0], temperature=0, max_tokens=500)
-        time.sleep(0.3)
+        await_requests(url, running=NUM_RUNNING, waiting=0)
         queued = pool.submit(engine.generate, PROMPTS[:2], GREEDY)
-        time.sleep(0.1)
+        await_requests(url, running=NUM_RUNNING, waiting=2)
         syncer.sync(1)
         choice, completions = theirs.result(30), [completion for (completion,) in mine.result(30)]
         assert [(c.finish_reason, c.token_ids, c.logprobs) for (c,) in queued.result(30)] == [("abort", (), ())] * 2
@@ -188,7 +204,7 @@ def test_a_server_whose_sync_failed_stays_paused_until_a_complete_one(url: str, 
 def test_a_server_whose_actor_was_killed_in_mid_sync_answers_nobody_until_a_complete_sync(
     url: str, engine: HttpEngine, folders: dict[str, Path]
 ) -> None:
-    timeout_s = 2.0
+    timeout_s = 4.0
     actor = start_doomed_actor(url, API_KEY, folders["b"], timeout_s)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(complete, url, PROMPTS[0], timeout_s=60, temperature=0, max_tokens=12)
@@ -234,7 +250,7 @@ def test_a_failed_connection_pauses_a_server_that_served(url: str, engine: HttpE
         WeightSyncer(FolderSource(tensors), [engine], SyncConfig(timeout_s=30.0)).connect()
     with pytest.raises(EngineDirtyError, match="its connection to the actor failed"):
         engine.generate(PROMPTS, GREEDY)
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while not ask(url, "GET", "/is_paused")["is_paused"]:
         assert time.monotonic() < deadline_s
     syncer, _ = connected(engine, folders["b"])
