@@ -11,12 +11,13 @@ TYPED := $(wildcard rlsync workers)
 LANES ?= $(if $(shell command -v nvidia-smi),0,2)
 IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder
 
-.PHONY: help setup test test-unit test-all chaos lint format
+.PHONY: help setup test test-unit test-busy test-all chaos lint format
 
 help:
 	@echo "make setup      make or complete .venv"
 	@echo "make test       lint, then all tests; those that need GPUs say so and skip where there are none"
 	@echo "make test-unit  the tests that need no process group, vLLM or Ray: a minute"
+	@echo "make test-busy  the same beside two busy loops on every core: what then fails, fails on a busy machine"
 	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
 	@echo "make lint       ruff, mypy and the layering test"
 	@echo "make format     rewrite the sources as ruff formats them"
@@ -28,6 +29,11 @@ test: lint test-all
 
 test-unit:
 	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) tests/unit
+
+BUSY ?= tests/unit
+test-busy:
+	@$(SETUP); for _ in $$(seq $$((2 * $$(nproc)))); do "$$PYTHON" -c 'while True: pass' & done; trap 'kill $$(jobs -p)' EXIT; \
+	"$$PYTHON" -m pytest $(IN_LANES) $(BUSY)
 
 # pytest fails by itself when it collects nothing. Unit tests come last: many small files fill up both lanes.
 test-all:

@@ -31,6 +31,24 @@ SHARED = {
     "tests/integration/test_engine_sync_faults.py": "tests/integration/test_engine_sync.py",
     "tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py",
 }
+# Files that take a minute or more, or whose group does, the longest first: else one lane works on the last of them alone.
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "integration/test_engine_sync",
+        "integration/test_grpo",
+        "chaos/test_chaos",
+        "integration/test_http_engine",
+        "integration/test_pause_modes",
+        "integration/test_oracle",
+        "integration/test_bench",
+        "integration/test_gloo_hosts",
+        "integration/test_actor",
+        "integration/test_sinks",
+        "integration/test_engine_state_hash",
+        "integration/test_recorder",
+    )
+)
 
 
 def _gpu_lack(count: int) -> str | None:
@@ -44,7 +62,11 @@ def _gpu_lack(count: int) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``@pytest.mark.gpu`` or ``@pytest.mark.gpu(2)``: the number of CUDA devices the test needs, 1 by default."""
+    """Long files first. ``@pytest.mark.gpu`` or ``@pytest.mark.gpu(2)``: the number of CUDA devices the test needs, 1 by default."""
+    places = {file: place for place, file in enumerate(LONGEST)}
+    files = [item.nodeid.partition("::")[0] for item in items]
+    order = sorted(range(len(items)), key=lambda i: places.get(SHARED.get(files[i], files[i]), len(LONGEST)))
+    items[:] = [items[i] for i in order]
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is None:
