@@ -1,4 +1,4 @@
-"""A process that owns a real engine with two workers, to be killed."""
+"""A process that owns a real engine, to be killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlsync.engine.handle import Engine
 
 def main(folder: str) -> None:
     args = {"model": folder, "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
-    engine = Engine("owned", {**args, "tensor_parallel_size": 2})
+    engine = Engine("owned", args)
     engine.start()
     print("started", flush=True)
     time.sleep(600)

@@ -30,7 +30,7 @@ def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path:
     _, alive = psutil.wait_procs(children, timeout=60)
     for child in alive:
         child.kill()
-    assert len(children) >= 3
+    assert len(children) >= 2, "a core and its worker"
     assert [child.pid for child in alive] == []
     assert [path for path in mapped if os.path.exists(path)] == []
 
