@@ -31,6 +31,7 @@ from workers.algorithms import correct_importance
 from workers.config import RunConfig
 from workers.initial_weights import load_initial_weights
 from workers.logs import keep_own_log
+from workers.memory import device_memory_gb, host_memory_gb
 from workers.objective import PolicyObjective, update_metrics
 from workers.rollout import RayEngine
 from workers.rollout_metrics import LogprobDifference
@@ -141,6 +142,16 @@ class ActorRank:
     def onload(self, parts: Sequence[Part]) -> int:
         """Move them to the device again; returns the bytes."""
         return self._memory.onload(*parts)
+
+    def memory(self) -> dict[str, float]:
+        """Metrics of the memory that this rank takes, in 10^9 bytes: on the host now, on its GPU at most since the last call."""
+        found = {"perf/actor_host_memory_gb": host_memory_gb()}
+        if compute_device().type == "cuda":
+            found["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            found["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+        device = device_memory_gb()
+        return found if device is None else {**found, "perf/device_memory_gb": device}
 
     # Sync.
 

@@ -6,6 +6,7 @@ Owns their number and layout. Knows no step, no data and no reward.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
@@ -19,8 +20,9 @@ from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.config import RunConfig, validate_world
+from workers.memory import largest
 from workers.placement import actor_topology, resolve_placement
-from workers.remote import Worker, collect
+from workers.remote import Call, Worker, collect
 from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arguments
 from workers.turns import Part, plan_turns
 
@@ -61,12 +63,23 @@ class Crew:
         )
 
     @property
+    def num_devices(self) -> int:
+        """Devices, or process slots, that ranks and engines are on."""
+        return len({*self._placement.actor, *self._placement.rollout})
+
+    @property
     def engine_ids(self) -> tuple[str, ...]:
         """As in the errors of a sync."""
         return tuple(handle.engine_id for handle in self._handles)
 
-    def start(self, *, load_initial: bool, engines_first: Callable[[], None] | None = None) -> None:
-        """Start engines and actor ranks; ranks hold initial weights where asked.
+    def start(
+        self,
+        *,
+        load_initial: bool,
+        engines_first: Callable[[], None] | None = None,
+        on_ready: Callable[[str, float], None] = lambda name, seconds: None,
+    ) -> None:
+        """Start engines and actor ranks; ranks hold initial weights where asked. ``on_ready`` hears who is up, and after how long.
 
         Side by side, or engines first where something is to happen between: an engine sees how much memory its GPU has left only
         while nobody else takes any, which ranks do from ``setup`` on. Their processes come up meanwhile.
@@ -74,15 +87,20 @@ class Crew:
         self._engines += [self._launch_engine(i) for i in range(len(self._engine_devices))]
         starting = [engine.call("start") for engine in self._engines]
         self._ranks += [self._launch_rank(rank) for rank in range(self.topology.world_size)]
+        began = time.monotonic()
+
+        def up(call: Call) -> None:
+            on_ready(call.worker.name, time.monotonic() - began)
+
         if engines_first is not None:
-            self._hold(collect(starting))
+            self._hold(collect(starting, on_result=up))
             engines_first()
         (port,) = collect([self._ranks[0].call("port")])
         setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
         if engines_first is not None:
-            collect(setups)
+            collect(setups, on_result=up)
         else:
-            self._hold(collect([*starting, *setups])[: len(starting)])
+            self._hold(collect([*starting, *setups], on_result=up)[: len(starting)])
 
     def _hold(self, num_workers: Sequence[int]) -> None:
         """Handles on the engines that have started."""
@@ -123,6 +141,10 @@ class Crew:
     def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
         """One call on every actor rank."""
         return collect([rank.call(method, *arguments) for rank in self._ranks])
+
+    def memory(self) -> dict[str, float]:
+        """Metrics of memory, each of the rank, engine or device that takes most."""
+        return largest(collect([worker.call("memory") for worker in (*self._ranks, *self._engines)]))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None

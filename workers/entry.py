@@ -70,7 +70,9 @@ def exit_code(run: Callable[[], None]) -> int:
     try:
         run()
     except RlsyncError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from workers.screen import wrapped  # here, because a run that is only checked needs no screen
+
+        print(wrapped(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

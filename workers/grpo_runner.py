@@ -28,7 +28,7 @@ from workers.results import ResultsFolder
 from workers.resume import DATA_STATE, check_ranks, find_beginning, write_settings
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
-from workers.rollout_metrics import difference_metrics, sample_metrics
+from workers.rollout_metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.samples import Sample, Share, deal, with_advantages
 from workers.screen import Screen
 from workers.turns import Turns
@@ -68,8 +68,8 @@ class GrpoRunner:
                 self._screen.note(f"all {self._total} steps of the data are done: there is nothing to do, and nothing was started")
                 return
             self._pool = stack.enter_context(VerifierPool(config.reward.num_processes, config.reward.timeout_s))
-            self._screen.phase("starting Ray")
-            cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
+            with self._coming_up("Ray"):
+                cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
             try:
                 self._start(stack.enter_context(Crew(config, cluster)))
                 self._train(stack.enter_context(self._open_log()))
@@ -83,6 +83,7 @@ class GrpoRunner:
         """Processes, weights, optimizer and connection: all that comes before the first step."""
         config, prepared, self._crew = self._config, self._prepared, crew
         check_ranks(prepared.beginning, crew.topology.world_size)
+        self._screen.note(f"starting {crew.description}")
         self._screen.phase("starting engines and actor")
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         resume = prepared.beginning.resume
@@ -98,16 +99,26 @@ class GrpoRunner:
                 check.before()
             self._turns.first_sleep()
 
-        began = time.monotonic()
-        crew.start(load_initial=needs_initial, engines_first=engines_first if self._turns.alternate else None)
-        self._screen.note(f"{crew.description} started in {time.monotonic() - began:.0f} s")
+        crew.start(
+            load_initial=needs_initial,
+            engines_first=engines_first if self._turns.alternate else None,
+            on_ready=self._screen.component,
+        )
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
-        self._on_ranks("begin", None if resume is None else str(resume / "actor"), "actor.seed" not in prepared.beginning.changed)
+        with self._coming_up("optimizer" if fresh else "optimizer and checkpoint"):
+            self._on_ranks("begin", None if resume is None else str(resume / "actor"), "actor.seed" not in prepared.beginning.changed)
+
+    @contextmanager
+    def _coming_up(self, name: str) -> Iterator[None]:
+        self._screen.phase(f"starting {name}")
+        began = time.monotonic()
+        yield
+        self._screen.component(name, time.monotonic() - began)
 
     @property
     def _vocab_size(self) -> int:
@@ -152,7 +163,7 @@ class GrpoRunner:
         picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
         losses = self._on_ranks("warm_start", [[examples[i] for i in pick] for pick in picks], warm.lr)[0]
         took = time.monotonic() - began
-        self._screen.note(f"warm start: {warm.num_steps} supervised steps in {took:.1f} s, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+        self._screen.component("warm start", took, f"{warm.num_steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
     # The loop.
 
@@ -179,7 +190,8 @@ class GrpoRunner:
             self._screen.phase("save")
             with _timed(seconds, "time/save"):
                 self._save(step)
-        self._screen.step(step, log.log(step, {**metrics, **seconds}, updates))
+        speeds = speed_metrics(metrics, seconds, self._crew.num_devices)
+        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._crew.memory(), **seconds}, updates))
 
     def _step(
         self, step: int, batches: Iterator[list[Prompt]], seconds: dict[str, float]
@@ -203,7 +215,7 @@ class GrpoRunner:
             updates = self._on_ranks("train", shares)[0]
         seconds.update(self._turns.take_seconds())
         counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
-        return {**sample_metrics(samples), **difference_metrics(differences), **report.metrics(), **counts}, updates
+        return {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
         """Sync and roll out; once more from the sync on after lost engines were replaced, where the configuration allows it."""
@@ -227,8 +239,8 @@ class GrpoRunner:
 
     def _connect(self) -> None:
         if not self._connected:
-            self._screen.phase("connecting")
-            self._crew.connect()
+            with self._coming_up("connection"):
+                self._crew.connect()
             self._connected = True
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
@@ -46,8 +46,8 @@ class WorkerDiedError(RlsyncError):
     """A worker process is gone."""
 
 
-def collect(calls: Sequence[Call]) -> list[Any]:
-    """The results of all calls, in order.
+def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda call: None) -> list[Any]:
+    """The results of all calls, in order; ``on_result`` hears of each as it comes.
 
     Raises one error as soon as a call failed and the others had a moment to say more: a process that died comes before an
     error of ours, and that before any other, because ranks fail in many ways when one of them is lost.
@@ -64,6 +64,7 @@ def collect(calls: Sequence[Call]) -> list[Any]:
         call = pending.pop(done[0])
         try:
             results[done[0]] = ray.get(done[0])
+            on_result(call)
         except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
             failures.append(_translated(call, error))
             deadline = min(deadline, time.monotonic() + _SETTLE_S)

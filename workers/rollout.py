@@ -12,6 +12,7 @@ from rlsync.engine.protocol import Completion, PauseMode
 from rlsync.errors import ConfigError, RlsyncError
 from workers.config import RunConfig
 from workers.logs import first_error, keep_own_log, log_size, own_log
+from workers.memory import device_memory_gb, host_memory_gb
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
 ENGINE_THREADS = 8
@@ -41,6 +42,11 @@ class RolloutEngine:
 
     def state(self) -> str:
         return self._engine.state
+
+    def memory(self) -> dict[str, float]:
+        """Metrics of the memory that the engine's processes and devices take, in 10^9 bytes."""
+        device = device_memory_gb()
+        return {"perf/engine_host_memory_gb": host_memory_gb(), **({} if device is None else {"perf/device_memory_gb": device})}
 
     def ailment(self) -> str | None:
         """Why the engine must be replaced, or None."""

@@ -45,20 +45,34 @@ def rollout_metrics(
     }
 
 
-def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Of one step's samples."""
+def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
+    """Of one step's samples, groups next to each other."""
+    rewards = [s.reward for s in samples]
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     advantages = [s.advantage for s in samples if s.response_ids]
     tokens = [len(s.response_ids) for s in samples if s.response_ids]
     return {
         **rollout_metrics(
             prompt_lengths=[len(s.prompt_ids) for s in samples],
             response_lengths=[len(s.response_ids) for s in samples],
-            rewards=[s.reward for s in samples],
+            rewards=rewards,
             properly_ended=[s.finished for s in samples],
         ),
+        # A group whose rewards are all the same has advantages of zero, and gives no gradient.
+        "rollout/fraction_of_groups_with_equal_rewards": sum(len(set(group)) == 1 for group in groups) / len(groups),
+        "perf/total_num_tokens": float(sum(s.length for s in samples)),
         "rollout/advantages_mean": sum(a * n for a, n in zip(advantages, tokens, strict=True)) / max(1, sum(tokens)),
         "rollout/advantages_max": max(advantages, default=0.0),
         "rollout/advantages_min": min(advantages, default=0.0),
+    }
+
+
+def speed_metrics(metrics: Mapping[str, float], seconds: Mapping[str, float], num_devices: int) -> dict[str, float]:
+    """Tokens a second, of the whole step (prompts included, per device) and of its rollout (responses, all engines together)."""
+    responses = metrics["rollout/response_length"] * metrics["rollout/total_num_sequence"]
+    return {
+        "perf/throughput": metrics["perf/total_num_tokens"] / seconds["time/step"] / num_devices,
+        "rollout/tokens_per_s": responses / seconds["time/rollout"],
     }
 
 

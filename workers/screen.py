@@ -5,26 +5,34 @@ Knows metric names only; the numbers are on disk already (``metrics``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-# (metric, how a step's line shows it), in the order of the line.
-_LINE: tuple[tuple[str, Callable[[float], str]], ...] = (
-    ("rollout/reward_scores", lambda v: f"reward {v:.3f}"),
-    ("rollout/response_length", lambda v: f"length {v:.1f}"),
-    ("actor/training/actor/final_loss", lambda v: f"loss {v:+.4f}"),
-    ("actor/training/actor/grad_norm", lambda v: f"grad {v:.2f}"),
-    ("rollout/logprob_diff_mean", lambda v: f"logprob diff {v:.1e}"),
-    ("sync/seconds", lambda v: f"sync {v:.2f} s"),
-    ("time/step", lambda v: f"step {v:.1f} s"),
+WIDTH = 80
+# (heading, metric, how a step's line shows it, width), in the order of the line; docs/metrics.md says what they mean.
+_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+    ("reward", "rollout/reward_scores", ".3f", 8),
+    ("equal", "rollout/fraction_of_groups_with_equal_rewards", ".0%", 6),
+    ("length", "rollout/response_length", ".1f", 7),
+    ("loss", "actor/training/actor/final_loss", "+.4f", 9),
+    ("grad", "actor/training/actor/grad_norm", ".2f", 8),
+    ("logp diff", "rollout/logprob_diff_mean", ".1e", 10),
+    ("tok/s", "perf/throughput", ".0f", 7),
+    ("sync s", "sync/seconds", ".2f", 7),
+    ("step s", "time/step", ".1f", 7),
 )
+_MEMORY = (
+    "perf/actor_host_memory_gb", "perf/engine_host_memory_gb", "perf/max_memory_allocated_gb", "perf/device_memory_gb",
+)  # fmt: skip
+_HEADING_EVERY = 25
 _EDGE_STEPS = 5
+_NAME_WIDTH = 28
 
 
 class Screen:
@@ -33,6 +41,7 @@ class Screen:
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
         self._console = Console() if console is None else console
         self._total = total_steps
+        self._num_lines = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -57,36 +66,74 @@ class Screen:
         self._progress.update(self._task, description=name)
 
     def note(self, text: str) -> None:
-        """One line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Text above the bar, broken at spaces to fit the terminal, or into ``WIDTH`` columns where there is none."""
+        width = self._console.width if self._console.is_terminal else WIDTH
+        self._console.print(wrapped(text, width), markup=False, highlight=False, soft_wrap=True)
+
+    def component(self, name: str, seconds: float, detail: str = "") -> None:
+        """A part of the run that is up, and what it took."""
+        self.note(f"  {name:<{_NAME_WIDTH}}{seconds:6.1f} s  {detail}".rstrip())
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The line of a finished step."""
-        parts = [show(metrics[name]) for name, show in _LINE if metrics.get(name) is not None]
-        self.note("  ".join((f"step {step:>{len(str(self._total))}}/{self._total}", *parts)))
+        """The line of a finished step, under headings every so often."""
+        first = 2 * len(str(self._total)) + 1
+        if self._num_lines % _HEADING_EVERY == 0:
+            self._line(f"{'step':>{first}}", *(f"{heading:>{width}}" for heading, _, _, width in _COLUMNS))
+        self._num_lines += 1
+        shown = (("-" if metrics.get(name) is None else format(metrics[name], form), width) for _, name, form, width in _COLUMNS)
+        self._line(f"{f'{step}/{self._total}':>{first}}", *(f"{text:>{width}}" for text, width in shown))
         self._progress.update(self._task, completed=step)
+
+    def _line(self, *cells: str) -> None:
+        self._console.print("".join(cells), markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, history: Sequence[Mapping[str, Any]], folder: Path, *, title: str = "finished") -> None:
         """What the run came to; ``history`` as in ``MetricsLog.history``."""
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in summary_rows(history, folder):
-            table.add_row(name, value)
-        self._console.print(table)
+        self.note(title)
+        rows = summary_rows(history, folder)
+        for name, value in rows:
+            self.note(f"  {name:<{_NAME_WIDTH}}{value}")
 
 
 def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
     """Name and value of each line of the closing summary."""
+
+    def values(name: str) -> list[float]:
+        return [line[name] for line in history if line.get(name) is not None]
+
     rows = [("steps", str(len(history)))]
-    rewards = [line["rollout/reward_scores"] for line in history if line.get("rollout/reward_scores") is not None]
-    if rewards:
-        edge = min(_EDGE_STEPS, len(rewards))
+    rewards = values("rollout/reward_scores")
+    # The first and the last steps have none in common, or a rise would be averaged away.
+    edge = min(_EDGE_STEPS, len(rewards) // 2)
+    if edge:
         first, last = sum(rewards[:edge]) / edge, sum(rewards[-edge:]) / edge
-        rows.append(("mean reward", f"{first:.3f} (first {edge} steps) -> {last:.3f} (last {edge} steps), {last - first:+.3f}"))
-    differences = [line["rollout/logprob_diff_mean"] for line in history if line.get("rollout/logprob_diff_mean") is not None]
-    if differences:
-        rows.append(("engine vs actor log-probability", f"largest mean difference of a step {max(differences):.1e}"))
+        rows.append(("mean reward", f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
+    elif rewards:
+        rows.append(("mean reward", f"{rewards[0]:.3f} (one step)"))
+    equal = values("rollout/fraction_of_groups_with_equal_rewards")
+    if equal:
+        without = sum(share == 1.0 for share in equal)
+        none = f"; no gradient in {without} of {len(equal)} steps, as all had them" if without else ""
+        rows.append(("groups with equal rewards", f"{sum(equal) / len(equal):.0%}{none}"))
+    if differences := values("rollout/logprob_diff_mean"):
+        rows.append(("logp diff, engine and actor", f"{max(differences):.1e}, the largest mean of a step"))
     for name in ("time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training"):
-        seconds = [line[name] for line in history if line.get(name) is not None]
-        if seconds:
+        if seconds := values(name):
             rows.append((name, f"{sum(seconds) / len(seconds):.2f} s a step, {sum(seconds):.0f} s in all"))
+    if speeds := values("rollout/tokens_per_s"):
+        rows.append(("rollout/tokens_per_s", f"{sum(speeds) / len(speeds):.0f}"))
+    for name in _MEMORY:
+        if sizes := values(name):
+            rows.append((name, f"{max(sizes):.2f}"))
     return [*rows, ("results", str(folder))]
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    """Lines broken at spaces to ``width``, their rest indented; words that are longer, such as paths, stay whole, and so do indented
+    lines of more than one part, such as tracebacks."""
+    return "\n".join(
+        line
+        if len(line) <= width or line.startswith("  File ")
+        else textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
+        for line in text.splitlines()
+    )

@@ -15,7 +15,8 @@ case ${1:-} in
     *) config=$1 && shift ;;
 esac
 if [ "$config" = "$default" ]; then
-    echo "Running $default, the tiny CPU default. Others: bash examples/reasoning/run_main_grpo_math.sh CONFIG [key=value ...] with CONFIG one of"
+    echo "Running $default, the tiny CPU default. Others:"
+    echo "bash examples/reasoning/run_main_grpo_math.sh CONFIG [key=value ...], CONFIG:"
     for file in "$repository"/configs/reasoning/*.yaml; do echo "    $(basename "$file" .yaml)"; done
 fi
 if [ ! -f "$repository/configs/reasoning/$config.yaml" ]; then

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
+from workers.memory import device_memory_gb, host_memory_gb, largest
 from workers.metrics import MetricsLog, check_loggers, read_metrics
-from workers.rollout_metrics import rollout_metrics
+from workers.rollout_metrics import rollout_metrics, sample_metrics, speed_metrics
+from workers.samples import Sample
 from workers.screen import Screen, summary_rows
 
 
@@ -161,23 +165,87 @@ def test_rollout_metrics_match_hand_computed_values() -> None:
     }
 
 
-def test_the_screen_prints_a_line_a_step_and_a_summary(tmp_path: Path) -> None:
+FULL = {
+    "rollout/reward_scores": 0.5, "rollout/fraction_of_groups_with_equal_rewards": 0.25, "rollout/response_length": 1234.5,
+    "actor/training/actor/final_loss": -0.01234, "actor/training/actor/grad_norm": 1234.5, "rollout/logprob_diff_mean": 1e-7,
+    "perf/throughput": 12345.6, "sync/seconds": 12.25, "time/step": 1234.5, "time/sync_weights": 12.3, "time/rollout": 1000.0,
+    "rollout/tokens_per_s": 54321.0, "perf/actor_host_memory_gb": 1.5, "perf/engine_host_memory_gb": 2.5,
+}  # fmt: skip
+
+
+def screened(width: int, show: Callable[[Screen], None]) -> list[str]:
     out = io.StringIO()
-    history = [{"step": i, "rollout/reward_scores": i / 10, "rollout/logprob_diff_mean": 1e-7, "time/step": 2.0} for i in range(1, 11)]
-    with Screen(10, console=Console(file=out, width=200)) as screen:
-        screen.note("[not markup]")
-        for line in history:
-            screen.step(int(line["step"]), line)
-        screen.summary(history, tmp_path)
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "[not markup]"
-    assert lines[3] == "step  3/10  reward 0.300  logprob diff 1.0e-07  step 2.0 s"
-    assert "0.300 (first 5 steps) -> 0.800 (last 5 steps), +0.500" in out.getvalue()
-    assert str(tmp_path) in out.getvalue()
+    with Screen(10_000, console=Console(file=out, width=width)) as screen:
+        show(screen)
+    return out.getvalue().splitlines()
+
+
+def test_the_screen_prints_a_line_a_step_under_headings() -> None:
+    def show(screen: Screen) -> None:
+        screen.step(3, {"rollout/reward_scores": 0.3, "time/step": 2.0})
+        screen.step(4, FULL)
+
+    assert screened(200, show) == [
+        "       step  reward equal length     loss    grad logp diff  tok/s sync s step s",
+        "    3/10000   0.300     -      -        -       -         -      -      -    2.0",
+        "    4/10000   0.500   25% 1234.5  -0.0123 1234.50   1.0e-07  12346  12.25 1234.5",
+    ]
+
+
+def test_every_line_fits_80_columns_and_paths_stay_whole(tmp_path: Path) -> None:
+    path = "/a/path/of/many/folders/" * 5
+
+    def show(screen: Screen) -> None:
+        screen.step(9_999, FULL)
+        screen.component("optimizer and checkpoint", 123.4, "150 steps, loss 4.40 -> 1.03")
+        screen.note(f'[not markup] {"words and more words " * 20}and {path} at the end\n  File "x.py", line 3')
+        screen.summary([{"step": i, **FULL} for i in range(1, 10_000, 100)], Path("/tmp/results"))
+
+    lines = screened(80, show)
+    assert [line for line in lines if len(line) > 80] == [f"    {path}"]
+    assert '  File "x.py", line 3' in lines and any(line.startswith("[not markup]") for line in lines)
+
+
+def rows(rewards: Sequence[float], equal: Sequence[float] = ()) -> dict[str, str]:
+    history: list[dict[str, float]] = [{"step": i, "rollout/reward_scores": reward} for i, reward in enumerate(rewards, start=1)]
+    for line, share in zip(history, equal, strict=False):
+        line["rollout/fraction_of_groups_with_equal_rewards"] = share
+    return dict(summary_rows(history, Path("x")))
+
+
+def test_the_summary_compares_steps_that_do_not_overlap() -> None:
+    assert rows([0.1, 0.2, 0.3, 0.4, 0.5])["mean reward"] == "0.150 (first 2) -> 0.450 (last 2), +0.300"
+    assert rows([0.1, 0.2])["mean reward"] == "0.100 (first 1) -> 0.200 (last 1), +0.100"
+    assert rows([i / 10 for i in range(1, 21)])["mean reward"] == "0.300 (first 5) -> 1.800 (last 5), +1.500"
+    assert rows([0.1])["mean reward"] == "0.100 (one step)"
+
+
+def test_the_summary_says_which_steps_had_no_gradient_for_want_of_a_spread_of_rewards() -> None:
+    assert rows([0.0] * 4, [0.5, 1.0, 1.0, 0.5])["groups with equal rewards"] == "75%; no gradient in 2 of 4 steps, as all had them"
+    assert rows([0.0] * 2, [0.5, 0.0])["groups with equal rewards"] == "25%"
 
 
 def test_a_summary_of_no_steps_still_says_where_results_are(tmp_path: Path) -> None:
     assert summary_rows([], tmp_path) == [("steps", "0"), ("results", str(tmp_path))]
+
+
+def test_groups_with_equal_rewards_and_tokens_a_second_match_hand_computed_values() -> None:
+    samples = [Sample((1, 2), (3,) * n, (), True, 0, reward=r) for n, r in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 1.0))]
+    found = sample_metrics(samples, 2)
+    assert (found["rollout/fraction_of_groups_with_equal_rewards"], found["perf/total_num_tokens"]) == (0.5, 18.0)
+    speeds = speed_metrics(found, {"time/step": 3.0, "time/rollout": 2.0}, num_devices=2)
+    assert speeds == {"perf/throughput": 3.0, "rollout/tokens_per_s": 5.0}
+
+
+def test_memory_of_a_process_counts_its_children() -> None:
+    alone = host_memory_gb()
+    code = "x = bytearray(200_000_000); print('up', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"up\n"
+        assert host_memory_gb() > alone + 0.15
+        child.communicate(b"\n")
+    assert device_memory_gb("") is None
+    assert largest([{"a": 1.0}, {"a": 3.0, "b": 2.0}]) == {"a": 3.0, "b": 2.0}
 
 
 def fetched(port: int) -> dict[str, float]:
