@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import ActorShare, RingInfo, WorkerPart, WorkerShare
 from rlsync.coordinator.roster import Expected
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.plan.packing import PackedPart
 
 _WORKERS = 8
-_CATALOGUE = m.Catalogue((TensorSpec("w", "bfloat16", (4,)),), "auto")
-_RING = RingInfo("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096)
+_MANIFEST = m.Manifest((TensorSpec("w", "bfloat16", (4,)),), "auto")
 _TIMES = m.WorkerTimes(0.1, 0.2, 0.3, 0.4, 5)
 # By peer, what it says.
 _Said = Iterator[tuple[bytes, m.FromPeer]]
@@ -34,20 +33,19 @@ class Course:
         self.workers = [f"worker {i}".encode() for i in range(ranks)]
 
     def expected(self) -> Expected:
-        return Expected("token", "run", self.ranks, dict.fromkeys(self.engines, _WORKERS), ("digest",) * self.ranks, 60.0, _CATALOGUE)
+        return Expected("token", "run", self.ranks, dict.fromkeys(self.engines, _WORKERS), ("digest",) * self.ranks, 60.0, _MANIFEST)
 
     def connect(self) -> _Said:
-        recorded = m.Recorded(whole_tensors("engine", _CATALOGUE.tensors), "direct")
+        recorded = m.Recorded(whole_tensors("engine", _MANIFEST.tensors), "direct")
         for i in range(self.ranks):
             yield self.actors[i], m.ActorHello("token", "run", i, self.ranks, "host", "shm", "pids", i, None, "digest")
             engine, place = self.engines[i // _WORKERS], i % _WORKERS
             yield self.workers[i], m.WorkerHello("token", "run", engine, 0, place, _WORKERS, "host", "shm", "pids", i, None, "0.25.1")
         for worker in self.workers:
             yield worker, recorded
-        nothing: tuple[tuple[()], ...] = ((),) * self.buckets
-        actor_share = ActorShare("plan", 2, "off", nothing, nothing, ring=_RING)
-        worker_share = WorkerShare("plan", 2, 0, "off", (WorkerPart(0, 16, (), ()),) * self.buckets, ring=_RING)
-        for part in m.Planned((actor_share,) * self.ranks, (worker_share,) * self.ranks).parts():
+        for_actor = m.ActorAssignment("plan", 2, "off", self.buckets, {"shm": b"ring"})
+        for_worker = m.WorkerAssignment("plan", 2, "off", 0, (PackedPart(16, (), ()),) * self.buckets, "shm", b"ring")
+        for part in m.Planned((for_actor,) * self.ranks, (for_worker,) * self.ranks).parts():
             yield self.actors[0], part
         for peer in (*self.actors, *self.workers):
             yield peer, m.Attached()

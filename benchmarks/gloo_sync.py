@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper import QWEN25_05B
-from rlsync.coordinator.assignments import GroupInfo
 from rlsync.engine.handle import Engine
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.models import model_of
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.transport.gloo import Group
-from rlsync.transport.meeting import Rendezvous
+from rlsync.transport.rendezvous import GroupInfo, Rendezvous
 
 CONFIG = {**QWEN25_05B, "max_position_embeddings": 2048}
 BUCKET_BYTES = 64 * 2**20
@@ -43,7 +42,7 @@ class RandomSource:
     def __init__(self) -> None:
         self.tensors: tuple[TensorSpec, ...] = tuple(model_of(CONFIG).tensors("bfloat16"))
         self.placements = (whole_tensors("actor 0", self.tensors),)
-        self.stays = True
+        self.stable_memory = True
         self.buffers = {t.name: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for t in self.tensors}
 
     def begin(self, version: int) -> None:

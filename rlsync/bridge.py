@@ -30,8 +30,7 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import Flavour, model_of, supported_architectures, unread_keys
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.planner import Plan, build_plan
-from rlsync.transport.agreement import agreed
-from rlsync.transport.exchange import Exchange
+from rlsync.transport.collectives import Exchange, agreed
 
 _LOG = logging.getLogger(__name__)
 

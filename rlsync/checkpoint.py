@@ -32,7 +32,7 @@ from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
-from rlsync.transport.agreement import agreed
+from rlsync.transport.collectives import agreed
 
 
 def save_checkpoint(

@@ -39,7 +39,7 @@ class FolderSource:
         files.open()
         self.tensors: tuple[TensorSpec, ...] = tuple(loaded[name].spec for name in sorted(loaded, key=layer_order))
         self.placements: tuple[Placement, ...] = (whole_tensors(str(folder), self.tensors),)
-        self.stays = True
+        self.stable_memory = True
         self.buffers: Mapping[str, torch.Tensor] = files
 
     def begin(self, version: int) -> None:

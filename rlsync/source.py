@@ -21,17 +21,17 @@ class MegatronSource:
         placements: what each actor rank holds; index is the rank. The same on all ranks.
         buffers: global name -> parameter of this rank.
         rank: of this process among the actor ranks.
-        stays: whether the parameters stay in memory between syncs.
+        stable_memory: whether the parameters stay in memory between syncs.
     """
 
-    def __init__(self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stays: bool = True) -> None:
+    def __init__(self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True) -> None:
         """Compare the models with the family's table. Not collective. Raises PlacementError.
 
         Args:
-            stays: False where parameters are offloaded between syncs: device memory that an engine has mapped would not be freed.
+            stable_memory: False where parameters are offloaded between syncs: device memory that an engine has mapped would not be freed.
         """
         shards = bridge.shards(models)
-        self._models, self.stays = models, stays
+        self._models, self.stable_memory = models, stable_memory
         self.rank = dist.get_rank()
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlsync.coordinator.assignments import Allocation
 from rlsync.copy import sums
 from rlsync.copy.cuda import strided
 from rlsync.copy.tables import Move, Strided, build_tables, moved
-from rlsync.sync import borrowing, filling, invitation, lending, syncer
-from rlsync.transport import cuda_ipc
+from rlsync.sync import packer, syncer
+from rlsync.transport import ipc
+from rlsync.transport.ipc import Allocation
 from tests.copy_tables import execute_in_place
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -79,9 +79,9 @@ class Driver:
     def number(self, address: int) -> int:
         return self._allocation(address)[3]
 
-    def lend(self, address: int, device: torch.device) -> Allocation:
+    def export(self, address: int, device: torch.device) -> Allocation:
         start, fd, nbytes, number = self._allocation(address)
-        return Allocation(start, nbytes, number, fd.to_bytes(cuda_ipc.HANDLE_BYTES, "little"))
+        return Allocation(start, nbytes, number, fd.to_bytes(ipc.HANDLE_BYTES, "little"))
 
     def open(self, allocation: Allocation) -> int:
         address = _map(int.from_bytes(allocation.handle, "little"), allocation.nbytes, mmap.PROT_READ)
@@ -110,7 +110,7 @@ def _map(fd: int, nbytes: int, access: int) -> int:
 
 
 class Memory:
-    """An allocation as a tensor, in place of ``LendableMemory`` and of torch's allocator."""
+    """An allocation as a tensor, in place of ``ExportableMemory`` and of torch's allocator."""
 
     def __init__(self, driver: Driver, nbytes: int) -> None:
         self._driver, self.nbytes, self.address = driver, nbytes, driver.take(nbytes)
@@ -173,15 +173,15 @@ def install(patch: pytest.MonkeyPatch) -> Driver:
         patch.setattr(torch.cuda, name, lambda device=None: None)
     patch.setattr(syncer, "_gpu_uuid", lambda: f"GPU-actor-{next(ranks) % 2}")
     patch.setattr(syncer, "_device", lambda: HERE)
-    patch.setattr(invitation, "memory_of", lambda buffers, stays: "lendable" if stays else "leaving")
-    patch.setattr(cuda_ipc, "can_be_lent", lambda address: True)
-    patch.setattr(cuda_ipc, "allocation_number", driver.number)
-    patch.setattr(cuda_ipc, "allocation_of", driver.lend)
-    patch.setattr(cuda_ipc, "_use", lambda device: None)
-    patch.setattr(cuda_ipc, "_call", driver.call)
-    patch.setattr(cuda_ipc.Mappings, "_open", lambda self, allocation: driver.open(allocation))
-    patch.setattr(lending, "LendableMemory", lambda nbytes, device: Memory(driver, nbytes))
-    for module in (borrowing, filling, sums):
+    patch.setattr(syncer, "memory_of", lambda buffers, stable_memory: "stable" if stable_memory else "unstable")
+    patch.setattr(ipc, "can_be_exported", lambda address: True)
+    patch.setattr(ipc, "allocation_number", driver.number)
+    patch.setattr(ipc, "allocation_of", driver.export)
+    patch.setattr(ipc, "_use", lambda device: None)
+    patch.setattr(ipc, "_call", driver.call)
+    patch.setattr(ipc.Mappings, "_open", lambda self, allocation: driver.open(allocation))
+    patch.setattr(ipc, "ExportableMemory", lambda nbytes, device: Memory(driver, nbytes))
+    for module in (ipc, packer, sums):
         patch.setattr(module, "CudaCopyProgram", _program(driver))
     return driver
 

@@ -15,7 +15,7 @@ import torch
 from rlsync.errors import WeightSyncError
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.sync.filling import Filling
+from rlsync.sync.packer import Packed
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 SIZES = (24, 30, 16, 24, 26)
@@ -25,7 +25,7 @@ class Numbers:
     """A source of five float32 tensors, one in each bucket; with two ranks each holds one half of every tensor."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, self.stays = rank, world_size, True
+        self.rank, self.world_size, self.stable_memory = rank, world_size, True
         self.tensors = tuple(TensorSpec(f"w{i}", "float32", (n,)) for i, n in enumerate(SIZES))
         self.placements = tuple(half_placement(r, world_size) for r in range(world_size))
         self.buffers = {f"half{i}": torch.zeros(n // world_size) for i, n in enumerate(SIZES)}
@@ -112,14 +112,14 @@ class Actors:
 def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     """Make a connected syncer call something in its filling thread before each bucket."""
     assert syncer._connection is not None
-    filler = syncer._connection.filler
-    fill = filler.fill
+    packer = syncer._connection.packer
+    pack = packer.pack
 
-    def wrapped(bucket: int, turn: int) -> Filling:
+    def wrapped(bucket: int, turn: int) -> Packed:
         call(bucket)
-        return fill(bucket, turn)
+        return pack(bucket, turn)
 
-    filler.fill = wrapped  # type: ignore[method-assign]
+    packer.pack = wrapped  # type: ignore[method-assign]
 
 
 def holds(engine: ThreadEngine, version: int) -> bool:

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import WorkerPart, WorkerShare
 from rlsync.coordinator.client import Peer
-from rlsync.engine.inlet import Inlet
 from rlsync.engine.pull import Pull
-from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.errors import WeightSyncError
 from rlsync.layout.geometry import whole_tensors
-from rlsync.sync.inlets import open_inlet
+from rlsync.plan.packing import PackedPart
+from rlsync.transport.ends import Arrival, PackedArrival, Receiver, make_receiver
 from rlsync.transport.shm import shm_domain
 
 TIMEOUT_S = 3.0
@@ -38,13 +36,13 @@ class ThreadEngine:
         self.gpus: list[str | None] = [None] * num_workers
         # And the host; no pid domain is anybody's, as the deaths of threads cannot be watched.
         self.host, self.pid_domain = "here", "threads"
-        self.dirty, self.domain, self.inlet_timeout_s = "", shm_domain(), TIMEOUT_S
+        self.dirty, self.domain, self.receiver_timeout_s = "", shm_domain(), TIMEOUT_S
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
         self.on_hold: Callable[[int, dict[str, torch.Tensor]], None] = lambda worker, weights: None
         self._peers: list[Peer] = []
-        self._inlets: list[Inlet] = []
-        self._shares: list[WorkerShare] = []
+        self._receivers: list[Receiver] = []
+        self._assignments: list[m.WorkerAssignment] = []
         # As in an engine, where a call waits until the workers have left the one before, also one that the actor gave up.
         self._turn = threading.Lock()
 
@@ -74,32 +72,29 @@ class ThreadEngine:
         place = (info["token"], info["run_id"], info["engine_id"], 0)
         about = (self.workers, self.host, self.domain, self.pid_domain, 1)
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]
-        self._inlets = [None] * self.workers  # type: ignore[list-item]
-        self._shares = [None] * self.workers  # type: ignore[list-item]
+        self._receivers = [None] * self.workers  # type: ignore[list-item]
+        self._assignments = [None] * self.workers  # type: ignore[list-item]
 
         def connect(worker: int) -> None:
             peer = self._peers[worker]
-            catalogue = peer.receive(0, time.monotonic() + timeout_s)
-            assert isinstance(catalogue, m.Catalogue)
-            peer.send(m.Recorded(whole_tensors(f"engine {self.engine_id} worker {worker}", catalogue.tensors), "direct"))
-            share = peer.receive(0, time.monotonic() + timeout_s)
-            assert isinstance(share, m.Share)
-            self._shares[worker] = share.worker
-            inlet = self._inlets[worker] = open_inlet(share.worker, self.inlet_timeout_s, torch.device("cpu"))
-            until(lambda: inlet.join(0), peer, 0, inlet, lambda message: None)
-            self.weights[worker] = {t.name: torch.zeros(t.shape) for t in catalogue.tensors}
+            manifest = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(manifest, m.Manifest)
+            peer.send(m.Recorded(whole_tensors(f"engine {self.engine_id} worker {worker}", manifest.tensors), "direct"))
+            told = peer.receive(0, time.monotonic() + timeout_s)
+            assert isinstance(told, m.Assignment) and told.worker is not None
+            self._assignments[worker] = told.worker
+            receiver = self._receivers[worker] = make_receiver(told.worker, self.receiver_timeout_s, torch.device("cpu"))
+            until(lambda: receiver.join(0), peer, 0, receiver, lambda message: None)
+            self.weights[worker] = {t.name: torch.zeros(t.shape) for t in manifest.tensors}
             peer.send(m.Attached())
             connected = peer.receive(0, time.monotonic() + timeout_s)
             assert isinstance(connected, m.Connected)
-            inlet.borrow(connected.loans)
-            for bucket, buffers in self._standing(worker).items():
-                inlet.prepare(bucket, buffers)
-            inlet.rest()
+            receiver.prepare(self._standing(worker), connected.exports)
 
         self._in_workers(connect)
 
     def _standing(self, worker: int) -> dict[int, dict[str, torch.Tensor]]:
-        parts, weights = self._shares[worker].parts, self.weights[worker]
+        parts, weights = self._assignments[worker].parts, self.weights[worker]
         return {bucket: {s.buffer: weights[s.buffer] for s in part.segments} for bucket, part in enumerate(parts)}
 
     def pause(self, mode: str, sync: str, timeout_s: float) -> None:
@@ -110,37 +105,37 @@ class ThreadEngine:
         self._in_workers(lambda worker: self._update(worker, update_info["attempt"], update_info["version"]))
 
     def _update(self, worker: int, attempt: int, version: int) -> None:
-        peer, inlet, share = self._peers[worker], self._inlets[worker], self._shares[worker]
-        weights, pull = self.weights[worker], Pull(Verifier(share), attempt)
+        peer, receiver, assignment = self._peers[worker], self._receivers[worker], self._assignments[worker]
+        weights, pull = self.weights[worker], Pull(Verifier(assignment), attempt)
         deadline = time.monotonic() + 60
         try:
             peer.send(m.Joined(attempt, version))
-            until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, inlet, pull.hear)
-            until(lambda: inlet.join(pull.group), peer, attempt, inlet, pull.hear)
-            if inlet.lands_ahead:
-                inlet.expect(self._standing(worker))
-            for bucket, part in enumerate(share.parts):
-                pull.bucket = bucket
+            until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, receiver, pull.hear)
+            until(lambda: receiver.join(pull.group), peer, attempt, receiver, pull.hear)
+            with receiver.receiving(self._standing(worker)):
+                for bucket, part in enumerate(assignment.parts):
+                    pull.bucket = bucket
 
-                def is_ready(bucket: int = bucket) -> bool | None:
-                    return True if pull.buckets_ready > bucket else None
+                    def is_ready(bucket: int = bucket) -> bool | None:
+                        return True if pull.buckets_ready > bucket else None
 
-                if not inlet.lands_ahead:
-                    until(is_ready, peer, attempt, inlet, pull.hear)
-                self.on_bucket(worker, bucket)
-                inlet.borrow(pull.loans)
-                pull.loans = ()
-                arrival = until(lambda bucket=bucket: inlet.fetch(bucket, pull.buckets_ready), peer, attempt, inlet, pull.hear)
-                until(is_ready, peer, attempt, inlet, pull.hear)
-                if isinstance(arrival, SlotArrival):
-                    put(arrival.memory, part, weights)
-                else:
-                    arrival.land(self._standing(worker)[bucket])
-                self.on_hold(worker, weights)
-                pull.verify(bucket, weights)
-                peer.send(m.Done(attempt, bucket))
-            pull.conclude()
-            inlet.rest()
+                    def fetch(bucket: int = bucket) -> Arrival | None:
+                        exports, pull.exports = pull.exports, ()
+                        return receiver.fetch(bucket, pull.buckets_ready, exports)
+
+                    if not receiver.lands_ahead:
+                        until(is_ready, peer, attempt, receiver, pull.hear)
+                    self.on_bucket(worker, bucket)
+                    arrival = until(fetch, peer, attempt, receiver, pull.hear)
+                    until(is_ready, peer, attempt, receiver, pull.hear)
+                    if isinstance(arrival, PackedArrival):
+                        put(arrival.memory, part, weights)
+                    else:
+                        arrival.land(self._standing(worker)[bucket])
+                    self.on_hold(worker, weights)
+                    pull.verify(bucket, weights)
+                    peer.send(m.Done(attempt, bucket))
+                pull.conclude()
             peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
                 pass
@@ -149,7 +144,7 @@ class ThreadEngine:
             if not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else "transfer"
                 peer.send(m.Failed(attempt, phase, str(error), bucket=pull.bucket))
-            inlet.abandon()
+            receiver.abandon()
             raise
 
     def resume(self, version: int, timeout_s: float) -> None:
@@ -160,17 +155,17 @@ class ThreadEngine:
         self.dirty = reason
 
 
-def put(slot: torch.Tensor, part: WorkerPart, weights: dict[str, torch.Tensor]) -> None:
+def put(slot: torch.Tensor, part: PackedPart, weights: dict[str, torch.Tensor]) -> None:
     for segment in part.segments:
         flat = slot[segment.slot_offset : segment.slot_offset + segment.nbytes].view(torch.float32)
         weights[segment.buffer][segment.buffer_offset : segment.buffer_offset + segment.size].copy_(flat)
 
 
-def until(poll: Callable[[], Any], peer: Peer, attempt: int, inlet: Inlet, hear: Callable[[Any], None]) -> Any:
-    """What ``poll`` gives, asked again after every message and whenever the inlet has news."""
+def until(poll: Callable[[], Any], peer: Peer, attempt: int, receiver: Receiver, hear: Callable[[Any], None]) -> Any:
+    """What ``poll`` gives, asked again after every message and whenever the receiver has news."""
     deadline = time.monotonic() + 60
     while (result := poll()) is None:
-        message = peer.receive(attempt, deadline, inlet.fd)
+        message = peer.receive(attempt, deadline, receiver.fd)
         if message is not None:
             hear(message)
     return result

@@ -25,7 +25,7 @@ from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.transport.agreement import gather_bytes
+from rlsync.transport.collectives import gather_bytes
 from workers.actor_options import SPECS, ddp_options, optimizer_options, policy_loss_options, scheduler_options, transformer_overrides
 from workers.algorithms import correct_importance
 from workers.config import RunConfig
@@ -155,11 +155,11 @@ class ActorRank:
 
     # Sync.
 
-    def connect(self, engines: Sequence[RayEngine], stays: bool) -> None:
+    def connect(self, engines: Sequence[RayEngine], stable_memory: bool) -> None:
         """Connect to the engines, anew where connected; versions then start over. Collective.
 
         Args:
-            stays: whether the weights are never offloaded, so that engines may keep them mapped.
+            stable_memory: whether the weights are never offloaded, so that engines may keep them mapped.
         """
         if self._syncer is not None:
             self._syncer.close()
@@ -177,7 +177,7 @@ class ActorRank:
         )
         device = compute_device()
         self._syncer = WeightSyncer(
-            MegatronSource(self._bridge, self._models, stays=stays),
+            MegatronSource(self._bridge, self._models, stable_memory=stable_memory),
             engines if self._rank == 0 else (),
             config,
             rank=self._rank,

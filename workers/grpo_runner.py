@@ -15,7 +15,7 @@ import torch
 from rlsync.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
-from rlsync.sync.health import SyncHealth
+from rlsync.sync.report import SyncHealth
 from workers.actor import Example
 from workers.cluster import Cluster
 from workers.config import RunConfig, WarmStartConfig, config_as_dict

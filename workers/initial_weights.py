@@ -19,7 +19,7 @@ from rlsync.bridge import AutoBridge
 from rlsync.checkpoint import load_checkpoint_weights, save_checkpoint
 from rlsync.checkpoint_folder import TRACKER
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.transport.agreement import agreed
+from rlsync.transport.collectives import agreed
 from workers.config.actor import ActorConfig
 
 # What a conversion was made from; written after everything else of it.

@@ -10,11 +10,11 @@ from itertools import accumulate
 
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.plan.buckets import grouped, limits_of
-from rlsync.plan.packing import SEGMENT_ALIGNMENT, Part, Region, cut
+from rlsync.plan.packing import PackedPart, Region, cut, side_by_side
 from rlsync.plan.planner import Bucket, Copy, Plan, shares_of
 
 
-def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
+def ring_bytes(parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
     """Bytes of a slot and of the ring, which has a page of its own in front: whole pages, as ``rlsync.transport.shm`` allocates."""
     largest = max(sum(part.nbytes for part, name in zip(row, transports, strict=True) if name == "shm") for row in parts)
     if not largest:
@@ -23,8 +23,8 @@ def ring_bytes(parts: Sequence[Sequence[Part]], transports: Sequence[str], num_s
     return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
 
 
-def staging_bytes(parts: Sequence[Sequence[Part]], staged: Sequence[Set[int]], num_actors: int, num_slots: int) -> list[int]:
-    """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.sync.lending`` allocates it.
+def staging_bytes(parts: Sequence[Sequence[PackedPart]], staged: Sequence[Set[int]], num_actors: int, num_slots: int) -> list[int]:
+    """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.transport.ipc`` allocates it.
 
     ``staged``: by stream, the actor ranks whose rings it reads.
     """
@@ -40,9 +40,9 @@ def staging_bytes(parts: Sequence[Sequence[Part]], staged: Sequence[Set[int]], n
 
 
 def message_bytes(
-    parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int
+    parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_actors: int, num_slots: int
 ) -> tuple[list[int], list[int]]:
-    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.boxes`` allocates them for whole buckets."""
+    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets."""
     num_slots = min(num_slots, len(parts))
     sent, packed, taken = [0] * num_actors, [0] * len(transports), [0] * len(transports)
     for row in parts:
@@ -50,18 +50,18 @@ def message_bytes(
         for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
             if transport != "gloo":
                 continue
-            parcels = _parcel_bytes(part)
-            for source, nbytes in parcels.items():
+            messages = _message_bytes(part)
+            for source, nbytes in messages.items():
                 given[source] += nbytes
-            if len(parcels) > 1:
-                packed[stream] = max(packed[stream], sum(parcels.values()))
+            if len(messages) > 1:
+                packed[stream] = max(packed[stream], sum(messages.values()))
             taken[stream] = max(taken[stream], part.nbytes)
         sent = list(map(max, sent, given))
     return [num_slots * nbytes for nbytes in sent], [p + num_slots * t for p, t in zip(packed, taken, strict=True)]
 
 
 def step_bytes(
-    parts: Sequence[Sequence[Part]], transports: Sequence[str], num_actors: int, num_slots: int, num_steps: int
+    parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_actors: int, num_slots: int, num_steps: int
 ) -> tuple[list[int], list[int]]:
     """Bytes of GPU memory that each actor rank and each stream keeps for NCCL's messages, of buckets that are cut into steps."""
     num_slots = min(num_slots, len(parts) * num_steps)
@@ -78,26 +78,26 @@ def step_bytes(
     return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
 
 
-def _piece_bytes(part: Part, num_steps: int) -> dict[int, list[int]]:
+def _piece_bytes(part: PackedPart, num_steps: int) -> dict[int, list[int]]:
     """Bytes of the message of each source, by step."""
     if num_steps == 1:
-        return {source: [nbytes] for source, nbytes in _parcel_bytes(part).items()}
+        return {source: [nbytes] for source, nbytes in _message_bytes(part).items()}
     by_source: dict[int, list[Region]] = defaultdict(list)
     for region in part.regions:
         by_source[region.source].append(region)
     return {source: [sum(_aligned(r.nbytes) for r in piece) for piece in cut(regions, num_steps)] for source, regions in by_source.items()}
 
 
-def _parcel_bytes(part: Part) -> dict[int, int]:
+def _message_bytes(part: PackedPart) -> dict[int, int]:
     """Bytes of the message of each source: the part as it is where one gives all of it, else its regions one after the other."""
-    parcels: dict[int, int] = defaultdict(int)
+    messages: dict[int, int] = defaultdict(int)
     for region in part.regions:
-        parcels[region.source] += _aligned(region.nbytes)
-    return dict.fromkeys(parcels, part.nbytes) if len(parcels) == 1 else parcels
+        messages[region.source] += _aligned(region.nbytes)
+    return dict.fromkeys(messages, part.nbytes) if len(messages) == 1 else messages
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
+    return side_by_side([nbytes])[1]
 
 
 def layerwise_bytes(plan: Plan, bucket_bytes: int) -> int:

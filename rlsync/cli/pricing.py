@@ -18,8 +18,9 @@ from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
 from rlsync.models import model_of
 from rlsync.plan.links import num_steps, traffic
-from rlsync.plan.packing import Memory, fills_buckets, is_staged, lay_out
+from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import Plan, build_plan
+from rlsync.plan.transports import Memory, fills_buckets, is_staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]
 def _staged(sides: Sides, settings: Settings, members: list[list[Placement]]) -> list[frozenset[int]]:
     """By stream, the actor ranks whose staging rings it reads."""
     of_worker = dict(zip((w.holder for w in sides.workers), transports_of(sides, settings.transport), strict=True))
-    memory: Memory = "leaving" if settings.offload_weight else "lendable"
+    memory: Memory = "unstable" if settings.offload_weight else "stable"
     return [
         frozenset(
             rank

@@ -12,10 +12,10 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from rlsync.coordinator.assignments import ActorShare, Loan, WorkerShare
 from rlsync.errors import RlsyncError
 from rlsync.layout.geometry import Placement, TensorSpec
-from rlsync.plan.packing import Memory
+from rlsync.plan.packing import PackedPart
+from rlsync.plan.transports import Memory
 
 MAX_TEXT = 2**16
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -28,11 +28,49 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
-    """Checksum of one region of one stream."""
+    """Checksum of one region of what a destination takes."""
 
-    stream: Count
+    destination: Count
     region: Count
     value: int
+
+
+# What a transport's two ends tell each other through the coordinator, which does not look into it.
+Opaque = bytes
+
+
+class WorkerAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything a worker needs to take part.
+
+    ``digest`` is that of the plan, ``destination`` the worker's in it; ``parts`` are by bucket. Its bytes come through ``transport``, whose
+    receiver is made of ``end``. ``imports`` are the actor ranks whose exports it reads.
+    """
+
+    digest: str
+    num_slots: int
+    verify: str
+    destination: int
+    parts: tuple[PackedPart, ...]
+    transport: str
+    end: Opaque
+    imports: tuple[int, ...] = ()
+
+
+class ActorAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything an actor rank needs to take part. ``ends``: by transport, of what its sender is made."""
+
+    digest: str
+    num_slots: int
+    verify: str
+    num_buckets: int
+    ends: dict[str, Opaque]
+
+
+class RankExport(msgspec.Struct, frozen=True, array_like=True):
+    """What an actor rank exports, in the words of the transport that reads it."""
+
+    actor_rank: Count
+    export: Opaque
 
 
 class WorkerHello(Message):
@@ -55,7 +93,7 @@ class WorkerHello(Message):
 class ActorHello(Message):
     """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.
 
-    ``memory`` is where its buffers are; those of a rank without any are lendable.
+    ``memory`` is where its buffers are; those of a rank without any are stable.
     """
 
     token: Name
@@ -86,13 +124,13 @@ class Recorded(Message):
 
 
 class Planned(Message):
-    """Actor rank 0: the shares of everybody, actor ranks in order, workers in the order in which ``Surveyed`` named them.
+    """Actor rank 0: the assignments of everybody, actor ranks in order, workers in the order in which ``Reports`` named them.
 
-    It comes in parts, because all shares may be more than a message may be: each goes on where the one before has ended.
+    It comes in parts, because all assignments may be more than a message may be: each goes on where the one before has ended.
     """
 
-    actors: tuple[ActorShare, ...]
-    workers: tuple[WorkerShare, ...]
+    actors: tuple[ActorAssignment, ...]
+    workers: tuple[WorkerAssignment, ...]
 
     def parts(self) -> Iterator[Planned]:
         """As it is sent."""
@@ -103,9 +141,9 @@ class Planned(Message):
 
 
 class Attached(Message):
-    """The peer has taken its share: memory is mapped. An actor rank says what it lends."""
+    """The peer has taken its assignment: memory is mapped. An actor rank says what it exports, by transport."""
 
-    loan: Loan | None = None
+    exports: dict[str, Opaque] = {}
 
 
 class Answered(Message):
@@ -123,11 +161,11 @@ class Start(Message):
     version: int
 
 
-class Lent(Message):
-    """What this actor rank lends lies elsewhere since it last said so; comes before its first ``Filled`` of a sync."""
+class Exported(Message):
+    """What this actor rank exports, by transport, where it lies elsewhere since it last said so; before its first ``Filled`` of a sync."""
 
     attempt: Count
-    loan: Loan
+    exports: dict[str, Opaque]
 
 
 class Filled(Message):
@@ -210,14 +248,14 @@ class State(Message):
     hashes: dict[str, str]
 
 
-class Catalogue(Message):
+class Manifest(Message):
     """To a worker: the HF tensors that there are, in the order of the source, and the sink that is asked for."""
 
     tensors: tuple[TensorSpec, ...]
     sink: Name
 
 
-class Surveyed(Message):
+class Reports(Message):
     """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``.
 
     It comes in parts, because what hundreds of workers hold is more than a message may be: the first has everybody, each of the others
@@ -228,35 +266,28 @@ class Surveyed(Message):
     workers: tuple[WorkerHello, ...]
     records: tuple[Recorded, ...]
 
-    def parts(self) -> Iterator[Surveyed]:
+    def parts(self) -> Iterator[Reports]:
         """As it is sent."""
-        yield Surveyed(self.actors, self.workers, ())
+        yield Reports(self.actors, self.workers, ())
         for record in self.records:
-            yield Surveyed((), (), (record,))
+            yield Reports((), (), (record,))
 
-    def joined(self, part: Surveyed) -> Surveyed:
+    def joined(self, part: Reports) -> Reports:
         """With the next part."""
-        return Surveyed(self.actors + part.actors, self.workers + part.workers, self.records + part.records)
+        return Reports(self.actors + part.actors, self.workers + part.workers, self.records + part.records)
 
 
-class Share(Message):
+class Assignment(Message):
     """What a peer has to do with each bucket."""
 
-    actor: ActorShare | None = None
-    worker: WorkerShare | None = None
-
-
-class Lender(msgspec.Struct, frozen=True, array_like=True):
-    """An actor rank and what it lends."""
-
-    actor_rank: Count
-    loan: Loan
+    actor: ActorAssignment | None = None
+    worker: WorkerAssignment | None = None
 
 
 class Connected(Message):
-    """To a worker: every peer has taken its share, and this is lent. To an actor rank: and every engine has returned from its call."""
+    """To a worker: every peer has taken its assignment, and this is exported to it. To an actor rank: and every engine has returned."""
 
-    loans: tuple[Lender, ...] = ()
+    exports: tuple[RankExport, ...] = ()
 
 
 class Writable(Message):
@@ -268,16 +299,16 @@ class Writable(Message):
 
 
 class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's stream that it was not yet told.
+    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of what this worker takes that it was not yet told.
 
-    ``group`` is the number of the group that carries messages. ``loans`` are those that were renewed since ``Connected``.
+    ``group`` is the number of the group that carries messages. ``exports`` are those that were renewed since ``Connected``.
     """
 
     attempt: Count
     buckets_ready: Count
     sums: tuple[Sum, ...] = ()
     group: Count = 0
-    loans: tuple[Lender, ...] = ()
+    exports: tuple[RankExport, ...] = ()
 
 
 class Commit(Message):
@@ -288,7 +319,7 @@ class Commit(Message):
 
 
 class AllCommitted(Message):
-    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Surveyed``."""
+    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Reports``."""
 
     attempt: Count
     times: tuple[WorkerTimes, ...]
@@ -318,10 +349,10 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 MAX_HELLO_BYTES = 16 * 2**10
 
 FromPeer = (
-    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Lent | Filled | Joined | Done | Loaded | Committed
+    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Exported | Filled | Joined | Done | Loaded | Committed
     | Finish | Failed | Goodbye | State
 )  # fmt: skip
-FromCoordinator = Catalogue | Surveyed | Share | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
+FromCoordinator = Manifest | Reports | Assignment | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
 
 M = TypeVar("M")
 

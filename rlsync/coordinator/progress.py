@@ -23,7 +23,7 @@ class Progress:
             ranks fill nothing, and do not join it, before everybody is there.
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
-        told: stream -> checksums of its regions, in the order in which buckets became ready.
+        told: destination -> checksums of its regions, in the order in which buckets became ready.
         answered: engine -> the last call that its handle has returned from.
     """
 
@@ -58,7 +58,7 @@ class Progress:
             return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable"
         self.filled[identity] = count + 1
         for entry in sums:
-            self.told[entry.stream].append(entry)
+            self.told[entry.destination].append(entry)
         self._fillers[bucket] += 1
         grown = self._fillers[bucket] == num_actors
         self.buckets_ready += grown
@@ -75,9 +75,9 @@ class Progress:
         self.buckets_writable += grown
         return grown
 
-    def untold(self, identity: bytes, stream: int) -> tuple[Sum, ...]:
-        """Checksums of a worker's stream that it has not been given yet; they count as given now."""
-        told = self.told[stream]
+    def untold(self, identity: bytes, destination: int) -> tuple[Sum, ...]:
+        """Checksums of what a worker takes that it has not been given yet; they count as given now."""
+        told = self.told[destination]
         begin, self.joined[identity] = self.joined.get(identity, 0), len(told)
         return tuple(told[begin:])
 
@@ -86,7 +86,7 @@ class Progress:
         at = (self.filled if peer.engine is None else self.done).get(peer.identity, 0)
         return min(at, self.num_buckets - 1)
 
-    def laggards(self, phase: str, actors: Sequence[Member], workers: Sequence[Member]) -> list[tuple[Member, str]]:
+    def stragglers(self, phase: str, actors: Sequence[Member], workers: Sequence[Member]) -> list[tuple[Member, str]]:
         """Whom a phase waits for, and what they were to do."""
         if phase == "begin":
             late = [(p, "to enter sync()") for p in actors if p.identity not in self.started]

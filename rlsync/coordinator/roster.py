@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import Loan
-from rlsync.coordinator.messages import Lender
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class Expected:
     engines: Mapping[str, int]
     digests: tuple[str, ...]
     timeout_s: float
-    catalogue: m.Catalogue
+    manifest: m.Manifest
 
 
 @dataclass(slots=True)
@@ -101,15 +99,15 @@ class Roster:
         return self.is_complete() and all(p.recorded is not None for p in self.workers())
 
     def is_attached(self) -> bool:
-        """Whether everybody is here and has taken its share."""
+        """Whether everybody is here and has taken its assignment."""
         return self.is_complete() and all(p.attached for p in self.members.values())
 
-    def survey(self) -> m.Surveyed:
+    def reports(self) -> m.Reports:
         """Everybody, for the plan."""
         actors = tuple(p.hello for p in self.actors() if isinstance(p.hello, m.ActorHello))
         workers = self.workers()
         hellos = tuple(p.hello for p in workers if isinstance(p.hello, m.WorkerHello))
-        return m.Surveyed(actors, hellos, tuple(p.recorded for p in workers if p.recorded is not None))
+        return m.Reports(actors, hellos, tuple(p.recorded for p in workers if p.recorded is not None))
 
     def mismatch(self, peer: Member) -> str | None:
         """Why a member with the right token cannot take part, or None."""
@@ -153,10 +151,10 @@ class Roster:
             elif peer.engine is not None and peer.recorded is None:
                 late.append((engine, f"{peer}, which has not said what it holds"))
             elif is_recorded and not peer.attached:
-                late.append((engine, f"{peer}, which has not taken its share"))
+                late.append((engine, f"{peer}, which has not taken its assignment"))
         if self.is_attached():
             stuck = [e for e in self.expected.engines if e not in self.answered]
-            late += [(e, f"engine {e}, whose workers are connected and whose core does not say so") for e in stuck]
+            late += [(e, f"engine {e}, whose workers are connected, but whose init_weight_transfer has not returned") for e in stuck]
         return late
 
 
@@ -166,38 +164,38 @@ def some(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
     return separator.join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-class Ledger:
-    """The loans of a connection by actor rank, and of each worker whom it borrows from."""
+class ExportRegistry:
+    """What the actor ranks of a connection export, which workers import it, and who was told where it lies. By transport."""
 
     def __init__(self) -> None:
-        self._loans: dict[int, Loan] = {}
-        self._is_renewed: set[int] = set()
-        self._lenders: dict[bytes, tuple[int, ...]] = {}
+        self._exports: dict[tuple[int, str], bytes] = {}
+        self._is_renewed: set[tuple[int, str]] = set()
+        self._imports: dict[bytes, list[tuple[int, str]]] = {}
         self._told: dict[bytes, int] = {}
 
-    def borrows(self, identity: bytes, lenders: tuple[int, ...]) -> None:
-        """A worker reads what these actor ranks lend."""
-        self._lenders[identity] = lenders
+    def add_reader(self, identity: bytes, transport: str, imports: tuple[int, ...]) -> None:
+        """A worker reads what these actor ranks export."""
+        self._imports[identity] = [(rank, transport) for rank in imports]
 
-    def lend(self, actor_rank: int, loan: Loan) -> None:
-        """What an actor rank lends from the beginning."""
-        self._loans[actor_rank] = loan
+    def add(self, actor_rank: int, exports: Mapping[str, bytes]) -> None:
+        """What an actor rank exports from the beginning."""
+        self._exports.update(((actor_rank, transport), export) for transport, export in exports.items())
 
-    def renew(self, actor_rank: int, loan: Loan) -> None:
-        """What it lends from now on."""
-        self._loans[actor_rank] = loan
-        self._is_renewed.add(actor_rank)
+    def renew(self, actor_rank: int, exports: Mapping[str, bytes]) -> None:
+        """What it exports from now on."""
+        self.add(actor_rank, exports)
+        self._is_renewed.update((actor_rank, transport) for transport in exports)
 
-    def first(self, identity: bytes) -> tuple[Lender, ...]:
-        """What a worker borrows."""
-        return self._of(self._lenders[identity])
+    def first(self, identity: bytes) -> tuple[m.RankExport, ...]:
+        """What a worker imports."""
+        return self._of(self._imports[identity])
 
-    def renewed(self, identity: bytes, attempt: int) -> tuple[Lender, ...]:
+    def renewed(self, identity: bytes, attempt: int) -> tuple[m.RankExport, ...]:
         """What is no longer as ``first`` said; once in an attempt, because a worker may not have read what came in one that failed."""
         if self._told.get(identity) == attempt:
             return ()
         self._told[identity] = attempt
-        return self._of(tuple(rank for rank in self._lenders[identity] if rank in self._is_renewed))
+        return self._of([key for key in self._imports[identity] if key in self._is_renewed])
 
-    def _of(self, ranks: tuple[int, ...]) -> tuple[Lender, ...]:
-        return tuple(Lender(rank, self._loans[rank]) for rank in ranks if rank in self._loans)
+    def _of(self, keys: Sequence[tuple[int, str]]) -> tuple[m.RankExport, ...]:
+        return tuple(m.RankExport(key[0], self._exports[key]) for key in keys if key in self._exports)

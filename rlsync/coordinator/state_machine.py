@@ -16,7 +16,7 @@ import msgspec
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.progress import Progress
-from rlsync.coordinator.roster import Expected, Ledger, Member, Roster, some
+from rlsync.coordinator.roster import Expected, ExportRegistry, Member, Roster, some
 
 
 class Sender(Protocol):
@@ -64,7 +64,7 @@ class Coordinator:
         elif peer is not None:
             handler = _HANDLERS.get((type(message), peer.engine is not None))
             if handler is None:
-                self._fail(f"{peer} sent {type(message).__name__}, which is not its to send", peer)
+                self._fail(f"{peer} sent {type(message).__name__}, which is not allowed from this peer", peer)
             elif peer.engine is not None and self.phase in ("idle", "failed") and getattr(message, "attempt", 0) == self._next_attempt():
                 # Its engine was called when rank 0 had sent its Start, and what two peers send comes in any order.
                 self._early.append((peer, message))
@@ -113,7 +113,7 @@ class Coordinator:
         else:
             problem = self._connecting.hand_out(message)
         if problem is not None:
-            self._fail(f"{peer} sent shares for {len(message.actors)} actor ranks and {len(message.workers)} workers {problem}", peer)
+            self._fail(f"{peer} sent assignments for {len(message.actors)} actor ranks and {len(message.workers)} workers {problem}", peer)
 
     def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
         if self.phase == "connect" and not peer.attached:
@@ -178,9 +178,9 @@ class Coordinator:
         for peer, said in early:
             _HANDLERS[type(said), True](self, peer, said, now)
 
-    def _on_lent(self, peer: Member, message: m.Lent, now: float) -> None:
+    def _on_exported(self, peer: Member, message: m.Exported, now: float) -> None:
         # Also one of a sync that is over: the memory is where it is.
-        self._connecting.ledger.renew(peer.place, message.loan)
+        self._connecting.exports.renew(peer.place, message.exports)
 
     def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
@@ -284,7 +284,7 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Attached, False): Coordinator._on_attached,
     (m.Answered, False): Coordinator._on_answered,
     (m.Start, False): Coordinator._on_start,
-    (m.Lent, False): Coordinator._on_lent,
+    (m.Exported, False): Coordinator._on_exported,
     (m.Filled, False): Coordinator._on_filled,
     (m.Joined, True): Coordinator._on_joined,
     (m.Done, True): Coordinator._on_done,
@@ -307,8 +307,8 @@ class Connecting:
 
     Attributes:
         num_buckets, num_slots: of the plan, as soon as it is there.
-        streams: worker -> its stream.
-        ledger: who reads whose device memory.
+        destinations: worker -> its destination in the plan.
+        exports: who reads whose exported memory.
     """
 
     def __init__(
@@ -320,10 +320,10 @@ class Connecting:
     ) -> None:
         self._expected, self._roster, self._send, self._fail = expected, roster, send, fail
         self.num_buckets = self.num_slots = 0
-        self.streams: dict[bytes, int] = {}
-        self.ledger = Ledger()
+        self.destinations: dict[bytes, int] = {}
+        self.exports = ExportRegistry()
         # How many actor ranks and workers have theirs.
-        self._num_shares = (0, 0)
+        self._num_assigned = (0, 0)
 
     def admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello, closed: str | None) -> None:
         """Let a peer in, or tell it why not. ``closed``: why nobody is let in any more, where that is so."""
@@ -338,8 +338,8 @@ class Connecting:
             self._fail(problem, peer)
             return
         if peer.engine is not None:
-            self._send(identity, expected.catalogue)
-        self._survey()
+            self._send(identity, expected.manifest)
+        self._report()
 
     def _refusal(self, peer: Member, closed: str | None) -> str | None:
         """Why a peer is not let in, or None."""
@@ -356,9 +356,9 @@ class Connecting:
     def record(self, peer: Member, message: m.Recorded) -> None:
         """A worker has said what it holds."""
         peer.recorded = message
-        self._survey()
+        self._report()
 
-    def _survey(self) -> None:
+    def _report(self) -> None:
         """When everybody is here: judge the names, and let actor rank 0 plan."""
         if not self._roster.is_recorded():
             return
@@ -366,36 +366,36 @@ class Connecting:
         if findings:
             self._fail(f"what the actor has and what the engines take do not fit: {some(findings, separator='; ')}", None)
         else:
-            for part in self._roster.survey().parts():
+            for part in self._roster.reports().parts():
                 self._send(self._roster.actors()[0].identity, part)
 
     def hand_out(self, message: m.Planned) -> str | None:
-        """Give the next ones the shares that actor rank 0 has made. Returns what is wrong where there are not as many, or not all here."""
-        num_actors, num_workers = self._num_shares
+        """Give the next ones the assignments that actor rank 0 has made. Returns what is wrong where they are too many or too early."""
+        num_actors, num_workers = self._num_assigned
         actors = self._roster.actors()[num_actors : num_actors + len(message.actors)]
         workers = self._roster.workers()[num_workers : num_workers + len(message.workers)]
         if not self._roster.is_recorded():
             return "before everybody is here"
         if (len(actors), len(workers)) != (len(message.actors), len(message.workers)):
             return f"while {len(self._roster.actors()) - num_actors} and {len(self._roster.workers()) - num_workers} have none"
-        self._num_shares = num_actors + len(actors), num_workers + len(workers)
+        self._num_assigned = num_actors + len(actors), num_workers + len(workers)
         for member, actor in zip(actors, message.actors, strict=True):
-            self.num_buckets, self.num_slots = len(actor.parts), actor.num_slots
-            self._send(member.identity, m.Share(actor=actor))
+            self.num_buckets, self.num_slots = actor.num_buckets, actor.num_slots
+            self._send(member.identity, m.Assignment(actor=actor))
         for member, worker in zip(workers, message.workers, strict=True):
-            self.streams[member.identity] = worker.stream
-            self.ledger.borrows(member.identity, worker.lenders)
-            self._send(member.identity, m.Share(worker=worker))
+            self.destinations[member.identity] = worker.destination
+            self.exports.add_reader(member.identity, worker.transport, worker.imports)
+            self._send(member.identity, m.Assignment(worker=worker))
         return None
 
     def attach(self, peer: Member, message: m.Attached) -> None:
-        """A peer has taken its share; when all have, workers learn what is lent to them."""
+        """A peer has taken its assignment; when all have, workers learn what is exported to them."""
         peer.attached = True
-        if message.loan is not None:
-            self.ledger.lend(peer.place, message.loan)
+        if message.exports:
+            self.exports.add(peer.place, message.exports)
         if self._roster.is_attached():
             for worker in self._roster.workers():
-                self._send(worker.identity, m.Connected(self.ledger.first(worker.identity)))
+                self._send(worker.identity, m.Connected(self.exports.first(worker.identity)))
 
     def is_complete(self) -> bool:
         """Whether all is done. An engine whose core is stuck has workers that are attached, and is no engine to sync with."""
@@ -406,7 +406,7 @@ class Transferring:
     """The steps of the phase ``transfer``.
 
     Args:
-        connecting: has what was agreed on: the workers' streams, and the ledger of what is lent.
+        connecting: has what was agreed on: the workers' destinations, and what is exported to them.
         send: hands a message to one peer.
         fail: makes a cause everybody's error; the peer is the one it came from.
     """
@@ -428,9 +428,9 @@ class Transferring:
     def tell_ready(self, sync: Progress) -> None:
         """Say to all workers that have joined which buckets are complete, and what each has not heard of them."""
         for identity in sync.joined:
-            sums = sync.untold(identity, self._connecting.streams[identity])
-            loans = self._connecting.ledger.renewed(identity, sync.attempt) if sync.buckets_ready else ()
-            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, loans))
+            sums = sync.untold(identity, self._connecting.destinations[identity])
+            exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
+            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports))
 
     def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
         """An actor rank has filled a bucket. Returns whether more buckets are ready now."""
@@ -474,13 +474,13 @@ def _late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -
     """A phase that took too long: whom it waits for, as many as fill a host or two, and the first of them as the one that is named."""
     if phase == "connect":
         absent = roster.absent()
-        laggards, culprit, engine = [words for _, words in absent], None, absent[0][0] if absent else None
+        stragglers, culprit, engine = [words for _, words in absent], None, absent[0][0] if absent else None
     else:
         assert sync is not None
-        slow = sync.laggards(phase, roster.actors(), roster.workers())
-        laggards, culprit = [f"{p}, which was {what}" for p, what in slow], slow[0][0] if slow else None
+        slow = sync.stragglers(phase, roster.actors(), roster.workers())
+        stragglers, culprit = [f"{p}, which was {what}" for p, what in slow], slow[0][0] if slow else None
         engine = culprit.engine if culprit else None
-    cause = f"nothing within {timeout_s:g} s from {some(laggards, 16, '; ')}"
+    cause = f"nothing within {timeout_s:g} s from {some(stragglers, 16, '; ')}"
     return _error(cause, phase, sync, engine, _bucket(culprit, phase, sync))
 
 

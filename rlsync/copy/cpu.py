@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from rlsync.layout.geometry import Fill, collapse, contiguous_strides
+from rlsync.plan.packing import side_by_side
 from rlsync.plan.planner import Copy
 
 Buffers = Mapping[str, torch.Tensor]
-# Segments of a packed message start at multiples of this many bytes, so that any dtype can view them.
-SEGMENT_ALIGNMENT = 16
 
 
 def region(buffer: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
@@ -58,34 +57,26 @@ def write_fills(fills: Iterable[Fill], destinations: Buffers) -> None:
 
 
 def packed_bytes(copies: Iterable[Copy], item_bytes: Mapping[str, int]) -> int:
-    """Bytes of a message that carries the sources of ``copies`` back to back; ``item_bytes`` is per HF tensor."""
-    return sum(_aligned(c.size * item_bytes[c.tensor]) for c in copies)
+    """Bytes of a message that carries the sources of ``copies`` side by side; ``item_bytes`` is per HF tensor."""
+    return side_by_side(c.size * item_bytes[c.tensor] for c in copies)[-1]
 
 
 def bind_pack(copies: Iterable[Copy], sources: Buffers, message: torch.Tensor) -> CopyProgram:
-    """Copies from source buffers into a message (uint8, 1-D), one segment per copy in the order given."""
-    pairs, cursor = [], 0
-    for c in copies:
-        source = region(sources[c.source_buffer], c.source_offset, c.shape, c.source_strides)
-        segment, cursor = _segment(message, cursor, source.dtype, c)
-        pairs.append((segment, source))
-    return CopyProgram(pairs)
+    """Copies from source buffers into a message (uint8, 1-D), side by side in the order given."""
+    copies = tuple(copies)
+    views = [region(sources[c.source_buffer], c.source_offset, c.shape, c.source_strides) for c in copies]
+    return CopyProgram(zip(_in_message(copies, message, [view.dtype for view in views]), views, strict=True))
 
 
 def bind_unpack(copies: Iterable[Copy], message: torch.Tensor, destinations: Buffers, dtypes: Mapping[str, torch.dtype]) -> CopyProgram:
     """Copies from a message made by :func:`bind_pack` with the same copies; ``dtypes`` are the source's, per HF tensor."""
-    pairs, cursor = [], 0
-    for c in copies:
-        segment, cursor = _segment(message, cursor, dtypes[c.tensor], c)
-        pairs.append((region(destinations[c.destination_buffer], c.destination_offset, c.shape, c.destination_strides), segment))
-    return CopyProgram(pairs)
+    copies = tuple(copies)
+    views = [region(destinations[c.destination_buffer], c.destination_offset, c.shape, c.destination_strides) for c in copies]
+    return CopyProgram(zip(views, _in_message(copies, message, [dtypes[c.tensor] for c in copies]), strict=True))
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
-
-
-def _segment(message: torch.Tensor, cursor: int, dtype: torch.dtype, copy: Copy) -> tuple[torch.Tensor, int]:
-    nbytes = copy.size * dtype.itemsize
-    flat = message[cursor : cursor + nbytes].view(dtype)
-    return flat.as_strided(copy.shape, contiguous_strides(copy.shape)), cursor + _aligned(nbytes)
+def _in_message(copies: Sequence[Copy], message: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """Where each copy lies in a message."""
+    sizes = [c.size * dtype.itemsize for c, dtype in zip(copies, dtypes, strict=True)]
+    flat = [message[at : at + size] for at, size in zip(side_by_side(sizes), sizes, strict=False)]
+    return [view.view(dtype).as_strided(c.shape, contiguous_strides(c.shape)) for c, view, dtype in zip(copies, flat, dtypes, strict=True)]

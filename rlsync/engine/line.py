@@ -18,8 +18,9 @@ from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer, pid_domain
 from rlsync.engine import compat
 from rlsync.engine.infos import InitInfo
-from rlsync.engine.inlet import Inlet
 from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.transport.ends import Receiver
+from rlsync.transport.shm import shm_domain
 
 # The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
 GRACE_S = 2.0
@@ -35,13 +36,12 @@ class Line:
     Args:
         info: where to dial, for which run and engine, and the deadline of a phase.
         parallel_config: vLLM's, which knows this worker's place in its engine.
-        shm_domain: names the shared memory that this process sees.
     """
 
-    def __init__(self, info: InitInfo, parallel_config: Any, device: torch.device, shm_domain: str) -> None:
+    def __init__(self, info: InitInfo, parallel_config: Any, device: torch.device) -> None:
         self.timeout_s = info.timeout_s
         self._endpoint = info.endpoint
-        self._peer = Peer(info.endpoint, _hello(info, parallel_config, device, shm_domain))
+        self._peer = Peer(info.endpoint, _hello(info, parallel_config, device))
 
     def send(self, message: m.FromPeer) -> None:
         """Queue a message; never blocks."""
@@ -67,8 +67,10 @@ class Line:
 
         return self.until(lambda: found.pop() if found else None, attempt, what, hear)
 
-    def until(self, poll: Callable[[], T | None], attempt: int, what: str, hear: Callable[[Any], None], inlet: Inlet | None = None) -> T:
-        """What ``poll`` gives; it is asked again after each message, which ``hear`` gets, and whenever ``inlet`` has news.
+    def until(
+        self, poll: Callable[[], T | None], attempt: int, what: str, hear: Callable[[Any], None], receiver: Receiver | None = None
+    ) -> T:
+        """What ``poll`` gives; it is asked again after each message, which ``hear`` gets, and whenever ``receiver`` has news.
 
         Raises as ``next`` does.
         """
@@ -76,7 +78,7 @@ class Line:
         deadline_s = time.monotonic() + limit_s
         while (result := poll()) is None:
             try:
-                message = self._peer.receive(attempt, deadline_s, None if inlet is None else inlet.fd)
+                message = self._peer.receive(attempt, deadline_s, None if receiver is None else receiver.fd)
             except TimeoutError:
                 raise RuntimeError(f"nothing from {self._endpoint} within {limit_s:g} s while waiting for {what}") from None
             if message is not None:
@@ -99,7 +101,7 @@ class Line:
         self._peer.close()
 
 
-def _hello(info: InitInfo, parallel_config: Any, device: torch.device, shm_domain: str) -> m.WorkerHello:
+def _hello(info: InitInfo, parallel_config: Any, device: torch.device) -> m.WorkerHello:
     dp_index, worker_rank, world_size = compat.worker_place(parallel_config)
     return m.WorkerHello(
         token=info.token,
@@ -109,7 +111,7 @@ def _hello(info: InitInfo, parallel_config: Any, device: torch.device, shm_domai
         worker_rank=worker_rank,
         world_size=world_size,
         host=socket.gethostname(),
-        shm_domain=shm_domain,
+        shm_domain=shm_domain(),
         pid_domain=pid_domain(),
         pid=os.getpid(),
         gpu_uuid=compat.gpu_uuid(device),

@@ -10,7 +10,7 @@ def register() -> None:
 
     Idempotent.
 
-    The receiver is composed in ``rlsync.sync.receiver``, which knows engine and transport; vLLM imports it when a model is loaded.
+    vLLM imports ``rlsync.engine.worker`` when a model is loaded.
     """
     from rlsync import logs
     from rlsync.engine import owner
@@ -18,4 +18,4 @@ def register() -> None:
 
     logs.set_up()
     owner.watch()
-    register_backend(BACKEND, "rlsync.sync.receiver", "make_receiver")
+    register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")

@@ -19,7 +19,7 @@ class Pull:
         phase, bucket: where it stands, for the error that names them.
         buckets_ready: buckets that may be pulled.
         group: number of the group that carries messages.
-        loans: what actor ranks lend anew and nobody has taken note of.
+        exports: what actor ranks export anew and nobody has taken note of.
     """
 
     def __init__(self, verifier: Verifier, attempt: int) -> None:
@@ -27,7 +27,7 @@ class Pull:
         self.phase, self.bucket = "begin", None
         self.buckets_ready, self.group = -1, 0
         self._verifier = verifier
-        self.loans: tuple[m.Lender, ...] = ()
+        self.exports: tuple[m.RankExport, ...] = ()
         self._sums: dict[int, int] = {}
         self._checks: list[Check] = []
         self._seconds = dict.fromkeys(("wait", "pull", "verify", "finalize"), 0.0)
@@ -39,7 +39,7 @@ class Pull:
         """Take in what the coordinator says of the actor's side."""
         self.buckets_ready, self.group = ready.buckets_ready, ready.group
         self._sums.update((s.region, s.value) for s in ready.sums)
-        self.loans += ready.loans
+        self.exports += ready.exports
 
     def verify(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Sum up what lies in ``buffers``; on CUDA that is only begun, behind what the current stream has to do."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.coordinator.assignments import WorkerShare
+from rlsync.coordinator.messages import WorkerAssignment
 from rlsync.copy.cpu import region
 from rlsync.copy.sums import Begun, Sums, Views, place_of
 from rlsync.errors import RlsyncError
@@ -46,10 +46,10 @@ class Check:
 class Verifier:
     """Of one worker and connection."""
 
-    def __init__(self, share: WorkerShare) -> None:
-        self._share = share
+    def __init__(self, assignment: WorkerAssignment) -> None:
+        self._verify = assignment.verify
         self._sums = Sums()
-        self._rounds = [_by_round(part.regions, share.verify) for part in share.parts]
+        self._rounds = [_by_round(part.regions, assignment.verify) for part in assignment.parts]
 
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Make ready to verify a bucket in these buffers."""
@@ -57,7 +57,7 @@ class Verifier:
 
     def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
         """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; on CUDA behind what the current stream has to do."""
-        rounds = [number for number in rounds_in(self._share.verify, turn) if number in self._rounds[bucket]]
+        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         chosen = [r for number in rounds for r in self._rounds[bucket][number]]
         return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
 

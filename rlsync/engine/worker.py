@@ -1,4 +1,4 @@
-"""The receiver inside each engine worker: dials home, says what it holds, pulls buckets into a sink, verifies them.
+"""The weight-transfer engine inside each worker: dials home, says what it holds, pulls buckets into a sink, verifies them.
 
 Owns the order of a sync in a worker. Knows no socket and no transport. A blocked worker blocks its whole engine, so it waits for
 nothing but through its ``Line``, which keeps the deadlines.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import WorkerPart, WorkerShare
 from rlsync.engine import compat, compat_faults, compat_features
 from rlsync.engine.infos import InitInfo, UpdateInfo
-from rlsync.engine.inlet import Inlet
 from rlsync.engine.intake import Intake, take_stock
 from rlsync.engine.line import Line
 from rlsync.engine.pull import Pull
@@ -26,48 +24,35 @@ from rlsync.engine.sinks import Sink
 from rlsync.engine.state import state_hashes
 from rlsync.engine.verifier import MismatchError, Verifier
 from rlsync.errors import WeightSyncError
+from rlsync.plan.packing import PackedPart
+from rlsync.transport.ends import Arrival, Receiver, make_receiver
 
 _log = logging.getLogger(__name__)
 
 
-class Receiver(WeightTransferEngine):
-    """vLLM's weight-transfer engine of backend ``rlsync``. One for each worker process.
-
-    Args:
-        open_inlet: makes the way in that a share names, given the deadline of the phases in seconds and the worker's device.
-        domain: names the shared memory this process sees.
-    """
+class RlsyncTransferEngine(WeightTransferEngine):
+    """vLLM's weight-transfer engine of backend ``rlsync``. One for each worker process; vLLM makes it when a model is loaded."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
-    def __init__(
-        self,
-        config: Any,
-        vllm_config: Any,
-        device: torch.device,
-        model: torch.nn.Module,
-        *,
-        open_inlet: Callable[[WorkerShare, float, torch.device], Inlet],
-        domain: Callable[[], str],
-    ) -> None:
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._open_inlet, self._domain = open_inlet, domain
         self._line: Line | None = None
-        self._inlet: Inlet | None = None
+        self._receiver: Receiver | None = None
         self._sink: Sink | None = None
-        self._share: WorkerShare | None = None
+        self._assignment: m.WorkerAssignment | None = None
         self._verifier: Verifier | None = None
         self._version = -1
-        self._comparison: Receiver | None = None
+        self._comparison: RlsyncTransferEngine | None = None
         self._is_comparison = False
         # Whether all buckets land where they belong for good.
         self._is_direct = False
         compat_faults.heal()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Dial home, say what this worker holds, and take the share that is made of it. Returns when all peers have done so."""
+        """Dial home, say what this worker holds, and take the assignment that is made of it. Returns when all peers have done so."""
         with self._raising_once():
             if init_info.purpose == "inspect":
                 self._tell_state(init_info)
@@ -92,15 +77,15 @@ class Receiver(WeightTransferEngine):
         line = self._line = self._dial(init_info)
         try:
             compat_features.check(self.vllm_config)
-            catalogue = line.next(m.Catalogue, 0, "the list of tensors")
+            manifest = line.next(m.Manifest, 0, "the list of tensors")
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             with compat.config_scope(self.vllm_config):
                 compare = init_info.purpose == "compare"
-                intake = take_stock(self.model, self.model_config, holder, catalogue.tensors, catalogue.sink, compare)
+                intake = take_stock(self.model, self.model_config, holder, manifest.tensors, manifest.sink, compare)
             line.send(intake.record)
-            self._attach_share(intake, line.next(m.Share, 0, "this worker's share of the plan").worker)
+            self._attach(intake, line.next(m.Assignment, 0, "this worker's assignment").worker)
             line.send(m.Attached())
-            self._prepare(line.next(m.Connected, 0, "all peers to connect").loans)
+            self._prepare(line.next(m.Connected, 0, "all peers to connect").exports)
         except Exception as error:
             if not isinstance(error, WeightSyncError):
                 line.tell_failure(error, 0, "connect")
@@ -114,14 +99,12 @@ class Receiver(WeightTransferEngine):
         line.close()
 
     def _dial(self, info: InitInfo) -> Line:
-        return Line(info, self.parallel_config, self.device, self._domain())
+        return Line(info, self.parallel_config, self.device)
 
     def _compare(self, info: InitInfo) -> None:
-        """In a receiver of its own, so that a connection that there is goes on."""
+        """In a transfer engine of its own, so that a connection that there is goes on."""
         if info.attempt == 0:
-            twin = self._comparison = Receiver(
-                self.config, self.vllm_config, self.device, self.model, open_inlet=self._open_inlet, domain=self._domain
-            )
+            twin = self._comparison = RlsyncTransferEngine(self.config, self.vllm_config, self.device, self.model)
             twin._is_comparison = True
             twin._connect(info)
         elif self._comparison is not None:
@@ -132,28 +115,26 @@ class Receiver(WeightTransferEngine):
                 # The other side goes on to let the engine go, and has no use for a goodbye.
                 twin.shutdown(with_goodbye=False)
 
-    def _attach_share(self, intake: Intake, share: WorkerShare) -> None:
+    def _attach(self, intake: Intake, assignment: m.WorkerAssignment) -> None:
         assert self._line is not None
-        inlet = self._inlet = self._open_inlet(share, self._line.timeout_s, self.device)
-        self._line.until(lambda: inlet.join(0), 0, "all members of the group", lambda message: None, inlet)
-        self._sink = intake.make_sink(tuple(part.segments for part in share.parts))
-        self._share, self._verifier = share, Verifier(share)
+        receiver = self._receiver = make_receiver(assignment, self._line.timeout_s, self.device)
+        self._line.until(lambda: receiver.join(0), 0, "all members of the group", lambda message: None, receiver)
+        self._sink = intake.make_sink(tuple(part.segments for part in assignment.parts))
+        self._assignment, self._verifier = assignment, Verifier(assignment)
 
-    def _prepare(self, loans: Sequence[m.Lender]) -> None:
+    def _prepare(self, exports: Sequence[m.RankExport]) -> None:
         """What every sync would do alike is done once."""
-        assert self._share is not None and self._sink is not None and self._inlet is not None and self._verifier is not None
-        self._inlet.borrow(loans)
+        assert self._assignment is not None and self._sink is not None and self._receiver is not None and self._verifier is not None
         standing = self._standing()
-        self._is_direct = len(standing) == sum(part.nbytes > 0 for part in self._share.parts)
+        self._is_direct = len(standing) == sum(part.nbytes > 0 for part in self._assignment.parts)
+        self._receiver.prepare(standing, exports)
         for bucket, buffers in standing.items():
-            self._inlet.prepare(bucket, buffers)
             self._verifier.prepare(bucket, buffers)
-        self._inlet.rest()
 
     def _standing(self) -> dict[int, Mapping[str, torch.Tensor]]:
         """By bucket, the buffers that are the same in every sync."""
-        assert self._share is not None and self._sink is not None
-        found = {bucket: self._sink.standing(bucket) for bucket, part in enumerate(self._share.parts) if part.nbytes}
+        assert self._assignment is not None and self._sink is not None
+        found = {bucket: self._sink.standing(bucket) for bucket, part in enumerate(self._assignment.parts) if part.nbytes}
         return {bucket: buffers for bucket, buffers in found.items() if buffers is not None}
 
     def start_weight_update(self) -> None:
@@ -165,9 +146,9 @@ class Receiver(WeightTransferEngine):
             self._receive(update_info)
 
     def _receive(self, update_info: UpdateInfo) -> None:
-        if self._line is None or self._sink is None or self._share is None or self._inlet is None or self._verifier is None:
+        if self._line is None or self._sink is None or self._assignment is None or self._receiver is None or self._verifier is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
-        line, sink, inlet, pull = self._line, self._sink, self._inlet, Pull(self._verifier, update_info.attempt)
+        line, sink, receiver, pull = self._line, self._sink, self._receiver, Pull(self._verifier, update_info.attempt)
         try:
             with compat.config_scope(self.vllm_config):
                 line.send(m.Joined(update_info.attempt, update_info.version))
@@ -175,33 +156,20 @@ class Receiver(WeightTransferEngine):
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
                 # No time of the bytes: everybody has to be there.
                 _await_ready(line, pull, -1, "the actor's side")
-                line.until(lambda: inlet.join(pull.group), pull.attempt, "all members of the group", pull.hear, inlet)
+                line.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
                 _log.debug("version %d: everybody is there", update_info.version)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
                 sink.open()
                 pull.phase = "transfer"
-                if inlet.lands_ahead:
-                    inlet.expect(self._standing())
-                for bucket, part in enumerate(self._share.parts):
-                    pull.bucket = bucket
-                    if not inlet.lands_ahead:
-                        _await_bucket(line, pull, bucket)
-                    self._take(line, sink, inlet, pull, part)
-                    _log.debug(
-                        "version %d: bucket %d of %d is in place, %d B", update_info.version, bucket, len(self._share.parts), part.nbytes
-                    )
-                if not self._is_direct:
-                    # What the sink has enqueued behind the sums of the last bucket is no time of verifying.
-                    with pull.timed("pull"):
+                with contextlib.ExitStack() as receiving:
+                    receiving.enter_context(receiver.receiving(self._standing()))
+                    self._take_all(line, sink, receiver, pull, update_info.version)
+                    with pull.timed("finalize"):
+                        sink.close()
                         self._synchronize()
-                pull.conclude()
-                _log.debug("version %d: all of it is verified", update_info.version)
-                with pull.timed("finalize"):
-                    sink.close()
-                    self._synchronize()
-                    inlet.rest()
-            line.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + inlet.extra_bytes), tuple(sink.differences)))
+                        receiving.close()
+            line.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + receiver.extra_bytes), tuple(sink.differences)))
             pull.phase, pull.bucket = "commit", None
             line.next(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
@@ -213,7 +181,7 @@ class Receiver(WeightTransferEngine):
             if told is None and not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else pull.phase
                 line.tell_failure(error, update_info.attempt, phase, pull.bucket)
-            inlet.abandon()
+            receiver.abandon()
             sink.abandon()
             if told is not None:
                 try:
@@ -223,7 +191,24 @@ class Receiver(WeightTransferEngine):
                     del told
             raise
 
-    def _take(self, line: Line, sink: Sink, inlet: Inlet, pull: Pull, part: WorkerPart) -> None:
+    def _take_all(self, line: Line, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
+        """Bucket after bucket, until all of them are where they belong and verified."""
+        assert self._assignment is not None
+        parts = self._assignment.parts
+        for bucket, part in enumerate(parts):
+            pull.bucket = bucket
+            if not receiver.lands_ahead:
+                _await_bucket(line, pull, bucket)
+            self._take(line, sink, receiver, pull, part)
+            _log.debug("version %d: bucket %d of %d is in place, %d B", version, bucket, len(parts), part.nbytes)
+        if not self._is_direct:
+            # What the sink has enqueued behind the sums of the last bucket is no time of verifying.
+            with pull.timed("pull"):
+                self._synchronize()
+        pull.conclude()
+        _log.debug("version %d: all of it is verified", version)
+
+    def _take(self, line: Line, sink: Sink, receiver: Receiver, pull: Pull, part: PackedPart) -> None:
         bucket = pull.bucket
         assert bucket is not None
         if part.nbytes == 0:
@@ -231,11 +216,13 @@ class Receiver(WeightTransferEngine):
             line.send(m.Done(pull.attempt, bucket))
             return
         with pull.timed("pull"):
-            inlet.borrow(pull.loans)
-            pull.loans = ()
-            what = f"the bytes of bucket {bucket}"
-            arrival = line.until(lambda: inlet.fetch(bucket, pull.buckets_ready), pull.attempt, what, pull.hear, inlet)
-            # What it sums up to is told when it is ready.
+
+            def fetch() -> Arrival | None:
+                exports, pull.exports = pull.exports, ()
+                return receiver.fetch(bucket, pull.buckets_ready, exports)
+
+            arrival = line.until(fetch, pull.attempt, f"the bytes of bucket {bucket}", pull.hear, receiver)
+            # Checksums arrive with Ready.
             _await_bucket(line, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
@@ -260,9 +247,9 @@ class Receiver(WeightTransferEngine):
             if with_goodbye:
                 self._line.send(m.Goodbye())
             self._line.close()
-        if self._inlet is not None:
-            self._inlet.close()
-        self._line = self._inlet = self._sink = self._share = self._verifier = None
+        if self._receiver is not None:
+            self._receiver.close()
+        self._line = self._receiver = self._sink = self._assignment = self._verifier = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:

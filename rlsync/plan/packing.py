@@ -1,8 +1,10 @@
-"""Staging: how the bytes of a plan's buckets lie in slots on their way. Pure integers; owns no memory.
+"""Packing: how the bytes of a plan's buckets lie together, in slots and in messages. Pure integers; owns no memory.
 
-A *stream* is one destination of the plan; several workers that hold the same share one. Its *part* of a bucket is cut into
-*segments*, each dense and in the order of the destination's memory, so that the taker moves few and large pieces. What one
-source gives to one part is a *region*: the unit of copying in, and of verification.
+A *part* is what one destination takes of one bucket; several workers that hold the same are one destination. It is cut into
+*segments*, each dense and in the order of the destination's memory, so that the taker moves few and large pieces. What one source
+gives to one part is a *region*: the unit of copying in, of transforms, and of verification.
+
+There is one rule for what lies side by side, ``side_by_side``: segments in a part, parts in a slot, regions in a message.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -19,14 +20,18 @@ from msgspec.structs import replace
 from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, contiguous_strides
 from rlsync.plan.planner import Copy, Plan
 
-# Segments start at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
+# What lies side by side begins at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
 SEGMENT_ALIGNMENT = 64
 # What one source gives to one destination at once is not cut below this: every message costs some microseconds.
 LEAST_PIECE_BYTES = 2**20
 
-# Where the buffers of a holder are: in the host; in memory of a device that other processes of the host cannot map; in such that they
-# can, but which is allocated anew for every sync; in such that stays.
-Memory = Literal["host", "device", "leaving", "lendable"]
+
+def side_by_side(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Byte at which each of several things begins when they lie one after another, each aligned; one more for the end."""
+    offsets = [0]
+    for nbytes in sizes:
+        offsets.append(offsets[-1] + -(-nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT)
+    return tuple(offsets)
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -55,7 +60,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 class Region(msgspec.Struct, frozen=True, array_like=True):
     """Elements that one source gives to a part. Offsets and strides in elements, ``slot_offset`` in bytes of the part.
 
-    ``number`` counts the regions of a stream over all its buckets. ``tensor`` is the HF name.
+    ``number`` counts the regions of a destination over all its buckets. ``tensor`` is the HF name.
     """
 
     number: int
@@ -77,17 +82,16 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One stream's share of one bucket: ``nbytes`` of a slot, alignment included."""
+class PackedPart(msgspec.Struct, frozen=True, array_like=True):
+    """What one destination takes of one bucket: ``nbytes``, alignment included, and what lies in them."""
 
     nbytes: int
     segments: tuple[Segment, ...]
     regions: tuple[Region, ...]
 
 
-def lay_out(plan: Plan) -> tuple[tuple[Part, ...], ...]:
-    """Parts by bucket and stream; stream ``s`` is destination ``s`` of the plan. Deterministic."""
+def lay_out(plan: Plan) -> tuple[tuple[PackedPart, ...], ...]:
+    """Parts by bucket and destination of the plan. Deterministic."""
     specs = [{b.name: b for b in p.buffers} for p in plan.destinations]
     numbers = [0] * len(plan.destinations)
     table = []
@@ -96,22 +100,40 @@ def lay_out(plan: Plan) -> tuple[tuple[Part, ...], ...]:
         for copy in bucket.copies:
             copies[copy.destination].append(copy)
         row = []
-        for stream in range(len(plan.destinations)):
-            row.append(_part(copies[stream], specs[stream], numbers[stream]))
-            numbers[stream] += len(row[-1].regions)
+        for destination in range(len(plan.destinations)):
+            row.append(_part(copies[destination], specs[destination], numbers[destination]))
+            numbers[destination] += len(row[-1].regions)
         table.append(tuple(row))
     return tuple(table)
 
 
-def part_offsets(parts: Sequence[Part]) -> tuple[int, ...]:
-    """Byte at which each part begins when the parts of a bucket lie side by side in one slot; one more for the end."""
-    offsets = [0]
-    for part in parts:
-        offsets.append(offsets[-1] + part.nbytes)
-    return tuple(offsets)
+@dataclass(frozen=True, slots=True)
+class PackedMessage:
+    """What one source gives to one part, as it travels or waits in a staging ring.
+
+    ``peer`` is the other end, by a number that its transport gives it. ``places[i]``: byte offset and strides (elements) of ``regions[i]``.
+    """
+
+    peer: int
+    nbytes: int
+    regions: tuple[Region, ...]
+    places: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def _part(copies: Sequence[Copy], specs: dict[str, BufferSpec], number: int) -> Part:
+def pack_message(peer: int, regions: Sequence[Region], whole_bytes: int = 0) -> PackedMessage:
+    """The layout of a message, from its regions alone, so that both ends find the same.
+
+    ``whole_bytes``: bytes of the part where ``regions`` are all of it, and it travels as it lies in a slot: nothing is left to unpack.
+    With 0 the regions follow one another, each dense.
+    """
+    if whole_bytes:
+        return PackedMessage(peer, whole_bytes, tuple(regions), tuple((r.slot_offset, r.slot_strides) for r in regions))
+    *offsets, end = side_by_side(r.nbytes for r in regions)
+    places = tuple((offset, contiguous_strides(r.shape)) for offset, r in zip(offsets, regions, strict=True))
+    return PackedMessage(peer, end, tuple(regions), places)
+
+
+def _part(copies: Sequence[Copy], specs: dict[str, BufferSpec], number: int) -> PackedPart:
     by_buffer: dict[str, list[Copy]] = defaultdict(list)
     for copy in copies:
         by_buffer[copy.destination_buffer].append(copy)
@@ -125,8 +147,8 @@ def _part(copies: Sequence[Copy], specs: dict[str, BufferSpec], number: int) -> 
             for copy in run:
                 regions.append(_region(copy, segment, number + len(regions), len(run) > 1))
             segments.append(segment)
-            cursor += -(-segment.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
-    return Part(cursor, tuple(segments), tuple(regions))
+            cursor += side_by_side([segment.nbytes])[1]
+    return PackedPart(cursor, tuple(segments), tuple(regions))
 
 
 def _runs(copies: list[Copy], spec: BufferSpec) -> list[list[Copy]]:
@@ -179,7 +201,7 @@ def _region(copy: Copy, segment: Segment, number: int, in_range: bool) -> Region
 
 
 def cut(regions: Sequence[Region], num_pieces: int) -> tuple[tuple[Region, ...], ...]:
-    """The same elements in so many pieces of about equal bytes, large regions divided; the last pieces of small parcels are empty.
+    """The same elements in so many pieces of about equal bytes, large regions divided; the last pieces of small messages are empty.
 
     Both ends cut alike, from the regions alone.
     """
@@ -242,31 +264,3 @@ def _from(r: Region, begin: int, shape: tuple[int, ...], skipped_dims: int) -> R
         slot_offset=r.slot_offset + begin * r.slot_strides[0] * DTYPE_BYTES[r.dtype],
         slot_strides=r.slot_strides[skipped_dims:],
     )
-
-
-def is_staged(memory: Memory, mode: str, *, is_near: bool) -> bool:
-    """Whether a reader of a holder's device memory reads a ring in which the holder puts it first, and not where it lies.
-
-    So where it cannot be mapped, and where it would have to be mapped anew in every sync from another GPU: the driver takes many times
-    as long for that as the bytes for their way (benchmarks/RESULTS.md). A ring is mapped once.
-
-    Args:
-        mode: ``weight_sync.staging``, ``auto`` or ``always``.
-        is_near: whether both are on one GPU.
-    """
-    return mode == "always" or memory == "device" or (memory == "leaving" and not is_near)
-
-
-def fills_buckets(transports: Iterable[str], *, is_direct: bool, staged: bool) -> bool:
-    """Whether what a stream takes of a holder counts for the size of buckets.
-
-    Not what goes from parameters to parameters, of which nobody has to be told in parts: ``ipc`` reads it where it lies, and ``nccl``
-    cuts it into steps.
-
-    Args:
-        transports: of all streams. Where there are several, buckets are those of the others.
-        is_direct: whether all workers write into their parameters.
-        staged: whether it goes through a ring of the holder's, see ``is_staged``.
-    """
-    used = set(transports)
-    return not is_direct or not (used == {"nccl"} or (used == {"ipc"} and not staged))

@@ -11,20 +11,17 @@ from functools import partial
 import msgspec
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import Loan
 from rlsync.coordinator.client import Peer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
-from rlsync.sync.filling import Filler
-from rlsync.sync.health import SyncHealth
-from rlsync.sync.lending import Lender
-from rlsync.sync.planning import Blueprint
-from rlsync.sync.report import SyncReport
+from rlsync.sync.endpoints import Endpoints, join
+from rlsync.sync.packer import Packer
+from rlsync.sync.planning import ConnectionPlan
+from rlsync.sync.report import SyncHealth, SyncReport
 from rlsync.sync.source import Source
-from rlsync.sync.tasks import Lane, Outcome, Tasks
-from rlsync.transport.boxes import Outbox
-from rlsync.transport.meeting import GroupError
+from rlsync.transport.rendezvous import GroupError
+from rlsync.transport.tasks import Lane, Outcome, Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -34,19 +31,18 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What ``connect`` has made and every sync uses. Only rank 0 has a blueprint, the sinks of its workers, and engines."""
+    """What ``connect`` has made and every sync uses. Only rank 0 has a plan, the sinks of its workers, and engines."""
 
     peer: Peer
     num_buckets: int
     lane: Lane
     source: Source
-    filler: Filler
-    outbox: Outbox | None
-    lender: Lender | None
+    packer: Packer
+    endpoints: Endpoints
     engines: tuple[EngineHandle, ...]
     config: SyncConfig
     health: SyncHealth
-    blueprint: Blueprint | None = None
+    plan: ConnectionPlan | None = None
     sinks: tuple[str, ...] = ()
     link_gb_per_s: float | None = None
 
@@ -68,14 +64,16 @@ def receive(
 
 
 class Attempt:
-    """One call of ``WeightSyncer.sync``: an event loop over the channel, this rank's fills and the engines' calls."""
+    """One call of ``WeightSyncer.sync``: an event loop over the channel, what this rank packs, and the engines' calls."""
 
     def __init__(self, connection: Connection, tasks: Tasks, attempt: int, version: int, name: str) -> None:
         """``name`` is that of the sync to the engines."""
         self._link, self._tasks, self._attempt, self._version, self._name = connection, tasks, attempt, version, name
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
-        self._filled, self._writable, self._group, self._filling = 0, 0, 0, True
+        self._packed, self._writable, self._group = 0, 0, 0
+        # One call of this rank's own at a time: begin, join, then bucket after bucket.
+        self._is_busy, self._has_joined = True, False
         self._pending: dict[str, set[str]] = {}
         self._marks: dict[str, float] = {}
         self._seconds = {"begin": 0.0, "fill": 0.0}
@@ -114,14 +112,13 @@ class Attempt:
                 self._committed, self._marks["committed"] = message, time.monotonic()
             elif isinstance(message, m.Finished):
                 return msgspec.msgpack.decode(message.report, type=SyncReport)
-            self._fill_next()
+            self._pack_next()
             self._advance()
 
-    def _begin(self) -> Loan | None:
-        """Make the weights fresh; returns what is lent from now on, where that has changed."""
+    def _begin(self) -> None:
+        """Make the weights fresh."""
         self._source.begin(self._version)
-        self._link.filler.check()
-        return None if self._link.lender is None else self._link.lender.renewed()
+        self._link.packer.check()
 
     def _take(self, outcome: Outcome) -> None:
         kind, which = outcome.key
@@ -134,11 +131,13 @@ class Attempt:
             self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
         elif kind in ("begin", "join", "fill"):
             self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
-            self._filling = False
-            if kind == "begin" and outcome.result is not None:
-                self._peer.send(m.Lent(self._attempt, outcome.result))
+            self._is_busy = False
+            if kind == "join":
+                self._has_joined = True
+                if outcome.result:
+                    self._peer.send(m.Exported(self._attempt, outcome.result))
             if kind == "fill":
-                self._filled += 1
+                self._packed += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
         else:
             self._peer.send(m.Answered(self._attempt, which, kind))
@@ -147,16 +146,16 @@ class Attempt:
             if kind == "update":
                 self._engine_s[which] = outcome.seconds
 
-    def _fill_next(self) -> None:
-        """Fill the next bucket as soon as its slot is free, and the group is there that carries its messages."""
-        bucket, outbox, group = self._filled, self._link.outbox, self._group
-        if self._filling or bucket >= min(self._writable, self._link.num_buckets):
+    def _pack_next(self) -> None:
+        """Pack the next bucket as soon as its slot is free, and this rank takes part in the group that the coordinator has named."""
+        bucket, group = self._packed, self._group
+        if self._is_busy or bucket >= min(self._writable, self._link.num_buckets):
             return
-        self._filling = True
-        if outbox is not None and outbox.number != group:
-            self._link.lane.submit(self._tasks, ("join", None), lambda: outbox.join(group))
+        self._is_busy = True
+        if self._has_joined:
+            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, self._attempt))
         else:
-            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.filler.fill(bucket, self._attempt))
+            self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
 
     def _call_engines(self) -> None:
         """Rank 0: pause each engine and begin its update. Nothing is written before the workers of all engines are inside theirs."""
@@ -183,18 +182,18 @@ class Attempt:
             self._peer.send(m.Finish(self._attempt, msgspec.msgpack.encode(self._report())))
 
     def _report(self) -> SyncReport:
-        assert self._committed is not None and self._link.blueprint is not None
+        assert self._committed is not None and self._link.plan is not None
         self._link.health.committed(engine.engine_id for engine in self._engines)
-        at, times, blueprint = self._marks, self._committed.times, self._link.blueprint
+        at, times, plan = self._marks, self._committed.times, self._link.plan
         return SyncReport(
             version=self._version,
-            transport=blueprint.transport,
+            transport=plan.transport,
             sinks=tuple(sorted(set(self._link.sinks))),
             verify=self._link.config.verify,
-            bytes=blueprint.nbytes,
-            staged_bytes=blueprint.staged_bytes,
-            bytes_by_link=dict(blueprint.traffic.bytes_by_link),
-            redundancy=dict(blueprint.traffic.redundancy),
+            bytes=plan.nbytes,
+            staged_bytes=plan.staged_bytes,
+            bytes_by_link=dict(plan.traffic.bytes_by_link),
+            redundancy=dict(plan.traffic.redundancy),
             num_buckets=self._link.num_buckets,
             seconds=time.monotonic() - at["start"],
             pause_s=at["pause"] - at["start"],

@@ -13,8 +13,8 @@ from rlsync.coordinator.server import CoordinatorServer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe
-from rlsync.sync.invitation import Invitation
-from rlsync.sync.tasks import Tasks
+from rlsync.sync.syncer import ConnectInfo
+from rlsync.transport.tasks import Tasks
 
 
 def inspect_engines(
@@ -29,12 +29,12 @@ def inspect_engines(
     server = CoordinatorServer(bind_host, sum(e.num_workers for e in engines))
     inspection = Inspection(token, run_id, {e.engine_id: e.num_workers for e in engines}, server.send)
     server.start(inspection)
-    invitation = Invitation(server.endpoint, token, run_id)
+    info = ConnectInfo(server.endpoint, token, run_id)
     tasks = Tasks()
     try:
         for engine in engines:
-            info = {**invitation.for_engine(engine.engine_id, timeout_s), "purpose": "inspect"}
-            tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, timeout_s))
+            init_info = {**info.for_engine(engine.engine_id, timeout_s), "purpose": "inspect"}
+            tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, init_info, timeout_s))
         _await(inspection.complete, tasks, timeout_s, len(engines))
         if inspection.absent():
             raise WeightSyncError(phase="connect", cause=f"no state within {timeout_s:g} s from {inspection.absent()}")

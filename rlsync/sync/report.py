@@ -1,8 +1,13 @@
-"""What a sync answers: SyncReport, and its numbers for a metrics log. Plain data; measures nothing."""
+"""What a sync answers: SyncReport, and SyncHealth, which counts failures; their numbers for a metrics log. Measures nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import msgspec
+
+from rlsync.errors import WeightSyncError
 
 # Phases in which a sync can fail, as in ``WeightSyncError.phase``.
 PHASES = ("connect", "pause", "begin", "transfer", "verify", "commit", "resume")
@@ -18,22 +23,22 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sinks: what workers used: ``direct``, ``layerwise``, ``direct+layerwise`` or ``loaders``.
         transport: what the bytes went through; several are joined by ``+``.
-        bytes: bytes that streams take in, each stream once. Several workers that hold the same on one host are one stream.
+        bytes: bytes that destinations take in, each once. Several workers of one host that read the same ones are one destination.
         staged_bytes: of these, those that ``ipc`` read out of a staging ring in GPU memory instead of where they lie.
-        bytes_by_link, redundancy: of the plan, by link name and by stream; see ``rlsync.plan.links.Traffic``.
+        bytes_by_link, redundancy: of the plan, by link name and by destination; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
         fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
-        transfer_s: from then to the last worker's commit.
+        transfer_s: from all engines paused to the last commit.
         wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, taking them in, checksums,
             and what is left to do after the last.
-        commit_s: from then until every engine has ended its update and reset its caches. resume_s: letting requests in again.
+        commit_s: from the last commit until every engine has ended its update and reset its caches. resume_s: letting requests in again.
         extra_bytes: most memory that a worker took for the sync beside the ring.
         engine_s: seconds of the update, caches included, by engine id.
         link_gb_per_s: 10^9 bytes per second that the link was measured to carry at connect, or None where nobody measured it.
         engines_dirty: engines of this connection that are dirty now. failures: syncs that did not commit, by phase, since the
-            syncer was made. See ``rlsync.sync.health.SyncHealth``.
+            syncer was made. See ``SyncHealth``.
         differences: of a comparison, by worker; see ``rlsync.sync.comparison``. Empty in a sync.
     """
 
@@ -71,7 +76,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_redundancy(self) -> float:
-        """Bytes received over bytes held, of the worst stream; 1.0 is each byte once."""
+        """Bytes received over bytes held, of the worst destination; 1.0 is each byte once."""
         return max(self.redundancy.values())
 
     @property
@@ -103,3 +108,29 @@ def failure_metrics(failures: dict[str, int]) -> dict[str, float]:
     """Counts of syncs that did not commit, in all and by phase; phases without one are there as zero."""
     by_phase = {f"sync/failures_{phase}": failures.get(phase, 0) for phase in PHASES}
     return {"sync/failures": sum(failures.values()), **by_phase}
+
+
+class SyncHealth:
+    """Kept from the first ``connect`` on, also through failures, so that its numbers can be shown at any time.
+
+    Attributes:
+        failures: phase -> attempts to connect or to sync that failed in it.
+        dirty: ids of engines that hold weights of no committed version.
+    """
+
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        self.dirty: frozenset[str] = frozenset()
+
+    def failed(self, error: BaseException, engine_ids: Iterable[str]) -> None:
+        """A connect or a sync of these engines failed; an error without a phase counts as one of the transfer."""
+        self.failures[error.phase if isinstance(error, WeightSyncError) else "transfer"] += 1
+        self.dirty |= frozenset(engine_ids)
+
+    def committed(self, engine_ids: Iterable[str]) -> None:
+        """A sync of these engines committed."""
+        self.dirty -= frozenset(engine_ids)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that a failed sync leaves behind, as in ``SyncReport.metrics``."""
+        return {"sync/engines_dirty": len(self.dirty), **failure_metrics(dict(self.failures))}

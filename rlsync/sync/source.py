@@ -31,7 +31,7 @@ class Source(Protocol):
         ...
 
     @property
-    def stays(self) -> bool:
+    def stable_memory(self) -> bool:
         """Whether their memory stays allocated between syncs. If not, engines let go of it at the end of each sync."""
         ...
 

@@ -1,4 +1,4 @@
-"""WeightSyncer: the actor's side of a connection. Owns the channel, what carries bytes, and the order of a sync.
+"""WeightSyncer: the actor's side of a connection. Owns the channel, this rank's endpoints, and the order of a sync.
 
 Knows the seams only: a Source has weights, EngineHandles drive engines, the coordinator says how a sync stands.
 No collective runs inside a sync, so that a dead or stopped rank is found by a deadline and not by a hang.
@@ -7,10 +7,13 @@ No collective runs inside a sync, so that a dead or stopped rank is found by a d
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import torch
@@ -18,29 +21,64 @@ import zmq
 
 from rlsync import logs
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import ActorShare
-from rlsync.coordinator.client import Peer, to_exception
+from rlsync.coordinator.client import Peer, pid_domain, to_exception
 from rlsync.coordinator.roster import Expected, some
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
+from rlsync.plan.transports import TRANSPORTS
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive
-from rlsync.sync.carriers import Carriers
 from rlsync.sync.config import SyncConfig
-from rlsync.sync.filling import Filler
-from rlsync.sync.health import SyncHealth
-from rlsync.sync.invitation import Invitation
-from rlsync.sync.planning import Blueprint, draw_up
-from rlsync.sync.report import SyncReport
+from rlsync.sync.endpoints import Endpoints
+from rlsync.sync.packer import Packer
+from rlsync.sync.planning import ConnectionPlan, plan_connection
+from rlsync.sync.report import SyncHealth, SyncReport
 from rlsync.sync.source import Source, source_digest
-from rlsync.sync.tasks import Lane, Tasks
+from rlsync.transport.ipc import memory_of
+from rlsync.transport.shm import RingSender, shm_domain
+from rlsync.transport.tasks import Lane, Tasks
 
 _log = logging.getLogger(__name__)
 
 # A call that a failed sync leaves behind may be about to end.
 _LAST_CALL_S = 0.5
+
+
+class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where to dial and for which run, or why there is nothing to dial."""
+
+    endpoint: str = ""
+    token: str = ""
+    run_id: str = ""
+    error: m.Error | None = None
+
+    def hello(self, source: Source, actor_rank: int, world_size: int, gpu_uuid: str | None) -> m.ActorHello:
+        """The first message of this process, as an actor rank."""
+        return m.ActorHello(
+            token=self.token,
+            run_id=self.run_id,
+            actor_rank=actor_rank,
+            world_size=world_size,
+            host=socket.gethostname(),
+            shm_domain=shm_domain(),
+            pid_domain=pid_domain(),
+            pid=os.getpid(),
+            gpu_uuid=gpu_uuid,
+            digest=source_digest(source.tensors, source.placements[actor_rank]),
+            memory=memory_of(source.buffers, stable_memory=source.stable_memory),
+        )
+
+    def for_engine(self, engine_id: str, timeout_s: float) -> dict[str, Any]:
+        """Fields of the ``InitInfo`` of an engine's workers, ``purpose`` aside."""
+        return {
+            "endpoint": self.endpoint,
+            "token": self.token,
+            "run_id": self.run_id,
+            "engine_id": engine_id,
+            "timeout_s": timeout_s,
+        }
 
 
 class WeightSyncer:
@@ -76,11 +114,11 @@ class WeightSyncer:
         self._engines = tuple(engines) if rank == 0 else ()
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
         self._peer: Peer | None = None
-        self._carriers = Carriers()
+        self._endpoints = Endpoints()
         self._server: CoordinatorServer | None = None
         self._tasks = Tasks()
         self._connection: Connection | None = None
-        self._blueprint: Blueprint | None = None
+        self._plan: ConnectionPlan | None = None
         self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
         self.health = SyncHealth()
@@ -100,13 +138,13 @@ class WeightSyncer:
             self._engines = tuple(engines)
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
-        invitation = self._invite() if self._rank == 0 else Invitation()
+        info = self._invite() if self._rank == 0 else ConnectInfo()
         if self._broadcast is not None:
-            invitation = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(invitation)), type=Invitation)
+            info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
         try:
-            if invitation.error is not None:
-                raise to_exception(invitation.error)
-            self._dial(invitation)
+            if info.error is not None:
+                raise to_exception(info.error)
+            self._dial(info)
         except BaseException as error:
             self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
@@ -114,23 +152,24 @@ class WeightSyncer:
             self.close()
             raise
         self._attempt, self._version = 0, -1
-        if self._blueprint is not None:
-            self._log_connection(self._blueprint)
+        if self._plan is not None:
+            self._log_connection(self._plan)
 
-    def _log_connection(self, blueprint: Blueprint) -> None:
+    def _log_connection(self, plan: ConnectionPlan) -> None:
         _log.info(
-            "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d streams and %d buckets, transport %s, sinks %s",
-            self._world_size, len(blueprint.stream_of), len(self._engines), blueprint.nbytes / 1e9, blueprint.num_streams,
-            len(blueprint.parts), blueprint.transport, ", ".join(sorted(set(self._sinks))),
+            "connected %d actor ranks and %d workers of %d engines: %.3f GB in %d destinations and %d buckets, transport %s, sinks %s",
+            self._world_size, len(plan.destination_of), len(self._engines), plan.nbytes / 1e9, plan.num_destinations,
+            len(plan.parts), plan.transport, ", ".join(sorted(set(self._sinks))),
         )  # fmt: skip
-        if blueprint.remote:
-            _log.info("%s serves %s", blueprint.group_transport, some(list(blueprint.members[self._world_size :])))
-        if blueprint.staging:
-            ranks = some([f"actor rank {rank}" for rank in sorted({rank for _, rank in blueprint.staging})])
-            _log.info("%.3f GB of that go through staging rings in GPU memory of %s", blueprint.staged_bytes / 1e9, ranks)
+        for name, routes in plan.routes(self._config.num_slots).items():
+            if TRANSPORTS[name].is_grouped:
+                _log.info("%s serves %s", name, some(list(routes.workers)))
+        if plan.staging:
+            ranks = some([f"actor rank {rank}" for rank in sorted({rank for _, rank in plan.staging})])
+            _log.info("%.3f GB of that go through staging rings in GPU memory of %s", plan.staged_bytes / 1e9, ranks)
 
-    def _invite(self) -> Invitation:
-        """Rank 0: allocate the ring and open the door. A failure travels in the invitation, for all ranks to raise."""
+    def _invite(self) -> ConnectInfo:
+        """Rank 0: begin to listen. A failure travels in the ConnectInfo, for all ranks to raise."""
         try:
             ids = [engine.engine_id for engine in self._engines]
             if len(set(ids)) != len(ids):
@@ -140,8 +179,8 @@ class WeightSyncer:
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
             self._server.start(Coordinator(self._expected(token, run_id), self._server.send, time.monotonic()))
         except (RlsyncError, OSError, zmq.ZMQError) as error:
-            return Invitation(error=m.Error(attempt=0, phase="connect", cause=str(error)))
-        return Invitation(self._server.endpoint, token, run_id)
+            return ConnectInfo(error=m.Error(attempt=0, phase="connect", cause=str(error)))
+        return ConnectInfo(self._server.endpoint, token, run_id)
 
     def _expected(self, token: str, run_id: str) -> Expected:
         tensors, placements = tuple(self._source.tensors), self._source.placements
@@ -152,44 +191,48 @@ class WeightSyncer:
             engines={engine.engine_id: engine.num_workers for engine in self._engines},
             digests=tuple(source_digest(tensors, placement) for placement in placements),
             timeout_s=self._config.timeout_s,
-            catalogue=m.Catalogue(tensors, self._config.sink),
+            manifest=m.Manifest(tensors, self._config.sink),
         )
 
-    def _dial(self, invitation: Invitation) -> None:
-        hello = invitation.hello(self._source, self._rank, self._world_size, _gpu_uuid())
-        self._peer = Peer(invitation.endpoint, hello)
+    def _dial(self, info: ConnectInfo) -> None:
+        hello = info.hello(self._source, self._rank, self._world_size, _gpu_uuid())
+        self._peer = Peer(info.endpoint, hello)
         self._tasks = Tasks()
         for engine in self._engines:
-            info = invitation.for_engine(engine.engine_id, self._config.timeout_s)
-            self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, info, self._config.timeout_s + 2 * GRACE_S))
-        share = self._await_connected()
-        self._carriers.seal()
+            init_info = info.for_engine(engine.engine_id, self._config.timeout_s)
+            self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, init_info, self._config.timeout_s + 2 * GRACE_S))
+        assignment = self._await_connected()
+        self._endpoints.seal()
         device = _device()
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        slots, outbox, lender = self._carriers.slots(), self._carriers.outbox, self._carriers.lender
-        filler = Filler(share, self._source.buffers, slots, outbox, [] if lender is None else lender.slots)
-        filler.prepare()
+        packer = Packer(assignment, self._source.buffers, list(self._endpoints.senders.values()))
+        packer.prepare()
         self._connection = Connection(
             self._peer,
-            len(share.parts),
+            assignment.num_buckets,
             lane,
             self._source,
-            filler,
-            outbox,
-            lender,
+            packer,
+            self._endpoints,
             self._engines,
             self._config,
             self.health,
-            self._blueprint,
+            self._plan,
             self._sinks,
-            copy_gb_per_s(slots[0]) if self._rank == 0 and slots and outbox is None and lender is None else None,
+            self._link_gb_per_s(),
         )
 
-    def _await_connected(self) -> ActorShare:
-        """This rank's share, when every peer has its own and every engine has answered."""
+    def _link_gb_per_s(self) -> float | None:
+        """Rank 0: what the ring is copied at, where everything goes through it; None where nobody can measure the link."""
+        senders = list(self._endpoints.senders.values())
+        (ring,) = senders if len(senders) == 1 else (None,)
+        return copy_gb_per_s(ring.slots()[0]) if self._rank == 0 and isinstance(ring, RingSender) else None
+
+    def _await_connected(self) -> m.ActorAssignment:
+        """This rank's assignment, when every peer has its own and every engine has answered."""
         assert self._peer is not None
-        share, connected, began_s = None, False, time.monotonic()
-        survey: m.Surveyed | None = None
+        assignment, connected, began_s = None, False, time.monotonic()
+        reports: m.Reports | None = None
         while not connected:
             message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
@@ -201,37 +244,40 @@ class WeightSyncer:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
                 else:
                     self._peer.send(m.Answered(0, outcome.key, "connect"))
-            if isinstance(message, m.Surveyed):
-                survey = message if survey is None else survey.joined(message)
-                if len(survey.records) < len(survey.workers):
+            if isinstance(message, m.Reports):
+                reports = message if reports is None else reports.joined(message)
+                if len(reports.records) < len(reports.workers):
                     continue
                 try:
-                    for part in self._plan(survey).parts():
+                    for part in self._plan_connection(reports).parts():
                         self._peer.send(part)
                 except Exception as error:
                     # What goes wrong on this rank becomes everybody's error, in the words of the coordinator.
                     self._peer.send(m.Failed(0, "connect", describe(error)))
-            elif isinstance(message, m.Share):
-                share = message.actor
-                assert share is not None
+            elif isinstance(message, m.Assignment):
+                assignment = message.actor
+                assert assignment is not None
                 try:
                     source, timeout_s = self._source, self._config.timeout_s
-                    self._tasks.spawn(None, self._carriers.attach(share, timeout_s, source.buffers, stays=source.stays, device=_device()))
+                    enter = self._endpoints.attach(
+                        assignment, timeout_s, source.buffers, stable_memory=source.stable_memory, device=_device()
+                    )
+                    self._tasks.spawn(None, enter)
                 except Exception as error:
                     self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Connected):
                 connected = True
-        assert share is not None
-        return share
+        assert assignment is not None
+        return assignment
 
-    def _plan(self, survey: m.Surveyed) -> m.Planned:
+    def _plan_connection(self, reports: m.Reports) -> m.Planned:
         """Rank 0: decide who does what, and make what carries it."""
-        for hello, record in zip(survey.workers, survey.records, strict=True):
+        for hello, record in zip(reports.workers, reports.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
-        self._blueprint = draw_up(self._source.tensors, self._source.placements, survey, self._config)
-        self._sinks = tuple(record.sink for record in survey.records)
-        return m.Planned(*self._carriers.make(self._blueprint, self._config, self._world_size))
+        self._plan = plan_connection(self._source.tensors, self._source.placements, reports, self._config)
+        self._sinks = tuple(record.sink for record in reports.records)
+        return m.Planned(*self._endpoints.host(self._plan, self._config))
 
     # Sync.
 
@@ -258,7 +304,7 @@ class WeightSyncer:
             self._tasks.end()
             # What has not begun would be one collective too many on this rank: others may have failed before theirs.
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)
-            self._carriers.abandon()
+            self._endpoints.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
             for engine in self._engines:
                 engine.mark_dirty(str(error), name)
@@ -273,10 +319,10 @@ class WeightSyncer:
             self._peer.close()
         if self._connection is not None:
             self._connection.lane.stop()
-        self._carriers.close()
+        self._endpoints.close()
         if self._server is not None:
             self._server.stop()
-        self._peer = self._server = self._connection = self._blueprint = None
+        self._peer = self._server = self._connection = self._plan = None
 
     def __enter__(self) -> WeightSyncer:
         return self

@@ -1,7 +1,7 @@
-"""Messages between actor ranks and the workers that share no memory with them: a gloo group.
+"""The transport ``gloo``: messages through host memory between actor ranks and the workers that share no memory with them.
 
-Owns the group. Knows no parcel and no sync, and starts no thread: what waits here is called in a thread of the caller's own, with
-a limit, and another one may call ``abandon``.
+Owns the group; both ends are those of ``rlsync.transport.p2p``. Starts no thread: what waits here is called in a thread of the caller's
+own, with a limit, and another one may call ``abandon``.
 
 The group is made of torch's ProcessGroupGloo directly, because the default group belongs to the trainer here and to vLLM there.
 gloo can take back no send and no receive. A group in which one is left over is therefore given up as a whole, all its
@@ -17,14 +17,40 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import msgspec
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Work
 
-from rlsync.coordinator.assignments import GroupInfo
-from rlsync.transport.meeting import PATIENCE, GroupError, call_the_roll, compare, enter, seconds, sentence
+from rlsync.coordinator.messages import Reports, WorkerAssignment, WorkerHello
+from rlsync.transport import p2p
+from rlsync.transport.ends import Ends, Hosted, Local, Routes
+from rlsync.transport.p2p import GroupReceiver, GroupSender, SenderEnd, group_of
+from rlsync.transport.p2p import host as host
+from rlsync.transport.rendezvous import PATIENCE, GroupError, GroupInfo, barrier, compare, enter, seconds, sentence
 
 # No message has this tag: buckets are counted from 0.
 _NO_BUCKET = 2**31 - 1
+
+
+def finding(reports: Reports, worker: WorkerHello) -> str | None:
+    """Every worker can be sent messages."""
+    return None
+
+
+def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+    return p2p.assign(routes, hosted, "gloo")
+
+
+def make_sender(end: bytes, local: Local) -> GroupSender:
+    decoded = msgspec.msgpack.decode(end, type=SenderEnd)
+    return GroupSender(decoded, lambda number: GlooCommunicator(decoded.group, number, local.timeout_s), torch.device("cpu"))
+
+
+def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> GroupReceiver:
+    info = group_of(assignment)
+    return GroupReceiver(
+        assignment, lambda number: GlooCommunicator(info, number, timeout_s), torch.device("cpu"), device, timeout_s, lands_ahead=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +88,7 @@ class Group:
         info = self.info
         with self._told("while the group was made"):
             room = enter(info, self.number, self._limit_s)
-            versions = call_the_roll(room, info, torch.__version__, self._limit_s, self._abandoned)
+            versions = barrier(room, info, torch.__version__, self._limit_s, self._abandoned)
             compare(info, [version.partition("+")[0] for version in versions], "torch")
             options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(info.host, info.port), lazy_init=False)]
@@ -117,8 +143,8 @@ class Group:
             raise GroupError(f"the gloo group broke {where}: {why}") from error
 
 
-class GlooWire:
-    """A group as a wire of boxes whose memory is in the host: a ticket is the transfers that it stands for."""
+class GlooCommunicator:
+    """A group whose messages lie in the host; the work that it hands out are the transfers that have begun."""
 
     def __init__(self, info: GroupInfo, number: int, timeout_s: float) -> None:
         self.number, self._group = number, Group(info, number, timeout_s)
@@ -135,8 +161,8 @@ class GlooWire:
         after: Sequence[Transfers],
     ) -> Transfers:
         """Waits for ``after``; messages are on their way when it returns."""
-        for ticket in after:
-            self.wait(ticket)
+        for work in after:
+            self.wait(work)
         sending = [self._group.send(message, rank, step) for message, rank in sends]
         return sending + [self._group.receive(message, rank, step) for message, rank in receives]
 
@@ -144,15 +170,15 @@ class GlooWire:
         """Nothing: what a thread has done with memory of the host is done."""
         return []
 
-    def hold(self, ticket: Transfers) -> None:
+    def hold(self, work: Transfers) -> None:
         """Waits."""
-        self.wait(ticket)
+        self.wait(work)
 
-    def wait(self, ticket: Transfers) -> None:
+    def wait(self, work: Transfers) -> None:
         """Until all have ended. Raises GroupError; the group is closed then."""
-        while ticket:
-            self._group.wait(ticket[-1])
-            ticket.pop()
+        while work:
+            self._group.wait(work[-1])
+            work.pop()
 
     def apart(self) -> contextlib.AbstractContextManager[object]:
         """Threads of the host are apart."""

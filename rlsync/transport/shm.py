@@ -1,4 +1,4 @@
-"""A ring of slots in host shared memory. Owns the file under /dev/shm and its mappings; knows nothing of what is in it.
+"""The transport ``shm``: a ring of slots in host shared memory, which senders fill and receivers read. Owns the file under /dev/shm.
 
 The creator unlinks the file as soon as every peer has attached: the memory then lives exactly as long as a process maps
 it, so that no crash, not even kill -9, leaves a segment behind. ``multiprocessing.shared_memory`` is not used because
@@ -14,11 +14,17 @@ import mmap
 import os
 import secrets
 import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
+import msgspec
 import torch
 
+from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.errors import ConfigError
+from rlsync.plan.packing import PackedPart, Region, side_by_side
+from rlsync.transport.ends import Buffers, Ends, Hosted, Hosting, Local, PackedArrival, Routes, given_by, names_of, placed
 
 SHM_DIR = Path("/dev/shm")
 HEADER_BYTES = mmap.PAGESIZE
@@ -30,7 +36,7 @@ class Ring:
     """``num_slots`` slots of ``slot_bytes`` bytes, mapped into this process as 1-D uint8 CPU tensors.
 
     Attributes:
-        path: file under /dev/shm; gone after ``unlink``, while the mapping stays.
+        path: file under /dev/shm; gone after ``seal``, while the mapping stays.
         token: secret written to the header; ``attach`` compares it, so that a stale file of that name is not taken.
     """
 
@@ -108,7 +114,7 @@ class Ring:
         start = HEADER_BYTES + index * self.slot_bytes + offset_bytes
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(shape)
 
-    def unlink(self) -> None:
+    def seal(self) -> None:
         """Remove the name; the memory is freed when the last process unmaps it. Only the creator's call does anything."""
         if self._lock_fd is not None:
             os.unlink(self.path)
@@ -117,13 +123,13 @@ class Ring:
 
     def close(self) -> None:
         """Give up this process's mapping, at once or with the last tensor that looks into it."""
-        self.unlink()
+        self.seal()
         # Not memory.close(): tensors refer to the mapping without locking it, and would be left pointing nowhere.
         self._memory = None
 
 
 def _create_locked(directory: Path) -> tuple[Path, int]:
-    """A new empty file, locked until ``unlink`` or the end of this process; who can lock such a file knows it is an orphan.
+    """A new empty file, locked until ``seal`` or the end of this process; who can lock such a file knows it is an orphan.
 
     It gets the name that is swept only when it is locked.
     """
@@ -136,7 +142,7 @@ def _create_locked(directory: Path) -> tuple[Path, int]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove rings of this user whose creator was killed between ``create`` and ``unlink``."""
+    """Remove rings of this user whose creator was killed between ``create`` and ``seal``."""
     for path in directory.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR)
@@ -151,3 +157,157 @@ def shm_domain(directory: Path = SHM_DIR) -> str:
     """Equal in two processes exactly when they see the same /dev/shm: the booted kernel and its device number there."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{os.stat(directory).st_dev}"
+
+
+class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ring of slots to map: ``num_slots`` times ``slot_bytes`` behind the file ``path``, which carries ``token``."""
+
+    path: str
+    token: str
+    num_slots: int
+    slot_bytes: int
+
+
+class RingPart(msgspec.Struct, frozen=True, array_like=True):
+    """What an actor rank gives of one part, which begins at byte ``offset`` of the slot."""
+
+    destination: int
+    offset: int
+    regions: tuple[Region, ...]
+
+
+class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of an actor rank, by bucket."""
+
+    ring: RingInfo
+    parts: tuple[tuple[RingPart, ...], ...]
+
+
+class ReceiverEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a worker. ``offsets``: by bucket, where its part begins in the slot."""
+
+    ring: RingInfo
+    offsets: tuple[int, ...]
+
+
+def finding(reports: Reports, worker: WorkerHello) -> str | None:
+    """Why a worker does not see the ring, or None."""
+    home = reports.actors[0]
+    peers: tuple[ActorHello | WorkerHello, ...] = (*reports.actors, worker)
+    strangers = [peer for peer in peers if peer.shm_domain != home.shm_domain]
+    if not strangers:
+        return None
+    return (
+        f"{names_of(strangers)} does not share /dev/shm with actor rank 0 on {home.host}; the shm "
+        "transport needs actor and engine on one host (and one /dev/shm where they run in containers); "
+        "weight_sync.transport: auto serves such workers by gloo"
+    )
+
+
+def slot_bytes(routes: Routes) -> int:
+    """Bytes of the largest bucket with all its parts in the ring."""
+    return max(_offsets(routes, row)[-1] for row in routes.parts)
+
+
+def _offsets(routes: Routes, row: Sequence[PackedPart]) -> tuple[int, ...]:
+    """Byte at which each destination's part begins in the slot, and the end; parts that do not go there take no room."""
+    return side_by_side(part.nbytes if destination in routes.destinations else 0 for destination, part in enumerate(row))
+
+
+def host(routes: Routes, hosting: Hosting) -> Ring:
+    """Rank 0: the ring."""
+    return Ring.create(hosting.num_slots, slot_bytes(routes))
+
+
+def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+    """Who puts what into the ring, and who takes what out of it."""
+    ring = cast(Ring, hosted)
+    info = RingInfo(str(ring.path), ring.token, ring.num_slots, ring.slot_bytes)
+    offsets = [_offsets(routes, row) for row in routes.parts]
+    rows = list(zip(routes.parts, offsets, strict=True))
+
+    def given(row: Sequence[PackedPart], at: Sequence[int], rank: int) -> tuple[RingPart, ...]:
+        mine = ((destination, given_by(row[destination], rank)) for destination in routes.destinations)
+        return tuple(RingPart(destination, at[destination], regions) for destination, regions in mine if regions)
+
+    encode = msgspec.msgpack.encode
+    senders = tuple(encode(SenderEnd(info, tuple(given(row, at, rank) for row, at in rows))) for rank in range(len(routes.actors)))
+    receivers = {d: encode(ReceiverEnd(info, tuple(at[d] for at in offsets))) for d in routes.destinations}
+    return Ends(senders, receivers, {})
+
+
+def make_sender(end: bytes, local: Local) -> RingSender:
+    """``local.hosted`` is the ring, in the process that has made it."""
+    return RingSender(msgspec.msgpack.decode(end, type=SenderEnd), cast("Ring | None", local.hosted))
+
+
+def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> RingReceiver:
+    return RingReceiver(assignment, msgspec.msgpack.decode(assignment.end, type=ReceiverEnd))
+
+
+class RingSender:
+    """Puts regions into the ring, where they are readable when the coordinator says so."""
+
+    def __init__(self, end: SenderEnd, ring: Ring | None = None) -> None:
+        self._parts = end.parts
+        self._ring = Ring.attach(end.ring.path, end.ring.token, end.ring.num_slots, end.ring.slot_bytes) if ring is None else ring
+
+    def slots(self) -> list[torch.Tensor]:
+        """1-D uint8."""
+        return [self._ring.slot(i) for i in range(self._ring.num_slots)]
+
+    def join(self, group: int) -> None:
+        """Shared memory knows no groups."""
+
+    def gives(self, bucket: int) -> Iterator[tuple[int, Region]]:
+        return ((part.destination, r) for part in self._parts[bucket] for r in part.regions)
+
+    def steps(self, bucket: int) -> range:
+        return range(bucket, bucket + 1)
+
+    def places(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
+        slot = self._ring.slot(step % self._ring.num_slots)
+        return ((r, placed(slot, part.offset + r.slot_offset, r, r.slot_strides)) for part in self._parts[step] for r in part.regions)
+
+    def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
+        """What a processor has written can be read at once."""
+        return contextlib.nullcontext()
+
+    def abandon(self) -> None:
+        """Nobody waits here."""
+
+    def close(self) -> None:
+        self._ring.close()
+
+
+class RingReceiver:
+    """Reads a bucket where it lies in the ring, as soon as it is ready."""
+
+    fd = None
+    lands_ahead = False
+    extra_bytes = 0
+
+    def __init__(self, assignment: WorkerAssignment, end: ReceiverEnd) -> None:
+        self._parts, self._offsets = assignment.parts, end.offsets
+        self._ring = Ring.attach(end.ring.path, end.ring.token, end.ring.num_slots, end.ring.slot_bytes)
+
+    def join(self, group: int) -> bool:
+        """Shared memory knows no groups."""
+        return True
+
+    def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
+        """Nothing is bound: views cost little."""
+
+    def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
+        """The ring stays mapped."""
+        return contextlib.nullcontext()
+
+    def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> PackedArrival:
+        part, offset = self._parts[bucket], self._offsets[bucket]
+        return PackedArrival(self._ring.slot(bucket % self._ring.num_slots)[offset : offset + part.nbytes], part.segments)
+
+    def abandon(self) -> None:
+        """Nothing is written by this end but what a sink has asked for."""
+
+    def close(self) -> None:
+        self._ring.close()

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlsync.coordinator import messages as m
-from rlsync.plan.packing import part_offsets
+from rlsync.plan.packing import side_by_side
+from rlsync.transport.shm import Ring
 from tests.chaos.actors import Actors
 from tests.chaos.engines import Engines, Standing
 from tests.chaos.leaks import SHM
@@ -56,8 +57,8 @@ class Scene:
     def bucket(self) -> int:
         """The bucket that a fault in one of the three bucket phases is about."""
         syncer = self.actors.syncer
-        assert syncer is not None and syncer._blueprint is not None
-        return round(BUCKET_LEVELS[self.draw.phase] * (len(syncer._blueprint.parts) - 1))
+        assert syncer is not None and syncer._plan is not None
+        return round(BUCKET_LEVELS[self.draw.phase] * (len(syncer._plan.parts) - 1))
 
     def send_to_worker(self, identity: bytes | None, raw: Callable[[], bytes]) -> None:
         """Have the coordinator send bytes to the victim, or to ``identity`` as long as it has not dialled in."""
@@ -167,14 +168,14 @@ def _noise(scene: Scene, identity: bytes | None) -> None:
 def _flip(scene: Scene, _: bytes | None) -> None:
     """One bit of one region that a worker reads, after every rank has filled it and before a worker is told."""
     syncer, bucket = scene.actors.syncer, scene.bucket()
-    assert syncer is not None and syncer._blueprint is not None
-    ring = syncer._carriers.ring
-    assert ring is not None
-    row = syncer._blueprint.parts[bucket]
-    streams = [s for s, part in enumerate(row) if part.regions]
-    stream = streams[scene.worker % len(streams)]
+    assert syncer is not None and syncer._plan is not None
+    ring = syncer._endpoints.hosted.get("shm")
+    assert isinstance(ring, Ring)
+    row = syncer._plan.parts[bucket]
+    destinations = [d for d, part in enumerate(row) if part.regions]
+    destination = destinations[scene.worker % len(destinations)]
     slot = ring.slot(bucket % ring.num_slots)
-    slot[part_offsets(row)[stream] + row[stream].regions[-1].slot_offset] ^= 1
+    slot[side_by_side(part.nbytes for part in row)[destination] + row[destination].regions[-1].slot_offset] ^= 1
 
 
 def _fill_shm(scene: Scene, _: bytes | None) -> None:
@@ -222,7 +223,7 @@ _BUCKETS = tuple(BUCKET_LEVELS)
 _LATE = ("commit", "resume")
 _RANK_1 = "actor rank 1"
 _ONLY_GROW = "versions only grow"
-_SURVEYED = (Moment("connect", "sent", "Surveyed"),)
+_REPORTED = (Moment("connect", "sent", "Reports"),)
 
 FAULTS: tuple[Fault, ...] = (
     Fault("kill actor rank 1", _ALL, _kill_rank, says=_RANK_1, may_commit=_LATE, loses_peer=True),
@@ -239,7 +240,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("exception in a source", _BUCKETS, None, says="is cursed", exact_bucket=True, prepare=_curse, undo=_bless),
     Fault(
         "full /dev/shm", ("connect",), _fill_shm,
-        says="shared memory: /dev/shm has", moments=_SURVEYED, undo=_empty_shm, settings=_LARGE_RING,
+        says="shared memory: /dev/shm has", moments=_REPORTED, undo=_empty_shm, settings=_LARGE_RING,
     ),
     Fault("stale version", ("begin",), None, says=_ONLY_GROW, versions=lambda v: (v - 2, v - 2), untouched=True),
     Fault("repeated version", ("begin",), None, says=_ONLY_GROW, versions=lambda v: (v - 1, v - 1), untouched=True),

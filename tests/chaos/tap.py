@@ -49,7 +49,7 @@ class Moment:
 
 # Every phase begins and ends with something that passes the coordinator or a handle.
 MOMENTS: dict[str, tuple[Moment, ...]] = {
-    "connect": tuple(Moment("connect", "sent", what) for what in ("Catalogue", "Surveyed", "Share")),
+    "connect": tuple(Moment("connect", "sent", what) for what in ("Manifest", "Reports", "Assignment")),
     "pause": (Moment("pause", "called", "pause"), Moment("pause", "called", "pause", ordinal=1)),
     **{phase: (Moment(phase, "sent", "Ready", level),) for phase, level in BUCKET_LEVELS.items()},
     # The first worker has all that it takes; it verifies, and has not said so.

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_nccl_wires`` do: half of them actor ranks, the others workers, each on a GPU of its own.
+"""What the ranks of ``test_nccl_communicators`` do: half of them actor ranks, the others workers, each on a GPU of its own.
 
 Every rank prints what it did and when, and ends with the stacks of its threads when that takes too long.
 """
@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlsync.coordinator.assignments import GroupInfo
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
-from rlsync.transport.boxes import Program
-from rlsync.transport.meeting import GroupError, Rendezvous
-from rlsync.transport.nccl import NcclWire
-from tests.boxes_scene import HOST, Scene
+from rlsync.transport.nccl import NcclCommunicator
+from rlsync.transport.p2p import Program
+from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
+from tests.p2p_scene import HOST, Scene
 
 ROWS = 4096
 _started_s = time.monotonic()
@@ -56,10 +55,10 @@ class Rank:
         sources, wanted = list(nobody), list(nobody)
         (sources if self.is_actor else wanted)[self.place] = self.memory
 
-        def make_wire(info: GroupInfo, number: int) -> NcclWire:
-            return NcclWire(info, number, timeout_s, self.device)
+        def make_communicator(info: GroupInfo, number: int) -> NcclCommunicator:
+            return NcclCommunicator(info, number, timeout_s, self.device)
 
-        self.scene = Scene(lay_out(plan), sources, wanted, meeting, make_wire, self.device, "nccl", num_steps=num_steps)
+        self.scene = Scene(lay_out(plan), sources, wanted, meeting, make_communicator, self.device, "nccl", num_steps=num_steps)
         self.nbytes = sum(part.nbytes for row in self.scene.parts for part in row[:1])
         say(f"rank {self.rank}: {'actor' if self.is_actor else 'worker'} {self.place} on {torch.cuda.get_device_name(self.device)}")
 
@@ -140,7 +139,7 @@ def carry(folder: str, megabytes: int, num_steps: int, rounds: int) -> None:
     inbox.bind(0, here.scene.buffers(here.place, 0))
     for version in range(rounds):
         begin_s = time.monotonic()
-        inbox.land(0, inbox.wire.mark())
+        inbox.land(0, inbox.communicator.mark())
         took_s = time.monotonic() - begin_s
         here.check(version)
         say(f"LANDED round {version}: {here.nbytes / 1e9:.3f} GB in {took_s * 1e3:.2f} ms, {here.nbytes / took_s / 1e9:.1f} GB/s")
@@ -157,11 +156,11 @@ def speeds(folder: str) -> None:
         if here.is_actor:
             outbox = here.scene.outbox(here.place)
             outbox.join(number)
-            wire = outbox._wire
-            assert isinstance(wire, NcclWire)
+            communicator = outbox._communicator
+            assert isinstance(communicator, NcclCommunicator)
             if num_slots == 2:
                 here.fill(0)
-                messages_alone(here, wire)
+                messages_alone(here, communicator)
             for _ in range(4):
                 begin_s = time.monotonic()
                 here.scene.send(outbox, here.place)
@@ -174,13 +173,13 @@ def speeds(folder: str) -> None:
         else:
             inbox = here.scene.inbox(here.place, number)
             inbox.open()
-            assert isinstance(inbox.wire, NcclWire)
+            assert isinstance(inbox.communicator, NcclCommunicator)
             if num_slots == 2:
-                messages_alone(here, inbox.wire)
+                messages_alone(here, inbox.communicator)
             inbox.bind(0, here.scene.buffers(here.place, 0))
             for _ in range(4):
                 begin_s = time.monotonic()
-                inbox.land(0, inbox.wire.mark())
+                inbox.land(0, inbox.communicator.mark())
                 took_s = time.monotonic() - begin_s
                 say(f"SPEED slots {num_slots}: {took_s * 1e3:.2f} ms, {here.nbytes / took_s / 1e9:.1f} GB/s")
             here.check(0)
@@ -188,10 +187,10 @@ def speeds(folder: str) -> None:
             copies_alone(here, inbox._landing[0][1])
             here.leave_together(f"slots{num_slots}")
             inbox.abandon()
-            assert inbox.wire.rest(10)
+            assert inbox.communicator.rest(10)
 
 
-def messages_alone(here: Rank, wire: NcclWire) -> None:
+def messages_alone(here: Rank, communicator: NcclCommunicator) -> None:
     """From an actor rank to the worker of its number, of several sizes, one behind the other."""
     other = here.rank + here.pairs if here.is_actor else here.rank - here.pairs
     for megabytes in (16, 64, 256, 1024):
@@ -199,14 +198,14 @@ def messages_alone(here: Rank, wire: NcclWire) -> None:
         torch.cuda.synchronize()
         count = 4096 // megabytes
         for _ in range(3):
-            begin_s, tickets = time.monotonic(), []
+            begin_s, works = time.monotonic(), []
             for step in range(count):
                 pair = [(memory, other)]
-                tickets.append(wire.carry(step, pair if here.is_actor else [], [] if here.is_actor else pair, []))
+                works.append(communicator.carry(step, pair if here.is_actor else [], [] if here.is_actor else pair, []))
                 if step >= 8:
-                    wire.wait(tickets[step - 8])
+                    communicator.wait(works[step - 8])
             enqueued_s = time.monotonic() - begin_s
-            wire.wait(tickets[-1])
+            communicator.wait(works[-1])
             took_s = time.monotonic() - begin_s
         speed = count * memory.nbytes / took_s / 1e9
         say(f"SPEED messages of {megabytes} MiB alone: {speed:.1f} GB/s, {enqueued_s / count * 1e6:.0f} us each to enqueue")
@@ -246,16 +245,16 @@ def give_up(folder: str) -> None:
     threading.Timer(1.0, inbox.abandon).start()
     begin_s = time.monotonic()
     with pytest.raises(GroupError, match="given up") as raised:
-        inbox.land(0, inbox.wire.mark())
+        inbox.land(0, inbox.communicator.mark())
     say(f"LET GO after {time.monotonic() - begin_s:.3f} s: {raised.value}")
     assert time.monotonic() - begin_s < 3
-    assert inbox.wire.rest(10), "the communicator is not given up"
+    assert inbox.communicator.rest(10), "the communicator is not given up"
     say(f"GONE after {time.monotonic() - begin_s:.3f} s")
     assert float(torch.ones(1000, device=here.device).sum()) == 1000
     again = here.scene.inbox(here.place, number=1)
     again.open()
     again.bind(0, here.scene.buffers(here.place, 0))
-    again.land(0, again.wire.mark())
+    again.land(0, again.communicator.mark())
     here.check(1)
     say(f"RIGHT in the second group after {time.monotonic() - begin_s:.3f} s")
     here.leave_together()
@@ -273,14 +272,14 @@ def die(folder: str) -> None:
         os._exit(0)
     inbox = here.scene.inbox(here.place)
     inbox.open()
-    inbox.wire._limit_s = 4.0  # type: ignore[attr-defined]
+    inbox.communicator._limit_s = 4.0  # type: ignore[attr-defined]
     inbox.bind(0, here.scene.buffers(here.place, 0))
     begin_s = time.monotonic()
     with pytest.raises(GroupError, match="actor rank 0") as raised:
-        inbox.land(0, inbox.wire.mark())
+        inbox.land(0, inbox.communicator.mark())
     say(f"NOTICED after {time.monotonic() - begin_s:.3f} s: {raised.value}")
     assert time.monotonic() - begin_s < 6
     inbox.abandon()
-    assert inbox.wire.rest(10), "the communicator is not given up"
+    assert inbox.communicator.rest(10), "the communicator is not given up"
     assert float(torch.ones(1000, device=here.device).sum()) == 1000
     say(f"GONE after {time.monotonic() - begin_s:.3f} s, and the GPU still works")

@@ -20,7 +20,7 @@ import torch
 from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
-from rlsync.transport.cuda_ipc import LendableMemory
+from rlsync.transport.ipc import ExportableMemory
 from tests.gpu.actor import GpuActor
 from tests.gpu.engines import GREEDY, PROMPTS, Answers, State, answers, start, state, worst
 from tests.integration.engine_source import call_on_fill
@@ -140,7 +140,7 @@ def failure(actor: GpuActor, version: int, fault: Callable[[], object]) -> Weigh
 
 
 @pytest.mark.parametrize("mode", [RING, IN_PLACE], ids=["ring", "in-place"])
-def test_a_lender_that_is_killed_is_found_at_once_and_its_memory_let_go(world: World, mode: dict[str, Any]) -> None:
+def test_an_exporter_that_is_killed_is_found_at_once_and_its_memory_let_go(world: World, mode: dict[str, Any]) -> None:
     with world.connected("b", **mode) as actor:
         actor.sync(0)
 
@@ -237,13 +237,13 @@ def test_nothing_is_left_behind(world: World) -> None:
     assert max(kept) < NOTICEABLE_BYTES
 
 
-def fill(device: torch.device) -> list[LendableMemory]:
+def fill(device: torch.device) -> list[ExportableMemory]:
     """All that a GPU has left."""
-    held: list[LendableMemory] = []
+    held: list[ExportableMemory] = []
     size = 2**35
     while size >= 2**20:
         try:
-            held.append(LendableMemory(size, device))
+            held.append(ExportableMemory(size, device))
         except ConfigError:
             size //= 2
     return held

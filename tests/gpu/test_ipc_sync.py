@@ -13,7 +13,7 @@ from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.inspection import inspect_engines
-from rlsync.sync.lending import Lender
+from rlsync.transport.ipc import IpcExporter
 from tests.gpu.engines import KV_CACHE_BYTES
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
@@ -129,7 +129,7 @@ def test_memory_of_another_gpu_is_read_over_the_link(world):
 def test_memory_that_has_moved_is_found_where_it_is(world, stays):
     _, engine, folders, fresh = world
     source = CudaSource(folders["a"], "cuda:0")
-    source.stays = stays
+    source.stable_memory = stays
     with connected(source, engine) as syncer:
         for version, name in enumerate("abab"):
             before = source.memory.data_ptr()
@@ -169,7 +169,7 @@ def test_a_reader_that_is_not_told_of_a_move_is_found_out(world, monkeypatch):
         syncer.sync(0)
         kept = source.memory
         with monkeypatch.context() as patched:
-            patched.setattr(Lender, "renewed", lambda self: None)
+            patched.setattr(IpcExporter, "renewed", lambda self: None)
             source._spread(read_folder(folders["b"]), kept.device)
             with pytest.raises(WeightSyncError, match="are not what was sent") as failure:
                 syncer.sync(1)
@@ -246,7 +246,7 @@ def test_weights_that_leave_between_syncs_are_staged_where_they_are_on_another_g
     """To map them there anew in every sync takes the driver longer than all else."""
     _, engine, folders, fresh = world
     source = CudaSource(folders["a"], device)
-    source.stays = False
+    source.stable_memory = False
     with connected(source, engine) as syncer:
         for version, name in enumerate("abab"):
             source.move(folders[name])

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from rlsync.errors import PlacementError, RlsyncError
-from rlsync.transport.agreement import agreed, gather_bytes
+from rlsync.transport.collectives import agreed, gather_bytes
 
 CPU = torch.device("cpu")
 

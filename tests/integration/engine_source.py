@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync import WeightSyncer
-from rlsync.sync.filling import Filling
+from rlsync.sync.packer import Packed
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,7 +41,7 @@ class FolderSource:
     def __init__(self, tensors: dict[str, torch.Tensor], *, rank: int = 0, world_size: int = 1) -> None:
         self.tensors = tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
         self.placements = tuple(whole_tensors(f"actor {r}", self.tensors[r::world_size]) for r in range(world_size))
-        self.stays = True
+        self.stable_memory = True
         self.buffers = {spec.name: tensors[spec.name].contiguous() for spec in self.tensors[rank::world_size]}
         self.on_begin: Callable[[int], None] = lambda version: None
 
@@ -57,11 +57,11 @@ class FolderSource:
 def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     """Make a connected syncer call something in its filling thread before each bucket."""
     assert syncer._connection is not None
-    filler = syncer._connection.filler
-    fill = type(filler).fill
+    packer = syncer._connection.packer
+    pack = type(packer).pack
 
-    def wrapped(bucket: int, turn: int) -> Filling:
+    def wrapped(bucket: int, turn: int) -> Packed:
         call(bucket)
-        return fill(filler, bucket, turn)
+        return pack(packer, bucket, turn)
 
-    filler.fill = wrapped  # type: ignore[method-assign]
+    packer.pack = wrapped  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from rlsync.megatron.parallel import compute_device, destroy_parallel, initializ
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync.inspection import inspect_engines
-from rlsync.transport.agreement import gather_bytes
+from rlsync.transport.collectives import gather_bytes
 from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.models import VOCAB_SIZE

@@ -20,11 +20,11 @@ from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
-from rlsync.engine.sinks.slots import SlotArrival
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES, Fill, TensorSpec
 from rlsync.plan.packing import Segment
+from rlsync.transport.ends import PackedArrival
 from tests.integration.engine_source import read_folder
 from tests.integration.sink_models import save_case
 from tests.models import VOCAB_SIZE
@@ -133,7 +133,7 @@ def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = Non
         for number in range(len(weights.buckets)):
             weights.fill(number, slot.fill_(0xAB))
             try:
-                sink.write(number, SlotArrival(slot, weights.buckets[number]), landed)
+                sink.write(number, PackedArrival(slot, weights.buckets[number]), landed)
             except ZeroDivisionError:
                 assert fault
             slot.fill_(0xCD)

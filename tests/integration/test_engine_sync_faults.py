@@ -19,7 +19,8 @@ from rlsync.engine.handle import Engine
 from rlsync.engine.processes import shared_segments
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
-from rlsync.sync.filling import Filling
+from rlsync.sync.packer import Packed
+from rlsync.transport.shm import RingSender
 from tests.deadlines import ended_before, ended_by
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.tiny_engines import (
@@ -122,20 +123,22 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
     with one_rank([tiny_engines["a"]], tiny_folders["b"]) as syncer:
         syncer.connect()
         assert syncer._connection is not None
-        filler, fill = syncer._connection.filler, syncer._connection.filler.fill
+        packer, pack = syncer._connection.packer, syncer._connection.packer.pack
+        ring = syncer._endpoints.senders["shm"]
+        assert isinstance(ring, RingSender)
 
-        def flipped(bucket: int, turn: int) -> Filling:
-            filling = fill(bucket, turn)
+        def flipped(bucket: int, turn: int) -> Packed:
+            packed = pack(bucket, turn)
             if bucket == 1:
-                filler._slots[1][0] ^= 1
-            return filling
+                ring.slots()[1][0] ^= 1
+            return packed
 
-        filler.fill = flipped  # type: ignore[method-assign]
+        packer.pack = flipped  # type: ignore[method-assign]
         with pytest.raises(WeightSyncError, match=r"1 of .* verified regions are not what was sent") as raised:
             syncer.sync(1)
         assert (raised.value.phase, raised.value.engine, raised.value.bucket) == ("verify", "a", 1)
         assert_refuses(tiny_engines["a"], "not what was sent")
-        filler.fill = fill  # type: ignore[method-assign]
+        packer.pack = pack  # type: ignore[method-assign]
         syncer.sync(1)
     assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
 

@@ -15,19 +15,20 @@ from rlsync.cli import main
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
-from rlsync.coordinator.assignments import GroupInfo
-from rlsync.coordinator.messages import ActorHello, Recorded, Surveyed, WorkerHello
+from rlsync.coordinator.messages import ActorHello, Recorded, Reports, WorkerHello
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import packing
-from rlsync.plan.packing import Memory
+from rlsync.plan.transports import Memory
 from rlsync.sync import SyncConfig
-from rlsync.sync.carriers import make_outbox
-from rlsync.sync.planning import Blueprint, draw_up
-from rlsync.transport.boxes import Inbox
-from rlsync.transport.gloo import GlooWire
+from rlsync.sync.planning import ConnectionPlan, plan_connection
+from rlsync.transport import shm
+from rlsync.transport.gloo import GlooCommunicator
+from rlsync.transport.p2p import GroupSender, Inbox
+from rlsync.transport.rendezvous import GroupInfo
+from tests.planned import assigned
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN_7B: dict[str, Any] = {
@@ -79,8 +80,8 @@ def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFi
 
 
 def surveyed(
-    config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool, memory: Memory = "lendable"
-) -> Surveyed:
+    config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool, memory: Memory = "stable"
+) -> Reports:
     """What a coordinator would tell of engines that hold what they hold on paper, all on one host, with a GPU each or an actor's."""
 
     def shared(gpu: int, pid: int) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def surveyed(
     )
     model = model_of(config)
     records = tuple(Recorded(paper_worker(model, r, tp_size, holder=f"engine {e} worker {r}"), "direct") for e, r in places)
-    return Surveyed(actors, workers, records)
+    return Reports(actors, workers, records)
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -107,7 +108,7 @@ LAYOUTS = pytest.mark.parametrize(
 BUCKET_BYTES = 25_000
 
 
-def drawn_up(
+def both_ways(
     axes: dict[str, int],
     tp_size: int,
     num_engines: int,
@@ -116,7 +117,7 @@ def drawn_up(
     staging: Any = "auto",
     colocated: bool = False,
     offload_weight: bool = False,
-) -> tuple[Price, Blueprint]:
+) -> tuple[Price, ConnectionPlan]:
     """The same sync on paper and as a connection would plan it."""
     scene = Scene(axes, tp_size=tp_size, num_engines=num_engines, gpus_per_host=16, colocated=colocated)
     price = priced(
@@ -129,24 +130,25 @@ def drawn_up(
         engine_dtype="bfloat16",
     )
     model, topology = model_of(SMALL), Topology(**axes)
-    survey = surveyed(SMALL, topology, tp_size, num_engines, colocated, "leaving" if offload_weight else "lendable")
+    reports = surveyed(SMALL, topology, tp_size, num_engines, colocated, "unstable" if offload_weight else "stable")
     config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport, staging=staging)
-    return price, draw_up(model.tensors(), megatron_placements(model, topology), survey, config)
+    return price, plan_connection(model.tensors(), megatron_placements(model, topology), reports, config)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
-def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_size: int, num_engines: int, transport: str) -> None:
-    price, blueprint = drawn_up(axes, tp_size, num_engines, transport)
-    page_bytes = 4096
-    assert price.slot_bytes == -(-blueprint.slot_bytes // page_bytes) * page_bytes
-    assert (price.num_buckets, price.num_streams) == (len(blueprint.parts), blueprint.num_streams)
-    assert price.workers_by_transport == {blueprint.transport: tp_size * num_engines}
+def test_paper_agrees_with_what_a_connection_plans(axes: dict[str, int], tp_size: int, num_engines: int, transport: str) -> None:
+    price, planned = both_ways(axes, tp_size, num_engines, transport)
+    page_bytes, routes = 4096, planned.routes(2)
+    slot_bytes = shm.slot_bytes(routes["shm"]) if transport == "shm" else 0
+    assert price.slot_bytes == -(-slot_bytes // page_bytes) * page_bytes
+    assert (price.num_buckets, price.num_streams) == (len(planned.parts), planned.num_destinations)
+    assert price.workers_by_transport == {planned.transport: tp_size * num_engines}
     by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
-    assert by_link == tuple(blueprint.traffic.bytes_by_link.values()) and sum(by_link) == blueprint.nbytes
-    given = blueprint.traffic.bytes_by_source.values()
+    assert by_link == tuple(planned.traffic.bytes_by_link.values()) and sum(by_link) == planned.nbytes
+    given = planned.traffic.bytes_by_source.values()
     assert price.given_bytes_per_actor_rank == (min(given), max(given))
-    assert price.num_copies == sum(len(part.regions) for row in blueprint.parts for part in row)
+    assert price.num_copies == sum(len(part.regions) for row in planned.parts for part in row)
     assert price.num_buckets > 5, "or the cut is not tried"
 
 
@@ -154,18 +156,17 @@ def test_paper_agrees_with_what_a_connection_draws_up(axes: dict[str, int], tp_s
 @pytest.mark.parametrize("staging", ["auto", "always"])
 @pytest.mark.parametrize("transport", ["auto", "ipc"])
 def test_paper_finds_the_near_gpu_as_a_connection_does(transport: str, staging: str, colocated: bool) -> None:
-    price, blueprint = drawn_up({"tp_size": 2, "dp_size": 2}, 2, 2, transport, staging=staging, colocated=colocated)
-    assert blueprint.transport == "ipc" and price.workers_by_transport == {"ipc": 4}
-    assert (price.num_buckets, price.num_streams) == (len(blueprint.parts), blueprint.num_streams)
-    assert (price.num_buckets == 1) == (staging == "auto") == blueprint.is_read_in_place
+    price, planned = both_ways({"tp_size": 2, "dp_size": 2}, 2, 2, transport, staging=staging, colocated=colocated)
+    assert planned.transport == "ipc" and price.workers_by_transport == {"ipc": 4}
+    assert (price.num_buckets, price.num_streams) == (len(planned.parts), planned.num_destinations)
+    assert (price.num_buckets == 1) == (staging == "auto") == planned.is_read_in_place
     by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
-    assert by_link == tuple(blueprint.traffic.bytes_by_link.values()) and sum(by_link) == blueprint.nbytes
+    assert by_link == tuple(planned.traffic.bytes_by_link.values()) and sum(by_link) == planned.nbytes
     # An engine and a replica are cut alike, but for the padding of the vocabulary.
     assert by_link[0] > 0.9 * sum(by_link) if colocated else by_link == (0, sum(by_link), 0)
-    given = blueprint.traffic.bytes_by_source.values()
+    given = planned.traffic.bytes_by_source.values()
     assert price.given_bytes_per_actor_rank == (min(given), max(given))
-    actors, _ = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=None)
-    stages = [2 * share.stage_bytes for share in actors]
+    stages = [2 * end.stage_bytes for end in assigned(planned).exporters]
     assert price.staging_bytes_per_actor_rank == (min(stages), max(stages)) and (staging == "always") == (min(stages) > 0)
     assert price.ring_bytes == price.slot_bytes == 0
 
@@ -173,26 +174,29 @@ def test_paper_finds_the_near_gpu_as_a_connection_does(transport: str, staging: 
 @pytest.mark.parametrize(("tp_size", "num_engines"), [(2, 2), (1, 4)])
 @pytest.mark.parametrize("colocated", [True, False])
 def test_paper_finds_the_rings_of_weights_that_leave_as_a_connection_does(tp_size: int, num_engines: int, colocated: bool) -> None:
-    price, blueprint = drawn_up({"tp_size": 2, "dp_size": 2}, tp_size, num_engines, "ipc", colocated=colocated, offload_weight=True)
+    price, planned = both_ways({"tp_size": 2, "dp_size": 2}, tp_size, num_engines, "ipc", colocated=colocated, offload_weight=True)
     # Engines that are cut as the actor is read other GPUs for what the padding of the vocabulary has shifted alone.
-    assert price.num_buckets == len(blueprint.parts) and (price.num_buckets == 1) == (colocated and tp_size == 2)
-    actors, _ = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=None)
-    stages = [share.num_slots * share.stage_bytes for share in actors]
+    assert price.num_buckets == len(planned.parts) and (price.num_buckets == 1) == (colocated and tp_size == 2)
+    exporters = assigned(planned).exporters
+    stages = [planned.num_slots(2) * end.stage_bytes for end in exporters]
     assert price.staging_bytes_per_actor_rank == (min(stages), max(stages)) and max(stages) > 0
-    lent = sum(r.nbytes for share in actors for row in share.lent for part in row for r in part.regions)
-    assert lent == price.bytes_same_gpu and bool(lent) == colocated
+    in_place = sum(r.nbytes for end in exporters for row in end.in_place for part in row for r in part.regions)
+    assert in_place == price.bytes_same_gpu and bool(in_place) == colocated
+
+
+def communicator(number: int) -> GlooCommunicator:
+    """Never opened."""
+    return GlooCommunicator(GroupInfo("127.0.0.1", 1, 0, ("nobody",)), number, 1.0)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("bucket_bytes", [BUCKET_BYTES, 10**7])
 def test_paper_counts_the_memory_of_messages(axes: dict[str, int], tp_size: int, num_engines: int, bucket_bytes: int) -> None:
-    price, blueprint = drawn_up(axes, tp_size, num_engines, "gloo", bucket_bytes)
-    group, num_slots = GroupInfo("127.0.0.1", 1, 0, blueprint.members), 2
-    actors, workers = blueprint.shares(price.actor_ranks, num_slots, "off", ring=None, group=group)
-    outboxes = [make_outbox(share, 1.0, None) for share in actors]
-    sent = [box.nbytes for box in outboxes if box is not None]
+    price, planned = both_ways(axes, tp_size, num_engines, "gloo", bucket_bytes)
+    on_host, given = torch.device("cpu"), assigned(planned)
+    sent = [GroupSender(end, communicator, on_host).nbytes for end in given.groups]
     assert price.outbox_bytes_per_actor_rank == (min(sent), max(sent)) and len(sent) == price.actor_ranks
-    inboxes = [Inbox(share, GlooWire(group, 0, 1.0), torch.device("cpu")) for share in workers]
+    inboxes = [Inbox(each.parts, each.num_slots, 1, communicator(0), on_host) for each in given.workers]
     for inbox in inboxes:
         inbox._make_slots()
     taken = [inbox.nbytes for inbox in inboxes]
@@ -206,16 +210,15 @@ def test_paper_counts_the_memory_of_steps(
     axes: dict[str, int], tp_size: int, num_engines: int, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 4096)
-    price, blueprint = drawn_up(axes, tp_size, num_engines, "nccl", bucket_bytes)
-    assert (price.num_buckets, blueprint.num_steps > 1) == (1, bucket_bytes == 2 * BUCKET_BYTES)
-    group = GroupInfo("127.0.0.1", 1, 0, blueprint.members, "nccl", blueprint.num_steps)
-    actors, workers = blueprint.shares(price.actor_ranks, 2, "off", ring=None, group=group)
-    on_host = torch.device("cpu")
-    sent = [box.nbytes for share in actors if (box := make_outbox(share, 1.0, on_host)) is not None]
+    price, planned = both_ways(axes, tp_size, num_engines, "nccl", bucket_bytes)
+    assert (price.num_buckets, planned.num_steps > 1) == (1, bucket_bytes == 2 * BUCKET_BYTES)
+    on_host, given = torch.device("cpu"), assigned(planned)
+    assert {end.group.num_steps for end in given.groups} == {planned.num_steps}
+    sent = [GroupSender(end, communicator, on_host).nbytes for end in given.groups]
     assert price.outbox_bytes_per_actor_rank == (min(sent), max(sent)) and len(sent) == price.actor_ranks
-    inboxes = [Inbox(share, GlooWire(group, 0, 1.0), on_host) for share in workers]
-    for inbox, share in zip(inboxes, workers, strict=True):
-        specs = {b.name: b for b in blueprint.plan.destinations[share.stream].buffers}
+    inboxes = [Inbox(each.parts, each.num_slots, planned.num_steps, communicator(0), on_host) for each in given.workers]
+    for inbox, share in zip(inboxes, given.workers, strict=True):
+        specs = {b.name: b for b in planned.plan.destinations[share.destination].buffers}
         inbox.bind(0, {s.buffer: torch.empty(specs[s.buffer].shape, dtype=torch.bfloat16) for s in share.parts[0].segments})
     taken = [inbox.nbytes for inbox in inboxes]
     assert price.inbox_bytes_per_worker == (min(taken), max(taken))

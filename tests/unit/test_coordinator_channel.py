@@ -204,7 +204,7 @@ def test_what_everybody_is_told_together_may_be_more_than_a_message_may_be(monke
         actors.sync(1)
         assert all(holds(engine, 1) for engine in engines)
         actors.close()
-    assert min(sum(sizes["Recorded"]), sum(sizes["Share"])) / 2 > m.MAX_MESSAGE_BYTES, "by one sync of the two: all of it is more"
+    assert min(sum(sizes["Recorded"]), sum(sizes["Assignment"])) / 2 > m.MAX_MESSAGE_BYTES, "by one sync of the two: all of it is more"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -6,18 +6,18 @@ import msgspec
 import pytest
 
 from rlsync.coordinator import messages as m
-from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMEOUT_S, WORKER_SHARE, Run, actor, worker
+from tests.scripted_coordinator import ACTOR_ASSIGNMENT, MANIFEST, PLANNED, RECORDED, TIMEOUT_S, WORKER_ASSIGNMENT, Run, actor, worker
 
 
 def test_workers_are_told_the_tensors_and_everybody_its_share() -> None:
     run = Run()
-    assert run.sent[b"w0"] == [CATALOGUE, m.Share(worker=WORKER_SHARE), m.Connected()]
-    assert run.sent[b"a1"] == [m.Share(actor=ACTOR_SHARE), m.Connected()]
-    parts = [message for message in run.sent[b"a0"] if isinstance(message, m.Surveyed)]
+    assert run.sent[b"w0"] == [MANIFEST, m.Assignment(worker=WORKER_ASSIGNMENT), m.Connected()]
+    assert run.sent[b"a1"] == [m.Assignment(actor=ACTOR_ASSIGNMENT), m.Connected()]
+    parts = [message for message in run.sent[b"a0"] if isinstance(message, m.Reports)]
     assert [len(part.records) for part in parts] == [0, 1, 1]
-    survey = parts[0].joined(parts[1]).joined(parts[2])
-    assert [h.actor_rank for h in survey.actors] == [h.worker_rank for h in survey.workers] == [0, 1]
-    assert survey.records == (RECORDED, RECORDED)
+    reports = parts[0].joined(parts[1]).joined(parts[2])
+    assert [h.actor_rank for h in reports.actors] == [h.worker_rank for h in reports.workers] == [0, 1]
+    assert reports.records == (RECORDED, RECORDED)
     assert run.coordinator.phase == "idle"
 
 
@@ -25,31 +25,31 @@ def test_actor_ranks_are_connected_when_the_engines_have_answered_and_not_before
     """A core that is stuck does not keep its workers from attaching."""
     run = Run(engines_answer=False)
     assert (run.coordinator.phase, run.last("w1")) == ("connect", m.Connected())
-    assert run.last("a1") == m.Share(actor=ACTOR_SHARE)
+    assert run.last("a1") == m.Assignment(actor=ACTOR_ASSIGNMENT)
     run.coordinator.expire(TIMEOUT_S)
     assert (run.error().phase, run.error().engine) == ("connect", "e0")
-    assert "engine e0, whose workers are connected and whose core does not say so" in run.error().cause
+    assert "engine e0, whose workers are connected, but whose init_weight_transfer has not returned" in run.error().cause
 
 
 def test_only_actor_rank_0_plans_and_only_once() -> None:
     for peer in ("a1", "a0"):
         run = Run()
         run.tell(peer, PLANNED)
-        assert "sent shares for 2 actor ranks and 2 workers in phase idle, when none are due from it" in run.error().cause
+        assert "sent assignments for 2 actor ranks and 2 workers in phase idle, when none are due from it" in run.error().cause
 
 
 def test_shares_are_as_many_as_there_are_members_and_come_after_them() -> None:
     run = Run(connected=False)
     run.tell("a0", actor(0))
     run.tell("a0", PLANNED)
-    assert "sent shares for 2 actor ranks and 2 workers before everybody is here" in run.last("a0").cause
+    assert "sent assignments for 2 actor ranks and 2 workers before everybody is here" in run.last("a0").cause
     run = Run(connected=False)
     recorded(run, RECORDED, RECORDED)
     for part in PLANNED.parts():
         run.tell("a0", part)
-    assert run.last("a1") == m.Share(actor=ACTOR_SHARE) and run.last("w1") == m.Share(worker=WORKER_SHARE)
-    run.tell("a0", m.Planned((), (WORKER_SHARE,)))
-    assert "sent shares for 0 actor ranks and 1 workers while 0 and 0 have none" in run.error().cause
+    assert run.last("a1") == m.Assignment(actor=ACTOR_ASSIGNMENT) and run.last("w1") == m.Assignment(worker=WORKER_ASSIGNMENT)
+    run.tell("a0", m.Planned((), (WORKER_ASSIGNMENT,)))
+    assert "sent assignments for 0 actor ranks and 1 workers while 0 and 0 have none" in run.error().cause
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_names_are_judged_on_the_union_of_an_engines_workers() -> None:
     run = Run(connected=False)
     replace = msgspec.structs.replace
     recorded(run, replace(RECORDED, unused_names=("w0", "w1")), replace(RECORDED, unused_names=("w2",)))
-    assert isinstance(run.last("a0"), m.Surveyed)
+    assert isinstance(run.last("a0"), m.Reports)
 
 
 def test_names_that_no_worker_takes_and_findings_are_one_error() -> None:

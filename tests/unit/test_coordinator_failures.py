@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlsync.coordinator import messages as m
-from tests.told_run import TIMEOUT_S, TIMES, Run
+from tests.scripted_coordinator import TIMEOUT_S, TIMES, Run
 
 
 def test_a_worker_that_fails_before_the_actor_is_heard_to_start_fails_the_sync() -> None:

@@ -19,7 +19,7 @@ from rlsync.coordinator.server import CoordinatorServer
 from rlsync.errors import WeightSyncError
 from rlsync.plan.verification import SAMPLE_PERIOD
 from rlsync.sync import SyncReport, WeightSyncer, attempt
-from rlsync.sync.tasks import Tasks
+from rlsync.transport.tasks import Tasks
 from tests.deadlines import ended_by
 from tests.thread_actors import Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine

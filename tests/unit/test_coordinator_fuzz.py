@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsync.coordinator import messages as m
-from tests.told_run import ACTOR_SHARE, CATALOGUE, PLANNED, RECORDED, TIMES, WORKER_SHARE, Run, actor, worker
+from tests.scripted_coordinator import ACTOR_ASSIGNMENT, MANIFEST, PLANNED, RECORDED, TIMES, WORKER_ASSIGNMENT, Run, actor, worker
 
 FROM_PEER = (
     actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Answered(1, "e0", "update"), m.Start(1, 1),
@@ -16,7 +16,8 @@ FROM_PEER = (
     m.Failed(1, "transfer", "boom"), m.Goodbye(), m.State({"w": "0"}),
 )  # fmt: skip
 FROM_COORDINATOR = (
-    CATALOGUE, m.Share(actor=ACTOR_SHARE), m.Share(worker=WORKER_SHARE), m.Connected(), m.Writable(1, 2), m.Ready(1, 2, (m.Sum(0, 1, 2),)),
+    MANIFEST, m.Assignment(actor=ACTOR_ASSIGNMENT), m.Assignment(worker=WORKER_ASSIGNMENT), m.Connected(), m.Writable(1, 2),
+    m.Ready(1, 2, (m.Sum(0, 1, 2),)),
     m.Commit(1, 1), m.AllCommitted(1, (TIMES,)), m.Finished(1, b"report"), m.Error(attempt=1, phase="transfer", cause="boom"),
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from rlsync.coordinator import messages as m
-from tests.told_run import TIMES, Run
+from tests.scripted_coordinator import TIMES, Run
 
 
 def test_a_worker_may_join_before_the_actor_is_heard_to_start_but_no_other_attempt_than_the_next() -> None:

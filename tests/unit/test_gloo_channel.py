@@ -24,7 +24,7 @@ def engines() -> list[ThreadEngine]:
     made = [ThreadEngine("far"), ThreadEngine("near")]
     made[0].domain = "another"
     for engine in made:
-        engine.inlet_timeout_s = TIMEOUT_S
+        engine.receiver_timeout_s = TIMEOUT_S
     return made
 
 
@@ -145,13 +145,13 @@ def test_a_worker_that_does_not_come_to_the_new_group_is_named(actors: Actors, e
     engines[0].on_bucket = lambda worker, bucket: 1 / 0
     actors.failure(lambda s: s.sync(1))
     engines[0].on_bucket = lambda worker, bucket: None
-    inlet: Any = engines[0]._inlets[1]
-    inlet.join = lambda group: None
+    receiver: Any = engines[0]._receivers[1]
+    receiver.join = lambda group: None
     error = actors.failure(lambda s: s.sync(1))
     assert "engine far worker 1" in error.cause
     assert "did not come to the gloo group" in error.cause
     assert error.engine == "far"
-    del inlet.join
+    del receiver.join
     actors.sync(1)
     assert both_hold(engines, 1)
 

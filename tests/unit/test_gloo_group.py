@@ -1,4 +1,4 @@
-"""Claims about gloo groups and parcels themselves: real groups between threads of this process, real bytes on loopback."""
+"""Claims about gloo groups and packed messages themselves: real groups between threads of this process, real bytes on loopback."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import PrefixStore, TCPStore
 
-from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, lay_out
 from rlsync.plan.planner import build_plan
+from rlsync.transport.ends import placed
 from rlsync.transport.gloo import Group, address_towards
-from rlsync.transport.meeting import GroupError, Rendezvous
-from rlsync.transport.parcels import placed, steps_of
+from rlsync.transport.p2p import steps_of, views
+from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
 from tests.deadlines import ended_before, ended_by
 from tests.unit.test_staging import CONFIG, fill_from
 
@@ -139,7 +139,7 @@ def test_groups_of_other_numbers_do_not_meet(meeting: Rendezvous) -> None:
 
 def test_another_version_of_torch_is_refused(meeting: Rendezvous) -> None:
     stranger = PrefixStore("group-0", TCPStore(HOST, meeting.port, None, False, timedelta(seconds=5), wait_for_workers=False))
-    stranger.set("roll-1", "1.13.1")
+    stranger.set("version-1", "1.13.1")
     with pytest.raises(GroupError, match=r"engine e worker 0 runs torch 1\.13\.1, actor rank 0 runs torch"):
         group(meeting, 0).open()
 
@@ -177,7 +177,7 @@ def test_the_store_and_the_group_listen_where_they_are_told_and_stop(meeting: Re
     tp=st.sampled_from([1, 2]), pp=st.sampled_from([1, 2]), dp=st.sampled_from([1, 2]), other_tp=st.sampled_from([1, 2]),
     other_dtype=st.sampled_from(["float32", "bfloat16"]), bucket_bytes=st.sampled_from([1, 3000, 10**9]),
 )  # fmt: skip
-def test_what_is_unpacked_from_parcels_is_what_a_ring_would_hold(tp, pp, dp, other_tp, other_dtype, bucket_bytes):
+def test_what_is_unpacked_from_messages_is_what_a_ring_would_hold(tp, pp, dp, other_tp, other_dtype, bucket_bytes):
     model = model_of(CONFIG)
     whole = {t.name: torch.randn(t.shape) for t in model.tensors("float32")}
     placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
@@ -186,19 +186,19 @@ def test_what_is_unpacked_from_parcels_is_what_a_ring_would_hold(tp, pp, dp, oth
     plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, allow_cast=True)
     for row in lay_out(plan):
         for part in row:
-            views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]
+            given_views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]
             ring = torch.zeros(part.nbytes, dtype=torch.uint8)
-            CopyProgram((placed(ring, r.slot_offset, r, r.slot_strides), v) for r, v in zip(part.regions, views, strict=True)).run()
-            (parcels,) = steps_of(WorkerPart(0, part.nbytes, part.segments, part.regions))
-            assert sum(p.nbytes for p in parcels) <= sum(r.nbytes for r in part.regions) + SEGMENT_ALIGNMENT * len(part.regions)
-            messages = [torch.zeros(p.nbytes, dtype=torch.uint8) for p in parcels]
-            for parcel, message in zip(parcels, messages, strict=True):
-                mine = [v for r, v in zip(part.regions, views, strict=True) if r.source == parcel.peer]
-                CopyProgram(zip(parcel.views(message), mine, strict=True)).run()
-            if len(parcels) == 1:
-                assert torch.equal(messages[0], ring), "the part as it lies in a slot"
+            CopyProgram((placed(ring, r.slot_offset, r, r.slot_strides), v) for r, v in zip(part.regions, given_views, strict=True)).run()
+            (messages,) = steps_of(part)
+            assert sum(p.nbytes for p in messages) <= sum(r.nbytes for r in part.regions) + SEGMENT_ALIGNMENT * len(part.regions)
+            memories = [torch.zeros(p.nbytes, dtype=torch.uint8) for p in messages]
+            for message, memory in zip(messages, memories, strict=True):
+                mine = [v for r, v in zip(part.regions, given_views, strict=True) if r.source == message.peer]
+                CopyProgram(zip(views(message, memory), mine, strict=True)).run()
+            if len(messages) == 1:
+                assert torch.equal(memories[0], ring), "the part as it lies in a slot"
             slot = torch.zeros_like(ring)
-            for parcel, message in zip(parcels, messages, strict=True):
-                targets = [placed(slot, r.slot_offset, r, r.slot_strides) for r in parcel.regions]
-                CopyProgram(zip(targets, parcel.views(message), strict=True)).run()
+            for message, memory in zip(messages, memories, strict=True):
+                targets = [placed(slot, r.slot_offset, r, r.slot_strides) for r in message.regions]
+                CopyProgram(zip(targets, views(message, memory), strict=True)).run()
             assert torch.equal(slot, ring)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.sync.lending import Lender
+from rlsync.transport.ipc import IpcExporter
 from tests import standin_gpu
 from tests.standin_gpu import Driver, GpuTensor, Memory
 from tests.thread_actors import SIZES, Actors, Numbers, holds
@@ -28,7 +28,7 @@ class GpuNumbers(Numbers):
 
     def __init__(self, driver: Driver, rank: int, world_size: int, *, stays: bool) -> None:
         super().__init__(rank, world_size)
-        self._driver, self.stays = driver, stays
+        self._driver, self.stable_memory = driver, stays
         self.memory: Memory | None = None
         self.buffers = {name: half.as_subclass(GpuTensor) for name, half in self.buffers.items()}
         self.move()
@@ -133,7 +133,7 @@ def test_memory_that_moves_unsaid_is_found_out_and_the_next_sync_is_right(
     actors = connect(stays=True)
     actors.sync(1)
     with monkeypatch.context() as patched:
-        patched.setattr(Lender, "renewed", lambda self: None)
+        patched.setattr(IpcExporter, "renewed", lambda self: None)
         for source in actors.sources:
             source.move()
         error = actors.failure(lambda s: s.sync(2))

@@ -47,4 +47,4 @@ def test_an_engine_whose_workers_connect_and_whose_core_is_stuck_is_no_connectio
     hang_in(engines[1], "init_weight_transfer", stuck)
     error = Actors(engines).failure(lambda syncer: syncer.connect())
     assert (error.engine, error.phase) == ("right", "connect")
-    assert "engine right, whose workers are connected and whose core does not say so" in error.cause
+    assert "engine right, whose workers are connected, but whose init_weight_transfer has not returned" in error.cause

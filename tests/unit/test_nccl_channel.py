@@ -13,9 +13,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rlsync.coordinator.messages import WorkerAssignment
 from rlsync.plan import packing
-from rlsync.sync import carriers, group_inlet, invitation, syncer, wires
-from rlsync.transport.gloo import GlooWire
+from rlsync.sync import syncer
+from rlsync.transport import gloo, nccl
+from rlsync.transport.p2p import GroupReceiver, group_of
 from tests.deadlines import ended_before, ended_by
 from tests.thread_actors import SIZES, Actors, holds
 from tests.thread_engines import ThreadEngine
@@ -28,17 +30,24 @@ BUCKET_BYTES = 200
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = itertools.count()
     monkeypatch.setattr(syncer, "_gpu_uuid", lambda: f"GPU-actor-{next(numbers)}")
-    monkeypatch.setattr(invitation, "memory_of", lambda buffers, stays: "device")
-    for module in (wires, carriers, group_inlet):
-        monkeypatch.setattr(module, "message_device", lambda group, device: torch.device("cpu"))
-    monkeypatch.setattr(wires, "NcclWire", lambda group, number, timeout_s, device: GlooWire(group, number, timeout_s))
+    monkeypatch.setattr(syncer, "memory_of", lambda buffers, stable_memory: "device")
+    monkeypatch.setattr(nccl, "make_sender", gloo.make_sender)
+    monkeypatch.setattr(nccl, "make_receiver", receiver_that_lands_ahead)
     monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 64)
+
+
+def receiver_that_lands_ahead(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> GroupReceiver:
+    """As of NCCL, over gloo."""
+    info = group_of(assignment)
+    return GroupReceiver(
+        assignment, lambda number: gloo.GlooCommunicator(info, number, timeout_s), device, device, timeout_s, lands_ahead=True
+    )
 
 
 @pytest.fixture
 def engine() -> ThreadEngine:
     made = ThreadEngine("far")
-    made.gpus, made.inlet_timeout_s, made.domain = ["GPU-far-0", "GPU-far-1"], TIMEOUT_S, "another"
+    made.gpus, made.receiver_timeout_s, made.domain = ["GPU-far-0", "GPU-far-1"], TIMEOUT_S, "another"
     return made
 
 
@@ -56,10 +65,9 @@ def test_weights_land_where_they_belong_in_one_bucket_of_many_steps(actors: Acto
         assert holds(engine, version)
         assert not holds(engine, version + 1)
     assert (report.transport, report.num_buckets, report.max_redundancy) == ("nccl", 1, 1.0)
-    share = engine._shares[0]
-    assert share.group is not None
+    group = group_of(engine._assignments[0])
     # Each worker takes all of both halves, and each actor rank gives its half twice.
-    assert share.group.num_steps == -(-4 * sum(SIZES) // BUCKET_BYTES) == 3
+    assert group.num_steps == -(-4 * sum(SIZES) // BUCKET_BYTES) == 3
 
 
 def test_auto_takes_it_for_gpus_apart_and_gloo_where_one_worker_has_none(engine: ThreadEngine) -> None:

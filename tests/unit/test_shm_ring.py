@@ -31,7 +31,7 @@ def test_bytes_written_through_one_mapping_are_read_through_another() -> None:
 def test_memory_outlives_its_name() -> None:
     ring = Ring.create(1, 64)
     other = attach(ring)
-    ring.unlink()
+    ring.seal()
     assert not ring.path.exists()
     ring.slot(0).fill_(7)
     assert other.slot(0).eq(7).all()

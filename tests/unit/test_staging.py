@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.coordinator.assignments import RingInfo
+from rlsync.coordinator.messages import ActorAssignment
 from rlsync.copy.cpu import region
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
-from rlsync.plan.links import traffic
-from rlsync.plan.packing import SEGMENT_ALIGNMENT, Part, lay_out, part_offsets
+from rlsync.plan.packing import SEGMENT_ALIGNMENT, PackedPart, lay_out, side_by_side
 from rlsync.plan.planner import build_plan
-from rlsync.sync.filling import Filler
-from rlsync.sync.planning import Blueprint
+from rlsync.sync.packer import Packer
+from rlsync.transport import shm
+from rlsync.transport.ends import Local, Routes
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 24, "intermediate_size": 40, "vocab_size": 37, "head_dim": 6,
@@ -24,7 +25,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-def land(part: Part, slot: torch.Tensor, buffers: dict[str, torch.Tensor]) -> None:
+def land(part: PackedPart, slot: torch.Tensor, buffers: dict[str, torch.Tensor]) -> None:
     """What a sink does: every segment to its place."""
     for s in part.segments:
         flat = slot[s.slot_offset : s.slot_offset + s.nbytes].view(getattr(torch, s.dtype))
@@ -33,18 +34,26 @@ def land(part: Part, slot: torch.Tensor, buffers: dict[str, torch.Tensor]) -> No
 
 def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2) -> list[dict[str, torch.Tensor]]:
     """Fill and empty every bucket, through slots that are used again; returns the buffers of every destination."""
-    parts = lay_out(plan)
-    blueprint = Blueprint(plan, parts, tuple(range(len(plan.destinations))), traffic(plan), ("shm",) * len(plan.destinations))
-    actors, workers = blueprint.shares(len(sources), num_slots, "off", ring=RingInfo("", "", num_slots, blueprint.slot_bytes), group=None)
-    slots = [torch.randint(0, 255, (blueprint.slot_bytes,), dtype=torch.uint8) for _ in range(num_slots)]
-    fillers = [Filler(share, buffers, slots) for share, buffers in zip(actors, sources, strict=True)]
+    parts, destinations = lay_out(plan), tuple(range(len(plan.destinations)))
+    names = tuple(f"worker {d}" for d in destinations)
+    routes = Routes(parts, destinations, tuple(f"actor {i}" for i in range(len(sources))), names, names, num_slots)
+    ring = shm.Ring.create(num_slots, shm.slot_bytes(routes))
+    ends = shm.assign(routes, ring)
+    packers = []
+    for end, buffers in zip(ends.actors, sources, strict=True):
+        sender = shm.make_sender(end, Local(buffers, True, 1.0, None, ring))
+        packers.append(Packer(ActorAssignment(plan.digest, num_slots, "off", len(parts), {"shm": end}), buffers, [sender]))
+    slots = [ring.slot(i) for i in range(num_slots)]
+    for slot in slots:
+        slot.random_(0, 255)
+    offsets = [msgspec.msgpack.decode(ends.workers[d], type=shm.ReceiverEnd).offsets for d in destinations]
     filled = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in p.buffers} for p in plan.destinations]
     for bucket, row in enumerate(parts):
-        nbytes = sum(filler.fill(bucket, 1).nbytes for filler in fillers)
+        nbytes = sum(packer.pack(bucket, 1).nbytes for packer in packers)
         assert nbytes == sum(s.nbytes for part in row for s in part.segments), "each byte is put in once"
-        for stream, worker in enumerate(workers):
-            share = worker.parts[bucket]
-            land(row[stream], slots[bucket % num_slots][share.offset : share.offset + share.nbytes], filled[stream])
+        for d, part in enumerate(row):
+            land(part, slots[bucket % num_slots][offsets[d][bucket] :][: part.nbytes], filled[d])
+    ring.close()
     return filled
 
 
@@ -118,6 +127,6 @@ def test_parts_of_a_bucket_lie_side_by_side():
     tensors = specs(a=(5,), b=(7,))
     both = [whole_tensors("worker 0", tensors), whole_tensors("worker 1", tensors[:1])]
     (row,) = lay_out(build_plan(tensors, [whole_tensors("actor", tensors)], both))
-    assert part_offsets(row) == (0, 128, 192)
+    assert side_by_side(part.nbytes for part in row) == (0, 128, 192)
     numbers = [[r.number for r in part.regions] for part in row]
-    assert numbers == [[0, 1], [0]], "regions are counted by stream"
+    assert numbers == [[0, 1], [0]], "regions are counted by destination"

@@ -13,8 +13,7 @@ import torch
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncReport
-from rlsync.sync.health import SyncHealth
-from rlsync.sync.report import PHASES
+from rlsync.sync.report import PHASES, SyncHealth
 
 PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 

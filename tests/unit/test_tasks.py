@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from rlsync.sync.tasks import Lane, Tasks
+from rlsync.transport.tasks import Lane, Tasks
 
 
 class Large:

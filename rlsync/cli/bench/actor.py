@@ -20,8 +20,7 @@ from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.parallel import compute_device, initialize_parallel
 from rlsync.plan.planner import build_plan
 from rlsync.source import MegatronSource
-from rlsync.transport.agreement import gather_bytes
-from rlsync.transport.exchange import Exchange
+from rlsync.transport.collectives import Exchange, gather_bytes
 
 _ALIGNMENT = 256
 

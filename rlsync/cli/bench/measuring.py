@@ -41,7 +41,7 @@ class Bench:
         """rlsync. What it refuses or fails at is in ``error``, on all ranks alike."""
         found = Measured(name=case.name, kind="rlsync", settings=case.settings)
         actor = self._actor
-        actor.source.stays = not case.moves
+        actor.source.stable_memory = not case.moves
         syncer = WeightSyncer(
             actor.source,
             self._fleet.engines,

@@ -6,8 +6,8 @@ import json
 
 from rlsync.engine.compat_support import supported
 from rlsync.engine.plugin import BACKEND
-from rlsync.sync.receiver import make_receiver
+from rlsync.engine.worker import RlsyncTransferEngine
 
 if __name__ == "__main__":
-    assert callable(make_receiver)
+    assert callable(RlsyncTransferEngine)
     print(json.dumps(supported(BACKEND)))

@@ -10,16 +10,7 @@ from typing import Protocol
 
 import torch
 
-
-class Arrival(Protocol):
-    """This worker's part of a bucket, which is here or can be read; until ``write`` of the bucket has returned."""
-
-    def land(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Copy every element to where it belongs: the bucket's buffers by name, contiguous and in checkpoint layout.
-
-        On CUDA the copies are enqueued on the current stream.
-        """
-        ...
+from rlsync.transport.ends import Arrival
 
 
 class Sink(Protocol):

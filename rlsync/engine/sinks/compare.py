@@ -14,12 +14,12 @@ import torch
 
 from rlsync.copy.cpu import write_fills
 from rlsync.engine import compat_layers
-from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import owner
 from rlsync.engine.sinks.direct import plain
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.layout.geometry import Fill
 from rlsync.plan.packing import Segment
+from rlsync.transport.ends import Arrival
 
 
 @dataclass(frozen=True, slots=True)

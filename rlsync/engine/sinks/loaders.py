@@ -11,9 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlsync.engine import compat, compat_attention, compat_reload
 from rlsync.engine.finishing import Finishing
-from rlsync.engine.sinks import Arrival
 from rlsync.layout.geometry import TensorSpec
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, Segment
+from rlsync.transport.ends import Arrival
 
 
 class LoadersSink:

@@ -13,12 +13,12 @@ import torch
 from rlsync.copy.cpu import write_fills
 from rlsync.engine import compat, compat_attention
 from rlsync.engine.finishing import Finishing
-from rlsync.engine.sinks import Arrival
 from rlsync.engine.sinks.choice import SinkName
 from rlsync.engine.sinks.direct import DirectBuffers
 from rlsync.engine.sinks.layerwise import LayerwiseBuffers
 from rlsync.layout.geometry import Fill
 from rlsync.plan.packing import Segment
+from rlsync.transport.ends import Arrival
 
 
 class PlacedSink:

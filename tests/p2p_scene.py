@@ -1,4 +1,4 @@
-"""Actor ranks and workers with memory of their own, and the boxes that carry the weights of one to the other."""
+"""Actor ranks and workers with memory of their own, and the two ends of a group that carry the weights of one to the other."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlsync.coordinator.assignments import ActorParcel, ActorShare, GroupInfo, WorkerPart, WorkerShare
 from rlsync.copy.cpu import region
-from rlsync.plan.packing import Part
-from rlsync.transport.boxes import Inbox, Outbox, Program, Wire, bind_program
+from rlsync.plan.packing import PackedPart
+from rlsync.transport.p2p import Communicator, GroupSender, Inbox, Program, SenderEnd, SentMessage, bind_program
+from rlsync.transport.rendezvous import GroupInfo
 
 HOST = "127.0.0.1"
 Buffers = dict[str, torch.Tensor]
-MakeWire = Callable[[GroupInfo, int], Wire]
+MakeCommunicator = Callable[[GroupInfo, int], Communicator]
 
 
 @dataclass
 class Scene:
     """``parts`` are by bucket and worker. ``sources`` and ``wanted``: memory of each actor rank and each worker, on ``device``."""
 
-    parts: tuple[tuple[Part, ...], ...]
+    parts: tuple[tuple[PackedPart, ...], ...]
     sources: Sequence[Buffers]
     wanted: Sequence[Buffers]
     port: int
-    make_wire: MakeWire
+    make_communicator: MakeCommunicator
     device: torch.device
     transport: str = "gloo"
     num_slots: int = 2
     num_steps: int = 1
     # A send goes with its outbox.
-    outboxes: list[Outbox] = field(default_factory=list)
+    outboxes: list[GroupSender] = field(default_factory=list)
     programs: dict[tuple[int, int], Program] = field(default_factory=dict)
 
     @property
@@ -39,22 +39,22 @@ class Scene:
         return (*(f"actor rank {i}" for i in range(len(self.sources))), *(f"worker {i}" for i in range(len(self.wanted))))
 
     def info(self, rank: int) -> GroupInfo:
-        return GroupInfo(HOST, self.port, rank, self.members, self.transport, self.num_steps)  # type: ignore[arg-type]
+        return GroupInfo(HOST, self.port, rank, self.members, self.transport, self.num_steps)
 
-    def outbox(self, rank: int) -> Outbox:
+    def outbox(self, rank: int) -> GroupSender:
         info = self.info(rank)
-        share = ActorShare("digest", self.num_slots, "off", tuple(() for _ in self.parts), self._parcels(rank), group=info)
-        self.outboxes.append(Outbox(share, lambda number: self.make_wire(info, number), self.device))
+        end = SenderEnd(info, self.num_slots, self._messages(rank))
+        self.outboxes.append(GroupSender(end, lambda number: self.make_communicator(info, number), self.device))
         return self.outboxes[-1]
 
-    def _parcels(self, rank: int) -> tuple[tuple[ActorParcel, ...], ...]:
+    def _messages(self, rank: int) -> tuple[tuple[SentMessage, ...], ...]:
         rows = []
         for row in self.parts:
             given = [(worker, tuple(r for r in part.regions if r.source == rank)) for worker, part in enumerate(row)]
             wholes = [row[worker].nbytes if len(mine) == len(row[worker].regions) else 0 for worker, mine in given]
             rows.append(
                 tuple(
-                    ActorParcel(worker, len(self.sources) + worker, whole, mine)
+                    SentMessage(worker, len(self.sources) + worker, whole, mine)
                     for (worker, mine), whole in zip(given, wholes, strict=True)
                     if mine
                 )
@@ -63,24 +63,22 @@ class Scene:
 
     def inbox(self, worker: int, number: int = 0) -> Inbox:
         info = self.info(len(self.sources) + worker)
-        own = tuple(WorkerPart(0, row[worker].nbytes, row[worker].segments, row[worker].regions) for row in self.parts)
-        return Inbox(WorkerShare("digest", self.num_slots, worker, "off", own, group=info), self.make_wire(info, number), self.device)
+        own = tuple(row[worker] for row in self.parts)
+        return Inbox(own, self.num_slots, self.num_steps, self.make_communicator(info, number), self.device)
 
-    def send(self, outbox: Outbox, rank: int, steps: int | None = None) -> None:
+    def send(self, outbox: GroupSender, rank: int, steps: int | None = None) -> None:
         """All buckets, or the first ``steps`` steps of them."""
         for bucket in range(len(self.parts)):
             for step in outbox.steps(bucket)[:steps]:
                 program = self._program(outbox, rank, step)
-                outbox.reclaim(step)
-                program.run()
-                outbox.post(step)
+                with outbox.sending(step):
+                    program.run()
 
-    def _program(self, outbox: Outbox, rank: int, step: int) -> Program:
+    def _program(self, outbox: GroupSender, rank: int, step: int) -> Program:
         if (rank, step) not in self.programs:
             pairs = [
                 (view, region(self.sources[rank][r.source_buffer], r.source_offset, r.shape, r.source_strides))
-                for parcel, memory in outbox.messages(step)
-                for r, view in zip(parcel.regions, parcel.views(memory), strict=True)
+                for r, view in outbox.places(step)
             ]
             self.programs[rank, step] = bind_program(pairs, self.device)
         return self.programs[rank, step]

@@ -14,22 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.coordinator.assignments import GroupInfo, WorkerPart
 from rlsync.copy.cpu import region
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import packing
-from rlsync.plan.packing import Region, cut, divide, lay_out
+from rlsync.plan.packing import PackedPart, Region, cut, divide, lay_out
 from rlsync.plan.planner import build_plan
-from rlsync.transport import parcels
-from rlsync.transport.boxes import Ticket, bind_program
-from rlsync.transport.gloo import GlooWire
-from rlsync.transport.meeting import GroupError, Rendezvous
-from rlsync.transport.parcels import steps_of
-from tests.boxes_scene import HOST, Scene
+from rlsync.transport.ends import placed
+from rlsync.transport.gloo import GlooCommunicator
+from rlsync.transport.p2p import Work, bind_program, steps_of
+from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
 from tests.deadlines import ended_before
+from tests.p2p_scene import HOST, Scene
 from tests.unit.test_staging import CONFIG, fill_from
 
 CPU = torch.device("cpu")
@@ -52,14 +50,14 @@ def scene(
     expected = [{b.name: fill_from(p, b, whole) / fill_from(p, b, ones) for b in p.buffers} for p in takers]
     plan = build_plan(model.tensors("float32"), givers, takers, bucket_bytes=bucket_bytes)
     wanted = [{name: torch.full_like(t, torch.nan) for name, t in row.items()} for row in expected]
-    made = Scene(lay_out(plan), sources, wanted, meeting.port, gloo_wire, CPU, num_slots=num_slots, num_steps=num_steps)
+    made = Scene(lay_out(plan), sources, wanted, meeting.port, gloo_communicator, CPU, num_slots=num_slots, num_steps=num_steps)
     # Open as long as the scene is there.
     made.meeting = meeting  # type: ignore[attr-defined]
     return made, expected
 
 
-def gloo_wire(info: GroupInfo, number: int) -> GlooWire:
-    return GlooWire(info, number, TIMEOUT_S)
+def gloo_communicator(info: GroupInfo, number: int) -> GlooCommunicator:
+    return GlooCommunicator(info, number, TIMEOUT_S)
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
@@ -104,7 +102,7 @@ def test_a_bucket_lands_step_by_step_and_the_next_sync_too(tp, pp, other_tp, num
             for buffer in made.wanted[worker].values():
                 buffer.fill_(torch.nan)
             inbox.bind(0, made.buffers(worker, 0))
-            inbox.land(0, inbox.wire.mark())
+            inbox.land(0, inbox.communicator.mark())
             assert same(made.wanted[worker], expected[worker])
         step_bytes.append(inbox.nbytes // num_slots)
 
@@ -131,18 +129,18 @@ def test_buckets_are_handed_out_or_land_in_turn(tp, other_tp):
         for bucket, row in enumerate(made.parts):
             if bucket % 2:
                 inbox.bind(bucket, made.buffers(worker, bucket))
-                inbox.land(bucket, inbox.wire.mark())
+                inbox.land(bucket, inbox.communicator.mark())
                 continue
             slot = inbox.receive(bucket)
             for r in row[worker].regions:
                 target = region(made.wanted[worker][r.buffer], r.buffer_offset, r.shape, r.buffer_strides)
-                target.copy_(parcels.placed(slot, r.slot_offset, r, r.slot_strides))
+                target.copy_(placed(slot, r.slot_offset, r, r.slot_strides))
 
     everybody(made, act_out, act_in)
     assert is_filled(made, expected)
 
 
-class WatchedWire(GlooWire):
+class WatchedCommunicator(GlooCommunicator):
     """Says in what order its owner did things: ``("carry", step)``, ``("hold", step)``, ``("wait", step)``."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -151,30 +149,30 @@ class WatchedWire(GlooWire):
         self.is_sender = False
         self._step_of: dict[int, int] = {}
 
-    def carry(self, step: int, *rest: Any) -> Ticket:
-        ticket = super().carry(step, *rest)
+    def carry(self, step: int, *rest: Any) -> Work:
+        work = super().carry(step, *rest)
         self.is_sender = bool(rest[0])
-        self._step_of[id(ticket)] = step
+        self._step_of[id(work)] = step
         self.log.append(("carry", step))
-        # So that no other ticket gets its number.
-        self._kept = [*getattr(self, "_kept", []), ticket]
-        return ticket
+        # So that no other work gets its number.
+        self._kept = [*getattr(self, "_kept", []), work]
+        return work
 
-    def hold(self, ticket: Ticket) -> None:
-        super().hold(ticket)
-        if id(ticket) in self._step_of:
-            self.log.append(("hold", self._step_of[id(ticket)]))
+    def hold(self, work: Work) -> None:
+        super().hold(work)
+        if id(work) in self._step_of:
+            self.log.append(("hold", self._step_of[id(work)]))
 
 
 def test_a_slot_is_written_again_only_after_its_send_has_ended():
     made, _ = scene(num_slots=2, num_steps=6)
-    wires: list[WatchedWire] = []
+    communicators: list[WatchedCommunicator] = []
 
-    def make(info: GroupInfo, number: int) -> WatchedWire:
-        wires.append(WatchedWire(info, number, TIMEOUT_S))
-        return wires[-1]
+    def make(info: GroupInfo, number: int) -> WatchedCommunicator:
+        communicators.append(WatchedCommunicator(info, number, TIMEOUT_S))
+        return communicators[-1]
 
-    made.make_wire = make
+    made.make_communicator = make
 
     def act_out(rank: int) -> None:
         outbox = made.outbox(rank)
@@ -186,18 +184,20 @@ def test_a_slot_is_written_again_only_after_its_send_has_ended():
         inbox = made.inbox(worker)
         inbox.open()
         inbox.bind(0, made.buffers(worker, 0))
-        inbox.land(0, inbox.wire.mark())
-        inbox.land(0, inbox.wire.mark())
+        inbox.land(0, inbox.communicator.mark())
+        inbox.land(0, inbox.communicator.mark())
 
     everybody(made, act_out, act_in)
-    assert sum(w.is_sender for w in wires) == 2
-    for wire in (w for w in wires if w.is_sender):
-        carried = [step for kind, step in wire.log if kind == "carry"]
+    assert sum(w.is_sender for w in communicators) == 2
+    for communicator in (w for w in communicators if w.is_sender):
+        carried = [step for kind, step in communicator.log if kind == "carry"]
         assert carried == [*range(6), *range(6)]
-        for at, (kind, step) in enumerate(wire.log):
-            before = [s for k, s in wire.log[:at] if k == "carry" and s % 2 == step % 2]
+        for at, (kind, step) in enumerate(communicator.log):
+            before = [s for k, s in communicator.log[:at] if k == "carry" and s % 2 == step % 2]
             if kind == "carry" and before:
-                assert ("hold", before[-1]) in wire.log[max(i for i in range(at) if wire.log[i] == ("carry", before[-1])) : at]
+                assert ("hold", before[-1]) in communicator.log[
+                    max(i for i in range(at) if communicator.log[i] == ("carry", before[-1])) : at
+                ]
 
 
 def test_giving_up_lets_a_landing_go_and_the_next_group_is_right():
@@ -210,12 +210,12 @@ def test_giving_up_lets_a_landing_go_and_the_next_group_is_right():
         inbox.bind(0, made.buffers(worker, 0))
         threading.Timer(0.5, inbox.abandon).start()
         with ended_before(TIMEOUT_S), contextlib.suppress(GroupError):
-            inbox.land(0, inbox.wire.mark())
+            inbox.land(0, inbox.communicator.mark())
             failed.append(AssertionError("nobody sent"))
         again = made.inbox(worker, number=1)
         again.open()
         again.bind(0, made.buffers(worker, 0))
-        again.land(0, again.wire.mark())
+        again.land(0, again.communicator.mark())
 
     def act_out(rank: int) -> None:
         outbox = made.outbox(rank)
@@ -291,11 +291,11 @@ def test_pieces_have_all_elements_once_and_about_equal_bytes(shapes, num_pieces,
     assert sizes[-1] <= max(512, -(-sum(sizes) // num_pieces)) + 64 * num_pieces * 3
 
 
-def test_a_small_parcel_is_not_cut(monkeypatch):
+def test_a_small_message_is_not_cut(monkeypatch):
     monkeypatch.undo()
     r = make_region((100,))
     assert [len(piece) for piece in cut([r], 5)] == [1, 0, 0, 0, 0]
-    part = WorkerPart(0, 200, (), (r,))
+    part = PackedPart(200, (), (r,))
     assert [len(row) for row in steps_of(part, 5)] == [1, 0, 0, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""How members of a group find each other: a store on one host, and the roll that is called in it. Knows no backend and no message."""
+"""How members of a group find each other: a store on one host, and barriers in it. Knows no backend and no message."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
+import msgspec
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from rlsync.coordinator.assignments import GroupInfo
 from rlsync.errors import RlsyncError
 
 # A wait for a group ends before the deadline of the phase it is in, so that the error says whom it was for.
 PATIENCE = 0.75
 _POLL_S = 0.01
+
+
+class GroupInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A group of ``transport`` to join as ``rank``; its members meet at a store on ``host`` and ``port``.
+
+    ``members`` names them for errors: actor ranks in order, then the workers that get their bytes through the group.
+    ``num_steps``: into how many steps the messages of a bucket are cut. ``engines``: of each member, None for an actor rank.
+    """
+
+    host: str
+    port: int
+    rank: int
+    members: tuple[str, ...]
+    transport: str = "gloo"
+    num_steps: int = 1
+    engines: tuple[str | None, ...] = ()
 
 
 class GroupError(RlsyncError, ConnectionError):
@@ -32,10 +48,11 @@ class Rendezvous:
     """The store through which members find each other, on ``bind_host`` and no other address. Lives until it is dropped.
 
     Attributes:
-        port: chosen by the system.
+        host, port: where it listens; the port is of the system's choice.
     """
 
     def __init__(self, bind_host: str, timeout_s: float) -> None:
+        self.host = bind_host
         family = socket.getaddrinfo(bind_host, None)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind((bind_host, 0))
@@ -45,6 +62,13 @@ class Rendezvous:
         self._store = TCPStore(
             bind_host, self.port, None, True, seconds(timeout_s), wait_for_workers=False, master_listen_fd=listener.detach()
         )
+
+    def seal(self) -> None:
+        """Nothing: every group that a connection makes anew meets here too."""
+
+    def close(self) -> None:
+        """Give it up; there is no call to end a store."""
+        del self._store
 
 
 def enter(info: GroupInfo, number: int, limit_s: float) -> Store:
@@ -63,8 +87,8 @@ def told_of_store(info: GroupInfo) -> Iterator[None]:
         raise GroupError(f"the {info.transport} group broke while the group was made: {sentence(str(error))}") from error
 
 
-def call_the_roll(
-    room: Store, info: GroupInfo, value: str, limit_s: float, abandoned: threading.Event, *, topic: str = "roll"
+def barrier(
+    room: Store, info: GroupInfo, value: str, limit_s: float, abandoned: threading.Event, *, topic: str = "version"
 ) -> tuple[str, ...]:
     """What each member says, by rank, when all have said something under ``topic``. Collective over the members.
 

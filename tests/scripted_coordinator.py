@@ -5,17 +5,16 @@ from __future__ import annotations
 import msgspec
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.assignments import ActorShare, RingInfo, WorkerPart, WorkerShare
 from rlsync.coordinator.roster import Expected
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.layout.geometry import TensorSpec, whole_tensors
+from rlsync.plan.packing import PackedPart
 
-CATALOGUE = m.Catalogue(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")
-RECORDED = m.Recorded(whole_tensors("engine e0", CATALOGUE.tensors), "direct")
-RING = RingInfo("/dev/shm/ring", "ring token", num_slots=2, slot_bytes=4096)
-ACTOR_SHARE = ActorShare("plan", 2, "off", ((),) * 4, ((),) * 4, ring=RING)
-WORKER_SHARE = WorkerShare("plan", 2, 0, "off", (WorkerPart(0, 16, (), ()),) * 4, ring=RING)
-PLANNED = m.Planned((ACTOR_SHARE,) * 2, (WORKER_SHARE,) * 2)
+MANIFEST = m.Manifest(tuple(TensorSpec(f"w{i}", "float32", (4,)) for i in range(4)), "auto")
+RECORDED = m.Recorded(whole_tensors("engine e0", MANIFEST.tensors), "direct")
+ACTOR_ASSIGNMENT = m.ActorAssignment("plan", 2, "off", 4, {"shm": b"ring"})
+WORKER_ASSIGNMENT = m.WorkerAssignment("plan", 2, "off", 0, (PackedPart(16, (), ()),) * 4, "shm", b"ring")
+PLANNED = m.Planned((ACTOR_ASSIGNMENT,) * 2, (WORKER_ASSIGNMENT,) * 2)
 TIMES = m.WorkerTimes(0.1, 0.2, 0.3, 0.4, 5)
 TIMEOUT_S = 10.0
 
@@ -25,7 +24,7 @@ class Run:
 
     def __init__(self, *, connected: bool = True, engines_answer: bool = True) -> None:
         self.sent: dict[bytes, list] = {}
-        expected = Expected("secret", "run", 2, {"e0": 2}, ("digest", "digest"), TIMEOUT_S, CATALOGUE)
+        expected = Expected("secret", "run", 2, {"e0": 2}, ("digest", "digest"), TIMEOUT_S, MANIFEST)
         self.coordinator = Coordinator(expected, lambda peer, message: self.sent.setdefault(peer, []).append(message), 0.0)
         if connected:
             for rank in range(2):

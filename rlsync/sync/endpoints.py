@@ -1,0 +1,71 @@
+"""This process's ends of the transports of a connection: what rank 0 opens for all, and the senders of this actor rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from rlsync.coordinator.messages import ActorAssignment, WorkerAssignment
+from rlsync.sync.config import SyncConfig
+from rlsync.sync.planning import ConnectionPlan
+from rlsync.transport.ends import Hosted, Hosting, Local, Sender, transport
+
+
+class Endpoints:
+    """Of one connection.
+
+    Attributes:
+        hosted: by transport, what rank 0 keeps open.
+        senders: of this rank, by transport.
+    """
+
+    def __init__(self) -> None:
+        self.hosted: dict[str, Hosted] = {}
+        self.senders: dict[str, Sender] = {}
+
+    def host(self, plan: ConnectionPlan, config: SyncConfig) -> tuple[tuple[ActorAssignment, ...], tuple[WorkerAssignment, ...]]:
+        """Rank 0: open what the plan's transports attach to; returns everybody's assignment."""
+        hosting = Hosting(config.bind_host, config.num_slots, config.timeout_s)
+        for name, routes in plan.routes(config.num_slots).items():
+            hosted = transport(name).host(routes, hosting)
+            if hosted is not None:
+                self.hosted[name] = hosted
+        return plan.assignments(config.num_slots, config.verify, self.hosted)
+
+    def attach(
+        self,
+        assignment: ActorAssignment,
+        timeout_s: float,
+        buffers: Mapping[str, torch.Tensor],
+        *,
+        stable_memory: bool,
+        device: torch.device | None,
+    ) -> Callable[[], dict[str, bytes]]:
+        """Make this rank's senders. What is returned waits for the other members of groups, and says what this rank exports."""
+        for name, end in assignment.ends.items():
+            self.senders[name] = transport(name).make_sender(end, Local(buffers, stable_memory, timeout_s, device, self.hosted.get(name)))
+        return lambda: join(self.senders, 0)
+
+    def seal(self) -> None:
+        """Everybody is attached: nobody else may be."""
+        for hosted in self.hosted.values():
+            hosted.seal()
+
+    def abandon(self) -> None:
+        """After a failed sync: what is on its way arrives nowhere."""
+        for sender in self.senders.values():
+            sender.abandon()
+
+    def close(self) -> None:
+        """Leave for good. Idempotent."""
+        ends: Sequence[Sender | Hosted] = (*self.senders.values(), *self.hosted.values())
+        self.senders, self.hosted = {}, {}
+        for end in ends:
+            end.close()
+
+
+def join(senders: Mapping[str, Sender], group: int) -> dict[str, bytes]:
+    """Take part in the next sync; returns what this rank exports anew, by transport. Collective over the members of the group."""
+    exports = ((name, sender.join(group)) for name, sender in senders.items())
+    return {name: export for name, export in exports if export is not None}

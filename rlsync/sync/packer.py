@@ -1,0 +1,160 @@
+"""What an actor rank does in a sync, bound to memory: packs its regions where senders want them, and sums up those that are verified."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rlsync.coordinator.messages import ActorAssignment, Sum
+from rlsync.copy.checksum import checksums
+from rlsync.copy.cpu import CopyProgram, region
+from rlsync.copy.cuda import CudaCopyProgram, strided
+from rlsync.copy.sums import Sums, Views, place_of
+from rlsync.copy.tables import Move, moves_of
+from rlsync.errors import PlacementError
+from rlsync.plan.packing import Region
+from rlsync.plan.verification import num_rounds, round_of, rounds_in
+from rlsync.transport.ends import Sender
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What packing one bucket did: bytes copied, and checksums of the memory that was copied or exported."""
+
+    nbytes: int
+    sums: tuple[Sum, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Regions that are verified together, with their destinations: those that arrive as they are, and those that are cast."""
+
+    same: list[tuple[int, Region]]
+    cast: list[tuple[int, Region]]
+
+
+class _Program(Protocol):
+    def run(self) -> int: ...
+
+
+# Destination and source.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Packer:
+    """Packs buckets for all senders of this rank. What is read where it lies, it only sums up.
+
+    Programs are made once for each step of a sender, and follow parameters that have moved; what senders have does not move.
+
+    Args:
+        buffers: memory of this rank's placement.
+    """
+
+    def __init__(self, assignment: ActorAssignment, buffers: Mapping[str, torch.Tensor], senders: Sequence[Sender]) -> None:
+        self._verify, self._buffers, self._senders = assignment.verify, buffers, senders
+        # By sender and step.
+        self._programs: dict[tuple[int, int], tuple[_Program, ...]] = {}
+        self._sums = Sums()
+        self._rounds = [self._by_round(bucket) for bucket in range(assignment.num_buckets)]
+        self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
+        self._place = place_of(buffers.values())
+
+    def check(self) -> None:
+        """Look where the parameters are now. Raises PlacementError where they are no longer what they were at connect."""
+        if any(tensor.is_cuda for tensor in self._buffers.values()):
+            # They may have been written on any stream of this process, and others read them.
+            torch.cuda.synchronize()
+        place = place_of(self._buffers.values())
+        if place == self._place:
+            return
+        changed = [
+            f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
+            for name, t in self._buffers.items()
+            if (t.shape, t.dtype) != self._shapes[name] or t.untyped_storage().nbytes() == 0 < t.numel()
+        ]
+        if changed:
+            raise PlacementError(
+                f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
+            )
+        moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self._place, place, strict=True))
+        self._place = place
+        self._follow(moves)
+
+    def pack(self, bucket: int, turn: int) -> Packed:
+        """Copy this rank's regions of a bucket to where senders want them; messages are on their way when it returns.
+
+        What is exported of the bucket, and what was copied on a device, is complete then and can be read by other processes.
+        """
+        nbytes = 0
+        for index, sender in enumerate(self._senders):
+            for step in sender.steps(bucket):
+                programs = self._bound(index, step)
+                with sender.sending(step):
+                    nbytes += sum(program.run() for program in programs)
+        return Packed(nbytes, self._sum_up(bucket, turn))
+
+    def _bound(self, index: int, step: int) -> tuple[_Program, ...]:
+        """The programs that write a step of a sender."""
+        if (index, step) not in self._programs:
+            self._programs[index, step] = _bind((place, self._view(r)) for r, place in self._senders[index].places(step))
+        return self._programs[index, step]
+
+    def prepare(self) -> None:
+        """Do what the first syncs would otherwise do once."""
+        for bucket, rounds in enumerate(self._rounds):
+            self._sums.prepare(bucket, list(rounds), self._place, self._views(bucket))
+            for index, sender in enumerate(self._senders):
+                for step in sender.steps(bucket):
+                    self._bound(index, step)
+
+    def _follow(self, moves: Sequence[Move] | None) -> None:
+        """Have programs read where parameters are now. Those that cannot are made anew when their turn comes."""
+        for key, programs in list(self._programs.items()):
+            if moves is None or not all(isinstance(program, CudaCopyProgram) for program in programs):
+                del self._programs[key]
+                continue
+            for program in programs:
+                assert isinstance(program, CudaCopyProgram)
+                program.move_sources(moves)
+
+    def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
+        """Of the regions whose turn it is, in the dtype in which they arrive."""
+        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
+        same = [given for number in rounds for given in self._rounds[bucket][number].same]
+        cast = [given for number in rounds for given in self._rounds[bucket][number].cast]
+        values = self._sums.begin(bucket, rounds, self._place, self._views(bucket)).values()
+        # A cast makes new memory each time, to which nothing can be bound.
+        values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
+        return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *cast), values, strict=True))
+
+    def _views(self, bucket: int) -> Views:
+        return lambda number: [self._view(r) for _, r in self._rounds[bucket][number].same]
+
+    def _by_round(self, bucket: int) -> dict[int, _Round]:
+        """Everything that is given of a bucket and ever verified."""
+        rounds: dict[int, _Round] = defaultdict(lambda: _Round([], []))
+        for sender in self._senders if num_rounds(self._verify) else ():
+            for destination, r in sender.gives(bucket):
+                found = rounds[round_of(self._verify, r.number)]
+                is_cast = str(self._buffers[r.source_buffer].dtype) != f"torch.{r.dtype}"
+                (found.cast if is_cast else found.same).append((destination, r))
+        return dict(rounds)
+
+    def _view(self, r: Region) -> torch.Tensor:
+        return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)
+
+
+def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:
+    """The programs that copy these pairs: in the host, and on the device that destinations are on."""
+    pairs = list(given)
+    in_host = [(d, s) for d, s in pairs if not d.is_cuda]
+    # Sources by address: a program would keep memory alive that parameters have left.
+    on_device = [(d, strided(s)) for d, s in pairs if d.is_cuda]
+    programs: list[_Program] = [CopyProgram(in_host)] if in_host else []
+    if on_device:
+        programs.append(CudaCopyProgram(on_device, device=on_device[0][0].device))
+    return tuple(programs)

@@ -1,0 +1,260 @@
+"""What a transport is: a sender on each actor rank, a receiver in each worker that it serves, and what rank 0 does for both.
+
+Owns the seam and the way to a transport's module; knows no transport. A new one is a module with the functions of ``Transport`` and
+a row of ``rlsync.plan.transports``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+
+from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
+from rlsync.coordinator.roster import Member, some
+from rlsync.copy.cpu import CopyProgram, region
+from rlsync.plan.packing import PackedPart, Region, Segment
+from rlsync.plan.transports import TRANSPORTS
+
+# By name, contiguous and in checkpoint layout.
+Buffers = Mapping[str, torch.Tensor]
+
+
+class Sender(Protocol):
+    """An actor rank's end: memory that takes regions, and what becomes of it. Called by one thread, but for ``abandon``."""
+
+    def join(self, group: int) -> bytes | None:
+        """Take part in the next sync, whose messages travel in the group of this number; collective over its members.
+
+        Returns what this rank exports where that is not what it said last.
+        """
+        ...
+
+    def gives(self, bucket: int) -> Iterable[tuple[int, Region]]:
+        """Destinations and regions of everything that it gives of a bucket, also of what is read where it lies."""
+        ...
+
+    def steps(self, bucket: int) -> range:
+        """What a bucket is sent in; each step is written in ``sending`` before the next one."""
+        ...
+
+    def places(self, step: int) -> Iterable[tuple[Region, torch.Tensor]]:
+        """Regions that this rank packs in a step, and where: the same memory at every call."""
+        ...
+
+    def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
+        """Inside, this thread may write the step's places; afterwards they can be read, or are on their way."""
+        ...
+
+    def abandon(self) -> None:
+        """After a failed sync: let go whoever waits here. From any thread, idempotent, does not block."""
+        ...
+
+    def close(self) -> None:
+        """Leave for good. Idempotent."""
+        ...
+
+
+class Arrival(Protocol):
+    """A worker's part of a bucket, which is here or can be read; until the next bucket is asked for."""
+
+    def land(self, buffers: Buffers) -> None:
+        """Copy every element to where it belongs. On CUDA the copies are enqueued on the current stream."""
+        ...
+
+
+class Receiver(Protocol):
+    """A worker's end. No call blocks; each raises what has failed, ConnectionError where it is a link."""
+
+    @property
+    def fd(self) -> int | None:
+        """Readable when a call that gave None is worth repeating; None where no call does."""
+        ...
+
+    @property
+    def lands_ahead(self) -> bool:
+        """Whether buckets are put into standing buffers as they come, before ``Ready`` is heard of them."""
+        ...
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that it takes in this process."""
+        ...
+
+    def join(self, group: int) -> bool | None:
+        """Begin a sync whose messages travel in the group of this number. True when this worker is in it."""
+        ...
+
+    def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
+        """Make ready what can be made before the first sync: ``standing``, by bucket, are the buffers that are the same in all syncs."""
+        ...
+
+    def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
+        """Around the ``fetch`` calls of a sync, until nothing is in flight.
+
+        Where it ``lands_ahead``, the standing buffers may be written from now on, behind what this thread has enqueued so far.
+        """
+        ...
+
+    def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> Arrival | None:
+        """This worker's part of a bucket when it is here; it stays until a later bucket is asked for.
+
+        Buckets ``[0, buckets_ready)`` can be had, and any where it ``lands_ahead``; they are asked for in order, and not those of
+        which this worker takes nothing. ``exports``: what actor ranks export anew.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """After an error: nothing is written any more to what ``fetch`` gave."""
+        ...
+
+    def close(self) -> None:
+        """Leave for good. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What one transport of a connection has to carry.
+
+    Attributes:
+        parts: of all destinations, by bucket and destination.
+        destinations: those that it serves.
+        actors, workers: names of the actor ranks, and of the one worker of each destination (the first, where several share one).
+        engines: of these workers.
+        staged: (destination, actor rank), where what is read of that rank is copied into a ring of the rank's first.
+    """
+
+    parts: tuple[tuple[PackedPart, ...], ...]
+    destinations: tuple[int, ...]
+    actors: tuple[str, ...]
+    workers: tuple[str, ...]
+    engines: tuple[str, ...]
+    num_slots: int
+    num_steps: int = 1
+    staged: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Of what the two ends are made, encoded: by actor rank, and by destination. ``imports``: whose exports a destination reads.
+
+    Empty for an actor rank that needs no end.
+    """
+
+    actors: tuple[bytes, ...]
+    workers: Mapping[int, bytes]
+    imports: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """Settings of a connection that rank 0 needs to open what peers attach to. ``timeout_s``: of the phases."""
+
+    bind_host: str
+    num_slots: int
+    timeout_s: float
+
+
+class Hosted(Protocol):
+    """What rank 0 keeps open while a connection lasts."""
+
+    def seal(self) -> None:
+        """Everybody is attached: nobody else may be."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What a sender is made with in its process.
+
+    Attributes:
+        buffers: memory of this rank's placement.
+        stable_memory: whether it stays allocated between syncs.
+        device: the GPU of this process, or None where it has touched none.
+        hosted: what this process has opened for the transport, where it is rank 0.
+    """
+
+    buffers: Buffers
+    stable_memory: bool
+    timeout_s: float
+    device: torch.device | None
+    hosted: Hosted | None
+
+
+class Transport(Protocol):
+    """The functions of a transport's module."""
+
+    def finding(self, reports: Reports, worker: WorkerHello) -> str | None:
+        """Why a worker cannot be served so, or None."""
+        ...
+
+    def host(self, routes: Routes, hosting: Hosting) -> Hosted | None:
+        """Rank 0: open what both ends attach to, if anything."""
+        ...
+
+    def assign(self, routes: Routes, hosted: Hosted | None) -> Ends:
+        """Rank 0: what each end has to do. Opens nothing."""
+        ...
+
+    def make_sender(self, end: bytes, local: Local) -> Sender: ...
+
+    def make_receiver(self, assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> Receiver: ...
+
+
+def transport(name: str) -> Transport:
+    """The transport of this name."""
+    return cast(Transport, import_module(TRANSPORTS[name].module))
+
+
+def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> Receiver:
+    """The receiver that an assignment names. ``timeout_s``: of the phases. ``device``: of the worker."""
+    return transport(assignment.transport).make_receiver(assignment, timeout_s, device)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedArrival:
+    """A part that lies in a slot (1-D uint8, CPU or the model's device) as its segments say."""
+
+    memory: torch.Tensor
+    segments: Sequence[Segment]
+
+    def land(self, buffers: Buffers) -> None:
+        """Copy every segment to where it belongs."""
+        CopyProgram(
+            (region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides), segment_in(self.memory, s)) for s in self.segments
+        ).run()
+
+
+def segment_in(slot: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """The view of a slot (1-D uint8) that holds a segment, in its shape and dtype."""
+    dtype = getattr(torch, segment.dtype)
+    return slot[segment.slot_offset : segment.slot_offset + segment.size * dtype.itemsize].view(dtype).view(segment.shape)
+
+
+def placed(memory: torch.Tensor, offset: int, r: Region, strides: tuple[int, ...]) -> torch.Tensor:
+    """The view of ``memory`` (1-D uint8) that holds a region from byte ``offset`` on."""
+    dtype = getattr(torch, r.dtype)
+    extent = (1 + sum((n - 1) * s for n, s in zip(r.shape, strides, strict=True))) * dtype.itemsize
+    return memory[offset : offset + extent].view(dtype).as_strided(r.shape, strides)
+
+
+def given_by(part: PackedPart, rank: int) -> tuple[Region, ...]:
+    """Regions of a part that an actor rank gives."""
+    return tuple(r for r in part.regions if r.source == rank)
+
+
+def name_of(hello: ActorHello | WorkerHello) -> str:
+    """A peer, in words."""
+    return str(Member(b"", hello))
+
+
+def names_of(hellos: Sequence[ActorHello | WorkerHello]) -> str:
+    """The first few of several peers, in words."""
+    return some([name_of(hello) for hello in hellos])

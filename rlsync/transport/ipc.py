@@ -1,0 +1,636 @@
+"""The transport ``ipc``: device memory of actor ranks that workers of their host map and read.
+
+A sender exports its parameters where they lie, and a staging ring for what cannot or should not be read there; a receiver maps both and
+copies from where it lies to where it belongs by one kernel launch a bucket. A worker reads parameters between ``Ready`` and ``Done``, and
+nothing else keeps an optimizer from writing them meanwhile than that ``sync`` does not return before.
+
+Owns the calls of the CUDA driver. Its functions are used directly, because torch's way of sharing counts references in both
+processes and keeps memory from being freed until the other one has let go, and because only the driver says which allocation
+an address belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
+
+import msgspec
+import torch
+
+from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
+from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.copy.tables import Strided, moves_of
+from rlsync.errors import ConfigError, PlacementError, RlsyncError
+from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.plan.packing import PackedPart, Region, pack_message
+from rlsync.plan.transports import Memory
+from rlsync.transport.ends import Buffers, Ends, Hosted, Hosting, Local, Routes, given_by, name_of, names_of, placed
+
+HANDLE_BYTES = 64
+# CUpointer_attribute of cuda.h.
+_BUFFER_ID, _IS_IPC_CAPABLE, _RANGE_START, _RANGE_BYTES = 7, 10, 11, 12
+_LAZY_PEER_ACCESS = 1
+
+_Size = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+_Handle64 = Annotated[bytes, msgspec.Meta(max_length=256)]
+
+
+class Allocation(msgspec.Struct, frozen=True, array_like=True):
+    """One allocation: where it begins in its owner's process, its bytes, and the CUDA IPC handle by which others map it.
+
+    ``number`` is the driver's for it, which no other allocation of that process ever has: memory that was freed and taken
+    again at the same address differs by it.
+    """
+
+    address: _Size
+    nbytes: _Size
+    number: _Size
+    handle: _Handle64
+
+
+class ExportedBuffer(msgspec.Struct, frozen=True, array_like=True):
+    """One buffer: its address in the owner's process, its bytes, and its dtype by torch's name without the prefix."""
+
+    address: _Size
+    nbytes: _Size
+    dtype: str
+
+
+class IpcExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an actor rank exports.
+
+    Attributes:
+        allocations: that hold everything else that is named here.
+        buffers: of its placement, those that may be read in place.
+        stage: address of slot 0 of its staging ring, or 0 where it has none; slots follow each other every ``stage_bytes``.
+        stable_memory: whether the buffers stay allocated between syncs. If not, readers unmap them before they say that they have loaded.
+    """
+
+    allocations: tuple[Allocation, ...] = ()
+    buffers: dict[str, ExportedBuffer] = {}
+    stage: _Size = 0
+    stage_bytes: _Size = 0
+    stable_memory: bool = True
+
+
+class GivenPart(msgspec.Struct, frozen=True, array_like=True):
+    """The regions of one part that an actor rank gives; those that it stages lie as a message from byte ``offset`` of a slot on."""
+
+    destination: int
+    offset: int
+    regions: tuple[Region, ...]
+
+
+class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of an actor rank, by bucket: what is read where it lies, and what is put into slots of ``stage_bytes`` of a staging ring."""
+
+    num_slots: int
+    in_place: tuple[tuple[GivenPart, ...], ...]
+    staged: tuple[tuple[GivenPart, ...], ...]
+    stage_bytes: int = 0
+
+
+class ReceiverEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a worker. ``staged``: by bucket, actor rank -> byte of a slot of its staging ring at which this worker's message begins."""
+
+    staged: tuple[dict[int, int], ...]
+
+
+def finding(reports: Reports, worker: WorkerHello) -> str | None:
+    """Why a worker cannot read the actor's device memory, or None."""
+    if worker.gpu_uuid is None:
+        return f"{name_of(worker)} has no GPU"
+    in_host = [actor for actor in reports.actors if actor.memory == "host"]
+    if in_host:
+        return f"the parameters of {names_of(in_host)} are in host memory"
+    away = [actor for actor in reports.actors if _boot_id(actor) != _boot_id(worker)]
+    if away:
+        return f"{name_of(worker)} is not on the host of {names_of(away)}"
+    same = [actor for actor in reports.actors if (actor.pid_domain, actor.pid) == (worker.pid_domain, worker.pid)]
+    return f"{name_of(worker)} and {name_of(same[0])} are one process, which cannot map its own memory" if same else None
+
+
+def _boot_id(hello: ActorHello | WorkerHello) -> str:
+    """Of the booted kernel, the first part of both domains."""
+    return hello.pid_domain.partition(":")[0]
+
+
+def host(routes: Routes, hosting: Hosting) -> None:
+    """Nothing: every actor rank exports its own memory."""
+
+
+def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+    """Which actor rank exports what, and where in its staging ring each reader finds its own."""
+    ranks, encode = range(len(routes.actors)), msgspec.msgpack.encode
+    stages = [_stage(routes, row) for row in routes.parts]
+    senders = []
+    for rank in ranks:
+        in_place = tuple(tuple(GivenPart(d, 0, mine) for d, mine in _read(routes, row, rank, staged=False)) for row in routes.parts)
+        staged = tuple(
+            tuple(GivenPart(d, offsets[d, rank], mine) for d, mine in _read(routes, row, rank, staged=True))
+            for row, (offsets, _) in zip(routes.parts, stages, strict=True)
+        )
+        end = SenderEnd(routes.num_slots, in_place, staged, max(sizes[rank] for _, sizes in stages))
+        senders.append(encode(end) if any(in_place) or any(staged) else b"")
+    receivers = {
+        d: encode(ReceiverEnd(tuple({rank: at for (reader, rank), at in offsets.items() if reader == d} for offsets, _ in stages)))
+        for d in routes.destinations
+    }
+    imports = {d: tuple(sorted({r.source for row in routes.parts for r in row[d].regions})) for d in routes.destinations}
+    return Ends(tuple(senders), receivers, imports)
+
+
+def _read(routes: Routes, row: Sequence[PackedPart], rank: int, *, staged: bool) -> Iterator[tuple[int, tuple[Region, ...]]]:
+    """Destinations that read an actor rank's memory where it lies, or its ring, and what of it."""
+    for destination in routes.destinations:
+        if ((destination, rank) in routes.staged) == staged and (mine := given_by(row[destination], rank)):
+            yield destination, mine
+
+
+def _stage(routes: Routes, row: Sequence[PackedPart]) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """How a bucket lies in the slots of staging rings: byte by destination and actor rank, and bytes by actor rank."""
+    offsets, sizes = {}, [0] * len(routes.actors)
+    for rank in range(len(routes.actors)):
+        for destination, mine in _read(routes, row, rank, staged=True):
+            offsets[destination, rank] = sizes[rank]
+            sizes[rank] += pack_message(destination, mine).nbytes
+    return offsets, sizes
+
+
+def make_sender(end: bytes, local: Local) -> IpcSender:
+    assert local.device is not None, "a rank without a device exports nothing"
+    decoded = msgspec.msgpack.decode(end, type=SenderEnd)
+    return IpcSender(decoded, local.buffers, stable_memory=local.stable_memory, device=local.device)
+
+
+def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> IpcReceiver:
+    return IpcReceiver(assignment, msgspec.msgpack.decode(assignment.end, type=ReceiverEnd), device)
+
+
+def memory_of(buffers: Buffers, *, stable_memory: bool) -> Memory:
+    """Where the buffers of an actor rank lie, and whether others can map it. A rank without any counts as stable.
+
+    ``stable_memory`` is as for an IpcExporter.
+    """
+    kinds = {tensor.is_cuda for tensor in buffers.values()}
+    if False in kinds:
+        return "host"
+    if not all(can_be_exported(t.data_ptr()) for t in buffers.values() if t.numel()):
+        return "device"
+    return "stable" if stable_memory or not buffers else "unstable"
+
+
+class IpcSender:
+    """An actor rank's end: exports its parameters, and puts into the staging ring what is not read where it lies."""
+
+    def __init__(self, end: SenderEnd, buffers: Buffers, *, stable_memory: bool, device: torch.device) -> None:
+        self._end, self._device = end, device
+        self._exporter = IpcExporter(end, buffers, stable_memory=stable_memory, device=device)
+        self._has_joined = False
+
+    def join(self, group: int) -> bytes | None:
+        """Device memory knows no groups. Raises PlacementError where what is exported is not in memory that can be."""
+        export = self._exporter.renewed() if self._has_joined else self._exporter.export()
+        self._has_joined = True
+        return None if export is None else msgspec.msgpack.encode(export)
+
+    def gives(self, bucket: int) -> Iterator[tuple[int, Region]]:
+        return ((part.destination, r) for table in (self._end.in_place, self._end.staged) for part in table[bucket] for r in part.regions)
+
+    def steps(self, bucket: int) -> range:
+        return range(bucket, bucket + 1)
+
+    def places(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
+        for part in self._end.staged[step]:
+            message, slot = pack_message(part.destination, part.regions), self._exporter.slots[step % self._end.num_slots]
+            for r, (at, strides) in zip(message.regions, message.places, strict=True):
+                yield r, placed(slot, part.offset + at, r, strides)
+
+    @contextlib.contextmanager
+    def sending(self, step: int) -> Iterator[None]:
+        """Readers of the ring are other processes, which know nothing of this one's streams."""
+        yield
+        if self._end.stage_bytes:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def abandon(self) -> None:
+        """Nobody waits here."""
+
+    def close(self) -> None:
+        """Give the staging ring back. Every reader has let go of it, or its process has ended."""
+        self._exporter.close()
+
+
+class IpcExporter:
+    """Of one actor rank and connection.
+
+    Args:
+        end: says what is read in place and what is staged.
+        buffers: memory of this rank's placement.
+        stable_memory: whether the buffers stay allocated between syncs.
+        device: on which the buffers are, and the staging ring, where there is one.
+    """
+
+    def __init__(self, end: SenderEnd, buffers: Buffers, *, stable_memory: bool, device: torch.device) -> None:
+        names = dict.fromkeys(r.source_buffer for row in end.in_place for part in row for r in part.regions)
+        self._buffers = {name: buffers[name] for name in names}
+        self._stable_memory, self._device = stable_memory, device
+        self._stage: ExportableMemory | None = None
+        if end.stage_bytes:
+            self._stage = ExportableMemory(end.num_slots * end.stage_bytes, device)
+        self._stage_bytes = end.stage_bytes
+        self._addresses: list[int] = []
+        # By number of an allocation, an address in it.
+        self._firsts: dict[int, int] = {}
+
+    @property
+    def slots(self) -> list[torch.Tensor]:
+        """Of the staging ring, 1-D uint8 CUDA tensors; none where there is none."""
+        return [] if self._stage is None else list(self._stage.tensor.split(self._stage_bytes))
+
+    def export(self) -> IpcExport:
+        """What is exported now. Raises PlacementError where it is not in memory that can be."""
+        gone = [name for name, t in self._buffers.items() if not t.is_cuda or t.untyped_storage().nbytes() == 0]
+        if gone:
+            raise PlacementError(
+                f"{len(gone)} of {len(self._buffers)} parameters are not in device memory, among them {gone[0]}: onload them before sync()"
+            )
+        self._addresses = self._find()
+        self._firsts = {allocation_number(address): address for address in self._addresses}
+        unmappable = [address for address in self._firsts.values() if not can_be_exported(address)]
+        if unmappable:
+            # Decided at connect, for all ranks alike: nothing else reads through a ring what was to be read where it lies.
+            name = next(name for name, t in self._buffers.items() if t.data_ptr() == unmappable[0])
+            raise PlacementError(
+                f"parameter {name} has moved into memory that other processes cannot map (expandable segments, a memory saver); "
+                "close() and connect() anew to read it through a staging ring, or set weight_sync.staging=always"
+            )
+        exported = [*self._firsts.values(), *([] if self._stage is None else [self._stage.address])]
+        return IpcExport(
+            tuple(allocation_of(address, self._device) for address in exported),
+            {name: ExportedBuffer(t.data_ptr(), t.nbytes, str(t.dtype).removeprefix("torch.")) for name, t in self._buffers.items()},
+            0 if self._stage is None else self._stage.address,
+            self._stage_bytes,
+            self._stable_memory,
+        )
+
+    def renewed(self) -> IpcExport | None:
+        """What is exported now, where that is not what was said last; None where nothing has moved.
+
+        The generation of the memory is the addresses of the buffers, and the driver's numbers of the allocations that they are in:
+        one that was freed and taken again at the same address has another number.
+        """
+        same = self._find() == self._addresses and all(allocation_number(a) == number for number, a in self._firsts.items())
+        return None if same else self.export()
+
+    def _find(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._buffers.values()]
+
+    def close(self) -> None:
+        """Give the staging ring back. Every reader has let go of it, or its process has ended. Idempotent."""
+        if self._stage is not None:
+            self._stage.free()
+        self._stage, self._buffers = None, {}
+
+
+@dataclass(slots=True)
+class _Bound:
+    """Copies of one bucket and the addresses of the buffers that they write; and those buffers, where they are to be known again."""
+
+    places: list[int]
+    program: CudaCopyProgram
+    buffers: Buffers | None = None
+
+
+class IpcReceiver:
+    """A bucket that is ready is copied from where it lies to where it belongs, by one launch on the worker's device.
+
+    Copies are bound for the addresses of both sides, and bound anew where one has moved.
+    """
+
+    fd = None
+    lands_ahead = False
+
+    def __init__(self, assignment: WorkerAssignment, end: ReceiverEnd, device: torch.device) -> None:
+        self._parts, self._num_slots, self._staged, self._device = assignment.parts, assignment.num_slots, end.staged, device
+        self._exports: dict[int, IpcExport] = {}
+        # Of each actor rank, the buffers that are read where they lie; and whose rings are read.
+        self._names: dict[int, set[str]] = {rank: set() for rank in assignment.imports}
+        self._rings = {rank for row in end.staged for rank in row}
+        for part, staged in zip(assignment.parts, end.staged, strict=True):
+            for r in part.regions:
+                if r.source not in staged:
+                    self._names[r.source].add(r.source_buffer)
+        self._mappings = {rank: Mappings(device, f"actor rank {rank}") for rank in assignment.imports}
+        self._is_open = False
+        # By actor rank and buffer ("" is the staging ring), address here and bytes.
+        self._where: dict[tuple[int, str], tuple[int, int]] = {}
+        self._bound: dict[int, _Bound] = {}
+
+    @property
+    def extra_bytes(self) -> int:
+        """Tables of the copies."""
+        return sum(bound.program.table_bytes for bound in self._bound.values())
+
+    def join(self, group: int) -> bool:
+        return True
+
+    def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
+        self._hear(exports)
+        for bucket, buffers in standing.items():
+            self._open()
+            self._bind(bucket, buffers).buffers = buffers
+        self._let_go()
+
+    @contextlib.contextmanager
+    def receiving(self, standing: Mapping[int, Buffers]) -> Iterator[None]:
+        yield
+        self._let_go()
+
+    def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> IpcArrival:
+        self._hear(exports)
+        self._open()
+        return IpcArrival(self, bucket)
+
+    def _hear(self, exports: Sequence[RankExport]) -> None:
+        """Take note of what actor ranks export from now on."""
+        heard = {told.actor_rank: msgspec.msgpack.decode(told.export, type=IpcExport) for told in exports}
+        changed = {rank: export for rank, export in heard.items() if self._exports.get(rank) != export}
+        if changed:
+            self._exports.update(changed)
+            self._is_open = False
+
+    def land(self, bucket: int, buffers: Buffers) -> None:
+        """Enqueue the copies of a bucket on the current stream."""
+        self._bind(bucket, buffers).program.run()
+
+    def _let_go(self) -> None:
+        """Unmap what does not stay allocated; nothing is in flight."""
+        for rank, export in self._exports.items():
+            if not export.stable_memory and self._names[rank]:
+                self._mappings[rank].open(self._needed(rank, export, rings_only=True))
+                self._is_open = False
+
+    def abandon(self) -> None:
+        # What is in flight reads what would be unmapped.
+        torch.cuda.current_stream(self._device).synchronize()
+        self._let_go()
+
+    def close(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+        for mappings in self._mappings.values():
+            mappings.close()
+        self._is_open = False
+
+    def _open(self) -> None:
+        """Map what is exported, and have the copies that are bound read it where it lies now."""
+        if self._is_open:
+            return
+        where: dict[tuple[int, str], tuple[int, int]] = {}
+        for rank, mappings in self._mappings.items():
+            if rank not in self._exports:
+                raise ConfigError(f"actor rank {rank} has not said what it exports")
+            export = self._exports[rank]
+            mappings.open(self._needed(rank, export))
+            exported = {name: export.buffers[name] for name in self._names[rank] if name in export.buffers}
+            where.update(((rank, name), (mappings.here(x.address, x.nbytes), x.nbytes)) for name, x in exported.items())
+            if rank in self._rings:
+                nbytes = export.stage_bytes * self._num_slots
+                where[rank, ""] = mappings.here(export.stage, nbytes), nbytes
+        before, self._where, self._is_open = self._where, where, True
+        moves = moves_of((*before[key], where[key][0]) for key in before.keys() & where.keys())
+        if moves is None:
+            self._bound.clear()
+        elif moves:
+            for bound in self._bound.values():
+                bound.program.move_sources(moves)
+
+    def _needed(self, rank: int, export: IpcExport, *, rings_only: bool = False) -> list[Allocation]:
+        """Of what is exported, the allocations that this worker reads."""
+        addresses = [export.stage] if rank in self._rings else []
+        if not rings_only:
+            addresses += [export.buffers[name].address for name in self._names[rank] if name in export.buffers]
+        addresses.sort()
+        first = [bisect_left(addresses, a.address) for a in export.allocations]
+        return [a for a, i in zip(export.allocations, first, strict=True) if i < len(addresses) and addresses[i] < a.address + a.nbytes]
+
+    def _bind(self, bucket: int, buffers: Buffers) -> _Bound:
+        known = self._bound.get(bucket)
+        if known is not None and known.buffers is buffers:
+            return known
+        places = [tensor.data_ptr() for tensor in buffers.values()]
+        if known is not None and known.places == places:
+            return known
+        wholes = {name: _whole(tensor) for name, tensor in buffers.items()}
+        pairs = [(wholes[r.buffer].region(r.buffer_offset, r.shape, r.buffer_strides), source) for r, source in self._sources(bucket)]
+        bound = self._bound[bucket] = _Bound(places, CudaCopyProgram(pairs, device=self._device))
+        return bound
+
+    def _sources(self, bucket: int) -> list[tuple[Region, Strided]]:
+        """The bucket's regions, and where this process can read them."""
+        staged = self._staged[bucket]
+        by_source: dict[int, list[Region]] = {}
+        for r in self._parts[bucket].regions:
+            by_source.setdefault(r.source, []).append(r)
+        found: list[tuple[Region, Strided]] = []
+        for rank, regions in by_source.items():
+            found += self._in_stage(bucket, rank, regions, staged[rank]) if rank in staged else self._in_place(rank, regions)
+        return found
+
+    def _in_place(self, rank: int, regions: Sequence[Region]) -> list[tuple[Region, Strided]]:
+        export = self._exports[rank]
+        names = dict.fromkeys(r.source_buffer for r in regions)
+        missing = [name for name in names if name not in export.buffers]
+        if missing:
+            raise ConfigError(f"actor rank {rank} does not export {missing[0]} ({len(missing)} of {len(names)} buffers are missing)")
+        ends = dict.fromkeys(names, 0)
+        for r in regions:
+            last = r.source_offset + sum((n - 1) * s for n, s in zip(r.shape, r.source_strides, strict=True))
+            ends[r.source_buffer] = max(ends[r.source_buffer], (last + 1) * DTYPE_BYTES[export.buffers[r.source_buffer].dtype])
+        for name, end in ends.items():
+            if end > export.buffers[name].nbytes:
+                raise ConfigError(
+                    f"actor rank {rank} exports {export.buffers[name].nbytes} bytes of {name}, and the plan reads {end} of them"
+                )
+        wholes = {name: Strided(self._where[rank, name][0], export.buffers[name].dtype, (), ()) for name in names}
+        return [(r, wholes[r.source_buffer].region(r.source_offset, r.shape, r.source_strides)) for r in regions]
+
+    def _in_stage(self, bucket: int, rank: int, regions: Sequence[Region], offset: int) -> list[tuple[Region, Strided]]:
+        message = pack_message(rank, regions)
+        begin = self._where[rank, ""][0] + (bucket % self._num_slots) * self._exports[rank].stage_bytes + offset
+        return [(r, Strided(begin + at, r.dtype, r.shape, strides)) for r, (at, strides) in zip(regions, message.places, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class IpcArrival:
+    """A bucket that lies in imported memory."""
+
+    receiver: IpcReceiver
+    bucket: int
+
+    def land(self, buffers: Buffers) -> None:
+        self.receiver.land(self.bucket, buffers)
+
+
+def _whole(tensor: torch.Tensor) -> Strided:
+    """A contiguous buffer, to take regions of."""
+    assert tensor.is_contiguous(), "plans address contiguous buffers"
+    return Strided(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), (), ())
+
+
+class DriverError(RlsyncError):
+    """The CUDA driver refused a call."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_byte * HANDLE_BYTES),)
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ConfigError(f"CUDA IPC needs the CUDA driver: {error}") from error
+    library.cuIpcOpenMemHandle_v2.argtypes = (ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint)
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    driver = _driver()
+    code = getattr(driver, name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(code, ctypes.byref(text))
+        raise DriverError(f"{name}: {(text.value or b'unknown').decode()} (CUDA error {code})")
+
+
+def _attribute(address: int, attribute: int) -> int:
+    value = ctypes.c_uint64(0)
+    _call("cuPointerGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_uint64(address))
+    return value.value
+
+
+def can_be_exported(address: int) -> bool:
+    """Whether other processes can map the memory at a device address; not memory of expandable segments or memory savers."""
+    return bool(_attribute(address, _IS_IPC_CAPABLE) & 0xFF)
+
+
+def allocation_number(address: int) -> int:
+    """The driver's number of the allocation that an address lies in; no other one of this process ever has it."""
+    return _attribute(address, _BUFFER_ID)
+
+
+def allocation_of(address: int, device: torch.device) -> Allocation:
+    """The allocation of ``device`` that an address lies in, with a handle to it. Raises DriverError where it cannot be exported."""
+    _use(device)
+    handle = _Handle()
+    start = _attribute(address, _RANGE_START)
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
+    return Allocation(start, _attribute(address, _RANGE_BYTES), allocation_number(address), bytes(handle))
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    allocation: Allocation
+    address: int
+
+
+class Mappings:
+    """Allocations of one other process, mapped for kernels of ``device``, wherever the memory itself lies.
+
+    They are opened in the context of the reader's device: in that of the owner's, a kernel of the reader's fails with an illegal
+    access. The owner's device need not be visible to this process.
+    """
+
+    def __init__(self, device: torch.device, owner: str) -> None:
+        self._device, self._owner = device, owner
+        self._mapped: dict[int, _Mapped] = {}
+
+    def open(self, allocations: Iterable[Allocation]) -> None:
+        """Map what is not mapped yet, and close what is no longer named. Raises ConfigError where this process cannot map it."""
+        wanted = {a.number: a for a in allocations}
+        self._close([number for number, mapped in self._mapped.items() if wanted.get(number) != mapped.allocation])
+        _use(self._device)
+        for number, allocation in wanted.items():
+            if number not in self._mapped:
+                self._mapped[number] = _Mapped(allocation, self._open(allocation))
+
+    def _open(self, allocation: Allocation) -> int:
+        if len(allocation.handle) != HANDLE_BYTES:
+            raise ConfigError(f"{self._owner} sent a memory handle of {len(allocation.handle)} bytes; CUDA's have {HANDLE_BYTES}")
+        address = ctypes.c_uint64(0)
+        try:
+            _call(
+                "cuIpcOpenMemHandle_v2",
+                ctypes.byref(address),
+                _Handle.from_buffer_copy(allocation.handle),
+                ctypes.c_uint(_LAZY_PEER_ACCESS),
+            )
+        except DriverError as error:
+            raise ConfigError(
+                f"{self._device} cannot map {allocation.nbytes} bytes of {self._owner}: {error}. Both need one host, one user and, in "
+                "containers, one IPC namespace (docker: --ipc=host), and their GPUs peer access; otherwise set weight_sync.transport "
+                "to shm, gloo or nccl"
+            ) from error
+        return address.value
+
+    def here(self, address: int, nbytes: int) -> int:
+        """Where this process sees the bytes that its owner has from ``address`` on. Raises ConfigError for what is not mapped."""
+        for mapped in self._mapped.values():
+            offset = address - mapped.allocation.address
+            if 0 <= offset <= mapped.allocation.nbytes - nbytes:
+                return mapped.address + offset
+        raise ConfigError(f"{self._owner} named the address {address:#x}, which lies in nothing that it exports")
+
+    def close(self) -> None:
+        """Let go of everything. Nothing may read it any more. Idempotent."""
+        self._close(list(self._mapped))
+
+    def _close(self, numbers: Iterable[int]) -> None:
+        _use(self._device)
+        for number in numbers:
+            _call("cuIpcCloseMemHandle", ctypes.c_uint64(self._mapped.pop(number).address))
+
+
+class ExportableMemory:
+    """Device memory that can always be exported: taken from the driver directly, outside torch's allocator and every memory saver.
+
+    Attributes:
+        tensor: 1-D uint8 CUDA tensor over all of it; not to be used after ``free``.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        _use(device)
+        self._device, self.nbytes = device, nbytes
+        address = ctypes.c_uint64(0)
+        try:
+            _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        except DriverError as error:
+            raise ConfigError(
+                f"no {nbytes} bytes for the staging ring on {device}: {error}; lower weight_sync.bucket_bytes or weight_sync.num_slots"
+            ) from error
+        self.address = address.value
+        self.tensor = torch.as_tensor(self, device=device)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+
+    def free(self) -> None:
+        """Give it back; every reader has let go of it. Idempotent."""
+        if self.address:
+            _use(self._device)
+            _call("cuMemFree_v2", ctypes.c_uint64(self.address))
+            self.address = 0
+
+
+def _use(device: torch.device) -> None:
+    """Make the device's context the calling thread's, as calls of the driver need it and threads do not have it from the start."""
+    torch.cuda.set_device(device)
+    torch.cuda.current_stream(device).query()
