@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import Check, Report, check_run
 from workers.config import RunConfig, lenient_overrides, register_resolvers
+from workers.screen import wrapped
 
 CHECK = "--check"
 
@@ -57,7 +58,7 @@ def main(
         sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument != CHECK])
         composed_main()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(wrapped(f"error: {error}"), file=sys.stderr)
         return 1
     return code
 
@@ -70,8 +71,6 @@ def exit_code(run: Callable[[], None]) -> int:
     try:
         run()
     except RlsyncError as error:
-        from workers.screen import wrapped  # here, because a run that is only checked needs no screen
-
         print(wrapped(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -83,16 +82,16 @@ def exit_code(run: Callable[[], None]) -> int:
 def show(report: Report, *, in_full: bool, seconds: float) -> None:
     """Findings as errors, a group of lines each; what has no effect; and in full what a run would do."""
     for note in report.notes if in_full or not report.findings else ():
-        print(note)
+        print(wrapped(note))
     if report.findings:
         for about, text in report.findings:
-            print(f"error: {about}: {text}" if not text.startswith(about) else f"error: {text}", file=sys.stderr)
+            print(wrapped(f"error: {about}: {text}" if not text.startswith(about) else f"error: {text}"), file=sys.stderr)
         count = len(report.findings)
         print(f"{count} finding{'s' * (count > 1)} in {seconds:.1f} s; nothing was started", file=sys.stderr)
     elif in_full:
         width = max(len(about) for about, _ in report.plan)
         for about, text in report.plan:
-            print(f"  {about:{width}}  {text}")
+            print(wrapped(f"  {about:{width}}  {text}", indent=width + 4))
         print(f"no findings in {seconds:.1f} s; without --check this would run")
 
 

@@ -128,12 +128,7 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
     return [*rows, ("results", str(folder))]
 
 
-def wrapped(text: str, width: int = WIDTH) -> str:
-    """Lines broken at spaces to ``width``, their rest indented; words that are longer, such as paths, stay whole, and so do indented
-    lines of more than one part, such as tracebacks."""
-    return "\n".join(
-        line
-        if len(line) <= width or line.startswith("  File ")
-        else textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
-        for line in text.splitlines()
-    )
+def wrapped(text: str, width: int = WIDTH, *, indent: int = 4) -> str:
+    """Lines broken at spaces to ``width``, the rest indented by ``indent``. Longer words, such as paths, stay whole."""
+    fill = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False).fill
+    return "\n".join(line if len(line) <= width or line.startswith("  File ") else fill(line) for line in text.splitlines())
