@@ -16,6 +16,7 @@ from torch import Tensor
 from rlsync.bridge import AutoBridge
 from rlsync.checkpoint import load_checkpoint, save_checkpoint
 from rlsync.checkpoint_folder import Restored
+from rlsync.engine.handles.ray import RayEngine
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import gather_parameters, iter_parameters
 from rlsync.megatron.offload import ActorMemory, Part
@@ -33,7 +34,6 @@ from workers.initial_weights import load_initial_weights
 from workers.logs import keep_own_log
 from workers.memory import device_memory_gb, host_memory_gb
 from workers.objective import PolicyObjective, update_metrics
-from workers.rollout import RayEngine
 from workers.rollout_metrics import LogprobDifference
 from workers.samples import Sample, Share, collate
 

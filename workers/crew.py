@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from rlsync.engine.handles.ray import ENGINE_THREADS, RayEngine
 from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
@@ -23,7 +24,7 @@ from workers.config import RunConfig, validate_world
 from workers.memory import largest
 from workers.placement import actor_topology, resolve_placement
 from workers.remote import Call, Worker, collect
-from workers.rollout import ENGINE_THREADS, RayEngine, RolloutEngine, engine_arguments
+from workers.rollout import RolloutEngine, engine_arguments
 from workers.turns import Part, plan_turns
 
 _ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself

@@ -1,4 +1,4 @@
-"""vLLM engines as Ray actors: ``RolloutEngine`` inside the actor, ``RayEngine`` as the handle others hold."""
+"""The engines of a run: the Ray actor that keeps a log, and what a configuration asks of vLLM and of sampling."""
 
 from __future__ import annotations
 
@@ -6,60 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-
-from rlsync.engine.protocol import Completion, PauseMode
+from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
 from workers.config import RunConfig
 from workers.logs import first_error, keep_own_log, log_size, own_log
 from workers.memory import device_memory_gb, host_memory_gb
 
-# Threads of the Ray actor: a call that generates must not keep a sync from pausing it.
-ENGINE_THREADS = 8
-_STATE_S = 10.0
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class RolloutEngine:
-    """Runs inside a Ray actor and forwards to an ``Engine``."""
+class RolloutEngine(EngineActor):
+    """The engine actor of a run: prints to a log of its own, and errors say what vLLM printed there."""
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
         keep_own_log()
-        # Here and not above: it imports vLLM, which only this process needs.
-        from rlsync.engine.handle import Engine
-
-        self._engine = Engine(engine_id, engine_args)
-
-    def start(self) -> int:
-        """Start vLLM; returns the number of its workers. Raises RlsyncError with vLLM's cause."""
-        with self._explained("start"):
-            self._engine.start()
-        return self._engine.num_workers
-
-    def call(self, method: str, *arguments: Any) -> None:
-        """One of the calls of an EngineHandle."""
-        getattr(self._engine, method)(*arguments)
-
-    def state(self) -> str:
-        return self._engine.state
+        super().__init__(engine_id, engine_args)
 
     def memory(self) -> dict[str, float]:
         """Metrics of the memory that the engine's processes and devices take, in 10^9 bytes."""
         device = device_memory_gb()
         return {"perf/engine_host_memory_gb": host_memory_gb(), **({} if device is None else {"perf/device_memory_gb": device})}
 
-    def ailment(self) -> str | None:
-        """Why the engine must be replaced, or None."""
-        return self._engine.ailment()
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float
-    ) -> list[tuple[Completion, ...]]:
-        with self._explained("generate"):
-            return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
-
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> Iterator[None]:
         """vLLM's own exception often says only that a process of its failed; that process printed why."""
         log = own_log()
         before = log_size(log)
@@ -73,50 +42,6 @@ class RolloutEngine:
             raise RlsyncError(
                 f"engine {self._engine.engine_id} could not {what}: {type(error).__name__}: {error}{cause}\nits log: {log}"
             ) from error
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-class RayEngine:
-    """An ``EngineHandle`` on a RolloutEngine; can be sent to other Ray actors."""
-
-    def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
-        self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
-        self.version: int | None = None
-
-    @property
-    def state(self) -> str:
-        """As the engine's own handle knows it."""
-        return str(ray.get(self.actor.state.remote(), timeout=_STATE_S))
-
-    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        self._call("init_weight_transfer", timeout_s, init_info)
-
-    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
-        self._call("pause", timeout_s, mode, sync)
-
-    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        self._call("update_weights", timeout_s, update_info)
-
-    def resume(self, version: int | None, timeout_s: float) -> None:
-        self._call("resume", timeout_s, version)
-        self.version = version
-
-    def mark_dirty(self, reason: str, sync: str = "") -> None:
-        # Not awaited: the actor may be the one that is gone.
-        self.actor.call.remote("mark_dirty", reason, sync)
-
-    def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
-        try:
-            ray.get(self.actor.call.remote(method, *arguments, timeout_s), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"engine {self.engine_id} did not answer {method} within {timeout_s:g} s") from None
-        except ray.exceptions.RayActorError as error:
-            raise RlsyncError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
-        except ray.exceptions.RayTaskError as error:
-            # Not as_instanceof_cause(): its text is Ray's, with ours somewhere inside.
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Handles of engines: what an actor rank holds to drive an engine that runs elsewhere."""

@@ -1,0 +1,164 @@
+"""An engine in a Ray actor: ``EngineActor`` is what the actor runs, ``RayEngine`` the handle that other processes hold.
+
+The only file of rlsync that knows Ray, and it imports Ray when a handle is first used: rlsync works where Ray is not installed. The
+handle needs no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rlsync.engine.protocol import Completion, PauseMode
+from rlsync.errors import RlsyncError
+
+# Threads of the Ray actor: a call that generates must not keep a sync from pausing the engine.
+ENGINE_THREADS = 8
+_STATE_S = 10.0
+# vLLM gets two times 15 s to end.
+_CLOSE_S = 40.0
+
+
+class EngineActor:
+    """Runs inside a Ray actor of several threads and forwards to the ``Engine`` that it owns.
+
+    Args:
+        engine_id, engine_args: as of ``rlsync.engine.handle.Engine``.
+    """
+
+    def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
+        # Here and not above: it imports vLLM, which only this process needs.
+        from rlsync.engine.handle import Engine
+
+        self._engine = Engine(engine_id, engine_args)
+
+    def start(self) -> int:
+        """Start vLLM; returns the number of its workers. Raises what ``Engine.start`` raises."""
+        with self.explained("start"):
+            self._engine.start()
+        return self._engine.num_workers
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """One of the calls of an EngineHandle, or ``sleep`` or ``wake``."""
+        getattr(self._engine, method)(*arguments)
+
+    def state(self) -> str:
+        """``clean``, ``syncing`` or ``dirty``."""
+        return self._engine.state
+
+    def ailment(self) -> str | None:
+        """Why the engine must be replaced, or None."""
+        return self._engine.ailment()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
+    ) -> list[tuple[Completion, ...]]:
+        """As ``Engine.generate``."""
+        with self.explained("generate"):
+            return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._engine.close()
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Around starting and generating: where a launcher that keeps logs adds what vLLM's processes printed to an exception."""
+        yield
+
+
+class RayEngine:
+    """An ``EngineHandle`` on an ``EngineActor``; can be sent to other Ray actors.
+
+    Args:
+        engine_id: names the engine in errors and metrics.
+        num_workers: as ``EngineActor.start`` returned it.
+        actor: Ray's handle of the actor, which has ``ENGINE_THREADS`` threads.
+    """
+
+    def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
+        self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
+        self.version: int | None = None
+
+    @classmethod
+    def launch(cls, engine_id: str, engine_args: Mapping[str, Any], *, timeout_s: float = 600.0, **options: Any) -> RayEngine:
+        """Start an ``EngineActor`` with vLLM in it; blocks until it can serve (tens of seconds).
+
+        Args:
+            engine_args: fields of ``vllm.AsyncEngineArgs``.
+            timeout_s: bound of the start.
+            options: of the Ray actor (``num_gpus``, ``runtime_env``, ``scheduling_strategy``, ...). It takes no CPU without ``num_cpus``.
+
+        Raises ConfigError and RlsyncError as ``Engine.start``, TimeoutError after ``timeout_s``; nothing is left of the actor then.
+        """
+        import ray
+
+        made = ray.remote(EngineActor).options(**{"num_cpus": 0, "max_concurrency": ENGINE_THREADS, **options})
+        engine = cls(engine_id, 0, made.remote(engine_id, dict(engine_args)))
+        try:
+            engine.num_workers = engine._answer("start", engine.actor.start.remote(), timeout_s)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    @property
+    def state(self) -> str:
+        """As the engine's own handle knows it."""
+        return str(self._answer("state", self.actor.state.remote(), _STATE_S))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
+        *,
+        seeds: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        """As ``Engine.generate``, which bounds itself."""
+        answers: list[tuple[Completion, ...]] = self._answer(
+            "generate", self.actor.generate.remote(prompts, sampling, seeds, timeout_s), None
+        )
+        return answers
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        self._call("init_weight_transfer", timeout_s, init_info)
+
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+        self._call("pause", timeout_s, mode, sync)
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        self._call("update_weights", timeout_s, update_info)
+
+    def resume(self, version: int | None, timeout_s: float) -> None:
+        self._call("resume", timeout_s, version)
+        self.version = version
+
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        # Not awaited: the actor may be the one that is gone.
+        self.actor.call.remote("mark_dirty", reason, sync)
+
+    def close(self) -> None:
+        """End the engine's processes and the actor, by force where they do not end. Idempotent."""
+        import ray
+
+        ray.wait([self.actor.close.remote()], timeout=_CLOSE_S)
+        ray.kill(self.actor, no_restart=True)
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
+        self._answer(method, self.actor.call.remote(method, *arguments, timeout_s), timeout_s)
+
+    def _answer(self, method: str, reference: Any, timeout_s: float | None) -> Any:
+        """The result of a call. Raises what it raised in the actor, TimeoutError, and RlsyncError where the actor is gone."""
+        import ray
+
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(f"engine {self.engine_id} did not answer {method} within {timeout_s:g} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise RlsyncError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
+        except ray.exceptions.RayTaskError as error:
+            # Not as_instanceof_cause(): its text is Ray's, with ours somewhere inside.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
