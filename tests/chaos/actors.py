@@ -73,6 +73,8 @@ class Actors:
             self.process.join()
             self.killed = False
             self._start()
+            # What it imports is no part of the connection that comes next, which has a deadline.
+            self.tell("read", next(iter(self._folders)))
 
     # Collective calls.
 

@@ -182,10 +182,13 @@ class Answering:
 
     def __init__(self, answer: m.FromCoordinator) -> None:
         self.answer, self.has_answered = answer, threading.Event()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self.server = CoordinatorServer("127.0.0.1", 1)
         self.server.start(self)
 
     def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+        assert self.may_answer.wait(60)
         self.server.send(identity, self.answer)
         self.has_answered.set()
 
@@ -212,10 +215,13 @@ def test_who_was_stopped_beyond_its_deadline_hears_what_happened_meanwhile() -> 
 def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """As on whoever is sent more than it takes: zmq closes the connection and makes no other."""
     served = Answering(m.Error(attempt=0, phase="connect", cause="x" * 5000))
+    # The limit is the peer's alone.
+    served.may_answer.clear()
     with monkeypatch.context() as patch:
         patch.setattr(m, "MAX_MESSAGE_BYTES", 1000)
         peer = Peer(served.server.endpoint, HELLO)
-    assert served.has_answered.wait(10)
+    served.may_answer.set()
+    assert served.has_answered.wait(60)
 
     def send_until_it_is_broken() -> None:
         while "is broken, and a message (Goodbye) stays unsent" not in caplog.text:
@@ -224,7 +230,7 @@ def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.Monke
 
     sending = threading.Thread(target=send_until_it_is_broken, daemon=True)
     sending.start()
-    sending.join(20)
+    sending.join(60)
     assert not sending.is_alive()
     with pytest.raises(TimeoutError):
         peer.receive(0, time.monotonic())
