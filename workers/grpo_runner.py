@@ -30,7 +30,7 @@ from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.samples import Sample, Share, deal, with_advantages
-from workers.screen import Screen
+from workers.screen import Screen, wrapped
 from workers.turns import Turns
 from workers.weight_check import WeightCheck
 
@@ -53,7 +53,7 @@ class GrpoRunner:
         most = config.runner.max_steps
         if 0 <= most <= beginning.step:
             done = "" if beginning.resume is None else f" and {beginning.resume} has done {beginning.step} steps"
-            print(f"runner.max_steps is {most}{done}: there is nothing to do, and nothing was started")
+            print(wrapped(f"runner.max_steps is {most}{done}: there is nothing to do, and nothing was started"))
             return
         check_loggers(config.runner.logger)
         with ExitStack() as stack:
