@@ -152,7 +152,7 @@ class AutoBridge:
             stored = self._checked(read_checkpoint(Path(hf_path)), Path(hf_path))
             mine = shards.placements[dist.get_rank()]
             source = whole_tensors(str(hf_path), [stored[t.name].spec for t in shards.tensors])
-            plan = build_plan(shards.tensors, [source], [mine], allow_cast=True)
+            plan = build_plan(shards.tensors, [source], [mine], transforms=("cast",))
             files = MappedTensors(stored)
             files.open()
         with agreed(device=compute_device()), torch.no_grad():

@@ -140,7 +140,7 @@ def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]
         [row[0] for row in members],
         bucket_bytes=settings.bucket_bytes,
         takes_room=takes_room,
-        allow_cast=True,
+        transforms=("cast",),
     )
     return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
 

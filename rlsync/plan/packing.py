@@ -61,6 +61,7 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
     """Elements that one source gives to a part. Offsets and strides in elements, ``slot_offset`` in bytes of the part.
 
     ``number`` counts the regions of a destination over all its buckets. ``tensor`` is the HF name.
+    ``transform`` is what its source computes before it is copied.
     """
 
     number: int
@@ -76,6 +77,7 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     slot_offset: int
     slot_strides: tuple[int, ...]
+    transform: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +198,7 @@ def _region(copy: Copy, segment: Segment, number: int, in_range: bool) -> Region
         number, copy.tensor,
         copy.source, copy.source_buffer, copy.source_offset, copy.source_strides, copy.shape,
         copy.destination_buffer, copy.destination_offset, copy.destination_strides, segment.dtype,
-        slot_offset, slot_strides,
+        slot_offset, slot_strides, copy.transform,
     )  # fmt: skip
 
 

@@ -1,22 +1,23 @@
 """Plans: what is left to copy between two sets of placements. Pure integers and names; executes nothing.
 
-A plan is complete when it is built: every destination element has exactly one source or one fill, dtypes agree or a cast was
-allowed, and everything that is wrong comes in one error. Nothing in a plan depends on the order of holders, buffers, pieces.
+A plan is complete when it is built: every destination element has exactly one source or one fill, dtypes agree or a transform between
+them was allowed, and everything that is wrong comes in one error. Nothing in a plan depends on the order of holders, buffers, pieces.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import DTYPE_BYTES, FLOATS, Box, Piece, Placement, TensorSpec, collapse, cover
+from rlsync.layout.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
 from rlsync.plan.buckets import grouped, limits_of
 from rlsync.plan.links import link_class
 from rlsync.plan.proof import examine, first_of, listing_findings
+from rlsync.plan.transforms import transform_between
 
 # The mean work of a source has so many shares; a piece of two or more is divided among the replicas that have it.
 _SHARES_PER_SOURCE = 100
@@ -27,6 +28,7 @@ class Copy:
     """One strided copy; offsets and strides count elements of the named buffers.
 
     ``source`` and ``destination`` are indices into the plan's placements. ``shape`` has neighbouring dims merged.
+    ``transform`` names what stands before it, see ``rlsync.plan.transforms``; empty for a copy bit for bit.
     """
 
     tensor: str
@@ -39,6 +41,7 @@ class Copy:
     destination_buffer: str
     destination_offset: int
     destination_strides: tuple[int, ...]
+    transform: str = ""
 
     @property
     def size(self) -> int:
@@ -97,7 +100,7 @@ def build_plan(
     *,
     bucket_bytes: int | None = None,
     takes_room: Callable[[int, int], bool] = lambda destination, source: True,
-    allow_cast: bool = False,
+    transforms: Collection[str] = (),
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
 
@@ -110,17 +113,17 @@ def build_plan(
         bucket_bytes: most bytes of a bucket that one destination takes or one source gives, so that the number of buckets does not
             grow with that of the holders; where a holder's largest tensor is more, that. None: one bucket.
         takes_room: whether copies between a destination and a source count for that, by their indices. Others go along for nothing.
-        allow_cast: floating-point dtypes of source and destination may differ.
+        transforms: rows of ``rlsync.plan.transforms`` by which dtypes of source and destination may differ, in order of preference.
 
     Raises PlacementError with all findings at once.
     """
     specs = {t.name: t for t in tensors}
     givers, takers = _Holders.of(sources, specs), _Holders.of(destinations, specs)
     findings = [*listing_findings(tensors, sources, destinations), *givers.findings, *takers.findings]
-    copies, missing = _matched(tensors, givers, takers)
+    copies, missing = _matched(tensors, givers, takers, transforms)
     if missing:
         findings.append(f"no source for {len(missing)} pieces: {first_of(missing)}")
-    findings += _dtype_findings(copies, givers, takers, allow_cast)
+    findings += _dtype_findings(copies, givers, takers)
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
@@ -143,7 +146,9 @@ def shares_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str
     return shares
 
 
-def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[dict[str, list[Copy]], list[str]]:
+def _matched(
+    tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders, transforms: Collection[str]
+) -> tuple[dict[str, list[Copy]], list[str]]:
     """Copies by tensor, and what no source has."""
     origins, wanted = _origins(givers), _wanted(tensors, takers)
     share_bytes = max(1, sum(nbytes for nbytes, _, _ in wanted) // max(1, len(givers.placements) * _SHARES_PER_SOURCE))
@@ -161,7 +166,9 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
         for box, group in taken:
             for part in _parted(box, group, costs[destination], nbytes * box.size // piece.box.size // share_bytes):
                 source, origin = group[0] if len(group) == 1 else min(group, key=rating)
-                row.append(_copy(part, source, origin, destination, piece))
+                dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
+                transform = transform_between(*dtypes, transforms) or ""
+                row.append(_copy(part, source, origin, destination, piece, transform))
                 loads[source] += nbytes * part.size // piece.box.size
         if rest:
             missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
@@ -219,12 +226,12 @@ def _parted(box: Box, group: Sequence[_Origin], cost: Sequence[int], num_shares:
         yield Box(tuple(start), tuple(stop))
 
 
-def _copy(box: Box, source: int, origin: Piece, destination: int, piece: Piece) -> Copy:
+def _copy(box: Box, source: int, origin: Piece, destination: int, piece: Piece, transform: str) -> Copy:
     shape, (source_strides, destination_strides) = collapse(box.shape, origin.strides, piece.strides)
     return Copy(
         piece.tensor, shape,
         source, origin.buffer, origin.offset_of(box), source_strides,
-        destination, piece.buffer, piece.offset_of(box), destination_strides,
+        destination, piece.buffer, piece.offset_of(box), destination_strides, transform,
     )  # fmt: skip
 
 
@@ -264,11 +271,11 @@ def _joined(run: Sequence[Copy]) -> Copy:
     return replace(first, shape=shape, source_strides=source_strides, destination_strides=destination_strides)
 
 
-def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, takers: _Holders, allow_cast: bool) -> Iterator[str]:
+def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, takers: _Holders) -> Iterator[str]:
     for name, row in copies.items():
         for c in row:
             found, wanted = givers.dtypes[c.source][c.source_buffer], takers.dtypes[c.destination][c.destination_buffer]
-            if found != wanted and not (allow_cast and found in FLOATS and wanted in FLOATS):
+            if found != wanted and not c.transform:
                 taker, giver = takers.placements[c.destination].holder, givers.placements[c.source].holder
                 yield f"{name}: {wanted} in {taker}, {found} in {giver}"
 
@@ -286,7 +293,7 @@ def _digest(buckets: Sequence[Bucket], givers: _Holders, takers: _Holders) -> st
         digest.update(f"bucket {[(t.name, t.dtype, t.shape) for t in bucket.tensors]}\n".encode())
         lines = sorted(
             f"{c.tensor}|{c.shape}|{from_[c.source]}|{c.source_buffer}|{c.source_offset}|{c.source_strides}|"
-            f"{to[c.destination]}|{c.destination_buffer}|{c.destination_offset}|{c.destination_strides}"
+            f"{to[c.destination]}|{c.destination_buffer}|{c.destination_offset}|{c.destination_strides}|{c.transform}"
             for c in bucket.copies
         )
         digest.update("\n".join(lines).encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,10 @@ from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided
 from rlsync.copy.sums import Sums, Views, place_of
 from rlsync.copy.tables import Move, moves_of
+from rlsync.copy.transforms import transformed
 from rlsync.errors import PlacementError
 from rlsync.plan.packing import Region
+from rlsync.plan.transforms import TRANSFORMS
 from rlsync.plan.verification import num_rounds, round_of, rounds_in
 from rlsync.transport.ends import Sender
 
@@ -31,14 +33,26 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """Regions that are verified together, with their destinations: those that arrive as they are, and those that are cast."""
+    """Regions that are verified together, with their destinations: those that arrive as they are, and those that are transformed."""
 
     same: list[tuple[int, Region]]
-    cast: list[tuple[int, Region]]
+    transformed: list[tuple[int, Region]]
 
 
 class _Program(Protocol):
     def run(self) -> int: ...
+
+
+class _Computing:
+    """Regions whose transform no copy computes: computed anew in each sync, and copied to their places."""
+
+    def __init__(self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Region], torch.Tensor]) -> None:
+        self._regions, self._compute = regions, compute
+
+    def run(self) -> int:
+        for place, r in self._regions:
+            place.copy_(self._compute(r))
+        return sum(place.nbytes for place, _ in self._regions)
 
 
 # Destination and source.
@@ -100,7 +114,14 @@ class Packer:
     def _bound(self, index: int, step: int) -> tuple[_Program, ...]:
         """The programs that write a step of a sender."""
         if (index, step) not in self._programs:
-            self._programs[index, step] = _bind((place, self._view(r)) for r, place in self._senders[index].places(step))
+            fused: list[_Pair] = []
+            computed: list[tuple[torch.Tensor, Region]] = []
+            for r, place in self._senders[index].places(step):
+                if r.transform and not TRANSFORMS[r.transform].is_fused:
+                    computed.append((place, r))
+                else:
+                    fused.append((place, self._view(r)))
+            self._programs[index, step] = (*_bind(fused), *([_Computing(computed, self._transformed)] if computed else []))
         return self._programs[index, step]
 
     def prepare(self) -> None:
@@ -125,11 +146,11 @@ class Packer:
         """Of the regions whose turn it is, in the dtype in which they arrive."""
         rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
-        cast = [given for number in rounds for given in self._rounds[bucket][number].cast]
+        made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
         values = self._sums.begin(bucket, rounds, self._place, self._views(bucket)).values()
-        # A cast makes new memory each time, to which nothing can be bound.
-        values += checksums([self._view(r).to(getattr(torch, r.dtype)) for _, r in cast])
-        return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *cast), values, strict=True))
+        # A transform makes new memory each time, to which nothing can be bound.
+        values += checksums([self._transformed(r) for _, r in made])
+        return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *made), values, strict=True))
 
     def _views(self, bucket: int) -> Views:
         return lambda number: [self._view(r) for _, r in self._rounds[bucket][number].same]
@@ -140,9 +161,12 @@ class Packer:
         for sender in self._senders if num_rounds(self._verify) else ():
             for destination, r in sender.gives(bucket):
                 found = rounds[round_of(self._verify, r.number)]
-                is_cast = str(self._buffers[r.source_buffer].dtype) != f"torch.{r.dtype}"
-                (found.cast if is_cast else found.same).append((destination, r))
+                (found.transformed if r.transform else found.same).append((destination, r))
         return dict(rounds)
+
+    def _transformed(self, r: Region) -> torch.Tensor:
+        """The elements of a region as they arrive."""
+        return transformed(self._view(r), r.transform, getattr(torch, r.dtype))
 
     def _view(self, r: Region) -> torch.Tensor:
         return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)

@@ -18,6 +18,7 @@ from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.plan.links import Traffic, num_steps, traffic
 from rlsync.plan.packing import PackedPart, lay_out
 from rlsync.plan.planner import Plan, build_plan
+from rlsync.plan.transforms import TRANSFORMS
 from rlsync.plan.transports import TRANSPORTS, fills_buckets, in_one_group, in_place, is_staged
 from rlsync.sync.config import SyncConfig
 from rlsync.transport.ends import Ends, Hosted, Routes, transport
@@ -113,11 +114,12 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
     def takes_room(destination: int, rank: int) -> bool:
         return fills_buckets(transports, is_direct=is_direct, staged=(destination, rank) in staging)
 
-    plan = build_plan(tensors, located, destinations, bucket_bytes=config.bucket_bytes, takes_room=takes_room, allow_cast=True)
+    plan = build_plan(tensors, located, destinations, bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS))
     plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
     moved, parts = traffic(plan), lay_out(plan)
     given = [((d, r.source), r.nbytes) for row in parts for d, part in enumerate(row) for r in part.regions]
     used_staging = staging & {way for way, _ in given}
+    _refuse_in_place(plan, transports, used_staging)
     return ConnectionPlan(
         plan,
         parts,
@@ -134,6 +136,17 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
         # Also where layers are put together from what is read: nobody waits for a slot.
         in_place(transports, is_direct=True) == "read" and not used_staging,
     )
+
+
+def _refuse_in_place(plan: Plan, transports: Sequence[str], staging: frozenset[tuple[int, int]]) -> None:
+    """A reader of parameters where they lie computes no transform but those that are fused into copies. Raises ConfigError."""
+    for copy in (copy for bucket in plan.buckets for copy in bucket.copies if copy.transform):
+        is_read = TRANSPORTS[transports[copy.destination]].in_place == "read" and (copy.destination, copy.source) not in staging
+        if is_read and not TRANSFORMS[copy.transform].is_fused:
+            raise ConfigError(
+                f"{copy.tensor} is sent through {copy.transform}, which its sender computes, while weight_sync.transport "
+                f"{transports[copy.destination]} reads it where it lies; set weight_sync.staging to always"
+            )
 
 
 def choose_transports(reports: Reports, requested: str) -> tuple[str, ...]:

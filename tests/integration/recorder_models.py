@@ -81,7 +81,7 @@ def executed(recording: Recording, tensors: dict[str, torch.Tensor]) -> tuple[di
     """Buffers filled by a plan over the recorded placement, and the findings about the others."""
     specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
     placement, findings = placement_of("worker", specs, recording.buffers, recording.writes)
-    plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], allow_cast=True)
+    plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], transforms=("cast",))
     buffers = {b.name: torch.full(b.shape, 7, dtype=getattr(torch, b.dtype)) for b in placement.buffers}
     write_fills(placement.fills, buffers)
     bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()

@@ -183,7 +183,7 @@ def test_what_is_unpacked_from_messages_is_what_a_ring_would_hold(tp, pp, dp, ot
     placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
     wanted = megatron_placements(model, Topology(tp_size=other_tp), dtype=other_dtype)
     sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in placements]
-    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, allow_cast=True)
+    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, transforms=("cast",))
     for row in lay_out(plan):
         for part in row:
             given_views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]

@@ -42,7 +42,7 @@ def write_of(buffer: str, target: torch.Tensor, source: tuple[str, torch.Tensor]
 def executed(tensors: dict[str, torch.Tensor], placement: Placement) -> dict[str, torch.Tensor]:
     """Empty buffers, filled by a plan from whole HF tensors. Raises where the placement does not fill each of them once."""
     specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
-    plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], allow_cast=True)
+    plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], transforms=("cast",))
     buffers = {b.name: torch.full(b.shape, 7.0, dtype=dtype_of(b.dtype)) for b in placement.buffers}
     write_fills(placement.fills, buffers)
     bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()

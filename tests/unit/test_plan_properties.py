@@ -183,7 +183,7 @@ def test_any_placement_becomes_any_other_bit_for_bit(seed, bucket_bytes):
 @given(seeds)
 def test_a_declared_cast_is_that_of_the_destination_and_no_other_passes(seed):
     tensors, sources, destinations = case(seed, ["float32", "bfloat16", "float64"])
-    plan = build_plan(tensors, sources, destinations, allow_cast=True)
+    plan = build_plan(tensors, sources, destinations, transforms=("cast",))
     taken = execute(plan, [filled(p, values(tensors)) for p in sources])
     for placement, buffers in zip(destinations, taken, strict=True):
         assert equal(buffers, filled(placement, values(tensors)))
@@ -236,7 +236,7 @@ def test_whatever_changes_a_plan_changes_its_digest():
         "another destination": build_plan(tensors, [source], [other]),
         "transposed": build_plan(tensors, [source], [stack("a", "b", columns=True)]),
         "another holder": build_plan(tensors, [source], [stack("a", "b", "y")]),
-        "another dtype": build_plan(tensors, [source], [stack("a", "b", dtype="bfloat16")], allow_cast=True),
+        "another dtype": build_plan(tensors, [source], [stack("a", "b", dtype="bfloat16")], transforms=("cast",)),
         "another fill": build_plan(tensors, [source], [stack("a", "b", fill=1.0)]),
         "another order of tensors": build_plan(tensors[::-1], [source], [source]),
         "two destinations": build_plan(tensors, [source], [source, stack("a", "b", "y")]),
@@ -275,7 +275,7 @@ def test_each_destination_receives_what_it_holds_once_and_from_the_nearest(seed)
 @given(seeds, st.integers(1, 300))
 def test_buckets_keep_the_order_and_bound_what_anybody_takes_or_gives(seed, bucket_bytes):
     tensors, sources, destinations = case(seed, ["float32", "bfloat16"])
-    plan = build_plan(tensors, sources, destinations, bucket_bytes=bucket_bytes, allow_cast=True)
+    plan = build_plan(tensors, sources, destinations, bucket_bytes=bucket_bytes, transforms=("cast",))
     assert [t for bucket in plan.buckets for t in bucket.tensors] == tensors
     sizes = [{b.name: 2 if b.dtype == "bfloat16" else 4 for b in p.buffers} for p in destinations]
     moved: dict[tuple[str, int], dict[tuple[int, str], int]] = defaultdict(lambda: defaultdict(int))

@@ -32,7 +32,11 @@ def land(part: PackedPart, slot: torch.Tensor, buffers: dict[str, torch.Tensor])
         region(buffers[s.buffer], s.buffer_offset, s.shape, s.strides).copy_(flat.view(s.shape))
 
 
-def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2) -> list[dict[str, torch.Tensor]]:
+def unset(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype)
+
+
+def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, verify: str = "off") -> list[dict[str, torch.Tensor]]:
     """Fill and empty every bucket, through slots that are used again; returns the buffers of every destination."""
     parts, destinations = lay_out(plan), tuple(range(len(plan.destinations)))
     names = tuple(f"worker {d}" for d in destinations)
@@ -42,12 +46,12 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2) -> 
     packers = []
     for end, buffers in zip(ends.actors, sources, strict=True):
         sender = shm.make_sender(end, Local(buffers, True, 1.0, None, ring))
-        packers.append(Packer(ActorAssignment(plan.digest, num_slots, "off", len(parts), {"shm": end}), buffers, [sender]))
+        packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), buffers, [sender]))
     slots = [ring.slot(i) for i in range(num_slots)]
     for slot in slots:
         slot.random_(0, 255)
     offsets = [msgspec.msgpack.decode(ends.workers[d], type=shm.ReceiverEnd).offsets for d in destinations]
-    filled = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in p.buffers} for p in plan.destinations]
+    filled = [{b.name: unset(getattr(torch, b.dtype), b.shape) for b in p.buffers} for p in plan.destinations]
     for bucket, row in enumerate(parts):
         nbytes = sum(packer.pack(bucket, 1).nbytes for packer in packers)
         assert nbytes == sum(s.nbytes for part in row for s in part.segments), "each byte is put in once"
@@ -68,7 +72,7 @@ def test_megatron_shards_of_one_layout_become_those_of_another(tp, pp, dp, other
     placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
     wanted = megatron_placements(model, Topology(tp_size=other_tp), dtype=other_dtype)
     sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in placements]
-    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, allow_cast=True)
+    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, transforms=("cast",))
     for placement, found in zip(wanted, replay(plan, sources, num_slots), strict=True):
         for piece in placement.pieces:
             got = region(found[piece.buffer], piece.offset, piece.box.shape, piece.strides)

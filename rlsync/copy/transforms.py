@@ -1,0 +1,18 @@
+"""The code of ``rlsync.plan.transforms``: a function for each row, by its name."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast as typed
+
+import torch
+
+
+def transformed(view: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """What a transform makes of the elements of a view, in their shape; the view itself where ``name`` is empty."""
+    return typed(torch.Tensor, getattr(sys.modules[__name__], name)(view, dtype)) if name else view
+
+
+def cast(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to nearest, as torch does it."""
+    return view.to(dtype)
