@@ -6,6 +6,7 @@ Must not import Ray, which reads the variables of its authentication when it is 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -69,7 +70,7 @@ def check_answers(address: str) -> None:
         raise ConfigError(f"{named}: no Ray cluster answered within {_ANSWER_S:g} s; {remedy}") from None
     if asked.returncode != 0:
         said = [line.strip() for line in asked.stdout.splitlines() if line.strip()]
-        cause = next((line for line in said if "Error: " in line), said[-1] if said else "no reason given")
+        cause = next((line for line in reversed(said) if re.match(r"[\w.]+: ", line)), said[-1] if said else "no reason given")
         raise ConfigError(f"{named}: Ray refused ({cause}); {remedy}")
 
 

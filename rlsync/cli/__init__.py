@@ -1,6 +1,6 @@
 """The command line: arguments in, exit code out. What a command does stands in its own module, which is imported when it is called.
 
-So each command needs only what it uses: `rlsync doctor` must run where next to nothing is installed.
+So each command needs only what it uses: `rlsync doctor` must run where next to nothing is installed, and another says what it lacks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _COMMANDS = {
     "plan": "what a sync of a model between two layouts moves and needs, on paper",
     "verify": "compare the weights of a Hugging Face folder with another or with an engine",
 }
+_REMEDY = "pip install -e . in the repository, or make setup, installs what rlsync needs; rlsync doctor lists what is missing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,15 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlsync", description="Keeps vLLM engines equal to a Megatron-Core actor.")
     parser.add_argument("--version", action="version", version=f"rlsync {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in _COMMANDS.items():
-        command = commands.add_parser(name, help=purpose)
-        if name == called:
-            import_module(f"{__package__}.{name}").add_arguments(command)
-    arguments = parser.parse_args(argv)
     try:
+        for name, purpose in _COMMANDS.items():
+            command = commands.add_parser(name, help=purpose)
+            if name == called:
+                import_module(f"{__package__}.{name}").add_arguments(command)
+        arguments = parser.parse_args(argv)
         logs.set_up()
         code: int = import_module(f"{__package__}.{arguments.command}").run(arguments)
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package == __package__.partition(".")[0]:
+            raise
+        print(f"error: rlsync {called} needs {package}, which is not installed: {_REMEDY}", file=sys.stderr)
         return 1
     return code

@@ -16,7 +16,6 @@ from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, stagin
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
-from rlsync.models import model_of
 from rlsync.plan.links import num_steps, traffic
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import Plan, build_plan
@@ -100,7 +99,7 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
     try:
         sides = set_out(
-            model_of(config),
+            config,
             scene,
             dtype=settings.dtype,
             engine_dtype=settings.engine_dtype,

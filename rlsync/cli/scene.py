@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Location, Placement
 from rlsync.layout.topology import Topology
-from rlsync.models.rules import Model
+from rlsync.models import Model, check_config, model_of
+from rlsync.models.base_keys import DTYPES
 from rlsync.placement.megatron import megatron_placements
 
 # Transports that carry messages between members of a group.
@@ -48,14 +50,24 @@ class Sides:
     refusals: list[str] = field(default_factory=list)
 
 
-def set_out(model: Model, scene: Scene, *, dtype: str | None, engine_dtype: str | None, make_vocab_size_divisible_by: int) -> Sides:
-    """Placements of both sides; each side is tried, so that what is wrong with one does not hide the other."""
+def set_out(
+    config: Mapping[str, Any], scene: Scene, *, dtype: str | None, engine_dtype: str | None, make_vocab_size_divisible_by: int
+) -> Sides:
+    """Placements of both sides; each side is tried, so that what is wrong with one does not hide the other.
+
+    Refuses what an actor would, by the same check. Raises ConfigError where that leaves no model.
+    """
+    model = model_of(config)
     refusals: list[str] = []
     actors: tuple[Placement, ...] = ()
     workers: tuple[Placement, ...] = ()
     try:
-        placements = megatron_placements(
-            model, Topology(**scene.axes), dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by
+        topology = Topology(**scene.axes)
+        refusals += check_config(config, topology)
+        if dtype is not None and dtype not in DTYPES:
+            refusals.append(f"dtype {dtype} is not supported of an actor; use one of {', '.join(DTYPES)}")
+        placements = (
+            () if refusals else megatron_placements(model, topology, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
         )
         actors = tuple(replace(p, location=_gpu(i, scene)) for i, p in enumerate(placements))
     except (ConfigError, PlacementError) as error:

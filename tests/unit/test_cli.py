@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,19 @@ def test_each_command_explains_its_arguments(command: str, capsys: pytest.Captur
         main([command, "--help"])
     assert end.value.code == 0
     assert f"usage: rlsync {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "package"), [("plan", "msgspec"), ("bench", "msgspec")])
+def test_a_command_says_what_it_lacks_where_only_python_is_installed(tmp_path: Path, command: str, package: str) -> None:
+    """Without site-packages, as a laptop's own Python is."""
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [str(tmp_path)] if command == "plan" else []
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "rlsync.cli", command, *arguments],
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 1 and run.stderr.startswith(f"error: rlsync {command} needs {package}, which is not installed: "), run.stderr
+    assert run.stderr.count("\n") == 1
 
 
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:

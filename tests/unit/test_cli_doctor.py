@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import mmap
 import os
@@ -10,12 +11,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlsync import __version__
 from rlsync.cli import doctor, main
-from rlsync.cli.doctor import environment, gpus, host, leftovers, network
+from rlsync.cli.doctor import environment, gpus, host, leftovers, network, probes
 from rlsync.cli.doctor.finding import Finding
 from rlsync.transport.shm import Ring, _create_locked
 
@@ -71,6 +74,36 @@ def test_what_is_not_there_is_told_from_what_does_not_fit() -> None:
     assert "needs absent-runner: the GRPO runner" in warnings
     absent = said(environment.examine_packages({}, ["megatron-core>=99"], "cpu"), "problem")
     assert "needs megatron-core>=99 (found" in absent
+
+
+def test_rlsync_itself_loggers_and_transformer_engine_are_shown() -> None:
+    text = said(environment.examine("cpu"), "ok")
+    assert f"rlsync {__version__} in {ROOT / 'rlsync'}" in text
+    assert "loggers of runner.logger.logger_backends: tensorboard" in text and "TransformerEngine" in text
+    other = environment.examine_itself("0.0.1")
+    assert other.level == "warning" and "0.0.1 is the one that is installed" in other.text and str(ROOT) in other.remedy
+    assert environment.examine_transformer_engine("2.9.0").text == "TransformerEngine 2.9.0"
+    assert environment.examine_loggers(("wandb",)).text.endswith("wandb; not installed: tensorboard, swanlab")
+
+
+def test_a_folder_of_runs_is_not_taken_for_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "swanlab_runs").mkdir()
+    assert not environment._is_importable("swanlab_runs")
+    (tmp_path / "swanlab_runs" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert environment._is_importable("swanlab_runs")
+
+
+def test_a_folder_called_rlsync_in_the_working_directory_is_not_asked_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the parent of a clone; here it cannot be imported, so that asking it would be an alarm."""
+    (tmp_path / "rlsync").mkdir()
+    (tmp_path / "rlsync" / "__init__.py").write_text("raise ImportError('the wrong rlsync')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with probes.Probe("megatron") as probe:
+        facts = probe.facts()
+    assert isinstance(facts, dict) and "version" in facts, facts
 
 
 def test_two_builds_of_vllm_are_a_problem() -> None:
@@ -216,6 +249,20 @@ def test_the_tighter_of_machine_and_container_counts(tmp_path: Path) -> None:
     tight = host.examine_memory(meminfo, tmp_path)
     assert tight.level == "warning" and "may take 8.0 GiB and has taken 6.0 GiB" in tight.text
     assert host.examine_memory(meminfo, tmp_path / "absent", ring_bytes=17 * 2**30).level == "warning"
+
+
+def test_a_disk_that_is_nearly_full_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"disk of {tmp_path} (results): " in host.examine_disk(tmp_path, "results").text
+    assert "cannot be looked at" in host.examine_disk(tmp_path / "absent", "results").text
+
+    def room(free_gib: int) -> Finding:
+        stat = SimpleNamespace(f_bavail=free_gib, f_blocks=1000, f_frsize=2**30)
+        monkeypatch.setattr(os, "statvfs", lambda path: stat)
+        return host.examine_disk(tmp_path, "results")
+
+    assert room(100).level == "ok"
+    assert "Ray stops where more than 95% are used" in room(40).text
+    assert "2.0 GiB are advised" in room(1).text and room(1).level == "warning"
 
 
 def test_few_open_files_are_warned_of() -> None:

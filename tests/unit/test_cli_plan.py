@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,9 +18,10 @@ from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
 from rlsync.coordinator.messages import ActorHello, Recorded, Reports, WorkerHello
+from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
-from rlsync.models import model_of
+from rlsync.models import check_config, model_of
 from rlsync.placement.megatron import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.transports import Memory
@@ -283,8 +286,9 @@ def test_one_layer_is_what_layerwise_takes() -> None:
         (["--transport", "nccl", "--colocated"], ["transport is nccl, but 1 GPUs are shared, and NCCL takes one member on each"]),
         (["--gpus-per-host", "1", "--transport", "shm"], ["1 of 1 workers do not share a host with every actor rank"]),
         (["--shm-bytes", "1000000", "--transport", "shm"], ["/dev/shm has 1000000 bytes, the ring needs 21"]),
-        (["--dtype", "bf16"], ["model.embed_tokens.weight has dtype bf16, of which no size is known"]),
-        (["--dtype", "int8", "--engine-dtype", "float32"], ["float32 in engine 0 worker 0, int8 in actor 0"]),
+        (["--dtype", "bf16"], ["dtype bf16 is not supported of an actor; use one of float32, bfloat16, float16"]),
+        (["--engine-dtype", "bf16"], ["of engine 0 worker 0 has dtype bf16, of which no size is known"]),
+        (["--engine-dtype", "int8"], ["int8 in engine 0 worker 0, bfloat16 in actor 0"]),
     ],
 )
 def test_what_a_sync_would_refuse_is_refused_with_its_reason(
@@ -296,6 +300,40 @@ def test_what_a_sync_would_refuse_is_refused_with_its_reason(
     assert all(part in refusal for part, refusal in zip(said, refusals, strict=True)), refusals
     assert main(["plan", folder, *arguments]) == 1
     assert capsys.readouterr().out.count("refused: ") == len(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}),
+        ({"model_type": "mistral", "num_hidden_layers": "many"}, {}),
+        ({"partial_rotary_factor": 0.5, "is_causal": False}, {}),
+        ({}, {"pp_size": 2, "vpp_size": 3, "first_stage_layers": 14, "last_stage_layers": 14}),
+        ({}, {"tp_size": 3}),
+    ],
+)
+def test_plan_refuses_what_the_actor_refuses(changes: dict[str, Any], axes: dict[str, int]) -> None:
+    config = QWEN_7B | changes
+    found = quote(config, Scene(axes=axes), Settings())
+    try:
+        findings = check_config(config, Topology(**axes))
+    except ConfigError as error:
+        findings = [str(error)]
+    assert findings and found.price is None
+    assert all(any(finding in refusal for refusal in found.refusals) for finding in findings), found.refusals
+
+
+def test_plan_needs_only_msgspec_beside_python(folder: str, tmp_path: Path) -> None:
+    """With this environment's packages out of sight, but for that one."""
+    found = tmp_path / "packages"
+    found.mkdir()
+    (found / "msgspec").symlink_to(Path(msgspec.__file__).parent)
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "rlsync.cli", "plan", folder, "--rollout", "tp=2,engines=2"],
+        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{found}"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 0 and "over links, in all" in run.stdout, run.stdout + run.stderr
 
 
 def test_an_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

