@@ -88,7 +88,8 @@ def load_checkpoint(
         mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
-        restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state, source=str(mine))
+        with agreed(device=compute_device()):
+            restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state, source=str(mine))
         if optimizer is not None:
             restore_distributed_optimizer_state(parameters, optimizer)
         return held

@@ -68,8 +68,8 @@ def tracked_step(actor_folder: Path) -> int:
     tracker = actor_folder / TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"{tracker} is missing: {actor_folder.parent} is not a complete checkpoint; resume from an older one")
-    text = tracker.read_text().strip()
-    if not text.isdigit():
+    text = tracker.read_bytes().decode("utf-8", errors="replace").strip()
+    if not text.isascii() or not text.isdigit():
         raise CheckpointError(f"{tracker} holds {text!r} instead of a step number")
     return int(text)
 
@@ -159,7 +159,9 @@ def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
     """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
     ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
     if not ranks:
-        raise CheckpointError(f"{shards}: no mp_rank_* folder")
+        raise CheckpointError(
+            f"{shards}: no mp_rank_* folder, as in a checkpoint of another trainer; start a new run from its Hugging Face weights"
+        )
     saved_tp = 1 + max(int(match[1]) for match in ranks)
     saved_pp = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
     if (saved_tp, saved_pp) != (tp_size, pp_size):

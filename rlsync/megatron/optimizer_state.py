@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer, OptimizerConfig
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
@@ -39,24 +39,50 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
         group.update(options)
 
 
-def check_distributed_optimizer_state(states: Sequence[Any], optimizer: MegatronOptimizer, source: str) -> None:
-    """Raise CheckpointError where ``states`` (of ``distributed_optimizer_state``) were cut into other gradient buffers.
+def parameter_ranges(optimizer: MegatronOptimizer) -> list[list[list[tuple[int, int]]]]:
+    """Where parameters lie in the tensors of ``distributed_optimizer_state``, by part, gradient buffer and parameter. Not collective.
 
-    Megatron would fail on the first data-parallel rank alone while the others wait for it.
+    The gaps that align parameters depend on how buffers are cut into buckets, so that two cuts may have equally many elements and
+    other places.
     """
-    for part, state in zip(distributed_parts(optimizer), states, strict=True):
+    return [[_ranges(buffer) for buffer in part.buffers] for part in distributed_parts(optimizer)]
+
+
+def _ranges(buffer: Any) -> list[tuple[int, int]]:
+    begins, total = [], 0
+    for bucket in buffer.buckets:
+        begins.append(bucket.offset - total)
+        total += bucket.numel_unpadded
+    return [(start - begins[bucket], end - begins[bucket]) for start, end, bucket in buffer.param_index_map.values()]
+
+
+def fit_distributed_optimizer_state(
+    states: Sequence[Any], saved: Sequence[Sequence[Sequence[tuple[int, int]]]], optimizer: MegatronOptimizer, source: str
+) -> None:
+    """Move parameters in ``states``, in place, from their ``saved`` ranges to those of ``optimizer``: it may have other buckets.
+
+    ``states`` as ``distributed_optimizer_state``, ``saved`` as ``parameter_ranges`` gave them. Raises CheckpointError where they are of
+    other parameters: Megatron would fail on the first data-parallel rank alone while the others wait for it.
+    """
+    running = parameter_ranges(optimizer)
+    sizes_then, sizes_now = ([[[end - start for start, end in ranges] for ranges in part] for part in side] for side in (saved, running))
+    if sizes_then != sizes_now or len(states) != len(running):
+        then, now = (sum(len(ranges) for part in side for ranges in part) for side in (saved, running))
+        raise CheckpointError(f"{source} holds optimizer state of {then} other parameters than the {now} of this run; load weights alone")
+    for part, state, then, now in zip(distributed_parts(optimizer), states, saved, running, strict=True):
         for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
-            saved = {dtypes: content["numel_unpadded"] for dtypes, content in state[index].items()}
-            running = dict.fromkeys(ranges, buffer.numel_unpadded)
-            if saved != running:
-                raise CheckpointError(
-                    f"{source}: gradient buffer {index} held {_described(saved)} then, {_described(running)} now; resume with the saved "
-                    "ddp_bucket_size, overlap_grad_reduce, overlap_param_gather and accumulate_allreduce_grads_in_fp32"
-                )
+            (content,), (dtypes,) = state[index].values(), ranges
+            state[index] = {dtypes: _moved(content, then[index], now[index], buffer.numel_unpadded)}
 
 
-def _described(sizes: Mapping[Any, int]) -> str:
-    return ", ".join(f"{numel} elements of {dtypes}" for dtypes, numel in sizes.items())
+def _moved(content: Mapping[str, Any], then: Sequence[tuple[int, int]], now: Sequence[tuple[int, int]], numel: int) -> dict[str, Any]:
+    """Tensors of one gradient buffer with every parameter at its range of now."""
+    moved: dict[str, Any] = {"numel_unpadded": numel}
+    for key in content.keys() - moved.keys():
+        moved[key] = torch.zeros(numel, dtype=content[key].dtype)
+        for (start, end), (new_start, new_end) in zip(then, now, strict=True):
+            moved[key][new_start:new_end] = content[key][start:end]
+    return moved
 
 
 def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:
@@ -84,6 +110,11 @@ def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer:
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def optimizer_config(optimizer: MegatronOptimizer) -> OptimizerConfig:
+    """The options an optimizer was built with."""
+    return _parts(optimizer)[0].config
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

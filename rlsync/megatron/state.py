@@ -24,10 +24,12 @@ from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
     allocate_adam_state,
-    check_distributed_optimizer_state,
     distributed_optimizer_state,
     distributed_parts,
+    fit_distributed_optimizer_state,
     load_optimizer_state,
+    optimizer_config,
+    parameter_ranges,
     restore_distributed_optimizer_state,
 )
 from rlsync.megatron.parallel import current_topology, is_first_replica
@@ -36,6 +38,8 @@ from rlsync.megatron.rng import gathered_rng_states, set_rng_state
 RANK_STATE_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
 
+# What torch and Megatron raise of damaged or foreign content.
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 _CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
 
 
@@ -117,9 +121,10 @@ def read_rank_state(
     Raises:
         CheckpointError: as ``load_rank_state``.
     """
-    state = _read(Path(folder, RANK_STATE_FILE))
+    state = _read(Path(folder, RANK_STATE_FILE), dict)
     _check_complete(state, optimizer, scheduler, str(folder))
     _check_topology(state["topology"], asdict(current_topology(models)), str(folder))
+    _check_options(state, _options(models, optimizer), str(folder))
     for key, model in _keyed(models):
         _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
     if optimizer is None:
@@ -134,8 +139,11 @@ def read_rank_state(
     # Only the first data-parallel rank reads the file; the others take their shards from it.
     if not is_sharded or not is_first_replica():
         return state, None
-    parameters = _read(path)
-    check_distributed_optimizer_state(parameters, optimizer, str(path))
+    parameters = _read(path, list)
+    try:
+        fit_distributed_optimizer_state(parameters, _section(state, "parameter_ranges", str(folder)), optimizer, str(path))
+    except _DAMAGED as error:
+        raise CheckpointError(f"{path} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from error
     return state, parameters
 
 
@@ -148,9 +156,10 @@ def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> 
         CheckpointError: as ``load_rank_state``.
     """
     path = Path(folder, RANK_STATE_FILE)
-    state, running = _read(path), asdict(current_topology(models))
+    state, running = _read(path, dict), asdict(current_topology(models))
     del running["dp_size"]
     _check_topology(_section(state, "topology", str(path)), running, str(path))
+    _check_options(state, _options(models, None), str(path))
     _restore_tensors(state, models, str(path))
 
 
@@ -171,11 +180,13 @@ def rank_state(
         "iteration": step,
         "topology": asdict(current_topology(models)),
         "rng_state": gathered_rng_states(),
+        "options": _options(models, optimizer),
         **{key: dict(_tensors(model)) for key, model in _keyed(models)},
     }
     if optimizer is not None:
         allocate_adam_state(optimizer)
         state["optimizer"] = optimizer.state_dict()
+        state["parameter_ranges"] = parameter_ranges(optimizer)
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state
@@ -201,15 +212,31 @@ def restore_rank_state(
     _check_complete(state, optimizer, scheduler, source)
     _check_topology(state["topology"], asdict(current_topology(models)), source)
     _restore_tensors(state, models, source)
-    if optimizer is not None:
-        load_optimizer_state(optimizer, state["optimizer"])
-    if scheduler is not None:
-        # Only how far it is: what it makes of the steps is the run's own. Megatron would take the saved shape over.
-        scheduler.num_steps = int(state["opt_param_scheduler"]["num_steps"])
-        scheduler.step(0)
-    if random_state:
-        set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+    try:
+        if optimizer is not None:
+            load_optimizer_state(optimizer, state["optimizer"])
+        if scheduler is not None:
+            # Only how far it is: what it makes of the steps is the run's own. Megatron would take the saved shape over.
+            scheduler.num_steps = int(state["opt_param_scheduler"]["num_steps"])
+            scheduler.step(0)
+        if random_state:
+            set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{source}: its optimizer, schedule or random state is damaged or of another kind ({type(error).__name__}: {error}); "
+            "load its weights alone"
+        ) from error
     return int(state["iteration"])
+
+
+def _options(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """Options that decide the form of the saved state and that neither names nor sizes of parallel axes tell."""
+    # Padded by make_vocab_size_divisible_by; the model's own count is not known here.
+    options: dict[str, Any] = {"padded vocabulary": unwrap(models[0]).vocab_size}
+    if optimizer is not None:
+        config = optimizer_config(optimizer)
+        options |= {name: getattr(config, name) for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer")}
+    return options
 
 
 def _keyed(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -234,13 +261,22 @@ def _restore_tensors(state: Mapping[str, Any], models: Sequence[torch.nn.Module]
                 tensor.copy_(stored[name])
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, kind: type) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        # torch's message advises to run what is in the file.
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged, or another trainer wrote it with objects beside tensors and numbers; "
+            "resume from a folder of rlsync, or start a new run from Hugging Face weights"
+        ) from None
+    except _DAMAGED as error:
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {type(error).__name__}: {error}") from error
+    if not isinstance(content, kind):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a {kind.__name__}; rlsync did not write it")
+    return content
 
 
 def _section(state: Mapping[str, Any], key: str, source: str) -> Any:
@@ -252,10 +288,11 @@ def _section(state: Mapping[str, Any], key: str, source: str) -> Any:
 def _check_complete(
     state: Mapping[str, Any], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None, source: str
 ) -> None:
-    _section(state, "iteration", source)
-    _section(state, "topology", source)
+    for key, kind in (("iteration", int), ("topology", dict), ("options", dict), ("rng_state", list)):
+        if not isinstance(_section(state, key, source), kind):
+            raise CheckpointError(f"{source} holds {key!r} as a {type(state[key]).__name__}, expected a {kind.__name__}")
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    if len(_section(state, "rng_state", source)) != ranks:
+    if len(state["rng_state"]) != ranks:
         raise CheckpointError(f"{source} holds the random states of {len(state['rng_state'])} data-parallel ranks, {ranks} are running")
     wanted = {"optimizer": optimizer, "opt_param_scheduler": scheduler}
     absent = [key for key, part in wanted.items() if part is not None and key not in state]
@@ -269,7 +306,17 @@ def _check_topology(stored: Mapping[str, Any], running: Mapping[str, Any], sourc
         raise CheckpointError(f"{source} was written under another topology: {'; '.join(different)}")
 
 
+def _check_options(state: Mapping[str, Any], running: Mapping[str, Any], source: str) -> None:
+    stored = _section(state, "options", source)
+    different = [f"{name} {stored[name]} then, {value} now" for name, value in running.items() if stored.get(name, value) != value]
+    if different:
+        keys = "make_vocab_size_divisible_by" if stored.get("padded vocabulary") != running["padded vocabulary"] else "values"
+        raise CheckpointError(f"{source}: {'; '.join(different)}; resume with the saved {keys}")
+
+
 def _check_tensors(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+    if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+        raise CheckpointError(f"{source} holds something else than tensors by name as its model; rlsync did not write it")
     findings = [f"{name} is missing" for name in live if name not in stored]
     findings += [f"{name} is unexpected" for name in stored if name not in live]
     findings += [

@@ -141,7 +141,7 @@ def resume_with_another_loss_scale(folder: str, topology: dict[str, int], root: 
 
 
 def resume_with_other_shards(folder: str, topology: dict[str, int], root: str) -> None:
-    """The state of a distributed optimizer is cut into other gradient buckets, or refused on all ranks where it does not fit them."""
+    """The state of a distributed optimizer is cut into other gradient buckets; an optimizer that is not sharded is refused on all ranks."""
     trainer = Trainer(folder, topology)
     trainer.train()
     trainer.save(root)
@@ -150,7 +150,8 @@ def resume_with_other_shards(folder: str, topology: dict[str, int], root: str) -
     for ddp, fits in (
         ({"use_distributed_optimizer": False}, False),
         ({**buckets, "bucket_size": 5000}, True),
-        ({**buckets, "bucket_size": 1}, False),
+        ({**buckets, "bucket_size": 1}, True),
+        ({"use_distributed_optimizer": True, "grad_reduce_in_fp32": False}, True),
     ):
         resumed = Trainer(folder, topology, ddp=ddp)
         before = resumed.weights()
@@ -165,6 +166,44 @@ def resume_with_other_shards(folder: str, topology: dict[str, int], root: str) -
             assert fits and all(
                 torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(resumed.weights(), trainer.weights(), strict=True)
             )
+
+
+def resume_with_other_buckets(folder: str, topology: dict[str, int], root: str) -> None:
+    """Main parameters and moments are those of the saved parameter, by name and bit, however gradients are cut into buckets.
+
+    Two of the cuts leave equally many elements in other places: what only counts them takes one for the other.
+    """
+    cuts: dict[int, set[tuple]] = {}
+    for saved_size in (5_000, 20_000):
+        ddp = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+        trainer = Trainer(folder, topology, ddp={**ddp, "bucket_size": saved_size})
+        trainer.train(), trainer.train()
+        trainer.save(root)
+        expected = moments(trainer)
+        for size in (None, 1, *range(5_000, 60_000, 5_000)):
+            resumed = Trainer(folder, topology, ddp={**ddp, "bucket_size": size})
+            (buffer,) = (
+                resumed.optimizer.chained_optimizers[0].buffers
+                if hasattr(resumed.optimizer, "chained_optimizers")
+                else resumed.optimizer.buffers
+            )
+            cuts.setdefault(buffer.numel_unpadded, set()).add(tuple(start for start, _, _ in buffer.param_index_map.values()))
+            resumed.load(checkpoints.latest_checkpoint(root))
+            found = moments(resumed)
+            assert found.keys() == expected.keys()
+            different = [name for name in expected if not torch.equal(found[name], expected[name])]
+            assert not different, f"saved with {saved_size}, resumed with {size}: {different}"
+    print("SAID " + json.dumps(max(map(len, cuts.values()))), flush=True)
+
+
+def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Main parameter and moments of every parameter of the one data-parallel rank, by name."""
+    (part,) = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for _, _, name, parameter in iter_parameters(trainer.models)
+        for key, value in part._get_main_param_and_optimizer_states(parameter).items()
+    }
 
 
 def resume_refused(folder: str, topology: dict[str, int], root: str) -> None:
@@ -200,6 +239,35 @@ def resume_truncated(folder: str, topology: dict[str, int], root: str) -> None:
     except RlsyncError as error:
         print("SAID " + json.dumps(str(error)), flush=True)
     assert all(torch.equal(a, p) for a, (_, _, _, p) in zip(before, iter_parameters(trainer.models), strict=True))
+
+
+def resume_damaged(folder: str, topology: dict[str, int], roots: dict[str, str]) -> None:
+    """Each damaged run is one of our errors on every rank, and no rank's weights changed."""
+    trainer = Trainer(folder, topology)
+    before = trainer.weights()
+    said_by_kind = {}
+    for kind, root in roots.items():
+        try:
+            trainer.load(Path(root) / "global_step_2")
+        except RlsyncError as error:
+            said_by_kind[kind] = f"{type(error).__name__}: {error}"
+        assert all(torch.equal(a, b) for a, b in zip(trainer.weights(), before, strict=True)), kind
+    print("SAID " + json.dumps(said_by_kind), flush=True)
+
+
+def resume_under_another_padding(folder: str, topology: dict[str, int], root: str) -> None:
+    """The key that pads the vocabulary is named, and weights alone are refused as well."""
+    trainer = Trainer(folder, topology)
+    models = trainer.bridge.get_model(
+        topology=trainer.topology, bf16=False, ddp=DdpOptions(use_distributed_optimizer=True), make_vocab_size_divisible_by=128
+    )
+    found = []
+    for load in (checkpoints.load_checkpoint, checkpoints.load_checkpoint_weights):
+        try:
+            load(Path(root) / "global_step_2" / "actor", trainer.bridge, models)
+        except CheckpointError as error:
+            found.append(str(error))
+    print("SAID " + json.dumps(found), flush=True)
 
 
 def killed_while_saving(folder: str, topology: dict[str, int], root: str, die_at: str) -> None:

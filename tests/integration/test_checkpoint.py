@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import random
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlsync import checkpoint as checkpoints
 from tests.models import save_tiny_model
@@ -62,11 +65,14 @@ def test_a_static_loss_scale_is_the_run_s_own_and_a_dynamic_one_goes_on(model, t
     )  # fmt: skip
 
 
-def test_optimizer_state_fits_other_shards_or_is_refused_by_name_on_all_ranks(model, tmp_path):
+def test_optimizer_state_is_cut_into_other_shards_or_refused_by_name_on_all_ranks(model, tmp_path):
     for output in run_ranks(2, RANKS, "resume_with_other_shards", folder=model, topology={"dp_size": 2}, root=str(tmp_path)):
-        unsharded, other_buckets = (json.loads(line.split("\n")[0]) for line in output.split("SAID ")[1:])
-        assert "used a distributed optimizer, this one uses none; resume with the saved use_distributed_optimizer" in unsharded
-        assert "gradient buffer 0 held" in other_buckets and "ddp_bucket_size" in other_buckets
+        assert "used a distributed optimizer, this one uses none; resume with the saved use_distributed_optimizer" in said(output)
+
+
+def test_moments_stay_with_their_parameter_under_other_gradient_buckets(model, tmp_path):
+    (output,) = run_ranks(1, RANKS, "resume_with_other_buckets", folder=model, topology={}, root=str(tmp_path))
+    assert said(output) > 1, "no two cuts have equally many elements in other places, so counting would do"
 
 
 def test_another_layout_is_refused_with_both_sizes_and_hf_weights_are_offered(model, saved):
@@ -91,6 +97,51 @@ def test_one_rank_s_truncated_file_is_an_error_on_all_before_anything_changes(mo
     path.write_bytes(path.read_bytes()[:-2000])
     for output in run_ranks(2, RANKS, "resume_truncated", folder=model, topology=TP2, root=str(tmp_path / "run")):
         assert f"mp_rank_01/{file}" in said(output)
+
+
+def test_whatever_is_damaged_or_foreign_is_named_on_all_ranks_before_anything_changes(model, saved, tmp_path):
+    """Files of rank 1 alone: both ranks raise one of our errors, which names the file."""
+    shards = Path("global_step_2/actor/iter_0000002")
+    state_file, optimizer_file = (shards / "mp_rank_01" / name for name in ("model_optim_rng.pt", "distrib_optim.pt"))
+    state = torch.load(saved[0] / state_file, weights_only=True)
+    damaged = {
+        "a list": (state_file, [1, 2], "holds a list, expected a dict"),
+        "no step": (state_file, {k: v for k, v in state.items() if k != "iteration"}, "holds no 'iteration'"),
+        "no ranges": (state_file, {k: v for k, v in state.items() if k != "parameter_ranges"}, "holds no 'parameter_ranges'"),
+        "a step of words": (state_file, {**state, "iteration": "2"}, "holds 'iteration' as a str, expected a int"),
+        "a model of numbers": (state_file, {**state, "model": {"a": 1}}, "something else than tensors by name"),
+        "objects": (state_file, {**state, "args": argparse.Namespace(tp=2)}, "another trainer wrote it with objects"),
+        "optimizer of another form": (optimizer_file, [{}], "does not hold what model_optim_rng.pt says"),
+        "optimizer cut": (optimizer_file, [{0: {("x", "y"): {"param": torch.ones(3), "numel_unpadded": 3}}}], "does not hold what"),
+        "optimizer of nothing": (optimizer_file, [], "optimizer state of"),
+    }
+    roots, expected = {}, {}
+    for kind, (file, content, words) in damaged.items():
+        roots[kind], expected[kind] = str(shutil.copytree(saved[0], tmp_path / kind)), words
+        torch.save(content, Path(roots[kind]) / file)
+    chance = random.Random(0)
+    for number in range(12):
+        root = Path(shutil.copytree(saved[0], tmp_path / f"noise {number}"))
+        content = bytearray((root / state_file).read_bytes())
+        begin = chance.randrange(2_000)
+        content[begin : begin + 200] = chance.randbytes(200)
+        (root / state_file).write_bytes(content)
+        roots[root.name], expected[root.name] = str(root), "model_optim_rng.pt"
+    foreign = Path(shutil.copytree(saved[0], tmp_path / "foreign"))
+    for path in (foreign / shards).iterdir():
+        path.rename(path.with_name("__0_" + path.name))
+    roots["foreign"], expected["foreign"] = str(foreign), "no mp_rank_* folder, as in a checkpoint of another trainer"
+    outputs = run_ranks(2, RANKS, "resume_damaged", folder=model, topology=TP2, roots=roots)
+    for output in outputs:
+        found = said(output)
+        assert {kind: words in found.get(kind, "loaded") for kind, words in expected.items()} == dict.fromkeys(expected, True), found
+
+
+def test_a_vocabulary_padded_otherwise_is_refused_by_the_name_of_its_key(model, saved):
+    for output in run_ranks(2, RANKS, "resume_under_another_padding", folder=model, topology=TP2, root=str(saved[0])):
+        for message in said(output):
+            assert "padded vocabulary 132 then, 256 now; resume with the saved make_vocab_size_divisible_by" in message
+        assert len(said(output)) == 2
 
 
 @pytest.mark.parametrize("die_at", ["write_rank_state", "_write_durably", "publish_checkpoint"])
