@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlsync import checkpoint as checkpoints
+from rlsync import checkpoint_folder
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
@@ -110,7 +110,7 @@ def test_whatever_is_damaged_or_foreign_is_named_on_all_ranks_before_anything_ch
         "no ranges": (state_file, {k: v for k, v in state.items() if k != "parameter_ranges"}, "holds no 'parameter_ranges'"),
         "a step of words": (state_file, {**state, "iteration": "2"}, "holds 'iteration' as a str, expected a int"),
         "a model of numbers": (state_file, {**state, "model": {"a": 1}}, "something else than tensors by name"),
-        "objects": (state_file, {**state, "args": argparse.Namespace(tp=2)}, "another trainer wrote it with objects"),
+        "objects": (state_file, {**state, "args": Fraction(1, 2)}, "another trainer wrote it with objects"),
         "optimizer of another form": (optimizer_file, [{}], "does not hold what model_optim_rng.pt says"),
         "optimizer cut": (optimizer_file, [{0: {("x", "y"): {"param": torch.ones(3), "numel_unpadded": 3}}}], "does not hold what"),
         "optimizer of nothing": (optimizer_file, [], "optimizer state of"),
@@ -144,10 +144,10 @@ def test_a_vocabulary_padded_otherwise_is_refused_by_the_name_of_its_key(model, 
         assert len(said(output)) == 2
 
 
-@pytest.mark.parametrize("die_at", ["write_rank_state", "_write_durably", "publish_checkpoint"])
+@pytest.mark.parametrize("die_at", ["write_rank_state", "write_durably", "publish_checkpoint"])
 def test_a_killed_save_leaves_the_previous_checkpoint_newest(model, tmp_path, die_at):
     with pytest.raises(AssertionError, match="exit -9"):
         run_ranks(1, RANKS, "killed_while_saving", folder=model, topology={}, root=str(tmp_path), die_at=die_at)
-    assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "global_step_1"
+    assert checkpoint_folder.latest_checkpoint(tmp_path) == tmp_path / "global_step_1"
     assert (tmp_path / ".global_step_2.partial").exists(), "it died in the middle"
     run_ranks(1, RANKS, "resume", folder=model, topology={}, root=str(tmp_path))
