@@ -67,8 +67,10 @@ def fit_distributed_optimizer_state(
     running = parameter_ranges(optimizer)
     sizes_then, sizes_now = ([[[end - start for start, end in ranges] for ranges in part] for part in side] for side in (saved, running))
     if sizes_then != sizes_now or len(states) != len(running):
-        then, now = (sum(len(ranges) for part in side for ranges in part) for side in (saved, running))
-        raise CheckpointError(f"{source} holds optimizer state of {then} other parameters than the {now} of this run; load weights alone")
+        raise CheckpointError(
+            f"{source} holds optimizer state of {len(states)} parts, of parameters that {'are' if sizes_then == sizes_now else 'are not'} "
+            f"those of this run, which has {len(running)} parts; load weights alone"
+        )
     for part, state, then, now in zip(distributed_parts(optimizer), states, saved, running, strict=True):
         for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
             (content,), (dtypes,) = state[index].values(), ranges
