@@ -14,7 +14,7 @@ from rlsync.cli.shapes import SHAPES
 from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 
 VOCAB_MULTIPLE = 64
 GPUS_PER_HOST = 8

@@ -27,8 +27,8 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.models import Flavour, model_of, supported_architectures, unread_keys
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models import model_of, supported_architectures, unread_keys
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
@@ -44,7 +44,7 @@ class Shards:
 
     Attributes:
         tensors: every HF tensor, in layer order, with the dtype of the live parameters.
-        buffers: global name -> parameter of this rank.
+        buffers: global name -> parameter or persistent buffer of this rank.
         placements: index is the global rank.
     """
 
@@ -133,8 +133,8 @@ class AutoBridge:
         Raises PlacementError naming every parameter that the table lacks, misses or expects in another shape.
         """
         topology = current_topology(models)
-        live = {name: tensor for _, _, name, tensor in megatron_model.iter_parameters(models)}
-        flavour: Flavour = "te" if any(name.endswith(".layer_norm_weight") for name in live) else "local"
+        live = dict(megatron_model.iter_weights(models))
+        flavour = megatron_model.flavour_of(models)
         dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
         placements = megatron_placements(self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor)
         _check_live(live, placements[dist.get_rank()])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import BufferSpec, Fill, Location, Piece, Placement
 from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
-from rlsync.models.rules import Model
+from rlsync.models.stacks import Model
 
 # vLLM pads the vocabulary to a multiple of this, whatever the number of ranks (``DEFAULT_VOCAB_PADDING_SIZE``).
 _VOCAB_MULTIPLE = 64

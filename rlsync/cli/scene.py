@@ -15,7 +15,7 @@ from rlsync.layout.geometry import Location, Placement
 from rlsync.layout.topology import Topology
 from rlsync.models import Model, check_config, model_of
 from rlsync.models.base_keys import DTYPES
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 
 # Transports that carry messages between members of a group.
 GROUPS = ("nccl", "gloo")

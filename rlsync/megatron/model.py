@@ -22,7 +22,8 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.megatron.specs import SpecName, block_spec
+from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
+from rlsync.models import Flavour
 from rlsync.models.rope import Rope
 
 _LAYER_LISTS = ("decoder.layers.",)
@@ -114,9 +115,26 @@ def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, st
     """
     for chunk_index, model in enumerate(models):
         chunk = unwrap(model)
-        numbers = {f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+        numbers = _layer_numbers(chunk)
         for name, parameter in chunk.named_parameters():
             yield chunk_index, name, _global_name(name, numbers), parameter
+
+
+def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything of this rank that a checkpoint keeps, by global name: every parameter, then every persistent buffer."""
+    yield from ((name, parameter) for _, _, name, parameter in iter_parameters(models))
+    for model in models:
+        chunk = unwrap(model)
+        numbers = _layer_numbers(chunk)
+        for prefix, module in chunk.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield _global_name(f"{prefix}.{name}" if prefix else name, numbers), buffer
+
+
+def flavour_of(models: Sequence[torch.nn.Module]) -> Flavour:
+    """How parameters of live chunks are called: "te" where their spec leaves the norms to the linear that follows, else "local"."""
+    return "te" if fuses_norms(unwrap(models[0]).transformer_layer_spec) else "local"
 
 
 def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[torch.Tensor] | None = None) -> None:
@@ -145,6 +163,10 @@ def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[to
             # bucket alone then; Megatron's own evaluation takes this way for the same reason.
             model.disable_forward_pre_hook(param_sync=True)
             model.enable_forward_pre_hook()
+
+
+def _layer_numbers(chunk: GPTModel) -> dict[str, int]:
+    return {f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
 
 
 def _global_name(local_name: str, numbers: Mapping[str, int]) -> str:

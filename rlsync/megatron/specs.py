@@ -1,12 +1,12 @@
 """Which classes a decoder layer is built of: TransformerEngine's where it is installed, local ones elsewhere.
 
-Must not know Hugging Face or files. Parameter names differ between the two; the families' rules cover both.
+Must not know Hugging Face or files. Parameter names differ between the two; the families' tables cover both.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -45,6 +45,15 @@ def block_spec(config: TransformerConfig, *, spec: SpecName = "auto", vp_stage: 
     else:
         layer, norm = _transformer_engine_layer(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+
+
+def fuses_norms(spec: Any) -> bool:
+    """Whether layers of a spec have their norms inside the linear that follows, as TransformerEngine's do.
+
+    ``spec`` is what a ``GPTModel`` keeps as ``transformer_layer_spec``: of a block with its layers, or of one layer for all.
+    """
+    layers = getattr(spec, "layer_specs", None) or getattr(getattr(spec, "submodules", None), "layer_specs", None) or [spec]
+    return layers[0].submodules.input_layernorm is IdentityOp
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:

@@ -8,17 +8,17 @@ a test.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from rlsync.errors import ConfigError, PlacementError
+from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models.keys import HFConfig, joined, read_keys, shown, unread
 from rlsync.models.llama import LLAMA
+from rlsync.models.placement import indivisible
 from rlsync.models.qwen2 import QWEN2
 from rlsync.models.qwen3 import QWEN3
 from rlsync.models.rope import read_rope
-from rlsync.models.rules import Family, Flavour, Model
+from rlsync.models.stacks import Family, Flavour, Model
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
 
@@ -102,32 +102,12 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
     model = Model(
         family=family,
         architecture=name,
+        values=values,
         dims=dims,
         features=family.features(values),
-        num_layers=values["num_hidden_layers"],
         dtype=str(dtype).removeprefix("torch."),
         max_positions=values["max_position_embeddings"],
         rope=rope,
         transformer={**fields, **heads, **family.transformer},
     )
-    return model, [] if topology is None else _misfits(model, topology)
-
-
-def _misfits(model: Model, topology: Topology) -> list[str]:
-    """What of a model a topology cannot divide; the layouts say so themselves."""
-    findings = []
-    if topology.ep_size > 1:
-        findings.append(f"ep_size is {topology.ep_size}; {model.architecture} has no experts, so it must be 1")
-    try:
-        topology.layers_of(model.num_layers, 0)
-    except ConfigError as error:
-        findings.append(str(error))
-    padded = replace(model, dims={**model.dims, "padded_vocab": model.padded_vocab(topology.tp_size)})
-    reasons: dict[str, str] = {}
-    for rule in padded.rules():
-        bound = padded.bind(rule, 0)
-        try:
-            rule.layout.local([shape for _, shape in bound.hf], 0, topology.tp_size, padded.dims)
-        except PlacementError as error:
-            reasons.setdefault(str(error), bound.hf[0][0])
-    return findings + [f"tp_size {topology.tp_size} does not fit {tensor}: {reason}" for reason, tensor in reasons.items()]
+    return model, [] if topology is None else indivisible(model, topology)

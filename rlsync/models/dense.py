@@ -8,10 +8,7 @@ from typing import Any
 from rlsync.models.base_keys import BASE_KEYS
 from rlsync.models.keys import HFConfig, Key, flag, is_whole, number, only, shown, size
 from rlsync.models.layouts import GatedColumn, GroupedQKV, Replicated, Row, VocabPadded
-from rlsync.models.rules import HFTensor, Rule
-
-LAYER = "decoder.layers.{layer}"
-HF_LAYER = "model.layers.{layer}"
+from rlsync.models.stacks import HFTensor, Index, Rule, Stack
 
 _DROPOUT = "the actor trains without it; set it to 0.0"
 # Defaults that differ between the classes stand in the families' own tables.
@@ -20,7 +17,7 @@ DENSE_KEYS: Mapping[str, Key] = {
     "vocab_size": size(is_required=True),
     "hidden_size": size("hidden_size", is_required=True),
     "intermediate_size": size("ffn_hidden_size", is_required=True),
-    "num_hidden_layers": size("num_layers", is_required=True),
+    "num_hidden_layers": size("num_layers", is_required=True, most=10_000),
     "num_attention_heads": size("num_attention_heads", is_required=True),
     "head_dim": size(is_nullable=True),
     "hidden_act": only("silu", "swish", default="silu"),
@@ -59,12 +56,14 @@ def dense_dims(values: Mapping[str, Any]) -> dict[str, int]:
         "num_heads": heads,
         "num_groups": groups,
         "head_dim": head_dim,
+        "num_layers": values["num_hidden_layers"],
     }
 
 
 def dense_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     """What transformers refuses, or computes in a way of its own, in keys that are right one by one."""
-    dims, layers = dense_dims(values), values["num_hidden_layers"]
+    dims = dense_dims(values)
+    layers = dims["num_layers"]
     findings = []
     if dims["num_heads"] % dims["num_groups"]:
         findings.append(f"num_attention_heads {dims['num_heads']} is not a multiple of num_key_value_heads {dims['num_groups']}")
@@ -83,82 +82,89 @@ def dense_features(values: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({"tied" if values["tie_word_embeddings"] else "untied"})
 
 
-EMBEDDINGS = (
-    Rule(
-        "embedding.word_embeddings.weight",
-        (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
-        VocabPadded(),
-        stage="first",
-    ),
-    Rule("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "hidden"),), Replicated(), stage="last"),
-    Rule("output_layer.weight", (HFTensor("lm_head.weight", "vocab", "hidden"),), VocabPadded(), stage="last", when="untied"),
-    Rule(
-        "output_layer.weight",
-        (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
-        VocabPadded(),
-        stage="last",
-        when="tied",
-        pipelined_only=True,
-    ),
+EMBEDDING = Stack(
+    (Rule("embedding.word_embeddings.weight", (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),), VocabPadded()),),
+    stage="first",
 )
+
+HEAD = Stack(
+    (
+        Rule("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "hidden"),), Replicated()),
+        Rule("output_layer.weight", (HFTensor("lm_head.weight", "vocab", "hidden"),), VocabPadded(), when="untied"),
+        Rule(
+            "output_layer.weight",
+            (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
+            VocabPadded(),
+            when="tied",
+            pipelined_only=True,
+        ),
+    ),
+    stage="last",
+)
+
+LAYERS = Index("layer", "num_layers", "pp")
 
 ATTENTION = (
     Rule(
-        f"{LAYER}.input_layernorm.weight",
-        (HFTensor(f"{HF_LAYER}.input_layernorm.weight", "hidden"),),
+        "input_layernorm.weight",
+        (HFTensor("input_layernorm.weight", "hidden"),),
         Replicated(),
-        te=f"{LAYER}.self_attention.linear_qkv.layer_norm_weight",
+        te="self_attention.linear_qkv.layer_norm_weight",
     ),
     Rule(
-        f"{LAYER}.self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.weight",
         (
-            HFTensor(f"{HF_LAYER}.self_attn.q_proj.weight", "q", "hidden"),
-            HFTensor(f"{HF_LAYER}.self_attn.k_proj.weight", "kv", "hidden"),
-            HFTensor(f"{HF_LAYER}.self_attn.v_proj.weight", "kv", "hidden"),
+            HFTensor("self_attn.q_proj.weight", "q", "hidden"),
+            HFTensor("self_attn.k_proj.weight", "kv", "hidden"),
+            HFTensor("self_attn.v_proj.weight", "kv", "hidden"),
         ),
         GroupedQKV(),
     ),
     Rule(
-        f"{LAYER}.self_attention.linear_qkv.bias",
+        "self_attention.linear_qkv.bias",
         (
-            HFTensor(f"{HF_LAYER}.self_attn.q_proj.bias", "q"),
-            HFTensor(f"{HF_LAYER}.self_attn.k_proj.bias", "kv"),
-            HFTensor(f"{HF_LAYER}.self_attn.v_proj.bias", "kv"),
+            HFTensor("self_attn.q_proj.bias", "q"),
+            HFTensor("self_attn.k_proj.bias", "kv"),
+            HFTensor("self_attn.v_proj.bias", "kv"),
         ),
         GroupedQKV(),
         when="qkv_bias",
     ),
     Rule(
-        f"{LAYER}.self_attention.q_layernorm.weight",
-        (HFTensor(f"{HF_LAYER}.self_attn.q_norm.weight", "head_dim"),),
+        "self_attention.q_layernorm.weight",
+        (HFTensor("self_attn.q_norm.weight", "head_dim"),),
         Replicated(),
         when="qk_norm",
     ),
     Rule(
-        f"{LAYER}.self_attention.k_layernorm.weight",
-        (HFTensor(f"{HF_LAYER}.self_attn.k_norm.weight", "head_dim"),),
+        "self_attention.k_layernorm.weight",
+        (HFTensor("self_attn.k_norm.weight", "head_dim"),),
         Replicated(),
         when="qk_norm",
     ),
-    Rule(f"{LAYER}.self_attention.linear_proj.weight", (HFTensor(f"{HF_LAYER}.self_attn.o_proj.weight", "hidden", "q"),), Row()),
+    Rule("self_attention.linear_proj.weight", (HFTensor("self_attn.o_proj.weight", "hidden", "q"),), Row()),
 )
 
 MLP = (
     Rule(
-        f"{LAYER}.pre_mlp_layernorm.weight",
-        (HFTensor(f"{HF_LAYER}.post_attention_layernorm.weight", "hidden"),),
+        "pre_mlp_layernorm.weight",
+        (HFTensor("post_attention_layernorm.weight", "hidden"),),
         Replicated(),
-        te=f"{LAYER}.mlp.linear_fc1.layer_norm_weight",
+        te="mlp.linear_fc1.layer_norm_weight",
     ),
     Rule(
-        f"{LAYER}.mlp.linear_fc1.weight",
+        "mlp.linear_fc1.weight",
         (
-            HFTensor(f"{HF_LAYER}.mlp.gate_proj.weight", "ffn", "hidden"),
-            HFTensor(f"{HF_LAYER}.mlp.up_proj.weight", "ffn", "hidden"),
+            HFTensor("mlp.gate_proj.weight", "ffn", "hidden"),
+            HFTensor("mlp.up_proj.weight", "ffn", "hidden"),
         ),
         GatedColumn(),
     ),
-    Rule(f"{LAYER}.mlp.linear_fc2.weight", (HFTensor(f"{HF_LAYER}.mlp.down_proj.weight", "hidden", "ffn"),), Row()),
+    Rule("mlp.linear_fc2.weight", (HFTensor("mlp.down_proj.weight", "hidden", "ffn"),), Row()),
 )
 
-DENSE_RULES = EMBEDDINGS + ATTENTION + MLP
+DENSE_STACKS = (
+    EMBEDDING,
+    Stack(ATTENTION + MLP, megatron="decoder.layers.{layer}.", hf="model.layers.{layer}.", indices=(LAYERS,)),
+    HEAD,
+)

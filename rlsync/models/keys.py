@@ -50,11 +50,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def size(field: str = "", *, default: int | None = None, is_required: bool = False, is_nullable: bool = False) -> Key:
-    """A whole number of at least 1."""
+def size(
+    field: str = "", *, default: int | None = None, is_required: bool = False, is_nullable: bool = False, most: int = 2**31 - 1
+) -> Key:
+    """A whole number of at least 1. ``most`` keeps a slip of the pen from being counted to."""
     return Key(
-        lambda value: is_whole(value) and value > 0,
-        "a whole number of at least 1",
+        lambda value: is_whole(value) and 0 < value <= most,
+        f"a whole number from 1 to {most}",
         default=default,
         is_required=is_required,
         is_nullable=is_nullable,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_KEYS, DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
 from rlsync.models.keys import HFConfig, size, unsupported
-from rlsync.models.rules import Family
+from rlsync.models.stacks import Family
 
 # transformers' bias covers o_proj too, which Megatron couples to biases in the MLP.
 _BIAS = "no released Llama has biases, and the table of the family lacks them"
@@ -36,5 +36,5 @@ LLAMA = Family(
     contradictions=_contradictions,
     features=dense_features,
     transformer=DENSE_TRANSFORMER,
-    rules=DENSE_RULES,
+    stacks=DENSE_STACKS,
 )

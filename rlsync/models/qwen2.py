@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_KEYS, DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
 from rlsync.models.keys import Key, harmless, size, unsupported
-from rlsync.models.rules import Family
+from rlsync.models.stacks import Family
 
 # Of Qwen2 and Qwen3 alike.
 QWEN_KEYS: Mapping[str, Key] = {
@@ -34,5 +34,5 @@ QWEN2 = Family(
     contradictions=dense_contradictions,
     features=_features,
     transformer={**DENSE_TRANSFORMER, "add_qkv_bias": True},
-    rules=DENSE_RULES,
+    stacks=DENSE_STACKS,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_RULES, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
 from rlsync.models.keys import size, unsupported
 from rlsync.models.qwen2 import QWEN_KEYS
-from rlsync.models.rules import Family
+from rlsync.models.stacks import Family
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
@@ -27,5 +27,5 @@ QWEN3 = Family(
     contradictions=dense_contradictions,
     features=_features,
     transformer={**DENSE_TRANSFORMER, "qk_layernorm": True},
-    rules=DENSE_RULES,
+    stacks=DENSE_STACKS,
 )

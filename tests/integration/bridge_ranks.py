@@ -13,12 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, model_parallel_cuda_manual_seed
+from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, RlsyncError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.model import flavour_of, iter_parameters
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 
 
@@ -157,6 +158,13 @@ def refuse_foreign_parameters(folder: str) -> None:
         bridge.shards(models)
     except PlacementError as error:
         print(f"SAID {error}", flush=True)
+    del models[0].extra
+    models[0].decoder.layers[1].register_buffer("bias", torch.zeros(4))
+    models[0].register_buffer("scratch", torch.zeros(4), persistent=False)
+    try:
+        bridge.shards(models)
+    except PlacementError as error:
+        print(f"SAID {error}", flush=True)
     destroy_parallel()
 
 
@@ -165,12 +173,15 @@ def survive_transformer_engine_names(folder: str) -> None:
     topology = parallel({"tp_size": 2})
     bridge = AutoBridge.from_pretrained(folder)
     models = bridge.get_model(topology=topology, bf16=False, wrap_with_ddp=False)
-    for layer in models[0].decoder.layers:
+    assert flavour_of(models) == "local"
+    for layer, spec in zip(models[0].decoder.layers, models[0].transformer_layer_spec.layer_specs, strict=True):
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
         layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
         layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
         layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
         for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
             linear.weight.tensor_model_parallel, linear.weight.partition_dim, linear.weight.partition_stride = True, 0, 1
+    assert flavour_of(models) == "te"
     names = {name for _, _, name, _ in iter_parameters(models)}
     assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in names
     assert "decoder.layers.3.pre_mlp_layernorm.weight" not in names

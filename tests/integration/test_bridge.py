@@ -155,6 +155,8 @@ def test_a_tied_checkpoint_that_stores_only_its_head_is_refused_on_every_rank(mo
 def test_a_model_that_differs_from_its_table_is_refused_by_name(models):
     for output in run_ranks(2, "tests.integration.bridge_ranks", "refuse_foreign_parameters", folder=models["llama"]["folder"]):
         assert "extra (3,): in the model, not in the table" in output
+        assert "decoder.layers.1.bias (4,): in the model, not in the table" in output
+        assert "scratch" not in output
 
 
 def test_unknown_architecture_lists_the_supported_ones():

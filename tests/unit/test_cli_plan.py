@@ -22,7 +22,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.transports import Memory
 from rlsync.sync import SyncConfig

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rlsync.cli.paper import paper_worker
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
 from workers.config import config_table, load_config, register_resolvers

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, lay_out
 from rlsync.plan.planner import build_plan
 from rlsync.transport.ends import placed

@@ -24,7 +24,6 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "logs",
                 "layout",
                 "models",
-                "placement",
                 "plan",
                 "checkpoint_folder",
             )
@@ -155,7 +154,7 @@ def test_layering_test_reads_the_sources() -> None:
         ("rlsync/transport/shm.py", "def f():\n    import rlsync.engine.worker", "above it"),
         ("rlsync/layout/geometry.py", "import threading", "neither sockets nor threads"),
         ("rlsync/plan/links.py", "from socket import gethostname", "neither sockets nor threads"),
-        ("rlsync/models/rules.py", "import zmq", "neither sockets nor threads"),
+        ("rlsync/models/stacks.py", "import zmq", "neither sockets nor threads"),
         ("rlsync/plan/packing.py", "from rlsync.coordinator.client import Client", "above it"),
         ("rlsync/bridge.py", "from megatron.core import parallel_state", "only examples, rlsync.megatron may"),
         ("rlsync/sync.py", "import vllm", "only rlsync.engine may"),
@@ -202,7 +201,7 @@ def test_pure_layers_and_the_protocol_load_no_framework() -> None:
     program = f"import sys, importlib\nfor m in {present!r}: importlib.import_module(m)\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
-    assert {"rlsync.plan.planner", "rlsync.plan.links", "rlsync.plan.packing", "rlsync.placement.megatron", "rlsync.models.rules"} <= set(
+    assert {"rlsync.plan.planner", "rlsync.plan.links", "rlsync.plan.packing", "rlsync.models.placement", "rlsync.models.stacks"} <= set(
         present
     )
     assert not loaded & {"megatron", "vllm", "ray", "torch"}

@@ -18,7 +18,7 @@ from rlsync.copy.cpu import region
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.packing import PackedPart, Region, cut, divide, lay_out
 from rlsync.plan.planner import build_plan

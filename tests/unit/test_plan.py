@@ -27,7 +27,7 @@ from rlsync.layout.geometry import (
 )
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan
 

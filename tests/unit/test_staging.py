@@ -12,7 +12,7 @@ from rlsync.copy.cpu import region
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, PackedPart, lay_out, side_by_side
 from rlsync.plan.planner import build_plan
 from rlsync.sync.packer import Packer

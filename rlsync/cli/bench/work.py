@@ -14,7 +14,7 @@ from rlsync.cli.bench.spec import Spec
 from rlsync.cli.paper import paper_worker
 from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.models import model_of
-from rlsync.placement.megatron import megatron_placements
+from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import LINK_NAMES, traffic
 from rlsync.plan.planner import build_plan
 

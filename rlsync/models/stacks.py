@@ -1,0 +1,244 @@
+"""Rules, stacks and families: tables that say which HF tensors make up which Megatron parameter, and which ranks hold it.
+
+A rule is one parameter and the HF tensors in it. A stack is rules that repeat over the same numbers (layers, experts) and are cut by the
+same parallel axes; dense layers before layers of experts, experts, a vision tower and layers that predict further tokens are stacks of
+one model. Megatron names are *global*: numbers count over the whole model, as in HF names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any, Literal
+
+from rlsync.errors import PlacementError
+from rlsync.layout.geometry import TensorSpec
+from rlsync.models.keys import HFConfig, Key
+from rlsync.models.layouts import Layout, LocalLayout
+from rlsync.models.rope import Rope
+
+# How a parameter is called: by Megatron's local spec, or by TransformerEngine's, which fuses norms into the linear that follows.
+Flavour = Literal["local", "te"]
+
+
+@dataclass(frozen=True, slots=True)
+class HFTensor:
+    """HF name template and its shape as names of dims, as ``HFTensor("lm_head.weight", "vocab", "hidden")``."""
+
+    template: str
+    dims: tuple[str, ...]
+
+    def __init__(self, template: str, *dims: str) -> None:
+        object.__setattr__(self, "template", template)
+        object.__setattr__(self, "dims", dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One Megatron parameter, the HF tensors in it, and the layout that packs them.
+
+    Attributes:
+        megatron: name under the local spec, after the prefix of its stack.
+        hf: HF tensors in the order the layout expects, by names after the HF prefix of its stack.
+        te: name under the TransformerEngine spec, where it differs.
+        when: feature of the model that must be present (see ``Family.features``), or "" for always.
+        pipelined_only: the parameter exists only with more than one pipeline stage (the head of a tied model).
+    """
+
+    megatron: str
+    hf: tuple[HFTensor, ...]
+    layout: Layout
+    te: str | None = None
+    when: str = ""
+    pipelined_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A number that stands in names and counts copies of a stack.
+
+    Attributes:
+        name: its placeholder, as ``layer`` for ``{layer}``.
+        count: the dim of the model that says how many there are.
+        axis: the parallel axis whose ranks share them: "pp" (layers over stages and their virtual chunks), "ep" (equal consecutive
+            blocks), or "" where every rank that has the stack has all of them.
+    """
+
+    name: str
+    count: str
+    axis: Literal["pp", "ep", ""] = ""
+
+
+def in_every_layer(model: Model, layer: int) -> bool:
+    """The predicate of a stack without exceptions."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Parameters that repeat over the same numbers and are cut by the same axes.
+
+    Attributes:
+        rules: the parameters of one copy.
+        megatron: global Megatron names begin with it; the names of ``indices`` in braces.
+        hf: HF names begin with it.
+        indices: outermost first, layers before what lies in a layer; () for parameters that a model has once.
+        stage: the pipeline stage that has all of it, or "" where an index says which stages do.
+        tensor_axis: the axis of the layouts: "tp", or "etp" for experts.
+        has_layer: model and first number -> whether the copy exists. Not asked where there is no index.
+        dtype: of parameters that are in this dtype whatever the model is in, or "".
+        are_buffers: they are buffers of the modules, which no optimizer updates.
+    """
+
+    rules: tuple[Rule, ...]
+    megatron: str = ""
+    hf: str = ""
+    indices: tuple[Index, ...] = ()
+    stage: Literal["first", "last", ""] = ""
+    tensor_axis: Literal["tp", "etp"] = "tp"
+    has_layer: Callable[[Model, int], bool] = in_every_layer
+    dtype: str = ""
+    are_buffers: bool = False
+
+
+# The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.
+Shares = Callable[[Stack], Sequence[Sequence[int]] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: the architectures it serves, what their config.json may hold, and the rules of their weights.
+
+    Attributes:
+        architectures: values of ``architectures[0]`` in ``config.json``.
+        model_type: the value that transformers knows these architectures by.
+        keys: every key of config.json that transformers' class reads.
+        dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
+        contradictions: values and config -> what is wrong between keys that are right by themselves.
+        features: values of the honoured keys -> names that the ``when`` of a rule refers to.
+        transformer: fields of Megatron's TransformerConfig that are the same for all models of the family.
+        stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
+        ignored: patterns of HF names that old checkpoints carry and nobody loads.
+    """
+
+    architectures: tuple[str, ...]
+    model_type: str
+    keys: Mapping[str, Key]
+    dims: Callable[[Mapping[str, Any]], dict[str, int]]
+    contradictions: Callable[[Mapping[str, Any], HFConfig], list[str]]
+    features: Callable[[Mapping[str, Any]], frozenset[str]]
+    transformer: Mapping[str, Any]
+    stacks: tuple[Stack, ...]
+    ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A rule of a stack for one layer, one expert: names and HF shapes without placeholders.
+
+    ``local`` and ``te`` are the global Megatron names under the two specs.
+    """
+
+    rule: Rule
+    stack: Stack
+    local: str
+    te: str
+    hf: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def name(self, flavour: Flavour) -> str:
+        return self.te if flavour == "te" else self.local
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family bound to one HF config: every name and size is known, no rank is. Made by :func:`rlsync.models.model_of`.
+
+    Attributes:
+        architecture: as config.json names it.
+        values: of the keys of config.json that the family honours.
+        dims: named sizes.
+        features: names that the ``when`` of a rule refers to.
+        dtype: of the checkpoint by its config, as ``"bfloat16"``.
+        max_positions: longest sequence that the model was made for, in tokens.
+        rope: rotary embedding.
+        transformer: fields of Megatron's TransformerConfig that the config decides, by name; an activation is a name too.
+    """
+
+    family: Family
+    architecture: str
+    values: Mapping[str, Any]
+    dims: Mapping[str, int]
+    features: frozenset[str]
+    dtype: str
+    max_positions: int
+    rope: Rope
+    transformer: Mapping[str, Any]
+
+    @property
+    def tied(self) -> bool:
+        return "tied" in self.features
+
+    def padded_vocab(self, tp_size: int, make_vocab_size_divisible_by: int = 1) -> int:
+        """Rows of the vocabulary in Megatron, over all tp_ranks: a multiple of ``make_vocab_size_divisible_by * tp_size``."""
+        multiple = make_vocab_size_divisible_by * tp_size
+        return -(-self.dims["vocab"] // multiple) * multiple
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return self.dims["num_layers"]
+
+    def parameters(self, shares: Shares | None = None) -> Iterator[Bound]:
+        """Rules bound to the numbers in ``shares`` (None: all of them), in the order of the table and layer by layer."""
+        shares = shares or (lambda stack: [range(self.dims[index.count]) for index in stack.indices])
+        for _, stacks in groupby(self.family.stacks, key=lambda stack: (stack.stage, stack.indices[:1])):
+            found = [
+                (numbers, rule, stack)
+                for stack in stacks
+                if (held := shares(stack)) is not None
+                for rule in stack.rules
+                if not rule.when or rule.when in self.features
+                for numbers in product(*held)
+                if not numbers or stack.has_layer(self, numbers[0])
+            ]
+            found.sort(key=lambda entry: entry[0][:1])
+            yield from (self._bind(rule, stack, numbers) for numbers, rule, stack in found)
+
+    def _bind(self, rule: Rule, stack: Stack, numbers: tuple[int, ...]) -> Bound:
+        placed = dict(zip((index.name for index in stack.indices), numbers, strict=True))
+        local, te = ((stack.megatron + name).format(**placed) for name in (rule.megatron, rule.te or rule.megatron))
+        hf = tuple(
+            ((stack.hf + tensor.template).format(**placed), tuple(int(d) if d.isdigit() else self.dims[d] for d in tensor.dims))
+            for tensor in rule.hf
+        )
+        return Bound(rule, stack, local, te, hf)
+
+    def tensors(self, dtype: str | None = None) -> tuple[TensorSpec, ...]:
+        """Every HF tensor once, in layer order: embedding, layers ascending, final norm, head. ``dtype`` is the parameters'."""
+        seen: dict[str, TensorSpec] = {}
+        for bound in self.parameters():
+            for name, shape in bound.hf:
+                seen.setdefault(name, TensorSpec(name, bound.stack.dtype or dtype or self.dtype, shape))
+        return tuple(seen.values())
+
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What keeps tensors of these shapes, by HF name, from being this model's: missing, unexpected and wrongly shaped ones."""
+        wanted = {t.name: t.shape for t in self.tensors()}
+        missing = sorted(name for name in wanted if name not in shapes)
+        extra = sorted(name for name in shapes if name not in wanted and not self.is_ignored(name))
+        wrong = [f"{name}: expected {shape}, stored {shapes[name]}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+        kinds = (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong))
+        return [f"{kind} {len(names)} tensors: {', '.join(names)}" for kind, names in kinds if names]
+
+    def is_ignored(self, hf_name: str) -> bool:
+        return any(re.fullmatch(pattern, hf_name) for pattern in self.family.ignored)
+
+    def local_layout(self, bound: Bound, rank: int, size: int) -> LocalLayout:
+        """The share of one tensor rank; errors name the parameter and its HF tensors."""
+        try:
+            return bound.rule.layout.local([shape for _, shape in bound.hf], rank, size, self.dims)
+        except PlacementError as error:
+            names = ", ".join(f"{name} {shape}" for name, shape in bound.hf)
+            raise PlacementError(f"{bound.local} <- {names}: {error}") from None

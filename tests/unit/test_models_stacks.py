@@ -1,0 +1,216 @@
+"""The seam for what comes next: a made-up family whose experts, router buffer, vision tower and extra layer are rows, not code."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.copy.cpu import bind, write_fills
+from rlsync.errors import PlacementError
+from rlsync.layout.geometry import whole_tensors
+from rlsync.layout.topology import Topology
+from rlsync.models import check_config
+from rlsync.models.dense import EMBEDDING, HEAD
+from rlsync.models.layouts import Column, GatedColumn, GroupedQKV, Replicated, Row
+from rlsync.models.llama import LLAMA
+from rlsync.models.placement import held_parameters, indivisible, megatron_placements
+from rlsync.models.rope import Rope
+from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack
+from rlsync.plan.planner import build_plan
+
+LAYER = Index("layer", "num_layers", "pp")
+EXPERT = Index("expert", "num_experts", "ep")
+DECODER = {"megatron": "decoder.layers.{layer}.", "hf": "model.layers.{layer}."}
+
+
+def is_dense(model: Model, layer: int) -> bool:
+    return layer < model.values["first_k_dense_replace"]
+
+
+def has_experts(model: Model, layer: int) -> bool:
+    return not is_dense(model, layer)
+
+
+def attention(prefix: str = "self_attention.") -> tuple[Rule, ...]:
+    qkv = tuple(HFTensor(f"self_attn.{x}_proj.weight", rows, "hidden") for x, rows in (("q", "q"), ("k", "kv"), ("v", "kv")))
+    return (
+        Rule(
+            "input_layernorm.weight",
+            (HFTensor("input_layernorm.weight", "hidden"),),
+            Replicated(),
+            te=f"{prefix}linear_qkv.layer_norm_weight",
+        ),
+        Rule(f"{prefix}linear_qkv.weight", qkv, GroupedQKV()),
+        Rule(f"{prefix}linear_proj.weight", (HFTensor("self_attn.o_proj.weight", "hidden", "q"),), Row()),
+    )
+
+
+def mlp(megatron: str, hf: str, ffn: str, number: str = "") -> tuple[Rule, ...]:
+    gated = (HFTensor(f"{hf}gate_proj.weight", ffn, "hidden"), HFTensor(f"{hf}up_proj.weight", ffn, "hidden"))
+    return (
+        Rule(f"{megatron}linear_fc1.weight{number}", gated, GatedColumn()),
+        Rule(f"{megatron}linear_fc2.weight{number}", (HFTensor(f"{hf}down_proj.weight", "hidden", ffn),), Row()),
+    )
+
+
+STACKS = (
+    Stack(
+        (Rule("qkv.weight", (HFTensor("qkv.weight", "vision", "vision"),), Column()),),
+        megatron="vision_model.decoder.layers.{block}.",
+        hf="visual.blocks.{block}.",
+        indices=(Index("block", "num_blocks"),),
+        stage="first",
+    ),
+    EMBEDDING,
+    Stack(attention(), indices=(LAYER,), **DECODER),
+    Stack(mlp("mlp.", "mlp.", "ffn"), indices=(LAYER,), has_layer=is_dense, **DECODER),
+    Stack(
+        (Rule("mlp.router.weight", (HFTensor("mlp.gate.weight", "num_experts", "hidden"),), Replicated()),),
+        indices=(LAYER,),
+        has_layer=has_experts,
+        **DECODER,
+    ),
+    Stack(
+        (Rule("mlp.router.expert_bias", (HFTensor("mlp.gate.e_score_correction_bias", "num_experts"),), Replicated()),),
+        indices=(LAYER,),
+        has_layer=has_experts,
+        dtype="float32",
+        are_buffers=True,
+        **DECODER,
+    ),
+    Stack(
+        mlp("mlp.experts.", "mlp.experts.{expert}.", "expert_ffn", "{expert}"),
+        indices=(LAYER, EXPERT),
+        tensor_axis="etp",
+        has_layer=has_experts,
+        **DECODER,
+    ),
+    HEAD,
+    Stack(
+        (
+            Rule("eh_proj.weight", (HFTensor("eh_proj.weight", "hidden", "hidden"),), Column()),
+            *attention("transformer_layer.self_attention."),
+        ),
+        megatron="mtp.layers.{depth}.",
+        hf="mtp.{depth}.",
+        indices=(Index("depth", "num_depths"),),
+        stage="last",
+    ),
+)  # fmt: skip
+FAMILY = dataclasses.replace(LLAMA, architectures=("MadeUpForCausalLM",), model_type="made_up", stacks=STACKS)
+
+
+def made_up(**dims: int) -> Model:
+    sizes = {
+        "hidden": 16, "vocab": 37, "ffn": 24, "expert_ffn": 8, "vision": 12, "q": 16, "kv": 8, "num_heads": 4, "num_groups": 2,
+        "head_dim": 4, "num_layers": 4, "num_experts": 8, "num_blocks": 3, "num_depths": 1, **dims,
+    }  # fmt: skip
+    return Model(
+        family=FAMILY, architecture="MadeUpForCausalLM", values={"first_k_dense_replace": 1}, dims=sizes, features=frozenset({"untied"}),
+        dtype="bfloat16", max_positions=64, rope=Rope(1e4), transformer={},
+    )  # fmt: skip
+
+
+TOPOLOGIES: list[dict[str, Any]] = [
+    {},
+    {"tp_size": 2},
+    {"dp_size": 4, "ep_size": 4},
+    {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2},
+    {"tp_size": 4, "dp_size": 2, "ep_size": 8},
+    {"tp_size": 2, "dp_size": 2, "ep_size": 4, "pp_size": 2},
+    {"tp_size": 2, "pp_size": 2, "vpp_size": 2, "ep_size": 2},
+    {"tp_size": 2, "dp_size": 2, "cp_size": 2, "ep_size": 2, "etp_size": 4, "pp_size": 4},
+    {"pp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3},
+]
+
+
+def random_tensors(model: Model) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {t.name: torch.randn(t.shape, generator=generator).to(getattr(torch, t.dtype)) for t in model.tensors()}
+
+
+@pytest.mark.parametrize("axes", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize("flavour", ["local", "te"])
+def test_every_rank_gets_its_share_and_the_whole_comes_back(axes, flavour):
+    """Planned both ways, which proves that placements are complete, and copied both ways, bit for bit."""
+    model, topology = made_up(), Topology(**axes)
+    assert indivisible(model, topology) == []
+    tensors, ranks = model.tensors(), megatron_placements(model, topology, flavour=flavour)
+    whole = whole_tensors("file", tensors)
+    original = random_tensors(model)
+    shards = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in rank.buffers} for rank in ranks]
+    load = build_plan(tensors, [whole], ranks)
+    for bucket in load.buckets:
+        for copy in bucket.copies:
+            bind([copy], original, shards[copy.destination]).run()
+    for rank, buffers in zip(ranks, shards, strict=True):
+        write_fills(rank.fills, buffers)
+        assert not any(tensor.isnan().any() for tensor in buffers.values())
+    saved = {t.name: torch.full(t.shape, float("nan"), dtype=getattr(torch, t.dtype)) for t in tensors}
+    for bucket in build_plan(tensors, ranks, [whole]).buckets:
+        for copy in bucket.copies:
+            bind([copy], shards[copy.source], saved).run()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
+
+
+def test_a_missing_expert_is_found_before_anything_moves():
+    """Negative control: without the ranks of one expert block the proof fails by name."""
+    model, topology = made_up(), Topology(dp_size=4, ep_size=4)
+    ranks = megatron_placements(model, topology)
+    with pytest.raises(PlacementError, match=r"model\.layers\.1\.mlp\.experts\.6\."):
+        build_plan(model.tensors(), ranks[:3], [whole_tensors("file", model.tensors())])
+
+
+def test_names_count_over_the_whole_model():
+    model, topology = made_up(), Topology(tp_size=2, dp_size=2, ep_size=4, pp_size=2)
+    names = [{bound.name("te"): bound.hf for bound in held_parameters(model, topology, rank)} for rank in range(topology.world_size)]
+    at = topology.coordinates(6)
+    assert (at.pp_rank, at.ep_rank, at.etp_rank) == (1, 2, 0)
+    (gate, shape), (up, _) = names[6]["decoder.layers.3.mlp.experts.linear_fc1.weight5"]
+    assert (gate, up, shape) == ("model.layers.3.mlp.experts.5.gate_proj.weight", "model.layers.3.mlp.experts.5.up_proj.weight", (8, 16))
+    assert {name for name in names[6] if ".experts." in name and ".2." in name} == {
+        f"decoder.layers.2.mlp.experts.linear_fc{fc}.weight{expert}" for fc in (1, 2) for expert in (4, 5)
+    }
+    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names[0]
+    assert "decoder.layers.0.mlp.linear_fc1.weight" in names[0] and "decoder.layers.1.mlp.linear_fc1.weight" not in names[0]
+    assert [any(name.startswith("mtp.") for name in held) for held in names] == [False] * 4 + [True] * 4
+    assert [any(name.startswith("vision_model.") for name in held) for held in names] == [True] * 4 + [False] * 4
+
+
+def test_a_stack_has_a_dtype_of_its_own():
+    model = made_up()
+    (rank,) = megatron_placements(model, Topology())
+    dtypes = {b.name: b.dtype for b in rank.buffers}
+    assert dtypes["decoder.layers.2.mlp.router.expert_bias"] == "float32"
+    assert {dtype for name, dtype in dtypes.items() if "expert_bias" not in name} == {"bfloat16"}
+    assert {t.name: t.dtype for t in model.tensors("float16")}["model.layers.2.mlp.gate.e_score_correction_bias"] == "float32"
+
+
+def test_tensors_come_layer_by_layer():
+    layers = [t.name.split(".")[2] for t in made_up().tensors() if t.name.startswith("model.layers.")]
+    assert layers == sorted(layers)
+
+
+@pytest.mark.parametrize(
+    ("dims", "axes", "said"),
+    [
+        ({"num_experts": 6}, {"dp_size": 4, "ep_size": 4}, "num_experts 6 cannot be divided by ep_size 4"),
+        ({"expert_ffn": 9}, {"tp_size": 2, "etp_size": 2}, "etp_size 2 does not fit model.layers.1.mlp.experts.0.gate_proj.weight"),
+        ({"ffn": 25}, {"tp_size": 2}, "tp_size 2 does not fit model.layers.0.mlp.gate_proj.weight"),
+        ({"num_layers": 3}, {"pp_size": 2}, "3 layers cannot be split over pp_size 2"),
+    ],
+)
+def test_what_an_axis_cannot_divide_is_said_by_name(dims, axes, said):
+    model, topology = made_up(**dims), Topology(**axes)
+    assert any(said in finding for finding in indivisible(model, topology)), indivisible(model, topology)
+
+
+def test_a_model_without_experts_takes_no_expert_axis():
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }  # fmt: skip
+    assert check_config(config, Topology(dp_size=2, ep_size=2)) == ["ep_size is 2; LlamaForCausalLM has no experts, so it must be 1"]
