@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from rlsync.copy import kernel
-from rlsync.copy.kernel_bulk import BULK_CAPABILITY
 from rlsync.copy.signals import heard_afterwards
 from rlsync.copy.tables import PATTERN_BYTES, Move, Strided, Tables, build_tables, moved
 from rlsync.errors import ConfigError, PlacementError
@@ -92,7 +91,7 @@ class CudaCopyProgram:
         self._last_stream: torch.cuda.Stream | None = None
         chip = torch.cuda.get_device_properties(self._device)
         self._num_blocks = min(self.num_tasks, chip.multi_processor_count * kernel.BLOCKS_PER_MULTIPROCESSOR)
-        self._num_bulk = self._tables.num_bulk if (chip.major, chip.minor) >= BULK_CAPABILITY else 0
+        self._num_bulk = self._tables.num_bulk if (chip.major, chip.minor) >= kernel.BULK_CAPABILITY else 0
         self._uploaded = _upload(self._tables, self._device)
 
     @property

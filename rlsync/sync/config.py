@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsync.errors import ConfigError
+from rlsync.plan.transports import TRANSPORTS
 from rlsync.plan.verification import MODES
 
 SINKS = ("auto", "direct", "layerwise", "loaders")
-TRANSPORTS = ("auto", "ipc", "shm", "nccl", "gloo")
 STAGING = ("auto", "always")
 # Nobody can dial these, and nothing should listen on networks that nobody named.
 _EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
@@ -21,8 +21,8 @@ class SyncConfig:
     """Settings of a connection, the same on all actor ranks.
 
     Attributes:
-        bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; where it has a larger tensor, as many as
-            that one has, for which there has to be room anyway. What ``nccl`` carries from parameters to parameters travels in steps of
+        bucket_bytes: most bytes of a bucket that one worker takes or one actor rank gives; at least its largest tensor, which is never
+            split. What ``nccl`` carries from parameters to parameters travels in steps of
             so many bytes, and of ``rlsync.plan.links.MOST_STEP_BYTES`` at most.
         num_slots: slots of the ring, and of the memory for messages at both ends. With 2, one bucket is filled while the one before
             it is loaded.
@@ -33,7 +33,7 @@ class SyncConfig:
             the first sync, and each at least once in ``rlsync.plan.verification.SAMPLE_PERIOD`` consecutive ones.
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
             through shared memory; ``nccl`` as messages from GPU to GPU, no two of them the same; ``gloo`` as messages through
-            host memory. ``auto`` is for each worker the first of these that reaches it.
+            host memory. ``auto`` is for each worker the first of these that reaches it. See ``rlsync.plan.transports``.
         staging: what ``ipc`` reads: ``auto`` the parameters where they lie, and a ring in GPU memory instead of those that cannot be
             mapped, or leave between syncs and are on another GPU than their reader; ``always`` the ring.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
@@ -44,7 +44,7 @@ class SyncConfig:
     num_slots: int = 2
     timeout_s: float = 600.0
     sink: Literal["auto", "direct", "layerwise", "loaders"] = "auto"
-    transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = "auto"
+    transport: str = "auto"
     staging: Literal["auto", "always"] = "auto"
     verify: Literal["off", "sampled", "full"] = "sampled"
     pause_mode: Literal["abort", "wait", "keep"] = "abort"
@@ -62,7 +62,7 @@ class SyncConfig:
         for key, value, known in (
             ("sink", self.sink, SINKS),
             ("verify", self.verify, MODES),
-            ("transport", self.transport, TRANSPORTS),
+            ("transport", self.transport, ("auto", *TRANSPORTS)),
             ("staging", self.staging, STAGING),
             ("pause_mode", self.pause_mode, _PAUSE_MODES),
         ):
