@@ -68,9 +68,14 @@ class Trainer:
             checkpoint_folder.publish_checkpoint(staged)
         dist.barrier()
 
-    def load(self, folder: Path | str) -> checkpoint_folder.Restored:
+    def load(self, folder: Path | str, *, random_state: bool = True) -> checkpoint_folder.Restored:
         restored = checkpoints.load_checkpoint(
-            Path(folder) / "actor", self.bridge, self.models, optimizer=self.optimizer, scheduler=self.scheduler
+            Path(folder) / "actor",
+            self.bridge,
+            self.models,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            random_state=random_state,
         )
         self.step = restored.step
         return restored
@@ -89,6 +94,9 @@ def train_and_save(folder: str, topology: dict[str, int], root: str) -> None:
     restored = trainer.load(checkpoint_folder.latest_checkpoint(root))
     assert restored == checkpoint_folder.Restored(2, complete=True)
     assert [trainer.train(), trainer.train()] == after, "the steps after a resume differ"
+    here = torch.get_rng_state()
+    trainer.load(checkpoint_folder.latest_checkpoint(root), random_state=False)
+    assert torch.equal(torch.get_rng_state(), here), "a random state that was not asked for"
     print("SAID " + json.dumps(after), flush=True)
 
 
