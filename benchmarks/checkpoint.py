@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _compare(folder: Path, num_layers: int, rounds: int) -> None:
-    from workers.seeded_model import make_seeded_model
+    from workers.synthetic import make_seeded_model
 
     model, out = folder / "model", folder / "checkpoint"
     make_seeded_model(model, {**QWEN25_05B, "num_hidden_layers": num_layers, "max_position_embeddings": 2048}, seed=0)

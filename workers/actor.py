@@ -1,39 +1,47 @@
 """One rank of the Megatron actor, as a Ray actor: set-up, warm start, sync, log-probabilities, training, checkpoints.
 
-All ranks get the same calls in the same order; most are collective over the actor. Knows no engine but by handle.
+Owns what configuration keys mean for Megatron's parts, where the first weights come from, and the GRPO loss of an optimizer update as
+Megatron's passes want it (``algorithms`` has the arithmetic). All ranks get the same calls in the same order; most are collective over
+the actor. Knows no engine but by handle.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge import AutoBridge
-from rlsync.checkpoint import load_checkpoint, save_checkpoint
-from rlsync.checkpoint_folder import Restored
+from rlsync.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.checkpoint_folder import TRACKER, Restored
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import gather_parameters, iter_parameters
+from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.offload import ActorMemory, Part
-from rlsync.megatron.optimizer import build_optimizer, build_scheduler
-from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
+from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores
-from rlsync.megatron.train import token_scores, train_step
+from rlsync.megatron.specs import SpecName
+from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.source import MegatronSource
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.transport.collectives import gather_bytes
-from workers.actor_options import SPECS, ddp_options, optimizer_options, policy_loss_options, scheduler_options, transformer_overrides
-from workers.algorithms import correct_importance
+from rlsync.transport.collectives import agreed, gather_bytes
+from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
-from workers.initial_weights import load_initial_weights
-from workers.logs import keep_own_log
+from workers.config.actor import ActorConfig, ActorModelConfig
+from workers.config.schema import AlgorithmConfig
 from workers.memory import device_memory_gb, host_memory_gb
-from workers.objective import PolicyObjective, update_metrics
+from workers.remote import keep_own_log
 from workers.rollout_metrics import LogprobDifference
 from workers.samples import Sample, Share, collate
 
@@ -316,3 +324,186 @@ def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
 def _engine_row(sample: Sample) -> Tensor:
     """The engine's log-probabilities in the form ``_score`` returns: zero at the prompt."""
     return torch.cat((torch.zeros(len(sample.prompt_ids)), torch.tensor(sample.engine_logprobs)))
+
+
+SPECS: dict[str, SpecName] = {"decoder_gpt": "auto", "local_gpt": "local", "te_gpt": "te"}
+
+
+def transformer_overrides(model: ActorModelConfig) -> dict[str, Any]:
+    """``TransformerConfig`` fields by name."""
+    return {
+        "sequence_parallel": model.sequence_parallel,
+        # Else every microbatch would be padded to the longest and tallest of them.
+        "variable_seq_lengths": model.pipeline_model_parallel_size > 1,
+        **model.transformer_overrides(),
+    }
+
+
+def ddp_options(actor: ActorConfig) -> DdpOptions:
+    return DdpOptions(
+        use_distributed_optimizer=actor.optim.use_distributed_optimizer,
+        grad_reduce_in_fp32=actor.megatron.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=actor.optim.overlap_grad_reduce,
+        overlap_param_gather=actor.optim.overlap_param_gather,
+        bucket_size=actor.megatron.ddp_bucket_size,
+        check_for_nan_in_grad=actor.megatron.check_for_nan_in_loss_and_grad,
+    )
+
+
+def optimizer_options(actor: ActorConfig, lr: float) -> OptimizerOptions:
+    optim = actor.optim
+    return OptimizerOptions(
+        lr=lr,
+        min_lr=min(optim.min_lr, lr),
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        loss_scale=optim.loss_scale,
+        optimizer_cpu_offload=optim.optimizer_cpu_offload,
+        optimizer_offload_fraction=optim.optimizer_offload_fraction if optim.optimizer_cpu_offload else 0.0,
+        use_precision_aware_optimizer=optim.use_precision_aware_optimizer,
+    )
+
+
+def scheduler_options(actor: ActorConfig) -> SchedulerOptions:
+    optim, schedule = actor.optim, actor.lr_sched
+    assert schedule.max_lr is not None and schedule.min_lr is not None, "load_config derives both"
+    first, last = schedule.start_weight_decay, schedule.end_weight_decay
+    return SchedulerOptions(
+        max_lr=schedule.max_lr,
+        min_lr=schedule.min_lr,
+        lr_decay_style=schedule.lr_decay_style,
+        lr_decay_iters=schedule.lr_decay_iters,
+        lr_warmup_iters=schedule.lr_warmup_iters,
+        lr_warmup_fraction=schedule.lr_warmup_fraction,
+        lr_warmup_init=schedule.lr_warmup_init,
+        lr_wsd_decay_iters=schedule.lr_wsd_decay_iters,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+        start_weight_decay=optim.weight_decay if first is None else first,
+        end_weight_decay=optim.weight_decay if last is None else last,
+        weight_decay_incr_style=schedule.weight_decay_incr_style,
+    )
+
+
+def policy_loss_options(algorithm: AlgorithmConfig) -> PolicyLossOptions:
+    low, high = algorithm.clip_ratio_low, algorithm.clip_ratio_high
+    return PolicyLossOptions(
+        loss_agg_func=algorithm.loss_agg_func,
+        clip_ratio_low=algorithm.ratio_clip_eps if low is None else low,
+        clip_ratio_high=algorithm.ratio_clip_eps if high is None else high,
+        clip_ratio_c=algorithm.clip_ratio_c,
+        clip_log_ratio_min=algorithm.clip_log_ratio_min,
+        clip_log_ratio_max=algorithm.clip_log_ratio_max,
+        early_stop_imp_ratio=algorithm.early_stop_imp_ratio,
+        kl_beta=algorithm.kl_beta,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+    )
+
+
+# What a conversion was made from; written after everything else of it.
+ORIGIN = "origin.json"
+
+
+def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], actor: ActorConfig) -> None:
+    """Fill the model as ``actor.model.megatron_checkpoint``, ``mbridge`` and ``use_hf_ckpt`` say. Collective over all ranks.
+
+    Raises CheckpointError or PlacementError, on all ranks.
+    """
+    hf_path, megatron = actor.megatron.ckpt_convertor.hf_model_path, actor.megatron
+    assert hf_path is not None, "load_config derives it"
+    if actor.model.megatron_checkpoint is not None:
+        load_checkpoint_weights(actor.model.megatron_checkpoint, bridge, models)
+    elif megatron.mbridge:
+        bridge.load_weights(models, hf_path)
+    else:
+        assert megatron.use_hf_ckpt and megatron.ckpt_convertor.save_path is not None, "load_config sees to both"
+        converted = Path(megatron.ckpt_convertor.save_path).absolute()
+        _convert_once(bridge, models, Path(hf_path), converted)
+        load_checkpoint_weights(converted, bridge, models)
+
+
+def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:
+    """Make ``converted`` hold ``hf_folder`` in this layout, unless it does already. A conversion cut short is made again."""
+    origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
+    if _origin_of(converted) == origin:
+        return
+    dist.barrier()  # nobody removes what another still looks at
+    with agreed(device=compute_device()):
+        if dist.get_rank() == 0:
+            (converted / ORIGIN).unlink(missing_ok=True)
+            shutil.rmtree(converted, ignore_errors=True)
+    if dist.get_rank() == 0:
+        print(f"converting {hf_folder} to a Megatron checkpoint in {converted}, once", flush=True)
+    bridge.load_weights(models, hf_folder)
+    save_checkpoint(converted, None, models, step=0)
+    with agreed(device=compute_device()):
+        if dist.get_rank() == 0:
+            (converted / ORIGIN).write_text(json.dumps(origin, indent=1))
+
+
+def _origin_of(converted: Path) -> dict[str, Any] | None:
+    path = converted / ORIGIN
+    if not path.is_file() or not (converted / TRACKER).is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:  # cut short while it was written
+        return None
+
+
+def _fingerprint(hf_folder: Path) -> dict[str, list[int]]:
+    """Size and modification time of each weight file: enough to notice other weights under the same path."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(hf_folder.glob("*.safetensors"))}
+
+
+def _layout(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """What the conversion's files depend on; data-parallel replicas share them."""
+    topology = asdict(current_topology(models))
+    del topology["dp_size"]
+    return {"topology": topology, "dtype": str(next(models[0].parameters()).dtype)}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """``TokenLoss`` of one optimizer update.
+
+    Attributes:
+        denominator: response tokens or sequences of the update over all replicas, as ``loss_agg_func`` divides.
+        report_entropy: compute the entropy also where it has no weight.
+    """
+
+    options: PolicyLossOptions
+    denominator: int
+    report_entropy: bool
+
+    def __call__(self, scores: TokenScores, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        wants_entropy = self.report_entropy or self.options.entropy_bonus != 0
+        loss = policy_loss(
+            scores.log_probs,
+            microbatch["old_logprobs"],
+            microbatch["advantages"],
+            microbatch["mask"],
+            self.options,
+            reference_logprobs=microbatch.get("reference_logprobs"),
+            entropy=scores.entropy if wants_entropy else None,
+        )
+        sums = {f"{name}|{part}": pair[i] for name, pair in loss.sums.terms.items() for i, part in enumerate(("sum", "count"))}
+        return loss.numerator / max(1, self.denominator), sums
+
+
+def update_metrics(result: StepResult) -> dict[str, float]:
+    """Metrics of an optimizer update, named as under ``actor/training/``; nan where a skipped update has no number."""
+    names = sorted({name.split("|")[0] for name in result.metrics if "|" in name})
+    counts = {name: result.metrics[f"{name}|count"] for name in names}
+    quotients = {name: result.metrics[f"{name}|sum"] / counts[name] if counts[name] else 0.0 for name in names}
+    return {
+        **{f"actor/{name}": value for name, value in quotients.items()},
+        "actor/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
+        "actor/num_zeros_in_grad": math.nan if result.num_zeros_in_grad is None else result.num_zeros_in_grad,
+        "actor/lr": result.learning_rate,
+        "actor/loss_scale": result.loss_scale,
+        "actor/update_success": float(not result.skipped),
+    }

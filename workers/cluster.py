@@ -17,9 +17,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError
-from workers.logs import LOG_VARIABLE
 from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
-from workers.remote import Worker
+from workers.remote import LOG_VARIABLE, Worker
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Enough for the actors of a run on one machine; they take turns on its real cores.

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.models import check_config
-from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, validate_model
 from workers.config.validate import raise_all
 from workers.data import PromptDataset, PromptForm, PromptLoader
@@ -24,7 +23,7 @@ from workers.model_folder import check_tokenizer_files, check_tokenizer_size, re
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_references
-from workers.seeded_model import make_seeded_model
+from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
 
 _OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
 

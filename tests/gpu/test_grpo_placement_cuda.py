@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from workers.made_once import alone
 from workers.metrics import read_metrics
+from workers.synthetic import alone
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.timeout(900)]
 

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import VOCAB_SIZE
 from workers.algorithms import aggregation_denominator, correct_importance, policy_loss
-from workers.batching import mini_batches
 from workers.config import RunConfig, load_config
-from workers.samples import Sample, collate, with_advantages
+from workers.samples import Sample, collate, mini_batches, with_advantages
 
 GROUP_SIZE, NUM_PROMPTS, TEMPERATURE = 4, 4, 0.7
 # A large epsilon keeps Adam from blowing up the rounding differences of gradients near zero.
@@ -80,7 +79,7 @@ class Reference:
     """The model, its frozen first self, and the optimizer."""
 
     def __init__(self, config: RunConfig) -> None:
-        from workers.actor_options import policy_loss_options
+        from workers.actor import policy_loss_options
 
         self._config, self._options = config, policy_loss_options(config.algorithm)
         load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731

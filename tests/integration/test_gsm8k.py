@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from workers.arithmetic import make_tokenizer
 from workers.data import PromptDataset, PromptForm, PromptLoader
 from workers.problems import Problem, load_problems
 from workers.reward import VerifierPool
+from workers.synthetic import make_tokenizer
 
 FOLDER = Path(os.environ.get("RLSYNC_GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 FILES = [str(FOLDER / name) for name in ("train.jsonl", "test.jsonl")]

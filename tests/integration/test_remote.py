@@ -16,8 +16,7 @@ import ray
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import ended_before
 from workers.cluster import Cluster
-from workers.logs import keep_own_log
-from workers.remote import Worker, WorkerDiedError, collect
+from workers.remote import Worker, WorkerDiedError, collect, keep_own_log
 
 # Joins a cluster and runs code in it.
 _CLIENT = """

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from tests.unit.test_config import shipped
-from workers.arithmetic import ArithmeticRecipe, build_world, make_tokenizer
 from workers.data import PromptDataset, PromptForm
 from workers.problems import load_problems
+from workers.synthetic import ArithmeticRecipe, build_world, make_tokenizer
 
 RECIPE = ArithmeticRecipe(num_problems=64, num_supervised=2000)
 

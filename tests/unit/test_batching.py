@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsync.errors import ConfigError
-from workers.batching import deal_by_length, micro_batches_by_tokens, mini_batches
+from workers.samples import deal_by_length, micro_batches_by_tokens, mini_batches
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

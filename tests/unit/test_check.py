@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.check import GRPO_CHECKS, Report, check_run
+from workers.synthetic import ArithmeticRecipe, build_world
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/reasoning/run_main_grpo_math.sh"

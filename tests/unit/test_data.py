@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from rlsync.errors import CheckpointError, ConfigError
-from workers.arithmetic import make_tokenizer
 from workers.data import PromptDataset, PromptForm, PromptLoader
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
+from workers.synthetic import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"

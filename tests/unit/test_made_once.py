@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlsync.errors import ConfigError
-from workers.made_once import make_once
+from workers.synthetic import make_once
 
 
 def _make(folder: str, results: Any) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from rlsync.errors import CheckpointError, ConfigError
-from workers.arithmetic import ArithmeticRecipe, build_world
 from workers.config import RunConfig, load_config
 from workers.preparation import Preparation
 from workers.preparation import prepare as prepare_from
 from workers.resume import DATA_STATE, find_beginning
+from workers.synthetic import ArithmeticRecipe, build_world
 
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=1

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from tests.unit.test_config import shipped
-from workers.seeded_model import make_byte_tokenizer, make_seeded_model
+from workers.synthetic import make_byte_tokenizer, make_seeded_model
 
 SHAPES = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -1,25 +1,26 @@
-"""The world of the CPU default: a tiny model, a character tokenizer and additions, made locally from a seed.
+"""Models and data made locally from a recipe: the arithmetic world of the default run, and models of seeded random weights.
 
-Owns what lies in its folder: ``model/`` (config, seeded random weights and tokenizer, as transformers and vLLM read
-them), ``train.jsonl`` (prompt, solutions) and ``supervised.jsonl`` (prompt, response). The supervised lines answer
-wrongly at a known rate, so that the warm-started policy is right about as often as they are, and the gain after that
-is reinforcement learning's.
+A folder is made once, complete or absent, and never over what somebody else put there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlsync.errors import ConfigError
-from workers.made_once import make_once
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
@@ -136,3 +137,92 @@ def _check(recipe: ArithmeticRecipe) -> None:
     for name in ("max_operand", "num_problems", "num_supervised", "num_layers"):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"arithmetic.{name} ({getattr(recipe, name)}) must be at least 1")
+
+
+_SPECIAL = ("<pad>", "<bos>", "<eos>")
+
+
+def make_seeded_model(path: str | Path, hf_config: Mapping[str, Any], seed: int) -> bool:
+    """Make the folder unless it already holds this very model; returns whether it was made now. Weights are bf16.
+
+    Args:
+        hf_config: content of config.json; the tokenizer's ids and the dtype are added. Minutes for billions of parameters.
+
+    Raises:
+        ConfigError: transformers does not know the model, its vocabulary is too small for bytes, or ``path`` is somebody else's.
+    """
+    tokenizer = make_byte_tokenizer()
+    fields = {
+        **hf_config, "dtype": "bfloat16", "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    if fields.get("vocab_size", 0) < len(tokenizer):
+        raise ConfigError(f"seeded_model.hf_config.vocab_size ({fields.get('vocab_size')}) must hold the {len(tokenizer)} tokens of bytes")
+    if "model_type" not in fields:
+        raise ConfigError("seeded_model.hf_config lacks model_type, e.g. qwen2")
+
+    def make(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        config = AutoConfig.for_model(**fields)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+    return make_once(Path(path), {"seed": seed, "hf_config": fields}, make, key="seeded_model.path")
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte, no token added on its own; pad, bos and eos have ids 0 to 2. Other ids decode to nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(BPE({token: i for i, token in enumerate((*_SPECIAL, *alphabet))}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    pad, bos, eos = _SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False)
+
+
+_RECIPE = "recipe.json"
+
+
+def make_once(folder: Path, recipe: Mapping[str, Any], make: Callable[[Path], None], *, key: str) -> bool:
+    """Fill ``folder`` by ``make`` unless it holds this very recipe already; returns whether it was made now. Runs may ask side by side.
+
+    Args:
+        recipe: everything the content depends on, as JSON holds it.
+        make: called with an empty folder, which becomes ``folder`` when it returns.
+        key: names the folder in the error.
+
+    Raises:
+        ConfigError: ``folder`` holds something that this function did not make.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder.with_name(folder.name + ".lock")):
+        return _make_once(folder, recipe, make, key)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is here under the same name; ``path`` is an empty file, which stays."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_once(folder: Path, recipe: Mapping[str, Any], make: Callable[[Path], None], key: str) -> bool:
+    made, wanted = folder / _RECIPE, json.dumps(recipe, sort_keys=True)
+    if made.is_file() and made.read_text() == wanted:
+        return False
+    if folder.exists() and any(folder.iterdir()):
+        if not made.is_file():
+            raise ConfigError(f"{key} {folder} exists and was not made by rlsync; name another folder or remove it")
+        shutil.rmtree(folder)
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    make(staging)
+    (staging / _RECIPE).write_text(wanted)
+    if folder.exists():
+        folder.rmdir()
+    # An interrupted run leaves only the staging folder.
+    staging.rename(folder)
+    return True
