@@ -45,7 +45,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> Iterator[str]:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:srcset|src)=\"([^\"]+)\"", text):
         if re.match(r"\w+:", target):
             continue
         path, _, fragment = target.partition("#")
@@ -65,8 +66,8 @@ def test_every_relative_link_and_anchor_exists(page: Path) -> None:
 
 def test_a_broken_link_would_be_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# One thing\n[a](#one-thing) [b](#another) [c](gone.md) [d](https://example.org/gone)\n")
-    assert list(broken_links(page)) == ["#another", "gone.md"]
+    page.write_text('# One thing\n[a](#one-thing) [b](#another) [c](gone.md) [d](https://example.org/gone)\n<img src="gone.svg">\n')
+    assert list(broken_links(page)) == ["#another", "gone.md", "gone.svg"]
 
 
 @EVERY_PAGE
@@ -91,7 +92,7 @@ def test_python_blocks_compile_and_what_they_import_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "example"), [("README.md", "sync_engine.py"), ("docs/your-own-trainer.md", "ray_trainer.py")]
+    ("page", "example"), [("docs/library.md", "sync_engine.py"), ("docs/your-own-trainer.md", "ray_trainer.py")]
 )  # fmt: skip
 def test_the_library_block_is_the_runnable_file(page: str, example: str) -> None:
     source = (ROOT / "examples/library" / example).read_text()
@@ -121,6 +122,95 @@ def test_yaml_blocks_are_configurations_that_load(page: Path) -> None:
                 base = compose("base/grpo-megatron")
             OmegaConf.set_struct(base, False)
             load_config(OmegaConf.merge(base, own))
+
+
+# The front page, in two languages.
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+
+
+def commands(text: str) -> list[str]:
+    """Commands and code of a page, without what is said about them."""
+    indented = re.findall(r"^ {4}(.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    lines = indented + [line for block in code_blocks(text, "python") for line in block.splitlines()]
+    return [re.sub(r"\s*# .*$", "", line).rstrip() for line in lines]
+
+
+def tables(text: str) -> list[list[tuple[str, ...]]]:
+    """Of each cell of each table what is the same in all languages: names in code, numbers with their units, and links."""
+    same = r"`[^`]+`|\d+(?:[.,]\d+)*(?: ?(?:ms|x|GiB|B)\b)?|\]\([^)]+\)"
+    found = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [
+        [tuple(" ".join(re.findall(same, cell)) for cell in row.strip("|\n").split("|")) for row in table.splitlines()] for table in found
+    ]
+
+
+def links(text: str) -> list[str]:
+    """Targets but those within the page and the other language's page."""
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:srcset|src)=\"([^\"]+)\"", text)
+    return [target for target in found if not target.startswith(("#", "README"))]
+
+
+def code_names(text: str) -> list[str]:
+    return sorted(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))
+
+
+def headings(text: str) -> list[str]:
+    """Levels of the headings, in their order."""
+    return re.findall(r"^#+ ", text, re.MULTILINE)
+
+
+def differences(first: str, second: str) -> list[str]:
+    """What of two languages' pages is not the same."""
+    parts = {
+        "commands": commands,
+        "tables": tables,
+        "links": links,
+        "names": code_names,
+        "headings": lambda text: len(re.findall("^#+ ", text, re.M)),
+    }
+    return [name for name, part in parts.items() if part(first) != part(second)]
+
+
+def test_the_front_page_is_short_and_says_the_same_in_both_languages() -> None:
+    english, chinese = ENGLISH.read_text(), CHINESE.read_text()
+    assert len(english.encode()) <= 12 * 1024
+    assert commands(english) and tables(english) and links(english)
+    assert differences(english, chinese) == []
+
+
+def test_a_difference_between_the_languages_would_be_found() -> None:
+    english = ENGLISH.read_text()
+    changed = {
+        "make test ": "make tests ",
+        "16.1 x": "16.2 x",
+        "(docs/sync.md)": "(docs/bench.md)",
+        "`hf_model/`": "hf_model",
+        "## More": "More",
+    }
+    for before, after in changed.items():
+        assert before in english and differences(english, english.replace(before, after, 1)) != [], before
+
+
+def test_the_pictures_are_what_the_script_draws() -> None:
+    from scripts.draw import drawn
+
+    assert [path.name for path, svg in drawn().items() if not path.is_file() or path.read_text() != svg] == [], (
+        "run: python scripts/draw.py"
+    )
+
+
+def test_the_times_beside_others_are_medians_of_the_raw_numbers() -> None:
+    from scripts.draw import PANELS, medians
+
+    whole = [medians(file, case)["whole"] for _, rows in PANELS for file, case, _ in rows]
+    text = ENGLISH.read_text()
+    for place, ours in ((whole[:3], whole[0]), (whole[3:], whole[3])):
+        for ms in place:
+            shown = [float(n) for n in re.findall(r"([\d.]+) ms", text)]
+            assert any(abs(n - ms) <= 0.06 or (n > 100 and abs(n - ms) < 1) for n in shown), ms
+            if ms > 100:
+                assert any(abs(float(n) - ms / ours) < 0.06 for n in re.findall(r"([\d.]+) x", text)), ms / ours
 
 
 # Messages.
@@ -163,8 +253,8 @@ def test_a_message_that_nobody_says_would_be_found() -> None:
 # Numbers.
 
 
-def test_the_journey_in_the_readme_is_what_the_code_computes() -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_one_weights_journey_is_what_the_code_computes() -> None:
+    text = " ".join((ROOT / "docs/sync.md").read_text().split())
     model = model_of(
         {
             "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,

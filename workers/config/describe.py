@@ -1,4 +1,4 @@
-"""The configuration as a table: what the README prints and ``load_config`` accepts, from the same dataclasses."""
+"""The configuration as a table: what docs/configuration.md prints and ``load_config`` accepts, from the same dataclasses."""
 
 from __future__ import annotations
 
