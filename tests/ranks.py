@@ -27,7 +27,7 @@ _WITH_MEGATRON = tuple(
     f"tests.integration.{name}_ranks" for name in ("actor", "agreement", "bridge", "checkpoint", "freshness", "megatron", "offload")
 )
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
-_WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "recorder_claims", "sink_engines"))
+_WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "paper_workers", "recorder_claims", "sink_engines"))
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"
 
 
