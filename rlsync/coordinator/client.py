@@ -15,18 +15,18 @@ from rlsync.coordinator import messages as m
 from rlsync.errors import WeightSyncError
 
 _log = logging.getLogger(__name__)
-# How long what was sent may still leave after ``close``; the other side may be gone.
+# How long queued messages may still leave after ``close``; the coordinator may be gone.
 _LINGER_MS = 1000
-# What was sent to a process that was stopped is there this long after it goes on.
+# A stopped process (SIGSTOP) has the messages of the meantime this long after it goes on.
 _LAST_LOOK_S = 0.5
-# A wait that ends so late was not only slow.
+# A poll that ends this much too late means that the process was stopped, not slow.
 _OVERSLEPT_S = 0.1
 
 
 class Peer:
     """One connection to the coordinator. Not thread-safe: one thread sends and receives.
 
-    ``receive`` hands out messages of the given attempt and raises the error that the coordinator made everybody's.
+    ``receive`` returns messages of the given attempt and raises the error that the coordinator sends to all peers.
 
     Attributes:
         heard_s: value of ``time.monotonic`` when the coordinator was last heard, or the connection made.
@@ -48,7 +48,8 @@ class Peer:
     def send(self, message: m.FromPeer) -> None:
         """Queue a message; never blocks. A cause that is too long keeps its end.
 
-        Where zmq has hung up for good, because what it was sent is no message of this channel, nothing is sent: silence ends by deadlines.
+        Where zmq has closed the connection for good, after bytes that are no message of this channel, the message is dropped: the
+        other side ends by its deadlines.
         """
         if isinstance(message, m.Failed):
             message = msgspec.structs.replace(message, cause=m.shortened(message.cause))
@@ -76,7 +77,7 @@ class Peer:
             patience_s = max(deadline - began_s, _LAST_LOOK_S)
             events = dict(poller.poll(math.ceil(patience_s * 1000)))
             now_s = time.monotonic()
-            # A process that was stopped looks once more when it goes on: what it missed says what happened meanwhile.
+            # A process that was stopped polls once more: the messages that it missed say what happened meanwhile.
             if not events and now_s >= deadline and now_s - began_s - patience_s < _OVERSLEPT_S:
                 raise TimeoutError
             if self._socket in events:
@@ -97,7 +98,7 @@ class Peer:
             raise WeightSyncError(phase="connect", cause=f"{self._endpoint} sent what is no message of this channel: {error}") from error
 
     def close(self) -> None:
-        """Close the socket; what was sent still leaves, while the process lives. Idempotent."""
+        """Close the socket; queued messages still leave, while the process lives. Idempotent."""
         self._socket.close()
 
 

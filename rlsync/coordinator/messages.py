@@ -1,8 +1,8 @@
-"""The vocabulary of the sync channel and its wire form: every message by name, and how it becomes bytes and is read again.
+"""The messages of the sync channel and their wire form (msgpack, tagged and bounded).
 
 Every message that belongs to a sync carries ``attempt``, the count of ``sync`` calls since connect, so that an answer
 to a failed sync is never taken for one to the next. Counters (``buckets_ready``, ``buckets_writable``) are cumulative:
-a message that is read late says no less than one that is read in time. Knows no sockets and no process.
+a message that is read late loses nothing. Knows no sockets and no process.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Sum(msgspec.Struct, frozen=True, array_like=True):
     value: int
 
 
-# What a transport's two ends tell each other through the coordinator, which does not look into it.
+# Bytes that one end of a transport sends to the other through the coordinator, which does not decode them.
 Opaque = bytes
 
 
 class WorkerAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a worker needs to take part.
 
-    ``digest`` is that of the plan, ``destination`` the worker's in it; ``parts`` are by bucket. Its bytes come through ``transport``, whose
-    receiver is made of ``end``. ``imports`` are the actor ranks whose exports it reads.
+    ``digest`` is that of the plan, ``destination`` the worker's in it; ``parts`` are by bucket. Its bytes come through ``transport``;
+    ``end`` holds the arguments of its receiver, encoded. ``imports`` are the actor ranks whose exports it reads.
     """
 
     digest: str
@@ -57,7 +57,7 @@ class WorkerAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ActorAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything an actor rank needs to take part. ``ends``: by transport, of what its sender is made."""
+    """Everything an actor rank needs to take part. ``ends``: by transport, the arguments of its sender, encoded."""
 
     digest: str
     num_slots: int
@@ -67,7 +67,7 @@ class ActorAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RankExport(msgspec.Struct, frozen=True, array_like=True):
-    """What an actor rank exports, in the words of the transport that reads it."""
+    """The export of an actor rank, encoded by the transport that reads it."""
 
     actor_rank: Count
     export: Opaque
@@ -110,10 +110,10 @@ class ActorHello(Message):
 
 
 class Recorded(Message):
-    """What a worker holds, as its own loaders were seen to fill it, and the sink that will take it.
+    """The placement of a worker, recorded from its own loaders, and the sink it will use.
 
-    ``unused_names`` are HF names that its model did not take, ``findings`` what cannot work. ``remark`` says why a sink
-    that moves more bytes was taken, where one was.
+    ``unused_names`` are HF names that its model did not load; ``findings`` are reasons against a sync. ``remark`` says why a sink that
+    moves more bytes was chosen, if one was.
     """
 
     placement: Placement
@@ -126,7 +126,7 @@ class Recorded(Message):
 class Planned(Message):
     """Actor rank 0: the assignments of everybody, actor ranks in order, workers in the order in which ``Reports`` named them.
 
-    It comes in parts, because all assignments may be more than a message may be: each goes on where the one before has ended.
+    Sent in parts, because all assignments together may exceed a message: each part continues the one before.
     """
 
     actors: tuple[ActorAssignment, ...]
@@ -141,7 +141,7 @@ class Planned(Message):
 
 
 class Attached(Message):
-    """The peer has taken its assignment: memory is mapped. An actor rank says what it exports, by transport."""
+    """The peer has accepted its assignment: memory is mapped. ``exports``: of an actor rank, by transport."""
 
     exports: dict[str, Opaque] = {}
 
@@ -162,7 +162,7 @@ class Start(Message):
 
 
 class Exported(Message):
-    """What this actor rank exports, by transport, where it lies elsewhere since it last said so; before its first ``Filled`` of a sync."""
+    """New exports of this actor rank, by transport, because memory has moved; sent before its first ``Filled`` of a sync."""
 
     attempt: Count
     exports: dict[str, Opaque]
@@ -185,16 +185,16 @@ class Joined(Message):
 
 
 class Done(Message):
-    """Nothing of this worker refers to the bucket's slot any more."""
+    """This worker no longer reads the bucket's slot."""
 
     attempt: Count
     bucket: Count
 
 
 class WorkerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of one worker in one sync, and bytes of memory that it took beside what it always has.
+    """Seconds of one worker in one sync, and its peak of extra memory.
 
-    ``wait_s``: for buckets. ``pull_s``: taking them in. ``verify_s``: checksums. ``finalize_s``: after the last bucket.
+    ``wait_s``: waiting for buckets. ``pull_s``: copying them. ``verify_s``: checksums. ``finalize_s``: work after the last bucket.
     """
 
     wait_s: float
@@ -205,9 +205,9 @@ class WorkerTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loaded(Message):
-    """A worker's model holds and has verified every bucket, and is post-processed.
+    """A worker's model has every bucket, verified and post-processed.
 
-    In a comparison it holds what it held, and ``differences`` names what the buckets would have changed.
+    In a comparison the model is unchanged, and ``differences`` names the tensors that the buckets would have changed.
     """
 
     attempt: Count
@@ -243,23 +243,23 @@ class Goodbye(Message):
 
 
 class State(Message):
-    """To an inspection: a hash by path of everything that a worker computes from."""
+    """To an inspection: path -> hash of every tensor and setting that a worker computes from."""
 
     hashes: dict[str, str]
 
 
 class Manifest(Message):
-    """To a worker: the HF tensors that there are, in the order of the source, and the sink that is asked for."""
+    """To a worker: all HF tensors of the source, in its order, and the configured sink."""
 
     tensors: tuple[TensorSpec, ...]
     sink: Name
 
 
 class Reports(Message):
-    """To actor rank 0: everybody is here, and names are judged. Actor ranks in order; ``records[i]`` is of ``workers[i]``.
+    """To actor rank 0: all peers have connected, and tensor names match. Actor ranks in order; ``records[i]`` is of ``workers[i]``.
 
-    It comes in parts, because what hundreds of workers hold is more than a message may be: the first has everybody, each of the others
-    goes on with the records.
+    Sent in parts, because the records of hundreds of workers exceed a message: the first part has all hellos, each of the others adds
+    records.
     """
 
     actors: tuple[ActorHello, ...]
@@ -285,7 +285,7 @@ class Assignment(Message):
 
 
 class Connected(Message):
-    """To a worker: every peer has taken its assignment, and this is exported to it. To an actor rank: and every engine has returned."""
+    """To a worker: all peers have their assignments; ``exports`` are those it reads. To an actor rank: all engines have answered, too."""
 
     exports: tuple[RankExport, ...] = ()
 
@@ -299,9 +299,9 @@ class Writable(Message):
 
 
 class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of what this worker takes that it was not yet told.
+    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's regions that were not sent before.
 
-    ``group`` is the number of the group that carries messages. ``exports`` are those that were renewed since ``Connected``.
+    ``group`` is the number of the group that carries messages. ``exports`` are those renewed since ``Connected``.
     """
 
     attempt: Count
@@ -345,7 +345,7 @@ class Error(Message):
 
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-# A first message is a hello, and whoever sends more is not one of ours.
+# A first message is a hello; a larger one comes from a stranger.
 MAX_HELLO_BYTES = 16 * 2**10
 
 FromPeer = (
@@ -362,7 +362,7 @@ _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator, strict=True)
 
 
 def encode(message: FromPeer | FromCoordinator) -> bytes:
-    """Raises RlsyncError for more than the other side takes, which would hang up without a word."""
+    """Raises RlsyncError for a message larger than MAX_MESSAGE_BYTES: the other side would close the connection without a reason."""
     raw = _encoder.encode(message)
     if len(raw) > MAX_MESSAGE_BYTES:
         raise RlsyncError(f"{type(message).__name__} takes {len(raw):,} bytes, and a message may have {MAX_MESSAGE_BYTES:,}")
@@ -370,7 +370,7 @@ def encode(message: FromPeer | FromCoordinator) -> bytes:
 
 
 def shortened(text: str) -> str:
-    """A cause that fits into a message: the end is kept, where tracebacks say what happened."""
+    """A cause cut to fit a message. The end is kept: tracebacks name the error there."""
     return text if len(text) <= MAX_TEXT else "... " + text[4 - MAX_TEXT :]
 
 
@@ -388,5 +388,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[M], raw: bytes) -> M:
     try:
         return decoder.decode(raw)
     except (UnicodeDecodeError, RecursionError, OverflowError) as error:
-        # msgspec lets some errors of what it reads with through.
+        # Errors that msgspec does not wrap.
         raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""How far one sync is: counts by peer, and what follows from them. Knows no messages but their numbers, sends nothing."""
+"""Progress of one sync: counts by peer, and the bucket counters that follow from them. Sends nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress:
             ranks fill nothing, and do not join it, before everybody is there.
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
-        told: destination -> checksums of its regions, in the order in which buckets became ready.
+        told: destination -> checksums of its regions, in the order in which their buckets became ready.
         answered: engine -> the last call that its handle has returned from.
     """
 
@@ -43,7 +43,7 @@ class Progress:
     buckets_ready: int = 0
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
-    # By bucket, how many have filled it, and taken it. As everybody goes through them in order, buckets are completed in order.
+    # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
     _fillers: list[int] = field(init=False)
     _takers: list[int] = field(init=False)
 
@@ -76,7 +76,7 @@ class Progress:
         return grown
 
     def untold(self, identity: bytes, destination: int) -> tuple[Sum, ...]:
-        """Checksums of what a worker takes that it has not been given yet; they count as given now."""
+        """Checksums of a worker's regions that were not sent to it yet; they count as sent now."""
         told = self.told[destination]
         begin, self.joined[identity] = self.joined.get(identity, 0), len(told)
         return tuple(told[begin:])
@@ -87,7 +87,7 @@ class Progress:
         return min(at, self.num_buckets - 1)
 
     def stragglers(self, phase: str, actors: Sequence[Member], workers: Sequence[Member]) -> list[tuple[Member, str]]:
-        """Whom a phase waits for, and what they were to do."""
+        """The members that a phase waits for, and what each has to do."""
         if phase == "begin":
             late = [(p, "to enter sync()") for p in actors if p.identity not in self.started]
             return late + [(p, "to begin its update") for p in workers if p.identity not in self.joined]
@@ -102,7 +102,7 @@ class Progress:
             return late or [(p, "to finish loading") for p in workers if p.identity not in self.loaded]
         if phase == "commit":
             return [(p, "to commit") for p in workers if p.identity not in self.committed]
-        # Engines are called side by side, and the next call waits for all of them: those that are furthest back are late.
+        # Engines are called in parallel, and the next call waits for all: the engines furthest back are the late ones.
         answers = [(p, self.answered.get(p.engine or "", "nothing")) for p in workers if p.place == 0]
         last = min((call for _, call in answers), key=_CALLS.index)
         if last == "resume":

@@ -53,8 +53,7 @@ class Member:
 class Roster:
     """The members by identity, in the order in which they came, and the engines whose call to connect has returned.
 
-    Among hundreds of members a message of a sync has to take no longer than among a few, so that nothing that a sync asks for by message
-    goes through all of them.
+    The cost of a message must not grow with the number of members, so no lookup that a message of a sync needs iterates over all.
     """
 
     def __init__(self, expected: Expected) -> None:
@@ -139,7 +138,7 @@ class Roster:
         return [f if engine in f else f"engine {engine}: {f}" for f in findings]
 
     def absent(self) -> list[tuple[str | None, str]]:
-        """Whom the connection waits for: engine id, or None for an actor rank, and the words."""
+        """The members that the connection waits for: engine id, or None for an actor rank, and a description."""
         wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self.expected.num_actors)]
         wanted += [(e, place, f"engine {e} worker {place}") for e, count in self.expected.engines.items() for place in range(count)]
         late: list[tuple[str | None, str]] = []
@@ -159,13 +158,13 @@ class Roster:
 
 
 def some(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
-    """The first few of many, for a sentence."""
+    """The first few items, and the number of the others, for an error message."""
     rest = len(items) - limit
     return separator.join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class ExportRegistry:
-    """What the actor ranks of a connection export, which workers import it, and who was told where it lies. By transport."""
+    """Exports of the actor ranks, the workers that import them, and what each worker was told. By transport."""
 
     def __init__(self) -> None:
         self._exports: dict[tuple[int, str], bytes] = {}
@@ -178,20 +177,20 @@ class ExportRegistry:
         self._imports[identity] = [(rank, transport) for rank in imports]
 
     def add(self, actor_rank: int, exports: Mapping[str, bytes]) -> None:
-        """What an actor rank exports from the beginning."""
+        """The first exports of an actor rank."""
         self._exports.update(((actor_rank, transport), export) for transport, export in exports.items())
 
     def renew(self, actor_rank: int, exports: Mapping[str, bytes]) -> None:
-        """What it exports from now on."""
+        """New exports of an actor rank, in place of its former ones."""
         self.add(actor_rank, exports)
         self._is_renewed.update((actor_rank, transport) for transport in exports)
 
     def first(self, identity: bytes) -> tuple[m.RankExport, ...]:
-        """What a worker imports."""
+        """The exports that a worker imports."""
         return self._of(self._imports[identity])
 
     def renewed(self, identity: bytes, attempt: int) -> tuple[m.RankExport, ...]:
-        """What is no longer as ``first`` said; once in an attempt, because a worker may not have read what came in one that failed."""
+        """The exports that were renewed since ``first``; once per attempt, because a worker may have missed those of a failed attempt."""
         if self._told.get(identity) == attempt:
             return ()
         self._told[identity] = attempt

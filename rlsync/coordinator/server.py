@@ -69,7 +69,7 @@ class CoordinatorServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and close the socket; what was sent still leaves, while the process lives. Idempotent."""
+        """End the thread and close the socket; queued messages still leave, while the process lives. Idempotent."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -92,7 +92,7 @@ class CoordinatorServer:
                         self._bury(coordinator, poller, source)
                 coordinator.expire(time.monotonic())
         except Exception:
-            # A fault of the coordinator's own is everybody's error too, and not a silence until their deadlines.
+            # A fault of the coordinator is reported to all peers, who would otherwise wait for their deadlines.
             coordinator.fail(f"the coordinator failed: {traceback.format_exc()}")
             raise
         finally:
@@ -110,7 +110,7 @@ class CoordinatorServer:
                 self._watch(frames[0], coordinator, poller)
 
     def _watch(self, identity: bytes, coordinator: Served, poller: zmq.Poller) -> None:
-        """Learn at once, not at the deadline, when the process of an admitted peer ends."""
+        """Watch the process of an admitted peer, so that its end is seen at once and not at the deadline."""
         process = None if identity in self._watched else coordinator.process_of(identity)
         if process is None:
             return
@@ -129,7 +129,7 @@ class CoordinatorServer:
         poller.unregister(fd)
         identity = self._pidfds.pop(fd)
         os.close(fd)
-        # What the process sent before it ended comes first: it says why.
+        # Its last messages come first: they say why it ended.
         self._drain(coordinator, poller)
         coordinator.lose(identity)
 
@@ -137,12 +137,12 @@ class CoordinatorServer:
 _log = logging.getLogger(__name__)
 # A peer of this host is a connection and a descriptor of its process.
 _EACH = 2
-# What the process may open meanwhile.
+# Files that the process may open meanwhile.
 _SPARE = 256
 
 
 def make_room(num_peers: int) -> None:
-    """Let this process hold open files for so many more peers. Raises ConfigError where it must not have as many."""
+    """Raise this process's limit of open files for that many peers. Raises ConfigError where the hard limit is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/proc/self/fd")) + _EACH * num_peers
     if soft == resource.RLIM_INFINITY or needed + _SPARE <= soft:

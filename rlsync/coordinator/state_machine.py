@@ -1,7 +1,7 @@
-"""The one that knows where a sync stands: a state machine that turns messages into messages.
+"""The coordinator of a connection: a state machine that turns messages into messages.
 
 Owns the phases, their deadlines, and the rule that one failure becomes the same error at every peer. It reads no clock,
-opens no socket and starts no thread (``server`` does), so that every fault can be told to it in a test.
+opens no socket and starts no thread (``server`` does), so that a test can feed it every fault.
 
     connect -> idle -> begin -> transfer -> commit -> resume -> idle ...      any but idle -> failed -> begin ...
 """
@@ -66,7 +66,7 @@ class Coordinator:
             if handler is None:
                 self._fail(f"{peer} sent {type(message).__name__}, which is not allowed from this peer", peer)
             elif peer.engine is not None and self.phase in ("idle", "failed") and getattr(message, "attempt", 0) == self._next_attempt():
-                # Its engine was called when rank 0 had sent its Start, and what two peers send comes in any order.
+                # The engine was called after rank 0 had sent Start, but messages of two peers come in any order.
                 self._early.append((peer, message))
             else:
                 handler(self, peer, message, now)
@@ -138,7 +138,7 @@ class Coordinator:
 
     def _on_start(self, peer: Member, message: m.Start, now: float) -> None:
         if self._sync is not None and message.attempt < self._sync.attempt:
-            # It comes late to a sync that failed without it. It has been told so, and comes to this one next.
+            # Late for a sync that failed without this rank. It was sent that error, and starts the current attempt next.
             return
         if self._sync is None or message.attempt > self._sync.attempt:
             if self.phase not in ("idle", "failed"):
@@ -179,12 +179,12 @@ class Coordinator:
             _HANDLERS[type(said), True](self, peer, said, now)
 
     def _on_exported(self, peer: Member, message: m.Exported, now: float) -> None:
-        # Also one of a sync that is over: the memory is where it is.
+        # Exports of a sync that is over count too: the memory has moved.
         self._connecting.exports.renew(peer.place, message.exports)
 
     def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
         sync = self._current(message.attempt)
-        # Before all are there, buckets are filled and no worker hears of them.
+        # Before all have joined, buckets are filled, and no worker is told.
         if sync is not None and self._transferring.fill(sync, peer, message, self._expected.num_actors) and self.phase == "transfer":
             self._transferring.tell_ready(sync)
 
@@ -268,7 +268,7 @@ class Coordinator:
         self._spread(_found(cause, peer, self.phase, self._sync))
 
     def _spread(self, error: m.Error) -> None:
-        """Make the first failure everybody's; later ones are its echoes."""
+        """Send the first failure to all peers; later ones are its echoes."""
         if self._failure is not None:
             return
         self._failure = error
@@ -303,7 +303,7 @@ class Connecting:
 
     Args:
         send: hands a message to one peer.
-        fail: makes a cause everybody's error; the peer is the one it came from.
+        fail: reports a cause to all peers; the peer is the one that it came from.
 
     Attributes:
         num_buckets, num_slots: of the plan, as soon as it is there.
@@ -322,7 +322,7 @@ class Connecting:
         self.num_buckets = self.num_slots = 0
         self.destinations: dict[bytes, int] = {}
         self.exports = ExportRegistry()
-        # How many actor ranks and workers have theirs.
+        # Numbers of actor ranks and workers that have their assignments.
         self._num_assigned = (0, 0)
 
     def admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello, closed: str | None) -> None:
@@ -359,7 +359,7 @@ class Connecting:
         self._report()
 
     def _report(self) -> None:
-        """When everybody is here: judge the names, and let actor rank 0 plan."""
+        """When all peers have reported: compare tensor names, and let actor rank 0 plan."""
         if not self._roster.is_recorded():
             return
         findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
@@ -398,7 +398,7 @@ class Connecting:
                 self._send(worker.identity, m.Connected(self.exports.first(worker.identity)))
 
     def is_complete(self) -> bool:
-        """Whether all is done. An engine whose core is stuck has workers that are attached, and is no engine to sync with."""
+        """Whether the connection is complete. An engine whose core is stuck has attached workers, and still cannot be synced."""
         return self._roster.is_attached() and self._roster.answered >= set(self._expected.engines)
 
 
@@ -406,9 +406,9 @@ class Transferring:
     """The steps of the phase ``transfer``.
 
     Args:
-        connecting: has what was agreed on: the workers' destinations, and what is exported to them.
+        connecting: knows the workers' destinations and the exports that they read.
         send: hands a message to one peer.
-        fail: makes a cause everybody's error; the peer is the one it came from.
+        fail: reports a cause to all peers; the peer is the one that it came from.
     """
 
     def __init__(
@@ -426,7 +426,7 @@ class Transferring:
             self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
 
     def tell_ready(self, sync: Progress) -> None:
-        """Say to all workers that have joined which buckets are complete, and what each has not heard of them."""
+        """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""
         for identity in sync.joined:
             sums = sync.untold(identity, self._connecting.destinations[identity])
             exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
@@ -458,12 +458,12 @@ class Transferring:
 
 
 def _found(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:
-    """What the coordinator has seen for itself; ``peer`` is the one it came from, where it came from one."""
+    """An error that the coordinator has detected; ``peer`` is the one that caused it, if one did."""
     return _error(cause, phase, sync, None if peer is None else peer.engine, _bucket(peer, phase, sync))
 
 
 def _told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) -> m.Error:
-    """What a peer says of itself. It knows better than the coordinator where in a sync it was, and on whose account."""
+    """An error that a peer reports. It knows better than the coordinator where in the sync it was, and which engine caused it."""
     cause, engine = f"{peer}: {message.cause}", peer.engine if message.engine is None else message.engine
     if phase == "connect":
         return _error(cause, phase, sync, engine, None)
@@ -471,7 +471,7 @@ def _told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) ->
 
 
 def _late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -> m.Error:
-    """A phase that took too long: whom it waits for, as many as fill a host or two, and the first of them as the one that is named."""
+    """The error of a phase that took too long. It names the stragglers, as many as fill a host or two; the first counts as the culprit."""
     if phase == "connect":
         absent = roster.absent()
         stragglers, culprit, engine = [words for _, words in absent], None, absent[0][0] if absent else None

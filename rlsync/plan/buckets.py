@@ -1,4 +1,4 @@
-"""How tensors are grouped: consecutive ones, until some holder has its fill. Pure integers and names."""
+"""Cuts tensors into consecutive groups, each as large as the limits of its holders allow. Pure integers and names."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Hashable, Iterable, Mapping
 
 from rlsync.layout.geometry import TensorSpec
 
-# By name of a tensor: bytes by holder. Whoever gives and whoever takes are two holders.
+# By name of a tensor: bytes by holder. A source and a destination are two holders.
 Shares = Mapping[str, Mapping[Hashable, int]]
 
 
 def grouped(tensors: Iterable[TensorSpec], shares: Shares, limits: Mapping[Hashable, int]) -> tuple[tuple[TensorSpec, ...], ...]:
-    """Groups in which no holder has more bytes than its limit; a tensor that alone is more has a group that ends with it.
+    """Groups in which no holder has more bytes than its limit; a tensor that alone exceeds a limit ends its group.
 
     Args:
-        shares: nobody has anything of a tensor that is not there.
-        limits: by holder; one that is not there has none.
+        shares: a tensor that is not listed has no bytes.
+        limits: by holder; one that is not listed has none.
     """
     groups: list[list[TensorSpec]] = []
     filled: dict[Hashable, int] = defaultdict(int)
@@ -32,7 +32,7 @@ def grouped(tensors: Iterable[TensorSpec], shares: Shares, limits: Mapping[Hasha
 
 
 def limits_of(shares: Shares, bucket_bytes: int | None) -> dict[Hashable, int]:
-    """By holder ``bucket_bytes``, or what its largest tensor has: there has to be room for that one anyway. None: no limits."""
+    """By holder ``bucket_bytes``, or at least its largest tensor, which is never split. None: no limits."""
     limits: dict[Hashable, int] = {}
     if bucket_bytes is None:
         return limits

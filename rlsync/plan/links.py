@@ -64,6 +64,6 @@ def traffic(plan: Plan) -> Traffic:
 
 
 def num_steps(moved: Traffic, bucket_bytes: int) -> int:
-    """So many that nobody gives or takes more than ``bucket_bytes`` or ``MOST_STEP_BYTES`` in one of them."""
+    """Number of steps in each of which no holder gives or takes more than ``bucket_bytes`` or ``MOST_STEP_BYTES``."""
     most = max((*moved.bytes_by_source.values(), *moved.bytes_by_destination.values()))
     return max(1, -(-most // min(bucket_bytes, MOST_STEP_BYTES)))

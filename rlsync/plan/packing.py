@@ -22,7 +22,7 @@ from rlsync.plan.planner import Copy, Plan
 
 # What lies side by side begins at multiples of this many bytes: a cache line, and enough for any dtype and vector load.
 SEGMENT_ALIGNMENT = 64
-# What one source gives to one destination at once is not cut below this: every message costs some microseconds.
+# Messages are not cut below this size: each costs some microseconds.
 LEAST_PIECE_BYTES = 2**20
 
 
@@ -203,7 +203,7 @@ def _region(copy: Copy, segment: Segment, number: int, in_range: bool) -> Region
 
 
 def cut(regions: Sequence[Region], num_pieces: int) -> tuple[tuple[Region, ...], ...]:
-    """The same elements in so many pieces of about equal bytes, large regions divided; the last pieces of small messages are empty.
+    """Cut regions into ``num_pieces`` pieces of about equal bytes, dividing large regions; the last pieces of small messages are empty.
 
     Both ends cut alike, from the regions alone.
     """

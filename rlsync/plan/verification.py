@@ -15,7 +15,7 @@ def num_rounds(mode: str) -> int:
 
 
 def round_of(mode: str, number: int) -> int:
-    """The round that region ``number`` of a stream is in."""
+    """The round that region ``number`` of a destination is in."""
     return number % num_rounds(mode)
 
 

@@ -31,7 +31,7 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What ``connect`` has made and every sync uses. Only rank 0 has a plan, the sinks of its workers, and engines."""
+    """State that ``connect`` makes and every sync uses. Only rank 0 has a plan, the sinks of its workers, and engines."""
 
     peer: Peer
     num_buckets: int
@@ -85,11 +85,11 @@ class Attempt:
         self._marks["start"] = time.monotonic()
         self._peer.send(m.Start(self._attempt, self._version))
         if not self._link.lane.wait_idle(min(GRACE_S, self._timeout_s / 2)):
-            # It may still write to a slot of this ring, so no sync over this ring can be right.
+            # The call may still write to slots, so no sync through them can be right.
             cause = "still inside the source since a failed sync; close() and connect() anew"
             self._peer.send(m.Failed(self._attempt, "begin", cause))
         else:
-            # Engines first: what this rank's own thread does then takes nothing from the time until they stand still.
+            # Engines first: this rank's own work then does not delay their pause.
             self._call_engines()
             self._link.lane.submit(self._tasks, ("begin", None), self._begin)
         while True:
@@ -124,7 +124,7 @@ class Attempt:
         kind, which = outcome.key
         _log.debug("version %d: %s %s took %.6f s", self._version, kind, "" if which is None else which, outcome.seconds)
         if outcome.error is not None:
-            # After the commit an update has caches to forget.
+            # After the commit an update only resets caches.
             update = "transfer" if self._committed is None else "commit"
             phase = {"join": "begin", "fill": "transfer", "update": update}.get(kind, kind)
             engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (blamed(outcome.error), which)
@@ -170,7 +170,7 @@ class Attempt:
             )
 
     def _advance(self) -> None:
-        """Rank 0: what follows when every worker has committed and every engine has ended the call before."""
+        """Rank 0: resume engines and finish, when every worker has committed and every engine has answered the call before."""
         if self._committed is None or not self._engines or any(self._pending.values()):
             return
         if "resume" not in self._pending:
@@ -216,7 +216,7 @@ class Attempt:
 
 
 def blamed(error: BaseException) -> str | None:
-    """The engine on whose account a call of an actor rank has failed, where that is known."""
+    """The engine that caused an error on an actor rank, where that is known."""
     return error.engine if isinstance(error, GroupError) else None
 
 

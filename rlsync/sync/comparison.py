@@ -15,7 +15,7 @@ from rlsync.sync.syncer import WeightSyncer
 
 
 class _Compared:
-    """An engine whose workers compare where those of its handle would sync. Paused meanwhile, and let go as it was."""
+    """A handle whose engine compares instead of syncing. It is paused meanwhile, and resumed unchanged."""
 
     def __init__(self, engine: EngineHandle) -> None:
         self._engine, self._info = engine, dict[str, Any]()
@@ -41,7 +41,7 @@ class _Compared:
         self._engine.pause(mode, sync, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        # Caches are of the weights that the engine still has.
+        # No cache is reset: the engine keeps its weights.
         self._engine.init_weight_transfer({**self._info, "attempt": update_info["attempt"]}, timeout_s)
 
     def resume(self, version: int | None, timeout_s: float) -> None:
@@ -49,14 +49,14 @@ class _Compared:
         self._paused.clear()
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
-        """The engine is what it was: a comparison that failed has put everything back."""
+        """Nothing is dirty: a failed comparison has restored the engine."""
         self._over = sync
         if self._paused.is_set():
             self._engine.resume(self._engine.version, 60.0)
 
 
 def compare_engines(source: Source, engines: Sequence[EngineHandle], config: SyncConfig | None = None) -> tuple[tuple[str, ...], ...]:
-    """What each worker of each engine holds unlike ``source``: paths of tensors, empty where everything is equal.
+    """By worker, the paths of tensors that differ from ``source``; empty where all are equal.
 
     Engines are paused for as long as a sync would take and keep requests, caches, version and any connection. Workers come in
     the order of ``engines``. ``source`` is the only actor rank. Raises
@@ -64,7 +64,7 @@ def compare_engines(source: Source, engines: Sequence[EngineHandle], config: Syn
     """
     unfit = [f"{engine.engine_id} ({engine.state})" for engine in engines if engine.state != "clean"]
     if unfit:
-        # To let it go again would make it serve.
+        # Resuming a dirty engine would make it serve.
         raise ConfigError(f"engines that cannot be compared: {', '.join(unfit)}; only a clean one holds a version")
     config = SyncConfig(pause_mode="keep") if config is None else replace(config, pause_mode="keep")
     if len(source.placements) != 1:

@@ -1,4 +1,4 @@
-"""What a sync is told: SyncConfig. Plain data."""
+"""SyncConfig, the settings of a connection. Plain data."""
 
 from __future__ import annotations
 

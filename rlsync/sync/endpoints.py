@@ -53,7 +53,7 @@ class Endpoints:
             hosted.seal()
 
     def abandon(self) -> None:
-        """After a failed sync: what is on its way arrives nowhere."""
+        """After a failed sync: messages in flight arrive nowhere."""
         for sender in self.senders.values():
             sender.abandon()
 

@@ -1,4 +1,4 @@
-"""What an actor rank does in a sync, bound to memory: packs its regions where senders want them, and sums up those that are verified."""
+"""Packs an actor rank's regions into the memory of its senders, and computes the checksums of those that are verified."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlsync.transport.ends import Sender
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What packing one bucket did: bytes copied, and checksums of the memory that was copied or exported."""
+    """Result of packing one bucket: bytes copied, and checksums of the regions copied or exported."""
 
     nbytes: int
     sums: tuple[Sum, ...]
@@ -44,7 +44,7 @@ class _Program(Protocol):
 
 
 class _Computing:
-    """Regions whose transform no copy computes: computed anew in each sync, and copied to their places."""
+    """Regions whose transform is not fused into a copy: computed in each sync, and copied to their places."""
 
     def __init__(self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Region], torch.Tensor]) -> None:
         self._regions, self._compute = regions, compute
@@ -60,9 +60,9 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Packer:
-    """Packs buckets for all senders of this rank. What is read where it lies, it only sums up.
+    """Packs buckets for all senders of this rank. Of regions that are read in place it only computes checksums.
 
-    Programs are made once for each step of a sender, and follow parameters that have moved; what senders have does not move.
+    Copy programs are made once for each step of a sender, and follow parameters that move; memory of senders does not move.
 
     Args:
         buffers: memory of this rank's placement.
@@ -78,7 +78,7 @@ class Packer:
         self._place = place_of(buffers.values())
 
     def check(self) -> None:
-        """Look where the parameters are now. Raises PlacementError where they are no longer what they were at connect."""
+        """Find the parameters' current addresses. Raises PlacementError where shapes, dtypes or memory have changed since connect."""
         if any(tensor.is_cuda for tensor in self._buffers.values()):
             # They may have been written on any stream of this process, and others read them.
             torch.cuda.synchronize()
@@ -101,7 +101,7 @@ class Packer:
     def pack(self, bucket: int, turn: int) -> Packed:
         """Copy this rank's regions of a bucket to where senders want them; messages are on their way when it returns.
 
-        What is exported of the bucket, and what was copied on a device, is complete then and can be read by other processes.
+        Regions that are exported or were copied on a device are complete then, for other processes too.
         """
         nbytes = 0
         for index, sender in enumerate(self._senders):
@@ -125,7 +125,7 @@ class Packer:
         return self._programs[index, step]
 
     def prepare(self) -> None:
-        """Do what the first syncs would otherwise do once."""
+        """Bind all programs, which the first syncs would otherwise do."""
         for bucket, rounds in enumerate(self._rounds):
             self._sums.prepare(bucket, list(rounds), self._place, self._views(bucket))
             for index, sender in enumerate(self._senders):
@@ -133,7 +133,7 @@ class Packer:
                     self._bound(index, step)
 
     def _follow(self, moves: Sequence[Move] | None) -> None:
-        """Have programs read where parameters are now. Those that cannot are made anew when their turn comes."""
+        """Let programs read the parameters' current addresses. Programs that cannot follow are made anew at their next use."""
         for key, programs in list(self._programs.items()):
             if moves is None or not all(isinstance(program, CudaCopyProgram) for program in programs):
                 del self._programs[key]
@@ -143,7 +143,7 @@ class Packer:
                 program.move_sources(moves)
 
     def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
-        """Of the regions whose turn it is, in the dtype in which they arrive."""
+        """Checksums of the regions whose turn it is, as they arrive."""
         rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
@@ -156,7 +156,7 @@ class Packer:
         return lambda number: [self._view(r) for _, r in self._rounds[bucket][number].same]
 
     def _by_round(self, bucket: int) -> dict[int, _Round]:
-        """Everything that is given of a bucket and ever verified."""
+        """The regions of a bucket by the round in which they are verified."""
         rounds: dict[int, _Round] = defaultdict(lambda: _Round([], []))
         for sender in self._senders if num_rounds(self._verify) else ():
             for destination, r in sender.gives(bucket):
@@ -176,7 +176,7 @@ def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:
     """The programs that copy these pairs: in the host, and on the device that destinations are on."""
     pairs = list(given)
     in_host = [(d, s) for d, s in pairs if not d.is_cuda]
-    # Sources by address: a program would keep memory alive that parameters have left.
+    # Sources by address: a tensor would keep memory alive that parameters have left.
     on_device = [(d, strided(s)) for d, s in pairs if d.is_cuda]
     programs: list[_Program] = [CopyProgram(in_host)] if in_host else []
     if on_device:

@@ -1,4 +1,4 @@
-"""From who is there to who does what: the plan of a connection, its destinations and everybody's assignment. Runs on actor rank 0.
+"""The plan of a connection: its destinations, their transports, and the assignment of every peer. Runs on actor rank 0.
 
 Owns the choice of destinations and transports. Moves nothing.
 """
@@ -32,10 +32,10 @@ class ConnectionPlan:
         destination_of: by worker of the reports, its destination in the plan.
         transports: by destination. One that no others share is of one worker alone.
         actors, workers: names of the actor ranks, and of the first worker of each destination; engines: of these workers.
-        staging: (destination, actor rank), where what is read of that rank is copied into a ring of the rank's first.
+        staging: (destination, actor rank) pairs that go through a staging ring of the rank.
         num_steps: into how many steps the messages of a bucket are cut.
-        staged_bytes: that take the way through staging rings.
-        is_read_in_place: whether nothing is copied but from where it lies to where it belongs.
+        staged_bytes: bytes that go through staging rings.
+        is_read_in_place: whether all bytes are copied once, from parameter to parameter.
     """
 
     plan: Plan
@@ -57,7 +57,7 @@ class ConnectionPlan:
 
     @property
     def transport(self) -> str:
-        """What the bytes go through, in one word: several are joined by ``+``."""
+        """Names of the transports in use, joined by ``+``."""
         return "+".join(sorted(set(self.transports)))
 
     @property
@@ -66,7 +66,7 @@ class ConnectionPlan:
         return sum(self.traffic.bytes_by_destination.values())
 
     def num_slots(self, wanted: int) -> int:
-        """Slots of rings and of messages. What is read where it lies has no slots to wait for."""
+        """Slots of rings and messages. Parameters that are read in place wait for no slot."""
         return len(self.parts) if self.is_read_in_place else min(wanted, len(self.parts) * self.num_steps)
 
     def routes(self, num_slots: int) -> dict[str, Routes]:
@@ -133,13 +133,13 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
         # One bucket, whose messages both ends cut into steps.
         num_steps(moved, config.bucket_bytes) if in_place(transports, is_direct=is_direct) == "steps" else 1,
         sum(nbytes for way, nbytes in given if way in staging),
-        # Also where layers are put together from what is read: nobody waits for a slot.
+        # Also with other sinks than direct: nobody waits for a slot.
         in_place(transports, is_direct=True) == "read" and not used_staging,
     )
 
 
 def _refuse_in_place(plan: Plan, transports: Sequence[str], staging: frozenset[tuple[int, int]]) -> None:
-    """A reader of parameters where they lie computes no transform but those that are fused into copies. Raises ConfigError."""
+    """Raises ConfigError for a transform that is not fused into copies, where the parameter would be read in place."""
     for copy in (copy for bucket in plan.buckets for copy in bucket.copies if copy.transform):
         is_read = TRANSPORTS[transports[copy.destination]].in_place == "read" and (copy.destination, copy.source) not in staging
         if is_read and not TRANSFORMS[copy.transform].is_fused:
@@ -162,7 +162,7 @@ def choose_transports(reports: Reports, requested: str) -> tuple[str, ...]:
 def _staging(
     destinations: Sequence[Placement], transports: Sequence[str], actors: Sequence[ActorHello], staging: str
 ) -> frozenset[tuple[int, int]]:
-    """Who reads a ring of whom."""
+    """The (destination, actor rank) pairs that go through a staging ring of the rank."""
     return frozenset(
         (destination, rank)
         for destination, reader in enumerate(destinations)

@@ -1,4 +1,4 @@
-"""What a sync answers: SyncReport, and SyncHealth, which counts failures; their numbers for a metrics log. Measures nothing."""
+"""SyncReport, the result of a sync, and SyncHealth, which counts failures; both as numbers for a metrics log. Measures nothing."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         sinks: what workers used: ``direct``, ``layerwise``, ``direct+layerwise`` or ``loaders``.
         transport: what the bytes went through; several are joined by ``+``.
         bytes: bytes that destinations take in, each once. Several workers of one host that read the same ones are one destination.
-        staged_bytes: of these, those that ``ipc`` read out of a staging ring in GPU memory instead of where they lie.
+        staged_bytes: of these, bytes that ``ipc`` read from a staging ring in GPU memory and not from the parameters.
         bytes_by_link, redundancy: of the plan, by link name and by destination; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
         fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
         transfer_s: from all engines paused to the last commit.
-        wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, taking them in, checksums,
-            and what is left to do after the last.
+        wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, copying them, checksums,
+            and the work after the last bucket.
         commit_s: from the last commit until every engine has ended its update and reset its caches. resume_s: letting requests in again.
         extra_bytes: most memory that a worker took for the sync beside the ring.
         engine_s: seconds of the update, caches included, by engine id.

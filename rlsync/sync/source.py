@@ -32,7 +32,7 @@ class Source(Protocol):
 
     @property
     def stable_memory(self) -> bool:
-        """Whether their memory stays allocated between syncs. If not, engines let go of it at the end of each sync."""
+        """Whether the buffers stay allocated between syncs. If not, engines unmap them at the end of each sync."""
         ...
 
     def begin(self, version: int) -> None:
@@ -41,5 +41,5 @@ class Source(Protocol):
 
 
 def source_digest(tensors: Sequence[TensorSpec], placement: Placement) -> str:
-    """SHA-256 of what there is and of what one rank holds of it."""
+    """SHA-256 of the tensors and of one rank's placement."""
     return hashlib.sha256(msgspec.msgpack.encode((tuple(tensors), placement))).hexdigest()

@@ -30,16 +30,16 @@ class Sender(Protocol):
     def join(self, group: int) -> bytes | None:
         """Take part in the next sync, whose messages travel in the group of this number; collective over its members.
 
-        Returns what this rank exports where that is not what it said last.
+        Returns this rank's export where it has changed since the last call.
         """
         ...
 
     def gives(self, bucket: int) -> Iterable[tuple[int, Region]]:
-        """Destinations and regions of everything that it gives of a bucket, also of what is read where it lies."""
+        """Destinations and regions that it gives of a bucket, those that are read in place included."""
         ...
 
     def steps(self, bucket: int) -> range:
-        """What a bucket is sent in; each step is written in ``sending`` before the next one."""
+        """The steps in which a bucket is sent; each is written inside ``sending`` before the next one."""
         ...
 
     def places(self, step: int) -> Iterable[tuple[Region, torch.Tensor]]:
@@ -47,7 +47,7 @@ class Sender(Protocol):
         ...
 
     def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """Inside, this thread may write the step's places; afterwards they can be read, or are on their way."""
+        """Inside, this thread may write the step's places; afterwards they are readable or in flight."""
         ...
 
     def abandon(self) -> None:
@@ -60,7 +60,7 @@ class Sender(Protocol):
 
 
 class Arrival(Protocol):
-    """A worker's part of a bucket, which is here or can be read; until the next bucket is asked for."""
+    """A worker's part of a bucket, readable until the next bucket is fetched."""
 
     def land(self, buffers: Buffers) -> None:
         """Copy every element to where it belongs. On CUDA the copies are enqueued on the current stream."""
@@ -68,7 +68,7 @@ class Arrival(Protocol):
 
 
 class Receiver(Protocol):
-    """A worker's end. No call blocks; each raises what has failed, ConnectionError where it is a link."""
+    """A worker's end. No call blocks. Errors of the connection are ConnectionErrors."""
 
     @property
     def fd(self) -> int | None:
@@ -82,7 +82,7 @@ class Receiver(Protocol):
 
     @property
     def extra_bytes(self) -> int:
-        """Memory that it takes in this process."""
+        """Bytes of memory that it takes in this process."""
         ...
 
     def join(self, group: int) -> bool | None:
@@ -90,7 +90,7 @@ class Receiver(Protocol):
         ...
 
     def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
-        """Make ready what can be made before the first sync: ``standing``, by bucket, are the buffers that are the same in all syncs."""
+        """Bind copies before the first sync. ``standing``: by bucket, the buffers that are the same in all syncs."""
         ...
 
     def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
@@ -104,7 +104,7 @@ class Receiver(Protocol):
         """This worker's part of a bucket when it is here; it stays until a later bucket is asked for.
 
         Buckets ``[0, buckets_ready)`` can be had, and any where it ``lands_ahead``; they are asked for in order, and not those of
-        which this worker takes nothing. ``exports``: what actor ranks export anew.
+        which this worker takes nothing. ``exports``: new exports of actor ranks.
         """
         ...
 
@@ -119,14 +119,14 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """What one transport of a connection has to carry.
+    """The work of one transport of a connection.
 
     Attributes:
         parts: of all destinations, by bucket and destination.
         destinations: those that it serves.
         actors, workers: names of the actor ranks, and of the one worker of each destination (the first, where several share one).
         engines: of these workers.
-        staged: (destination, actor rank), where what is read of that rank is copied into a ring of the rank's first.
+        staged: (destination, actor rank) pairs that go through a staging ring of the rank.
     """
 
     parts: tuple[tuple[PackedPart, ...], ...]
@@ -141,9 +141,9 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Of what the two ends are made, encoded: by actor rank, and by destination. ``imports``: whose exports a destination reads.
+    """Arguments of senders by actor rank, and of receivers by destination, encoded. ``imports``: actor ranks that a destination reads.
 
-    Empty for an actor rank that needs no end.
+    An actor rank that needs no sender has empty arguments.
     """
 
     actors: tuple[bytes, ...]
@@ -161,7 +161,7 @@ class Hosting:
 
 
 class Hosted(Protocol):
-    """What rank 0 keeps open while a connection lasts."""
+    """A resource that rank 0 keeps open while a connection lasts."""
 
     def seal(self) -> None:
         """Everybody is attached: nobody else may be."""
@@ -172,13 +172,13 @@ class Hosted(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What a sender is made with in its process.
+    """What a sender needs of its process.
 
     Attributes:
         buffers: memory of this rank's placement.
         stable_memory: whether it stays allocated between syncs.
         device: the GPU of this process, or None where it has touched none.
-        hosted: what this process has opened for the transport, where it is rank 0.
+        hosted: the resource that this process has opened for the transport, on rank 0.
     """
 
     buffers: Buffers

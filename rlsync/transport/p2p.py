@@ -31,12 +31,12 @@ from rlsync.transport.tasks import Lane, Tasks
 
 # A message and the member at its other end.
 Message = tuple[torch.Tensor, int]
-# What stands for something that has begun; communicators know what it is.
+# A handle on work that has begun; only communicators look into it.
 Work = Any
 # Maximum steps in flight beside those that have a slot. A device takes in only so many launches before it makes its caller wait, and
 # that wait has no limit.
 _STEPS_AHEAD = 4
-# What is given up on a device is gone within a fraction of a second.
+# Abandoned work on a device ends within a fraction of a second.
 _CLOSE_S = 5.0
 
 
@@ -54,11 +54,11 @@ class Communicator(Protocol):
         ...
 
     def mark(self) -> Work:
-        """What this thread has begun on its device so far."""
+        """A handle on all work that this thread has enqueued so far."""
         ...
 
     def hold(self, work: Work) -> None:
-        """What this thread begins on its device from now on begins after ``work``."""
+        """Work that this thread enqueues from now on begins after ``work``."""
         ...
 
     def wait(self, work: Work) -> None:
@@ -66,15 +66,15 @@ class Communicator(Protocol):
         ...
 
     def apart(self) -> contextlib.AbstractContextManager[object]:
-        """What this thread begins on its device inside does not wait for other threads, nor they for it."""
+        """Work that this thread enqueues inside does not wait for that of other threads, nor theirs for it."""
         ...
 
     def abandon(self, kept: Sequence[object]) -> None:
-        """Let go whoever waits. ``kept`` lives until the device uses none of it. From any thread, idempotent, does not block."""
+        """Release all waiters. ``kept`` stays alive until the device no longer uses it. From any thread, idempotent, does not block."""
         ...
 
     def rest(self, limit_s: float) -> bool:
-        """After ``abandon``: whether nothing of it is written any more, within so long."""
+        """After ``abandon``: whether all its writes have ended within this time."""
         ...
 
 
@@ -185,13 +185,13 @@ class GroupSender:
 
     @contextlib.contextmanager
     def sending(self, step: int) -> Iterator[None]:
-        """What this thread writes inside goes behind what the slot has sent before, and is sent behind that. Raises GroupError."""
+        """Writes inside come after the slot's former send has ended, and are sent afterwards. Raises GroupError."""
         self._reclaim(step)
         yield
         self._post(step)
 
     def _reclaim(self, step: int) -> None:
-        """What this thread writes from now on may go into the step's slot."""
+        """Wait, or let the device wait, until the step's slot may be written."""
         communicator = self._communicator
         if communicator is None:
             raise GroupError(f"the {self._end.group.transport} group was given up")
@@ -203,11 +203,11 @@ class GroupSender:
             communicator.hold(former)
 
     def _post(self, step: int) -> None:
-        """Begin to send the step's messages, when what this thread has written is written."""
+        """Begin to send the step's messages behind this thread's writes."""
         communicator = self._communicator
         if communicator is None:
             raise GroupError(f"the {self._end.group.transport} group was given up")
-        # Those of this group, also where it is given up meanwhile.
+        # The lists of this group, also if it is given up meanwhile.
         in_slot, begun = self._in_slot, self._begun
         sends = [(memory, message.peer) for message, memory in self._messages(step)]
         if sends:
@@ -296,9 +296,9 @@ class Inbox:
         return bucket in self._landing and self._landing[bucket][0] == [tensor.data_ptr() for tensor in buffers.values()]
 
     def land(self, bucket: int, after: Work) -> None:
-        """Receive a bucket into the buffers that it was bound to; returns when all of it is there. Raises GroupError.
+        """Receive a bucket into the buffers that it is bound to; returns when it is complete. Raises GroupError.
 
-        ``after``: what has to have ended before they are written.
+        ``after``: work that has to end before the buffers are written.
         """
         communicator, memory = self.communicator, self._memory
         taken: deque[Work] = deque()
@@ -526,15 +526,15 @@ class GroupReceiver:
         if self._lane is not None:
             self._lane.stop()
         if self._communicator is not None:
-            # Kept only while it writes: a broken group that is named anywhere keeps its port.
+            # Kept only while it writes: a reference to a broken group keeps its port.
             self._former = None if self._communicator.rest(0.0) else self._communicator
         self._communicator = self._inbox = self._lane = None
-        # What still ends in the former thread has the former tasks, and goes with them.
+        # Calls that still end in the former thread report to the former tasks.
         self._tasks, self._arrived, self._num_asked = Tasks(), {}, 0
         self._landing, self._begun = {}, None
 
     def close(self) -> None:
-        """Waits for what writes to the model's memory, as another connection may be next to write there."""
+        """Waits for abandoned writes into the model's memory, as another connection may write there next."""
         self.abandon()
         if self._former is not None:
             self._former.rest(_CLOSE_S)
@@ -548,7 +548,7 @@ class Landed:
     buffers: Buffers
 
     def land(self, buffers: Buffers) -> None:
-        """Nothing is left to copy. Raises RuntimeError where the buffers are no longer those that were announced."""
+        """Nothing is left to copy. Raises RuntimeError where the buffers have moved since ``receiving``."""
         moved = [name for name, tensor in buffers.items() if name not in self.buffers or self.buffers[name].data_ptr() != tensor.data_ptr()]
         if moved:
             raise RuntimeError(f"{len(moved)} parameters have moved while they were written, among them {moved[0]}")

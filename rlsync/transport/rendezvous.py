@@ -80,7 +80,7 @@ def enter(info: GroupInfo, number: int, limit_s: float) -> Store:
 
 @contextlib.contextmanager
 def told_of_store(info: GroupInfo) -> Iterator[None]:
-    """What torch raises of a store, as a GroupError."""
+    """Raise torch's errors of a store as GroupErrors."""
     try:
         yield
     except RuntimeError as error:
@@ -90,9 +90,9 @@ def told_of_store(info: GroupInfo) -> Iterator[None]:
 def barrier(
     room: Store, info: GroupInfo, value: str, limit_s: float, abandoned: threading.Event, *, topic: str = "version"
 ) -> tuple[str, ...]:
-    """What each member says, by rank, when all have said something under ``topic``. Collective over the members.
+    """The values of all members under ``topic``, by rank, when all have set one. Collective over the members.
 
-    Making connections can hardly be interrupted, so it begins when everybody is there. Raises GroupError naming who is missing.
+    Connections are made after it, because making them can hardly be interrupted. Raises GroupError naming the missing members.
     """
     deadline_s = time.monotonic() + limit_s
     keys = [f"{topic}-{rank}" for rank in range(len(info.members))]
@@ -124,5 +124,5 @@ def seconds(timeout_s: float) -> timedelta:
 
 
 def sentence(text: str) -> str:
-    """What torch says, without the line of its source before it and the advice behind it."""
+    """torch's message, without the source line before it and the advice behind it."""
     return re.sub(r"^\[[^\]]*\] ", "", text.partition("\n")[0]).partition(". This is")[0]

@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended. ``key`` is what it was submitted under; one of ``result`` and ``error`` is meant."""
+    """Outcome of a call that was submitted under ``key``: a result or an error."""
 
     key: Any
     result: Any
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Let go what the calls that ended in ``error`` named, and keep what its traceback says. Whoever caught it may keep it for long."""
+    """Clear the frames of a traceback, so that they do not keep tensors alive as long as somebody keeps the error."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
@@ -76,7 +76,7 @@ class Tasks:
         self._outcomes.put(Outcome(key, result, error, time.monotonic() - started_s))
         os.eventfd_write(self.fd, 1)
         returned = error is None
-        # The traceback of an error refers to this frame: what it names would live until the next collection of cycles.
+        # The traceback refers to this frame: its locals would live until the next collection of cycles.
         del self, key, call, result, error
         return returned
 
@@ -112,7 +112,7 @@ class Lane:
         self._calls.put((tasks, key, call))
 
     def forget(self, tasks: Tasks, patience_s: float) -> None:
-        """Begin none of the calls that were submitted for ``tasks``; give one that has begun so long to end."""
+        """Drop the calls of ``tasks`` that have not begun; wait at most ``patience_s`` for one that has."""
         with self._lock:
             self._forgotten = weakref.ref(tasks)
         self._idle.wait(patience_s)
