@@ -2,7 +2,8 @@
 
 A rule is one parameter and the HF tensors in it. A stack is rules that repeat over the same numbers (layers, experts) and are cut by the
 same parallel axes; dense layers before layers of experts, experts, a vision tower and layers that predict further tokens are stacks of
-one model. Megatron names are *global*: numbers count over the whole model, as in HF names.
+one model. Megatron names are *global*: numbers count over the whole model, as in HF names. A persistent buffer of a module is a rule
+like a parameter.
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ class Stack:
         tensor_axis: the axis of the layouts: "tp", or "etp" for experts.
         has_layer: model and first number -> whether the copy exists. Not asked where there is no index.
         dtype: of parameters that are in this dtype whatever the model is in, or "".
-        are_buffers: they are buffers of the modules, which no optimizer updates.
     """
 
     rules: tuple[Rule, ...]
@@ -100,7 +100,6 @@ class Stack:
     tensor_axis: Literal["tp", "etp"] = "tp"
     has_layer: Callable[[Model, int], bool] = in_every_layer
     dtype: str = ""
-    are_buffers: bool = False
 
 
 # The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.

@@ -78,7 +78,6 @@ STACKS = (
         indices=(LAYER,),
         has_layer=has_experts,
         dtype="float32",
-        are_buffers=True,
         **DECODER,
     ),
     Stack(
