@@ -40,9 +40,8 @@ from workers.algorithms import PolicyLossOptions, correct_importance, policy_los
 from workers.config import RunConfig
 from workers.config.actor import ActorConfig, ActorModelConfig
 from workers.config.schema import AlgorithmConfig
-from workers.memory import device_memory_gb, host_memory_gb
+from workers.metrics import LogprobDifference, device_memory_gb, host_memory_gb
 from workers.remote import keep_own_log
-from workers.rollout_metrics import LogprobDifference
 from workers.samples import Sample, Share, collate
 
 Example = tuple[tuple[int, ...], tuple[int, ...]]

@@ -21,7 +21,7 @@ from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.config import RunConfig, validate_world
-from workers.memory import largest
+from workers.metrics import largest
 from workers.placement import actor_topology, resolve_placement
 from workers.remote import Call, Worker, collect
 from workers.rollout import RolloutEngine, engine_arguments

@@ -21,14 +21,14 @@ from workers.cluster import Cluster
 from workers.config import RunConfig, WarmStartConfig, config_as_dict
 from workers.crew import Crew
 from workers.data import Prompt
-from workers.metrics import MetricsLog, check_loggers
+from workers.metrics import difference_metrics, sample_metrics, speed_metrics
+from workers.metrics_log import MetricsLog, check_loggers
 from workers.preparation import prepare
 from workers.problems import load_supervised
 from workers.results import ResultsFolder
 from workers.resume import DATA_STATE, check_ranks, find_beginning, write_settings
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
-from workers.rollout_metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.samples import Sample, Share, deal, with_advantages
 from workers.screen import Screen, wrapped
 from workers.turns import Turns

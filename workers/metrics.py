@@ -1,285 +1,145 @@
-"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab, Prometheus.
+"""Numbers of a step: what its samples say about generation and reward, tokens a second, and the memory that workers take.
 
-Owns file names, step numbering and the loggers. Knows nothing of how a number came about (``rollout_metrics``,
-``algorithms``) or of the screen (``screen``). Loggers are imported only when named.
+Knows no process group and no file; asks NVML rather than torch for memory in use, so that it makes no CUDA context.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from omegaconf import OmegaConf
+import psutil
+import torch
 
-from rlsync.errors import ConfigError
-from workers.config.schema import LoggerConfig
-from workers.prometheus import PrometheusExporter
-from workers.results import METRICS_FILE, next_free
-
-CONFIG_FILE = "config.yaml"
-REWARDS_FILE = "rewards.png"
-REWARD_NAME = "rollout/reward_scores"
-TRAINING_PREFIX = "actor/training/"
-_LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
+from workers.samples import Sample
 
 
-class MetricsLogger(Protocol):
-    """One destination of numbers."""
+@dataclass(frozen=True, slots=True)
+class LogprobDifference:
+    """|engine - actor| over the response tokens of one replica: sum, largest, and how many tokens."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    total: float
+    largest: float
+    count: int
 
-    def close(self) -> None: ...
 
+def rollout_metrics(
+    *, prompt_lengths: Sequence[int], response_lengths: Sequence[int], rewards: Sequence[float], properly_ended: Sequence[bool]
+) -> dict[str, float]:
+    """Metrics of the B samples of a step.
 
-class MetricsLog:
-    """All metrics of a run. Use as a context manager, or ``close()``. ``notes`` say what was kept aside.
-
-    ``metrics.jsonl`` holds one object per step, complete once ``log`` has returned, so a killed run loses nothing.
+    Args:
+        prompt_lengths: tokens of each prompt.
+        response_lengths: tokens of each response, end-of-sequence included.
+        rewards: reward of each response, scaled.
+        properly_ended: whether the response ended by itself rather than by its length limit.
     """
-
-    def __init__(self, config: LoggerConfig, resolved: Mapping[str, Any], *, n_minibatches: int = 1, start_step: int = 0) -> None:
-        """
-        Args:
-            config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
-            resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
-            n_minibatches: optimizer updates per step; loggers number those, not the steps.
-            start_step: step a resumed run continues after; lines of later steps move to ``metrics.<n>.jsonl``, and another
-                ``config.yaml`` to ``config.yaml.<n>``.
-
-        Raises:
-            ConfigError: a logger that is named is not installed, or a file of the folder cannot be read. Nothing has changed then.
-        """
-        assert config.log_path is not None, "load_config derives log_path"
-        self.folder = Path(config.log_path)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._n_minibatches = n_minibatches
-        self.notes: tuple[str, ...] = ()
-        lines = read_metrics(self.folder)
-        self._loggers = [_open_logger(name, config, self.folder, resolved, start_step * n_minibatches) for name in config.logger_backends]
-        self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
-        self._history = [line for line in lines if line["step"] <= start_step]
-        self._keep_aside([line for line in lines if line["step"] > start_step])
-        self._write_config(resolved)
-        self._rewrite()
-        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        if self._exporter is not None:
-            self._loggers.append(self._exporter)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    @property
-    def history(self) -> Sequence[Mapping[str, Any]]:
-        """One mapping per step so far, those before a resume included; ``step`` is among its keys."""
-        return self._history
-
-    def log(self, step: int, metrics: Mapping[str, float], training: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
-        """Write one step.
-
-        Args:
-            step: 1 for the first step.
-            metrics: names to numbers.
-            training: metrics of each optimizer update without the prefix ``actor/training/``. ``metrics.jsonl`` gets
-                their mean; loggers get each one at index ``(step - 1) * n_minibatches + i``.
-
-        Returns:
-            The object written, without ``step``.
-        """
-        updates = [{f"{TRAINING_PREFIX}{name}": value for name, value in update.items()} for update in training]
-        written = {**metrics, **_means(updates)}
-        record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
-        self._history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        index = (step - 1) * self._n_minibatches
-        for logger in self._loggers:
-            logger.log(metrics, index)
-            for offset, update in enumerate(updates):
-                logger.log(update, index + offset)
-        return written
-
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Numbers that hold now and belong to no step, for whoever fetches them: what a failed sync leaves behind."""
-        if self._exporter is not None:
-            self._exporter.show(metrics)
-
-    def close(self) -> None:
-        """Draw ``rewards.png`` and close files and loggers. Idempotent."""
-        if self._file.closed:
-            return
-        self._file.close()
-        for logger in self._loggers:
-            logger.close()
-        draw_rewards(self._history, self.folder / REWARDS_FILE)
-
-    def _keep_aside(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Move lines that are not of this history to a file of their own, before ``_rewrite`` drops them."""
-        if not lines:
-            return
-        aside = next_free(self.folder / "metrics", ".jsonl")
-        _write_whole(aside, lines)
-        self.notes += (f"metrics of steps {lines[0]['step']} to {lines[-1]['step']}, which this run repeats, are kept in {aside}",)
-
-    def _write_config(self, resolved: Mapping[str, Any]) -> None:
-        path, text = self.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(_plain(resolved)))
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            os.rename(path, next_free(path))
-        path.write_text(text, encoding="utf-8")
-
-    def _rewrite(self) -> None:
-        """Keep the history only."""
-        _write_whole(self.folder / METRICS_FILE, self._history)
+    prompts, responses = (torch.tensor(lengths, dtype=torch.float64) for lengths in (prompt_lengths, response_lengths))
+    return {
+        "rollout/total_num_sequence": float(len(rewards)),
+        "rollout/prompt_length": prompts.mean().item(),
+        "rollout/response_length": responses.mean().item(),
+        "rollout/average_response_length": responses.mean().item(),
+        "rollout/variance_of_response_length": responses.var(correction=0).item(),
+        "rollout/max_of_response_length": responses.max().item(),
+        "rollout/min_of_response_length": responses.min().item(),
+        "rollout/total_length": (prompts + responses).mean().item(),
+        "rollout/reward_scores": torch.tensor(rewards, dtype=torch.float64).mean().item(),
+        "rollout/fraction_of_samples_properly_ended": sum(properly_ended) / len(properly_ended),
+    }
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` in a results folder; empty when there is none. A half-written last line is left out."""
-    path = Path(folder) / METRICS_FILE
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
+    """Of one step's samples, groups next to each other."""
+    rewards = [s.reward for s in samples]
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    advantages = [s.advantage for s in samples if s.response_ids]
+    tokens = [len(s.response_ids) for s in samples if s.response_ids]
+    return {
+        **rollout_metrics(
+            prompt_lengths=[len(s.prompt_ids) for s in samples],
+            response_lengths=[len(s.response_ids) for s in samples],
+            rewards=rewards,
+            properly_ended=[s.finished for s in samples],
+        ),
+        # A group whose rewards are all the same has advantages of zero, and gives no gradient.
+        "rollout/fraction_of_groups_with_equal_rewards": sum(len(set(group)) == 1 for group in groups) / len(groups),
+        "perf/total_num_tokens": float(sum(s.length for s in samples)),
+        "rollout/advantages_mean": sum(a * n for a, n in zip(advantages, tokens, strict=True)) / max(1, sum(tokens)),
+        "rollout/advantages_max": max(advantages, default=0.0),
+        "rollout/advantages_min": min(advantages, default=0.0),
+    }
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        return {**record, "step": int(record["step"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{where} is no line of metrics ({type(error).__name__}: {error}); move the file away to begin another"
-        ) from error
+def speed_metrics(metrics: Mapping[str, float], seconds: Mapping[str, float], num_devices: int) -> dict[str, float]:
+    """Tokens a second, of the whole step (prompts included, per device) and of its rollout (responses, all engines together)."""
+    responses = metrics["rollout/response_length"] * metrics["rollout/total_num_sequence"]
+    return {
+        "perf/throughput": metrics["perf/total_num_tokens"] / seconds["time/step"] / num_devices,
+        "rollout/tokens_per_s": responses / seconds["time/rollout"],
+    }
 
 
-def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Through a second file, so that a kill leaves the old content or the new."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The mean reward over steps as a picture; nothing when no step reported one."""
-    points = [(line["step"], line[REWARD_NAME]) for line in history if line.get(REWARD_NAME) is not None]
-    if not points:
-        return
-    # The object interface without pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps, rewards = zip(*points, strict=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(steps, rewards, marker="o", markersize=3)
-    axes.set(xlabel="step", ylabel="mean reward", title=REWARD_NAME)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, first_index: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What a resumed run repeats is hidden then; the events stay in their files.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_index if first_index else None)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, wandb: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
-        settings = None if config.wandb_proxy is None else wandb.Settings(https_proxy=config.wandb_proxy)
-        self._run = wandb.init(
-            project=config.project_name,
-            name=config.experiment_name,
-            entity=config.wandb_entity,
-            dir=str(folder),
-            config=_plain(resolved),
-            settings=settings,
-        )
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Swanlab:
-    def __init__(self, swanlab: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
-        self._swanlab = swanlab
-        swanlab.init(
-            project=config.project_name,
-            experiment_name=config.experiment_name,
-            mode=config.swanlab_mode,
-            logdir=str(folder / "swanlab"),
-            config=_plain(resolved),
-        )
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._swanlab.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._swanlab.finish()
-
-
-def check_loggers(config: LoggerConfig) -> None:
-    """Import every logger that is named, before anything is written. Raises ConfigError."""
-    for name in config.logger_backends:
-        _import_logger(name)
-
-
-def _import_logger(name: str) -> Any:
-    try:
-        return importlib.import_module(_LOGGER_MODULES.get(name, name))
-    except ImportError as error:
-        raise ConfigError(
-            f"runner.logger.logger_backends names {name}, which cannot be imported ({error}): pip install {name}, or remove it"
-        ) from error
-
-
-def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], first_index: int) -> MetricsLogger:
-    module = _import_logger(name)
-    if name == "tensorboard":
-        return _TensorBoard(folder, first_index)
-    return (_Wandb if name == "wandb" else _Swanlab)(module, config, folder, resolved)
-
-
-def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the updates that have a number: a skipped update has no gradient norm."""
-    if not updates:
+def difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mapping[str, float]:
+    """Over all replicas; empty where engines or actor gave no log-probabilities."""
+    seen = [d for d in differences if d is not None]
+    count = sum(d.count for d in seen)
+    if not count:
         return {}
-    numbers = {name: [update[name] for update in updates if not math.isnan(update[name])] for name in updates[0]}
-    return {name: sum(values) / len(values) if values else math.nan for name, values in numbers.items()}
+    return {
+        "rollout/logprob_diff_mean": sum(d.total for d in seen) / count,
+        "rollout/logprob_diff_max": max(d.largest for d in seen),
+    }
 
 
-def _json_number(value: float) -> float | None:
-    """JSON has no nan and no infinity; null says that there is no number."""
-    return value if math.isfinite(value) else None
+_GB = 1e9
 
 
-def _plain(value: Any) -> Any:
-    """Nested containers as dicts and lists, which OmegaConf, wandb and swanlab all take."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+def host_memory_gb() -> float:
+    """Resident memory of this process and all its children, in 10^9 bytes; pages that they share count in each."""
+    here = psutil.Process()
+    total = 0
+    for process in (here, *here.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # ended since
+            continue
+    return total / _GB
+
+
+def device_memory_gb(visible: str | None = None) -> float | None:
+    """Memory in use, by whomever, of the fullest GPU in ``visible`` (as CUDA_VISIBLE_DEVICES, which is the default), in 10^9 bytes.
+
+    None without GPUs and where NVML cannot be asked.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible
+    if not names:
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+            for name in names.split(",")
+        ]
+        return max(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / _GB
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def largest(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest value of each name."""
+    found: dict[str, float] = {}
+    for report in reports:
+        for name, value in report.items():
+            found[name] = max(value, found.get(name, value))
+    return found

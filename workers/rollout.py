@@ -9,7 +9,7 @@ from typing import Any
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
 from workers.config import RunConfig
-from workers.memory import device_memory_gb, host_memory_gb
+from workers.metrics import device_memory_gb, host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -12,7 +12,7 @@ import pytest
 from tests.gpu.engines import KV_CACHE_BYTES, LAYERS
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
-from workers.metrics import read_metrics
+from workers.metrics_log import read_metrics
 
 # Weights are stale after a step, until a sync gathers them.
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}

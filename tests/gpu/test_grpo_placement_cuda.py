@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from workers.metrics import read_metrics
+from workers.metrics_log import read_metrics
 from workers.synthetic import alone
 
 pytestmark = [pytest.mark.gpu(2), pytest.mark.timeout(900)]

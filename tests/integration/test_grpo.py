@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from workers.metrics import read_metrics
+from workers.metrics_log import read_metrics
 
 # A run takes a minute, or several beside others.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

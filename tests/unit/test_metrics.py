@@ -24,9 +24,8 @@ from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
-from workers.memory import device_memory_gb, host_memory_gb, largest
-from workers.metrics import MetricsLog, check_loggers, read_metrics
-from workers.rollout_metrics import rollout_metrics, sample_metrics, speed_metrics
+from workers.metrics import device_memory_gb, host_memory_gb, largest, rollout_metrics, sample_metrics, speed_metrics
+from workers.metrics_log import MetricsLog, check_loggers, read_metrics
 from workers.samples import Sample
 from workers.screen import Screen, summary_rows
 

@@ -1,0 +1,336 @@
+"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab, Prometheus.
+
+Owns file names, step numbering and the loggers. Knows nothing of how a number came about (``metrics``, ``algorithms``) or of the screen
+(``screen``). Loggers are imported only when named, and prometheus_client, which comes with Ray and vLLM, only where a port is configured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from omegaconf import OmegaConf
+
+from rlsync.errors import ConfigError
+from workers.config.schema import LoggerConfig
+from workers.results import METRICS_FILE, next_free
+
+CONFIG_FILE = "config.yaml"
+REWARDS_FILE = "rewards.png"
+REWARD_NAME = "rollout/reward_scores"
+TRAINING_PREFIX = "actor/training/"
+_LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
+
+
+class MetricsLogger(Protocol):
+    """One destination of numbers."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """All metrics of a run. Use as a context manager, or ``close()``. ``notes`` say what was kept aside.
+
+    ``metrics.jsonl`` holds one object per step, complete once ``log`` has returned, so a killed run loses nothing.
+    """
+
+    def __init__(self, config: LoggerConfig, resolved: Mapping[str, Any], *, n_minibatches: int = 1, start_step: int = 0) -> None:
+        """
+        Args:
+            config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
+            resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
+            n_minibatches: optimizer updates per step; loggers number those, not the steps.
+            start_step: step a resumed run continues after; lines of later steps move to ``metrics.<n>.jsonl``, and another
+                ``config.yaml`` to ``config.yaml.<n>``.
+
+        Raises:
+            ConfigError: a logger that is named is not installed, or a file of the folder cannot be read. Nothing has changed then.
+        """
+        assert config.log_path is not None, "load_config derives log_path"
+        self.folder = Path(config.log_path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._n_minibatches = n_minibatches
+        self.notes: tuple[str, ...] = ()
+        lines = read_metrics(self.folder)
+        self._loggers = [_open_logger(name, config, self.folder, resolved, start_step * n_minibatches) for name in config.logger_backends]
+        self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
+        self._history = [line for line in lines if line["step"] <= start_step]
+        self._keep_aside([line for line in lines if line["step"] > start_step])
+        self._write_config(resolved)
+        self._rewrite()
+        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        if self._exporter is not None:
+            self._loggers.append(self._exporter)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """One mapping per step so far, those before a resume included; ``step`` is among its keys."""
+        return self._history
+
+    def log(self, step: int, metrics: Mapping[str, float], training: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """Write one step.
+
+        Args:
+            step: 1 for the first step.
+            metrics: names to numbers.
+            training: metrics of each optimizer update without the prefix ``actor/training/``. ``metrics.jsonl`` gets
+                their mean; loggers get each one at index ``(step - 1) * n_minibatches + i``.
+
+        Returns:
+            The object written, without ``step``.
+        """
+        updates = [{f"{TRAINING_PREFIX}{name}": value for name, value in update.items()} for update in training]
+        written = {**metrics, **_means(updates)}
+        record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
+        self._history.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        index = (step - 1) * self._n_minibatches
+        for logger in self._loggers:
+            logger.log(metrics, index)
+            for offset, update in enumerate(updates):
+                logger.log(update, index + offset)
+        return written
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Numbers that hold now and belong to no step, for whoever fetches them: what a failed sync leaves behind."""
+        if self._exporter is not None:
+            self._exporter.show(metrics)
+
+    def close(self) -> None:
+        """Draw ``rewards.png`` and close files and loggers. Idempotent."""
+        if self._file.closed:
+            return
+        self._file.close()
+        for logger in self._loggers:
+            logger.close()
+        draw_rewards(self._history, self.folder / REWARDS_FILE)
+
+    def _keep_aside(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Move lines that are not of this history to a file of their own, before ``_rewrite`` drops them."""
+        if not lines:
+            return
+        aside = next_free(self.folder / "metrics", ".jsonl")
+        _write_whole(aside, lines)
+        self.notes += (f"metrics of steps {lines[0]['step']} to {lines[-1]['step']}, which this run repeats, are kept in {aside}",)
+
+    def _write_config(self, resolved: Mapping[str, Any]) -> None:
+        path, text = self.folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(_plain(resolved)))
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            os.rename(path, next_free(path))
+        path.write_text(text, encoding="utf-8")
+
+    def _rewrite(self) -> None:
+        """Keep the history only."""
+        _write_whole(self.folder / METRICS_FILE, self._history)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` in a results folder; empty when there is none. A half-written last line is left out."""
+    path = Path(folder) / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return {**record, "step": int(record["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where} is no line of metrics ({type(error).__name__}: {error}); move the file away to begin another"
+        ) from error
+
+
+def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Through a second file, so that a kill leaves the old content or the new."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The mean reward over steps as a picture; nothing when no step reported one."""
+    points = [(line["step"], line[REWARD_NAME]) for line in history if line.get(REWARD_NAME) is not None]
+    if not points:
+        return
+    # The object interface without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, rewards = zip(*points, strict=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, rewards, marker="o", markersize=3)
+    axes.set(xlabel="step", ylabel="mean reward", title=REWARD_NAME)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_index: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a resumed run repeats is hidden then; the events stay in their files.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_index if first_index else None)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, wandb: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
+        settings = None if config.wandb_proxy is None else wandb.Settings(https_proxy=config.wandb_proxy)
+        self._run = wandb.init(
+            project=config.project_name,
+            name=config.experiment_name,
+            entity=config.wandb_entity,
+            dir=str(folder),
+            config=_plain(resolved),
+            settings=settings,
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Swanlab:
+    def __init__(self, swanlab: Any, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any]) -> None:
+        self._swanlab = swanlab
+        swanlab.init(
+            project=config.project_name,
+            experiment_name=config.experiment_name,
+            mode=config.swanlab_mode,
+            logdir=str(folder / "swanlab"),
+            config=_plain(resolved),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._swanlab.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+def check_loggers(config: LoggerConfig) -> None:
+    """Import every logger that is named, before anything is written. Raises ConfigError."""
+    for name in config.logger_backends:
+        _import_logger(name)
+
+
+def _import_logger(name: str) -> Any:
+    try:
+        return importlib.import_module(_LOGGER_MODULES.get(name, name))
+    except ImportError as error:
+        raise ConfigError(
+            f"runner.logger.logger_backends names {name}, which cannot be imported ({error}): pip install {name}, or remove it"
+        ) from error
+
+
+def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], first_index: int) -> MetricsLogger:
+    module = _import_logger(name)
+    if name == "tensorboard":
+        return _TensorBoard(folder, first_index)
+    return (_Wandb if name == "wandb" else _Swanlab)(module, config, folder, resolved)
+
+
+def _means(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the updates that have a number: a skipped update has no gradient norm."""
+    if not updates:
+        return {}
+    numbers = {name: [update[name] for update in updates if not math.isnan(update[name])] for name in updates[0]}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in numbers.items()}
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no nan and no infinity; null says that there is no number."""
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers as dicts and lists, which OmegaConf, wandb and swanlab all take."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
+
+_PREFIX = "rlsync_"
+
+
+class PrometheusExporter:
+    """A gauge for each number, as ``rlsync_sync_gb_per_s`` for ``sync/gb_per_s``, at ``http://host:port/metrics``.
+
+    A number that a step does not report keeps its last value.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        """Begin to listen. Raises ConfigError where the address cannot be had."""
+        try:
+            import prometheus_client as client
+        except ImportError as error:
+            raise ConfigError(
+                f"runner.logger.prometheus_port needs prometheus_client, which cannot be imported ({error}): pip install prometheus-client"
+            ) from error
+        self._registry, self._make = client.CollectorRegistry(), client.Gauge
+        self._gauges: dict[str, Gauge] = {}
+        try:
+            self._server, self._thread = client.start_http_server(port, addr=host, registry=self._registry)
+        except OSError as error:
+            raise ConfigError(
+                f"runner.logger.prometheus_port: cannot listen on {host}:{port} ({error}); choose another port, or 0 for none"
+            ) from error
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Show these numbers from now on; ``step`` as ``rlsync_logged_step``."""
+        self.show({**metrics, "logged_step": step})
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Show these numbers from now on, which belong to no step."""
+        for name, value in metrics.items():
+            self._gauge(name).set(value)
+
+    def _gauge(self, name: str) -> Gauge:
+        exported = _PREFIX + re.sub(r"\W", "_", name)
+        if exported not in self._gauges:
+            self._gauges[exported] = self._make(exported, f"{name} of this run", registry=self._registry)
+        return self._gauges[exported]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
