@@ -42,7 +42,7 @@ from workers.config.actor import ActorConfig, ActorModelConfig
 from workers.config.schema import AlgorithmConfig
 from workers.metrics import LogprobDifference, device_memory_gb, host_memory_gb
 from workers.remote import keep_own_log
-from workers.samples import Sample, Share, collate
+from workers.samples import ReplicaBatch, Sample, collate
 
 Example = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -200,25 +200,25 @@ class ActorRank:
 
     # Scores.
 
-    def score(self, shares: Sequence[Share]) -> LogprobDifference | None:
+    def score(self, batches: Sequence[ReplicaBatch]) -> LogprobDifference | None:
         """Recompute the log-probabilities of this replica's samples, and the reference's. Collective.
 
         Kept on the rank for ``train``. Returns the difference to the engine's on the first rank of each replica.
         """
         at = self._topology.coordinates(self._rank)
-        share, algorithm = shares[at.dp_rank], self._config.algorithm
-        samples = share.samples
-        self._old_logprobs = self._score(share) if algorithm.recompute_logprobs else [_engine_row(s) for s in samples]
-        self._reference_logprobs = None if self._reference is None else self._score_reference(share)
+        batch, algorithm = batches[at.dp_rank], self._config.algorithm
+        samples = batch.samples
+        self._old_logprobs = self._score(batch) if algorithm.recompute_logprobs else [_engine_row(s) for s in samples]
+        self._reference_logprobs = None if self._reference is None else self._score_reference(batch)
         if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or (at.tp_rank, at.pp_rank) != (0, 0):
             return None
         rows = zip(self._old_logprobs, samples, strict=True)
         flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
         return LogprobDifference(flat.sum().item(), flat.max().item() if flat.numel() else 0.0, flat.numel())
 
-    def _score(self, share: Share) -> list[Tensor]:
+    def _score(self, batch: ReplicaBatch) -> list[Tensor]:
         """Log-probability of every token of every sample, each (its length,) float32 on the CPU."""
-        cuts = share.cuts(
+        cuts = batch.cuts(
             None if self._config.runner.enable_dynamic_batch_size else self._config.algorithm.logprob_forward_micro_batch_size
         )
         scored = token_scores(self._models, [collate(cut) for cut in cuts], temperature=self._temperature())
@@ -228,13 +228,13 @@ class ActorRank:
             for row, sample in enumerate(cut)
         ]  # fmt: skip
 
-    def _score_reference(self, share: Share) -> list[Tensor]:
+    def _score_reference(self, batch: ReplicaBatch) -> list[Tensor]:
         """The same under the reference's weights, swapped in for the moment."""
         assert self._reference is not None
         current = self._weights()
         try:
             self._write(self._reference)
-            return self._score(share)
+            return self._score(batch)
         finally:
             self._write(current)
 
@@ -254,14 +254,14 @@ class ActorRank:
 
     # Training.
 
-    def train(self, shares: Sequence[Share]) -> list[dict[str, float]]:
+    def train(self, batches: Sequence[ReplicaBatch]) -> list[dict[str, float]]:
         """All optimizer updates of a step on the samples that ``score`` saw. Collective.
 
         Returns the metrics of each update, named as under ``actor/training/``; equal on all ranks.
         """
-        share, algorithm = shares[self._topology.coordinates(self._rank).dp_rank], self._config.algorithm
+        batch, algorithm = batches[self._topology.coordinates(self._rank).dp_rank], self._config.algorithm
         options, row, metrics = policy_loss_options(algorithm), 0, []
-        for update, num_tokens, num_sequences in zip(share.updates, share.num_tokens, share.num_sequences, strict=True):
+        for update, num_tokens, num_sequences in zip(batch.updates, batch.num_tokens, batch.num_sequences, strict=True):
             microbatches = []
             for micro in update:
                 microbatches.append(self._microbatch(micro, row))

@@ -5,7 +5,7 @@ positions, float32; masks are bool or 0/1 of the same shape, 1 at the tokens the
 included).
 
 A loss over a mini-batch is a quotient of two sums. Both are computed per micro-batch and per data-parallel rank and
-may be added in any grouping, so the result does not depend on how the samples were dealt.
+may be added in any grouping, so the result does not depend on how the samples were split.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
+from workers.colocation import plan_colocation
 from workers.config import RunConfig, read_config, validate_model, validate_world
 from workers.model_folder import (
     check_chat_template,
@@ -37,7 +38,6 @@ from workers.results import becomes_of_earlier_run
 from workers.resume import DATA_STATE, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
-from workers.turns import plan_turns
 
 _FIRST_ROWS = 200
 # What a logger needs to be imported.
@@ -108,8 +108,8 @@ def check_devices(config: RunConfig, report: Report) -> None:
     dp_size = report.take("devices", validate_world, config, len(resolved.actor))
     topology = report.take("devices", actor_topology, config.actor.model, dp_size or 1)
     if address == LOCAL:
-        turns = report.take("devices", lambda: plan_turns(config, resolved.mode, on_gpu=num_gpus > 0))
-        report.notes += [] if turns is None else turns.notes
+        colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
+        report.notes += [] if colocation is None else colocation.notes
     if engines is not None and dp_size is not None and topology is not None:
         axes = (("TP", topology.tp_size), ("PP", topology.pp_size), ("CP", topology.cp_size), ("DP", topology.dp_size))
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)

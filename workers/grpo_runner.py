@@ -13,26 +13,26 @@ import ray
 import torch
 
 from rlsync.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
+from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.actor import Example
 from workers.cluster import Cluster
+from workers.colocation import Colocation
 from workers.config import RunConfig, WarmStartConfig, config_as_dict
-from workers.crew import Crew
 from workers.data import Prompt
 from workers.metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import MetricsLog, check_loggers
-from workers.preparation import prepare
+from workers.preparation import Preparation, prepare
 from workers.problems import load_supervised
 from workers.results import ResultsFolder
 from workers.resume import DATA_STATE, check_ranks, find_beginning, write_settings
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
-from workers.samples import Sample, Share, deal, with_advantages
+from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
 from workers.screen import Screen, wrapped
-from workers.turns import Turns
-from workers.weight_check import WeightCheck
+from workers.worker_group import WorkerGroup
 
 
 class GrpoRunner:
@@ -71,7 +71,7 @@ class GrpoRunner:
             with self._coming_up("Ray"):
                 cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
             try:
-                self._start(stack.enter_context(Crew(config, cluster)))
+                self._start(stack.enter_context(WorkerGroup(config, cluster)))
                 self._train(stack.enter_context(self._open_log()))
             except RlsyncError:
                 self._screen.note(f"failed; the workers' logs are in {cluster.logs}")
@@ -79,29 +79,29 @@ class GrpoRunner:
 
     # Set-up.
 
-    def _start(self, crew: Crew) -> None:
+    def _start(self, group: WorkerGroup) -> None:
         """Processes, weights, optimizer and connection: all that comes before the first step."""
-        config, prepared, self._crew = self._config, self._prepared, crew
-        check_ranks(prepared.beginning, crew.topology.world_size)
-        self._screen.note(f"starting {crew.description}")
+        config, prepared, self._group = self._config, self._prepared, group
+        check_ranks(prepared.beginning, group.topology.world_size)
+        self._screen.note(f"starting {group.description}")
         self._screen.phase("starting engines and actor")
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         resume = prepared.beginning.resume
         fresh = resume is None
         needs_initial = fresh or config.algorithm.kl_beta != 0
-        self._turns = Turns(crew.turn_plan, crew)
-        for note in crew.turn_plan.notes:
+        self._colocation = Colocation(group.colocation_plan, group)
+        for note in group.colocation_plan.notes:
             self._screen.note(note)
-        check = WeightCheck(crew, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
+        check = WeightCheck(group, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
 
         def engines_first() -> None:
             if check is not None:
                 check.before()
-            self._turns.first_sleep()
+            self._colocation.first_sleep()
 
-        crew.start(
+        group.start(
             load_initial=needs_initial,
-            engines_first=engines_first if self._turns.alternate else None,
+            engines_first=engines_first if self._colocation.alternate else None,
             on_ready=self._screen.component,
         )
         if check is not None:
@@ -143,12 +143,12 @@ class GrpoRunner:
         """A first sync, between the two halves of the check."""
         self._screen.phase("validating weights")
         check.before()
-        self._turns.before_sync()
-        self._crew.connect()
+        self._colocation.before_sync()
+        self._group.connect()
         self._on_ranks("sync", 0)
-        self._turns.after_sync()
+        self._colocation.after_sync()
         self._screen.note(check.after())
-        self._turns.after_rollout()
+        self._colocation.after_rollout()
 
     def _warm_start(self, warm: WarmStartConfig) -> None:
         """Supervised steps, where the configuration asks for them."""
@@ -190,8 +190,8 @@ class GrpoRunner:
             self._screen.phase("save")
             with _timed(seconds, "time/save"):
                 self._save(step)
-        speeds = speed_metrics(metrics, seconds, self._crew.num_devices)
-        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._crew.memory(), **seconds}, updates))
+        speeds = speed_metrics(metrics, seconds, self._group.num_devices)
+        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds}, updates))
 
     def _step(
         self, step: int, batches: Iterator[list[Prompt]], seconds: dict[str, float]
@@ -201,19 +201,19 @@ class GrpoRunner:
         with _timed(seconds, "time/prepare_data"):
             prompts = next(batches)
         report, samples = self._synced_rollout(prompts, step, seconds)
-        self._turns.after_rollout()
+        self._colocation.after_rollout()
         screen.phase("reward")
         with _timed(seconds, "time/reward"):
             samples = self._reward(prompts, samples)
         samples = with_advantages(samples, algorithm.group_size, normalize=algorithm.normalize_advantages)
-        shares = ray.put(self._deal(samples, step))
+        replica_batches = ray.put(self._split(samples, step))
         screen.phase("log-probabilities")
         with _timed(seconds, "time/actor/inference"):
-            differences = self._on_ranks("score", shares)
+            differences = self._on_ranks("score", replica_batches)
         screen.phase("training")
         with _timed(seconds, "time/actor/training"):
-            updates = self._on_ranks("train", shares)[0]
-        seconds.update(self._turns.take_seconds())
+            updates = self._on_ranks("train", replica_batches)[0]
+        seconds.update(self._colocation.take_seconds())
         counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
         return {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
@@ -221,44 +221,44 @@ class GrpoRunner:
         """Sync and roll out; once more from the sync on after lost engines were replaced, where the configuration allows it."""
         while True:
             try:
-                self._turns.before_sync()
+                self._colocation.before_sync()
                 self._connect()
                 self._screen.phase("sync")
                 with _timed(seconds, "time/sync_weights"):
                     report = self._on_ranks("sync", step - 1)[0]
-                self._turns.after_sync()
-                self._health.committed(self._crew.engine_ids)
+                self._colocation.after_sync()
+                self._health.committed(self._group.engine_ids)
                 self._screen.phase("rollout")
                 with _timed(seconds, "time/rollout"):
                     return report, self._rollout(prompts, step)
             except RlsyncError as error:
                 if isinstance(error, WeightSyncError):
-                    self._health.failed(error, self._crew.engine_ids)
+                    self._health.failed(error, self._group.engine_ids)
                     self._log.show(self._health.metrics())
                 self._replace_lost_engines(error)
 
     def _connect(self) -> None:
         if not self._connected:
             with self._coming_up("connection"):
-                self._crew.connect()
+                self._group.connect()
             self._connected = True
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
         """Start new engines for those that are lost. Raises ``error`` where none is, or too many are."""
         left = self._config.rollout.max_engine_restarts - self._num_restarts
-        lost = self._crew.lost_engines(error) if left > 0 else {}
+        lost = self._group.lost_engines(error) if left > 0 else {}
         if not lost or len(lost) > left:
             raise error
-        for ailment in lost.values():
-            self._screen.note(f"replacing an engine: {ailment}")
+        for reason in lost.values():
+            self._screen.note(f"replacing an engine: {reason}")
         self._num_restarts += len(lost)
         self._connected = False
-        self._crew.replace_engines(list(lost))
+        self._group.replace_engines(list(lost))
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, next to each other; prompts are spread over the engines."""
         sampling = sampling_arguments(self._config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids)
-        groups = self._crew.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
+        groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
             Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version)
             for prompt, group in zip(prompts, groups, strict=True)
@@ -283,12 +283,12 @@ class GrpoRunner:
         correct = self._pool.check(texts, answers)
         return [replace(sample, reward=scale.reward(c)) for sample, c in zip(samples, correct, strict=True)]
 
-    def _deal(self, samples: Sequence[Sample], step: int) -> list[Share]:
+    def _split(self, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
         algorithm, runner, actor = self._config.algorithm, self._config.runner, self._config.actor
         assert actor.micro_batch_size is not None, "load_config derives it"
-        return deal(
+        return split_samples(
             samples,
-            dp_size=self._crew.topology.dp_size,
+            dp_size=self._group.topology.dp_size,
             num_updates=algorithm.n_minibatches,
             micro_batch_size=actor.micro_batch_size,
             max_tokens=runner.max_tokens_per_mbs if runner.enable_dynamic_batch_size else None,
@@ -305,11 +305,11 @@ class GrpoRunner:
         self._on_ranks("save", str(staged / "actor"), step)
         (staged / DATA_STATE).parent.mkdir()
         torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
-        write_settings(staged, self._config, self._prepared.hf_config, self._crew.topology.world_size)
+        write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
         publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
 
     def _on_ranks(self, method: str, *arguments: object) -> list:
-        return self._crew.on_ranks(method, *arguments)
+        return self._group.on_ranks(method, *arguments)
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
         return repr(self._prepared.tokenizer.decode(list(token_ids)))
@@ -322,3 +322,42 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = time.monotonic() - began
+
+
+_NUM_PROMPTS, _NUM_TOKENS = 4, 16
+
+
+class WeightCheck:
+    """Greedy answers of each engine to the first prompts, from before and from after a sync.
+
+    Args:
+        model_path: what the engines read, for messages.
+    """
+
+    def __init__(self, group: WorkerGroup, prepared: Preparation, model_path: str) -> None:
+        self._group, self._tokenizer, self._model_path = group, prepared.tokenizer, model_path
+        self._sampling = {"n": 1, "temperature": 0.0, "max_tokens": _NUM_TOKENS, "stop_token_ids": list(prepared.stop_ids)}
+        self._prompts = [prepared.dataset[i].token_ids for i in range(min(_NUM_PROMPTS, len(prepared.dataset)))]
+        self._before: list[list[tuple[Completion, ...]]] | None = None
+
+    def before(self) -> None:
+        """Take the answers from before; the first call counts."""
+        if self._before is None:
+            self._before = self._group.answers(self._prompts, self._sampling)
+
+    def after(self) -> str:
+        """Take those from after; returns what to tell the user. Raises RlsyncError at the first difference."""
+        assert self._before is not None, "call before() before the sync"
+        after = self._group.answers(self._prompts, self._sampling)
+        for engine, (old, new) in enumerate(zip(self._before, after, strict=True)):
+            for prompt, was, is_now in zip(self._prompts, old, new, strict=True):
+                if was[0].token_ids != is_now[0].token_ids:
+                    raise RlsyncError(
+                        f"rollout.validate_weight: to the prompt {self._decoded(prompt)} engine {engine} answered "
+                        f"{self._decoded(was[0].token_ids)} with the weights of {self._model_path}, but "
+                        f"{self._decoded(is_now[0].token_ids)} with those of the actor; do both start from the same weights?"
+                    )
+        return f"weights validated: {len(self._prompts)} greedy answers of each engine are the same before and after a sync"
+
+    def _decoded(self, token_ids: tuple[int, ...]) -> str:
+        return repr(self._tokenizer.decode(list(token_ids)))

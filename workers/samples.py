@@ -1,4 +1,4 @@
-"""Samples of a step and how they are dealt: to optimizer updates, to data-parallel replicas, to microbatches.
+"""Samples of a step and their split: into optimizer updates, over data-parallel replicas, into microbatches.
 
 Pure torch and integers; knows no Ray and no Megatron.
 """
@@ -48,8 +48,8 @@ Microbatches = tuple[tuple[Sample, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one data-parallel replica gets of one step.
+class ReplicaBatch:
+    """The samples of one step that one data-parallel replica trains on.
 
     Attributes:
         updates: for each optimizer update, its microbatches.
@@ -85,7 +85,7 @@ def with_advantages(samples: Sequence[Sample], group_size: int, *, normalize: bo
     return [replace(sample, advantage=float(a)) for sample, a in zip(samples, advantages, strict=True)]
 
 
-def deal(
+def split_samples(
     samples: Sequence[Sample],
     *,
     dp_size: int,
@@ -94,26 +94,26 @@ def deal(
     max_tokens: int | None = None,
     balance: bool = False,
     shuffle_seed: int | None = None,
-) -> list[Share]:
-    """The share of every data-parallel replica.
+) -> list[ReplicaBatch]:
+    """The samples of a step split over updates, replicas and microbatches; one batch for each data-parallel replica.
 
     Args:
         num_updates: optimizer updates of the step; samples are cut into as many equal mini-batches.
         micro_batch_size: samples in a microbatch, unless ``max_tokens`` bounds its tokens instead.
-        balance: deal by length, so that replicas get about the same number of tokens.
+        balance: split by length, so that replicas get about the same number of tokens.
         shuffle_seed: shuffle the samples over the mini-batches; None keeps their order.
     """
     batches = mini_batches(len(samples), num_updates, shuffle=shuffle_seed is not None, seed=0 if shuffle_seed is None else shuffle_seed)
     updates: list[list[Microbatches]] = [[] for _ in range(dp_size)]
     for batch in batches:
         lengths = [samples[i].length for i in batch]
-        hands = deal_by_length(lengths, dp_size) if balance else _in_order(len(batch), dp_size)
+        hands = split_by_length(lengths, dp_size) if balance else _in_order(len(batch), dp_size)
         cuts = _cut([[lengths[i] for i in hand] for hand in hands], micro_batch_size, max_tokens)
         for replica, (hand, cut) in enumerate(zip(hands, cuts, strict=True)):
             updates[replica].append(tuple(tuple(samples[batch[hand[i]]] for i in micro) for micro in cut))
     num_tokens = tuple(sum(len(samples[i].response_ids) for i in batch) for batch in batches)
     num_sequences = tuple(sum(1 for i in batch if samples[i].response_ids) for batch in batches)
-    return [Share(tuple(mine), num_tokens, num_sequences) for mine in updates]
+    return [ReplicaBatch(tuple(mine), num_tokens, num_sequences) for mine in updates]
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -166,10 +166,10 @@ def mini_batches(num_samples: int, num_minibatches: int, *, shuffle: bool = Fals
     return [order[start : start + size] for start in range(0, num_samples, size)]
 
 
-def deal_by_length(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices for each data-parallel rank: equally many samples, token sums as even as a greedy deal makes them."""
+def split_by_length(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Indices for each data-parallel rank: equally many samples, token sums as even as a greedy split makes them."""
     if len(lengths) % num_ranks:
-        raise ConfigError(f"{len(lengths)} samples cannot be dealt evenly to {num_ranks} data-parallel ranks")
+        raise ConfigError(f"{len(lengths)} samples cannot be split evenly over {num_ranks} data-parallel ranks")
     room, tokens = len(lengths) // num_ranks, [0] * num_ranks
     hands: list[list[int]] = [[] for _ in range(num_ranks)]
     for index in _longest_first(lengths):
@@ -180,7 +180,7 @@ def deal_by_length(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def micro_batches_by_tokens(lengths: Sequence[int], max_tokens: int, *, min_batches: int = 1, multiple_of: int = 1) -> list[list[int]]:
-    """Micro-batches whose token sums stay within ``max_tokens``, as few and as even as a greedy deal makes them.
+    """Micro-batches whose token sums stay within ``max_tokens``, as few and as even as a greedy split makes them.
 
     Args:
         lengths: tokens of each sample (prompt and response).

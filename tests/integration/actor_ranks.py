@@ -22,7 +22,7 @@ from workers import initial_weights
 from workers.actor import ActorRank
 from workers.config import RunConfig
 from workers.placement import actor_topology
-from workers.samples import Sample, Share, deal
+from workers.samples import ReplicaBatch, Sample, split_samples
 
 
 def start(config: RunConfig, *, load_initial: bool = True) -> ActorRank:
@@ -39,9 +39,9 @@ def leave(actor: ActorRank) -> None:
     destroy_parallel(keep_distributed=True)
 
 
-def shares(actor: ActorRank, samples: Sequence[Sample], step: int) -> list[Share]:
+def batches(actor: ActorRank, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
     config = actor._config
-    return deal(
+    return split_samples(
         samples,
         dp_size=actor._topology.dp_size,
         num_updates=config.algorithm.n_minibatches,
@@ -56,7 +56,7 @@ def steps(actor: ActorRank, samples: Sequence[Sample], which: Sequence[int]) -> 
     """Score and train, once for each number of a step; metrics of every update."""
     done = []
     for step in which:
-        dealt = shares(actor, samples, step)
+        dealt = batches(actor, samples, step)
         actor.score(dealt)
         done.append(actor.train(dealt))
     return done
@@ -199,7 +199,7 @@ def _still(actor: ActorRank, samples: Sequence[Sample], expected: str) -> None:
     for group, _, _ in rates:
         group["lr"] = 0.0
     scheduler, actor._scheduler = actor._scheduler, None
-    dealt = shares(actor, samples, 1)
+    dealt = batches(actor, samples, 1)
     actor.score(dealt)
     actor.train(dealt)
     actor._scheduler = scheduler

@@ -40,8 +40,8 @@ class NeverSynced(GrpoRunner):
     """Engines answer with the weights that they read from ``rollout.model.model_path`` themselves (``rollout.validate_weight``)."""
 
     def _synced_rollout(self, prompts: Any, step: int, seconds: dict[str, float]) -> tuple[Any, list[Any]]:
-        self._turns.before_sync()
-        self._turns.after_sync()
+        self._colocation.before_sync()
+        self._colocation.after_sync()
         return NoReport(), self._rollout(prompts, step)
 
 

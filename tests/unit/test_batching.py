@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsync.errors import ConfigError
-from workers.samples import deal_by_length, micro_batches_by_tokens, mini_batches
+from workers.samples import micro_batches_by_tokens, mini_batches, split_by_length
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -47,7 +47,7 @@ def test_impossible_budgets_are_refused(lengths: list[int], options: dict[str, i
 
 def test_dealing_by_length_evens_tokens_and_keeps_counts_equal() -> None:
     lengths = [100, 1, 1, 1, 50, 49, 1, 1]
-    hands = deal_by_length(lengths, 2)
+    hands = split_by_length(lengths, 2)
     assert sorted(i for hand in hands for i in hand) == list(range(8)) and {len(hand) for hand in hands} == {4}
     tokens = [sum(lengths[i] for i in hand) for hand in hands]
     assert max(tokens) - min(tokens) <= 2

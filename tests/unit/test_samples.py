@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.algorithms import group_advantages
-from workers.samples import Sample, Share, collate, deal, with_advantages
+from workers.samples import ReplicaBatch, Sample, collate, split_samples, with_advantages
 
 
 def sample(prompt: int, response: int, reward: float = 0.0, number: int = 0) -> Sample:
@@ -26,7 +26,7 @@ def sample(prompt: int, response: int, reward: float = 0.0, number: int = 0) -> 
     )
 
 
-def numbers(share: Share) -> list[list[list[int]]]:
+def numbers(share: ReplicaBatch) -> list[list[list[int]]]:
     return [[[s.prompt_ids[0] for s in micro] for micro in update] for update in share.updates]
 
 
@@ -40,49 +40,53 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=4, 
 )  # fmt: skip
 def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, seed) -> None:
     samples = [sample(p, r, number=i) for i, (p, r) in enumerate(pair for group in groups for pair in group)]
-    shares = deal(
+    batches = split_samples(
         samples, dp_size=dp_size, num_updates=1, micro_batch_size=3, max_tokens=max_tokens, balance=balance, shuffle_seed=seed
     )  # fmt: skip
-    dealt = Counter(n for share in shares for update in numbers(share) for micro in update for n in micro)
+    dealt = Counter(n for share in batches for update in numbers(share) for micro in update for n in micro)
     assert dealt == Counter(range(len(samples)))
     # Replicas run in step: as many microbatches each, and the same divisors.
-    assert len({len(update) for share in shares for update in share.updates}) == 1
-    assert len({(share.num_tokens, share.num_sequences) for share in shares}) == 1
-    assert shares[0].num_tokens == (sum(len(s.response_ids) for s in samples),)
-    assert shares[0].num_sequences == (sum(1 for s in samples if s.response_ids),)
+    assert len({len(update) for share in batches for update in share.updates}) == 1
+    assert len({(share.num_tokens, share.num_sequences) for share in batches}) == 1
+    assert batches[0].num_tokens == (sum(len(s.response_ids) for s in samples),)
+    assert batches[0].num_sequences == (sum(1 for s in samples if s.response_ids),)
     if max_tokens is not None:
-        assert all(sum(s.length for s in micro) <= max_tokens for share in shares for update in share.updates for micro in update)
+        assert all(sum(s.length for s in micro) <= max_tokens for share in batches for update in share.updates for micro in update)
 
 
 def test_the_deal_keeps_the_order_without_balance_and_shuffling() -> None:
-    shares = deal([sample(2, 2, number=i) for i in range(16)], dp_size=2, num_updates=2, micro_batch_size=3)
-    assert numbers(shares[0]) == [[[0, 1, 2], [3]], [[8, 9, 10], [11]]]
-    assert numbers(shares[1]) == [[[4, 5, 6], [7]], [[12, 13, 14], [15]]]
+    batches = split_samples([sample(2, 2, number=i) for i in range(16)], dp_size=2, num_updates=2, micro_batch_size=3)
+    assert numbers(batches[0]) == [[[0, 1, 2], [3]], [[8, 9, 10], [11]]]
+    assert numbers(batches[1]) == [[[4, 5, 6], [7]], [[12, 13, 14], [15]]]
 
 
 def test_balance_evens_out_tokens() -> None:
     lengths = [40, 38, 36, 34, 2, 2, 2, 2]
     plain, balanced = (
-        deal([sample(1, n, number=i) for i, n in enumerate(lengths)], dp_size=2, num_updates=1, micro_batch_size=4, balance=balance)
+        split_samples(
+            [sample(1, n, number=i) for i, n in enumerate(lengths)], dp_size=2, num_updates=1, micro_batch_size=4, balance=balance
+        )
         for balance in (False, True)
     )
     assert spread(plain) > 100 > 10 > spread(balanced)
 
 
-def spread(shares: Sequence[Share]) -> int:
-    tokens = [sum(s.length for s in share.samples) for share in shares]
+def spread(batches: Sequence[ReplicaBatch]) -> int:
+    tokens = [sum(s.length for s in share.samples) for share in batches]
     return max(tokens) - min(tokens)
 
 
 def test_shuffling_depends_on_its_seed_alone() -> None:
     samples = [sample(2, 2, number=i) for i in range(16)]
-    first, again, other = (numbers(deal(samples, dp_size=1, num_updates=2, micro_batch_size=8, shuffle_seed=seed)[0]) for seed in (0, 0, 1))
+    first, again, other = (
+        numbers(split_samples(samples, dp_size=1, num_updates=2, micro_batch_size=8, shuffle_seed=seed)[0]) for seed in (0, 0, 1)
+    )
     assert first == again != other
-    assert first != numbers(deal(samples, dp_size=1, num_updates=2, micro_batch_size=8)[0]), "seed 0 shuffles too"
+    assert first != numbers(split_samples(samples, dp_size=1, num_updates=2, micro_batch_size=8)[0]), "seed 0 shuffles too"
 
 
 def test_a_share_can_be_cut_anew_in_the_order_of_its_updates() -> None:
-    (share,) = deal([sample(2, 2, number=i) for i in range(8)], dp_size=1, num_updates=2, micro_batch_size=3, shuffle_seed=4)
+    (share,) = split_samples([sample(2, 2, number=i) for i in range(8)], dp_size=1, num_updates=2, micro_batch_size=3, shuffle_seed=4)
     order = [s.prompt_ids[0] for s in share.samples]
     assert [n for update in numbers(share) for micro in update for n in micro] == order
     assert [[s.prompt_ids[0] for s in cut] for cut in share.cuts(5)] == [order[:5], order[5:]]

@@ -8,16 +8,16 @@ import pytest
 
 from rlsync.errors import ConfigError
 from tests.unit.test_config import minimal
+from workers.colocation import Colocation, ColocationPlan, plan_colocation
 from workers.config import load_config
 from workers.placement import PlacementMode
-from workers.turns import TurnPlan, Turns, plan_turns
 
 COLLOCATED, DISAGGREGATED = PlacementMode.COLLOCATED, PlacementMode.DISAGGREGATED
 ALL = {"offload_weight": True, "offload_grad": True, "offload_optimizer": True}
 
 
-def plan(mode: PlacementMode, *, on_gpu: bool = True, actor: dict[str, Any] | None = None, **rollout: Any) -> TurnPlan:
-    return plan_turns(load_config(minimal(actor=actor or {}, rollout=rollout)), mode, on_gpu=on_gpu)
+def plan(mode: PlacementMode, *, on_gpu: bool = True, actor: dict[str, Any] | None = None, **rollout: Any) -> ColocationPlan:
+    return plan_colocation(load_config(minimal(actor=actor or {}, rollout=rollout)), mode, on_gpu=on_gpu)
 
 
 class Devices:
@@ -44,7 +44,7 @@ class Devices:
 
 def test_a_collocated_step_has_each_memory_when_it_needs_it_and_only_then() -> None:
     devices = Devices()
-    turns = Turns(plan(COLLOCATED, actor=ALL), devices)
+    turns = Colocation(plan(COLLOCATED, actor=ALL), devices)
     turns.first_sleep()
     for _ in range(2):
         turns.before_sync()
@@ -61,7 +61,7 @@ def test_a_collocated_step_has_each_memory_when_it_needs_it_and_only_then() -> N
 
 def test_a_sync_after_a_failed_rollout_has_the_weights_again() -> None:
     devices = Devices()
-    turns = Turns(plan(COLLOCATED, actor=ALL), devices)
+    turns = Colocation(plan(COLLOCATED, actor=ALL), devices)
     turns.before_sync()
     turns.after_sync()
     turns.before_sync()
@@ -70,9 +70,9 @@ def test_a_sync_after_a_failed_rollout_has_the_weights_again() -> None:
 
 def test_switches_decide_what_goes() -> None:
     only = plan(COLLOCATED, actor={"offload_optimizer": True}, sleep_level=1)
-    assert only == TurnPlan(1, ("optimizer",)) and Turns(only, Devices()).alternate
+    assert only == ColocationPlan(1, ("optimizer",)) and Colocation(only, Devices()).alternate
     devices = Devices()
-    turns = Turns(plan(COLLOCATED, sleep_level=0), devices)
+    turns = Colocation(plan(COLLOCATED, sleep_level=0), devices)
     for moment in (turns.before_sync, turns.after_sync, turns.after_rollout):
         moment()
     assert devices.log == [] and not turns.alternate

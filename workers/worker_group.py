@@ -1,6 +1,6 @@
-"""The processes of a run, actor ranks and engines: where they run, how they start, are called, and end.
+"""The worker processes of a run, actor ranks and engines: placement, start, calls and end.
 
-Owns their number and layout. Knows no step, no data and no reward.
+Owns their number and layout. Knows no step, data or reward.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.cluster import Cluster
+from workers.colocation import ActorPart, plan_colocation
 from workers.config import RunConfig, validate_world
 from workers.metrics import largest
 from workers.placement import actor_topology, resolve_placement
 from workers.remote import Call, Worker, collect
 from workers.rollout import RolloutEngine, engine_arguments
-from workers.turns import Part, plan_turns
 
 _ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
 _RANK_CLOSE_S = 5.0
-_AILMENT_S = 10.0
+_STATE_S = 10.0
 
 
-class Crew:
-    """Use as a context manager around ``start``: whatever was started is ended, also after a failure in the middle.
+class WorkerGroup:
+    """Actor ranks and engines of one run. A context manager around ``start``: leaving it ends every process, also after a failed start.
 
     Attributes:
         topology: layout of the actor's ranks.
-        turn_plan: what of it moves in a step.
+        colocation_plan: memory that actor and engines move in a step.
     """
 
     def __init__(self, config: RunConfig, cluster: Cluster) -> None:
@@ -47,13 +47,13 @@ class Crew:
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
-        self.turn_plan = plan_turns(config, self._placement.mode, on_gpu=cluster.num_gpus > 0)
-        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0, can_sleep=self.turn_plan.sleep_level > 0)
+        self.colocation_plan = plan_colocation(config, self._placement.mode, on_gpu=cluster.num_gpus > 0)
+        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0, can_sleep=self.colocation_plan.sleep_level > 0)
         self._num_replaced = 0
 
     @property
     def description(self) -> str:
-        """Who is in it, for the screen."""
+        """Numbers of ranks and engines and their layout, for the screen."""
         at, size = self.topology, self._config.rollout.tensor_parallel_size
         axes = (("TP", at.tp_size), ("PP", at.pp_size), ("CP", at.cp_size), ("DP", at.dp_size))
         layout = " ".join(f"{axis} {n}" for axis, n in axes if n > 1)
@@ -70,7 +70,7 @@ class Crew:
 
     @property
     def engine_ids(self) -> tuple[str, ...]:
-        """As in the errors of a sync."""
+        """Ids of the engines, as errors of a sync name them."""
         return tuple(handle.engine_id for handle in self._handles)
 
     def start(
@@ -131,13 +131,13 @@ class Crew:
         )  # fmt: skip
 
     def _address(self) -> str:
-        """Where rank 0 is reached by the others."""
+        """Address at which the other ranks reach rank 0."""
         places = [self._cluster.device(device) for device in self._placement.actor]
         return "127.0.0.1" if len({place.node_id for place in places}) == 1 else places[0].address
 
     def connect(self) -> None:
         """Connect the actor to all engines, anew where connected."""
-        self.on_ranks("connect", self._handles, "weights" not in self.turn_plan.parts)
+        self.on_ranks("connect", self._handles, "weights" not in self.colocation_plan.parts)
 
     def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
         """One call on every actor rank."""
@@ -161,11 +161,11 @@ class Crew:
         return [group for answer in collect(calls) for group in answer]
 
     def answers(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
-        """What each engine, by itself, answers to all prompts."""
+        """Completions of all prompts by each engine."""
         timeout_s = self._config.rollout.timeout_s
         return collect([engine.call("generate", prompts, sampling, None, timeout_s) for engine in self._engines])
 
-    # Memory, where actor and engines take turns.
+    # Memory, where actor and engines share GPUs.
 
     def sleep_engines(self, level: int) -> None:
         """Every engine gives its device memory back."""
@@ -175,11 +175,11 @@ class Crew:
         """Every engine that sleeps takes its ``weights``, or its ``kv_cache``, again."""
         self._on_engines("wake", (tag,))
 
-    def offload_actor(self, parts: tuple[Part, ...]) -> None:
+    def offload_actor(self, parts: tuple[ActorPart, ...]) -> None:
         """Every rank moves these parts to the host."""
         self.on_ranks("offload", parts)
 
-    def onload_actor(self, parts: tuple[Part, ...]) -> None:
+    def onload_actor(self, parts: tuple[ActorPart, ...]) -> None:
         """Every rank moves these parts to its device."""
         self.on_ranks("onload", parts)
 
@@ -187,20 +187,20 @@ class Crew:
         timeout_s = self._config.weight_sync.timeout_s
         collect([engine.call("call", method, argument, timeout_s) for engine in self._engines])
 
-    # Engines that are lost.
+    # Lost engines.
 
     def lost_engines(self, error: RlsyncError) -> dict[int, str]:
         """Engines that cannot go on, with the reason: those whose processes are gone or stopped, and the one that ``error`` blames."""
         lost = {}
         for i, engine in enumerate(self._engines):
             try:
-                ailment = ray.get(engine.actor.ailment.remote(), timeout=_AILMENT_S)
+                reason = ray.get(engine.actor.ailment.remote(), timeout=_STATE_S)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost_actor:
-                ailment = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
-            if ailment is None and isinstance(error, WeightSyncError) and error.engine == str(i):
-                ailment = str(error)
-            if ailment is not None:
-                lost[i] = ailment
+                reason = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
+            if reason is None and isinstance(error, WeightSyncError) and error.engine == str(i):
+                reason = str(error)
+            if reason is not None:
+                lost[i] = reason
         return lost
 
     def replace_engines(self, numbers: Sequence[int]) -> None:
@@ -216,7 +216,7 @@ class Crew:
         for i, workers in zip(numbers, num_workers, strict=True):
             self._handles[i] = RayEngine(str(i), workers, self._engines[i].actor)
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

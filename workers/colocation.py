@@ -1,5 +1,7 @@
-"""Who has the GPUs when, where actor and engines share them: engines sleep while the actor trains, the actor gives back memory
-while they generate. Owns the order of memory within a step, and what to tell the user about it; moves nothing itself.
+"""Colocated actor and engines: which side holds GPU memory in each phase of a step.
+
+Engines sleep while the actor trains, the actor offloads while they generate. Owns the order and the notes for the user; moves no memory
+itself.
 """
 
 from __future__ import annotations
@@ -13,58 +15,62 @@ from rlsync.errors import ConfigError
 from workers.config import RunConfig
 from workers.placement import PlacementMode
 
-Part = Literal["weights", "grads", "optimizer"]
+ActorPart = Literal["weights", "grads", "optimizer"]
 
 
 class Movers(Protocol):
-    """What can be told to move; each call returns when the memory is where it belongs."""
+    """Moves memory of engines and actor; a call returns when its move is complete."""
 
     def sleep_engines(self, level: int) -> None: ...
 
     def wake_engines(self, tag: str) -> None: ...
 
-    def offload_actor(self, parts: tuple[Part, ...]) -> None: ...
+    def offload_actor(self, parts: tuple[ActorPart, ...]) -> None: ...
 
-    def onload_actor(self, parts: tuple[Part, ...]) -> None: ...
+    def onload_actor(self, parts: tuple[ActorPart, ...]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class TurnPlan:
-    """What moves in a run: the level at which engines sleep (0: they stay awake), and the parts of the actor that go."""
+class ColocationPlan:
+    """Memory that moves in a run: the engines' sleep level (0: they stay awake) and the offloaded parts of the actor."""
 
     sleep_level: int = 0
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ActorPart, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def plan_turns(config: RunConfig, mode: PlacementMode, *, on_gpu: bool) -> TurnPlan:
-    """What a configuration means on these devices.
+def plan_colocation(config: RunConfig, mode: PlacementMode, *, on_gpu: bool) -> ColocationPlan:
+    """The plan for a configuration on these devices.
 
     Raises:
-        ConfigError: engines are told to sleep where that gives nobody anything.
+        ConfigError: engines are to sleep although they share no GPU with the actor.
     """
     actor, wanted = config.actor, config.rollout.sleep_level
-    switches: Mapping[Part, bool] = {"weights": actor.offload_weight, "grads": actor.offload_grad, "optimizer": actor.offload_optimizer}
+    switches: Mapping[ActorPart, bool] = {
+        "weights": actor.offload_weight,
+        "grads": actor.offload_grad,
+        "optimizer": actor.offload_optimizer,
+    }
     parts = tuple(part for part, is_on in switches.items() if is_on)
     if on_gpu and mode is PlacementMode.COLLOCATED:
-        return TurnPlan(2 if wanted is None else wanted, parts)
+        return ColocationPlan(2 if wanted is None else wanted, parts)
     why = "actor and engines have GPUs of their own" if on_gpu else "there are no GPUs, and all memory is the host's"
     if wanted:
         raise ConfigError(f"rollout.sleep_level ({wanted}) is for engines on the actor's GPUs, but {why}; set it to 0 or null")
     keys = ", ".join(name for name in ("offload_weight", "offload_grad", "offload_optimizer") if getattr(actor, name))
-    return TurnPlan(notes=(f"nothing is offloaded ({keys}): {why}",) if keys else ())
+    return ColocationPlan(notes=(f"nothing is offloaded ({keys}): {why}",) if keys else ())
 
 
-class Turns:
-    """The moments of a step at which memory changes hands. Each notes its seconds under a name of the step's metrics."""
+class Colocation:
+    """Moves memory between actor and engines at the phases of a step; the seconds of each move count under the name of its metric."""
 
-    def __init__(self, plan: TurnPlan, movers: Movers) -> None:
+    def __init__(self, plan: ColocationPlan, movers: Movers) -> None:
         self._plan, self._movers = plan, movers
         self._seconds: dict[str, float] = {}
 
     @property
     def alternate(self) -> bool:
-        """Whether anything moves at all; the engines then start before the actor, and sleep at once."""
+        """Whether any memory moves; engines then start before the actor and sleep at once."""
         return self._plan.sleep_level > 0 or bool(self._plan.parts)
 
     def take_seconds(self) -> dict[str, float]:
@@ -100,7 +106,7 @@ class Turns:
         if self._plan.sleep_level:
             self._movers.sleep_engines(self._plan.sleep_level)
 
-    def _without_weights(self) -> tuple[Part, ...]:
+    def _without_weights(self) -> tuple[ActorPart, ...]:
         return tuple(part for part in self._plan.parts if part != "weights")
 
     def _wake(self, tag: str) -> None:
