@@ -31,7 +31,7 @@ def save_and_load(model: Path, out: Path) -> dict[str, float]:
     import torch
 
     from rlsync import AutoBridge
-    from rlsync.checkpoint import load_checkpoint, save_checkpoint
+    from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
     from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
     from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler

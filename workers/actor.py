@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlsync.bridge import AutoBridge
-from rlsync.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
-from rlsync.checkpoint_folder import TRACKER, Restored
+from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.bridge.checkpoint_folder import TRACKER, Restored
+from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
@@ -33,7 +34,6 @@ from rlsync.megatron.parallel import compute_device, current_topology, destroy_p
 from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.specs import SpecName
 from rlsync.megatron.train import StepResult, token_scores, train_step
-from rlsync.source import MegatronSource
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss

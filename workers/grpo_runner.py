@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
-from rlsync.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
+from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport

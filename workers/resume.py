@@ -1,7 +1,7 @@
 """What a resumed run takes from its checkpoint and what from its configuration: one table, key by key.
 
 Owns the choice of the checkpoint, the record of the settings that it was made under, and their comparison with this run's. Knows
-no tensor, imports no torch: what ranks restore is ``rlsync.checkpoint``'s.
+no tensor, imports no torch: what ranks restore is ``rlsync.bridge.checkpoint``'s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlsync.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint
+from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
 from workers.config import RunConfig, config_as_dict
 

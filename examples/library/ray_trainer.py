@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu, tensor_parallel
 
-from rlsync import AutoBridge, SyncConfig, WeightSyncer
+from rlsync import AutoBridge, MegatronSource, SyncConfig, WeightSyncer
 from rlsync.engine.handles.ray import RayEngine
-from rlsync.source import MegatronSource
 
 GPUS = 1 if torch.cuda.is_available() else 0
 

@@ -14,12 +14,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-from rlsync import AutoBridge, SyncConfig, Topology, WeightSyncer
+from rlsync import AutoBridge, MegatronSource, SyncConfig, Topology, WeightSyncer
 from rlsync.engine.http import HttpEngine
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step
-from rlsync.source import MegatronSource
 
 GREEDY = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
 

@@ -178,8 +178,8 @@ def _index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 def _against_engine(folder: Path, url: str, timeout_s: float, bind_host: str) -> tuple[list[str], dict[str, Any]]:
     """The folder dials the engine's workers as an actor would, and they compare instead of loading."""
+    from rlsync.bridge.folder_source import FolderSource
     from rlsync.engine.http import HttpEngine
-    from rlsync.folder_source import FolderSource
     from rlsync.sync import SyncConfig
     from rlsync.sync.comparison import compare_engines
 
@@ -200,7 +200,7 @@ def _against_engine(folder: Path, url: str, timeout_s: float, bind_host: str) ->
 
 def report(tensors: Sequence[object], folder: Path, url: str, found: Sequence[Sequence[str]]) -> tuple[list[str], dict[str, Any]]:
     """What workers hold unlike a folder, by worker: lines for people and an object for programs."""
-    from rlsync.folder_source import layer_order
+    from rlsync.bridge.folder_source import layer_order
 
     ordered = [sorted(paths, key=layer_order) for paths in found]
     lines = []

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from rlsync import AutoBridge, checkpoint_folder
-from rlsync import checkpoint as checkpoints
+from rlsync import AutoBridge
+from rlsync.bridge import checkpoint as checkpoints
+from rlsync.bridge import checkpoint_folder
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
+from rlsync.bridge.source import MegatronSource
 from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.parallel import destroy_parallel
-from rlsync.source import MegatronSource
 from tests.integration.megatron_ranks import Actor
 
 Weights = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from rlsync.bridge import AutoBridge
+from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters

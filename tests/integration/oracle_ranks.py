@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
+from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handle import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
@@ -20,7 +21,6 @@ from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
-from rlsync.source import MegatronSource
 from rlsync.sync.inspection import inspect_engines
 from rlsync.transport.collectives import gather_bytes
 from tests.forking import forked_engines

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlsync import checkpoint_folder
+from rlsync.bridge import checkpoint_folder
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsync.checkpoint_folder import (
+from rlsync.bridge.checkpoint_folder import (
     complete_checkpoints,
     latest_checkpoint,
     publish_checkpoint,

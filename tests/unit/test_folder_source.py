@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from rlsync import AutoBridge
+from rlsync.bridge.folder_source import FolderSource
 from rlsync.copy.files import shard_files, write_index
 from rlsync.errors import CheckpointError, ConfigError
-from rlsync.folder_source import FolderSource
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.plan.planner import build_plan
 from rlsync.sync import Source

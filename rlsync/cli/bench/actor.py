@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlsync.bridge import AutoBridge
+from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.bridge.source import MegatronSource
 from rlsync.cli.bench.spec import Spec
 from rlsync.engine.peer_worker import Row, allocated_bytes, views
 from rlsync.layout.geometry import whole_tensors
@@ -19,7 +20,6 @@ from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.parallel import compute_device, initialize_parallel
 from rlsync.plan.planner import build_plan
-from rlsync.source import MegatronSource
 from rlsync.transport.collectives import Exchange, gather_bytes
 
 _ALIGNMENT = 256

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rlsync.bridge import AutoBridge
-from rlsync.checkpoint_folder import (
+from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.bridge.checkpoint_folder import (
     HF_FOLDER,
     TRACKER,
     Restored,

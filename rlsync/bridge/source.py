@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from rlsync.bridge import AutoBridge
+from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.megatron.model import gather_parameters
