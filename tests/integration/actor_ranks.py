@@ -18,7 +18,7 @@ from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
-from workers import initial_weights
+from workers import actor as actor_module
 from workers.actor import ActorRank
 from workers.config import RunConfig
 from workers.placement import actor_topology
@@ -113,7 +113,7 @@ def begin_with(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
     for case in cases:
         sections = {name: keys for name, keys in case.items() if name != "folder"}
         config = run_config(case.get("folder", folder), sections)
-        origin = Path(config.actor.megatron.ckpt_convertor.save_path, initial_weights.ORIGIN)
+        origin = Path(config.actor.megatron.ckpt_convertor.save_path, actor_module.ORIGIN)
         before = origin.stat().st_mtime_ns if origin.is_file() else None
         actor = start(config)
         converted = origin.is_file() and origin.stat().st_mtime_ns != before
@@ -134,13 +134,13 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def die_while_converting(case: Mapping[str, Any], folder: str) -> None:
     """``kill -9`` when all of a conversion is written but the word that it is."""
-    original = initial_weights.save_checkpoint
+    original = actor_module.save_checkpoint
 
     def die(*arguments: Any, **named: Any) -> None:
         original(*arguments, **named)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    initial_weights.save_checkpoint = die
+    actor_module.save_checkpoint = die
     start(run_config(folder, case))
 
 
