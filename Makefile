@@ -11,7 +11,7 @@ TYPED := $(wildcard rlsync workers)
 LANES ?= $(if $(shell command -v nvidia-smi),0,2)
 IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder
 
-.PHONY: help setup test test-unit test-busy test-all chaos lint format
+.PHONY: docs help setup test test-unit test-busy test-all chaos lint format
 
 help:
 	@echo "make setup      make or complete .venv"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-busy  the same beside two busy loops on every core: what then fails, fails on a busy machine"
 	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
 	@echo "make lint       ruff, mypy and the layering test"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo "make format     rewrite the sources as ruff formats them"
 
 setup:
@@ -52,3 +53,15 @@ lint:
 
 format:
 	@$(SETUP); "$$PYTHON" -m ruff format .; "$$PYTHON" -m ruff check --fix .
+
+# In an environment of its own, because nothing else needs these packages and these need nothing of the others.
+docs: .venv-docs/.made
+	@.venv-docs/bin/python scripts/draw.py
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "made: site/index.html"
+
+.venv-docs/.made: requirements/docs.lock
+	@rm -rf .venv-docs
+	@"$${PYTHON:-python3}" -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/docs.lock
+	@touch $@

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements/{cpu,cuda}.lock from the *.in files. Keeps the versions of an existing lock; delete the lock to renew them all.
+# Writes requirements/{cpu,cuda,docs}.lock from the *.in files. Keeps the versions of an existing lock; delete the lock to renew them all.
 # Needs uv (pip install uv). Each lock must resolve identically for Python 3.11 and 3.12, which is checked here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../requirements"
@@ -46,3 +46,4 @@ write_lock cpu "# CPU, Linux x86_64, Python 3.11 and 3.12. Written by scripts/lo
 write_lock cuda "# CUDA 13, Linux x86_64, Python 3.11 and 3.12. Written by scripts/lock.sh from cuda.in. Install with pip install --no-deps.
 # Resolved from the packages' metadata for both Python versions. Run on H200 under Python 3.12 were torch, vllm, cupy, transformers,
 # tokenizers, megatron-core and ray in these versions; the set as a whole has not been installed on a GPU host yet."
+write_lock docs "# The site of the documentation, any platform, Python 3.11 and 3.12. Written by scripts/lock.sh from docs.in. Installed by make docs."

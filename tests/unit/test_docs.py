@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -211,6 +212,67 @@ def test_the_times_beside_others_are_medians_of_the_raw_numbers() -> None:
             assert any(abs(n - ms) <= 0.06 or (n > 100 and abs(n - ms) < 1) for n in shown), ms
             if ms > 100:
                 assert any(abs(float(n) - ms / ours) < 0.06 for n in re.findall(r"([\d.]+) x", text)), ms / ours
+
+
+# The site, and what GitHub shows.
+
+
+def test_the_site_has_every_page() -> None:
+    def pages(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inner in entry.values() if isinstance(entry, dict) else entry:  # type: ignore[attr-defined]
+                yield from pages(inner)
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(pages(navigation)) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+
+
+def declared(path: Path) -> set[str]:
+    """Names that a module has at its top, imported ones included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def is_documented_name(name: str) -> bool:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        base = ROOT.joinpath(*parts[:length])
+        file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        if file.is_file():
+            return set(parts[length : length + 1]) <= declared(file)
+    return False
+
+
+def test_api_pages_name_what_exists() -> None:
+    names = re.findall(r"^::: (\S+)$", "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md")), re.MULTILINE)
+    assert len(names) > 10 and [name for name in names if not is_documented_name(name)] == []
+    assert not is_documented_name("rlsync.bridge.ManualBridge") and not is_documented_name("rlsync.nowhere")
+
+
+def test_issue_forms_and_the_workflow_are_what_github_reads() -> None:
+    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 2
+    for form in forms:
+        assert {"name", "description", "body"} <= form.keys()
+        assert all({"type", "attributes"} <= entry.keys() for entry in form["body"])
+        identifiers = [entry["id"] for entry in form["body"]]
+        assert len(set(identifiers)) == len(identifiers)
+    assert "rlsync doctor --json" in str(forms)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert any(step.get("run") == "bash .ci/run" for job in workflow["jobs"].values() for step in job["steps"])
+
+
+def test_the_image_is_made_from_files_that_are_there() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("COPY") and not (ROOT / line.split()[1]).exists()] == []
+    assert any("-r requirements/cuda.lock" in line for line in lines)
 
 
 # Messages.
