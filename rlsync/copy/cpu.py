@@ -76,7 +76,7 @@ def bind_unpack(copies: Iterable[Copy], message: torch.Tensor, destinations: Buf
 
 
 def _in_message(copies: Sequence[Copy], message: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """Where each copy lies in a message."""
+    """The view of a message for each copy."""
     sizes = [c.size * dtype.itemsize for c, dtype in zip(copies, dtypes, strict=True)]
     flat = [message[at : at + size] for at, size in zip(side_by_side(sizes), sizes, strict=False)]
     return [view.view(dtype).as_strided(c.shape, contiguous_strides(c.shape)) for c, view, dtype in zip(copies, flat, dtypes, strict=True)]

@@ -1,4 +1,4 @@
-"""Checksums, sync after sync, of elements that mostly stay where they are. Owns the programs that sum them up on CUDA."""
+"""Checksums of the same elements in every sync, whose memory rarely moves. Owns the programs that compute them on CUDA."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Place = Sequence[tuple[int, int]]
 
 
 def place_of(tensors: Iterable[torch.Tensor]) -> Place:
-    """Where they lie now."""
+    """Current addresses and sizes of tensors."""
     return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
 class Begun:
-    """Checksums that were asked for, some of which a device may still be at."""
+    """Checksums that a device may still be computing."""
 
     def __init__(self, parts: Sequence[CudaCopyProgram | Sequence[int]]) -> None:
         self._parts = parts
@@ -42,7 +42,7 @@ class Sums:
         self._bound: dict[tuple[Hashable, int], tuple[Place, CudaCopyProgram]] = {}
 
     def prepare(self, key: Hashable, rounds: Sequence[int], place: Place, views: Views) -> None:
-        """Do what would otherwise be done at the first call of ``begin`` for each round."""
+        """Bind the programs of these rounds, which the first ``begin`` would otherwise do."""
         for number in rounds:
             self._program(key, number, place, views)
 

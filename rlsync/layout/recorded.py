@@ -1,4 +1,4 @@
-"""Placement of a vLLM worker, from what its own loaders were seen to write. Pure: knows no vLLM and no torch."""
+"""Placement of a vLLM worker, from the recorded writes of its own loaders. Pure: knows no vLLM and no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of one torch.distributed group do together: agree on one outcome, and execute a plan between them. gloo and NCCL alike.
+"""Collectives of one torch.distributed group: agreement on one outcome, and execution of a plan between its ranks. gloo and NCCL alike.
 
 Source ``i`` of a plan is rank ``i`` of the group. Knows plans and tensors; knows no model and no engine.
 """

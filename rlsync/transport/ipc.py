@@ -62,10 +62,10 @@ class ExportedBuffer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class IpcExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an actor rank exports.
+    """The export of an actor rank.
 
     Attributes:
-        allocations: that hold everything else that is named here.
+        allocations: that contain the buffers and the staging ring.
         buffers: of its placement, those that may be read in place.
         stage: address of slot 0 of its staging ring, or 0 where it has none; slots follow each other every ``stage_bytes``.
         stable_memory: whether the buffers stay allocated between syncs. If not, readers unmap them before they say that they have loaded.
@@ -79,7 +79,7 @@ class IpcExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GivenPart(msgspec.Struct, frozen=True, array_like=True):
-    """The regions of one part that an actor rank gives; those that it stages lie as a message from byte ``offset`` of a slot on."""
+    """The regions that an actor rank gives to one part; staged ones are packed as a message at byte ``offset`` of a slot."""
 
     destination: int
     offset: int
@@ -87,7 +87,7 @@ class GivenPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank, by bucket: what is read where it lies, and what is put into slots of ``stage_bytes`` of a staging ring."""
+    """Of an actor rank, by bucket: regions that are read in place, and regions that it stages in a ring of slots of ``stage_bytes``."""
 
     num_slots: int
     in_place: tuple[tuple[GivenPart, ...], ...]
@@ -125,7 +125,7 @@ def host(routes: Routes, hosting: Hosting) -> None:
 
 
 def assign(routes: Routes, hosted: Hosted | None) -> Ends:
-    """Which actor rank exports what, and where in its staging ring each reader finds its own."""
+    """By actor rank, the regions it exports and stages; by reader, the places of its messages in the staging rings."""
     ranks, encode = range(len(routes.actors)), msgspec.msgpack.encode
     stages = [_stage(routes, row) for row in routes.parts]
     senders = []
@@ -146,7 +146,7 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
 
 
 def _read(routes: Routes, row: Sequence[PackedPart], rank: int, *, staged: bool) -> Iterator[tuple[int, tuple[Region, ...]]]:
-    """Destinations that read an actor rank's memory where it lies, or its ring, and what of it."""
+    """Destinations and the regions that they read of an actor rank: in place, or from its staging ring."""
     for destination in routes.destinations:
         if ((destination, rank) in routes.staged) == staged and (mine := given_by(row[destination], rank)):
             yield destination, mine
@@ -186,7 +186,7 @@ def memory_of(buffers: Buffers, *, stable_memory: bool) -> Memory:
 
 
 class IpcSender:
-    """An actor rank's end: exports its parameters, and puts into the staging ring what is not read where it lies."""
+    """An actor rank's end: exports its parameters, and stages in a ring the regions that are not read in place."""
 
     def __init__(self, end: SenderEnd, buffers: Buffers, *, stable_memory: bool, device: torch.device) -> None:
         self._end, self._device = end, device
@@ -194,7 +194,7 @@ class IpcSender:
         self._has_joined = False
 
     def join(self, group: int) -> bytes | None:
-        """Device memory knows no groups. Raises PlacementError where what is exported is not in memory that can be."""
+        """Device memory knows no groups. Raises PlacementError for parameters in memory that cannot be exported."""
         export = self._exporter.renewed() if self._has_joined else self._exporter.export()
         self._has_joined = True
         return None if export is None else msgspec.msgpack.encode(export)
@@ -227,10 +227,10 @@ class IpcSender:
 
 
 class IpcExporter:
-    """Of one actor rank and connection.
+    """The exported memory of one actor rank: its parameters, and a staging ring that it owns.
 
     Args:
-        end: says what is read in place and what is staged.
+        end: names the buffers that are read in place, and the size of staging slots.
         buffers: memory of this rank's placement.
         stable_memory: whether the buffers stay allocated between syncs.
         device: on which the buffers are, and the staging ring, where there is one.
@@ -254,7 +254,7 @@ class IpcExporter:
         return [] if self._stage is None else list(self._stage.tensor.split(self._stage_bytes))
 
     def export(self) -> IpcExport:
-        """What is exported now. Raises PlacementError where it is not in memory that can be."""
+        """The current export. Raises PlacementError for parameters in memory that cannot be exported."""
         gone = [name for name, t in self._buffers.items() if not t.is_cuda or t.untyped_storage().nbytes() == 0]
         if gone:
             raise PlacementError(
@@ -264,7 +264,7 @@ class IpcExporter:
         self._firsts = {allocation_number(address): address for address in self._addresses}
         unmappable = [address for address in self._firsts.values() if not can_be_exported(address)]
         if unmappable:
-            # Decided at connect, for all ranks alike: nothing else reads through a ring what was to be read where it lies.
+            # Staging is decided at connect, for all ranks: a parameter that was to be read in place cannot be staged later.
             name = next(name for name, t in self._buffers.items() if t.data_ptr() == unmappable[0])
             raise PlacementError(
                 f"parameter {name} has moved into memory that other processes cannot map (expandable segments, a memory saver); "
@@ -280,7 +280,7 @@ class IpcExporter:
         )
 
     def renewed(self) -> IpcExport | None:
-        """What is exported now, where that is not what was said last; None where nothing has moved.
+        """The current export, or None where no memory has moved since the last one.
 
         The generation of the memory is the addresses of the buffers, and the driver's numbers of the allocations that they are in:
         one that was freed and taken again at the same address has another number.
@@ -319,7 +319,7 @@ class IpcReceiver:
     def __init__(self, assignment: WorkerAssignment, end: ReceiverEnd, device: torch.device) -> None:
         self._parts, self._num_slots, self._staged, self._device = assignment.parts, assignment.num_slots, end.staged, device
         self._exports: dict[int, IpcExport] = {}
-        # Of each actor rank, the buffers that are read where they lie; and whose rings are read.
+        # By actor rank, the buffers that are read in place; and the ranks whose staging rings are read.
         self._names: dict[int, set[str]] = {rank: set() for rank in assignment.imports}
         self._rings = {rank for row in end.staged for rank in row}
         for part, staged in zip(assignment.parts, end.staged, strict=True):
@@ -358,7 +358,7 @@ class IpcReceiver:
         return IpcArrival(self, bucket)
 
     def _hear(self, exports: Sequence[RankExport]) -> None:
-        """Take note of what actor ranks export from now on."""
+        """Store new exports of actor ranks."""
         heard = {told.actor_rank: msgspec.msgpack.decode(told.export, type=IpcExport) for told in exports}
         changed = {rank: export for rank, export in heard.items() if self._exports.get(rank) != export}
         if changed:
@@ -370,14 +370,14 @@ class IpcReceiver:
         self._bind(bucket, buffers).program.run()
 
     def _let_go(self) -> None:
-        """Unmap what does not stay allocated; nothing is in flight."""
+        """Unmap memory that does not stay allocated; no copy is in flight."""
         for rank, export in self._exports.items():
             if not export.stable_memory and self._names[rank]:
                 self._mappings[rank].open(self._needed(rank, export, rings_only=True))
                 self._is_open = False
 
     def abandon(self) -> None:
-        # What is in flight reads what would be unmapped.
+        # Copies in flight read memory that would be unmapped.
         torch.cuda.current_stream(self._device).synchronize()
         self._let_go()
 
@@ -388,7 +388,7 @@ class IpcReceiver:
         self._is_open = False
 
     def _open(self) -> None:
-        """Map what is exported, and have the copies that are bound read it where it lies now."""
+        """Map exported memory, and let bound copies read it at its current addresses."""
         if self._is_open:
             return
         where: dict[tuple[int, str], tuple[int, int]] = {}
@@ -411,7 +411,7 @@ class IpcReceiver:
                 bound.program.move_sources(moves)
 
     def _needed(self, rank: int, export: IpcExport, *, rings_only: bool = False) -> list[Allocation]:
-        """Of what is exported, the allocations that this worker reads."""
+        """The allocations of an export that this worker reads."""
         addresses = [export.stage] if rank in self._rings else []
         if not rings_only:
             addresses += [export.buffers[name].address for name in self._names[rank] if name in export.buffers]
@@ -553,7 +553,7 @@ class Mappings:
         self._mapped: dict[int, _Mapped] = {}
 
     def open(self, allocations: Iterable[Allocation]) -> None:
-        """Map what is not mapped yet, and close what is no longer named. Raises ConfigError where this process cannot map it."""
+        """Map new allocations, and unmap those that are no longer listed. Raises ConfigError where this process cannot map one."""
         wanted = {a.number: a for a in allocations}
         self._close([number for number, mapped in self._mapped.items() if wanted.get(number) != mapped.allocation])
         _use(self._device)
@@ -581,7 +581,7 @@ class Mappings:
         return address.value
 
     def here(self, address: int, nbytes: int) -> int:
-        """Where this process sees the bytes that its owner has from ``address`` on. Raises ConfigError for what is not mapped."""
+        """The address in this process of an owner's address. Raises ConfigError for memory that is not mapped."""
         for mapped in self._mapped.values():
             offset = address - mapped.allocation.address
             if 0 <= offset <= mapped.allocation.nbytes - nbytes:
@@ -589,7 +589,7 @@ class Mappings:
         raise ConfigError(f"{self._owner} named the address {address:#x}, which lies in nothing that it exports")
 
     def close(self) -> None:
-        """Let go of everything. Nothing may read it any more. Idempotent."""
+        """Unmap everything; no copy may read it any more. Idempotent."""
         self._close(list(self._mapped))
 
     def _close(self, numbers: Iterable[int]) -> None:

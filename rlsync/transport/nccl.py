@@ -188,7 +188,7 @@ class NcclCommunicator:
         return torch.cuda.stream(self._apart)
 
     def _poll(self, where: str, has_ended: Callable[[], bool], limit_s: float) -> None:
-        """Until NCCL has enqueued what was begun last, and ``has_ended``. Raises GroupError; any other call may end it."""
+        """Until NCCL has enqueued the last call, and ``has_ended``. Raises GroupError; any other call may end it."""
         begin_s = time.monotonic()
         while True:
             with self._told(where), self._lock:
@@ -214,7 +214,7 @@ class NcclCommunicator:
             raise GroupError(f"the nccl group broke {where}: {error}") from error
 
     def abandon(self, kept: Sequence[object] = ()) -> None:
-        """End what is under way on the device, in a thread of its own; ``kept`` lives until then. Idempotent, does not block."""
+        """End all work on the device, in a thread of its own; ``kept`` lives until then. Idempotent, does not block."""
         if self._abandoned.is_set():
             return
         self._abandoned.set()
@@ -235,7 +235,7 @@ class NcclCommunicator:
         self._gone.set()
 
     def rest(self, limit_s: float) -> bool:
-        """After ``abandon``: whether nothing of it runs on the device any more, within so long."""
+        """After ``abandon``: whether its work on the device has ended, within this time."""
         return self._gone.wait(limit_s)
 
 
@@ -351,7 +351,7 @@ class NcclHandle:
         )
 
     def in_progress(self) -> bool:
-        """Whether what was begun last is not enqueued yet. Raises NcclError where the communicator is broken."""
+        """Whether the last call is not enqueued yet. Raises NcclError where the communicator is broken."""
         state = ctypes.c_int(_SUCCESS)
         _call("ncclCommGetAsyncError", self._handle, ctypes.byref(state))
         if state.value not in (_SUCCESS, _IN_PROGRESS):
