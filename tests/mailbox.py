@@ -77,8 +77,6 @@ class MailboxSender:
         yield
         BOXES[id(self)].update({(d, step): self._memory[d, step % self._end.num_slots] for d in self._messages[step]})
 
-    def abandon(self) -> None: ...
-
     def close(self) -> None:
         BOXES.pop(id(self), None)
 

@@ -23,6 +23,7 @@ class Endpoints:
     def __init__(self) -> None:
         self.hosted: dict[str, Hosted] = {}
         self.senders: dict[str, Sender] = {}
+        self._on_abandon: list[Callable[[], None]] = []
 
     def host(self, plan: ConnectionPlan, config: SyncConfig) -> tuple[tuple[ActorAssignment, ...], tuple[WorkerAssignment, ...]]:
         """Rank 0: open what the plan's transports attach to; returns everybody's assignment."""
@@ -44,7 +45,8 @@ class Endpoints:
     ) -> Callable[[], dict[str, bytes]]:
         """Make this rank's senders. What is returned waits for the other members of groups, and says what this rank exports."""
         for name, end in assignment.ends.items():
-            self.senders[name] = transport(name).make_sender(end, Local(buffers, stable_memory, timeout_s, device, self.hosted.get(name)))
+            local = Local(buffers, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon)
+            self.senders[name] = transport(name).make_sender(end, local)
         return lambda: join(self.senders, 0)
 
     def seal(self) -> None:
@@ -54,13 +56,13 @@ class Endpoints:
 
     def abandon(self) -> None:
         """After a failed sync: messages in flight arrive nowhere."""
-        for sender in self.senders.values():
-            sender.abandon()
+        for call in self._on_abandon:
+            call()
 
     def close(self) -> None:
         """Leave for good. Idempotent."""
         ends: Sequence[Sender | Hosted] = (*self.senders.values(), *self.hosted.values())
-        self.senders, self.hosted = {}, {}
+        self.senders, self.hosted, self._on_abandon = {}, {}, []
         for end in ends:
             end.close()
 

@@ -7,7 +7,7 @@ a row of ``rlsync.plan.transports``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -25,7 +25,7 @@ Buffers = Mapping[str, torch.Tensor]
 
 
 class Sender(Protocol):
-    """An actor rank's end: memory that takes regions, and what becomes of it. Called by one thread, but for ``abandon``."""
+    """An actor rank's end: memory that takes regions, and what becomes of it. Called by one thread."""
 
     def join(self, group: int) -> bytes | None:
         """Take part in the next sync, whose messages travel in the group of this number; collective over its members.
@@ -48,10 +48,6 @@ class Sender(Protocol):
 
     def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
         """Inside, this thread may write the step's places; afterwards they are readable or in flight."""
-        ...
-
-    def abandon(self) -> None:
-        """After a failed sync: let go whoever waits here. From any thread, idempotent, does not block."""
         ...
 
     def close(self) -> None:
@@ -179,6 +175,8 @@ class Local:
         stable_memory: whether it stays allocated between syncs.
         device: the GPU of this process, or None where it has touched none.
         hosted: the resource that this process has opened for the transport, on rank 0.
+        on_abandon: a sender whose calls may wait adds what releases them. It is called after a failed sync, from any thread, and must be
+            idempotent and not block.
     """
 
     buffers: Buffers
@@ -186,6 +184,7 @@ class Local:
     timeout_s: float
     device: torch.device | None
     hosted: Hosted | None
+    on_abandon: list[Callable[[], None]]
 
 
 class Transport(Protocol):

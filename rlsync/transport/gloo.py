@@ -43,7 +43,9 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
 
 def make_sender(end: bytes, local: Local) -> GroupSender:
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    return GroupSender(decoded, lambda number: GlooCommunicator(decoded.group, number, local.timeout_s), torch.device("cpu"))
+    sender = GroupSender(decoded, lambda number: GlooCommunicator(decoded.group, number, local.timeout_s), torch.device("cpu"))
+    local.on_abandon.append(sender.abandon)
+    return sender
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> GroupReceiver:

@@ -218,9 +218,6 @@ class IpcSender:
         if self._end.stage_bytes:
             torch.cuda.current_stream(self._device).synchronize()
 
-    def abandon(self) -> None:
-        """Nobody waits here."""
-
     def close(self) -> None:
         """Give the staging ring back. Every reader has let go of it, or its process has ended."""
         self._exporter.close()

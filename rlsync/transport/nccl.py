@@ -73,7 +73,9 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
 def make_sender(end: bytes, local: Local) -> GroupSender:
     decoded, device = msgspec.msgpack.decode(end, type=SenderEnd), local.device
     assert device is not None, "nccl was planned for a process without a GPU"
-    return GroupSender(decoded, lambda number: NcclCommunicator(decoded.group, number, local.timeout_s, device), device)
+    sender = GroupSender(decoded, lambda number: NcclCommunicator(decoded.group, number, local.timeout_s, device), device)
+    local.on_abandon.append(sender.abandon)
+    return sender
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> GroupReceiver:

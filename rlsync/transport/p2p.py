@@ -215,7 +215,7 @@ class GroupSender:
             begun.append(work)
 
     def abandon(self) -> None:
-        """Give the group up; nothing reads the messages any more."""
+        """Give the group up; nothing reads the messages any more. From any thread, idempotent, does not block."""
         communicator = self._communicator
         self._communicator, self._in_slot, self._begun = None, {}, deque()
         if communicator is not None:

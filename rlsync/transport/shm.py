@@ -273,9 +273,6 @@ class RingSender:
         """What a processor has written can be read at once."""
         return contextlib.nullcontext()
 
-    def abandon(self) -> None:
-        """Nobody waits here."""
-
     def close(self) -> None:
         self._ring.close()
 
@@ -288,11 +285,14 @@ class RingReceiver:
     extra_bytes = 0
 
     def __init__(self, assignment: WorkerAssignment, end: ReceiverEnd) -> None:
-        self._parts, self._offsets = assignment.parts, end.offsets
-        self._ring = Ring.attach(end.ring.path, end.ring.token, end.ring.num_slots, end.ring.slot_bytes)
+        self._parts, self._end = assignment.parts, end
+        self._ring: Ring | None = None
 
     def join(self, group: int) -> bool:
-        """Shared memory knows no groups."""
+        """Map the ring, the first time. Shared memory knows no groups."""
+        if self._ring is None:
+            ring = self._end.ring
+            self._ring = Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
         return True
 
     def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
@@ -303,11 +303,13 @@ class RingReceiver:
         return contextlib.nullcontext()
 
     def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> PackedArrival:
-        part, offset = self._parts[bucket], self._offsets[bucket]
+        assert self._ring is not None, "join() comes first"
+        part, offset = self._parts[bucket], self._end.offsets[bucket]
         return PackedArrival(self._ring.slot(bucket % self._ring.num_slots)[offset : offset + part.nbytes], part.segments)
 
     def abandon(self) -> None:
         """Nothing is written by this end but what a sink has asked for."""
 
     def close(self) -> None:
-        self._ring.close()
+        if self._ring is not None:
+            self._ring.close()

@@ -45,7 +45,7 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, ver
     ends = shm.assign(routes, ring)
     packers = []
     for end, buffers in zip(ends.actors, sources, strict=True):
-        sender = shm.make_sender(end, Local(buffers, True, 1.0, None, ring))
+        sender = shm.make_sender(end, Local(buffers, True, 1.0, None, ring, []))
         packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), buffers, [sender]))
     slots = [ring.slot(i) for i in range(num_slots)]
     for slot in slots:
