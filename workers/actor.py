@@ -34,7 +34,7 @@ from rlsync.megatron.parallel import compute_device, current_topology, destroy_p
 from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.specs import SpecName
 from rlsync.megatron.train import StepResult, token_scores, train_step
-from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
@@ -170,23 +170,11 @@ class ActorRank:
         """
         if self._syncer is not None:
             self._syncer.close()
-        sync = self._config.weight_sync
-        config = SyncConfig(
-            bucket_bytes=sync.bucket_bytes,
-            num_slots=sync.num_slots,
-            timeout_s=sync.timeout_s,
-            sink=sync.sink,
-            transport=sync.transport,
-            staging=sync.staging,
-            verify=sync.verify,
-            pause_mode=sync.pause_mode,
-            bind_host=sync.bind_host,
-        )
         device = compute_device()
         self._syncer = WeightSyncer(
             MegatronSource(self._bridge, self._models, stable_memory=stable_memory),
             engines if self._rank == 0 else (),
-            config,
+            self._config.weight_sync,
             rank=self._rank,
             world_size=self._topology.world_size,
             broadcast=lambda payload: gather_bytes(payload, device=device)[0],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rlsync.errors import ConfigError
 from rlsync.plan.transports import TRANSPORTS
@@ -14,6 +14,11 @@ STAGING = ("auto", "always")
 # Nobody can dial these, and nothing should listen on networks that nobody named.
 _EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
 _PAUSE_MODES = ("abort", "wait", "keep")
+
+
+def _setting(default: Any, doc: str, **limits: float) -> Any:
+    """A field with its meaning and, for a number, its ``limits`` (min, above, max, below), for whoever prints or checks them."""
+    return field(default=default, metadata={"doc": doc, "limits": limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +45,23 @@ class SyncConfig:
         bind_host: address on which rank 0 listens for actor ranks and engine workers; those of other hosts have to reach it.
     """
 
-    bucket_bytes: int = 256 * 2**20
-    num_slots: int = 2
-    timeout_s: float = 600.0
-    sink: Literal["auto", "direct", "layerwise", "loaders"] = "auto"
-    transport: str = "auto"
-    staging: Literal["auto", "always"] = "auto"
-    verify: Literal["off", "sampled", "full"] = "sampled"
-    pause_mode: Literal["abort", "wait", "keep"] = "abort"
-    bind_host: str = "127.0.0.1"
+    bucket_bytes: int = _setting(
+        256 * 2**20,
+        "most bytes that a worker takes, or an actor rank gives, at a time; at least a whole tensor",
+        min=1,
+    )
+    num_slots: int = _setting(2, "staging buckets in flight; with 1, filling and reading alternate", min=1)
+    timeout_s: float = _setting(600.0, "deadline of each phase of a sync", above=0)
+    sink: Literal["auto", "direct", "layerwise", "loaders"] = _setting("auto", "how bytes enter the engine; auto: the first that is right")
+    transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = _setting(
+        "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"
+    )
+    staging: Literal["auto", "always"] = _setting(
+        "auto", "ipc through a ring beside the parameters: where they cannot be mapped, or are offloaded and on another GPU; or always"
+    )
+    verify: Literal["off", "sampled", "full"] = _setting("sampled", "checksums of what was sent against what is held")
+    pause_mode: Literal["abort", "wait", "keep"] = _setting("abort", "what happens to requests that run when a sync begins")
+    bind_host: str = _setting("127.0.0.1", "address on which actor rank 0 listens; engines on other hosts must reach it")
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:

@@ -32,7 +32,7 @@ from workers.config import (
     validate_world,
 )
 from workers.config.build import dotted_keys, section_of
-from workers.config.fields import Bounds
+from workers.config.fields import Bounds, bounds_of
 from workers.config.hints import ABSENT, OTHER_NAMES
 from workers.config.inert import find_inert
 
@@ -173,7 +173,7 @@ def numeric_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str,
             yield from numeric_keys(section, f"{prefix}{declared.name}.")
         kinds = {int, float} & {hints[declared.name], *get_args(hints[declared.name])}
         if kinds and get_origin(hints[declared.name]) is not Literal:
-            yield prefix + declared.name, kinds.pop(), declared.metadata["bounds"]
+            yield prefix + declared.name, kinds.pop(), bounds_of(declared)
 
 
 NUMERIC = list(numeric_keys())
@@ -336,7 +336,8 @@ def test_where_initial_weights_may_come_from(
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
         ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
-        ({"weight_sync": {"num_slots": 1}}, "weight_sync.num_slots (1) must be at least 2 and at most 3"),
+        ({"weight_sync": {"num_slots": 0}}, "weight_sync.num_slots (0) must be at least 1"),
+        ({"weight_sync": {"bind_host": "0.0.0.0"}}, "weight_sync.bind_host is '0.0.0.0', which is every address"),
         ({"actor": {"optim": {"min_lr": 1.0}}}, "min_lr (1.0) must not exceed max_lr (1e-06)"),
         ({"actor": {"lr_sched": {"lr_warmup_init": 1.0}}}, "lr_warmup_init (1.0) must not exceed max_lr (1e-06)"),
         (

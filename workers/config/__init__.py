@@ -21,7 +21,6 @@ from workers.config.schema import (
     RunConfig,
     RunnerConfig,
     WarmStartConfig,
-    WeightSyncConfig,
 )
 from workers.config.validate import validate, validate_model, validate_world
 
@@ -38,7 +37,6 @@ __all__ = [
     "RunConfig",
     "RunnerConfig",
     "WarmStartConfig",
-    "WeightSyncConfig",
     "config_as_dict",
     "config_table",
     "describe_config",

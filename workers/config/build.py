@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rlsync.errors import ConfigError
-from workers.config.fields import Bounds
+from workers.config.fields import bounds_of
 from workers.config.hints import hint
 
 T = TypeVar("T")
@@ -111,7 +111,12 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Finding
                 continue
             if not tolerated:
                 findings.unknown(prefix + str(name), value)
-    return cls(**{name: _field(values, declaration, hints[name], prefix + name, findings) for name, declaration in declared.items()})
+    arguments = {name: _field(values, declaration, hints[name], prefix + name, findings) for name, declaration in declared.items()}
+    try:
+        return cls(**arguments)
+    except ConfigError as error:  # a section of the library checks itself; all its keys have defaults
+        findings.value(str(error))
+        return cls()
 
 
 def _field(values: Mapping[str, Any], declaration: Field[Any], annotation: Any, dotted: str, findings: _Findings) -> Any:
@@ -138,7 +143,7 @@ def _field(values: Mapping[str, Any], declaration: Field[Any], annotation: Any, 
 
 
 def _bounded(value: Any, declaration: Field[Any]) -> Any:
-    bounds: Bounds | None = declaration.metadata["bounds"]
+    bounds = bounds_of(declaration)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and bounds is not None:
         finding = bounds.finding(value)
         if finding is not None:

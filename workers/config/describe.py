@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from workers.config.build import section_of
-from workers.config.fields import ANY_NUMBER, Bounds
+from workers.config.fields import ANY_NUMBER, bounds_of
 from workers.config.schema import RunConfig
 
 
@@ -31,7 +31,7 @@ def describe_config(cls: type = RunConfig, prefix: str = "") -> Iterator[KeyDesc
             yield from describe_config(section, f"{prefix}{declared.name}.")
             continue
         default = "required" if declared.default is MISSING else _yaml(declared.default)
-        bounds: Bounds | None = declared.metadata["bounds"]
+        bounds = bounds_of(declared)
         limits = "" if bounds is None or bounds == ANY_NUMBER else f", {bounds}"
         yield KeyDescription(prefix + declared.name, _type_text(annotation) + limits, default, declared.metadata["doc"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
 
@@ -34,6 +34,16 @@ class Bounds:
 
 
 ANY_NUMBER = Bounds()
+
+
+def bounds_of(declared: Field[Any]) -> Bounds | None:
+    """Values that the number of a field may have; None where the field is no number. Fields of the library state plain limits."""
+    if "limits" in declared.metadata:
+        return Bounds(**declared.metadata["limits"]) if declared.metadata["limits"] else None
+    bounds: Bounds | None = declared.metadata["bounds"]
+    return bounds
+
+
 # What numpy, torch and vLLM all take.
 SEED = Bounds(min=0, max=2**32 - 1)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlsync.sync.config import SyncConfig
 from workers.config.actor import ActorConfig, Precision
 from workers.config.fields import ANY_NUMBER, SEED, key
 
@@ -205,25 +206,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSyncConfig:
-    """``weight_sync``: how engines are kept equal to the actor."""
-
-    bucket_bytes: int = key(256 * 2**20, "most bytes that a worker takes, or an actor rank gives, at a time, or its largest tensor", min=1)
-    sink: Literal["auto", "direct", "layerwise", "loaders"] = key("auto", "how bytes enter the engine; auto: the first that is right")
-    transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = key(
-        "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"
-    )
-    staging: Literal["auto", "always"] = key(
-        "auto", "ipc through a ring beside the parameters: where they cannot be mapped, or are offloaded and on another GPU; or always"
-    )
-    timeout_s: float = key(600.0, "deadline of each phase of a sync", above=0)
-    num_slots: int = key(2, "staging buckets in flight; with 1, filling and reading take turns", min=2, max=3)
-    verify: Literal["off", "sampled", "full"] = key("sampled", "checksums of what was sent against what is held")
-    bind_host: str = key("127.0.0.1", "address on which actor rank 0 listens; engines on other hosts must reach it")
-    pause_mode: Literal["abort", "wait", "keep"] = key("abort", "what happens to requests that run when a sync begins")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStartConfig:
     """``warm_start``: supervised steps through the actor before GRPO; absent: none."""
 
@@ -267,7 +249,7 @@ class RunConfig:
     data: DataConfig = key(doc="")
     actor: ActorConfig = key(ActorConfig(), "")
     reward: RewardConfig = key(RewardConfig(), "")
-    weight_sync: WeightSyncConfig = key(WeightSyncConfig(), "")
+    weight_sync: SyncConfig = key(SyncConfig(), "")
     warm_start: WarmStartConfig | None = key(None, "")
     arithmetic: ArithmeticConfig | None = key(None, "")
     seeded_model: SeededModelConfig | None = key(None, "")
