@@ -23,7 +23,7 @@ _TICK_MS = 200
 
 
 class Served(Protocol):
-    """Who decides: a Coordinator, or an Inspection."""
+    """The state machine behind a server."""
 
     def receive(self, identity: bytes, raw: bytes, now: float) -> None: ...
 

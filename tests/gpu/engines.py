@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlsync.sync import SyncReport
-from rlsync.sync.inspection import inspect_engines
+from tests.inspection import inspect_engines
 
 if TYPE_CHECKING:
     # Ranks of an actor come by here, and would import vLLM for nothing.

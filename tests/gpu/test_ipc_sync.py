@@ -12,9 +12,9 @@ from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.sync.inspection import inspect_engines
 from rlsync.transport.ipc import IpcExporter
 from tests.gpu.engines import KV_CACHE_BYTES
+from tests.inspection import inspect_engines
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
 

@@ -10,8 +10,8 @@ import pytest
 from rlsync.engine.handle import Engine
 from rlsync.engine.state import state_difference
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from rlsync.sync.inspection import inspect_engines
 from tests.gpu.engines import start
+from tests.inspection import inspect_engines
 from tests.integration.engine_source import FolderSource, read_folder
 from tests.integration.sink_models import save_case
 from tests.ranks import run_ranks

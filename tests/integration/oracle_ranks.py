@@ -21,10 +21,10 @@ from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
-from rlsync.sync.inspection import inspect_engines
 from rlsync.transport.collectives import gather_bytes
 from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
+from tests.inspection import inspect_engines
 from tests.models import VOCAB_SIZE
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from rlsync.coordinator.inspection import Inspection, Place
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.engine.protocol import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe
 from rlsync.sync.syncer import ConnectInfo
 from rlsync.transport.tasks import Tasks
+from tests.inspection_collector import Inspection, Place
 
 
 def inspect_engines(
