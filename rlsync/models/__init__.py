@@ -98,7 +98,6 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
     dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     fields = {key.field: values[key_name] for key_name, key in family.keys.items() if key.field}
     dims = family.dims(values)
-    heads = {"num_query_groups": dims["num_groups"], "kv_channels": dims["head_dim"]}
     model = Model(
         family=family,
         architecture=name,
@@ -108,6 +107,6 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         dtype=str(dtype).removeprefix("torch."),
         max_positions=values["max_position_embeddings"],
         rope=rope,
-        transformer={**fields, **heads, **family.transformer},
+        transformer={**fields, **family.transformer(dims)},
     )
     return model, [] if topology is None else indivisible(model, topology)

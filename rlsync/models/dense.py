@@ -31,15 +31,6 @@ DENSE_KEYS: Mapping[str, Key] = {
         is_nullable=True,
     ),
 }
-# TransformerConfig of Megatron-Core; "silu" is the name of its activation function.
-DENSE_TRANSFORMER: Mapping[str, Any] = {
-    "normalization": "RMSNorm",
-    "activation_func": "silu",
-    "gated_linear_unit": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-}
 
 
 def dense_dims(values: Mapping[str, Any]) -> dict[str, int]:
@@ -57,6 +48,20 @@ def dense_dims(values: Mapping[str, Any]) -> dict[str, int]:
         "num_groups": groups,
         "head_dim": head_dim,
         "num_layers": values["num_hidden_layers"],
+    }
+
+
+def dense_transformer(dims: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of Megatron-Core's TransformerConfig beside those that take a key as it is; "silu" is the name of its activation."""
+    return {
+        "num_query_groups": dims["num_groups"],
+        "kv_channels": dims["head_dim"],
+        "normalization": "RMSNorm",
+        "activation_func": "silu",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, dense_contradictions, dense_dims, dense_features, dense_transformer
 from rlsync.models.keys import HFConfig, size, unsupported
 from rlsync.models.stacks import Family
 
@@ -35,6 +35,6 @@ LLAMA = Family(
     dims=dense_dims,
     contradictions=_contradictions,
     features=dense_features,
-    transformer=DENSE_TRANSFORMER,
+    transformer=dense_transformer,
     stacks=DENSE_STACKS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_KEYS, DENSE_STACKS, dense_contradictions, dense_dims, dense_features, dense_transformer
 from rlsync.models.keys import Key, harmless, size, unsupported
 from rlsync.models.stacks import Family
 
@@ -23,6 +23,10 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qkv_bias"}
 
 
+def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
+    return dense_transformer(dims) | {"add_qkv_bias": True}
+
+
 QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     model_type="qwen2",
@@ -33,6 +37,6 @@ QWEN2 = Family(
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
-    transformer={**DENSE_TRANSFORMER, "add_qkv_bias": True},
+    transformer=_transformer,
     stacks=DENSE_STACKS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import DENSE_STACKS, DENSE_TRANSFORMER, dense_contradictions, dense_dims, dense_features
+from rlsync.models.dense import DENSE_STACKS, dense_contradictions, dense_dims, dense_features, dense_transformer
 from rlsync.models.keys import size, unsupported
 from rlsync.models.qwen2 import QWEN_KEYS
 from rlsync.models.stacks import Family
@@ -13,6 +13,10 @@ from rlsync.models.stacks import Family
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qk_norm"}
+
+
+def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
+    return dense_transformer(dims) | {"qk_layernorm": True}
 
 
 QWEN3 = Family(
@@ -26,6 +30,6 @@ QWEN3 = Family(
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
-    transformer={**DENSE_TRANSFORMER, "qk_layernorm": True},
+    transformer=_transformer,
     stacks=DENSE_STACKS,
 )

@@ -117,7 +117,7 @@ class Family:
         dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
         contradictions: values and config -> what is wrong between keys that are right by themselves.
         features: values of the honoured keys -> names that the ``when`` of a rule refers to.
-        transformer: fields of Megatron's TransformerConfig that are the same for all models of the family.
+        transformer: sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
     """
@@ -128,7 +128,7 @@ class Family:
     dims: Callable[[Mapping[str, Any]], dict[str, int]]
     contradictions: Callable[[Mapping[str, Any], HFConfig], list[str]]
     features: Callable[[Mapping[str, Any]], frozenset[str]]
-    transformer: Mapping[str, Any]
+    transformer: Callable[[Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
