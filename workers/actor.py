@@ -38,8 +38,7 @@ from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
-from workers.config.actor import ActorConfig, ActorModelConfig
-from workers.config.schema import AlgorithmConfig
+from workers.config.schema import ActorConfig, ActorModelConfig, AlgorithmConfig
 from workers.metrics import LogprobDifference, device_memory_gb, host_memory_gb
 from workers.remote import keep_own_log
 from workers.samples import ReplicaBatch, Sample, collate

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from workers.config.actor import ActorModelConfig
+from workers.config.schema import ActorModelConfig
 
 _COMPONENTS = ("actor", "rollout", "reward")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")

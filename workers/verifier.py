@@ -22,7 +22,7 @@ import sys
 
 from math_verify import parse, verify
 
-from workers.references import reference_forms
+from workers.reward import reference_forms
 
 # A power tower can ask for all memory of the host before its time is up.
 _MAX_ADDRESS_SPACE_BYTES = 4 * 2**30

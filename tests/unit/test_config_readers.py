@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlsync.sync.config import SyncConfig
 from workers.config import describe_config
-from workers.config.actor import ActorModelConfig
+from workers.config.schema import ActorModelConfig
 
 WORKERS = Path(__file__).parents[2] / "workers"
 

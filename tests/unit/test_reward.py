@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlsync.errors import RlsyncError
-from workers.references import is_plain
-from workers.reward import RewardScale, VerifierPool, score, unreadable_references
+from workers.reward import RewardScale, VerifierPool, is_plain, score, unreadable_references
 
 # Takes longer than any run: native big-integer code that no signal interrupts.
 HANGS = r"\boxed{9^{9^{9^{9}}}}"

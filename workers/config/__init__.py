@@ -8,19 +8,21 @@ dp_size = validate_world(config, actor_world_size)                       # once 
 
 from __future__ import annotations
 
-from workers.config.actor import ActorConfig, Precision
-from workers.config.command_line import lenient_overrides, register_resolvers
-from workers.config.describe import KeyDescription, config_table, describe_config
-from workers.config.load import Reading, config_as_dict, load_config, read_config
+from workers.config.load import Reading, config_as_dict, lenient_overrides, load_config, read_config, register_resolvers
 from workers.config.schema import (
+    ActorConfig,
     AlgorithmConfig,
     ArithmeticConfig,
     DataConfig,
+    KeyDescription,
+    Precision,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     RunnerConfig,
     WarmStartConfig,
+    config_table,
+    describe_config,
 )
 from workers.config.validate import validate, validate_model, validate_world
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
-from workers.config.actor import ActorConfig
-from workers.config.schema import RunConfig
+from workers.config.schema import ActorConfig, RunConfig
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
