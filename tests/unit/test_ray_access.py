@@ -114,11 +114,18 @@ sys.exit(exit_code(run))
 """
 
 
+def _heed_hangups() -> None:
+    """Whoever runs the tests under nohup ignores SIGHUP, and so would the run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def ended(tmp_path: Path, number: int, before: str = "") -> tuple[int, bool]:
     """Exit code of a run that gets a signal, and whether it cleaned up."""
     mark = tmp_path / f"cleaned-{number}"
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    process = subprocess.Popen([sys.executable, "-c", before + _RUN, str(mark)], env=variables, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", before + _RUN, str(mark)], env=variables, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_hangups
+    )
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == "started\n"
@@ -145,6 +152,7 @@ def test_a_run_whose_terminal_closes_cleans_up(tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     pid, terminal = os.forkpty()
     if pid == 0:
+        _heed_hangups()
         os.execve(sys.executable, [sys.executable, "-c", _RUN, str(mark)], variables)
     seen = b""
     while b"started" not in seen:
