@@ -24,13 +24,11 @@ from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
     allocate_adam_state,
-    distributed_optimizer_state,
     distributed_parts,
     fit_distributed_optimizer_state,
     load_optimizer_state,
     optimizer_config,
     parameter_ranges,
-    restore_distributed_optimizer_state,
 )
 from rlsync.megatron.parallel import current_topology, is_first_replica
 from rlsync.megatron.rng import gathered_rng_states, set_rng_state
@@ -43,32 +41,11 @@ _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
 _CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
 
 
-def save_rank_state(
-    folder: Path | str,
-    models: Sequence[torch.nn.Module],
-    *,
-    step: int,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
-) -> None:
-    """Write the state of one tensor- and pipeline-parallel position; its first data-parallel rank writes for all.
-
-    Collective over the DP group; other groups may write at other times.
-
-    Args:
-        folder: existing folder of this position (``mp_rank_TT[_PPP]``).
-        models: chunks of this rank.
-        step: optimizer steps taken so far.
-        optimizer: left out, together with ``distrib_optim.pt``, when None.
-        scheduler: left out when None.
-    """
-    state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
-    parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
-    write_rank_state(folder, state, parameters)
-
-
 def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
-    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned, durably; only the writing rank does. Not collective."""
+    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned to the folder of a tensor- and pipeline-parallel position.
+
+    Durably, and by its first data-parallel rank alone. Not collective.
+    """
     if not is_first_replica():
         return
     _write(state, Path(folder, RANK_STATE_FILE))
@@ -83,32 +60,6 @@ def _write(content: Any, path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def load_rank_state(
-    folder: Path | str,
-    models: Sequence[torch.nn.Module],
-    *,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
-) -> int:
-    """Restore what ``save_rank_state`` wrote, under the same topology; training then continues bit for bit.
-
-    Without ``optimizer`` the random state and the parameters change: call this before ``build_optimizer`` then. Collective
-    over the DP group. Everything is checked before anything changes.
-
-    Returns:
-        The number of optimizer steps taken when it was written.
-
-    Raises:
-        CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
-            lacks the optimizer or schedule asked for.
-    """
-    state, parameters = read_rank_state(folder, models, optimizer=optimizer, scheduler=scheduler)
-    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
-    if optimizer is not None:
-        restore_distributed_optimizer_state(parameters, optimizer)
-    return step
-
-
 def read_rank_state(
     folder: Path | str,
     models: Sequence[torch.nn.Module],
@@ -118,8 +69,11 @@ def read_rank_state(
 ) -> tuple[dict[str, Any], Sequence[Any] | None]:
     """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
 
+    With them, under the same topology, training continues bit for bit.
+
     Raises:
-        CheckpointError: as ``load_rank_state``.
+        CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
+            lacks the optimizer or schedule asked for.
     """
     state = _read(Path(folder, RANK_STATE_FILE), dict)
     _check_complete(state, optimizer, scheduler, str(folder))
@@ -148,12 +102,12 @@ def read_rank_state(
 
 
 def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> None:
-    """Only the weights of what ``save_rank_state`` wrote, under any number of data-parallel replicas. Not collective.
+    """Only the weights of what ``write_rank_state`` wrote, under any number of data-parallel replicas. Not collective.
 
     Call it before ``build_optimizer``.
 
     Raises:
-        CheckpointError: as ``load_rank_state``.
+        CheckpointError: as ``read_rank_state``.
     """
     path = Path(folder, RANK_STATE_FILE)
     state, running = _read(path, dict), asdict(current_topology(models))
@@ -207,7 +161,7 @@ def restore_rank_state(
     A distributed optimizer is complete only after ``restore_distributed_optimizer_state``.
 
     Raises:
-        CheckpointError: as ``load_rank_state``; ``source`` names the state in its messages.
+        CheckpointError: as ``read_rank_state``; ``source`` names the state in its messages.
     """
     _check_complete(state, optimizer, scheduler, source)
     _check_topology(state["topology"], asdict(current_topology(models)), source)

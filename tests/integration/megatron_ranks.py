@@ -17,12 +17,28 @@ from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores, score_tokens
-from rlsync.megatron.state import load_rank_state, save_rank_state
+from rlsync.megatron.state import rank_state, read_rank_state, restore_rank_state, write_rank_state
 from rlsync.megatron.train import StepResult, token_scores, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def save_rank_state(folder: Path, models: list[Any], *, step: int, optimizer: Any, scheduler: Any) -> None:
+    """As a checkpoint does. Collective over the DP group."""
+    write_rank_state(
+        folder, rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler), distributed_optimizer_state(optimizer)
+    )
+
+
+def load_rank_state(folder: Path, models: list[Any], *, optimizer: Any, scheduler: Any) -> int:
+    """As a checkpoint does; returns the step. Collective over the DP group."""
+    state, parameters = read_rank_state(folder, models, optimizer=optimizer, scheduler=scheduler)
+    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
+    restore_distributed_optimizer_state(parameters, optimizer)
+    return step
 
 
 class Actor:
