@@ -14,7 +14,7 @@ import torch
 
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.engine.protocol import Completion
-from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.errors import CheckpointError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.actor import Example
@@ -301,12 +301,18 @@ class GrpoRunner:
         return interval > 0 and (step % interval == 0 or step == self._total)
 
     def _save(self, step: int) -> None:
-        staged = stage_checkpoint(self._results.path / "checkpoints", step)
-        self._on_ranks("save", str(staged / "actor"), step)
-        (staged / DATA_STATE).parent.mkdir()
-        torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
-        write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
-        publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
+        root = self._results.path / "checkpoints"
+        try:
+            staged = stage_checkpoint(root, step)
+            self._on_ranks("save", str(staged / "actor"), step)
+            (staged / DATA_STATE).parent.mkdir()
+            torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
+            write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
+            publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {step} cannot be written to {root}: {error.strerror}; the checkpoints before it are complete"
+            ) from error
 
     def _on_ranks(self, method: str, *arguments: object) -> list:
         return self._group.on_ranks(method, *arguments)

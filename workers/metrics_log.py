@@ -6,19 +6,21 @@ Owns file names, step numbering and the loggers. Knows nothing of how a number c
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import OmegaConf
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from workers.config.schema import LoggerConfig
 from workers.results import METRICS_FILE, next_free
 
@@ -67,7 +69,8 @@ class MetricsLog:
         self._keep_aside([line for line in lines if line["step"] > start_step])
         self._write_config(resolved)
         self._rewrite()
-        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        # Without a buffer, in which a line that could not be written would wait for the next one.
+        self._file = (self.folder / METRICS_FILE).open("ab", buffering=0)
         if self._exporter is not None:
             self._loggers.append(self._exporter)
 
@@ -98,8 +101,7 @@ class MetricsLog:
         written = {**metrics, **_means(updates)}
         record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
         self._history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._append(json.dumps(record) + "\n")
         index = (step - 1) * self._n_minibatches
         for logger in self._loggers:
             logger.log(metrics, index)
@@ -119,7 +121,14 @@ class MetricsLog:
         self._file.close()
         for logger in self._loggers:
             logger.close()
-        draw_rewards(self._history, self.folder / REWARDS_FILE)
+        with _explained(self.folder / REWARDS_FILE):
+            draw_rewards(self._history, self.folder / REWARDS_FILE)
+
+    def _append(self, line: str) -> None:
+        data = line.encode()
+        with _explained(self.folder / METRICS_FILE):
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep_aside(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Move lines that are not of this history to a file of their own, before ``_rewrite`` drops them."""
@@ -138,6 +147,14 @@ class MetricsLog:
     def _rewrite(self) -> None:
         """Keep the history only."""
         _write_whole(self.folder / METRICS_FILE, self._history)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RlsyncError(f"{path} cannot be written: {error.strerror}; what was written before is complete") from error
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -78,6 +78,18 @@ def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda ca
     return [results[call.reference] for call in calls]
 
 
+def collect_answered(calls: Sequence[Call], timeout_s: float) -> list[Any]:
+    """The results of the calls that succeed within ``timeout_s``, for what a run can do without. Raises nothing."""
+    done, _ = ray.wait([call.reference for call in calls], num_returns=len(calls), timeout=timeout_s)
+    results = []
+    for reference in done:
+        try:
+            results.append(ray.get(reference))
+        except ray.exceptions.RayError:  # whoever needs the worker finds out, and says more
+            continue
+    return results
+
+
 def _translated(call: Call, error: ray.exceptions.RayError) -> RlsyncError:
     worker = call.worker
     if isinstance(error, ray.exceptions.RayTaskError):

@@ -24,7 +24,7 @@ from workers.colocation import ActorPart, plan_colocation
 from workers.config import RunConfig, validate_world
 from workers.metrics import largest
 from workers.placement import actor_topology, resolve_placement
-from workers.remote import Call, Worker, collect
+from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
 
 _ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
@@ -144,8 +144,8 @@ class WorkerGroup:
         return collect([rank.call(method, *arguments) for rank in self._ranks])
 
     def memory(self) -> dict[str, float]:
-        """Metrics of memory, each of the rank, engine or device that takes most."""
-        return largest(collect([worker.call("memory") for worker in (*self._ranks, *self._engines)]))
+        """Metrics of memory, each of the rank, engine or device that takes most; workers that are lost are left out."""
+        return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], _STATE_S))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None

@@ -16,7 +16,7 @@ import ray
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import ended_before
 from workers.cluster import Cluster
-from workers.remote import Worker, WorkerDiedError, collect, keep_own_log
+from workers.remote import Worker, WorkerDiedError, collect, collect_answered, keep_own_log
 
 # Joins a cluster and runs code in it.
 _CLIENT = """
@@ -64,6 +64,11 @@ def ranks(cluster) -> list[Worker]:
 def test_results_come_in_the_order_of_the_calls(ranks):
     assert collect([rank.call("echo", i) for i, rank in enumerate(ranks)]) == [0, 1, 2, 3]
     assert "echo 2" in Path(ranks[2].log).read_text()
+
+
+def test_what_a_run_can_do_without_is_taken_of_those_who_answer_in_time(ranks):
+    calls = [ranks[0].call("echo", 5), ranks[1].call("refuse"), ranks[2].call("break_down", 0.0), ranks[3].call("break_down", 5.0)]
+    assert collect_answered(calls, 4.0) == [5]
 
 
 def test_an_error_of_ours_arrives_as_it_was_raised(ranks):

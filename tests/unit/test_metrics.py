@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
@@ -86,6 +87,20 @@ def test_a_start_that_fails_for_its_logger_leaves_the_lines_as_they_are(tmp_path
     with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):
         MetricsLog(logger_config(tmp_path, "wandb"), {})
     assert len(read_metrics(tmp_path)) == 33
+
+
+def test_a_full_disk_is_told_and_leaves_the_lines_before(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsLog(logger_config(tmp_path), {})
+    log.log(1, {"a": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
+    try:
+        with pytest.raises(RlsyncError, match=r"metrics\.jsonl cannot be written: .*; what was written before is complete"):
+            log.log(2, {"a": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("line", ["{", '{"step": null}', "[1]", "{}"])
