@@ -58,11 +58,13 @@ class GrpoRunner:
         check_loggers(config.runner.logger)
         with ExitStack() as stack:
             self._results = stack.enter_context(ResultsFolder(config, beginning.resume))
+            for note in (*beginning.notes, *self._results.notes):
+                print(wrapped(note), flush=True)
             self._prepared = prepare(config, beginning)
             all_steps = len(self._prepared.loader)
             self._total = all_steps if most < 0 else min(most, all_steps)
             self._screen = stack.enter_context(Screen(self._total, start_step=beginning.step))
-            for note in (*beginning.notes, *self._results.notes, *self._prepared.notes):
+            for note in self._prepared.notes:
                 self._screen.note(note)
             if self._total <= beginning.step:
                 self._screen.note(f"all {self._total} steps of the data are done: there is nothing to do, and nothing was started")
