@@ -125,10 +125,11 @@ class Packer:
         return self._programs[index, step]
 
     def prepare(self) -> None:
-        """Bind all programs, which the first syncs would otherwise do."""
+        """Bind all programs, which the first syncs would otherwise do; not those of parameters that are offloaded now."""
+        has_memory = all(t.untyped_storage().nbytes() > 0 or not t.numel() for t in self._buffers.values())
         for bucket, rounds in enumerate(self._rounds):
             self._sums.prepare(bucket, list(rounds), self._place, self._views(bucket))
-            for index, sender in enumerate(self._senders):
+            for index, sender in enumerate(self._senders if has_memory else ()):
                 for step in sender.steps(bucket):
                     self._bound(index, step)
 
