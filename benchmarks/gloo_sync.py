@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper import QWEN25_05B
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.models import model_of
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer

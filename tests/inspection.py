@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rlsync.coordinator.server import CoordinatorServer
-from rlsync.engine.protocol import EngineHandle
+from rlsync.engine.handles import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe
 from rlsync.sync.syncer import ConnectInfo

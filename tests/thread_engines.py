@@ -14,8 +14,7 @@ import torch
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
-from rlsync.engine.pull import Pull
-from rlsync.engine.verifier import MismatchError, Verifier
+from rlsync.engine.pull import MismatchError, Pull, Verifier
 from rlsync.errors import WeightSyncError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.plan.packing import PackedPart

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
-from rlsync.engine.protocol import Completion
+from rlsync.engine.handles import Completion
 from rlsync.errors import CheckpointError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth

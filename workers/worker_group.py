@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 
+from rlsync.engine.handles import Completion
 from rlsync.engine.handles.ray import ENGINE_THREADS, RayEngine
-from rlsync.engine.protocol import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from workers.actor import ActorRank

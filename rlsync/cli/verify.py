@@ -179,7 +179,7 @@ def _index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 def _against_engine(folder: Path, url: str, timeout_s: float, bind_host: str) -> tuple[list[str], dict[str, Any]]:
     """The folder dials the engine's workers as an actor would, and they compare instead of loading."""
     from rlsync.bridge.folder_source import FolderSource
-    from rlsync.engine.http import HttpEngine
+    from rlsync.engine.handles.http import HttpEngine
     from rlsync.sync import SyncConfig
     from rlsync.sync.comparison import compare_engines
 

@@ -1,15 +1,81 @@
-"""One sync as a worker goes through it: how far the actor's side is, what it says the bytes sum up to, where the time goes."""
+"""One sync as a worker goes through it: how far the actor's side is, whether what lies in the engine's memory is what was sent, where
+the time goes. Imports no vLLM.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rlsync.coordinator import messages as m
-from rlsync.engine.verifier import Check, Verifier
+from rlsync.copy.cpu import region
+from rlsync.copy.sums import Begun, Sums, Views, place_of
+from rlsync.errors import RlsyncError
+from rlsync.plan.packing import Region
+from rlsync.plan.verification import num_rounds, round_of, rounds_in
+
+
+class MismatchError(RlsyncError):
+    """What this worker holds is not what the actor sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Of one bucket: regions, and what each sums up to where it landed."""
+
+    bucket: int
+    regions: Sequence[Region]
+    held: Begun
+
+    def compare(self, sent: Mapping[int, int]) -> None:
+        """``sent`` is by region. Raises MismatchError naming those that differ."""
+        findings = [
+            f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
+            + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
+            for r, value in zip(self.regions, self.held.values(), strict=True)
+            if sent.get(r.number) != value
+        ]
+        if findings:
+            more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+            raise MismatchError(
+                f"{len(findings)} of {len(self.regions)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}"
+            )
+
+
+class Verifier:
+    """Of one worker and connection."""
+
+    def __init__(self, assignment: m.WorkerAssignment) -> None:
+        self._verify = assignment.verify
+        self._sums = Sums()
+        self._rounds = [_by_round(part.regions, assignment.verify) for part in assignment.parts]
+
+    def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Make ready to verify a bucket in these buffers."""
+        self._sums.prepare(bucket, list(self._rounds[bucket]), place_of(buffers.values()), self._views(bucket, buffers))
+
+    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
+        """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; on CUDA behind what the current stream has to do."""
+        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
+        chosen = [r for number in rounds for r in self._rounds[bucket][number]]
+        return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
+
+    def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
+        rounds = self._rounds[bucket]
+        return lambda number: [region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in rounds[number]]
+
+
+def _by_round(regions: Sequence[Region], mode: str) -> dict[int, list[Region]]:
+    """Regions that are ever verified, by the round that they are in."""
+    found: dict[int, list[Region]] = defaultdict(list)
+    for r in regions if num_rounds(mode) else ():
+        found[round_of(mode, r.number)].append(r)
+    return dict(found)
 
 
 class Pull:

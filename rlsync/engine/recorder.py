@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlsync.engine.compat import load_weights, parameters_on_meta, quiet
-from rlsync.engine.provenance import Origins, key_of
+from rlsync.engine.compat.reload import load_weights, parameters_on_meta, quiet
+from rlsync.engine.op_trace import Origins, key_of
 from rlsync.layout.geometry import BufferSpec, TensorSpec
 from rlsync.layout.recorded import Write
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlsync.engine import compat_layers
+from rlsync.engine.compat import layers as compat_layers
 
 # (class, attribute) of what two engines with the same weights may hold differently; * stands for any class.
 NOT_STATE = frozenset(

@@ -1,33 +1,79 @@
-"""The weight-transfer engine inside each worker: dials home, says what it holds, pulls buckets into a sink, verifies them.
+"""The weight-transfer engine inside each worker: dials home, records the layout of what it holds, pulls buckets into a sink, verifies
+them, and commits.
 
-Owns the order of a sync in a worker. Knows no socket and no transport. A blocked worker blocks its whole engine, so it waits for
-nothing but through its ``Line``, which keeps the deadlines.
+Owns the order of a sync in a worker. Knows no socket and no transport. A blocked worker blocks its whole engine, so it waits for nothing
+but through its ``CoordinatorClient``, which keeps the deadlines.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from rlsync.coordinator import messages as m
-from rlsync.engine import compat, compat_faults, compat_features
-from rlsync.engine.infos import InitInfo, UpdateInfo
-from rlsync.engine.intake import Intake, take_stock
-from rlsync.engine.line import Line
-from rlsync.engine.pull import Pull
+from rlsync.coordinator.client import Peer, pid_domain
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.compat import features, patches, reload
+from rlsync.engine.pull import MismatchError, Pull, Verifier
+from rlsync.engine.recorder import Recording, record
 from rlsync.engine.sinks import Sink
+from rlsync.engine.sinks.choice import choose, not_in_place
+from rlsync.engine.sinks.compare import CompareSink
+from rlsync.engine.sinks.loaders import LoadersSink
+from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_hashes
-from rlsync.engine.verifier import MismatchError, Verifier
-from rlsync.errors import WeightSyncError
-from rlsync.plan.packing import PackedPart
+from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.recorded import placement_of, tensors_as_read
+from rlsync.plan.packing import PackedPart, Segment
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
+from rlsync.transport.shm import shm_domain
 
 _log = logging.getLogger(__name__)
+
+Buckets = tuple[tuple[Segment, ...], ...]
+
+# The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
+GRACE_S = 2.0
+# A link that breaks is often the echo of a fault that the coordinator names better; it is heard for so long first.
+_ECHO_S = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where to dial, and as whom. ``timeout_s`` bounds every phase.
+
+    ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
+    that there may be, then with 1 to take buckets in and tell what they would change. The last two change nothing.
+    """
+
+    endpoint: str
+    token: str
+    run_id: str
+    engine_id: str
+    timeout_s: float
+    purpose: str = "sync"
+    attempt: int = 0
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then."""
+
+    version: int
+    attempt: int
 
 
 class RlsyncTransferEngine(WeightTransferEngine):
@@ -39,7 +85,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._line: Line | None = None
+        self._client: CoordinatorClient | None = None
         self._receiver: Receiver | None = None
         self._sink: Sink | None = None
         self._assignment: m.WorkerAssignment | None = None
@@ -49,7 +95,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._is_comparison = False
         # Whether all buckets land where they belong for good.
         self._is_direct = False
-        compat_faults.heal()
+        patches.apply()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Dial home, say what this worker holds, and take the assignment that is made of it. Returns when all peers have done so."""
@@ -74,32 +120,32 @@ class RlsyncTransferEngine(WeightTransferEngine):
     def _connect(self, init_info: InitInfo) -> None:
         self.shutdown()
         self._version = -1
-        line = self._line = self._dial(init_info)
+        client = self._client = self._dial(init_info)
         try:
-            compat_features.check(self.vllm_config)
-            manifest = line.next(m.Manifest, 0, "the list of tensors")
+            features.check(self.vllm_config)
+            manifest = client.next(m.Manifest, 0, "the list of tensors")
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             with compat.config_scope(self.vllm_config):
                 compare = init_info.purpose == "compare"
-                intake = take_stock(self.model, self.model_config, holder, manifest.tensors, manifest.sink, compare)
-            line.send(intake.record)
-            self._attach(intake, line.next(m.Assignment, 0, "this worker's assignment").worker)
-            line.send(m.Attached())
-            self._prepare(line.next(m.Connected, 0, "all peers to connect").exports)
+                layout = record_layout(self.model, self.model_config, holder, manifest.tensors, manifest.sink, compare)
+            client.send(layout.record)
+            self._attach(layout, client.next(m.Assignment, 0, "this worker's assignment").worker)
+            client.send(m.Attached())
+            self._prepare(client.next(m.Connected, 0, "all peers to connect").exports)
         except Exception as error:
             if not isinstance(error, WeightSyncError):
-                line.tell_failure(error, 0, "connect")
+                client.tell_failure(error, 0, "connect")
             self.shutdown()
             raise
 
     def _tell_state(self, info: InitInfo) -> None:
-        line = self._dial(info)
+        client = self._dial(info)
         with compat.config_scope(self.vllm_config):
-            line.send(m.State(state_hashes(self.model)))
-        line.close()
+            client.send(m.State(state_hashes(self.model)))
+        client.close()
 
-    def _dial(self, info: InitInfo) -> Line:
-        return Line(info, self.parallel_config, self.device)
+    def _dial(self, info: InitInfo) -> CoordinatorClient:
+        return CoordinatorClient(info, self.parallel_config, self.device)
 
     def _compare(self, info: InitInfo) -> None:
         """In a transfer engine of its own, so that a connection that there is goes on."""
@@ -115,11 +161,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 # The other side goes on to let the engine go, and has no use for a goodbye.
                 twin.shutdown(with_goodbye=False)
 
-    def _attach(self, intake: Intake, assignment: m.WorkerAssignment) -> None:
-        assert self._line is not None
-        receiver = self._receiver = make_receiver(assignment, self._line.timeout_s, self.device)
-        self._line.until(lambda: receiver.join(0), 0, "all members of the group", lambda message: None, receiver)
-        self._sink = intake.make_sink(tuple(part.segments for part in assignment.parts))
+    def _attach(self, layout: RecordedLayout, assignment: m.WorkerAssignment) -> None:
+        assert self._client is not None
+        receiver = self._receiver = make_receiver(assignment, self._client.timeout_s, self.device)
+        self._client.until(lambda: receiver.join(0), 0, "all members of the group", lambda message: None, receiver)
+        self._sink = layout.make_sink(tuple(part.segments for part in assignment.parts))
         self._assignment, self._verifier = assignment, Verifier(assignment)
 
     def _prepare(self, exports: Sequence[m.RankExport]) -> None:
@@ -146,17 +192,17 @@ class RlsyncTransferEngine(WeightTransferEngine):
             self._receive(update_info)
 
     def _receive(self, update_info: UpdateInfo) -> None:
-        if self._line is None or self._sink is None or self._assignment is None or self._receiver is None or self._verifier is None:
+        if self._client is None or self._sink is None or self._assignment is None or self._receiver is None or self._verifier is None:
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
-        line, sink, receiver, pull = self._line, self._sink, self._receiver, Pull(self._verifier, update_info.attempt)
+        client, sink, receiver, pull = self._client, self._sink, self._receiver, Pull(self._verifier, update_info.attempt)
         try:
             with compat.config_scope(self.vllm_config):
-                line.send(m.Joined(update_info.attempt, update_info.version))
+                client.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
                 # No time of the bytes: everybody has to be there.
-                _await_ready(line, pull, -1, "the actor's side")
-                line.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
+                _await_ready(client, pull, -1, "the actor's side")
+                client.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
                 _log.debug("version %d: everybody is there", update_info.version)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
@@ -164,23 +210,23 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 pull.phase = "transfer"
                 with contextlib.ExitStack() as receiving:
                     receiving.enter_context(receiver.receiving(self._standing()))
-                    self._take_all(line, sink, receiver, pull, update_info.version)
+                    self._take_all(client, sink, receiver, pull, update_info.version)
                     with pull.timed("finalize"):
                         sink.close()
                         self._synchronize()
                         receiving.close()
-            line.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + receiver.extra_bytes), tuple(sink.differences)))
+            client.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + receiver.extra_bytes), tuple(sink.differences)))
             pull.phase, pull.bucket = "commit", None
-            line.next(m.Commit, update_info.attempt, "the commit")
+            client.next(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
             compat.allow_answers(self.model)
-            line.send(m.Committed(update_info.attempt))
+            client.send(m.Committed(update_info.attempt))
             _log.debug("version %d: committed", update_info.version)
         except BaseException as error:
-            told = line.told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
+            told = client.told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
             if told is None and not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else pull.phase
-                line.tell_failure(error, update_info.attempt, phase, pull.bucket)
+                client.tell_failure(error, update_info.attempt, phase, pull.bucket)
             receiver.abandon()
             sink.abandon()
             if told is not None:
@@ -191,15 +237,15 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     del told
             raise
 
-    def _take_all(self, line: Line, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
+    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
         """Bucket after bucket, until all of them are where they belong and verified."""
         assert self._assignment is not None
         parts = self._assignment.parts
         for bucket, part in enumerate(parts):
             pull.bucket = bucket
             if not receiver.lands_ahead:
-                _await_bucket(line, pull, bucket)
-            self._take(line, sink, receiver, pull, part)
+                _await_bucket(client, pull, bucket)
+            self._take(client, sink, receiver, pull, part)
             _log.debug("version %d: bucket %d of %d is in place, %d B", version, bucket, len(parts), part.nbytes)
         if not self._is_direct:
             # What the sink has enqueued behind the sums of the last bucket is no time of verifying.
@@ -208,12 +254,12 @@ class RlsyncTransferEngine(WeightTransferEngine):
         pull.conclude()
         _log.debug("version %d: all of it is verified", version)
 
-    def _take(self, line: Line, sink: Sink, receiver: Receiver, pull: Pull, part: PackedPart) -> None:
+    def _take(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, part: PackedPart) -> None:
         bucket = pull.bucket
         assert bucket is not None
         if part.nbytes == 0:
-            _await_bucket(line, pull, bucket)
-            line.send(m.Done(pull.attempt, bucket))
+            _await_bucket(client, pull, bucket)
+            client.send(m.Done(pull.attempt, bucket))
             return
         with pull.timed("pull"):
 
@@ -221,9 +267,9 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 exports, pull.exports = pull.exports, ()
                 return receiver.fetch(bucket, pull.buckets_ready, exports)
 
-            arrival = line.until(fetch, pull.attempt, f"the bytes of bucket {bucket}", pull.hear, receiver)
+            arrival = client.until(fetch, pull.attempt, f"the bytes of bucket {bucket}", pull.hear, receiver)
             # Checksums arrive with Ready.
-            _await_bucket(line, pull, bucket)
+            _await_bucket(client, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
                 # Where it came from may be filled anew as soon as nothing is read there, while it is verified and made use of here.
@@ -231,9 +277,9 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     copied = torch.cuda.current_stream(self.device).record_event()
                     pull.verify(bucket, buffers)
                     copied.synchronize()
-                    line.send(m.Done(pull.attempt, bucket))
+                    client.send(m.Done(pull.attempt, bucket))
                 else:
-                    line.send(m.Done(pull.attempt, bucket))
+                    client.send(m.Done(pull.attempt, bucket))
                     pull.verify(bucket, buffers)
 
             sink.write(bucket, arrival, landed)
@@ -243,13 +289,13 @@ class RlsyncTransferEngine(WeightTransferEngine):
 
     def shutdown(self, *, with_goodbye: bool = True) -> None:
         """Leave the run and what brought its bytes. Idempotent."""
-        if self._line is not None:
+        if self._client is not None:
             if with_goodbye:
-                self._line.send(m.Goodbye())
-            self._line.close()
+                self._client.send(m.Goodbye())
+            self._client.close()
         if self._receiver is not None:
             self._receiver.close()
-        self._line = self._receiver = self._sink = self._assignment = self._verifier = None
+        self._client = self._receiver = self._sink = self._assignment = self._verifier = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -262,11 +308,168 @@ class RlsyncTransferEngine(WeightTransferEngine):
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def _await_bucket(line: Line, pull: Pull, bucket: int) -> None:
+def _await_bucket(client: CoordinatorClient, pull: Pull, bucket: int) -> None:
     with pull.timed("wait"):
-        _await_ready(line, pull, bucket, f"bucket {bucket}")
+        _await_ready(client, pull, bucket, f"bucket {bucket}")
 
 
-def _await_ready(line: Line, pull: Pull, bucket: int, what: str) -> None:
+def _await_ready(client: CoordinatorClient, pull: Pull, bucket: int, what: str) -> None:
     while pull.buckets_ready <= bucket:
-        pull.hear(line.next(m.Ready, pull.attempt, what))
+        pull.hear(client.next(m.Ready, pull.attempt, what))
+
+
+# What the worker holds.
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLayout:
+    """``record`` goes to the coordinator; ``make_sink`` is called with the segments of every bucket when the plan is there."""
+
+    record: m.Recorded
+    make_sink: Callable[[Buckets], Sink]
+
+
+def record_layout(
+    model: torch.nn.Module, model_config: Any, holder: str, tensors: Sequence[TensorSpec], requested: str, compare: bool = False
+) -> RecordedLayout:
+    """Record what the model's own loaders make of ``tensors``, and choose how it will be written, or compared.
+
+    Leaves the model as it was. Raises ConfigError where the sink that is asked for by name cannot keep the model right.
+    """
+    recording = record(model, tensors)
+    placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
+    missing = tuple(str(f) for f in findings if f.unwritten)
+    computed = tuple(str(f) for f in findings if not f.unwritten)
+    problems = recording.findings + missing
+    if compare:
+        problems += tuple(f"it cannot be compared: {f}" for f in computed)
+        return RecordedLayout(
+            m.Recorded(placement, "compare", recording.unused_names, problems), lambda buckets: CompareSink(model, buckets, placement.fills)
+        )
+    choice = choose(model, [b.name for b in placement.buffers], recording.aliases, requested)
+    used = sorted(set(choice.sinks.values()))
+    if problems or computed or used == ["loaders"]:
+        if computed and requested in ("direct", "layerwise"):
+            problems += tuple(f"weight_sync.sink is {requested}, but: {f}" for f in computed)
+        remark = "" if requested == "loaders" else "; ".join((*computed, *choice.reasons))
+        undescribed = [f.buffer for f in findings]
+        return _by_loaders(model, model_config, holder, tensors, recording, undescribed, problems, remark)
+    return RecordedLayout(
+        m.Recorded(placement, "+".join(used), recording.unused_names),
+        lambda buckets: PlacedSink(model, model_config, buckets, placement.fills, choice.sinks),
+    )
+
+
+def _by_loaders(
+    model: torch.nn.Module,
+    model_config: Any,
+    holder: str,
+    tensors: Sequence[TensorSpec],
+    recording: Recording,
+    computed: Sequence[str],
+    findings: tuple[str, ...],
+    remark: str,
+) -> RecordedLayout:
+    """The worker is sent what it reads of the HF tensors. ``computed``: buffers that are not filled by copies alone."""
+    unused = set(recording.unused_names)
+    taken = {t.name: t for t in tensors if t.name not in unused}
+
+    def make_sink(buckets: Buckets) -> LoadersSink:
+        layers = not_in_place(model, [b.name for b in recording.buffers], computed, recording.aliases)
+        _log.info("%s: loaders write its layers where they live, but for %d that vLLM rebuilds", holder, len(layers))
+        return LoadersSink(model, model_config, buckets, taken, layers, reload.loading_device(model))
+
+    placement = tensors_as_read(holder, list(taken.values()), recording.writes, recording.computed_names)
+    return RecordedLayout(m.Recorded(placement, "loaders", recording.unused_names, findings, remark), make_sink)
+
+
+# The channel.
+
+
+class CoordinatorClient:
+    """One connection of a worker. Dials when it is made; not thread-safe.
+
+    Args:
+        info: where to dial, for which run and engine, and the deadline of a phase.
+        parallel_config: vLLM's, which knows this worker's place in its engine.
+    """
+
+    def __init__(self, info: InitInfo, parallel_config: Any, device: torch.device) -> None:
+        self.timeout_s = info.timeout_s
+        self._endpoint = info.endpoint
+        self._peer = Peer(info.endpoint, _hello(info, parallel_config, device))
+
+    def send(self, message: m.FromPeer) -> None:
+        """Queue a message; never blocks."""
+        self._peer.send(message)
+
+    def tell_failure(self, error: BaseException, attempt: int, phase: str, bucket: int | None = None) -> None:
+        """Say what went wrong here: the sentence of an error of ours, the whole traceback of any other."""
+        cause = str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip()
+        self._peer.send(m.Failed(attempt, phase, m.shortened(cause), bucket=bucket))
+
+    def next(self, kind: type[Any], attempt: int, what: str) -> Any:
+        """The next message of ``kind``; ``Ready`` says a level and may come again after the last bucket was taken.
+
+        Raises WeightSyncError when the coordinator says so, RuntimeError where nothing comes in time or what nobody asked for.
+        """
+        found: list[Any] = []
+
+        def hear(message: m.FromCoordinator) -> None:
+            if isinstance(message, kind):
+                found.append(message)
+            elif not isinstance(message, m.Ready):
+                raise RuntimeError(f"{type(message).__name__} came while waiting for {what}")
+
+        return self.until(lambda: found.pop() if found else None, attempt, what, hear)
+
+    def until(
+        self, poll: Callable[[], T | None], attempt: int, what: str, hear: Callable[[Any], None], receiver: Receiver | None = None
+    ) -> T:
+        """What ``poll`` gives; it is asked again after each message, which ``hear`` gets, and whenever ``receiver`` has news.
+
+        Raises as ``next`` does.
+        """
+        limit_s = self.timeout_s + GRACE_S
+        deadline_s = time.monotonic() + limit_s
+        while (result := poll()) is None:
+            try:
+                message = self._peer.receive(attempt, deadline_s, None if receiver is None else receiver.fd)
+            except TimeoutError:
+                raise RuntimeError(f"nothing from {self._endpoint} within {limit_s:g} s while waiting for {what}") from None
+            if message is not None:
+                hear(message)
+        return result
+
+    def told_meanwhile(self, attempt: int) -> WeightSyncError | None:
+        """The error that the coordinator made everybody's, if it comes soon."""
+        deadline_s = time.monotonic() + _ECHO_S
+        try:
+            while True:
+                self._peer.receive(attempt, deadline_s)
+        except TimeoutError:
+            return None
+        except WeightSyncError as told:
+            return told
+
+    def close(self) -> None:
+        """Hang up; what was sent still leaves. Idempotent."""
+        self._peer.close()
+
+
+def _hello(info: InitInfo, parallel_config: Any, device: torch.device) -> m.WorkerHello:
+    dp_index, worker_rank, world_size = compat.worker_place(parallel_config)
+    return m.WorkerHello(
+        token=info.token,
+        run_id=info.run_id,
+        engine_id=info.engine_id,
+        dp_index=dp_index,
+        worker_rank=worker_rank,
+        world_size=world_size,
+        host=socket.gethostname(),
+        shm_domain=shm_domain(),
+        pid_domain=pid_domain(),
+        pid=os.getpid(),
+        gpu_uuid=compat.gpu_uuid(device),
+        vllm_version=compat.vllm_version(),
+    )

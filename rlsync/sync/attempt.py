@@ -12,7 +12,7 @@ import msgspec
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
-from rlsync.engine.protocol import EngineHandle
+from rlsync.engine.handles import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints, join

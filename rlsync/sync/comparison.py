@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlsync.engine.protocol import EngineHandle, PauseMode
+from rlsync.engine.handles import EngineHandle, PauseMode
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.source import Source

@@ -26,7 +26,7 @@ from rlsync.coordinator.roster import Expected, some
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.copy.speed import copy_gb_per_s
-from rlsync.engine.protocol import EngineHandle
+from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.chaos.rank import Ended, serve, timed
 from tests.integration.engine_source import FolderSource, read_folder

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlsync.engine.handle import Completion, Engine
+from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError
 from tests.integration.greedy import close
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine import compat
-from rlsync.engine.handle import Engine
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.handles.local import Engine
 from tests.chaos.answers import Reference, ask, same
 from tests.chaos.leaks import Leaks, alive, listening, mapped, tree
 

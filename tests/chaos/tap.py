@@ -17,7 +17,7 @@ from unittest.mock import patch
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 
 # How far through its buckets a sync is.
 BUCKET_LEVELS = {"first bucket": 0.0, "middle bucket": 0.5, "last bucket": 1.0}

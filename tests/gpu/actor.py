@@ -17,7 +17,7 @@ from tests.gpu.engines import only_gpus
 from tests.integration.engine_source import FolderSource, read_folder
 
 if TYPE_CHECKING:
-    from rlsync.engine.handle import Engine
+    from rlsync.engine.handles.local import Engine
 
 _ANSWER_S = 90.0
 

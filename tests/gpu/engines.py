@@ -16,7 +16,7 @@ from tests.inspection import inspect_engines
 
 if TYPE_CHECKING:
     # Ranks of an actor come by here, and would import vLLM for nothing.
-    from rlsync.engine.handle import Engine
+    from rlsync.engine.handles.local import Engine
 
 # Specs of an actor's layers that can be built here; TransformerEngine's takes a GPU besides, as all of these tests do.
 LAYERS = ("local", "te") if importlib.util.find_spec("transformer_engine") else ("local",)
@@ -46,7 +46,7 @@ def only_gpus(indices: str) -> Iterator[None]:
 
 def start(engine_id: str, folder: Path, gpus: str, **options: Any) -> Engine:
     """An engine with a worker on each of ``gpus``."""
-    from rlsync.engine.handle import Engine
+    from rlsync.engine.handles.local import Engine
 
     made = Engine(engine_id, {
         "model": str(folder), "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "disable_log_stats": True,

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm import LLM
 
-from rlsync.engine import compat
+from rlsync.engine.compat import engine as compat
 from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import not_in_place
 from rlsync.layout.geometry import TensorSpec

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.engine.state import state_difference
 from tests.gpu.actor import GpuActor
 from tests.gpu.engines import LAYERS, Answers, State, addresses, answers, start, state, told, worst

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
 from rlsync.transport.ipc import ExportableMemory

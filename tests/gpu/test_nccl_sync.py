@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.engine.state import state_difference
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.gpu.engines import start

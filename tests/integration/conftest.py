@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rlsync.engine.handle import Engine
+    from rlsync.engine.handles.local import Engine
     from tests.integration.tiny_engines import Answers, TwoRanks
 
 # What they are made of is imported late, because most files do without.

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlsync.engine.http import HttpEngine
+from rlsync.engine.handles.http import HttpEngine
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 

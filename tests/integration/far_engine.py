@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from tests.integration import hosts
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlsync.engine.handle import Completion, Engine
+from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.forking import forked_engines

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlsync.engine.protocol import Completion
+from rlsync.engine.handles import Completion
 
 LOGPROB_TOLERANCE = 1e-4
 

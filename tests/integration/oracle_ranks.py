@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.bridge.source import MegatronSource
-from rlsync.engine.handle import Completion, Engine
+from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.layout.topology import Topology

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 
 
 def main(folder: str) -> None:

@@ -20,7 +20,8 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import layernorm
 from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
-from rlsync.engine import compat
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.recorder import Recording, record
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.recorded import tensors_as_read
@@ -80,7 +81,7 @@ def check_gaps(recording: Recording, specs: list[TensorSpec], plain: Worker) -> 
         for tensor in written.values():
             tensor.fill_(torch.nan)
     with compat.config_scope(plain.config):
-        compat.load_weights(plain.model, iter(given.items()))
+        compat_reload.load_weights(plain.model, iter(given.items()))
     assert differing(written, wanted) == []
     return [b.name for b in placement.buffers if b.has_gaps]
 
@@ -122,15 +123,15 @@ def check_reload(worker: Worker) -> None:
     """After a layer-wise reload, a reload that failed in the middle, and while one is under way."""
     first = worker.record()
     with compat.config_scope(worker.config):
-        compat.begin_reload(worker.model)
+        compat_reload.begin_whole_reload(worker.model)
         with pytest.raises(RuntimeError, match="is under way"):
             worker.record()
-        compat.load_weights(worker.model, iter(worker.tensors.items()))
-        compat.finish_reload(worker.model, worker.config.model_config)
+        compat_reload.load_weights(worker.model, iter(worker.tensors.items()))
+        compat_reload.finish_whole_reload(worker.model, worker.config.model_config)
         assert worker.record() == first
-        compat.begin_reload(worker.model)
-        compat.load_weights(worker.model, iter(list(worker.tensors.items())[: len(worker.tensors) // 2]))
-        compat.abandon_reload(worker.model)
+        compat_reload.begin_whole_reload(worker.model)
+        compat_reload.load_weights(worker.model, iter(list(worker.tensors.items())[: len(worker.tensors) // 2]))
+        compat_reload.abandon_reload(worker.model)
         before = trace_of(worker.model, worker.config)
         assert worker.record() == first
         assert not (left := differences(before, trace_of(worker.model, worker.config))), left
@@ -161,7 +162,7 @@ def check_computed(packed: Worker, plain: Worker) -> None:
     """Negative control: a norm whose loader takes a logarithm of it is a finding, and nothing else is."""
     norms = [m for m in packed.model.modules() if isinstance(m, layernorm.RMSNorm)]
     with contextlib.ExitStack() as stack:
-        for metadata in [compat.layerwise.LAYERWISE_INFO[norm].restore_metadata[0]["weight"] for norm in norms[:1]]:
+        for metadata in [compat_reload.layerwise.LAYERWISE_INFO[norm].restore_metadata[0]["weight"] for norm in norms[:1]]:
             metadata.weight_loader = composed_weight_loader(default_weight_loader, lambda x: torch.exp(x.float()))
             stack.callback(delattr, metadata, "weight_loader")
         buffers, findings = executed(packed.record(), packed.tensors)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine.processes import shared_segments
+from rlsync.engine.handles.local import shared_segments
 from tests.integration.engine_source import ENGINE_ENV
 
 API_KEY = "open-sesame-4711"

@@ -15,7 +15,10 @@ from vllm.model_executor.model_loader import base_loader, get_model
 from vllm.model_executor.model_loader.reload import meta
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rlsync.engine import compat, compat_attention, compat_faults, compat_layers
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.compat import layers as compat_layers
+from rlsync.engine.compat import patches
+from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.recorder import record
 from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.loaders import LoadersSink
@@ -198,8 +201,8 @@ def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
         report["unhealed"] = unhealed(
             engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, fills, layerwise), placed_a, hash_a
         )
-    compat_faults.heal()
-    compat_faults.heal()
+    patches.apply()
+    patches.apply()
     report["choice"] = choices(engine, names, recording.aliases)
     report["bytes"] = {n: t.nbytes for n, t in placed_a.tensors.items()}
     report["placed_direct"] = direct(engine, a, b, names)
@@ -239,9 +242,9 @@ def choices(engine: Started, names: list[str], aliases: Mapping[str, tuple[str, 
             found[requested], found[f"{requested}_reasons"] = dict(choice.sinks), choice.reasons
         except ConfigError as error:
             found[requested] = str(error)
-    impl = next(layer.impl for _, layer in compat_attention.attention_layers(engine.model))
+    impl = next(layer.impl for _, layer in compat_layers.attention_layers(engine.model))
     kept, impl.sinks = getattr(impl, "sinks", None), torch.zeros(4)
-    found["stale"] = compat_faults.reload_findings(engine.model)
+    found["stale"] = patches.reload_findings(engine.model)
     impl.sinks = kept
     return found
 
@@ -263,7 +266,7 @@ def claims(engine: Started, sink: Any, versions: tuple[Weights, Weights], hash_a
     sync(engine, sink, versions[0])
     got["back"] = state_difference(hash_a, state_hashes(engine.model))
     attention = getattr(sink, "_attention", None)
-    got["resting"] = attention and [attention.num_resting, len(list(compat_attention.attention_layers(engine.model)))]
+    got["resting"] = attention and [attention.num_resting, len(list(compat_layers.attention_layers(engine.model)))]
     return got | {"peak_extra_bytes": sink.peak_extra_bytes}
 
 
@@ -306,10 +309,10 @@ def after_another_reload(engine: Started, a: Path, b: Path, names: list[str], al
     """Of a plain model in which a reload by somebody else has ended, to which no tensor came: what is rebuilt, and what its loaders
     no longer write where it lives."""
     model, wanted, dtype = engine.plain(a), placed(engine.plain(b), names), str(engine.model_config.dtype).removeprefix("torch.")
-    compat.begin_reload(model)
-    compat.finish_reload(model, engine.model_config)
+    compat_reload.begin_whole_reload(model)
+    compat_reload.finish_whole_reload(model, engine.model_config)
     layers = {id(layer) for layer in not_in_place(model, names, (), aliases)}
-    compat.load_weights(model, iter(whole(b, dtype).tensors.items()))
+    compat_reload.load_weights(model, iter(whole(b, dtype).tensors.items()))
     held = placed(model, names).tensors
     return {
         "rebuilt": [path for path, module in model.named_modules() if id(module) in layers],
@@ -333,7 +336,7 @@ def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list
 
 def unhealed(engine: Started, sink: PlacedSink, weights: Weights, hash_a: dict[str, str]) -> dict[str, Any]:
     """What is seen without the healing: by the engine's own check, by the choice, by the hashes after a sync of what it has."""
-    found: dict[str, Any] = {"findings": compat_faults.reload_findings(engine.model)}
+    found: dict[str, Any] = {"findings": patches.reload_findings(engine.model)}
     try:
         choose(engine.model, [], {}, "auto")
     except ConfigError as error:

@@ -14,8 +14,9 @@ import vllm.config
 from vllm.config import CompilationConfig, LoRAConfig, SpeculativeConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from rlsync.engine import compat_features, handle
-from rlsync.engine.compat_features import CONSIDERED, REFUSALS, check, refusals, unconsidered
+from rlsync.engine.compat import features
+from rlsync.engine.compat.features import CONSIDERED, REFUSALS, check, refusals, unconsidered
+from rlsync.engine.handles import local
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.tiny_engines import one_rank, start
@@ -136,9 +137,7 @@ def test_every_refusal_names_a_setting_that_was_considered() -> None:
 def test_a_setting_that_nobody_considered_is_told_when_it_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(folder)
     assert unconsidered(config) == ()
-    monkeypatch.setattr(
-        compat_features, "CONSIDERED", {**CONSIDERED, "load_config": CONSIDERED["load_config"] - {"device", "ignore_patterns"}}
-    )
+    monkeypatch.setattr(features, "CONSIDERED", {**CONSIDERED, "load_config": CONSIDERED["load_config"] - {"device", "ignore_patterns"}})
     assert unconsidered(config) == ()
     changed(config, "load_config.device", "cpu")
     assert unconsidered(config) == ("load_config.device='cpu'",)
@@ -151,7 +150,7 @@ def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monk
     wanted = {"enable_lora": True, "max_lora_rank": 8, "hf_overrides": {"rope_theta": 3.0}}
     with pytest.raises(ConfigError, match=r"lora_config.*hf_overrides"):
         start("early", folder, **wanted)
-    monkeypatch.setattr(handle, "check_features", lambda config: None)
+    monkeypatch.setattr(local, "check_features", lambda config: None)
     engine = start("late", folder, **wanted)
     try:
         with (

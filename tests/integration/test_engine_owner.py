@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlsync.engine import owner
-from rlsync.engine.processes import shared_segments
+from rlsync.engine.handles.local import shared_segments
+from rlsync.engine.plugin import _OWNER_VARIABLE, declare_owner
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 
@@ -39,11 +39,11 @@ def test_a_process_ends_with_its_owner_and_not_with_a_namesake_on_another_host(m
     """The pid is that of a process that has ended; only the first of the two children knows it as its owner."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    owner.declare()
-    declared = os.environ[owner._VARIABLE]
-    monkeypatch.setenv(owner._VARIABLE, declared.replace(str(os.getpid()), str(gone.pid), 1))
-    code = "import sys, time; from rlsync.engine import owner; owner.watch(); owner.watch(); time.sleep(float(sys.argv[1]))"
+    declare_owner()
+    declared = os.environ[_OWNER_VARIABLE]
+    monkeypatch.setenv(_OWNER_VARIABLE, declared.replace(str(os.getpid()), str(gone.pid), 1))
+    code = "import sys, time; from rlsync.engine.plugin import watch_owner; watch_owner(); watch_owner(); time.sleep(float(sys.argv[1]))"
     watching = subprocess.Popen([sys.executable, "-c", code, "60"])
-    monkeypatch.setenv(owner._VARIABLE, f"{gone.pid}@elsewhere")
+    monkeypatch.setenv(_OWNER_VARIABLE, f"{gone.pid}@elsewhere")
     far = subprocess.Popen([sys.executable, "-c", code, "2"])
     assert (watching.wait(60), far.wait(60)) == (-15, 0)

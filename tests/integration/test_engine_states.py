@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.errors import EngineDirtyError
 
 

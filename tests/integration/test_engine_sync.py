@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import call_on_fill, read_folder
 from tests.integration.tiny_engines import (

@@ -15,8 +15,7 @@ import psutil
 import pytest
 import torch
 
-from rlsync.engine.handle import Engine
-from rlsync.engine.processes import shared_segments
+from rlsync.engine.handles.local import Engine, shared_segments
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from rlsync.sync.packer import Packed

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlsync.engine.handle import Engine
+from rlsync.engine.handles.local import Engine
 from rlsync.errors import WeightSyncError
 from tests.deadlines import ended_before, ended_by
 from tests.integration.engine_source import call_on_fill, read_folder

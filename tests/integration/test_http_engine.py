@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlsync.cli import main
-from rlsync.engine.http import HttpEngine
+from rlsync.engine.handles.http import HttpEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration.doomed_actor import BUCKET_BYTES, start_doomed_actor

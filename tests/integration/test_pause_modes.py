@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from rlsync.engine.handle import Completion, Engine
+from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_by

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlsync.engine import calls
-from rlsync.engine.calls import Calls
-from rlsync.engine.gate import Gate
+from rlsync.engine.handles import calls
+from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.errors import EngineDirtyError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlsync.engine import compat
-from rlsync.engine.handle import Engine
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
 
 

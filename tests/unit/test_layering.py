@@ -158,7 +158,7 @@ def test_layering_test_reads_the_sources() -> None:
         ("rlsync/plan/packing.py", "from rlsync.coordinator.client import Client", "above it"),
         ("rlsync/bridge/auto_bridge.py", "from megatron.core import parallel_state", "only examples, rlsync.megatron may"),
         ("rlsync/sync.py", "import vllm", "only rlsync.engine may"),
-        ("rlsync/engine/handle.py", "import ray", "only examples, rlsync.engine.handles.ray, workers may"),
+        ("rlsync/engine/handles/local.py", "import ray", "only examples, rlsync.engine.handles.ray, workers may"),
         ("rlsync/bridge/checkpoint.py", "from rlsync.cli import main", "above it"),
         ("rlsync/cli/__init__.py", "import workers.loop", "above it"),
         ("rlsync/__init__.py", "from workers import loop", "above it"),

@@ -16,7 +16,7 @@ import psutil
 
 from rlsync.cli.bench import host
 from rlsync.cli.bench.spec import Spec
-from rlsync.engine import owner
+from rlsync.engine.plugin import declare_owner
 from rlsync.errors import RlsyncError
 
 _POLL_S = 0.05
@@ -61,7 +61,7 @@ class Crew:
         """Start them all. They import while the links are measured, and touch no GPU before."""
         self._logs.mkdir(parents=True, exist_ok=True)
         # All of them end by themselves when this process is killed.
-        owner.declare()
+        declare_owner()
         self._start("floors", [f"{_MODULES}.floors", self._path], self._visible(dict(os.environ)))
         for index in range(self._spec.num_engines):
             environment = host.environment(self._spec, index)
@@ -104,7 +104,7 @@ class Crew:
             raise BenchError("\n".join(map(_told, failed)))
 
     def _end_all(self) -> None:
-        """Kill what is left, with all that it started. Engine processes whose parent went before end by themselves (``engine.owner``)."""
+        """Kill what is left, with all that it started. Engine processes whose parent went before end by themselves (``engine.plugin``)."""
         left = []
         for member in self.members:
             with suppress(psutil.NoSuchProcess):

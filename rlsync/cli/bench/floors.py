@@ -14,7 +14,7 @@ import torch
 from rlsync.cli.bench import spec as specs
 from rlsync.cli.bench.waiting import write_file
 from rlsync.copy.speed import copy_gb_per_s
-from rlsync.engine import owner
+from rlsync.engine.plugin import watch_owner
 
 _BYTES = 2**30
 _ROUNDS = 5
@@ -65,7 +65,7 @@ def _synchronize(*devices: int) -> None:
 
 
 def main(path: str) -> None:
-    owner.watch()
+    watch_owner()
     spec = specs.read(path)
     write_file(spec.floors_path, json.dumps(measure(spec)))
 

@@ -11,7 +11,7 @@ from typing import Any
 from rlsync.cli.bench import spec as specs
 from rlsync.cli.bench.remote import serve
 from rlsync.cli.bench.waiting import await_file
-from rlsync.engine import owner
+from rlsync.engine.plugin import watch_owner
 
 # Of an engine that answers a handful of short prompts at most: what is measured is its weights.
 _MAX_TOKENS = 512
@@ -47,7 +47,7 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
         "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
         "tensor_parallel_size": spec.engine_tp, "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
         "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,
-        "worker_extension_cls": "rlsync.engine.peer_worker.PeerWorker",
+        "worker_extension_cls": "rlsync.engine.bench_worker.PeerWorker",
     }  # fmt: skip
     if gpu_bytes is not None:
         # With the cache's size given vLLM does not measure free memory, which the actor changes at the same time.
@@ -57,9 +57,9 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
 
 
 def main(path: str, index: str) -> None:
-    owner.watch()
+    watch_owner()
     spec = specs.read(path)
-    from rlsync.engine.handle import Engine
+    from rlsync.engine.handles.local import Engine
     from rlsync.models import model_of
 
     floors = json.loads(await_file(spec.floors_path, spec.start_s))

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 from rlsync.cli.bench.actor import Actor, Bucket, Clock, synchronize
 from rlsync.cli.bench.remote import RemoteEngine
 from rlsync.cli.bench.spec import Spec
-from rlsync.engine.peer_worker import broadcast, join_group, leave_group
+from rlsync.engine.bench_worker import broadcast, join_group, leave_group
 
 _HOST = "127.0.0.1"
 _PACKED_BYTES = 2**30
@@ -168,28 +168,26 @@ class VllmNccl(_Vllm):
     settling = 16
 
     def connect(self) -> None:
-        from rlsync.engine import compat_transfer
+        from rlsync.engine.compat import transfer
 
         if self._actor.rank != 0:
             return
         size, port = 1 + self._fleet.num_workers, _free_port()
         self._fleet.call("bench_use", "nccl")
-        joining = self._fleet.join(
-            "init_weight_transfer_engine", lambda offset: (compat_transfer.nccl_init_info(_HOST, port, 1 + offset, size),)
-        )
-        self._group = compat_transfer.nccl_trainer_group(_HOST, port, size)
+        joining = self._fleet.join("init_weight_transfer_engine", lambda offset: (transfer.nccl_init_info(_HOST, port, 1 + offset, size),))
+        self._group = transfer.nccl_trainer_group(_HOST, port, size)
         self._fleet.end(joining)
 
     def transfer(self, clock: Clock) -> None:
-        from rlsync.engine import compat_transfer
+        from rlsync.engine.compat import transfer
 
         named = self.named(clock, keep=self._actor.rank == 0)
         if self._actor.rank != 0:
             list(named)
             return
         self._fleet.call("start_weight_update")
-        taking = self._fleet.begin("update_weights", compat_transfer.nccl_update_info(self._actor.rows()))
-        compat_transfer.nccl_send(named, self._group)
+        taking = self._fleet.begin("update_weights", transfer.nccl_update_info(self._actor.rows()))
+        transfer.nccl_send(named, self._group)
         self._fleet.end(taking)
         self._fleet.call("finish_weight_update")
         clock.lap("data")
@@ -204,11 +202,11 @@ class VllmIpc(_Vllm):
         self._buffer_bytes = max(_PACKED_BYTES, *(t.nbytes for t in self._actor.source.tensors))
 
     def transfer(self, clock: Clock) -> None:
-        from rlsync.engine import compat_transfer
+        from rlsync.engine.compat import transfer
 
         named = self.named(clock, keep=True)
         self._fleet.call("start_weight_update")
-        compat_transfer.ipc_send(named, self._buffer_bytes, lambda told: self._fleet.call("update_weights", told))
+        transfer.ipc_send(named, self._buffer_bytes, lambda told: self._fleet.call("update_weights", told))
         self._fleet.call("finish_weight_update")
         clock.lap("data")
 

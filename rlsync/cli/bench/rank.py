@@ -18,12 +18,12 @@ from rlsync.cli.bench.measuring import Bench
 from rlsync.cli.bench.peers import Fleet
 from rlsync.cli.bench.remote import RemoteEngine
 from rlsync.cli.bench.waiting import await_file, write_file
-from rlsync.engine import owner
+from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.parallel import destroy_parallel
 
 
 def main(path: str) -> None:
-    owner.watch()
+    watch_owner()
     spec = specs.read(path)
     # The imports above took as long as the links take to be measured.
     await_file(spec.floors_path, spec.start_s)
@@ -32,7 +32,7 @@ def main(path: str) -> None:
     built_s = time.monotonic() - begin_s
     if any(name.startswith("vllm") for name in spec.peers):
         # Takes seconds, in which the engines start.
-        import_module("rlsync.engine.compat_transfer")
+        import_module("rlsync.engine.compat.transfer")
     engines = []
     if actor.rank == 0:
         engines = [RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.start_s) for i in range(spec.num_engines)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-from rlsync.engine.protocol import PauseMode
+from rlsync.engine.handles import PauseMode
 from rlsync.errors import RlsyncError
 
 _POLL_S = 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rlsync.engine.compat_support import supported
+from rlsync.engine.compat.engine import supported
 from rlsync.engine.plugin import BACKEND
 from rlsync.engine.worker import RlsyncTransferEngine
 

@@ -134,7 +134,7 @@ def examine_vllm(facts: Facts, environment: Mapping[str, str]) -> Iterator[Findi
         if "No module named 'vllm" in facts or "No module named 'torch" in facts:
             yield Finding("warning", "vLLM is not installed: no engine can run here", "make setup, where one should")
         else:
-            yield Finding("problem", f"vLLM cannot be used: {facts}", "python -c 'import rlsync.engine.compat_support' shows all of it")
+            yield Finding("problem", f"vLLM cannot be used: {facts}", "python -c 'import rlsync.engine.compat.engine' shows all of it")
         return
     label = "engines are told their version" if facts["takes_version"] else "engines keep no version of their own (before vLLM 0.27)"
     sleep = "can sleep" if facts["can_sleep"] else "cannot sleep"

@@ -1,1 +1,69 @@
-"""Handles of engines: what an actor rank holds to drive an engine that runs elsewhere."""
+"""What an engine is to the actor's side and to the rollout loop: a protocol and the data that crosses it. Imports no vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+PauseMode = Literal["abort", "wait", "keep"]
+
+
+class EngineHandle(Protocol):
+    """What WeightSyncer calls on rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in a thread of its own."""
+
+    engine_id: str
+    num_workers: int
+
+    @property
+    def state(self) -> str:
+        """``clean``, ``syncing`` or ``dirty``."""
+        ...
+
+    @property
+    def version(self) -> int | None:
+        """Version that is served, or None for the weights of the start."""
+        ...
+
+    def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        """Make every worker dial home; returns when all peers of the run are connected."""
+        ...
+
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+        """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait.
+
+        ``sync`` names what the engine is paused for. Raises EngineDirtyError where ``mark_dirty`` has named it already.
+        """
+        ...
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+        """One sync in all workers, up to and including their commit.
+
+        Then everything computed from the former weights is forgotten: prefix, multimodal and encoder caches.
+        """
+        ...
+
+    def resume(self, version: int | None, timeout_s: float) -> None:
+        """Become ``clean`` at ``version`` (None: the weights of the start) and serve."""
+        ...
+
+    def mark_dirty(self, reason: str, sync: str = "") -> None:
+        """Refuse to serve, for this reason, until a complete sync that is not ``sync``, whose calls may be under way still."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation.
+
+    ``token_ids`` and ``logprobs`` have equal length, unless no log-probabilities were asked for; one is that of the sampled
+    token, as vLLM's ``logprobs_mode`` defines it. ``finish_reason`` is vLLM's: ``stop``, ``length``, or ``abort`` for what a pause cut
+    off, with the tokens so far. ``version`` sampled the first token and ``last_version`` the last; they differ for requests that went
+    through a sync. None means the weights the engine was started with. Where vLLM does not say (before 0.32, and over HTTP) they are
+    the versions at admission and at completion, so that a request which waited out a sync is called older than it is.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int | None
+    last_version: int | None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlsync.engine.protocol import Completion, PauseMode
+from rlsync.engine.handles import Completion, PauseMode
 from rlsync.errors import RlsyncError
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing the engine.
@@ -24,12 +24,12 @@ class EngineActor:
     """Runs inside a Ray actor of several threads and forwards to the ``Engine`` that it owns.
 
     Args:
-        engine_id, engine_args: as of ``rlsync.engine.handle.Engine``.
+        engine_id, engine_args: as of ``rlsync.engine.handles.local.Engine``.
     """
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
         # Here and not above: it imports vLLM, which only this process needs.
-        from rlsync.engine.handle import Engine
+        from rlsync.engine.handles.local import Engine
 
         self._engine = Engine(engine_id, engine_args)
 

@@ -49,3 +49,15 @@ class Sink(Protocol):
     def abandon(self) -> None:
         """After an error: a model that no reload is in the middle of. The next ``open`` works."""
         ...
+
+
+def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter or registered buffer, and its name there."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as an ordinary tensor; parameters of vLLM are subclasses that follow their views."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach()

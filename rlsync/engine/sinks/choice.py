@@ -13,8 +13,11 @@ from typing import Literal
 
 import torch
 
-from rlsync.engine import compat_attention, compat_faults, compat_layers, compat_reload
-from rlsync.engine.compat_layers import LayerKind
+from rlsync.engine.compat import layers as compat_layers
+from rlsync.engine.compat import patches
+from rlsync.engine.compat import reload as compat_reload
+from rlsync.engine.compat.layers import LayerKind
+from rlsync.engine.sinks import owner
 from rlsync.errors import ConfigError
 
 SinkName = Literal["direct", "layerwise", "loaders"]
@@ -54,12 +57,6 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds a parameter or registered buffer, and its name there."""
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
 def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str, Sequence[str]], requested: str) -> Choice:
     """Choose for each module that holds one of ``buffers``.
 
@@ -74,7 +71,7 @@ def choose(model: torch.nn.Module, buffers: Sequence[str], aliases: Mapping[str,
     """
     if requested not in REQUESTS:
         raise ConfigError(f"weight_sync.sink is {requested!r}; it is one of {', '.join(REQUESTS)}")
-    unsound = compat_faults.reload_findings(model)
+    unsound = patches.reload_findings(model)
     if unsound:
         raise ConfigError(
             f"vLLM's reload cannot be relied on: {'; '.join(unsound)}. Is the plug-in loaded in the worker, and its vLLM supported?"
@@ -140,9 +137,9 @@ class _View:
     @classmethod
     def of(cls, model: torch.nn.Module, aliases: Mapping[str, Sequence[str]]) -> _View:
         attention, absorbed = {}, {}
-        for path, layer in compat_attention.attention_layers(model):
+        for path, layer in compat_layers.attention_layers(model):
             attention[id(layer)] = path
-            found = compat_attention.absorbed_tensors(layer)
+            found = compat_layers.absorbed_tensors(layer)
             if found is not None:
                 absorbed[id(found[0])] = {f"{path}.{name}": tensor for name, tensor in found[1].items()}
         return cls(model, aliases, attention, absorbed)
@@ -188,7 +185,7 @@ def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
 
 def _against_layerwise(view: _View, modules: Mapping[str, Sequence[str]], layerwise: set[str]) -> list[str]:
     """What would not be right after the modules named in ``layerwise`` were reloaded one by one, and the others in place."""
-    findings = [f"{name} has a post-processing that only a load runs" for name in compat_attention.own_post_processing(view.model)]
+    findings = [f"{name} has a post-processing that only a load runs" for name in compat_layers.own_post_processing(view.model)]
     attention = set(view.attention.values())
     for path, names in modules.items():
         if path in attention:

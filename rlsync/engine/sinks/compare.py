@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from rlsync.copy.cpu import write_fills
-from rlsync.engine import compat_layers
-from rlsync.engine.sinks.choice import owner
-from rlsync.engine.sinks.direct import plain
+from rlsync.engine.compat import layers as compat_layers
+from rlsync.engine.sinks import owner, plain
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.layout.geometry import Fill
 from rlsync.plan.packing import Segment

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlsync.engine import compat, compat_attention, compat_reload
-from rlsync.engine.finishing import Finishing
+from rlsync.engine.compat import layers as compat_layers
+from rlsync.engine.compat import reload as compat_reload
+from rlsync.engine.sinks.post_processing import PostProcessing
 from rlsync.layout.geometry import TensorSpec
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, Segment
 from rlsync.transport.ends import Arrival
@@ -44,8 +45,8 @@ class LoadersSink:
         self._model, self._model_config, self._layers, self._device = model, model_config, layers, device
         self._buckets = [tuple(tensors[name] for name in dict.fromkeys(s.buffer for s in bucket)) for bucket in buckets]
         reloaded = {id(layer) for layer in layers}
-        attention = [layer for _, layer in compat_attention.attention_layers(model) if id(layer) not in reloaded]
-        self._attention = Finishing(attention, compat_attention.attention_parts, compat_attention.ATTENTION_CACHES)
+        attention = [layer for _, layer in compat_layers.attention_layers(model) if id(layer) not in reloaded]
+        self._attention = PostProcessing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
         self._nbytes = max((sum(map(_room, bucket)) for bucket in self._buckets), default=0)
         self._memory: torch.Tensor | None = None
         self._views: dict[int, _Views] = {}
@@ -68,7 +69,7 @@ class LoadersSink:
         arrival.land(views.tensors)
         landed(views.tensors)
         # Nothing here refers to what a loader is given, so that a storage shows who still does.
-        compat.load_weights(self._model, ((n, self._copy(t) if n in self._kept else t.detach()) for n, t in views.tensors.items()))
+        compat_reload.load_weights(self._model, ((n, self._copy(t) if n in self._kept else t.detach()) for n, t in views.tensors.items()))
         held = views.held()
         if held:
             self._kept |= held
@@ -94,12 +95,12 @@ class LoadersSink:
     def close(self) -> None:
         """Complete the model: padded and attention layers, packed copies, tied heads."""
         compat_reload.finish_reload(self._model, self._layers, self._model_config)
-        self._attention.run(lambda layer: compat_attention.finish_attention(layer, self._model_config))
-        compat.refresh_sharers(self._model)
+        self._attention.run(lambda layer: compat_layers.finish_attention(layer, self._model_config))
+        compat_reload.refresh_sharers(self._model)
 
     def abandon(self) -> None:
         """Leave a model that has no parameter on meta; its values are those of no version."""
-        compat.abandon_reload(self._model)
+        compat_reload.abandon_reload(self._model)
 
 
 @dataclass(frozen=True, slots=True)

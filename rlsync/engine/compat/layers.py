@@ -1,23 +1,23 @@
-"""One layer of vLLM at a time: its kind, its checkpoint layout, its post-processing, in place or beside the live layer.
+"""One layer of vLLM at a time: its kind, its checkpoint layout, its post-processing, in place or beside the live layer; and attention,
+which vLLM post-processes after all others, from the weights of others.
 
-Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). Knows no bucket, no other layer and no model.
+Knows no bucket and no model but to list its layers.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention, MLAAttention, MMEncoderAttention
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 from vllm.platforms import current_platform
-
-from rlsync.engine import meta_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def is_host_offloaded(tensor: torch.Tensor) -> bool:
 def room(layer: torch.nn.Module, keep: Collection[str]) -> int:
     """Bytes of the memory that ``materialize`` wants."""
     parameters, buffers = layerwise.get_layerwise_info(layer).restore_metadata
-    return meta_tensors.room(meta for name, meta in (parameters | buffers).items() if name not in keep and name not in SKIP_TENSORS)
+    return metas_bytes(meta for name, meta in (parameters | buffers).items() if name not in keep and name not in SKIP_TENSORS)
 
 
 def materialize(layer: torch.nn.Module, keep: Collection[str], memory: torch.Tensor | None = None) -> None:
@@ -113,7 +113,7 @@ def materialize(layer: torch.nn.Module, keep: Collection[str], memory: torch.Ten
     for table in tables:
         for name, meta in table.items():
             if meta is not None and meta.is_meta and name not in SKIP_TENSORS:
-                table[name], memory = meta_tensors.placed(meta, memory)
+                table[name], memory = placed_like(meta, memory)
 
 
 def complete(layer: torch.nn.Module) -> None:
@@ -181,3 +181,86 @@ def bring_back(snapshot: Snapshot) -> None:
         vars(owner).clear()
         vars(owner).update(attributes)
     layerwise.get_layerwise_info(snapshot.layer).reset()
+
+
+# Tensors on meta, and where they lie in a piece of memory.
+
+# As torch aligns what it allocates on a GPU.
+META_ALIGNMENT = 512
+
+
+def metas_bytes(metas: Iterable[torch.Tensor]) -> int:
+    """Bytes that they take together."""
+    return sum(_aligned_bytes(meta) for meta in metas)
+
+
+def placed_like(meta: torch.Tensor, memory: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """A tensor like ``meta`` (of its class, with its attributes and strides) where ``memory`` (1-D uint8) begins; and what is left."""
+    elements = memory[: _extent(meta) * meta.itemsize].view(meta.dtype)
+    made: Any = elements.as_strided(meta.shape, meta.stride())
+    made.__class__, made.__dict__ = meta.__class__, meta.__dict__.copy()
+    return made, memory[_aligned_bytes(meta) :]
+
+
+def _extent(meta: torch.Tensor) -> int:
+    """Elements from the first to the last one."""
+    return 1 + sum((n - 1) * step for n, step in zip(meta.shape, meta.stride(), strict=True)) if meta.numel() else 0
+
+
+def _aligned_bytes(meta: torch.Tensor) -> int:
+    return -(-_extent(meta) * meta.itemsize // META_ALIGNMENT) * META_ALIGNMENT
+
+
+# Attention.
+
+# Attributes of attention that hold what was computed for requests.
+ATTENTION_CACHES = ("kv_cache",)
+# Attributes in which MLA keeps what it absorbed of kv_b_proj: views of its weight where nothing is quantised, else copies.
+_ABSORBED = ("W_UV", "W_UK_T", "W_UK_T_dcp_qrep", "W_K", "W_K_scale", "W_V", "W_V_scale")
+
+
+def _is_deferred_attention(layer: torch.nn.Module) -> bool:
+    if hasattr(layerwise, "is_deferred_attention_layer"):  # vLLM >= 0.32
+        return bool(layerwise.is_deferred_attention_layer(layer))
+    return isinstance(layer, (Attention, MLAAttention, MMEncoderAttention)) and hasattr(layer, "process_weights_after_loading")
+
+
+def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers that are post-processed after all others, from the weights of others."""
+    return ((name, layer) for name, layer in model.named_modules() if _is_deferred_attention(layer))
+
+
+def attention_parts(layer: Any) -> tuple[Any, ...]:
+    """An attention layer and the objects whose attributes its post-processing can change."""
+    return tuple(part for part in (layer, getattr(layer, "impl", None), getattr(layer, "quant_method", None)) if hasattr(part, "__dict__"))
+
+
+def finish_attention(layer: Any, model_config: Any) -> None:
+    """Post-process an attention layer, as vLLM does at the end of a load and of a reload."""
+    layer.process_weights_after_loading(model_config.dtype)
+
+
+def absorbed_tensors(attention: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:
+    """``(kv_b_proj, name -> tensor made of its weight)`` of an MLA layer, or None."""
+    projection = getattr(attention, "kv_b_proj", None)
+    if projection is None:
+        return None
+    found = {name: getattr(attention, name, None) for name in _ABSORBED}
+    return projection, {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def own_post_processing(model: torch.nn.Module) -> tuple[str, ...]:
+    """Modules with a post-processing that vLLM runs in a load and in no reload (the model itself, from 0.32 on; HPC modules)."""
+    deferred = {id(layer) for _, layer in attention_layers(model)}
+    return tuple(
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if callable(getattr(module, "process_weights_after_loading", None)) and id(module) not in deferred and not _is_method(module)
+    )
+
+
+def _is_method(module: torch.nn.Module) -> bool:
+    """Some quantisation methods and kernels are modules themselves; their layer runs their post-processing."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    return isinstance(module, QuantizeMethodBase)

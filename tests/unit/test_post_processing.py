@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.engine.finishing import Finishing
+from rlsync.engine.sinks.post_processing import PostProcessing
 
 KEPT: list[torch.Tensor] = []
 
@@ -36,11 +36,11 @@ def scales(layer: Toy) -> None:
     layer.impl.sinks = torch.full((2,), 3.0) * 2
 
 
-def finishing(*layers: Toy) -> Finishing:
-    return Finishing(layers, lambda layer: (layer, layer.impl), ("kv_cache",))
+def finishing(*layers: Toy) -> PostProcessing:
+    return PostProcessing(layers, lambda layer: (layer, layer.impl), ("kv_cache",))
 
 
-def run(held: Finishing, times: int = 1) -> None:
+def run(held: PostProcessing, times: int = 1) -> None:
     for _ in range(times):
         held.run(lambda layer: layer.finish())
 

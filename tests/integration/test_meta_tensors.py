@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlsync.engine import meta_tensors
+from rlsync.engine.compat.layers import META_ALIGNMENT, metas_bytes, placed_like
 
 
 class Marked(torch.nn.Parameter):
@@ -20,13 +20,13 @@ def metas() -> list[torch.Tensor]:
 
 
 def test_each_is_like_the_one_on_meta_and_fills_a_place_of_its_own():
-    memory = torch.full((meta_tensors.room(metas()),), 0xFF, dtype=torch.uint8)
+    memory = torch.full((metas_bytes(metas()),), 0xFF, dtype=torch.uint8)
     rest, made = memory, []
     for meta in metas():
-        tensor, rest = meta_tensors.placed(meta, rest)
+        tensor, rest = placed_like(meta, rest)
         assert (type(tensor), tensor.shape, tensor.stride(), tensor.dtype) == (type(meta), meta.shape, meta.stride(), meta.dtype)
         assert vars(tensor) == vars(meta)
-        assert not tensor.numel() or (tensor.data_ptr() - memory.data_ptr()) % meta_tensors.ALIGNMENT == 0
+        assert not tensor.numel() or (tensor.data_ptr() - memory.data_ptr()) % META_ALIGNMENT == 0
         made.append(tensor)
     assert rest.numel() == 0
     for number, tensor in enumerate(made):
@@ -37,6 +37,6 @@ def test_each_is_like_the_one_on_meta_and_fills_a_place_of_its_own():
 
 def test_attributes_are_not_shared_with_the_one_on_meta():
     (meta, *_), memory = metas(), torch.zeros(512, dtype=torch.uint8)
-    tensor, _ = meta_tensors.placed(meta, memory)
+    tensor, _ = placed_like(meta, memory)
     tensor.loader = None
     assert meta.loader is print  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What vLLM's own reload and weight updates get wrong: healed where that is possible, and otherwise found before anything relies on it.
+"""What vLLM's own reload and weight updates get wrong: patched where that is possible, and otherwise found before anything relies on it.
 
 Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). It goes when no supported version has these faults.
 """
@@ -17,15 +17,14 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from rlsync.engine.compat_attention import attention_layers
-from rlsync.engine.compat_layers import LayerKind, layer_kind
+from rlsync.engine.compat.layers import LayerKind, attention_layers, layer_kind
 from rlsync.engine.plugin import BACKEND
 
 _log = logging.getLogger(__name__)
 
 
-def heal() -> None:
-    """What can be healed, in this process; idempotent."""
+def apply() -> None:
+    """Patch what can be set right, in this process; idempotent."""
     _begin_updates_anew()
     _pack_experts_in_every_load()
 
@@ -37,7 +36,7 @@ def _begin_updates_anew() -> None:
     ``compat.is_read_last``. Nothing is lost: a version is committed inside its update. Workers of other backends are left alone.
     """
     original = Worker.start_weight_update
-    if hasattr(original, "heals"):
+    if hasattr(original, "patches"):
         return
 
     def start_weight_update(self: Any) -> None:
@@ -46,7 +45,7 @@ def _begin_updates_anew() -> None:
             self._weight_update_active = False
         original(self)
 
-    start_weight_update.heals = original  # type: ignore[attr-defined]
+    start_weight_update.patches = original  # type: ignore[attr-defined]
     Worker.start_weight_update = start_weight_update
 
 
@@ -59,7 +58,7 @@ def _pack_experts_in_every_load() -> None:
     empty without it.
     """
     original = UnquantizedFusedMoEMethod._setup_kernel
-    if not current_platform.is_cpu() or hasattr(original, "heals"):
+    if not current_platform.is_cpu() or hasattr(original, "patches"):
         return
 
     def setup_kernel(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +67,7 @@ def _pack_experts_in_every_load() -> None:
         if kernel is not None and kernel is self.moe_kernel and self.unquantized_backend.name == "CPU":
             kernel.fused_experts.process_weights_after_loading(layer)
 
-    setup_kernel.heals = original  # type: ignore[attr-defined]
+    setup_kernel.patches = original  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
 
 

@@ -72,10 +72,10 @@ class PeerWorker:
 
     def bench_begin(self) -> None:
         """vLLM's own loaders write into the live parameters on GPUs, as slime and verl use them; packed ones on CPU need a reload."""
-        from rlsync.engine import compat
+        from rlsync.engine.compat import reload as compat_reload
 
         if not self.bench_on_gpu():
-            compat.begin_reload(self.bench_model())
+            compat_reload.begin_whole_reload(self.bench_model())
 
     def bench_take(self, rows: Sequence[Row]) -> None:
         """Receive one bucket, a broadcast for each tensor, and load it."""
@@ -94,26 +94,27 @@ class PeerWorker:
         self._bench_load(dict(views(rebuild_cuda_tensor(*arguments), rows)))
 
     def _bench_load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        from rlsync.engine import compat
+        from rlsync.engine.compat import reload as compat_reload
 
-        compat.load_weights(self.bench_model(), list(tensors.items()))
+        compat_reload.load_weights(self.bench_model(), list(tensors.items()))
         if self.bench_on_gpu():
             torch.cuda.current_stream(self.device).synchronize()
 
     def bench_finish(self) -> None:
-        from rlsync.engine import compat
+        from rlsync.engine.compat import engine as compat
+        from rlsync.engine.compat import reload as compat_reload
 
         if not self.bench_on_gpu():
             with compat.config_scope(self.vllm_config):
-                compat.finish_reload(self.bench_model(), self.vllm_config.model_config)
+                compat_reload.finish_whole_reload(self.bench_model(), self.vllm_config.model_config)
 
     # vLLM's own weight transfer.
 
     def bench_use(self, backend: str | None) -> None:
         """Put another of vLLM's weight-transfer engines in the place of rlsync's; None puts rlsync's back."""
-        from rlsync.engine import compat_transfer
+        from rlsync.engine.compat import transfer
 
-        former = compat_transfer.replace_engine(self, backend, self.bench_own)
+        former = transfer.replace_engine(self, backend, self.bench_own)
         self.bench_own = former if backend is not None else None
 
     # What it holds and used.

@@ -1,32 +1,18 @@
-"""Every place where vLLM's versions or platforms differ, and every private name of vLLM that is used.
-
-Written against vLLM 0.25.1 and 0.32.0. A branch names the version it is for; it can go with the last supported version
-before that.
-"""
+"""An engine of vLLM and its workers: how the plug-in gets in, where a worker stands, and how an AsyncLLM is paused, updated and ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import inspect
-import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
 import vllm
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import layerwise
-from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
-from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from vllm.platforms import current_platform
-
-try:  # vLLM >= 0.27: a draft model's completeness is checked after each load_weights call, while a sync makes one per bucket
-    from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check as _partial_load
-except ImportError:
-    _partial_load = contextlib.nullcontext
-
 
 # Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
 SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
@@ -71,29 +57,6 @@ def gpu_uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-# Layer-wise reload.
-
-
-def begin_reload(model: torch.nn.Module) -> None:
-    """Put the parameters into checkpoint layout on meta; each layer is rebuilt when its last tensor arrives."""
-    layerwise.initialize_layerwise_reload(model)
-
-
-def load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Hand HF-named tensors to the model's own loaders."""
-    with _partial_load(), torch.no_grad():
-        model.load_weights(weights)
-
-
-def finish_reload(model: torch.nn.Module, model_config: Any) -> None:
-    """Rebuild the layers that padding or attention kept waiting, and everything derived from them."""
-    # vLLM warns of every layer without checkpoint tensors (rotary caches, tied heads), at every reload; what is loaded was
-    # judged at connect.
-    with torch.no_grad(), quiet():
-        layerwise.finalize_layerwise_reload(model, model_config)
-        refresh_sharers(model)
-
-
 def forbid_answers(model: torch.nn.Module, reason: str) -> None:
     """Make the model raise instead of giving logits, until ``allow_answers``: being paused is all else that keeps it from answering.
 
@@ -109,99 +72,6 @@ def forbid_answers(model: torch.nn.Module, reason: str) -> None:
 def allow_answers(model: torch.nn.Module) -> None:
     """Let the model answer again. Idempotent."""
     vars(model).pop("compute_logits", None)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep vLLM's warnings out of the log for the moment."""
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def abandon_reload(model: torch.nn.Module) -> None:
-    """Give every layer that still waits for tensors its former ones back, so that no parameter stays on meta.
-
-    Without it a later reload skips those layers and counts on from where this one stopped (``can_load`` is true).
-    """
-    for layer in model.modules():
-        info = layerwise.get_layerwise_info(layer)
-        if info.can_load():
-            if info.kernel_tensors is not None:
-                layerwise._place_kernel_tensors(layer, info)
-            for tensor in get_layer_tensors(layer).values():
-                # Tensors that a reload leaves live were wrapped too.
-                if hasattr(tensor, "weight_loader"):
-                    tensor.weight_loader = layerwise._get_original_loader(tensor)
-            info.reset()
-    layerwise.LOADING_LAYERS.clear()
-
-
-@contextlib.contextmanager
-def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
-    """For the moment, parameters have checkpoint layout and no memory, and loaders run at once. Leaves no trace.
-
-    Raises RuntimeError while a reload is under way.
-    """
-    known = set(layerwise.LAYERWISE_INFO)
-    kept: list[_KeptLayer] = []
-    try:
-        for layer in model.modules():
-            info = layerwise.get_layerwise_info(layer)
-            if info.can_load():
-                raise RuntimeError(f"a reload of {type(layer).__name__} is under way; finish or abandon it first")
-            kept.append(_KeptLayer(layer, info))
-            restore_layer_on_meta(layer, info)
-            for tensor in get_layer_tensors(layer).values():
-                # An earlier reload has left its wrappers on the tensors that describe the layout.
-                if hasattr(tensor, "weight_loader"):
-                    tensor.weight_loader = layerwise._get_original_loader(tensor)
-        yield
-    finally:
-        for layer_kept in reversed(kept):
-            layer_kept.put_back()
-        for layer in set(layerwise.LAYERWISE_INFO) - known:
-            del layerwise.LAYERWISE_INFO[layer]
-
-
-class _KeptLayer:
-    """What a layer and its tensors have as attributes, to be put back in the same order."""
-
-    def __init__(self, layer: torch.nn.Module, info: Any) -> None:
-        tensors = [*get_layer_tensors(layer).values(), *(t for group in info.restore_metadata for t in group.values())]
-        tables: list[dict[str, Any]] = [layer.__dict__, layer._parameters, layer._buffers, *(t.__dict__ for t in tensors)]
-        self._tables = [(table, dict(table)) for table in tables]
-        self._non_persistent = layer._non_persistent_buffers_set, set(layer._non_persistent_buffers_set)
-
-    def put_back(self) -> None:
-        for table, entries in self._tables:
-            table.clear()
-            table.update(entries)
-        names, kept = self._non_persistent
-        names.clear()
-        names |= kept
-
-
-def refresh_sharers(model: torch.nn.Module) -> None:
-    """Rebuild what a CPU layer packed from a parameter that belongs to another layer.
-
-    A tied lm_head shares the embedding's parameter, and no tensor is loaded for it, so its reload leaves it alone. On CPU
-    it computes from a packed copy made at start-up, which would stay that of the old weights.
-    """
-    if not current_platform.is_cpu():
-        return
-    owners: dict[int, Any] = {}
-    layer: Any
-    for layer in model.modules():
-        for parameter in layer.parameters(recurse=False):
-            shared = owners.setdefault(id(parameter), layer) is not layer
-            # Experts share a gate's score correction, and would pack packed weights.
-            if shared and parameter.numel() and parameter is getattr(layer, "weight", None) and hasattr(layer, "cpu_linear"):
-                layer.quant_method.process_weights_after_loading(layer)
 
 
 # AsyncLLM.
@@ -273,3 +143,27 @@ def core_processes(llm: Any) -> list[Any]:
 def can_sleep() -> bool:
     """Whether the platform can give weights and KV cache back while the engine lives."""
     return current_platform.is_sleep_mode_available()
+
+
+def supported(backend: str) -> dict[str, Any]:
+    """What the installed vLLM supports, for ``rlsync doctor``: facts by name. Starts no engine.
+
+    ``version``; ``platform``: cpu, cuda, ...; ``backend_loaded``: vLLM's plug-ins, loaded as in a worker, have registered
+    ``backend``; ``takes_version``: an engine can be told which version it serves (vLLM >= 0.27); ``can_sleep``;
+    ``shm_prefixes``: where its workers put shared memory.
+    """
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from rlsync.engine.compat import patches
+
+    load_general_plugins()
+    patches.apply()
+    return {
+        "version": vllm_version(),
+        "platform": str(current_platform.device_type),
+        "backend_loaded": backend in WeightTransferEngineFactory._registry,
+        "takes_version": "weight_version" in inspect.signature(AsyncLLM.finish_weight_update).parameters,
+        "can_sleep": can_sleep(),
+        "shm_prefixes": list(SHM_PREFIXES),
+    }

@@ -1,4 +1,4 @@
-"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM and its processes.
+"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM, its processes, and the shared memory that these leave.
 
 Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
 """
@@ -9,20 +9,18 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from rlsync.engine import compat, owner
-from rlsync.engine.calls import Calls
-from rlsync.engine.compat_features import check as check_features
-from rlsync.engine.gate import Gate
-from rlsync.engine.plugin import BACKEND, register
-from rlsync.engine.processes import Processes
-from rlsync.engine.protocol import Completion, EngineHandle, PauseMode
-from rlsync.errors import ConfigError, RlsyncError
+import psutil
 
-__all__ = ["Completion", "Engine", "EngineHandle", "PauseMode"]
+from rlsync.engine.compat import engine as compat
+from rlsync.engine.compat.features import check as check_features
+from rlsync.engine.handles import Completion, PauseMode
+from rlsync.engine.handles.calls import Calls, Gate
+from rlsync.engine.plugin import BACKEND, declare_owner, register
+from rlsync.errors import ConfigError, RlsyncError
 
 _CLOSE_S = 15.0
 # What a sleeping engine gave back, in the order in which it is taken again.
@@ -63,7 +61,7 @@ class Engine:
         """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors."""
         _check_plugin()
         register()
-        owner.declare()
+        declare_owner()
         self._calls.start()
         try:
             self._calls.run(self._start(), None)
@@ -279,3 +277,61 @@ def _check_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and BACKEND not in allowed.split(","):
         raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading the plug-in; add {BACKEND} to it or unset it")
+
+
+class Processes:
+    """The processes of one engine as they were seen.
+
+    Attributes:
+        seen: none before ``look`` and after ``end``.
+    """
+
+    def __init__(self, engine_id: str) -> None:
+        self._engine_id = engine_id
+        self.seen: list[psutil.Process] = []
+        self._segments: set[str] = set()
+
+    def look(self, llm: Any) -> None:
+        """Remember what runs for ``llm``, an AsyncLLM: when its core is dead, nothing leads to its workers and to what they share."""
+        self.seen = list(dict.fromkeys((*self.seen, *_descendants(llm))))
+        self._segments |= shared_segments(self.seen)
+
+    def ailment(self) -> str | None:
+        """Which of them has ended or is stopped. None while all run; never waits."""
+        for process in self.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    if process.status() == psutil.STATUS_STOPPED:
+                        return f"process {process.pid} of engine {self._engine_id} is stopped"
+                    continue
+            return f"process {process.pid} of engine {self._engine_id} has ended"
+        return None if self.seen else f"engine {self._engine_id} is not started"
+
+    def end(self, timeout_s: float) -> None:
+        """vLLM asks its processes to end; those that cannot answer, being stopped, are killed, and what they left is removed."""
+        for process in self.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.seen, timeout=timeout_s)
+        for segment in self._segments:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(segment)
+        self.seen, self._segments = [], set()
+
+
+def _descendants(llm: Any) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for core in compat.core_processes(llm):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(core.pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def shared_segments(processes: Iterable[psutil.Process]) -> set[str]:
+    """Paths of shared memory that vLLM's processes make for collectives and messages, and remove only when they end by themselves."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {m.path for m in process.memory_maps() if m.path.startswith(compat.SHM_PREFIXES)}
+    return found

@@ -25,7 +25,7 @@ _OVERWRITES = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.def
 _BIRTH = _aten.lift_fresh.default
 
 
-class Finishing:
+class PostProcessing:
     """Of a fixed number of layers.
 
     A layer rests when its last run read no tensor that there was before, left every attribute as it was, and wrote nothing but
