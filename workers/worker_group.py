@@ -194,7 +194,7 @@ class WorkerGroup:
         lost = {}
         for i, engine in enumerate(self._engines):
             try:
-                reason = ray.get(engine.actor.ailment.remote(), timeout=_STATE_S)
+                reason = ray.get(engine.actor.failure_reason.remote(), timeout=_STATE_S)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost_actor:
                 reason = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
             if reason is None and isinstance(error, WeightSyncError) and error.engine == str(i):

@@ -50,8 +50,8 @@ class _Origin:
     rounded: torch.dtype | None
 
 
-class Origins:
-    """Origin of every storage that loaders make or are given.
+class OpTrace:
+    """Origin of every storage that loaders make or receive.
 
     ``read``: HF names whose elements were used. ``computed``: those of them of which not only plain copies were made, so that any
     element may have been used.
@@ -71,13 +71,13 @@ class Origins:
         return key_of(tensor) in self._known
 
     def note_copied(self, tensor: torch.Tensor) -> None:
-        """Elements of ``tensor`` are copied as they are, and it will be said which."""
+        """Mark ``tensor`` as read by a plain copy, which the recorder describes element by element."""
         origin, _ = self._known.get(key_of(tensor), (None, None))
         if origin is not None:
             self.read.add(origin.name)
 
     def note_computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Something that nobody looks into is made of these."""
+        """Mark these tensors as used by an operator other than a plain copy."""
         for tensor in _tensors((*args, *kwargs.values())):
             origin, _ = self._known.get(key_of(tensor), (None, None))
             if origin is not None:

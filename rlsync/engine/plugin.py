@@ -22,11 +22,9 @@ _GRACE_S = 5.0
 
 
 def register() -> None:
-    """Make ``weight_transfer_config={"backend": "rlsync"}`` known to this process, let it end with its owner and say what it was told to.
+    """Register the backend of ``weight_transfer_config={"backend": "rlsync"}``, set up logging, and end this process with its owner.
 
-    Idempotent.
-
-    vLLM imports ``rlsync.engine.worker`` when a model is loaded.
+    Idempotent. vLLM imports ``rlsync.engine.worker`` when a model is loaded.
     """
     from rlsync import logs
     from rlsync.engine.compat.engine import register_backend

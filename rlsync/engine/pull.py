@@ -1,5 +1,6 @@
-"""One sync as a worker goes through it: how far the actor's side is, whether what lies in the engine's memory is what was sent, where
-the time goes. Imports no vLLM.
+"""One sync in one worker: progress of the actor's side, checksums of the engine's memory against those sent, and seconds by kind.
+
+Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class MismatchError(RlsyncError):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Of one bucket: regions, and what each sums up to where it landed."""
+    """Verified regions of one bucket, and the checksum of each where it landed."""
 
     bucket: int
     regions: Sequence[Region]
@@ -48,7 +49,7 @@ class Check:
 
 
 class Verifier:
-    """Of one worker and connection."""
+    """Checksums of one worker's regions, for one connection."""
 
     def __init__(self, assignment: m.WorkerAssignment) -> None:
         self._verify = assignment.verify
@@ -59,9 +60,9 @@ class Verifier:
         """Make ready to verify a bucket in these buffers."""
         self._sums.prepare(bucket, list(self._rounds[bucket]), place_of(buffers.values()), self._views(bucket, buffers))
 
-    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
-        """Sum up the bucket's regions whose turn it is where they lie in ``buffers``; on CUDA behind what the current stream has to do."""
-        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
+    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], attempt: int) -> Check:
+        """Checksum the regions that this attempt verifies, in ``buffers``; on CUDA enqueued on the current stream."""
+        rounds = [number for number in rounds_in(self._verify, attempt) if number in self._rounds[bucket]]
         chosen = [r for number in rounds for r in self._rounds[bucket][number]]
         return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
 
@@ -85,7 +86,7 @@ class Pull:
         phase, bucket: where it stands, for the error that names them.
         buckets_ready: buckets that may be pulled.
         group: number of the group that carries messages.
-        exports: what actor ranks export anew and nobody has taken note of.
+        exports: new exports of actor ranks that the receiver has not seen yet.
     """
 
     def __init__(self, verifier: Verifier, attempt: int) -> None:
@@ -102,13 +103,13 @@ class Pull:
     bucket: int | None
 
     def hear(self, ready: m.Ready) -> None:
-        """Take in what the coordinator says of the actor's side."""
+        """Update the progress of the actor's side from a message of the coordinator."""
         self.buckets_ready, self.group = ready.buckets_ready, ready.group
         self._sums.update((s.region, s.value) for s in ready.sums)
         self.exports += ready.exports
 
     def verify(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Sum up what lies in ``buffers``; on CUDA that is only begun, behind what the current stream has to do."""
+        """Checksum the bucket in ``buffers``; on CUDA the kernels are only enqueued on the current stream."""
         with self.timed("verify"):
             self._checks.append(self._verifier.begin(bucket, buffers, self.attempt))
 
@@ -130,6 +131,6 @@ class Pull:
             self._seconds[kind] += time.monotonic() - started_s - inner_s
 
     def times(self, extra_bytes: int) -> m.WorkerTimes:
-        """What the worker tells of its time and memory."""
+        """The worker's seconds by kind, and its peak extra memory."""
         seconds = self._seconds
         return m.WorkerTimes(seconds["wait"], seconds["pull"], seconds["verify"], seconds["finalize"], extra_bytes)

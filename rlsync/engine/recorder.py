@@ -1,4 +1,6 @@
-"""What vLLM's own loaders do with each HF tensor, seen on the live model before a byte moves. Knows no plan and no channel.
+"""Records which elements of which HF tensor vLLM's own loaders write where, on the live model, before any transfer.
+
+Knows no plan and no channel.
 
 The loaders are run on tensors without memory while the parameters are on meta. Every write is noted and none is executed,
 also not into tensors that vLLM keeps live (biases, expert maps). vLLM itself only warns about a parameter that nothing
@@ -16,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.engine.compat.reload import load_weights, parameters_on_meta, quiet
-from rlsync.engine.op_trace import Origins, key_of
+from rlsync.engine.op_trace import OpTrace, key_of
 from rlsync.layout.geometry import BufferSpec, TensorSpec
 from rlsync.layout.recorded import Write
 
@@ -27,7 +29,7 @@ _ERROR_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What one worker takes.
+    """Buffers and writes of one worker.
 
     Attributes:
         buffers: every parameter in checkpoint layout (shape and dtype), and each registered buffer that a loader writes, by
@@ -158,27 +160,27 @@ class _Targets:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what is written and what is read, and executes no write."""
+    """Records reads and writes, and executes no write into the model."""
 
     def __init__(self, targets: _Targets, sources: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.writes: list[Write] = []
         self._targets = targets
-        self._origins = Origins(sources)
+        self._trace = OpTrace(sources)
 
     @property
     def read(self) -> set[str]:
         """HF names that were read."""
-        return self._origins.read
+        return self._trace.read
 
     @property
     def computed(self) -> set[str]:
         """HF names that were read otherwise than by copies that ``writes`` describe."""
-        return self._origins.computed
+        return self._trace.computed
 
     def note_replaced(self) -> None:
         for buffer, given in self._targets.take_back():
-            self._origins.note_computed((given,), {})
+            self._trace.note_computed((given,), {})
             self._compute(buffer)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -193,21 +195,21 @@ class _Recorder(TorchDispatchMode):
             return self._fill(*args)
         written = _written(func, args, kwargs)
         if any(self._targets.owner(t) is not None for t in written):
-            self._origins.note_computed(args, kwargs)
+            self._trace.note_computed(args, kwargs)
             for tensor in written:
                 self._compute(self._targets.owner(tensor))
             return written[0] if func._schema.returns else None
         for tensor in written:
             self._check_ours(tensor)
-        return self._origins.run(func, args, kwargs, written)
+        return self._trace.run(func, args, kwargs, written)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         if target.shape.numel() != source.shape.numel():
             raise ValueError(f"{tuple(source.shape)} is copied into {tuple(target.shape)}")
-        self._origins.note_copied(source)
+        self._trace.note_copied(source)
         if self._targets.owner(target) is None:
             self._check_ours(target)
-            self._origins.run(_aten.copy_.default, (target, source), {}, [target])
+            self._trace.run(_aten.copy_.default, (target, source), {}, [target])
         else:
             self._write(target, source.expand(target.shape))
         return target
@@ -216,7 +218,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(value, torch.Tensor):
             self._write(target, float(value))
         elif value.is_meta:
-            self._origins.note_copied(value)
+            self._trace.note_copied(value)
             self._write(target, value.expand(target.shape))
         else:
             self._write(target, float(value.item()))
@@ -228,7 +230,7 @@ class _Recorder(TorchDispatchMode):
             return
         region = self._targets.region(target)
         if region is None:
-            self._origins.note_computed((source,), {})
+            self._trace.note_computed((source,), {})
             self._compute(self._targets.owner(target))
             return
         buffer, offset = region
@@ -236,9 +238,9 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(source, torch.Tensor):
             self.writes.append(Write(buffer, offset, shape, strides, value=source))
             return
-        parts = self._origins.parts(source, target.dtype)
+        parts = self._trace.parts(source, target.dtype)
         if parts is None:
-            self._origins.note_computed((source,), {})
+            self._trace.note_computed((source,), {})
             self.writes.append(Write(buffer, offset, shape, strides))
             return
         for part in parts:
@@ -252,7 +254,7 @@ class _Recorder(TorchDispatchMode):
         self.writes.append(Write(buffer, 0, (self._targets.buffers[buffer].numel(),), (1,)))
 
     def _check_ours(self, tensor: torch.Tensor) -> None:
-        if not self._origins.knows(tensor):
+        if not self._trace.knows(tensor):
             raise ValueError(f"a loader writes into a tensor {tuple(tensor.shape)} that is neither a parameter nor a buffer of the model")
 
 

@@ -18,7 +18,7 @@ import torch
 
 from rlsync.engine.compat import layers as compat_layers
 
-# (class, attribute) of what two engines with the same weights may hold differently; * stands for any class.
+# (class, attribute) of state that may differ between engines with the same weights; * stands for any class.
 NOT_STATE = frozenset(
     {
         ("*", "kv_cache"),  # what was computed for requests

@@ -43,9 +43,9 @@ _log = logging.getLogger(__name__)
 
 Buckets = tuple[tuple[Segment, ...], ...]
 
-# The coordinator's deadline names the culprit; the worker's own is for the case that the coordinator is gone.
+# The coordinator's deadline names the peer that is late; the worker's own is for the case that the coordinator is gone.
 GRACE_S = 2.0
-# A link that breaks is often the echo of a fault that the coordinator names better; it is heard for so long first.
+# A broken connection is often the consequence of a fault that the coordinator names; its error is awaited for so long.
 _ECHO_S = 1.0
 
 T = TypeVar("T")
@@ -93,15 +93,15 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._version = -1
         self._comparison: RlsyncTransferEngine | None = None
         self._is_comparison = False
-        # Whether all buckets land where they belong for good.
+        # Whether all buckets land in the memory that the engine computes with.
         self._is_direct = False
         patches.apply()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Dial home, say what this worker holds, and take the assignment that is made of it. Returns when all peers have done so."""
+        """Connect to the coordinator, report the recorded layout, take the assignment. Returns when all peers have done so."""
         with self._raising_once():
             if init_info.purpose == "inspect":
-                self._tell_state(init_info)
+                self._report_state(init_info)
             elif init_info.purpose == "compare":
                 self._compare(init_info)
             else:
@@ -109,7 +109,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
 
     @contextlib.contextmanager
     def _raising_once(self) -> Iterator[None]:
-        """A failure is everybody's, by way of the coordinator, and raised by one worker: see ``compat.is_read_last``."""
+        """The coordinator reports a failure to all peers; one worker of the engine raises it: see ``compat.is_read_last``."""
         try:
             yield
         except Exception:
@@ -134,11 +134,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
             self._prepare(client.next(m.Connected, 0, "all peers to connect").exports)
         except Exception as error:
             if not isinstance(error, WeightSyncError):
-                client.tell_failure(error, 0, "connect")
+                client.report_failure(error, 0, "connect")
             self.shutdown()
             raise
 
-    def _tell_state(self, info: InitInfo) -> None:
+    def _report_state(self, info: InitInfo) -> None:
         client = self._dial(info)
         with compat.config_scope(self.vllm_config):
             client.send(m.State(state_hashes(self.model)))
@@ -169,7 +169,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._assignment, self._verifier = assignment, Verifier(assignment)
 
     def _prepare(self, exports: Sequence[m.RankExport]) -> None:
-        """What every sync would do alike is done once."""
+        """Do once what every sync has in common."""
         assert self._assignment is not None and self._sink is not None and self._receiver is not None and self._verifier is not None
         standing = self._standing()
         self._is_direct = len(standing) == sum(part.nbytes > 0 for part in self._assignment.parts)
@@ -200,10 +200,10 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 client.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
-                # No time of the bytes: everybody has to be there.
+                # Not counted as waiting for bytes: all peers have to join first.
                 _await_ready(client, pull, -1, "the actor's side")
                 client.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
-                _log.debug("version %d: everybody is there", update_info.version)
+                _log.debug("version %d: all peers have joined", update_info.version)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
                 sink.open()
@@ -223,22 +223,22 @@ class RlsyncTransferEngine(WeightTransferEngine):
             client.send(m.Committed(update_info.attempt))
             _log.debug("version %d: committed", update_info.version)
         except BaseException as error:
-            told = client.told_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
-            if told is None and not isinstance(error, WeightSyncError):
+            reported = client.error_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None
+            if reported is None and not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else pull.phase
-                client.tell_failure(error, update_info.attempt, phase, pull.bucket)
+                client.report_failure(error, update_info.attempt, phase, pull.bucket)
             receiver.abandon()
             sink.abandon()
-            if told is not None:
+            if reported is not None:
                 try:
-                    raise told from error
+                    raise reported from error
                 finally:
                     # Its traceback refers to this frame, and its cause to a group that has broken: a worker at rest collects no cycles.
-                    del told
+                    del reported
             raise
 
     def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
-        """Bucket after bucket, until all of them are where they belong and verified."""
+        """Write all buckets, in order, and verify them."""
         assert self._assignment is not None
         parts = self._assignment.parts
         for bucket, part in enumerate(parts):
@@ -248,7 +248,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             self._take(client, sink, receiver, pull, part)
             _log.debug("version %d: bucket %d of %d is in place, %d B", version, bucket, len(parts), part.nbytes)
         if not self._is_direct:
-            # What the sink has enqueued behind the sums of the last bucket is no time of verifying.
+            # Kernels that the sink has enqueued behind the last checksums are not counted as verification.
             with pull.timed("pull"):
                 self._synchronize()
         pull.conclude()
@@ -272,7 +272,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             _await_bucket(client, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
-                # Where it came from may be filled anew as soon as nothing is read there, while it is verified and made use of here.
+                # The sender may refill its slot once the copy has read it, while the copied bytes are verified and post-processed here.
                 if self.device.type == "cuda":
                     copied = torch.cuda.current_stream(self.device).record_event()
                     pull.verify(bucket, buffers)
@@ -288,7 +288,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Nothing: the version was committed inside the update."""
 
     def shutdown(self, *, with_goodbye: bool = True) -> None:
-        """Leave the run and what brought its bytes. Idempotent."""
+        """Leave the run: close the channel and the receiver. Idempotent."""
         if self._client is not None:
             if with_goodbye:
                 self._client.send(m.Goodbye())
@@ -303,7 +303,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         raise NotImplementedError("use rlsync.sync.WeightSyncer on the actor's side")
 
     def _synchronize(self) -> None:
-        """Copies to a GPU must have happened before what they read is given back."""
+        """Wait for copies on the GPU before the memory that they read is released."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -318,7 +318,7 @@ def _await_ready(client: CoordinatorClient, pull: Pull, bucket: int, what: str) 
         pull.hear(client.next(m.Ready, pull.attempt, what))
 
 
-# What the worker holds.
+# The recorded layout.
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +332,7 @@ class RecordedLayout:
 def record_layout(
     model: torch.nn.Module, model_config: Any, holder: str, tensors: Sequence[TensorSpec], requested: str, compare: bool = False
 ) -> RecordedLayout:
-    """Record what the model's own loaders make of ``tensors``, and choose how it will be written, or compared.
+    """Record where the model's own loaders write ``tensors``, and choose the sink that writes, or compares, them.
 
     Leaves the model as it was. Raises ConfigError where the sink that is asked for by name cannot keep the model right.
     """
@@ -403,8 +403,8 @@ class CoordinatorClient:
         """Queue a message; never blocks."""
         self._peer.send(message)
 
-    def tell_failure(self, error: BaseException, attempt: int, phase: str, bucket: int | None = None) -> None:
-        """Say what went wrong here: the sentence of an error of ours, the whole traceback of any other."""
+    def report_failure(self, error: BaseException, attempt: int, phase: str, bucket: int | None = None) -> None:
+        """Report a failure of this worker: the message of an rlsync error, the whole traceback of any other."""
         cause = str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip()
         self._peer.send(m.Failed(attempt, phase, m.shortened(cause), bucket=bucket))
 
@@ -441,8 +441,8 @@ class CoordinatorClient:
                 hear(message)
         return result
 
-    def told_meanwhile(self, attempt: int) -> WeightSyncError | None:
-        """The error that the coordinator made everybody's, if it comes soon."""
+    def error_meanwhile(self, attempt: int) -> WeightSyncError | None:
+        """The error that the coordinator has sent to all peers, if it arrives soon."""
         deadline_s = time.monotonic() + _ECHO_S
         try:
             while True:
@@ -453,7 +453,7 @@ class CoordinatorClient:
             return told
 
     def close(self) -> None:
-        """Hang up; what was sent still leaves. Idempotent."""
+        """Close the connection; queued messages are still sent. Idempotent."""
         self._peer.close()
 
 

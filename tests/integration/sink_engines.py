@@ -171,18 +171,18 @@ def materialized(layer: Any, keep: Any, memory: Any = None, original: Any = comp
     original(layer, keep, memory.fill_(0xFF))
 
 
-def run(cases: list[str], root: str, heal: bool) -> None:
+def run(cases: list[str], root: str, patched: bool) -> None:
     """Everything that is claimed of each case, as JSON in ``root/report.json``."""
     reports = {}
     for case in cases:
         dtype = case.rpartition("-")[2]
         folders = [save_case(Path(root, f"{case}-{version}"), case, version) for version in "ab"]
         with mock.patch.object(meta, "materialize_meta_tensor", poisoned), mock.patch.object(compat_layers, "materialize", materialized):
-            reports[case] = compare(*folders, dtype, heal)
+            reports[case] = compare(*folders, dtype, patched)
     Path(root, "report.json").write_text(json.dumps(reports))
 
 
-def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
+def compare(a: Path, b: Path, dtype: str, patched: bool) -> dict[str, Any]:
     fresh = Started(b, dtype)
     hash_b, answers_b = state_hashes(fresh.model), fresh.answers()
     del fresh
@@ -197,8 +197,8 @@ def compare(a: Path, b: Path, dtype: str, heal: bool) -> dict[str, Any]:
     names = [buffer.name for buffer in recording.buffers]
     placed_a, placed_b = placed(engine.plain(a), names), placed(engine.plain(b), names)
     fills, layerwise = padding(placed_a.tensors), dict.fromkeys(names, "layerwise")
-    if not heal:
-        report["unhealed"] = unhealed(
+    if not patched:
+        report["unpatched"] = unpatched(
             engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, fills, layerwise), placed_a, hash_a
         )
     patches.apply()
@@ -266,7 +266,7 @@ def claims(engine: Started, sink: Any, versions: tuple[Weights, Weights], hash_a
     sync(engine, sink, versions[0])
     got["back"] = state_difference(hash_a, state_hashes(engine.model))
     attention = getattr(sink, "_attention", None)
-    got["resting"] = attention and [attention.num_resting, len(list(compat_layers.attention_layers(engine.model)))]
+    got["resting"] = attention and [attention.num_skipped, len(list(compat_layers.attention_layers(engine.model)))]
     return got | {"peak_extra_bytes": sink.peak_extra_bytes}
 
 
@@ -334,7 +334,7 @@ def unfilled(engine: Started, make: Callable[[], Any], weights: Weights) -> list
     return [f"{name}.{n}" for n in changed]
 
 
-def unhealed(engine: Started, sink: PlacedSink, weights: Weights, hash_a: dict[str, str]) -> dict[str, Any]:
+def unpatched(engine: Started, sink: PlacedSink, weights: Weights, hash_a: dict[str, str]) -> dict[str, Any]:
     """What is seen without the healing: by the engine's own check, by the choice, by the hashes after a sync of what it has."""
     found: dict[str, Any] = {"findings": patches.reload_findings(engine.model)}
     try:

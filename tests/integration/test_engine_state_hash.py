@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    return run_cases(tmp_path_factory.mktemp("state"), CASES, heal=False)
+    return run_cases(tmp_path_factory.mktemp("state"), CASES, patched=False)
 
 
 @pytest.mark.parametrize("sink", SINKS)
@@ -46,11 +46,11 @@ def test_experts_are_layerwise_and_written_directly_only_where_they_are_plain(re
 
 def test_without_healing_experts_are_scrambled_and_the_choice_refuses(reports: Mapping[str, Any]) -> None:
     """The negative control of every other claim here: the same weights once more, and the hashes change."""
-    unhealed = reports[CASES[0]]["unhealed"]
+    unpatched = reports[CASES[0]]["unpatched"]
     experts = [f"model.layers.0.mlp.experts.routed_experts.{name}" for name in ("w13_weight", "w2_weight")]
-    assert unhealed["identity"] == experts
-    assert [finding.split(":")[0] for finding in unhealed["findings"]] == experts
-    assert unhealed["refused"].startswith("vLLM's reload cannot be relied on")
+    assert unpatched["identity"] == experts
+    assert [finding.split(":")[0] for finding in unpatched["findings"]] == experts
+    assert unpatched["refused"].startswith("vLLM's reload cannot be relied on")
 
 
 def test_absorbed_and_shared_weights_of_mla_follow(reports: Mapping[str, Any]) -> None:

@@ -21,15 +21,15 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    return run_cases(tmp_path_factory.mktemp("sinks"), CASES, heal=True)
+    return run_cases(tmp_path_factory.mktemp("sinks"), CASES, patched=True)
 
 
-def run_cases(root: Path, cases: tuple[str, ...], *, heal: bool) -> Mapping[str, Any]:
+def run_cases(root: Path, cases: tuple[str, ...], *, patched: bool) -> Mapping[str, Any]:
     """What ``sink_engines`` found out about each case."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
             patch.setenv(name, value)
-        run_ranks(1, "tests.integration.sink_engines", "run", timeout_s=540, cases=cases, root=str(root), heal=heal)
+        run_ranks(1, "tests.integration.sink_engines", "run", timeout_s=540, cases=cases, root=str(root), patched=patched)
     return json.loads((root / "report.json").read_text())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.engine.sinks.post_processing import PostProcessing
+from rlsync.engine.sinks.post_processing import PostProcessingCache
 
 KEPT: list[torch.Tensor] = []
 
@@ -36,11 +36,11 @@ def scales(layer: Toy) -> None:
     layer.impl.sinks = torch.full((2,), 3.0) * 2
 
 
-def finishing(*layers: Toy) -> PostProcessing:
-    return PostProcessing(layers, lambda layer: (layer, layer.impl), ("kv_cache",))
+def finishing(*layers: Toy) -> PostProcessingCache:
+    return PostProcessingCache(layers, lambda layer: (layer, layer.impl), ("kv_cache",))
 
 
-def run(held: PostProcessing, times: int = 1) -> None:
+def run(held: PostProcessingCache, times: int = 1) -> None:
     for _ in range(times):
         held.run(lambda layer: layer.finish())
 
@@ -49,9 +49,9 @@ def test_constants_rest_from_the_second_run_and_are_still_written() -> None:
     layers = [Toy(scales), Toy(scales)]
     held = finishing(*layers)
     run(held)
-    assert held.num_resting == 0  # it has made attributes that were not there
+    assert held.num_skipped == 0  # it has made attributes that were not there
     run(held)
-    assert held.num_resting == 2
+    assert held.num_skipped == 2
     layers[0].scale.fill_(7.0)  # as sleep does
     layers[0].kv_cache = torch.ones(3)
     run(held, 3)
@@ -65,7 +65,7 @@ def test_constants_of_a_layer_that_rests_since_a_run_that_failed_are_still_writt
     other.process = fails
     with pytest.raises(RuntimeError, match="in the middle"):
         run(held)
-    assert held.num_resting == 1
+    assert held.num_skipped == 1
     other.process = reads_weight
     plain.scale.fill_(7.0)  # as sleep does
     run(held)
@@ -126,7 +126,7 @@ def test_what_depends_on_anything_runs_every_time(process: Callable[[Toy], None]
     layer.impl.depth.held = torch.zeros(2)
     held = finishing(layer)
     run(held, 5)
-    assert (held.num_resting, len(layer.runs)) == (0, 5)
+    assert (held.num_skipped, len(layer.runs)) == (0, 5)
 
 
 def set_float(layer: Toy) -> None:
@@ -159,7 +159,7 @@ def test_a_layer_that_has_changed_runs_again(change: Callable[[Any], None]) -> N
     assert len(layer.runs) == 3
     assert (float(layer.scale), layer.scale_float) == (1.0, 1.0)
     run(held, 3)
-    assert len(layer.runs) <= 4 and held.num_resting == 1
+    assert len(layer.runs) <= 4 and held.num_skipped == 1
 
 
 def test_a_layer_that_ceases_to_rest_has_nothing_written() -> None:
@@ -168,4 +168,4 @@ def test_a_layer_that_ceases_to_rest_has_nothing_written() -> None:
     run(held, 2)
     layer.process, layer.impl.other = reads_weight, 1
     run(held, 2)
-    assert (held.num_resting, float(layer.scale)) == (0, 6.0)
+    assert (held.num_skipped, float(layer.scale)) == (0, 6.0)

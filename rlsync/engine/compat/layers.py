@@ -122,7 +122,7 @@ def complete(layer: torch.nn.Module) -> None:
 
 
 def restore(layer: torch.nn.Module) -> None:
-    """Give a materialised layer its live tensors back, whatever happened to it since."""
+    """Restore the live tensors of a materialised layer."""
     info = layerwise.get_layerwise_info(layer)
     if info.kernel_tensors is not None:
         layerwise._place_kernel_tensors(layer, info)
@@ -141,7 +141,7 @@ class Snapshot:
 
 
 def snapshot(layer: torch.nn.Module) -> Snapshot:
-    """What ``bring_back`` restores. Tensors are referred to, not copied."""
+    """Attributes that ``bring_back`` restores. Tensors are referred to, not copied."""
     method = getattr(layer, "quant_method", None)
     kernel = getattr(method, "moe_kernel", None)
     objects = [o for o in (layer, method, kernel, getattr(kernel, "fused_experts", None)) if hasattr(o, "__dict__")]
@@ -176,7 +176,7 @@ def process_apart(layer: torch.nn.Module) -> None:
 
 
 def bring_back(snapshot: Snapshot) -> None:
-    """Make the layer its live self again."""
+    """Restore the attributes of a snapshot."""
     for owner, attributes in snapshot.attributes:
         vars(owner).clear()
         vars(owner).update(attributes)

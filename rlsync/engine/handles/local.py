@@ -1,4 +1,4 @@
-"""An engine in this process's hands: the EngineHandle that owns an AsyncLLM, its processes, and the shared memory that these leave.
+"""An engine that this process owns: the EngineHandle that owns an AsyncLLM, its processes, and the shared memory that they leave behind.
 
 Knows no Ray: an actor that holds an Engine is an EngineHandle by forwarding.
 """
@@ -243,9 +243,9 @@ class Engine:
         result: list[Any] = self._calls.run(self._llm.collective_rpc(method, args=tuple(arguments)), timeout_s)
         return result
 
-    def ailment(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why the engine cannot go on without a restart: a process of it has ended or is stopped. None while all run; never waits."""
-        return self._processes.ailment()
+        return self._processes.failure_reason()
 
     def close(self) -> None:
         """End all processes of the engine, stopped ones too. Idempotent."""
@@ -296,7 +296,7 @@ class Processes:
         self.seen = list(dict.fromkeys((*self.seen, *_descendants(llm))))
         self._segments |= shared_segments(self.seen)
 
-    def ailment(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Which of them has ended or is stopped. None while all run; never waits."""
         for process in self.seen:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -47,9 +47,9 @@ class EngineActor:
         """``clean``, ``syncing`` or ``dirty``."""
         return self._engine.state
 
-    def ailment(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why the engine must be replaced, or None."""
-        return self._engine.ailment()
+        return self._engine.failure_reason()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None

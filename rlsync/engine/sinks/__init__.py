@@ -1,4 +1,4 @@
-"""Where the bytes of a bucket go inside a worker.
+"""Destinations of a bucket's bytes inside a worker.
 
 A sink has ``open``, ``write`` for each bucket in order, and ``close``; after an error ``abandon`` instead.
 """
@@ -14,16 +14,16 @@ from rlsync.transport.ends import Arrival
 
 
 class Sink(Protocol):
-    """What the receiver calls. Every call raises on failure, and only ``abandon`` may follow then."""
+    """Called by the transfer engine of a worker. Every call raises on failure; only ``abandon`` may follow then."""
 
     @property
     def peak_extra_bytes(self) -> int:
-        """Most memory that the sink itself has taken at once, in all syncs so far."""
+        """Peak memory of the sink itself, over all syncs so far."""
         ...
 
     @property
     def differences(self) -> Sequence[str]:
-        """What is not as the buckets have it, by path, where the sink compares; nothing where it writes."""
+        """Paths of tensors that differ from the buckets, for a sink that compares; empty for one that writes."""
         ...
 
     def open(self) -> None:
@@ -43,11 +43,11 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Complete everything that is made from the weights. The model then holds the version."""
+        """Complete everything derived from the weights. The model then holds the version."""
         ...
 
     def abandon(self) -> None:
-        """After an error: a model that no reload is in the middle of. The next ``open`` works."""
+        """After an error: end any reload in progress, so that the next ``open`` works."""
         ...
 
 

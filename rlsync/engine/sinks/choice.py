@@ -1,4 +1,4 @@
-"""Which sink writes which buffer of a worker: an allow-list, and what the live model shows. Knows no bucket and no byte.
+"""Choice of the sink for each buffer of a worker, from an allow-list of layers and the live model. Knows no bucket and no byte.
 
 A layout that is shape, strides and dtype may still hold shuffled bytes, and a checksum after a write of one's own proves
 nothing; so *direct* needs a kind of layer that is known to compute from plain weights, and memory that is what it seems.

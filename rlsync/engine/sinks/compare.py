@@ -1,4 +1,4 @@
-"""Is what an engine holds what these weights would make of it? Takes buckets in like any sink, and changes nothing.
+"""Compares an engine with what these weights would make of it. Takes buckets like any sink, and changes nothing.
 
 Module by module: what arrives is put into checkpoint layout beside the live module and post-processed as vLLM would; then
 everything the module computes from is compared, and what was live comes back.
@@ -23,7 +23,7 @@ from rlsync.transport.ends import Arrival
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A module that is not its live self for the moment."""
+    """A module whose live tensors are set aside during its comparison."""
 
     held: Mapping[str, str]
     live: compat_layers.Snapshot
@@ -68,11 +68,11 @@ class CompareSink:
         self._complete(bucket)
 
     def close(self) -> None:
-        """Every module is its live self again."""
+        """Check that every module has its live tensors again."""
         assert not self._begun, f"{sorted(self._begun)} are incomplete after the last bucket"
 
     def abandon(self) -> None:
-        """Give back what is live."""
+        """Restore the live tensors of every module."""
         for path in list(self._begun):
             compat_layers.bring_back(self._begun.pop(path).live)
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlsync.engine.compat import layers as compat_layers
 from rlsync.engine.compat import reload as compat_reload
-from rlsync.engine.sinks.post_processing import PostProcessing
+from rlsync.engine.sinks.post_processing import PostProcessingCache
 from rlsync.layout.geometry import TensorSpec
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, Segment
 from rlsync.transport.ends import Arrival
@@ -46,7 +46,7 @@ class LoadersSink:
         self._buckets = [tuple(tensors[name] for name in dict.fromkeys(s.buffer for s in bucket)) for bucket in buckets]
         reloaded = {id(layer) for layer in layers}
         attention = [layer for _, layer in compat_layers.attention_layers(model) if id(layer) not in reloaded]
-        self._attention = PostProcessing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
+        self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
         self._nbytes = max((sum(map(_room, bucket)) for bucket in self._buckets), default=0)
         self._memory: torch.Tensor | None = None
         self._views: dict[int, _Views] = {}

@@ -21,7 +21,7 @@ from rlsync.engine.compat import layers as compat_layers
 from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.sinks import owner, plain
 from rlsync.engine.sinks.choice import SinkName
-from rlsync.engine.sinks.post_processing import PostProcessing
+from rlsync.engine.sinks.post_processing import PostProcessingCache
 from rlsync.layout.geometry import Fill
 from rlsync.plan.packing import Segment
 from rlsync.transport.ends import Arrival
@@ -53,7 +53,7 @@ class PlacedSink:
         self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, fills)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         attention = [layer for _, layer in compat_layers.attention_layers(model)]
-        self._attention = PostProcessing(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
+        self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
         self._standing: list[Mapping[str, torch.Tensor] | None] = []
         self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
 

@@ -1,8 +1,8 @@
-"""What layers make of weights when all have come, left out where it was seen to be the same for any weights.
+"""Skips post-processing whose result does not depend on the weights.
 
-Owns the proof and the constants that are left to write. Post-processing of plain attention sets a handful of scales to 1.0, by a
-launch each and for every layer; that of MLA computes from weights and runs in every sync. Which is which is not known from names or
-classes: the first runs are watched. Knows no vLLM.
+vLLM post-processes every attention layer at the end of a load. For plain attention that sets a handful of scales to 1.0, by a launch each;
+for MLA it computes from weights and runs in every sync. Which is which is not known from names or classes: the first runs are traced. Owns
+the traces and the constants that remain to be written. Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -25,64 +25,64 @@ _OVERWRITES = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.def
 _BIRTH = _aten.lift_fresh.default
 
 
-class PostProcessing:
-    """Of a fixed number of layers.
+class PostProcessingCache:
+    """Post-processing of a fixed number of layers.
 
-    A layer rests when its last run read no tensor that there was before, left every attribute as it was, and wrote nothing but
-    constants into tensors that are attributes. While all its attributes are the same objects since, these constants are written
-    again, because sleep may have discarded them, and nothing else is done. Otherwise it runs, and is watched.
+    A layer is skipped when its last run read no tensor that existed before, left every attribute as it was, and wrote nothing but
+    constants into tensors that are attributes. While all its attributes are still the same objects, only these constants are written
+    again, because sleep may have discarded them. Otherwise the layer runs, and is traced.
 
     Args:
-        layers: in the order in which they are finished.
+        layers: in the order in which they are post-processed.
         parts: the objects of a layer whose attributes post-processing can change, the layer first.
-        passing: names of attributes that say nothing about weights.
+        ignored: names of attributes that say nothing about weights.
     """
 
-    def __init__(self, layers: Sequence[Any], parts: Callable[[Any], Sequence[Any]], passing: Collection[str] = ()) -> None:
-        self._layers, self._parts, self._passing = tuple(layers), parts, frozenset(passing)
-        self._resting: list[_Resting | None] = [None] * len(self._layers)
+    def __init__(self, layers: Sequence[Any], parts: Callable[[Any], Sequence[Any]], ignored: Collection[str] = ()) -> None:
+        self._layers, self._parts, self._ignored = tuple(layers), parts, frozenset(ignored)
+        self._cached: list[_Cached | None] = [None] * len(self._layers)
         self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-        # Whether _groups is that of other layers at rest.
+        # Whether _groups is that of other skipped layers.
         self._changed = False
 
     @property
-    def num_resting(self) -> int:
-        """Layers that the next ``run`` leaves out unless they change before."""
-        return sum(resting is not None for resting in self._resting)
+    def num_skipped(self) -> int:
+        """Layers that the next ``run`` skips unless they change before."""
+        return sum(cached is not None for cached in self._cached)
 
     @torch.no_grad()
     def run(self, process: Callable[[Any], None]) -> None:
         """Have every layer post-processed by ``process``, or made what that would make it."""
         for number, layer in enumerate(self._layers):
-            known = self._resting[number]
+            known = self._cached[number]
             if known is None or not known.attributes.are_untouched():
-                found = self._resting[number] = self._watch(layer, process)
-                # Remembered, because a run that ends in an error leaves it to the next one to write what rests since.
+                found = self._cached[number] = self._trace(layer, process)
+                # Remembered, because a run that ends in an error leaves it to the next one to write what is skipped since.
                 self._changed = self._changed or found is not known
         if self._changed:
-            self._groups = _grouped([c for resting in self._resting if resting is not None for c in resting.constants])
+            self._groups = _grouped([c for cached in self._cached if cached is not None for c in cached.constants])
             self._changed = False
         for targets, values in self._groups:
             torch._foreach_copy_(targets, values)
 
-    def _watch(self, layer: Any, process: Callable[[Any], None]) -> _Resting | None:
-        """Run it. What is left to do the next time, or None where that is all of it."""
+    def _trace(self, layer: Any, process: Callable[[Any], None]) -> _Cached | None:
+        """Run the layer. What the next run has to write, or None where the layer has to run again."""
         before = self._attributes(layer)
-        with _Watch() as watch:
+        with _Trace() as trace:
             process(layer)
         after = self._attributes(layer)
         owned = {id(value) for value in after.values() if isinstance(value, torch.Tensor)}
-        written = {id(tensor): tensor for tensor in watch.written}
-        if watch.reads or not written.keys() <= owned or watch.leaves_others_than(owned) or not after.repeat(before):
+        written = {id(tensor): tensor for tensor in trace.written}
+        if trace.reads or not written.keys() <= owned or trace.leaves_others_than(owned) or not after.repeat(before):
             return None
-        return _Resting(after, tuple((target, target.clone()) for target in written.values()))
+        return _Cached(after, tuple((target, target.clone()) for target in written.values()))
 
     def _attributes(self, layer: Any) -> _Attributes:
         tables: list[dict[str, Any]] = []
         for part in self._parts(layer):
             modular = isinstance(part, torch.nn.Module)
             tables += [vars(part), *([part._parameters, part._buffers] if modular else [])]
-        kept = [tuple(name for name in table if name not in self._passing) for table in tables]
+        kept = [tuple(name for name in table if name not in self._ignored) for table in tables]
         rows = ((table, len(table), names, tuple(map(table.get, names))) for table, names in zip(tables, kept, strict=True))
         return _Attributes(tuple(rows))
 
@@ -112,14 +112,14 @@ class _Attributes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Resting:
+class _Cached:
     """A layer as its last run left it, and the tensors that it wrote, each with its value."""
 
     attributes: _Attributes
     constants: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-class _Watch(TorchDispatchMode):
+class _Trace(TorchDispatchMode):
     """Sees every operation on tensors.
 
     Attributes:
