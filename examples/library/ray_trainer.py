@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import mpu, tensor_parallel
 
 from rlsync import AutoBridge, MegatronSource, SyncConfig, WeightSyncer
-from rlsync.engine.handles.ray import RayEngine
+from rlsync.engine import RayEngine
 
 GPUS = 1 if torch.cuda.is_available() else 0
 

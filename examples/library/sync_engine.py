@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 # docs: begin
 from rlsync import AutoBridge, MegatronSource, SyncConfig, Topology, WeightSyncer
-from rlsync.engine.handles.local import Engine
+from rlsync.engine import Engine
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rlsync import AutoBridge, MegatronSource, SyncConfig, Topology, WeightSyncer
-from rlsync.engine.handles.http import HttpEngine
+from rlsync.engine import HttpEngine
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step
