@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint_folder import (
+    DENSE_FILES,
+    EXPERT_FILES,
     HF_FOLDER,
     TRACKER,
     Restored,
@@ -27,7 +29,8 @@ from rlsync.bridge.checkpoint_folder import (
     shards_folder,
     write_durably,
 )
-from rlsync.layout.topology import Topology
+from rlsync.errors import CheckpointError
+from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, current_topology
@@ -51,15 +54,18 @@ def save_checkpoint(
     """
     folder, topology = Path(folder), current_topology(models)
     shards = shards_folder(folder, step)
-    mine = shards / rank_folder(topology, dist.get_rank())
+    mine = shards / DENSE_FILES.folder(topology, dist.get_rank())
+    is_writer = DENSE_FILES.writer(topology, dist.get_rank()) == dist.get_rank()
     with agreed(device=compute_device()):
+        _refuse_experts(models, shards / EXPERT_FILES.folder(topology, dist.get_rank()))
         mine.mkdir(parents=True, exist_ok=True)
     if bridge is not None:
-        bridge.save_weights(models, folder / HF_FOLDER)
+        bridge.save_weights(models, folder / HF_FOLDER, durable=True)
     state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
     parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
     with agreed(device=compute_device()):
-        write_rank_state(mine, state, parameters)
+        if is_writer:
+            write_rank_state(mine, state, parameters)
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
             write_durably(folder / TRACKER, str(step))
@@ -85,7 +91,7 @@ def load_checkpoint(
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
     if held.complete:
-        mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
+        mine = shards_folder(folder, held.step) / DENSE_FILES.folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
         with agreed(device=compute_device()):
@@ -108,12 +114,13 @@ def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequ
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
         if held.complete:
-            load_rank_weights(shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
+            load_rank_weights(shards_folder(folder, held.step) / DENSE_FILES.folder(topology, dist.get_rank()), models)
     if not held.complete:
         bridge.load_weights(models, hf_folder(folder))
 
 
-def rank_folder(topology: Topology, rank: int) -> str:
-    """``mp_rank_TT``, with ``_PPP`` under pipeline parallelism; data-parallel replicas share one."""
-    at = topology.coordinates(rank)
-    return f"mp_rank_{at.tp_rank:02d}" + (f"_{at.pp_rank:03d}" if topology.pp_size > 1 else "")
+def _refuse_experts(models: Sequence[torch.nn.Module], file: Path) -> None:
+    """Experts are cut by other axes than what is in the dense files, where they would be lost; Megatron marks them."""
+    experts = [name for _, _, name, parameter in iter_parameters(models) if not getattr(parameter, "allreduce", True)]
+    if experts:
+        raise CheckpointError(f"{len(experts)} parameters are of experts, as {experts[0]}, and belong into {file}, which is not written")

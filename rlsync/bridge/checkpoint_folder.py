@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsync.errors import CheckpointError
+from rlsync.layout.topology import Topology
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf_model"
@@ -25,6 +26,34 @@ HF_FOLDER = "hf_model"
 HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """Where the shards of one kind of parameters are kept, and which rank writes each.
+
+    Ranks that stand at the same place of ``axes`` (names of ``Coordinates``, the pipeline's last) hold the same shard. It has one folder,
+    and the lowest of them is its one writer. Experts have files of their own, because other axes cut them: the file of a tensor rank
+    would hold some of them several times, or, written by the first data-parallel rank alone, not at all.
+    """
+
+    prefix: str
+    axes: tuple[str, ...]
+
+    def folder(self, topology: Topology, rank: int) -> str:
+        """Name of the folder of the shard that ``rank`` holds; the pipeline rank is left out where there is one stage."""
+        at = topology.coordinates(rank)
+        ranks = [getattr(at, axis) for axis in self.axes if axis != "pp_rank" or topology.pp_size > 1]
+        return "_".join([self.prefix, f"{ranks[0]:02d}", *(f"{other:03d}" for other in ranks[1:])])
+
+    def writer(self, topology: Topology, rank: int) -> int:
+        """The rank that writes the shard that ``rank`` holds."""
+        mine = self.folder(topology, rank)
+        return next(other for other in range(topology.world_size) if self.folder(topology, other) == mine)
+
+
+DENSE_FILES = ShardFiles("mp_rank", ("tp_rank", "pp_rank"))
+EXPERT_FILES = ShardFiles("expert_rank", ("etp_rank", "ep_rank", "pp_rank"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,12 +42,7 @@ _CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its to
 
 
 def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
-    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned to the folder of a tensor- and pipeline-parallel position.
-
-    Durably, and by its first data-parallel rank alone. Not collective.
-    """
-    if not is_first_replica():
-        return
+    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned, durably. Only the writer of a shard calls it."""
     _write(state, Path(folder, RANK_STATE_FILE))
     if parameters is not None:
         _write(parameters, Path(folder, DISTRIBUTED_OPTIMIZER_FILE))
@@ -68,8 +63,6 @@ def read_rank_state(
     scheduler: OptimizerParamScheduler | None = None,
 ) -> tuple[dict[str, Any], Sequence[Any] | None]:
     """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
-
-    With them, under the same topology, training continues bit for bit.
 
     Raises:
         CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or

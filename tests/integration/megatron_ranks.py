@@ -13,32 +13,17 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
+from rlsync.bridge.checkpoint_folder import Restored
 from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
-from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores, score_tokens
-from rlsync.megatron.state import rank_state, read_rank_state, restore_rank_state, write_rank_state
 from rlsync.megatron.train import StepResult, token_scores, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def save_rank_state(folder: Path, models: list[Any], *, step: int, optimizer: Any, scheduler: Any) -> None:
-    """As a checkpoint does. Collective over the DP group."""
-    write_rank_state(
-        folder, rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler), distributed_optimizer_state(optimizer)
-    )
-
-
-def load_rank_state(folder: Path, models: list[Any], *, optimizer: Any, scheduler: Any) -> int:
-    """As a checkpoint does; returns the step. Collective over the DP group."""
-    state, parameters = read_rank_state(folder, models, optimizer=optimizer, scheduler=scheduler)
-    step = restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, source=str(folder))
-    restore_distributed_optimizer_state(parameters, optimizer)
-    return step
 
 
 class Actor:
@@ -97,11 +82,11 @@ class Actor:
             sha.update(parameter.detach().float().cpu().clone().numpy().tobytes())  # numpy() pins a storage for good
         return sha.hexdigest()
 
-    def folder(self, root: str) -> Path:
-        tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        folder = Path(root, f"mp_rank_{tp:02d}_{pp:03d}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def save(self, root: str, step: int) -> None:
+        save_checkpoint(root, None, self.models, step=step, optimizer=self.optimizer, scheduler=self.scheduler)
+
+    def load(self, root: str) -> Restored:
+        return load_checkpoint(root, self.bridge, self.models, optimizer=self.optimizer, scheduler=self.scheduler)
 
 
 def loss(scores: TokenScores, microbatch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -155,8 +140,7 @@ def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapp
         expected, place = models[case["model"]], f"{root}/{index}"
         actor = Actor(expected["folder"], case)
         actor.steps(expected["batch"], case.get("steps_before", 2))
-        folder = actor.folder(place)
-        save_rank_state(folder, actor.models, step=2, optimizer=actor.optimizer, scheduler=actor.scheduler)
+        actor.save(place, step=2)
         at_save, torch_state = actor.digest(), torch.get_rng_state()
         uninterrupted, bits = actor.steps(expected["batch"], 2), actor.digest()
         dist.barrier()
@@ -164,7 +148,7 @@ def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapp
 
         again = Actor(expected["folder"], case, load=False)
         assert again.digest() != at_save, "negative control: a fresh actor differs"
-        assert load_rank_state(folder, again.models, optimizer=again.optimizer, scheduler=again.scheduler) == 2
+        assert again.load(place) == Restored(2, complete=True)
         assert again.digest() == at_save, f"{case}: weights changed on their way through the file"
         assert torch.equal(torch.get_rng_state(), torch_state), f"{case}: random state changed"
         resumed = again.steps(expected["batch"], 2)
@@ -178,7 +162,7 @@ def refuse_foreign_state(models: Mapping[str, Mapping[str, Any]], root: str) -> 
     """State of another layout or another model, and truncated files, are refused before anything changes."""
     base = {"topology": {}, "cut": [8], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "model": "qwen2"}
     saved = Actor(models["qwen2"]["folder"], base)
-    save_rank_state(saved.folder(root), saved.models, step=0, optimizer=saved.optimizer, scheduler=saved.scheduler)
+    saved.save(root, step=0)
     destroy_parallel(keep_distributed=True)
     for model, ddp, said in (("qwen3", {}, "q_layernorm"), ("qwen2", {"use_distributed_optimizer": True}, "distrib_optim.pt is missing")):
         other = Actor(models[model]["folder"], {**base, "ddp": ddp})
@@ -188,7 +172,7 @@ def refuse_foreign_state(models: Mapping[str, Mapping[str, Any]], root: str) -> 
         assert other.digest() == before
         destroy_parallel(keep_distributed=True)
     again = Actor(models["qwen2"]["folder"], base)
-    path = again.folder(root) / "model_optim_rng.pt"
+    path = Path(root, "iter_0000000", "mp_rank_00", "model_optim_rng.pt")
     state = torch.load(path, weights_only=True)
     torch.save({**state, "topology": {**state["topology"], "tp_size": 2}}, path)
     assert "tp_size 2 then, 1 now" in _refusal(again, root)
@@ -199,7 +183,7 @@ def refuse_foreign_state(models: Mapping[str, Mapping[str, Any]], root: str) -> 
 
 def _refusal(actor: Actor, root: str) -> str:
     try:
-        load_rank_state(actor.folder(root), actor.models, optimizer=actor.optimizer, scheduler=actor.scheduler)
+        actor.load(root)
     except CheckpointError as error:
         return str(error)
     raise AssertionError("a foreign state was accepted")

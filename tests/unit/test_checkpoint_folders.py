@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 
 from rlsync.bridge.checkpoint_folder import (
+    DENSE_FILES,
+    EXPERT_FILES,
     complete_checkpoints,
     latest_checkpoint,
     publish_checkpoint,
@@ -16,6 +19,7 @@ from rlsync.bridge.checkpoint_folder import (
     tracked_step,
 )
 from rlsync.errors import CheckpointError
+from rlsync.layout.topology import Topology
 
 
 def staged(root: Path, step: int, *, complete: bool = True, content: str = "") -> Path:
@@ -106,3 +110,52 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path, mon
     monkeypatch.setattr(os, "rename", rename)
     newest = latest_checkpoint(tmp_path)
     assert newest == tmp_path / "global_step_3" and (newest / "content").read_text() == "old"
+
+
+TOPOLOGIES = [
+    {"tp_size": tp, "cp_size": cp, "dp_size": dp, "pp_size": pp, "ep_size": ep, "etp_size": etp}
+    for tp, cp, dp, pp, ep, etp in itertools.product((1, 2, 4), (1, 2), (1, 2, 3, 4), (1, 2), (1, 2, 4), (1, 2, 4))
+    if tp * cp * dp % (ep * etp) == 0
+]
+
+
+def groups_of_megatron(topology: Topology, *, experts: bool) -> list[list[int]]:
+    """Ranks that hold equal shards: the data-parallel groups (with context) that Megatron makes for this topology."""
+    from megatron.core.parallel_state import RankGenerator
+
+    if not experts:
+        sizes = {"tp": topology.tp_size, "cp": topology.cp_size, "dp": topology.dp_size, "ep": 1}
+        return RankGenerator(**sizes, pp=topology.pp_size, order="tp-cp-ep-dp-pp").get_ranks("dp-cp")
+    replicas = topology.world_size // (topology.etp_size * topology.ep_size * topology.pp_size)
+    sizes = {"tp": topology.etp_size, "cp": 1, "dp": replicas, "ep": topology.ep_size}
+    return RankGenerator(**sizes, pp=topology.pp_size, order="tp-cp-ep-dp-pp").get_ranks("dp")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_every_shard_has_one_folder_and_one_writer_that_holds_it(experts):
+    """Of dense parameters and of experts, against the groups that Megatron makes, under all axes together."""
+    files = EXPERT_FILES if experts else DENSE_FILES
+    assert len(TOPOLOGIES) > 200
+    for sizes in TOPOLOGIES:
+        topology = Topology(**sizes)
+        folders = set()
+        for group in groups_of_megatron(topology, experts=experts):
+            (folder,) = {files.folder(topology, rank) for rank in group}
+            (writer,) = {files.writer(topology, rank) for rank in group}
+            assert writer in group and folder not in folders, (sizes, group)
+            folders.add(folder)
+
+
+def test_with_the_files_of_tensor_ranks_alone_experts_would_be_lost():
+    """Negative control: the dense names and writers, as if experts lay in their files."""
+    topology = Topology(tp_size=2, dp_size=2, ep_size=4)
+    written = {EXPERT_FILES.folder(topology, rank) for rank in range(4) if DENSE_FILES.writer(topology, rank) == rank}
+    assert len(written) == 2 < topology.ep_size
+
+
+def test_names_are_those_of_megatron_s_format():
+    topology = Topology(tp_size=2, pp_size=2, dp_size=2, ep_size=2)
+    assert DENSE_FILES.folder(Topology(tp_size=2), 1) == "mp_rank_01"
+    assert [DENSE_FILES.folder(topology, rank) for rank in (1, 5)] == ["mp_rank_01_000", "mp_rank_01_001"]
+    names = ["expert_rank_00_000_000", "expert_rank_00_001_000", "expert_rank_00_001_001"]
+    assert [EXPERT_FILES.folder(topology, rank) for rank in (0, 1, 7)] == names
