@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.cpu import bind, region, write_fills
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index
 from rlsync.copy.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
-from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
+from rlsync.layout.geometry import Placement, TensorSpec, contiguous_strides, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
@@ -29,13 +30,15 @@ from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.placement import megatron_placements
-from rlsync.plan.planner import Plan, build_plan
+from rlsync.plan.planner import Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
 _LOG = logging.getLogger(__name__)
 
 # Largest message memory of an export on one rank.
 EXPORT_BUCKET_BYTES = 256 * 2**20
+# A saved model is cut into smaller files than this only where that is asked for.
+LEAST_SHARD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class Shards:
     placements: tuple[Placement, ...]
 
 
+@dataclass(frozen=True)
+class _Export:
+    """How this rank comes by full tensors: by copies from its own parameters where every rank holds all of them, else by a plan."""
+
+    held: Mapping[str, Sequence[Copy]]
+    plan: Plan
+
+
 class AutoBridge:
     """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`.
 
@@ -70,6 +81,8 @@ class AutoBridge:
         self._folder = folder
         self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
+        self._placed: tuple[Any, tuple[Placement, ...]] | None = None
+        self._export: tuple[tuple[Placement, ...], int, _Export] | None = None
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
@@ -136,7 +149,13 @@ class AutoBridge:
         live = dict(megatron_model.iter_weights(models))
         flavour = megatron_model.flavour_of(models)
         dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
-        placements = megatron_placements(self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor)
+        key = (topology, flavour, dtype, self._divisor)
+        if self._placed is None or self._placed[0] != key:
+            self._placed = (
+                key,
+                megatron_placements(self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor),
+            )
+        placements = self._placed[1]
         _check_live(live, placements[dist.get_rank()])
         return Shards(topology, self.model.tensors(dtype), live, placements)
 
@@ -165,20 +184,36 @@ class AutoBridge:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every HF name once with its full tensor, on every rank, in layer order.
 
-        Tensors are new, contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its
-        messages. A tied model yields no ``lm_head``. Collective over all ranks: consume it to the end on all of them.
+        A tensor that every rank holds whole, and here lies in order in one parameter (without TP and PP all but q, k and v), is a view
+        of that parameter: clone it to keep it beyond the next optimizer step, and do not write to it. All others are new. Tensors are
+        contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its messages. A tied model yields no
+        ``lm_head``. Collective over all ranks: consume it to the end on all of them.
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            plan = build_plan(shards.tensors, shards.placements, [whole_tensors("export", shards.tensors)], bucket_bytes=bucket_bytes)
+            export = self._planned_export(shards, bucket_bytes)
         megatron_model.gather_parameters(models)
-        exchange = Exchange(plan, shards.buffers, device=compute_device())
-        for k, bucket in enumerate(plan.buckets):
-            whole = {t.name: empty_tensor(t) for t in bucket.tensors}
-            exchange.deliver(k, [whole])
-            yield from whole.items()
+        exchange = Exchange(export.plan, shards.buffers, device=compute_device())
+        for k, bucket in enumerate(export.plan.buckets):
+            arriving = {t.name: empty_tensor(t) for t in bucket.tensors if t.name not in export.held}
+            if arriving:
+                exchange.deliver(k, [arriving])
+            for tensor in bucket.tensors:
+                copies = export.held.get(tensor.name)
+                yield tensor.name, arriving.pop(tensor.name) if copies is None else _in_place(tensor, copies, shards.buffers)
 
-    def save_weights(self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
+    def _planned_export(self, shards: Shards, bucket_bytes: int) -> _Export:
+        """How :meth:`export_weights` comes by its tensors; the same for all calls with such shards, so made once."""
+        if self._export is None or self._export[0] is not shards.placements or self._export[1] != bucket_bytes:
+            held = _held_everywhere(shards)
+            gathered = whole_tensors("export", [t for t in shards.tensors if t.name not in held])
+            plan = build_plan(shards.tensors, shards.placements, [gathered], bucket_bytes=bucket_bytes)
+            self._export = shards.placements, bucket_bytes, _Export(held, plan)
+        return self._export[2]
+
+    def save_weights(
+        self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, max_shard_bytes: int = 5 * 2**30, durable: bool = False
+    ) -> None:
         """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
 
         Every file is written by one rank, so network file systems are safe. What a model needs beside its weights
@@ -186,17 +221,24 @@ class AutoBridge:
         dtypes in ``config.json``, which become those of the parameters. ``out_dir`` must be visible to all ranks; older weights
         in it are replaced. Collective over all ranks.
 
+        Args:
+            max_shard_bytes: most bytes of a file, but for a tensor that is larger. Files are smaller, down to 256 MiB, where that gives
+                more ranks one to write.
+            durable: return only when the disk has the weights.
+
         Raises, before a file changes: ConfigError where ``out_dir`` is the folder the bridge was made from; CheckpointError where
         it cannot be written to or holds weights under other names.
         """
         out_dir, rank = Path(out_dir), dist.get_rank()
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            files = shard_files(shards.tensors, max_shard_bytes)
+            per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
+            files = shard_files(shards.tensors, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
+            held = _held_everywhere(shards)
             plan = build_plan(
                 _interleaved(files, dist.get_world_size()),
                 shards.placements,
-                [whole_tensors(name, group) for name, group in files.items()],
+                [whole_tensors(name, [t for t in group if t.name not in held]) for name, group in files.items()],
                 bucket_bytes=EXPORT_BUCKET_BYTES,
             )
             small_files = self._small_files(out_dir) if rank == 0 else ()
@@ -207,7 +249,7 @@ class AutoBridge:
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
-            _write_files(out_dir, mine, tuple(files), exchange, plan)
+            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype)
@@ -253,6 +295,32 @@ def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
         raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
 
 
+def _held_everywhere(shards: Shards) -> dict[str, list[Copy]]:
+    """Tensors of which every rank has all elements: by name the copies that make one of this rank's parameters."""
+    names = {t.name for t in shards.tensors}
+    for placement in shards.placements:
+        sizes: Counter[str] = Counter()
+        for name, box in {(piece.tensor, piece.box) for piece in placement.pieces}:
+            sizes[name] += box.size
+        names &= {t.name for t in shards.tensors if sizes[t.name] == t.size}
+    held: dict[str, list[Copy]] = {name: [] for name in names}
+    here = whole_tensors("here", [t for t in shards.tensors if t.name in names])
+    for bucket in build_plan(shards.tensors, [shards.placements[dist.get_rank()]], [here]).buckets:
+        for copy in bucket.copies:
+            held[copy.tensor].append(copy)
+    return held
+
+
+def _in_place(tensor: TensorSpec, copies: Sequence[Copy], buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor out of the buffers that hold it: a view where it lies in order in one of them, else new."""
+    (first, *others) = copies
+    if not others and first.source_strides in ((), (1,)):
+        return region(buffers[first.source_buffer], first.source_offset, tensor.shape, contiguous_strides(tensor.shape))
+    whole = empty_tensor(tensor)
+    bind(copies, buffers, {tensor.name: whole}).run()
+    return whole
+
+
 def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) -> tuple[TensorSpec, ...]:
     """Tensors in an order in which every writer always has something to do: round by round, one file per writer."""
     groups = list(files.values())
@@ -263,8 +331,18 @@ def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) ->
     return tuple(order)
 
 
-def _write_files(out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files: Sequence[str], exchange: Exchange, plan: Plan) -> None:
-    """Receive this rank's files bucket by bucket and write them. A failed write is raised after the last bucket.
+def _write_files(
+    out_dir: Path,
+    mine: Mapping[str, Sequence[TensorSpec]],
+    num_files: int,
+    exchange: Exchange,
+    plan: Plan,
+    held: Mapping[str, Sequence[Copy]],
+    buffers: Mapping[str, torch.Tensor],
+    *,
+    durable: bool,
+) -> None:
+    """Write this rank's files: tensors in ``held`` from its own ``buffers``, others as they arrive. A failed write is raised at the end.
 
     Collective: a rank that cannot write still takes part, so that nobody waits for it.
     """
@@ -273,16 +351,17 @@ def _write_files(out_dir: Path, mine: Mapping[str, Sequence[TensorSpec]], files:
     with ExitStack() as stack:
         writers: dict[str, FileWriter] = {}
         try:
-            writers = {file: stack.enter_context(FileWriter(out_dir / file, tensors)) for file, tensors in mine.items()}
+            writers = {file: stack.enter_context(FileWriter(out_dir / file, tensors, durable=durable)) for file, tensors in mine.items()}
         except OSError as error:
             failure = error
         for k, bucket in enumerate(plan.buckets):
-            arrived = {t.name: empty_tensor(t) for t in bucket.tensors if t.name in owner}
-            exchange.deliver(k, [arrived] * len(files))
+            tensors = [t for t in bucket.tensors if t.name in owner]
+            arrived = {t.name: empty_tensor(t) for t in tensors if t.name not in held}
+            exchange.deliver(k, [arrived] * num_files)
             try:
-                for name, tensor in arrived.items():
-                    if failure is None:
-                        writers[owner[name]].write(name, tensor.cpu())
+                for t in tensors if failure is None else ():
+                    tensor = _in_place(t, held[t.name], buffers) if t.name in held else arrived[t.name]
+                    writers[owner[t.name]].write(t.name, tensor.cpu())
             except OSError as error:
                 failure = error
         if failure is not None:

@@ -57,9 +57,13 @@ class MappedTensors(Mapping[str, torch.Tensor]):
 
 
 class FileWriter:
-    """Writes one safetensors file tensor by tensor, in any order, under a temporary name until it is complete."""
+    """Writes one safetensors file tensor by tensor, in any order, under a temporary name until it is complete.
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec]) -> None:
+    With ``durable`` the disk has it before it gets its name.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], *, durable: bool = False) -> None:
+        self._durable = durable
         self._path, self._partial = path, path.with_name(path.name + ".partial")
         header, self._begins = encode_header(tensors)
         self._missing = {t.name for t in tensors}
@@ -82,7 +86,8 @@ class FileWriter:
             if kind is None:
                 assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
                 self._stream.flush()
-                os.fsync(self._stream.fileno())
+                if self._durable:
+                    os.fsync(self._stream.fileno())
         if kind is None:
             os.replace(self._partial, self._path)
         else:

@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 
 from rlsync import errors
-from rlsync.copy.cpu import Buffers, bind, bind_pack, bind_unpack, packed_bytes
+from rlsync.copy.cpu import Buffers, bind, bind_pack, bind_unpack, packed_bytes, region
 from rlsync.errors import RlsyncError
 from rlsync.plan.planner import Bucket, Copy, Plan
 
+# From here on a transfer of its own costs less than packing and unpacking.
+STRAIGHT_BYTES = 2**20
+
 _Key = TypeVar("_Key", int, tuple[int, int])
+_Messages = Callable[[Sequence[Copy]], torch.Tensor]
 
 
 class Exchange:
@@ -43,6 +47,8 @@ class Exchange:
         self._plan, self._sources, self._device, self._group = plan, sources, device, group
         self._destination_ranks = destination_ranks
         self._rank = dist.get_rank(group)
+        # Messages of one bucket, used again for the next: memory that is touched for the first time costs many times the copy into it.
+        self._messages: list[torch.Tensor] = []
         self._dtypes = [{b.name: getattr(torch, b.dtype) for b in p.buffers} for p in plan.sources]
 
     def deliver(self, bucket: int, destinations: Sequence[Buffers]) -> None:
@@ -50,51 +56,90 @@ class Exchange:
 
         Collective over the group.
         """
-        copies = self._plan.buckets[bucket]
-        if self._destination_ranks is None:
-            self._broadcast(copies, destinations[0])
-        else:
-            self._send(copies, destinations, self._destination_ranks)
+        copies, unused = self._plan.buckets[bucket], iter(self._messages)
+        self._messages = []
 
-    def _broadcast(self, bucket: Bucket, destination: Buffers) -> None:
-        arriving = []
+        def message(copies: Sequence[Copy]) -> torch.Tensor:
+            """Memory for a message; that of the bucket before where it is large enough."""
+            item_bytes = {name: dtype.itemsize for name, dtype in self._source_dtypes(copies).items()}
+            nbytes, old = packed_bytes(copies, item_bytes), next(unused, None)
+            if old is None or old.numel() < nbytes:
+                old = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            self._messages.append(old)
+            return old[:nbytes]
+
+        if self._destination_ranks is None:
+            self._broadcast(copies, destinations[0], message)
+        else:
+            self._send(copies, destinations, self._destination_ranks, message)
+
+    def _broadcast(self, bucket: Bucket, destination: Buffers, message_for: _Messages) -> None:
+        works, arriving = [], []
         for source, copies in sorted(_grouped(bucket.copies, lambda c: c.source).items()):
-            message = self._message(copies)
-            if source == self._rank:
-                bind_pack(copies, self._sources, message).run()
             root = source if self._group is None else dist.get_global_rank(self._group, source)
-            arriving.append((copies, message, dist.broadcast(message, root, group=self._group, async_op=True)))
-        for copies, message, work in arriving:
+            straight, packed = self._split(copies)
+            messages = [self._taken(c) if source == self._rank else _given(c, destination) for c in straight]
+            if packed:
+                messages.append(message_for(packed))
+                if source == self._rank:
+                    bind_pack(packed, self._sources, messages[-1]).run()
+                else:
+                    arriving.append((packed, messages[-1]))
+            works += [dist.broadcast(message.view(torch.uint8), root, group=self._group, async_op=True) for message in messages]
+        # While those of others are on their way.
+        bind((c for c in bucket.copies if c.source == self._rank), self._sources, destination).run()
+        for work in works:
             work.wait()
+        for copies, message in arriving:
             bind_unpack(copies, message, destination, self._source_dtypes(copies)).run()
 
-    def _send(self, bucket: Bucket, destinations: Sequence[Buffers], ranks: Sequence[int]) -> None:
+    def _send(self, bucket: Bucket, destinations: Sequence[Buffers], ranks: Sequence[int], message_for: _Messages) -> None:
         operations, unpacking, kept = [], [], []
         for (source, destination), copies in sorted(_grouped(bucket.copies, lambda c: (c.source, c.destination)).items()):
             receiver = ranks[destination]
             if source == receiver == self._rank:
-                bind(copies, self._sources, destinations[destination]).run()
-            elif source == self._rank:
-                message = self._message(copies)
-                bind_pack(copies, self._sources, message).run()
-                kept.append(message)
-                operations.append(dist.P2POp(dist.isend, message, group=self._group, group_peer=receiver))
-            elif receiver == self._rank:
-                message = self._message(copies)
-                operations.append(dist.P2POp(dist.irecv, message, group=self._group, group_peer=source))
-                unpacking.append((copies, message, destination))
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+                kept.append((copies, destination))
+                continue
+            if self._rank not in (source, receiver):
+                continue
+            straight, packed = self._split(copies)
+            messages = [self._taken(c) if source == self._rank else _given(c, destinations[destination]) for c in straight]
+            if packed:
+                messages.append(message_for(packed))
+                if source == self._rank:
+                    bind_pack(packed, self._sources, messages[-1]).run()
+                else:
+                    unpacking.append((packed, messages[-1], destination))
+            operation, peer = (dist.isend, receiver) if source == self._rank else (dist.irecv, source)
+            operations += [dist.P2POp(operation, message.view(torch.uint8), group=self._group, group_peer=peer) for message in messages]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        # While those of others are on their way.
+        for copies, destination in kept:
+            bind(copies, self._sources, destinations[destination]).run()
+        for work in works:
+            work.wait()
         for copies, message, destination in unpacking:
             bind_unpack(copies, message, destinations[destination], self._source_dtypes(copies)).run()
+
+    def _split(self, copies: Sequence[Copy]) -> tuple[list[Copy], list[Copy]]:
+        """Copies that are contiguous on both sides, so that none but the bytes need to travel, and those that a message carries."""
+        straight: list[Copy] = []
+        packed: list[Copy] = []
+        for c in copies:
+            item_bytes = self._dtypes[c.source][c.source_buffer].itemsize
+            is_straight = c.source_strides == c.destination_strides == (1,) and c.size * item_bytes >= STRAIGHT_BYTES
+            (straight if is_straight else packed).append(c)
+        return straight, packed
+
+    def _taken(self, copy: Copy) -> torch.Tensor:
+        return region(self._sources[copy.source_buffer], copy.source_offset, copy.shape, (1,))
 
     def _source_dtypes(self, copies: Sequence[Copy]) -> dict[str, torch.dtype]:
         return {c.tensor: self._dtypes[c.source][c.source_buffer] for c in copies}
 
-    def _message(self, copies: Sequence[Copy]) -> torch.Tensor:
-        item_bytes = {name: dtype.itemsize for name, dtype in self._source_dtypes(copies).items()}
-        return torch.empty(packed_bytes(copies, item_bytes), dtype=torch.uint8, device=self._device)
+
+def _given(copy: Copy, destination: Buffers) -> torch.Tensor:
+    return region(destination[copy.destination_buffer], copy.destination_offset, copy.shape, (1,))
 
 
 def _grouped(copies: Sequence[Copy], key: Callable[[Copy], _Key]) -> dict[_Key, list[Copy]]:
