@@ -63,6 +63,10 @@ def test_process_groups_end_where_they_are_given_up(models):
         assert numbers[1:] == numbers[:-1], numbers
 
 
+def test_what_every_rank_holds_is_exported_without_moving_or_copying_it(models):
+    run_ranks(2, "tests.integration.bridge_ranks", "export_without_moving", folder=models["qwen3-tied"]["folder"])
+
+
 def test_a_checkpoint_saved_under_one_layout_loads_in_transformers(models, tmp_path):
     """And one rank reads what four would: the saved folder is an ordinary HF checkpoint."""
     from transformers import AutoModelForCausalLM
