@@ -12,9 +12,9 @@ from rlsync.copy.files import MappedTensors
 from rlsync.copy.model_folder import read_config, without_tied_head
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import read_checkpoint
+from rlsync.models.stacks import NEVER_LOADED
 
-# What old checkpoints carry and nobody loads.
-_NEVER_LOADED = re.compile(r".*\.rotary_emb\.inv_freq")
+_NEVER_LOADED = re.compile("|".join(NEVER_LOADED))
 
 
 class FolderSource:

@@ -24,6 +24,10 @@ from rlsync.models.rope import Rope
 Flavour = Literal["local", "te"]
 
 
+# HF names that old checkpoints carry, and that neither transformers nor vLLM loads.
+NEVER_LOADED = (r".*\.rotary(_pos)?_emb\.inv_freq", r".*\.rotary_emb\.(cos|sin)_cached")
+
+
 @dataclass(frozen=True, slots=True)
 class HFTensor:
     """HF name template and its shape as names of dims, as ``HFTensor("lm_head.weight", "vocab", "hidden")``."""
@@ -130,7 +134,7 @@ class Family:
     features: Callable[[Mapping[str, Any]], frozenset[str]]
     transformer: Callable[[Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
-    ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    ignored: tuple[str, ...] = NEVER_LOADED
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,10 +61,12 @@ def test_buffers_stay_where_they_are(tmp_path: Path) -> None:
 
 
 def test_what_no_engine_loads_is_left_out(tmp_path: Path) -> None:
-    tensors = tensors_of_a_model() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    """What old checkpoints carry, by vLLM's list, and the copy of a tied embedding."""
+    old = [f"model.layers.0.self_attn.rotary_emb.{name}" for name in ("inv_freq", "cos_cached", "sin_cached")]
+    tensors = tensors_of_a_model() | {name: torch.ones(3) for name in (*old, "model.rotary_pos_emb.inv_freq")}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     source = FolderSource(folder_of(tmp_path / "tied", tensors, tied=True))
-    assert source.buffers.keys() == tensors.keys() - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    assert source.buffers.keys() == tensors_of_a_model().keys() - {"lm_head.weight"}
     assert "lm_head.weight" in FolderSource(folder_of(tmp_path / "untied", tensors)).buffers
 
 
