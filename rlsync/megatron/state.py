@@ -64,6 +64,8 @@ def read_rank_state(
 ) -> tuple[dict[str, Any], Sequence[Any] | None]:
     """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
 
+    With them, under the same topology, training continues bit for bit.
+
     Raises:
         CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
             lacks the optimizer or schedule asked for.
