@@ -47,7 +47,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class ActorRank:
-    """Lives in one process; ``RANK`` and ``WORLD_SIZE`` come from its environment.
+    """One process of the actor; its environment has ``RANK`` and ``WORLD_SIZE``.
 
     Order of calls: ``setup``, ``warm_start`` where wanted, ``begin``, ``connect``; then ``sync``, ``score``, ``train`` each step.
     """
@@ -62,13 +62,13 @@ class ActorRank:
         self._reference_logprobs: list[Tensor] | None = None
 
     def port(self) -> int:
-        """A free port on this rank's host, for the process group; asked of rank 0."""
+        """A free port on this rank's host for the process group; called on rank 0."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
     def setup(self, address: str, port: int, load_initial: bool) -> None:
-        """Process groups and model, with initial weights where asked. Collective."""
+        """Create process groups and model; ``load_initial`` loads the initial weights. Collective."""
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
         actor = self._config.actor
         initialize_parallel(
@@ -93,7 +93,7 @@ class ActorRank:
         self._memory = ActorMemory(self._models)
 
     def warm_start(self, steps: Sequence[Sequence[Example]], lr: float) -> list[float]:
-        """Supervised steps on (prompt, response) token ids with an optimizer of their own. Returns the losses. Collective.
+        """Supervised steps on (prompt, response) token ids, with a separate optimizer. Returns the losses. Collective.
 
         Every replica takes its part of each step's examples.
         """
@@ -112,10 +112,10 @@ class ActorRank:
         return losses
 
     def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
-        """Optimizer and schedule; the present weights become the KL reference; then the checkpoint to resume, if any. Collective.
+        """Create optimizer and schedule, keep the present weights as KL reference, and load the checkpoint to resume, if any. Collective.
 
         Args:
-            random_state: restore that too, rather than go on with the one made of ``actor.seed``.
+            random_state: restore the saved generators; False keeps those seeded with ``actor.seed``.
         """
         actor = self._config.actor
         if self._config.algorithm.kl_beta != 0:
@@ -150,7 +150,7 @@ class ActorRank:
         return self._memory.onload(*parts)
 
     def memory(self) -> dict[str, float]:
-        """Metrics of the memory that this rank takes, in 10^9 bytes: on the host now, on its GPU at most since the last call."""
+        """Memory metrics of this rank in 10^9 bytes: host memory now, peak GPU memory since the last call."""
         found = {"perf/actor_host_memory_gb": host_memory_gb()}
         if compute_device().type == "cuda":
             found["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -162,7 +162,7 @@ class ActorRank:
     # Sync.
 
     def connect(self, engines: Sequence[RayEngine], stable_memory: bool) -> None:
-        """Connect to the engines, anew where connected; versions then start over. Collective.
+        """Connect to the engines; an existing connection is replaced, and versions start over. Collective.
 
         Args:
             stable_memory: whether the weights are never offloaded, so that engines may keep them mapped.
@@ -181,7 +181,7 @@ class ActorRank:
         self._syncer.connect()
 
     def sync(self, version: int) -> SyncReport:
-        """Give the engines the present weights as ``version``. Collective."""
+        """Sync the present weights to the engines as ``version``. Collective."""
         assert self._syncer is not None, "connect first"
         return self._syncer.sync(version)
 
@@ -216,7 +216,7 @@ class ActorRank:
         ]  # fmt: skip
 
     def _score_reference(self, batch: ReplicaBatch) -> list[Tensor]:
-        """The same under the reference's weights, swapped in for the moment."""
+        """``_score`` under the reference weights, which replace the current ones for the call."""
         assert self._reference is not None
         current = self._weights()
         try:
@@ -264,7 +264,7 @@ class ActorRank:
         return metrics
 
     def _microbatch(self, samples: Sequence[Sample], row: int) -> dict[str, Tensor]:
-        """Tensors of the samples that stand from ``row`` on in the order of ``score``."""
+        """Tensors of a microbatch; ``row`` is the position of its first sample in the order of ``score``."""
         assert self._old_logprobs is not None, "score first"
         batch, algorithm, rows = collate(samples), self._config.algorithm, slice(row, row + len(samples))
         batch["old_logprobs"] = _padded(self._old_logprobs[rows], batch["tokens"].size(1))
@@ -292,7 +292,7 @@ class ActorRank:
         )
 
     def close(self) -> None:
-        """Leave the connection and the process groups. Idempotent."""
+        """Close the connection and the process groups. Idempotent."""
         if self._syncer is not None:
             self._syncer.close()
             self._syncer = None
@@ -412,7 +412,7 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
 
 
 def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:
-    """Make ``converted`` hold ``hf_folder`` in this layout, unless it does already. A conversion cut short is made again."""
+    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done. An interrupted conversion is repeated."""
     origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
     if _origin_of(converted) == origin:
         return
@@ -446,7 +446,7 @@ def _fingerprint(hf_folder: Path) -> dict[str, list[int]]:
 
 
 def _layout(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """What the conversion's files depend on; data-parallel replicas share them."""
+    """Properties that the converted files depend on; data-parallel replicas share the files."""
     topology = asdict(current_topology(models))
     del topology["dp_size"]
     return {"topology": topology, "dtype": str(next(models[0].parameters()).dtype)}

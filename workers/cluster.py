@@ -21,7 +21,7 @@ from workers.ray_access import LOCAL, check_answers, cluster_address, is_protect
 from workers.remote import LOG_VARIABLE, Worker
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-# Enough for the actors of a run on one machine; they take turns on its real cores.
+# Enough for the actors of a run on one machine; they share its real cores.
 _LOCAL_CPUS = 64
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
@@ -29,7 +29,7 @@ _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a device number lies: Ray node, its address, and the GPU's index there (None for a process slot)."""
+    """Location of a device: Ray node, its address, GPU index on the node (None for a process slot)."""
 
     node_id: str
     address: str
@@ -38,7 +38,7 @@ class Device:
 
 @dataclass(slots=True)
 class Cluster:
-    """A connection to Ray. Use as a context manager: everything started here ends with it."""
+    """A connection to Ray. A context manager: leaving it ends every actor started here."""
 
     num_gpus: int = 0
     log_folder: Path | None = None
@@ -86,11 +86,11 @@ class Cluster:
 
     @property
     def logs(self) -> str:
-        """Where workers print, for messages."""
+        """Folder of the workers' logs, for messages."""
         return _RAY_LOGS if self.log_folder is None else str(self.log_folder)
 
     def device(self, number: int) -> Device:
-        """Where a device is. Numbers are checked when the placement is resolved."""
+        """Location of a device by number; the placement has checked the number."""
         left = number
         for node in self._nodes:
             here = int(node["Resources"].get("GPU", 0))

@@ -1,4 +1,4 @@
-"""The GRPO loop: sync, rollout, reward, log-probabilities, training, save. Owns the order; each part is elsewhere."""
+"""The GRPO loop: sync, rollout, reward, log-probabilities, training, save. Owns the order, not the phases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from workers.worker_group import WorkerGroup
 
 
 class GrpoRunner:
-    """One GRPO run. ``run`` starts everything, trains, and ends everything it started, however it leaves."""
+    """One GRPO run. ``run`` starts all processes, trains, and ends every process it started, whatever the outcome."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -45,7 +45,7 @@ class GrpoRunner:
         self._health = SyncHealth()
 
     def run(self) -> None:
-        """Train to the end, or until KeyboardInterrupt, after which all processes are gone too.
+        """Train until the last step or a KeyboardInterrupt; no process is left either way.
 
         Raises RlsyncError (ConfigError or CheckpointError before any process is started, where that can be).
         """
@@ -82,7 +82,7 @@ class GrpoRunner:
     # Set-up.
 
     def _start(self, group: WorkerGroup) -> None:
-        """Processes, weights, optimizer and connection: all that comes before the first step."""
+        """Start-up before the first step: processes, weights, warm start, optimizer."""
         config, prepared, self._group = self._config, self._prepared, group
         check_ranks(prepared.beginning, group.topology.world_size)
         self._screen.note(f"starting {group.description}")
@@ -127,7 +127,7 @@ class GrpoRunner:
         return int(self._prepared.hf_config["vocab_size"])
 
     def _open_log(self) -> MetricsLog:
-        """From here on the results are this run's: what a resumed run repeats is kept aside, metrics and checkpoints alike."""
+        """The log of this run. Metrics and checkpoints of steps that a resumed run repeats are kept aside."""
         config, start_step = self._config, self._prepared.beginning.step
         log = MetricsLog(config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step)
         for note in log.notes:
@@ -142,7 +142,7 @@ class GrpoRunner:
         return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
 
     def _validate_weights(self, check: WeightCheck) -> None:
-        """A first sync, between the two halves of the check."""
+        """Answers of the engines before and after a first sync must be equal."""
         self._screen.phase("validating weights")
         check.before()
         self._colocation.before_sync()
@@ -153,7 +153,7 @@ class GrpoRunner:
         self._colocation.after_rollout()
 
     def _warm_start(self, warm: WarmStartConfig) -> None:
-        """Supervised steps, where the configuration asks for them."""
+        """The supervised steps of ``warm_start``."""
         self._screen.phase("warm start")
         began = time.monotonic()
         tokenizer, end = self._prepared.tokenizer, self._prepared.stop_ids[:1]
@@ -184,7 +184,7 @@ class GrpoRunner:
                 self._screen.summary(log.history, log.folder, title=title)
 
     def _whole_step(self, step: int, batches: Iterator[list[Prompt]], log: MetricsLog) -> None:
-        """A step, its checkpoint where one is due, and its line in all logs."""
+        """One step with its checkpoint, if due, and its line in all logs."""
         seconds: dict[str, float] = {}
         with _timed(seconds, "time/step"):
             metrics, updates = self._step(step, batches, seconds)
@@ -198,7 +198,7 @@ class GrpoRunner:
     def _step(
         self, step: int, batches: Iterator[list[Prompt]], seconds: dict[str, float]
     ) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """One step; version ``step - 1`` is the number of steps that the weights of its rollouts have seen."""
+        """One step. Its rollouts come from weights of version ``step - 1``, the number of steps trained so far."""
         algorithm, screen = self._config.algorithm, self._screen
         with _timed(seconds, "time/prepare_data"):
             prompts = next(batches)
@@ -220,7 +220,7 @@ class GrpoRunner:
         return {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
-        """Sync and roll out; once more from the sync on after lost engines were replaced, where the configuration allows it."""
+        """Sync and rollout; repeated from the sync on after lost engines were replaced, up to ``rollout.max_engine_restarts``."""
         while True:
             try:
                 self._colocation.before_sync()
@@ -246,7 +246,7 @@ class GrpoRunner:
             self._connected = True
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
-        """Start new engines for those that are lost. Raises ``error`` where none is, or too many are."""
+        """Replace lost engines. Raises ``error`` if no engine is lost, or too many are."""
         left = self._config.rollout.max_engine_restarts - self._num_restarts
         lost = self._group.lost_engines(error) if left > 0 else {}
         if not lost or len(lost) > left:
@@ -258,7 +258,7 @@ class GrpoRunner:
         self._group.replace_engines(list(lost))
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
-        """``group_size`` samples of each prompt, next to each other; prompts are spread over the engines."""
+        """``group_size`` samples of each prompt, adjacent; engines share the prompts."""
         sampling = sampling_arguments(self._config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids)
         groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
@@ -271,7 +271,7 @@ class GrpoRunner:
         return samples
 
     def _seeds(self, count: int, step: int) -> list[int] | None:
-        """A seed for each prompt of a step; vLLM numbers the samples of a prompt on from it."""
+        """One seed per prompt of a step; vLLM seeds the prompt's samples with consecutive numbers from it."""
         if not self._config.algorithm.sampling_params.seeded:
             return None
         draw = random.Random(f"rollout-{self._config.actor.seed}-{step}")
@@ -336,7 +336,7 @@ _NUM_PROMPTS, _NUM_TOKENS = 4, 16
 
 
 class WeightCheck:
-    """Greedy answers of each engine to the first prompts, from before and from after a sync.
+    """Greedy answers of each engine to the first prompts, before and after a sync.
 
     Args:
         model_path: what the engines read, for messages.
@@ -349,12 +349,12 @@ class WeightCheck:
         self._before: list[list[tuple[Completion, ...]]] | None = None
 
     def before(self) -> None:
-        """Take the answers from before; the first call counts."""
+        """Record the answers before the sync; later calls have no effect."""
         if self._before is None:
             self._before = self._group.answers(self._prompts, self._sampling)
 
     def after(self) -> str:
-        """Take those from after; returns what to tell the user. Raises RlsyncError at the first difference."""
+        """Compare the answers after the sync; returns a note for the user. Raises RlsyncError at the first difference."""
         assert self._before is not None, "call before() before the sync"
         after = self._group.answers(self._prompts, self._sampling)
         for engine, (old, new) in enumerate(zip(self._before, after, strict=True)):

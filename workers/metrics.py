@@ -1,4 +1,4 @@
-"""Numbers of a step: what its samples say about generation and reward, tokens a second, and the memory that workers take.
+"""Numbers of a step: generation and reward of its samples, tokens per second, memory of the workers.
 
 Knows no process group and no file; asks NVML rather than torch for memory in use, so that it makes no CUDA context.
 """
@@ -51,7 +51,7 @@ def rollout_metrics(
 
 
 def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
-    """Of one step's samples, groups next to each other."""
+    """``rollout/*`` metrics of one step's samples; the samples of a group are adjacent."""
     rewards = [s.reward for s in samples]
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     advantages = [s.advantage for s in samples if s.response_ids]
@@ -73,7 +73,7 @@ def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, floa
 
 
 def speed_metrics(metrics: Mapping[str, float], seconds: Mapping[str, float], num_devices: int) -> dict[str, float]:
-    """Tokens a second, of the whole step (prompts included, per device) and of its rollout (responses, all engines together)."""
+    """Tokens per second: prompts and responses of the whole step per device, and responses of the rollout over all engines."""
     responses = metrics["rollout/response_length"] * metrics["rollout/total_num_sequence"]
     return {
         "perf/throughput": metrics["perf/total_num_tokens"] / seconds["time/step"] / num_devices,
@@ -82,7 +82,7 @@ def speed_metrics(metrics: Mapping[str, float], seconds: Mapping[str, float], nu
 
 
 def difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mapping[str, float]:
-    """Over all replicas; empty where engines or actor gave no log-probabilities."""
+    """Differences over all replicas; empty where engines or actor gave no log-probabilities."""
     seen = [d for d in differences if d is not None]
     count = sum(d.count for d in seen)
     if not count:
@@ -97,7 +97,7 @@ _GB = 1e9
 
 
 def host_memory_gb() -> float:
-    """Resident memory of this process and all its children, in 10^9 bytes; pages that they share count in each."""
+    """Resident memory of this process and all its children in 10^9 bytes; shared pages count once per process."""
     here = psutil.Process()
     total = 0
     for process in (here, *here.children(recursive=True)):
@@ -109,7 +109,7 @@ def host_memory_gb() -> float:
 
 
 def device_memory_gb(visible: str | None = None) -> float | None:
-    """Memory in use, by whomever, of the fullest GPU in ``visible`` (as CUDA_VISIBLE_DEVICES, which is the default), in 10^9 bytes.
+    """Used memory of the fullest visible GPU, by all processes, in 10^9 bytes; ``visible`` defaults to CUDA_VISIBLE_DEVICES.
 
     None without GPUs and where NVML cannot be asked.
     """
@@ -137,7 +137,7 @@ def device_memory_gb(visible: str | None = None) -> float | None:
 
 
 def largest(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest value of each name."""
+    """The maximum of each metric over the reports."""
     found: dict[str, float] = {}
     for report in reports:
         for name, value in report.items():

@@ -32,7 +32,7 @@ _LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
 class MetricsLogger(Protocol):
-    """One destination of numbers."""
+    """A destination of metrics."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -110,7 +110,7 @@ class MetricsLog:
         return written
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """Numbers that hold now and belong to no step, for whoever fetches them: what a failed sync leaves behind."""
+        """Export metrics that belong to no step, such as those of a failed sync, to Prometheus."""
         if self._exporter is not None:
             self._exporter.show(metrics)
 
@@ -131,7 +131,7 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep_aside(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Move lines that are not of this history to a file of their own, before ``_rewrite`` drops them."""
+        """Copy lines of repeated steps to ``metrics.<n>.jsonl`` before ``_rewrite`` drops them."""
         if not lines:
             return
         aside = next_free(self.folder / "metrics", ".jsonl")
@@ -145,7 +145,7 @@ class MetricsLog:
         path.write_text(text, encoding="utf-8")
 
     def _rewrite(self) -> None:
-        """Keep the history only."""
+        """Reduce ``metrics.jsonl`` to the history."""
         _write_whole(self.folder / METRICS_FILE, self._history)
 
 
@@ -177,7 +177,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 
 
 def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Through a second file, so that a kill leaves the old content or the new."""
+    """Write a file atomically: after a kill it has the old content or the new."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -187,7 +187,7 @@ def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The mean reward over steps as a picture; nothing when no step reported one."""
+    """Plot the mean reward over steps; no file if no step reported one."""
     points = [(line["step"], line[REWARD_NAME]) for line in history if line.get(REWARD_NAME) is not None]
     if not points:
         return
@@ -315,7 +315,7 @@ class PrometheusExporter:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        """Begin to listen. Raises ConfigError where the address cannot be had."""
+        """Listen. Raises ConfigError if the address cannot be bound."""
         try:
             import prometheus_client as client
         except ImportError as error:
@@ -332,11 +332,11 @@ class PrometheusExporter:
             ) from error
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Show these numbers from now on; ``step`` as ``rlsync_logged_step``."""
+        """Export these metrics, and ``step`` as ``rlsync_logged_step``."""
         self.show({**metrics, "logged_step": step})
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """Show these numbers from now on, which belong to no step."""
+        """Export these metrics without a step."""
         for name, value in metrics.items():
             self._gauge(name).set(value)
 

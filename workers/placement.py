@@ -22,7 +22,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 class PlacementMode(Enum):
-    """COLLOCATED: actor and engines take turns on the same devices. DISAGGREGATED: each has its own."""
+    """COLLOCATED: actor and engines share the same devices, one side at a time. DISAGGREGATED: each has its own."""
 
     COLLOCATED = "collocated"
     DISAGGREGATED = "disaggregated"

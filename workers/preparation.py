@@ -1,4 +1,4 @@
-"""What a run needs before any process starts: the model's config, tokenizer, problems, and the checkpoint to continue from.
+"""Inputs of a run, read before any process starts: the model's config, tokenizer, problems, data position.
 
 Whatever can be refused without a process is refused here. Knows no Ray.
 """
@@ -71,7 +71,7 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
 
 
 def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
-    """The model that the run starts from, where it is the one to be made."""
+    """Make the seeded model if the run starts from it."""
     seeded, path = config.seeded_model, Path(config.rollout.model.model_path)
     if seeded is None or Path(seeded.path).absolute() != path.absolute():
         return ()

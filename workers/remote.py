@@ -1,7 +1,6 @@
-"""Calls to worker processes: made together, awaited together, and failing with one error that names who, in what, and why; and where
-worker processes print.
+"""Calls to worker processes, awaited together and failing with one error that names worker, call and cause; logs of worker processes.
 
-Knows Ray's errors; what the workers do is theirs.
+Knows Ray's errors, not the methods of the workers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SETTLE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A Ray actor with the name that errors call it by and the place it prints to."""
+    """A Ray actor with its name for errors and the path of its log."""
 
     name: str
     actor: Any
@@ -40,7 +39,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call under way."""
+    """A pending call."""
 
     worker: Worker
     method: str
@@ -52,7 +51,7 @@ class WorkerDiedError(RlsyncError):
 
 
 def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda call: None) -> list[Any]:
-    """The results of all calls, in order; ``on_result`` hears of each as it comes.
+    """The results of all calls, in order; ``on_result`` is called for each result as it arrives.
 
     Raises one error as soon as a call failed and the others had a moment to say more: a process that died comes before an
     error of ours, and that before any other, because ranks fail in many ways when one of them is lost.
@@ -79,7 +78,7 @@ def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda ca
 
 
 def collect_answered(calls: Sequence[Call], timeout_s: float) -> list[Any]:
-    """The results of the calls that succeed within ``timeout_s``, for what a run can do without. Raises nothing."""
+    """The results of the calls that succeed within ``timeout_s``; others are left out. For optional information; raises nothing."""
     done, _ = ray.wait([call.reference for call in calls], num_returns=len(calls), timeout=timeout_s)
     results = []
     for reference in done:
@@ -123,7 +122,7 @@ _POINTS_ELSEWHERE = ("root cause above", "See stack trace", "Engine core initial
 
 
 def keep_own_log() -> None:
-    """Send what this process and its children print to the file its launcher named; called first in every worker."""
+    """Redirect output of this process and its children to the log that its launcher named; called first in every worker."""
     path = os.environ.get(LOG_VARIABLE)
     if path is None:
         return

@@ -1,6 +1,6 @@
-"""A run's results folder: one run at a time, nothing of an earlier run overwritten.
+"""The results folder of a run: used by one run at a time, never overwriting an earlier run.
 
-Owns the lock, which start continues in place and which sets the earlier run aside as a whole, and the names of what is kept aside.
+Owns the lock, the rule when a start continues in place and when it renames an earlier run, and the names of renamed files.
 Knows no metric and no Ray.
 """
 
@@ -32,7 +32,7 @@ class ResultsFolder:
     """
 
     def __init__(self, config: RunConfig, resume: Path | None) -> None:
-        """Claim the folder. A run that does not continue in place finds it unused: what an earlier run left becomes ``<path>.<n>``.
+        """Claim the folder. Unless the run continues in place, the folder of an earlier run is renamed to ``<path>.<n>``.
 
         Args:
             resume: ``global_step_N`` folder that the run continues from, or None.
@@ -61,7 +61,7 @@ class ResultsFolder:
         self.close()
 
     def close(self) -> None:
-        """Let another run have the folder. Idempotent."""
+        """Release the folder. Idempotent."""
         self._lock.close()
 
     def _set_aside(self, aside: Path) -> None:
@@ -80,7 +80,7 @@ def continues_in_place(config: RunConfig, resume: Path | None) -> bool:
 
 
 def becomes_of_earlier_run(config: RunConfig, resume: Path | None) -> Path | None:
-    """Where a start would move what the results folder holds; None where it holds no run, or the one that continues. Changes nothing.
+    """The new path of an earlier run that a start would rename; None without an earlier run, or if it continues. Changes nothing.
 
     Raises ConfigError where that cannot be.
     """
@@ -154,7 +154,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 
 
 def _is_used(folder: Path, log_path: Path) -> bool:
-    """Whether a run left results: metrics or checkpoints, complete or not. Logs of a start that failed are none."""
+    """Whether a run left metrics or checkpoints, complete or not. Logs of a failed start do not count."""
     checkpoints = folder / "checkpoints"
     return any(_holds_lines(place / METRICS_FILE) for place in (folder, log_path)) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
@@ -164,7 +164,7 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _inputs(config: RunConfig, resume: Path | None) -> Sequence[Path]:
-    """Files and folders that the run reads and does not make itself."""
+    """Input files and folders that the run does not make itself."""
     made = [Path(section.path).absolute() for section in (config.arithmetic, config.seeded_model) if section is not None]
     actor, data = config.actor, config.data
     named = [

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its configuration: one table, key by key.
+"""State that a resumed run takes from its checkpoint, and settings from its configuration: one table, key by key.
 
 Owns the choice of the checkpoint, the record of the settings that it was made under, and their comparison with this run's. Knows
 no tensor, imports no torch: what ranks restore is ``rlsync.bridge.checkpoint``'s.
@@ -22,7 +22,7 @@ SETTINGS = "run.json"
 
 
 class Rule(Enum):
-    """What becomes of a key that a resumed run sets otherwise than the run that saved the checkpoint."""
+    """Effect of a key whose value differs from the checkpoint's."""
 
     HOLDS = "the new value holds from the resumed step on, and the screen says so"
     SILENT = "the new value holds; no result depends on it"
@@ -31,7 +31,7 @@ class Rule(Enum):
     DATA = "refused where the data position is restored: it counts batches of that kind"
 
 
-# The longest prefix of a key decides. Some of the saved state says itself what it is and is compared where it is read: parameters by name,
+# The longest prefix of a key decides. Some saved state describes itself and is compared where it is read: parameters by name,
 # shape and dtype; the problems by their content; gradient buffers by their sizes; the number of data-parallel ranks.
 RULES: Mapping[str, Rule] = {
     "cluster": Rule.SILENT,
@@ -119,7 +119,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def find_beginning(config: RunConfig) -> Beginning:
-    """What ``runner.resume_dir`` and the keys of the initial weights mean for the files that are there; changes nothing.
+    """The beginning that ``runner.resume_dir`` and the keys of the initial weights select among the existing files; changes nothing.
 
     Raises ConfigError or CheckpointError, also for settings that the checkpoint's state does not allow to change.
     """
@@ -207,7 +207,7 @@ def check_ranks(beginning: Beginning, num_ranks: int) -> None:
 
 
 def write_settings(folder: Path, config: RunConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
-    """Record in a checkpoint what it was made under."""
+    """Record the settings of the run in a checkpoint."""
     settings = {"config": config_as_dict(config), "hf_config": dict(hf_config), "actor_ranks": num_ranks}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
@@ -266,5 +266,5 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _plain(values: Mapping[str, Any]) -> Any:
-    """As JSON gives it back: tuples as lists."""
+    """The values after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(values))

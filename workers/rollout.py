@@ -1,4 +1,4 @@
-"""The engines of a run: the Ray actor that keeps a log, and what a configuration asks of vLLM and of sampling."""
+"""The engines of a run: their Ray actor, and arguments of vLLM and of sampling from the configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RolloutEngine(EngineActor):
         super().__init__(engine_id, engine_args)
 
     def memory(self) -> dict[str, float]:
-        """Metrics of the memory that the engine's processes and devices take, in 10^9 bytes."""
+        """Memory metrics of the engine's processes and devices in 10^9 bytes."""
         device = device_memory_gb()
         return {"perf/engine_host_memory_gb": host_memory_gb(), **({} if device is None else {"perf/device_memory_gb": device})}
 

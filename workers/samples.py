@@ -66,7 +66,7 @@ class ReplicaBatch:
         return tuple(sample for update in self.updates for micro in update for sample in micro)
 
     def cuts(self, size: int | None) -> tuple[tuple[Sample, ...], ...]:
-        """``samples`` in pieces of ``size``, or cut as the microbatches are."""
+        """``samples`` in pieces of ``size``; with None, the microbatches."""
         if size is None:
             return tuple(micro for update in self.updates for micro in update)
         samples = self.samples
@@ -140,7 +140,7 @@ def _in_order(count: int, dp_size: int) -> list[list[int]]:
 
 
 def _cut(lengths: list[list[int]], micro_batch_size: int, max_tokens: int | None) -> list[list[list[int]]]:
-    """Microbatches of each replica, equally many on all: the ranks of a step run in step."""
+    """Microbatches of each replica, the same number on all replicas, whose passes are collective."""
     if max_tokens is None:
         return [
             [list(range(i, min(i + micro_batch_size, len(mine)))) for i in range(0, len(mine), micro_batch_size)]

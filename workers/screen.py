@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar where there is a terminal, one line per step, a closing summary.
+"""Output of a run: a progress bar on terminals, one line per step, a closing summary.
 
 Knows metric names only; the numbers are on disk already (``metrics``).
 """
@@ -62,20 +62,20 @@ class Screen:
         self._progress.stop()
 
     def phase(self, name: str) -> None:
-        """Say beside the bar what is going on."""
+        """Name the current phase beside the bar."""
         self._progress.update(self._task, description=name)
 
     def note(self, text: str) -> None:
-        """Text above the bar, broken at spaces to fit the terminal, or into ``WIDTH`` columns where there is none."""
+        """Print text above the bar, wrapped at the terminal's width, or at ``WIDTH`` columns without a terminal."""
         width = self._console.width if self._console.is_terminal else WIDTH
         self._console.print(wrapped(text, width), markup=False, highlight=False, soft_wrap=True)
 
     def component(self, name: str, seconds: float, detail: str = "") -> None:
-        """A part of the run that is up, and what it took."""
+        """Print the seconds that a component took to start."""
         self.note(f"  {name:<{_NAME_WIDTH}}{seconds:6.1f} s  {detail}".rstrip())
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The line of a finished step, under headings every so often."""
+        """Print the line of a finished step; headings precede every ``_HEADING_EVERY``-th."""
         first = 2 * len(str(self._total)) + 1
         if self._num_lines % _HEADING_EVERY == 0:
             self._line(f"{'step':>{first}}", *(f"{heading:>{width}}" for heading, _, _, width in _COLUMNS))
@@ -88,7 +88,7 @@ class Screen:
         self._console.print("".join(cells), markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, history: Sequence[Mapping[str, Any]], folder: Path, *, title: str = "finished") -> None:
-        """What the run came to; ``history`` as in ``MetricsLog.history``."""
+        """Print the closing summary; ``history`` as in ``MetricsLog.history``."""
         self.note(title)
         rows = summary_rows(history, folder)
         for name, value in rows:

@@ -42,7 +42,7 @@ class ArithmeticRecipe:
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticWorld:
-    """Where the parts lie."""
+    """Paths of the parts."""
 
     model_path: Path
     train_path: Path
@@ -202,7 +202,7 @@ def make_once(folder: Path, recipe: Mapping[str, Any], make: Callable[[Path], No
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is here under the same name; ``path`` is an empty file, which stays."""
+    """Hold an exclusive lock on the file ``path``, which is made if missing and never removed."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -65,7 +65,7 @@ class WorkerGroup:
 
     @property
     def num_devices(self) -> int:
-        """Devices, or process slots, that ranks and engines are on."""
+        """Number of devices (GPUs or process slots) of ranks and engines."""
         return len({*self._placement.actor, *self._placement.rollout})
 
     @property
@@ -80,7 +80,7 @@ class WorkerGroup:
         engines_first: Callable[[], None] | None = None,
         on_ready: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
-        """Start engines and actor ranks; ranks hold initial weights where asked. ``on_ready`` hears who is up, and after how long.
+        """Start engines and actor ranks; ``on_ready`` is called with the name of each worker that is up and its seconds since the start.
 
         Side by side, or engines first where something is to happen between: an engine sees how much memory its GPU has left only
         while nobody else takes any, which ranks do from ``setup`` on. Their processes come up meanwhile.
@@ -136,7 +136,7 @@ class WorkerGroup:
         return "127.0.0.1" if len({place.node_id for place in places}) == 1 else places[0].address
 
     def connect(self) -> None:
-        """Connect the actor to all engines, anew where connected."""
+        """Connect the actor to all engines; an existing connection is replaced."""
         self.on_ranks("connect", self._handles, "weights" not in self.colocation_plan.parts)
 
     def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
@@ -144,13 +144,13 @@ class WorkerGroup:
         return collect([rank.call(method, *arguments) for rank in self._ranks])
 
     def memory(self) -> dict[str, float]:
-        """Metrics of memory, each of the rank, engine or device that takes most; workers that are lost are left out."""
+        """Memory metrics, each the maximum over ranks, engines or devices; lost workers are left out."""
         return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], _STATE_S))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
     ) -> list[tuple[Completion, ...]]:
-        """Continue every prompt (token ids) on one of the engines; ``seeds`` of each prompt, or None."""
+        """Completions of all prompts (token ids), each by one engine; ``seeds`` has one seed per prompt."""
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
         timeout_s = self._config.rollout.timeout_s
@@ -168,19 +168,19 @@ class WorkerGroup:
     # Memory, where actor and engines share GPUs.
 
     def sleep_engines(self, level: int) -> None:
-        """Every engine gives its device memory back."""
+        """Put every engine to sleep: its device memory is freed."""
         self._on_engines("sleep", level)
 
     def wake_engines(self, tag: str) -> None:
-        """Every engine that sleeps takes its ``weights``, or its ``kv_cache``, again."""
+        """Allocate ``weights`` or ``kv_cache`` of every sleeping engine again."""
         self._on_engines("wake", (tag,))
 
     def offload_actor(self, parts: tuple[ActorPart, ...]) -> None:
-        """Every rank moves these parts to the host."""
+        """Move these parts of every rank to the host."""
         self.on_ranks("offload", parts)
 
     def onload_actor(self, parts: tuple[ActorPart, ...]) -> None:
-        """Every rank moves these parts to its device."""
+        """Move these parts of every rank to its device."""
         self.on_ranks("onload", parts)
 
     def _on_engines(self, method: str, argument: Any) -> None:
@@ -190,7 +190,7 @@ class WorkerGroup:
     # Lost engines.
 
     def lost_engines(self, error: RlsyncError) -> dict[int, str]:
-        """Engines that cannot go on, with the reason: those whose processes are gone or stopped, and the one that ``error`` blames."""
+        """Lost engines with the reason: dead or stopped processes, and the engine that ``error`` names."""
         lost = {}
         for i, engine in enumerate(self._engines):
             try:
@@ -204,7 +204,7 @@ class WorkerGroup:
         return lost
 
     def replace_engines(self, numbers: Sequence[int]) -> None:
-        """End these engines, by force where needed, and start new ones in their places; they serve after ``connect`` and a sync."""
+        """Replace these engines, killing them if they do not end. New engines serve after ``connect`` and a sync."""
         old = [self._engines[i] for i in numbers]
         ray.wait([engine.actor.close.remote() for engine in old], num_returns=len(old), timeout=_ENGINE_CLOSE_S)
         for engine in old:
