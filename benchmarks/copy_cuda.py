@@ -98,7 +98,7 @@ class Bound:
         self.sources = [parameters(p, actor) for p in case.sources]
         (worker,) = case.destinations
         self.destination = {b.name: torch.zeros(b.shape, dtype=getattr(torch, b.dtype), device=WORKER) for b in worker.buffers}
-        self.fills = worker.fills
+        self.padding = worker.padding
 
     def program(self, kind: str) -> tuple[CudaCopyProgram, float]:
         """The program, and the seconds that its tables took: everything from a list of copies to memory of the device."""
@@ -112,8 +112,8 @@ class Bound:
             )
             for c in self.copies
         ]
-        fills = [(takers[f.buffer].region(f.offset, f.shape, f.strides), f.value) for f in self.fills]
-        program = CudaCopyProgram(pairs, () if kind == "sum only" else fills, device=WORKER, summed=kind != "copy")
+        constants = [(takers[f.buffer].region(f.offset, f.shape, f.strides), f.value) for f in self.padding]
+        program = CudaCopyProgram(pairs, () if kind == "sum only" else constants, device=WORKER, summed=kind != "copy")
         return program, time.perf_counter() - begin_s
 
     def views(self, copy: Copy) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsync.cli.paper import paper_worker
 from rlsync.cli.shapes import SHAPES
-from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.layout.geometry import Box, BufferSpec, Location, Padding, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.models.placement import megatron_placements
@@ -33,7 +33,7 @@ class Shelf:
     location: Location | None = None
     buffers: list[BufferSpec] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
-    fills: list[Fill] = field(default_factory=list)
+    padding: list[Padding] = field(default_factory=list)
 
     def put(self, buffer: str, parts: Sequence[tuple[str, Box]], *, padded_rows: int = 0) -> None:
         """A buffer of boxes one below the other, and ``padded_rows`` rows of zeros."""
@@ -45,7 +45,7 @@ class Shelf:
             rows += box.shape[0]
         if padded_rows:
             shape = (padded_rows, *tail)
-            self.fills.append(Fill(buffer, rows * row, shape, contiguous_strides(shape)))
+            self.padding.append(Padding(buffer, rows * row, shape, contiguous_strides(shape)))
         self.buffers.append(BufferSpec(buffer, self.dtype, (rows + padded_rows, *tail)))
 
     def stack(self, buffer: str, layers: Sequence[Sequence[tuple[str, Box]]]) -> None:
@@ -59,7 +59,7 @@ class Shelf:
         self.buffers.append(BufferSpec(buffer, self.dtype, (len(layers), rows, columns)))
 
     def placement(self) -> Placement:
-        return Placement(self.holder, tuple(self.buffers), tuple(self.pieces), tuple(self.fills), self.location)
+        return Placement(self.holder, tuple(self.buffers), tuple(self.pieces), tuple(self.padding), self.location)
 
 
 def chunk(shape: Sequence[int], dim: int, rank: int, size: int) -> Box:

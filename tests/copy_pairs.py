@@ -34,7 +34,7 @@ class Pairs:
     """Disjoint destinations in one memory, sources in another, and constants for further destinations; bytes each memory needs."""
 
     copies: tuple[tuple[Drawn, Drawn], ...]
-    fills: tuple[tuple[Drawn, float], ...]
+    constants: tuple[tuple[Drawn, float], ...]
     taken_bytes: int
     given_bytes: int
 
@@ -67,14 +67,16 @@ class _Shelf:
 def draw_pairs(rng: random.Random, count: int, *, most_elements: int = 6000) -> Pairs:
     """``count`` copies and a few constants: any shapes (0-dim and empty too), strides, dtypes, casts and alignments."""
     giver, taker = _Shelf(rng), _Shelf(rng)
-    copies, fills = [], []
+    copies, constants = [], []
     for _ in range(count):
         dtypes = rng.choice(CASTS) if rng.random() < 0.3 else (rng.choice(list(DTYPE_BYTES)),) * 2
         shape = _shape(rng, most_elements)
         copies.append((taker.put(dtypes[1], shape, may_repeat=False), giver.put(dtypes[0], shape, may_repeat=True)))
         if rng.random() < 0.15:
-            fills.append((taker.put(rng.choice(list(DTYPE_BYTES)), _shape(rng, most_elements), may_repeat=False), rng.choice((0.0, 1.0))))
-    return Pairs(tuple(copies), tuple(fills), taker.nbytes + 64, giver.nbytes + 64)
+            constants.append(
+                (taker.put(rng.choice(list(DTYPE_BYTES)), _shape(rng, most_elements), may_repeat=False), rng.choice((0.0, 1.0)))
+            )
+    return Pairs(tuple(copies), tuple(constants), taker.nbytes + 64, giver.nbytes + 64)
 
 
 def give(pairs: Pairs, seed: int) -> torch.Tensor:

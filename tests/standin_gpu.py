@@ -130,9 +130,9 @@ class Program:
     table_bytes = 0
 
     def __init__(
-        self, driver: Driver, pairs: Iterable[tuple[Any, Any]], fills: Sequence[Any] = (), *, device: torch.device, summed: bool = False
+        self, driver: Driver, pairs: Iterable[tuple[Any, Any]], constants: Sequence[Any] = (), *, device: torch.device, summed: bool = False
     ) -> None:
-        assert not fills
+        assert not constants
         pairs = [(None if d is None else strided(d), strided(s)) for d, s in pairs]
         self._driver, self._tables = driver, build_tables(pairs, in_order=summed)
         self._reads = [(s, _nbytes(s)) for _, s in pairs]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlsync.copy.cpu import bind, region, write_fills
+from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index
 from rlsync.copy.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
@@ -177,7 +177,7 @@ class AutoBridge:
         with agreed(device=compute_device()), torch.no_grad():
             for bucket in plan.buckets:
                 bind(bucket.copies, files, shards.buffers).run()
-            write_fills(mine.fills, shards.buffers)
+            write_padding(mine.padding, shards.buffers)
 
     def export_weights(
         self, models: Sequence[torch.nn.Module], *, bucket_bytes: int = EXPORT_BUCKET_BYTES

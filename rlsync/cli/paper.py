@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import BufferSpec, Fill, Location, Piece, Placement
+from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement
 from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
 from rlsync.models.stacks import Model
 
@@ -89,7 +89,7 @@ def paper_worker(
     dims = {**model.dims, "padded_vocab": -(-model.dims["vocab"] // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE}
     buffers: list[BufferSpec] = []
     pieces: list[Piece] = []
-    fills: list[Fill] = []
+    padding: list[Padding] = []
     findings: dict[str, str] = {}
     for held in _rows(model, shapes):
         try:
@@ -99,10 +99,10 @@ def paper_worker(
             continue
         buffers.append(BufferSpec(held.name, dtype or model.dtype, local.shape))
         pieces += (Piece(held.hf[p.source], p.box, held.name, p.offset, p.strides) for p in local.parts)
-        fills += (Fill(held.name, p.offset, p.shape, p.strides) for p in local.padding)
+        padding += (Padding(held.name, p.offset, p.shape, p.strides) for p in local.padding)
     if findings:
         raise PlacementError(f"an engine of {size} ranks cannot hold this model: {'; '.join(f'{n}: {f}' for f, n in findings.items())}")
-    return Placement(holder, tuple(buffers), tuple(pieces), tuple(fills), location)
+    return Placement(holder, tuple(buffers), tuple(pieces), tuple(padding), location)
 
 
 def _rows(model: Model, shapes: Mapping[str, Shape]) -> list[Held]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from rlsync.layout.geometry import Fill, collapse, contiguous_strides
+from rlsync.layout.geometry import Padding, collapse, contiguous_strides
 from rlsync.plan.packing import side_by_side
 from rlsync.plan.planner import Copy
 
@@ -49,11 +49,11 @@ def bind(copies: Iterable[Copy], sources: Buffers, destinations: Buffers) -> Cop
     )
 
 
-def write_fills(fills: Iterable[Fill], destinations: Buffers) -> None:
+def write_padding(padding: Iterable[Padding], destinations: Buffers) -> None:
     """Write the constants that no HF element supplies."""
-    for fill in fills:
-        shape, (strides,) = collapse(fill.shape, fill.strides)
-        region(destinations[fill.buffer], fill.offset, shape, strides).fill_(fill.value)
+    for box in padding:
+        shape, (strides,) = collapse(box.shape, box.strides)
+        region(destinations[box.buffer], box.offset, shape, strides).fill_(box.value)
 
 
 def packed_bytes(copies: Iterable[Copy], item_bytes: Mapping[str, int]) -> int:

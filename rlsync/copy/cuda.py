@@ -52,7 +52,7 @@ class CudaCopyProgram:
     def __init__(
         self,
         pairs: Iterable[tuple[View | None, View]],
-        fills: Iterable[tuple[View, float]] = (),
+        constants: Iterable[tuple[View, float]] = (),
         *,
         device: torch.device,
         summed: bool = False,
@@ -63,22 +63,22 @@ class CudaCopyProgram:
             pairs: (destination, source) of equal shape, of one dtype or with a cast between float32, bfloat16 and float16.
                 Destinations lie on ``device``; sources there or on a GPU whose memory it can reach. Where the destination is
                 None the source is only summed up. They must not overlap.
-            fills: destinations and the constants to write there; no pair writes the same elements.
+            constants: destinations and the constants to write there; no pair writes the same elements.
             device: a CUDA device. A mapping of another process's memory must have been opened in its context, wherever the
                 memory itself lies.
             summed: runs compute a checksum for each pair.
 
         Raises ConfigError where CUDA or cupy is missing or peer memory is out of reach, PlacementError for pairs that differ.
         """
-        pairs, fills = tuple(pairs), tuple(fills)
+        pairs, constants = tuple(pairs), tuple(constants)
         self._device = _usable(device)
         self._kernel = _compiled(summed, self._device.index)
-        self._kept = tuple(view for pair in (*pairs, *fills) for view in pair if isinstance(view, torch.Tensor))
-        _refuse_elsewhere(self._device, [d for d, _ in (*pairs, *fills)])
+        self._kept = tuple(view for pair in (*pairs, *constants) for view in pair if isinstance(view, torch.Tensor))
+        _refuse_elsewhere(self._device, [d for d, _ in (*pairs, *constants)])
         for peer in {s.device for _, s in pairs if isinstance(s, torch.Tensor) and s.is_cuda}:
             open_peer(self._device, peer)
-        taken = [strided(destination) for destination, _ in fills]
-        self._constants = _constants([(view.dtype, value) for view, (_, value) in zip(taken, fills, strict=True)], self._device)
+        taken = [strided(destination) for destination, _ in constants]
+        self._constants = _constants([(view.dtype, value) for view, (_, value) in zip(taken, constants, strict=True)], self._device)
         self._tables = build_tables(
             [(None if d is None else strided(d), strided(s)) for d, s in pairs],
             [(view, self._constants[i].data_ptr()) for i, view in enumerate(taken)],

@@ -109,12 +109,12 @@ class Move:
     new_address: int
 
 
-def build_tables(pairs: Sequence[Pair], fills: Sequence[tuple[Strided, int]] = (), *, in_order: bool = False) -> Tables:
+def build_tables(pairs: Sequence[Pair], constants: Sequence[tuple[Strided, int]] = (), *, in_order: bool = False) -> Tables:
     """Tables for copies between equal shapes, and then for constants.
 
     Args:
         pairs: their dtypes are equal, or one of CASTS. The row of a pair has its index.
-        fills: destinations, and addresses of PATTERN_BYTES of the constant repeated; at multiples of PATTERN_BYTES.
+        constants: destinations, and addresses of PATTERN_BYTES of the constant repeated; at multiples of PATTERN_BYTES.
         in_order: the units of a pair keep the order of its elements, as checksums need. Else they follow the destination's
             memory, which merges dims that are permuted alike on both sides.
 
@@ -124,9 +124,9 @@ def build_tables(pairs: Sequence[Pair], fills: Sequence[tuple[Strided, int]] = (
     if findings:
         more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
         raise PlacementError(f"{len(findings)} of {len(pairs)} copies cannot be made: {'; '.join(findings[:5])}{more}")
-    if not pairs and not fills:
+    if not pairs and not constants:
         return Tables(np.empty(0, PAIR), np.empty(0, DIM), np.empty(0, TASK), 0, np.empty(0, np.uint64), 0)
-    columns = _columns(pairs, fills)
+    columns = _columns(pairs, constants)
     table, dims, num_units = _rows(_collapsed(columns if in_order else _in_order_of_memory(columns)))
     nbytes = num_units * np.array([form.store_bytes for form in FORMS])[table["form"]]
     written_bytes = int(nbytes[table["destination"] != 0].sum())
@@ -204,10 +204,10 @@ class _Columns:
     is_fill: npt.NDArray[np.bool_]
 
 
-def _columns(pairs: Sequence[Pair], fills: Sequence[tuple[Strided, int]]) -> _Columns:
+def _columns(pairs: Sequence[Pair], constants: Sequence[tuple[Strided, int]]) -> _Columns:
     """What is only summed up gets the source for a destination, at address 0: the same dims merge, the same units fit."""
-    givers = [s for _, s in pairs] + [replace(d, address=address, strides=(0,) * len(d.shape)) for d, address in fills]
-    takers = [replace(s, address=0) if d is None else d for d, s in pairs] + [d for d, _ in fills]
+    givers = [s for _, s in pairs] + [replace(d, address=address, strides=(0,) * len(d.shape)) for d, address in constants]
+    takers = [replace(s, address=0) if d is None else d for d, s in pairs] + [d for d, _ in constants]
     by_rank = defaultdict(list)
     for index, giver in enumerate(givers):
         by_rank[len(giver.shape)].append(index)

@@ -344,7 +344,8 @@ def record_layout(
     if compare:
         problems += tuple(f"it cannot be compared: {f}" for f in computed)
         return RecordedLayout(
-            m.Recorded(placement, "compare", recording.unused_names, problems), lambda buckets: CompareSink(model, buckets, placement.fills)
+            m.Recorded(placement, "compare", recording.unused_names, problems),
+            lambda buckets: CompareSink(model, buckets, placement.padding),
         )
     choice = choose(model, [b.name for b in placement.buffers], recording.aliases, requested)
     used = sorted(set(choice.sinks.values()))
@@ -356,7 +357,7 @@ def record_layout(
         return _by_loaders(model, model_config, holder, tensors, recording, undescribed, problems, remark)
     return RecordedLayout(
         m.Recorded(placement, "+".join(used), recording.unused_names),
-        lambda buckets: PlacedSink(model, model_config, buckets, placement.fills, choice.sinks),
+        lambda buckets: PlacedSink(model, model_config, buckets, placement.padding, choice.sinks),
     )
 
 

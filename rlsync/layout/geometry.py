@@ -110,7 +110,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class Padding:
     """A box of a holder's buffer that no HF element fills: ``value`` is written there (vocabulary padding)."""
 
     buffer: str
@@ -124,7 +124,7 @@ class Fill:
 class BufferSpec:
     """One addressable memory of a holder: ``size`` elements of ``dtype``, and the shape its owner gives it.
 
-    ``has_gaps``: its holder uses the elements in its pieces and fills only, and the others may be anything.
+    ``has_gaps``: its holder uses the elements of its pieces and padding only, and the others may be anything.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Placement:
     holder: str
     buffers: tuple[BufferSpec, ...]
     pieces: tuple[Piece, ...]
-    fills: tuple[Fill, ...] = ()
+    padding: tuple[Padding, ...] = ()
     location: Location | None = None
 
 

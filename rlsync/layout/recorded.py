@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rlsync.layout.geometry import FLOATS, Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides, cover
+from rlsync.layout.geometry import FLOATS, Box, BufferSpec, Location, Padding, Piece, Placement, TensorSpec, contiguous_strides, cover
 from rlsync.layout.regions import Side, StridedRegion, split
 
 # A tensor of which more boxes are read is given whole: each costs a copy.
@@ -53,7 +53,7 @@ def placement_of(
 ) -> tuple[Placement, tuple[Undescribed, ...]]:
     """The placement that ``writes`` leave behind in row-major ``buffers``, where the last write to an element counts.
 
-    Its pieces and fills cover each of its buffers exactly once. The second result says of each buffer that has
+    Its pieces and padding cover each of its buffers exactly once. The second result says of each buffer that has
     no such description why: a value that a loader computed, a region that is no combination of boxes, an element that nothing
     writes, a cast other than between floating-point dtypes. The placement leaves these buffers out altogether, and those
     without elements too. ``writes`` name tensors and buffers that are given.
@@ -64,7 +64,7 @@ def placement_of(
         by_buffer[write.buffer].append(write)
     kept: list[BufferSpec] = []
     pieces: list[Piece] = []
-    fills: list[Fill] = []
+    padding: list[Padding] = []
     findings: list[Undescribed] = []
     for buffer in buffers:
         found = _describe(buffer, by_buffer[buffer.name], specs)
@@ -73,8 +73,8 @@ def placement_of(
         elif buffer.size:
             kept.append(buffer)
             pieces += found[0]
-            fills += found[1]
-    return Placement(holder, tuple(kept), tuple(pieces), tuple(fills), location), tuple(findings)
+            padding += found[1]
+    return Placement(holder, tuple(kept), tuple(pieces), tuple(padding), location), tuple(findings)
 
 
 def tensors_as_read(holder: str, tensors: Sequence[TensorSpec], writes: Sequence[Write], computed: Collection[str]) -> Placement:
@@ -115,8 +115,8 @@ def _boxes_read(tensor: TensorSpec, writes: Sequence[Write]) -> list[Box] | None
     return sorted((box for box, _ in taken), key=lambda box: box.start) if len(taken) <= MOST_BOXES_READ else None
 
 
-def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Fill]] | Undescribed:
-    """Pieces and fills of one buffer, or what is wrong with it."""
+def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Padding]] | Undescribed:
+    """Pieces and padding of one buffer, or what is wrong with it."""
     parts: list[tuple[Box, StridedRegion, Write]] = []
     for write in writes:
         found = _parts(buffer, write, specs)
@@ -131,19 +131,19 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
         text = f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
         return Undescribed(buffer.name, text, unwritten)
     pieces: list[Piece] = []
-    fills: list[Fill] = []
+    padding: list[Padding] = []
     for box, i in sorted(taken, key=lambda row: row[0].start):
         _, part, write = parts[i]
         if write.source is not None:
             pieces.append(_piece(buffer, box, part, write.source))
         elif write.value is not None:
-            fills.append(_fill(buffer, box, write.value))
+            padding.append(_padding(buffer, box, write.value))
         else:
             return Undescribed(
                 buffer.name,
                 f"{buffer.name} {buffer.shape}: its loader computes {box.size} elements at {box}, which are no copy of a tensor",
             )
-    return pieces, fills
+    return pieces, padding
 
 
 def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> list[StridedRegion] | str:
@@ -176,9 +176,9 @@ def _piece(buffer: BufferSpec, box: Box, part: StridedRegion, tensor: str) -> Pi
     return Piece(tensor, found, buffer.name, _offset(box, steps), _dense(found.shape, strides))
 
 
-def _fill(buffer: BufferSpec, box: Box, value: float) -> Fill:
+def _padding(buffer: BufferSpec, box: Box, value: float) -> Padding:
     steps = contiguous_strides(buffer.shape)
-    return Fill(buffer.name, _offset(box, steps), box.shape, steps, value)
+    return Padding(buffer.name, _offset(box, steps), box.shape, steps, value)
 
 
 def _offset(box: Box, steps: Sequence[int]) -> int:

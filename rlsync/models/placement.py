@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.layout.geometry import BufferSpec, Fill, Piece, Placement
+from rlsync.layout.geometry import BufferSpec, Padding, Piece, Placement
 from rlsync.layout.topology import Topology
 from rlsync.models.layouts import LocalLayout
 from rlsync.models.stacks import Bound, Flavour, Index, Model, Rule, Stack
@@ -62,7 +62,7 @@ def megatron_placement(
     share = {"tp": (at.tp_rank, topology.tp_size), "etp": (at.etp_rank, topology.etp_size)}
     buffers: list[BufferSpec] = []
     pieces: list[Piece] = []
-    fills: list[Fill] = []
+    padding: list[Padding] = []
     layouts: dict[Rule, LocalLayout] = {}  # of a rule they are the same in every layer
     for bound in held_parameters(model, topology, rank):
         name = bound.name(flavour)
@@ -70,8 +70,8 @@ def megatron_placement(
         layouts[bound.rule] = local
         buffers.append(BufferSpec(name, bound.stack.dtype or dtype or model.dtype, local.shape))
         pieces.extend(Piece(bound.hf[p.source][0], p.box, name, p.offset, p.strides) for p in local.parts)
-        fills.extend(Fill(name, p.offset, p.shape, p.strides) for p in local.padding)
-    return Placement(f"actor {rank}", tuple(buffers), tuple(pieces), tuple(fills))
+        padding.extend(Padding(name, p.offset, p.shape, p.strides) for p in local.padding)
+    return Placement(f"actor {rank}", tuple(buffers), tuple(pieces), tuple(padding))
 
 
 def megatron_placements(model: Model, topology: Topology, **options: Any) -> tuple[Placement, ...]:

@@ -1,6 +1,6 @@
 """Plans: what is left to copy between two sets of placements. Pure integers and names; executes nothing.
 
-A plan is complete when it is built: every destination element has exactly one source or one fill, dtypes agree or a transform between
+A plan is complete when it is built: every destination element has exactly one source or is padding, dtypes agree or a transform between
 them was allowed, and everything that is wrong comes in one error. Nothing in a plan depends on the order of holders, buffers, pieces.
 """
 
@@ -281,12 +281,12 @@ def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, take
 
 
 def _digest(buckets: Sequence[Bucket], givers: _Holders, takers: _Holders) -> str:
-    """SHA-256 over buckets, tensors, copies, buffers and fills, by names."""
+    """SHA-256 over buckets, tensors, copies, buffers and padding, by names."""
     digest = hashlib.sha256()
     for side in (givers, takers):
         for placement in sorted(side.placements, key=lambda p: p.holder):
             rows = [f"{b.name}|{b.dtype}|{b.shape}|{b.has_gaps}" for b in placement.buffers]
-            rows += [f"{f.buffer}|{f.offset}|{f.shape}|{f.strides}|{float(f.value)!r}" for f in placement.fills]
+            rows += [f"{f.buffer}|{f.offset}|{f.shape}|{f.strides}|{float(f.value)!r}" for f in placement.padding]
             digest.update(f"{placement.holder}\n{sorted(rows)}\n".encode())
     from_, to = ([p.holder for p in side.placements] for side in (givers, takers))
     for bucket in buckets:

@@ -1,6 +1,6 @@
 """Proof of placements: what is wrong with them, before anything is planned. Pure; chooses no source and builds no copy.
 
-Buffers must be filled exactly once by their pieces and fills (nowhere twice, where they have gaps), of tensors that are known,
+Buffers must be filled exactly once by their pieces and padding (nowhere twice, where they have gaps), of tensors that are known,
 under names that are used once.
 """
 
@@ -15,7 +15,7 @@ from operator import le
 from rlsync.layout.geometry import DTYPE_BYTES, Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
 
 # What lies in a buffer, under its tensor's name or as "padding": offset, shape and strides in elements.
-_Part = tuple[str, int, tuple[int, ...], tuple[int, ...]]
+_LocalBox = tuple[str, int, tuple[int, ...], tuple[int, ...]]
 
 
 def first_of(names: Sequence[str], most: int = 20) -> str:
@@ -49,10 +49,10 @@ def examine(placement: Placement, specs: Mapping[str, TensorSpec]) -> tuple[tupl
     """
     holder = placement.holder
     sizable = {b.name: b.dtype in DTYPE_BYTES for b in placement.buffers}
-    unknown, strays, unclear = set(), {f.buffer for f in placement.fills if f.buffer not in sizable}, set()
+    unknown, strays, unclear = set(), {f.buffer for f in placement.padding if f.buffer not in sizable}, set()
     sound: list[Piece] = []
     misfits: list[str] = []
-    parts: dict[str, list[_Part]] = defaultdict(list)
+    parts: dict[str, list[_LocalBox]] = defaultdict(list)
     for piece in placement.pieces:
         spec = specs.get(piece.tensor)
         misfit = _misfit(piece, None if spec is None else spec.shape)
@@ -66,8 +66,8 @@ def examine(placement: Placement, specs: Mapping[str, TensorSpec]) -> tuple[tupl
         elif spec is not None and misfit is None and sizable[piece.buffer]:
             sound.append(piece)
         parts[piece.buffer].append((piece.tensor, piece.offset, piece.box.shape, piece.strides))
-    for fill in placement.fills:
-        parts[fill.buffer].append(("padding", fill.offset, fill.shape, fill.strides))
+    for box in placement.padding:
+        parts[box.buffer].append(("padding", box.offset, box.shape, box.strides))
     findings = [f"unknown tensors in {holder}: {first_of(sorted(unknown))}"] if unknown else []
     if strays:
         findings.append(f"pieces in {holder} that lie in buffers which it does not list: {first_of(sorted(strays))}")
@@ -86,7 +86,7 @@ def _misfit(piece: Piece, shape: tuple[int, ...] | None) -> str | None:
     return None
 
 
-def _filling(buffer: BufferSpec, parts: Sequence[_Part]) -> str | None:
+def _filling(buffer: BufferSpec, parts: Sequence[_LocalBox]) -> str | None:
     """None when the parts fill the buffer exactly once, or no element twice where it has gaps; else what is wrong."""
     parts = [part for part in parts if prod(part[2])]
     if _is_filled_in_order(buffer, parts):
@@ -109,7 +109,7 @@ def _filling(buffer: BufferSpec, parts: Sequence[_Part]) -> str | None:
     return "; ".join(says)
 
 
-def _is_filled_in_order(buffer: BufferSpec, parts: Iterable[_Part]) -> bool:
+def _is_filled_in_order(buffer: BufferSpec, parts: Iterable[_LocalBox]) -> bool:
     """Whether the parts are dense and lie one after the other from the first element to the last, which is the usual case."""
     end = 0
     for _, offset, shape, strides in sorted(parts, key=lambda part: part[1]):

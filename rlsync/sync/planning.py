@@ -183,7 +183,7 @@ def _destinations(
     for index, (hello, record) in enumerate(zip(workers, records, strict=True)):
         held = record.placement
         reader = hello.shm_domain if TRANSPORTS[transports[index]].is_shared else index
-        groups[reader, msgspec.msgpack.encode((held.buffers, held.pieces, held.fills))].append(index)
+        groups[reader, msgspec.msgpack.encode((held.buffers, held.pieces, held.padding))].append(index)
     placements, destination_of = [], [0] * len(workers)
     for destination, members in enumerate(groups.values()):
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""

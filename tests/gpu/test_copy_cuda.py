@@ -32,7 +32,7 @@ class OnCuda:
     def program(self, *, summed: bool) -> CudaCopyProgram:
         return CudaCopyProgram(
             [(d.over(self.taken), s.over(self.given_there)) for d, s in self.pairs.copies],
-            [(d.over(self.taken), value) for d, value in self.pairs.fills],
+            [(d.over(self.taken), value) for d, value in self.pairs.constants],
             device=CUDA,
             summed=summed,
         )
@@ -41,7 +41,7 @@ class OnCuda:
         """All bytes of the destination's memory after the CPU copier."""
         taken = torch.full((self.pairs.taken_bytes,), UNTOUCHED, dtype=torch.uint8)
         CopyProgram((d.over(taken), s.over(self.given)) for d, s in self.pairs.copies).run()
-        for drawn, value in self.pairs.fills:
+        for drawn, value in self.pairs.constants:
             drawn.over(taken).fill_(value)
         return taken
 

@@ -39,7 +39,7 @@ def _differences(folder: str, rank: int, size: int) -> list[str]:
 
 def _unlike(recorded: Placement, on_paper: Placement) -> list[str]:
     parts = [("buffer", recorded.buffers, on_paper.buffers), ("piece", recorded.pieces, on_paper.pieces)]
-    parts.append(("fill", recorded.fills, on_paper.fills))
+    parts.append(("fill", recorded.padding, on_paper.padding))
     return [
         f"{kind} {side}: {part}"
         for kind, real, paper in parts

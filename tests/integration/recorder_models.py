@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import base_loader, get_model
 from vllm.platforms import current_platform
 
-from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.cpu import bind, write_padding
 from rlsync.engine.recorder import Recording, record
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.layout.recorded import placement_of
@@ -83,7 +83,7 @@ def executed(recording: Recording, tensors: dict[str, torch.Tensor]) -> tuple[di
     placement, findings = placement_of("worker", specs, recording.buffers, recording.writes)
     plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], transforms=("cast",))
     buffers = {b.name: torch.full(b.shape, 7, dtype=getattr(torch, b.dtype)) for b in placement.buffers}
-    write_fills(placement.fills, buffers)
+    write_padding(placement.padding, buffers)
     bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()
     return buffers, tuple(map(str, findings))
 

@@ -25,7 +25,7 @@ from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_difference, state_hashes
 from rlsync.errors import ConfigError
-from rlsync.layout.geometry import DTYPE_BYTES, Fill, TensorSpec
+from rlsync.layout.geometry import DTYPE_BYTES, Padding, TensorSpec
 from rlsync.plan.packing import Segment
 from rlsync.transport.ends import PackedArrival
 from tests.integration.engine_source import read_folder
@@ -97,7 +97,7 @@ class Weights:
 
 
 def in_parts(name: str, tensor: torch.Tensor) -> Regions:
-    """Rows above, and below two blocks of columns; rows of the padded vocabulary are left to fills."""
+    """Rows above, and below two blocks of columns; rows of the padded vocabulary are left to padding."""
     if tensor.ndim == 1:
         return [(0, tuple(tensor.shape), (1,))]
     rows = VOCAB_SIZE if is_vocabulary(name) else tensor.shape[0]
@@ -114,9 +114,9 @@ def is_vocabulary(name: str) -> bool:
     return name.split(".")[-2] in ("embed_tokens", "lm_head")
 
 
-def padding(tensors: Mapping[str, torch.Tensor]) -> tuple[Fill, ...]:
+def vocabulary_padding(tensors: Mapping[str, torch.Tensor]) -> tuple[Padding, ...]:
     return tuple(
-        Fill(n, VOCAB_SIZE * t.shape[1], (t.shape[0] - VOCAB_SIZE, t.shape[1]), (t.shape[1], 1))
+        Padding(n, VOCAB_SIZE * t.shape[1], (t.shape[0] - VOCAB_SIZE, t.shape[1]), (t.shape[1], 1))
         for n, t in tensors.items()
         if is_vocabulary(n)
     )
@@ -196,10 +196,10 @@ def compare(a: Path, b: Path, dtype: str, patched: bool) -> dict[str, Any]:
         recording = record(engine.model, [TensorSpec(n, dtype, tuple(t.shape)) for n, t in whole_a.tensors.items()])
     names = [buffer.name for buffer in recording.buffers]
     placed_a, placed_b = placed(engine.plain(a), names), placed(engine.plain(b), names)
-    fills, layerwise = padding(placed_a.tensors), dict.fromkeys(names, "layerwise")
+    padding, layerwise = vocabulary_padding(placed_a.tensors), dict.fromkeys(names, "layerwise")
     if not patched:
         report["unpatched"] = unpatched(
-            engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, fills, layerwise), placed_a, hash_a
+            engine, PlacedSink(engine.model, engine.model_config, placed_a.buckets, padding, layerwise), placed_a, hash_a
         )
     patches.apply()
     patches.apply()
@@ -215,7 +215,7 @@ def compare(a: Path, b: Path, dtype: str, patched: bool) -> dict[str, Any]:
             if sinks is None:
                 layers = not_in_place(engine.model, names, (), recording.aliases)
                 return LoadersSink(engine.model, engine.model_config, like.buckets, like.specs, layers, CPU)
-            return PlacedSink(engine.model, engine.model_config, like.buckets, fills, sinks)
+            return PlacedSink(engine.model, engine.model_config, like.buckets, padding, sinks)
 
         report[name] = claims(engine, make(), versions, hash_a, hash_b) | {"num_buckets": len(versions[0].buckets)}
         sync(engine, make(), versions[1])
@@ -276,7 +276,11 @@ def direct(engine: Started, a: Path, b: Path, names: list[str]) -> list[str]:
     with torch.no_grad():
         for tensor in placed(model, names).tensors.values():
             tensor.view(torch.uint8).fill_(0xFF)
-    sync(engine, PlacedSink(model, engine.model_config, wanted.buckets, padding(wanted.tensors), dict.fromkeys(names, "direct")), wanted)
+    sync(
+        engine,
+        PlacedSink(model, engine.model_config, wanted.buckets, vocabulary_padding(wanted.tensors), dict.fromkeys(names, "direct")),
+        wanted,
+    )
     held = placed(model, names).tensors
     return [n for n, t in wanted.tensors.items() if not torch.equal(t.view(torch.uint8), held[n].view(torch.uint8))]
 

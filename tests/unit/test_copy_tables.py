@@ -45,7 +45,7 @@ class Bound:
         given = give(pairs, seed)
         patterns = [
             torch.full((PATTERN_BYTES // getattr(torch, d.dtype).itemsize,), v, dtype=getattr(torch, d.dtype)).view(torch.uint8)
-            for d, v in pairs.fills
+            for d, v in pairs.constants
         ]
         self.given_offset = -(-pairs.taken_bytes // 16) * 16
         self.pattern_offset = self.given_offset + -(-len(given) // 16) * 16
@@ -57,8 +57,10 @@ class Bound:
 
     def tables(self, *, in_order: bool) -> Tables:
         copies = [(self.strided(d, 0), self.strided(s, self.given_offset)) for d, s in self.pairs.copies]
-        fills = [(self.strided(d, 0), self.base + self.pattern_offset + i * PATTERN_BYTES) for i, (d, _) in enumerate(self.pairs.fills)]
-        return build_tables(copies, fills, in_order=in_order)
+        constants = [
+            (self.strided(d, 0), self.base + self.pattern_offset + i * PATTERN_BYTES) for i, (d, _) in enumerate(self.pairs.constants)
+        ]
+        return build_tables(copies, constants, in_order=in_order)
 
     def strided(self, drawn: Drawn, offset: int) -> Strided:
         return Strided(self.base + offset + drawn.byte_offset, drawn.dtype, drawn.shape, drawn.strides)
@@ -67,7 +69,7 @@ class Bound:
         """The memory after the CPU copier."""
         memory = self.memory.clone()
         CopyProgram((d.over(memory), s.over(memory[self.given_offset :])) for d, s in self.pairs.copies).run()
-        for drawn, value in self.pairs.fills:
+        for drawn, value in self.pairs.constants:
             drawn.over(memory).fill_(value)
         return memory
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
@@ -146,7 +146,7 @@ def test_every_rank_gets_its_share_and_the_whole_comes_back(axes, flavour):
         for copy in bucket.copies:
             bind([copy], original, shards[copy.destination]).run()
     for rank, buffers in zip(ranks, shards, strict=True):
-        write_fills(rank.fills, buffers)
+        write_padding(rank.padding, buffers)
         assert not any(tensor.isnan().any() for tensor in buffers.values())
     saved = {t.name: torch.full(t.shape, float("nan"), dtype=getattr(torch, t.dtype)) for t in tensors}
     for bucket in build_plan(tensors, ranks, [whole]).buckets:

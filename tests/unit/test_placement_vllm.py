@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import Box, BufferSpec, Fill, Piece, Placement, TensorSpec, contiguous_strides, whole_tensors
+from rlsync.layout.geometry import Box, BufferSpec, Padding, Piece, Placement, TensorSpec, contiguous_strides, whole_tensors
 from rlsync.layout.recorded import Write, placement_of, tensors_as_read
 from rlsync.layout.regions import MOST_REGIONS, Side, split
 from rlsync.plan.planner import build_plan
@@ -44,7 +44,7 @@ def executed(tensors: dict[str, torch.Tensor], placement: Placement) -> dict[str
     specs = [TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()]
     plan = build_plan(specs, [whole_tensors("hf", specs)], [placement], transforms=("cast",))
     buffers = {b.name: torch.full(b.shape, 7.0, dtype=dtype_of(b.dtype)) for b in placement.buffers}
-    write_fills(placement.fills, buffers)
+    write_padding(placement.padding, buffers)
     bind((c for bucket in plan.buckets for c in bucket.copies), tensors, buffers).run()
     return buffers
 
@@ -175,7 +175,7 @@ def test_vocabulary_padding_is_filled_and_a_fill_under_a_copy_is_not():
     writes = [write_of("w", buffer, value=3.0), *copies((buffer[:4], "t", source)), write_of("w", buffer[4:], value=0.0)]
     placement, findings = one((6, 6), [HF], writes)
     assert not findings
-    assert placement.fills == (Fill("w", 24, (2, 6), (6, 1), 0.0),)
+    assert placement.padding == (Padding("w", 24, (2, 6), (6, 1), 0.0),)
     assert [p.box for p in placement.pieces] == [Box((0, 0), (4, 6))]
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from benchmarks.paper import QWEN25_05B, QWEN25_7B
 from rlsync.cli.paper import paper_worker
-from rlsync.copy.cpu import bind, write_fills
+from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import (
     Box,
     BufferSpec,
-    Fill,
     Location,
+    Padding,
     Piece,
     Placement,
     TensorSpec,
@@ -54,7 +54,7 @@ def run(specs, sources, source_buffers, destinations, **options):
     plan = build_plan(specs, sources, destinations, **options)
     filled = [empty_buffers(d) for d in destinations]
     for placement, buffers in zip(destinations, filled, strict=True):
-        write_fills(placement.fills, buffers)
+        write_padding(placement.padding, buffers)
     for bucket in plan.buckets:
         for copy in bucket.copies:
             bind([copy], source_buffers[copy.source], filled[copy.destination]).run()
@@ -184,8 +184,8 @@ def test_subtracting_a_box_leaves_a_disjoint_cover(ndim, data):
     assert not grid.any()
 
 
-def placement(*pieces: Piece, shape=(4, 6), fills=()) -> Placement:
-    return Placement("worker 0", (BufferSpec("w", "float32", shape),), pieces, fills)
+def placement(*pieces: Piece, shape=(4, 6), padding=()) -> Placement:
+    return Placement("worker 0", (BufferSpec("w", "float32", shape),), pieces, padding)
 
 
 W = TensorSpec("w", "float32", (4, 6))
@@ -200,7 +200,7 @@ def rows(start: int, stop: int, at: int) -> Piece:
     [
         (placement(rows(0, 3, 0)), "has 24 elements, of which its pieces fill 18"),
         (placement(rows(0, 2, 0), rows(2, 4, 1)), r"nothing fills \[3:4, 0:6\]; filled twice: \[1:2, 0:6\] by w and w"),
-        (placement(rows(0, 2, 0), rows(0, 2, 2), fills=(Fill("w", 0, (1, 6), (6, 1)),)), "of which its pieces fill 30"),
+        (placement(rows(0, 2, 0), rows(0, 2, 2), padding=(Padding("w", 0, (1, 6), (6, 1)),)), "of which its pieces fill 30"),
         (placement(Piece("w", Box((0, 0), (4, 6)), "w", 0, (5, 1))), "no box of its shape"),
         (placement(rows(0, 3, 0), rows(3, 5, 3)), r"w\[3:5, 0:6\] in worker 0 lies outside its shape \(4, 6\)"),
     ],
@@ -254,7 +254,7 @@ def test_everything_that_is_wrong_comes_in_one_error():
 
 def test_overlapping_padding_is_named():
     with pytest.raises(PlacementError, match=r"filled twice: \[3:4, 0:6\] by w and padding"):
-        build_plan([W], [whole_tensors("hf", [W])], [placement(rows(0, 4, 0), fills=(Fill("w", 18, (1, 6), (6, 1)),))])
+        build_plan([W], [whole_tensors("hf", [W])], [placement(rows(0, 4, 0), padding=(Padding("w", 18, (1, 6), (6, 1)),))])
 
 
 def test_a_doubled_expert_is_named_in_whatever_place_it_stands():

@@ -15,9 +15,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlsync.copy.cpu import bind, region, write_fills
+from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import Box, BufferSpec, Fill, Location, Piece, Placement, TensorSpec, contiguous_strides
+from rlsync.layout.geometry import Box, BufferSpec, Location, Padding, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.plan.links import link_class, traffic
 from rlsync.plan.planner import Plan, build_plan
 
@@ -59,7 +59,7 @@ class Draw:
         self.draw, self.holder, self.dtype = draw, holder, dtype
         self.buffers: list[BufferSpec] = []
         self.pieces: list[Piece] = []
-        self.fills: list[Fill] = []
+        self.padding: list[Padding] = []
 
     def _open(self, shape: tuple[int, ...]) -> str:
         self.buffers.append(BufferSpec(f"buffer {len(self.buffers)}", self.dtype, shape))
@@ -90,10 +90,10 @@ class Draw:
             (before * row + (row - beside), (box.shape[0], beside)[: len(box.shape)] if beside else (0,)),
         ):
             if all(shape):
-                self.fills.append(Fill(name, offset, shape, strides[: len(shape)], float(self.draw.randrange(-2, 3))))
+                self.padding.append(Padding(name, offset, shape, strides[: len(shape)], float(self.draw.randrange(-2, 3))))
 
     def placement(self) -> Placement:
-        return Placement(self.holder, tuple(self.buffers), tuple(self.pieces), tuple(self.fills), self.draw.choice(LOCATIONS))
+        return Placement(self.holder, tuple(self.buffers), tuple(self.pieces), tuple(self.padding), self.draw.choice(LOCATIONS))
 
 
 def draw_tensors(draw: random.Random) -> list[TensorSpec]:
@@ -138,7 +138,7 @@ def empty(placement: Placement) -> dict[str, torch.Tensor]:
 def filled(placement: Placement, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a holder's memory must be, straight from the tensors."""
     buffers = empty(placement)
-    write_fills(placement.fills, buffers)
+    write_padding(placement.padding, buffers)
     for p in placement.pieces:
         ranges = tuple(slice(a, b) for a, b in zip(p.box.start, p.box.stop, strict=True))
         region(buffers[p.buffer], p.offset, p.box.shape, p.strides).copy_(tensors[p.tensor][ranges])
@@ -148,7 +148,7 @@ def filled(placement: Placement, tensors: dict[str, torch.Tensor]) -> dict[str, 
 def execute(plan: Plan, source_buffers: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     taken = [empty(p) for p in plan.destinations]
     for placement, buffers in zip(plan.destinations, taken, strict=True):
-        write_fills(placement.fills, buffers)
+        write_padding(placement.padding, buffers)
     for bucket in plan.buckets:
         for copy in bucket.copies:
             bind([copy], source_buffers[copy.source], taken[copy.destination]).run()
@@ -194,7 +194,7 @@ def test_a_declared_cast_is_that_of_the_destination_and_no_other_passes(seed):
 
 
 def shuffled(draw: random.Random, placement: Placement) -> Placement:
-    lists = {name: tuple(draw.sample(rows := getattr(placement, name), len(rows))) for name in ("buffers", "pieces", "fills")}
+    lists = {name: tuple(draw.sample(rows := getattr(placement, name), len(rows))) for name in ("buffers", "pieces", "padding")}
     return replace(placement, **lists)
 
 
@@ -227,7 +227,7 @@ def test_whatever_changes_a_plan_changes_its_digest():
         strides, fill_at = ((1, 2), 12) if columns else ((3, 1), 12)
         pieces = Piece(first, a, "w", 0, strides), Piece(second, b, "w", 6, strides)
         shape = (3, 3, 2) if columns else (3, 2, 3)
-        return Placement(holder, (BufferSpec("w", dtype, shape),), pieces, (Fill("w", fill_at, shape[1:], (shape[2], 1), fill),))
+        return Placement(holder, (BufferSpec("w", dtype, shape),), pieces, (Padding("w", fill_at, shape[1:], (shape[2], 1), fill),))
 
     source, other = stack("a", "b"), stack("b", "a")
     plans = {
@@ -303,6 +303,6 @@ def test_whatever_is_taken_away_or_doubled_is_found(seed, chance):
         changed = [*destinations[:index], replace(broken, pieces=pieces), *destinations[index + 1 :]]
         with pytest.raises(PlacementError, match=f"{piece.buffer} of {broken.holder} has"):
             build_plan(tensors, sources, changed)
-    without = [replace(p, pieces=(), buffers=(), fills=()) if any(q.tensor == piece.tensor for q in p.pieces) else p for p in sources]
+    without = [replace(p, pieces=(), buffers=(), padding=()) if any(q.tensor == piece.tensor for q in p.pieces) else p for p in sources]
     with pytest.raises(PlacementError, match=rf"no source for \d+ pieces: (.*{piece.tensor}\[.*wanted by {broken.holder}|.* and \d+ more)"):
         build_plan(tensors, without, destinations)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rlsync.copy.cpu import write_fills
+from rlsync.copy.cpu import write_padding
 from rlsync.engine.compat import layers as compat_layers
 from rlsync.engine.sinks import owner, plain
 from rlsync.engine.state import state_difference, state_hashes
-from rlsync.layout.geometry import Fill
+from rlsync.layout.geometry import Padding
 from rlsync.plan.packing import Segment
 from rlsync.transport.ends import Arrival
 
@@ -36,9 +36,9 @@ class CompareSink:
     tied embedding) is not compared: it follows from the modules that are.
     """
 
-    def __init__(self, model: torch.nn.Module, buckets: tuple[tuple[Segment, ...], ...], fills: tuple[Fill, ...]) -> None:
-        self._model, self._buckets, self._fills = model, buckets, fills
-        names = dict.fromkeys([f.buffer for f in fills] + [s.buffer for bucket in buckets for s in bucket])
+    def __init__(self, model: torch.nn.Module, buckets: tuple[tuple[Segment, ...], ...], padding: tuple[Padding, ...]) -> None:
+        self._model, self._buckets, self._padding = model, buckets, padding
+        names = dict.fromkeys([f.buffer for f in padding] + [s.buffer for bucket in buckets for s in bucket])
         last: dict[str, int] = defaultdict(lambda: -1)
         for number, bucket in enumerate(buckets):
             last.update((segment.buffer.rpartition(".")[0], number) for segment in bucket)
@@ -89,7 +89,7 @@ class CompareSink:
     def _complete(self, bucket: int) -> None:
         for path in self._ending[bucket]:
             buffers = {name: self._buffer(name) for name in self._names[path]}
-            write_fills((f for f in self._fills if f.buffer in buffers), buffers)
+            write_padding((f for f in self._padding if f.buffer in buffers), buffers)
             layer = self._model.get_submodule(path)
             compat_layers.process_apart(layer)
             begun = self._begun[path]

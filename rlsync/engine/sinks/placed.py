@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from rlsync.copy.cpu import write_fills
+from rlsync.copy.cpu import write_padding
 from rlsync.engine.compat import layers as compat_layers
 from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.sinks import owner, plain
 from rlsync.engine.sinks.choice import SinkName
 from rlsync.engine.sinks.post_processing import PostProcessingCache
-from rlsync.layout.geometry import Fill
+from rlsync.layout.geometry import Padding
 from rlsync.plan.packing import Segment
 from rlsync.transport.ends import Arrival
 
@@ -31,8 +31,8 @@ class PlacedSink:
     """``direct`` and ``layerwise`` side by side.
 
     Args:
-        buckets: for each bucket this worker's segments; together with ``fills`` they cover every buffer once.
-        fills: elements that no segment brings; they are written in every sync, because sleep may have discarded them.
+        buckets: for each bucket this worker's segments; together with ``padding`` they cover every buffer once.
+        padding: elements that no segment brings; they are written in every sync, because sleep may have discarded them.
         sinks: ``direct`` or ``layerwise`` for every buffer that occurs, as ``choose`` gave it.
     """
 
@@ -41,21 +41,21 @@ class PlacedSink:
         model: torch.nn.Module,
         model_config: Any,
         buckets: tuple[tuple[Segment, ...], ...],
-        fills: tuple[Fill, ...],
+        padding: tuple[Padding, ...],
         sinks: Mapping[str, SinkName],
     ) -> None:
         self._model, self._model_config = model, model_config
         self._names = [tuple(dict.fromkeys(segment.buffer for segment in bucket)) for bucket in buckets]
-        spans = _spans(self._names, fills)
+        spans = _spans(self._names, padding)
         unknown = sorted(spans.keys() - sinks.keys())
         assert not unknown, f"no sink was chosen for {', '.join(unknown)}"
         self._direct = DirectBuffers(model, (name for name in spans if sinks[name] == "direct"))
-        self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, fills)
+        self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, padding)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         attention = [layer for _, layer in compat_layers.attention_layers(model)]
         self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
         self._standing: list[Mapping[str, torch.Tensor] | None] = []
-        self._direct_fills = tuple(fill for fill in fills if fill.buffer in self._direct)
+        self._direct_padding = tuple(box for box in padding if box.buffer in self._direct)
 
     differences = ()
 
@@ -77,7 +77,7 @@ class PlacedSink:
         """Begin: from now on the model holds no version until ``close``."""
         # Nothing else runs in this process until the bytes have landed.
         self._standing = [self.standing(bucket) for bucket in range(len(self._names))]
-        write_fills(self._direct_fills, {fill.buffer: self._direct[fill.buffer] for fill in self._direct_fills})
+        write_padding(self._direct_padding, {box.buffer: self._direct[box.buffer] for box in self._direct_padding})
         self._layerwise.complete_after(-1)
 
     @torch.no_grad()
@@ -104,9 +104,9 @@ class PlacedSink:
         self._layerwise.abandon()
 
 
-def _spans(buckets: Sequence[Sequence[str]], fills: Sequence[Fill]) -> dict[str, tuple[int, int]]:
-    """For each buffer the first and the last bucket that brings some of it; -1 where it is all fills."""
-    spans = {fill.buffer: (-1, -1) for fill in fills}
+def _spans(buckets: Sequence[Sequence[str]], padding: Sequence[Padding]) -> dict[str, tuple[int, int]]:
+    """For each buffer the first and the last bucket that brings some of it; -1 where it is all padding."""
+    spans = {box.buffer: (-1, -1) for box in padding}
     for number, names in enumerate(buckets):
         for name in names:
             first = spans.get(name, (-1, -1))[0]
@@ -169,7 +169,7 @@ class _Module:
     layer: torch.nn.Module
     buffers: Mapping[str, str]
     keep: frozenset[str]
-    fills: tuple[Fill, ...]
+    padding: tuple[Padding, ...]
     first_bucket: int
     last_bucket: int
     nbytes: int
@@ -179,11 +179,11 @@ class LayerwiseBuffers:
     """Buffers by name, of modules that are put into checkpoint layout when they are asked for.
 
     Args:
-        spans: for each buffer the buckets with the first and the last of its bytes; -1 where it is all fills.
-        fills: constants to write before post-processing; those of other buffers are ignored.
+        spans: for each buffer the buckets with the first and the last of its bytes; -1 where it is all padding.
+        padding: constants to write before post-processing; those of other buffers are ignored.
     """
 
-    def __init__(self, model: torch.nn.Module, spans: Mapping[str, tuple[int, int]], fills: Sequence[Fill]) -> None:
+    def __init__(self, model: torch.nn.Module, spans: Mapping[str, tuple[int, int]], padding: Sequence[Padding]) -> None:
         self.peak_bytes = 0
         self._device = compat_reload.loading_device(model)
         self._bytes: dict[int, int] = {}
@@ -200,7 +200,7 @@ class LayerwiseBuffers:
                 layer := owner(model, names[0])[0],
                 buffers := {name: name.rpartition(".")[2] for name in names},
                 keep := _kept_live(layer, buffers.values()),
-                tuple(fill for fill in fills if fill.buffer in buffers),
+                tuple(box for box in padding if box.buffer in buffers),
                 min(spans[name][0] for name in names),
                 max(spans[name][1] for name in names),
                 compat_layers.room(layer, keep),
@@ -236,7 +236,7 @@ class LayerwiseBuffers:
     def complete_after(self, bucket: int) -> None:
         """Fill up and post-process the modules whose last bytes bucket ``bucket`` brought; -1 stands for those without any."""
         for module in self._ending[bucket]:
-            write_fills(module.fills, {name: self[name] for name in module.buffers})
+            write_padding(module.padding, {name: self[name] for name in module.buffers})
             compat_layers.complete(module.layer)
             del self._bytes[id(module.layer)]
         self._shared = None
