@@ -19,7 +19,7 @@ Row = Sequence[Any]
 
 
 def join_group(store: TCPStore, rank: int, size: int, timeout_s: float, *, on_gpu: bool) -> Any:
-    """A process group of the actor's rank 0 and all engine workers, beside everybody's own. Collective over its members."""
+    """A process group of the actor's rank 0 and all engine workers, beside the default groups. Collective over its members."""
     room, limit = PrefixStore("gather-broadcast", store), timedelta(seconds=timeout_s)
     if on_gpu:
         options = torch.distributed.ProcessGroupNCCL.Options()
@@ -29,14 +29,14 @@ def join_group(store: TCPStore, rank: int, size: int, timeout_s: float, *, on_gp
 
 
 def broadcast(group: Any, tensor: torch.Tensor) -> Any:
-    """Begin to broadcast a tensor of member 0; returns what to wait for."""
+    """Begin to broadcast a tensor of member 0; returns its work handle."""
     options = torch.distributed.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     return group.broadcast([tensor], options)
 
 
 def leave_group(group: Any) -> None:
-    """End one's part of a group of which nobody wants anything any more; None is no group. Waits for nobody."""
+    """Abort this process's part of a group, or nothing for None. Does not wait for other members."""
     # Not there in a build without NCCL; gloo's ends with its last reference.
     nccl: Any = getattr(torch.distributed, "ProcessGroupNCCL", None)
     if nccl is not None and isinstance(group, nccl):
@@ -124,7 +124,7 @@ class PeerWorker:
         self.weight_transfer_engine.shutdown()
 
     def bench_fingerprint(self) -> str:
-        """Hash of the weights: of all that the model computes from on CPU; of checksums of its tensors on a GPU, where that is quick."""
+        """Hash of the weights: on CPU of all state that the model computes from; on a GPU of checksums of its tensors, which is quick."""
         from rlsync.copy.checksum import checksums
         from rlsync.engine.state import state_hashes
 

@@ -1,4 +1,4 @@
-"""Where the elements of a tensor come from while a loader runs: views and plain copies of HF tensors, or a computation.
+"""Origins of the elements of tensors while a loader runs: views and plain copies of HF tensors, or a computation.
 
 Knows storages and operators; knows neither the model nor what a loader writes.
 """
@@ -106,7 +106,7 @@ class OpTrace:
         ]
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
-        """Execute an operator that writes into ``written``, none of which is the model's, and note what it makes."""
+        """Execute an operator that writes into ``written``, none of them the model's tensors, and record its results."""
         if func in _COPIES:
             return self._copy(func, args, kwargs)
         if not func.is_view:

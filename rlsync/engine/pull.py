@@ -22,7 +22,7 @@ from rlsync.plan.verification import num_rounds, round_of, rounds_in
 
 
 class MismatchError(RlsyncError):
-    """What this worker holds is not what the actor sent."""
+    """The engine's memory differs from what the actor sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Check:
     held: Begun
 
     def compare(self, sent: Mapping[int, int]) -> None:
-        """``sent`` is by region. Raises MismatchError naming those that differ."""
+        """Compare with the checksums of the sender, by region number. Raises MismatchError naming the regions that differ."""
         findings = [
             f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
             + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
@@ -114,7 +114,7 @@ class Pull:
             self._checks.append(self._verifier.begin(bucket, buffers, self.attempt))
 
     def conclude(self) -> None:
-        """Compare everything with what was sent, region by region. Raises MismatchError naming what differs in the first such bucket."""
+        """Compare all checksums with those sent. Raises MismatchError for the first bucket that differs, naming its regions."""
         with self.timed("verify"):
             for check in self._checks:
                 self.bucket = check.bucket

@@ -136,7 +136,7 @@ class _Targets:
         self._kept = {name: (key_of(t), t.data) for name, t in found.items()}
 
     def region(self, tensor: torch.Tensor) -> tuple[str, int] | None:
-        """Buffer and offset at which a view of a target begins; None for a tensor that is none."""
+        """Buffer, and offset of the first element of a view of it; None for other tensors."""
         for name in self._by_storage.get(key_of(tensor), ()):
             whole = self._found[name]
             offset = int(tensor.storage_offset()) - int(whole.storage_offset())
@@ -151,7 +151,7 @@ class _Targets:
         return self._names[names[0]] if names else None
 
     def take_back(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Buffers whose memory a loader exchanged (``parameter.data = ...``), and for what; they get their own one back."""
+        """Buffers whose memory a loader replaced (``parameter.data = ...``), with the replacement; restores their memory."""
         for name, (key, data) in self._kept.items():
             given = self._found[name].data
             if key_of(given) != key:
@@ -281,12 +281,12 @@ def _memory(tensor: torch.Tensor) -> tuple[str, int]:
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What two names for the same elements have in common."""
+    """Key of a view: equal for two names of the same elements."""
     return _memory(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _aliases(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    """For each name the others whose tensors have memory in common with it."""
+    """By name, the other names whose tensors overlap with it in memory."""
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, tensor in live.items():
         groups[_memory(tensor)].append(name)

@@ -86,7 +86,7 @@ class _Walk:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What hangs on an object, by name."""
+    """Attributes and elements of an object, by name."""
     if isinstance(value, torch.nn.Module):
         own = {n: v for n, v in vars(value).items() if n not in ("_parameters", "_buffers", "_modules") and not n.endswith("_hooks")}
         yield from _attributes(value, {**own, **value._parameters, **value._buffers, **value._modules})
@@ -130,7 +130,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _probe(layer: Any, width: int) -> str:
-    """Hash of what a linear layer makes of the ``width`` unit vectors: its weight, as exact as its kernel."""
+    """Hash of a linear layer's outputs for the ``width`` unit vectors: its weight, as exact as its kernel."""
     digest = hashlib.blake2b(digest_size=16)
     dtype = layer.weight.dtype
     for start in range(0, width, _PROBE_ROWS):

@@ -148,7 +148,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         return CoordinatorClient(info, self.parallel_config, self.device)
 
     def _compare(self, info: InitInfo) -> None:
-        """In a transfer engine of its own, so that a connection that there is goes on."""
+        """Compare in a second transfer engine, so that an existing connection stays usable."""
         if info.attempt == 0:
             twin = self._comparison = RlsyncTransferEngine(self.config, self.vllm_config, self.device, self.model)
             twin._is_comparison = True
@@ -169,7 +169,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._assignment, self._verifier = assignment, Verifier(assignment)
 
     def _prepare(self, exports: Sequence[m.RankExport]) -> None:
-        """Do once what every sync has in common."""
+        """Prepare receiver and checksums for buffers that are the same in every sync."""
         assert self._assignment is not None and self._sink is not None and self._receiver is not None and self._verifier is not None
         standing = self._standing()
         self._is_direct = len(standing) == sum(part.nbytes > 0 for part in self._assignment.parts)
@@ -323,7 +323,7 @@ def _await_ready(client: CoordinatorClient, pull: Pull, bucket: int, what: str) 
 
 @dataclass(frozen=True, slots=True)
 class RecordedLayout:
-    """``record`` goes to the coordinator; ``make_sink`` is called with the segments of every bucket when the plan is there."""
+    """``record`` is sent to the coordinator; ``make_sink`` is called with the segments of every bucket once the plan is made."""
 
     record: m.Recorded
     make_sink: Callable[[Buckets], Sink]
@@ -371,7 +371,7 @@ def _by_loaders(
     findings: tuple[str, ...],
     remark: str,
 ) -> RecordedLayout:
-    """The worker is sent what it reads of the HF tensors. ``computed``: buffers that are not filled by copies alone."""
+    """Layout for vLLM's own loaders: the elements of HF tensors that they read. ``computed``: buffers not filled by plain copies alone."""
     unused = set(recording.unused_names)
     taken = {t.name: t for t in tensors if t.name not in unused}
 

@@ -126,7 +126,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def check(vllm_config: Any) -> None:
-    """Raise ConfigError, one for all, where the configuration asks for what a sync would get wrong; warn of fields nobody considered."""
+    """Raise one ConfigError for all refused features of a configuration; warn of settings that are not in ``CONSIDERED``."""
     found = refusals(vllm_config)
     if found:
         raise ConfigError("this engine cannot be synced: " + "; ".join(found))
@@ -139,7 +139,7 @@ def check(vllm_config: Any) -> None:
 
 
 def refusals(vllm_config: Any) -> tuple[str, ...]:
-    """One sentence for each feature that is asked for and refused."""
+    """One sentence for each refused feature of a configuration."""
     found = []
     for row in REFUSALS:
         value = _value(vllm_config, row.path)

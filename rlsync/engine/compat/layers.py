@@ -57,7 +57,7 @@ def _holds_weights(function: Any) -> bool:
 
 
 def opaque_linear_width(layer: Any) -> int | None:
-    """Number of inputs of a linear layer on CPU that computes from what cannot be read, or None for every other layer."""
+    """Number of inputs of a linear layer on CPU whose kernel hides its weights, or None for every other layer."""
     if not current_platform.is_cpu() or not _holds_weights(getattr(layer, "cpu_linear", None)):
         return None
     return int(checkpoint_layout(layer)["weight"].shape[1])
@@ -195,7 +195,7 @@ def metas_bytes(metas: Iterable[torch.Tensor]) -> int:
 
 
 def placed_like(meta: torch.Tensor, memory: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """A tensor like ``meta`` (of its class, with its attributes and strides) where ``memory`` (1-D uint8) begins; and what is left."""
+    """A tensor like ``meta`` (of its class, with its attributes and strides) at the start of ``memory`` (1-D uint8); and the rest of it."""
     elements = memory[: _extent(meta) * meta.itemsize].view(meta.dtype)
     made: Any = elements.as_strided(meta.shape, meta.stride())
     made.__class__, made.__dict__ = meta.__class__, meta.__dict__.copy()

@@ -1,4 +1,4 @@
-"""What vLLM's own reload and weight updates get wrong: patched where that is possible, and otherwise found before anything relies on it.
+"""Faults of vLLM's own reload and weight updates: patched where possible, and otherwise detected before a sync relies on them.
 
 Like compat, it holds private names and version branches of vLLM (0.25.1, 0.32.0). It goes when no supported version has these faults.
 """
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def apply() -> None:
-    """Patch what can be set right, in this process; idempotent."""
+    """Apply the patches in this process; idempotent."""
     _begin_updates_anew()
     _pack_experts_in_every_load()
 

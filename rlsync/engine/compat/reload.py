@@ -105,7 +105,7 @@ def parameters_on_meta(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _KeptLayer:
-    """What a layer and its tensors have as attributes, to be put back in the same order."""
+    """Attributes of a layer and its tensors, to be restored in the same order."""
 
     def __init__(self, layer: torch.nn.Module, info: Any) -> None:
         tensors = [*get_layer_tensors(layer).values(), *(t for group in info.restore_metadata for t in group.values())]
@@ -162,7 +162,7 @@ def begin_reload(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> N
 
 
 def finish_reload(model: torch.nn.Module, layers: Sequence[torch.nn.Module], model_config: Any) -> None:
-    """Rebuild those of ``layers`` that padding kept waiting, and attention layers into which something was loaded."""
+    """Rebuild those of ``layers`` that padding left incomplete, and attention layers that received tensors."""
     # vLLM warns of every layer without checkpoint tensors, at every reload; what is loaded was judged at connect.
     with torch.no_grad(), quiet():
         layerwise.finalize_layerwise_reload(_Layers(model, layers), model_config)

@@ -34,7 +34,7 @@ def replace_engine(worker: Any, backend: str | None, kept: Any) -> Any:
 
 
 def nccl_init_info(host: str, port: int, rank_offset: int, size: int) -> dict[str, Any]:
-    """What a worker joins the trainer's group with; ``rank_offset`` of the engine's first worker."""
+    """Init info for a worker to join the trainer's group; ``rank_offset``: of the engine's first worker."""
     return {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": size}
 
 

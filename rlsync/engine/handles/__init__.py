@@ -1,4 +1,4 @@
-"""What an engine is to the actor's side and to the rollout loop: a protocol and the data that crosses it. Imports no vLLM."""
+"""Handles of engines, as the actor's side and the rollout loop use them: their protocol, and its data. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PauseMode = Literal["abort", "wait", "keep"]
 
 
 class EngineHandle(Protocol):
-    """What WeightSyncer calls on rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in a thread of its own."""
+    """An engine as WeightSyncer drives it from rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in its own thread."""
 
     engine_id: str
     num_workers: int
@@ -47,7 +47,7 @@ class EngineHandle(Protocol):
         ...
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
-        """Refuse to serve, for this reason, until a complete sync that is not ``sync``, whose calls may be under way still."""
+        """Refuse to serve, for this reason, until a later sync is complete. Calls of ``sync`` may still be in progress."""
         ...
 
 

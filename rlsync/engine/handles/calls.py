@@ -40,15 +40,15 @@ class Gate:
 
     @property
     def version(self) -> int | None:
-        """Version that is served, or None for the weights that the engine had before its first sync."""
+        """Version that is served, or None for the weights before the first sync."""
         return self._version
 
     def open(self) -> None:
-        """Serve what the engine holds."""
+        """Become ``clean`` with the present weights."""
         self._set("clean")
 
     def shut(self, reason: str, sync: str = "") -> None:
-        """Become ``dirty``; those who wait are refused. ``sync`` is over, also where it begins only now."""
+        """Become ``dirty`` and refuse waiting requests. A later ``begin_sync(sync)`` is refused too."""
         with self._changed:
             self._epoch += 1
             self._over = sync or self._over
@@ -72,7 +72,7 @@ class Gate:
             self._set("syncing", until_s=time.monotonic() + limit_s)
 
     def ticket(self) -> int:
-        """What ``commit`` asks for, taken before the engine is let go. Raises EngineDirtyError unless it is ``syncing``."""
+        """Ticket for ``commit``, taken before the engine is resumed. Raises EngineDirtyError unless it is ``syncing``."""
         with self._changed:
             if self._state != "syncing":
                 raise self.refusal()
@@ -114,7 +114,7 @@ class Gate:
 
 
 class Calls:
-    """One event loop in a daemon thread, and the requests under way on it, which end when the engine becomes dirty."""
+    """An event loop in a daemon thread, and its requests in flight, which are cancelled when the engine becomes dirty."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -142,7 +142,7 @@ class Calls:
         self._loop.close()
 
     async def _end(self) -> None:
-        """Cancel what is left, such as a call that a stopped engine never answered, and stop the loop."""
+        """Cancel pending tasks, such as a call that a stopped engine never answered, and stop the loop."""
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()
@@ -173,7 +173,7 @@ class Calls:
         return self.run(in_turn(), timeout_s)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine that nobody has to wait for."""
+        """Start a coroutine without waiting for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run_requests(

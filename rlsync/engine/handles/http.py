@@ -115,7 +115,7 @@ class HttpEngine:
 
     @property
     def version(self) -> int | None:
-        """Version that is served, or None for the weights that the server had when the handle was made."""
+        """Version that is served, or None for the weights of the server when the handle was made."""
         return self._gate.version
 
     async def _connect(self, timeout_s: float) -> None:
@@ -175,7 +175,7 @@ class HttpEngine:
         return Completion(tuple(choice["token_ids"]), logprobs, choice["finish_reason"], version, self._gate.version)
 
     def _check_label(self, timeout_s: float | None) -> None:
-        """A server that was started again behind the same address has the weights of its start."""
+        """Detect a server that was restarted behind the same address, and so has the weights of its start."""
         version = self._gate.version
         if version is None:
             return
@@ -251,7 +251,7 @@ class HttpEngine:
             _log.warning("engine %s is dirty, but its server could not be paused and may answer others: %s", self.engine_id, error)
 
     def close(self) -> None:
-        """Forget the server, which goes on as it is. Idempotent."""
+        """Close the connections; the server keeps its state. Idempotent."""
         if self._calls.closed:
             return
         self._gate.shut("its handle is closed")
@@ -269,7 +269,7 @@ class HttpEngine:
 
 
 class UnreachableError(RlsyncError):
-    """Nobody answers at the server's address."""
+    """No server answers at this address."""
 
 
 class Server:
@@ -319,7 +319,7 @@ class Server:
                 await asyncio.sleep(_POLL_S)
 
     async def label(self, timeout_s: float) -> str | None:
-        """What the last complete sync called the weights; vLLM's ``default`` before the first; None where vLLM keeps no labels."""
+        """Label of the weights, set by the last complete sync; vLLM's ``default`` before the first; None where vLLM keeps no labels."""
         return str((await self.ask("label", timeout_s))["weight_version"]) if self._has_labels else None
 
     async def ask(self, route: str, timeout_s: float | None, *, body: Any = None, query: str = "") -> dict[str, Any]:

@@ -239,7 +239,7 @@ class Engine:
         return " and ".join(tag for tag in _TAGS if tag in self._asleep)
 
     def call_workers(self, method: str, arguments: Sequence[Any], timeout_s: float) -> list[Any]:
-        """What a method of every worker returns, by worker rank; for instance one of a ``worker_extension_cls``."""
+        """Results of a method of every worker, by worker rank; for instance one of a ``worker_extension_cls``."""
         result: list[Any] = self._calls.run(self._llm.collective_rpc(method, args=tuple(arguments)), timeout_s)
         return result
 
@@ -292,7 +292,7 @@ class Processes:
         self._segments: set[str] = set()
 
     def look(self, llm: Any) -> None:
-        """Remember what runs for ``llm``, an AsyncLLM: when its core is dead, nothing leads to its workers and to what they share."""
+        """Remember the processes of ``llm``, an AsyncLLM, and their shared memory: neither can be found once its core is dead."""
         self.seen = list(dict.fromkeys((*self.seen, *_descendants(llm))))
         self._segments |= shared_segments(self.seen)
 
@@ -308,7 +308,7 @@ class Processes:
         return None if self.seen else f"engine {self._engine_id} is not started"
 
     def end(self, timeout_s: float) -> None:
-        """vLLM asks its processes to end; those that cannot answer, being stopped, are killed, and what they left is removed."""
+        """Kill processes that vLLM could not end, such as stopped ones, and remove the shared memory that they left."""
         for process in self.seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -64,7 +64,7 @@ class EngineActor:
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Around starting and generating: where a launcher that keeps logs adds what vLLM's processes printed to an exception."""
+        """Wraps ``start`` and ``generate``. Subclasses that keep logs add the output of vLLM's processes to an exception."""
         yield
 
 
@@ -150,7 +150,7 @@ class RayEngine:
         self._answer(method, self.actor.call.remote(method, *arguments, timeout_s), timeout_s)
 
     def _answer(self, method: str, reference: Any, timeout_s: float | None) -> Any:
-        """The result of a call. Raises what it raised in the actor, TimeoutError, and RlsyncError where the actor is gone."""
+        """Result of a call. Raises the actor's exception, TimeoutError, or RlsyncError where the actor is gone."""
         import ray
 
         try:

@@ -145,7 +145,7 @@ class _View:
         return cls(model, aliases, attention, absorbed)
 
     def sharers(self, name: str) -> dict[str, torch.nn.Module]:
-        """Other layers with the same memory; not attention, which makes its views of other layers' weights anew at the end."""
+        """Other layers that share the memory; without attention, which renews its views of other layers' weights at the end of a sync."""
         first = owner(self.model, name)[0]
         found = {alias: owner(self.model, alias)[0] for alias in self.aliases.get(name, ())}
         return {alias: layer for alias, layer in found.items() if layer is not first and id(layer) not in self.attention}
@@ -184,7 +184,7 @@ def _identity(layer: torch.nn.Module, attribute: str) -> str | None:
 
 
 def _against_layerwise(view: _View, modules: Mapping[str, Sequence[str]], layerwise: set[str]) -> list[str]:
-    """What would not be right after the modules named in ``layerwise`` were reloaded one by one, and the others in place."""
+    """Reasons why reloading the modules in ``layerwise`` one by one, and writing the others in place, would leave a wrong model."""
     findings = [f"{name} has a post-processing that only a load runs" for name in compat_layers.own_post_processing(view.model)]
     attention = set(view.attention.values())
     for path, names in modules.items():
@@ -200,7 +200,7 @@ def _against_layerwise(view: _View, modules: Mapping[str, Sequence[str]], layerw
 
 
 def _unfilled(layer: torch.nn.Module, path: str, filled: set[str]) -> Iterator[str]:
-    """Tensors of a module that nothing fills and whose live values cannot stand in its checkpoint layout."""
+    """Unfilled tensors of a module whose live values do not fit its checkpoint layout."""
     live = compat_layers.live_tensors(layer)
     for name, wanted in compat_layers.checkpoint_layout(layer).items():
         if name in filled:

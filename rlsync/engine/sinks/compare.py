@@ -54,13 +54,13 @@ class CompareSink:
         """Nothing: buffers are made for each comparison."""
 
     def open(self) -> None:
-        """Forget what an earlier comparison found."""
+        """Begin a comparison, without the differences of an earlier one."""
         self.differences = []
         self._complete(-1)
 
     @torch.no_grad()
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """As every sink; what lands, lands beside the live memory."""
+        """Write a bucket beside the live memory, and compare the modules that it completes."""
         buffers = {name: self._buffer(name) for name in dict.fromkeys(s.buffer for s in self._buckets[bucket])}
         arrival.land(buffers)
         landed(buffers)

@@ -61,10 +61,10 @@ class LoadersSink:
         compat_reload.begin_reload(self._model, self._layers)
 
     def standing(self, bucket: int) -> None:
-        """Nothing: buckets take turns in the same memory."""
+        """None: buckets share one memory."""
 
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """Load bucket ``bucket``. ``landed`` gets the tensors, of which only what the segments bring is meant."""
+        """Load bucket ``bucket``. Only the elements of its segments are defined in the tensors that ``landed`` gets."""
         memory, views = self._in_memory(bucket)
         arrival.land(views.tensors)
         landed(views.tensors)
@@ -85,7 +85,7 @@ class LoadersSink:
         return copy
 
     def _in_memory(self, bucket: int) -> tuple[torch.Tensor, _Views]:
-        """The memory of all buckets, and where this one's tensors lie in it."""
+        """The memory that buckets share, and the views of this bucket's tensors in it."""
         if self._memory is None:
             self._memory = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
         if bucket not in self._views:
@@ -99,13 +99,13 @@ class LoadersSink:
         compat_reload.refresh_sharers(self._model)
 
     def abandon(self) -> None:
-        """Leave a model that has no parameter on meta; its values are those of no version."""
+        """Abandon the reload: no parameter stays on meta, and the values are of no version."""
         compat_reload.abandon_reload(self._model)
 
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """Tensors of a bucket, their storages, and how many refer to each of those when none but this does."""
+    """Tensors of a bucket, their storages, and the reference count of each storage while only this object refers to it."""
 
     tensors: Mapping[str, torch.Tensor]
     storages: tuple[torch.UntypedStorage, ...]

@@ -69,7 +69,7 @@ class PlacedSink:
 
     @property
     def peak_extra_bytes(self) -> int:
-        """Most bytes that modules in progress have taken at once, without what vLLM's post-processing takes for itself."""
+        """Peak bytes of modules in progress, without the memory that vLLM's post-processing allocates itself."""
         return self._layerwise.peak_bytes
 
     @torch.no_grad()
@@ -93,14 +93,14 @@ class PlacedSink:
 
     @torch.no_grad()
     def close(self) -> None:
-        """Complete what is made from several modules: absorbed and attention weights, packed copies of a shared parameter."""
+        """Complete state derived from several modules: absorbed and attention weights, packed copies of a shared parameter."""
         left = self._layerwise.in_progress
         assert not left, f"{len(left)} buffers are incomplete after the last bucket, among them {left[0]}"
         self._attention.run(lambda layer: compat_layers.finish_attention(layer, self._model_config))
         compat_reload.refresh_sharers(self._model)
 
     def abandon(self) -> None:
-        """Leave a model without a parameter in checkpoint layout; its values are those of no version."""
+        """Restore the live tensors of modules in progress; the values are of no version."""
         self._layerwise.abandon()
 
 
@@ -164,7 +164,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """``buffers``: full name -> name in the module, of what is filled. ``keep``: what stays live while the module is rebuilt."""
+    """``buffers``: full name -> name in the module, of filled tensors. ``keep``: tensors that stay live while the module is rebuilt."""
 
     layer: torch.nn.Module
     buffers: Mapping[str, str]
@@ -223,7 +223,7 @@ class LayerwiseBuffers:
         return plain(getattr(module.layer, module.buffers[name]))
 
     def _memory(self, module: _Module) -> torch.Tensor:
-        """For the tensors of a module that is begun now."""
+        """Memory for the tensors of a module that is materialised now."""
         if module.first_bucket != module.last_bucket:
             return torch.empty(module.nbytes, dtype=torch.uint8, device=self._device)
         if self._shared is None:
@@ -234,7 +234,7 @@ class LayerwiseBuffers:
         return memory[taken : taken + module.nbytes]
 
     def complete_after(self, bucket: int) -> None:
-        """Fill up and post-process the modules whose last bytes bucket ``bucket`` brought; -1 stands for those without any."""
+        """Write the fills of, and post-process, the modules that bucket ``bucket`` completes; -1: modules without any bytes."""
         for module in self._ending[bucket]:
             write_padding(module.padding, {name: self[name] for name in module.buffers})
             compat_layers.complete(module.layer)
@@ -255,6 +255,6 @@ class LayerwiseBuffers:
 
 
 def _kept_live(layer: torch.nn.Module, filled: Iterable[str]) -> frozenset[str]:
-    """What is not filled keeps its values. Buffers that no checkpoint holds are filled in place: vLLM would not copy them back."""
+    """Unfilled tensors keep their values. Non-persistent buffers are filled in place, because vLLM does not copy them back."""
     rebuilt = set(filled) - layer._non_persistent_buffers_set
     return frozenset(compat_layers.checkpoint_layout(layer)) & compat_layers.live_tensors(layer).keys() - rebuilt

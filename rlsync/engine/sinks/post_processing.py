@@ -52,7 +52,7 @@ class PostProcessingCache:
 
     @torch.no_grad()
     def run(self, process: Callable[[Any], None]) -> None:
-        """Have every layer post-processed by ``process``, or made what that would make it."""
+        """Post-process every layer by ``process``, or write the constants that this would write."""
         for number, layer in enumerate(self._layers):
             known = self._cached[number]
             if known is None or not known.attributes.are_untouched():
@@ -89,7 +89,7 @@ class PostProcessingCache:
 
 @dataclass(frozen=True, slots=True)
 class _Attributes:
-    """Of some objects: each table, its length, and names and values of those that count. Values are referred to, not copied."""
+    """Attribute tables of some objects: each table, its length, and its relevant names and values, by reference."""
 
     rows: tuple[tuple[dict[str, Any], int, tuple[str, ...], tuple[Any, ...]], ...]
 
@@ -101,7 +101,7 @@ class _Attributes:
         return all(len(table) == size and all(map(is_, map(table.get, names), values)) for table, size, names, values in self.rows)
 
     def repeat(self, before: _Attributes) -> bool:
-        """Whether each is what it was, or one made anew that is equal to it."""
+        """Whether each value is the former object, or an equal one."""
         if len(self.rows) != len(before.rows):
             return False
         for (*_, names, values), (*_, former_names, former) in zip(self.rows, before.rows, strict=True):
@@ -152,7 +152,7 @@ class _Trace(TorchDispatchMode):
         return result
 
     def leaves_others_than(self, owned: Collection[int]) -> bool:
-        """Whether a tensor that was made is still in use and not one of these. Forgets them."""
+        """Whether a tensor created during the run is still referred to, other than these. Clears the record."""
         left = [weakref.ref(tensor) for number, tensor in self._made.items() if number not in owned]
         self._made.clear()
         return any(reference() is not None for reference in left)
