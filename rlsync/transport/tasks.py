@@ -98,7 +98,7 @@ class Lane:
     Always the same thread, because OpenMP keeps a team of threads for each thread that calls it, and CUDA a device.
     """
 
-    def __init__(self, prepare: Callable[[], None], name: str = "rlsync-filler") -> None:
+    def __init__(self, prepare: Callable[[], None], name: str = "rlsync-packer") -> None:
         self._prepare = prepare
         self._calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._idle = threading.Event()

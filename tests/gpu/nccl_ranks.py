@@ -48,7 +48,7 @@ class Rank:
         self.tensors = tuple(TensorSpec(name, "bfloat16", shape) for name, shape in shapes.items())
         givers, takers = ([self._placement(side, i) for i in range(self.pairs)] for side in ("actor", "worker"))
         plan = build_plan(self.tensors, givers, takers)
-        meeting = self._meet(Path(folder, "port"), timeout_s)
+        rendezvous = self._meet(Path(folder, "port"), timeout_s)
         mine = (givers if self.is_actor else takers)[self.place]
         self.memory = {b.name: torch.zeros(b.shape, dtype=torch.bfloat16, device=self.device) for b in mine.buffers}
         nobody: list[dict[str, torch.Tensor]] = [{} for _ in range(self.pairs)]
@@ -58,7 +58,7 @@ class Rank:
         def make_communicator(info: GroupInfo, number: int) -> NcclCommunicator:
             return NcclCommunicator(info, number, timeout_s, self.device)
 
-        self.scene = Scene(lay_out(plan), sources, wanted, meeting, make_communicator, self.device, "nccl", num_steps=num_steps)
+        self.scene = Scene(lay_out(plan), sources, wanted, rendezvous, make_communicator, self.device, "nccl", num_steps=num_steps)
         self.nbytes = sum(part.nbytes for row in self.scene.parts for part in row[:1])
         say(f"rank {self.rank}: {'actor' if self.is_actor else 'worker'} {self.place} on {torch.cuda.get_device_name(self.device)}")
 
@@ -80,8 +80,8 @@ class Rank:
 
     def _meet(self, path: Path, timeout_s: float) -> int:
         if self.rank == 0:
-            self.meeting = Rendezvous(HOST, timeout_s)
-            path.with_suffix(".new").write_text(str(self.meeting.port))
+            self.rendezvous = Rendezvous(HOST, timeout_s)
+            path.with_suffix(".new").write_text(str(self.rendezvous.port))
             path.with_suffix(".new").rename(path)
         while not path.exists():
             time.sleep(0.01)

@@ -124,7 +124,7 @@ def _story(near_engine: Engine, far_engine: FarEngine, first: str, second: str) 
     facts["processes left"] = far_engine.call("num_processes")
     facts["rings left"] = [name for name in os.listdir("/dev/shm") if name.startswith("rlsync-ring-")]
     time.sleep(0.5)
-    facts["threads left"] = [t.name for t in threading.enumerate() if t.name.startswith(("rlsync-coordinator", "rlsync-filler"))]
+    facts["threads left"] = [t.name for t in threading.enumerate() if t.name.startswith(("rlsync-coordinator", "rlsync-packer"))]
     return facts
 
 

@@ -82,7 +82,7 @@ def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFi
     assert "ipc for 4 workers" in out and "1.00 times what it holds" in out
 
 
-def surveyed(
+def reported(
     config: dict[str, Any], topology: Topology, tp_size: int, num_engines: int, colocated: bool, memory: Memory = "stable"
 ) -> Reports:
     """What a coordinator would tell of engines that hold what they hold on paper, all on one host, with a GPU each or an actor's."""
@@ -133,7 +133,7 @@ def both_ways(
         engine_dtype="bfloat16",
     )
     model, topology = model_of(SMALL), Topology(**axes)
-    reports = surveyed(SMALL, topology, tp_size, num_engines, colocated, "unstable" if offload_weight else "stable")
+    reports = reported(SMALL, topology, tp_size, num_engines, colocated, "unstable" if offload_weight else "stable")
     config = SyncConfig(bucket_bytes=bucket_bytes, transport=transport, staging=staging)
     return price, plan_connection(model.tensors(), megatron_placements(model, topology), reports, config)
 

@@ -33,23 +33,23 @@ TIMEOUT_S = 4.0
 
 
 @pytest.fixture
-def meeting() -> Rendezvous:
+def rendezvous() -> Rendezvous:
     return Rendezvous(HOST, TIMEOUT_S)
 
 
-def group(meeting: Rendezvous, rank: int, number: int = 0, timeout_s: float = TIMEOUT_S) -> Group:
-    return Group(GroupInfo(HOST, meeting.port, rank, MEMBERS), number, timeout_s)
+def group(rendezvous: Rendezvous, rank: int, number: int = 0, timeout_s: float = TIMEOUT_S) -> Group:
+    return Group(GroupInfo(HOST, rendezvous.port, rank, MEMBERS), number, timeout_s)
 
 
-def open_pair(meeting: Rendezvous, number: int = 0, timeout_s: float = TIMEOUT_S) -> list[Group]:
-    pair = [group(meeting, rank, number, timeout_s) for rank in range(2)]
+def open_pair(rendezvous: Rendezvous, number: int = 0, timeout_s: float = TIMEOUT_S) -> list[Group]:
+    pair = [group(rendezvous, rank, number, timeout_s) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(Group.open, pair))
     return pair
 
 
-def test_a_message_arrives_and_a_group_serves_many(meeting: Rendezvous) -> None:
-    sender, receiver = open_pair(meeting)
+def test_a_message_arrives_and_a_group_serves_many(rendezvous: Rendezvous) -> None:
+    sender, receiver = open_pair(rendezvous)
     for bucket in range(5):
         message, found = torch.randint(0, 255, (100_000,), dtype=torch.uint8), torch.zeros(100_000, dtype=torch.uint8)
         sending, receiving = sender.send(message, 1, bucket), receiver.receive(found, 0, bucket)
@@ -64,9 +64,9 @@ def send_for_ever(sender: Group, message: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("give_up", [True, False])
-def test_nothing_is_written_after_a_group_was_given_up(meeting: Rendezvous, give_up: bool) -> None:
+def test_nothing_is_written_after_a_group_was_given_up(rendezvous: Rendezvous, give_up: bool) -> None:
     """The other case is the control: a message that is not given up goes on arriving."""
-    sender, receiver = open_pair(meeting, timeout_s=40)
+    sender, receiver = open_pair(rendezvous, timeout_s=40)
     size = 200_000_000
     message, found = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     sending, receiving = sender.send(message, 1, 0), receiver.receive(found, 0, 0)
@@ -88,8 +88,8 @@ def test_nothing_is_written_after_a_group_was_given_up(meeting: Rendezvous, give
     sender.abandon()
 
 
-def test_giving_up_lets_a_waiting_thread_go_and_tells_the_other_end(meeting: Rendezvous) -> None:
-    near, far = open_pair(meeting, timeout_s=60)
+def test_giving_up_lets_a_waiting_thread_go_and_tells_the_other_end(rendezvous: Rendezvous) -> None:
+    near, far = open_pair(rendezvous, timeout_s=60)
     memory = torch.zeros(2, 8, dtype=torch.uint8)
     with ThreadPoolExecutor(2) as pool:
         here = pool.submit(near.wait, near.receive(memory[0], 1, 0))
@@ -107,19 +107,19 @@ def test_giving_up_lets_a_waiting_thread_go_and_tells_the_other_end(meeting: Ren
         near.receive(memory[0], 1, 1)
 
 
-def test_a_wait_ends_before_the_deadline_and_says_for_whom_it_was(meeting: Rendezvous) -> None:
-    _, far = open_pair(meeting, timeout_s=1.0)
+def test_a_wait_ends_before_the_deadline_and_says_for_whom_it_was(rendezvous: Rendezvous) -> None:
+    _, far = open_pair(rendezvous, timeout_s=1.0)
     with ended_by(1.0), pytest.raises(GroupError, match=r"with actor rank 0, bucket 7: Timed out waiting 750ms"):
         far.wait(far.receive(torch.zeros(8, dtype=torch.uint8), 0, 7))
 
 
-def test_who_does_not_come_is_named(meeting: Rendezvous) -> None:
+def test_who_does_not_come_is_named(rendezvous: Rendezvous) -> None:
     with ended_by(1.0), pytest.raises(GroupError, match=r"^engine e worker 0 did not come to the gloo group within 0.75 s$"):
-        group(meeting, 0, timeout_s=1.0).open()
+        group(rendezvous, 0, timeout_s=1.0).open()
 
 
-def test_a_group_that_nobody_came_to_can_be_given_up(meeting: Rendezvous) -> None:
-    alone = group(meeting, 0, timeout_s=60)
+def test_a_group_that_nobody_came_to_can_be_given_up(rendezvous: Rendezvous) -> None:
+    alone = group(rendezvous, 0, timeout_s=60)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(alone.open)
         time.sleep(0.3)
@@ -128,20 +128,20 @@ def test_a_group_that_nobody_came_to_can_be_given_up(meeting: Rendezvous) -> Non
             opening.result()
 
 
-def test_groups_of_other_numbers_do_not_meet(meeting: Rendezvous) -> None:
+def test_groups_of_other_numbers_do_not_meet(rendezvous: Rendezvous) -> None:
     with ThreadPoolExecutor(2) as pool:
-        outcomes = [pool.submit(group(meeting, rank, number=rank, timeout_s=1.0).open) for rank in range(2)]
+        outcomes = [pool.submit(group(rendezvous, rank, number=rank, timeout_s=1.0).open) for rank in range(2)]
         for outcome in outcomes:
             with pytest.raises(GroupError, match="did not come"):
                 outcome.result()
-    open_pair(meeting, number=2)
+    open_pair(rendezvous, number=2)
 
 
-def test_another_version_of_torch_is_refused(meeting: Rendezvous) -> None:
-    stranger = PrefixStore("group-0", TCPStore(HOST, meeting.port, None, False, timedelta(seconds=5), wait_for_workers=False))
+def test_another_version_of_torch_is_refused(rendezvous: Rendezvous) -> None:
+    stranger = PrefixStore("group-0", TCPStore(HOST, rendezvous.port, None, False, timedelta(seconds=5), wait_for_workers=False))
     stranger.set("version-1", "1.13.1")
     with pytest.raises(GroupError, match=r"engine e worker 0 runs torch 1\.13\.1, actor rank 0 runs torch"):
-        group(meeting, 0).open()
+        group(rendezvous, 0).open()
 
 
 def test_nobody_at_the_meeting_place_is_an_error_in_time() -> None:
@@ -152,11 +152,11 @@ def test_nobody_at_the_meeting_place_is_an_error_in_time() -> None:
         Group(GroupInfo(HOST, port, 1, MEMBERS), 0, 1.0).open()
 
 
-def test_the_store_and_the_group_listen_where_they_are_told_and_stop(meeting: Rendezvous) -> None:
+def test_the_store_and_the_group_listen_where_they_are_told_and_stop(rendezvous: Rendezvous) -> None:
     def listening() -> set[tuple[str, int]]:
         return {tuple(c.laddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
-    assert (HOST, meeting.port) in listening()
+    assert (HOST, rendezvous.port) in listening()
     before = listening()
     elsewhere = Rendezvous("127.0.0.2", TIMEOUT_S)
     assert listening() - before == {("127.0.0.2", elsewhere.port)}

@@ -1,6 +1,6 @@
-"""Claims about a sync out of GPU memory that is lent, over the real channel: in place, staged, and where memory comes and goes.
+"""Claims about a sync out of exported GPU memory, over the real channel: in place, staged, and where memory comes and goes.
 
-What plans, lends, maps, stages, binds, follows and verifies is what serves GPUs; under it is tests/standin_gpu.py. tests/gpu claims the
+What plans, exports, maps, stages, binds, follows and verifies is what serves GPUs; under it is tests/standin_gpu.py. tests/gpu claims the
 same of the real thing.
 """
 

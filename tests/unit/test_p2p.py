@@ -43,16 +43,16 @@ def scene(
     whole = {t.name: torch.randn(t.shape) for t in model.tensors("float32")}
     givers = megatron_placements(model, Topology(tp_size=tp, pp_size=pp))
     takers = megatron_placements(model, Topology(tp_size=other_tp))
-    meeting = Rendezvous(HOST, TIMEOUT_S)
+    rendezvous = Rendezvous(HOST, TIMEOUT_S)
     sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in givers]
     # What pads a vocabulary is no tensor's, and stays as it was.
     ones = {name: torch.ones_like(t) for name, t in whole.items()}
     expected = [{b.name: fill_from(p, b, whole) / fill_from(p, b, ones) for b in p.buffers} for p in takers]
     plan = build_plan(model.tensors("float32"), givers, takers, bucket_bytes=bucket_bytes)
     wanted = [{name: torch.full_like(t, torch.nan) for name, t in row.items()} for row in expected]
-    made = Scene(lay_out(plan), sources, wanted, meeting.port, gloo_communicator, CPU, num_slots=num_slots, num_steps=num_steps)
+    made = Scene(lay_out(plan), sources, wanted, rendezvous.port, gloo_communicator, CPU, num_slots=num_slots, num_steps=num_steps)
     # Open as long as the scene is there.
-    made.meeting = meeting  # type: ignore[attr-defined]
+    made.rendezvous = rendezvous  # type: ignore[attr-defined]
     return made, expected
 
 

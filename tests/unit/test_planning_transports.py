@@ -1,4 +1,4 @@
-"""Claims about who is served by what, from a survey alone: nothing is connected."""
+"""Claims about who is served by what, from reports alone: nothing is connected."""
 
 from __future__ import annotations
 
