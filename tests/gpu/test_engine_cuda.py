@@ -1,4 +1,4 @@
-"""vLLM on CUDA kept equal to a Megatron actor on CUDA: the oracle, and the GRPO loop, on two GPUs."""
+"""vLLM on CUDA kept equal to a Megatron actor on CUDA: the oracle on one and two GPUs, and the GRPO loop on two."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsync import Topology
 from tests.gpu.engines import KV_CACHE_BYTES, LAYERS
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
@@ -21,19 +22,24 @@ REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(450)
 
 
-@pytest.mark.gpu(2)
 @pytest.mark.parametrize("spec", LAYERS)
 @pytest.mark.parametrize(
     ("family", "tied", "topology", "enforce_eager"),
-    [("qwen2", False, {"tp_size": 2}, True), ("llama", True, {"pp_size": 2}, True), ("qwen3", True, {"dp_size": 2}, False)],
+    [
+        pytest.param("qwen2", True, {}, True, marks=pytest.mark.gpu(1)),
+        pytest.param("qwen3", False, {}, False, marks=pytest.mark.gpu(1)),
+        pytest.param("qwen2", False, {"tp_size": 2}, True, marks=pytest.mark.gpu(2)),
+        pytest.param("llama", True, {"pp_size": 2}, True, marks=pytest.mark.gpu(2)),
+        pytest.param("qwen3", True, {"dp_size": 2}, False, marks=pytest.mark.gpu(2)),
+    ],
 )
 def test_a_synced_engine_answers_like_a_fresh_one(tmp_path, family, tied, topology, enforce_eager, spec):
     """bf16, with and without CUDA graphs; actor rank 0 and the engine share a GPU."""
     folder = save_tiny_model(tmp_path / "hf", family, tied=tied)
+    ddp = OVERLAPPED if "dp_size" in topology else {}
     outputs = run_ranks(
-        2, "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=400, folder=str(folder), topology=topology,
-        out_dir=str(tmp_path), dtype="bfloat16", enforce_eager=enforce_eager, ddp=OVERLAPPED if "dp_size" in topology else {},
-        spec=spec,
+        Topology(**topology).world_size, "tests.integration.oracle_ranks", "sync_and_compare", timeout_s=400, folder=str(folder),
+        topology=topology, out_dir=str(tmp_path), dtype="bfloat16", enforce_eager=enforce_eager, ddp=ddp, spec=spec,
     )  # fmt: skip
     print(outputs[0][outputs[0].index("ORACLE") :].splitlines()[0])
 
