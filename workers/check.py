@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlsync.errors import ConfigError, RlsyncError
+from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
@@ -43,7 +43,9 @@ _FIRST_ROWS = 200
 # What a logger needs to be imported.
 _LOGGER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
 # Lines are counted for the number of steps where a file is not larger than this.
-_MAX_COUNTED_BYTES = 2**30
+_MAX_COUNTED_BYTES = 2**28
+# An array is read as a whole, for which there is no time where a file is larger than this.
+_MAX_ARRAY_BYTES = 2**26
 
 
 @dataclass(slots=True)
@@ -55,12 +57,14 @@ class Report:
         findings: (what it is about, what is wrong and what to do).
         notes: what has no effect, or will only be known later.
         plan: (what it is about, what will happen).
+        dp_size: of the actor, where the placement is known.
     """
 
     config: RunConfig | None
     findings: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     plan: list[tuple[str, str]] = field(default_factory=list)
+    dp_size: int = 1
 
     def found(self, about: str, text: str) -> None:
         if text not in (known for _, known in self.findings):
@@ -106,7 +110,8 @@ def check_devices(config: RunConfig, report: Report) -> None:
         return
     engines = report.take("devices", resolved.engines, config.rollout.tensor_parallel_size)
     dp_size = report.take("devices", validate_world, config, len(resolved.actor))
-    topology = report.take("devices", actor_topology, config.actor.model, dp_size or 1)
+    report.dp_size = dp_size or 1
+    topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
         colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
         report.notes += [] if colocation is None else colocation.notes
@@ -142,7 +147,7 @@ def check_model(config: RunConfig, report: Report) -> None:
     model = model_of(hf_config)
     before = len(report.findings)
     report.take("model", validate_model, config, hf_config)
-    topology = report.take("model", actor_topology, config.actor.model, _dp_size(config))
+    topology = report.take("model", actor_topology, config.actor.model, report.dp_size)
     if len(report.findings) == before and topology is not None:
         for text in check_config(hf_config, topology):
             report.found("model", f"{where}: {text}")
@@ -187,6 +192,9 @@ def check_tokenizer(config: RunConfig, report: Report) -> None:
         report.take("tokenizer", check_chat_template, folder)
     if not (model / "config.json").is_file():
         return
+    hf_config = report.take("model", read_hf_config, model)
+    if hf_config is not None:
+        report.take("model", token_ids, hf_config.get("eos_token_id"), f"eos_token_id of {model / 'config.json'}")
     generation = report.take("model", read_generation_config, model)
     if generation is not None:
         report.take("model", token_ids, generation.get("eos_token_id"), f"eos_token_id of {model / 'generation_config.json'}")
@@ -197,7 +205,10 @@ def check_data(config: RunConfig, report: Report) -> None:
     data, bad = config.data, BadSamples()
     problems: list[Problem] = []
     for path in (*data.train_data_paths, *data.val_data_paths):
-        if not _will_be_made(config, Path(path)):
+        file = Path(path)
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > _MAX_ARRAY_BYTES:
+            report.notes.append(f"{path} is read by the run: an array of that size takes too long here")
+        elif not _will_be_made(config, file):
             problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
     unreadable = _Asked(problems, config)
     if config.warm_start is not None:
@@ -348,15 +359,6 @@ def _will_be_made(config: RunConfig, path: Path) -> bool:
     """Whether a path that is not there yet belongs to what the run makes first."""
     makers = [made.path for made in (config.arithmetic, config.seeded_model) if made is not None]
     return not path.exists() and any(path.absolute().is_relative_to(Path(maker).absolute()) for maker in makers)
-
-
-def _dp_size(config: RunConfig) -> int:
-    """Of the placement, where that is known; layouts of a model do not depend on it."""
-    try:
-        resolved = resolve_placement(config.cluster.component_placement, count_gpus() or None)
-        return validate_world(config, len(resolved.actor))
-    except ConfigError:
-        return 1
 
 
 def _findings_of(error: RlsyncError) -> list[str]:

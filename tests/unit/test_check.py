@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from workers.check import GRPO_CHECKS, Report, check_run
+from workers.config import RunConfig
+from workers.config.load import dotted_keys
 from workers.synthetic import ArithmeticRecipe, build_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +118,34 @@ def test_broken_files_of_the_model_are_findings(own, monkeypatch, name, content,
     (own / "model" / name).write_bytes(content)
     said = texts(check(own, monkeypatch))
     assert part in said and len(set(said.splitlines())) == len(said.splitlines()), said
+
+
+@pytest.mark.parametrize("wrong", ["x", -1, {}, [None]], ids=repr)
+def test_whatever_a_config_json_holds_is_answered_by_findings(own, monkeypatch, wrong) -> None:
+    """A raw error would end this test."""
+    path = own / "model/config.json"
+    held = json.loads(path.read_text())
+    for key in held:
+        path.write_text(json.dumps({**held, key: wrong}))
+        check(own, monkeypatch)
+        path.write_text(json.dumps({name: value for name, value in held.items() if name != key}))
+        check(own, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", ["x", {"a": None}], ids=repr)
+def test_whatever_a_key_holds_is_answered_by_findings(world, monkeypatch, wrong) -> None:
+    """A raw error would end this test. Not every value is a finding: some keys hold any text."""
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
+    answered = 0
+    for key in dotted_keys(RunConfig):
+        composed = values(world)
+        *sections, name = key.split(".")
+        inner = composed
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = wrong
+        answered += bool(check_run(composed, GRPO_CHECKS).findings)
+    assert answered > 100
 
 
 def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> None:
