@@ -1,20 +1,27 @@
-"""What engines hold, tensor by tensor, as hashes. Works beside a connection and without one; changes nothing."""
+"""What engines hold, tensor by tensor, as hashes. Works beside a connection and without one; changes nothing.
+
+The workers of running engines dial a server that collects one ``State`` from each.
+"""
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+import msgspec
+
+from rlsync.coordinator import messages as m
 from rlsync.coordinator.server import CoordinatorServer
+from rlsync.coordinator.state_machine import Sender
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync.attempt import describe
 from rlsync.sync.syncer import ConnectInfo
 from rlsync.transport.tasks import Tasks
-from tests.inspection_collector import Inspection, Place
 
 
 def inspect_engines(
@@ -53,3 +60,59 @@ def _await(complete: threading.Event, tasks: Tasks, timeout_s: float, pending: i
                 cause = str(outcome.error) if isinstance(outcome.error, RlsyncError) else describe(outcome.error)
                 raise WeightSyncError(phase="connect", engine=outcome.key, cause=cause)
         complete.wait(0.05)
+
+
+Place = tuple[str, int]
+
+
+class Inspection:
+    """Collects one ``State`` from every worker; fed by a server like a Coordinator.
+
+    Attributes:
+        states: (engine id, worker's number in its engine) -> hashes by path.
+        complete: set when all are here.
+    """
+
+    def __init__(self, token: str, run_id: str, engines: Mapping[str, int], send: Sender) -> None:
+        self._token, self._run_id, self._send = token, run_id, send
+        self._expected = {(engine, place) for engine, count in engines.items() for place in range(count)}
+        self._members: dict[bytes, m.WorkerHello] = {}
+        self.states: dict[Place, dict[str, str]] = {}
+        self.complete = threading.Event()
+
+    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+        """Take one message. What is no message, and who has no token, disturbs nobody."""
+        hello = self._members.get(identity)
+        if hello is None and len(raw) > m.MAX_HELLO_BYTES:
+            return
+        try:
+            message = m.decode_from_peer(raw)
+        except msgspec.MsgspecError:
+            return
+        if isinstance(message, m.WorkerHello):
+            if hmac.compare_digest(message.token.encode(), self._token.encode()) and message.run_id == self._run_id:
+                self._members[identity] = message
+            else:
+                cause = f"engine {message.engine_id} came with a wrong token; it belongs to another run"
+                self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
+        elif isinstance(message, m.State) and hello is not None:
+            self.states[hello.engine_id, hello.dp_index * hello.world_size + hello.worker_rank] = message.hashes
+            if self.states.keys() >= self._expected:
+                self.complete.set()
+
+    def absent(self) -> list[Place]:
+        """Workers that have not answered."""
+        return sorted(self._expected - self.states.keys())
+
+    def lose(self, identity: bytes) -> None:
+        """Nothing: who is gone does not answer, and the deadline says so."""
+
+    def expire(self, now: float) -> None:
+        """Nothing: the caller waits for ``complete`` with a deadline of its own."""
+
+    def fail(self, cause: str) -> None:
+        """Nothing: as for ``expire``."""
+
+    def process_of(self, identity: bytes) -> tuple[int, str] | None:
+        """Nobody's death is watched."""
+        return None

@@ -42,12 +42,12 @@ from rlsync.transport.tasks import Lane, Tasks
 
 _log = logging.getLogger(__name__)
 
-# A call that a failed sync leaves behind may be about to end.
+# Patience for a call of a failed sync that is about to end.
 _LAST_CALL_S = 0.5
 
 
 class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where to dial and for which run, or why there is nothing to dial."""
+    """What rank 0 broadcasts: where to dial and for which run, or the error that kept it from listening."""
 
     endpoint: str = ""
     token: str = ""
@@ -132,13 +132,13 @@ class WeightSyncer:
         and every engine serves after the next sync. Raises the same WeightSyncError on all ranks.
 
         Args:
-            engines: handles from now on, on rank 0; None keeps those that there are.
+            engines: new handles, on rank 0; None keeps the former ones.
         """
         if engines is not None and self._rank == 0 and self._peer is None:
             self._engines = tuple(engines)
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
-        info = self._invite() if self._rank == 0 else ConnectInfo()
+        info = self._listen() if self._rank == 0 else ConnectInfo()
         if self._broadcast is not None:
             info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
         try:
@@ -168,7 +168,7 @@ class WeightSyncer:
             ranks = some([f"actor rank {rank}" for rank in sorted({rank for _, rank in plan.staging})])
             _log.info("%.3f GB of that go through staging rings in GPU memory of %s", plan.staged_bytes / 1e9, ranks)
 
-    def _invite(self) -> ConnectInfo:
+    def _listen(self) -> ConnectInfo:
         """Rank 0: begin to listen. A failure travels in the ConnectInfo, for all ranks to raise."""
         try:
             ids = [engine.engine_id for engine in self._engines]
@@ -223,7 +223,7 @@ class WeightSyncer:
         )
 
     def _link_gb_per_s(self) -> float | None:
-        """Rank 0: what the ring is copied at, where everything goes through it; None where nobody can measure the link."""
+        """Rank 0: copy speed of the ring, where everything goes through it; None where the link cannot be measured."""
         senders = list(self._endpoints.senders.values())
         (ring,) = senders if len(senders) == 1 else (None,)
         return copy_gb_per_s(ring.slots()[0]) if self._rank == 0 and isinstance(ring, RingSender) else None
@@ -252,7 +252,7 @@ class WeightSyncer:
                     for part in self._plan_connection(reports).parts():
                         self._peer.send(part)
                 except Exception as error:
-                    # What goes wrong on this rank becomes everybody's error, in the words of the coordinator.
+                    # An error on this rank is sent to all peers by the coordinator.
                     self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Assignment):
                 assignment = message.actor
@@ -271,7 +271,7 @@ class WeightSyncer:
         return assignment
 
     def _plan_connection(self, reports: m.Reports) -> m.Planned:
-        """Rank 0: decide who does what, and make what carries it."""
+        """Rank 0: plan the connection, and open what its transports need."""
         for hello, record in zip(reports.workers, reports.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
@@ -292,17 +292,17 @@ class WeightSyncer:
             cause = f"version {version} is not newer than {self._version}, which the engines serve; versions only grow"
             raise WeightSyncError(phase="begin", version=version, cause=cause)
         self._attempt += 1
-        # Of its own, so that a call left over from a failed sync does not answer in this one.
+        # New tasks, so that a call left over from a failed sync does not answer in this one.
         self._tasks = Tasks()
         name = secrets.token_hex(8)
         try:
             report = Attempt(self._connection, self._tasks, self._attempt, version, name).run()
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
-                # It arose on this rank alone; the others are told instead of left to their deadline.
+                # An error of this rank alone: the others are told, and do not wait for their deadlines.
                 self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
             self._tasks.end()
-            # What has not begun would be one collective too many on this rank: others may have failed before theirs.
+            # A call that has not begun could be a collective that other ranks never enter.
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)
             self._endpoints.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
