@@ -51,7 +51,7 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
     for text in ("connected 2 actor ranks and 2 workers of 1 engines", "version 1: fill 0 took", "version 1: update engine0 took"):
         assert text in said["actor0"], said["actor0"][-3000:]
     assert "version 1: fill 0 took" in said["actor1"]
-    for text in ("version 1: everybody is there", "version 1: bucket 0 of", "version 1: all of it is verified", "version 1: committed"):
+    for text in ("version 1: all peers have joined", "version 1: bucket 0 of", "version 1: all of it is verified", "version 1: committed"):
         # By two workers.
         assert said["engine0"].count(text) >= 2, said["engine0"][-3000:]
     found = json.loads((tmp_path / "bench.json").read_text())
