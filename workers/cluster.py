@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
 from workers.remote import LOG_VARIABLE, Worker
 
@@ -64,7 +64,11 @@ class Cluster:
             ray.init(
                 address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
             )  # fmt: skip
-        except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray has no type of its own for processes that do not come up
+            if address == LOCAL:
+                raise RlsyncError(
+                    f"Ray did not start on this machine: {error}; is it short of memory or busy? Ray's logs: {_RAY_LOGS}"
+                ) from error
             raise ConfigError(f"no Ray cluster at {address} ({error}); start Ray on all nodes and set RAY_ADDRESS") from None
         # Ray's own handlers abort the process in the middle of ending the others.
         if threading.current_thread() is threading.main_thread():

@@ -1,9 +1,11 @@
-"""Claims about which GPUs a process of the run sees."""
+"""Claims about which GPUs a process of the run sees, and about a Ray that does not start."""
 
 from __future__ import annotations
 
 import pytest
+import ray
 
+from rlsync.errors import RlsyncError
 from workers.cluster import Cluster
 
 
@@ -26,3 +28,16 @@ def test_a_process_sees_its_own_gpus_as_their_node_numbers_them(monkeypatch: pyt
 def test_the_drivers_own_choice_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
     assert visible(cluster(2, 2), 1) == "7" and visible(cluster(2, 2), 3) == "1"
+
+
+@pytest.mark.parametrize("raised", [Exception("The current node timed out during startup."), RuntimeError("Failed to start GCS.")])
+def test_a_ray_that_does_not_come_up_is_an_error_that_says_where_to_look(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    """As on a machine without memory; Ray raises bare exceptions then."""
+
+    def fails(**options: object) -> None:
+        raise raised
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(RlsyncError, match=f"Ray did not start on this machine: {raised}; is it short of memory or busy"):
+        Cluster.start()
