@@ -10,11 +10,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heapreplace
 from math import prod
 
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import DTYPE_BYTES, Box, Piece, Placement, TensorSpec, collapse, cover
-from rlsync.plan.buckets import grouped, limits_of
+from rlsync.layout.geometry import DTYPE_BYTES, Box, Location, Piece, Placement, TensorSpec, collapse, cover
+from rlsync.plan.buckets import Shares, grouped, limits_of
 from rlsync.plan.links import link_class
 from rlsync.plan.proof import examine, first_of, listing_findings
 from rlsync.plan.transforms import transform_between
@@ -68,9 +69,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Holders:
-    """One side of a plan: its placements, what can be worked with of each, dtypes by buffer, and the order of holders by name."""
+    """One side of a plan: its placements, what can be worked with of each, dtypes by buffer, and the order of holders by name.
+
+    ``kinds``: by placement a number that those share which hold the same, wherever they are.
+    """
 
     placements: tuple[Placement, ...]
+    kinds: tuple[int, ...]
     pieces: tuple[tuple[Piece, ...], ...]
     dtypes: tuple[Mapping[str, str], ...]
     ranks: tuple[int, ...]
@@ -78,19 +83,53 @@ class _Holders:
 
     @classmethod
     def of(cls, placements: Sequence[Placement], specs: Mapping[str, TensorSpec]) -> _Holders:
-        examined = [examine(p, specs) for p in placements]
+        kinds = kinds_of(placements)
+        firsts = {kind: examine(placements[index], specs) for index, kind in reversed(list(enumerate(kinds)))}
+        dtypes = {kind: {b.name: b.dtype for b in placements[index].buffers} for index, kind in enumerate(kinds)}
+        # What is wrong with one is wrong with each, and says whose it is.
+        findings = [found for p, kind in zip(placements, kinds, strict=True) if firsts[kind][1] for found in examine(p, specs)[1]]
         order = sorted(range(len(placements)), key=lambda i: placements[i].holder)
         return cls(
             tuple(placements),
-            tuple(pieces for pieces, _ in examined),
-            tuple({b.name: b.dtype for b in p.buffers} for p in placements),
+            kinds,
+            tuple(firsts[kind][0] for kind in kinds),
+            tuple(dtypes[kind] for kind in kinds),
             tuple(sorted(range(len(order)), key=order.__getitem__)),
-            tuple(finding for _, findings in examined for finding in findings),
+            tuple(findings),
         )
+
+
+def kinds_of(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """By placement a number that those share which hold the same: replicas of an actor rank, the same worker of equal engines."""
+    numbers: dict[object, int] = {}
+    # Hashing thousands of pieces takes long, and on paper those who hold the same are one object.
+    known: dict[tuple[int, int, int], int] = {}
+    kinds = []
+    for p in placements:
+        identity = id(p.buffers), id(p.pieces), id(p.fills)
+        if identity not in known:
+            known[identity] = numbers.setdefault((p.buffers, p.pieces, p.fills), len(numbers))
+        kinds.append(known[identity])
+    return tuple(kinds)
 
 
 # A source and the piece it gives from.
 _Origin = tuple[int, Piece]
+# What goes to a destination: its piece, the box of that, and where it comes from.
+Way = tuple[Piece, Box, _Origin]
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Who gives what to whom, before it is made copies: by destination its ways, in the order in which they were chosen.
+
+    ``findings``: what keeps it from being a plan.
+    """
+
+    sources: _Holders
+    destinations: _Holders
+    ways: tuple[list[Way], ...]
+    findings: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -117,20 +156,51 @@ def build_plan(
 
     Raises PlacementError with all findings at once.
     """
+    matching = match(tensors, sources, destinations)
+    copies = copies_of(matching, range(len(destinations)), transforms)
+    roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
+    buckets = in_buckets(tensors, copies, shares_of(roomy, matching.destinations.dtypes), bucket_bytes)
+    givers, takers = matching.sources, matching.destinations
+    return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
+
+
+def match(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinations: Sequence[Placement]) -> Matching:
+    """Choose a source for everything that the destinations hold."""
     specs = {t.name: t for t in tensors}
     givers, takers = _Holders.of(sources, specs), _Holders.of(destinations, specs)
     findings = [*listing_findings(tensors, sources, destinations), *givers.findings, *takers.findings]
-    copies, missing = _matched(tensors, givers, takers, transforms)
+    ways, missing = _matched(tensors, givers, takers)
     if missing:
         findings.append(f"no source for {len(missing)} pieces: {first_of(missing)}")
-    findings += _dtype_findings(copies, givers, takers)
+    return Matching(givers, takers, ways, tuple(findings))
+
+
+def copies_of(matching: Matching, destinations: Iterable[int], transforms: Collection[str]) -> dict[str, list[Copy]]:
+    """Copies by tensor to some of the destinations, in the order of their names.
+
+    Raises PlacementError with all findings at once, those of the matching and dtypes that differ.
+    """
+    givers, takers = matching.sources, matching.destinations
+    copies: dict[str, list[Copy]] = defaultdict(list)
+    for destination in sorted(destinations, key=takers.ranks.__getitem__):
+        rows: dict[str, list[Copy]] = defaultdict(list)
+        for piece, box, (source, origin) in matching.ways[destination]:
+            dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
+            rows[piece.tensor].append(_copy(box, source, origin, destination, piece, transform_between(*dtypes, transforms) or ""))
+        for name, row in rows.items():
+            copies[name].extend(coalesce(row))
+    findings = [*matching.findings, *_dtype_findings(copies, givers, takers)]
     if findings:
         raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
-    roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
-    shares = shares_of(roomy, takers.dtypes)
+    return copies
+
+
+def in_buckets(
+    tensors: Sequence[TensorSpec], copies: Mapping[str, Sequence[Copy]], shares: Shares, bucket_bytes: int | None
+) -> tuple[Bucket, ...]:
+    """Copies in the order of the tensors, cut where a holder has its fill. ``shares``: what counts for that, see ``shares_of``."""
     groups = grouped(tensors, shares, limits_of(shares, bucket_bytes))
-    buckets = tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
-    return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
+    return tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
 
 
 def shares_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str, str]]) -> dict[str, dict[Hashable, int]]:
@@ -146,75 +216,133 @@ def shares_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str
     return shares
 
 
-def _matched(
-    tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders, transforms: Collection[str]
-) -> tuple[dict[str, list[Copy]], list[str]]:
-    """Copies by tensor, and what no source has."""
+def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[tuple[list[Way], ...], list[str]]:
+    """Ways by destination, and what no source has.
+
+    The largest pieces come first, so that the small ones can even out. Destinations that want the same come after one another, because
+    which boxes of whom cover it is found once for them all; each then takes the least loaded of those that are nearest to it.
+    """
     origins, wanted = _origins(givers), _wanted(tensors, takers)
-    share_bytes = max(1, sum(nbytes for nbytes, _, _ in wanted) // max(1, len(givers.placements) * _SHARES_PER_SOURCE))
-    costs = [[link_class(s.location, d.location) for s in givers.placements] for d in takers.placements]
+    total_bytes = sum(nbytes * len(row) for nbytes, _, row in wanted)
+    share_bytes = max(1, total_bytes // max(1, len(givers.placements) * _SHARES_PER_SOURCE))
     loads = [0] * len(givers.placements)
-    found: dict[tuple[str, int], list[Copy]] = {}
+    ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
     missing: list[str] = []
-    for nbytes, destination, piece in wanted:
+    crowds: dict[tuple[int, ...], _Crowd] = {}
+    for nbytes, piece, row in wanted:
+        useful = [(box, group) for box, group in origins.get(piece.tensor, {}).items() if piece.box.intersect(box) is not None]
+        useful.sort(key=lambda each: (each[0].start, each[0].stop))
+        by_sources = [tuple(source for source, _ in group) for _, group in useful]
+        present = [
+            crowds.setdefault(key, _Crowd(givers.placements, key, loads)) if key not in crowds else crowds[key] for key in by_sources
+        ]
+        taken, rest = cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
+        # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
+        overlap = sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(box.size for box, _ in taken)
+        made: dict[tuple[Box, int, int], Way] = {}
+        for destination in row:
+            location = takers.placements[destination].location
+            if overlap:
+                order = sorted(range(len(useful)), key=lambda i: present[i].near(location).rating())
+                taken, rest = cover(piece.box, [(useful[i][0], i) for i in order])
+            for box, index in taken:
+                near = present[index].near(location)
+                for part in _parted(box, len(near.members), nbytes * box.size // piece.box.size // share_bytes):
+                    position = near.least()
+                    key = part, index, position
+                    way = made.get(key)
+                    if way is None:
+                        way = made[key] = piece, part, useful[index][1][position]
+                    ways[destination].append(way)
+                    loads[way[2][0]] += nbytes * part.size // piece.box.size
+            if rest:
+                missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
+    return ways, sorted(missing)
 
-        def rating(origin: _Origin, cost: Sequence[int] = costs[destination]) -> tuple[int, int]:
-            return cost[origin[0]], loads[origin[0]]
 
-        taken, rest = _choose(origins.get(piece.tensor, {}), piece.box, rating)
-        row = found.setdefault((piece.tensor, destination), [])
-        for box, group in taken:
-            for part in _parted(box, group, costs[destination], nbytes * box.size // piece.box.size // share_bytes):
-                source, origin = group[0] if len(group) == 1 else min(group, key=rating)
-                dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
-                transform = transform_between(*dtypes, transforms) or ""
-                row.append(_copy(part, source, origin, destination, piece, transform))
-                loads[source] += nbytes * part.size // piece.box.size
-        if rest:
-            missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
-    copies: dict[str, list[Copy]] = defaultdict(list)
-    for (name, _), row in sorted(found.items(), key=lambda item: takers.ranks[item[0][1]]):
-        copies[name].extend(coalesce(row))
-    return copies, sorted(missing)
-
-
-def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, int, Piece]]:
-    """Bytes, destination and piece of everything that is wanted: the largest first, so that the small ones can even out."""
+def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, Piece, list[int]]]:
+    """Bytes and piece of everything that is wanted, the largest first, and the destinations that want it, in the order of their names."""
     ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
-    rows = [
-        (piece.box.size * DTYPE_BYTES[dtypes[piece.buffer]], ordinals[piece.tensor], destination, piece)
-        for destination, (pieces, dtypes) in enumerate(zip(takers.pieces, takers.dtypes, strict=True))
-        for piece in pieces
-    ]
-    rows.sort(key=lambda row: (-row[0], row[1], takers.ranks[row[2]], row[3].box.start, row[3].buffer, row[3].offset))
-    return [(nbytes, destination, piece) for nbytes, _, destination, piece in rows if nbytes]
+    by_kind: dict[int, list[int]] = defaultdict(list)
+    for destination in sorted(range(len(takers.kinds)), key=takers.ranks.__getitem__):
+        by_kind[takers.kinds[destination]].append(destination)
+    wanting: dict[tuple[int, Piece], list[int]] = defaultdict(list)
+    for kind, (first, *_) in by_kind.items():
+        for piece in takers.pieces[first]:
+            nbytes = piece.box.size * DTYPE_BYTES[takers.dtypes[first][piece.buffer]]
+            if nbytes:
+                wanting[nbytes, piece].append(kind)
+    merged: dict[tuple[int, ...], list[int]] = {}
+    rows = []
+    for (nbytes, piece), kinds in wanting.items():
+        key = tuple(kinds)
+        if key not in merged:
+            merged[key] = sorted((d for kind in dict.fromkeys(key) for d in by_kind[kind]), key=takers.ranks.__getitem__)
+        rows.append((nbytes, piece, merged[key]))
+    rows.sort(
+        key=lambda row: (-row[0], ordinals[row[1].tensor], row[1].box.start, row[1].box.stop, row[1].buffer, row[1].offset, row[1].strides)
+    )
+    return rows
 
 
 def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
     """By tensor and box, who has it, in the order of the holders' names."""
     table: dict[str, dict[Box, list[_Origin]]] = defaultdict(dict)
+    in_order = {kind: sorted(pieces, key=lambda p: (p.buffer, p.offset)) for kind, pieces in zip(givers.kinds, givers.pieces, strict=True)}
     for source in sorted(range(len(givers.placements)), key=givers.ranks.__getitem__):
-        for piece in sorted(givers.pieces[source], key=lambda p: (p.buffer, p.offset)):
+        for piece in in_order[givers.kinds[source]]:
             table[piece.tensor].setdefault(piece.box, []).append((source, piece))
     return table
 
 
-def _choose(
-    origins: Mapping[Box, Sequence[_Origin]], wanted: Box, rating: Callable[[_Origin], tuple[int, int]]
-) -> tuple[list[tuple[Box, Sequence[_Origin]]], list[Box]]:
-    """Cover a box from the nearest and least loaded. Returns boxes with all who have them, and what nobody has."""
-    useful = [(box, group) for box, group in origins.items() if wanted.intersect(box) is not None]
-    if len(useful) == 1 and useful[0][0].contains(wanted):
-        return [(wanted, useful[0][1])], []
-    useful.sort(key=lambda row: (min(map(rating, row[1])), row[0].start, row[0].stop))
-    taken, rest = cover(wanted, [(box, i) for i, (box, _) in enumerate(useful)])
-    return [(box, useful[i][1]) for box, i in taken], rest
+class _Near:
+    """Those of a crowd that are equally near to a destination, by their positions in the crowd."""
+
+    def __init__(self, sources: Sequence[int], members: Sequence[int], cost: int, loads: Sequence[int]) -> None:
+        self.members, self._cost = members, cost
+        self._sources, self._loads = sources, loads
+        # Loads only grow, so that what the heap says of one is at most what it has.
+        self._heap = [(loads[sources[position]], position) for position in members]
+        heapify(self._heap)
+
+    def least(self) -> int:
+        """The position of the least loaded, the first of equals."""
+        if len(self.members) == 1:
+            return self.members[0]
+        while True:
+            known, position = self._heap[0]
+            load = self._loads[self._sources[position]]
+            if load == known:
+                return position
+            heapreplace(self._heap, (load, position))
+
+    def rating(self) -> tuple[int, int]:
+        return self._cost, self._loads[self._sources[self.least()]]
 
 
-def _parted(box: Box, group: Sequence[_Origin], cost: Sequence[int], num_shares: int) -> Iterator[Box]:
+class _Crowd:
+    """Sources that have the same box of a tensor, in the order of their names."""
+
+    def __init__(self, placements: Sequence[Placement], sources: tuple[int, ...], loads: Sequence[int]) -> None:
+        self._locations, self._sources, self._loads = [placements[s].location for s in sources], sources, loads
+        self._hosts = {None if location is None else location.host for location in self._locations}
+        self._found: dict[Location | None, _Near] = {}
+
+    def near(self, location: Location | None) -> _Near:
+        """Those that are nearest to a location."""
+        # From a host that has none of them all are equally far, also one from another.
+        if location is not None and None not in self._hosts and location.host not in self._hosts:
+            location = Location("")
+        if location not in self._found:
+            costs = [link_class(each, location) for each in self._locations]
+            nearest = [position for position, cost in enumerate(costs) if cost == min(costs)]
+            self._found[location] = _Near(self._sources, nearest, min(costs), self._loads)
+        return self._found[location]
+
+
+def _parted(box: Box, num_near: int, num_shares: int) -> Iterator[Box]:
     """The box, or slices of it where it is worth several shares and several equally near sources have it."""
-    nearest = min(cost[source] for source, _ in group) if num_shares > 1 < len(group) else None
-    num_parts = min(num_shares, sum(cost[source] == nearest for source, _ in group))
+    num_parts = min(num_shares, num_near)
     dim = next((d for d, size in enumerate(box.shape) if size >= num_parts), None)
     if num_parts < 2 or dim is None:
         yield box
