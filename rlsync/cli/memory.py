@@ -1,57 +1,66 @@
-"""Memory that a sync takes on paper: rings, messages, modules in progress. Integers, by the rules of those who allocate it."""
+"""Memory that a sync takes on paper: rings, messages, modules in progress. Integers, by the rules of those who allocate it.
+
+``parts`` are those of an outline's plan: what its destinations take, and what sources give to all whom these stand for.
+"""
 
 from __future__ import annotations
 
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 from rlsync.layout.geometry import DTYPE_BYTES
-from rlsync.plan.buckets import grouped, limits_of
+from rlsync.plan.outline import Outline, shares_of_all
 from rlsync.plan.packing import PackedPart, Region, cut, side_by_side
-from rlsync.plan.planner import Bucket, Copy, Plan, shares_of
+from rlsync.plan.planner import Copy, Plan, in_buckets
 
 
-def ring_bytes(parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
+def ring_bytes(drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
     """Bytes of a slot and of the ring, which has a page of its own in front: whole pages, as ``rlsync.transport.shm`` allocates."""
-    largest = max(sum(part.nbytes for part, name in zip(row, transports, strict=True) if name == "shm") for row in parts)
+    sizes = ([part.nbytes * len(drawn.members[d]) for d, part in enumerate(row) if transports[d] == "shm"] for row in parts)
+    largest = max(map(sum, sizes))
     if not largest:
         return 0, 0
     slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
     return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
 
 
-def staging_bytes(parts: Sequence[Sequence[PackedPart]], staged: Sequence[Set[int]], num_actors: int, num_slots: int) -> list[int]:
+def staging_bytes(
+    drawn: Outline, parts: Sequence[Sequence[PackedPart]], is_staged: Callable[[int, int], bool], num_slots: int
+) -> list[int]:
     """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.transport.ipc`` allocates it.
 
-    ``staged``: by stream, the actor ranks whose rings it reads.
+    ``is_staged``: whether a destination of the outline's plan reads a ring of a source.
     """
-    largest = [0] * num_actors
+    largest = [0] * len(drawn.plan.sources)
     for row in parts:
-        given = [0] * num_actors
-        for part, ranks in zip(row, staged, strict=True):
+        given = [0] * len(largest)
+        for destination, part in enumerate(row):
+            amounts: dict[int, int] = defaultdict(int)
             for region in part.regions:
-                if region.source in ranks:
-                    given[region.source] += _aligned(region.nbytes)
+                amounts[region.source] += _aligned(region.nbytes)
+            read = {source: nbytes for source, nbytes in amounts.items() if is_staged(destination, source)}
+            for source, nbytes in drawn.spread(destination, read):
+                given[source] += nbytes
         largest = list(map(max, largest, given))
     return [min(num_slots, len(parts)) * nbytes for nbytes in largest]
 
 
 def message_bytes(
-    parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_actors: int, num_slots: int
+    drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int
 ) -> tuple[list[int], list[int]]:
     """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets."""
     num_slots = min(num_slots, len(parts))
-    sent, packed, taken = [0] * num_actors, [0] * len(transports), [0] * len(transports)
+    sent, packed, taken = [0] * len(drawn.plan.sources), [0] * len(transports), [0] * len(transports)
     for row in parts:
-        given = [0] * num_actors
+        given = [0] * len(sent)
         for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
             if transport != "gloo":
                 continue
             messages = _message_bytes(part)
-            for source, nbytes in messages.items():
+            for source, nbytes in drawn.spread(stream, messages):
                 given[source] += nbytes
             if len(messages) > 1:
                 packed[stream] = max(packed[stream], sum(messages.values()))
@@ -61,19 +70,19 @@ def message_bytes(
 
 
 def step_bytes(
-    parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_actors: int, num_slots: int, num_steps: int
+    drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int, num_steps: int
 ) -> tuple[list[int], list[int]]:
     """Bytes of GPU memory that each actor rank and each stream keeps for NCCL's messages, of buckets that are cut into steps."""
     num_slots = min(num_slots, len(parts) * num_steps)
-    sent, taken = [0] * num_actors, [0] * len(transports)
+    sent, taken = [0] * len(drawn.plan.sources), [0] * len(transports)
     for row in parts:
-        given = [[0] * num_steps for _ in range(num_actors)]
+        given = [[0] * num_steps for _ in sent]
         for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
-            taking = [0] * num_steps
-            for source, sizes in _piece_bytes(part, num_steps).items() if transport == "nccl" else ():
-                given[source] = [a + b for a, b in zip(given[source], sizes, strict=True)]
-                taking = [a + b for a, b in zip(taking, sizes, strict=True)]
-            taken[stream] = max(taken[stream], *taking)
+            sizes = _piece_bytes(part, num_steps) if transport == "nccl" else {}
+            for step in range(num_steps):
+                for source, nbytes in drawn.spread(stream, {source: row[step] for source, row in sizes.items() if row[step]}):
+                    given[source][step] += nbytes
+            taken[stream] = max(taken[stream], *(sum(row[step] for row in sizes.values()) for step in range(num_steps)))
         sent = [max(before, *steps) for before, steps in zip(sent, given, strict=True)]
     return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
 
@@ -100,12 +109,12 @@ def _aligned(nbytes: int) -> int:
     return side_by_side([nbytes])[1]
 
 
-def layerwise_bytes(plan: Plan, bucket_bytes: int) -> int:
+def layerwise_bytes(drawn: Outline, bucket_bytes: int) -> int:
     """Most bytes of modules in progress at once, of all workers: a module takes memory from its first bucket to its last.
 
     ``bucket_bytes``: of the buckets in which the layerwise sink gets what the direct one may read in one.
     """
-    plan = _as_cut(plan, bucket_bytes)
+    plan = _as_cut(drawn, bucket_bytes)
     spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
     for number, bucket in enumerate(plan.buckets):
         for copy in bucket.copies:
@@ -128,14 +137,13 @@ def _module(buffer: str) -> str:
     return buffer.rpartition(".")[0]
 
 
-def _as_cut(plan: Plan, bucket_bytes: int) -> Plan:
+def _as_cut(drawn: Outline, bucket_bytes: int) -> Plan:
     """The same copies, in buckets also where there is one that holds everything."""
+    plan = drawn.plan
     if len(plan.buckets) > 1:
         return plan
     copies: dict[str, list[Copy]] = defaultdict(list)
     for copy in plan.buckets[0].copies:
         copies[copy.tensor].append(copy)
     dtypes = [{b.name: b.dtype for b in p.buffers} for p in plan.destinations]
-    shares = shares_of(copies, dtypes)
-    groups = grouped(plan.buckets[0].tensors, shares, limits_of(shares, bucket_bytes))
-    return replace(plan, buckets=tuple(Bucket(group, tuple(c for t in group for c in copies[t.name])) for group in groups))
+    return replace(plan, buckets=in_buckets(plan.buckets[0].tensors, copies, shares_of_all(copies, dtypes, drawn.members), bucket_bytes))

@@ -116,7 +116,7 @@ def _rows(p: Price) -> list[tuple[str, str]]:
         ("a step", f"{p.num_copies:,} copies in {_many(p.num_buckets, 'bucket')}"),
         *_staging(p),
         ("extra in a worker", f"none with the direct sink, up to {_amount(p.layerwise_extra_bytes)} with layerwise"),
-        ("planned in", f"{p.planning_s:.1f} s, digest {p.plan_digest[:16]}"),
+        ("planned in", f"{p.planning_s:.1f} s"),
     ]
 
 

@@ -7,8 +7,8 @@ collected instead of raised.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, stagin
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
-from rlsync.plan.links import num_steps, traffic
+from rlsync.plan.links import num_steps
+from rlsync.plan.outline import Outline, outline, outlined
 from rlsync.plan.packing import lay_out
-from rlsync.plan.planner import Plan, build_plan
+from rlsync.plan.planner import build_plan
 from rlsync.plan.transports import Memory, fills_buckets, is_staged
 
 
@@ -84,7 +85,6 @@ class Price:
     inbox_bytes_per_worker: Range
     layerwise_extra_bytes: int
     planning_s: float
-    plan_digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,53 +109,49 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
         return Quote((str(error),))
     if not sides.actors or not sides.workers:
         return Quote(tuple(sides.refusals))
+    return price_of(str(config["architectures"][0]), sides, settings)
+
+
+def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bool = True) -> Quote:
+    """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.perf_counter()
     try:
-        plan, members = _plan(sides, settings)
+        drawn, transports, is_read_staged = _draw(sides, settings, by_kind)
     except PlacementError as error:
         return Quote((*sides.refusals, str(error)))
-    price = _count(str(config["architectures"][0]), sides, settings, plan, members, began_s)
-    refusals = [*sides.refusals, *_transport_refusals(settings, price)]
-    return Quote(tuple(refusals), price)
+    price = _count(architecture, sides, settings, drawn, transports, is_read_staged, began_s)
+    return Quote((*sides.refusals, *_transport_refusals(settings, price)), price)
 
 
-def _plan(sides: Sides, settings: Settings) -> tuple[Plan, list[list[Placement]]]:
-    """The plan, and the workers of each stream: those on one host that hold the same, where shared memory serves them."""
-    groups: dict[object, list[Placement]] = defaultdict(list)
-    transports = transports_of(sides, settings.transport)
-    # Tensor-parallel ranks differ and engines are alike, so that the pieces themselves need no comparison.
-    for index, (worker, transport) in enumerate(zip(sides.workers, transports, strict=True)):
-        located = _located(worker, transport == "ipc")
-        groups[(host_of(worker), worker.pieces) if transport == "shm" else index].append(located)
-    members = list(groups.values())
-    staged = _staged(sides, settings, members)
-
-    def takes_room(stream: int, source: int) -> bool:
-        return fills_buckets(transports, is_direct=True, staged=source in staged[stream])
-
-    plan = build_plan(
-        sides.model.tensors(settings.dtype),
-        [_located(actor, "ipc" in transports) for actor in sides.actors],
-        [row[0] for row in members],
-        bucket_bytes=settings.bucket_bytes,
-        takes_room=takes_room,
-        transforms=("cast",),
-    )
-    return replace(plan, buckets=tuple(b for b in plan.buckets if b.copies)), members
-
-
-def _staged(sides: Sides, settings: Settings, members: list[list[Placement]]) -> list[frozenset[int]]:
-    """By stream, the actor ranks whose staging rings it reads."""
-    of_worker = dict(zip((w.holder for w in sides.workers), transports_of(sides, settings.transport), strict=True))
+def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, list[str], Callable[[int, int], bool]]:
+    """The plan in outline, the transport of each of its destinations, and whether one reads a staging ring of an actor rank."""
+    chosen = transports_of(sides, settings.transport)
+    streams: dict[object, int] = {}
+    # Workers of one host that hold the same are one destination, where shared memory serves them.
+    for index, (worker, transport) in enumerate(zip(sides.workers, chosen, strict=True)):
+        streams.setdefault((host_of(worker), worker.pieces) if transport == "shm" else index, index)
+    firsts = list(streams.values())
+    used = set(chosen)
     memory: Memory = "unstable" if settings.offload_weight else "stable"
-    return [
-        frozenset(
-            rank
-            for rank, actor in enumerate(sides.actors)
-            if of_worker[row[0].holder] == "ipc" and is_staged(memory, settings.staging, is_near=actor.location == row[0].location)
-        )
-        for row in members
-    ]
+
+    def is_read_staged(worker: int, rank: int) -> bool:
+        is_near = sides.actors[rank].location == sides.workers[worker].location
+        return chosen[worker] == "ipc" and is_staged(memory, settings.staging, is_near=is_near)
+
+    def takes_room(stream: int, rank: int) -> bool:
+        return fills_buckets(used, is_direct=True, staged=is_read_staged(firsts[stream], rank))
+
+    tensors = sides.tensors
+    actors = [_located(actor, "ipc" in chosen) for actor in sides.actors]
+    destinations = [_located(sides.workers[worker], chosen[worker] == "ipc") for worker in firsts]
+    rules: dict[str, Any] = {"bucket_bytes": settings.bucket_bytes, "takes_room": takes_room, "transforms": ("cast",)}
+    if by_kind:
+        drawn, kept = outline(tensors, actors, destinations, kind_of=lambda stream: chosen[firsts[stream]], **rules)
+    else:
+        drawn, kept = outlined(build_plan(tensors, actors, destinations, **rules)), tuple(range(len(firsts)))
+    plan = replace(drawn.plan, buckets=tuple(b for b in drawn.plan.buckets if b.copies))
+    workers = [firsts[stream] for stream in kept]
+    return replace(drawn, plan=plan), [chosen[w] for w in workers], lambda destination, rank: is_read_staged(workers[destination], rank)
 
 
 def _located(placement: Placement, by_device: bool) -> Placement:
@@ -164,21 +160,24 @@ def _located(placement: Placement, by_device: bool) -> Placement:
     return placement if by_device else replace(placement, location=replace(placement.location, device=None))
 
 
-def _count(architecture: str, sides: Sides, settings: Settings, plan: Plan, members: list[list[Placement]], began_s: float) -> Price:
-    moved, parts = traffic(plan), lay_out(plan)
+def _count(
+    architecture: str,
+    sides: Sides,
+    settings: Settings,
+    drawn: Outline,
+    transports: list[str],
+    is_read_staged: Callable[[int, int], bool],
+    began_s: float,
+) -> Price:
+    moved, parts = drawn.traffic(), lay_out(drawn.plan)
     planning_s = time.perf_counter() - began_s
-    of_worker = dict(zip((w.holder for w in sides.workers), transports_of(sides, settings.transport), strict=True))
-    transports = [of_worker[row[0].holder] for row in members]
-    by_transport: dict[str, int] = defaultdict(int)
-    for name, row in zip(transports, members, strict=True):
-        by_transport[name] += len(row)
-    tensors = sides.model.tensors(settings.dtype)
-    slot_size, ring_size = ring_bytes(parts, transports, settings.num_slots)
-    stages = staging_bytes(parts, _staged(sides, settings, members), len(sides.actors), settings.num_slots)
-    outboxes, inboxes = message_bytes(parts, transports, len(sides.actors), settings.num_slots)
+    tensors = sides.tensors
+    slot_size, ring_size = ring_bytes(drawn, parts, transports, settings.num_slots)
+    stages = staging_bytes(drawn, parts, is_read_staged, settings.num_slots)
+    outboxes, inboxes = message_bytes(drawn, parts, transports, settings.num_slots)
     if "nccl" in transports:
         steps = num_steps(moved, settings.bucket_bytes) if set(transports) == {"nccl"} else 1
-        outboxes, inboxes = step_bytes(parts, transports, len(sides.actors), settings.num_slots, steps)
+        outboxes, inboxes = step_bytes(drawn, parts, transports, settings.num_slots, steps)
     same_gpu, same_host, other_host = moved.bytes_by_link.values()
     return Price(
         architecture=architecture,
@@ -188,28 +187,27 @@ def _count(architecture: str, sides: Sides, settings: Settings, plan: Plan, memb
         tensor_bytes=sum(t.nbytes for t in tensors),
         actor_ranks=len(sides.actors),
         actor_hosts=len(set(map(host_of, sides.actors))),
-        held_bytes_per_actor_rank=_range(map(_held_bytes, sides.actors)),
+        held_bytes_per_actor_rank=_range(map(_held_bytes, {id(a.buffers): a for a in sides.actors}.values())),
         given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
         engine_workers=len(sides.workers),
         engine_hosts=len(set(map(host_of, sides.workers))),
         shared_gpus=len({a.location for a in sides.actors} & {w.location for w in sides.workers}),
-        received_bytes_per_worker=_range(moved.bytes_by_destination[row[0].holder] for row in members),
+        received_bytes_per_worker=_range(moved.bytes_by_destination.values()),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
-        workers_by_transport=dict(by_transport),
-        num_streams=len(members),
+        workers_by_transport=dict(Counter(transports_of(sides, settings.transport))),
+        num_streams=sum(map(len, drawn.members)),
         bytes_same_gpu=same_gpu,
         bytes_same_host=same_host,
         bytes_other_host=other_host,
-        num_buckets=len(plan.buckets),
-        num_copies=sum(len(bucket.copies) for bucket in plan.buckets),
+        num_buckets=len(drawn.plan.buckets),
+        num_copies=drawn.num_copies,
         slot_bytes=slot_size,
         ring_bytes=ring_size,
         staging_bytes_per_actor_rank=_range(stages),
         outbox_bytes_per_actor_rank=_range(outboxes),
         inbox_bytes_per_worker=_range(inboxes),
-        layerwise_extra_bytes=layerwise_bytes(plan, settings.bucket_bytes),
+        layerwise_extra_bytes=layerwise_bytes(drawn, settings.bucket_bytes),
         planning_s=planning_s,
-        plan_digest=plan.digest,
     )
 
 

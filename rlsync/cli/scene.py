@@ -11,9 +11,9 @@ from typing import Any
 
 from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
-from rlsync.layout.geometry import Location, Placement
+from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.layout.topology import Topology
-from rlsync.models import Model, check_config, model_of
+from rlsync.models import check_config, model_of
 from rlsync.models.base_keys import DTYPES
 from rlsync.models.placement import megatron_placements
 
@@ -44,7 +44,7 @@ class Scene:
 class Sides:
     """Both sides on their GPUs, and what is wrong with them."""
 
-    model: Model
+    tensors: tuple[TensorSpec, ...]
     actors: tuple[Placement, ...] = ()
     workers: tuple[Placement, ...] = ()
     refusals: list[str] = field(default_factory=list)
@@ -86,7 +86,7 @@ def set_out(
         refusals.append(f"{len(workers)} engine workers cannot share the GPUs of {len(actors)} actor ranks; take fewer engines")
     if scene.actor_hosts is not None and len(actors) > scene.actor_hosts * scene.gpus_per_host:
         refusals.append(f"{len(actors)} actor ranks do not fit on {scene.actor_hosts} hosts of {scene.gpus_per_host} GPUs")
-    return Sides(model, actors, workers, refusals)
+    return Sides(model.tensors(dtype), actors, workers, refusals)
 
 
 def _first_engine_gpu(scene: Scene, num_actors: int) -> int:

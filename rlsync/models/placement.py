@@ -75,8 +75,16 @@ def megatron_placement(
 
 
 def megatron_placements(model: Model, topology: Topology, **options: Any) -> tuple[Placement, ...]:
-    """Placements of all ranks of a run. Options as in :func:`megatron_placement`."""
-    return tuple(megatron_placement(model, topology, rank, **options) for rank in range(topology.world_size))
+    """Placements of all ranks of a run. Options as in :func:`megatron_placement`. Replicas share what they hold, as objects too."""
+    held: dict[tuple[int, ...], Placement] = {}
+    placements = []
+    for rank in range(topology.world_size):
+        at = topology.coordinates(rank)
+        key = at.tp_rank, at.pp_rank, at.ep_rank, at.etp_rank
+        if key not in held:
+            held[key] = megatron_placement(model, topology, rank, **options)
+        placements.append(replace(held[key], holder=f"actor {rank}"))
+    return tuple(placements)
 
 
 def indivisible(model: Model, topology: Topology) -> list[str]:

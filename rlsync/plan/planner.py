@@ -84,8 +84,9 @@ class _Holders:
     @classmethod
     def of(cls, placements: Sequence[Placement], specs: Mapping[str, TensorSpec]) -> _Holders:
         kinds = kinds_of(placements)
-        firsts = {kind: examine(placements[index], specs) for index, kind in reversed(list(enumerate(kinds)))}
-        dtypes = {kind: {b.name: b.dtype for b in placements[index].buffers} for index, kind in enumerate(kinds)}
+        of_kind = dict(zip(reversed(kinds), reversed(placements), strict=True))
+        firsts = {kind: examine(p, specs) for kind, p in of_kind.items()}
+        dtypes = {kind: {b.name: b.dtype for b in p.buffers} for kind, p in of_kind.items()}
         # What is wrong with one is wrong with each, and says whose it is.
         findings = [found for p, kind in zip(placements, kinds, strict=True) if firsts[kind][1] for found in examine(p, specs)[1]]
         order = sorted(range(len(placements)), key=lambda i: placements[i].holder)
@@ -98,6 +99,18 @@ class _Holders:
             tuple(findings),
         )
 
+    def only(self, indices: Sequence[int]) -> _Holders:
+        """Some of them, in this order."""
+        order = sorted(range(len(indices)), key=lambda i: self.ranks[indices[i]])
+        return _Holders(
+            tuple(self.placements[i] for i in indices),
+            tuple(self.kinds[i] for i in indices),
+            tuple(self.pieces[i] for i in indices),
+            tuple(self.dtypes[i] for i in indices),
+            tuple(sorted(range(len(order)), key=order.__getitem__)),
+            self.findings,
+        )
+
 
 def kinds_of(placements: Sequence[Placement]) -> tuple[int, ...]:
     """By placement a number that those share which hold the same: replicas of an actor rank, the same worker of equal engines."""
@@ -106,9 +119,9 @@ def kinds_of(placements: Sequence[Placement]) -> tuple[int, ...]:
     known: dict[tuple[int, int, int], int] = {}
     kinds = []
     for p in placements:
-        identity = id(p.buffers), id(p.pieces), id(p.fills)
+        identity = id(p.buffers), id(p.pieces), id(p.padding)
         if identity not in known:
-            known[identity] = numbers.setdefault((p.buffers, p.pieces, p.fills), len(numbers))
+            known[identity] = numbers.setdefault((p.buffers, p.pieces, p.padding), len(numbers))
         kinds.append(known[identity])
     return tuple(kinds)
 
@@ -130,6 +143,10 @@ class Matching:
     destinations: _Holders
     ways: tuple[list[Way], ...]
     findings: tuple[str, ...] = ()
+
+    def only(self, destinations: Sequence[int]) -> Matching:
+        """The same, to some of the destinations, which are numbered anew."""
+        return Matching(self.sources, self.destinations.only(destinations), tuple(self.ways[d] for d in destinations), self.findings)
 
 
 def build_plan(
@@ -157,7 +174,7 @@ def build_plan(
     Raises PlacementError with all findings at once.
     """
     matching = match(tensors, sources, destinations)
-    copies = copies_of(matching, range(len(destinations)), transforms)
+    copies = copies_of(matching, transforms)
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
     buckets = in_buckets(tensors, copies, shares_of(roomy, matching.destinations.dtypes), bucket_bytes)
     givers, takers = matching.sources, matching.destinations
@@ -175,14 +192,14 @@ def match(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinati
     return Matching(givers, takers, ways, tuple(findings))
 
 
-def copies_of(matching: Matching, destinations: Iterable[int], transforms: Collection[str]) -> dict[str, list[Copy]]:
-    """Copies by tensor to some of the destinations, in the order of their names.
+def copies_of(matching: Matching, transforms: Collection[str]) -> dict[str, list[Copy]]:
+    """Copies by tensor, in the order of the destinations' names.
 
     Raises PlacementError with all findings at once, those of the matching and dtypes that differ.
     """
     givers, takers = matching.sources, matching.destinations
     copies: dict[str, list[Copy]] = defaultdict(list)
-    for destination in sorted(destinations, key=takers.ranks.__getitem__):
+    for destination in sorted(range(len(takers.ranks)), key=takers.ranks.__getitem__):
         rows: dict[str, list[Copy]] = defaultdict(list)
         for piece, box, (source, origin) in matching.ways[destination]:
             dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
@@ -229,35 +246,54 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
     missing: list[str] = []
     crowds: dict[tuple[int, ...], _Crowd] = {}
+    numbers: dict[Location | None, int] = {}
+    places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
+    locations = tuple(numbers)
     for nbytes, piece, row in wanted:
         useful = [(box, group) for box, group in origins.get(piece.tensor, {}).items() if piece.box.intersect(box) is not None]
         useful.sort(key=lambda each: (each[0].start, each[0].stop))
-        by_sources = [tuple(source for source, _ in group) for _, group in useful]
-        present = [
-            crowds.setdefault(key, _Crowd(givers.placements, key, loads)) if key not in crowds else crowds[key] for key in by_sources
-        ]
+        present = []
+        for _, group in useful:
+            who = tuple([source for source, _ in group])
+            if who not in crowds:
+                crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
+            present.append(crowds[who])
         taken, rest = cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
         # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
         overlap = sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(box.size for box, _ in taken)
-        made: dict[tuple[Box, int, int], Way] = {}
+        # Ways and boxes are one object for all who take them, by which `rlsync.plan.outline` knows them again.
+        cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
+        chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // share_bytes) for box, index in taken]
         for destination in row:
-            location = takers.placements[destination].location
+            place, own = places[destination], ways[destination]
             if overlap:
-                order = sorted(range(len(useful)), key=lambda i: present[i].near(location).rating())
+                order = sorted(range(len(useful)), key=lambda i: present[i].near(place).rating())
                 taken, rest = cover(piece.box, [(useful[i][0], i) for i in order])
-            for box, index in taken:
-                near = present[index].near(location)
-                for part in _parted(box, len(near.members), nbytes * box.size // piece.box.size // share_bytes):
+                chosen = [(box, index, nbytes * box.size // piece.box.size // share_bytes) for box, index in taken]
+            for box, index, num_shares in chosen:
+                near = present[index].near(place)
+                key = box, index, 1 if num_shares < 2 else min(num_shares, len(near.members))
+                if key not in cuts:
+                    cuts[key] = tuple(_Cut(part, nbytes * part.size // piece.box.size, {}) for part in _parted(box, key[2]))
+                for cut in cuts[key]:
                     position = near.least()
-                    key = part, index, position
-                    way = made.get(key)
+                    way = cut.ways.get(position)
                     if way is None:
-                        way = made[key] = piece, part, useful[index][1][position]
-                    ways[destination].append(way)
-                    loads[way[2][0]] += nbytes * part.size // piece.box.size
+                        way = cut.ways[position] = piece, cut.box, useful[index][1][position]
+                    own.append(way)
+                    loads[way[2][0]] += cut.nbytes
             if rest:
                 missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
     return ways, sorted(missing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A box that is taken from one source, its bytes in the destination, and the ways of it by the position of the source."""
+
+    box: Box
+    nbytes: int
+    ways: dict[int, Way]
 
 
 def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, Piece, list[int]]]:
@@ -321,28 +357,38 @@ class _Near:
 
 
 class _Crowd:
-    """Sources that have the same box of a tensor, in the order of their names."""
+    """Sources that have the same box of a tensor, in the order of their names. ``locations``: theirs; ``places``: of destinations."""
 
-    def __init__(self, placements: Sequence[Placement], sources: tuple[int, ...], loads: Sequence[int]) -> None:
-        self._locations, self._sources, self._loads = [placements[s].location for s in sources], sources, loads
-        self._hosts = {None if location is None else location.host for location in self._locations}
-        self._found: dict[Location | None, _Near] = {}
+    def __init__(
+        self, sources: Sequence[int], locations: Sequence[Location | None], places: Sequence[Location | None], loads: Sequence[int]
+    ) -> None:
+        self._sources, self._locations, self._places, self._loads = sources, locations, places, loads
+        self._hosts = {None if location is None else location.host for location in locations}
+        self._found: dict[int, _Near] = {}
+        self._far: _Near | None = None
 
-    def near(self, location: Location | None) -> _Near:
-        """Those that are nearest to a location."""
-        # From a host that has none of them all are equally far, also one from another.
-        if location is not None and None not in self._hosts and location.host not in self._hosts:
-            location = Location("")
-        if location not in self._found:
-            costs = [link_class(each, location) for each in self._locations]
-            nearest = [position for position, cost in enumerate(costs) if cost == min(costs)]
-            self._found[location] = _Near(self._sources, nearest, min(costs), self._loads)
-        return self._found[location]
+    def near(self, place: int) -> _Near:
+        """Those that are nearest to the destinations at a place."""
+        found = self._found.get(place)
+        if found is None:
+            found = self._found[place] = self._nearest(self._places[place])
+        return found
+
+    def _nearest(self, location: Location | None) -> _Near:
+        is_far = location is not None and None not in self._hosts and location.host not in self._hosts
+        if is_far and self._far is not None:
+            return self._far
+        costs = [link_class(each, location) for each in self._locations]
+        nearest = [position for position, cost in enumerate(costs) if cost == min(costs)]
+        near = _Near(self._sources, nearest, min(costs), self._loads)
+        if is_far:
+            # From a host that has none of them all are equally far, also from another such host.
+            self._far = near
+        return near
 
 
-def _parted(box: Box, num_near: int, num_shares: int) -> Iterator[Box]:
+def _parted(box: Box, num_parts: int) -> Iterator[Box]:
     """The box, or slices of it where it is worth several shares and several equally near sources have it."""
-    num_parts = min(num_shares, num_near)
     dim = next((d for d, size in enumerate(box.shape) if size >= num_parts), None)
     if num_parts < 2 or dim is None:
         yield box

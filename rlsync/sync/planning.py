@@ -109,10 +109,10 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
     transports = tuple(chosen[destination_of.index(d)] for d in range(len(destinations)))
     first = [reports.workers[destination_of.index(d)] for d in range(len(destinations))]
     staging = _staging(destinations, transports, reports.actors, config.staging)
-    is_direct = all(r.sink == "direct" for r in reports.records)
+    is_direct, used = all(r.sink == "direct" for r in reports.records), set(transports)
 
     def takes_room(destination: int, rank: int) -> bool:
-        return fills_buckets(transports, is_direct=is_direct, staged=(destination, rank) in staging)
+        return fills_buckets(used, is_direct=is_direct, staged=(destination, rank) in staging)
 
     plan = build_plan(tensors, located, destinations, bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS))
     plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))

@@ -1,0 +1,141 @@
+"""Claims about outlines: what is counted of one destination for all that are alike is what a plan of each has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.paper import Experts, place
+from rlsync.cli.pricing import Price, Settings, price_of
+from rlsync.cli.scene import Scene, Sides, set_out
+from rlsync.layout.geometry import Placement
+from rlsync.plan import packing
+from rlsync.plan.outline import outline, outlined
+from rlsync.plan.planner import Plan, build_plan
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 96, "intermediate_size": 192, "vocab_size": 331,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS = Experts(num_layers=4, num_experts=8, hidden=64, moe_ffn=32, num_heads=8, num_groups=4, head_dim=16, vocab=331)
+
+
+def dense(axes: dict[str, int], engine_tp: int, num_engines: int, gpus_per_host: int, colocated: bool) -> Sides:
+    scene = Scene(axes, tp_size=engine_tp, num_engines=num_engines, gpus_per_host=gpus_per_host, colocated=colocated)
+    return set_out(CONFIG, scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
+
+
+def experts(world_size: int, ep_size: int, pp_size: int, engine_tp: int, num_engines: int, first_gpu: int) -> Sides:
+    """A mixture of experts by hand; engines under expert parallelism."""
+    case = EXPERTS.case(
+        world_size=world_size, ep_size=ep_size, pp_size=pp_size, num_engines=num_engines, engine_tp=engine_tp, expert_parallel=True
+    )
+    workers = tuple(replace(w, location=place(first_gpu + i)) for i, w in enumerate(case.destinations))
+    return Sides(case.tensors, case.sources, workers)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Sides:
+    """Small and middle layouts: replicas and engines in numbers that do and do not divide one another, near, far and mixed."""
+    if draw(st.booleans()):
+        pp_size, ep_size = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 4]))
+        world_size = pp_size * ep_size * draw(st.integers(1, 5))
+        return experts(
+            world_size, ep_size, pp_size, draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 7)), draw(st.sampled_from([0, 5, 64]))
+        )
+    axes = {"tp_size": draw(st.sampled_from([1, 2, 4])), "pp_size": draw(st.sampled_from([1, 2, 4])), "dp_size": draw(st.integers(1, 6))}
+    size = axes["tp_size"] * axes["pp_size"] * axes["dp_size"]
+    engine_tp, colocated = draw(st.sampled_from([1, 2, 4])), draw(st.booleans())
+    most = max(1, size // engine_tp) if colocated else 9
+    return dense(axes, engine_tp, draw(st.integers(1, most)), draw(st.sampled_from([2, 4, 8, 512])), colocated and engine_tp <= size)
+
+
+def price(sides: Sides, by_kind: bool, **options: Any) -> Price:
+    found = price_of("x", sides, Settings(**options), by_kind=by_kind).price
+    assert found is not None
+    return replace(found, planning_s=0.0)
+
+
+@settings(max_examples=40)
+@given(
+    scenes(), st.sampled_from(["auto", "gloo", "ipc"]), st.sampled_from(["auto", "always"]), st.booleans(), st.sampled_from([20_000, 10**7])
+)
+def test_a_price_by_kind_is_that_of_each_destination_planned(
+    sides: Sides, transport: str, staging: str, offload: bool, nbytes: int
+) -> None:
+    options = {"transport": transport, "staging": staging, "offload_weight": offload, "bucket_bytes": nbytes}
+    assert price(sides, True, **options) == price(sides, False, **options)
+
+
+@pytest.mark.parametrize("bucket_bytes", [20_000, 10**7])
+def test_steps_and_shared_rings_are_counted_alike(bucket_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes NCCL for those that share no GPU, in steps; on one host shm has one destination for all workers that are alike."""
+    monkeypatch.setattr(packing, "LEAST_PIECE_BYTES", 4096)
+    for sides, transport in (
+        (dense({"tp_size": 2, "dp_size": 3}, 2, 5, 4, False), "auto"),
+        (dense({"dp_size": 3}, 2, 5, 512, False), "shm"),
+    ):
+        options = {"transport": transport, "bucket_bytes": bucket_bytes}
+        assert price(sides, True, **options) == price(sides, False, **options)
+
+
+def moved(sources: Any, destination: int, plan: Plan, index: int) -> Counter[tuple[Any, ...]]:
+    """Everything that one destination of a plan is given, bucket by bucket, with ``sources[i]`` in the place of source i."""
+    return Counter(
+        (number, replace(copy, source=sources[copy.source], destination=destination))
+        for number, bucket in enumerate(plan.buckets)
+        for copy in bucket.copies
+        if copy.destination == index
+    )
+
+
+@settings(max_examples=40)
+@given(scenes(), st.sampled_from([None, 20_000]))
+def test_members_take_what_the_plan_of_each_gives_them(sides: Sides, bucket_bytes: int | None) -> None:
+    """Copy by copy: boxes, offsets, strides, sources and buckets."""
+    plan = build_plan(sides.tensors, sides.actors, sides.workers, bucket_bytes=bucket_bytes)
+    drawn, firsts = outline(sides.tensors, sides.actors, sides.workers, bucket_bytes=bucket_bytes)
+    assert [b.tensors for b in drawn.plan.buckets] == [b.tensors for b in plan.buckets]
+    own = {source: source for source in range(len(sides.actors))}
+    for index, first in enumerate(firsts):
+        assert moved(drawn.members[index][0], first, drawn.plan, index) == moved(own, first, plan, first)
+    expected = Counter(key for d in range(len(sides.workers)) for key in _unnamed(moved(own, 0, plan, d)))
+    found = Counter(key for i, row in enumerate(drawn.members) for sources in row for key in _unnamed(moved(sources, 0, drawn.plan, i)))
+    assert found == expected
+    assert (
+        drawn.num_copies == sum(len(b.copies) for b in plan.buckets)
+        and drawn.traffic().bytes_by_link == outlined(plan).traffic().bytes_by_link
+    )
+
+
+def _unnamed(rows: Counter[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [(number, copy) for number, copy in rows.elements()]
+
+
+def test_equal_engines_and_replicas_are_of_few_kinds() -> None:
+    sides = dense({"tp_size": 2, "pp_size": 2, "dp_size": 8}, 4, 64, 8, False)
+    drawn, firsts = outline(sides.tensors, sides.actors, sides.workers)
+    assert len(sides.workers) == 256 == sum(map(len, drawn.members))
+    assert len(firsts) < 32, "the ranks of an engine, and how evenly what is left is divided"
+
+
+def test_destinations_that_differ_in_anything_are_not_alike() -> None:
+    """The negative control: another distance, another content, or whatever the caller tells apart."""
+    sides = dense({}, 1, 4, 1, False)
+    assert len(outline(sides.tensors, sides.actors, sides.workers)[1]) == 1
+    assert len(outline(sides.tensors, sides.actors, sides.workers, kind_of=lambda d: d % 2)[1]) == 2
+    near = [*sides.workers[:3], replace(sides.workers[3], location=sides.actors[0].location)]
+    assert len(outline(sides.tensors, sides.actors, near)[1]) == 2
+    first, *others = sides.workers[3].buffers
+    other = replace(sides.workers[3], buffers=(replace(first, has_gaps=True), *others))
+    assert len(outline(sides.tensors, sides.actors, [*sides.workers[:3], other])[1]) == 2
+
+
+def test_replicas_share_what_they_hold() -> None:
+    actors: tuple[Placement, ...] = dense({"tp_size": 2, "dp_size": 3}, 1, 1, 8, False).actors
+    assert len({id(a.pieces) for a in actors}) == 2 and len({a.holder for a in actors}) == 6
