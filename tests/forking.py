@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, popen_forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -38,11 +39,14 @@ class ForkedProcess(ForkServerProcess):
         return _Popen(process)
 
 
+_launching = threading.Lock()
+
+
 class _Popen(popen_forkserver.Popen):
     def _launch(self, process: Any) -> None:
         server = _server(process.preload)
-        # The standard library has one server in a process. Another thread that starts one of the others meanwhile gets it later, not wrong.
-        with patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        # The standard library has one server in a process. Patches of two threads at a time would leave one of them in place.
+        with _launching, patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
             super()._launch(process)  # type: ignore[misc]
 
 

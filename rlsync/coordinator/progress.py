@@ -44,12 +44,12 @@ class Progress:
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
-    _fillers: list[int] = field(init=False)
-    _takers: list[int] = field(init=False)
+    _packed: list[int] = field(init=False)
+    _taken: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.buckets_writable = min(self.num_slots, self.num_buckets)
-        self._fillers, self._takers = [0] * self.num_buckets, [0] * self.num_buckets
+        self._packed, self._taken = [0] * self.num_buckets, [0] * self.num_buckets
 
     def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> str | bool:
         """Count one bucket of an actor rank. Returns whether more buckets are ready now, or what is wrong."""
@@ -59,8 +59,8 @@ class Progress:
         self.filled[identity] = count + 1
         for entry in sums:
             self.told[entry.destination].append(entry)
-        self._fillers[bucket] += 1
-        grown = self._fillers[bucket] == num_actors
+        self._packed[bucket] += 1
+        grown = self._packed[bucket] == num_actors
         self.buckets_ready += grown
         return grown
 
@@ -70,8 +70,8 @@ class Progress:
         if bucket != count or bucket >= self.buckets_ready:
             return f"finished bucket {bucket}, its turn is {count} and {self.buckets_ready} are ready"
         self.done[identity] = count + 1
-        self._takers[bucket] += 1
-        grown = self._takers[bucket] == num_workers and self.buckets_writable < self.num_buckets
+        self._taken[bucket] += 1
+        grown = self._taken[bucket] == num_workers and self.buckets_writable < self.num_buckets
         self.buckets_writable += grown
         return grown
 

@@ -70,7 +70,7 @@ def test_random_plans_are_copied_bit_for_bit(
 ) -> None:
     """With bulk copies where the GPU has them, and through registers, as GPUs without them do."""
     if not in_bulk:
-        monkeypatch.setattr("rlsync.copy.cuda.BULK_CAPABILITY", (99, 0))
+        monkeypatch.setattr("rlsync.copy.kernel.BULK_CAPABILITY", (99, 0))
     for seed in seeds:
         assert_equal_to_the_cpu_copier(seed, count, most_elements, CUDA)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rlsync.cli.bench import add_arguments, plan, spec
-from rlsync.cli.bench.crew import BenchError, Crew
+from rlsync.cli.bench.worker_group import BenchError, WorkerGroup
 from tests.deadlines import ended_before
 from tests.integration.engine_source import ENGINE_ENV
 
@@ -102,9 +102,9 @@ def watched(folder: Path, limit_s: float, **changes: object) -> int:
         most = max(most, len(processes_of(folder)))
 
     try:
-        with Crew(made, folder / "spec.json", folder / "logs") as crew:
-            crew.start()
-            crew.wait(time.monotonic() + limit_s, look)
+        with WorkerGroup(made, folder / "spec.json", folder / "logs") as group:
+            group.start()
+            group.wait(time.monotonic() + limit_s, look)
     finally:
         assert most >= 4, "floors, an engine and two actor ranks"
     return most

@@ -22,9 +22,9 @@ import msgspec
 
 from rlsync.cli.bench import chart, machine, result, screen, work
 from rlsync.cli.bench import spec as specs
-from rlsync.cli.bench.crew import BenchError, Crew
 from rlsync.cli.bench.measured import Measured
 from rlsync.cli.bench.memory import Watch
+from rlsync.cli.bench.worker_group import BenchError, WorkerGroup
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
@@ -154,9 +154,9 @@ def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:
         told = len(found)
 
     try:
-        with Crew(spec, spec_path, logs) as crew:
-            crew.start()
-            crew.wait(deadline_s, look)
+        with WorkerGroup(spec, spec_path, logs) as group:
+            group.start()
+            group.wait(deadline_s, look)
     finally:
         if watch is not None:
             watch.stop()

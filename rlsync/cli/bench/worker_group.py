@@ -44,14 +44,14 @@ class BenchError(RlsyncError):
     """A process of the bench failed, or the deadline passed; carries what the process said last."""
 
 
-class Crew:
+class WorkerGroup:
     """The processes of one bench; a context, at whose end none is left."""
 
     def __init__(self, spec: Spec, spec_path: Path, logs: Path) -> None:
         self._spec, self._path, self._logs = spec, str(spec_path), logs
         self.members: list[Member] = []
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
