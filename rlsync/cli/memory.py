@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from rlsync.layout.geometry import DTYPE_BYTES
-from rlsync.plan.outline import Outline, shares_of_all
+from rlsync.plan.outline import Outline, outlined_holder_bytes
 from rlsync.plan.packing import PackedPart, Region, cut, side_by_side
 from rlsync.plan.planner import Copy, Plan, in_buckets
 
@@ -51,20 +51,20 @@ def staging_bytes(
 def message_bytes(
     drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int
 ) -> tuple[list[int], list[int]]:
-    """Bytes that each actor rank and each stream keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets."""
+    """Bytes that each actor rank and each destination keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets."""
     num_slots = min(num_slots, len(parts))
     sent, packed, taken = [0] * len(drawn.plan.sources), [0] * len(transports), [0] * len(transports)
     for row in parts:
         given = [0] * len(sent)
-        for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
+        for destination, (part, transport) in enumerate(zip(row, transports, strict=True)):
             if transport != "gloo":
                 continue
             messages = _message_bytes(part)
-            for source, nbytes in drawn.spread(stream, messages):
+            for source, nbytes in drawn.spread(destination, messages):
                 given[source] += nbytes
             if len(messages) > 1:
-                packed[stream] = max(packed[stream], sum(messages.values()))
-            taken[stream] = max(taken[stream], part.nbytes)
+                packed[destination] = max(packed[destination], sum(messages.values()))
+            taken[destination] = max(taken[destination], part.nbytes)
         sent = list(map(max, sent, given))
     return [num_slots * nbytes for nbytes in sent], [p + num_slots * t for p, t in zip(packed, taken, strict=True)]
 
@@ -72,17 +72,17 @@ def message_bytes(
 def step_bytes(
     drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int, num_steps: int
 ) -> tuple[list[int], list[int]]:
-    """Bytes of GPU memory that each actor rank and each stream keeps for NCCL's messages, of buckets that are cut into steps."""
+    """Bytes of GPU memory that each actor rank and each destination keeps for NCCL's messages, of buckets that are cut into steps."""
     num_slots = min(num_slots, len(parts) * num_steps)
     sent, taken = [0] * len(drawn.plan.sources), [0] * len(transports)
     for row in parts:
         given = [[0] * num_steps for _ in sent]
-        for stream, (part, transport) in enumerate(zip(row, transports, strict=True)):
+        for destination, (part, transport) in enumerate(zip(row, transports, strict=True)):
             sizes = _piece_bytes(part, num_steps) if transport == "nccl" else {}
             for step in range(num_steps):
-                for source, nbytes in drawn.spread(stream, {source: row[step] for source, row in sizes.items() if row[step]}):
+                for source, nbytes in drawn.spread(destination, {source: row[step] for source, row in sizes.items() if row[step]}):
                     given[source][step] += nbytes
-            taken[stream] = max(taken[stream], *(sum(row[step] for row in sizes.values()) for step in range(num_steps)))
+            taken[destination] = max(taken[destination], *(sum(row[step] for row in sizes.values()) for step in range(num_steps)))
         sent = [max(before, *steps) for before, steps in zip(sent, given, strict=True)]
     return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
 
@@ -146,4 +146,5 @@ def _as_cut(drawn: Outline, bucket_bytes: int) -> Plan:
     for copy in plan.buckets[0].copies:
         copies[copy.tensor].append(copy)
     dtypes = [{b.name: b.dtype for b in p.buffers} for p in plan.destinations]
-    return replace(plan, buckets=in_buckets(plan.buckets[0].tensors, copies, shares_of_all(copies, dtypes, drawn.members), bucket_bytes))
+    sizes = outlined_holder_bytes(copies, dtypes, drawn.members)
+    return replace(plan, buckets=in_buckets(plan.buckets[0].tensors, copies, sizes, bucket_bytes))

@@ -108,7 +108,7 @@ def _rows(p: Price) -> list[tuple[str, str]]:
     return [
         ("model", f"{p.architecture}: {p.num_tensors:,} tensors, {_amount(p.tensor_bytes)} in {p.dtype}{cast}"),
         ("actor", f"{actor}, each holds {_between(p.held_bytes_per_actor_rank)}"),
-        ("engines", f"{engines} on {_many(p.engine_hosts, 'host')} in {_many(p.num_streams, 'stream')}"),
+        ("engines", f"{engines} on {_many(p.engine_hosts, 'host')} in {_many(p.num_destinations, 'destination')}"),
         ("transport", transports),
         ("given per actor rank", _between(p.given_bytes_per_actor_rank)),
         ("received per worker", f"{_between(p.received_bytes_per_worker)}, {p.redundancy_per_worker[1]:.2f} times what it holds"),

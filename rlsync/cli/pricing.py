@@ -72,7 +72,7 @@ class Price:
     received_bytes_per_worker: Range
     redundancy_per_worker: tuple[float, float]
     workers_by_transport: Mapping[str, int]
-    num_streams: int
+    num_destinations: int
     bytes_same_gpu: int
     bytes_same_host: int
     bytes_other_host: int
@@ -126,11 +126,11 @@ def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bo
 def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, list[str], Callable[[int, int], bool]]:
     """The plan in outline, the transport of each of its destinations, and whether one reads a staging ring of an actor rank."""
     chosen = transports_of(sides, settings.transport)
-    streams: dict[object, int] = {}
+    first_of: dict[object, int] = {}
     # Workers of one host that hold the same are one destination, where shared memory serves them.
     for index, (worker, transport) in enumerate(zip(sides.workers, chosen, strict=True)):
-        streams.setdefault((host_of(worker), worker.pieces) if transport == "shm" else index, index)
-    firsts = list(streams.values())
+        first_of.setdefault((host_of(worker), worker.pieces) if transport == "shm" else index, index)
+    firsts = list(first_of.values())
     used = set(chosen)
     memory: Memory = "unstable" if settings.offload_weight else "stable"
 
@@ -138,19 +138,19 @@ def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, lis
         is_near = sides.actors[rank].location == sides.workers[worker].location
         return chosen[worker] == "ipc" and is_staged(memory, settings.staging, is_near=is_near)
 
-    def takes_room(stream: int, rank: int) -> bool:
-        return fills_buckets(used, is_direct=True, staged=is_read_staged(firsts[stream], rank))
+    def takes_room(destination: int, rank: int) -> bool:
+        return fills_buckets(used, is_direct=True, staged=is_read_staged(firsts[destination], rank))
 
     tensors = sides.tensors
     actors = [_located(actor, "ipc" in chosen) for actor in sides.actors]
     destinations = [_located(sides.workers[worker], chosen[worker] == "ipc") for worker in firsts]
     rules: dict[str, Any] = {"bucket_bytes": settings.bucket_bytes, "takes_room": takes_room, "transforms": ("cast",)}
     if by_kind:
-        drawn, kept = outline(tensors, actors, destinations, kind_of=lambda stream: chosen[firsts[stream]], **rules)
+        drawn, kept = outline(tensors, actors, destinations, kind_of=lambda destination: chosen[firsts[destination]], **rules)
     else:
         drawn, kept = outlined(build_plan(tensors, actors, destinations, **rules)), tuple(range(len(firsts)))
     plan = replace(drawn.plan, buckets=tuple(b for b in drawn.plan.buckets if b.copies))
-    workers = [firsts[stream] for stream in kept]
+    workers = [firsts[destination] for destination in kept]
     return replace(drawn, plan=plan), [chosen[w] for w in workers], lambda destination, rank: is_read_staged(workers[destination], rank)
 
 
@@ -195,7 +195,7 @@ def _count(
         received_bytes_per_worker=_range(moved.bytes_by_destination.values()),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
         workers_by_transport=dict(Counter(transports_of(sides, settings.transport))),
-        num_streams=sum(map(len, drawn.members)),
+        num_destinations=sum(map(len, drawn.members)),
         bytes_same_gpu=same_gpu,
         bytes_same_host=same_host,
         bytes_other_host=other_host,

@@ -8,35 +8,35 @@ from collections.abc import Hashable, Iterable, Mapping
 from rlsync.layout.geometry import TensorSpec
 
 # By name of a tensor: bytes by holder. A source and a destination are two holders.
-Shares = Mapping[str, Mapping[Hashable, int]]
+HolderBytes = Mapping[str, Mapping[Hashable, int]]
 
 
-def grouped(tensors: Iterable[TensorSpec], shares: Shares, limits: Mapping[Hashable, int]) -> tuple[tuple[TensorSpec, ...], ...]:
+def grouped(tensors: Iterable[TensorSpec], holder_bytes: HolderBytes, limits: Mapping[Hashable, int]) -> tuple[tuple[TensorSpec, ...], ...]:
     """Groups in which no holder has more bytes than its limit; a tensor that alone exceeds a limit ends its group.
 
     Args:
-        shares: a tensor that is not listed has no bytes.
+        holder_bytes: a tensor that is not listed has no bytes.
         limits: by holder; one that is not listed has none.
     """
     groups: list[list[TensorSpec]] = []
     filled: dict[Hashable, int] = defaultdict(int)
     for tensor in tensors:
-        share = shares.get(tensor.name, {})
-        if not groups or any(filled[h] and filled[h] + nbytes > limits[h] for h, nbytes in share.items() if nbytes and h in limits):
+        by_holder = holder_bytes.get(tensor.name, {})
+        if not groups or any(filled[h] and filled[h] + nbytes > limits[h] for h, nbytes in by_holder.items() if nbytes and h in limits):
             groups.append([])
             filled.clear()
         groups[-1].append(tensor)
-        for holder, nbytes in share.items():
+        for holder, nbytes in by_holder.items():
             filled[holder] += nbytes
     return tuple(map(tuple, groups))
 
 
-def limits_of(shares: Shares, bucket_bytes: int | None) -> dict[Hashable, int]:
+def limits_of(holder_bytes: HolderBytes, bucket_bytes: int | None) -> dict[Hashable, int]:
     """By holder ``bucket_bytes``, or at least its largest tensor, which is never split. None: no limits."""
     limits: dict[Hashable, int] = {}
     if bucket_bytes is None:
         return limits
-    for share in shares.values():
-        for holder, nbytes in share.items():
+    for by_holder in holder_bytes.values():
+        for holder, nbytes in by_holder.items():
             limits[holder] = max(limits.get(holder, bucket_bytes), nbytes)
     return limits

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rlsync.layout.geometry import DTYPE_BYTES, Placement, TensorSpec
 from rlsync.plan.links import LINK_NAMES, Traffic, link_class, traffic
-from rlsync.plan.planner import Copy, Plan, copies_of, in_buckets, match, shares_of
+from rlsync.plan.planner import Copy, Plan, copies_of, holder_bytes_of, in_buckets, match
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,29 +99,29 @@ def outline(
     chosen = matching.only(firsts)
     copies = copies_of(chosen, transforms)
     roomy = {name: [c for c in row if takes_room(firsts[c.destination], c.source)] for name, row in copies.items()}
-    shares = shares_of_all(roomy, chosen.destinations.dtypes, members)
-    buckets = in_buckets(tensors, copies, shares, bucket_bytes)
+    holder_bytes = outlined_holder_bytes(roomy, chosen.destinations.dtypes, members)
+    buckets = in_buckets(tensors, copies, holder_bytes, bucket_bytes)
     return Outline(Plan(chosen.sources.placements, chosen.destinations.placements, buckets, ""), members), firsts
 
 
-def shares_of_all(
+def outlined_holder_bytes(
     copies: Mapping[str, Sequence[Copy]], dtypes: Sequence[Mapping[str, str]], members: Sequence[Sequence[Mapping[int, int]]]
 ) -> dict[str, dict[Hashable, int]]:
-    """As :func:`rlsync.plan.planner.shares_of`, where ``copies`` go to destinations that stand for ``members``, as in an Outline."""
+    """As :func:`rlsync.plan.planner.holder_bytes_of`, where ``copies`` go to destinations that stand for ``members``, as in an Outline."""
     spread: dict[str, dict[Hashable, int]] = {}
     for name, row in copies.items():
         by_destination: dict[int, list[Copy]] = defaultdict(list)
         for copy in row:
             by_destination[copy.destination].append(copy)
-        share: dict[Hashable, int] = defaultdict(int)
+        by_holder: dict[Hashable, int] = defaultdict(int)
         for destination, some in by_destination.items():
-            for holder, nbytes in shares_of({name: some}, dtypes)[name].items():
+            for holder, nbytes in holder_bytes_of({name: some}, dtypes)[name].items():
                 assert isinstance(holder, tuple)
                 side, index = holder
                 if side == "destination":
-                    share[holder] += nbytes
+                    by_holder[holder] += nbytes
                 else:
                     for sources in members[destination]:
-                        share["source", sources[index]] += nbytes
-        spread[name] = share
+                        by_holder["source", sources[index]] += nbytes
+        spread[name] = by_holder
     return spread

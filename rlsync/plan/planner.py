@@ -15,13 +15,13 @@ from math import prod
 
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Box, Location, Piece, Placement, TensorSpec, collapse, cover
-from rlsync.plan.buckets import Shares, grouped, limits_of
+from rlsync.plan.buckets import HolderBytes, grouped, limits_of
 from rlsync.plan.links import link_class
 from rlsync.plan.proof import examine, first_of, listing_findings
 from rlsync.plan.transforms import transform_between
 
-# The mean work of a source has so many shares; a piece of two or more is divided among the replicas that have it.
-_SHARES_PER_SOURCE = 100
+# The mean work of a source is divided into so many units; a piece of two or more is divided among the replicas that have it.
+_UNITS_PER_SOURCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def build_plan(
     matching = match(tensors, sources, destinations)
     copies = copies_of(matching, transforms)
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
-    buckets = in_buckets(tensors, copies, shares_of(roomy, matching.destinations.dtypes), bucket_bytes)
+    buckets = in_buckets(tensors, copies, holder_bytes_of(roomy, matching.destinations.dtypes), bucket_bytes)
     givers, takers = matching.sources, matching.destinations
     return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
 
@@ -213,24 +213,24 @@ def copies_of(matching: Matching, transforms: Collection[str]) -> dict[str, list
 
 
 def in_buckets(
-    tensors: Sequence[TensorSpec], copies: Mapping[str, Sequence[Copy]], shares: Shares, bucket_bytes: int | None
+    tensors: Sequence[TensorSpec], copies: Mapping[str, Sequence[Copy]], holder_bytes: HolderBytes, bucket_bytes: int | None
 ) -> tuple[Bucket, ...]:
-    """Copies in the order of the tensors, cut where a holder has its fill. ``shares``: what counts for that, see ``shares_of``."""
-    groups = grouped(tensors, shares, limits_of(shares, bucket_bytes))
+    """Copies in the order of the tensors, in buckets that a holder's limit ends. ``holder_bytes``: see ``holder_bytes_of``."""
+    groups = grouped(tensors, holder_bytes, limits_of(holder_bytes, bucket_bytes))
     return tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
 
 
-def shares_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str, str]]) -> dict[str, dict[Hashable, int]]:
+def holder_bytes_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str, str]]) -> dict[str, dict[Hashable, int]]:
     """By tensor what each destination takes and each source gives; ``copies`` by tensor, ``dtypes`` of each destination's buffers."""
-    shares: dict[str, dict[Hashable, int]] = {}
+    holder_bytes: dict[str, dict[Hashable, int]] = {}
     for name, row in copies.items():
-        share: dict[Hashable, int] = defaultdict(int)
+        by_holder: dict[Hashable, int] = defaultdict(int)
         for copy in row:
             nbytes = copy.size * DTYPE_BYTES[dtypes[copy.destination][copy.destination_buffer]]
-            share["destination", copy.destination] += nbytes
-            share["source", copy.source] += nbytes
-        shares[name] = share
-    return shares
+            by_holder["destination", copy.destination] += nbytes
+            by_holder["source", copy.source] += nbytes
+        holder_bytes[name] = by_holder
+    return holder_bytes
 
 
 def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[tuple[list[Way], ...], list[str]]:
@@ -241,7 +241,7 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     """
     origins, wanted = _origins(givers), _wanted(tensors, takers)
     total_bytes = sum(nbytes * len(row) for nbytes, _, row in wanted)
-    share_bytes = max(1, total_bytes // max(1, len(givers.placements) * _SHARES_PER_SOURCE))
+    unit_bytes = max(1, total_bytes // max(1, len(givers.placements) * _UNITS_PER_SOURCE))
     loads = [0] * len(givers.placements)
     ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
     missing: list[str] = []
@@ -263,16 +263,16 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
         overlap = sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(box.size for box, _ in taken)
         # Ways and boxes are one object for all who take them, by which `rlsync.plan.outline` knows them again.
         cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
-        chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // share_bytes) for box, index in taken]
+        chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
         for destination in row:
             place, own = places[destination], ways[destination]
             if overlap:
                 order = sorted(range(len(useful)), key=lambda i: present[i].near(place).rating())
                 taken, rest = cover(piece.box, [(useful[i][0], i) for i in order])
-                chosen = [(box, index, nbytes * box.size // piece.box.size // share_bytes) for box, index in taken]
-            for box, index, num_shares in chosen:
+                chosen = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
+            for box, index, num_units in chosen:
                 near = present[index].near(place)
-                key = box, index, 1 if num_shares < 2 else min(num_shares, len(near.members))
+                key = box, index, 1 if num_units < 2 else min(num_units, len(near.members))
                 if key not in cuts:
                     cuts[key] = tuple(_Cut(part, nbytes * part.size // piece.box.size, {}) for part in _parted(box, key[2]))
                 for cut in cuts[key]:
@@ -388,7 +388,7 @@ class _Crowd:
 
 
 def _parted(box: Box, num_parts: int) -> Iterator[Box]:
-    """The box, or slices of it where it is worth several shares and several equally near sources have it."""
+    """The box, or slices of it where it is worth several units and several equally near sources have it."""
     dim = next((d for d, size in enumerate(box.shape) if size >= num_parts), None)
     if num_parts < 2 or dim is None:
         yield box

@@ -66,7 +66,7 @@ def test_plan_counts_the_bytes_of_a_model_it_never_sees(folder: str, capsys: pyt
     assert price["refusals"] == []
     assert price["tensor_bytes"] == 15_231_233_024, "7.6e9 parameters in bf16, as the published checkpoint"
     assert price["num_tensors"] == 339 and price["actor_ranks"] == 4 and price["engine_workers"] == 4
-    assert price["workers_by_transport"] == {"ipc": 4} and price["num_streams"] == 4, "each worker reads for itself"
+    assert price["workers_by_transport"] == {"ipc": 4} and price["num_destinations"] == 4, "each worker reads for itself"
     assert price["num_buckets"] == 1 and price["ring_bytes"] == 0, "parameters are read where they lie"
     low, high = price["given_bytes_per_actor_rank"]
     assert low > 0.4 * price["tensor_bytes"] and high < 0.6 * price["tensor_bytes"], "replicas share the work"
@@ -78,7 +78,7 @@ def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFi
     assert main(["plan", folder, "--actor", "tp=4", "--rollout", "tp=2,engines=2", "--colocated"]) == 0
     out = capsys.readouterr().out
     assert "Qwen2ForCausalLM: 339 tensors, 14.2 GiB in bfloat16" in out
-    assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 4 streams" in out
+    assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 4 destinations" in out
     assert "ipc for 4 workers" in out and "1.00 times what it holds" in out
 
 
@@ -145,7 +145,7 @@ def test_paper_agrees_with_what_a_connection_plans(axes: dict[str, int], tp_size
     page_bytes, routes = 4096, planned.routes(2)
     slot_bytes = shm.slot_bytes(routes["shm"]) if transport == "shm" else 0
     assert price.slot_bytes == -(-slot_bytes // page_bytes) * page_bytes
-    assert (price.num_buckets, price.num_streams) == (len(planned.parts), planned.num_destinations)
+    assert (price.num_buckets, price.num_destinations) == (len(planned.parts), planned.num_destinations)
     assert price.workers_by_transport == {planned.transport: tp_size * num_engines}
     by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
     assert by_link == tuple(planned.traffic.bytes_by_link.values()) and sum(by_link) == planned.nbytes
@@ -161,7 +161,7 @@ def test_paper_agrees_with_what_a_connection_plans(axes: dict[str, int], tp_size
 def test_paper_finds_the_near_gpu_as_a_connection_does(transport: str, staging: str, colocated: bool) -> None:
     price, planned = both_ways({"tp_size": 2, "dp_size": 2}, 2, 2, transport, staging=staging, colocated=colocated)
     assert planned.transport == "ipc" and price.workers_by_transport == {"ipc": 4}
-    assert (price.num_buckets, price.num_streams) == (len(planned.parts), planned.num_destinations)
+    assert (price.num_buckets, price.num_destinations) == (len(planned.parts), planned.num_destinations)
     assert (price.num_buckets == 1) == (staging == "auto") == planned.is_read_in_place
     by_link = (price.bytes_same_gpu, price.bytes_same_host, price.bytes_other_host)
     assert by_link == tuple(planned.traffic.bytes_by_link.values()) and sum(by_link) == planned.nbytes
