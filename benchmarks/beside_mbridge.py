@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def _compare(folder: Path, arguments: argparse.Namespace) -> None:
-    from workers.seeded_model import make_seeded_model
+    from workers.synthetic import make_seeded_model
 
     model = folder / "model"
     make_seeded_model(model, {**QWEN25_05B, "num_hidden_layers": arguments.layers, "max_position_embeddings": 2048}, seed=0)
