@@ -35,7 +35,7 @@ from workers.placement import ComponentPlacement, actor_topology, resolve_placem
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run
-from workers.resume import DATA_STATE, find_beginning, run_folder
+from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
 
@@ -58,6 +58,7 @@ class Report:
         notes: what has no effect, or will only be known later.
         plan: (what it is about, what will happen).
         dp_size: of the actor, where the placement is known.
+        num_ranks: actor ranks; None where the placement is not known.
     """
 
     config: RunConfig | None
@@ -65,6 +66,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     plan: list[tuple[str, str]] = field(default_factory=list)
     dp_size: int = 1
+    num_ranks: int | None = None
 
     def found(self, about: str, text: str) -> None:
         if text not in (known for _, known in self.findings):
@@ -108,6 +110,7 @@ def check_devices(config: RunConfig, report: Report) -> None:
     resolved: ComponentPlacement | None = report.take("devices", resolve_placement, placement, num_gpus or None)
     if resolved is None:
         return
+    report.num_ranks = len(resolved.actor)
     engines = report.take("devices", resolved.engines, config.rollout.tensor_parallel_size)
     dp_size = report.take("devices", validate_world, config, len(resolved.actor))
     report.dp_size = dp_size or 1
@@ -249,6 +252,8 @@ def check_beginning(config: RunConfig, report: Report) -> None:
         hf_config = report.take("resume", read_hf_config, model_path)
         if hf_config is not None:
             report.take("resume", check_restored_model, beginning, hf_config)
+    if report.num_ranks is not None:
+        report.take("resume", check_ranks, beginning, report.num_ranks)
     aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
     if aside is not None:
         report.plan.append(("results", f"hold an earlier run, which a start sets aside as {aside}"))

@@ -15,6 +15,7 @@ import pytest
 from workers.check import GRPO_CHECKS, Report, check_run
 from workers.config import RunConfig
 from workers.config.load import dotted_keys
+from workers.resume import write_settings
 from workers.synthetic import ArithmeticRecipe, build_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,6 +227,11 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
     assert f"after step 3 of {folder}" in dict(check(own, monkeypatch, runner=auto).plan)["begins"]
     one = {"model": {"tensor_model_parallel_size": 1, "precision": "fp32"}}
     assert "was saved with tensor_model_parallel_size 2" in texts(check(own, monkeypatch, runner=auto, actor=one))
+    report = check(own, monkeypatch, runner=auto)
+    assert report.config is not None
+    write_settings(folder, report.config, {}, 4)
+    assert "was saved by 4 actor ranks, cluster.component_placement gives this run 2" in texts(check(own, monkeypatch, runner=auto))
+    (folder / "run.json").unlink()
     (folder / "data").mkdir()
     (folder / "data/data.pt").write_bytes(b"cut")
     assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
