@@ -139,7 +139,7 @@ def _compare(folder: Path, arguments: argparse.Namespace) -> None:
             print(f"TP={tp_size} {name}: rlsync {rlsync:.3f} s, mbridge {mbridge:.3f} s, {mbridge / rlsync:.2f} x as fast as mbridge")
     if arguments.out is not None:
         facts = {"began": began.isoformat(), "cores": os.cpu_count(), "load_before": load_before, "load_after": os.getloadavg()[0]}
-        facts |= {"layers": arguments.layers, "rounds": arguments.rounds, "command": " ".join(sys.argv)}
+        facts |= {"layers": arguments.layers, "rounds": arguments.rounds, "tp": arguments.tp}
         arguments.out.write_text(json.dumps({"facts": facts, "seconds": results}, indent=1) + "\n")
 
 
