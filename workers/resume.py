@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Rule(Enum):
     SILENT = "the new value holds; no result depends on it"
     LAYOUT = "refused: the saved shards are cut by it"
     OPTIMIZER = "refused where the optimizer is restored: its saved state has that form"
+    REFERENCE = "the new value holds for the reference of a KL term; without one a resumed run does not read it"
     DATA = "refused where the data position is restored: it counts batches of that kind"
 
 
@@ -75,10 +76,14 @@ RULES: Mapping[str, Rule] = {
     "reward.num_processes": Rule.SILENT,
     "reward.timeout_s": Rule.SILENT,
     "weight_sync": Rule.SILENT,
-    "warm_start": Rule.HOLDS,
+    "warm_start": Rule.REFERENCE,
     "arithmetic": Rule.HOLDS,
     "seeded_model": Rule.HOLDS,
 }
+# Sections that a configuration may leave out.
+_OPTIONAL_SECTIONS = tuple(section.name for section in fields(RunConfig) if section.default is None)
+# What ``run.json`` holds, and how.
+_SETTINGS_KINDS = {"config": (dict, "a mapping"), "hf_config": (dict, "a mapping"), "actor_ranks": (int, "a number")}
 # Keys of config.json that change no weight and no score.
 _SAME_MODEL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -216,19 +221,29 @@ def _read_settings(folder: Path) -> Mapping[str, Any] | None:
     path = folder / SETTINGS
     if not path.is_file():
         return None
+    remedy = "remove it to resume without a comparison of settings"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); remove it to resume without a comparison of settings") from error
-    absent = {"config", "hf_config", "actor_ranks"} - settings.keys()
+        raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds a value of type {type(settings).__name__}, expected a mapping; {remedy}")
+    absent = _SETTINGS_KINDS.keys() - settings.keys()
     if absent:
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(absent))}; remove it to resume without a comparison of settings")
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(absent))}; {remedy}")
+    for key, (kind, expected) in _SETTINGS_KINDS.items():
+        if type(settings[key]) is not kind:  # a bool would pass for an int
+            raise CheckpointError(f"{path} holds {key!r} of type {type(settings[key]).__name__}, expected {expected}; {remedy}")
     return settings
 
 
 def _compare(config: RunConfig, saved: Mapping[str, Any], folder: Path, *, complete: bool) -> list[tuple[str, Any, Any]]:
     """(key, then, now) of the changes that hold. Raises CheckpointError naming all that cannot."""
-    then, now = dict(_leaves(saved)), dict(_leaves(_plain(config_as_dict(config))))
+    running = _plain(config_as_dict(config))
+    then, now = dict(_leaves(saved)), dict(_leaves(running))
+    for section in _OPTIONAL_SECTIONS:
+        if (saved.get(section) is None) != (section not in running):
+            then[section], now[section] = ("absent", "present") if section in running else ("present", "absent")
     refuses = {
         Rule.LAYOUT: complete,
         Rule.OPTIMIZER: complete and not config.actor.megatron.no_load_optim,
@@ -239,16 +254,17 @@ def _compare(config: RunConfig, saved: Mapping[str, Any], folder: Path, *, compl
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
     }
+    silent = {Rule.SILENT, *(() if config.algorithm.kl_beta != 0 else (Rule.REFERENCE,))}
     changed, refused, ways = [], [], []
     for key in now:
-        # A key that one side lacks is of another version, or of a section that is left out.
+        # A key that one side lacks is of another version, or of a section that is compared as a whole.
         if key not in then or then[key] == now[key]:
             continue
         rule = rule_of(key)
         if refuses.get(rule, False):
             refused.append(f"{key} {then[key]} -> {now[key]}")
             ways.append(advice[rule])
-        elif rule is not Rule.SILENT:
+        elif rule not in silent:
             changed.append((key, then[key], now[key]))
     if refused:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from rlsync.errors import CheckpointError
 from tests.unit.test_preparation import TP2_SHARDS, checkpoint, config, world  # noqa: F401
-from workers.config import describe_config
+from workers.config import config_as_dict, describe_config, load_config
 from workers.model_folder import read_hf_config
 from workers.resume import DATA_STATE, RULES, Rule, check_model, check_ranks, find_beginning, rule_of, write_settings
 
@@ -102,6 +103,47 @@ def test_a_checkpoint_that_does_not_say_what_it_was_made_under_is_resumed_with_a
     (saved / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         begun(world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ("[]", r"holds a value of type list, expected a mapping"),
+        ({"hf_config": None}, r"holds 'hf_config' of type NoneType, expected a mapping"),
+        ({"config": 3}, r"holds 'config' of type int, expected a mapping"),
+        ({"actor_ranks": "two"}, r"holds 'actor_ranks' of type str, expected a number"),
+        ({"actor_ranks": True}, r"holds 'actor_ranks' of type bool, expected a number"),
+    ],
+)
+def test_settings_of_another_form_are_named_with_what_to_do(world, tmp_path, saved, spoilt, said) -> None:  # noqa: F811
+    path = saved / "run.json"
+    path.write_text(spoilt if isinstance(spoilt, str) else json.dumps({**json.loads(path.read_text()), **spoilt}))
+    with pytest.raises(CheckpointError, match=rf"run\.json {said}; remove it to resume without a comparison of settings"):
+        begun(world, tmp_path)
+
+
+WARM = {"data_paths": ["s.jsonl"], "num_steps": 3}
+
+
+def test_a_section_that_is_switched_on_or_off_is_told_as_a_whole(world, tmp_path, saved) -> None:  # noqa: F811
+    made = config(world, tmp_path, algorithm={"kl_beta": 0.1})
+    warm = load_config({**config_as_dict(made), "warm_start": WARM})
+    switched_on = find_beginning(with_auto(warm))
+    assert "warm_start" in switched_on.changed
+    assert "  warm_start absent -> present" in switched_on.notes
+    write_settings(saved, warm, read_hf_config(world / "model"), 2)
+    switched_off = find_beginning(with_auto(made))
+    assert switched_off.changed == ("warm_start",)
+    assert "  warm_start present -> absent" in switched_off.notes
+
+
+def test_warm_start_is_told_only_where_a_resumed_run_reads_it(world, tmp_path, saved) -> None:  # noqa: F811
+    """With a KL term it makes the reference; else its steps are behind the checkpoint."""
+    for kl_beta, changed in ((0.0, ()), (0.1, ("warm_start.num_steps",))):
+        values = config_as_dict(config(world, tmp_path, algorithm={"kl_beta": kl_beta}))
+        write_settings(saved, load_config({**values, "warm_start": WARM}), read_hf_config(world / "model"), 2)
+        found = find_beginning(with_auto(load_config({**values, "warm_start": {**WARM, "num_steps": 4}})))
+        assert found.changed == changed
 
 
 @pytest.mark.parametrize("max_steps", [0, 3])
