@@ -55,7 +55,8 @@ class MetricsLog:
                 ``config.yaml`` to ``config.yaml.<n>``.
 
         Raises:
-            ConfigError: a logger that is named is not installed, or a file of the folder cannot be read. Nothing has changed then.
+            ConfigError: a logger that is named is not installed, the port cannot be bound, or a file of the folder cannot be read. The
+                files of an earlier run are as they were then, and nothing stays open.
         """
         assert config.log_path is not None, "load_config derives log_path"
         self.folder = Path(config.log_path)
@@ -63,16 +64,23 @@ class MetricsLog:
         self._n_minibatches = n_minibatches
         self.notes: tuple[str, ...] = ()
         lines = read_metrics(self.folder)
-        self._loggers = [_open_logger(name, config, self.folder, resolved, start_step * n_minibatches) for name in config.logger_backends]
+        check_loggers(config)
         self._exporter = PrometheusExporter(config.prometheus_host, config.prometheus_port) if config.prometheus_port else None
+        self._loggers: list[MetricsLogger] = [] if self._exporter is None else [self._exporter]
+        try:
+            # TensorBoard last: its writer changes what is shown of an earlier run, and only the others may fail for want of a network.
+            for name in sorted(config.logger_backends, key="tensorboard".__eq__):
+                self._loggers.append(_open_logger(name, config, self.folder, resolved, start_step * n_minibatches))
+        except BaseException:
+            for logger in self._loggers:
+                logger.close()
+            raise
         self._history = [line for line in lines if line["step"] <= start_step]
         self._keep_aside([line for line in lines if line["step"] > start_step])
         self._write_config(resolved)
         self._rewrite()
         # Without a buffer, in which a line that could not be written would wait for the next one.
         self._file = (self.folder / METRICS_FILE).open("ab", buffering=0)
-        if self._exporter is not None:
-            self._loggers.append(self._exporter)
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -89,6 +89,26 @@ def test_a_start_that_fails_for_its_logger_leaves_the_lines_as_they_are(tmp_path
     assert len(read_metrics(tmp_path)) == 33
 
 
+def test_a_start_that_fails_for_a_later_logger_or_the_port_hides_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's writer with the step of a resume hides what it repeats, so it is opened when nothing else can fail."""
+
+    class Unreachable:
+        def init(self, **options: Any) -> None:
+            raise ConnectionError("no network")
+
+    with MetricsLog(logger_config(tmp_path, "tensorboard"), {}) as log:
+        log.log(1, {"time/step": 1.0})
+    before = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    monkeypatch.setitem(sys.modules, "wandb", Unreachable())
+    port = free_port()
+    config = replace(logger_config(tmp_path, "tensorboard", "wandb"), prometheus_port=port)
+    with pytest.raises(ConnectionError):
+        MetricsLog(config, {}, start_step=1)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match="cannot listen"):
+        MetricsLog(replace(config, logger_backends=("tensorboard",)), {}, start_step=1)
+    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == before
+
+
 def test_a_full_disk_is_told_and_leaves_the_lines_before(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     log = MetricsLog(logger_config(tmp_path), {})
