@@ -7,7 +7,6 @@ neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind ha
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
 from workers.config import RunConfig, read_config, validate_model, validate_world
+from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
     check_tokenizer_files,
@@ -40,8 +40,6 @@ from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
 
 _FIRST_ROWS = 200
-# What a logger needs to be imported.
-_LOGGER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
 # Lines are counted for the number of steps where a file is not larger than this.
 _MAX_COUNTED_BYTES = 2**28
 # An array is read as a whole, for which there is no time where a file is larger than this.
@@ -233,8 +231,7 @@ def check_data(config: RunConfig, report: Report) -> None:
 def check_loggers(config: RunConfig, report: Report) -> None:
     """Loggers that are named and not installed."""
     for name in config.runner.logger.logger_backends:
-        if importlib.util.find_spec(_LOGGER_MODULES[name]) is None:
-            report.found("loggers", f"runner.logger.logger_backends names {name}, which is not installed: pip install {name}, or remove it")
+        report.take("loggers", find_logger, name)
 
 
 def check_beginning(config: RunConfig, report: Report) -> None:

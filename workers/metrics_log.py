@@ -7,7 +7,7 @@ Owns file names, step numbering and the loggers. Knows nothing of how a number c
 from __future__ import annotations
 
 import errno
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -28,6 +28,7 @@ CONFIG_FILE = "config.yaml"
 REWARDS_FILE = "rewards.png"
 REWARD_NAME = "rollout/reward_scores"
 TRAINING_PREFIX = "actor/training/"
+# Where another module than the logger's own package is used, which has the name of the logger.
 _LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
@@ -272,13 +273,21 @@ def check_loggers(config: LoggerConfig) -> None:
         _import_logger(name)
 
 
+def find_logger(name: str) -> None:
+    """Look for the package of a logger and import nothing. Raises ConfigError."""
+    if importlib.util.find_spec(name) is None:
+        raise _missing(name, "it is not installed")
+
+
 def _import_logger(name: str) -> Any:
     try:
         return importlib.import_module(_LOGGER_MODULES.get(name, name))
     except ImportError as error:
-        raise ConfigError(
-            f"runner.logger.logger_backends names {name}, which cannot be imported ({error}): pip install {name}, or remove it"
-        ) from error
+        raise _missing(name, str(error)) from error
+
+
+def _missing(name: str, reason: str) -> ConfigError:
+    return ConfigError(f"runner.logger.logger_backends names {name}, which cannot be imported ({reason}): pip install {name}, or remove it")
 
 
 def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], first_index: int) -> MetricsLogger:

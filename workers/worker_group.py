@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from rlsync.engine.handles import Completion
-from rlsync.engine.handles.ray import ENGINE_THREADS, RayEngine
+from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
@@ -27,9 +27,7 @@ from workers.placement import actor_topology, resolve_placement
 from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
 
-_ENGINE_CLOSE_S = 40.0  # vLLM gets two times 15 s itself
 _RANK_CLOSE_S = 5.0
-_STATE_S = 10.0
 
 
 class WorkerGroup:
@@ -145,7 +143,7 @@ class WorkerGroup:
 
     def memory(self) -> dict[str, float]:
         """Memory metrics, each the maximum over ranks, engines or devices; lost workers are left out."""
-        return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], _STATE_S))
+        return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], ENGINE_STATE_S))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
@@ -194,7 +192,7 @@ class WorkerGroup:
         lost = {}
         for i, engine in enumerate(self._engines):
             try:
-                reason = ray.get(engine.actor.failure_reason.remote(), timeout=_STATE_S)
+                reason = ray.get(engine.actor.failure_reason.remote(), timeout=ENGINE_STATE_S)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost_actor:
                 reason = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
             if reason is None and isinstance(error, WeightSyncError) and error.engine == str(i):
@@ -206,7 +204,7 @@ class WorkerGroup:
     def replace_engines(self, numbers: Sequence[int]) -> None:
         """Replace these engines, killing them if they do not end. New engines serve after ``connect`` and a sync."""
         old = [self._engines[i] for i in numbers]
-        ray.wait([engine.actor.close.remote() for engine in old], num_returns=len(old), timeout=_ENGINE_CLOSE_S)
+        ray.wait([engine.actor.close.remote() for engine in old], num_returns=len(old), timeout=ENGINE_CLOSE_S)
         for engine in old:
             ray.kill(engine.actor, no_restart=True)
         for i in numbers:
@@ -226,4 +224,4 @@ class WorkerGroup:
         if ranks:
             ray.wait(ranks, num_returns=len(ranks), timeout=_RANK_CLOSE_S)
         if engines:
-            ray.wait(engines, num_returns=len(engines), timeout=_ENGINE_CLOSE_S)
+            ray.wait(engines, num_returns=len(engines), timeout=ENGINE_CLOSE_S)

@@ -94,7 +94,7 @@ def test_findings_of_every_part_come_together(own, monkeypatch) -> None:
         "unknown architecture MixtralForCausalLM",
         "holds no tokenizer",
         "/gone.jsonl does not exist",
-        "names wandb, which is not installed",
+        "names wandb, which cannot be imported (it is not installed)",
         "resume_dir /nowhere does not exist",
     ):
         assert part in said, said

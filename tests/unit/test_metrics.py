@@ -26,7 +26,7 @@ from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
 from workers.metrics import device_memory_gb, host_memory_gb, largest, rollout_metrics, sample_metrics, speed_metrics
-from workers.metrics_log import MetricsLog, check_loggers, read_metrics
+from workers.metrics_log import MetricsLog, check_loggers, find_logger, read_metrics
 from workers.samples import Sample
 from workers.screen import Screen, summary_rows
 
@@ -82,6 +82,8 @@ def test_a_resumed_run_keeps_the_lines_it_repeats_aside_and_appends(tmp_path: Pa
 def test_a_start_that_fails_for_its_logger_leaves_the_lines_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' * 33)
     monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):
+        find_logger("wandb")
     with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):
         check_loggers(logger_config(tmp_path, "wandb"))
     with pytest.raises(ConfigError, match="names wandb, which cannot be imported"):

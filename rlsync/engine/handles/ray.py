@@ -15,9 +15,9 @@ from rlsync.errors import RlsyncError
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing the engine.
 ENGINE_THREADS = 8
-_STATE_S = 10.0
-# vLLM gets two times 15 s to end.
-_CLOSE_S = 40.0
+# For an actor to say how it is, and to end: vLLM gets two times 15 s itself.
+ENGINE_STATE_S = 10.0
+ENGINE_CLOSE_S = 40.0
 
 
 class EngineActor:
@@ -106,7 +106,7 @@ class RayEngine:
     @property
     def state(self) -> str:
         """As the engine's own handle knows it."""
-        return str(self._answer("state", self.actor.state.remote(), _STATE_S))
+        return str(self._answer("state", self.actor.state.remote(), ENGINE_STATE_S))
 
     def generate(
         self,
@@ -143,7 +143,7 @@ class RayEngine:
         """End the engine's processes and the actor, by force where they do not end. Idempotent."""
         import ray
 
-        ray.wait([self.actor.close.remote()], timeout=_CLOSE_S)
+        ray.wait([self.actor.close.remote()], timeout=ENGINE_CLOSE_S)
         ray.kill(self.actor, no_restart=True)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
