@@ -196,10 +196,21 @@ class Experts:
             shelf.stack(f"{layer}.mlp.experts.w2_weight", [[(n, chunk(shapes[n], 1, *at))] for n in downs])
         return shelf.placement()
 
-    def case(self, *, world_size: int, ep_size: int, pp_size: int, num_engines: int, engine_tp: int, expert_parallel: bool) -> Case:
-        actors = [self.actor(r, ep_size, pp_size, world_size) for r in range(world_size)]
+    def case(
+        self, *, world_size: int, ep_size: int, pp_size: int, num_engines: int, engine_tp: int, expert_parallel: bool, first_gpu: int = 0
+    ) -> Case:
+        # Replicas and the same worker of each engine are laid out once.
+        per_stage = world_size // pp_size
+        held: dict[tuple[int, int], Placement] = {}
+        actors = []
+        for rank in range(world_size):
+            key = rank // per_stage, rank % per_stage % ep_size
+            if key not in held:
+                held[key] = self.actor(rank, ep_size, pp_size, world_size)
+            actors.append(replace(held[key], holder=f"actor {rank}", location=place(rank)))
+        shapes = [self.worker(r, engine_tp, "", place(0), expert_parallel=expert_parallel) for r in range(engine_tp)]
         workers = [
-            self.worker(r, engine_tp, f"engine {e} worker {r}", place(e * engine_tp + r), expert_parallel=expert_parallel)
+            replace(shapes[r], holder=f"engine {e} worker {r}", location=place(first_gpu + e * engine_tp + r))
             for e in range(num_engines)
             for r in range(engine_tp)
         ]
@@ -223,3 +234,12 @@ QWEN3_30B_A3B = Experts(
     head_dim=_EXPERTS["head_dim"],
     vocab=_EXPERTS["vocab_size"],
 )
+# As many bytes, experts and ranks as DeepSeek-V3 (706e9 parameters, 46,563 tensors), with plain attention and experts in every layer.
+DEEPSEEK_V3_SIZE = Experts(
+    num_layers=60, num_experts=256, hidden=7168, moe_ffn=2048, num_heads=128, num_groups=128, head_dim=128, vocab=129280
+)
+LLAMA31_405B: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248,
+    "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "dtype": "bfloat16", "tie_word_embeddings": False,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip

@@ -1,7 +1,8 @@
 """Plans of large models on paper: seconds, memory, balance. One core, no torch.
 
 ``python -m benchmarks.planning [CASE ...]``, a process for each case whose memory matters. ``busiest_source`` is the most bytes that
-a source gives over the mean of those that give any.
+a source gives over the mean of those that give any. ``price-...`` are clusters of thousands of GPUs as ``rlsync plan`` counts them,
+one destination for all that are alike; their seconds count everything from the layout to the price.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
+from benchmarks.paper import DEEPSEEK_V3_SIZE, LLAMA31_405B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
+from rlsync.cli.pricing import Settings, price_of
+from rlsync.cli.scene import Scene, Sides, set_out
 from rlsync.layout.topology import Topology
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan
@@ -27,6 +31,26 @@ CASES: dict[str, Callable[[], Case]] = {
     "30b-tp": lambda: QWEN3_30B_A3B.case(world_size=64, ep_size=8, pp_size=1, num_engines=8, engine_tp=8, expert_parallel=False),
 }
 BUCKET_BYTES = 256 * 2**20
+
+
+def _dense(config: Mapping[str, Any], axes: Mapping[str, int], num_engines: int) -> Sides:
+    scene = Scene(axes, tp_size=8, num_engines=num_engines)
+    return set_out(config, scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
+
+
+def _experts(world_size: int, num_engines: int) -> Sides:
+    """Under pipeline and expert parallelism to engines under expert parallelism on other hosts."""
+    case = DEEPSEEK_V3_SIZE.case(
+        world_size=world_size, ep_size=64, pp_size=4, num_engines=num_engines, engine_tp=64, expert_parallel=True, first_gpu=world_size
+    )
+    return Sides(case.tensors, case.sources, case.destinations)
+
+
+PRICES: dict[str, Callable[[], Sides]] = {
+    "price-72b-3072": lambda: _dense(QWEN25_72B, {"tp_size": 8, "pp_size": 8, "dp_size": 32}, 128),
+    "price-405b-1016": lambda: _dense(LLAMA31_405B, {"tp_size": 8, "pp_size": 9, "dp_size": 7}, 64),
+    "price-deepseek-v3-size-4096": lambda: _experts(2048, 32),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +85,40 @@ def planned(name: str) -> Planned:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """What pricing a cluster took. Seconds are those of the processor."""
+
+    case: str
+    tensors: int
+    sources: int
+    destinations: int
+    copies: int
+    buckets: int
+    seconds: float
+    peak_mib: float
+
+
+def priced(name: str, transport: str) -> Priced:
+    begin = time.process_time()
+    sides = PRICES[name]()
+    price = price_of(name, sides, Settings(transport=transport)).price
+    assert price is not None
+    seconds = time.process_time() - begin
+    counts = price.num_tensors, price.actor_ranks, price.engine_workers, price.num_copies, price.num_buckets
+    return Priced(
+        name, *counts, round(seconds, 2), round(_peak_mib())
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=["72b", "7b-dp2", "30b-ep"], help=f"of {', '.join(CASES)}")
-    for name in parser.parse_args().cases:
-        print(json.dumps(asdict(planned(name))), flush=True)
+    parser.add_argument("cases", nargs="*", default=["72b", "7b-dp2", "30b-ep"], help=f"of {', '.join((*CASES, *PRICES))}")
+    parser.add_argument("--transport", default="auto", help="of a price")
+    arguments = parser.parse_args()
+    for name in arguments.cases:
+        result = planned(name) if name in CASES else priced(name, arguments.transport)
+        print(json.dumps(asdict(result)), flush=True)
 
 
 def _peak_mib() -> float:
