@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import mmap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 from rlsync.layout.geometry import DTYPE_BYTES
+from rlsync.plan import packing
 from rlsync.plan.outline import Outline, outlined_holder_bytes
 from rlsync.plan.packing import PackedPart, Region, cut, side_by_side
 from rlsync.plan.planner import Copy, Plan, in_buckets
@@ -75,26 +76,41 @@ def step_bytes(
     """Bytes of GPU memory that each actor rank and each destination keeps for NCCL's messages, of buckets that are cut into steps."""
     num_slots = min(num_slots, len(parts) * num_steps)
     sent, taken = [0] * len(drawn.plan.sources), [0] * len(transports)
+    known: dict[Hashable, list[int]] = {}
     for row in parts:
         given = [[0] * num_steps for _ in sent]
         for destination, (part, transport) in enumerate(zip(row, transports, strict=True)):
-            sizes = _piece_bytes(part, num_steps) if transport == "nccl" else {}
-            for step in range(num_steps):
-                for source, nbytes in drawn.spread(destination, {source: row[step] for source, row in sizes.items() if row[step]}):
-                    given[source][step] += nbytes
-            taken[destination] = max(taken[destination], *(sum(row[step] for row in sizes.values()) for step in range(num_steps)))
+            sizes = _piece_bytes(part, num_steps, known) if transport == "nccl" else {}
+            for sources in drawn.members[destination]:
+                for source, pieces in sizes.items():
+                    steps = given[sources[source]]
+                    for step, nbytes in enumerate(pieces):
+                        steps[step] += nbytes
+            taken[destination] = max(taken[destination], *map(sum, zip_longest(*sizes.values(), fillvalue=0)), 0)
         sent = [max(before, *steps) for before, steps in zip(sent, given, strict=True)]
     return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
 
 
-def _piece_bytes(part: PackedPart, num_steps: int) -> dict[int, list[int]]:
-    """Bytes of the message of each source, by step."""
+def _piece_bytes(part: PackedPart, num_steps: int, known: dict[Hashable, list[int]]) -> dict[int, list[int]]:
+    """Bytes of the message of each source, by step; the last ones of small messages, which are empty, may be left out.
+
+    ``known``: what was found before, of the same number of steps.
+    """
     if num_steps == 1:
         return {source: [nbytes] for source, nbytes in _message_bytes(part).items()}
     by_source: dict[int, list[Region]] = defaultdict(list)
     for region in part.regions:
         by_source[region.source].append(region)
-    return {source: [sum(_aligned(r.nbytes) for r in piece) for piece in cut(regions, num_steps)] for source, regions in by_source.items()}
+    sizes = {}
+    for source, regions in by_source.items():
+        # How regions are cut depends on their shapes alone, which are those of other sources and destinations too.
+        key = tuple([(r.shape, r.dtype) for r in regions])
+        if key not in known:
+            # Pieces have at least half of this, the last one apart.
+            filled = min(num_steps, 2 * sum(r.nbytes for r in regions) // packing.LEAST_PIECE_BYTES + 2)
+            known[key] = [sum(_aligned(r.nbytes) for r in piece) for piece in cut(regions, filled)]
+        sizes[source] = known[key]
+    return sizes
 
 
 def _message_bytes(part: PackedPart) -> dict[int, int]:
