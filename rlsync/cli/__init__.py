@@ -6,6 +6,9 @@ So each command needs only what it uses: `rlsync doctor` must run where next to 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,11 +23,16 @@ _COMMANDS = {
     "plan": "what a sync of a model between two layouts moves and needs, on paper",
     "verify": "compare the weights of a Hugging Face folder with another or with an engine",
 }
+# Exit codes of commands that a shell would say a signal ended.
+_INTERRUPTED, _NO_READER = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 _REMEDY = "pip install -e . in the repository, or make setup, installs what rlsync needs; rlsync doctor lists what is missing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``rlsync``; returns the exit code: 0 fine, 1 the command found an error, 2 wrong usage."""
+    """Run ``rlsync``; returns the exit code: 0 fine, 1 the command found an error, 2 wrong usage, 130 interrupted by Ctrl-C.
+
+    Where the reader of the output goes away, as ``head`` does, the command ends without a word.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     called = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="rlsync", description="Keeps vLLM engines equal to a Megatron-Core actor.")
@@ -38,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         logs.set_up()
         code: int = import_module(f"{__package__}.{arguments.command}").run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        if not _lost_its_reader():
+            raise
+        return _NO_READER
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -48,3 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: rlsync {called} needs {package}, which is not installed: {_REMEDY}", file=sys.stderr)
         return 1
     return code
+
+
+def _lost_its_reader() -> bool:
+    """Whether nobody reads standard output any more; what is left to write is then dropped, or Python complains of it at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="folder with safetensors files")
     parser.add_argument("second", type=Path, nargs="?", help="the folder to compare with; file names and cuts may differ")
     parser.add_argument("--engine", metavar="URL", help=f"instead: a running `vllm serve` with backend rlsync; its key from {KEY_VARIABLE}")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="of each phase of the comparison with an engine")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="seconds, for each phase of the comparison with an engine")
     parser.add_argument("--bind-host", default="127.0.0.1", help="address of this host that the engine's workers reach")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if (arguments.second is None) == (arguments.engine is None):
             raise ConfigError("rlsync verify compares a folder with one other thing: a second folder, or --engine URL")
+        if not 0 < arguments.timeout_s < math.inf:
+            raise ConfigError(f"--timeout-s is {arguments.timeout_s:g}; it must be more than 0 seconds")
         if arguments.engine is not None:
             said = _against_engine(arguments.first, arguments.engine, arguments.timeout_s, arguments.bind_host)
         else:
@@ -100,7 +103,7 @@ def _against_folder(first: Path, second: Path) -> tuple[list[str], dict[str, Any
     """Lines for people and an object for programs."""
     ours, theirs = read_checkpoint(first), read_checkpoint(second)
     found = list(differences(ours, theirs))
-    verdict = f"{len(found)} tensors differ" if found else "equal"
+    verdict = f"{len(found)} {'tensor differs' if len(found) == 1 else 'tensors differ'}" if found else "equal"
     nbytes = sum(t.spec.nbytes for t in ours.values())
     closing = f"{verdict}: {len(ours)} tensors, {nbytes} bytes in {first}; {len(theirs)} tensors in {second}"
     return [*map(str, found), closing], {
@@ -185,7 +188,7 @@ def _against_engine(folder: Path, url: str, timeout_s: float, bind_host: str) ->
 
     source = FolderSource(folder)
     try:
-        engine = HttpEngine(url, engine_id=url, api_key=os.environ.get(KEY_VARIABLE), timeout_s=timeout_s)
+        engine = HttpEngine(url, engine_id=url, api_key=os.environ.get(KEY_VARIABLE), timeout_s=timeout_s, may_start_later=False)
     except TimeoutError as error:
         raise RlsyncError(str(error)) from None
     try:
@@ -209,7 +212,7 @@ def report(tensors: Sequence[object], folder: Path, url: str, found: Sequence[Se
             module, _, kind = path.rpartition(".")
             # Kernels of CPUs keep weights where nobody can look; they are told by what comes out.
             lines.append(f"worker {worker}: {f'{module}, by what it makes of a fixed input' if kind == PROBE else path}")
-    verdict = f"{len(lines)} tensors of the engine differ" if lines else "equal"
+    verdict = f"{len(lines)} {'tensor of the engine differs' if len(lines) == 1 else 'tensors of the engine differ'}" if lines else "equal"
     closing = f"{verdict}: {len(tensors)} tensors in {folder}; {len(found)} workers of {url}"
     return [*lines, closing], {
         "verdict": "different" if lines else "equal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,37 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert end.value.code == 2
     assert "invalid choice: 'dctor'" in capsys.readouterr().err
+
+
+_STANDS_STILL = """
+import sys, time
+from rlsync import cli
+from rlsync.cli import doctor
+
+def examine(**_):
+    while True:
+        time.sleep({pause_s})
+        yield doctor.Finding("ok", "x" * 1000)
+        print("begun", file=sys.stderr, flush=True)
+
+doctor.examine = examine
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+def test_ctrl_c_ends_a_command_with_one_line() -> None:
+    code = _STANDS_STILL.format(pause_s=0.1)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None and run.stderr.readline() == "begun\n"
+        run.send_signal(signal.SIGINT)
+        rest = run.stderr.read().replace("begun\n", "")
+    assert (run.returncode, rest) == (130, "interrupted\n")
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    code = _STANDS_STILL.format(pause_s=0)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None and run.stdout.readline().startswith("ok")
+        run.stdout.close()
+        rest = run.stderr.read().replace("begun\n", "")
+    assert (run.returncode, rest) == (141, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,19 @@ def test_a_folder_is_compared_with_one_other_thing(tmp_path, capsys):
         assert "with one other thing: a second folder, or --engine URL" in capsys.readouterr().err
 
 
-def test_an_engine_that_is_not_there_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(("host", "said"), [("127.0.0.1", "Connection refused"), ("no-such-host.invalid", "unknown host name")])
+def test_an_engine_that_is_not_there_is_named_at_once(host, said, tmp_path, capsys):
     folder = checkpoint(tmp_path / "m", {"a": torch.ones(2)})
     (tmp_path / "m/config.json").write_text("{}")
-    url = f"http://127.0.0.1:{free_port()}"
-    assert main(["verify", folder, "--engine", url, "--timeout-s", "1"]) == 2
-    assert f"engine {url}" in capsys.readouterr().err
+    url = f"http://{host}:{free_port()}"
+    begin_s = time.monotonic()
+    assert main(["verify", folder, "--engine", url]) == 2
+    assert time.monotonic() - begin_s < 60
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: engine {url} cannot be reached for GET /version: {said}") and error.count(url) == 1
+
+
+def test_a_time_limit_is_positive(tmp_path, capsys):
+    for value in ("-1", "0", "nan", "inf"):
+        assert main(["verify", str(tmp_path), "--engine", "http://127.0.0.1:1", f"--timeout-s={value}"]) == 2
+        assert "--timeout-s is" in capsys.readouterr().err

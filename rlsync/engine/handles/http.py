@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -86,6 +88,7 @@ class HttpEngine:
         engine_id: names the engine in errors and metrics.
         api_key: what the server was given as ``--api-key``; appears in no error and no log.
         timeout_s: how long to wait for the server to be up.
+        may_start_later: whether an address where nothing listens is asked again until then, or is an error at once.
 
     Attributes:
         num_workers: of the server, data-parallel replicas included.
@@ -94,7 +97,9 @@ class HttpEngine:
     Raises ConfigError where the server cannot be driven, and RlsyncError or TimeoutError where it does not answer in time.
     """
 
-    def __init__(self, url: str, *, engine_id: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, url: str, *, engine_id: str, api_key: str | None = None, timeout_s: float = 60.0, may_start_later: bool = True
+    ) -> None:
         self.engine_id, self.num_workers, self.vllm_version = engine_id, 0, ""
         self._server = Server(f"engine {engine_id}", url, api_key)
         self._gate = Gate(engine_id, "it is not connected")
@@ -103,7 +108,7 @@ class HttpEngine:
         self._cleanup: Future[None] | None = None
         self._calls.start()
         try:
-            self._calls.run(self._connect(timeout_s), None)
+            self._calls.run(self._connect(timeout_s, may_start_later), None)
         except BaseException:
             self.close()
             raise
@@ -118,9 +123,9 @@ class HttpEngine:
         """Version that is served, or None for the weights of the server when the handle was made."""
         return self._gate.version
 
-    async def _connect(self, timeout_s: float) -> None:
+    async def _connect(self, timeout_s: float, may_start_later: bool) -> None:
         server = self._server
-        self.vllm_version = await server.open(timeout_s)
+        self.vllm_version = await server.open(timeout_s, may_start_later)
         self.num_workers = int((await server.ask("world_size", timeout_s))["world_size"])
         if (await server.ask("is_paused", timeout_s))["is_paused"]:
             self._may_answer = False
@@ -287,19 +292,20 @@ class Server:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
             raise ConfigError(f"{name}: its url must be http://HOST:PORT, without a name or a password in it")
-        self.name = f"{name} at {url.rstrip('/')}"
         self._url, self._api_key = url.rstrip("/"), api_key
+        self.name = f"{name} at {self._url}" if self._url not in name else name
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._has_labels = False
 
-    async def open(self, timeout_s: float) -> str:
-        """Wait until the server answers; its version of vLLM. Raises ConfigError for one too old, UnreachableError in the end."""
+    async def open(self, timeout_s: float, may_start_later: bool) -> str:
+        """Wait until the server answers; its version of vLLM. Raises ConfigError for one too old, UnreachableError in the end, or
+        at once unless ``may_start_later``."""
         headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
         for is_request, limit in ((False, 0), (True, _MAX_REQUESTS)):
             # Without keep-alive: a server closes idle connections when it likes, and nothing here may be sent twice.
             connector = aiohttp.TCPConnector(limit=limit, force_close=True)
             self._sessions[is_request] = aiohttp.ClientSession(headers=headers, connector=connector)
-        found = await self._await_version(time.monotonic() + timeout_s)
+        found = await self._await_version(time.monotonic() + timeout_s, may_start_later)
         try:
             version = Version(found)
         except InvalidVersion:  # a build of one's own; only its owner can judge it
@@ -309,12 +315,12 @@ class Server:
         self._has_labels = version >= _LABELS_VERSION
         return found
 
-    async def _await_version(self, deadline_s: float) -> str:
+    async def _await_version(self, deadline_s: float, may_start_later: bool) -> str:
         while True:
             try:
                 return str((await self.ask("version", max(_POLL_S, deadline_s - time.monotonic())))["version"])
             except UnreachableError as error:
-                if time.monotonic() + _POLL_S > deadline_s:
+                if not may_start_later or time.monotonic() + _POLL_S > deadline_s:
                     raise UnreachableError(f"{error}; start it with: {_START}") from None
                 await asyncio.sleep(_POLL_S)
 
@@ -337,7 +343,7 @@ class Server:
         except TimeoutError:
             raise TimeoutError(f"{self.name} did not answer {method} {path} within {timeout_s:g} s") from None
         except aiohttp.ClientError as error:
-            raise UnreachableError(f"{self.name} cannot be reached for {method} {path}: {error}") from None
+            raise UnreachableError(f"{self.name} cannot be reached for {method} {path}: {_reason(error)}") from None
         if response.status == 404:
             raise ConfigError(f"{self.name} has no route {path}; start it with: {_START}")
         if response.status != 200:
@@ -360,3 +366,13 @@ class Server:
                 found = found[key]
         words = str(found)[:_ERROR_CHARS]
         return words.replace(self._api_key, "***") if self._api_key else words
+
+
+def _reason(error: aiohttp.ClientError) -> str:
+    """Why there was no answer, without aiohttp's notation of the address."""
+    cause = getattr(error, "os_error", None)
+    if isinstance(cause, socket.gaierror):
+        return f"unknown host name ({cause.strerror})"
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno)
+    return str(cause or error) or type(error).__name__
