@@ -27,12 +27,13 @@ from rlsync.bridge.checkpoint_folder import TRACKER, Restored
 from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
+from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters, unwrap
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.specs import SpecName
+from rlsync.megatron.state import STATE_FORMAT
 from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
@@ -412,7 +413,10 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
 
 
 def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:
-    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done. An interrupted conversion is repeated."""
+    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done.
+
+    Repeated where it was interrupted, where anything that it was made from has changed, and where another ``STATE_FORMAT`` wrote it.
+    """
     origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
     if _origin_of(converted) == origin:
         return
@@ -436,7 +440,7 @@ def _origin_of(converted: Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError:  # cut short while it was written
+    except ValueError:  # cut short while it was written
         return None
 
 
@@ -449,7 +453,12 @@ def _layout(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Properties that the converted files depend on; data-parallel replicas share the files."""
     topology = asdict(current_topology(models))
     del topology["dp_size"]
-    return {"topology": topology, "dtype": str(next(models[0].parameters()).dtype)}
+    return {
+        "state_format": STATE_FORMAT,
+        "topology": topology,
+        "dtype": str(next(models[0].parameters()).dtype),
+        "padded_vocab_size": unwrap(models[0]).vocab_size,
+    }
 
 
 @dataclass(frozen=True, slots=True)

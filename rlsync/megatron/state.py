@@ -36,6 +36,9 @@ from rlsync.megatron.rng import gathered_rng_states, set_rng_state
 RANK_STATE_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
 
+# Of the content of these files: raise it with the keys of ``rank_state``. What was written under another number need not be readable.
+STATE_FORMAT = 2
+
 # What torch and Megatron raise of damaged or foreign content.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 _CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume

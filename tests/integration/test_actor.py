@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.actor_reference import make_samples, write_samples
 from tests.models import save_tiny_model
@@ -121,6 +122,28 @@ def test_initial_weights_are_the_same_from_every_source_and_converted_once(given
     replicas, layout = begin(2, given, named, {**once, "actor.model": TP2, "folder": other})
     assert replicas["digest"] == layout["digest"] == changed["digest"]
     assert layout["converted"], "each layout needs a conversion of its own"
+
+
+def test_a_conversion_of_another_padding_or_another_build_is_made_anew(given, tmp_path):
+    """Such a conversion cannot be loaded, and it stays where it is from run to run."""
+    once = {"actor.megatron": {"mbridge": False}, "actor.megatron.ckpt_convertor": {"save_path": str(tmp_path / "converted")}}
+    padded = {**once, "actor.model": {"make_vocab_size_divisible_by": 128}}
+    first, other, again = begin(1, given, once, padded, padded)
+    assert first["digest"] == other["digest"] == again["digest"]
+    assert [one["converted"] for one in (first, other, again)] == [True, True, False]
+    (shard,) = (tmp_path / "converted").rglob("model_optim_rng.pt")
+    state = torch.load(shard, weights_only=True)
+    assert set(state) == {"checkpoint_version", "iteration", "topology", "rng_state", "options", "model"}, (
+        "raise STATE_FORMAT with the keys"
+    )
+    del state["options"]
+    torch.save(state, shard)
+    origin = tmp_path / "converted" / "origin.json"
+    made_from = json.loads(origin.read_text())
+    del made_from["state_format"]
+    origin.write_text(json.dumps(made_from))
+    (renewed,) = begin(1, given, padded)
+    assert renewed["converted"] and renewed["digest"] == first["digest"]
 
 
 def test_a_rank_comes_up_without_asking_for_a_gpu():
