@@ -6,6 +6,7 @@ The same for every runner: a script hands over its checks and what makes its run
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import Check, Report, check_run
 from workers.config import RunConfig, lenient_overrides, register_resolvers
+from workers.config.foreign_keys import hint
+from workers.config.load import dotted_keys
 from workers.screen import wrapped
 
 CHECK = "--check"
@@ -58,9 +62,28 @@ def main(
         sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument != CHECK])
         composed_main()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        print(wrapped(f"error: {error}"), file=sys.stderr)
+        print(wrapped(f"error: {misnamed_key(str(error)) or error}"), file=sys.stderr)
+        return 1
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        print(wrapped(f"error: {unreadable_yaml(error)}"), file=sys.stderr)
         return 1
     return code
+
+
+def misnamed_key(error: str) -> str | None:
+    """What to say in place of hydra's answer to a key without a section, such as ``max_steps=5``; None for another error."""
+    match = re.match(r"Could not override '(\w+)'", error)
+    return None if match is None else f"unknown key {match[1]}: {hint(match[1], tuple(dotted_keys(RunConfig)))}"
+
+
+def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """File, line and reason of a configuration file that is not YAML."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark, context = error.problem_mark or error.context_mark, error.context
+        name = "the configuration" if mark is None else os.path.relpath(mark.name)
+        line = "" if mark is None else f" line {mark.line + 1}"
+        return f"{name}{line}: {error.problem or 'not YAML'}{f' ({context})' if context else ''}"
+    return f"the configuration is not YAML that can be read: {' '.join(str(error).split())}"
 
 
 def exit_code(run: Callable[[], None]) -> int:

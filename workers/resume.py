@@ -168,6 +168,8 @@ def _check_initial_weights(config: RunConfig, resume: Path | None) -> None:
         if model.megatron_checkpoint is not None:
             _inspect(config, Path(model.megatron_checkpoint))
         return
+    if config.runner.resume_dir is None:
+        raise ConfigError("model.megatron_checkpoint is required if use_hf_ckpt is False")  # as the rule between the keys says it
     if resume is None:
         raise ConfigError(
             "model.megatron_checkpoint is required if use_hf_ckpt is False; "

@@ -4,7 +4,7 @@
 #     bash examples/reasoning/run_main_grpo_math.sh [CONFIG] [key=value ...]
 #     bash examples/reasoning/run_main_grpo_math.sh [CONFIG] --check [key=value ...]     # says what is wrong, starts nothing
 #
-# CONFIG names a file of configs/reasoning without .yaml; without it a tiny model learns additions on the CPU.
+# CONFIG names a file of configs/reasoning, with or without folder and .yaml; without it a tiny model learns additions on the CPU.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -14,6 +14,8 @@ case ${1:-} in
     "" | *=* | --*) ;;
     *) config=$1 && shift ;;
 esac
+# The path of such a file names it too.
+config=${config#"$repository"/} config=${config#./} config=${config#configs/reasoning/} config=${config%.yaml}
 if [ "$config" = "$default" ]; then
     echo "Running $default, the tiny CPU default. Others:"
     echo "bash examples/reasoning/run_main_grpo_math.sh CONFIG [key=value ...], CONFIG:"

@@ -251,6 +251,40 @@ def test_what_hydra_cannot_read_is_told_without_a_traceback(argument) -> None:
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("runner:\n\tseq_length: 3\n", "line 2: found character"),
+        ("runner:\n  seq_length: 3\n seed: 4\n", "line 3: "),
+        ("runner: [1\ndata: 3\n", "line 2: expected ',' or ']'"),
+        ("data: {}\ndata: {}\n", "line 2: found duplicate key data"),
+        ("data: \x07\n", "not YAML that can be read"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_told_in_a_line(tmp_path, content, said) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    command = [sys.executable, str(SCRIPT.parent / "main_grpo.py"), "--config-path", str(tmp_path), "--config-name", "mine", "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    printed = " ".join(done.stderr.split())
+    assert done.returncode == 1 and printed.startswith("error: ") and said in printed and len(done.stderr.splitlines()) <= 5, done.stderr
+
+
+def test_a_key_without_its_section_is_answered_with_the_section() -> None:
+    done = subprocess.run(["bash", str(SCRIPT), "--check", "max_steps=5"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1 and done.stderr == "error: unknown key max_steps: did you mean runner.max_steps?\n"
+
+
+@pytest.mark.parametrize("name", ["configs/reasoning/arithmetic-grpo-megatron.yaml", "arithmetic-grpo-megatron.yaml"])
+def test_the_path_of_a_configuration_names_it(name) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), name, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    assert "no config named" not in done.stderr and "no findings" in done.stdout, done.stderr
+
+
+def test_initial_weights_that_nothing_names_are_one_finding(world, monkeypatch) -> None:
+    actor = {"model": {"precision": "fp32", "tensor_model_parallel_size": 2}, "megatron": {"use_hf_ckpt": False}}
+    assert len(check(world, monkeypatch, actor=actor).findings) == 1
+
+
 def test_the_script_checks_without_importing_what_is_slow_and_without_leaving_files(world, tmp_path) -> None:
     """Of a whole world: its files, its rows, its template. The exit code and the screen are a user's."""
     program = (

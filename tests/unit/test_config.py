@@ -226,6 +226,10 @@ def test_findings_of_all_kinds_come_together() -> None:
         ("actor_rollout_ref.actor.optim.lr", "it is actor.optim.lr here"),
         ("actor_rollout_ref.rollout.n", "it is algorithm.group_size here"),
         ("actor_rollout_ref.ref.fsdp_config.param_offload", "it is actor.offload_weight here"),
+        ("actor.rollout.n", "it is algorithm.group_size here"),
+        ("rollout.backend", "it is rollout.rollout_backend here"),
+        ("rollout.model_dir", "it is rollout.model.model_path here"),
+        ("runner.logger.path", "it is runner.logger.log_path here"),
         ("learning_rate", "it is actor.optim.lr here"),
         ("actor.group_size", "did you mean algorithm.group_size?"),
         ("runner.max_step", "did you mean runner.max_steps?"),
@@ -359,6 +363,7 @@ def test_where_initial_weights_may_come_from(
             {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}}},
             "differ, but weight_decay_incr_style is constant",
         ),
+        ({"actor": {"model": {"context_parallel_size": 2}}}, "actor.model.context_parallel_size (2) must be 1"),
         ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
     ],
 )

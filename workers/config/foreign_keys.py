@@ -176,6 +176,9 @@ OTHER_NAMES = {
     "lr_scheduler_type": "actor.lr_sched.lr_decay_style",
     "max_grad_norm": "actor.optim.clip_grad",
     "rollout.n": "algorithm.group_size",
+    "rollout.backend": "rollout.rollout_backend",
+    "rollout.model_dir": "rollout.model.model_path",
+    "logger.path": "runner.logger.log_path",
     "num_generations": "algorithm.group_size",
     "ppo_mini_batch_size": "algorithm.n_minibatches",
     "ppo_micro_batch_size_per_gpu": "algorithm.training_batch_size_per_gpu",
@@ -273,7 +276,7 @@ def hint(dotted: str, known: Sequence[str]) -> str:
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    ours = _other_name(dotted)
+    ours = other_name(dotted)
     if near and not elsewhere:
         return f"did you mean {siblings[near[0]]}?"
     if ours is not None:
@@ -291,7 +294,8 @@ def hint(dotted: str, known: Sequence[str]) -> str:
     return f"did you mean {leaves[near[0]]}?" if near else "no key is like it; docs/configuration.md lists all"
 
 
-def _other_name(dotted: str) -> str | None:
+def other_name(dotted: str) -> str | None:
+    """Our name of a key that another trainer calls ``dotted``, or None."""
     parts = dotted.split(".")
     return next((OTHER_NAMES[tail] for i in range(len(parts)) if (tail := ".".join(parts[i:])) in OTHER_NAMES), None)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
-from workers.config.foreign_keys import hint, inert_reason
+from workers.config.foreign_keys import hint, inert_reason, other_name
 from workers.config.schema import RunConfig, bounds_of, section_of
 from workers.config.validate import broken_rules, raise_all
 
@@ -196,8 +196,9 @@ class _Findings:
     def unknown(self, dotted: str, value: Any) -> None:
         """Name a key, or the keys of a section that is none."""
         said = hint(dotted, self.known)
-        if isinstance(value, Mapping) and value and not said.startswith("did you mean"):
-            for name, inner in value.items():
+        keys = value if isinstance(value, Mapping) else {}
+        if keys and (not said.startswith("did you mean") or any(other_name(f"{dotted}.{name}") for name in keys)):
+            for name, inner in keys.items():
                 if not self.tolerate(f"{dotted}.{name}", inner):
                     self.unknown(f"{dotted}.{name}", inner)
         else:

@@ -158,6 +158,11 @@ def _actor(config: RunConfig) -> Iterator[str]:
     etp, tp = model.expert_tensor_parallel_size, model.tensor_model_parallel_size
     if etp is not None and etp > tp and not actor.megatron.mbridge:
         yield f"actor.model.expert_tensor_parallel_size ({etp}) must be less than or equal to tensor_model_parallel_size ({tp})"
+    if model.context_parallel_size > 1:
+        yield (
+            f"actor.model.context_parallel_size ({model.context_parallel_size}) must be 1: training does not split sequences; for longer "
+            "ones raise actor.model.tensor_model_parallel_size with sequence_parallel=True, or set recompute_granularity"
+        )
     if model.sequence_parallel and tp == 1:
         yield "actor.model.sequence_parallel=True needs actor.model.tensor_model_parallel_size > 1"
     if model.virtual_pipeline_model_parallel_size is not None and model.pipeline_model_parallel_size == 1:
