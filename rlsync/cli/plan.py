@@ -9,12 +9,11 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rlsync.cli.pricing import Price, Quote, Settings, quote
 from rlsync.cli.scene import Scene
-from rlsync.cli.shapes import read_config
+from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError
 
 _AXES = {
@@ -25,7 +24,7 @@ _ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="config.json, or the folder that holds it")
+    parser.add_argument("config", help=f"config.json, or the folder that holds it, or one of {', '.join(SHAPES)}")
     parser.add_argument(
         "--actor", default="tp=1", help="sizes of the actor's axes, as tp=8,pp=8,dp=1; also vpp, cp, and layers: first, last"
     )
@@ -41,15 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--staging", choices=("auto", "always"), default="auto", help="weight_sync.staging")
     parser.add_argument("--offload-weight", action="store_true", help="actor.offload_weight: parameters leave the GPUs between syncs")
     parser.add_argument("--shm-bytes", type=int, help="size of /dev/shm on the actor's host: refuse a ring that does not fit")
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1)
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=1, help="the actor pads its vocabulary to a multiple of this times tp"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print price and refusals; 1 where a sync would be refused. Raises ConfigError for arguments that cannot be read."""
-    path = arguments.config / "config.json" if arguments.config.is_dir() else arguments.config
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a config.json or the folder that holds it")
+    config = shape_of(arguments.config)
     scene = Scene(
         axes=_sizes(arguments.actor, _AXES, "--actor"),
         **_sizes(arguments.rollout, _ENGINES, "--rollout"),
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         shm_bytes=arguments.shm_bytes,
         make_vocab_size_divisible_by=_positive(arguments.make_vocab_size_divisible_by, "--make-vocab-size-divisible-by"),
     )
-    found = quote(read_config(path), scene, settings)
+    found = quote(config, scene, settings)
     print(json.dumps(_flat(found)) if arguments.json else _shown(found))
     return 1 if found.refusals else 0
 

@@ -49,8 +49,19 @@ def shape_of(model: str) -> dict[str, Any]:
         return dict(SHAPES[model])
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
-        raise ConfigError(f"{model}: neither a known shape ({', '.join(SHAPES)}) nor a config.json, nor a folder that holds one")
+        known = f"neither a known shape ({', '.join(SHAPES)}) nor a config.json, nor a folder that holds one"
+        raise ConfigError(f"{model}: {known}{model_below(Path(model), 'config.json')}")
     return read_config(path)
+
+
+def model_below(folder: Path, pattern: str) -> str:
+    """The end of an error about a folder without files of this pattern: where a checkpoint of the runner has them, or nothing."""
+    if any(folder.glob(pattern)):
+        return ""
+    for below in (folder / "actor" / "hf_model", folder / "hf_model"):
+        if any(below.glob(pattern)):
+            return f"; did you mean {below}?"
+    return ""
 
 
 def read_config(path: Path) -> dict[str, Any]:

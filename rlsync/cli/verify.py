@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsync.cli.shapes import model_below
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 
@@ -89,10 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             said = _against_folder(arguments.first, arguments.second)
     except (RlsyncError, OSError) as error:
+        folders = filter(None, (arguments.first, arguments.second))
+        said_wrong = f"{error}{''.join(model_below(folder, '*.safetensors') for folder in folders)}"
         if arguments.json:
-            print(json.dumps({"verdict": "unreadable", "error": str(error)}))
+            print(json.dumps({"verdict": "unreadable", "error": said_wrong}))
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {said_wrong}", file=sys.stderr)
         return UNREADABLE
     lines, verdict = said
     print(json.dumps(verdict) if arguments.json else "\n".join(lines))

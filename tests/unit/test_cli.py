@@ -61,6 +61,12 @@ def test_a_command_says_what_it_lacks_where_only_python_is_installed(tmp_path: P
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("module", ["rlsync", "rlsync.cli"])
+def test_the_package_runs_as_the_command(module: str) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (0, f"rlsync {__version__}\n")
+
+
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["dctor"], ["plan"], ["doctor", "--ring-bytes", "many"]):
         with pytest.raises(SystemExit) as end:

@@ -76,6 +76,28 @@ def test_what_is_not_there_is_told_from_what_does_not_fit() -> None:
     assert "needs megatron-core>=99 (found" in absent
 
 
+def test_what_is_absent_is_named_also_where_nothing_reads_versions() -> None:
+    """As after ``pip install --no-deps`` alone."""
+    declared = ["msgspec", "torch<2.14,>=2.11", "megatron-core>=0.18", "pytest>=999", 'absent-engine; extra == "cpu"']
+    findings = list(environment.examine_names({"pytest": "8.0"}, declared, "cpu"))
+    assert [(f.level, f.text.partition(":")[0]) for f in findings] == [
+        ("problem", "needs msgspec"),
+        ("problem", "needs torch<2.14,>=2.11"),
+        ("warning", "needs megatron-core>=0.18"),
+    ]
+
+
+def test_nothing_is_said_of_parts_of_frameworks_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ("TransformerEngine is not installed", "vLLM finds the rlsync plug-in")
+    monkeypatch.setattr(environment, "examine_plugin", lambda *_: Finding("ok", parts[1]))
+    for is_there in (True, False):
+        monkeypatch.setattr(
+            environment.util, "find_spec", lambda name, is_there=is_there: SimpleNamespace(origin="x") if is_there else None
+        )
+        text = "\n".join(map(str, environment.examine("cpu")))
+        assert [part in text for part in parts] == [is_there, is_there]
+
+
 def test_rlsync_itself_loggers_and_transformer_engine_are_shown() -> None:
     text = said(environment.examine("cpu"), "ok")
     assert f"rlsync {__version__} in {ROOT / 'rlsync'}" in text

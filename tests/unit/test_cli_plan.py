@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -362,7 +363,21 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, capsys: pytest.Captur
         assert main(["plan", str(tmp_path)]) == 1
         assert said in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "absent")]) == 1
-    assert "no such file" in capsys.readouterr().err
+    assert "neither a known shape (tiny, " in capsys.readouterr().err
+
+
+def test_a_shape_of_the_bench_is_planned_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny"]) == 0
+    assert "Qwen2ForCausalLM: 51 tensors" in capsys.readouterr().out
+
+
+def test_a_step_folder_says_where_its_model_is(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    below = tmp_path / "global_step_10" / "actor" / "hf_model"
+    below.mkdir(parents=True)
+    shutil.copy(Path(folder) / "config.json", below)
+    assert main(["plan", str(tmp_path / "global_step_10")]) == 1
+    assert f"did you mean {below}?" in capsys.readouterr().err
+    assert main(["plan", str(below)]) == 0
 
 
 def test_plan_needs_no_torch_no_vllm_and_no_megatron(folder: str) -> None:

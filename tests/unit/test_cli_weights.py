@@ -97,6 +97,14 @@ def test_what_cannot_be_read_is_told_from_what_differs(tmp_path, capsys):
         assert answer["verdict"] == "unreadable" and said in answer["error"]
 
 
+def test_a_step_folder_says_where_its_model_is(tmp_path, capsys):
+    (tmp_path / "global_step_10/actor").mkdir(parents=True)
+    folder = checkpoint(tmp_path / "global_step_10/actor/hf_model", {"a": torch.ones(2)})
+    assert main(["verify", str(tmp_path / "global_step_10"), folder]) == 2
+    assert f"did you mean {folder}?" in capsys.readouterr().err
+    assert main(["verify", folder, folder]) == 0
+
+
 def test_what_an_engine_holds_otherwise_is_told_by_worker_in_layer_order(tmp_path):
     found = [["model.layers.10.norm.weight", "model.layers.9.mlp.down_proj.#probe", "lm_head.weight"], []]
     lines, verdict = verify.report([1, 2, 3], tmp_path, "http://h:1", found)

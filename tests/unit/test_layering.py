@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
     ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine"})),
     ("services", True, frozenset({"rlsync.bridge", "rlsync.sync"})),
     ("facade", True, frozenset({"rlsync"})),
-    ("command line", True, frozenset({"rlsync.cli"})),
+    ("command line", True, frozenset({"rlsync.cli", "rlsync.__main__"})),
     ("workers", True, frozenset({"workers"})),
     ("examples", True, frozenset({"examples"})),
 )

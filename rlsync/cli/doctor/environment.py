@@ -38,9 +38,14 @@ def examine(engine_extra: str) -> Iterator[Finding]:
         except ModuleNotFoundError as error:
             # What reads versions is itself a package.
             yield Finding("problem", f"needs {error.name}", f"pip install {error.name}, or make setup")
+            yield from examine_names(installed, [r for r in requirements if not r.startswith(str(error.name))], engine_extra)
     yield examine_loggers(tuple(name for name, module in _LOGGERS.items() if _is_importable(module)))
-    yield examine_transformer_engine(next((installed[name] for name in _TRANSFORMER_ENGINE if name in installed), None))
-    yield examine_plugin(bool(metadata.entry_points(group="vllm.general_plugins", name=BACKEND)), os.environ)
+    transformer_engine = next((installed[name] for name in _TRANSFORMER_ENGINE if name in installed), None)
+    if transformer_engine or util.find_spec("megatron"):
+        yield examine_transformer_engine(transformer_engine)
+    plugin = examine_plugin(bool(metadata.entry_points(group="vllm.general_plugins", name=BACKEND)), os.environ)
+    if plugin.level != "ok" or util.find_spec("vllm"):
+        yield plugin
 
 
 def examine_python(version: tuple[int, int]) -> Finding:
@@ -93,6 +98,14 @@ def examine_packages(installed: Mapping[str, str], requirements: list[str], engi
             if requirement not in seen:
                 seen.add(requirement)
                 yield _unmet(requirement, _ROLES.get(re.split(r"[^\w-]", requirement)[0], role), engine_extra)
+
+
+def examine_names(installed: Mapping[str, str], requirements: Sequence[str], engine_extra: str) -> Iterator[Finding]:
+    """What all of rlsync needs and is not there at all, where nothing can read versions."""
+    for requirement in requirements:
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if ";" not in requirement and not {name.lower(), name.lower().replace("-", "_")} & installed.keys():
+            yield _unmet(requirement, _ROLES.get(name), engine_extra)
 
 
 def _unmet(requirement: str, role: str | None, engine_extra: str) -> Finding:
