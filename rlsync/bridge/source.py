@@ -19,7 +19,7 @@ class MegatronSource:
     Attributes:
         tensors: every HF tensor, in layer order, with the dtype of the parameters; the same on all ranks.
         placements: what each actor rank holds; index is the rank. The same on all ranks.
-        buffers: global name -> parameter of this rank.
+        buffers: global name -> parameter or persistent buffer of this rank.
         rank: of this process among the actor ranks.
         stable_memory: whether the parameters stay in memory between syncs.
     """
@@ -37,24 +37,25 @@ class MegatronSource:
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
         names = {id(buffer): name for name, buffer in self.buffers.items()}
-        # Where each parameter is looked up when the model computes; a sync has no time to walk the modules.
+        # Where each tensor is looked up when the model computes; a sync has no time to walk the modules.
         self._places = [
-            (module._parameters, attribute, names[id(parameter)], parameter)
+            (table, attribute, names[id(tensor)], tensor)
             for model in models
             for module in model.modules()
-            for attribute, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in names
+            for table in (module._parameters, module._buffers)
+            for attribute, tensor in table.items()
+            if tensor is not None and id(tensor) in names
         ]
 
     def begin(self, version: int) -> None:
         """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.
 
-        Raises PlacementError where a module has another parameter than when this source was made: what it had would be sent.
+        Raises PlacementError where a module has another parameter or buffer than when this source was made: what it had would be sent.
         """
         replaced = [name for table, attribute, name, parameter in self._places if table.get(attribute) is not parameter]
         if replaced:
             raise PlacementError(
-                f"{len(replaced)} parameters are other objects than at connect(), among them {replaced[0]}; "
+                f"{len(replaced)} parameters or buffers are other objects than at connect(), among them {replaced[0]}; "
                 "make a new source and connect again"
             )
         gather_parameters(self._models, self.buffers.values())

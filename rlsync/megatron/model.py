@@ -150,12 +150,12 @@ def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[to
         RlsyncError: the weights are in host memory (``ActorMemory.offload``).
     """
     if parameters is None:
-        parameters = (p for model in models for p in model.parameters())
+        parameters = (tensor for _, tensor in iter_weights(models))
     if any(p.data_ptr() == 0 and p.numel() for p in parameters):
-        away = [name for _, _, name, p in iter_parameters(models) if p.data_ptr() == 0]
+        away = [name for name, p in iter_weights(models) if p.data_ptr() == 0 and p.numel()]
         raise RlsyncError(
-            f"the actor's weights are offloaded ({len(away)} parameters, among them {away[0]}): onload them before they are synced, "
-            "saved or used"
+            f"the actor's weights are offloaded ({len(away)} parameters and buffers, among them {away[0]}): onload them before they "
+            "are synced, saved or used"
         )
     for model in models:
         if isinstance(model, DistributedDataParallel) and model.use_forward_hook:

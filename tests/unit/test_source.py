@@ -1,0 +1,45 @@
+"""Claims about what a source notices before it sends; the bridge is a table, the model a module."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlsync.bridge import source
+from rlsync.errors import PlacementError, RlsyncError
+from rlsync.megatron import model as megatron_model
+
+
+@pytest.fixture
+def norm(monkeypatch) -> torch.nn.Module:
+    module = torch.nn.BatchNorm1d(4)
+    monkeypatch.setattr(source.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(megatron_model, "iter_weights", lambda models: iter(named(module).items()))
+    return module
+
+
+def named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def source_of(module: torch.nn.Module) -> source.MegatronSource:
+    shards = SimpleNamespace(tensors=(), placements=(), buffers=named(module))
+    return source.MegatronSource(SimpleNamespace(shards=lambda models: shards), [module])
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_a_replaced_parameter_or_buffer_is_named(norm, name):
+    held = source_of(norm)
+    held.begin(0)
+    setattr(norm, name, torch.nn.Parameter(torch.ones(4)) if name == "weight" else torch.ones(4))
+    with pytest.raises(PlacementError, match=f"1 parameters or buffers are other objects than at connect.*{name}"):
+        held.begin(1)
+
+
+def test_a_buffer_alone_that_is_away_is_named(norm):
+    held = source_of(norm)
+    norm.running_mean.untyped_storage().resize_(0)
+    with pytest.raises(RlsyncError, match=r"offloaded \(1 parameters and buffers, among them running_mean\)"):
+        held.begin(0)
