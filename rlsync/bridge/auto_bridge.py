@@ -242,9 +242,11 @@ class AutoBridge:
                 bucket_bytes=EXPORT_BUCKET_BYTES,
             )
             small_files = self._small_files(out_dir) if rank == 0 else ()
+        megatron_model.gather_parameters(models)
+        # Not before every rank has come so far: this removes the older weights.
+        with agreed(device=compute_device()):
             if rank == 0:
                 prepare_folder(out_dir)
-        megatron_model.gather_parameters(models)
         writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}

@@ -216,6 +216,22 @@ def save_in_another_dtype(folder: str, nan_folder: str, out_dir: str) -> None:
     destroy_parallel()
 
 
+def fail_to_save_on_one_rank(folder: str, out_dir: str) -> None:
+    """The weights that are there stay where rank 1 alone has a model that cannot be saved."""
+    parallel({"tp_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(folder, bf16=False, wrap_with_ddp=False)
+    bridge.save_weights(models, out_dir, max_shard_bytes=60_000)
+    before = {path.name: path.read_bytes() for path in Path(out_dir).iterdir()}
+    if dist.get_rank() == 1:
+        models[0].extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RlsyncError, match="extra"):
+        bridge.save_weights(models, out_dir)
+    dist.barrier()
+    assert {path.name: path.read_bytes() for path in Path(out_dir).iterdir()} == before
+    destroy_parallel()
+
+
 def export_without_moving(folder: str) -> None:
     """Two data-parallel ranks send each other nothing; what lies in order in a parameter is that parameter, and all else is new."""
     topology = parallel({"dp_size": 2})

@@ -113,6 +113,12 @@ def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(model
         assert "missing 2 tensors" in said["one rank"], "an error of rank 1 alone is raised on rank 0 too"
 
 
+def test_a_save_that_one_rank_cannot_begin_leaves_the_older_weights(models, tmp_path):
+    run_ranks(
+        2, "tests.integration.bridge_ranks", "fail_to_save_on_one_rank", folder=models["qwen2"]["folder"], out_dir=str(tmp_path / "out")
+    )
+
+
 def test_a_saved_folder_says_its_own_dtype_and_the_loaded_one_is_never_written_over(models, tmp_path):
     """A NaN in both copies of a tied embedding does not make them differ; the head that was stored is the embedding."""
     from transformers import AutoModelForCausalLM
