@@ -93,7 +93,7 @@ def load_checkpoint(
     if held.complete:
         mine = shards_folder(folder, held.step) / DENSE_FILES.folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
-            state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler)
+            state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state)
         with agreed(device=compute_device()):
             restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state, source=str(mine))
         if optimizer is not None:

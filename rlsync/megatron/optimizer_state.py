@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, param_group_identifier_keys
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
@@ -37,6 +38,46 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
     separate_steps(optimizer)
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
+
+
+def check_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Raise what Megatron or torch would raise in :func:`load_optimizer_state`, where ``state`` has not its form. Changes nothing."""
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else _typed(state, list, "the optimizer")
+    for part, part_state in zip(parts, states, strict=True):
+        _typed(part_state, dict, "the optimizer")
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        _typed(part_state.get("grad_scaler", {}), dict, "grad_scaler")
+        inner = part_state if isinstance(part, FP32Optimizer) else _typed(part_state["optimizer"], dict, "optimizer")
+        saved = [_typed(group, dict, "an entry of param_groups") for group in _typed(inner["param_groups"], list, "param_groups")]
+        absent = {_identity(group) for group in part.param_groups} - {_identity(group) for group in saved}
+        if absent:
+            raise LookupError(f"no group of parameters {', '.join(map(str, sorted(absent)))}")
+        if isinstance(part, DistributedOptimizer):
+            continue
+        sizes_then, sizes_now = ([len(group["params"]) for group in groups] for groups in (saved, part.param_groups))
+        if sizes_then != sizes_now:
+            raise ValueError(f"groups of {sizes_then} parameters, this run has {sizes_now}")
+        for entry in _typed(inner["state"], dict, "state").values():
+            _typed(entry, dict, "an entry of state")
+        if isinstance(part, Float16OptimizerWithFloat16Params):
+            masters_then, masters_now = (
+                [[tuple(tensor.shape) for tensor in group] for group in groups]
+                for groups in (part_state["fp32_from_fp16_params"], part.fp32_from_float16_groups)
+            )
+            if masters_then != masters_now:
+                raise ValueError("fp32_from_fp16_params are of other shapes than those of this run")
+
+
+def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group[key] for key in param_group_identifier_keys)
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} is a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def parameter_ranges(optimizer: MegatronOptimizer) -> list[list[list[tuple[int, int]]]]:

@@ -24,6 +24,7 @@ from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
     allocate_adam_state,
+    check_optimizer_state,
     distributed_parts,
     fit_distributed_optimizer_state,
     load_optimizer_state,
@@ -31,7 +32,7 @@ from rlsync.megatron.optimizer_state import (
     parameter_ranges,
 )
 from rlsync.megatron.parallel import current_topology, is_first_replica
-from rlsync.megatron.rng import gathered_rng_states, set_rng_state
+from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
 
 RANK_STATE_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
@@ -64,32 +65,40 @@ def read_rank_state(
     *,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    random_state: bool = True,
 ) -> tuple[dict[str, Any], Sequence[Any] | None]:
     """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
 
     With them, under the same topology, training continues bit for bit.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, was written under another topology or by another model, or
-            lacks the optimizer or schedule asked for.
+        CheckpointError: a file is missing, unreadable or damaged, was written under another topology or by another model, or
+            lacks the optimizer or schedule asked for. Nothing has changed then.
     """
-    state = _read(Path(folder, RANK_STATE_FILE), dict)
-    _check_complete(state, optimizer, scheduler, str(folder))
+    path = Path(folder, RANK_STATE_FILE)
+    state = _read(path, dict)
+    _check_kinds(state, str(path))
+    _check_complete(state, optimizer, scheduler, str(path))
     _check_topology(state["topology"], asdict(current_topology(models)), str(folder))
     _check_options(state, _options(models, optimizer), str(folder))
     for key, model in _keyed(models):
         _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
+    if optimizer is not None:
+        _check_is_sharded(Path(folder, DISTRIBUTED_OPTIMIZER_FILE), optimizer)
+    try:
+        if optimizer is not None:
+            check_optimizer_state(optimizer, state["optimizer"])
+        if scheduler is not None:
+            int(state["opt_param_scheduler"]["num_steps"])
+        if random_state:
+            check_rng_state(_own_random_state(state))
+    except _DAMAGED as error:
+        raise _unfit(str(path), error) from error
     if optimizer is None:
         return state, None
-    path, is_sharded = Path(folder, DISTRIBUTED_OPTIMIZER_FILE), bool(distributed_parts(optimizer))
-    if path.is_file() != is_sharded:
-        then, now = ("a", "none") if path.is_file() else ("no", "one")
-        raise CheckpointError(
-            f"{path} {'is there' if path.is_file() else 'is missing'}: the run that wrote this folder used {then} distributed optimizer, "
-            f"this one uses {now}; resume with the saved use_distributed_optimizer"
-        )
+    path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
     # Only the first data-parallel rank reads the file; the others take their shards from it.
-    if not is_sharded or not is_first_replica():
+    if not distributed_parts(optimizer) or not is_first_replica():
         return state, None
     parameters = _read(path, list)
     try:
@@ -110,7 +119,8 @@ def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> 
     path = Path(folder, RANK_STATE_FILE)
     state, running = _read(path, dict), asdict(current_topology(models))
     del running["dp_size"]
-    _check_topology(_section(state, "topology", str(path)), running, str(path))
+    _check_kinds(state, str(path))
+    _check_topology(state["topology"], running, str(path))
     _check_options(state, _options(models, None), str(path))
     _restore_tensors(state, models, str(path))
 
@@ -161,6 +171,7 @@ def restore_rank_state(
     Raises:
         CheckpointError: as ``read_rank_state``; ``source`` names the state in its messages.
     """
+    _check_kinds(state, source)
     _check_complete(state, optimizer, scheduler, source)
     _check_topology(state["topology"], asdict(current_topology(models)), source)
     _restore_tensors(state, models, source)
@@ -172,13 +183,21 @@ def restore_rank_state(
             scheduler.num_steps = int(state["opt_param_scheduler"]["num_steps"])
             scheduler.step(0)
         if random_state:
-            set_rng_state(state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)])
+            set_rng_state(_own_random_state(state))
     except _DAMAGED as error:
-        raise CheckpointError(
-            f"{source}: its optimizer, schedule or random state is damaged or of another kind ({type(error).__name__}: {error}); "
-            "load its weights alone"
-        ) from error
+        raise _unfit(source, error) from error
     return int(state["iteration"])
+
+
+def _own_random_state(state: Mapping[str, Any]) -> Any:
+    return state["rng_state"][parallel_state.get_data_parallel_rank(with_context_parallel=True)]
+
+
+def _unfit(source: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: its optimizer, schedule or random state is damaged or of another kind ({type(error).__name__}: {error}); "
+        "load its weights alone"
+    )
 
 
 def _options(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
@@ -237,12 +256,21 @@ def _section(state: Mapping[str, Any], key: str, source: str) -> Any:
     return state[key]
 
 
-def _check_complete(
-    state: Mapping[str, Any], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None, source: str
-) -> None:
+def _check_kinds(state: Mapping[str, Any], source: str) -> None:
+    """Sections that every checkpoint has."""
+    if "options" not in state and "topology" in state:
+        raise CheckpointError(
+            f"{source} holds no 'options': an earlier build of rlsync wrote it; start a new run from the Hugging Face weights beside it, "
+            "actor/hf_model"
+        )
     for key, kind in (("iteration", int), ("topology", dict), ("options", dict), ("rng_state", list)):
         if not isinstance(_section(state, key, source), kind):
             raise CheckpointError(f"{source} holds {key!r} as a {type(state[key]).__name__}, expected a {kind.__name__}")
+
+
+def _check_complete(
+    state: Mapping[str, Any], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None, source: str
+) -> None:
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if len(state["rng_state"]) != ranks:
         raise CheckpointError(f"{source} holds the random states of {len(state['rng_state'])} data-parallel ranks, {ranks} are running")
@@ -250,6 +278,15 @@ def _check_complete(
     absent = [key for key, part in wanted.items() if part is not None and key not in state]
     if absent:
         raise CheckpointError(f"{source} was saved without {' and '.join(absent)}; load its weights alone (actor.megatron.no_load_optim)")
+
+
+def _check_is_sharded(path: Path, optimizer: MegatronOptimizer) -> None:
+    if path.is_file() != bool(distributed_parts(optimizer)):
+        then, now = ("a", "none") if path.is_file() else ("no", "one")
+        raise CheckpointError(
+            f"{path} {'is there' if path.is_file() else 'is missing'}: the run that wrote this folder used {then} distributed optimizer, "
+            f"this one uses {now}; resume with the saved use_distributed_optimizer"
+        )
 
 
 def _check_topology(stored: Mapping[str, Any], running: Mapping[str, Any], source: str) -> None:
