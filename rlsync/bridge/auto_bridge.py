@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
 from rlsync.copy.cpu import bind, region, write_padding
-from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index
-from rlsync.copy.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
+from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec, contiguous_strides, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
@@ -217,14 +217,14 @@ class AutoBridge:
         """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
 
         Every file is written by one rank, so network file systems are safe. What a model needs beside its weights
-        (``rlsync.copy.model_folder.TRAVELS``) is copied byte for byte from the folder the bridge was made from, but for the
+        (``rlsync.bridge.model_folder.TRAVELS``) is copied byte for byte from the folder the bridge was made from, but for the
         dtypes in ``config.json``, which become those of the parameters. ``out_dir`` must be visible to all ranks; older weights
         in it are replaced. Collective over all ranks.
 
         Args:
             max_shard_bytes: most bytes of a file, but for a tensor that is larger. Files are smaller, down to 256 MiB, where that gives
                 more ranks one to write.
-            durable: return only when the disk has the weights.
+            durable: return only when the disk has the content of every file, index and configuration too.
 
         Raises, before a file changes: ConfigError where ``out_dir`` is the folder the bridge was made from; CheckpointError where
         it cannot be written to or holds weights under other names.
@@ -254,8 +254,8 @@ class AutoBridge:
             _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
-                self._write_small_files(out_dir, small_files, shards.tensors[0].dtype)
-                write_index(out_dir, files)
+                self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
+                write_index(out_dir, files, durable=durable)
 
     def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> Mapping[str, StoredTensor]:
         """The checkpoint without a copy of the embedding as its head, compared with the table.
@@ -277,10 +277,10 @@ class AutoBridge:
             raise ConfigError(f"save_weights: {out_dir} is where the model came from, and a save cut short would lose it; choose another")
         return travelling_files(self._folder, but=out_dir)
 
-    def _write_small_files(self, out_dir: Path, files: tuple[Path, ...], dtype: str) -> None:
+    def _write_small_files(self, out_dir: Path, files: tuple[Path, ...], dtype: str, *, durable: bool) -> None:
         if self._folder is not None:
-            copy_files(self._folder, files, out_dir)
-        (out_dir / CONFIG_NAME).write_bytes(with_dtype(self._config_text, dtype).encode("utf-8"))
+            copy_files(self._folder, files, out_dir, durable=durable)
+        write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
 
 
 def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:

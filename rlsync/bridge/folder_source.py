@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rlsync.bridge.model_folder import read_config, without_tied_head
 from rlsync.copy.files import MappedTensors
-from rlsync.copy.model_folder import read_config, without_tied_head
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models.stacks import NEVER_LOADED

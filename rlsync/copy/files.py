@@ -123,12 +123,21 @@ def prepare_folder(folder: Path) -> None:
         raise CheckpointError(f"{error.filename or folder}: cannot be written ({error.strerror}); choose a folder that can") from None
 
 
-def write_index(folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:
-    """Write the index of a checkpoint of several files; a single file has none."""
+def write_small_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file; with ``durable`` the disk has its content on return."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        if durable:
+            os.fsync(stream.fileno())
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[TensorSpec]], *, durable: bool = False) -> None:
+    """Write the index of a checkpoint of several files; a single file has none. ``durable`` as for :func:`write_small_file`."""
     if len(files) == 1:
         return
     index = {
         "metadata": {"total_size": sum(t.nbytes for group in files.values() for t in group)},
         "weight_map": {t.name: file for file, group in files.items() for t in group},
     }
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    write_small_file(folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode(), durable=durable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
-from rlsync.copy.model_folder import copy_files, travelling_files, with_dtype
+from rlsync.bridge.model_folder import copy_files, travelling_files, with_dtype
+from rlsync.copy.files import write_index, write_small_file
 from rlsync.errors import CheckpointError
+from rlsync.layout.geometry import TensorSpec
 
 
 def files_of_tokenizers() -> set[str]:
@@ -139,3 +142,17 @@ def test_parts_of_a_config_tell_the_truth_too_and_what_is_no_dtype_of_weights_st
 def test_a_config_without_a_dtype_stays_as_it_is():
     for text in ("{}", '{"a": {}}', ' { "torch_dtype" : null } '):
         assert with_dtype(text, "bfloat16") == text
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_index_and_copies_reach_the_disk_before_a_durable_save_returns(tmp_path, monkeypatch, durable):
+    """A folder that is published after a power loss would have weights beside an empty index or configuration."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    folder_with(tmp_path, "m/tokenizer.json", "out/x")
+    spec = TensorSpec("a", "float32", (1,))
+    copy_files(tmp_path / "m", (Path("tokenizer.json"),), tmp_path / "out", durable=durable)
+    write_index(tmp_path / "out", {"1.safetensors": [spec], "2.safetensors": []}, durable=durable)
+    write_small_file(tmp_path / "out/config.json", b"{}", durable=durable)
+    assert synced == (["tokenizer.json", "model.safetensors.index.json", "config.json"] if durable else [])
+    assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "out/config.json").read_text() == "{}"
