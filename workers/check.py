@@ -34,7 +34,7 @@ from workers.model_folder import (
 from workers.placement import ComponentPlacement, actor_topology, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
-from workers.results import becomes_of_earlier_run
+from workers.results import becomes_of_earlier_run, check_writable
 from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
@@ -221,6 +221,7 @@ def check_data(config: RunConfig, report: Report) -> None:
         bad.add(problem.where, f"math-verify cannot read the reference answer {problem.answers[0]!r}, so no response would be correct")
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
     steps = _num_steps(config)
+    _check_enough(config, problems, bad, steps, report)
     form = f"{data.rollout_batch_size} prompts x {config.algorithm.group_size} samples a step"
     report.plan.append(("data", f"{form} from {', '.join(data.train_data_paths)}"))
     report.plan.append(
@@ -251,6 +252,7 @@ def check_beginning(config: RunConfig, report: Report) -> None:
             report.take("resume", check_restored_model, beginning, hf_config)
     if report.num_ranks is not None:
         report.take("resume", check_ranks, beginning, report.num_ranks)
+    report.take("results", check_writable, folder)
     aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
     if aside is not None:
         report.plan.append(("results", f"hold an earlier run, which a start sets aside as {aside}"))
@@ -301,6 +303,25 @@ def _first_problems(config: RunConfig, path: str, bad: BadSamples) -> list[Probl
     return load_problems(
         [path], prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data.data_size, bad=bad, rows_per_file=_FIRST_ROWS
     )
+
+
+def _check_enough(config: RunConfig, problems: Sequence[Problem], bad: BadSamples, steps: int | None, report: Report) -> None:
+    """Whether the training files hold a batch."""
+    data = config.data
+    files = [Path(path) for path in data.train_data_paths]
+    starts, names = tuple(map(str, files)), ", ".join(data.train_data_paths)
+    lost = {where for where, _ in bad.found if where.startswith(starts)}
+    left = {problem.where for problem in problems if problem.where.startswith(starts)} - lost
+    # With fewer rows than are looked at, these are all.
+    are_all_known = len(lost) < _FIRST_ROWS and all(file.is_file() and file.stat().st_size <= _MAX_ARRAY_BYTES for file in files)
+    if data.on_bad_sample == "skip" and lost and not left and are_all_known:
+        report.found("data", f"all rows of {names} are bad samples, which data.on_bad_sample=skip leaves out: nothing is left to train on")
+    elif left and steps == 0 and config.runner.max_steps != 0:
+        report.found(
+            "data",
+            f"Train dataloader is empty! {names}: fewer problems than data.rollout_batch_size ({data.rollout_batch_size}); "
+            "lower it, or give more problems",
+        )
 
 
 def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSamples, report: Report) -> None:

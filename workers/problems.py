@@ -133,6 +133,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             for mark, name in _BINARY.items():
                 if start.startswith(mark):
                     raise ConfigError(f"data file {path} is a {name} file; JSONL and JSON are read, so convert it first")
+            if path.suffix == ".parquet":
+                raise ConfigError(f"data file {path} is named as a Parquet file and is none; JSONL and JSON are read, by those names")
             stream.seek(0)
             if path.suffix == ".json":
                 yield from _array(path, stream.read())

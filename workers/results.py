@@ -6,6 +6,7 @@ Knows no metric and no Ray.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -147,6 +148,15 @@ def _probe(folder: Path) -> None:
     except OSError as error:
         probe.unlink(missing_ok=True) if folder.is_dir() else None
         raise _unwritable(folder, error) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError where a run could not make or write ``folder``; changes nothing."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise _unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

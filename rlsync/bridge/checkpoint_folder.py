@@ -200,6 +200,9 @@ def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
         )
     if len(ranks) != saved_tp * saved_pp:
         raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {saved_tp * saved_pp}")
+    empty = [path for path in sorted(shards.glob("mp_rank_*/*.pt")) if path.stat().st_size == 0]
+    if empty:
+        raise CheckpointError(f"{empty[0]} has 0 bytes; resume from an older checkpoint")
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -196,6 +196,7 @@ def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatc
         '{"prompt": "1+1=", "solutions": "2"}',
         '{"prompt": "1+1=", "solutions": "\\\\sqrt{2"}',
         '{"prompt": "1+1=", "solutions": null}',
+        *['{"prompt": "1+1=", "solutions": "2"}'] * 4,
     ]
     (own / "train.jsonl").write_text("\n".join(rows))
     said = texts(check(own, monkeypatch))
@@ -225,6 +226,10 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
     (folder / "actor/latest_checkpointed_iteration.txt").write_text("3")
     auto = {"resume_dir": "auto"}
     assert f"after step 3 of {folder}" in dict(check(own, monkeypatch, runner=auto).plan)["begins"]
+    torn = folder / "actor/iter_0000003/mp_rank_00/model_optim_rng.pt"
+    torn.touch()
+    assert "model_optim_rng.pt has 0 bytes" in texts(check(own, monkeypatch, runner=auto))
+    torn.unlink()
     one = {"model": {"tensor_model_parallel_size": 1, "precision": "fp32"}}
     assert "was saved with tensor_model_parallel_size 2" in texts(check(own, monkeypatch, runner=auto, actor=one))
     report = check(own, monkeypatch, runner=auto)
@@ -278,6 +283,19 @@ def test_a_key_without_its_section_is_answered_with_the_section() -> None:
 def test_the_path_of_a_configuration_names_it(name) -> None:
     done = subprocess.run(["bash", str(SCRIPT), name, "--check"], capture_output=True, text=True, timeout=100, check=False)
     assert "no config named" not in done.stderr and "no findings" in done.stdout, done.stderr
+
+
+def test_runs_that_would_fail_for_data_or_results_are_findings(own, monkeypatch) -> None:
+    assert "Train dataloader is empty!" in texts(check(own, monkeypatch, data={"rollout_batch_size": 65}))
+    (own / "results").write_text("a file")
+    base = {"seq_length": 16, "experiment_name": "run", "output_dir": str(own / "results")}
+    assert "results cannot be written to" in texts(check(own, monkeypatch, runner=base))
+    rows = own / "bad.jsonl"
+    rows.write_text('{"prompt": null, "solutions": ["1"]}\n' * 8)
+    assert "nothing is left" in texts(check(own, monkeypatch, data={"train_data_paths": [str(rows)], "on_bad_sample": "skip"}))
+    (own / "text.parquet").write_text("words")
+    said = texts(check(own, monkeypatch, data={"train_data_paths": [str(own / "text.parquet")]}))
+    assert "named as a Parquet file" in said and "skip" not in said
 
 
 def test_initial_weights_that_nothing_names_are_one_finding(world, monkeypatch) -> None:

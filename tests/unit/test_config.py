@@ -251,6 +251,42 @@ def test_hints_point_at_keys_that_exist_and_shadow_none() -> None:
     assert mentioned <= known
 
 
+def test_interpolations_of_what_is_missing_hide_no_other_finding() -> None:
+    register_resolvers()
+    new = {"sampling_params": {"max_new_tokens": "${subtract:${runner.seq_length}, ${data.max_prompt_length}}"}}
+    written: dict[str, Any] = minimal(actor={"optim": {"lr": -1.0}})
+    written["algorithm"] = new
+    written["rollout"]["model"]["precision"] = "${actor.model.precision}"
+    written["runner"]["logger"] = {"log_path": "${arithmetic.path}/x"}
+    del written["runner"]["seq_length"]
+    said = read_config(written).findings
+    assert set(said[:2]) == {
+        "arithmetic.path is missing; runner.logger.log_path needs it",
+        "runner.seq_length is missing; algorithm.sampling_params.max_new_tokens needs it",
+    }
+    assert len(said) == 3 and said[2].startswith("actor.optim.lr")
+    written["runner"]["seq_length"] = None
+    said = read_config(written).findings
+    assert not any("TypeError" in text for text in said) and any(text.startswith("runner.seq_length: expected a whole") for text in said)
+
+
+def test_an_interpolation_reads_the_default_of_a_key_that_is_left_out() -> None:
+    register_resolvers()
+    written: dict[str, Any] = minimal(runner={"seq_length": 2048})
+    written["algorithm"] = {"sampling_params": {"max_new_tokens": "${subtract:${runner.seq_length}, ${data.max_prompt_length}}"}}
+    written["rollout"]["model"]["precision"] = "${actor.model.precision}"
+    del written["data"]["max_prompt_length"]
+    config = load_config(written)
+    assert config.algorithm.sampling_params.max_new_tokens == 1024 and config.rollout.model.precision == "bf16"
+
+
+def test_a_prompt_length_that_leaves_no_room_is_told_by_the_keys_that_were_set() -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("qwen2.5-7b-grpo-megatron", overrides=["runner.seq_length=64", "data.max_prompt_length=64"])
+    assert read_config(composed).findings[0].startswith("runner.seq_length (64) must be greater than data.max_prompt_length (64)")
+
+
 def test_missing_required_keys_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({})

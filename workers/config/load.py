@@ -56,14 +56,15 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> Reading:
         return reason is not None
 
     try:
-        values = _resolve(composed)
+        values, interpolated = _resolve(composed)
     except ConfigError as error:
         return Reading(None, (str(error),), ())
     built = build(RunConfig, values, tolerate)
     config = None if built.config is None else _derive(built.config)
     # Rules between keys say nothing about values that are not there.
-    broken = list(broken_rules(config)) if config is not None and built.is_exact else []
-    return Reading(config, (*built.errors, *broken), tuple(inert))
+    is_exact = built.is_exact and not interpolated.dropped
+    broken = list(broken_rules(config)) if config is not None and is_exact else []
+    return Reading(config, (*interpolated.told_with(built.errors), *broken), tuple(inert))
 
 
 def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -89,7 +90,8 @@ def config_as_dict(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 
-def _resolve(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def _resolve(composed: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], _Interpolated]:
+    """The values of all keys that have one, and what is to be said about the others."""
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     # Interpolations into what is no section would fail first, with words of their own.
     unresolved = OmegaConf.to_container(node, resolve=False)
@@ -100,13 +102,133 @@ def _resolve(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
             assert section is not None, "all that is at the top is sections"
             keys = ", ".join(f"{name}.{declared.name}" for declared in fields(section)[:3])
             raise ConfigError(f"{name}={given}: {name} is a section; set its keys: {keys}, ...")
-    try:
-        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"configuration: expected a mapping, got {type(values).__name__}")
-    return {str(k): v for k, v in values.items() if k != "hydra"}
+    if not isinstance(unresolved, dict):
+        raise ConfigError(f"configuration: expected a mapping, got {type(unresolved).__name__}")
+    plain = {str(name): value for name, value in unresolved.items() if name != "hydra"}
+    interpolated = _Interpolated(plain)
+    interpolated.settle_missing()
+    interpolated.settle_failing()
+    values = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    assert isinstance(values, dict), "it was made of one"
+    return {str(name): value for name, value in values.items()}, interpolated
+
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+
+
+class _Interpolated:
+    """The keys of a configuration whose value is computed from other keys; those that cannot be are taken out, and have their defaults.
+
+    Attributes:
+        findings: why they cannot, a sentence for each cause.
+        dropped: their dotted names.
+        sources: for each failure that a wrong value may have caused, the keys that were read and the finding without such a cause.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        """Takes what is missing (``???``) out of ``values``, and changes them in place later on too."""
+        self.findings: list[str] = []
+        self.dropped: set[str] = set()
+        self.sources: list[tuple[tuple[str, ...], str]] = []
+        self._values = values
+        self._readers: dict[str, tuple[str, ...]] = {}
+        for path, value in list(_plain_keys(values)):
+            if value == "???":
+                self._section(path).pop(path[-1])
+            elif "${" in str(value):
+                self._readers[".".join(path)] = tuple(_REFERENCE.findall(str(value)))
+
+    def settle_missing(self) -> None:
+        """Give keys that are read and not given their default; without one, a finding names the key and its readers."""
+        missing: dict[str, list[str]] = {}
+        for reader, sources in self._readers.items():
+            for source in sources:
+                if not self._is_given(source) and not self._take_default(source):
+                    missing.setdefault(source, []).append(reader)
+        for source, readers in missing.items():
+            self.findings.append(f"{source} is missing; {', '.join(readers)} need{'s' * (len(readers) == 1)} it")
+            for reader in readers:
+                self._drop(reader)
+        while lost := [name for name, sources in self._readers.items() if self.dropped.intersection(sources)]:
+            for name in lost:
+                self._drop(name)
+
+    def settle_failing(self) -> None:
+        """Take out what still cannot be computed."""
+        node = OmegaConf.create(self._values)
+        failed: dict[str, str] = {}
+        for name in self._readers:
+            try:
+                value = OmegaConf.select(node, name)
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
+            except (OmegaConfBaseException, ConfigError) as error:
+                failed[name] = str(error).splitlines()[0]
+        for name, reason in failed.items():
+            if not failed.keys() & set(self._readers[name]):
+                self.sources.append((self._readers[name], f"{name} cannot be computed: {reason}"))
+        for name in failed:
+            self._drop(name)
+
+    def told_with(self, errors: Sequence[str]) -> list[str]:
+        """The findings and ``errors`` about the resolved keys, each cause once."""
+        lacking = {name for name in self.dropped for error in errors if error.startswith(f"{name} is required")}
+        missing = {finding.partition(" is missing; ")[0] for finding in self.findings}
+        told = [error for error in errors if error.partition(" is required")[0] not in lacking | missing]
+        wrong = [finding for sources, finding in self.sources if not any(e.startswith((f"{s}:", f"{s} ")) for s in sources for e in errors)]
+        return [*self.findings, *wrong, *told]
+
+    def _section(self, path: Sequence[str]) -> dict[str, Any]:
+        section = self._values
+        for name in path[:-1]:
+            section = section[name]
+        return section
+
+    def _is_given(self, dotted: str) -> bool:
+        value: Any = self._values
+        for name in dotted.split("."):
+            if not isinstance(value, Mapping):
+                return value is not None  # an element of a list, or of what is itself computed
+            if name not in value:
+                return False
+            value = value[name]
+        return True
+
+    def _take_default(self, dotted: str) -> bool:
+        """Whether the key has a default, which then becomes its value. A section that is left out as a whole has none."""
+        cls: type = RunConfig
+        section, names = self._values, dotted.split(".")
+        for depth, name in enumerate(names):
+            declared = {declared.name: declared for declared in fields(cls)}.get(name)
+            inner = None if declared is None else section_of(get_type_hints(cls)[name])
+            if declared is None or (inner is None) != (depth == len(names) - 1):
+                return False
+            if inner is None:
+                if declared.default is MISSING:
+                    return False
+                section[name] = declared.default
+                return True
+            if declared.default is None and name not in section:
+                return False
+            if not isinstance(section.setdefault(name, {}), dict):
+                return False
+            cls, section = inner, section[name]
+        return False
+
+    def _drop(self, dotted: str) -> None:
+        self.dropped.add(dotted)
+        self._readers.pop(dotted, None)
+        path = dotted.split(".")
+        self._section(path).pop(path[-1], None)
+
+
+def _plain_keys(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of every key that is no section."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _plain_keys(value, (*path, str(name)))
+        else:
+            yield (*path, str(name)), value
 
 
 def _derive(config: RunConfig) -> RunConfig:
