@@ -201,7 +201,7 @@ def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatc
     (own / "train.jsonl").write_text("\n".join(rows))
     said = texts(check(own, monkeypatch))
     assert "train.jsonl:3: field 'solutions' holds null" in said and "train.jsonl:2: math-verify cannot read" in said
-    report = check(own, monkeypatch, data={"on_bad_sample": "skip"})
+    report = check(own, monkeypatch, data={"on_bad_sample": "skip", "rollout_batch_size": 1})
     assert report.findings == [] and report.notes[0].startswith("left out 2 bad samples")
     (own / "train.jsonl").write_text('{"prompt": "1+1=1+1=1+1=1+1=", "solutions": "2"}\n')
     assert "all of the first 1 prompts are longer than data.max_prompt_length (8)" in texts(check(own, monkeypatch))
