@@ -207,11 +207,13 @@ def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatc
     assert "all of the first 1 prompts are longer than data.max_prompt_length (8)" in texts(check(own, monkeypatch))
     (own / "train.jsonl").write_text('{"prompt": [{"role": "user", "content": "1+1="}], "solutions": "2"}\n')
     assert "set data.apply_chat_template=True" in texts(check(own, monkeypatch))
-    assert "the tokenizer has no chat template" in texts(check(own, monkeypatch, data={"apply_chat_template": True}))
+    assert "the tokenizer has no chat template" in texts(
+        check(own, monkeypatch, data={"rollout_batch_size": 1, "apply_chat_template": True})
+    )
     (own / "model/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
-    assert "the chat template of" in texts(check(own, monkeypatch, data={"apply_chat_template": True}))
+    assert "the chat template of" in texts(check(own, monkeypatch, data={"rollout_batch_size": 1, "apply_chat_template": True}))
     (own / "model/chat_template.jinja").write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
-    assert check(own, monkeypatch, data={"apply_chat_template": True}).findings == []
+    assert check(own, monkeypatch, data={"rollout_batch_size": 1, "apply_chat_template": True}).findings == []
 
 
 def test_a_vocabulary_of_another_model_is_a_finding(own, monkeypatch) -> None:
