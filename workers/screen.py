@@ -91,8 +91,9 @@ class Screen:
         """Print the closing summary; ``history`` as in ``MetricsLog.history``."""
         self.note(title)
         rows = summary_rows(history, folder)
+        width = max(_NAME_WIDTH, *(len(name) + 1 for name, _ in rows))
         for name, value in rows:
-            self.note(f"  {name:<{_NAME_WIDTH}}{value}")
+            self.note(f"  {name:<{width}}{value}")
 
 
 def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
