@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ import torch
 
 from rlsync.errors import ConfigError
 from rlsync.transport.shm import SHM_DIR, Ring
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder in shared memory of this test alone: in /dev/shm itself, rings that other tests create would sweep the orphan first."""
+    with tempfile.TemporaryDirectory(prefix="rlsync-test-", dir=SHM_DIR) as name:
+        yield Path(name)
 
 
 def attach(ring: Ring) -> Ring:
@@ -82,17 +91,17 @@ def test_attach_refuses_what_is_not_the_announced_ring(tmp_path: Path) -> None:
         Ring.attach(ring.path, ring.token, ring.num_slots, ring.slot_bytes)
 
 
-def test_a_ring_whose_creator_was_killed_before_unlinking_is_swept_by_the_next() -> None:
+def test_a_ring_whose_creator_was_killed_before_unlinking_is_swept_by_the_next(folder: Path) -> None:
     code = (
-        "import os, signal; from rlsync.transport.shm import Ring; ring = Ring.create(1, 64); "
-        "print(ring.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from pathlib import Path; from rlsync.transport.shm import Ring; "
+        "ring = Ring.create(1, 64, directory=Path(sys.argv[1])); print(ring.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    killed = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, check=False)
     orphan = Path(killed.stdout.strip())
     assert orphan.exists()
-    living = Ring.create(1, 64)
+    living = Ring.create(1, 64, directory=folder)
     assert not orphan.exists()
-    third = Ring.create(1, 64)
+    third = Ring.create(1, 64, directory=folder)
     assert living.path.exists(), "a ring whose creator lives is left alone"
     living.close()
     third.close()
