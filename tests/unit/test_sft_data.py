@@ -1,0 +1,87 @@
+"""Claims about supervised examples: what of a row is in the loss, and a loader that resumes at the exact batch."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsync.errors import CheckpointError, ConfigError
+from workers.row_files import RowFiles
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample, SftLoader
+from workers.sft_rows import RowForm
+from workers.synthetic import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+TOKENIZER.chat_template = (
+    "{% for m in messages %}({{ m['role'] | length }}{{ m['content'] }}){% endfor %}{% if add_generation_prompt %}(9{% endif %}"
+)
+PAIRS = RowForm("llm", "prompt", "response")
+
+
+def written(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def source(path: str, form: RowForm = PAIRS, *, skip: bool = False, **example: Any) -> RowExamples:
+    encode = ExampleEncoder(TOKENIZER, ExampleForm(**{"max_length": 32, "apply_chat_template": False, **example}))
+    on = "skip" if skip else "error"
+    return RowExamples(RowFiles([path]), form, encode, on_bad_sample=on, on_too_long=on)
+
+
+def sums(path: Path, count: int = 23) -> str:
+    return written(path / "sums.jsonl", *({"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(count)))
+
+
+def learned(example: SftExample) -> str:
+    return TOKENIZER.decode([token for token, is_target in zip(example.token_ids, example.loss_mask, strict=True) if is_target])
+
+
+def test_of_a_pair_the_response_and_its_end_are_in_the_loss(tmp_path: Path) -> None:
+    [example] = next(iter(SftLoader(source(sums(tmp_path)), 1, shuffle=False)))
+    assert TOKENIZER.decode(example.token_ids) == "0+1=1<eos>"
+    assert learned(example) == "1<eos>"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_continues_at_the_exact_batch_however_many_processes_load(tmp_path: Path, num_workers: int) -> None:
+    path = sums(tmp_path)
+    whole = [[example.where for example in batch] for batch in SftLoader(source(path), 4, num_epochs=3)]
+    first = SftLoader(source(path), 4, num_epochs=3, num_workers=num_workers)
+    head = [[example.where for example in batch] for batch in islice(first, 7)]
+    second = SftLoader(source(path), 4, num_epochs=3, num_workers=2 - num_workers)
+    second.load_state_dict(first.state_dict())
+    assert head + [[example.where for example in batch] for batch in second] == whole
+    assert len(whole) == 15 and len({where for batch in whole[:5] for where in batch}) == 20
+
+
+def test_replicas_share_each_global_batch(tmp_path: Path) -> None:
+    path = sums(tmp_path)
+    whole = list(SftLoader(source(path), 6))
+    shares = [list(SftLoader(source(path), 6, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == whole
+
+
+def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
+    state = SftLoader(source(sums(tmp_path)), 4).state_dict()
+    other = written(tmp_path / "other.jsonl", *({"prompt": f"{i}+1=", "response": "0"} for i in range(23)))
+    with pytest.raises(CheckpointError, match="data position was saved with other settings"):
+        SftLoader(source(other), 4).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="global_batch_size 4 -> 5"):
+        SftLoader(source(sums(tmp_path)), 5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_row_ends_the_run_by_file_and_row_or_is_replaced_and_counted(tmp_path: Path, num_workers: int) -> None:
+    good = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(8)]
+    path = written(tmp_path / "a.jsonl", *good[:3], {"prompt": "1+1="}, *good[3:])
+    with pytest.raises(ConfigError, match=r"^.*a\.jsonl:4: no field 'response'; it has 'prompt'\. Set data\.answer_key"):
+        list(SftLoader(source(path), 3, num_workers=num_workers))
+    loader = SftLoader(source(path, skip=True), 3, num_workers=num_workers)
+    batches = list(loader)
+    assert [len(batch) for batch in batches] == [3, 3, 3] and loader.num_bad == 1
+    assert all(example.where != f"{path}:4" for batch in batches for example in batch)

@@ -1,0 +1,238 @@
+"""Rows of data files, read one at a time from where they lie: what of a million rows is in memory is where each begins.
+
+Owns the file forms (JSON lines, JSON arrays), folders of them, the order of rows in an epoch and the fingerprint of the files.
+Knows no field of a row, no tokenizer, torch or Ray, so that ``workers.check`` may use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsync.errors import ConfigError
+
+Integers = NDArray[np.int64]
+
+SUFFIXES = (".json", ".jsonl")
+_FORMS = "a .json file holds one array of objects, a .jsonl file an object a line"
+_BOM = b"\xef\xbb\xbf"
+_CHUNK_BYTES = 2**22
+# First bytes of files that are often taken for text.
+_BINARY = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
+
+
+class BadRow(Exception):
+    """Why a row cannot be used."""
+
+
+class _File(Protocol):
+    """One data file.
+
+    Attributes:
+        path: as given, or below the folder that was given.
+        num_rows: rows in it.
+        digest: of its content.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def digest(self) -> bytes: ...
+
+    def read(self, row: int) -> Any:
+        """Content of a row; raises BadRow."""
+        ...
+
+    def where(self, row: int) -> str:
+        """File and row for people, as an editor counts."""
+        ...
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Data files in their order: each path that is a file, and, sorted by name, all data files below each that is a folder.
+
+    Raises:
+        ConfigError: a path does not exist, or a folder holds no data file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ConfigError(f"data file {path} does not exist (seen from {Path.cwd()})")
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            if not inside:
+                raise ConfigError(f"data folder {path} holds no file named {', '.join('*' + suffix for suffix in SUFFIXES)}")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+class RowFiles:
+    """The rows of several files under one number each, in file order.
+
+    Raises:
+        ConfigError: a file is missing, is not of a form that is read, or holds no row.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._files = [_open(path) for path in find_files(paths)]
+        self._firsts = np.cumsum([0, *(file.num_rows for file in self._files)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def read(self, row: int) -> tuple[str, Any]:
+        """File and row for people, and the content, or the BadRow that says why there is none."""
+        file, inside = self._locate(row)
+        try:
+            return file.where(inside), file.read(inside)
+        except BadRow as reason:
+            return file.where(inside), reason
+
+    def folder(self, row: int) -> Path:
+        """Where the row's file lies, from which paths in it are meant."""
+        return self._locate(row)[0].path.parent
+
+    def order(self, epoch: int, *, shuffle: bool, seed: int) -> Integers:
+        """Row numbers of an epoch. The order depends on (seed, epoch) only."""
+        if not shuffle:
+            return np.arange(len(self))
+        return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(len(self))
+
+    def fingerprint(self) -> str:
+        """Hash of all files' content in their order, wherever they lie."""
+        return hashlib.blake2b(b"".join(file.digest for file in self._files), digest_size=16).hexdigest()
+
+    def _locate(self, row: int) -> tuple[_File, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        index = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self._files[index], row - int(self._firsts[index])
+
+
+def _open(path: Path) -> _File:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+        for mark, name in _BINARY.items():
+            if start.startswith(mark):
+                raise ConfigError(f"data file {path} is a {name} file; JSONL and JSON are read, so convert it first")
+        file = _array(path) if path.suffix == ".json" else _lines(path)
+    except OSError as error:
+        raise ConfigError(f"data file {path} cannot be read: {error.strerror}") from None
+    if file.num_rows == 0:
+        raise ConfigError(f"{path}: no rows in this file")
+    return file
+
+
+@dataclass(frozen=True)
+class _JsonFile:
+    """JSON values at byte ranges of a file. ``lines``: the line of each; None where rows are counted."""
+
+    path: Path
+    starts: Integers
+    ends: Integers
+    lines: Integers | None
+    digest: bytes
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+    def read(self, row: int) -> Any:
+        start, end = int(self.starts[row]), int(self.ends[row])
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            return parse_json(stream.read(end - start))
+
+    def where(self, row: int) -> str:
+        return f"{self.path}[{row}]" if self.lines is None else f"{self.path}:{self.lines[row]}"
+
+
+def parse_json(line: bytes) -> Any:
+    """A JSON value; raises BadRow that says what is wrong with it."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {error}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of too many digits
+        raise BadRow(f"not JSON that can be read: {error}") from None
+
+
+def _lines(path: Path) -> _JsonFile:
+    """Where the lines of a file lie that are not blank."""
+    digest, offset, breaks = hashlib.blake2b(digest_size=16), 0, [np.array([-1])]
+    with path.open("rb") as stream:
+        begin = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
+        stream.seek(0)
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset)
+            offset += len(chunk)
+        ends = np.concatenate([*breaks[1:], [offset]])
+        starts = np.concatenate(breaks) + 1
+        starts[0] = begin
+        # Only lines as short as blank ones may be are looked at.
+        is_row = ends > starts
+        for i in np.flatnonzero(is_row & (ends - starts < 16)):
+            stream.seek(int(starts[i]))
+            is_row[i] = bool(stream.read(int(ends[i] - starts[i])).strip())
+    kept = np.flatnonzero(is_row)
+    return _JsonFile(path, starts[kept], ends[kept], kept + 1, digest.digest())
+
+
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+
+
+def _array(path: Path) -> _JsonFile:
+    """Where the elements of a file's array lie. What they hold is found out when they are read."""
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{path}: is empty; {_FORMS}")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        begin = len(_BOM) if content[: len(_BOM)] == _BOM else 0
+        first = re.compile(rb"\S").search(content, begin)
+        if first is None or first.group() != b"[":
+            raise ConfigError(f"{path}: holds no array; {_FORMS}")
+        commas, end = [first.start()], None
+        depth = 0
+        for token in _tokens(content, begin):
+            mark = token.group()
+            if mark in b"[{":
+                depth += 1
+            elif mark in b"]}":
+                depth -= 1
+                if depth == 0:
+                    end = token.start()
+                    break
+            elif mark == b"," and depth == 1:
+                commas.append(token.start())
+        if end is None or content[end + 1 :].strip():
+            raise ConfigError(f"{path}: not JSON: {'the array does not end' if end is None else 'something follows the array'}; {_FORMS}")
+        digest = hashlib.blake2b(digest_size=16)
+        for at in range(0, len(content), _CHUNK_BYTES):
+            digest.update(content[at : at + _CHUNK_BYTES])
+        if len(commas) == 1 and not content[commas[0] + 1 : end].strip():
+            commas = []
+    starts = np.array(commas, dtype=np.int64) + 1
+    return _JsonFile(path, starts, np.array([*commas[1:], end], dtype=np.int64)[: len(starts)], None, digest.digest())
+
+
+def _tokens(content: mmap.mmap, begin: int) -> Iterator[re.Match[bytes]]:
+    """Brackets and commas outside of strings."""
+    return (token for token in _TOKEN.finditer(content, begin) if not token.group().startswith(b'"'))

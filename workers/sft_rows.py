@@ -1,0 +1,300 @@
+"""Rows of supervised fine-tuning to conversations: what a row of each ``data.type`` must hold, and why one is refused.
+
+Reads what a row says and guesses nothing: a row that is not understood is a BadRow. Pictures stay references here
+(``workers.pictures`` opens them). Knows no tokenizer, torch or Ray, so that ``workers.check`` may use it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workers.row_files import BadRow
+
+RowType = Literal["vlm", "chat", "llm", "text"]
+
+IMAGE_MARK = "<image>"
+_ROLES = ("system", "user", "assistant", "tool")
+_CHOICES_HEAD = "Choices:"
+Part = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """How rows are read: the ``data`` keys of the same names."""
+
+    type: RowType
+    prompt_key: str
+    answer_key: str
+    choice_key: str | None = None
+    image_keys: tuple[str, ...] = ()
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``parts`` are ``{"type": "text", "text": ...}`` and ``{"type": "image"}``; ``in_loss``: the turn is learned."""
+
+    role: str
+    parts: tuple[Part, ...]
+    in_loss: bool
+
+    def as_template_input(self) -> dict[str, Any]:
+        """As chat templates get it: a string where the turn has no picture, because many know nothing else."""
+        if all(part["type"] == "text" for part in self.parts):
+            return {"role": self.role, "content": "".join(part["text"] for part in self.parts)}
+        return {"role": self.role, "content": [dict(part) for part in self.parts]}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Attributes:
+    messages: in their order; at least one is learned.
+    images: references to the pictures, in the order of their parts.
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[Any, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """Text of the last turn that is learned."""
+        last = [message for message in self.messages if message.in_loss][-1]
+        return "".join(part["text"] for part in last.parts if part["type"] == "text")
+
+
+def conversation(row: Any, form: RowForm) -> Conversation:
+    """The conversation of a row. Raises BadRow."""
+    return _READERS[form.type](_object(row), form)
+
+
+def document(row: Any, form: RowForm) -> str:
+    """The text of a row of ``type: text``. Raises BadRow."""
+    found = _object(row)
+    return _text(_field(found, form.prompt_key, "data.prompt_key"), form.prompt_key)
+
+
+def _object(row: Any) -> Mapping[str, Any]:
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f"expected an object, got {kind_of(row)}")
+    return row
+
+
+def _field(row: Mapping[str, Any], name: str, key: str) -> Any:
+    if row.get(name) is None:
+        raise BadRow(f"no field {name!r}; it has {', '.join(repr(k) for k, v in row.items() if v is not None) or 'none'}. Set {key}")
+    return row[name]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"field {name!r} holds {kind_of(value)}; it must be a string")
+    if not value.strip():
+        raise BadRow(f"field {name!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"field {name!r} holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _pair(row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """``prompt`` and ``response``, both strings."""
+    prompt = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
+    response = _text(_field(row, form.answer_key, "data.answer_key"), form.answer_key)
+    return Conversation(
+        (*_system(form), Message("user", (_text_part(prompt),), False), Message("assistant", (_text_part(response),), True))
+    )
+
+
+def _question(row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """A question about pictures, with or without choices."""
+    question = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
+    answer = _field(row, form.answer_key, "data.answer_key")
+    images = [image for key in form.image_keys for image in _images(row.get(key), key)]
+    choices = None if form.choice_key is None else _choices(row.get(form.choice_key), form.choice_key)
+    if choices is None:
+        reference = _plain_answer(answer, form.answer_key)
+    else:
+        lines = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
+        question = "\n".join((question, _CHOICES_HEAD, *lines, ""))
+        reference = lines[_chosen(answer, choices, form.answer_key)]
+    parts = _marked(question, len(images), form.prompt_key, put_before=True)
+    return Conversation(
+        (*_system(form), Message("user", parts, False), Message("assistant", (_text_part(reference),), True)), tuple(images)
+    )
+
+
+def _chat(row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """``messages`` with text and pictures; pictures stand in the parts, or in fields of the row, in the order of their marks."""
+    messages = _field(row, form.prompt_key, "data.prompt_key")
+    if not isinstance(messages, list) or not messages:
+        raise BadRow(f"field {form.prompt_key!r} holds {kind_of(messages)}; it must be a list of messages")
+    if row.get("videos") not in (None, []):
+        raise BadRow("field 'videos' holds videos, which are not read")
+    beside = [image for key in form.image_keys for image in _images(row.get(key), key)]
+    found: list[Message] = [*_system(form)] if isinstance(messages[0], dict) and messages[0].get("role") != "system" else []
+    images: list[Any] = []
+    rest = list(beside)
+    for i, message in enumerate(messages):
+        turn, own = _message(message, f"message {i}", has_images=bool(beside))
+        for image in own:
+            if image is None and not rest:
+                raise BadRow(f"message {i} marks a picture, and the row has {len(beside)} in {_listed(form.image_keys)}")
+            images.append(rest.pop(0) if image is None else image)
+        found.append(turn)
+    if rest:
+        raise BadRow(f"{len(beside)} pictures in {_listed(form.image_keys)}, {len(beside) - len(rest)} marks {IMAGE_MARK!r} or image parts")
+    if not any(message.in_loss for message in found):
+        raise BadRow("no message of the assistant is learned: the row teaches nothing")
+    return Conversation(tuple(found), tuple(images))
+
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any], RowForm], Conversation]] = {"vlm": _question, "chat": _chat, "llm": _pair}
+
+
+def _exchange(form: RowForm, question: tuple[Part, ...], answer: str, images: tuple[Any, ...] = ()) -> Conversation:
+    turns = (Message("user", question, False), Message("assistant", (_text_part(answer),), True))
+    return Conversation((*_system(form), *turns), images)
+
+
+def _system(form: RowForm) -> tuple[Message, ...]:
+    return () if form.system_prompt is None else (Message("system", (_text_part(form.system_prompt),), False),)
+
+
+def _message(message: Any, where: str, *, has_images: bool) -> tuple[Message, list[Any]]:
+    """The turn and, for each picture in it, its reference, or None for the next one of the row's fields."""
+    if not isinstance(message, dict):
+        raise BadRow(f"{where} is {kind_of(message)}; it must be an object with `role` and `content`")
+    unknown = [name for name, value in message.items() if name not in ("role", "content", "loss") and value is not None]
+    if unknown:
+        raise BadRow(f"{where} has {_listed(unknown)}, which is not read; role, content and loss are")
+    role, learned = message.get("role"), message.get("loss")
+    if role not in _ROLES:
+        raise BadRow(f"{where} has the role {role!r}; it must be one of {', '.join(_ROLES)}")
+    if learned is not None and (not isinstance(learned, (bool, int)) or role != "assistant"):
+        raise BadRow(f"{where}: `loss` is {learned!r} for the role {role}; it is true or false for messages of the assistant")
+    content = message.get("content")
+    if isinstance(content, str):
+        parts = _marked(content, None, f"{where}: content") if has_images else (_text_part(_text(content, f"{where}: content")),)
+        images: list[Any] = [None for part in parts if part["type"] == "image"]
+    else:
+        parts, images = _parts(content, where)
+    if role == "assistant" and images:
+        raise BadRow(f"{where} of the assistant holds a picture; the model can only be taught text")
+    return Message(role, parts, role == "assistant" and (learned is None or bool(learned))), images
+
+
+def _parts(content: Any, where: str) -> tuple[tuple[Part, ...], list[Any]]:
+    if not isinstance(content, list) or not content:
+        raise BadRow(f"{where}: `content` is {kind_of(content)}; it must be a string or a list of parts")
+    parts: list[Part] = []
+    images: list[Any] = []
+    for i, part in enumerate(content):
+        given = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if given.keys() == {"type", "text"} and given["type"] == "text":
+            parts.append(_text_part(_text(given["text"], f"{where}, part {i}")))
+        elif given.get("type") in ("image", "image_url"):
+            parts.append({"type": "image"})
+            images.append(_part_image(given, f"{where}, part {i}"))
+        else:
+            raise BadRow(f"{where}, part {i} is {json.dumps(part, default=str)[:80]}; parts are of type text or image")
+    return tuple(parts), images
+
+
+def _part_image(part: Mapping[str, Any], where: str) -> Any:
+    sources = {name: value for name, value in part.items() if name != "type"}
+    if len(sources) > 1 or not sources.keys() <= {"image", "path", "url", "image_url"}:
+        raise BadRow(f"{where}: an image part holds {_listed(sources)}; one of image, path, url and image_url is read")
+    image = next(iter(sources.values()), None)
+    if isinstance(image, dict) and image.keys() == {"url"}:
+        image = image["url"]
+    return image
+
+
+def _marked(text: str, num_images: int | None, name: str, *, put_before: bool = False) -> tuple[Part, ...]:
+    """Text with pictures at its marks; without marks before it, where asked. ``num_images``: how many there must be."""
+    pieces = _text(text, name).split(IMAGE_MARK)
+    if len(pieces) == 1 and put_before and num_images is not None:
+        return (*({"type": "image"} for _ in range(num_images)), _text_part(text))
+    if num_images is not None and len(pieces) - 1 != num_images:
+        raise BadRow(f"field {name!r} has {len(pieces) - 1} marks {IMAGE_MARK!r}, and the row has {num_images} pictures")
+    parts: list[Part] = []
+    for i, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if i else []
+        parts += [_text_part(piece)] if piece else []
+    return tuple(parts)
+
+
+def _images(value: Any, key: str) -> list[Any]:
+    """References in a field: one, a list of them, or none."""
+    if value is None:
+        return []
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
+    for image in found:
+        if not isinstance(image, (str, bytes, dict)) or not image:
+            raise BadRow(f"field {key!r} holds {kind_of(image)} for a picture; a path, bytes, or an object with bytes or path is read")
+    return found
+
+
+def _choices(value: Any, key: str) -> list[str] | None:
+    """The choices of a question; None where the row has none. A string is a list as Python writes it."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadRow(f"field {key!r} holds {value[:60]!r}, which is no list of choices") from None
+    if not isinstance(value, (list, tuple)):
+        raise BadRow(f"field {key!r} holds {kind_of(value)}; choices are a list")
+    if not 2 <= len(value) <= len(string.ascii_uppercase):
+        raise BadRow(f"field {key!r} holds {len(value)} choices; there must be 2 to {len(string.ascii_uppercase)}")
+    return [_plain_answer(choice, key) for choice in value]
+
+
+def _chosen(answer: Any, choices: Sequence[str], key: str) -> int:
+    """Which choice an answer names: by index from 0, by letter, or by its text."""
+    last = string.ascii_uppercase[len(choices) - 1]
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(choices):
+            return answer
+        raise BadRow(f"field {key!r} is {answer}; {len(choices)} choices have the indices 0 to {len(choices) - 1}")
+    if not isinstance(answer, str):
+        raise BadRow(f"field {key!r} holds {kind_of(answer)}; it names a choice by index, letter or text")
+    said = answer.strip()
+    found = {i for i, choice in enumerate(choices) if choice.strip() == said}
+    if len(said) == 1 and "A" <= said <= last:
+        found.add(ord(said) - ord("A"))
+    if len(found) != 1:
+        many = "names more than one choice" if found else f"is none of the choices, A to {last}"
+        raise BadRow(f"field {key!r} is {answer[:60]!r}, which {many}")
+    return found.pop()
+
+
+def _plain_answer(value: Any, key: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return _text(value, key)
+
+
+def _text_part(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names) or "nothing"
+
+
+def kind_of(value: Any) -> str:
+    """A value of a row for messages: in full where it is a word of JSON's own."""
+    if value is None or isinstance(value, (bool, float)):
+        return json.dumps(value)
+    return {dict: "an object", list: "a list", str: "a string", int: "a number", bytes: "bytes"}.get(type(value), type(value).__name__)
