@@ -1,7 +1,7 @@
 """What can be known about a run before anything of it is started: every finding at once, in about two seconds.
 
 A run checks itself first; ``--check`` stops after that. Reads configuration, folders and the first rows of data files, and imports
-neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind has a tuple of checks like ``GRPO_CHECKS``.
+neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind has a tuple of checks of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
-from workers.config import RunConfig, read_config, validate_model, validate_world
+from workers.config import AnyConfig, RunConfig, Task, read_config, validate_model, validate_world
 from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
@@ -31,7 +31,7 @@ from workers.model_folder import (
     read_hf_config,
     token_ids,
 )
-from workers.placement import ComponentPlacement, actor_topology, resolve_placement
+from workers.placement import ComponentPlacement, actor_topology, components_of, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
@@ -59,7 +59,7 @@ class Report:
         num_ranks: actor ranks; None where the placement is not known.
     """
 
-    config: RunConfig | None
+    config: AnyConfig | None
     findings: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     plan: list[tuple[str, str]] = field(default_factory=list)
@@ -80,12 +80,13 @@ class Report:
             return None
 
 
-Check = Callable[[RunConfig, Report], None]
+# The configuration is that of the kind of run that the check is for.
+Check = Callable[[Any, Report], None]
 
 
-def check_run(composed: DictConfig | Mapping[str, Any], checks: Sequence[Check]) -> Report:
-    """Every finding about a run of this configuration."""
-    reading = read_config(composed)
+def check_run(composed: DictConfig | Mapping[str, Any], checks: Sequence[Check], task: Task = "reasoning") -> Report:
+    """Every finding about a run of this kind with this configuration."""
+    reading = read_config(composed, task)
     report = Report(reading.config, [("configuration", text) for text in reading.findings])
     report.notes += [f"{name} has no effect: {reason}" for name, reason in reading.inert]
     if reading.config is not None:
@@ -94,7 +95,7 @@ def check_run(composed: DictConfig | Mapping[str, Any], checks: Sequence[Check])
     return report
 
 
-def check_devices(config: RunConfig, report: Report) -> None:
+def check_devices(config: AnyConfig, report: Report) -> None:
     """Placement, layout and batches on the devices of this machine, or as far as they can be known without those of a cluster."""
     placement = config.cluster.component_placement
     address, num_gpus = cluster_address(config.cluster.num_nodes), 0
@@ -105,7 +106,9 @@ def check_devices(config: RunConfig, report: Report) -> None:
         report.notes.append(f"nodes and devices are counted when Ray is joined at {address}")
         if any(value == "all" for value in placement.values()):
             return
-    resolved: ComponentPlacement | None = report.take("devices", resolve_placement, placement, num_gpus or None)
+    resolved: ComponentPlacement | None = report.take(
+        "devices", resolve_placement, placement, num_gpus or None, components_of(config)
+    )  # fmt: skip
     if resolved is None:
         return
     report.num_ranks = len(resolved.actor)
@@ -121,14 +124,16 @@ def check_devices(config: RunConfig, report: Report) -> None:
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
         kind = "process slots" if address == LOCAL and not num_gpus else "GPUs"
         report.plan.append(("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {_range(resolved.actor)}"))
+        if not engines:
+            return
         size = config.rollout.tensor_parallel_size
         engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {_range(resolved.rollout)}"
         report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}"))
 
 
-def check_model(config: RunConfig, report: Report) -> None:
+def check_model(config: AnyConfig, report: Report) -> None:
     """Architecture, layout, rope and limits of the model, or of the one that the run will make."""
-    folder = Path(config.rollout.model.model_path)
+    folder = Path(config.model_path)
     seeded = config.seeded_model
     if seeded is not None and Path(seeded.path).absolute() == folder.absolute():
         hf_config: Mapping[str, Any] | None = seeded.hf_config
@@ -137,7 +142,7 @@ def check_model(config: RunConfig, report: Report) -> None:
         report.plan.append(("model", f"a tiny one, made in {folder}"))
         return
     else:
-        hf_config, where = report.take("model", read_hf_config, folder), str(folder / "config.json")
+        hf_config, where = report.take("model", read_hf_config, folder, config.model_key), str(folder / "config.json")
     if hf_config is None:
         return
     findings = check_config(hf_config)
@@ -157,21 +162,21 @@ def check_model(config: RunConfig, report: Report) -> None:
         report.found(
             "model",
             f"runner.seq_length ({config.runner.seq_length}) exceeds max_position_embeddings ({model.max_positions}) of {where}; "
-            "the engines would refuse it. Lower runner.seq_length",
+            "Lower runner.seq_length",
         )
     made = "" if where != "seeded_model.hf_config" else ", with random weights, made by the run unless it is there"
     precision = config.actor.model.precision
     report.plan.append(("model", f"{model.architecture}, {model.num_layers} layers, {precision}, in {folder}{made}"))
 
 
-def check_weights(config: RunConfig, report: Report) -> None:
+def check_weights(config: AnyConfig, report: Report) -> None:
     """The headers of the weight files that a run starts from; no tensor is read."""
     actor = config.actor
     folder = Path(str(actor.megatron.ckpt_convertor.hf_model_path))
     if not actor.megatron.use_hf_ckpt or _will_be_made(config, folder) or not (folder / "config.json").is_file():
         return
     stored = report.take("weights", read_checkpoint, folder)
-    hf_config = report.take("model", read_hf_config, folder)
+    hf_config = report.take("model", read_hf_config, folder, config.model_key)
     if stored is None or hf_config is None or check_config(hf_config):
         return
     model = model_of(hf_config)
@@ -181,9 +186,9 @@ def check_weights(config: RunConfig, report: Report) -> None:
         report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
 
 
-def check_tokenizer(config: RunConfig, report: Report) -> None:
+def check_tokenizer(config: AnyConfig, report: Report) -> None:
     """The tokenizer's files, its size beside the model's, end-of-sequence ids and the chat template."""
-    folder, model = Path(str(config.actor.tokenizer.tokenizer_model)), Path(config.rollout.model.model_path)
+    folder, model = Path(str(config.actor.tokenizer.tokenizer_model)), Path(config.model_path)
     if _will_be_made(config, folder):
         return
     trusting = config.actor.tokenizer.trust_remote_code
@@ -193,7 +198,7 @@ def check_tokenizer(config: RunConfig, report: Report) -> None:
         report.take("tokenizer", check_chat_template, folder)
     if not (model / "config.json").is_file():
         return
-    hf_config = report.take("model", read_hf_config, model)
+    hf_config = report.take("model", read_hf_config, model, config.model_key)
     if hf_config is not None:
         report.take("model", token_ids, hf_config.get("eos_token_id"), f"eos_token_id of {model / 'config.json'}")
     generation = report.take("model", read_generation_config, model)
@@ -229,13 +234,13 @@ def check_data(config: RunConfig, report: Report) -> None:
     )
 
 
-def check_loggers(config: RunConfig, report: Report) -> None:
+def check_loggers(config: AnyConfig, report: Report) -> None:
     """Loggers that are named and not installed."""
     for name in config.runner.logger.logger_backends:
         report.take("loggers", find_logger, name)
 
 
-def check_beginning(config: RunConfig, report: Report) -> None:
+def check_beginning(config: AnyConfig, report: Report) -> None:
     """The results folder, and the checkpoint to go on from."""
     beginning = report.take("resume", find_beginning, config)
     folder = run_folder(config)
@@ -245,11 +250,11 @@ def check_beginning(config: RunConfig, report: Report) -> None:
     state = None if beginning.resume is None else beginning.resume / DATA_STATE
     if state is not None and state.is_file() and not zipfile.is_zipfile(state):
         report.found("resume", f"{state} cannot be read; resume from an older checkpoint, or remove it to start the data anew")
-    model_path = Path(config.rollout.model.model_path)
+    model_path = Path(config.model_path)
     if (model_path / "config.json").is_file():
-        hf_config = report.take("resume", read_hf_config, model_path)
+        hf_config = report.take("resume", read_hf_config, model_path, config.model_key)
         if hf_config is not None:
-            report.take("resume", check_restored_model, beginning, hf_config)
+            report.take("resume", check_restored_model, beginning, hf_config, config.model_key)
     if report.num_ranks is not None:
         report.take("resume", check_ranks, beginning, report.num_ranks)
     report.take("results", check_writable, folder)
@@ -340,9 +345,9 @@ def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSampl
     except Exception as error:  # the library raises nothing narrower
         report.found("tokenizer", f"no tokenizer can be made from {path}: {error}")
         return
-    hf_path = Path(config.rollout.model.model_path)
+    hf_path = Path(config.model_path)
     if (hf_path / "config.json").is_file():
-        hf_config = report.take("model", read_hf_config, hf_path) or {}
+        hf_config = report.take("model", read_hf_config, hf_path, config.model_key) or {}
         size = tokenizer.get_vocab_size(with_added_tokens=False)
         report.take("tokenizer", check_tokenizer_size, size, hf_config.get("vocab_size"), path.parent)
     tokenizer.no_truncation()
@@ -378,7 +383,7 @@ def _num_steps(config: RunConfig) -> int | None:
     return steps if most < 0 else min(most, steps)
 
 
-def _will_be_made(config: RunConfig, path: Path) -> bool:
+def _will_be_made(config: AnyConfig, path: Path) -> bool:
     """Whether a path that is not there yet belongs to what the run makes first."""
     makers = [made.path for made in (config.arithmetic, config.seeded_model) if made is not None]
     return not path.exists() and any(path.absolute().is_relative_to(Path(maker).absolute()) for maker in makers)

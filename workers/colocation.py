@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rlsync.errors import ConfigError
-from workers.config import RunConfig
+from workers.config import AnyConfig
 from workers.placement import PlacementMode
 
 ActorPart = Literal["weights", "grads", "optimizer"]
@@ -39,7 +39,7 @@ class ColocationPlan:
     notes: tuple[str, ...] = ()
 
 
-def plan_colocation(config: RunConfig, mode: PlacementMode, *, on_gpu: bool) -> ColocationPlan:
+def plan_colocation(config: AnyConfig, mode: PlacementMode, *, on_gpu: bool) -> ColocationPlan:
     """The plan for a configuration on these devices.
 
     Raises:
@@ -52,9 +52,10 @@ def plan_colocation(config: RunConfig, mode: PlacementMode, *, on_gpu: bool) -> 
         "optimizer": actor.offload_optimizer,
     }
     parts = tuple(part for part, is_on in switches.items() if is_on)
-    if on_gpu and mode is PlacementMode.COLLOCATED:
+    if on_gpu and config.has_engines and mode is PlacementMode.COLLOCATED:
         return ColocationPlan(2 if wanted is None else wanted, parts)
     why = "actor and engines have GPUs of their own" if on_gpu else "there are no GPUs, and all memory is the host's"
+    why = why if config.has_engines else "there are no engines to make room for"
     if wanted:
         raise ConfigError(f"rollout.sleep_level ({wanted}) is for engines on the actor's GPUs, but {why}; set it to 0 or null")
     keys = ", ".join(name for name in ("offload_weight", "offload_grad", "offload_optimizer") if getattr(actor, name))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hydra
 import yaml
@@ -23,22 +24,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import Check, Report, check_run
-from workers.config import RunConfig, lenient_overrides, register_resolvers
+from workers.config import Task, lenient_overrides, register_resolvers
 from workers.config.foreign_keys import hint
-from workers.config.load import dotted_keys
+from workers.config.schema import CONFIG_OF_TASK, dotted_keys
 from workers.screen import wrapped
 
 CHECK = "--check"
 
 
 def main(
-    arguments: Sequence[str], *, config_path: Path, config_name: str, checks: Sequence[Check], run: Callable[[RunConfig], None]
+    arguments: Sequence[str], *, config_path: Path, config_name: str, task: Task, checks: Sequence[Check], run: Callable[[Any], None]
 ) -> int:
     """Compose, check, and unless ``--check`` is among the arguments, run. Returns the exit code: 1 after an error that it explains.
 
     Args:
         arguments: hydra's, in which ``key=value`` and ``+key=value`` both set a key; and ``--check``.
         config_path, config_name: of the configuration where the arguments name none.
+        task: the kind of run, which the configuration has to be of.
         run: called with the configuration where there are no findings; the place for slow imports.
     """
     only_check = CHECK in arguments
@@ -48,7 +50,7 @@ def main(
     def composed_main(composed: DictConfig) -> None:
         nonlocal code
         began = time.monotonic()
-        report = check_run(composed, checks)
+        report = check_run(composed, checks, task)
         show(report, in_full=only_check, seconds=time.monotonic() - began)
         if report.findings or report.config is None:
             code = 1
@@ -62,7 +64,7 @@ def main(
         sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument != CHECK])
         composed_main()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        print(wrapped(f"error: {misnamed_key(str(error)) or error}"), file=sys.stderr)
+        print(wrapped(f"error: {misnamed_key(str(error), task) or error}"), file=sys.stderr)
         return 1
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         print(wrapped(f"error: {unreadable_yaml(error)}"), file=sys.stderr)
@@ -70,10 +72,10 @@ def main(
     return code
 
 
-def misnamed_key(error: str) -> str | None:
+def misnamed_key(error: str, task: Task = "reasoning") -> str | None:
     """What to say in place of hydra's answer to a key without a section, such as ``max_steps=5``; None for another error."""
     match = re.match(r"Could not override '(\w+)'", error)
-    return None if match is None else f"unknown key {match[1]}: {hint(match[1], tuple(dotted_keys(RunConfig)))}"
+    return None if match is None else f"unknown key {match[1]}: {hint(match[1], tuple(dotted_keys(CONFIG_OF_TASK[task])), task)}"
 
 
 def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:

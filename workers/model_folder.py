@@ -39,10 +39,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Content of a model folder's config.json. Raises ConfigError."""
+def read_hf_config(folder: Path, key: str) -> dict[str, Any]:
+    """Content of a model folder's config.json. Raises ConfigError; ``key`` names the folder there."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"rollout.model.model_path {folder} holds no config.json; it must be a local Hugging Face folder")
+        raise ConfigError(f"{key} {folder} holds no config.json; it must be a local Hugging Face folder")
     return read_json_object(folder / "config.json")
 
 

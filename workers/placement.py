@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from workers.config.schema import ActorModelConfig
+from workers.config.schema import ActorModelConfig, AnyConfig, RunConfig
 
 _COMPONENTS = ("actor", "rollout", "reward")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -51,7 +51,16 @@ class ComponentPlacement:
         return tuple(self.rollout[i : i + tensor_parallel_size] for i in range(0, len(self.rollout), tensor_parallel_size))
 
 
-def resolve_placement(component_placement: Mapping[str, Any], num_devices: int | None) -> ComponentPlacement:
+def components_of(config: AnyConfig) -> tuple[str, ...]:
+    """Components that a run has, and has to place."""
+    if isinstance(config, RunConfig):
+        return _COMPONENTS
+    return ("actor", "rollout") if config.has_engines else ("actor",)
+
+
+def resolve_placement(
+    component_placement: Mapping[str, Any], num_devices: int | None, components: Sequence[str] = _COMPONENTS
+) -> ComponentPlacement:
     """Parse and check ``cluster.component_placement``.
 
     Args:
@@ -60,6 +69,7 @@ def resolve_placement(component_placement: Mapping[str, Any], num_devices: int |
             override may move it.
         num_devices: devices of the whole cluster, or None where there are no GPUs; numbers are then process slots and
             ``all`` has no meaning.
+        components: those that the run has; the others have no devices.
 
     Raises:
         ConfigError: bad syntax, unknown, missing or doubled component, device out of range, a gap in a list, or
@@ -70,16 +80,17 @@ def resolve_placement(component_placement: Mapping[str, Any], num_devices: int |
         keys = [([part.strip() for part in names.split(",")], value) for names, value in component_placement.items()]
         placed = {}
         for name, value in ((name, value) for names, value in keys if (len(names) > 1) is is_shared for name in names):
-            if name not in _COMPONENTS:
-                raise ConfigError(_unknown_component(name))
+            if name not in components:
+                raise ConfigError(_unknown_component(name, components))
             if name in placed:
                 raise ConfigError(f"cluster.component_placement names {name} twice")
             placed[name] = value
         values |= placed
     devices = {name: _devices(name, value, num_devices) for name, value in values.items()}
-    missing = [name for name in _COMPONENTS if name not in devices]
+    missing = [name for name in components if name not in devices]
     if missing:
         raise ConfigError(f"cluster.component_placement must place {', '.join(missing)}; it places {', '.join(devices) or 'nothing'}")
+    devices = {name: devices.get(name, ()) for name in _COMPONENTS}
     return ComponentPlacement(mode=_mode(devices["actor"], devices["rollout"]), **devices)
 
 
@@ -127,10 +138,15 @@ def _range(where: str, piece: str) -> range:
     return range(first, last + 1)
 
 
-def _unknown_component(name: str) -> str:
+def _unknown_component(name: str, components: Sequence[str]) -> str:
+    if name in _COMPONENTS:
+        why = (
+            "this run has no engines, which it has with evaluation.generate=True" if name == "rollout" else "it belongs to a reasoning run"
+        )
+        return f"cluster.component_placement: remove {name}; {why}"
     if name == "inference":
         return "cluster.component_placement: remove inference; the actor recomputes log-probabilities itself"
-    near = difflib.get_close_matches(name, _COMPONENTS, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name, components, n=1, cutoff=0.0)
     return f"cluster.component_placement: unknown component {name!r}; did you mean {near[0]!r}?"
 
 

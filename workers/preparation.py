@@ -56,10 +56,10 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
     notes = _make_seeded_model(config)
-    hf_config = read_hf_config(Path(config.rollout.model.model_path))
-    raise_all(f"config.json of {config.rollout.model.model_path}: {finding}" for finding in check_config(hf_config))
+    hf_config = read_hf_config(Path(config.model_path), config.model_key)
+    raise_all(f"config.json of {config.model_path}: {finding}" for finding in check_config(hf_config))
     validate_model(config, hf_config)
-    check_model(beginning, hf_config)
+    check_model(beginning, hf_config, config.model_key)
     tokenizer = _tokenizer(config, hf_config)
     bad = BadSamples()
     dataset = _dataset(config, tokenizer, bad)

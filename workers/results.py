@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO
 
 from rlsync.errors import ConfigError
-from workers.config import RunConfig
+from workers.config import AnyConfig
 from workers.resume import run_folder
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,7 +32,7 @@ class ResultsFolder:
         notes: what the user should know.
     """
 
-    def __init__(self, config: RunConfig, resume: Path | None) -> None:
+    def __init__(self, config: AnyConfig, resume: Path | None) -> None:
         """Claim the folder. Unless the run continues in place, the folder of an earlier run is renamed to ``<path>.<n>``.
 
         Args:
@@ -75,12 +75,12 @@ class ResultsFolder:
             os.rename(aside / converted, self.path / converted)
 
 
-def continues_in_place(config: RunConfig, resume: Path | None) -> bool:
+def continues_in_place(config: AnyConfig, resume: Path | None) -> bool:
     """Whether ``resume`` is a checkpoint of this run's own results folder."""
     return resume is not None and resume.resolve().parent == (run_folder(config) / "checkpoints").resolve()
 
 
-def becomes_of_earlier_run(config: RunConfig, resume: Path | None) -> Path | None:
+def becomes_of_earlier_run(config: AnyConfig, resume: Path | None) -> Path | None:
     """The new path of an earlier run that a start would rename; None without an earlier run, or if it continues. Changes nothing.
 
     Raises ConfigError where that cannot be.
@@ -109,7 +109,7 @@ def next_free(path: Path, suffix: str = "") -> Path:
     return free
 
 
-def _log_path(config: RunConfig) -> Path:
+def _log_path(config: AnyConfig) -> Path:
     assert config.runner.logger.log_path is not None, "load_config derives it"
     return Path(config.runner.logger.log_path).absolute()
 
@@ -173,14 +173,13 @@ def _holds_lines(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _inputs(config: RunConfig, resume: Path | None) -> Sequence[Path]:
+def _inputs(config: AnyConfig, resume: Path | None) -> Sequence[Path]:
     """Input files and folders that the run does not make itself."""
     made = [Path(section.path).absolute() for section in (config.arithmetic, config.seeded_model) if section is not None]
-    actor, data = config.actor, config.data
+    actor = config.actor
     named = [
-        config.rollout.model.model_path, actor.tokenizer.tokenizer_model, actor.megatron.ckpt_convertor.hf_model_path,
-        actor.model.megatron_checkpoint, *data.train_data_paths, *data.val_data_paths,
-        *(() if config.warm_start is None else config.warm_start.data_paths),
+        config.model_path, actor.tokenizer.tokenizer_model, actor.megatron.ckpt_convertor.hf_model_path,
+        actor.model.megatron_checkpoint, *config.data_paths,
     ]  # fmt: skip
     paths = [Path(name).absolute() for name in named if name is not None] + ([] if resume is None else [resume])
     return [path for path in paths if not any(path.is_relative_to(folder) for folder in made)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint
 from rlsync.errors import CheckpointError, ConfigError
-from workers.config import RunConfig, config_as_dict
+from workers.config import AnyConfig, SftConfig, config_as_dict
 
 DATA_STATE = "data/data.pt"
 SETTINGS = "run.json"
@@ -80,21 +80,26 @@ RULES: Mapping[str, Rule] = {
     "arithmetic": Rule.HOLDS,
     "seeded_model": Rule.HOLDS,
 }
-# Sections that a configuration may leave out.
-_OPTIONAL_SECTIONS = tuple(section.name for section in fields(RunConfig) if section.default is None)
+# Of an SFT run, before the others.
+SFT_RULES: Mapping[str, Rule] = {
+    "evaluation": Rule.HOLDS,
+    "actor.micro_batch_size": Rule.SILENT,
+    "actor.global_batch_size": Rule.DATA,
+}
 # What ``run.json`` holds, and how.
 _SETTINGS_KINDS = {"config": (dict, "a mapping"), "hf_config": (dict, "a mapping"), "actor_ranks": (int, "a number")}
 # Keys of config.json that change no weight and no score.
 _SAME_MODEL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
-def rule_of(key: str) -> Rule:
+def rule_of(key: str, *, sft: bool = False) -> Rule:
     """The rule of a dotted configuration key; KeyError where the table lacks it."""
-    while key not in RULES:
+    rules = {**RULES, **SFT_RULES} if sft else RULES
+    while key not in rules:
         if "." not in key:
             raise KeyError(key)
         key = key.rpartition(".")[0]
-    return RULES[key]
+    return rules[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +123,12 @@ class Beginning:
     saved: Mapping[str, Any] | None = None
 
 
-def run_folder(config: RunConfig) -> Path:
+def run_folder(config: AnyConfig) -> Path:
     """``<output_dir>/<experiment_name>``."""
     return Path(config.runner.output_dir).absolute() / config.runner.experiment_name
 
 
-def find_beginning(config: RunConfig) -> Beginning:
+def find_beginning(config: AnyConfig) -> Beginning:
     """The beginning that ``runner.resume_dir`` and the keys of the initial weights select among the existing files; changes nothing.
 
     Raises ConfigError or CheckpointError, also for settings that the checkpoint's state does not allow to change.
@@ -141,7 +146,9 @@ def find_beginning(config: RunConfig) -> Beginning:
     elif config.actor.megatron.no_load_optim:
         notes.append(f"actor.megatron.no_load_optim: optimizer and schedule start anew at step {held.step}")
     saved = _read_settings(resume)
-    if saved is None:
+    if saved is not None:
+        _check_task(config, saved["config"], resume)
+    else:
         notes.append(f"warning: {resume / SETTINGS} is missing, so settings that changed since cannot be told")
     changed = [] if saved is None else _compare(config, saved["config"], resume, complete=held.complete)
     if changed:
@@ -150,7 +157,7 @@ def find_beginning(config: RunConfig) -> Beginning:
     return Beginning(resume, held.step, tuple(notes), held.complete, tuple(key for key, _, _ in changed), saved)
 
 
-def _resume_folder(config: RunConfig) -> Path | None:
+def _resume_folder(config: AnyConfig) -> Path | None:
     wanted = config.runner.resume_dir
     if wanted is None:
         return None
@@ -162,7 +169,7 @@ def _resume_folder(config: RunConfig) -> Path | None:
     return folder
 
 
-def _check_initial_weights(config: RunConfig, resume: Path | None) -> None:
+def _check_initial_weights(config: AnyConfig, resume: Path | None) -> None:
     model = config.actor.model
     if config.actor.megatron.use_hf_ckpt or model.megatron_checkpoint is not None:
         if model.megatron_checkpoint is not None:
@@ -175,20 +182,28 @@ def _check_initial_weights(config: RunConfig, resume: Path | None) -> None:
             "model.megatron_checkpoint is required if use_hf_ckpt is False; "
             f"runner.resume_dir=auto found no complete checkpoint in {run_folder(config) / 'checkpoints'}"
         )
-    if config.algorithm.kl_beta != 0:
+    if config.has_reference:
         raise ConfigError(
             "algorithm.kl_beta is not 0, so the initial weights are needed as its reference, also on resume: set "
             "actor.model.megatron_checkpoint, or actor.megatron.use_hf_ckpt to True"
         )
 
 
-def _inspect(config: RunConfig, actor_folder: Path) -> Restored:
+def _inspect(config: AnyConfig, actor_folder: Path) -> Restored:
     model = config.actor.model
     return inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
 
 
-def check_model(beginning: Beginning, hf_config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where ``config.json`` describes another model than the checkpoint's."""
+def _check_task(config: AnyConfig, saved: Mapping[str, Any], folder: Path) -> None:
+    then, now = saved.get("runner", {}).get("task_type", "reasoning"), config.runner.task_type
+    if then != now:
+        raise CheckpointError(
+            f"{folder} was saved by a run with runner.task_type {then}, this one has {now}; start a new run from {folder}/actor/{HF_FOLDER}"
+        )
+
+
+def check_model(beginning: Beginning, hf_config: Mapping[str, Any], key: str) -> None:
+    """Raise CheckpointError where ``config.json``, in the folder that ``key`` names, describes another model than the checkpoint's."""
     if beginning.saved is None:
         return
     then, now = beginning.saved["hf_config"], _plain(hf_config)
@@ -199,7 +214,7 @@ def check_model(beginning: Beginning, hf_config: Mapping[str, Any]) -> None:
     ]
     if different:
         raise CheckpointError(
-            f"{beginning.resume} is of another model than rollout.model.model_path: {'; '.join(different)}. "
+            f"{beginning.resume} is of another model than {key}: {'; '.join(different)}. "
             "Resume with the checkpoint's model, or start a new run"
         )
 
@@ -213,7 +228,7 @@ def check_ranks(beginning: Beginning, num_ranks: int) -> None:
         )
 
 
-def write_settings(folder: Path, config: RunConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
+def write_settings(folder: Path, config: AnyConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
     """Record the settings of the run in a checkpoint."""
     settings = {"config": config_as_dict(config), "hf_config": dict(hf_config), "actor_ranks": num_ranks}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -239,11 +254,11 @@ def _read_settings(folder: Path) -> Mapping[str, Any] | None:
     return settings
 
 
-def _compare(config: RunConfig, saved: Mapping[str, Any], folder: Path, *, complete: bool) -> list[tuple[str, Any, Any]]:
+def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, complete: bool) -> list[tuple[str, Any, Any]]:
     """(key, then, now) of the changes that hold. Raises CheckpointError naming all that cannot."""
     running = _plain(config_as_dict(config))
     then, now = dict(_leaves(saved)), dict(_leaves(running))
-    for section in _OPTIONAL_SECTIONS:
+    for section in (section.name for section in fields(config) if section.default is None):
         if (saved.get(section) is None) != (section not in running):
             then[section], now[section] = ("absent", "present") if section in running else ("present", "absent")
     refuses = {
@@ -256,13 +271,13 @@ def _compare(config: RunConfig, saved: Mapping[str, Any], folder: Path, *, compl
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
     }
-    silent = {Rule.SILENT, *(() if config.algorithm.kl_beta != 0 else (Rule.REFERENCE,))}
+    silent = {Rule.SILENT, *(() if config.has_reference else (Rule.REFERENCE,))}
     changed, refused, ways = [], [], []
     for key in now:
         # A key that one side lacks is of another version, or of a section that is compared as a whole.
         if key not in then or then[key] == now[key]:
             continue
-        rule = rule_of(key)
+        rule = rule_of(key, sft=isinstance(config, SftConfig))
         if refuses.get(rule, False):
             refused.append(f"{key} {then[key]} -> {now[key]}")
             ways.append(advice[rule])

@@ -42,6 +42,7 @@ if __name__ == "__main__":
             sys.argv[1:],
             config_path=REPOSITORY / "configs" / "reasoning",
             config_name="arithmetic-grpo-megatron",
+            task="reasoning",
             checks=GRPO_CHECKS,
             run=run,
         )

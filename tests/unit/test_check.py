@@ -14,7 +14,7 @@ import pytest
 
 from workers.check import GRPO_CHECKS, Report, check_run
 from workers.config import RunConfig
-from workers.config.load import dotted_keys
+from workers.config.schema import dotted_keys
 from workers.resume import write_settings
 from workers.synthetic import ArithmeticRecipe, build_world
 

@@ -32,8 +32,7 @@ from workers.config import (
     validate_world,
 )
 from workers.config.foreign_keys import ABSENT, OTHER_NAMES, find_inert
-from workers.config.load import dotted_keys, section_of
-from workers.config.schema import Bounds, bounds_of
+from workers.config.schema import Bounds, bounds_of, dotted_keys, section_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reasoning"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -20,7 +20,7 @@ from workers.resume import DATA_STATE, RULES, Rule, check_model, check_ranks, fi
 def saved(world, tmp_path) -> Path:  # noqa: F811
     """A checkpoint of step 3 with its settings and a data position; contents that nobody reads here are left out."""
     folder = checkpoint(tmp_path, 3, *TP2_SHARDS)
-    write_settings(folder, config(world, tmp_path), read_hf_config(world / "model"), 2)
+    write_settings(folder, config(world, tmp_path), read_hf_config(world / "model", "rollout.model.model_path"), 2)
     (folder / DATA_STATE).parent.mkdir()
     (folder / DATA_STATE).touch()
     return folder
@@ -83,10 +83,10 @@ def test_without_the_state_that_they_shaped_they_may_change(world, tmp_path, sav
 
 def test_another_model_and_another_number_of_ranks_are_refused_with_both_sides(world, tmp_path, saved) -> None:  # noqa: F811
     found = begun(world, tmp_path)
-    hf_config = read_hf_config(world / "model")
-    check_model(found, {**hf_config, "transformers_version": "another", "torch_dtype": "bfloat16"})
+    hf_config = read_hf_config(world / "model", "rollout.model.model_path")
+    check_model(found, {**hf_config, "transformers_version": "another", "torch_dtype": "bfloat16"}, "rollout.model.model_path")
     with pytest.raises(CheckpointError, match=r"another model than rollout\.model\.model_path: hidden_size 128 then, 256 now"):
-        check_model(found, {**hf_config, "hidden_size": 256})
+        check_model(found, {**hf_config, "hidden_size": 256}, "rollout.model.model_path")
     check_ranks(found, 2)
     with pytest.raises(CheckpointError, match=r"saved by 2 actor ranks, cluster\.component_placement gives this run 4"):
         check_ranks(found, 4)
@@ -131,7 +131,7 @@ def test_a_section_that_is_switched_on_or_off_is_told_as_a_whole(world, tmp_path
     switched_on = find_beginning(with_auto(warm))
     assert "warm_start" in switched_on.changed
     assert "  warm_start absent -> present" in switched_on.notes
-    write_settings(saved, warm, read_hf_config(world / "model"), 2)
+    write_settings(saved, warm, read_hf_config(world / "model", "rollout.model.model_path"), 2)
     switched_off = find_beginning(with_auto(made))
     assert switched_off.changed == ("warm_start",)
     assert "  warm_start present -> absent" in switched_off.notes
@@ -141,7 +141,7 @@ def test_warm_start_is_told_only_where_a_resumed_run_reads_it(world, tmp_path, s
     """With a KL term it makes the reference; else its steps are behind the checkpoint."""
     for kl_beta, changed in ((0.0, ()), (0.1, ("warm_start.num_steps",))):
         values = config_as_dict(config(world, tmp_path, algorithm={"kl_beta": kl_beta}))
-        write_settings(saved, load_config({**values, "warm_start": WARM}), read_hf_config(world / "model"), 2)
+        write_settings(saved, load_config({**values, "warm_start": WARM}), read_hf_config(world / "model", "rollout.model.model_path"), 2)
         found = find_beginning(with_auto(load_config({**values, "warm_start": {**WARM, "num_steps": 4}})))
         assert found.changed == changed
 

@@ -1,7 +1,7 @@
-"""Configuration of a GRPO run: hydra's yaml in, frozen dataclasses out.
+"""Configuration of a run: hydra's yaml in, frozen dataclasses out.
 
 register_resolvers(); sys.argv[1:] = lenient_overrides(sys.argv[1:])     # before hydra.main
-config = load_config(composed)                                           # RunConfig, validated
+config = load_config(composed)                                           # RunConfig or SftConfig, validated
 validate_model(config, hf_config)                                        # once config.json is read
 dp_size = validate_world(config, actor_world_size)                       # once the placement is resolved
 """
@@ -12,14 +12,20 @@ from workers.config.load import Reading, config_as_dict, lenient_overrides, load
 from workers.config.schema import (
     ActorConfig,
     AlgorithmConfig,
+    AnyConfig,
     ArithmeticConfig,
     DataConfig,
+    EvaluationConfig,
     KeyDescription,
     Precision,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     RunnerConfig,
+    SftAlgorithmConfig,
+    SftConfig,
+    SftDataConfig,
+    Task,
     WarmStartConfig,
     config_table,
     describe_config,
@@ -29,8 +35,10 @@ from workers.config.validate import validate, validate_model, validate_world
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "AnyConfig",
     "ArithmeticConfig",
     "DataConfig",
+    "EvaluationConfig",
     "KeyDescription",
     "Precision",
     "Reading",
@@ -38,6 +46,10 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "RunnerConfig",
+    "SftAlgorithmConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "Task",
     "WarmStartConfig",
     "config_as_dict",
     "config_table",

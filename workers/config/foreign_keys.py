@@ -1,4 +1,4 @@
-"""Keys that are not ours: those that other runners' GRPO yamls carry and that have no effect here, and what to write in place of the rest.
+"""Keys that are not ours: those that other runners' yamls carry and that have no effect here, and what to write in place of the rest.
 
 Owns the list of inert keys with the reason for each, the values of switches that mean "off" (switching such a feature on is an error, not
 a warning), and the hints: the nearest key by meaning, or why a feature is not there. Shipped yamls contain no inert key.
@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rlsync.errors import ConfigError
+from workers.config.schema import CONFIG_OF_TASK, Task, dotted_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,29 @@ INERT = (
 )
 
 
-def find_inert(dotted: str) -> Inert | None:
+# Of RLinf's SFT configurations; these come before those of ``INERT``.
+INERT_IN_SFT = (
+    Inert(("algorithm.adv_type", "algorithm.loss_type"), "supervised fine-tuning has neither rewards nor advantages"),
+    Inert(
+        ("algorithm.sampling_params.temperature",),
+        "it would divide the logits in training, so that the model answers as it was taught at that temperature only; "
+        "answers of the evaluation are greedy",
+        (1.0, None),
+    ),
+    Inert(("critic.use_critic_model",), "supervised fine-tuning has no critic", _OFF),
+    Inert(("critic",), "supervised fine-tuning has no critic"),
+    Inert(("actor.model.seq_length",), "it is runner.seq_length here, which takes its value from it"),
+    Inert(("data.use_chat_template",), "data.apply_chat_template decides"),
+    Inert(("data.lazy_loading",), "rows are always read when their turn comes"),
+)
+
+
+def find_inert(dotted: str, task: Task = "reasoning") -> Inert | None:
     """The first entry that covers a dotted key, or None."""
-    return next((entry for entry in INERT if entry.covers(dotted)), None)
+    return next((entry for entry in (*(INERT_IN_SFT if task == "sft" else ()), *INERT) if entry.covers(dotted)), None)
 
 
-def inert_reason(dotted: str, value: Any) -> str | None:
+def inert_reason(dotted: str, value: Any, task: Task = "reasoning") -> str | None:
     """Why a key, or a section with all its keys, has no effect here; None when it is not a known one.
 
     Raises:
@@ -144,7 +162,7 @@ def inert_reason(dotted: str, value: Any) -> str | None:
     """
     reason = None
     for name, leaf in _leaves(dotted, value):
-        entry = find_inert(name)
+        entry = find_inert(name, task)
         if entry is None:
             return None
         if entry.only and leaf not in entry.only:
@@ -230,6 +248,27 @@ OTHER_NAMES = {
     "n_gpus_per_node": "cluster.component_placement",
 }
 
+# The same names in an SFT run.
+SFT_NAMES = {
+    "model.path": "actor.model.model_path",
+    "model": "actor.model.model_path",
+    "model_name_or_path": "actor.model.model_path",
+    "per_device_train_batch_size": "actor.micro_batch_size",
+    "per_device_eval_batch_size": "actor.eval_batch_size",
+    "train_batch_size": "actor.global_batch_size",
+    "gradient_accumulation_steps": "actor.global_batch_size",
+    "max_length": "runner.seq_length",
+    "max_seq_length": "runner.seq_length",
+    "eval_steps": "runner.val_check_interval",
+    "eval_interval": "runner.val_check_interval",
+    "val_dataset": "data.val_data_paths",
+    "eval_dataset": "data.val_data_paths",
+    "max_new_tokens": "evaluation.max_new_tokens",
+}
+
+# What a run of the other kind is called.
+_KINDS: Mapping[Task, str] = {"reasoning": "a reasoning (GRPO) run", "sft": "a run of supervised fine-tuning"}
+
 # Words of a key -> what is to be said.
 ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     (
@@ -270,13 +309,16 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
 )
 
 
-def hint(dotted: str, known: Sequence[str]) -> str:
-    """What to say about the unknown key ``dotted``; ``known`` are the dotted names of all keys and sections."""
+def hint(dotted: str, known: Sequence[str], task: Task = "reasoning") -> str:
+    """What to say about the unknown key ``dotted``; ``known`` are the dotted names of all keys and sections of this kind of run."""
+    for other, cls in CONFIG_OF_TASK.items():
+        if other != task and dotted in dotted_keys(cls):
+            return f"it belongs to {_KINDS[other]} (runner.task_type: {other}), and has no meaning in {_KINDS[task]}"
     parent, _, leaf = dotted.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    ours = other_name(dotted)
+    ours = other_name(dotted, task)
     if near and not elsewhere:
         return f"did you mean {siblings[near[0]]}?"
     if ours is not None:
@@ -294,10 +336,12 @@ def hint(dotted: str, known: Sequence[str]) -> str:
     return f"did you mean {leaves[near[0]]}?" if near else "no key is like it; docs/configuration.md lists all"
 
 
-def other_name(dotted: str) -> str | None:
-    """Our name of a key that another trainer calls ``dotted``, or None."""
+def other_name(dotted: str, task: Task = "reasoning") -> str | None:
+    """Our name of a key that another trainer calls ``dotted``, or None where a run of this kind has no such key."""
+    known = {*dotted_keys(CONFIG_OF_TASK[task])}
+    names = {name: ours for name, ours in {**OTHER_NAMES, **(SFT_NAMES if task == "sft" else {})}.items() if ours in known}
     parts = dotted.split(".")
-    return next((OTHER_NAMES[tail] for i in range(len(parts)) if (tail := ".".join(parts[i:])) in OTHER_NAMES), None)
+    return next((names[tail] for i in range(len(parts)) if (tail := ".".join(parts[i:])) in names), None)
 
 
 def _absent(dotted: str) -> str | None:

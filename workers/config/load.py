@@ -1,4 +1,4 @@
-"""hydra's DictConfig to a validated ``RunConfig``: resolve, build, derive, validate, and warn once about inert keys.
+"""hydra's DictConfig to a validated ``RunConfig`` or ``SftConfig``: resolve, build, derive, validate, and warn once about inert keys.
 
 Owns the conversion of plain mappings to the dataclasses of ``schema``, with all findings at once, and the forms that a command line may
 have. Knows no yaml file and no rule between keys.
@@ -11,14 +11,14 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
 from workers.config.foreign_keys import hint, inert_reason, other_name
-from workers.config.schema import RunConfig, bounds_of, section_of
+from workers.config.schema import CONFIG_OF_TASK, ActorConfig, AnyConfig, RunConfig, SftConfig, Task, bounds_of, dotted_keys, section_of
 from workers.config.validate import broken_rules, raise_all
 
 _log = logging.getLogger(__name__)
@@ -35,31 +35,45 @@ class Reading:
         inert: keys without effect, each with the reason.
     """
 
-    config: RunConfig | None
+    config: AnyConfig | None
     findings: tuple[str, ...]
     inert: tuple[tuple[str, str], ...]
 
 
-def read_config(composed: DictConfig | Mapping[str, Any]) -> Reading:
+# The scripts that run a task.
+SCRIPTS: Mapping[Task, str] = {
+    "reasoning": "examples/reasoning/run_main_grpo_math.sh",
+    "sft": "examples/sft/run_vlm_sft.sh and run_llm_sft.sh",
+}
+
+
+def read_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasoning") -> Reading:
     """The typed configuration of a run, and all that is wrong with it.
 
     Args:
         composed: what hydra composed, or a nested mapping. Interpolations are resolved here, so
             ``register_resolvers`` must have run when they use our resolvers.
+        task: the kind of run that it has to be of, also where ``runner.task_type`` is left out.
     """
     inert: list[tuple[str, str]] = []
+    named = _task_of(composed, task)
+    if named != task:
+        return Reading(None, (f"runner.task_type is {named}: such a run is started by {SCRIPTS[named]}, not by {SCRIPTS[task]}",), ())
+    cls = CONFIG_OF_TASK[task]
 
     def tolerate(dotted: str, value: Any) -> bool:
-        reason = inert_reason(dotted, value)
+        reason = inert_reason(dotted, value, task)
         if reason is not None:
             inert.append((dotted, reason))
         return reason is not None
 
     try:
-        values, interpolated = _resolve(composed)
+        values, interpolated = _resolve(composed, cls)
+        if task == "sft":
+            _name_as_here(values)
     except ConfigError as error:
         return Reading(None, (str(error),), ())
-    built = build(RunConfig, values, tolerate)
+    built: Built[Any] = build(cls, values, tolerate)
     config = None if built.config is None else _derive(built.config)
     # Rules between keys say nothing about values that are not there.
     is_exact = built.is_exact and not interpolated.dropped
@@ -67,14 +81,73 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> Reading:
     return Reading(config, (*interpolated.told_with(built.errors), *broken), tuple(inert))
 
 
-def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+def _task_of(composed: DictConfig | Mapping[str, Any], default: Task) -> Task:
+    """The kind of run that ``runner.task_type`` names; ``default`` without it, and where its value is none, which ``build`` refuses."""
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    try:
+        named = OmegaConf.select(node, "runner.task_type")
+    except OmegaConfBaseException:
+        return default
+    return named if isinstance(named, str) and named in CONFIG_OF_TASK else default  # type: ignore[return-value]
+
+
+def _name_as_here(values: dict[str, Any]) -> None:
+    """Put what RLinf's SFT configurations name otherwise under the names that it has here.
+
+    Raises ConfigError where both names are given and differ.
+    """
+    for theirs, ours in (
+        ("data.eval_data_paths", "data.val_data_paths"),
+        ("actor.model.seq_length", "runner.seq_length"),
+        ("actor.model.model_path", "rollout.model.model_path"),
+    ):
+        section, _, name = theirs.rpartition(".")
+        there = _select(values, section)
+        if there is None or there.get(name) is None:
+            continue
+        target, _, our_name = ours.rpartition(".")
+        here = _select(values, target, make=True)
+        if here is None:  # what is no section is told by ``build``
+            continue
+        if here.setdefault(our_name, there[name]) != there[name]:
+            raise ConfigError(f"{ours} ({here[our_name]}) and {theirs} ({there[name]}) are the same key in an SFT run; leave one out")
+        if name == "eval_data_paths":
+            del there[name]
+    model = _select(values, "rollout.model", make=True)
+    if model is not None:
+        model.setdefault("model_path", "")  # a rule names the key that is missing
+    if isinstance(values.get("runner"), dict):
+        values["runner"].setdefault("task_type", "sft")
+
+
+def _select(values: dict[str, Any], dotted: str, *, make: bool = False) -> dict[str, Any] | None:
+    """The section of a dotted name, or None where there is none and it cannot, or is not to, be made."""
+    found: Any = values
+    for name in dotted.split("."):
+        if make and name not in found:
+            found[name] = {}
+        found = found.get(name)
+        if not isinstance(found, dict):
+            return None
+    return found
+
+
+@overload
+def load_config(composed: DictConfig | Mapping[str, Any], task: Literal["reasoning"] = "reasoning") -> RunConfig: ...
+
+
+@overload
+def load_config(composed: DictConfig | Mapping[str, Any], task: Literal["sft"]) -> SftConfig: ...
+
+
+def load_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasoning") -> AnyConfig:
     """As ``read_config``, with one warning about inert keys.
 
     Raises:
         ConfigError: unknown, missing or wrongly typed keys, numbers out of bounds, a feature switched on that is not supported, or
             values that do not fit together; all of them.
     """
-    reading = read_config(composed)
+    reading = read_config(composed, task)
     raise_all(reading.findings)
     assert reading.config is not None, "without findings there is one"
     if reading.inert:
@@ -85,27 +158,27 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     return reading.config
 
 
-def config_as_dict(config: RunConfig) -> dict[str, Any]:
+def config_as_dict(config: AnyConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers, for ``config.yaml``; absent optional sections are left out."""
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 
-def _resolve(composed: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], _Interpolated]:
+def _resolve(composed: DictConfig | Mapping[str, Any], cls: type[AnyConfig]) -> tuple[dict[str, Any], _Interpolated]:
     """The values of all keys that have one, and what is to be said about the others."""
     node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     # Interpolations into what is no section would fail first, with words of their own.
     unresolved = OmegaConf.to_container(node, resolve=False)
-    for name in (declared.name for declared in fields(RunConfig)):
+    for name in (declared.name for declared in fields(cls)):
         given = unresolved.get(name) if isinstance(unresolved, dict) else None
         if given is not None and not isinstance(given, Mapping):
-            section = section_of(get_type_hints(RunConfig)[name])
+            section = section_of(get_type_hints(cls)[name])
             assert section is not None, "all that is at the top is sections"
             keys = ", ".join(f"{name}.{declared.name}" for declared in fields(section)[:3])
             raise ConfigError(f"{name}={given}: {name} is a section; set its keys: {keys}, ...")
     if not isinstance(unresolved, dict):
         raise ConfigError(f"configuration: expected a mapping, got {type(unresolved).__name__}")
     plain = {str(name): value for name, value in unresolved.items() if name != "hydra"}
-    interpolated = _Interpolated(plain)
+    interpolated = _Interpolated(plain, cls)
     interpolated.settle_missing()
     interpolated.settle_failing()
     values = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
@@ -125,12 +198,12 @@ class _Interpolated:
         sources: for each failure that a wrong value may have caused, the keys that were read and the finding without such a cause.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], cls: type[AnyConfig]) -> None:
         """Takes what is missing (``???``) out of ``values``, and changes them in place later on too."""
         self.findings: list[str] = []
         self.dropped: set[str] = set()
         self.sources: list[tuple[tuple[str, ...], str]] = []
-        self._values = values
+        self._values, self._cls = values, cls
         self._readers: dict[str, tuple[str, ...]] = {}
         for path, value in list(_plain_keys(values)):
             if value == "???":
@@ -196,7 +269,7 @@ class _Interpolated:
 
     def _take_default(self, dotted: str) -> bool:
         """Whether the key has a default, which then becomes its value. A section that is left out as a whole has none."""
-        cls: type = RunConfig
+        cls: type = self._cls
         section, names = self._values, dotted.split(".")
         for depth, name in enumerate(names):
             declared = {declared.name: declared for declared in fields(cls)}.get(name)
@@ -231,56 +304,72 @@ def _plain_keys(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterat
             yield (*path, str(name)), value
 
 
-def _derive(config: RunConfig) -> RunConfig:
+def _derive(config: AnyConfig) -> AnyConfig:
     """Fill the keys whose null means another key's value."""
-    runner, algorithm, actor, rollout = config.runner, config.algorithm, config.actor, config.rollout
+    runner, actor, rollout = config.runner, config.actor, config.rollout
     root = f"{runner.output_dir.rstrip('/')}/{runner.experiment_name}"
     logger = replace(
         runner.logger,
         log_path=_given(runner.logger.log_path, root),
         experiment_name=_given(runner.logger.experiment_name, runner.experiment_name),
     )
-    sampling = replace(
-        algorithm.sampling_params,
-        max_new_tokens=_given(algorithm.sampling_params.max_new_tokens, runner.seq_length - config.data.max_prompt_length),
+    model = replace(
+        rollout.model,
+        precision=_given(rollout.model.precision, actor.model.precision),
+        trust_remote_code=_given(rollout.model.trust_remote_code, actor.tokenizer.trust_remote_code),
     )
-    need_both = algorithm.importance_sampling_fix
-    return replace(
+    derived = replace(
         config,
         runner=replace(runner, logger=logger, max_tokens_per_mbs=_given(runner.max_tokens_per_mbs, runner.seq_length)),
-        algorithm=replace(algorithm, sampling_params=sampling),
-        rollout=replace(
-            rollout,
-            model=replace(
-                rollout.model,
-                precision=_given(rollout.model.precision, actor.model.precision),
-                trust_remote_code=_given(rollout.model.trust_remote_code, actor.tokenizer.trust_remote_code),
-            ),
-            return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
-        ),
-        actor=_derive_actor(config, root),
+        rollout=replace(rollout, model=model),
+        actor=_derive_actor(actor, config.model_path, root),
     )
+    return _derive_grpo(derived) if isinstance(derived, RunConfig) else _derive_sft(derived)
 
 
-def _derive_actor(config: RunConfig, root: str) -> Any:
-    actor, algorithm, hf_path = config.actor, config.algorithm, config.rollout.model.model_path
-    samples = config.data.rollout_batch_size * algorithm.group_size
-    convertor = actor.megatron.ckpt_convertor
-    schedule = actor.lr_sched
+def _derive_actor(actor: ActorConfig, model_path: str, root: str) -> ActorConfig:
+    convertor, schedule = actor.megatron.ckpt_convertor, actor.lr_sched
     return replace(
         actor,
-        micro_batch_size=_given(actor.micro_batch_size, algorithm.training_batch_size_per_gpu),
-        global_batch_size=_given(actor.global_batch_size, samples // max(1, algorithm.n_minibatches)),
-        tokenizer=replace(actor.tokenizer, tokenizer_model=_given(actor.tokenizer.tokenizer_model, hf_path)),
+        tokenizer=replace(actor.tokenizer, tokenizer_model=_given(actor.tokenizer.tokenizer_model, model_path)),
         lr_sched=replace(schedule, max_lr=_given(schedule.max_lr, actor.optim.lr), min_lr=_given(schedule.min_lr, actor.optim.min_lr)),
         megatron=replace(
             actor.megatron,
             ckpt_convertor=replace(
                 convertor,
-                hf_model_path=_given(convertor.hf_model_path, hf_path),
+                hf_model_path=_given(convertor.hf_model_path, model_path),
                 save_path=_given(convertor.save_path, f"{root}/converted_ckpts/actor"),
             ),
         ),
+    )
+
+
+def _derive_grpo(config: RunConfig) -> RunConfig:
+    runner, algorithm, actor, rollout = config.runner, config.algorithm, config.actor, config.rollout
+    sampling = replace(
+        algorithm.sampling_params,
+        max_new_tokens=_given(algorithm.sampling_params.max_new_tokens, runner.seq_length - config.data.max_prompt_length),
+    )
+    need_both = algorithm.importance_sampling_fix
+    samples = config.data.rollout_batch_size * algorithm.group_size
+    return replace(
+        config,
+        algorithm=replace(algorithm, sampling_params=sampling),
+        rollout=replace(rollout, return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs)),
+        actor=replace(
+            actor,
+            micro_batch_size=_given(actor.micro_batch_size, algorithm.training_batch_size_per_gpu),
+            global_batch_size=_given(actor.global_batch_size, samples // max(1, algorithm.n_minibatches)),
+        ),
+    )
+
+
+def _derive_sft(config: SftConfig) -> SftConfig:
+    actor = config.actor
+    return replace(
+        config,
+        rollout=replace(config.rollout, return_logprobs=_given(config.rollout.return_logprobs, False)),
+        actor=replace(actor, eval_batch_size=_given(actor.eval_batch_size, actor.micro_batch_size)),
     )
 
 
@@ -310,6 +399,7 @@ class _Findings:
     """
 
     known: tuple[str, ...]
+    task: Task
     tolerate: Callable[[str, Any], bool]
     errors: list[str] = field(default_factory=list)
     num_values: int = 0
@@ -317,9 +407,9 @@ class _Findings:
 
     def unknown(self, dotted: str, value: Any) -> None:
         """Name a key, or the keys of a section that is none."""
-        said = hint(dotted, self.known)
+        said = hint(dotted, self.known, self.task)
         keys = value if isinstance(value, Mapping) else {}
-        if keys and (not said.startswith("did you mean") or any(other_name(f"{dotted}.{name}") for name in keys)):
+        if keys and (not said.startswith("did you mean") or any(other_name(f"{dotted}.{name}", self.task) for name in keys)):
             for name, inner in keys.items():
                 if not self.tolerate(f"{dotted}.{name}", inner):
                     self.unknown(f"{dotted}.{name}", inner)
@@ -353,18 +443,10 @@ def build(cls: type[T], values: Mapping[str, Any], tolerate: Callable[[str, Any]
         tolerate: called with the dotted name and value of each key without a field; True accepts it. A ConfigError that it raises
             is one more finding.
     """
-    findings = _Findings(known=tuple(dotted_keys(cls)), tolerate=tolerate)
+    task: Task = "sft" if issubclass(cls, SftConfig) else "reasoning"
+    findings = _Findings(known=tuple(dotted_keys(cls)), task=task, tolerate=tolerate)
     result = _build(cls, values, "", findings)
     return Built(None if findings.is_lacking else result, tuple(findings.errors), is_exact=not findings.num_values)
-
-
-def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every key of a configuration class, sections included."""
-    for name, annotation in get_type_hints(cls).items():
-        yield prefix + name
-        section = section_of(annotation)
-        if section is not None:
-            yield from dotted_keys(section, f"{prefix}{name}.")
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Findings) -> Any:

@@ -1,15 +1,17 @@
-"""The configuration of a GRPO run as frozen dataclasses: one field is one key of the yaml, with its type, default, limits and meaning.
+"""The configuration of a run as frozen dataclasses: one field is one key of the yaml, with its type, default, limits and meaning.
+
+``RunConfig`` is a GRPO run's, ``SftConfig`` a supervised one's (``runner.task_type``); they share the sections that mean the same.
 
 Owns names, types, defaults, limits and one-line meanings of the keys, and the table that docs/configuration.md prints of them. Knows
 neither hydra nor OmegaConf (``load``), nor which values fit together (``validate``). A key exists here only because something reads it;
-keys that other GRPO yamls carry without effect here are listed in ``foreign_keys``.
+keys that other runners' yamls carry without effect here are listed in ``foreign_keys``.
 """
 
 from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -76,6 +78,7 @@ def key(
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Task = Literal["reasoning", "sft"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,11 @@ class ActorModelConfig:
     Fields from ``recompute_method`` on are passed to Megatron's ``TransformerConfig`` under the same name when not null.
     """
 
+    model_path: str | None = key(
+        None,
+        "SFT, required there: HF folder with architecture, tokenizer files and initial weights; a reasoning run has "
+        "rollout.model.model_path and actor.megatron.ckpt_convertor.hf_model_path",
+    )
     megatron_checkpoint: str | None = key(None, "Megatron checkpoint to start from; only with actor.megatron.use_hf_ckpt False")
     precision: Precision = key("bf16", "fp32, bf16 or fp16")
     tensor_model_parallel_size: int = key(1, "TP", min=1)
@@ -169,7 +177,7 @@ class LrSchedConfig:
 class TokenizerConfig:
     """``actor.tokenizer``."""
 
-    tokenizer_model: str | None = key(None, "HF folder; null: rollout.model.model_path")
+    tokenizer_model: str | None = key(None, "HF folder; null: the model's")
     use_fast: bool = key(True, "the Rust tokenizer")
     trust_remote_code: bool = key(False, "run the model folder's own code")
     padding_side: Literal["right"] = key("right", "responses follow prompts without a gap")
@@ -179,7 +187,9 @@ class TokenizerConfig:
 class CkptConvertorConfig:
     """``actor.megatron.ckpt_convertor``: where initial weights come from."""
 
-    hf_model_path: str | None = key(None, "HF folder with the initial weights; null: rollout.model.model_path")
+    hf_model_path: str | None = key(
+        None, "reasoning: HF folder with the initial weights; null: rollout.model.model_path. SFT reads actor.model.model_path"
+    )
     save_path: str | None = key(
         None, "mbridge False: folder of the one-time conversion; null: `<output_dir>/<experiment_name>/converted_ckpts/actor`"
     )
@@ -216,10 +226,17 @@ class ActorConfig:
     offload_weight: bool = key(False, "weights are in host memory during the rollout; where actor and engines share GPUs")
     offload_grad: bool = key(False, "gradient buffers have no memory during sync and rollout; where actor and engines share GPUs")
     offload_optimizer: bool = key(False, "optimizer state is in host memory during sync and rollout; where actor and engines share GPUs")
-    enable_dp_load_balance: bool = key(False, "deal samples to data-parallel ranks by length")
+    enable_dp_load_balance: bool = key(False, "reasoning: deal samples to data-parallel ranks by length")
     seed: int = key(1234, "of dropout, initialisation and shuffle_rollout", bounds=SEED)
-    micro_batch_size: int | None = key(None, "derived: algorithm.training_batch_size_per_gpu", min=1)
-    global_batch_size: int | None = key(None, "derived: rollout_batch_size x group_size // n_minibatches", min=1)
+    micro_batch_size: int | None = key(
+        None, "SFT, required there: examples in a micro-batch of one data-parallel rank; reasoning: derived: "
+        "algorithm.training_batch_size_per_gpu", min=1,
+    )  # fmt: skip
+    global_batch_size: int | None = key(
+        None, "SFT, required there: examples of an optimizer step over all ranks; reasoning: derived: "
+        "rollout_batch_size x group_size // n_minibatches", min=1,
+    )  # fmt: skip
+    eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the evaluation; null: micro_batch_size", min=1)
     model: ActorModelConfig = key(ActorModelConfig(), "")
     optim: OptimConfig = key(OptimConfig(), "")
     lr_sched: LrSchedConfig = key(LrSchedConfig(), "")
@@ -260,7 +277,7 @@ class LoggerConfig:
 class RunnerConfig:
     """``runner``: the loop."""
 
-    task_type: Literal["reasoning"] = key("reasoning", "kind of run")
+    task_type: Task = key("reasoning", "kind of run: GRPO, or supervised fine-tuning; a script runs one kind")
     logger: LoggerConfig = key(LoggerConfig(), "")
     max_epochs: int = key(1, "passes over the training data", min=1)
     max_steps: int = key(-1, "stop after this many steps; negative: only max_epochs limits", bounds=ANY_NUMBER)
@@ -451,7 +468,7 @@ class SeededModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A whole run, validated. ``load_config`` makes it; components receive the parts they need as plain arguments."""
+    """A whole GRPO run, validated. ``load_config`` makes it; components receive the parts they need as plain arguments."""
 
     cluster: ClusterConfig = key(doc="")
     runner: RunnerConfig = key(doc="")
@@ -465,11 +482,125 @@ class RunConfig:
     arithmetic: ArithmeticConfig | None = key(None, "")
     seeded_model: SeededModelConfig | None = key(None, "")
 
+    @property
+    def model_path(self) -> str:
+        """HF folder that architecture and, unless it is named elsewhere, tokenizer and weights come from."""
+        return self.rollout.model.model_path
+
+    @property
+    def model_key(self) -> str:
+        """The key that names ``model_path``, for messages."""
+        return "rollout.model.model_path"
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether engines are started."""
+        return True
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the initial weights are kept beside the trained ones."""
+        return self.algorithm.kl_beta != 0
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        """Every data file that the run reads."""
+        return self.data.train_data_paths + self.data.val_data_paths + (() if self.warm_start is None else self.warm_start.data_paths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftAlgorithmConfig:
+    """``algorithm`` of an SFT run."""
+
+    loss_agg_func: Literal["token-mean", "micro-batch-mean"] = key(
+        "token-mean",
+        "token-mean: mean over the answer tokens of the global batch, however it is cut; micro-batch-mean: mean over the micro-batches of "
+        "each one's mean, as RLinf has it",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftDataConfig:
+    """``data`` of an SFT run: examples with prompt and answer."""
+
+    type: Literal["llm"] = key("llm", "form of the examples")
+    train_data_paths: tuple[str, ...] = key(doc="files with the training examples")
+    val_data_paths: tuple[str, ...] = key((), "files with the examples of the evaluation; `eval_data_paths` is taken too")
+    prompt_key: str = key("prompt", "field with the prompt")
+    answer_key: str = key("answer", "field with the answer")
+    on_bad_sample: Literal["error", "skip"] = key(
+        "error", "rows that cannot be used; error: name file and row and end, skip: leave them out and say how many"
+    )
+    apply_chat_template: bool = key(False, "render the example with the tokenizer's chat template")
+    num_workers: int = key(0, "loader processes of a data-parallel rank; 0: in the rank", min=0)
+    shuffle: bool = key(True, "a new order each epoch, derived from seed")
+    seed: int = key(1234, "of the order", bounds=SEED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """``evaluation`` of an SFT run, every ``runner.val_check_interval`` steps on ``data.val_data_paths``; the loss needs no key."""
+
+    generate: bool = key(
+        False, "engines answer the prompts greedily too, and answers are compared with the references; the placement has `rollout` then"
+    )
+    max_new_tokens: int = key(64, "with generate: longest answer in tokens", min=1)
+    max_examples: int | None = key(None, "with generate: answer only the first this many prompts; null: all", min=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig:
+    """A whole run of supervised fine-tuning, validated. Its attributes that are no section mean the same as those of ``RunConfig``."""
+
+    cluster: ClusterConfig = key(doc="")
+    runner: RunnerConfig = key(doc="")
+    algorithm: SftAlgorithmConfig = key(SftAlgorithmConfig(), "")
+    evaluation: EvaluationConfig = key(EvaluationConfig(), "")
+    rollout: RolloutConfig = key(doc="")
+    data: SftDataConfig = key(doc="")
+    actor: ActorConfig = key(ActorConfig(), "")
+    weight_sync: SyncConfig = key(SyncConfig(), "")
+    arithmetic: ArithmeticConfig | None = key(None, "")
+    seeded_model: SeededModelConfig | None = key(None, "")
+
+    @property
+    def model_path(self) -> str:
+        return self.rollout.model.model_path
+
+    @property
+    def model_key(self) -> str:
+        return "actor.model.model_path"
+
+    @property
+    def has_engines(self) -> bool:
+        return self.evaluation.generate
+
+    @property
+    def has_reference(self) -> bool:
+        return False
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        return self.data.train_data_paths + self.data.val_data_paths
+
+
+AnyConfig = RunConfig | SftConfig
+CONFIG_OF_TASK: Mapping[Task, type[AnyConfig]] = {"reasoning": RunConfig, "sft": SftConfig}
+
 
 def section_of(annotation: Any) -> type | None:
     """The dataclass of a section key (also when optional), or None for a plain key."""
     options: tuple[Any, ...] = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
+
+
+def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key of a configuration class, sections included."""
+    for name, annotation in get_type_hints(cls).items():
+        yield prefix + name
+        section = section_of(annotation)
+        if section is not None:
+            yield from dotted_keys(section, f"{prefix}{name}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,9 +629,17 @@ def describe_config(cls: type = RunConfig, prefix: str = "") -> Iterator[KeyDesc
 
 
 def config_table() -> str:
-    """The keys as a Markdown table."""
+    """The keys of both kinds of runs as Markdown tables: all of a GRPO run's, then those that an SFT run has otherwise."""
+    grpo, sft = (list(describe_config(cls)) for cls in (RunConfig, SftConfig))
+    return (
+        f"{_rows(grpo)}\n\n## Keys of an SFT run\n\nSections and keys as above, without `reward` and `warm_start`, "
+        f"but for these:\n\n{_rows([described for described in sft if described not in grpo])}"
+    )
+
+
+def _rows(described: Sequence[KeyDescription]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    rows += [f"| `{d.name}` | {d.type} | `{d.default}` | {d.doc} |" for d in describe_config()]
+    rows += [f"| `{d.name}` | {d.type} | `{d.default}` | {d.doc} |" for d in described]
     return "\n".join(rows)
 
 

@@ -10,24 +10,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
-from workers.config.schema import ActorConfig, RunConfig
+from workers.config.schema import ActorConfig, AnyConfig, RunConfig, SftConfig
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
 
 
-def broken_rules(config: RunConfig) -> Iterator[str]:
+def broken_rules(config: AnyConfig) -> Iterator[str]:
     """Every rule between keys that the configuration breaks. The values are within their bounds."""
-    for rules in (_runner, _algorithm, _batches, _actor, _engine):
-        yield from rules(config)
+    if isinstance(config, RunConfig):
+        for rules in (_grpo_lengths, _algorithm, _batches, _not_sft):
+            yield from rules(config)
+    else:
+        yield from _sft(config)
+    for shared in (_runner, _actor, _engine):
+        yield from shared(config)
 
 
-def validate(config: RunConfig) -> None:
+def validate(config: AnyConfig) -> None:
     """Raise ConfigError with every rule the configuration breaks."""
     raise_all(broken_rules(config))
 
 
-def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
+def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     """Raise ConfigError when the actor's or the engines' layout cannot hold the model of an HF ``config.json``.
 
     KV heads may be fewer than TP on either side when they divide it: they are then replicated.
@@ -36,10 +41,10 @@ def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
     heads = int(hf_config["num_attention_heads"])
     kv_heads = int(hf_config.get("num_key_value_heads") or heads)
     found = []
-    for who, size in (
-        ("actor.model.tensor_model_parallel_size", tp),
-        ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size),
-    ):
+    sizes = {"actor.model.tensor_model_parallel_size": tp}
+    if config.has_engines:
+        sizes["rollout.tensor_parallel_size"] = config.rollout.tensor_parallel_size
+    for who, size in sizes.items():
         if heads % size:
             found.append(f"num_attention_heads ({heads}) must be divisible by {who} ({size})")
         if kv_heads % size and size % kv_heads:
@@ -54,11 +59,11 @@ def validate_model(config: RunConfig, hf_config: Mapping[str, Any]) -> None:
         )
     wanted = config.rollout.model.model_type
     if wanted is not None and _HF_MODEL_TYPES.get(wanted, wanted) != hf_config.get("model_type"):
-        found.append(f"rollout.model.model_type is {wanted}, but {config.rollout.model.model_path} holds {hf_config.get('model_type')}")
+        found.append(f"rollout.model.model_type is {wanted}, but {config.model_path} holds {hf_config.get('model_type')}")
     raise_all(found)
 
 
-def validate_world(config: RunConfig, actor_world_size: int) -> int:
+def validate_world(config: AnyConfig, actor_world_size: int) -> int:
     """Data-parallel size of the actor; ConfigError when ranks or batches cannot be dealt evenly."""
     model = config.actor.model
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
@@ -67,18 +72,12 @@ def validate_world(config: RunConfig, actor_world_size: int) -> int:
             f"cluster.component_placement gives the actor {actor_world_size} ranks, which TP x PP x CP = {replica} must divide"
         )
     dp_size = actor_world_size // replica
-    found = []
-    samples = config.data.rollout_batch_size * config.algorithm.group_size
-    if samples % dp_size:
-        found.append(f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by the data-parallel size ({dp_size})")
+    found = list(_undealt_samples(config, dp_size)) if isinstance(config, RunConfig) else []
     batch, micro = config.actor.global_batch_size, config.actor.micro_batch_size
-    assert batch is not None and micro is not None, "load_config derives both"
+    assert batch is not None and micro is not None, "load_config sees to both"
     if batch % dp_size:
-        found.append(
-            f"actor.global_batch_size ({batch}), the samples of a mini-batch, must be divisible by the data-parallel size ({dp_size})"
-        )
-    if config.warm_start is not None and config.warm_start.batch_size < dp_size:
-        found.append(f"warm_start.batch_size ({config.warm_start.batch_size}) must be at least the data-parallel size ({dp_size})")
+        of = "mini-batch" if isinstance(config, RunConfig) else "step"
+        found.append(f"actor.global_batch_size ({batch}), the samples of a {of}, must be divisible by the data-parallel size ({dp_size})")
     if not config.runner.enable_dynamic_batch_size and batch % (micro * dp_size):
         found.append(
             f"actor.global_batch_size ({batch}) must be divisible by actor.micro_batch_size x data-parallel size ({micro} x {dp_size})"
@@ -87,7 +86,15 @@ def validate_world(config: RunConfig, actor_world_size: int) -> int:
     return dp_size
 
 
-def _runner(config: RunConfig) -> Iterator[str]:
+def _undealt_samples(config: RunConfig, dp_size: int) -> Iterator[str]:
+    samples = config.data.rollout_batch_size * config.algorithm.group_size
+    if samples % dp_size:
+        yield f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by the data-parallel size ({dp_size})"
+    if config.warm_start is not None and config.warm_start.batch_size < dp_size:
+        yield f"warm_start.batch_size ({config.warm_start.batch_size}) must be at least the data-parallel size ({dp_size})"
+
+
+def _grpo_lengths(config: RunConfig) -> Iterator[str]:
     runner = config.runner
     if runner.seq_length <= config.data.max_prompt_length:
         yield (f"runner.seq_length ({runner.seq_length}) must be greater than data.max_prompt_length ({config.data.max_prompt_length})")
@@ -97,10 +104,53 @@ def _runner(config: RunConfig) -> Iterator[str]:
             f"data.max_prompt_length ({config.data.max_prompt_length}) + algorithm.sampling_params.max_new_tokens ({new}) "
             f"must not exceed runner.seq_length ({runner.seq_length})"
         )
+
+
+def _runner(config: AnyConfig) -> Iterator[str]:
+    runner = config.runner
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
     if runner.enable_dynamic_batch_size and (runner.max_tokens_per_mbs or 0) < runner.seq_length:
         yield f"runner.max_tokens_per_mbs ({runner.max_tokens_per_mbs}) must be at least runner.seq_length ({runner.seq_length})"
+
+
+def _not_sft(config: RunConfig) -> Iterator[str]:
+    """Keys of the shared sections that mean something in an SFT run only."""
+    if config.actor.model.model_path is not None:
+        yield (
+            f"actor.model.model_path ({config.actor.model.model_path}) belongs to SFT (runner.task_type: sft); a reasoning run reads the "
+            "model at rollout.model.model_path, and its first weights at actor.megatron.ckpt_convertor.hf_model_path"
+        )
+    if config.actor.eval_batch_size is not None:
+        yield "actor.eval_batch_size belongs to SFT (runner.task_type: sft); remove it"
+
+
+def _sft(config: SftConfig) -> Iterator[str]:
+    actor, hf_path = config.actor, config.actor.megatron.ckpt_convertor.hf_model_path
+    for name in ("micro_batch_size", "global_batch_size"):
+        if getattr(actor, name) is None:
+            yield f"actor.{name} is required in an SFT run"
+    if actor.model.model_path is None:
+        yield "actor.model.model_path is required in an SFT run: the HF folder with architecture, tokenizer files and initial weights"
+    elif hf_path != actor.model.model_path:
+        yield (
+            f"actor.megatron.ckpt_convertor.hf_model_path ({hf_path}) belongs to a reasoning run; SFT reads the model at "
+            f"actor.model.model_path ({actor.model.model_path})"
+        )
+    if actor.enable_dp_load_balance:
+        yield (
+            "actor.enable_dp_load_balance=True is for the samples of a reasoning run; in an SFT run each rank reads its own share of the "
+            "data. Set it to False"
+        )
+    if config.evaluation.generate and not config.data.val_data_paths:
+        yield "evaluation.generate=True needs data.val_data_paths, whose prompts the engines answer"
+    if config.evaluation.generate and config.runner.val_check_interval <= 0:
+        yield f"evaluation.generate=True needs runner.val_check_interval ({config.runner.val_check_interval}) above 0"
+    if config.evaluation.generate and config.evaluation.max_new_tokens >= config.runner.seq_length:
+        yield (
+            f"evaluation.max_new_tokens ({config.evaluation.max_new_tokens}) must be less than runner.seq_length "
+            f"({config.runner.seq_length}), which holds the prompt too"
+        )
 
 
 def _algorithm(config: RunConfig) -> Iterator[str]:
@@ -142,12 +192,12 @@ def _batches(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _engine(config: RunConfig) -> Iterator[str]:
+def _engine(config: AnyConfig) -> Iterator[str]:
     if config.rollout.pipeline_parallel_size != 1:
         yield f"rollout.pipeline_parallel_size ({config.rollout.pipeline_parallel_size}) must be 1"
 
 
-def _actor(config: RunConfig) -> Iterator[str]:
+def _actor(config: AnyConfig) -> Iterator[str]:
     actor, runner = config.actor, config.runner
     yield from _initial_weights(actor, resuming=runner.resume_dir is not None)
     yield from _schedule(actor)
