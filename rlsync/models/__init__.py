@@ -12,17 +12,30 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.models.keys import HFConfig, joined, read_keys, shown, unread
+from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
 from rlsync.models.llama import LLAMA
 from rlsync.models.placement import indivisible
 from rlsync.models.qwen2 import QWEN2
+from rlsync.models.qwen2_5_vl import QWEN2_5_VL
 from rlsync.models.qwen3 import QWEN3
-from rlsync.models.rope import read_rope
-from rlsync.models.stacks import Family, Flavour, Model
+from rlsync.models.qwen3_vl import QWEN3_VL
+from rlsync.models.rope import misfit_of_mrope, read_rope
+from rlsync.models.stacks import Family, Flavour, Model, Vision
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL)
 
-__all__ = ["FAMILIES", "Family", "Flavour", "Model", "check_config", "family_of", "model_of", "supported_architectures", "unread_keys"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Flavour",
+    "Model",
+    "Vision",
+    "check_config",
+    "family_of",
+    "model_of",
+    "supported_architectures",
+    "unread_keys",
+]
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -56,7 +69,12 @@ def unread_keys(hf_config: HFConfig) -> tuple[str, ...]:
 
     The table names what transformers and vLLM read, so these change nothing; whoever wrote them may think otherwise.
     """
-    return unread(family_of(hf_config).keys, hf_config)
+    family = family_of(hf_config)
+    found = unread(family.known_keys, hf_config)
+    for section in family.sections:
+        inner, where = section.of(hf_config)
+        found += tuple(f"{where}{name}" for name in unread(section.keys, inner or {}) if where)
+    return found
 
 
 def family_of(hf_config: HFConfig) -> Family:
@@ -81,6 +99,10 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         return None, [str(error).removeprefix("config.json: ")]
     name = str(hf_config["architectures"][0])
     values, findings = read_keys(family.keys, hf_config, name)
+    for section in family.sections:
+        inner, wrong = read_section(section, family.keys, hf_config, name)
+        findings += [finding for finding in wrong if finding not in findings]
+        values |= inner
     kind = hf_config.get("model_type", family.model_type)
     if kind != family.model_type:
         findings.insert(
@@ -88,16 +110,21 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
             f"model_type is {shown(kind)}, but architectures is {name}, whose model_type is {shown(family.model_type)}: "
             "transformers computes the one and engines the other; make them agree",
         )
-    rope, wrong = read_rope(hf_config, max_positions=values.get("max_position_embeddings"))
+    text = family.sections[0].of(hf_config)[0] or {} if family.sections else hf_config
+    rope, wrong = read_rope(text, max_positions=values.get("max_position_embeddings"), kind=family.rope)
     findings += wrong
     if findings:
         return None, findings
-    findings = family.contradictions(values, hf_config)
+    findings = family.contradictions(values, text)
     if findings or rope is None:
         return None, findings
-    dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    fields = {key.field: values[key_name] for key_name, key in family.keys.items() if key.field}
     dims = family.dims(values)
+    findings = misfit_of_mrope(rope, dims["head_dim"])
+    if findings:
+        return None, findings
+    dtype = next((config[key] for config in (hf_config, text) for key in ("dtype", "torch_dtype") if config.get(key)), "float32")
+    tables = [family.keys, *(section.keys for section in family.sections if not section.prefix)]
+    fields = {key.field: values[key_name] for table in tables for key_name, key in table.items() if key.field}
     model = Model(
         family=family,
         architecture=name,
@@ -108,5 +135,6 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         max_positions=values["max_position_embeddings"],
         rope=rope,
         transformer={**fields, **family.transformer(dims)},
+        vision=None if family.vision is None else family.vision(values, hf_config["vision_config"]),
     )
     return model, [] if topology is None else indivisible(model, topology)

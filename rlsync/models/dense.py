@@ -87,26 +87,6 @@ def dense_features(values: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({"tied" if values["tie_word_embeddings"] else "untied"})
 
 
-EMBEDDING = Stack(
-    (Rule("embedding.word_embeddings.weight", (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),), VocabPadded()),),
-    stage="first",
-)
-
-HEAD = Stack(
-    (
-        Rule("decoder.final_layernorm.weight", (HFTensor("model.norm.weight", "hidden"),), Replicated()),
-        Rule("output_layer.weight", (HFTensor("lm_head.weight", "vocab", "hidden"),), VocabPadded(), when="untied"),
-        Rule(
-            "output_layer.weight",
-            (HFTensor("model.embed_tokens.weight", "vocab", "hidden"),),
-            VocabPadded(),
-            when="tied",
-            pipelined_only=True,
-        ),
-    ),
-    stage="last",
-)
-
 LAYERS = Index("layer", "num_layers", "pp")
 
 ATTENTION = (
@@ -168,8 +148,22 @@ MLP = (
     Rule("mlp.linear_fc2.weight", (HFTensor("mlp.down_proj.weight", "hidden", "ffn"),), Row()),
 )
 
-DENSE_STACKS = (
-    EMBEDDING,
-    Stack(ATTENTION + MLP, megatron="decoder.layers.{layer}.", hf="model.layers.{layer}.", indices=(LAYERS,)),
-    HEAD,
-)
+
+def dense_stacks(hf: str = "model.") -> tuple[Stack, Stack, Stack]:
+    """Embedding, layers, and final norm with the head. ``hf`` is what HF names of all but the head begin with."""
+    embedding = HFTensor(f"{hf}embed_tokens.weight", "vocab", "hidden")
+    return (
+        Stack((Rule("embedding.word_embeddings.weight", (embedding,), VocabPadded()),), stage="first"),
+        Stack(ATTENTION + MLP, megatron="decoder.layers.{layer}.", hf=f"{hf}layers.{{layer}}.", indices=(LAYERS,)),
+        Stack(
+            (
+                Rule("decoder.final_layernorm.weight", (HFTensor(f"{hf}norm.weight", "hidden"),), Replicated()),
+                Rule("output_layer.weight", (HFTensor("lm_head.weight", "vocab", "hidden"),), VocabPadded(), when="untied"),
+                Rule("output_layer.weight", (embedding,), VocabPadded(), when="tied", pipelined_only=True),
+            ),
+            stage="last",
+        ),
+    )
+
+
+DENSE_STACKS = dense_stacks()

@@ -100,10 +100,56 @@ def read_elsewhere(reader: str, *keys: str) -> dict[str, Key]:
     return dict.fromkeys(keys, Key(lambda _: True, why=f"read by {reader}", is_nullable=True, is_honoured=False))
 
 
-def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str) -> tuple[dict[str, Any], list[str]]:
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A config of a part of the model, which lies inside a config.json as an object.
+
+    Attributes:
+        name: its key in config.json.
+        keys: every key of it that transformers' class reads.
+        prefix: values of its honoured keys are called by it and the key.
+        may_be_flat: a file without the object has its keys at the top level.
+    """
+
+    name: str
+    keys: Mapping[str, Key]
+    prefix: str = ""
+    may_be_flat: bool = False
+
+    def of(self, config: HFConfig) -> tuple[HFConfig | None, str]:
+        """The object with its keys, and what finding say before a key of it; None where there is no such object."""
+        found = config.get(self.name)
+        if found is None and self.may_be_flat:
+            return config, ""
+        return (found, f"{self.name}.") if isinstance(found, Mapping) else (None, "")
+
+
+def read_section(section: Section, outer: Mapping[str, Key], config: HFConfig, owner: str) -> tuple[dict[str, Any], list[str]]:
+    """Values of a section by their names with its prefix, and what is wrong with it.
+
+    Keys of the language model that stand at the top level beside it are forgotten by transformers, and not by every other program.
+    ``outer`` is the table of the top level.
+    """
+    inner, where = section.of(config)
+    if inner is None:
+        return {}, [f"{section.name} is {shown(config.get(section.name))}; {owner} needs it: an object of keys"]
+    table = section.keys if where else {name: key for name, key in section.keys.items() if name not in outer}
+    values, findings = read_keys(table, inner, owner, where)
+    for name, key in section.keys.items() if where and not section.prefix else ():
+        said = inner.get(name, key.default)
+        if name in config and name not in outer and key.wanted and not (section.may_be_flat and config[name] == said):
+            findings.append(
+                f"{name} is {shown(config[name])} beside {section.name}, whose {name} is {shown(said)}: transformers reads the inner one, "
+                "other programs do not; remove the outer one"
+            )
+    # What both levels may say is asked by both names.
+    return {f"{section.name}.{name}" if name in outer else f"{section.prefix}{name}": value for name, value in values.items()}, findings
+
+
+def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str, where: str = "") -> tuple[dict[str, Any], list[str]]:
     """Values of the honoured keys, defaults in place of missing ones, and what is wrong with the others.
 
-    ``owner`` is whom findings name as the reader of the key. A refused key has no value.
+    ``owner`` is whom findings name as the reader of the key, ``where`` stands before its name. A refused key has no value.
     """
     values: dict[str, Any] = {}
     findings = []
@@ -111,12 +157,12 @@ def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str) -> tuple[d
         value = config.get(name)
         if name not in config or (value is None and key.is_nullable):
             if key.is_required:
-                findings.append(f"{name} is missing; {owner} needs it: {key.wanted}")
+                findings.append(f"{where}{name} is missing; {owner} needs it: {key.wanted}")
             elif key.is_honoured:
                 values[name] = None if name in config else key.default
         elif not key.accepts(value):
             reason = f": {key.why}" if key.why else ""
-            findings.append(f"{name} is {shown(value)}; for {owner} it must be {key.wanted}{reason}")
+            findings.append(f"{where}{name} is {shown(value)}; for {owner} it must be {key.wanted}{reason}")
         elif key.is_honoured:
             values[name] = value
     return values, findings

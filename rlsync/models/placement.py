@@ -87,6 +87,23 @@ def megatron_placements(model: Model, topology: Topology, **options: Any) -> tup
     return tuple(placements)
 
 
+def _deepstack_beyond_first_chunk(model: Model, topology: Topology) -> list[str]:
+    """Features of a tower go into the first language layers, one block's into each, and are not sent to another stage."""
+    taken = () if model.vision is None else model.vision.deepstack_visual_indexes
+    try:
+        layers = len(topology.layers_of(model.num_layers, 0))
+    except ConfigError:
+        return []
+    if len(taken) <= layers:
+        return []
+    chunk = "first pipeline stage" if topology.vpp_size == 1 else "first virtual chunk of the first pipeline stage"
+    return [
+        f"deepstack_visual_indexes {list(taken)} go into language layers 0 to {len(taken) - 1}, and the {chunk} holds {layers} of "
+        f"{model.num_layers} layers: use fewer stages (pipeline_model_parallel_size {topology.pp_size}, virtual {topology.vpp_size}), or a "
+        "larger first stage by decoder_first_pipeline_num_layers"
+    ]
+
+
 def indivisible(model: Model, topology: Topology) -> list[str]:
     """What of a model a topology cannot divide, in words; the layouts and the stages say so themselves."""
     findings = []
@@ -101,6 +118,7 @@ def indivisible(model: Model, topology: Topology) -> list[str]:
                 findings.append(f"{index.count} {count} cannot be divided by ep_size {topology.ep_size}")
         except ConfigError as error:
             findings.append(str(error))
+    findings += _deepstack_beyond_first_chunk(model, topology)
     sizes = {"tp": topology.tp_size, "etp": topology.etp_size}
     model = replace(model, dims={**model.dims, "padded_vocab": model.padded_vocab(topology.tp_size)})
     reasons: dict[str, str] = {}

@@ -17,6 +17,10 @@ QWEN_KEYS: Mapping[str, Key] = {
     "use_sliding_window": unsupported("attention within a window is not supported; no released Qwen2 or Qwen3 uses it", default=False),
     **harmless("read with use_sliding_window only", "sliding_window", "max_window_layers"),
 }
+QWEN2_KEYS: Mapping[str, Key] = {
+    **QWEN_KEYS,
+    **harmless("not read: q, k and v of Qwen2 always have biases, o_proj and the MLP none", "attention_bias", "mlp_bias"),
+}
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
@@ -30,10 +34,7 @@ def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
 QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     model_type="qwen2",
-    keys={
-        **QWEN_KEYS,
-        **harmless("not read: q, k and v of Qwen2 always have biases, o_proj and the MLP none", "attention_bias", "mlp_bias"),
-    },
+    keys=QWEN2_KEYS,
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,

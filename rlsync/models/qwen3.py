@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsync.models.dense import DENSE_STACKS, dense_contradictions, dense_dims, dense_features, dense_transformer
-from rlsync.models.keys import size, unsupported
+from rlsync.models.keys import Key, size, unsupported
 from rlsync.models.qwen2 import QWEN_KEYS
 from rlsync.models.stacks import Family
+
+QWEN3_KEYS: Mapping[str, Key] = {
+    **QWEN_KEYS,
+    "head_dim": size(default=128),
+    "attention_bias": unsupported("no released Qwen3 has biases, and the table of the family lacks them", default=False),
+}
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
@@ -22,11 +28,7 @@ def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
 QWEN3 = Family(
     architectures=("Qwen3ForCausalLM",),
     model_type="qwen3",
-    keys={
-        **QWEN_KEYS,
-        "head_dim": size(default=128),
-        "attention_bias": unsupported("no released Qwen3 has biases, and the table of the family lacks them", default=False),
-    },
+    keys=QWEN3_KEYS,
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,

@@ -6,9 +6,9 @@ refuses what it and an engine would read in two ways. Plain numbers; the frequen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlsync.models.keys import HFConfig, is_number, is_whole, shown
 
@@ -22,6 +22,22 @@ TYPES: Mapping[str, tuple[str, ...]] = {
 # Keys of config.json that this module reads.
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# What models of three-dimensional positions take instead. "mrope" is how old files call "default" with sections.
+_MROPE_TYPES: Mapping[str, tuple[str, ...]] = dict.fromkeys(("default", "mrope"), ("mrope_section", "mrope_interleaved"))
+
+
+@dataclass(frozen=True, slots=True)
+class RopeKind:
+    """What transformers' class of a family makes of rotary embeddings.
+
+    Attributes:
+        theta: its ``default_theta``.
+        mrope: how the pairs of a head are dealt to the three dimensions of a position (time, height, width): "" where positions have one
+            dimension, "blocks" for one run of pairs each, "interleaved" for turns.
+    """
+
+    theta: float = DEFAULT_THETA
+    mrope: Literal["", "blocks", "interleaved"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +58,19 @@ class Rope:
         theta: base of the frequencies.
         interpolation: positions are divided by it (type "linear"); None otherwise.
         llama3: frequencies are rescaled (type "llama3"); None otherwise.
+        mrope_section: pairs of a head that turn with time, height and width of a position; None where positions have one dimension.
+        mrope_interleaved: the pairs go by turns (t h w t h w ... t t), not in one block each.
     """
 
     theta: float
     interpolation: float | None = None
     llama3: Llama3Scaling | None = None
+    mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
 
 
-def read_rope(config: HFConfig, *, max_positions: int | None = None) -> tuple[Rope | None, list[str]]:
-    """The rotary embedding of a config.json, and everything that is wrong with what it says about it.
+def read_rope(config: HFConfig, *, max_positions: int | None = None, kind: RopeKind = RopeKind()) -> tuple[Rope | None, list[str]]:
+    """The rotary embedding of a config.json, or of the object in it that holds the keys, and everything that is wrong with what it says.
 
     ``max_positions`` is what ``original_max_position_embeddings`` is without a key of its own, as in transformers. The rope is
     None where anything is wrong.
@@ -65,7 +85,7 @@ def read_rope(config: HFConfig, *, max_positions: int | None = None) -> tuple[Ro
             findings.append(f"{name} is {shown(value)}; it must be an object, or absent")
     ropes = []
     for name, nested in given.items() or [("rope_parameters", {})]:
-        rope, wrong = _read(name, nested, config, max_positions)
+        rope, wrong = _read(name, nested, config, max_positions, kind)
         ropes.append(rope)
         findings.extend(f for f in wrong if f not in findings)
     if not findings and len(set(ropes)) > 1:
@@ -74,18 +94,21 @@ def read_rope(config: HFConfig, *, max_positions: int | None = None) -> tuple[Ro
     return (None if findings else ropes[0]), findings
 
 
-def _read(name: str, nested: Mapping[str, Any], config: HFConfig, max_positions: int | None) -> tuple[Rope | None, list[str]]:
+def _read(
+    name: str, nested: Mapping[str, Any], config: HFConfig, max_positions: int | None, family: RopeKind
+) -> tuple[Rope | None, list[str]]:
     """One of the two objects, together with the keys beside it."""
     per_layer_type = sorted(key for key, value in nested.items() if isinstance(value, Mapping))
     if per_layer_type:
         return None, [f"{name} is given per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported"]
     findings = []
+    types = _MROPE_TYPES if family.mrope else TYPES
     kind = nested.get("rope_type", nested.get("type", "default"))
-    if "type" in nested and nested["type"] != kind:
+    if "type" in nested and nested["type"] != kind and not (family.mrope and (kind, nested["type"]) == ("default", "mrope")):
         findings.append(f"{name} has rope_type {shown(kind)} and type {shown(nested['type'])}; keep the one that is meant")
-    if not isinstance(kind, str) or kind not in TYPES:
-        return None, [*findings, f"{name} asks for rope type {shown(kind)}; supported are {', '.join(TYPES)}"]
-    foreign = sorted(key for key, value in nested.items() if key not in (*_COMMON, *TYPES[kind]) and value is not None)
+    if not isinstance(kind, str) or kind not in types:
+        return None, [*findings, f"{name} asks for rope type {shown(kind)}; supported are {', '.join(types)}"]
+    foreign = sorted(key for key, value in nested.items() if key not in (*_COMMON, *types[kind]) and value is not None)
     if foreign:
         findings.append(
             f"{name} of rope type {kind} holds {', '.join(foreign)}, which that type does not have; remove it, or name its type"
@@ -94,13 +117,13 @@ def _read(name: str, nested: Mapping[str, Any], config: HFConfig, max_positions:
         if factor is not None and factor != 1:
             why = "these models rotate whole heads in transformers whatever it says, and a part of each in vLLM"
             findings.append(f"partial_rotary_factor of {where} is {shown(factor)}; it must be 1: {why}")
-    numbers = {"rope_theta": config.get("rope_theta", DEFAULT_THETA)}
-    if "original_max_position_embeddings" in TYPES[kind]:
+    numbers = {"rope_theta": config.get("rope_theta", family.theta)}
+    if "original_max_position_embeddings" in types[kind]:
         numbers["original_max_position_embeddings"] = config.get("original_max_position_embeddings", max_positions)
     for key in numbers:
         if key in nested and key in config and nested[key] != config[key]:
             findings.append(f"{key} is {shown(config[key])}, and {shown(nested[key])} in {name}; keep one of them")
-    numbers |= {key: nested.get(key, numbers.get(key)) for key in ("rope_theta", *TYPES[kind])}
+    numbers |= {key: nested.get(key, numbers.get(key)) for key in ("rope_theta", *(() if family.mrope else types[kind]))}
     for key, value in numbers.items():
         right = is_whole(value) if key == "original_max_position_embeddings" else is_number(value)
         if value is None:
@@ -110,7 +133,40 @@ def _read(name: str, nested: Mapping[str, Any], config: HFConfig, max_positions:
     if not findings and kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         findings.append(f"low_freq_factor {low} of {name} must be below its high_freq_factor {high}")
+    if family.mrope:
+        findings += _wrong_mrope(name, nested, family)
+        section = tuple(nested.get("mrope_section") or ())
+        rope = None if findings else Rope(float(numbers["rope_theta"]), mrope_section=section, mrope_interleaved=family.mrope != "blocks")
+        return rope, findings
     return (None if findings else _rope(kind, numbers)), findings
+
+
+def _wrong_mrope(name: str, nested: Mapping[str, Any], family: RopeKind) -> Iterator[str]:
+    section, interleaved = nested.get("mrope_section"), nested.get("mrope_interleaved")
+    if not (isinstance(section, list) and len(section) == 3 and all(is_whole(pairs) and pairs > 0 for pairs in section)):
+        yield (
+            f"mrope_section of {name} is {shown(section)}; it must be three whole numbers above 0, the pairs of a head for time, height "
+            "and width: without it engines count positions in one dimension"
+        )
+    wanted = family.mrope == "interleaved"
+    if bool(interleaved) is not wanted or not isinstance(interleaved, (bool, type(None))):
+        yield (
+            f"mrope_interleaved of {name} is {shown(interleaved)}; it must be {shown(wanted)}: transformers computes it so "
+            "whatever it says, and engines obey it"
+        )
+
+
+def misfit_of_mrope(rope: Rope, head_dim: int) -> list[str]:
+    """Why the sections of a rotary embedding cannot be dealt to the pairs of a head; empty without sections."""
+    if rope.mrope_section is None:
+        return []
+    shares, pairs = list(rope.mrope_section), head_dim // 2
+    if sum(shares) != pairs:
+        return [f"mrope_section {shares} has {sum(shares)} pairs, and a head_dim of {head_dim} has {pairs}"]
+    last = max(3 * shares[axis] - 3 + axis for axis in (1, 2))
+    if rope.mrope_interleaved and last >= pairs:
+        return [f"mrope_section {shares} cannot be interleaved over {pairs} pairs: the last turn of height or width would be pair {last}"]
+    return []
 
 
 def _rope(kind: str, numbers: Mapping[str, Any]) -> Rope:

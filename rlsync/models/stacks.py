@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import TensorSpec
-from rlsync.models.keys import HFConfig, Key
+from rlsync.models.keys import HFConfig, Key, Section
 from rlsync.models.layouts import Layout, LocalLayout
-from rlsync.models.rope import Rope
+from rlsync.models.rope import Rope, RopeKind
 
 # How a parameter is called: by Megatron's local spec, or by TransformerEngine's, which fuses norms into the linear that follows.
 Flavour = Literal["local", "te"]
@@ -111,19 +111,62 @@ Shares = Callable[[Stack], Sequence[Sequence[int]] | None]
 
 
 @dataclass(frozen=True, slots=True)
+class Vision:
+    """The vision tower of a model, and how pictures stand among its tokens.
+
+    Attributes:
+        image_token_id: stands once for each merged patch of a picture.
+        video_token_id: the same for videos.
+        vision_start_token_id: comes before the tokens of a picture or video.
+        vision_end_token_id: comes after them.
+        depth: blocks of the tower.
+        hidden_size: of its blocks.
+        out_hidden_size: of a merged patch, which is the language model's.
+        patch_size: height and width of a patch, in pixels.
+        temporal_patch_size: frames in a patch; a picture is repeated to fill them.
+        spatial_merge_size: so many patches in height and in width become one token.
+        in_channels: of a picture.
+        deepstack_visual_indexes: blocks whose output goes, through mergers of their own, into the language layers 0, 1, ...; ascending.
+        config: content of ``vision_config``, from which transformers makes the tower.
+    """
+
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    depth: int
+    hidden_size: int
+    out_hidden_size: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    in_channels: int
+    deepstack_visual_indexes: tuple[int, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch: columns of ``pixel_values``."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family: the architectures it serves, what their config.json may hold, and the rules of their weights.
 
     Attributes:
         architectures: values of ``architectures[0]`` in ``config.json``.
         model_type: the value that transformers knows these architectures by.
-        keys: every key of config.json that transformers' class reads.
+        keys: every key at the top level of config.json that transformers' class reads.
         dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
         contradictions: values and config -> what is wrong between keys that are right by themselves.
         features: values of the honoured keys -> names that the ``when`` of a rule refers to.
         transformer: sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
+        sections: configs of parts of the model inside config.json, the language model's first; () where the top level is that.
+        rope: what transformers' class makes of rotary embeddings.
+        vision: values and content of ``vision_config`` -> the tower, or None for a model of text.
     """
 
     architectures: tuple[str, ...]
@@ -135,6 +178,15 @@ class Family:
     transformer: Callable[[Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
     ignored: tuple[str, ...] = NEVER_LOADED
+    sections: tuple[Section, ...] = ()
+    rope: RopeKind = RopeKind()
+    vision: Callable[[Mapping[str, Any], HFConfig], Vision] | None = None
+
+    @property
+    def known_keys(self) -> Mapping[str, Key]:
+        """Keys that may stand at the top level: its own, and those of a section that may be flat."""
+        flat = {name: key for section in self.sections if section.may_be_flat for name, key in section.keys.items()}
+        return {**flat, **self.keys}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +219,7 @@ class Model:
         max_positions: longest sequence that the model was made for, in tokens.
         rope: rotary embedding.
         transformer: fields of Megatron's TransformerConfig that the config decides, by name; an activation is a name too.
+        vision: the vision tower; None for a model of text.
     """
 
     family: Family
@@ -178,6 +231,7 @@ class Model:
     max_positions: int
     rope: Rope
     transformer: Mapping[str, Any]
+    vision: Vision | None = None
 
     @property
     def tied(self) -> bool:

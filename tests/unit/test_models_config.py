@@ -13,15 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3Config, Qwen3VLConfig
 from transformers.utils import logging as transformers_logging
 
 from rlsync.cli.shapes import SHAPES
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.models import FAMILIES, check_config, family_of, model_of, unread_keys
+from rlsync.models import FAMILIES, Family, check_config, family_of, model_of, unread_keys
 
-CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CLASSES = {
+    "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
+}  # fmt: skip
+# Every class of a family, and the table of what it reads.
+TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
+    (family, CLASSES[family.model_type].sub_configs[section.name], section.keys) for family in FAMILIES for section in family.sections
+]
 SHARED = {
     "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160,
     "vocab_size": 131, "rope_theta": 1e6,
@@ -29,7 +35,39 @@ SHARED = {
 LLAMA = {**SHARED, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 QWEN2 = {**SHARED, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**SHARED, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-ALL = (LLAMA, QWEN2, QWEN3)
+TEXT = (LLAMA, QWEN2, QWEN3)
+TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
+QWEN2_5_VL = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+    "text_config": {**SHARED, "vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+    "vision_config": {**TOWER, "fullatt_block_indexes": [1, 3]},
+}  # fmt: skip
+QWEN3_VL = {
+    "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl",
+    "text_config": {
+        **SHARED, "vocab_size": 151936, "head_dim": 32,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    },
+    "vision_config": {**TOWER, "deepstack_visual_indexes": [0, 2, 3]},
+}  # fmt: skip
+# The whole config.json of a released Qwen2.5-VL of 7 billion parameters.
+FLAT = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
+    "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
+        "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
+}  # fmt: skip
+VISION = (QWEN2_5_VL, QWEN3_VL, FLAT)
+ALL = (*TEXT, *VISION)
 
 # What code that any model runs through asks of a config, and what is no key of a file: methods, and values that it computes.
 NO_KEYS = {
@@ -64,12 +102,16 @@ def sources(package: str, *files: str) -> list[Path]:
     return [Path(spec.submodule_search_locations[0], file) for file in files]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
-def test_every_field_of_transformers_class_is_in_the_table(family):
+@pytest.mark.parametrize(("family", "kind", "keys"), TABLES, ids=lambda v: v.__name__ if isinstance(v, type) else "")
+def test_every_field_of_transformers_class_is_in_the_table(family, kind, keys):
     """A new field of a new version is looked at before it is ignored."""
-    declared = {field.name for field in dataclasses.fields(CLASSES[family.model_type])}
+    declared = {field.name for field in dataclasses.fields(kind)}
     declared |= set(GenerationConfig._get_default_generation_params())
-    assert declared <= family.keys.keys(), declared - family.keys.keys()
+    assert declared <= keys.keys(), declared - keys.keys()
+
+
+def all_keys(family: Family) -> set[str]:
+    return {*family.keys, *(name for section in family.sections for name in section.keys)}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
@@ -78,7 +120,7 @@ def test_every_key_that_transformers_model_asks_for_is_in_the_table(family):
     files = sources("transformers", f"models/{kind}/modeling_{kind}.py", "masking_utils.py", "modeling_rope_utils.py")
     asked = {name for file in files for name in keys_read(file)}
     assert "rms_norm_eps" in asked, "the sources are no longer read"
-    unknown = asked - family.keys.keys() - NO_KEYS
+    unknown = asked - all_keys(family) - NO_KEYS
     assert not unknown
 
 
@@ -88,27 +130,37 @@ def test_every_key_that_vllm_asks_for_is_in_the_table(family):
     if not file.is_file():
         pytest.skip("vLLM is not installed")
     of_vllm = {"quant_config", "model_config", "cache_config", "parallel_config", "compilation_config", "target_layer_count"}
-    unknown = set(keys_read(file)) - family.keys.keys() - NO_KEYS - of_vllm
+    unknown = set(keys_read(file)) - all_keys(family) - NO_KEYS - of_vllm
     assert not unknown
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
-def test_defaults_are_those_of_transformers_class(family):
-    for field in dataclasses.fields(CLASSES[family.model_type]):
-        key = family.keys[field.name]
+@pytest.mark.parametrize(("family", "kind", "keys"), TABLES, ids=lambda v: v.__name__ if isinstance(v, type) else "")
+def test_defaults_are_those_of_transformers_class(family, kind, keys):
+    for field in dataclasses.fields(kind):
+        key = keys[field.name]
         if key.is_required or (not key.is_honoured and key.default is None):
             continue
         assert key.default == field.default, field.name
 
 
+# What transformers' defaults lack: sections of a position, which engines go by, and a tower as wide as the language model.
+LEAST = {
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
+    "qwen3_vl": {
+        "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
+        "vision_config": {"out_hidden_size": 4096},
+    },
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
 def test_the_default_config_of_transformers_class_is_accepted(family):
-    config = {**CLASSES[family.model_type]().to_dict(), "architectures": list(family.architectures)}
+    config = {**CLASSES[family.model_type](**LEAST.get(family.model_type, {})).to_dict(), "architectures": list(family.architectures)}
     assert check_config(config) == []
     assert unread_keys(config) == ()
 
 
-@pytest.mark.parametrize("hf", ALL, ids=lambda hf: hf["model_type"])
+@pytest.mark.parametrize("hf", TEXT, ids=lambda hf: hf["model_type"])
 @pytest.mark.parametrize("key", ["head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "hidden_act"])
 def test_a_missing_key_means_what_it_means_to_transformers(hf, key):
     """Negative control: the same with the key."""
@@ -235,11 +287,16 @@ def test_anything_that_json_can_hold_is_answered(content):
 
 
 def test_any_value_of_any_key_is_answered():
+    topology = Topology(tp_size=2, pp_size=2)
     for hf in ALL:
-        for key in family_of(hf).keys:
-            for value in (None, True, -1, 0.5, 10**400, float("inf"), "x", [], [[]], {}, {"x": {}}, {"x": 1}):
-                found = check_config({**hf, key: value}, Topology(tp_size=2, pp_size=2))
-                assert all(isinstance(finding, str) for finding in found)
+        family = family_of(hf)
+        for value in (None, True, -1, 0.5, 10**400, float("inf"), "x", [], [[]], {}, {"x": {}}, {"x": 1}):
+            changed = [{**hf, key: value} for key in family.known_keys]
+            for section in family.sections:
+                inner = section.of(hf)[0]
+                changed += [{**hf, section.name: {**inner, key: value}} for key in section.keys if inner is not hf]
+            for config in changed:
+                assert all(isinstance(finding, str) for finding in check_config(config, topology))
 
 
 def test_keys_that_nobody_reads_are_listed():

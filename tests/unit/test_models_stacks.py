@@ -13,7 +13,7 @@ from rlsync.errors import PlacementError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config
-from rlsync.models.dense import EMBEDDING, HEAD
+from rlsync.models.dense import DENSE_STACKS
 from rlsync.models.layouts import Column, GatedColumn, GroupedQKV, Replicated, Row
 from rlsync.models.llama import LLAMA
 from rlsync.models.placement import held_parameters, indivisible, megatron_placements
@@ -21,6 +21,7 @@ from rlsync.models.rope import Rope
 from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack
 from rlsync.plan.planner import build_plan
 
+EMBEDDING, _, HEAD = DENSE_STACKS
 LAYER = Index("layer", "num_layers", "pp")
 EXPERT = Index("expert", "num_experts", "ep")
 DECODER = {"megatron": "decoder.layers.{layer}.", "hf": "model.layers.{layer}."}
