@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlsync.cli.paper import paper_worker
 from rlsync.cli.shapes import SHAPES
 from rlsync.layout.geometry import Box, BufferSpec, Location, Padding, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 
 VOCAB_MULTIPLE = 64

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlsync.cli.paper import paper_worker
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
 from rlsync.models.base_keys import DTYPES
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 
 # Transports that carry messages between members of a group.

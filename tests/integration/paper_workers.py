@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlsync.cli.paper import paper_worker
 from rlsync.layout.geometry import Placement
 from rlsync.layout.recorded import placement_of
 from rlsync.models import model_of
+from rlsync.models.paper import paper_worker
 from tests.integration.recorder_models import Worker, engine_config, start_ranks, virtual_rank
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlsync.cli.bench import add_arguments, plan, spec
-from rlsync.cli.bench.worker_group import BenchError, WorkerGroup
+from rlsync.bench import spec
+from rlsync.bench.worker_group import BenchError, WorkerGroup
+from rlsync.cli.bench import add_arguments, plan
 from tests.deadlines import ended_before
 from tests.integration.engine_source import ENGINE_ENV
 

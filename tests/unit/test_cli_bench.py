@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlsync.cli.bench import add_arguments, plan, result, spec, work
-from rlsync.cli.bench.chart import draw
-from rlsync.cli.bench.measured import Measured
+from rlsync.bench import result, spec, work
+from rlsync.bench.chart import draw
+from rlsync.bench.spec import Measured
+from rlsync.cli.bench import add_arguments, plan
 from rlsync.errors import ConfigError, PlacementError
 
 FLOORS = {

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from rlsync.cli import main
-from rlsync.cli.paper import paper_worker
 from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
 from rlsync.coordinator.messages import ActorHello, Recorded, Reports, WorkerHello
@@ -23,6 +22,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.transports import Memory

@@ -14,9 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlsync.cli.paper import paper_worker
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan

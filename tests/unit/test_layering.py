@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
     ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine"})),
     ("services", True, frozenset({"rlsync.bridge", "rlsync.sync"})),
     ("facade", True, frozenset({"rlsync"})),
+    ("bench", True, frozenset({"rlsync.bench"})),
     ("command line", True, frozenset({"rlsync.cli", "rlsync.__main__"})),
     ("workers", True, frozenset({"workers"})),
     ("examples", True, frozenset({"examples"})),
@@ -49,6 +50,9 @@ OWNERS: dict[str, frozenset[str]] = {
     "ray": frozenset({"workers", "examples", "rlsync.engine.handles.ray"}),
     "cupy": frozenset({"rlsync.copy"}),
 }
+# What only those who price a sync may know. A sync records what live workers hold; a plan from paper would be a second truth.
+ON_PAPER = "rlsync.models.paper"
+ON_PAPER_READERS = frozenset({"rlsync.bench", "rlsync.cli"})
 # These layers know no process group.
 WITHOUT_PROCESS_GROUPS = frozenset({"pure", "protocol", "copy"})
 # What integers and names do not need: modules that open sockets, and start threads or processes.
@@ -103,6 +107,8 @@ def violation(importer: str, imported: str, module: str) -> str | None:
         return f"{where} imports {imported}, and layers up to copy know no process group"
     if name == "pure" and imported.split(".")[0] in NOT_PURE:
         return f"{where} imports {imported}, and pure layers have neither sockets nor threads nor tensors"
+    if f"{imported}.".startswith(f"{ON_PAPER}.") and importer not in ON_PAPER_READERS:
+        return f"{where} imports {imported}, which only {', '.join(sorted(ON_PAPER_READERS))} may"
     target = unit_of(imported)
     if target is None or target == importer or importer == "rlsync":
         return None if target not in ("workers", "examples") or target == importer else f"{where} imports {imported}, which is above it"
@@ -161,6 +167,7 @@ def test_layering_test_reads_the_sources() -> None:
         ("rlsync/sync.py", "import vllm", "only rlsync.engine.compat, rlsync.engine.handles.local, rlsync.engine.worker may"),
         ("rlsync/engine/handles/local.py", "import ray", "only examples, rlsync.engine.handles.ray, workers may"),
         ("rlsync/bridge/checkpoint.py", "from rlsync.cli import main", "above it"),
+        ("rlsync/sync/planning.py", "from rlsync.models.paper import paper_worker", "only rlsync.bench, rlsync.cli may"),
         ("rlsync/cli/__init__.py", "import workers.loop", "above it"),
         ("rlsync/__init__.py", "from workers import loop", "above it"),
         ("rlsync/novelty.py", "from rlsync import AutoBridge", "not listed in LAYERS"),

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.paper import QWEN25_05B, QWEN25_7B
-from rlsync.cli.paper import paper_worker
 from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import (
@@ -27,6 +26,7 @@ from rlsync.layout.geometry import (
 )
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan

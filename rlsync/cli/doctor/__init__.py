@@ -47,7 +47,7 @@ def examine(*, quick: bool = False, ring_bytes: int | None = None) -> Iterator[F
     """
     with ExitStack() as stack:
         # They take seconds and wait for one another only where they are read.
-        asked = {} if quick else {name: stack.enter_context(probes.Probe(name)) for name in probes.NAMES}
+        asked = {} if quick else {name: stack.enter_context(probes.Probe(name)) for name in probes.PROBES}
         driver = gpus.ask_driver()
         yield from environment.examine("cuda" if driver.gpus else "cpu")
         facts = {name: probe.facts() for name, probe in asked.items()}

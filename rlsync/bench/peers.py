@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import TCPStore
 
-from rlsync.cli.bench.actor import Actor, Bucket, Clock, synchronize
-from rlsync.cli.bench.remote import RemoteEngine
-from rlsync.cli.bench.spec import Spec
-from rlsync.engine.bench_worker import broadcast, join_group, leave_group
+from rlsync.bench.actor import Actor, Bucket, Clock, synchronize
+from rlsync.bench.remote import RemoteEngine
+from rlsync.bench.spec import Spec
+from rlsync.bench.worker import broadcast, join_group, leave_group
 
 _HOST = "127.0.0.1"
 _PACKED_BYTES = 2**30

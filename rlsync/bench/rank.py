@@ -1,4 +1,4 @@
-"""The process of one actor rank: ``python -m rlsync.cli.bench.rank SPEC``, in an environment as torchrun makes it.
+"""The process of one actor rank: ``python -m rlsync.bench.rank SPEC``, in an environment as torchrun makes it.
 
 Rank 0 holds the engines, and writes what came out after each case, so that a failure leaves what there was before.
 """
@@ -11,13 +11,11 @@ from importlib import import_module
 
 import msgspec
 
-from rlsync.cli.bench import spec as specs
-from rlsync.cli.bench.actor import Actor
-from rlsync.cli.bench.measured import Measured
-from rlsync.cli.bench.measuring import Bench
-from rlsync.cli.bench.peers import Fleet
-from rlsync.cli.bench.remote import RemoteEngine
-from rlsync.cli.bench.waiting import await_file, write_file
+from rlsync.bench import spec as specs
+from rlsync.bench.actor import Actor
+from rlsync.bench.measuring import Bench
+from rlsync.bench.peers import Fleet
+from rlsync.bench.remote import RemoteEngine
 from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.parallel import destroy_parallel
 
@@ -26,7 +24,7 @@ def main(path: str) -> None:
     watch_owner()
     spec = specs.read(path)
     # The imports above took as long as the links take to be measured.
-    await_file(spec.floors_path, spec.start_s)
+    specs.await_file(spec.floors_path, spec.start_s)
     begin_s = time.monotonic()
     actor = Actor(spec)
     built_s = time.monotonic() - begin_s
@@ -40,11 +38,11 @@ def main(path: str) -> None:
     fleet = Fleet(engines, spec.timeout_s)
     bench = Bench(spec, actor, fleet)
     bench.warm_up()
-    found: list[Measured] = []
+    found: list[specs.Measured] = []
     for measure, what in [*((bench.sync, case) for case in spec.cases), *((bench.peer, name) for name in spec.peers)]:
         found.append(measure(what))  # type: ignore[operator]
         if actor.rank == 0:
-            write_file(spec.outcome_path, msgspec.json.encode(found).decode())
+            specs.write_file(spec.outcome_path, msgspec.json.encode(found).decode())
     fleet.each(RemoteEngine.close)
     actor.settle()
     destroy_parallel()

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from rlsync.cli.bench.actor import Actor, Clock
-from rlsync.cli.bench.measured import Measured
-from rlsync.cli.bench.peers import WAYS, Fleet
-from rlsync.cli.bench.spec import Case, Spec
+from rlsync.bench.actor import Actor, Clock
+from rlsync.bench.peers import WAYS, Fleet
+from rlsync.bench.spec import Case, Measured, Spec
 from rlsync.errors import ConfigError, PlacementError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from rlsync.cli.bench import host
-from rlsync.cli.bench.spec import Spec
+from rlsync.bench import host
+from rlsync.bench.spec import Spec
 from rlsync.engine.plugin import declare_owner
 from rlsync.errors import RlsyncError
 
@@ -24,7 +24,7 @@ _POLL_S = 0.05
 _SETTLE_S = 3.0
 _END_S = 10.0
 _TAIL_LINES = 60
-_MODULES = "rlsync.cli.bench"
+_MODULES = "rlsync.bench"
 
 
 @dataclass(slots=True)

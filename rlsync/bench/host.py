@@ -1,4 +1,4 @@
-"""The process of one engine: ``python -m rlsync.cli.bench.host SPEC INDEX``. Owns what the engine is started with."""
+"""The process of one engine: ``python -m rlsync.bench.host SPEC INDEX``. Owns what the engine is started with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from rlsync.cli.bench import spec as specs
-from rlsync.cli.bench.remote import serve
-from rlsync.cli.bench.waiting import await_file
+from rlsync.bench import spec as specs
+from rlsync.bench.remote import serve
 from rlsync.engine.plugin import watch_owner
 
 # Of an engine that answers a handful of short prompts at most: what is measured is its weights.
@@ -47,7 +46,7 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
         "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
         "tensor_parallel_size": spec.engine_tp, "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
         "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,
-        "worker_extension_cls": "rlsync.engine.bench_worker.PeerWorker",
+        "worker_extension_cls": "rlsync.bench.worker.PeerWorker",
     }  # fmt: skip
     if gpu_bytes is not None:
         # With the cache's size given vLLM does not measure free memory, which the actor changes at the same time.
@@ -62,7 +61,7 @@ def main(path: str, index: str) -> None:
     from rlsync.engine.handles.local import Engine
     from rlsync.models import model_of
 
-    floors = json.loads(await_file(spec.floors_path, spec.start_s))
+    floors = json.loads(specs.await_file(spec.floors_path, spec.start_s))
     weight_bytes = sum(tensor.nbytes for tensor in model_of(spec.config).tensors("bfloat16"))
     engine = Engine(f"engine{index}", engine_arguments(spec, weight_bytes, floors["gpu_bytes"]))
     engine.start()

@@ -1,7 +1,8 @@
 """Engine workers on paper: what a vLLM worker of a dense decoder would hold, from a config.json alone.
 
-Only to price a sync before anything runs. A sync never uses it: it records what the live workers hold. It stands in the command
-line's layer, which nothing below may import; a test compares it with recordings of real workers.
+This is the one place that says again what the recorder finds out: ``rlsync plan`` and the floors of ``rlsync bench`` need an engine's
+layout where no engine runs, for clusters that nobody has at hand. A sync never uses it, as the layering test holds; another test
+compares it with recordings of real workers, and turns red where vLLM lays out its weights in another way.
 """
 
 from __future__ import annotations

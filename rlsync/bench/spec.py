@@ -1,12 +1,13 @@
-"""What a bench is asked to do: the two sides, where they are, and the cases. Plain data that crosses processes as JSON.
-
-Knows sizes and settings; starts nothing.
+"""What a bench is asked to do (the two sides, where they are, the cases), what a case measured, and the files that carry both between
+the processes of a bench, as JSON. Knows sizes and settings; starts nothing.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.sync.config import SyncConfig
 
@@ -28,6 +29,7 @@ MODES = {"params": "auto", "ring": "always", MOVED: "auto"}
 # Options whose every combination is a case, and their fields of SyncConfig.
 LISTS = {"transport": "transport", "sink": "sink", "mode": "staging", "bucket-bytes": "bucket_bytes", "num-slots": "num_slots"}
 _NUMBERS = ("bucket-bytes", "num-slots")
+_POLL_S = 0.02
 
 
 # Where a bench can be, for those who sync in other ways. ``beside`` is collocated GPUs of which one has an engine and no actor rank.
@@ -120,12 +122,59 @@ class Spec:
         return str(Path(self.folder, f"engine-{engine}.sock"))
 
 
+class Measured(msgspec.Struct, kw_only=True):
+    """One case.
+
+    Attributes:
+        kind: ``rlsync`` or ``peer``.
+        connect_s: until the first step could begin.
+        first: the first step, which allocates what later ones use again.
+        steps: seconds by phase of the measured steps, in order.
+        begin_s, end_s: from before the connection to after the last measured step, by the monotonic clock that all processes share.
+        extra_torch_bytes: most that torch allocated in that time beyond what it had before, of an actor rank and of a worker.
+        fingerprints: of all workers after each of two more steps, whose weights differ.
+        report: SyncReport of the last step, of rlsync alone.
+        error: why there are no steps.
+    """
+
+    name: str
+    kind: str
+    remark: str = ""
+    settings: dict[str, Any] = {}
+    connect_s: float = 0.0
+    first: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
+    begin_s: float = 0.0
+    end_s: float = 0.0
+    extra_torch_bytes: dict[str, int] = {}
+    fingerprints: list[str] = []
+    report: dict[str, Any] = {}
+    error: str = ""
+
+
 def write(spec: Spec, path: Path) -> None:
     path.write_bytes(msgspec.json.encode(spec))
 
 
 def read(path: str | Path) -> Spec:
     return msgspec.json.decode(Path(path).read_bytes(), type=Spec)
+
+
+def await_file(path: Path, timeout_s: float) -> str:
+    """Its text, as soon as it is there. Raises RlsyncError after ``timeout_s``."""
+    deadline_s = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline_s:
+            raise RlsyncError(f"{path.name} was not written within {timeout_s:g} s; the process that writes it has failed")
+        time.sleep(_POLL_S)
+    return path.read_text(encoding="utf-8")
+
+
+def write_file(path: Path, text: str) -> None:
+    """So that nobody sees half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
