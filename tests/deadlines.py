@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 # A busy machine takes so many times as long.
 SLACK = 10
+# After so many seconds a process that a test started hangs. No claim: it only ends the test before pytest's own limit does.
+HANG_S = 800
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, Protocol
 
+from tests.deadlines import HANG_S
 from tests.forking import CAN_FORK, ForkedProcess
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float = 240, **kwargs: Any) -> list[str]:
+def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float = HANG_S, **kwargs: Any) -> list[str]:
     """Call ``module.function(**kwargs)`` (JSON-able arguments) on every rank; returns the output of each.
 
     A rank that fails or a deadline that passes kills all ranks and raises with their output.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.deadlines import HANG_S
+
 _SCRIPT = """
 import ctypes, os, signal, threading, time
 lock = threading.Lock()
@@ -33,6 +35,6 @@ def ends_a_wait(before: str, wait_s: float) -> bool:
     """Whether the signal's handler ends a wait for a lock, that ends ``wait_s`` after the signal by itself; ``before`` is run first."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", _SCRIPT.format(before=before, wait_s=wait_s)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     return done.stdout.rsplit("ENDED BY ", 1)[1] == "the signal\n"

@@ -30,7 +30,7 @@ def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def parallel(topology: dict[str, int]) -> Topology:
     made = Topology(**topology)
-    initialize_parallel(made, seed=1, timeout_s=60)
+    initialize_parallel(made, seed=1, timeout_s=300)
     return made
 
 

@@ -43,7 +43,7 @@ class Trainer:
         self.topology = Topology(**topology)
         if parallel_state.model_parallel_is_initialized():
             destroy_parallel(keep_distributed=True)
-        initialize_parallel(self.topology, seed=3, timeout_s=60)
+        initialize_parallel(self.topology, seed=3, timeout_s=300)
         self.bridge = AutoBridge.from_pretrained(folder)
         self.models = self.bridge.get_model(folder, topology=self.topology, bf16=False, fp16=fp16, ddp=DdpOptions(**ddp))
         self.optimizer = build_optimizer(self.models, optimizer)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.deadlines import HANG_S
+
 _UNSHARE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 # From linux/rtnetlink.h, if_link.h, if_addr.h and veth.h.
 _NEWLINK, _NEWADDR = 16, 20
@@ -29,7 +31,7 @@ def refusal() -> str | None:
     """Why the kernel (or the container's profile) allows no second host here, or None."""
     program = "from tests.integration import hosts; hosts.settle('probe'); hosts.lay_cable('probe0', 'probe1', 1)"
     command = [*unshare_command(new_user=os.geteuid() != 0), "-c", program]
-    probe = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    probe = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=Path(__file__).parents[2])
     return None if probe.returncode == 0 else (probe.stderr.strip().splitlines() or [f"exit {probe.returncode}"])[-1]
 
 

@@ -33,7 +33,7 @@ class Actor:
         self.case = case
         self.topology = Topology(**case["topology"])
         torch.use_deterministic_algorithms(True)  # CUDA's embedding gradients would differ from run to run
-        initialize_parallel(self.topology, seed=5, timeout_s=60)
+        initialize_parallel(self.topology, seed=5, timeout_s=300)
         precision = case.get("precision", "fp32")
         self.bridge = AutoBridge.from_pretrained(folder)
         self.models = self.bridge.get_model(
@@ -236,7 +236,7 @@ def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> No
 
 def scores_equal_softmax(tp_size: int) -> None:
     """Vocabulary-parallel scores and gradients equal autograd through log_softmax; one rank may hold padding only."""
-    initialize_parallel(Topology(tp_size=tp_size), seed=1, timeout_s=60)
+    initialize_parallel(Topology(tp_size=tp_size), seed=1, timeout_s=300)
     generator = torch.Generator().manual_seed(4)
     for vocab_size, padded in ((13, 14), (13, 26), (12, 12)):
         whole = (3 * torch.randn(2, 6, padded, generator=generator)).requires_grad_()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.deadlines import HANG_S
 from tests.integration.actor_reference import make_samples, write_samples
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
@@ -155,7 +156,9 @@ def test_a_rank_comes_up_without_asking_for_a_gpu():
         "import workers.actor",
         "print('ASKED', asked)",
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], cwd=REPO, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines)], cwd=REPO, capture_output=True, text=True, timeout=HANG_S
+    )
     assert "ASKED []" in done.stdout, done.stdout + done.stderr
 
 

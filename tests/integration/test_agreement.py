@@ -6,4 +6,4 @@ from tests.ranks import run_ranks
 
 
 def test_an_exception_of_one_rank_is_raised_on_all_and_names_it():
-    run_ranks(2, "tests.integration.agreement_ranks", "disagree", timeout_s=60)
+    run_ranks(2, "tests.integration.agreement_ranks", "disagree")

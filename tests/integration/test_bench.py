@@ -18,7 +18,7 @@ import pytest
 from rlsync.bench import spec
 from rlsync.bench.worker_group import BenchError, WorkerGroup
 from rlsync.cli.bench import add_arguments, plan
-from tests.deadlines import ended_before
+from tests.deadlines import HANG_S, ended_before
 from tests.integration.engine_source import ENGINE_ENV
 
 REPO = Path(__file__).resolve().parents[2]
@@ -40,11 +40,11 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
         "--warmup",
         "1",
         "--deadline-s",
-        "230",
+        "700",
     ]
     words += ["--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "rlsync.cli", "bench", *words], capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "rlsync.cli", "bench", *words], capture_output=True, text=True, timeout=HANG_S,
         env={**os.environ, **ENGINE_ENV, "PYTHONPATH": path, "RLSYNC_LOGGING_LEVEL": "DEBUG"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -127,9 +127,9 @@ def test_nothing_is_left_of_a_bench_that_is_killed(tmp_path: Path) -> None:
     environment = {**os.environ, **ENGINE_ENV, "PYTHONPATH": path, "TMPDIR": str(temporary)}
     bench = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: len(processes_of(temporary)) >= 4, 120)
+        wait_until(lambda: len(processes_of(temporary)) >= 4, HANG_S)
         bench.kill()
-        wait_until(lambda: not processes_of(temporary), 120)
+        wait_until(lambda: not processes_of(temporary), HANG_S)
     finally:
         bench.kill()
         bench.wait()

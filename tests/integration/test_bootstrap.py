@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import HANG_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,7 +19,7 @@ def bootstrap(root: Path, **environment: str) -> subprocess.CompletedProcess[str
     """Run the script of a checkout with no environment active, no package index, and these variables."""
     base = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
     return subprocess.run(
-        ["bash", "scripts/bootstrap.sh"], cwd=root, env=base | environment, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "scripts/bootstrap.sh"], cwd=root, env=base | environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
 
 
@@ -113,7 +115,7 @@ def test_sourcing_script_stops_where_set_up_fails(checkout: Path) -> None:
         env={"PATH": os.environ["PATH"], "RLSYNC_LOCK": "tpu"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert run.returncode != 0
     assert "reached" not in run.stdout

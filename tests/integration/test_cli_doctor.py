@@ -12,13 +12,13 @@ import pytest
 
 from rlsync.cli.doctor.finding import Finding
 from rlsync.transport.shm import SHM_DIR
+from tests.deadlines import HANG_S
 from tests.integration.engine_source import ENGINE_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_doctor_asks_torch_megatron_and_vllm() -> None:
     # As a killed worker of this machine leaves it: vLLM itself says under which name.
     left = SHM_DIR / f"vllm_dist_doctor_{os.getpid()}"
@@ -26,7 +26,7 @@ def test_doctor_asks_torch_megatron_and_vllm() -> None:
     try:
         run = subprocess.run(
             [sys.executable, "-m", "rlsync.cli", "doctor", "--json", "--ring-bytes", str(2**60)],
-            cwd=ROOT, env={**os.environ, **ENGINE_ENV}, capture_output=True, text=True, timeout=240,
+            cwd=ROOT, env={**os.environ, **ENGINE_ENV}, capture_output=True, text=True, timeout=HANG_S,
         )  # fmt: skip
     finally:
         left.unlink()

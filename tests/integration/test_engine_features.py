@@ -144,7 +144,6 @@ def test_a_setting_that_nobody_considered_is_told_when_it_is_used(folder: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``vllm serve`` comes by the second way. With the actor's weights it would be another model: the rope's base differs."""
     wanted = {"enable_lora": True, "max_lora_rank": 8, "hf_overrides": {"rope_theta": 3.0}}

@@ -12,10 +12,11 @@ import pytest
 
 from rlsync.engine.handles.local import shared_segments
 from rlsync.engine.plugin import _OWNER_VARIABLE, declare_owner
+from tests.deadlines import HANG_S
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path:
     mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | shared_segments(children)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     for child in alive:
         child.kill()
     assert len(children) >= 2, "a core and its worker"

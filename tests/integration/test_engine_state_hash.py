@@ -16,7 +16,6 @@ from tests.integration.test_sinks import SINKS, assert_all_weights_part, run_cas
 
 # The first is also run without healing, which cannot be undone in its process.
 CASES = ("moe-bfloat16", "mla-bfloat16")
-pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

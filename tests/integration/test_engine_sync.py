@@ -28,7 +28,7 @@ from tests.integration.tiny_engines import (
 )  # fmt: skip
 
 # The first test waits for all engines to start.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("tiny_answers")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_answers")]
 
 
 def test_the_two_checkpoints_answer_differently(tiny_answers: dict[str, Answers]) -> None:

@@ -36,7 +36,7 @@ from tests.integration.tiny_engines import (
 )  # fmt: skip
 
 # The first test waits for all engines to start.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("tiny_answers")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_answers")]
 
 
 def test_names_shapes_and_gaps_are_one_error_at_connect(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path]) -> None:

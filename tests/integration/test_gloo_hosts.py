@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.deadlines import SLACK
+from tests.deadlines import HANG_S, SLACK
 from tests.integration import hosts
 from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.gloo_hosts import FAR, NEAR, TIMEOUT_S
 from tests.models import save_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 LOGPROB_TOLERANCE = 1e-4
 
@@ -35,7 +35,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [*hosts.unshare_command(new_user=os.geteuid() != 0), "-m", "tests.integration.gloo_hosts", "near", str(result), *folders]
     # Without it vLLM asks the name of a host that no server knows.
     environment = {**os.environ, **ENGINE_ENV, "VLLM_HOST_IP": "127.0.0.1"}
-    run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=540)
+    run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 0, run.stderr[-6000:]
     return json.loads(result.read_text())
 

@@ -17,10 +17,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.deadlines import HANG_S
 from workers.metrics_log import read_metrics
 
 # A run takes a minute, or several beside others.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh"]
@@ -71,7 +72,7 @@ def exit_code(process: subprocess.Popen, family: list[psutil.Process]) -> int:
     """That of a run that was struck, once nothing of it is left."""
     # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
     code = process.wait(90)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=HANG_S)
     assert not alive, [p.cmdline() for p in alive]
     assert rings_of(family) == []
     return code

@@ -31,7 +31,7 @@ from tests.integration.served_engine import API_KEY, SERVE_S, serve
 from tests.models import save_tiny_model
 
 # The first test waits for the server to start.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}

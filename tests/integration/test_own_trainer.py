@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
+from tests.deadlines import HANG_S
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 from tests.ranks import REPO
@@ -38,7 +39,6 @@ def ask_until_gone(engine: RayEngine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_trainer_of_ones_own_keeps_an_engine_in_a_ray_actor_equal_to_itself(tmp_path: Path) -> None:
     """It starts without weights, gets those of the start, then trained ones; each time it answers as transformers from the same folder."""
     folder, trained = save_tiny_model(tmp_path / "hf", "qwen2", seed=1), tmp_path / "trained"
@@ -47,7 +47,7 @@ def test_a_trainer_of_ones_own_keeps_an_engine_in_a_ray_actor_equal_to_itself(tm
     environment.pop("RAY_ADDRESS", None)
     run = subprocess.run(
         [sys.executable, str(REPO / "examples/library/ray_trainer.py"), str(folder), str(trained)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
     found = [tuple(map(int, line.split(","))) for line in re.findall(r"version \d: .* tokens \(([^)]*)\)", run.stdout)]
@@ -56,7 +56,6 @@ def test_a_trainer_of_ones_own_keeps_an_engine_in_a_ray_actor_equal_to_itself(tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_what_goes_wrong_in_the_actor_arrives_as_it_was_raised(tmp_path: Path) -> None:
     import ray
 

@@ -25,7 +25,7 @@ from tests.integration.engine_source import ENGINE_ENV, FolderSource
 from tests.integration.greedy import close, greedy, same
 from tests.integration.tiny_engines import await_tokens
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 # Two more than the engine runs at once: these wait in its queue when the pause comes.
 NUM_RUNNING = 4

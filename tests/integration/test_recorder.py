@@ -17,7 +17,7 @@ from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.recorder_checkpoints import MODELS, save_random
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 500
 Report = dict[str, dict[str, Any]]

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from rlsync.errors import CheckpointError, RlsyncError
-from tests.deadlines import ended_before
+from tests.deadlines import HANG_S, ended_before
 from workers.cluster import Cluster
 from workers.remote import Worker, WorkerDiedError, collect, collect_answered, keep_own_log
 
@@ -24,7 +24,6 @@ import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 print(ray.get(ray.remote(num_cpus=0)(lambda: "RAN").remote()))
 """
-HANG_S = 250.0
 
 
 class Rank:
@@ -110,10 +109,10 @@ def test_who_has_not_the_token_of_a_run_cannot_run_code_in_its_cluster(ranks):
         client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
     ]
     friend = client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=own)
-    said, _ = friend.communicate(timeout=120)
+    said, _ = friend.communicate(timeout=HANG_S)
     assert friend.returncode == 0 and "RAN" in said, said
     for stranger in strangers:
-        said, _ = stranger.communicate(timeout=120)
+        said, _ = stranger.communicate(timeout=HANG_S)
         assert stranger.returncode != 0 and "RAN" not in said and "oken" in said, said
 
 
@@ -130,7 +129,7 @@ def test_a_cluster_that_refuses_the_token_is_an_error_that_says_so(ranks):
     address = ray.get_runtime_context().gcs_address
     script = "from workers.ray_access import check_answers\nimport sys\ncheck_answers(sys.argv[1])\n"
     variables = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64, "RAY_ADDRESS": address}
-    run = subprocess.run([sys.executable, "-c", script, address], env=variables, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", script, address], env=variables, capture_output=True, text=True, timeout=HANG_S)
     assert f"ConfigError: RAY_ADDRESS={address}" in run.stderr and "oken" in run.stderr.splitlines()[-1], run.stderr
-    run = subprocess.run([sys.executable, "-c", script, address], env=os.environ, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", script, address], env=os.environ, capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 0, run.stderr

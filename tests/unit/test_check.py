@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import HANG_S
 from workers.check import GRPO_CHECKS, Report, check_run
 from workers.config import RunConfig
 from workers.config.schema import dotted_keys
@@ -246,7 +247,7 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
 
 @pytest.mark.parametrize("argument", ["data=/a.jsonl", "actor=3"])
 def test_a_value_in_place_of_a_section_names_the_sections_keys(argument) -> None:
-    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=HANG_S, check=False)
     name = argument.partition("=")[0]
     said = " ".join(done.stderr.split())
     assert done.returncode == 1 and f"{argument}: {name} is a section; set its keys: {name}." in said and "Traceback" not in said
@@ -254,7 +255,7 @@ def test_a_value_in_place_of_a_section_names_the_sections_keys(argument) -> None
 
 @pytest.mark.parametrize("argument", ["actor.optim.lr=[1", "runner.seq_length=${nowhere}"])
 def test_what_hydra_cannot_read_is_told_without_a_traceback(argument) -> None:
-    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(["bash", str(SCRIPT), argument, "--check"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
@@ -271,19 +272,19 @@ def test_what_hydra_cannot_read_is_told_without_a_traceback(argument) -> None:
 def test_a_file_that_is_not_yaml_is_told_in_a_line(tmp_path, content, said) -> None:
     (tmp_path / "mine.yaml").write_text(content)
     command = [sys.executable, str(SCRIPT.parent / "main_grpo.py"), "--config-path", str(tmp_path), "--config-name", "mine", "--check"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S, check=False)
     printed = " ".join(done.stderr.split())
     assert done.returncode == 1 and printed.startswith("error: ") and said in printed and len(done.stderr.splitlines()) <= 5, done.stderr
 
 
 def test_a_key_without_its_section_is_answered_with_the_section() -> None:
-    done = subprocess.run(["bash", str(SCRIPT), "--check", "max_steps=5"], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(["bash", str(SCRIPT), "--check", "max_steps=5"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 1 and done.stderr == "error: unknown key max_steps: did you mean runner.max_steps?\n"
 
 
 @pytest.mark.parametrize("name", ["configs/reasoning/arithmetic-grpo-megatron.yaml", "arithmetic-grpo-megatron.yaml"])
 def test_the_path_of_a_configuration_names_it(name) -> None:
-    done = subprocess.run(["bash", str(SCRIPT), name, "--check"], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(["bash", str(SCRIPT), name, "--check"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert "no config named" not in done.stderr and "no findings" in done.stdout, done.stderr
 
 
@@ -317,7 +318,7 @@ def test_the_script_checks_without_importing_what_is_slow_and_without_leaving_fi
     overrides = [f"rollout.model.model_path={world / 'model'}", f"data.train_data_paths=[{world / 'train.jsonl'}]"]
     overrides += [f"runner.output_dir={tmp_path / 'results'}", "--check"]
     command = [sys.executable, "-c", program, str(ROOT / "examples/reasoning/main_grpo.py"), *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert "CODE 0" in done.stdout and "HEAVY []" in done.stdout, done.stdout + done.stderr
     assert "no findings in" in done.stdout and "2 ranks (TP 2)" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -325,7 +326,7 @@ def test_the_script_checks_without_importing_what_is_slow_and_without_leaving_fi
 
 def test_a_run_checks_itself_first_and_starts_nothing_with_a_finding(tmp_path) -> None:
     command = ["bash", str(SCRIPT), f"runner.output_dir={tmp_path / 'results'}", "actor.optim.lr=-1", "data.train_data_paths=[/gone.jsonl]"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     assert "actor.optim.lr (-1) must be at least 0" in done.stderr and "/gone.jsonl does not exist" in done.stderr
     assert "2 findings" in done.stderr and "nothing was started" in done.stderr

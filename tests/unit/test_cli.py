@@ -12,6 +12,7 @@ import pytest
 from rlsync import __version__
 from rlsync.cli import main
 from rlsync.cli.requirements import declared, unmet
+from tests.deadlines import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +56,7 @@ def test_a_command_says_what_it_lacks_where_only_python_is_installed(tmp_path: P
     arguments = [str(tmp_path)] if command == "plan" else []
     run = subprocess.run(
         [sys.executable, "-S", "-m", "rlsync.cli", command, *arguments],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert run.returncode == 1 and run.stderr.startswith(f"error: rlsync {command} needs {package}, which is not installed: "), run.stderr
     assert run.stderr.count("\n") == 1
@@ -63,7 +64,7 @@ def test_a_command_says_what_it_lacks_where_only_python_is_installed(tmp_path: P
 
 @pytest.mark.parametrize("module", ["rlsync", "rlsync.cli"])
 def test_the_package_runs_as_the_command(module: str) -> None:
-    run = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert (run.returncode, run.stdout) == (0, f"rlsync {__version__}\n")
 
 
@@ -98,7 +99,7 @@ def test_ctrl_c_ends_a_command_with_one_line() -> None:
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None and run.stderr.readline() == "begun\n"
         run.send_signal(signal.SIGINT)
-        rest = run.communicate(timeout=60)[1].replace("begun\n", "")
+        rest = run.communicate(timeout=HANG_S)[1].replace("begun\n", "")
     assert (run.returncode, rest) == (130, "interrupted\n")
 
 

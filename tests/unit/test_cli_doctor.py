@@ -21,6 +21,7 @@ from rlsync.cli import doctor, main
 from rlsync.cli.doctor import environment, gpus, host, leftovers, network, probes
 from rlsync.cli.doctor.finding import Finding
 from rlsync.transport.shm import Ring, _create_locked
+from tests.deadlines import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = {"index": "0", "name": "NVIDIA H200", "memory.total": "143771", "driver_version": "580.1", "mig.mode.current": "Disabled"}
@@ -165,7 +166,12 @@ def test_doctor_runs_where_no_framework_is_installed(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n")
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     run = subprocess.run(
-        [sys.executable, "-m", "rlsync.cli", "doctor", "--json"], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "rlsync.cli", "doctor", "--json"],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     findings = [Finding(**fields) for fields in json.loads(run.stdout)]
     assert run.returncode == 1, "nothing works without torch"

@@ -32,6 +32,7 @@ from rlsync.transport import shm
 from rlsync.transport.gloo import GlooCommunicator
 from rlsync.transport.p2p import GroupSender, Inbox
 from rlsync.transport.rendezvous import GroupInfo
+from tests.deadlines import HANG_S
 from tests.planned import assigned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,7 +333,7 @@ def test_plan_needs_only_msgspec_beside_python(folder: str, tmp_path: Path) -> N
     (found / "msgspec").symlink_to(Path(msgspec.__file__).parent)
     run = subprocess.run(
         [sys.executable, "-S", "-m", "rlsync.cli", "plan", folder, "--rollout", "tp=2,engines=2"],
-        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{found}"}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{found}"}, capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert run.returncode == 0 and "over links, in all" in run.stdout, run.stdout + run.stderr
 
@@ -383,7 +384,7 @@ def test_a_step_folder_says_where_its_model_is(folder: str, tmp_path: Path, caps
 def test_plan_needs_no_torch_no_vllm_and_no_megatron(folder: str) -> None:
     absent = "import sys\nfor name in ('torch', 'vllm', 'megatron', 'ray', 'numpy'): sys.modules[name] = None\n"
     program = f"{absent}from rlsync.cli import main\nsys.exit(main(['plan', {folder!r}, '--json']))"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["num_tensors"] == 339
 

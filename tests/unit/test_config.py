@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
+from tests.deadlines import HANG_S
 from workers.config import (
     RunConfig,
     config_as_dict,
@@ -113,7 +114,7 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
     assert "FOUND True True /out/grpo-1.5b" in done.stdout, done.stdout + done.stderr

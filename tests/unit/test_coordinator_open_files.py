@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 
+from tests.deadlines import HANG_S
+
 # Serves ``peers`` in a process that begins with few open files, and tells how many were heard.
 _SERVER = """
 import resource, sys, threading
@@ -56,12 +58,12 @@ def test_more_peers_than_the_soft_limit_allows_are_heard(before: str, heard: boo
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(endpoint)
             socket.send(b"here")
-        said, errors = process.communicate(timeout=120)
+        said, errors = process.communicate(timeout=HANG_S)
         for socket in sockets:
             socket.close()
     assert (int(said or -1) == PEERS) == heard, (said, errors)
 
 
 def test_a_hard_limit_that_is_too_low_is_named() -> None:
-    _, errors = serve(100, 300).communicate(timeout=120)
+    _, errors = serve(100, 300).communicate(timeout=HANG_S)
     assert "150 actor ranks and engine workers need " in errors and "this process may have 300; allow more" in errors

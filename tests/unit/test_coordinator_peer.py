@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from rlsync.coordinator import messages as m
+from tests.deadlines import HANG_S
 
 REPO = Path(__file__).resolve().parents[2]
 # Waits for a message for as long as it is told, and says what came.
@@ -28,7 +29,6 @@ except TimeoutError:
 """
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("said", [True, False])
 def test_a_process_that_was_stopped_beyond_its_deadline_hears_what_was_said_meanwhile(said: bool) -> None:
     """Else ranks would end a sync differently: one that committed, and one that knows of no end. Several, as it is a race."""
@@ -47,4 +47,4 @@ def test_a_process_that_was_stopped_beyond_its_deadline_hears_what_was_said_mean
         time.sleep(2)
         for process in waiting:
             process.send_signal(signal.SIGCONT)
-        assert [process.communicate(timeout=60)[0].strip() for process in waiting] == ["Finished" if said else "TimeoutError"] * 3
+        assert [process.communicate(timeout=HANG_S)[0].strip() for process in waiting] == ["Finished" if said else "TimeoutError"] * 3

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.deadlines import HANG_S
+
 REPO = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -59,6 +61,6 @@ print("OK")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is substituted where CUDA is available")
 def test_megatron_is_made_to_run_on_cpu_only_when_asked():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, cwd=REPO, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, cwd=REPO, timeout=HANG_S)
     assert done.stdout.strip().endswith("OK"), done.stdout + done.stderr
     assert "CPU RNG state changed" not in done.stderr

@@ -20,6 +20,7 @@ from rlsync.cli.shapes import SHAPES
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import FAMILIES, Family, check_config, family_of, model_of, unread_keys
+from tests.deadlines import HANG_S
 
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
@@ -331,6 +332,6 @@ def test_checking_imports_plain_python_only():
         "import json, sys; from rlsync.models import check_config; "
         f"assert check_config(json.loads({json.dumps(json.dumps(QWEN3))})) == []; print(*sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert not loaded & {"torch", "transformers", "megatron", "numpy", "vllm"}

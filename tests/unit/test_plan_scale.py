@@ -12,6 +12,7 @@ import pytest
 from benchmarks.paper import Experts
 from rlsync.layout.geometry import Box
 from rlsync.plan.planner import build_plan
+from tests.deadlines import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_72b_from_64_ranks_to_64_workers_is_planned_within_a_gib():
     """A process of its own, since its memory counts."""
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.planning", "72b"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
+        [sys.executable, "-m", "benchmarks.planning", "72b"], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True
     )
     planned = json.loads(run.stdout)
     assert (planned["sources"], planned["destinations"], planned["tensors"]) == (64, 64, 963)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlsync.errors import ConfigError
+from tests.deadlines import HANG_S
 from workers import ray_access
 from workers.ray_access import LOCAL, check_answers, cluster_address, protect_own_cluster
 
@@ -60,7 +61,7 @@ def test_the_entry_point_decides_on_the_token_before_ray_is_imported() -> None:
     )
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), variables.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, "-u", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-u", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=HANG_S)
     assert "AT IMPORT token 64" in run.stdout, run.stdout + run.stderr
 
 

@@ -14,6 +14,7 @@ import torch
 
 from rlsync.errors import ConfigError
 from rlsync.transport.shm import SHM_DIR, Ring
+from tests.deadlines import HANG_S
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_ring_whose_creator_was_killed_before_unlinking_is_swept_by_the_next(f
         "import os, signal, sys; from pathlib import Path; from rlsync.transport.shm import Ring; "
         "ring = Ring.create(1, 64, directory=Path(sys.argv[1])); print(ring.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, check=False)
+    killed = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=HANG_S, check=False)
     orphan = Path(killed.stdout.strip())
     assert orphan.exists()
     living = Ring.create(1, 64, directory=folder)
