@@ -4,93 +4,66 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 
-from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.engine.handles import Completion
-from rlsync.errors import CheckpointError, RlsyncError, WeightSyncError
+from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
-from workers.actor import Example
-from workers.cluster import Cluster
 from workers.colocation import Colocation
-from workers.config import RunConfig, WarmStartConfig, config_as_dict
+from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
+from workers.grpo_actor import GrpoRank
 from workers.metrics import difference_metrics, sample_metrics, speed_metrics
-from workers.metrics_log import MetricsLog, check_loggers
+from workers.metrics_log import REWARDS
 from workers.preparation import Preparation, prepare
 from workers.problems import load_supervised
-from workers.results import ResultsFolder
-from workers.resume import DATA_STATE, check_ranks, find_beginning, write_settings
+from workers.resume import Beginning
 from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
+from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
-from workers.screen import Screen, wrapped
+from workers.screen import GRPO_COLUMNS
+from workers.supervised import answered
 from workers.worker_group import WorkerGroup
 
 
-class GrpoRunner:
-    """One GRPO run. ``run`` starts all processes, trains, and ends every process it started, whatever the outcome."""
+class GrpoRunner(Runner[RunConfig, Preparation]):
+    """One GRPO run."""
+
+    NAME = "GRPO"
+    RANK = GrpoRank
+    COLUMNS = GRPO_COLUMNS
+    PLOT = REWARDS
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._connected = False
         self._num_restarts = 0
         self._health = SyncHealth()
 
-    def run(self) -> None:
-        """Train until the last step or a KeyboardInterrupt; no process is left either way.
-
-        Raises RlsyncError (ConfigError or CheckpointError before any process is started, where that can be).
-        """
-        config, beginning = self._config, find_beginning(self._config)
-        most = config.runner.max_steps
-        if 0 <= most <= beginning.step:
-            done = "" if beginning.resume is None else f" and {beginning.resume} has done {beginning.step} steps"
-            print(wrapped(f"runner.max_steps is {most}{done}: there is nothing to do, and nothing was started"))
-            return
-        check_loggers(config.runner.logger)
-        with ExitStack() as stack:
-            self._results = stack.enter_context(ResultsFolder(config, beginning.resume))
-            for note in (*beginning.notes, *self._results.notes):
-                print(wrapped(note), flush=True)
-            self._prepared = prepare(config, beginning)
-            all_steps = len(self._prepared.loader)
-            self._total = all_steps if most < 0 else min(most, all_steps)
-            self._screen = stack.enter_context(Screen(self._total, start_step=beginning.step))
-            for note in self._prepared.notes:
-                self._screen.note(note)
-            if self._total <= beginning.step:
-                self._screen.note(f"all {self._total} steps of the data are done: there is nothing to do, and nothing was started")
-                return
-            self._pool = stack.enter_context(VerifierPool(config.reward.num_processes, config.reward.timeout_s))
-            with self._coming_up("Ray"):
-                cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
-            try:
-                self._start(stack.enter_context(WorkerGroup(config, cluster)))
-                self._train(stack.enter_context(self._open_log()))
-            except RlsyncError:
-                self._screen.note(f"failed; the workers' logs are in {cluster.logs}")
-                raise
-
     # Set-up.
 
-    def _start(self, group: WorkerGroup) -> None:
-        """Start-up before the first step: processes, weights, warm start, optimizer."""
-        config, prepared, self._group = self._config, self._prepared, group
-        check_ranks(prepared.beginning, group.topology.world_size)
-        self._screen.note(f"starting {group.description}")
-        self._screen.phase("starting engines and actor")
+    def _prepare(self, beginning: Beginning) -> Preparation:
+        prepared = prepare(self._config, beginning)
+        self._batches = iter(prepared.loader)
+        return prepared
+
+    def _enter(self, stack: ExitStack) -> None:
+        reward = self._config.reward
+        self._pool = stack.enter_context(VerifierPool(reward.num_processes, reward.timeout_s))
+
+    def _start(self) -> None:
+        config, prepared, group = self._config, self._prepared, self._group
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
-        resume = prepared.beginning.resume
-        fresh = resume is None
-        needs_initial = fresh or config.algorithm.kl_beta != 0
+        fresh = prepared.beginning.resume is None
+        needs_initial = fresh or config.has_reference
         self._colocation = Colocation(group.colocation_plan, group)
         for note in group.colocation_plan.notes:
             self._screen.note(note)
@@ -101,45 +74,28 @@ class GrpoRunner:
                 check.before()
             self._colocation.first_sleep()
 
-        group.start(
-            load_initial=needs_initial,
-            engines_first=engines_first if self._colocation.alternate else None,
-            on_ready=self._screen.component,
-        )
+        self._start_workers(load_initial=needs_initial, engines_first=engines_first if self._colocation.alternate else None)
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
-        with self._coming_up("optimizer" if fresh else "optimizer and checkpoint"):
-            self._on_ranks("begin", None if resume is None else str(resume / "actor"), "actor.seed" not in prepared.beginning.changed)
-
-    @contextmanager
-    def _coming_up(self, name: str) -> Iterator[None]:
-        self._screen.phase(f"starting {name}")
-        began = time.monotonic()
-        yield
-        self._screen.component(name, time.monotonic() - began)
+        self._begin()
 
     @property
     def _vocab_size(self) -> int:
         return int(self._prepared.hf_config["vocab_size"])
 
-    def _open_log(self) -> MetricsLog:
-        """The log of this run. Metrics and checkpoints of steps that a resumed run repeats are kept aside."""
-        config, start_step = self._config, self._prepared.beginning.step
-        log = MetricsLog(config.runner.logger, config_as_dict(config), n_minibatches=config.algorithm.n_minibatches, start_step=start_step)
-        for note in log.notes:
-            self._screen.note(note)
-        for path in set_aside_later(self._results.path / "checkpoints", start_step):
-            self._screen.note(f"a checkpoint of a step that this run repeats is set aside: {path}")
-        return log
+    @property
+    def _updates_per_step(self) -> int:
+        return self._config.algorithm.n_minibatches
 
-    def _log_folder(self) -> Path | None:
-        logger = self._config.runner.logger
-        assert logger.log_path is not None, "load_config derives it"
-        return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
+    def _data_state(self) -> Mapping[str, Any]:
+        return self._prepared.loader.state_dict()
+
+    def _speeds(self, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
+        return speed_metrics(metrics, seconds, self._group.num_devices)
 
     def _validate_weights(self, check: WeightCheck) -> None:
         """Answers of the engines before and after a first sync must be equal."""
@@ -157,8 +113,8 @@ class GrpoRunner:
         self._screen.phase("warm start")
         began = time.monotonic()
         tokenizer, end = self._prepared.tokenizer, self._prepared.stop_ids[:1]
-        examples: list[Example] = [
-            (tuple(tokenizer(prompt)["input_ids"]), tuple(tokenizer(response)["input_ids"]) + end)
+        examples = [
+            answered(tuple(tokenizer(prompt)["input_ids"]), tuple(tokenizer(response)["input_ids"]) + end)
             for prompt, response in load_supervised(warm.data_paths)
         ]
         order = torch.Generator().manual_seed(self._config.actor.seed)
@@ -169,51 +125,23 @@ class GrpoRunner:
 
     # The loop.
 
-    def _train(self, log: MetricsLog) -> None:
-        self._log = log
-        batches, title = iter(self._prepared.loader), "failed"
-        try:
-            for step in range(self._prepared.beginning.step + 1, self._total + 1):
-                self._whole_step(step, batches, log)
-            title = "finished"
-        except (KeyboardInterrupt, SystemExit):
-            title = "interrupted"
-            raise
-        finally:
-            if log.history:
-                self._screen.summary(log.history, log.folder, title=title)
-
-    def _whole_step(self, step: int, batches: Iterator[list[Prompt]], log: MetricsLog) -> None:
-        """One step with its checkpoint, if due, and its line in all logs."""
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "time/step"):
-            metrics, updates = self._step(step, batches, seconds)
-        if self._saves(step):
-            self._screen.phase("save")
-            with _timed(seconds, "time/save"):
-                self._save(step)
-        speeds = speed_metrics(metrics, seconds, self._group.num_devices)
-        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds}, updates))
-
-    def _step(
-        self, step: int, batches: Iterator[list[Prompt]], seconds: dict[str, float]
-    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+    def _step(self, step: int, seconds: dict[str, float]) -> tuple[dict[str, float], list[dict[str, float]]]:
         """One step. Its rollouts come from weights of version ``step - 1``, the number of steps trained so far."""
         algorithm, screen = self._config.algorithm, self._screen
-        with _timed(seconds, "time/prepare_data"):
-            prompts = next(batches)
+        with timed(seconds, "time/prepare_data"):
+            prompts = next(self._batches)
         report, samples = self._synced_rollout(prompts, step, seconds)
         self._colocation.after_rollout()
         screen.phase("reward")
-        with _timed(seconds, "time/reward"):
+        with timed(seconds, "time/reward"):
             samples = self._reward(prompts, samples)
         samples = with_advantages(samples, algorithm.group_size, normalize=algorithm.normalize_advantages)
         replica_batches = ray.put(self._split(samples, step))
         screen.phase("log-probabilities")
-        with _timed(seconds, "time/actor/inference"):
+        with timed(seconds, "time/actor/inference"):
             differences = self._on_ranks("score", replica_batches)
         screen.phase("training")
-        with _timed(seconds, "time/actor/training"):
+        with timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", replica_batches)[0]
         seconds.update(self._colocation.take_seconds())
         counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
@@ -226,12 +154,12 @@ class GrpoRunner:
                 self._colocation.before_sync()
                 self._connect()
                 self._screen.phase("sync")
-                with _timed(seconds, "time/sync_weights"):
+                with timed(seconds, "time/sync_weights"):
                     report = self._on_ranks("sync", step - 1)[0]
                 self._colocation.after_sync()
                 self._health.committed(self._group.engine_ids)
                 self._screen.phase("rollout")
-                with _timed(seconds, "time/rollout"):
+                with timed(seconds, "time/rollout"):
                     return report, self._rollout(prompts, step)
             except RlsyncError as error:
                 if isinstance(error, WeightSyncError):
@@ -298,38 +226,8 @@ class GrpoRunner:
             shuffle_seed=actor.seed + step if algorithm.shuffle_rollout else None,
         )
 
-    def _saves(self, step: int) -> bool:
-        interval = self._config.runner.save_interval
-        return interval > 0 and (step % interval == 0 or step == self._total)
-
-    def _save(self, step: int) -> None:
-        root = self._results.path / "checkpoints"
-        try:
-            staged = stage_checkpoint(root, step)
-            self._on_ranks("save", str(staged / "actor"), step)
-            (staged / DATA_STATE).parent.mkdir()
-            torch.save(self._prepared.loader.state_dict(), staged / DATA_STATE)
-            write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
-            publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint {step} cannot be written to {root}: {error.strerror}; the checkpoints before it are complete"
-            ) from error
-
-    def _on_ranks(self, method: str, *arguments: object) -> list:
-        return self._group.on_ranks(method, *arguments)
-
     def _decoded(self, token_ids: Sequence[int]) -> str:
         return repr(self._prepared.tokenizer.decode(list(token_ids)))
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[name] = time.monotonic() - began
 
 
 _NUM_PROMPTS, _NUM_TOKENS = 4, 16

@@ -1,4 +1,4 @@
-"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, ``rewards.png``, TensorBoard, wandb, swanlab, Prometheus.
+"""Metrics of a run on disk and in loggers: ``metrics.jsonl``, ``config.yaml``, a plot, TensorBoard, wandb, swanlab, Prometheus.
 
 Owns file names, step numbering and the loggers. Knows nothing of how a number came about (``metrics``, ``algorithms``) or of the screen
 (``screen``). Loggers are imported only when named, and prometheus_client, which comes with Ray and vLLM, only where a port is configured.
@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,11 +26,22 @@ from workers.config.schema import LoggerConfig
 from workers.results import METRICS_FILE, next_free
 
 CONFIG_FILE = "config.yaml"
-REWARDS_FILE = "rewards.png"
-REWARD_NAME = "rollout/reward_scores"
 TRAINING_PREFIX = "actor/training/"
 # Where another module than the logger's own package is used, which has the name of the logger.
 _LOGGER_MODULES = {"tensorboard": "torch.utils.tensorboard"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A picture of a run: these metrics over the steps, those that any step has."""
+
+    file: str
+    names: tuple[str, ...]
+    label: str
+
+
+REWARDS = Plot("rewards.png", ("rollout/reward_scores",), "mean reward")
+LOSSES = Plot("losses.png", ("train/lm_loss", "val/loss"), "mean loss of a token")
 
 
 class MetricsLogger(Protocol):
@@ -46,11 +58,14 @@ class MetricsLog:
     ``metrics.jsonl`` holds one object per step, complete once ``log`` has returned, so a killed run loses nothing.
     """
 
-    def __init__(self, config: LoggerConfig, resolved: Mapping[str, Any], *, n_minibatches: int = 1, start_step: int = 0) -> None:
+    def __init__(
+        self, config: LoggerConfig, resolved: Mapping[str, Any], plot: Plot = REWARDS, *, n_minibatches: int = 1, start_step: int = 0
+    ) -> None:
         """
         Args:
             config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
             resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
+            plot: drawn when the log is closed.
             n_minibatches: optimizer updates per step; loggers number those, not the steps.
             start_step: step a resumed run continues after; lines of later steps move to ``metrics.<n>.jsonl``, and another
                 ``config.yaml`` to ``config.yaml.<n>``.
@@ -62,7 +77,7 @@ class MetricsLog:
         assert config.log_path is not None, "load_config derives log_path"
         self.folder = Path(config.log_path)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._n_minibatches = n_minibatches
+        self._n_minibatches, self._plot = n_minibatches, plot
         self.notes: tuple[str, ...] = ()
         lines = read_metrics(self.folder)
         check_loggers(config)
@@ -124,14 +139,14 @@ class MetricsLog:
             self._exporter.show(metrics)
 
     def close(self) -> None:
-        """Draw ``rewards.png`` and close files and loggers. Idempotent."""
+        """Draw the plot and close files and loggers. Idempotent."""
         if self._file.closed:
             return
         self._file.close()
         for logger in self._loggers:
             logger.close()
-        with _explained(self.folder / REWARDS_FILE):
-            draw_rewards(self._history, self.folder / REWARDS_FILE)
+        with _explained(self.folder / self._plot.file):
+            draw(self._history, self._plot, self.folder / self._plot.file)
 
     def _append(self, line: str) -> None:
         data = line.encode()
@@ -195,21 +210,23 @@ def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     os.replace(partial, path)
 
 
-def draw_rewards(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the mean reward over steps; no file if no step reported one."""
-    points = [(line["step"], line[REWARD_NAME]) for line in history if line.get(REWARD_NAME) is not None]
-    if not points:
+def draw(history: Sequence[Mapping[str, Any]], plot: Plot, path: Path) -> None:
+    """Plot metrics over steps; no file if no step reported one."""
+    curves = {name: [(line["step"], line[name]) for line in history if line.get(name) is not None] for name in plot.names}
+    if not any(curves.values()):
         return
     # The object interface without pyplot: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps, rewards = zip(*points, strict=True)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, rewards, marker="o", markersize=3)
-    axes.set(xlabel="step", ylabel="mean reward", title=REWARD_NAME)
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel=plot.label)
+    axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -46,6 +46,11 @@ class Preparation:
     beginning: Beginning
     notes: tuple[str, ...]
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that the data has."""
+        return len(self.loader)
+
 
 def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
     """Make the model and the data of the run where it makes its own, and read and check them, quick checks first.

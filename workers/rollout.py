@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
-from workers.config import RunConfig
+from workers.config import AnyConfig, RunConfig
 from workers.metrics import device_memory_gb, host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
@@ -44,14 +44,14 @@ class RolloutEngine(EngineActor):
             ) from error
 
 
-def engine_arguments(config: RunConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:
+def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM.
 
     ``can_sleep`` puts their memory where it can be given back. Raises ConfigError for what vLLM cannot do without GPUs.
     """
     rollout, vllm = config.rollout, config.rollout.vllm
     # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
-    no_chunks = not on_gpu and config.algorithm.sampling_params.seeded
+    no_chunks = not on_gpu and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded
     if no_chunks and vllm.enable_chunked_prefill:
         raise ConfigError(
             "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"

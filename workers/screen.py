@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 WIDTH = 80
 # (heading, metric, how a step's line shows it, width), in the order of the line; docs/metrics.md says what they mean.
-_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+Columns = tuple[tuple[str, str, str, int], ...]
+GRPO_COLUMNS: Columns = (
     ("reward", "rollout/reward_scores", ".3f", 8),
     ("equal", "rollout/fraction_of_groups_with_equal_rewards", ".0%", 6),
     ("length", "rollout/response_length", ".1f", 7),
@@ -38,9 +39,11 @@ _NAME_WIDTH = 28
 class Screen:
     """Progress of ``total_steps`` steps, of which ``start_step`` are already done. Use as a context manager."""
 
-    def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int, columns: Columns = GRPO_COLUMNS, *, name: str = "GRPO", start_step: int = 0, console: Console | None = None
+    ) -> None:
         self._console = Console() if console is None else console
-        self._total = total_steps
+        self._total, self._columns = total_steps, columns
         self._num_lines = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -52,7 +55,7 @@ class Screen:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("GRPO", total=total_steps, completed=start_step)
+        self._task = self._progress.add_task(name, total=total_steps, completed=start_step)
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -78,9 +81,9 @@ class Screen:
         """Print the line of a finished step; headings precede every ``_HEADING_EVERY``-th."""
         first = 2 * len(str(self._total)) + 1
         if self._num_lines % _HEADING_EVERY == 0:
-            self._line(f"{'step':>{first}}", *(f"{heading:>{width}}" for heading, _, _, width in _COLUMNS))
+            self._line(f"{'step':>{first}}", *(f"{heading:>{width}}" for heading, _, _, width in self._columns))
         self._num_lines += 1
-        shown = (("-" if metrics.get(name) is None else format(metrics[name], form), width) for _, name, form, width in _COLUMNS)
+        shown = (("-" if metrics.get(name) is None else format(metrics[name], form), width) for _, name, form, width in self._columns)
         self._line(f"{f'{step}/{self._total}':>{first}}", *(f"{text:>{width}}" for text, width in shown))
         self._progress.update(self._task, completed=step)
 

@@ -1,4 +1,4 @@
-"""The worker processes of a run, actor ranks and engines: placement, start, calls and end.
+"""The worker processes of a run, actor ranks and the engines that it may have: placement, start, calls and end.
 
 Owns their number and layout. Knows no step, data or reward.
 """
@@ -21,9 +21,9 @@ from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, plan_colocation
-from workers.config import RunConfig, validate_world
+from workers.config import AnyConfig, validate_world
 from workers.metrics import largest
-from workers.placement import actor_topology, resolve_placement
+from workers.placement import actor_topology, components_of, resolve_placement
 from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
 
@@ -38,9 +38,9 @@ class WorkerGroup:
         colocation_plan: memory that actor and engines move in a step.
     """
 
-    def __init__(self, config: RunConfig, cluster: Cluster) -> None:
-        self._config, self._cluster = config, cluster
-        self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices)
+    def __init__(self, config: AnyConfig, cluster: Cluster, rank_class: type[ActorRank]) -> None:
+        self._config, self._cluster, self._rank_class = config, cluster, rank_class
+        self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices, components_of(config))
         self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
@@ -56,10 +56,8 @@ class WorkerGroup:
         axes = (("TP", at.tp_size), ("PP", at.pp_size), ("CP", at.cp_size), ("DP", at.dp_size))
         layout = " ".join(f"{axis} {n}" for axis, n in axes if n > 1)
         engines = len(self._placement.rollout) // size
-        return (
-            f"{at.world_size} actor rank{'s' * (at.world_size > 1)}{f' ({layout})' if layout else ''} and "
-            f"{engines} engine{'s' * (engines > 1)}{f' (TP {size})' if size > 1 else ''}"
-        )
+        actor = f"{at.world_size} actor rank{'s' * (at.world_size > 1)}{f' ({layout})' if layout else ''}"
+        return f"{actor} and {engines} engine{'s' * (engines > 1)}{f' (TP {size})' if size > 1 else ''}" if engines else actor
 
     @property
     def num_devices(self) -> int:
@@ -113,7 +111,7 @@ class WorkerGroup:
             "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         }  # fmt: skip
         return self._cluster.launch(
-            ActorRank, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
+            self._rank_class, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
             name=f"actor rank {rank}", environment=environment,
         )  # fmt: skip
 

@@ -19,27 +19,28 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import actor as actor_module
-from workers.actor import ActorRank
 from workers.config import RunConfig
+from workers.grpo_actor import GrpoRank
 from workers.placement import actor_topology
 from workers.samples import ReplicaBatch, Sample, split_samples
+from workers.supervised import answered
 
 
-def start(config: RunConfig, *, load_initial: bool = True) -> ActorRank:
-    """An ``ActorRank`` after ``setup``, on as many replicas as there are ranks for."""
+def start(config: RunConfig, *, load_initial: bool = True) -> GrpoRank:
+    """An ``GrpoRank`` after ``setup``, on as many replicas as there are ranks for."""
     one = actor_topology(config.actor.model, 1)
     topology: Topology = actor_topology(config.actor.model, int(os.environ["WORLD_SIZE"]) // one.world_size)
-    actor = ActorRank(config, topology)
+    actor = GrpoRank(config, topology)
     actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), load_initial)
     return actor
 
 
-def leave(actor: ActorRank) -> None:
+def leave(actor: GrpoRank) -> None:
     """End Megatron's groups, so that another actor can start in this process."""
     destroy_parallel(keep_distributed=True)
 
 
-def batches(actor: ActorRank, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
+def batches(actor: GrpoRank, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
     config = actor._config
     return split_samples(
         samples,
@@ -52,7 +53,7 @@ def batches(actor: ActorRank, samples: Sequence[Sample], step: int) -> list[Repl
     )
 
 
-def steps(actor: ActorRank, samples: Sequence[Sample], which: Sequence[int]) -> list[list[dict[str, float]]]:
+def steps(actor: GrpoRank, samples: Sequence[Sample], which: Sequence[int]) -> list[list[dict[str, float]]]:
     """Score and train, once for each number of a step; metrics of every update."""
     done = []
     for step in which:
@@ -62,7 +63,7 @@ def steps(actor: ActorRank, samples: Sequence[Sample], which: Sequence[int]) -> 
     return done
 
 
-def weights(actor: ActorRank) -> dict[str, torch.Tensor]:
+def weights(actor: GrpoRank) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in actor._bridge.export_weights(actor._models)}
 
 
@@ -193,7 +194,7 @@ def resume_without_optimizer(folder: str, samples: str, root: str) -> None:
     leave(again)
 
 
-def _still(actor: ActorRank, samples: Sequence[Sample], expected: str) -> None:
+def _still(actor: GrpoRank, samples: Sequence[Sample], expected: str) -> None:
     """The optimizer's own copies are those of the weights: a step without learning rate changes nothing."""
     rates = [(group, group["lr"], group["max_lr"]) for group in actor._optimizer.param_groups]
     for group, _, _ in rates:
@@ -211,7 +212,7 @@ def _still(actor: ActorRank, samples: Sequence[Sample], expected: str) -> None:
 def warm_start(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) -> None:
     """Supervised steps, then GRPO from their weights: the optimizer and the KL reference start from these."""
     mine = read_samples(samples)
-    examples = [[(s.prompt_ids, s.response_ids) for s in mine]] * 6
+    examples = [[answered(s.prompt_ids, s.response_ids) for s in mine]] * 6
     for case in cases:
         config = run_config(folder, case)
         actor = start(config)

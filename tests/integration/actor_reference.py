@@ -1,4 +1,4 @@
-"""GRPO as anyone would write it: HF's model, the whole mini-batch at once, torch's AdamW. What ``ActorRank`` must equal."""
+"""GRPO as anyone would write it: HF's model, the whole mini-batch at once, torch's AdamW. What ``GrpoRank`` must equal."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reference:
     """The model, its frozen first self, and the optimizer."""
 
     def __init__(self, config: RunConfig) -> None:
-        from workers.actor import policy_loss_options
+        from workers.grpo_actor import policy_loss_options
 
         self._config, self._options = config, policy_loss_options(config.algorithm)
         load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
@@ -94,7 +94,7 @@ class Reference:
         )  # fmt: skip
 
     def step(self, samples: Sequence[Sample], shuffle_seed: int | None) -> list[dict[str, float]]:
-        """All updates of a step; metrics of each as ``ActorRank.train`` names them."""
+        """All updates of a step; metrics of each as ``GrpoRank.train`` names them."""
         algorithm = self._config.algorithm
         whole = collate(samples)
         with torch.no_grad():

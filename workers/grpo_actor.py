@@ -1,0 +1,212 @@
+"""One rank of the actor of a GRPO run: warm start, log-probabilities and training.
+
+Owns the GRPO loss of an optimizer update as Megatron's passes want it (``algorithms`` has the arithmetic).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsync.bridge.checkpoint_folder import Restored
+from rlsync.layout.topology import Topology
+from rlsync.megatron.model import gather_parameters
+from rlsync.megatron.optimizer import build_optimizer
+from rlsync.megatron.scores import TokenScores
+from rlsync.megatron.train import StepResult, token_scores, train_step
+from workers.actor import ActorRank, optimizer_options
+from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
+from workers.config import RunConfig
+from workers.config.schema import AlgorithmConfig
+from workers.metrics import LogprobDifference
+from workers.samples import ReplicaBatch, Sample, collate
+from workers.sft_data import SftExample
+from workers.supervised import SupervisedObjective, collate_examples, num_targets
+
+
+class GrpoRank(ActorRank):
+    """Order of calls: ``setup``, ``warm_start`` where wanted, ``begin``, ``connect``; then ``sync``, ``score``, ``train`` each step."""
+
+    _config: RunConfig
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        super().__init__(config, topology)
+        self._reference: dict[str, Tensor] | None = None
+        self._old_logprobs: list[Tensor] | None = None
+        self._reference_logprobs: list[Tensor] | None = None
+
+    def warm_start(self, steps: Sequence[Sequence[SftExample]], lr: float) -> list[float]:
+        """Supervised steps on these examples, with a separate optimizer. Returns the losses. Collective.
+
+        Every replica takes its part of each step's examples.
+        """
+        optimizer = build_optimizer(self._models, optimizer_options(self._config.actor, lr))
+        dp_rank, losses = self._topology.coordinates(self._rank).dp_rank, []
+        for examples in steps:
+            mine = collate_examples(examples[dp_rank :: self._topology.dp_size])
+            result = train_step(self._models, optimizer, [mine], SupervisedObjective(num_targets(examples)))
+            losses.append(result.metrics["loss"])
+        gather_parameters(self._models)
+        return losses
+
+    def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
+        """``ActorRank.begin``, after keeping the present weights as reference of the KL term where there is one. Collective."""
+        if self._config.has_reference:
+            self._reference = self._weights()
+        return super().begin(resume_folder, random_state)
+
+    # Scores.
+
+    def score(self, batches: Sequence[ReplicaBatch]) -> LogprobDifference | None:
+        """Recompute the log-probabilities of this replica's samples, and the reference's. Collective.
+
+        Kept on the rank for ``train``. Returns the difference to the engine's on the first rank of each replica.
+        """
+        at = self._topology.coordinates(self._rank)
+        batch, algorithm = batches[at.dp_rank], self._config.algorithm
+        samples = batch.samples
+        self._old_logprobs = self._score(batch) if algorithm.recompute_logprobs else [_engine_row(s) for s in samples]
+        self._reference_logprobs = None if self._reference is None else self._score_reference(batch)
+        if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or (at.tp_rank, at.pp_rank) != (0, 0):
+            return None
+        rows = zip(self._old_logprobs, samples, strict=True)
+        flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
+        return LogprobDifference(flat.sum().item(), flat.max().item() if flat.numel() else 0.0, flat.numel())
+
+    def _score(self, batch: ReplicaBatch) -> list[Tensor]:
+        """Log-probability of every token of every sample, each (its length,) float32 on the CPU."""
+        cuts = batch.cuts(
+            None if self._config.runner.enable_dynamic_batch_size else self._config.algorithm.logprob_forward_micro_batch_size
+        )
+        scored = token_scores(self._models, [collate(cut) for cut in cuts], temperature=self._temperature())
+        return [
+            scores.log_probs[row, : sample.length].cpu()
+            for cut, scores in zip(cuts, scored, strict=True)
+            for row, sample in enumerate(cut)
+        ]  # fmt: skip
+
+    def _score_reference(self, batch: ReplicaBatch) -> list[Tensor]:
+        """``_score`` under the reference weights, which replace the current ones for the call."""
+        assert self._reference is not None
+        current = self._weights()
+        try:
+            self._write(self._reference)
+            return self._score(batch)
+        finally:
+            self._write(current)
+
+    def _temperature(self) -> float:
+        sampling = self._config.algorithm.sampling_params
+        return sampling.temperature if sampling.do_sample else 1.0
+
+    # Training.
+
+    def train(self, batches: Sequence[ReplicaBatch]) -> list[dict[str, float]]:
+        """All optimizer updates of a step on the samples that ``score`` saw. Collective.
+
+        Returns the metrics of each update, named as under ``actor/training/``; equal on all ranks.
+        """
+        batch, algorithm = batches[self._topology.coordinates(self._rank).dp_rank], self._config.algorithm
+        options, row, metrics = policy_loss_options(algorithm), 0, []
+        for update, num_tokens, num_sequences in zip(batch.updates, batch.num_tokens, batch.num_sequences, strict=True):
+            microbatches = []
+            for micro in update:
+                microbatches.append(self._microbatch(micro, row))
+                row += len(micro)
+            objective = PolicyObjective(
+                options, num_tokens if options.loss_agg_func == "token-mean" else num_sequences, algorithm.calculate_entropy
+            )
+            result = train_step(
+                self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, temperature=self._temperature()
+            )
+            metrics.append(update_metrics(result))
+        self._old_logprobs = self._reference_logprobs = None
+        return metrics
+
+    def _microbatch(self, samples: Sequence[Sample], row: int) -> dict[str, Tensor]:
+        """Tensors of a microbatch; ``row`` is the position of its first sample in the order of ``score``."""
+        assert self._old_logprobs is not None, "score first"
+        batch, algorithm, rows = collate(samples), self._config.algorithm, slice(row, row + len(samples))
+        batch["old_logprobs"] = _padded(self._old_logprobs[rows], batch["tokens"].size(1))
+        if self._reference_logprobs is not None:
+            batch["reference_logprobs"] = _padded(self._reference_logprobs[rows], batch["tokens"].size(1))
+        if algorithm.importance_sampling_fix:
+            batch["advantages"] = correct_importance(
+                batch["advantages"], batch["old_logprobs"], batch["engine_logprobs"], algorithm.importance_sampling_clip
+            )
+        return batch
+
+
+def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
+    whole = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        whole[i, : row.numel()] = row
+    return whole
+
+
+def _engine_row(sample: Sample) -> Tensor:
+    """The engine's log-probabilities in the form ``_score`` returns: zero at the prompt."""
+    return torch.cat((torch.zeros(len(sample.prompt_ids)), torch.tensor(sample.engine_logprobs)))
+
+
+def policy_loss_options(algorithm: AlgorithmConfig) -> PolicyLossOptions:
+    low, high = algorithm.clip_ratio_low, algorithm.clip_ratio_high
+    return PolicyLossOptions(
+        loss_agg_func=algorithm.loss_agg_func,
+        clip_ratio_low=algorithm.ratio_clip_eps if low is None else low,
+        clip_ratio_high=algorithm.ratio_clip_eps if high is None else high,
+        clip_ratio_c=algorithm.clip_ratio_c,
+        clip_log_ratio_min=algorithm.clip_log_ratio_min,
+        clip_log_ratio_max=algorithm.clip_log_ratio_max,
+        early_stop_imp_ratio=algorithm.early_stop_imp_ratio,
+        kl_beta=algorithm.kl_beta,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """``TokenLoss`` of one optimizer update.
+
+    Attributes:
+        denominator: response tokens or sequences of the update over all replicas, as ``loss_agg_func`` divides.
+        report_entropy: compute the entropy also where it has no weight.
+    """
+
+    options: PolicyLossOptions
+    denominator: int
+    report_entropy: bool
+
+    def __call__(self, scores: TokenScores, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        wants_entropy = self.report_entropy or self.options.entropy_bonus != 0
+        loss = policy_loss(
+            scores.log_probs,
+            microbatch["old_logprobs"],
+            microbatch["advantages"],
+            microbatch["mask"],
+            self.options,
+            reference_logprobs=microbatch.get("reference_logprobs"),
+            entropy=scores.entropy if wants_entropy else None,
+        )
+        sums = {f"{name}|{part}": pair[i] for name, pair in loss.sums.terms.items() for i, part in enumerate(("sum", "count"))}
+        return loss.numerator / max(1, self.denominator), sums
+
+
+def update_metrics(result: StepResult) -> dict[str, float]:
+    """Metrics of an optimizer update, named as under ``actor/training/``; nan where a skipped update has no number."""
+    names = sorted({name.split("|")[0] for name in result.metrics if "|" in name})
+    counts = {name: result.metrics[f"{name}|count"] for name in names}
+    quotients = {name: result.metrics[f"{name}|sum"] / counts[name] if counts[name] else 0.0 for name in names}
+    return {
+        **{f"actor/{name}": value for name, value in quotients.items()},
+        "actor/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
+        "actor/num_zeros_in_grad": math.nan if result.num_zeros_in_grad is None else result.num_zeros_in_grad,
+        "actor/lr": result.learning_rate,
+        "actor/loss_scale": result.loss_scale,
+        "actor/update_success": float(not result.skipped),
+    }
