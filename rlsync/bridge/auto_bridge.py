@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.placement import megatron_placements
+from rlsync.models.stacks import Spelling
 from rlsync.plan.planner import Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
@@ -79,6 +80,7 @@ class AutoBridge:
         self.hf_config = dict(config)
         self.model = model_of(config)
         self._folder = folder
+        self._spelling = self.model.spelling(_stored_names(folder) if self.model.family.spellings else ())
         self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
@@ -86,7 +88,8 @@ class AutoBridge:
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
-        """Bridge for the checkpoint folder ``hf_path``; reads only its ``config.json``.
+        """Bridge for the checkpoint folder ``hf_path``; reads its ``config.json``, and the headers of its weight files where checkpoints of
+        the family have their tensors under several names: exported and saved ones are called as they are there.
 
         Raises ConfigError for a missing or unreadable config and for an unknown architecture.
         """
@@ -182,7 +185,7 @@ class AutoBridge:
     def export_weights(
         self, models: Sequence[torch.nn.Module], *, bucket_bytes: int = EXPORT_BUCKET_BYTES
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every HF name once with its full tensor, on every rank, in layer order.
+        """Yield every HF name once with its full tensor, on every rank, in layer order. Names are spelled as in the bridge's folder.
 
         A tensor that every rank holds whole, and here lies in order in one parameter (without TP and PP all but q, k and v), is a view
         of that parameter: clone it to keep it beyond the next optimizer step, and do not write to it. All others are new. Tensors are
@@ -199,8 +202,8 @@ class AutoBridge:
             if arriving:
                 exchange.deliver(k, [arriving])
             for tensor in bucket.tensors:
-                copies = export.held.get(tensor.name)
-                yield tensor.name, arriving.pop(tensor.name) if copies is None else _in_place(tensor, copies, shards.buffers)
+                copies, stored_name = export.held.get(tensor.name), self._spelling.stored(tensor.name)
+                yield stored_name, arriving.pop(tensor.name) if copies is None else _in_place(tensor, copies, shards.buffers)
 
     def _planned_export(self, shards: Shards, bucket_bytes: int) -> _Export:
         """How :meth:`export_weights` comes by its tensors; the same for all calls with such shards, so made once."""
@@ -251,14 +254,14 @@ class AutoBridge:
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
-            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, durable=durable)
+            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, self._spelling, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
-                write_index(out_dir, files, durable=durable)
+                write_index(out_dir, {name: _spelled(group, self._spelling) for name, group in files.items()}, durable=durable)
 
     def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> Mapping[str, StoredTensor]:
-        """The checkpoint without a copy of the embedding as its head, compared with the table.
+        """The checkpoint by the names of the table, without a copy of the embedding as its head, compared with the table.
 
         PlacementError lists missing, unexpected and wrongly shaped tensors at once.
         """
@@ -267,7 +270,8 @@ class AutoBridge:
         findings = self.model.misfits({name: tensor.spec.shape for name, tensor in stored.items()})
         if findings:
             raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
-        return stored
+        names = {name: self.model.spelling(stored).canonical(name) for name in stored}
+        return {name: replace(stored[file_name], spec=replace(stored[file_name].spec, name=name)) for file_name, name in names.items()}
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
         """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
@@ -323,6 +327,15 @@ def _in_place(tensor: TensorSpec, copies: Sequence[Copy], buffers: Mapping[str, 
     return whole
 
 
+def _stored_names(folder: Path | None) -> Iterable[str]:
+    """Names of the tensors of a folder; none where it has no weights."""
+    return () if folder is None or not any(folder.glob("*.safetensors*")) else read_checkpoint(folder)
+
+
+def _spelled(tensors: Sequence[TensorSpec], spelling: Spelling) -> tuple[TensorSpec, ...]:
+    return tuple(replace(tensor, name=spelling.stored(tensor.name)) for tensor in tensors)
+
+
 def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) -> tuple[TensorSpec, ...]:
     """Tensors in an order in which every writer always has something to do: round by round, one file per writer."""
     groups = list(files.values())
@@ -341,6 +354,7 @@ def _write_files(
     plan: Plan,
     held: Mapping[str, Sequence[Copy]],
     buffers: Mapping[str, torch.Tensor],
+    spelling: Spelling,
     *,
     durable: bool,
 ) -> None:
@@ -353,7 +367,8 @@ def _write_files(
     with ExitStack() as stack:
         writers: dict[str, FileWriter] = {}
         try:
-            writers = {file: stack.enter_context(FileWriter(out_dir / file, tensors, durable=durable)) for file, tensors in mine.items()}
+            for file, tensors in mine.items():
+                writers[file] = stack.enter_context(FileWriter(out_dir / file, _spelled(tensors, spelling), durable=durable))
         except OSError as error:
             failure = error
         for k, bucket in enumerate(plan.buckets):
@@ -363,7 +378,7 @@ def _write_files(
             try:
                 for t in tensors if failure is None else ():
                     tensor = _in_place(t, held[t.name], buffers) if t.name in held else arrived[t.name]
-                    writers[owner[t.name]].write(t.name, tensor.cpu())
+                    writers[owner[t.name]].write(spelling.stored(t.name), tensor.cpu())
             except OSError as error:
                 failure = error
         if failure is not None:

@@ -20,7 +20,8 @@ from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor
 
 CONFIG_NAME = "config.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 # What travels with weights, by what it is for. Patterns are paths in the folder; ``*`` stays within one folder.
 TRAVELS: dict[str, tuple[str, ...]] = {
@@ -167,11 +168,12 @@ def without_tied_head(stored: Mapping[str, StoredTensor], folder: Path) -> dict[
     """
     if HEAD not in stored:
         return dict(stored)
-    advice = "set tie_word_embeddings to false in config.json" if EMBEDDING in stored else f"rename it to {EMBEDDING}"
-    if EMBEDDING not in stored:
-        raise CheckpointError(f"{folder}: config.json ties the embeddings, but {HEAD} is stored and {EMBEDDING} is not; {advice}")
+    embedding = next((name for name in EMBEDDINGS if name in stored), EMBEDDINGS[0])
+    advice = "set tie_word_embeddings to false in config.json" if embedding in stored else f"rename it to {embedding}"
+    if embedding not in stored:
+        raise CheckpointError(f"{folder}: config.json ties the embeddings, but {HEAD} is stored and {embedding} is not; {advice}")
     files = MappedTensors(stored)
     # As bytes: a NaN equals itself here.
-    if stored[HEAD].spec.dtype != stored[EMBEDDING].spec.dtype or not files.raw(HEAD).equal(files.raw(EMBEDDING)):
-        raise CheckpointError(f"{folder}: config.json ties the embeddings, but {HEAD} is not {EMBEDDING}; {advice}, or remove {HEAD}")
+    if stored[HEAD].spec.dtype != stored[embedding].spec.dtype or not files.raw(HEAD).equal(files.raw(embedding)):
+        raise CheckpointError(f"{folder}: config.json ties the embeddings, but {HEAD} is not {embedding}; {advice}, or remove {HEAD}")
     return {name: entry for name, entry in stored.items() if name != HEAD}

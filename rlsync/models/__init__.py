@@ -19,7 +19,7 @@ from rlsync.models.qwen2 import QWEN2
 from rlsync.models.qwen2_5_vl import QWEN2_5_VL
 from rlsync.models.qwen3 import QWEN3
 from rlsync.models.qwen3_vl import QWEN3_VL
-from rlsync.models.rope import misfit_of_mrope, read_rope
+from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_mrope, read_rope
 from rlsync.models.stacks import Family, Flavour, Model, Vision
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL)
@@ -110,8 +110,10 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
             f"model_type is {shown(kind)}, but architectures is {name}, whose model_type is {shown(family.model_type)}: "
             "transformers computes the one and engines the other; make them agree",
         )
-    text = family.sections[0].of(hf_config)[0] or {} if family.sections else hf_config
-    rope, wrong = read_rope(text, max_positions=values.get("max_position_embeddings"), kind=family.rope)
+    text = family.sections[0].of(hf_config)[0] if family.sections else hf_config
+    if text is None:
+        return None, findings
+    rope, wrong = _read_rope(family, hf_config, text, values.get("max_position_embeddings"))
     findings += wrong
     if findings:
         return None, findings
@@ -138,3 +140,14 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         vision=None if family.vision is None else family.vision(values, hf_config["vision_config"]),
     )
     return model, [] if topology is None else indivisible(model, topology)
+
+
+def _read_rope(family: Family, hf_config: HFConfig, text: HFConfig, max_positions: int | None) -> tuple[Rope | None, list[str]]:
+    """The rotary embedding that ``text`` describes. Keys of it at the top level beside a section are forgotten, and must say the same."""
+    rope, findings = read_rope(text, max_positions=max_positions, kind=family.rope)
+    outside = {} if text is hf_config else {key: hf_config[key] for key in ROPE_KEYS if key in hf_config}
+    if not findings and outside and read_rope({**text, **outside}, max_positions=max_positions, kind=family.rope)[0] != rope:
+        said = ", ".join(f"{key} {shown(value)}" for key, value in outside.items())
+        where = family.sections[0].name
+        findings = [f"{said} beside {where}, which says otherwise: transformers reads the inner ones, other programs do not; keep those"]
+    return rope, findings

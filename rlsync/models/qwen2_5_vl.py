@@ -13,6 +13,7 @@ from rlsync.models.stacks import Family
 from rlsync.models.vision import (
     BLOCKS,
     ROOT_KEYS,
+    SPELLINGS,
     TEXT_KEYS,
     TOWER_KEYS,
     indexes,
@@ -79,6 +80,7 @@ QWEN2_5_VL = Family(
     sections=(Section("text_config", _TEXT, may_be_flat=True), Section("vision_config", _TOWER, prefix="vision_")),
     rope=RopeKind(theta=1e6, mrope="blocks"),
     vision=vision_of,
+    spellings=SPELLINGS,
     dims=_dims,
     contradictions=_contradictions,
     features=_features,

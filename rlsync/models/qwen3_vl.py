@@ -14,6 +14,7 @@ from rlsync.models.stacks import Family, Index
 from rlsync.models.vision import (
     BLOCKS,
     ROOT_KEYS,
+    SPELLINGS,
     TEXT_KEYS,
     TOWER_KEYS,
     indexes,
@@ -83,6 +84,7 @@ QWEN3_VL = Family(
     sections=(Section("text_config", _TEXT), Section("vision_config", _TOWER, prefix="vision_")),
     rope=RopeKind(theta=5e5, mrope="interleaved"),
     vision=vision_of,
+    spellings=SPELLINGS,
     dims=_dims,
     contradictions=_contradictions,
     features=_features,

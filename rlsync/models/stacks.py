@@ -9,8 +9,8 @@ like a parameter.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, product
 from typing import Any, Literal
 
@@ -111,6 +111,25 @@ Shares = Callable[[Stack], Sequence[Sequence[int]] | None]
 
 
 @dataclass(frozen=True, slots=True)
+class Spelling:
+    """How the files of one checkpoint begin its HF names: (prefix in the table, prefix in the files), the longest in the files first."""
+
+    prefixes: tuple[tuple[str, str], ...] = ()
+
+    def stored(self, name: str) -> str:
+        """The name in the files of a tensor of the table."""
+        return _respelled(name, self.prefixes)
+
+    def canonical(self, name: str) -> str:
+        """The name in the table of a tensor of the files."""
+        return _respelled(name, tuple((stored, canonical) for canonical, stored in self.prefixes))
+
+
+def _respelled(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    return next((after + name[len(before) :] for before, after in prefixes if name.startswith(before)), name)
+
+
+@dataclass(frozen=True, slots=True)
 class Vision:
     """The vision tower of a model, and how pictures stand among its tokens.
 
@@ -164,6 +183,7 @@ class Family:
         transformer: sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
+        spellings: prefix of HF names in the table -> prefixes that checkpoints have in its place, for the same tensors.
         sections: configs of parts of the model inside config.json, the language model's first; () where the top level is that.
         rope: what transformers' class makes of rotary embeddings.
         vision: values and content of ``vision_config`` -> the tower, or None for a model of text.
@@ -178,6 +198,7 @@ class Family:
     transformer: Callable[[Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
     ignored: tuple[str, ...] = NEVER_LOADED
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sections: tuple[Section, ...] = ()
     rope: RopeKind = RopeKind()
     vision: Callable[[Mapping[str, Any], HFConfig], Vision] | None = None
@@ -280,9 +301,30 @@ class Model:
                 seen.setdefault(name, TensorSpec(name, bound.stack.dtype or dtype or self.dtype, shape))
         return tuple(seen.values())
 
+    def spelling(self, names: Iterable[str]) -> Spelling:
+        """How a checkpoint with tensors of these names spells them. Raises PlacementError where it does so in two ways."""
+        known = {prefix: canonical for canonical, others in self.family.spellings.items() for prefix in (canonical, *others)}
+        longest = sorted(known, key=len, reverse=True)
+        found: dict[str, dict[str, str]] = {}  # canonical prefix -> prefix -> a name that begins with it
+        for name in names:
+            prefix = next((prefix for prefix in longest if name.startswith(prefix)), None)
+            if prefix is not None:
+                found.setdefault(known[prefix], {}).setdefault(prefix, name)
+        for canonical, prefixes in found.items():
+            if len(prefixes) > 1:
+                raise PlacementError(
+                    f"tensors of {canonical}* are spelled in {len(prefixes)} ways: {', '.join(prefixes.values())}; rename them to one"
+                )
+        pairs = [(canonical, prefix) for canonical, (prefix,) in found.items()]
+        return Spelling(tuple(sorted(pairs, key=lambda pair: -len(pair[1]))))
+
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What keeps tensors of these shapes, by HF name, from being this model's: missing, unexpected and wrongly shaped ones."""
-        wanted = {t.name: t.shape for t in self.tensors()}
+        """What keeps tensors of these shapes, by name in their files, from being this model's: missing, unexpected, wrongly shaped ones."""
+        try:
+            spelling = self.spelling(shapes)
+        except PlacementError as error:
+            return [str(error)]
+        wanted = {spelling.stored(t.name): t.shape for t in self.tensors()}
         missing = sorted(name for name in wanted if name not in shapes)
         extra = sorted(name for name in shapes if name not in wanted and not self.is_ignored(name))
         wrong = [f"{name}: expected {shape}, stored {shapes[name]}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]

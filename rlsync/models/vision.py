@@ -148,3 +148,5 @@ def tower_stack(*rules: Rule, within: str = "", index: Index | None = None) -> S
 
 
 BLOCKS = Index("block", "num_blocks")
+# The table has the names of transformers' modules. Released Qwen2.5-VL checkpoints have the others, which transformers 5 writes too.
+SPELLINGS: Mapping[str, tuple[str, ...]] = {"model.visual.": ("visual.",), "model.language_model.": ("model.",)}
