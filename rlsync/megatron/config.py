@@ -16,11 +16,30 @@ from megatron.core.transformer import TransformerConfig
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.overrides import checked_overrides
+from rlsync.megatron.pictures import PictureTokens, axes_of_frequencies
 from rlsync.models import model_of
 from rlsync.models.rope import Rope
+from rlsync.models.stacks import Vision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ACTIVATIONS: Mapping[str, Callable[..., torch.Tensor]] = {"silu": F.silu}
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """All that a chunk needs to take pictures.
+
+    Attributes:
+        tower: transformers' config of the vision tower.
+        tokens: how the model writes pictures.
+        num_deepstack: features of a picture token that are added behind as many first layers.
+        mrope_axes: which of three positions turns each frequency, from ``axes_of_frequencies``.
+    """
+
+    tower: Any
+    tokens: PictureTokens
+    num_deepstack: int
+    mrope_axes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +53,7 @@ class ModelConfig:
         max_sequence_length: in tokens.
         tied_embeddings: input embedding and output layer are one weight.
         rope: rotary embedding.
+        vision: of a model that takes pictures, None for one of text.
     """
 
     transformer: TransformerConfig
@@ -42,6 +62,7 @@ class ModelConfig:
     max_sequence_length: int
     tied_embeddings: bool
     rope: Rope
+    vision: VisionConfig | None
 
 
 def model_config(
@@ -68,6 +89,8 @@ def model_config(
     """
     model = model_of(hf_config, topology)
     structure = {**model.transformer, "activation_func": _ACTIVATIONS[model.transformer["activation_func"]]}
+    if model.rope.mrope_section is not None:
+        structure["mrope_section"] = list(model.rope.mrope_section)
     settings = {**_defaults(topology), **structure, **_parallel(topology), **_precision(dtype)}
     settings |= checked_overrides(overrides or {}, decided=settings, structure=structure, topology=topology)
     return ModelConfig(
@@ -77,6 +100,22 @@ def model_config(
         max_sequence_length=model.max_positions,
         tied_embeddings=model.tied,
         rope=model.rope,
+        vision=None if model.vision is None else _vision(hf_config, model.vision, model.rope),
+    )
+
+
+def _vision(hf_config: Mapping[str, Any], vision: Vision, rope: Rope) -> VisionConfig:
+    from transformers import AutoConfig
+
+    assert rope.mrope_section is not None, "models that take pictures have positions in three dimensions"
+    # transformers' own reading, with its defaults: the tower is its class.
+    tower = AutoConfig.for_model(**hf_config).vision_config
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    return VisionConfig(
+        tower=tower,
+        tokens=PictureTokens(vision.image_token_id, vision.video_token_id, tower.spatial_merge_size, patch),
+        num_deepstack=len(vision.deepstack_visual_indexes),
+        mrope_axes=axes_of_frequencies(rope.mrope_section, interleaved=rope.mrope_interleaved),
     )
 
 

@@ -6,8 +6,9 @@ Must not know HF names, files or engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
@@ -23,6 +25,7 @@ from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
+from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour
 from rlsync.models.rope import Rope
 
@@ -189,15 +192,20 @@ def _check_topology(topology: Topology) -> None:
 
 
 def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -> GPTModel:
-    chunk = GPTModel(
+    is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    takes_deepstack = is_first and config.vision is not None and config.vision.num_deepstack > 0
+    layer_class = PictureLayer if takes_deepstack else TransformerLayer
+    build: Callable[..., GPTModel] = partial(GPTModel, position_embedding_type="rope")
+    if config.vision is not None:
+        build = partial(VisionLanguageModel, vision=config.vision)
+    chunk = build(
         config=config.transformer,
-        transformer_layer_spec=block_spec(config.transformer, spec=spec, vp_stage=vp_stage),
+        transformer_layer_spec=block_spec(config.transformer, spec=spec, vp_stage=vp_stage, layer_class=layer_class),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        pre_process=is_first,
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.tied_embeddings,
-        position_embedding_type="rope",
         rotary_base=config.rope.theta,
         seq_len_interpolation_factor=config.rope.interpolation,
         parallel_output=True,

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.layers import CausalAttention, RMSNorm
@@ -25,13 +26,20 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(config: TransformerConfig, *, spec: SpecName = "auto", vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig,
+    *,
+    spec: SpecName = "auto",
+    vp_stage: int | None = None,
+    layer_class: type[TransformerLayer] = TransformerLayer,
+) -> TransformerBlockSubmodules:
     """Layers of one virtual chunk of this rank, and the class of the final norm.
 
     Args:
         config: must agree with Megatron's process groups, which give the pipeline stage.
         spec: "auto" takes TransformerEngine where it is available.
         vp_stage: index of the virtual chunk, or None without virtual stages.
+        layer_class: of the decoder layers; their parts are the spec's.
 
     Raises:
         ConfigError: unknown spec, or "te" where TransformerEngine is missing.
@@ -44,6 +52,7 @@ def block_spec(config: TransformerConfig, *, spec: SpecName = "auto", vp_stage: 
         layer, norm = _local_layer(config), RMSNorm
     else:
         layer, norm = _transformer_engine_layer(config)
+    layer.module = layer_class
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 

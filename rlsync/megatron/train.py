@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -25,7 +26,9 @@ from torch import Tensor
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.parallel import compute_device
+from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
 from rlsync.megatron.scores import TokenScores, score_tokens
+from rlsync.megatron.vision import VisionLanguageModel
 
 Microbatch = Mapping[str, Tensor]
 
@@ -139,27 +142,37 @@ def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Micro
 
 
 @torch.no_grad()
-def logits_for_tests(models: Sequence[torch.nn.Module], tokens: Tensor) -> Tensor | None:
-    """Logits (B, S, vocab_size) of tokens (B, S), gathered over the vocabulary; None before the last pipeline stage.
+def logits_for_tests(models: Sequence[torch.nn.Module], microbatch: Microbatch) -> Tensor | None:
+    """Logits (B, S, vocab_size) of a microbatch's tokens (B, S), gathered over the vocabulary; None before the last pipeline stage.
 
     For comparisons with other implementations. Collective over the TP and PP groups.
     """
 
     def gather(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        return whole[:, : tokens.size(1), : passed.vocab_size]
+        rows, length = microbatch["tokens"].shape
+        return whole[:rows, :length, : passed.vocab_size]
 
     with _evaluating(models):
-        collected = _run(models, [{"tokens": tokens}], gather, forward_only=True)
+        collected = _run(models, [microbatch], gather, forward_only=True)
     return collected[0] if collected else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """One microbatch on its way through the pipeline; ``tokens`` are the caller's, padded, and ``repeated`` marks filling."""
+    """One microbatch on its way through the pipeline.
+
+    Attributes:
+        microbatch: the caller's, on the device, without its pictures.
+        tokens: the caller's, padded.
+        arguments: what the chunks take beside tokens.
+        vocab_size: of the model, without padding.
+        repeated: this pass fills up the schedule; its loss does not count.
+    """
 
     microbatch: Microbatch
     tokens: Tensor
+    arguments: Mapping[str, Any]
     vocab_size: int
     repeated: bool
 
@@ -190,8 +203,7 @@ def _run(
 
 def _forward(on_logits: Callable[..., Any], passes: Iterator[_Passed], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     passed = next(passes)
-    positions = torch.arange(passed.tokens.size(1), device=passed.tokens.device).expand_as(passed.tokens)
-    return model(passed.tokens, positions, None), partial(on_logits, passed)
+    return model(input_ids=passed.tokens, attention_mask=None, **passed.arguments), partial(on_logits, passed)
 
 
 def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[_Passed]:
@@ -207,14 +219,23 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
         shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
     device, passes = compute_device(), []
     for microbatch, (rows, length) in zip(microbatches, shapes, strict=True):
-        moved = {name: tensor.to(device) for name, tensor in microbatch.items()}
-        tokens = moved["tokens"]
+        moved = {name: tensor.to(device) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
+        tokens = microbatch["tokens"]
         length = -(-length // multiple) * multiple
         padded = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
-        passes.append(_Passed(moved, padded, chunk.unpadded_vocab_size, repeated=False))
+        arguments = _arguments(chunk, padded, microbatch)
+        passes.append(_Passed(moved, padded.to(device), arguments, chunk.unpadded_vocab_size, repeated=False))
     last = passes[-1]
     filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
+
+
+def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch) -> Mapping[str, Any]:
+    """What the chunks of this rank take beside ``tokens``."""
+    if isinstance(chunk, VisionLanguageModel):
+        return chunk.arguments(tokens, microbatch)
+    refuse_pictures(microbatch)
+    return {"position_ids": torch.arange(tokens.size(1), device=compute_device()).expand_as(tokens)}
 
 
 def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:

@@ -1,0 +1,86 @@
+"""What the ranks of ``test_vision`` do; each function runs on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.parallel import destroy_parallel
+from rlsync.megatron.train import logits_for_tests, train_step
+from tests.integration.megatron_ranks import Actor, loss
+from tests.vision_models import collated
+
+
+class VisionActor(Actor):
+    """An actor whose batches are rows with pictures."""
+
+    def microbatches(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """This replica's share of the rows, cut as the case says."""
+        mine, parts, start = batch[parallel_state.get_data_parallel_rank() :: self.topology.dp_size], [], 0
+        for count in self.case["cut"]:
+            parts.append(collated(mine[start : start + count]))
+            start += count
+        assert start == len(mine)
+        return parts
+
+
+def compute_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """For each case: logits and gradients of every batch equal those of HF's model, and tensor ranks agree on the tower's."""
+    for case in cases:
+        expected = models[case["model"]]
+        actor = VisionActor(expected["folder"], {**case, "optimizer": {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0}})
+        worst = [0.0, 0.0]
+        for name, path in expected["batches"].items():
+            batch = torch.load(path)
+            if len(batch["rows"]) != sum(case["cut"]) * actor.topology.dp_size:
+                continue
+            worst[0] = max(worst[0], _check_logits(actor, batch, name))
+            worst[1] = max(worst[1], _check_gradients(actor, batch, name))
+        print(f"COMPUTED {case['model']} {case['topology']} logits {worst[0]:.1e} gradients {worst[1]:.1e}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def _check_logits(actor: VisionActor, batch: Mapping[str, Any], name: str) -> float:
+    start, worst = 0, 0.0
+    replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
+    for microbatch in actor.microbatches(batch["rows"]):
+        count = len(microbatch["tokens"])
+        logits = logits_for_tests(actor.models, microbatch)
+        for row in range(count):
+            theirs = batch["logits"][replica + (start + row) * replicas]
+            if logits is not None:
+                worst = max(worst, (logits[row, : len(theirs)].cpu() - theirs).abs().max().item())
+        start += count
+    assert worst < 1e-4, f"{actor.case} {name}: logits differ by {worst}"
+    return worst
+
+
+def _check_gradients(actor: VisionActor, batch: Mapping[str, Any], name: str) -> float:
+    result = train_step(actor.models, actor.optimizer, actor.microbatches(batch["rows"]), loss)
+    assert abs(result.metrics["loss"] - batch["loss"]) <= 2e-5 * max(1, abs(batch["loss"])), (name, result.metrics, batch["loss"])
+    for key, gradient in _tower_gradients(actor):
+        others = [torch.empty_like(gradient) for _ in range(actor.topology.tp_size)]
+        dist.all_gather(others, gradient, group=parallel_state.get_tensor_model_parallel_group())
+        assert all(torch.equal(gradient, other) for other in others), f"{name}: tensor ranks have other gradients of {key}"
+    kept = []
+    with torch.no_grad():
+        for _, _, _, parameter in iter_parameters(actor.models):
+            kept.append((parameter, parameter.clone()))
+            parameter.copy_(parameter.main_grad)
+        exported = {key: tensor.cpu().clone() for key, tensor in actor.bridge.export_weights(actor.models)}
+        for parameter, value in kept:
+            parameter.copy_(value)
+    assert exported.keys() == batch["gradients"].keys(), exported.keys() ^ batch["gradients"].keys()
+    differences = {key: (tensor - batch["gradients"][key]).abs().max().item() for key, tensor in exported.items()}
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] < 1e-4, f"{actor.case} {name}: gradients differ by {differences[worst]} in {worst}"
+    return differences[worst]
+
+
+def _tower_gradients(actor: VisionActor) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, parameter.main_grad) for _, _, name, parameter in iter_parameters(actor.models) if name.startswith("visual."))
