@@ -22,12 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlsync.cli.lines import wrapped
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import Check, Report, check_run
 from workers.config import Task, lenient_overrides, register_resolvers
 from workers.config.foreign_keys import hint
 from workers.config.schema import CONFIG_OF_TASK, dotted_keys
-from workers.screen import wrapped
 
 CHECK = "--check"
 

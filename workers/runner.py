@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
+from rlsync.cli.lines import wrapped
 from rlsync.errors import CheckpointError, RlsyncError
 from workers.actor import ActorRank
 from workers.cluster import Cluster
@@ -22,7 +23,7 @@ from workers.config import AnyConfig, config_as_dict
 from workers.metrics_log import MetricsLog, Plot, check_loggers
 from workers.results import ResultsFolder
 from workers.resume import DATA_STATE, Beginning, check_ranks, find_beginning, write_settings
-from workers.screen import Columns, Screen, wrapped
+from workers.screen import Columns, Screen
 from workers.worker_group import WorkerGroup
 
 

@@ -5,7 +5,6 @@ Knows metric names only; the numbers are on disk already (``metrics``).
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-WIDTH = 80
+from rlsync.cli.lines import WIDTH, wrapped
+
 # (heading, metric, how a step's line shows it, width), in the order of the line; docs/metrics.md says what they mean.
 Columns = tuple[tuple[str, str, str, int], ...]
 GRPO_COLUMNS: Columns = (
@@ -130,9 +130,3 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         if sizes := values(name):
             rows.append((name, f"{max(sizes):.2f}"))
     return [*rows, ("results", str(folder))]
-
-
-def wrapped(text: str, width: int = WIDTH, *, indent: int = 4) -> str:
-    """Lines broken at spaces to ``width``, the rest indented by ``indent``. Longer words, such as paths, stay whole."""
-    fill = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False).fill
-    return "\n".join(line if len(line) <= width or line.startswith("  File ") else fill(line) for line in text.splitlines())

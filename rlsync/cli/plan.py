@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rlsync.cli.lines import wrapped
 from rlsync.cli.pricing import Price, Quote, Settings, quote
 from rlsync.cli.scene import Scene
 from rlsync.cli.shapes import SHAPES, shape_of
@@ -96,7 +97,8 @@ def _flat(found: Quote) -> dict[str, Any]:
 
 def _shown(found: Quote) -> str:
     rows = [] if found.price is None else _rows(found.price)
-    return "\n".join([*(f"{name:<26} {text}" for name, text in rows), *(f"refused: {text}" for text in found.refusals)])
+    priced = [wrapped(f"{name:<26} {text}", indent=27) for name, text in rows]
+    return "\n".join([*priced, *(wrapped(f"refused: {text}") for text in found.refusals)])
 
 
 def _rows(p: Price) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlsync.cli.doctor import environment, gpus, host, leftovers, network, probes
 from rlsync.cli.doctor.finding import Finding
+from rlsync.cli.lines import wrapped
 
 __all__ = ["Finding", "add_arguments", "examine", "run"]
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in examine(quick=arguments.quick, ring_bytes=arguments.ring_bytes):
         findings.append(finding)
         if not arguments.json:
-            print(finding, flush=True)
+            print(wrapped(str(finding), indent=14), flush=True)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
