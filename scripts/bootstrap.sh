@@ -52,11 +52,14 @@ choose_lock() {
 
 # --- is there something to do -------------------------------------------------------------------------------------------------------
 
+# What is put beside the packages of a lock.
+patches() { if [ "$lock" = cpu ]; then echo scripts/torchvision_on_cpu.py; fi; }
+
 # What .venv must have been made from, without starting Python.
 fingerprint() {
     local version
     version=$(sed -n 's/^version[_a-z]* *= *//p' "$venv/pyvenv.cfg" 2>/dev/null) || true
-    echo "lock $lock $(cd "$root" && cat "requirements/$lock.lock" pyproject.toml | sha256sum | cut -c1-64)"
+    echo "lock $lock $(cd "$root" && cat "requirements/$lock.lock" pyproject.toml $(patches) | sha256sum | cut -c1-64)"
     echo "python $version at $venv"
 }
 
@@ -177,6 +180,8 @@ fill_venv() {
     touch "$installing"
     if [ "$lock" = cpu ]; then install_cpu_torch; fi
     run_pip --no-deps -r "$root/requirements/$lock.lock"
+    local patch
+    for patch in $(patches); do "$venv/bin/python" "$root/$patch" >>"$log"; done
     rm -f "$installing"
     run_pip --no-deps --no-build-isolation -e "$root"
 }

