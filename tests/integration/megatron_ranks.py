@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.train import StepResult, token_scores, train_step
+from tests.vision_models import collated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,10 +56,18 @@ class Actor:
             ),
         )
 
-    def microbatches(self, batch: Mapping[str, list]) -> list[dict[str, torch.Tensor]]:
-        """This replica's share of the batch, cut as the case says, each part trimmed to its longest sequence."""
-        whole = {name: torch.tensor(values) for name, values in batch.items()}
+    def microbatches(self, batch: Mapping[str, list] | str) -> list[dict[str, torch.Tensor]]:
+        """This replica's share of the batch, cut as the case says, each part trimmed to its longest sequence.
+
+        A string is a file of rows, which may have pictures.
+        """
         replica, replicas = parallel_state.get_data_parallel_rank(), self.topology.dp_size
+        if isinstance(batch, str):
+            found = torch.load(batch)["rows"][replica::replicas]
+            assert len(found) == sum(self.case["cut"])
+            ends = list(accumulate(self.case["cut"]))
+            return [collated(found[start:end]) for start, end in pairwise((0, *ends))]
+        whole = {name: torch.tensor(values) for name, values in batch.items()}
         mine = {name: tensor[replica::replicas] for name, tensor in whole.items()}
         parts, start = [], 0
         for rows in self.case["cut"]:
@@ -68,7 +78,7 @@ class Actor:
         assert start == mine["tokens"].size(0)
         return parts
 
-    def steps(self, batch: Mapping[str, list], count: int, *, temperature: float = 1.0) -> list[StepResult]:
+    def steps(self, batch: Mapping[str, list] | str, count: int, *, temperature: float = 1.0) -> list[StepResult]:
         return [
             train_step(self.models, self.optimizer, self.microbatches(batch), loss, scheduler=self.scheduler, temperature=temperature)
             for _ in range(count)

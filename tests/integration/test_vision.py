@@ -11,7 +11,13 @@ import torch
 from tests.ranks import run_ranks
 from tests.vision_models import FAMILIES, collated, hf_inputs, row, save_tiny_vision_model, tiny_vision_model
 
-RANKS = "tests.integration.vision_ranks"
+RANKS, MEGATRON_RANKS = "tests.integration.vision_ranks", "tests.integration.megatron_ranks"
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SEQUENCE = {"sequence_parallel": True}
+# A large epsilon keeps Adam from blowing up the rounding differences of gradients near zero.
+OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in FAMILIES},
     "qwen2_5_vl-tied": {"family": "qwen2_5_vl", "tied": True},
@@ -45,10 +51,6 @@ def test_one_rank_computes_as_transformers(models):
     _run(1, "compute_as_huggingface", cases, models)
 
 
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-SEQUENCE = {"sequence_parallel": True}
-
-
 def test_two_ranks_compute_as_transformers(models):
     """TP with and without sequence parallelism, PP even and uneven, DP where one replica has no pictures."""
     cases = [
@@ -68,9 +70,45 @@ def test_two_ranks_compute_as_transformers(models):
     _run(2, "compute_as_huggingface", cases, models)
 
 
-def _run(world_size: int, function: str, cases: list[dict], models: dict, **kwargs: Any) -> None:
-    outputs = run_ranks(world_size, RANKS, function, cases=cases, models=models, **kwargs)
-    done = [line for line in outputs[0].splitlines() if line.startswith(("COMPUTED", "TRAINED"))]
+def test_one_rank_trains_as_transformers(models):
+    _run(1, "train_as_huggingface", [_training("qwen2_5_vl", [3, 5]), _training("qwen3_vl", [8], ddp=DISTRIBUTED)], models, MEGATRON_RANKS)
+
+
+def test_two_ranks_train_as_transformers(models):
+    """Whole steps of the optimizer; under data parallelism the replicas' microbatches have pictures and none by turns."""
+    cases = [
+        _training("qwen3_vl", [3, 5], {"tp_size": 2}, overrides=SEQUENCE),
+        _training("qwen2_5_vl-tied", [1, 3, 4], {"pp_size": 2}),
+        _training("qwen2_5_vl", [1, 1, 2], {"dp_size": 2}, ddp=DISTRIBUTED),
+        _training("qwen3_vl", [1, 1, 1, 1], {"dp_size": 2}, ddp=OVERLAPPED),
+    ]
+    _run(2, "train_as_huggingface", cases, models, MEGATRON_RANKS)
+
+
+def test_training_resumes_bitwise(models, tmp_path):
+    cases = [
+        _training("qwen3_vl", [1, 3], {"dp_size": 2}, ddp=DISTRIBUTED),
+        _training("qwen2_5_vl", [4, 4], {"tp_size": 2}, overrides=SEQUENCE),
+    ]
+    _run(2, "resume_bitwise", cases, models, MEGATRON_RANKS, root=str(tmp_path))
+
+
+def test_training_goes_on_bitwise_after_offloading(models):
+    _run(1, "goes_on_bitwise", [_training("qwen3_vl", [3, 5])], models, "tests.integration.offload_ranks")
+
+
+def test_bfloat16_trains(models):
+    cases = [{**_training("qwen3_vl", [8]), "precision": "bf16", "skipped": [0], "scale": [1, 1]}]
+    _run(1, "train_in_half_precision", cases, models, MEGATRON_RANKS)
+
+
+def _training(model: str, cut: list[int], topology: dict[str, int] | None = None, **options: Any) -> dict[str, Any]:
+    return {"model": model, "topology": topology or {}, "cut": cut, "optimizer": OPTIMIZER, **options}
+
+
+def _run(world_size: int, function: str, cases: list[dict], models: dict, module: str = RANKS, **kwargs: Any) -> None:
+    outputs = run_ranks(world_size, module, function, cases=cases, models=models, **kwargs)
+    done = [line for line in outputs[0].splitlines() if line.startswith(("COMPUTED", "TRAINED", "RESUMED", "OFFLOADED"))]
     print(*done, sep="\n")
     assert len(done) == len(cases), outputs[0]
 
@@ -84,7 +122,37 @@ def _expectations(folder: Path, **options: Any) -> dict[str, Any]:
         rows = [_weighted(row(model.config, parts, seed=10 * number + i), seed=i) for i, parts in enumerate(layout)]
         paths[name] = str(folder / f"{name}.pt")
         torch.save({"rows": rows, **_computed(model, rows)}, paths[name])
-    return {"folder": str(folder), "batches": paths}
+    return {"folder": str(folder), "batches": paths, "batch": paths["mixed"], **_trained(model, paths["mixed"], folder / "trained.bin")}
+
+
+def _trained(model: torch.nn.Module, batch: str, path: Path, *, steps: int = 3) -> dict[str, Any]:
+    """Scores of a batch, and what torch's AdamW makes of the model on it; its weights then are in ``path``."""
+    rows = torch.load(batch)["rows"]
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER["weight_decay"]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"], betas=(0.9, OPTIMIZER["adam_beta2"]),
+    )  # fmt: skip
+    losses, norms = [], []
+    with torch.no_grad():
+        log_probs, entropy = _scores(model(**hf_inputs(rows)).logits, rows)
+    for _ in range(steps):
+        model.zero_grad()
+        loss = _loss(model(**hf_inputs(rows)).logits, rows)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]).item())
+        adam.step()
+        losses.append(loss.item())
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    torch.save(state, path)
+    return {
+        "trained": str(path), "temperature": 1.0, "tokens": sum(int(found["weights"].ne(0).sum()) for found in rows),
+        "log_probs": log_probs.tolist(), "entropy": entropy.tolist(), "losses": losses, "grad_norms": norms,
+    }  # fmt: skip
 
 
 def _weighted(found: dict[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
@@ -114,9 +182,14 @@ def _computed(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> di
 
 def _loss(logits: torch.Tensor, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """What ``megatron_ranks.loss`` is."""
-    batch = collated(rows)
-    distribution = logits.log_softmax(dim=-1)[:, :-1]
-    log_probs = distribution.gather(-1, batch["tokens"][:, 1:, None])[..., 0]
-    entropy = -(distribution.exp() * distribution).sum(dim=-1)
-    weights = batch["weights"][:, 1:]
+    log_probs, entropy = _scores(logits, rows)
+    weights = collated(rows)["weights"]
     return -(log_probs * weights).sum() - 0.1 * (entropy * weights.abs()).sum()
+
+
+def _scores(logits: torch.Tensor, rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``TokenScores`` holds."""
+    distribution = logits.float().log_softmax(dim=-1)[:, :-1]
+    log_probs = distribution.gather(-1, collated(rows)["tokens"][:, 1:, None])[..., 0]
+    entropy = -(distribution.exp() * distribution).sum(dim=-1)
+    return torch.nn.functional.pad(log_probs, (1, 0)), torch.nn.functional.pad(entropy, (1, 0))

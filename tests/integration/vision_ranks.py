@@ -11,44 +11,30 @@ from megatron.core import parallel_state
 
 from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.parallel import destroy_parallel
-from rlsync.megatron.train import logits_for_tests, train_step
+from rlsync.megatron.train import Microbatch, logits_for_tests, train_step
 from tests.integration.megatron_ranks import Actor, loss
-from tests.vision_models import collated
-
-
-class VisionActor(Actor):
-    """An actor whose batches are rows with pictures."""
-
-    def microbatches(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """This replica's share of the rows, cut as the case says."""
-        mine, parts, start = batch[parallel_state.get_data_parallel_rank() :: self.topology.dp_size], [], 0
-        for count in self.case["cut"]:
-            parts.append(collated(mine[start : start + count]))
-            start += count
-        assert start == len(mine)
-        return parts
 
 
 def compute_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
     """For each case: logits and gradients of every batch equal those of HF's model, and tensor ranks agree on the tower's."""
     for case in cases:
         expected = models[case["model"]]
-        actor = VisionActor(expected["folder"], {**case, "optimizer": {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0}})
+        actor = Actor(expected["folder"], {**case, "optimizer": {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0}})
         worst = [0.0, 0.0]
         for name, path in expected["batches"].items():
             batch = torch.load(path)
             if len(batch["rows"]) != sum(case["cut"]) * actor.topology.dp_size:
                 continue
-            worst[0] = max(worst[0], _check_logits(actor, batch, name))
-            worst[1] = max(worst[1], _check_gradients(actor, batch, name))
+            worst[0] = max(worst[0], _check_logits(actor, actor.microbatches(path), batch, name))
+            worst[1] = max(worst[1], _check_gradients(actor, actor.microbatches(path), batch, name))
         print(f"COMPUTED {case['model']} {case['topology']} logits {worst[0]:.1e} gradients {worst[1]:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
 
 
-def _check_logits(actor: VisionActor, batch: Mapping[str, Any], name: str) -> float:
+def _check_logits(actor: Actor, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], name: str) -> float:
     start, worst = 0, 0.0
     replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
-    for microbatch in actor.microbatches(batch["rows"]):
+    for microbatch in microbatches:
         count = len(microbatch["tokens"])
         logits = logits_for_tests(actor.models, microbatch)
         for row in range(count):
@@ -60,8 +46,8 @@ def _check_logits(actor: VisionActor, batch: Mapping[str, Any], name: str) -> fl
     return worst
 
 
-def _check_gradients(actor: VisionActor, batch: Mapping[str, Any], name: str) -> float:
-    result = train_step(actor.models, actor.optimizer, actor.microbatches(batch["rows"]), loss)
+def _check_gradients(actor: Actor, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], name: str) -> float:
+    result = train_step(actor.models, actor.optimizer, microbatches, loss)
     assert abs(result.metrics["loss"] - batch["loss"]) <= 2e-5 * max(1, abs(batch["loss"])), (name, result.metrics, batch["loss"])
     for key, gradient in _tower_gradients(actor):
         others = [torch.empty_like(gradient) for _ in range(actor.topology.tp_size)]
@@ -82,5 +68,5 @@ def _check_gradients(actor: VisionActor, batch: Mapping[str, Any], name: str) ->
     return differences[worst]
 
 
-def _tower_gradients(actor: VisionActor) -> Iterator[tuple[str, torch.Tensor]]:
+def _tower_gradients(actor: Actor) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, parameter.main_grad) for _, _, name, parameter in iter_parameters(actor.models) if name.startswith("visual."))
