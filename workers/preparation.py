@@ -18,12 +18,13 @@ from rlsync.errors import CheckpointError, ConfigError
 from rlsync.models import check_config
 from workers.config import RunConfig, validate_model
 from workers.config.validate import raise_all
-from workers.data import PromptDataset, PromptForm, PromptLoader
+from workers.data import Prompt, PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_references
 from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
+from workers.validation import validates, validation_notes
 
 _OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
 
@@ -33,6 +34,7 @@ class Preparation:
     """Attributes:
     hf_config: content of config.json.
     stop_ids: token ids that end a response, the tokenizer's own first.
+    val_prompts: those of the validation problems; none where the run does not validate.
     loader: positioned where the run continues.
     beginning: where the run continues.
     notes: what the user should know about model and data.
@@ -42,6 +44,7 @@ class Preparation:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     dataset: PromptDataset
+    val_prompts: tuple[Prompt, ...]
     loader: PromptLoader
     beginning: Beginning
     notes: tuple[str, ...]
@@ -67,12 +70,13 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
     check_model(beginning, hf_config, config.model_key)
     tokenizer = _tokenizer(config, hf_config)
     bad = BadSamples()
-    dataset = _dataset(config, tokenizer, bad)
-    notes += bad.settle(config.data.on_bad_sample)
+    val_prompts = _val_prompts(config, tokenizer, bad)
+    dataset = _dataset(config, config.data.train_data_paths, tokenizer, bad, data_size=config.data.data_size)
+    notes += (*bad.settle(config.data.on_bad_sample), *validation_notes(config, len(val_prompts)))
     loader = _loader(config, dataset)
     if beginning.resume is not None:
         notes += _restore_position(loader, beginning.resume / DATA_STATE)
-    return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, loader, beginning, notes)
+    return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, val_prompts, loader, beginning, notes)
 
 
 def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
@@ -96,11 +100,24 @@ def _tokenizer(config: RunConfig, hf_config: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _dataset(config: RunConfig, tokenizer: Any, bad: BadSamples) -> PromptDataset:
+def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Prompt, ...]:
+    """Prompts of the validation files, which are read and checked also where they are not used."""
     data = config.data
-    if data.val_data_paths:
-        load_readable_problems(config, data.val_data_paths, bad)
-    problems = load_readable_problems(config, data.train_data_paths, bad, data_size=data.data_size)
+    if not data.val_data_paths:
+        return ()
+    found = len(bad.found)
+    dataset = _dataset(config, data.val_data_paths, tokenizer, bad, data_size=data.val_data_size)
+    if len(dataset) == 0 and (len(bad.found) == found or data.on_bad_sample == "skip"):
+        raise ConfigError(
+            f"no validation problem remains of data.val_data_paths: {dataset.num_too_long} were longer than data.max_prompt_length "
+            f"({data.max_prompt_length}), {len(bad.found) - found} were bad samples"
+        )
+    return tuple(dataset[i] for i in range(len(dataset))) if validates(config) else ()
+
+
+def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
+    data = config.data
+    problems = load_readable_problems(config, paths, bad, data_size=data_size)
     form = PromptForm(
         max_prompt_length=data.max_prompt_length,
         filter_prompt_by_length=data.filter_prompt_by_length,

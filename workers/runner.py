@@ -1,4 +1,4 @@
-"""What runs of every kind have in common: set-up, the loop of steps, checkpoints, and the end of every process.
+"""What runs of every kind have in common: set-up, the loop of steps, checkpoints, validations, and the end of every process.
 
 Owns their order. A kind of run (``grpo_runner``, ``sft_runner``) says what is prepared, how its actor starts, and what one step is.
 """
@@ -130,6 +130,11 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
     def _data_state(self) -> Mapping[str, Any]:
         """Position in the data after the last step, which ``torch.load`` may read with ``weights_only``."""
 
+    def _validate(self, step: int) -> dict[str, float]:
+        """``val/*`` metrics with the weights after ``step``. Training goes on as without it: no position in the data, seed or random
+        state is another one afterwards."""
+        return {}
+
     @property
     def _updates_per_step(self) -> int:
         return 1
@@ -176,6 +181,8 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
     def _train(self, log: MetricsLog) -> None:
         self._log, title = log, "failed"
         try:
+            if self._prepared.beginning.step == 0 and self._validates(0):
+                self._screen.validation(0, log.log(0, self._timed_validation(0)))
             for step in range(self._prepared.beginning.step + 1, self._total + 1):
                 self._whole_step(step, log)
             title = "finished"
@@ -187,7 +194,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                 self._screen.summary(log.history, log.folder, title=title)
 
     def _whole_step(self, step: int, log: MetricsLog) -> None:
-        """One step with its checkpoint, if due, and its line in all logs."""
+        """One step with its checkpoint and its validation, if due, and its line in all logs."""
         seconds: dict[str, float] = {}
         with timed(seconds, "time/step"):
             metrics, updates = self._step(step, seconds)
@@ -195,8 +202,24 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
             self._screen.phase("save")
             with timed(seconds, "time/save"):
                 self._save(step)
+        validation = self._timed_validation(step) if self._validates(step) else {}
         speeds = self._speeds(metrics, seconds)
-        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds}, updates))
+        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
+        if validation:
+            self._screen.validation(step, validation)
+
+    def _validates(self, step: int) -> bool:
+        """Whether a validation follows this step; step 0 is before the first one."""
+        runner = self._config.runner
+        due = self._is_due(step, runner.val_check_interval) if step else runner.val_before_train
+        return due and bool(self._config.data.val_data_paths)
+
+    def _timed_validation(self, step: int) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        self._screen.phase("validation")
+        with timed(seconds, "time/validation"):
+            metrics = self._validate(step)
+        return {**metrics, **seconds}
 
     def _saves(self, step: int) -> bool:
         return self._is_due(step, self._config.runner.save_interval)

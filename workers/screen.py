@@ -33,6 +33,7 @@ _MEMORY = (
 )  # fmt: skip
 _HEADING_EVERY = 25
 _EDGE_STEPS = 5
+_VALIDATION_SHOWN = 2
 _NAME_WIDTH = 28
 
 
@@ -87,6 +88,12 @@ class Screen:
         self._line(f"{f'{step}/{self._total}':>{first}}", *(f"{text:>{width}}" for text, width in shown))
         self._progress.update(self._task, completed=step)
 
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the result of the validation that followed ``step``: its first ``val/`` metrics."""
+        shown = [f"{name.removeprefix('val/').replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if name.startswith("val/")]
+        when = f"after step {step}" if step else "of the initial weights"
+        self.note(f"validation {when}: {', '.join(shown[:_VALIDATION_SHOWN])}; {metrics['time/validation']:.1f} s")
+
     def _line(self, *cells: str) -> None:
         self._console.print("".join(cells), markup=False, highlight=False, soft_wrap=True)
 
@@ -105,7 +112,7 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
     def values(name: str) -> list[float]:
         return [line[name] for line in history if line.get(name) is not None]
 
-    rows = [("steps", str(len(history)))]
+    rows = [("steps", str(sum(line["step"] > 0 for line in history)))]
     rewards = values("rollout/reward_scores")
     # The first and the last steps have none in common, or a rise would be averaged away.
     edge = min(_EDGE_STEPS, len(rewards) // 2)
@@ -114,6 +121,12 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         rows.append(("mean reward", f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
     elif rewards:
         rows.append(("mean reward", f"{rewards[0]:.3f} (one step)"))
+    validated = [(line["val/reward"], line["step"]) for line in history if line.get("val/reward") is not None]
+    if validated:
+        (first, at), (last, end) = validated[0], validated[-1]
+        best, when = max(validated, key=lambda found: found[0])
+        rise = f"{first:.3f} (step {at}) -> {last:.3f} (step {end}), best {best:.3f} (step {when})"
+        rows.append(("val/reward", rise if len(validated) > 1 else f"{last:.3f} (step {end})"))
     equal = values("rollout/fraction_of_groups_with_equal_rewards")
     if equal:
         without = sum(share == 1.0 for share in equal)
@@ -124,6 +137,8 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
     for name in ("time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training"):
         if seconds := values(name):
             rows.append((name, f"{sum(seconds) / len(seconds):.2f} s a step, {sum(seconds):.0f} s in all"))
+    if seconds := values("time/validation"):
+        rows.append(("time/validation", f"{sum(seconds) / len(seconds):.2f} s each, {sum(seconds):.0f} s in all"))
     if speeds := values("rollout/tokens_per_s"):
         rows.append(("rollout/tokens_per_s", f"{sum(speeds) / len(speeds):.0f}"))
     for name in _MEMORY:

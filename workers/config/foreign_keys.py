@@ -50,7 +50,7 @@ INERT = (
             "data.val_rollout_batch_size",
             "data.validation_shuffle",
         ),
-        "no validation rollout is run and engines schedule their own batches",
+        "validation sees every problem of data.val_data_paths in file order, and engines schedule their own batches",
     ),
     Inert(("algorithm.max_num_gen_batches",), "raise data.rollout_batch_size instead", (1, None)),
     Inert(("algorithm.use_valid_token_scale",), "token losses are always averaged over the valid tokens of the whole mini-batch"),
@@ -233,6 +233,9 @@ OTHER_NAMES = {
     "num_train_epochs": "runner.max_epochs",
     "total_training_steps": "runner.max_steps",
     "save_freq": "runner.save_interval",
+    "test_freq": "runner.val_check_interval",
+    "val_files": "data.val_data_paths",
+    "val_max_samples": "data.val_data_size",
     "save_steps": "runner.save_interval",
     "max_actor_ckpt_to_keep": "runner.keep_last_n",
     "save_total_limit": "runner.keep_last_n",
@@ -282,7 +285,7 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"sglang"}), "SGLang is not supported; engines are vLLM, whose settings are under rollout.vllm"),
     (
         frozenset({"validation", "validate", "val", "eval", "evaluation", "test"}),
-        "no validation rollout is run; evaluate the hf_model/ folder of a checkpoint with a tool of your choice",
+        "validation is set by runner.val_check_interval, runner.val_before_train, data.val_data_paths and data.val_data_size",
     ),
     (
         frozenset({"convert", "converter", "convertor", "conversion", "export"}),

@@ -281,7 +281,12 @@ class RunnerConfig:
     logger: LoggerConfig = key(LoggerConfig(), "")
     max_epochs: int = key(1, "passes over the training data", min=1)
     max_steps: int = key(-1, "stop after this many steps; negative: only max_epochs limits", bounds=ANY_NUMBER)
-    val_check_interval: int = key(-1, "must divide save_interval when both are on; no validation rollout is run", bounds=ANY_NUMBER)
+    val_check_interval: int = key(
+        -1,
+        "steps between validations, also one after the last step; must divide save_interval when both are on; 0 or less: none at all",
+        bounds=ANY_NUMBER,
+    )
+    val_before_train: bool = key(False, "validate the initial weights too, as step 0")
     save_interval: int = key(-1, "steps between checkpoints, also one at the last step; 0 or less: none at all", bounds=ANY_NUMBER)
     keep_last_n: int | None = key(None, "complete checkpoints to keep; null keeps all", min=1)
     seq_length: int = key(doc="tokens of prompt and response together; must exceed data.max_prompt_length", min=2)
@@ -401,7 +406,9 @@ class DataConfig:
 
     type: Literal["math", "reasoning"] = key("math", "both names mean the math form")
     train_data_paths: tuple[str, ...] = key(doc="JSONL / JSON files with the training problems")
-    val_data_paths: tuple[str, ...] = key((), "further files with the same form, checked to exist and to parse")
+    val_data_paths: tuple[str, ...] = key(
+        (), "files of the same form with the validation problems: one greedy response to each, by runner.val_check_interval"
+    )
     prompt_key: str = key("prompt", "field with the prompt: a string, or a message list; GSM8K: question")
     answer_key: str = key("solutions", "field with the reference answer(s): string or list; GSM8K: answer (the part after ####)")
     on_bad_sample: Literal["error", "skip"] = key(
@@ -418,6 +425,7 @@ class DataConfig:
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
     seed: int = key(1234, "of the order", bounds=SEED)
     data_size: int | None = key(None, "use only the first this many problems; null: all", min=1)
+    val_data_size: int | None = key(None, "use only the first this many validation problems; null: all", min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,10 +455,10 @@ class WarmStartConfig:
 class ArithmeticConfig:
     """``arithmetic``: the locally made model, tokenizer and problems of the CPU default; absent: none are made."""
 
-    path: str = key(doc="folder that receives model/, train.jsonl and supervised.jsonl")
+    path: str = key(doc="folder that receives model/, train.jsonl, val.jsonl and supervised.jsonl")
     seed: int = key(0, "of weights and problems", bounds=SEED)
     max_operand: int = key(4, "problems are a+b with both operands from 0 to this", min=1)
-    num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition", min=1)
+    num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition; val.jsonl has each problem once", min=1)
     num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition", min=1)
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
     hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)

@@ -110,6 +110,8 @@ def _runner(config: AnyConfig) -> Iterator[str]:
     runner = config.runner
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
+    if runner.val_before_train and not config.data.val_data_paths:
+        yield "runner.val_before_train=True needs data.val_data_paths, the files with the validation problems"
     if runner.enable_dynamic_batch_size and (runner.max_tokens_per_mbs or 0) < runner.seq_length:
         yield f"runner.max_tokens_per_mbs ({runner.max_tokens_per_mbs}) must be at least runner.seq_length ({runner.seq_length})"
 
