@@ -272,6 +272,9 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
 
 
 GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_weights, check_tokenizer, check_data, check_loggers, check_beginning)
+SFT_CHECKS: tuple[Check, ...] = (
+    check_devices, check_model, check_weights, check_tokenizer, check_loggers, check_beginning,
+)  # fmt: skip
 
 
 def count_gpus() -> int:

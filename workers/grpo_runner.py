@@ -16,7 +16,6 @@ from rlsync.engine.handles import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
-from workers.colocation import Colocation
 from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
 from workers.grpo_actor import GrpoRank
@@ -47,7 +46,6 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self._connected = False
         self._num_restarts = 0
         self._health = SyncHealth()
         # Of the version that the engines hold, where a validation has synced it and the next step has yet to generate with it.
@@ -69,17 +67,9 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         fresh = prepared.beginning.resume is None
         needs_initial = fresh or config.has_reference
-        self._colocation = Colocation(group.colocation_plan, group)
-        for note in group.colocation_plan.notes:
-            self._screen.note(note)
         check = WeightCheck(group, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
 
-        def engines_first() -> None:
-            if check is not None:
-                check.before()
-            self._colocation.first_sleep()
-
-        self._start_workers(load_initial=needs_initial, engines_first=engines_first if self._colocation.alternate else None)
+        self._start_workers(load_initial=needs_initial, engines_up=check.before if check is not None else lambda: None)
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
@@ -162,7 +152,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         were replaced, up to ``rollout.max_engine_restarts``. ``name``: of the phase, for screen and seconds."""
         while True:
             try:
-                report = self._sync(version, seconds) if self._served is None else self._served
+                report = self._synced(version, seconds) if self._served is None else self._served
                 self._screen.phase(name)
                 with timed(seconds, f"time/{name}"):
                     return report, generate()
@@ -173,14 +163,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
                     self._log.show(self._health.metrics())
                 self._replace_lost_engines(error)
 
-    def _sync(self, version: int, seconds: dict[str, float]) -> SyncReport:
-        """Bring the actor's weights to the engines, and leave both sides' memory as a rollout wants it."""
-        self._colocation.before_sync()
-        self._connect()
-        self._screen.phase("sync")
-        with timed(seconds, "time/sync_weights"):
-            report: SyncReport = self._on_ranks("sync", version)[0]
-        self._colocation.after_sync()
+    def _synced(self, version: int, seconds: dict[str, float]) -> SyncReport:
+        report = super()._synced(version, seconds)
         self._health.committed(self._group.engine_ids)
         return report
 
@@ -201,12 +185,6 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         correct, rewards = self._judge([p.answers for p in prompts], [r.token_ids for r in responses])
         lengths, ended = [len(r.token_ids) for r in responses], [r.finish_reason == "stop" for r in responses]
         return validation_metrics(rewards=rewards, correct=correct, response_lengths=lengths, properly_ended=ended)
-
-    def _connect(self) -> None:
-        if not self._connected:
-            with self._coming_up("connection"):
-                self._group.connect()
-            self._connected = True
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
         """Replace lost engines. Raises ``error`` if no engine is lost, or too many are."""

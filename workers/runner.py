@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,8 +17,10 @@ import torch
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.cli.lines import wrapped
 from rlsync.errors import CheckpointError, RlsyncError
+from rlsync.sync import SyncReport
 from workers.actor import ActorRank
 from workers.cluster import Cluster
+from workers.colocation import Colocation
 from workers.config import AnyConfig, config_as_dict
 from workers.metrics_log import MetricsLog, Plot, check_loggers
 from workers.results import ResultsFolder
@@ -50,7 +52,7 @@ PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 
 class Runner(ABC, Generic[ConfigT, PreparedT]):
-    """One run. ``run`` starts all processes, trains, and ends every process it started, whatever the outcome.
+    """One run. ``run`` starts all processes, trains, and ends every process that it started, whatever the outcome.
 
     Attributes:
         NAME: of the run, beside the progress bar.
@@ -66,6 +68,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
 
     def __init__(self, config: ConfigT) -> None:
         self._config = config
+        self._connected = False
 
     def run(self) -> None:
         """Train until the last step or a KeyboardInterrupt; no process is left either way.
@@ -141,9 +144,22 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
 
     # Set-up.
 
-    def _start_workers(self, *, load_initial: bool, **options: Any) -> None:
+    def _start_workers(self, *, load_initial: bool, engines_up: Callable[[], None] = lambda: None) -> None:
+        """Start engines and actor. Where they take turns on their GPUs, ``engines_up`` is called before the engines sleep."""
         self._screen.phase("starting engines and actor" if self._config.has_engines else "starting actor")
-        self._group.start(load_initial=load_initial, on_ready=self._screen.component, **options)
+        self._colocation = Colocation(self._group.colocation_plan, self._group)
+        for note in self._group.colocation_plan.notes:
+            self._screen.note(note)
+
+        def engines_first() -> None:
+            engines_up()
+            self._colocation.first_sleep()
+
+        self._group.start(
+            load_initial=load_initial,
+            engines_first=engines_first if self._colocation.alternate else None,
+            on_ready=self._screen.component,
+        )
 
     def _begin(self) -> None:
         """Create the optimizer, and load the checkpoint to resume."""
@@ -175,6 +191,19 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         logger = self._config.runner.logger
         assert logger.log_path is not None, "load_config derives it"
         return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
+
+    def _synced(self, version: int, seconds: dict[str, float]) -> SyncReport:
+        """Connect the engines where they are not, and sync them; they can answer then."""
+        self._colocation.before_sync()
+        if not self._connected:
+            with self._coming_up("connection"):
+                self._group.connect()
+            self._connected = True
+        self._screen.phase("sync")
+        with timed(seconds, "time/sync_weights"):
+            report: SyncReport = self._on_ranks("sync", version)[0]
+        self._colocation.after_sync()
+        return report
 
     # The loop.
 

@@ -5,7 +5,7 @@ Knows metric names only; the numbers are on disk already (``metrics``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,25 @@ GRPO_COLUMNS: Columns = (
     ("sync s", "sync/seconds", ".2f", 7),
     ("step s", "time/step", ".1f", 7),
 )
+SFT_COLUMNS: Columns = (
+    ("loss", "train/lm_loss", ".4f", 9),
+    ("grad", "train/grad_norm", ".2f", 8),
+    ("lr", "train/learning_rate", ".1e", 9),
+    ("tok/s", "perf/throughput", ".0f", 8),
+    ("wait s", "time/data_wait", ".2f", 7),
+    ("step s", "time/step", ".1f", 7),
+)
+# Metrics whose rise or fall the closing summary tells, and how it calls them.
+_COURSES = (
+    ("rollout/reward_scores", "mean reward"),
+    ("train/lm_loss", "loss of a token"),
+)
+# Metrics of a validation, and which of its numbers is the best.
+_VALIDATED: tuple[tuple[str, Callable[..., Any]], ...] = (("val/reward", max), ("val/loss", min), ("val/exact_match", max))
+_TIMES = (
+    "time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training",
+    "time/training", "time/data_wait",
+)  # fmt: skip
 _MEMORY = (
     "perf/actor_host_memory_gb", "perf/engine_host_memory_gb", "perf/max_memory_allocated_gb", "perf/device_memory_gb",
 )  # fmt: skip
@@ -113,20 +132,22 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         return [line[name] for line in history if line.get(name) is not None]
 
     rows = [("steps", str(sum(line["step"] > 0 for line in history)))]
-    rewards = values("rollout/reward_scores")
-    # The first and the last steps have none in common, or a rise would be averaged away.
-    edge = min(_EDGE_STEPS, len(rewards) // 2)
-    if edge:
-        first, last = sum(rewards[:edge]) / edge, sum(rewards[-edge:]) / edge
-        rows.append(("mean reward", f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
-    elif rewards:
-        rows.append(("mean reward", f"{rewards[0]:.3f} (one step)"))
-    validated = [(line["val/reward"], line["step"]) for line in history if line.get("val/reward") is not None]
-    if validated:
-        (first, at), (last, end) = validated[0], validated[-1]
-        best, when = max(validated, key=lambda found: found[0])
-        rise = f"{first:.3f} (step {at}) -> {last:.3f} (step {end}), best {best:.3f} (step {when})"
-        rows.append(("val/reward", rise if len(validated) > 1 else f"{last:.3f} (step {end})"))
+    for metric, name in _COURSES:
+        numbers = values(metric)
+        # The first and the last steps have none in common, or a rise would be averaged away.
+        edge = min(_EDGE_STEPS, len(numbers) // 2)
+        if edge:
+            first, last = sum(numbers[:edge]) / edge, sum(numbers[-edge:]) / edge
+            rows.append((name, f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
+        elif numbers:
+            rows.append((name, f"{numbers[0]:.3f} (one step)"))
+    for metric, better in _VALIDATED:
+        validated = [(line[metric], line["step"]) for line in history if line.get(metric) is not None]
+        if validated:
+            (first, at), (last, end) = validated[0], validated[-1]
+            best, when = better(validated, key=lambda found: found[0])
+            course = f"{first:.3f} (step {at}) -> {last:.3f} (step {end}), best {best:.3f} (step {when})"
+            rows.append((metric, course if len(validated) > 1 else f"{last:.3f} (step {end})"))
     equal = values("rollout/fraction_of_groups_with_equal_rewards")
     if equal:
         without = sum(share == 1.0 for share in equal)
@@ -134,7 +155,7 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         rows.append(("groups with equal rewards", f"{sum(equal) / len(equal):.0%}{none}"))
     if differences := values("rollout/logprob_diff_mean"):
         rows.append(("logp diff, engine and actor", f"{max(differences):.1e}, the largest mean of a step"))
-    for name in ("time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training"):
+    for name in _TIMES:
         if seconds := values(name):
             rows.append((name, f"{sum(seconds) / len(seconds):.2f} s a step, {sum(seconds):.0f} s in all"))
     if seconds := values("time/validation"):

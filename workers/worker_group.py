@@ -65,6 +65,11 @@ class WorkerGroup:
         return len({*self._placement.actor, *self._placement.rollout})
 
     @property
+    def num_actor_devices(self) -> int:
+        """Number of devices of the actor's ranks."""
+        return len(self._placement.actor)
+
+    @property
     def engine_ids(self) -> tuple[str, ...]:
         """Ids of the engines, as errors of a sync name them."""
         return tuple(handle.engine_id for handle in self._handles)

@@ -138,7 +138,7 @@ INERT_IN_SFT = (
     Inert(
         ("algorithm.sampling_params.temperature",),
         "it would divide the logits in training, so that the model answers as it was taught at that temperature only; "
-        "answers of the evaluation are greedy",
+        "answers of the validation are greedy",
         (1.0, None),
     ),
     Inert(("critic.use_critic_model",), "supervised fine-tuning has no critic", _OFF),
@@ -266,7 +266,7 @@ SFT_NAMES = {
     "eval_interval": "runner.val_check_interval",
     "val_dataset": "data.val_data_paths",
     "eval_dataset": "data.val_data_paths",
-    "max_new_tokens": "evaluation.max_new_tokens",
+    "max_new_tokens": "validation.max_new_tokens",
 }
 
 # What a run of the other kind is called.
@@ -284,7 +284,7 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     ),
     (frozenset({"sglang"}), "SGLang is not supported; engines are vLLM, whose settings are under rollout.vllm"),
     (
-        frozenset({"validation", "validate", "val", "eval", "evaluation", "test"}),
+        frozenset({"validation", "validate", "val", "eval", "test"}),
         "validation is set by runner.val_check_interval, runner.val_before_train, data.val_data_paths and data.val_data_size",
     ),
     (

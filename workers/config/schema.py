@@ -236,7 +236,7 @@ class ActorConfig:
         None, "SFT, required there: examples of an optimizer step over all ranks; reasoning: derived: "
         "rollout_batch_size x group_size // n_minibatches", min=1,
     )  # fmt: skip
-    eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the evaluation; null: micro_batch_size", min=1)
+    eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the validation; null: micro_batch_size", min=1)
     model: ActorModelConfig = key(ActorModelConfig(), "")
     optim: OptimConfig = key(OptimConfig(), "")
     lr_sched: LrSchedConfig = key(LrSchedConfig(), "")
@@ -531,29 +531,38 @@ class SftAlgorithmConfig:
 class SftDataConfig:
     """``data`` of an SFT run: examples with prompt and answer."""
 
-    type: Literal["llm"] = key("llm", "form of the examples")
-    train_data_paths: tuple[str, ...] = key(doc="files with the training examples")
-    val_data_paths: tuple[str, ...] = key((), "files with the examples of the evaluation; `eval_data_paths` is taken too")
-    prompt_key: str = key("prompt", "field with the prompt")
-    answer_key: str = key("answer", "field with the answer")
-    on_bad_sample: Literal["error", "skip"] = key(
-        "error", "rows that cannot be used; error: name file and row and end, skip: leave them out and say how many"
+    type: Literal["llm", "chat", "vlm"] = key(
+        "llm", "form of the rows: prompt and answer; a list of messages; a question about pictures, with or without choices"
     )
-    apply_chat_template: bool = key(False, "render the example with the tokenizer's chat template")
+    train_data_paths: tuple[str, ...] = key(doc="files and folders with the training rows")
+    val_data_paths: tuple[str, ...] = key((), "files and folders with the rows of the validation; `eval_data_paths` is taken too")
+    val_data_size: int | None = key(None, "use only the first this many rows of the validation; null: all", min=1)
+    prompt_key: str = key("prompt", "field with the prompt, the question or the messages")
+    answer_key: str = key("response", "field with the answer")
+    choice_key: str | None = key(None, "vlm: field with the choices, of which the answer names one; null: none")
+    image_keys: tuple[str, ...] = key((), "fields with pictures")
+    system_prompt: str | None = key(None, "system message put before rows that have none")
+    apply_chat_template: bool = key(True, "render rows with the tokenizer's chat template; false: prompt, answer and end-of-sequence token")
+    train_on_generation_prompt: bool = key(
+        False, "the template's prompt for a next answer stands behind the last one and in the loss, as RLinf has it"
+    )
+    on_bad_sample: Literal["error", "skip"] = key(
+        "error", "rows that cannot be used; error: name file and row and end, skip: another row nearby takes the place"
+    )
+    on_too_long: Literal["error", "skip"] = key("error", "the same for rows of more than runner.seq_length tokens")
     num_workers: int = key(0, "loader processes of a data-parallel rank; 0: in the rank", min=0)
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
     seed: int = key(1234, "of the order", bounds=SEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """``evaluation`` of an SFT run, every ``runner.val_check_interval`` steps on ``data.val_data_paths``; the loss needs no key."""
+class ValidationConfig:
+    """``validation`` of an SFT run, every ``runner.val_check_interval`` steps on ``data.val_data_paths``; the loss needs no key."""
 
     generate: bool = key(
         False, "engines answer the prompts greedily too, and answers are compared with the references; the placement has `rollout` then"
     )
     max_new_tokens: int = key(64, "with generate: longest answer in tokens", min=1)
-    max_examples: int | None = key(None, "with generate: answer only the first this many prompts; null: all", min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -563,7 +572,7 @@ class SftConfig:
     cluster: ClusterConfig = key(doc="")
     runner: RunnerConfig = key(doc="")
     algorithm: SftAlgorithmConfig = key(SftAlgorithmConfig(), "")
-    evaluation: EvaluationConfig = key(EvaluationConfig(), "")
+    validation: ValidationConfig = key(ValidationConfig(), "")
     rollout: RolloutConfig = key(doc="")
     data: SftDataConfig = key(doc="")
     actor: ActorConfig = key(ActorConfig(), "")
@@ -581,7 +590,7 @@ class SftConfig:
 
     @property
     def has_engines(self) -> bool:
-        return self.evaluation.generate
+        return self.validation.generate
 
     @property
     def has_reference(self) -> bool:
