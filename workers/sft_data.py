@@ -6,24 +6,31 @@ the tokenizer is any fast Hugging Face tokenizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jinja2 import TemplateError
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlsync.errors import CheckpointError, ConfigError
+from workers.config import SftDataConfig
+from workers.pictures import Patches, PictureProcessor, load_picture_processor, open_picture
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
-from workers.sft_rows import Conversation, RowForm, conversation
+from workers.sft_rows import Conversation, RowForm, conversation, row_form
 
 # Rows tried in the place of one that is left out. So many in a row that cannot be used are no accident.
 _NUM_SUBSTITUTES = 32
 # Substitutes come from this many rows around, so that a Parquet file is not read all over for each.
 _NEIGHBOURHOOD = 1024
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,23 @@ class SftExample:
     def num_targets(self) -> int:
         """Tokens that are in the loss."""
         return sum(self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class SftQuestion:
+    """One row as an engine is asked it.
+
+    Attributes:
+        prompt_ids: tokens up to the answer; a picture's placeholder stands once.
+        images: RGB pictures in the order of their placeholders.
+        answer: what is expected.
+        where: file and row.
+    """
+
+    prompt_ids: tuple[int, ...]
+    images: tuple[Image, ...]
+    answer: str
+    where: str
 
 
 class TooLong(BadRow):
@@ -108,37 +132,87 @@ class ExampleForm:
 
 
 class ExampleEncoder:
-    """Conversations to examples by the tokenizer of a model folder.
+    """Conversations to examples by the tokenizer and, for a vision-language model, the image processor of a model folder.
+
+    What is learned of a conversation: for each turn of the assistant that is, all that follows the template's prompt for it, up to and
+    with what ends the turn (not the white space after it). A template with ``{% generation %}`` marks says it itself.
 
     Raises:
         ConfigError: the form and the tokenizer do not fit together.
     """
 
-    def __init__(self, tokenizer: Any, form: ExampleForm) -> None:
-        self._tokenizer, self._form = tokenizer, form
+    def __init__(self, tokenizer: Any, form: ExampleForm, pictures: PictureProcessor | None = None) -> None:
+        self._tokenizer, self._form, self._pictures = tokenizer, form, pictures
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError("supervised fine-tuning needs a fast tokenizer, which says where in the text a token stands (tokenizer.json)")
-        if form.apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
+        template = getattr(tokenizer, "chat_template", None)
+        if form.apply_chat_template and template is None:
             raise ConfigError(
                 "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
                 "or set data.apply_chat_template to False"
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no eos_token; an answer could not end")
+        self._has_marks = isinstance(template, str) and _GENERATION_MARK.search(template) is not None
+        self._turn_end = self._find_turn_end() if form.apply_chat_template else ""
 
-    def __call__(self, found: Conversation, where: str) -> SftExample:
-        """The example. Raises BadRow where the template refuses the row or nothing of it would be learned, and TooLong."""
+    def __call__(self, found: Conversation, where: str, folder: Path) -> SftExample:
+        """The example of a conversation.
+
+        Args:
+            where: file and row.
+            folder: from which relative paths of pictures are meant.
+
+        Raises:
+            BadRow: the template refuses the conversation, a picture cannot be read, or nothing would be learned.
+            TooLong: it has more tokens than ``max_length``.
+        """
         token_ids, mask = self._rendered(found) if self._form.apply_chat_template else self._plain(found)
+        patches = self._patches(found, folder)
+        if patches is not None or self._pictures is not None:
+            token_ids, mask = self._with_features(token_ids, mask, () if patches is None else patches.num_features)
         if len(token_ids) > self._form.max_length:
             raise TooLong(f"it has {len(token_ids)} tokens, and an example has at most {self._form.max_length}")
         mask = [False, *mask[1:]]
         if not any(mask):
             raise BadRow("no token of it is in the loss")
-        return SftExample(tuple(token_ids), tuple(mask), None, None, where)
+        pixels, grid = (None, None) if patches is None else (patches.pixel_values, patches.image_grid_thw)
+        return SftExample(tuple(token_ids), tuple(mask), pixels, grid, where)
+
+    def question(self, found: Conversation, where: str, folder: Path) -> SftQuestion:
+        """The conversation up to the last turn that is learned, and that turn as the answer. Raises BadRow."""
+        last = max(i for i, message in enumerate(found.messages) if message.in_loss)
+        if self._form.apply_chat_template:
+            text = self._render([message.as_template_input() for message in found.messages[:last]], add_generation_prompt=True)
+            prompt_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            token_ids, mask = self._plain(found)
+            prompt_ids = token_ids[: mask.index(True)]
+        return SftQuestion(tuple(prompt_ids), tuple(open_picture(image, folder) for image in found.images), found.answer, where)
+
+    def _patches(self, found: Conversation, folder: Path) -> Patches | None:
+        if not found.images:
+            return None
+        if self._pictures is None:
+            raise BadRow(f"it has {len(found.images)} pictures, and the model takes none")
+        return self._pictures([open_picture(reference, folder) for reference in found.images])
+
+    def _with_features(self, token_ids: list[int], mask: list[bool], counts: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """Each picture's placeholder as often as the tower makes features of the picture."""
+        assert self._pictures is not None
+        placeholder = self._pictures.image_token_id
+        if token_ids.count(placeholder) != len(counts):
+            raise BadRow(f"the text holds {token_ids.count(placeholder)} placeholders of pictures, and the row has {len(counts)} pictures")
+        rest = iter(counts)
+        repeats = [next(rest) if token == placeholder else 1 for token in token_ids]
+        spread = [(token, is_target) for token, is_target, n in zip(token_ids, mask, repeats, strict=True) for _ in range(n)]
+        return [token for token, _ in spread], [is_target for _, is_target in spread]
 
     def _plain(self, found: Conversation) -> tuple[list[int], list[bool]]:
         """Prompt and answer without a template, and the end-of-sequence token."""
-        prompt, answer = ("".join(part.get("text", "") for part in message.parts) for message in found.messages[-2:])
+        if len(found.messages) != 2 or found.images:
+            raise BadRow("it has pictures, or more than a prompt and an answer; set data.apply_chat_template to True")
+        prompt, answer = ("".join(part["text"] for part in message.parts) for message in found.messages)
         has_own = self._tokenizer.bos_token is not None and prompt.startswith(self._tokenizer.bos_token)
         before = list(self._tokenizer(prompt, add_special_tokens=not has_own)["input_ids"])
         after = [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
@@ -147,26 +221,65 @@ class ExampleEncoder:
     def _rendered(self, found: Conversation) -> tuple[list[int], list[bool]]:
         text, spans = self._spans(found)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [any(start >= begin and stop <= end for begin, end in spans) for start, stop in encoded["offset_mapping"]]
+        mask = [any(start < end and stop > begin for begin, end in spans) for start, stop in encoded["offset_mapping"]]
         return list(encoded["input_ids"]), mask
 
     def _spans(self, found: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and where in it stands what is learned."""
         inputs = [message.as_template_input() for message in found.messages]
-        text = self._render(inputs, add_generation_prompt=self._form.train_on_generation_prompt)
-        spans: list[tuple[int, int]] = []
-        for i, message in enumerate(found.messages):
-            if message.in_loss:
-                before = self._render(inputs[:i], add_generation_prompt=True)
-                through = self._render(inputs[: i + 1], add_generation_prompt=False)
-                if not text.startswith(through) or not through.startswith(before):
-                    raise BadRow(f"the chat template renders message {i} otherwise when others follow")
-                spans.append((len(before), len(through.rstrip())))
+        text, spans = self._marked_spans(found, inputs) if self._has_marks else self._turn_spans(found, inputs)
         if self._form.train_on_generation_prompt:
-            spans.append((len(self._render(inputs, add_generation_prompt=False)), len(text)))
+            text = self._render(inputs, add_generation_prompt=True)
+            spans.append((spans[-1][0] if found.messages[-1].in_loss else len(text), len(text)))
         return text, spans
 
-    def _render(self, inputs: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def _turn_spans(self, found: Conversation, inputs: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        text, spans = self._render(inputs), []
+        for i, message in enumerate(found.messages):
+            if message.in_loss:
+                before, through = self._render(inputs[:i], add_generation_prompt=True), self._render(inputs[: i + 1])
+                end = len(through.rstrip()) if text.startswith(through) else self._turn_end_after(text, len(before), found)
+                if end is None or not text.startswith(before):
+                    raise BadRow(
+                        f"the chat template renders message {i} otherwise when others follow, so what of it is to be learned cannot be "
+                        "told; put {% generation %} marks into the template"
+                    )
+                spans.append((len(before), end))
+        return text, spans
+
+    def _turn_end_after(self, text: str, begin: int, found: Conversation) -> int | None:
+        """Where the turn that begins there ends, for templates that render a turn otherwise when others follow."""
+        mark = self._turn_end
+        if not mark or any(mark in part.get("text", "") for message in found.messages for part in message.parts):
+            return None
+        at = text.find(mark, begin)
+        return None if at < 0 else at + len(mark)
+
+    def _find_turn_end(self) -> str:
+        """What the template writes after an answer."""
+        answer = "an answer"
+        try:
+            text = self._render([{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}])
+        except BadRow:
+            return ""
+        return text.rpartition(answer)[2].rstrip() if answer in text else ""
+
+    def _marked_spans(self, found: Conversation, inputs: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        turns = [message for message in found.messages if message.role == "assistant"]
+        try:
+            [text], [spans] = render_jinja_template(
+                [inputs],
+                chat_template=self._tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise BadRow(f"the chat template refuses it: {error}") from None
+        if len(spans) != len(turns):
+            raise BadRow(f"the chat template marks {len(spans)} generations in {len(turns)} turns of the assistant")
+        return text, [tuple(span) for span, turn in zip(spans, turns, strict=True) if turn.in_loss]
+
+    def _render(self, inputs: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         try:
             rendered: str = self._tokenizer.apply_chat_template(list(inputs), tokenize=False, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
@@ -196,12 +309,20 @@ class RowExamples:
         for row in item:
             where, content = self._files.read(int(row))
             try:
-                return Drawn(self._encode(conversation(content, self._form), where), tuple(left_out))
+                return Drawn(self._encode(conversation(content, self._form), where, self._files.folder(int(row))), tuple(left_out))
             except BadRow as reason:
                 left_out.append(LeftOut(where, str(reason), isinstance(reason, TooLong)))
                 if not self._skips[left_out[-1].too_long]:
                     break
         return Drawn(None, tuple(left_out))
+
+    def question(self, row: int) -> SftQuestion | LeftOut:
+        """A row as an engine is asked it, or why it cannot be."""
+        where, content = self._files.read(row)
+        try:
+            return self._encode.question(conversation(content, self._form), where, self._files.folder(row))
+        except BadRow as reason:
+            return LeftOut(where, str(reason), too_long=False)
 
     def fingerprint(self) -> str:
         return self._files.fingerprint()
@@ -234,28 +355,29 @@ class _Drawing(Dataset[Drawn]):
         return self._source.draw(item)
 
 
-class _Share(Sampler[list[Any]]):
+class _Share(Sampler[Any]):
     """Items of one replica's share of each global batch over all epochs; a short last batch is dropped. Begins with batch ``first``."""
 
     def __init__(self, source: ExampleSource, batch_size: int, share: range, *, num_epochs: int, shuffle: bool, seed: int) -> None:
-        self._source, self.batch_size, self._share = source, batch_size, share
+        self._source, self.batch_size, self.share = source, batch_size, share
         self.num_epochs, self.shuffle, self.seed = num_epochs, shuffle, seed
         self.batches_per_epoch = source.num_items // batch_size
         self.first = 0
 
-    def __len__(self) -> int:
+    @property
+    def num_batches(self) -> int:
         return self.batches_per_epoch * self.num_epochs
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Any]:
         done_epochs, done_batches = divmod(self.first, max(1, self.batches_per_epoch))
         for epoch in range(done_epochs, self.num_epochs):
             items = self._source.items(epoch, shuffle=self.shuffle, seed=self.seed)
             for batch in range(done_batches if epoch == done_epochs else 0, self.batches_per_epoch):
-                yield [items[batch * self.batch_size + i] for i in self._share]
+                yield from (items[batch * self.batch_size + i] for i in self.share)
 
 
-def _as_list(batch: list[Drawn]) -> list[Drawn]:
-    return batch
+def _as_it_is(drawn: Any) -> Any:
+    return drawn
 
 
 class SftLoader:
@@ -291,14 +413,22 @@ class SftLoader:
         share = range(dp_rank * size, (dp_rank + 1) * size)
         self._source = source
         self._order = _Share(source, global_batch_size, share, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
-        if len(self._order) == 0:
+        if self._order.num_batches == 0:
             raise ConfigError(
                 f"Train dataloader is empty! The data makes {source.num_items} examples, fewer than actor.global_batch_size "
                 f"({global_batch_size}), over {num_epochs} epochs"
             )
-        self._loader = DataLoader(_Drawing(source), batch_sampler=self._order, collate_fn=_as_list, num_workers=num_workers)
+        # Single examples, so that all processes work on the batch that is next; as many ahead as a batch has.
+        self._loader = DataLoader(
+            _Drawing(source),
+            batch_size=None,
+            sampler=self._order,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=max(2, -(-size // num_workers)) if num_workers else None,
+        )
         self._handed_out = 0
-        self._batches: Iterator[list[Drawn]] | None = None
+        self._drawn: Iterator[Drawn] | None = None
         self._left_out = {False: BadSamples(), True: BadSamples()}
 
     @property
@@ -316,14 +446,14 @@ class SftLoader:
         return len(self._left_out[True].found)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._order.num_batches
 
     def __iter__(self) -> Iterator[list[SftExample]]:
         while self._handed_out < len(self):
-            if self._batches is None:
+            if self._drawn is None:
                 self._order.first = self._handed_out
-                self._batches = iter(self._loader)
-            examples = [self._taken(drawn) for drawn in next(self._batches)]
+                self._drawn = iter(self._loader)
+            examples = [self._taken(next(self._drawn)) for _ in self._order.share]
             self._handed_out += 1
             yield examples
 
@@ -345,7 +475,7 @@ class SftLoader:
                 f"data position was saved with other settings ({changed}); restore them, or remove data/data.pt of the checkpoint to start "
                 "the data from the beginning"
             )
-        self._handed_out, self._batches = state["handed_out"], None
+        self._handed_out, self._drawn = state["handed_out"], None
 
     def _taken(self, drawn: Drawn) -> SftExample:
         for row in drawn.left_out:
@@ -366,3 +496,24 @@ class SftLoader:
             "shuffle": int(order.shuffle),
             "data": self._source.fingerprint(),
         }
+
+
+def open_source(
+    data: SftDataConfig, paths: Sequence[str], tokenizer: Any, folder: Path, *, max_length: int, image_token_id: int | None
+) -> ExampleSource:
+    """The examples of the rows of files and folders.
+
+    Args:
+        folder: the model's, with the files of its image processor.
+        max_length: most tokens of an example.
+        image_token_id: of a vision-language model; None for a language model.
+
+    Raises:
+        ConfigError: files that cannot be read, or a model folder that does not serve such rows.
+    """
+    pictures = None
+    if image_token_id is not None:
+        pictures = load_picture_processor(folder, image_token_id, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+    form = ExampleForm(max_length, data.apply_chat_template, data.train_on_generation_prompt)
+    encode = ExampleEncoder(tokenizer, form, pictures)
+    return RowExamples(RowFiles(paths), row_form(data), encode, on_bad_sample=data.on_bad_sample, on_too_long=data.on_too_long)

@@ -1,0 +1,133 @@
+"""Pictures of data rows: from what a row says to RGB pixels, and from pixels to a vision tower's patches.
+
+Pixels are those that vLLM makes of a picture in a request: turned as its EXIF data says, what is transparent on white. Patches are
+made by the model folder's own image processor of transformers. Knows neither Ray nor Megatron.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor
+
+from rlsync.errors import ConfigError
+from workers.row_files import BadRow
+
+
+def open_picture(reference: Any, folder: Path) -> Image.Image:
+    """An RGB picture.
+
+    Args:
+        reference: a path, ``file://`` or ``data:`` address; the bytes of a picture file; or an object with ``bytes`` (base64 where it
+            comes from JSON) or ``path``, as Hugging Face datasets write pictures.
+        folder: from which relative paths are meant.
+
+    Raises:
+        BadRow: it names no picture, or one that cannot be read.
+    """
+    source, name = _source(reference, folder)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise BadRow(f"picture {name} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for files it cannot read
+        raise BadRow(f"picture {name} cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def _source(reference: Any, folder: Path) -> tuple[bytes | Path, str]:
+    """Content or path, and its name for people."""
+    if isinstance(reference, dict):
+        content, path = reference.get("bytes"), reference.get("path")
+        if isinstance(content, str):
+            return _decoded(content, "in base64"), "in base64"
+        if content is None and path is None:
+            raise BadRow(f"a picture is an object with {', '.join(map(repr, reference)) or 'nothing'}; it must have bytes or path")
+        reference = path if content is None else content
+    if isinstance(reference, bytes):
+        return reference, f"of {len(reference)} bytes"
+    if not isinstance(reference, str):
+        raise BadRow(f"a picture is {type(reference).__name__}; a path, bytes, or an object with bytes or path is read")
+    if reference.startswith("data:"):
+        head, comma, content = reference.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise BadRow(f"picture {head[:40]!r} is a data address without base64")
+        return _decoded(content, head[:40]), head[:40]
+    if "://" in reference and not reference.startswith("file://"):
+        raise BadRow(f"picture {reference[:80]!r} is on the network; download it and name its path")
+    path = folder / reference.removeprefix("file://")
+    return path, str(path)
+
+
+def _decoded(content: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRow(f"picture {name} is not base64: {error}") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Attributes:
+    pixel_values: (patches, patch size) float32 of all pictures.
+    image_grid_thw: (pictures, 3) int64.
+    num_features: for each picture, how many features the tower gives to the language model.
+    """
+
+    pixel_values: Any
+    image_grid_thw: Any
+    num_features: tuple[int, ...]
+
+
+class PictureProcessor:
+    """Pictures to patches by an image processor of transformers, Qwen2-VL's kind.
+
+    Args:
+        image_processor: resizes within its own limits of pixels, normalises and cuts.
+        image_token_id: of the placeholder that a chat template puts once for each picture.
+    """
+
+    def __init__(self, image_processor: Any, image_token_id: int) -> None:
+        self.image_processor, self.image_token_id = image_processor, image_token_id
+
+    def __call__(self, images: Sequence[Image.Image]) -> Patches:
+        """Patches of pictures of any size. Raises BadRow where a picture is too narrow."""
+        try:
+            found = self.image_processor(images=list(images), return_tensors="pt")
+        except ValueError as error:
+            raise BadRow(f"a picture cannot be cut into patches: {error}") from None
+        counts = found["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
+        return Patches(found["pixel_values"], found["image_grid_thw"], tuple(counts.tolist()))
+
+
+def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int | None, max_pixels: int | None) -> PictureProcessor:
+    """The image processor of a model folder; ``min_pixels`` and ``max_pixels`` replace its own limits. It is Pillow's variant of its
+    class, which needs no torchvision and gives the same whether there is one or not.
+
+    Raises:
+        ConfigError: the folder has none, or one of another kind.
+    """
+    limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
+    try:
+        found = AutoImageProcessor.from_pretrained(folder, backend="pil", **limits)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:  # what transformers raises for such files
+        raise ConfigError(f"no image processor can be made from {folder}: {type(error).__name__}: {error}") from error
+    if "image_grid_thw" not in found.model_input_names or not hasattr(found, "merge_size"):
+        raise ConfigError(f"{folder}: {type(found).__name__} does not cut pictures into patches as Qwen2-VL's image processor does")
+    return PictureProcessor(found, image_token_id)
