@@ -38,6 +38,7 @@ from workers.results import becomes_of_earlier_run, check_writable
 from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
+from workers.validation import validates, validation_notes
 
 _FIRST_ROWS = 200
 # Lines are counted for the number of steps where a file is not larger than this.
@@ -216,6 +217,7 @@ def check_data(config: RunConfig, report: Report) -> None:
             report.notes.append(f"{path} is read by the run: an array of that size takes too long here")
         elif not _will_be_made(config, file):
             problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
+    report.notes += validation_notes(config, _num_rows(data.val_data_paths, data.val_data_size))
     unreadable = _Asked(problems, config)
     if config.warm_start is not None:
         for path in config.warm_start.data_paths:
@@ -229,6 +231,8 @@ def check_data(config: RunConfig, report: Report) -> None:
     _check_enough(config, problems, bad, steps, report)
     form = f"{data.rollout_batch_size} prompts x {config.algorithm.group_size} samples a step"
     report.plan.append(("data", f"{form} from {', '.join(data.train_data_paths)}"))
+    if validates(config):
+        report.plan.append(("validation", _validation_plan(config)))
     report.plan.append(
         ("steps", "as many as the data has" if steps is None else f"{steps}" if steps == config.runner.max_steps else f"up to {steps}")
     )
@@ -268,6 +272,9 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
 
 
 GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_weights, check_tokenizer, check_data, check_loggers, check_beginning)
+SFT_CHECKS: tuple[Check, ...] = (
+    check_devices, check_model, check_weights, check_tokenizer, check_loggers, check_beginning,
+)  # fmt: skip
 
 
 def count_gpus() -> int:
@@ -370,17 +377,32 @@ def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSampl
 def _num_steps(config: RunConfig) -> int | None:
     """Most steps that a run can have, or None where that is not known before the data is read."""
     most, data = config.runner.max_steps, config.data
-    paths = [Path(path) for path in data.train_data_paths]
-    countable = all(path.is_file() and path.suffix != ".json" and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths)
-    if not countable:
+    rows = _num_rows(data.train_data_paths, data.data_size)
+    if rows is None:
         return most if most >= 0 else None
+    steps = config.runner.max_epochs * (rows // data.rollout_batch_size)
+    return steps if most < 0 else min(most, steps)
+
+
+def _num_rows(names: Sequence[str], most: int | None) -> int | None:
+    """Rows that a run takes from some data files, or None where that is not known before it reads them."""
+    paths = [Path(name) for name in names]
+    if not all(path.is_file() and path.suffix != ".json" and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths):
+        return None
     rows = 0
     for path in paths:
         with path.open("rb") as stream:
             rows += sum(1 for line in stream if line.strip())
-    rows = rows if data.data_size is None else min(rows, data.data_size)
-    steps = config.runner.max_epochs * (rows // data.rollout_batch_size)
-    return steps if most < 0 else min(most, steps)
+    return rows if most is None else min(rows, most)
+
+
+def _validation_plan(config: RunConfig) -> str:
+    data, runner = config.data, config.runner
+    first = ["before the first step"] if runner.val_before_train else []
+    every = ["after every step" if runner.val_check_interval == 1 else f"every {runner.val_check_interval} steps and after the last"]
+    when = " and ".join(first + (every if runner.val_check_interval > 0 else []))
+    limit = "" if data.val_data_size is None else f"the first {data.val_data_size} problems of "
+    return f"{when}: one greedy response to {limit or 'each problem of '}{', '.join(data.val_data_paths)}"
 
 
 def _will_be_made(config: AnyConfig, path: Path) -> bool:

@@ -5,12 +5,14 @@ The same for every runner: a script hands over its checks and what makes its run
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import stat
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -118,6 +120,16 @@ def show(report: Report, *, in_full: bool, seconds: float) -> None:
         for about, text in report.plan:
             print(wrapped(f"  {about:{width}}  {text}", indent=width + 4))
         print(f"no findings in {seconds:.1f} s; without --check this would run")
+
+
+def keep_the_screen_for_the_run() -> None:
+    """Libraries of this process say nothing below an error; workers print to logs of their own."""
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

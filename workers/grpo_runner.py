@@ -1,13 +1,13 @@
-"""The GRPO loop: sync, rollout, reward, log-probabilities, training, save. Owns the order, not the phases."""
+"""The GRPO loop: sync, rollout, reward, log-probabilities, training, validation. Owns the order, not the phases."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -16,7 +16,6 @@ from rlsync.engine.handles import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
-from workers.colocation import Colocation
 from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
 from workers.grpo_actor import GrpoRank
@@ -31,7 +30,10 @@ from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
 from workers.supervised import answered
+from workers.validation import validation_metrics
 from workers.worker_group import WorkerGroup
+
+T = TypeVar("T")
 
 
 class GrpoRunner(Runner[RunConfig, Preparation]):
@@ -44,9 +46,10 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self._connected = False
         self._num_restarts = 0
         self._health = SyncHealth()
+        # Of the version that the engines hold, where a validation has synced it and the next step has yet to generate with it.
+        self._served: SyncReport | None = None
 
     # Set-up.
 
@@ -64,17 +67,9 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         # A resumed run overwrites the initial weights, but its KL reference is made from them.
         fresh = prepared.beginning.resume is None
         needs_initial = fresh or config.has_reference
-        self._colocation = Colocation(group.colocation_plan, group)
-        for note in group.colocation_plan.notes:
-            self._screen.note(note)
         check = WeightCheck(group, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
 
-        def engines_first() -> None:
-            if check is not None:
-                check.before()
-            self._colocation.first_sleep()
-
-        self._start_workers(load_initial=needs_initial, engines_first=engines_first if self._colocation.alternate else None)
+        self._start_workers(load_initial=needs_initial, engines_up=check.before if check is not None else lambda: None)
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
@@ -131,6 +126,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         with timed(seconds, "time/prepare_data"):
             prompts = next(self._batches)
         report, samples = self._synced_rollout(prompts, step, seconds)
+        self._served = None
         self._colocation.after_rollout()
         screen.phase("reward")
         with timed(seconds, "time/reward"):
@@ -148,30 +144,47 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **report.metrics(), **counts}, updates
 
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
-        """Sync and rollout; repeated from the sync on after lost engines were replaced, up to ``rollout.max_engine_restarts``."""
+        """Sync and rollout of a step."""
+        return self._generated(step - 1, seconds, "rollout", lambda: self._rollout(prompts, step))
+
+    def _generated(self, version: int, seconds: dict[str, float], name: str, generate: Callable[[], T]) -> tuple[SyncReport, T]:
+        """What the engines generate with the weights of ``version``, after a sync to them; repeated from the sync on after lost engines
+        were replaced, up to ``rollout.max_engine_restarts``. ``name``: of the phase, for screen and seconds."""
         while True:
             try:
-                self._colocation.before_sync()
-                self._connect()
-                self._screen.phase("sync")
-                with timed(seconds, "time/sync_weights"):
-                    report = self._on_ranks("sync", step - 1)[0]
-                self._colocation.after_sync()
-                self._health.committed(self._group.engine_ids)
-                self._screen.phase("rollout")
-                with timed(seconds, "time/rollout"):
-                    return report, self._rollout(prompts, step)
+                report = self._synced(version, seconds) if self._served is None else self._served
+                self._screen.phase(name)
+                with timed(seconds, f"time/{name}"):
+                    return report, generate()
             except RlsyncError as error:
+                self._served = None
                 if isinstance(error, WeightSyncError):
                     self._health.failed(error, self._group.engine_ids)
                     self._log.show(self._health.metrics())
                 self._replace_lost_engines(error)
 
-    def _connect(self) -> None:
-        if not self._connected:
-            with self._coming_up("connection"):
-                self._group.connect()
-            self._connected = True
+    def _synced(self, version: int, seconds: dict[str, float]) -> SyncReport:
+        report = super()._synced(version, seconds)
+        self._health.committed(self._group.engine_ids)
+        return report
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """One greedy response to each validation problem. Its sync is that of the next step, made earlier, and the engines forget what
+        they cached of these prompts."""
+        config, prompts = self._config, self._prepared.val_prompts
+        sampling = sampling_arguments(config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids, validation=True)
+
+        def generate() -> list[tuple[Completion, ...]]:
+            groups = self._group.generate([prompt.token_ids for prompt in prompts], sampling, None)
+            self._group.reset_caches()
+            return groups
+
+        self._served, groups = self._generated(step, {}, "validation", generate)
+        self._colocation.take_seconds()  # part of the validation's
+        responses = [response for (response,) in groups]
+        correct, rewards = self._judge([p.answers for p in prompts], [r.token_ids for r in responses])
+        lengths, ended = [len(r.token_ids) for r in responses], [r.finish_reason == "stop" for r in responses]
+        return validation_metrics(rewards=rewards, correct=correct, response_lengths=lengths, properly_ended=ended)
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
         """Replace lost engines. Raises ``error`` if no engine is lost, or too many are."""
@@ -206,12 +219,17 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return [draw.randrange(2**40) for _ in range(count)]
 
     def _reward(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
+        answers = [prompt.answers for prompt in prompts for _ in range(self._config.algorithm.group_size)]
+        _, rewards = self._judge(answers, [sample.response_ids for sample in samples])
+        return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
+
+    def _judge(self, answers: Sequence[Sequence[str]], responses: Sequence[Sequence[int]]) -> tuple[list[bool], list[float]]:
+        """Whether each response (token ids) is correct, and its scaled reward."""
         config = self._config.reward
         scale = RewardScale(config.reward_scale, config.reward_min_val, config.reward_max_val)
-        texts = self._prepared.tokenizer.batch_decode([list(s.response_ids) for s in samples], skip_special_tokens=True)
-        answers = [prompt.answers for prompt in prompts for _ in range(self._config.algorithm.group_size)]
+        texts = self._prepared.tokenizer.batch_decode([list(response) for response in responses], skip_special_tokens=True)
         correct = self._pool.check(texts, answers)
-        return [replace(sample, reward=scale.reward(c)) for sample, c in zip(samples, correct, strict=True)]
+        return correct, [scale.reward(c) for c in correct]
 
     def _split(self, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
         algorithm, runner, actor = self._config.algorithm, self._config.runner, self._config.actor

@@ -40,7 +40,7 @@ class Plot:
     label: str
 
 
-REWARDS = Plot("rewards.png", ("rollout/reward_scores",), "mean reward")
+REWARDS = Plot("rewards.png", ("rollout/reward_scores", "val/reward"), "mean reward")
 LOSSES = Plot("losses.png", ("train/lm_loss", "val/loss"), "mean loss of a token")
 
 
@@ -113,7 +113,7 @@ class MetricsLog:
         """Write one step.
 
         Args:
-            step: 1 for the first step.
+            step: 1 for the first step; 0 for what is known before it.
             metrics: names to numbers.
             training: metrics of each optimizer update without the prefix ``actor/training/``. ``metrics.jsonl`` gets
                 their mean; loggers get each one at index ``(step - 1) * n_minibatches + i``.
@@ -126,7 +126,7 @@ class MetricsLog:
         record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
         self._history.append(record)
         self._append(json.dumps(record) + "\n")
-        index = (step - 1) * self._n_minibatches
+        index = max(0, step - 1) * self._n_minibatches
         for logger in self._loggers:
             logger.log(metrics, index)
             for offset, update in enumerate(updates):

@@ -141,9 +141,9 @@ def _range(where: str, piece: str) -> range:
 def _unknown_component(name: str, components: Sequence[str]) -> str:
     if name in _COMPONENTS:
         why = (
-            "this run has no engines, which it has with evaluation.generate=True" if name == "rollout" else "it belongs to a reasoning run"
+            "this run has no engines, which it has with validation.generate=True" if name == "rollout" else "it belongs to a reasoning run"
         )
-        return f"cluster.component_placement: remove {name}; {why}"
+        return f"cluster.component_placement: remove {name} (~cluster.component_placement.{name} does, too); {why}"
     if name == "inference":
         return "cluster.component_placement: remove inference; the actor recomputes log-probabilities itself"
     near = difflib.get_close_matches(name, components, n=1, cutoff=0.0)

@@ -6,24 +6,25 @@ Whatever can be refused without a process is refused here. Knows no Ray.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoTokenizer
 
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.models import check_config
-from workers.config import RunConfig, validate_model
+from workers.config import AnyConfig, RunConfig, validate_model
 from workers.config.validate import raise_all
-from workers.data import PromptDataset, PromptForm, PromptLoader
+from workers.data import Prompt, PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_references
 from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
+from workers.validation import validates, validation_notes
 
 _OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
 
@@ -33,6 +34,7 @@ class Preparation:
     """Attributes:
     hf_config: content of config.json.
     stop_ids: token ids that end a response, the tokenizer's own first.
+    val_prompts: those of the validation problems; none where the run does not validate.
     loader: positioned where the run continues.
     beginning: where the run continues.
     notes: what the user should know about model and data.
@@ -42,6 +44,7 @@ class Preparation:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     dataset: PromptDataset
+    val_prompts: tuple[Prompt, ...]
     loader: PromptLoader
     beginning: Beginning
     notes: tuple[str, ...]
@@ -57,6 +60,18 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
 
     Raises ConfigError or CheckpointError.
     """
+    notes, hf_config, tokenizer = prepare_model(config, beginning)
+    bad = BadSamples()
+    val_prompts = _val_prompts(config, tokenizer, bad)
+    dataset = _dataset(config, config.data.train_data_paths, tokenizer, bad, data_size=config.data.data_size)
+    notes += (*bad.settle(config.data.on_bad_sample), *validation_notes(config, len(val_prompts)))
+    loader = _loader(config, dataset)
+    notes += restore_position(loader, beginning)
+    return Preparation(hf_config, tokenizer, stop_ids(config, hf_config, tokenizer), dataset, val_prompts, loader, beginning, notes)
+
+
+def prepare_model(config: AnyConfig, beginning: Beginning) -> tuple[tuple[str, ...], dict[str, Any], Any]:
+    """Notes, content of config.json and tokenizer, after making what the run makes itself. Raises ConfigError or CheckpointError."""
     if config.arithmetic is not None:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
@@ -65,26 +80,20 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
     raise_all(f"config.json of {config.model_path}: {finding}" for finding in check_config(hf_config))
     validate_model(config, hf_config)
     check_model(beginning, hf_config, config.model_key)
-    tokenizer = _tokenizer(config, hf_config)
-    bad = BadSamples()
-    dataset = _dataset(config, tokenizer, bad)
-    notes += bad.settle(config.data.on_bad_sample)
-    loader = _loader(config, dataset)
-    if beginning.resume is not None:
-        notes += _restore_position(loader, beginning.resume / DATA_STATE)
-    return Preparation(hf_config, tokenizer, _stop_ids(config, hf_config, tokenizer), dataset, loader, beginning, notes)
+    return notes, hf_config, load_tokenizer(config, hf_config)
 
 
-def _make_seeded_model(config: RunConfig) -> tuple[str, ...]:
+def _make_seeded_model(config: AnyConfig) -> tuple[str, ...]:
     """Make the seeded model if the run starts from it."""
-    seeded, path = config.seeded_model, Path(config.rollout.model.model_path)
+    seeded, path = config.seeded_model, Path(config.model_path)
     if seeded is None or Path(seeded.path).absolute() != path.absolute():
         return ()
     is_new = make_seeded_model(path, seeded.hf_config, seeded.seed)
-    return (f"{'made' if is_new else 'using'} a model of random weights in {path}; rollout.model.model_path=... names a real one",)
+    return (f"{'made' if is_new else 'using'} a model of random weights in {path}; {config.model_key}=... names a real one",)
 
 
-def _tokenizer(config: RunConfig, hf_config: dict[str, Any]) -> Any:
+def load_tokenizer(config: AnyConfig, hf_config: Mapping[str, Any]) -> Any:
+    """The tokenizer of the run. Raises ConfigError where none can be made, or where it belongs to another model."""
     settings = config.actor.tokenizer
     folder = Path(str(settings.tokenizer_model))
     check_tokenizer_files(folder, trust_remote_code=settings.trust_remote_code)
@@ -96,11 +105,24 @@ def _tokenizer(config: RunConfig, hf_config: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _dataset(config: RunConfig, tokenizer: Any, bad: BadSamples) -> PromptDataset:
+def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Prompt, ...]:
+    """Prompts of the validation files, which are read and checked also where they are not used."""
     data = config.data
-    if data.val_data_paths:
-        load_readable_problems(config, data.val_data_paths, bad)
-    problems = load_readable_problems(config, data.train_data_paths, bad, data_size=data.data_size)
+    if not data.val_data_paths:
+        return ()
+    found = len(bad.found)
+    dataset = _dataset(config, data.val_data_paths, tokenizer, bad, data_size=data.val_data_size)
+    if len(dataset) == 0 and (len(bad.found) == found or data.on_bad_sample == "skip"):
+        raise ConfigError(
+            f"no validation problem remains of data.val_data_paths: {dataset.num_too_long} were longer than data.max_prompt_length "
+            f"({data.max_prompt_length}), {len(bad.found) - found} were bad samples"
+        )
+    return tuple(dataset[i] for i in range(len(dataset))) if validates(config) else ()
+
+
+def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
+    data = config.data
+    problems = load_readable_problems(config, paths, bad, data_size=data_size)
     form = PromptForm(
         max_prompt_length=data.max_prompt_length,
         filter_prompt_by_length=data.filter_prompt_by_length,
@@ -135,7 +157,17 @@ def _loader(config: RunConfig, dataset: PromptDataset) -> PromptLoader:
     )
 
 
-def _restore_position(loader: PromptLoader, state: Path) -> tuple[str, ...]:
+class Positioned(Protocol):
+    """A loader that continues where another one was."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def restore_position(loader: Positioned, beginning: Beginning) -> tuple[str, ...]:
+    """Let the loader continue where the run that is resumed was; a note where that is not known. Raises CheckpointError."""
+    if beginning.resume is None:
+        return ()
+    state = beginning.resume / DATA_STATE
     if not state.is_file():
         return (f"warning: {state} is missing: the training data starts from the beginning",)
     try:
@@ -151,9 +183,9 @@ def _restore_position(loader: PromptLoader, state: Path) -> tuple[str, ...]:
     return ()
 
 
-def _stop_ids(config: RunConfig, hf_config: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(config: AnyConfig, hf_config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """End-of-sequence ids of the tokenizer and of the model's configs, the tokenizer's first."""
-    folder = Path(config.rollout.model.model_path)
+    folder = Path(config.model_path)
     found = token_ids(tokenizer.eos_token_id, "the tokenizer's eos_token_id")
     found += token_ids(read_generation_config(folder).get("eos_token_id"), f"eos_token_id of {folder / 'generation_config.json'}")
     found += token_ids(hf_config.get("eos_token_id"), f"eos_token_id of {folder / 'config.json'}")

@@ -82,7 +82,7 @@ RULES: Mapping[str, Rule] = {
 }
 # Of an SFT run, before the others.
 SFT_RULES: Mapping[str, Rule] = {
-    "evaluation": Rule.HOLDS,
+    "validation": Rule.HOLDS,
     "actor.micro_batch_size": Rule.SILENT,
     "actor.global_batch_size": Rule.DATA,
 }

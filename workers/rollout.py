@@ -90,10 +90,13 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same."""
+def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Sequence[int], validation: bool = False) -> dict[str, Any]:
+    """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same.
+
+    ``validation``: for one greedy response to each prompt, without log-probabilities.
+    """
     sampling = config.algorithm.sampling_params
-    greedy = not sampling.do_sample
+    greedy = validation or not sampling.do_sample
     return {
         "n": 1 if greedy else config.algorithm.group_size,
         "temperature": 0.0 if greedy else sampling.temperature,
@@ -103,7 +106,7 @@ def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Se
         "max_tokens": sampling.max_new_tokens,
         "min_tokens": sampling.min_new_tokens,
         "stop_token_ids": list(stop_token_ids),
-        "logprobs": 0 if config.rollout.return_logprobs else None,
+        "logprobs": 0 if config.rollout.return_logprobs and not validation else None,
         "detokenize": config.rollout.detokenize,
     }
 

@@ -1,4 +1,4 @@
-"""What runs of every kind have in common: set-up, the loop of steps, checkpoints, and the end of every process.
+"""What runs of every kind have in common: set-up, the loop of steps, checkpoints, validations, and the end of every process.
 
 Owns their order. A kind of run (``grpo_runner``, ``sft_runner``) says what is prepared, how its actor starts, and what one step is.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,8 +17,10 @@ import torch
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
 from rlsync.cli.lines import wrapped
 from rlsync.errors import CheckpointError, RlsyncError
+from rlsync.sync import SyncReport
 from workers.actor import ActorRank
 from workers.cluster import Cluster
+from workers.colocation import Colocation
 from workers.config import AnyConfig, config_as_dict
 from workers.metrics_log import MetricsLog, Plot, check_loggers
 from workers.results import ResultsFolder
@@ -50,7 +52,7 @@ PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 
 class Runner(ABC, Generic[ConfigT, PreparedT]):
-    """One run. ``run`` starts all processes, trains, and ends every process it started, whatever the outcome.
+    """One run. ``run`` starts all processes, trains, and ends every process that it started, whatever the outcome.
 
     Attributes:
         NAME: of the run, beside the progress bar.
@@ -66,6 +68,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
 
     def __init__(self, config: ConfigT) -> None:
         self._config = config
+        self._connected = False
 
     def run(self) -> None:
         """Train until the last step or a KeyboardInterrupt; no process is left either way.
@@ -130,15 +133,33 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
     def _data_state(self) -> Mapping[str, Any]:
         """Position in the data after the last step, which ``torch.load`` may read with ``weights_only``."""
 
+    def _validate(self, step: int) -> dict[str, float]:
+        """``val/*`` metrics with the weights after ``step``. Training goes on as without it: no position in the data, seed or random
+        state is another one afterwards."""
+        return {}
+
     @property
     def _updates_per_step(self) -> int:
         return 1
 
     # Set-up.
 
-    def _start_workers(self, *, load_initial: bool, **options: Any) -> None:
+    def _start_workers(self, *, load_initial: bool, engines_up: Callable[[], None] = lambda: None) -> None:
+        """Start engines and actor. Where they take turns on their GPUs, ``engines_up`` is called before the engines sleep."""
         self._screen.phase("starting engines and actor" if self._config.has_engines else "starting actor")
-        self._group.start(load_initial=load_initial, on_ready=self._screen.component, **options)
+        self._colocation = Colocation(self._group.colocation_plan, self._group)
+        for note in self._group.colocation_plan.notes:
+            self._screen.note(note)
+
+        def engines_first() -> None:
+            engines_up()
+            self._colocation.first_sleep()
+
+        self._group.start(
+            load_initial=load_initial,
+            engines_first=engines_first if self._colocation.alternate else None,
+            on_ready=self._screen.component,
+        )
 
     def _begin(self) -> None:
         """Create the optimizer, and load the checkpoint to resume."""
@@ -171,11 +192,26 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         assert logger.log_path is not None, "load_config derives it"
         return Path(logger.log_path).absolute() / "worker_logs" if self._config.runner.per_worker_log else None
 
+    def _synced(self, version: int, seconds: dict[str, float]) -> SyncReport:
+        """Connect the engines where they are not, and sync them; they can answer then."""
+        self._colocation.before_sync()
+        if not self._connected:
+            with self._coming_up("connection"):
+                self._group.connect()
+            self._connected = True
+        self._screen.phase("sync")
+        with timed(seconds, "time/sync_weights"):
+            report: SyncReport = self._on_ranks("sync", version)[0]
+        self._colocation.after_sync()
+        return report
+
     # The loop.
 
     def _train(self, log: MetricsLog) -> None:
         self._log, title = log, "failed"
         try:
+            if self._prepared.beginning.step == 0 and self._validates(0):
+                self._screen.validation(0, log.log(0, self._timed_validation(0)))
             for step in range(self._prepared.beginning.step + 1, self._total + 1):
                 self._whole_step(step, log)
             title = "finished"
@@ -187,7 +223,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                 self._screen.summary(log.history, log.folder, title=title)
 
     def _whole_step(self, step: int, log: MetricsLog) -> None:
-        """One step with its checkpoint, if due, and its line in all logs."""
+        """One step with its checkpoint and its validation, if due, and its line in all logs."""
         seconds: dict[str, float] = {}
         with timed(seconds, "time/step"):
             metrics, updates = self._step(step, seconds)
@@ -195,8 +231,24 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
             self._screen.phase("save")
             with timed(seconds, "time/save"):
                 self._save(step)
+        validation = self._timed_validation(step) if self._validates(step) else {}
         speeds = self._speeds(metrics, seconds)
-        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds}, updates))
+        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
+        if validation:
+            self._screen.validation(step, validation)
+
+    def _validates(self, step: int) -> bool:
+        """Whether a validation follows this step; step 0 is before the first one."""
+        runner = self._config.runner
+        due = self._is_due(step, runner.val_check_interval) if step else runner.val_before_train
+        return due and bool(self._config.data.val_data_paths)
+
+    def _timed_validation(self, step: int) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        self._screen.phase("validation")
+        with timed(seconds, "time/validation"):
+            metrics = self._validate(step)
+        return {**metrics, **seconds}
 
     def _saves(self, step: int) -> bool:
         return self._is_due(step, self._config.runner.save_interval)

@@ -5,7 +5,7 @@ Knows metric names only; the numbers are on disk already (``metrics``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,11 +28,31 @@ GRPO_COLUMNS: Columns = (
     ("sync s", "sync/seconds", ".2f", 7),
     ("step s", "time/step", ".1f", 7),
 )
+SFT_COLUMNS: Columns = (
+    ("loss", "train/lm_loss", ".4f", 9),
+    ("grad", "train/grad_norm", ".2f", 8),
+    ("lr", "train/learning_rate", ".1e", 9),
+    ("tok/s", "perf/throughput", ".0f", 8),
+    ("wait s", "time/data_wait", ".2f", 7),
+    ("step s", "time/step", ".1f", 7),
+)
+# Metrics whose rise or fall the closing summary tells, and how it calls them.
+_COURSES = (
+    ("rollout/reward_scores", "mean reward"),
+    ("train/lm_loss", "loss of a token"),
+)
+# Metrics of a validation, and which of its numbers is the best.
+_VALIDATED: tuple[tuple[str, Callable[..., Any]], ...] = (("val/reward", max), ("val/loss", min), ("val/exact_match", max))
+_TIMES = (
+    "time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training",
+    "time/training", "time/data_wait",
+)  # fmt: skip
 _MEMORY = (
     "perf/actor_host_memory_gb", "perf/engine_host_memory_gb", "perf/max_memory_allocated_gb", "perf/device_memory_gb",
 )  # fmt: skip
 _HEADING_EVERY = 25
 _EDGE_STEPS = 5
+_VALIDATION_SHOWN = 2
 _NAME_WIDTH = 28
 
 
@@ -87,6 +107,12 @@ class Screen:
         self._line(f"{f'{step}/{self._total}':>{first}}", *(f"{text:>{width}}" for text, width in shown))
         self._progress.update(self._task, completed=step)
 
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the result of the validation that followed ``step``: its first ``val/`` metrics."""
+        shown = [f"{name.removeprefix('val/').replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if name.startswith("val/")]
+        when = f"after step {step}" if step else "of the initial weights"
+        self.note(f"validation {when}: {', '.join(shown[:_VALIDATION_SHOWN])}; {metrics['time/validation']:.1f} s")
+
     def _line(self, *cells: str) -> None:
         self._console.print("".join(cells), markup=False, highlight=False, soft_wrap=True)
 
@@ -105,15 +131,23 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
     def values(name: str) -> list[float]:
         return [line[name] for line in history if line.get(name) is not None]
 
-    rows = [("steps", str(len(history)))]
-    rewards = values("rollout/reward_scores")
-    # The first and the last steps have none in common, or a rise would be averaged away.
-    edge = min(_EDGE_STEPS, len(rewards) // 2)
-    if edge:
-        first, last = sum(rewards[:edge]) / edge, sum(rewards[-edge:]) / edge
-        rows.append(("mean reward", f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
-    elif rewards:
-        rows.append(("mean reward", f"{rewards[0]:.3f} (one step)"))
+    rows = [("steps", str(sum(line["step"] > 0 for line in history)))]
+    for metric, name in _COURSES:
+        numbers = values(metric)
+        # The first and the last steps have none in common, or a rise would be averaged away.
+        edge = min(_EDGE_STEPS, len(numbers) // 2)
+        if edge:
+            first, last = sum(numbers[:edge]) / edge, sum(numbers[-edge:]) / edge
+            rows.append((name, f"{first:.3f} (first {edge}) -> {last:.3f} (last {edge}), {last - first:+.3f}"))
+        elif numbers:
+            rows.append((name, f"{numbers[0]:.3f} (one step)"))
+    for metric, better in _VALIDATED:
+        validated = [(line[metric], line["step"]) for line in history if line.get(metric) is not None]
+        if validated:
+            (first, at), (last, end) = validated[0], validated[-1]
+            best, when = better(validated, key=lambda found: found[0])
+            course = f"{first:.3f} (step {at}) -> {last:.3f} (step {end}), best {best:.3f} (step {when})"
+            rows.append((metric, course if len(validated) > 1 else f"{last:.3f} (step {end})"))
     equal = values("rollout/fraction_of_groups_with_equal_rewards")
     if equal:
         without = sum(share == 1.0 for share in equal)
@@ -121,9 +155,11 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         rows.append(("groups with equal rewards", f"{sum(equal) / len(equal):.0%}{none}"))
     if differences := values("rollout/logprob_diff_mean"):
         rows.append(("logp diff, engine and actor", f"{max(differences):.1e}, the largest mean of a step"))
-    for name in ("time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training"):
+    for name in _TIMES:
         if seconds := values(name):
             rows.append((name, f"{sum(seconds) / len(seconds):.2f} s a step, {sum(seconds):.0f} s in all"))
+    if seconds := values("time/validation"):
+        rows.append(("time/validation", f"{sum(seconds) / len(seconds):.2f} s each, {sum(seconds):.0f} s in all"))
     if speeds := values("rollout/tokens_per_s"):
         rows.append(("rollout/tokens_per_s", f"{sum(speeds) / len(speeds):.0f}"))
     for name in _MEMORY:

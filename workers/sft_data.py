@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlsync.errors import CheckpointError, ConfigError
-from workers.config import SftDataConfig
-from workers.pictures import Patches, PictureProcessor, load_picture_processor, open_picture
+from workers.pictures import Patches, PictureProcessor, open_picture
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
-from workers.sft_rows import Conversation, RowForm, conversation, row_form
+from workers.sft_rows import Conversation, RowForm, conversation
 
 # Rows tried in the place of one that is left out. So many in a row that cannot be used are no accident.
 _NUM_SUBSTITUTES = 32
@@ -496,24 +495,3 @@ class SftLoader:
             "shuffle": int(order.shuffle),
             "data": self._source.fingerprint(),
         }
-
-
-def open_source(
-    data: SftDataConfig, paths: Sequence[str], tokenizer: Any, folder: Path, *, max_length: int, image_token_id: int | None
-) -> ExampleSource:
-    """The examples of the rows of files and folders.
-
-    Args:
-        folder: the model's, with the files of its image processor.
-        max_length: most tokens of an example.
-        image_token_id: of a vision-language model; None for a language model.
-
-    Raises:
-        ConfigError: files that cannot be read, or a model folder that does not serve such rows.
-    """
-    pictures = None
-    if image_token_id is not None:
-        pictures = load_picture_processor(folder, image_token_id, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-    form = ExampleForm(max_length, data.apply_chat_template, data.train_on_generation_prompt)
-    encode = ExampleEncoder(tokenizer, form, pictures)
-    return RowExamples(RowFiles(paths), row_form(data), encode, on_bad_sample=data.on_bad_sample, on_too_long=data.on_too_long)

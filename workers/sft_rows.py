@@ -14,12 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workers.config import SftDataConfig
 from workers.row_files import BadRow
 
 RowType = Literal["vlm", "chat", "llm", "text"]
-# Where the prompt is, unless data.prompt_key says it.
-PROMPT_KEYS: Mapping[RowType, str] = {"vlm": "question", "chat": "messages", "llm": "prompt", "text": "text"}
 
 IMAGE_MARK = "<image>"
 _ROLES = ("system", "user", "assistant", "tool")
@@ -37,12 +34,6 @@ class RowForm:
     choice_key: str | None = None
     image_keys: tuple[str, ...] = ()
     system_prompt: str | None = None
-
-
-def row_form(data: SftDataConfig) -> RowForm:
-    """How the rows of a run are read."""
-    prompt_key = PROMPT_KEYS[data.type] if data.prompt_key is None else data.prompt_key
-    return RowForm(data.type, prompt_key, data.answer_key, data.choice_key, data.image_keys, data.system_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from rlsync.errors import ConfigError
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
 _HEAD_DIM = 32
+# Of the folder, among what decides whether one that is there is this one: counts changes of the files in it.
+_FORM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class ArithmeticWorld:
 
     model_path: Path
     train_path: Path
+    val_path: Path
     supervised_path: Path
 
 
@@ -57,8 +60,8 @@ def build_world(path: str | Path, recipe: ArithmeticRecipe) -> ArithmeticWorld:
     """
     _check(recipe)
     folder = Path(path)
-    world = ArithmeticWorld(folder / "model", folder / "train.jsonl", folder / "supervised.jsonl")
-    make_once(folder, asdict(recipe), lambda empty: _fill(empty, recipe), key="arithmetic.path")
+    world = ArithmeticWorld(folder / "model", *(folder / f"{name}.jsonl" for name in ("train", "val", "supervised")))
+    make_once(folder, {**asdict(recipe), "form": _FORM}, lambda empty: _fill(empty, recipe), key="arithmetic.path")
     return world
 
 
@@ -68,6 +71,7 @@ def _fill(folder: Path, recipe: ArithmeticRecipe) -> None:
     tokenizer.save_pretrained(folder / "model")
     _make_model(recipe, tokenizer).save_pretrained(folder / "model")
     _write_lines(folder / "train.jsonl", _training_lines(recipe))
+    _write_lines(folder / "val.jsonl", _every_problem(recipe))
     _write_lines(folder / "supervised.jsonl", _supervised_lines(recipe))
 
 
@@ -106,10 +110,17 @@ def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) ->
 
 def _training_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
     draw = random.Random(f"train-{recipe.seed}")
-    return [
-        {"prompt": f"{a}+{b}=", "solutions": [str(a + b)]}
-        for a, b in ((draw.randint(0, recipe.max_operand), draw.randint(0, recipe.max_operand)) for _ in range(recipe.num_problems))
-    ]
+    return [_problem_line(draw.randint(0, recipe.max_operand), draw.randint(0, recipe.max_operand)) for _ in range(recipe.num_problems)]
+
+
+def _every_problem(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
+    """Each problem once, to validate with. None is held out: the default has 25, too few to learn addition from 20 of them."""
+    operands = range(recipe.max_operand + 1)
+    return [_problem_line(a, b) for a in operands for b in operands]
+
+
+def _problem_line(a: int, b: int) -> dict[str, object]:
+    return {"prompt": f"{a}+{b}=", "solutions": [str(a + b)]}
 
 
 def _supervised_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:

@@ -65,6 +65,11 @@ class WorkerGroup:
         return len({*self._placement.actor, *self._placement.rollout})
 
     @property
+    def num_actor_devices(self) -> int:
+        """Number of devices of the actor's ranks."""
+        return len(self._placement.actor)
+
+    @property
     def engine_ids(self) -> tuple[str, ...]:
         """Ids of the engines, as errors of a sync name them."""
         return tuple(handle.engine_id for handle in self._handles)
@@ -171,6 +176,10 @@ class WorkerGroup:
         """Allocate ``weights`` or ``kv_cache`` of every sleeping engine again."""
         self._on_engines("wake", (tag,))
 
+    def reset_caches(self) -> None:
+        """Make every engine forget the keys and values of earlier prompts."""
+        self._on_engines("reset_caches")
+
     def offload_actor(self, parts: tuple[ActorPart, ...]) -> None:
         """Move these parts of every rank to the host."""
         self.on_ranks("offload", parts)
@@ -179,9 +188,9 @@ class WorkerGroup:
         """Move these parts of every rank to its device."""
         self.on_ranks("onload", parts)
 
-    def _on_engines(self, method: str, argument: Any) -> None:
+    def _on_engines(self, method: str, *arguments: Any) -> None:
         timeout_s = self._config.weight_sync.timeout_s
-        collect([engine.call("call", method, argument, timeout_s) for engine in self._engines])
+        collect([engine.call("call", method, *arguments, timeout_s) for engine in self._engines])
 
     # Lost engines.
 

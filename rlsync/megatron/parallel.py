@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -121,6 +121,33 @@ def compute_device() -> torch.device:
 def is_first_replica() -> bool:
     """Whether this rank is the first of its data-parallel group, which writes for all."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def share_in_replica(batches: Sequence[Mapping[str, torch.Tensor]] | None) -> list[dict[str, torch.Tensor]]:
+    """The tensors of the first rank of a data-parallel replica (first tp_rank of the first stage), on each rank of it.
+
+    Args:
+        batches: named tensors on any device; None on the other ranks.
+
+    Returns:
+        The same on this rank's device. Collective over the ranks of the replica, whose tensor and pipeline parallel group it uses.
+    """
+    group, source = parallel_state.get_model_parallel_group(), parallel_state.get_model_parallel_src_rank()
+    device = compute_device()
+    layout: list[Any] = [None]
+    if batches is not None:
+        layout = [[[(name, tensor.shape, tensor.dtype) for name, tensor in batch.items()] for batch in batches]]
+    if dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(layout, src=source, group=group)
+    shared: list[dict[str, torch.Tensor]] = []
+    for i, named in enumerate(layout[0]):
+        shared.append({})
+        for name, shape, dtype in named:
+            given = torch.empty(shape, dtype=dtype, device=device) if batches is None else batches[i][name].to(device).contiguous()
+            if dist.get_world_size(group) > 1 and given.numel():
+                dist.broadcast(given.view(-1).view(torch.uint8), src=source, group=group)
+            shared[-1][name] = given
+    return shared
 
 
 def _initialize_distributed(backend: str, *, timeout_s: float) -> None:

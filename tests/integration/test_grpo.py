@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.deadlines import HANG_S
+from tests.integration.greedy import greedy
 from workers.metrics_log import read_metrics
+from workers.reward import VerifierPool
 
 # A run takes a minute, or several beside others.
 pytestmark = pytest.mark.slow
@@ -30,6 +34,7 @@ SMALL = [
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
 ]  # fmt: skip
 SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "actor/training/actor/grad_norm", "sync/version")
+VALIDATION = ("val/reward", "val/fraction_correct", "val/response_length", "val/fraction_of_samples_properly_ended", "val/num_problems")
 
 
 def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
@@ -108,21 +113,54 @@ def resumable(finished: Path, folder: Path) -> str:
     return "runner.resume_dir=auto"
 
 
+def write_puzzles(folder: Path) -> str:
+    """Prompts that no training taught, so that what a model says to them is another thing after every few steps; the option to validate
+    with them."""
+    draw = random.Random(0)
+    rows = [{"prompt": "".join(draw.choices("0123456789+=", k=5)), "solutions": str(draw.randint(0, 8))} for _ in range(150)]
+    (folder / "puzzles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.val_data_paths=[{folder}/puzzles.jsonl]"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """Eight steps with a checkpoint after the fourth and at the end."""
+    """Eight steps with a checkpoint and a validation after the fourth and at the end, and a validation before the first."""
     folder = tmp_path_factory.mktemp("grpo")
-    return folder, run(SCRIPT, folder, "runner.max_steps=8", "runner.save_interval=4")
+    return folder, run(SCRIPT, folder, "runner.max_steps=8", "runner.save_interval=4", write_puzzles(folder))
 
 
 def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
-    lines = read_metrics(finished[0] / "run")
-    assert [line["step"] for line in lines] == list(range(1, 9))
+    first, *lines = read_metrics(finished[0] / "run")
+    assert first["step"] == 0 and [line["step"] for line in lines] == list(range(1, 9))
     rewards = [line["rollout/reward_scores"] for line in lines]
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
     assert [line["sync/version"] for line in lines] == list(range(8))
     assert all(line["sync/bytes"] > 0 and line["sync/gb_per_s"] > 0 for line in lines)
+
+
+def test_a_validation_answers_as_transformers_does_with_the_checkpoint_of_its_step(finished):
+    folder = finished[0]
+    found = {line["step"]: [line[name] for name in VALIDATION] for line in read_metrics(folder / "run") if "val/reward" in line}
+    assert sorted(found) == [0, 4, 8] and len({tuple(numbers) for numbers in found.values()}) == 3, "other weights, other answers"
+    for step in (4, 8):
+        wanted = transformers_validation(
+            folder / "run" / "checkpoints" / f"global_step_{step}" / "actor" / "hf_model", folder / "puzzles.jsonl"
+        )
+        assert found[step] == pytest.approx(wanted), step
+    assert "validation of the initial weights: reward" in finished[1] and "validation after step 8: reward" in finished[1]
+
+
+def transformers_validation(model: Path, puzzles: Path) -> list[float]:
+    """The numbers of ``VALIDATION`` as transformers answers greedily with an exported checkpoint, a prompt at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    end, rows = tokenizer.eos_token_id, [json.loads(line) for line in puzzles.read_text().splitlines()]
+    answers = [greedy(model, tuple(tokenizer(row["prompt"])["input_ids"]), 4).token_ids for row in rows]
+    answers = [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
+    texts = tokenizer.batch_decode([list(answer) for answer in answers], skip_special_tokens=True)
+    with VerifierPool(2) as pool:
+        correct = sum(pool.check(texts, [[row["solutions"]] for row in rows])) / len(rows)
+    return [correct, correct, sum(map(len, answers)) / len(rows), sum(end in answer for answer in answers) / len(rows), len(rows)]
 
 
 def test_results_are_where_users_look_for_them(finished):
@@ -136,14 +174,14 @@ def test_results_are_where_users_look_for_them(finished):
     assert (step / "actor" / "hf_model" / "config.json").read_bytes() == config
     assert "lm_head.weight" not in load_file(step / "actor" / "hf_model" / "model.safetensors"), "the model is tied"
     assert "qwen2.5-7b-grpo-megatron" in output and "mean reward" in output
-    assert json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])["time/sync_weights"] > 0
+    assert all(line["time/sync_weights"] > 0 for line in read_metrics(folder / "run")[1:])
 
 
 def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_with_the_next(finished, tmp_path):
     """Three claims on one run: the steps after a resume equal the uninterrupted ones, also those after an engine was lost and replaced
     where the configuration allows it, and an engine that may not be replaced is one clear error."""
-    options = resumable(finished[0], tmp_path), "rollout.max_engine_restarts=1", "+actor.megatron.mbridge=True"
-    with started(SCRIPT, tmp_path, "runner.max_steps=16", *options) as process:
+    options = resumable(finished[0], tmp_path), "runner.save_interval=4", "rollout.max_engine_restarts=1", write_puzzles(finished[0])
+    with started(SCRIPT, tmp_path, "runner.max_steps=16", "+actor.megatron.mbridge=True", *options) as process:
         family = strike(process, tmp_path, 1, engine_core, signal.SIGKILL)
         family += strike(process, tmp_path, 4, engine_core, signal.SIGKILL)
         code = exit_code(process, family)
@@ -151,10 +189,12 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     assert output.count("replacing an engine: process") == 1
     assert code == 1 and "error: " in output and "engine 0" in output.split("error: ")[1], output[-4000:]
     assert "worker_logs" in output and "ray::" not in output and "Traceback" not in output, output[-4000:]
-    whole, resumed = read_metrics(finished[0] / "run")[4:], read_metrics(tmp_path / "run")[:4]
+    whole, resumed = read_metrics(finished[0] / "run")[5:], read_metrics(tmp_path / "run")[:4]
     assert [line["step"] for line in resumed] == [5, 6, 7, 8]
     assert [line["rollout/engine_restarts"] for line in resumed[::3]] == [0, 1]
     assert [[line[name] for name in SAME_MEANING] for line in resumed] == [[line[name] for name in SAME_MEANING] for line in whole]
+    # The whole run validated after the fourth step, with which the resumed one began, and both after the eighth.
+    assert [resumed[-1][name] for name in VALIDATION] == [whole[-1][name] for name in VALIDATION]
 
 
 def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(finished, tmp_path):

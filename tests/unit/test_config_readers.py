@@ -15,7 +15,7 @@ WORKERS = Path(__file__).parents[2] / "workers"
 # Read where the configuration is loaded: their only effect is what they refuse, or the key derived from them.
 READ_WHILE_LOADING = {
     *("task_type", "adv_type", "loss_type", "rollout_backend", "training_backend", "type", "reward_type", "optimizer", "padding_side"),
-    *("val_check_interval", "model_type", "pipeline_parallel_size", "bf16", "fp16", "global_batch_size", "training_batch_size_per_gpu"),
+    *("model_type", "pipeline_parallel_size", "bf16", "fp16", "global_batch_size", "training_batch_size_per_gpu"),
     "eval_batch_size",
 }
 

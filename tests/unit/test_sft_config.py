@@ -66,7 +66,7 @@ def test_a_yaml_of_the_other_kind_is_refused_with_the_script_that_runs_it() -> N
         ({"algorithm": {"sampling_params": {"temperature": 0.5}}}, "algorithm.sampling_params.temperature=0.5: it would divide the logits"),
         ({"critic": {"use_critic_model": True}}, "critic.use_critic_model=True: supervised fine-tuning has no critic"),
         ({"trainer": {"per_device_train_batch_size": 4}}, "it is actor.micro_batch_size here"),
-        ({"evaluation": {"generate": True}}, "evaluation.generate=True needs data.val_data_paths"),
+        ({"validation": {"generate": True}}, "validation.generate=True needs data.val_data_paths"),
         ({"data": {"val_data_paths": ["b"], "eval_data_paths": ["c"]}}, "data.val_data_paths (['b']) and data.eval_data_paths (['c']) are"),
     ],
 )
@@ -81,12 +81,12 @@ def test_keys_of_sft_in_a_reasoning_run_are_refused() -> None:
         "rollout": {"model": {"model_path": "/model"}},
         "data": {"train_data_paths": ["a.jsonl"], "max_prompt_length": 8, "rollout_batch_size": 4},
         "actor": {"model": {"model_path": "/model"}, "eval_batch_size": 1},
-        "evaluation": {"generate": True},
+        "validation": {"generate": True},
     }
     said = "\n".join(read_config(values).findings)
     assert "actor.model.model_path (/model) belongs to SFT (runner.task_type: sft); a reasoning run reads the model at" in said
     assert "actor.eval_batch_size belongs to SFT" in said
-    assert "unknown key evaluation.generate: it belongs to a run of supervised fine-tuning (runner.task_type: sft)" in said
+    assert "unknown key validation.generate: it belongs to a run of supervised fine-tuning (runner.task_type: sft)" in said
 
 
 def test_keys_of_rlinfs_sft_yamls_that_mean_nothing_here_are_named_with_a_reason() -> None:
@@ -116,7 +116,7 @@ def test_no_key_of_sft_is_both_read_and_inert_and_hints_name_keys_that_exist() -
 def test_only_what_a_run_has_is_placed() -> None:
     plain, generating = (
         load_config(
-            minimal(evaluation={"generate": does, "max_new_tokens": 8}, data={"val_data_paths": ["b"]}, runner={"val_check_interval": 1}),
+            minimal(validation={"generate": does, "max_new_tokens": 8}, data={"val_data_paths": ["b"]}, runner={"val_check_interval": 1}),
             "sft",
         )
         for does in (False, True)
@@ -124,7 +124,7 @@ def test_only_what_a_run_has_is_placed() -> None:
     assert components_of(plain) == ("actor",) and components_of(generating) == ("actor", "rollout")
     placed = resolve_placement({"actor": "0-1"}, None, components_of(plain))
     assert placed.actor == (0, 1) and placed.engines(1) == ()
-    with pytest.raises(ConfigError, match=r"remove rollout; this run has no engines, which it has with evaluation.generate=True"):
+    with pytest.raises(ConfigError, match=r"remove rollout .*; this run has no engines, which it has with validation.generate=True"):
         resolve_placement({"actor": "0", "rollout": "1"}, None, components_of(plain))
     with pytest.raises(ConfigError, match="must place rollout"):
         resolve_placement({"actor": "0"}, None, components_of(generating))

@@ -83,6 +83,15 @@ def test_training_problems_load_and_are_right(tmp_path: Path) -> None:
     assert len(PromptDataset(problems, make_tokenizer(), PromptForm(max_prompt_length=8))) == 64
 
 
+def test_validation_problems_are_each_problem_once(tmp_path: Path) -> None:
+    world = build_world(tmp_path / "a", replace(RECIPE, max_operand=2))
+    problems = load_problems([str(world.val_path)])
+    prompts = [str(problem.prompt) for problem in problems]
+    assert len(set(prompts)) == len(prompts) == 9
+    assert all(problem.answers == (str(eval(str(problem.prompt).removesuffix("="))),) for problem in problems)
+    assert set(prompts) >= {str(problem.prompt) for problem in load_problems([str(world.train_path)])}
+
+
 def test_supervised_answers_are_wrong_at_the_stated_rate_and_right_ones_are_the_likeliest(tmp_path: Path) -> None:
     world = build_world(tmp_path / "a", RECIPE)
     lines = [json.loads(line) for line in world.supervised_path.read_text().splitlines()]

@@ -50,7 +50,7 @@ INERT = (
             "data.val_rollout_batch_size",
             "data.validation_shuffle",
         ),
-        "no validation rollout is run and engines schedule their own batches",
+        "validation sees every problem of data.val_data_paths in file order, and engines schedule their own batches",
     ),
     Inert(("algorithm.max_num_gen_batches",), "raise data.rollout_batch_size instead", (1, None)),
     Inert(("algorithm.use_valid_token_scale",), "token losses are always averaged over the valid tokens of the whole mini-batch"),
@@ -138,7 +138,7 @@ INERT_IN_SFT = (
     Inert(
         ("algorithm.sampling_params.temperature",),
         "it would divide the logits in training, so that the model answers as it was taught at that temperature only; "
-        "answers of the evaluation are greedy",
+        "answers of the validation are greedy",
         (1.0, None),
     ),
     Inert(("critic.use_critic_model",), "supervised fine-tuning has no critic", _OFF),
@@ -146,7 +146,6 @@ INERT_IN_SFT = (
     Inert(("actor.model.seq_length",), "it is runner.seq_length here, which takes its value from it"),
     Inert(("data.use_chat_template",), "data.apply_chat_template decides"),
     Inert(("data.lazy_loading",), "rows are always read when their turn comes"),
-    Inert(("data.dataset_name",), "data.type, data.prompt_key, data.choice_key, data.answer_key and data.image_keys say how rows are read"),
     Inert(("data.max_prompt_length",), "runner.seq_length bounds prompt and answer together"),
     Inert(("data.answer_separator",), "an answer follows the chat template's prompt for it", ("", None)),
 )
@@ -236,6 +235,9 @@ OTHER_NAMES = {
     "num_train_epochs": "runner.max_epochs",
     "total_training_steps": "runner.max_steps",
     "save_freq": "runner.save_interval",
+    "test_freq": "runner.val_check_interval",
+    "val_files": "data.val_data_paths",
+    "val_max_samples": "data.val_data_size",
     "save_steps": "runner.save_interval",
     "max_actor_ckpt_to_keep": "runner.keep_last_n",
     "save_total_limit": "runner.keep_last_n",
@@ -266,7 +268,7 @@ SFT_NAMES = {
     "eval_interval": "runner.val_check_interval",
     "val_dataset": "data.val_data_paths",
     "eval_dataset": "data.val_data_paths",
-    "max_new_tokens": "evaluation.max_new_tokens",
+    "max_new_tokens": "validation.max_new_tokens",
 }
 
 # What a run of the other kind is called.
@@ -284,8 +286,8 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     ),
     (frozenset({"sglang"}), "SGLang is not supported; engines are vLLM, whose settings are under rollout.vllm"),
     (
-        frozenset({"validation", "validate", "val", "eval", "evaluation", "test"}),
-        "no validation rollout is run; evaluate the hf_model/ folder of a checkpoint with a tool of your choice",
+        frozenset({"validation", "validate", "val", "eval", "test"}),
+        "validation is set by runner.val_check_interval, runner.val_before_train, data.val_data_paths and data.val_data_size",
     ),
     (
         frozenset({"convert", "converter", "convertor", "conversion", "export"}),

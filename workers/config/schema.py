@@ -236,7 +236,7 @@ class ActorConfig:
         None, "SFT, required there: examples of an optimizer step over all ranks; reasoning: derived: "
         "rollout_batch_size x group_size // n_minibatches", min=1,
     )  # fmt: skip
-    eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the evaluation; null: micro_batch_size", min=1)
+    eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the validation; null: micro_batch_size", min=1)
     model: ActorModelConfig = key(ActorModelConfig(), "")
     optim: OptimConfig = key(OptimConfig(), "")
     lr_sched: LrSchedConfig = key(LrSchedConfig(), "")
@@ -281,7 +281,12 @@ class RunnerConfig:
     logger: LoggerConfig = key(LoggerConfig(), "")
     max_epochs: int = key(1, "passes over the training data", min=1)
     max_steps: int = key(-1, "stop after this many steps; negative: only max_epochs limits", bounds=ANY_NUMBER)
-    val_check_interval: int = key(-1, "must divide save_interval when both are on; no validation rollout is run", bounds=ANY_NUMBER)
+    val_check_interval: int = key(
+        -1,
+        "steps between validations, also one after the last step; must divide save_interval when both are on; 0 or less: none at all",
+        bounds=ANY_NUMBER,
+    )
+    val_before_train: bool = key(False, "validate the initial weights too, as step 0")
     save_interval: int = key(-1, "steps between checkpoints, also one at the last step; 0 or less: none at all", bounds=ANY_NUMBER)
     keep_last_n: int | None = key(None, "complete checkpoints to keep; null keeps all", min=1)
     seq_length: int = key(doc="tokens of prompt and response together; must exceed data.max_prompt_length", min=2)
@@ -401,7 +406,9 @@ class DataConfig:
 
     type: Literal["math", "reasoning"] = key("math", "both names mean the math form")
     train_data_paths: tuple[str, ...] = key(doc="JSONL / JSON files with the training problems")
-    val_data_paths: tuple[str, ...] = key((), "further files with the same form, checked to exist and to parse")
+    val_data_paths: tuple[str, ...] = key(
+        (), "files of the same form with the validation problems: one greedy response to each, by runner.val_check_interval"
+    )
     prompt_key: str = key("prompt", "field with the prompt: a string, or a message list; GSM8K: question")
     answer_key: str = key("solutions", "field with the reference answer(s): string or list; GSM8K: answer (the part after ####)")
     on_bad_sample: Literal["error", "skip"] = key(
@@ -418,6 +425,7 @@ class DataConfig:
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
     seed: int = key(1234, "of the order", bounds=SEED)
     data_size: int | None = key(None, "use only the first this many problems; null: all", min=1)
+    val_data_size: int | None = key(None, "use only the first this many validation problems; null: all", min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,10 +455,10 @@ class WarmStartConfig:
 class ArithmeticConfig:
     """``arithmetic``: the locally made model, tokenizer and problems of the CPU default; absent: none are made."""
 
-    path: str = key(doc="folder that receives model/, train.jsonl and supervised.jsonl")
+    path: str = key(doc="folder that receives model/, train.jsonl, val.jsonl and supervised.jsonl")
     seed: int = key(0, "of weights and problems", bounds=SEED)
     max_operand: int = key(4, "problems are a+b with both operands from 0 to this", min=1)
-    num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition", min=1)
+    num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition; val.jsonl has each problem once", min=1)
     num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition", min=1)
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
     hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
@@ -523,44 +531,40 @@ class SftAlgorithmConfig:
 class SftDataConfig:
     """``data`` of an SFT run: examples with prompt and answer."""
 
-    type: Literal["vlm", "chat", "llm", "text"] = key(
-        "llm",
-        "what a row is; vlm: a question about pictures, with or without choices; chat: messages; llm: prompt and answer; text: a document "
-        "of continued pretraining",
+    type: Literal["llm", "chat", "vlm"] = key(
+        "llm", "form of the rows: prompt and answer; a list of messages; a question about pictures, with or without choices"
     )
-    train_data_paths: tuple[str, ...] = key(doc="files with the training examples, or folders of them")
-    val_data_paths: tuple[str, ...] = key((), "files with the examples of the evaluation; `eval_data_paths` is taken too")
-    prompt_key: str | None = key(None, "field with the prompt; null: question (vlm), messages (chat), prompt (llm), text (text)")
-    answer_key: str = key("answer", "vlm and llm: field with the answer; to choices: an index from 0, a letter, or one's text")
-    choice_key: str | None = key(None, "vlm: field with the choices: a list, or one written as a string; null: none")
-    image_keys: tuple[str, ...] = key(("image", "images"), "vlm and chat: fields with pictures; those that a row has count")
-    system_prompt: str | None = key(None, "system message put before rows that bring none")
-    min_pixels: int | None = key(None, "smaller pictures are enlarged to this; null: as the model folder's processor says", min=1)
-    max_pixels: int | None = key(None, "larger pictures are reduced to this; null: as the model folder's processor says", min=1)
+    train_data_paths: tuple[str, ...] = key(doc="files and folders with the training rows")
+    val_data_paths: tuple[str, ...] = key((), "files and folders with the rows of the validation; `eval_data_paths` is taken too")
+    val_data_size: int | None = key(None, "use only the first this many rows of the validation; null: all", min=1)
+    prompt_key: str = key("prompt", "field with the prompt, the question or the messages")
+    answer_key: str = key("response", "field with the answer")
+    choice_key: str | None = key(None, "vlm: field with the choices, of which the answer names one; null: none")
+    image_keys: tuple[str, ...] = key((), "fields with pictures")
+    min_pixels: int | None = key(None, "smaller pictures are enlarged to this; null: as the model folder's image processor says", min=1)
+    max_pixels: int | None = key(None, "larger pictures are reduced to this; null: as the model folder's image processor says", min=1)
+    system_prompt: str | None = key(None, "system message put before rows that have none")
+    apply_chat_template: bool = key(True, "render rows with the tokenizer's chat template; false: prompt, answer and end-of-sequence token")
     train_on_generation_prompt: bool = key(
-        False, "put the chat template's prompt for a next answer behind the last one, and train on it, as RLinf does"
-    )
-    on_too_long: Literal["error", "skip"] = key(
-        "skip", "rows of more tokens than runner.seq_length; error: name file and row and end, skip: leave them out and say how many"
+        False, "the template's prompt for a next answer stands behind the last one and in the loss, as RLinf has it"
     )
     on_bad_sample: Literal["error", "skip"] = key(
-        "error", "rows that cannot be used; error: name file and row and end, skip: leave them out and say how many"
+        "error", "rows that cannot be used; error: name file and row and end, skip: another row nearby takes the place"
     )
-    apply_chat_template: bool = key(False, "render the example with the tokenizer's chat template")
+    on_too_long: Literal["error", "skip"] = key("error", "the same for rows of more than runner.seq_length tokens")
     num_workers: int = key(0, "loader processes of a data-parallel rank; 0: in the rank", min=0)
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
     seed: int = key(1234, "of the order", bounds=SEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """``evaluation`` of an SFT run, every ``runner.val_check_interval`` steps on ``data.val_data_paths``; the loss needs no key."""
+class ValidationConfig:
+    """``validation`` of an SFT run, every ``runner.val_check_interval`` steps on ``data.val_data_paths``; the loss needs no key."""
 
     generate: bool = key(
         False, "engines answer the prompts greedily too, and answers are compared with the references; the placement has `rollout` then"
     )
     max_new_tokens: int = key(64, "with generate: longest answer in tokens", min=1)
-    max_examples: int | None = key(None, "with generate: answer only the first this many prompts; null: all", min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -570,7 +574,7 @@ class SftConfig:
     cluster: ClusterConfig = key(doc="")
     runner: RunnerConfig = key(doc="")
     algorithm: SftAlgorithmConfig = key(SftAlgorithmConfig(), "")
-    evaluation: EvaluationConfig = key(EvaluationConfig(), "")
+    validation: ValidationConfig = key(ValidationConfig(), "")
     rollout: RolloutConfig = key(doc="")
     data: SftDataConfig = key(doc="")
     actor: ActorConfig = key(ActorConfig(), "")
@@ -588,7 +592,7 @@ class SftConfig:
 
     @property
     def has_engines(self) -> bool:
-        return self.evaluation.generate
+        return self.validation.generate
 
     @property
     def has_reference(self) -> bool:

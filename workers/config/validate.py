@@ -110,6 +110,8 @@ def _runner(config: AnyConfig) -> Iterator[str]:
     runner = config.runner
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
+    if runner.val_before_train and not config.data.val_data_paths:
+        yield "runner.val_before_train=True needs data.val_data_paths, the files with the validation problems"
     if runner.enable_dynamic_batch_size and (runner.max_tokens_per_mbs or 0) < runner.seq_length:
         yield f"runner.max_tokens_per_mbs ({runner.max_tokens_per_mbs}) must be at least runner.seq_length ({runner.seq_length})"
 
@@ -142,13 +144,17 @@ def _sft(config: SftConfig) -> Iterator[str]:
             "actor.enable_dp_load_balance=True is for the samples of a reasoning run; in an SFT run each rank reads its own share of the "
             "data. Set it to False"
         )
-    if config.evaluation.generate and not config.data.val_data_paths:
-        yield "evaluation.generate=True needs data.val_data_paths, whose prompts the engines answer"
-    if config.evaluation.generate and config.runner.val_check_interval <= 0:
-        yield f"evaluation.generate=True needs runner.val_check_interval ({config.runner.val_check_interval}) above 0"
-    if config.evaluation.generate and config.evaluation.max_new_tokens >= config.runner.seq_length:
+    rollout = config.rollout
+    for name, is_set in (("validate_weight", rollout.validate_weight), ("max_engine_restarts", rollout.max_engine_restarts > 0)):
+        if is_set:
+            yield f"rollout.{name} ({getattr(rollout, name)}) belongs to a reasoning run; leave it out"
+    if config.validation.generate and not config.data.val_data_paths:
+        yield "validation.generate=True needs data.val_data_paths, whose prompts the engines answer"
+    if config.validation.generate and config.runner.val_check_interval <= 0:
+        yield f"validation.generate=True needs runner.val_check_interval ({config.runner.val_check_interval}) above 0"
+    if config.validation.generate and config.validation.max_new_tokens >= config.runner.seq_length:
         yield (
-            f"evaluation.max_new_tokens ({config.evaluation.max_new_tokens}) must be less than runner.seq_length "
+            f"validation.max_new_tokens ({config.validation.max_new_tokens}) must be less than runner.seq_length "
             f"({config.runner.seq_length}), which holds the prompt too"
         )
 

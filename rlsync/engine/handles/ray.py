@@ -40,7 +40,7 @@ class EngineActor:
         return self._engine.num_workers
 
     def call(self, method: str, *arguments: Any) -> None:
-        """One of the calls of an EngineHandle, or ``sleep`` or ``wake``."""
+        """One of the calls of an EngineHandle, or ``sleep``, ``wake`` or ``reset_caches``."""
         getattr(self._engine, method)(*arguments)
 
     def state(self) -> str:

@@ -1,0 +1,37 @@
+"""Entry point of supervised fine-tuning: hydra in, exit code out. ``--check`` says what is wrong and starts nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))  # also for those who start this file without the script beside it
+
+from workers.check import SFT_CHECKS  # noqa: E402
+from workers.config import SftConfig  # noqa: E402
+from workers.entry import keep_the_screen_for_the_run, main  # noqa: E402
+from workers.ray_access import cluster_address, protect_own_cluster  # noqa: E402
+
+
+def run(config: SftConfig) -> None:
+    """A whole run."""
+    keep_the_screen_for_the_run()
+    protect_own_cluster(cluster_address(config.cluster.num_nodes))
+    # Only now: importing them takes seconds, and prints; and this imports Ray, for which all has to be set by then.
+    from workers.sft_runner import SftRunner
+
+    SftRunner(config).run()
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(
+            sys.argv[1:],
+            config_path=REPOSITORY / "configs" / "sft",
+            config_name="arithmetic_sft_llm",
+            task="sft",
+            checks=SFT_CHECKS,
+            run=run,
+        )
+    )

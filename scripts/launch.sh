@@ -1,0 +1,32 @@
+# Starts a run; sourced by the scripts of examples/.
+#
+#     launch SCRIPT CONFIGS DEFAULT MAIN [CONFIG] [--check] [key=value ...]
+#
+# SCRIPT is the one that users call and CONFIGS the folder of its configurations, of which DEFAULT needs nothing; MAIN is the entry point.
+# All are paths in the repository. CONFIG is a file of CONFIGS, with or without folder and .yaml.
+launch() {
+    local script=$1 configs=$2 default=$3 main=$4
+    shift 4
+    local repository config=$default file
+    repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    case ${1:-} in
+        "" | *=* | --*) ;;
+        *) config=$1 && shift ;;
+    esac
+    # The path of such a file names it too.
+    config=${config#"$repository"/} config=${config#./} config=${config#"$configs"/} config=${config%.yaml}
+    if [ "$config" = "$default" ]; then
+        echo "Running $default, the tiny CPU default. Others:"
+        echo "bash $script CONFIG [key=value ...], CONFIG:"
+        for file in "$repository/$configs"/*.yaml; do echo "    $(basename "$file" .yaml)"; done
+    fi
+    if [ ! -f "$repository/$configs/$config.yaml" ]; then
+        echo "error: no config named $config in $configs" >&2
+        exit 2
+    fi
+    cd "$repository"
+    # shellcheck source=scripts/bootstrap.sh
+    source scripts/bootstrap.sh
+    export CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false RAY_DEDUP_LOGS=0
+    exec python "$main" --config-path "$repository/$configs" --config-name "$config" "$@"
+}

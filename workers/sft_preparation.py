@@ -1,0 +1,167 @@
+"""Inputs of a run of supervised fine-tuning, read before any process starts; and the sources of its examples, which ranks read again.
+
+Whatever can be refused without a process is refused here. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsync.errors import ConfigError
+from rlsync.models import model_of
+from workers.config import SftConfig
+from workers.model_folder import read_hf_config
+from workers.pictures import PictureProcessor, load_picture_processor
+from workers.preparation import prepare_model, restore_position, stop_ids
+from workers.resume import Beginning
+from workers.row_files import RowFiles
+from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, RowExamples, SftExample, SftLoader
+from workers.sft_rows import RowForm
+
+
+@dataclass(frozen=True, slots=True)
+class SftPreparation:
+    """Attributes:
+    hf_config: content of config.json.
+    stop_ids: token ids that end an answer, the tokenizer's own first.
+    num_steps: of the data.
+    position: in the data, where the run continues; ``SftLoader`` takes it.
+    questions: prompts of the validation with their answers; empty without ``validation.generate``.
+    beginning: where the run continues.
+    notes: what the user should know about model and data.
+    """
+
+    hf_config: Mapping[str, Any]
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    num_steps: int
+    position: Mapping[str, Any]
+    questions: tuple[Question, ...]
+    beginning: Beginning
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt of the validation as the engines get it, and the text that it is to be answered with."""
+
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
+    """Make the model and the data of the run where it makes its own, and read and check them, quick checks first.
+
+    Rows are read when their turn comes; those of the validation that are generated from, now. Raises ConfigError or CheckpointError.
+    """
+    notes, hf_config, tokenizer = prepare_model(config, beginning)
+    loader = open_loader(config, tokenizer)
+    notes += restore_position(loader, beginning)
+    questions: tuple[Question, ...] = ()
+    if config.data.val_data_paths:
+        source = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
+        if config.validation.generate:
+            held_out = val_examples(config, source, range(num_val_examples(config, source)))
+            questions = tuple(question(example, tokenizer) for example in held_out)
+            if not questions:
+                raise ConfigError(f"validation.generate: no row of {', '.join(config.data.val_data_paths)} can be used")
+    return SftPreparation(
+        hf_config,
+        tokenizer,
+        stop_ids(config, hf_config, tokenizer),
+        len(loader),
+        loader.state_dict(),
+        questions,
+        beginning,
+        notes,
+    )
+
+
+def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, substitutes: bool = True) -> ExampleSource:
+    """The examples of data files.
+
+    Args:
+        substitutes: rows that ``data.on_bad_sample`` and ``on_too_long`` skip have others in their place; without, their place has none.
+    """
+    data = config.data
+    form = ExampleForm(
+        max_length=config.runner.seq_length,
+        apply_chat_template=data.apply_chat_template,
+        train_on_generation_prompt=data.train_on_generation_prompt,
+    )
+    rows = RowForm(
+        type=data.type,
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key,
+        choice_key=data.choice_key,
+        image_keys=data.image_keys,
+        system_prompt=data.system_prompt,
+    )
+    return RowExamples(
+        RowFiles(paths),
+        rows,
+        ExampleEncoder(tokenizer, form, _pictures(config)),
+        on_bad_sample=data.on_bad_sample if substitutes else "error",
+        on_too_long=data.on_too_long if substitutes else "error",
+    )
+
+
+def _pictures(config: SftConfig) -> PictureProcessor | None:
+    """What makes patches of pictures; None where the model takes none."""
+    folder = Path(config.model_path)
+    vision = model_of(read_hf_config(folder, config.model_key)).vision
+    if vision is None:
+        return None
+    return load_picture_processor(folder, vision.image_token_id, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+
+
+def open_loader(config: SftConfig, tokenizer: Any, *, dp_rank: int = 0, dp_size: int = 1) -> SftLoader:
+    """The loader of one replica's share of each global batch, at the beginning of the data."""
+    data, batch = config.data, config.actor.global_batch_size
+    assert batch is not None, "a rule requires it"
+    return SftLoader(
+        example_source(config, data.train_data_paths, tokenizer),
+        batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        num_epochs=config.runner.max_epochs,
+        shuffle=data.shuffle,
+        seed=data.seed,
+        num_workers=data.num_workers,
+    )
+
+
+def num_val_examples(config: SftConfig, source: ExampleSource) -> int:
+    """Examples of a validation."""
+    most = config.data.val_data_size
+    return source.num_items if most is None else min(most, source.num_items)
+
+
+def val_examples(config: SftConfig, source: ExampleSource, places: Iterable[int]) -> Iterator[SftExample]:
+    """The examples at these places of the validation's data, without those that are skipped.
+
+    Raises ConfigError for one that is not to be skipped.
+    """
+    skips = {False: config.data.on_bad_sample == "skip", True: config.data.on_too_long == "skip"}
+    items = source.items(0, shuffle=False, seed=0)
+    for place in places:
+        drawn = source.draw(items[place])
+        if drawn.example is None:
+            last = drawn.left_out[-1]
+            if not skips[last.too_long]:
+                key = "data.on_too_long" if last.too_long else "data.on_bad_sample"
+                raise ConfigError(f"{last.where}: {last.reason}. {key}=skip leaves such rows out")
+        else:
+            yield drawn.example
+
+
+def question(example: SftExample, tokenizer: Any) -> Question:
+    """The prompt before the last stretch of tokens that is learned, and the text of that stretch."""
+    end = example.length - example.loss_mask[::-1].index(True)
+    begin = end
+    while begin > 0 and example.loss_mask[begin - 1]:
+        begin -= 1
+    return Question(example.token_ids[:begin], tokenizer.decode(list(example.token_ids[begin:end]), skip_special_tokens=True).strip())
