@@ -1,6 +1,7 @@
 """Passes over microbatches through Megatron's schedules: one optimizer step, or token scores without gradients.
 
-Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism; sequences are right-padded.
+Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism; sequences are right-padded. Models with a
+vision tower take pictures beside them.
 Must not know rewards, advantages or algorithms: the loss comes from the caller.
 """
 
@@ -79,10 +80,16 @@ def train_step(
         models: chunks of this rank, wrapped in DistributedDataParallel.
         optimizer: of these chunks, from ``build_optimizer``.
         microbatches: each with ``tokens`` (B, S) int64, right-padded, and whatever the loss reads. Equal on the ranks of
-            one data-parallel replica; equally many on all replicas.
+            one data-parallel replica; equally many on all replicas. With pictures also ``pixel_values`` (num_patches, patch_dim)
+            and ``image_grid_thw`` (num_images, 3) int64, in the order of rows and of appearance, both in host memory;
+            the loss does not get them.
         loss: see ``TokenLoss``.
         scheduler: advanced by one when the step was not skipped.
         temperature: divides the logits that ``loss`` sees.
+
+    Raises:
+        ConfigError: no microbatch, or pictures that its tokens have no room for; nothing has changed then. Not on all ranks where
+            replicas differ in it.
     """
     _set_training(models, True)
     for model in models:
@@ -119,7 +126,8 @@ def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Micro
 
     Args:
         models: chunks of this rank, wrapped or bare.
-        microbatches: each with ``tokens`` (B, S) int64, right-padded; equal on the ranks of one data-parallel replica.
+        microbatches: each with ``tokens`` (B, S) int64, right-padded, and pictures as in ``train_step``; equal on the ranks of one
+            data-parallel replica.
         temperature: divides the logits.
 
     Returns:
