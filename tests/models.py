@@ -10,17 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3VLConfig,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 VOCAB_SIZE = 131
 
@@ -52,22 +42,9 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-# Towers of two heads of 32, whose windows hold four tokens of a picture, and the token ids of pictures at the vocabulary's end.
-PICTURE_TOKENS = {"vision_start_token_id": 126, "vision_end_token_id": 127, "image_token_id": 128, "video_token_id": 129}
-_TOWER = {"depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
-_TOWERS: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {**_TOWER, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-    "qwen3_vl": {**_TOWER, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-}
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
-VISION_FAMILIES = tuple(_TOWERS)
-
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
-    """Config of a tiny model of ``family`` (one of FAMILIES or VISION_FAMILIES); ``changes`` replace fields.
-
-    Of a vision-language model they are those of ``text_config``, and ``vision`` holds those of ``vision_config``.
-    """
+    """Config of a tiny model of ``family`` (one of FAMILIES); ``changes`` replace fields."""
     fields = {**_SHARED, "tie_word_embeddings": tied, "rope_parameters": dict(_PLAIN_ROPE), **changes}
     if family == "llama":
         return LlamaConfig(**{"head_dim": 32, "rope_parameters": dict(LLAMA3_ROPE), **_without_rope(fields, changes)})
@@ -76,21 +53,7 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "qwen3":
         return Qwen3Config(**{"head_dim": 32, **fields})
-    if family in VISION_FAMILIES:
-        return _tiny_vision_config(family, tied=tied, **changes)
-    raise ValueError(f"unknown family {family!r}; one of {FAMILIES + VISION_FAMILIES}")
-
-
-def _tiny_vision_config(family: str, *, tied: bool, vision: dict[str, Any] | None = None, **changes: Any) -> PretrainedConfig:
-    text = {**_SHARED, **changes}
-    if family == "qwen2_5_vl":
-        rope = {**_MROPE, "mrope_section": [4, 6, 6]}
-        text = {"rope_parameters": rope, **text, "hidden_size": 32 * text["num_attention_heads"]}
-    else:
-        text = {"rope_parameters": {**_MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}, "head_dim": 32, **text}
-    tower = {**_TOWERS[family], "out_hidden_size": text["hidden_size"], **(vision or {})}
-    kind = Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen3VLConfig
-    return kind(text_config=text, vision_config=tower, tie_word_embeddings=tied, **PICTURE_TOKENS)
+    raise ValueError(f"unknown family {family!r}; one of {FAMILIES}")
 
 
 def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
@@ -98,11 +61,10 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.d
     config = tiny_config(family, tied=tied, **changes)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    loader = AutoModelForImageTextToText if family in VISION_FAMILIES else AutoModelForCausalLM
-    model = loader.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")):
+            if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.2)

@@ -77,6 +77,7 @@ class ActorRank:
             overrides=transformer_overrides(actor.model),
             spec=SPECS[actor.spec_name],
             ddp=ddp_options(actor),
+            frozen=tuple(actor.model.frozen.values()),
         )
         if load_initial:
             load_initial_weights(self._bridge, self._models, actor)
@@ -226,6 +227,7 @@ def optimizer_options(actor: ActorConfig, lr: float) -> OptimizerOptions:
         optimizer_cpu_offload=optim.optimizer_cpu_offload,
         optimizer_offload_fraction=optim.optimizer_offload_fraction if optim.optimizer_cpu_offload else 0.0,
         use_precision_aware_optimizer=optim.use_precision_aware_optimizer,
+        part_lr=optim.part_lr,
     )
 
 

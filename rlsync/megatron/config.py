@@ -17,7 +17,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.overrides import checked_overrides
 from rlsync.megatron.pictures import PictureTokens, axes_of_frequencies
-from rlsync.models import model_of
+from rlsync.models import Part, check_overrides, model_of
 from rlsync.models.rope import Rope
 from rlsync.models.stacks import Vision
 
@@ -54,6 +54,7 @@ class ModelConfig:
         tied_embeddings: input embedding and output layer are one weight.
         rope: rotary embedding.
         vision: of a model that takes pictures, None for one of text.
+        tower_parts: see ``Model.tower_parts``.
     """
 
     transformer: TransformerConfig
@@ -63,6 +64,7 @@ class ModelConfig:
     tied_embeddings: bool
     rope: Rope
     vision: VisionConfig | None
+    tower_parts: Mapping[str, Part]
 
 
 def model_config(
@@ -92,6 +94,9 @@ def model_config(
     if model.rope.mrope_section is not None:
         structure["mrope_section"] = list(model.rope.mrope_section)
     settings = {**_defaults(topology), **structure, **_parallel(topology), **_precision(dtype)}
+    findings = check_overrides(model, overrides or {})
+    if findings:
+        raise ConfigError("; ".join(findings))
     settings |= checked_overrides(overrides or {}, decided=settings, structure=structure, topology=topology)
     return ModelConfig(
         transformer=_build(settings),
@@ -101,6 +106,7 @@ def model_config(
         tied_embeddings=model.tied,
         rope=model.rope,
         vision=None if model.vision is None else _vision(hf_config, model.vision, model.rope),
+        tower_parts=model.tower_parts(),
     )
 
 

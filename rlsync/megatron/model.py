@@ -6,7 +6,7 @@ Must not know HF names, files or engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
-from rlsync.models import Flavour
+from rlsync.models import Flavour, Part, check_parts, model_of
 from rlsync.models.rope import Rope
 
 _LAYER_LISTS = ("decoder.layers.",)
@@ -58,6 +58,7 @@ def build_model(
     ddp: DdpOptions | None = None,
     overrides: Mapping[str, Any] | None = None,
     spec: SpecName = "auto",
+    frozen: Collection[Part] = (),
 ) -> list[MegatronModule]:
     """Build this rank's part of a model with random weights on its device.
 
@@ -74,12 +75,14 @@ def build_model(
         ddp: options of that wrapper.
         overrides: TransformerConfig fields by name, see ``model_config``.
         spec: see ``block_spec``.
+        frozen: parts of a vision-language model that are not trained: they have no gradients and no optimizer state.
 
     Returns:
         One module per virtual pipeline stage, in order; a single one without virtual stages.
 
     Raises:
-        ConfigError: as ``model_config``, the topology differs from Megatron's process groups, or Megatron's random state was not seeded.
+        ConfigError: as ``model_config``; everything, or a part of a model of text, is frozen; the topology differs from Megatron's process
+            groups; or Megatron's random state was not seeded.
     """
     enable_cpu()
     _check_topology(topology)
@@ -95,8 +98,13 @@ def build_model(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         overrides=overrides,
     )
+    findings = check_parts(model_of(hf_config), {f"frozen {part}": part for part in frozen}, {})
+    if findings:
+        raise ConfigError("; ".join(findings))
     stages = range(topology.vpp_size) if topology.vpp_size > 1 else (None,)
     chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
+    for parameter, part in parts_of_parameters(chunks):
+        parameter.requires_grad_(part not in frozen)
     return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
 
 
@@ -121,6 +129,13 @@ def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, st
         numbers = _layer_numbers(chunk)
         for name, parameter in chunk.named_parameters():
             yield chunk_index, name, _global_name(name, numbers), parameter
+
+
+def parts_of_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.nn.Parameter, Part]]:
+    """Every parameter of this rank with the part of the model that it belongs to."""
+    tower_parts = unwrap(models[0]).tower_parts
+    for _, _, name, parameter in iter_parameters(models):
+        yield parameter, tower_parts.get(name, "language_model")
 
 
 def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,6 +231,7 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         inverse = llama3_inverse_frequencies(config.rope, config.transformer.kv_channels)
         chunk.rotary_pos_emb.inv_freq = inverse.to(compute_device())
     chunk.unpadded_vocab_size = config.vocab_size
+    chunk.tower_parts = config.tower_parts
     return chunk.to(compute_device())
 
 

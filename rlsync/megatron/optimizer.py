@@ -6,19 +6,25 @@ know losses, data or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_te_version
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.model import parts_of_parameters
 from rlsync.megatron.parallel import compute_device
+from rlsync.models import PARTS, Part
 
+# Key of a parameter group that has a learning rate of its own.
+OWN_LR = "own_lr"
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 
@@ -28,6 +34,7 @@ class OptimizerOptions:
 
     ``loss_scale`` fixes the fp16 loss scale; None lets it move between ``min_loss_scale`` and where gradients overflow,
     from ``initial_loss_scale``, doubling after ``loss_scale_window`` steps. ``clip_grad`` 0 means no clipping.
+    ``part_lr`` are learning rates of parts of a vision-language model in place of ``lr``; a schedule gives them its shape.
     """
 
     lr: float
@@ -45,6 +52,7 @@ class OptimizerOptions:
     optimizer_cpu_offload: bool = False
     optimizer_offload_fraction: float = 0.0
     use_precision_aware_optimizer: bool = False
+    part_lr: Mapping[Part, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +94,32 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
         if not isinstance(model, DistributedDataParallel):
             raise ConfigError(f"chunk {index} is a bare {type(model).__name__}; build the model with wrap_with_ddp=True to train it")
     config, ddp = models[0].config, models[0].ddp_config
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            fp16=config.fp16,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            loss_scale=options.loss_scale if config.fp16 else None,
-            initial_loss_scale=options.initial_loss_scale,
-            min_loss_scale=options.min_loss_scale,
-            loss_scale_window=options.loss_scale_window,
-            hysteresis=options.hysteresis,
-            use_distributed_optimizer=ddp.use_distributed_optimizer,
-            overlap_param_gather=ddp.overlap_param_gather,
-            optimizer_cpu_offload=options.optimizer_cpu_offload,
-            optimizer_offload_fraction=options.optimizer_offload_fraction,
-            use_precision_aware_optimizer=options.use_precision_aware_optimizer,
-            log_num_zeros_in_grad=True,
-        ),
-        list(models),
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        fp16=config.fp16,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        loss_scale=options.loss_scale if config.fp16 else None,
+        initial_loss_scale=options.initial_loss_scale,
+        min_loss_scale=options.min_loss_scale,
+        loss_scale_window=options.loss_scale_window,
+        hysteresis=options.hysteresis,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
+        optimizer_cpu_offload=options.optimizer_cpu_offload,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+        log_num_zeros_in_grad=True,
     )
+    overrides = {**get_standard_config_overrides(settings), **_overrides_by_part(models, options)}
+    optimizer = get_megatron_optimizer(settings, list(models), overrides)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
@@ -120,6 +127,26 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
         functions = [model.no_sync for model in models]
         config.no_sync_func = functions[0] if len(functions) == 1 else functions
     return optimizer
+
+
+def _overrides_by_part(models: Sequence[torch.nn.Module], options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverride]:
+    """Groups of parameters for the parts of a vision tower, none for a model of text."""
+    members: dict[Part, set[int]] = {part: set() for part in PARTS}
+    for parameter, part in parts_of_parameters(models):
+        members[part].add(id(parameter))
+    overrides: dict[ParamKey, Any] = {}
+    for number, part in enumerate(PARTS):
+        if part != "language_model":
+            key = ParamKey(predicate=ParamPredicate(part, partial(_is_member, members[part])))
+            # Megatron finds the saved state of a group by its multipliers, and this one is read for nothing else.
+            overrides[key] = {"lr_mult": 1.0 + number}
+            if (lr := options.part_lr.get(part)) is not None:
+                overrides[key] |= {OWN_LR: lr, "lr": lr, "max_lr": lr, "min_lr": min(options.min_lr, lr)}
+    return overrides
+
+
+def _is_member(ids: Set[int], parameter: torch.nn.Parameter) -> bool:
+    return id(parameter) in ids
 
 
 def build_scheduler(optimizer: MegatronOptimizer, options: SchedulerOptions) -> OptimizerParamScheduler:
@@ -138,6 +165,10 @@ def build_scheduler(optimizer: MegatronOptimizer, options: SchedulerOptions) -> 
             f"start_weight_decay {options.start_weight_decay} and end_weight_decay {options.end_weight_decay} differ, "
             "but weight_decay_incr_style is constant"
         )
+    for group in optimizer.param_groups:
+        # What a group says comes before what the schedule is told, and every group of Megatron 0.16 says the rates of the optimizer.
+        peak = group.get(OWN_LR, options.max_lr)
+        group |= {"max_lr": peak, "min_lr": options.min_lr * peak / options.max_lr if options.max_lr else 0.0}
     return OptimizerParamScheduler(
         optimizer,
         init_lr=options.lr_warmup_init,

@@ -94,7 +94,9 @@ def checked_overrides(
         if owner is not None and value != decided[name]:
             raise ConfigError(f"model override {name}={value!r} contradicts {decided[name]!r}, which {owner} decides; change it there")
         fusion = _FUSIONS.get(name)
-        if fusion is not None and value and not fusion.available():
+        if name == "apply_rope_fusion" and value and "mrope_section" in structure:
+            _LOG.warning("%s has no kernel for positions of three dimensions: it stays off (slower, same results)", name)
+        elif fusion is not None and value and not fusion.available():
             _LOG.warning("%s needs %s, which this machine lacks: it stays off (slower, same results)", name, fusion.needs)
         elif name == "sequence_parallel" and topology.tp_size == 1:
             pass  # with one tensor rank the split of the sequence is the identity, and Megatron refuses the switch

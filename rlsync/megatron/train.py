@@ -95,7 +95,10 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
+    # Of the language model; where that is frozen, of what is trained.
     learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    if learning_rate is None:
+        learning_rate = max(group["lr"] for group in optimizer.param_groups)
     # The schedule divides each loss by the number of microbatches, and the gradient reduction by the data-parallel size.
     scale = _padded_count(models, len(microbatches)) * parallel_state.get_data_parallel_world_size()
 

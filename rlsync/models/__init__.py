@@ -20,17 +20,21 @@ from rlsync.models.qwen2_5_vl import QWEN2_5_VL
 from rlsync.models.qwen3 import QWEN3
 from rlsync.models.qwen3_vl import QWEN3_VL
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_mrope, read_rope
-from rlsync.models.stacks import Family, Flavour, Model, Vision
+from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL)
 
 __all__ = [
     "FAMILIES",
+    "PARTS",
     "Family",
     "Flavour",
     "Model",
+    "Part",
     "Vision",
     "check_config",
+    "check_overrides",
+    "check_parts",
     "family_of",
     "model_of",
     "supported_architectures",
@@ -62,6 +66,37 @@ def model_of(hf_config: HFConfig, topology: Topology | None = None) -> Model:
     if findings or model is None:
         raise ConfigError(joined(findings, "config.json"))
     return model
+
+
+def check_parts(model: Model, frozen: Mapping[str, Part], rates: Mapping[str, Part]) -> list[str]:
+    """What is wrong with freezing parts of a model and with giving parts a learning rate of their own.
+
+    Args:
+        model: as read from its config.json.
+        frozen: switches that are set, by the names that a user knows them by, and the part that each freezes.
+        rates: the same of learning rates.
+    """
+    switches = ", ".join([*frozen, *rates])
+    if model.vision is None:
+        text = f"{switches}: {model.architecture} is a model of text, which is trained whole at one learning rate; leave it out here, "
+        return [f"{text}it belongs into a run of a vision-language model"] if switches else []
+    findings = []
+    if set(frozen.values()) == set(PARTS):
+        findings.append(f"{', '.join(frozen)} freeze all of {model.architecture}; leave out one of them, there is nothing to train")
+    for name, part in rates.items():
+        by = [switch for switch, frozen_part in frozen.items() if frozen_part == part]
+        findings += [f"{name} is a learning rate of what {switch} freezes; leave out one of them" for switch in by]
+    return findings
+
+
+def check_overrides(model: Model, overrides: Mapping[str, Any]) -> list[str]:
+    """Switches of Megatron's TransformerConfig, by name, that would compute another model."""
+    if model.rope.mrope_interleaved and overrides.get("apply_rope_fusion"):
+        return [
+            "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error: fused kernels know no interleaved positions of "
+            "three dimensions; leave it out or set it to False"
+        ]
+    return []
 
 
 def unread_keys(hf_config: HFConfig) -> tuple[str, ...]:

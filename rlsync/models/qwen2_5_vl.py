@@ -103,6 +103,7 @@ QWEN2_5_VL = Family(
             *linear("mlp.0", "merged", "merged"),
             *linear("mlp.2", "hidden", "merged"),
             within="merger.",
+            part="vision_projection",
         ),
         *dense_stacks("model.language_model."),
     ),

@@ -110,6 +110,7 @@ QWEN3_VL = Family(
             *linear("linear_fc1", "merged", "merged"),
             *linear("linear_fc2", "hidden", "merged"),
             within="merger.",
+            part="vision_projection",
         ),
         tower_stack(
             *layer_norm("norm", "merged"),
@@ -117,6 +118,7 @@ QWEN3_VL = Family(
             *linear("linear_fc2", "hidden", "merged"),
             within="deepstack_merger_list.{merger}.",
             index=_DEEPSTACK,
+            part="vision_projection",
         ),
         *dense_stacks("model.language_model."),
     ),

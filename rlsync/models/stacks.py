@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import TensorSpec
@@ -23,6 +23,11 @@ from rlsync.models.rope import Rope, RopeKind
 # How a parameter is called: by Megatron's local spec, or by TransformerEngine's, which fuses norms into the linear that follows.
 Flavour = Literal["local", "te"]
 
+
+# What of a model is trained or left as it is, with a learning rate of its own: the language model, the vision tower without its mergers,
+# and the mergers, which project its features into the language model.
+Part = Literal["language_model", "vision_model", "vision_projection"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 # HF names that old checkpoints carry, and that neither transformers nor vLLM loads.
 NEVER_LOADED = (r".*\.rotary(_pos)?_emb\.inv_freq", r".*\.rotary_emb\.(cos|sin)_cached")
@@ -94,6 +99,7 @@ class Stack:
         tensor_axis: the axis of the layouts: "tp", or "etp" for experts.
         has_layer: model and first number -> whether the copy exists. Not asked where there is no index.
         dtype: of parameters that are in this dtype whatever the model is in, or "".
+        part: of the model that it belongs to.
     """
 
     rules: tuple[Rule, ...]
@@ -104,6 +110,7 @@ class Stack:
     tensor_axis: Literal["tp", "etp"] = "tp"
     has_layer: Callable[[Model, int], bool] = in_every_layer
     dtype: str = ""
+    part: Part = "language_model"
 
 
 # The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.
@@ -292,6 +299,10 @@ class Model:
             for tensor in rule.hf
         )
         return Bound(rule, stack, local, te, hf)
+
+    def tower_parts(self) -> dict[str, Part]:
+        """Parameters outside the language model, by Megatron name: which part they belong to. Empty for a model of text."""
+        return {bound.local: bound.stack.part for bound in self.parameters() if bound.stack.part != "language_model"}
 
     def tensors(self, dtype: str | None = None) -> tuple[TensorSpec, ...]:
         """Every HF tensor once, in layer order: embedding, layers ascending, final norm, head. ``dtype`` is the parameters'."""

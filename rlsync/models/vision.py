@@ -12,7 +12,7 @@ from typing import Any
 from rlsync.models.base_keys import BASE_KEYS
 from rlsync.models.keys import Key, flag, harmless, is_whole, only, read_elsewhere, size, unsupported
 from rlsync.models.layouts import Replicated
-from rlsync.models.stacks import HFTensor, Index, Rule, Stack, Vision
+from rlsync.models.stacks import HFTensor, Index, Part, Rule, Stack, Vision
 
 _PICTURE_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _AXIAL = {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,), "partial_rotary_factor": (1,)}
@@ -142,9 +142,9 @@ def layer_norm(name: str, size: str) -> tuple[Rule, Rule]:
     return whole(f"{name}.weight", size), whole(f"{name}.bias", size)
 
 
-def tower_stack(*rules: Rule, within: str = "", index: Index | None = None) -> Stack:
+def tower_stack(*rules: Rule, within: str = "", index: Index | None = None, part: Part = "vision_model") -> Stack:
     """Rules of the tower, on every rank of the first stage. ``within`` comes after ``visual.``, with the name of ``index`` in braces."""
-    return Stack(rules, f"visual.{within}", f"model.visual.{within}", () if index is None else (index,), stage="first")
+    return Stack(rules, f"visual.{within}", f"model.visual.{within}", () if index is None else (index,), stage="first", part=part)
 
 
 BLOCKS = Index("block", "num_blocks")

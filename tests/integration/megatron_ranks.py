@@ -45,6 +45,7 @@ class Actor:
             fp16=precision == "fp16",
             ddp=DdpOptions(**case.get("ddp", {})),
             overrides=case.get("overrides"),
+            frozen=case.get("frozen", ()),
         )
         self.optimizer = build_optimizer(self.models, OptimizerOptions(**case["optimizer"]))
         self.scheduler = build_scheduler(

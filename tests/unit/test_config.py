@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from tests.deadlines import HANG_S
+from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_VL
 from workers.config import (
     RunConfig,
     config_as_dict,
@@ -451,7 +452,7 @@ def test_no_key_is_both_read_and_inert() -> None:
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24, "model_type": "qwen2"}, None),
+        ({"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}, None),
         ({"num_attention_heads": 7, "num_key_value_heads": 1, "num_hidden_layers": 2}, "num_attention_heads (7) must be divisible by"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}, "num_key_value_heads (3) must divide"),
         ({"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}, "num_hidden_layers (3) must be divisible by"),
@@ -460,18 +461,48 @@ def test_no_key_is_both_read_and_inert() -> None:
 def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], message: str | None) -> None:
     config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}))
     if message is None:
+        validate_model(config, {**QWEN2, "head_dim": 32, **hf})
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate_model(config, {**QWEN2, "head_dim": 32, **hf})
+    assert message in str(caught.value)
+
+
+def test_model_type_must_match_the_folder() -> None:
+    validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen2.5"}})), QWEN2)
+    with pytest.raises(ConfigError, match="model_type is qwen3"):
+        validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen3"}})), QWEN2)
+
+
+PARTS = ("freeze_language_model", "freeze_vision_model", "freeze_vision_projection")
+
+
+@pytest.mark.parametrize(
+    ("model", "optim", "hf", "message"),
+    [
+        ({"freeze_vision_model": True}, {}, QWEN2_5_VL, None),
+        ({"freeze_language_model": True, "freeze_vision_model": True}, {"projection_lr": 1e-4}, QWEN2_5_VL, None),
+        ({}, {"vision_lr": 0.0, "projection_lr": 1e-4}, QWEN3_VL, None),
+        ({"apply_rope_fusion": True}, {}, QWEN2_5_VL, None),
+        ({"apply_rope_fusion": True}, {}, QWEN2, None),
+        ({"apply_rope_fusion": False}, {}, QWEN3_VL, None),
+        ({"apply_rope_fusion": True}, {}, QWEN3_VL, "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error"),
+        ({"freeze_vision_model": True}, {}, QWEN2, "actor.model.freeze_vision_model: Qwen2ForCausalLM is a model of text"),
+        ({}, {"vision_lr": 1e-6}, QWEN2, "actor.optim.vision_lr: Qwen2ForCausalLM is a model of text"),
+        (dict.fromkeys(PARTS, True), {}, QWEN3_VL, "freeze all of Qwen3VLForConditionalGeneration"),
+        ({"freeze_vision_model": True}, {"vision_lr": 1e-6}, QWEN3_VL, "actor.optim.vision_lr is a learning rate of what actor"),
+    ],
+)  # fmt: skip
+def test_what_a_vision_language_model_may_set(
+    model: dict[str, Any], optim: dict[str, Any], hf: dict[str, Any], message: str | None
+) -> None:
+    config = load_config(minimal(actor={"model": model, "optim": optim}))
+    if message is None:
         validate_model(config, hf)
         return
     with pytest.raises(ConfigError) as caught:
         validate_model(config, hf)
     assert message in str(caught.value)
-
-
-def test_model_type_must_match_the_folder() -> None:
-    hf = {"num_attention_heads": 4, "num_hidden_layers": 2, "model_type": "qwen2"}
-    validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen2.5"}})), hf)
-    with pytest.raises(ConfigError, match="model_type is qwen3"):
-        validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen3"}})), hf)
 
 
 def test_world_size_and_batches_must_divide() -> None:

@@ -6,9 +6,10 @@ import ast
 from dataclasses import fields
 from pathlib import Path
 
+from rlsync.models import PARTS
 from rlsync.sync.config import SyncConfig
 from workers.config import describe_config
-from workers.config.schema import ActorModelConfig
+from workers.config.schema import PART_RATES, ActorModelConfig
 
 WORKERS = Path(__file__).parents[2] / "workers"
 
@@ -29,6 +30,7 @@ def attributes_read() -> set[str]:
 def unread(read: set[str]) -> list[str]:
     names = [field.name for field in fields(ActorModelConfig)]
     passed_by_name = set(names[names.index("recompute_method") :])  # ActorModelConfig.transformer_overrides
+    passed_by_name |= {*(f"freeze_{part}" for part in PARTS), *PART_RATES}  # ActorModelConfig.frozen, OptimConfig.part_lr
     passed_by_name |= {field.name for field in fields(SyncConfig)}  # the library's own, given to it as a whole
     known = read | READ_WHILE_LOADING | passed_by_name
     return [described.name for described in describe_config() if described.name.rpartition(".")[2] not in known]

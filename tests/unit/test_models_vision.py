@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from rlsync.layout.topology import Topology
 from rlsync.models import Model, model_of
 from rlsync.models.placement import held_parameters, indivisible, megatron_placements
 from rlsync.plan.planner import build_plan
-from tests.models import VISION_FAMILIES, save_tiny_model, tiny_model
+from tests.vision_models import FAMILIES, tiny_vision_model
 
 TOPOLOGIES: list[dict[str, Any]] = [
     {},
@@ -33,14 +32,14 @@ SPELLINGS = [(tower, text) for tower in ("visual.", "model.visual.") for text in
 
 def made(family: str, *, tied: bool = False, layers: int = 8) -> tuple[Model, dict[str, torch.Tensor]]:
     """The model of a tiny config, and the tensors of transformers' modules by their names."""
-    theirs = tiny_model(family, tied=tied, num_hidden_layers=layers)
+    theirs = tiny_vision_model(family, tied=tied, num_hidden_layers=layers)
     config = {**json.loads(theirs.config.to_json_string(use_diff=False)), "architectures": [type(theirs).__name__]}
     tensors = dict(theirs.named_parameters())  # a tied head only once
     return model_of(config), {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_has_the_parameters_of_transformers_modules_and_no_others(family, tied):
     """Negative control: one parameter less, and one of another shape."""
     model, tensors = made(family, tied=tied)
@@ -54,7 +53,7 @@ def test_the_table_has_the_parameters_of_transformers_modules_and_no_others(fami
 
 
 @pytest.mark.parametrize("axes", TOPOLOGIES, ids=str)
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_rank_gets_its_share_and_the_whole_comes_back(family, axes):
     """Planned both ways, which proves that placements are complete, and copied both ways, bit for bit."""
     (model, original), topology = made(family, tied=family == "qwen3_vl"), Topology(**axes)
@@ -76,7 +75,7 @@ def test_every_rank_gets_its_share_and_the_whole_comes_back(family, axes):
     assert all(torch.equal(saved[name], original[name]) for name in original)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_stage_has_the_tower_whole_under_the_names_of_its_modules(family):
     model, tensors = made(family)
     topology = Topology(tp_size=2, pp_size=2, dp_size=2)
@@ -112,12 +111,12 @@ def test_two_spellings_in_one_checkpoint_are_refused():
     assert "spelled in 2 ways" in model.misfits(dict.fromkeys(names, (1,)))[0]
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_saves_fits(family, tmp_path):
     """It writes the old names for the one family and the new ones for the other."""
-    folder = save_tiny_model(tmp_path, family, tied=True)
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    tiny_vision_model(family, tied=True).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    model = model_of(json.loads(Path(folder, "config.json").read_text()))
+    model = model_of(json.loads((tmp_path / "config.json").read_text()))
     assert model.tied and model.misfits(shapes) == []
     assert ("visual.patch_embed.proj.weight" in shapes) is (family == "qwen2_5_vl")

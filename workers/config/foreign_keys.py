@@ -80,11 +80,6 @@ INERT = (
     Inert(("data.dataset_name",), "a label; runner.experiment_name names the run"),
     Inert(("rollout.vllm.enable_flash_infer_sampler",), "vLLM reads VLLM_USE_FLASHINFER_SAMPLER from the environment"),
     Inert(("rollout.vllm.torch_profiler_dir",), "no profiler in the engines", (None,)),
-    Inert(
-        ("actor.model.freeze_language_model", "actor.model.freeze_vision_model", "actor.model.freeze_vision_projection"),
-        "no vision-language models",
-        _OFF,
-    ),
     Inert(("actor.model.moe_grouped_gemm",), "expert weights are laid out by the installed Megatron spec"),
     Inert(("actor.optim.overlap_param_gather_with_optimizer_step",), "not supported", _OFF),
     Inert(("actor.megatron.no_load_rng", "actor.megatron.no_save_rng"), "random-number state travels with the weights", _OFF),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from rlsync.models import PARTS, Part
 from rlsync.sync.config import SyncConfig
 
 
@@ -105,6 +106,9 @@ class ActorModelConfig:
     decoder_last_pipeline_num_layers: int | None = key(None, "layers of the last pipeline stage; null: even split", min=1)
     sequence_parallel: bool = key(False, "shard activations between TP regions over TP")
     make_vocab_size_divisible_by: int = key(1, "the vocabulary is padded to a multiple of this times TP", min=1)
+    freeze_language_model: bool = key(False, "vision-language models: do not train the language model")
+    freeze_vision_model: bool = key(False, "vision-language models: do not train the vision tower, but for its projection")
+    freeze_vision_projection: bool = key(False, "vision-language models: do not train the mergers that project the tower's features")
     recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
     recompute_num_layers: int | None = key(None, "with recompute_granularity full", min=1)
@@ -125,11 +129,21 @@ class ActorModelConfig:
     moe_router_bias_update_rate: float | None = key(None, "step of the router's expert bias", min=0)
     moe_permute_fusion: bool | None = key(None, "fused token permutation (TransformerEngine)")
 
+    @property
+    def frozen(self) -> dict[str, Part]:
+        """Keys that freeze a part of the model, and the part."""
+        switches = (self.freeze_language_model, self.freeze_vision_model, self.freeze_vision_projection)
+        return {f"actor.model.freeze_{part}": part for part, is_frozen in zip(PARTS, switches, strict=True) if is_frozen}
+
     def transformer_overrides(self) -> dict[str, Any]:
         """Fields of Megatron's ``TransformerConfig`` that the user set, by name."""
         names = [f.name for f in fields(self)]
         passed = names[names.index("recompute_method") :]
         return {name: getattr(self, name) for name in passed if getattr(self, name) is not None}
+
+
+# Keys of actor.optim that give a part of a vision-language model a learning rate of its own.
+PART_RATES: Mapping[str, Part] = {"vision_lr": "vision_model", "projection_lr": "vision_projection"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +155,8 @@ class OptimConfig:
     fp16: bool | None = key(None, "must not contradict actor.model.precision, which decides")
     lr: float = key(1e-6, "learning rate; the peak when a schedule is used", min=0)
     min_lr: float = key(0.0, "floor of a decaying schedule", min=0)
+    vision_lr: float | None = key(None, "vision-language models: learning rate of the vision tower; null: lr", min=0)
+    projection_lr: float | None = key(None, "vision-language models: learning rate of the tower's mergers; null: lr", min=0)
     adam_beta1: float = key(0.9, "decay of the first moment", min=0, below=1)
     adam_beta2: float = key(0.95, "decay of the second moment", min=0, below=1)
     adam_eps: float = key(1e-8, "added to the denominator", above=0)
@@ -153,6 +169,12 @@ class OptimConfig:
     optimizer_cpu_offload: bool = key(False, "keep optimizer state and step on the host")
     optimizer_offload_fraction: float = key(1.0, "with optimizer_cpu_offload", min=0, max=1)
     use_precision_aware_optimizer: bool = key(False, "optimizer state in lower precision")
+
+    @property
+    def part_lr(self) -> dict[Part, float]:
+        """Learning rates of parts that have their own."""
+        rates = zip(PART_RATES.values(), (self.vision_lr, self.projection_lr), strict=True)
+        return {part: rate for part, rate in rates if rate is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
-from workers.config.schema import ActorConfig, AnyConfig, RunConfig, SftConfig
+from rlsync.models import check_overrides, check_parts, model_of
+from workers.config.schema import PART_RATES, ActorConfig, AnyConfig, RunConfig, SftConfig
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
@@ -33,14 +34,16 @@ def validate(config: AnyConfig) -> None:
 
 
 def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError when the actor's or the engines' layout cannot hold the model of an HF ``config.json``.
+    """Raise ConfigError when the actor's or the engines' settings do not fit the model of an HF ``config.json``.
 
     KV heads may be fewer than TP on either side when they divide it: they are then replicated.
     """
     model, tp = config.actor.model, config.actor.model.tensor_model_parallel_size
-    heads = int(hf_config["num_attention_heads"])
-    kv_heads = int(hf_config.get("num_key_value_heads") or heads)
-    found = []
+    read = model_of(hf_config)
+    heads, kv_heads, layers = (read.dims[name] for name in ("num_heads", "num_groups", "num_layers"))
+    rates = {name: part for name, part in PART_RATES.items() if part in config.actor.optim.part_lr}
+    found = check_parts(read, model.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
+    found += [f"actor.model: {finding}" for finding in check_overrides(read, model.transformer_overrides())]
     sizes = {"actor.model.tensor_model_parallel_size": tp}
     if config.has_engines:
         sizes["rollout.tensor_parallel_size"] = config.rollout.tensor_parallel_size
@@ -50,7 +53,7 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
         if kv_heads % size and size % kv_heads:
             found.append(f"num_key_value_heads ({kv_heads}) must divide or be divisible by {who} ({size})")
     virtual = model.virtual_pipeline_model_parallel_size
-    layers, stages = int(hf_config["num_hidden_layers"]), model.pipeline_model_parallel_size * (1 if virtual is None else virtual)
+    stages = model.pipeline_model_parallel_size * (1 if virtual is None else virtual)
     uneven = model.decoder_first_pipeline_num_layers is not None or model.decoder_last_pipeline_num_layers is not None
     if not uneven and layers % stages:
         found.append(
