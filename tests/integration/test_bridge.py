@@ -15,6 +15,7 @@ from rlsync import AutoBridge
 from rlsync.errors import ConfigError
 from tests.hf_models import make_models
 from tests.ranks import run_ranks
+from tests.vision_models import save_tiny_vision_model
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,56 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         assert ("lm_head.weight" in json.dumps(sorted(_names(saved)))) != json.loads((saved / "config.json").read_text())[
             "tie_word_embeddings"
         ]
+
+
+# What a processor reads, beside the files of a tokenizer; a saved model needs all of them as they are.
+PROCESSOR = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def _respelled_model(folder: Path, family: str, tower: str, text: str, **options: object) -> str:
+    """A tiny vision-language model whose names begin with ``tower`` and ``text``, beside files of a processor."""
+    save_tiny_vision_model(folder, family, **options)
+    tensors = {
+        name.replace("model.visual.", tower, 1).replace("model.language_model.", text, 1): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for number, name in enumerate(PROCESSOR):
+        (folder / name).write_bytes(b'{"size":  %d}\r\n' % number)
+    return str(folder)
+
+
+def test_vision_language_models_keep_the_names_and_files_of_their_folder(tmp_path):
+    """Loaded under one layout, exported, saved, and loaded and saved under another: the bits, names and files of the first folder."""
+    new, old = ("model.visual.", "model.language_model."), ("visual.", "model.")
+    sources = [
+        (_respelled_model(tmp_path / "a", "qwen2_5_vl", *old), {"tp_size": 2}, {"pp_size": 2}),
+        (_respelled_model(tmp_path / "b", "qwen2_5_vl", *new, tied=True), {"pp_size": 2}, {"dp_size": 2}),
+        (_respelled_model(tmp_path / "c", "qwen3_vl", *new), {"pp_size": 2, "vpp_size": 1}, {"tp_size": 2}),
+        (_respelled_model(tmp_path / "d", "qwen3_vl", "visual.", "model.language_model.", tied=True), {"tp_size": 2}, {"pp_size": 2}),
+        (_respelled_model(tmp_path / "e", "qwen3_vl", "model.visual.", "model."), {"dp_size": 2}, {"tp_size": 2}),
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    cases = [{"folder": folder, "topology": topology} for folder, topology, _ in sources]
+    run_ranks(2, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=cases, out_dir=str(first))
+    again = [{"folder": str(first / f"saved-{i}"), "topology": topology} for i, (_, _, topology) in enumerate(sources)]
+    run_ranks(2, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=again, out_dir=str(second))
+    for number, (folder, _, _) in enumerate(sources):
+        before, after = Path(folder), second / f"saved-{number}"
+        tensors, saved = load_file(before / "model.safetensors"), {}
+        for file in after.glob("*.safetensors"):
+            saved |= load_file(file)
+        assert saved.keys() == tensors.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+        assert all((after / name).read_bytes() == (before / name).read_bytes() for name in (*PROCESSOR, "config.json"))
+        if (after / "model.safetensors.index.json").is_file():
+            assert json.loads((after / "model.safetensors.index.json").read_text())["weight_map"].keys() == tensors.keys()
 
 
 def test_a_trainer_with_megatrons_own_process_groups_is_served(models):
