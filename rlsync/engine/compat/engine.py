@@ -88,6 +88,13 @@ def may_cache_media(llm: Any) -> bool:
     return bool(config.is_multimodal_model or config.is_encoder_decoder or config.enable_prompt_embeds)
 
 
+def picture_placeholder(llm: Any) -> int | None:
+    """The token that stands for a picture in a prompt; None where the engine's model takes no pictures."""
+    config = llm.vllm_config.model_config
+    placeholder = getattr(config.hf_config, "image_token_id", None) if config.is_multimodal_model else None
+    return None if placeholder is None else int(placeholder)
+
+
 async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str, reset_caches: Callable[[], Awaitable[None]]) -> None:
     """One complete weight update of a paused engine: start, update, finish, and ``reset_caches``.
 

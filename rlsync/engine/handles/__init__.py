@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 PauseMode = Literal["abort", "wait", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class PicturePrompt:
+    """A prompt with pictures in it.
+
+    Attributes:
+        token_ids: with one placeholder (``image_token_id`` of config.json) for each picture, as a chat template writes it. The engine
+            makes it as many as the picture takes, by the processor in the model's folder.
+        pictures: ``PIL.Image.Image`` in RGB, in the order of their placeholders.
+    """
+
+    token_ids: tuple[int, ...]
+    pictures: tuple[Any, ...]
+
+
+# Token ids alone, or with pictures.
+Prompt = Sequence[int] | PicturePrompt
 
 
 class EngineHandle(Protocol):

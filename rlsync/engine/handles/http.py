@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from packaging.version import InvalidVersion, Version
 
-from rlsync.engine.handles import Completion, PauseMode
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -137,7 +137,7 @@ class HttpEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Mapping[str, Any],
         *,
         seeds: Sequence[int] | None = None,
@@ -151,8 +151,14 @@ class HttpEngine:
             timeout_s: bound of the whole call, or None.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where the server
-        holds other weights than were synced to it; ConfigError for a field that the server's completions route does not know.
+        holds other weights than were synced to it; ConfigError for what the server's completions route does not know: other fields,
+        and pictures.
         """
+        texts = [prompt for prompt in prompts if not isinstance(prompt, PicturePrompt)]
+        if len(texts) < len(prompts):
+            raise ConfigError(
+                f"engine {self.engine_id}: the completions route of vLLM takes no pictures beside token ids; use Engine or RayEngine"
+            )
         unknown = sorted(sampling.keys() - _SAMPLING.keys() - _TEXT_FIELDS)
         if unknown:
             known = ", ".join(_SAMPLING)
@@ -160,8 +166,8 @@ class HttpEngine:
         self._gate.wait(timeout_s)
         self._check_label(timeout_s)
         fields = _SAMPLING | {name: value for name, value in sampling.items() if name in _SAMPLING}
-        seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
-        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(prompts, seeded, strict=True)]
+        seeded = [{}] * len(texts) if seeds is None else [{"seed": seed} for seed in seeds]
+        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(texts, seeded, strict=True)]
         try:
             return self._calls.run_requests(requests, timeout_s, probe=lambda: self._server.ask("is_paused", _CLEANUP_S))
         except UnreachableError as error:

@@ -17,7 +17,7 @@ import psutil
 
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat.features import check as check_features
-from rlsync.engine.handles import Completion, PauseMode
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
@@ -91,13 +91,13 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Mapping[str, Any],
         *,
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """Continue every prompt (token ids), ``sampling["n"]`` times each; waits while a sync is going on.
+        """Continue every prompt, ``sampling["n"]`` times each; waits while a sync is going on.
 
         Args:
             sampling: fields of ``vllm.SamplingParams``. Text is not made unless ``detokenize`` says so.
@@ -105,7 +105,8 @@ class Engine:
             timeout_s: bound of the whole call, or None.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
-        passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean.
+        passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
+        ConfigError where a prompt has not one placeholder for each of its pictures, or the model takes none.
         """
         self._gate.wait(timeout_s)
         if self._asleep:
@@ -115,16 +116,31 @@ class Engine:
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
         seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
         params = [SamplingParams(**fields, **seed) for seed in seeded]
-        requests = [self._generate_one(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        inputs = [self._input(prompt) for prompt in prompts]
+        requests = [self._generate_one(each, p) for each, p in zip(inputs, params, strict=True)]
         return self._calls.run_requests(requests, timeout_s, probe=lambda: self._llm.is_paused())
 
-    async def _generate_one(self, prompt: Sequence[int], params: Any) -> tuple[Completion, ...]:
+    def _input(self, prompt: Prompt) -> dict[str, Any]:
+        """As vLLM takes it."""
+        token_ids, pictures = (prompt.token_ids, prompt.pictures) if isinstance(prompt, PicturePrompt) else (prompt, ())
+        placeholder = compat.picture_placeholder(self._llm)
+        if placeholder is None and pictures:
+            raise ConfigError(f"engine {self.engine_id}: a prompt has {len(pictures)} pictures, and its model takes none")
+        found = 0 if placeholder is None else list(token_ids).count(placeholder)
+        if found != len(pictures):
+            raise ConfigError(
+                f"engine {self.engine_id}: a prompt has {len(pictures)} pictures and {found} placeholders (token {placeholder}); "
+                "it takes one for each picture, which the engine makes as long as the picture is"
+            )
+        return {"prompt_token_ids": list(token_ids), **({"multi_modal_data": {"image": list(pictures)}} if pictures else {})}
+
+    async def _generate_one(self, prompt: dict[str, Any], params: Any) -> tuple[Completion, ...]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         version, final = self._gate.version, None
         request_id = f"{self.engine_id}-{next(self._numbers)}"
         try:
-            async for output in self._llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+            async for output in self._llm.generate(prompt, params, request_id):
                 final = output
         except EngineDeadError:
             self._gate.shut("a process of it has ended")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlsync.engine.handles import Completion, PauseMode
+from rlsync.engine.handles import Completion, PauseMode, Prompt
 from rlsync.errors import RlsyncError
 
 # Threads of the Ray actor: a call that generates must not keep a sync from pausing the engine.
@@ -52,7 +52,7 @@ class EngineActor:
         return self._engine.failure_reason()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
+        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
     ) -> list[tuple[Completion, ...]]:
         """As ``Engine.generate``."""
         with self.explained("generate"):
@@ -110,7 +110,7 @@ class RayEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: Mapping[str, Any],
         *,
         seeds: Sequence[int] | None = None,

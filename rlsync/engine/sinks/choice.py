@@ -32,9 +32,11 @@ _NORMS = (
     "torch.nn.modules.normalization.LayerNorm",
     "torch.nn.modules.normalization.RMSNorm",
 )
+# Of vision towers: the patch embedding, and a learned table of positions.
+_PLAIN = (*(f"{_LAYERS}.conv.{name}" for name in ("Conv2dLayer", "Conv3dLayer")), "torch.nn.modules.sparse.Embedding")
 # Kinds of layers that compute from plain weights and derive nothing else from them, in vLLM 0.25.1 and 0.32.0.
 DIRECT: frozenset[LayerKind] = frozenset(
-    {LayerKind(platform, norm) for platform in ("cpu", "cuda") for norm in _NORMS}
+    {LayerKind(platform, kind) for platform in ("cpu", "cuda") for kind in (*_NORMS, *_PLAIN)}
     | {
         LayerKind("cuda", _LINEAR),
         LayerKind("cuda", _EMBEDDING),
