@@ -21,7 +21,7 @@ from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
-from workers.config import AnyConfig, RunConfig, Task, read_config, validate_model, validate_world
+from workers.config import AnyConfig, RunConfig, SftConfig, Task, read_config, validate_model, validate_world
 from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
@@ -38,6 +38,8 @@ from workers.results import becomes_of_earlier_run, check_writable
 from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
+from workers.row_files import BadRow, RowFiles, find_files
+from workers.sft_rows import conversation, row_form
 from workers.validation import validates, validation_notes
 
 _FIRST_ROWS = 200
@@ -238,6 +240,40 @@ def check_data(config: RunConfig, report: Report) -> None:
     )
 
 
+def check_sft_data(config: SftConfig, report: Report) -> None:
+    """Data files of supervised fine-tuning and the first rows of each, as far as those tell; the run reads the rest."""
+    data = config.data
+    bad, form = BadSamples(), row_form(data)
+    num_rows: int | None = 0
+    for path in config.data_paths:
+        files = None if _will_be_made(config, Path(path)) else report.take("data", find_files, [path])
+        if files is not None and sum(file.stat().st_size for file in files) > _MAX_COUNTED_BYTES:
+            report.notes.append(f"{path} is read by the run: files of that size take too long here")
+            files = None
+        rows: RowFiles | None = None if files is None else report.take("data", RowFiles, [path])
+        for where, content in () if rows is None else map(rows.read, range(min(_FIRST_ROWS, len(rows)))):
+            try:
+                conversation(content, form)
+            except BadRow as reason:
+                bad.add(where, str(reason))
+        if path in data.train_data_paths:
+            num_rows = None if num_rows is None or rows is None else num_rows + len(rows)
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    batch, most = config.actor.global_batch_size or 1, config.runner.max_steps
+    if num_rows is not None and num_rows < batch and most != 0 and not report.findings:
+        report.found(
+            "data",
+            f"Train dataloader is empty! {', '.join(data.train_data_paths)}: {num_rows} rows, fewer than actor.global_batch_size ({batch})",
+        )
+    steps = None if num_rows is None else config.runner.max_epochs * (num_rows // batch)
+    steps = steps if most < 0 else most if steps is None else min(most, steps)
+    report.plan.append(("data", f"{batch} examples a step from {', '.join(data.train_data_paths)}"))
+    report.plan.append(("steps", "as many as the data has" if steps is None else f"{steps}"))
+    if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
+        answers = ", and answers of the engines" if config.validation.generate else ""
+        report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
+
+
 def check_loggers(config: AnyConfig, report: Report) -> None:
     """Loggers that are named and not installed."""
     for name in config.runner.logger.logger_backends:
@@ -273,7 +309,7 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
 
 GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_weights, check_tokenizer, check_data, check_loggers, check_beginning)
 SFT_CHECKS: tuple[Check, ...] = (
-    check_devices, check_model, check_weights, check_tokenizer, check_loggers, check_beginning,
+    check_devices, check_model, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
 
 

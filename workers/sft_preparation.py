@@ -18,8 +18,8 @@ from workers.pictures import PictureProcessor, load_picture_processor
 from workers.preparation import prepare_model, restore_position, stop_ids
 from workers.resume import Beginning
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, RowExamples, SftExample, SftLoader
-from workers.sft_rows import RowForm
+from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, LeftOut, RowExamples, SftExample, SftLoader, SftQuestion
+from workers.sft_rows import row_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,9 @@ class SftPreparation:
     stop_ids: tuple[int, ...]
     num_steps: int
     position: Mapping[str, Any]
-    questions: tuple[Question, ...]
+    questions: tuple[SftQuestion, ...]
     beginning: Beginning
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt of the validation as the engines get it, and the text that it is to be answered with."""
-
-    token_ids: tuple[int, ...]
-    answer: str
 
 
 def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
@@ -60,14 +52,10 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     notes, hf_config, tokenizer = prepare_model(config, beginning)
     loader = open_loader(config, tokenizer)
     notes += restore_position(loader, beginning)
-    questions: tuple[Question, ...] = ()
+    questions: tuple[SftQuestion, ...] = ()
     if config.data.val_data_paths:
-        source = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
-        if config.validation.generate:
-            held_out = val_examples(config, source, range(num_val_examples(config, source)))
-            questions = tuple(question(example, tokenizer) for example in held_out)
-            if not questions:
-                raise ConfigError(f"validation.generate: no row of {', '.join(config.data.val_data_paths)} can be used")
+        held_out = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
+        questions = _questions(config, held_out) if config.validation.generate else ()
     return SftPreparation(
         hf_config,
         tokenizer,
@@ -80,7 +68,7 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     )
 
 
-def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, substitutes: bool = True) -> ExampleSource:
+def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, substitutes: bool = True) -> RowExamples:
     """The examples of data files.
 
     Args:
@@ -92,17 +80,9 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
         apply_chat_template=data.apply_chat_template,
         train_on_generation_prompt=data.train_on_generation_prompt,
     )
-    rows = RowForm(
-        type=data.type,
-        prompt_key=data.prompt_key,
-        answer_key=data.answer_key,
-        choice_key=data.choice_key,
-        image_keys=data.image_keys,
-        system_prompt=data.system_prompt,
-    )
     return RowExamples(
         RowFiles(paths),
-        rows,
+        row_form(data),
         ExampleEncoder(tokenizer, form, _pictures(config)),
         on_bad_sample=data.on_bad_sample if substitutes else "error",
         on_too_long=data.on_too_long if substitutes else "error",
@@ -145,23 +125,33 @@ def val_examples(config: SftConfig, source: ExampleSource, places: Iterable[int]
 
     Raises ConfigError for one that is not to be skipped.
     """
-    skips = {False: config.data.on_bad_sample == "skip", True: config.data.on_too_long == "skip"}
     items = source.items(0, shuffle=False, seed=0)
     for place in places:
         drawn = source.draw(items[place])
-        if drawn.example is None:
-            last = drawn.left_out[-1]
-            if not skips[last.too_long]:
-                key = "data.on_too_long" if last.too_long else "data.on_bad_sample"
-                raise ConfigError(f"{last.where}: {last.reason}. {key}=skip leaves such rows out")
-        else:
+        if drawn.example is not None:
             yield drawn.example
+        else:
+            _leave_out(config, drawn.left_out[-1])
 
 
-def question(example: SftExample, tokenizer: Any) -> Question:
-    """The prompt before the last stretch of tokens that is learned, and the text of that stretch."""
-    end = example.length - example.loss_mask[::-1].index(True)
-    begin = end
-    while begin > 0 and example.loss_mask[begin - 1]:
-        begin -= 1
-    return Question(example.token_ids[:begin], tokenizer.decode(list(example.token_ids[begin:end]), skip_special_tokens=True).strip())
+def _questions(config: SftConfig, source: RowExamples) -> tuple[SftQuestion, ...]:
+    """The prompts of the validation that engines can be asked, with their answers."""
+    found, most = [], config.runner.seq_length - 1
+    for row in range(num_val_examples(config, source)):
+        asked = source.question(row)
+        if isinstance(asked, SftQuestion) and len(asked.prompt_ids) > most:
+            asked = LeftOut(asked.where, f"its prompt has {len(asked.prompt_ids)} tokens, and an example at most {most + 1}", too_long=True)
+        if isinstance(asked, SftQuestion):
+            found.append(asked)
+        else:
+            _leave_out(config, asked)
+    if not found:
+        raise ConfigError(f"validation.generate: no row of {', '.join(config.data.val_data_paths)} can be used")
+    return tuple(found)
+
+
+def _leave_out(config: SftConfig, row: LeftOut) -> None:
+    """Raise ConfigError unless such rows are to be skipped."""
+    key = "on_too_long" if row.too_long else "on_bad_sample"
+    if getattr(config.data, key) != "skip":
+        raise ConfigError(f"{row.where}: {row.reason}. data.{key}=skip leaves such rows out")

@@ -11,9 +11,10 @@ import json
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from workers.config.schema import SftDataConfig
 from workers.row_files import BadRow
 
 RowType = Literal["vlm", "chat", "llm", "text"]
@@ -34,6 +35,11 @@ class RowForm:
     choice_key: str | None = None
     image_keys: tuple[str, ...] = ()
     system_prompt: str | None = None
+
+
+def row_form(data: SftDataConfig) -> RowForm:
+    """The form that a configuration names."""
+    return RowForm(**{declared.name: getattr(data, declared.name) for declared in fields(RowForm)})
 
 
 @dataclass(frozen=True, slots=True)

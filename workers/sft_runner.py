@@ -46,13 +46,14 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
 
     def _validate(self, step: int) -> dict[str, float]:
         """Loss on the held-out examples and, where engines answer them too, the share of answers that are the reference."""
-        found: dict[str, float] = self._on_ranks("validate")[0]
+        found: dict[str, float] = {}
+        losses = self._on_ranks("validate")[0]
         if self._config.validation.generate:
             self._synced(step, {})
-            found |= self._answer()
+            found = self._answer()
             self._colocation.after_rollout()
             self._colocation.take_seconds()  # part of the validation's
-        return found
+        return {"val/loss": losses.pop("val/loss"), **found, **losses}
 
     def _answer(self) -> dict[str, float]:
         self._screen.phase("generation")
@@ -64,9 +65,9 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
             "stop_token_ids": list(self._prepared.stop_ids),
             "detokenize": self._config.rollout.detokenize,
         }
-        groups = self._group.generate([question.token_ids for question in questions], sampling, None)
+        groups = self._group.generate([question.prompt_ids for question in questions], sampling, None)
         texts = tokenizer.batch_decode([list(group[0].token_ids) for group in groups], skip_special_tokens=True)
         if self._config.rollout.print_outputs:
-            self._screen.note(f"{tokenizer.decode(list(questions[0].token_ids))!r} -> {texts[0]!r}, not {questions[0].answer!r}")
-        right = sum(text.strip() == question.answer for text, question in zip(texts, questions, strict=True))
+            self._screen.note(f"{tokenizer.decode(list(questions[0].prompt_ids))!r} -> {texts[0]!r}, not {questions[0].answer!r}")
+        right = sum(text.strip() == question.answer.strip() for text, question in zip(texts, questions, strict=True))
         return {"val/exact_match": right / len(questions)}

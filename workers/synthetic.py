@@ -37,6 +37,7 @@ class ArithmeticRecipe:
     max_operand: int = 4
     num_problems: int = 2048
     num_supervised: int = 4096
+    num_held_out: int = 0
     supervised_noise: float = 0.65
     hidden_size: int = 128
     num_layers: int = 2
@@ -73,6 +74,9 @@ def _fill(folder: Path, recipe: ArithmeticRecipe) -> None:
     _write_lines(folder / "train.jsonl", _training_lines(recipe))
     _write_lines(folder / "val.jsonl", _every_problem(recipe))
     _write_lines(folder / "supervised.jsonl", _supervised_lines(recipe))
+    if recipe.num_held_out:
+        held_out: list[dict[str, object]] = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a, b in _held_out(recipe)]
+        _write_lines(folder / "held_out.jsonl", held_out)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -123,12 +127,21 @@ def _problem_line(a: int, b: int) -> dict[str, object]:
     return {"prompt": f"{a}+{b}=", "solutions": [str(a + b)]}
 
 
+def _held_out(recipe: ArithmeticRecipe) -> list[tuple[int, int]]:
+    """Operands of the problems that no supervised line has."""
+    numbers = range(recipe.max_operand + 1)
+    problems = [(a, b) for a in numbers for b in numbers]
+    return random.Random(f"held-out-{recipe.seed}").sample(problems, recipe.num_held_out)
+
+
 def _supervised_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
     """Answers end with the eos token when tokenised; a wrong one is another sum that some problem has."""
-    draw = random.Random(f"supervised-{recipe.seed}")
+    draw, held_out = random.Random(f"supervised-{recipe.seed}"), set(_held_out(recipe))
     lines: list[dict[str, object]] = []
-    for _ in range(recipe.num_supervised):
+    while len(lines) < recipe.num_supervised:
         a, b = draw.randint(0, recipe.max_operand), draw.randint(0, recipe.max_operand)
+        if (a, b) in held_out:
+            continue
         answer = a + b
         if draw.random() < recipe.supervised_noise:
             answer = draw.choice([s for s in range(2 * recipe.max_operand + 1) if s != answer])
@@ -145,6 +158,9 @@ def _check(recipe: ArithmeticRecipe) -> None:
         raise ConfigError(f"arithmetic.hidden_size ({recipe.hidden_size}) must be a multiple of the head size {_HEAD_DIM}")
     if not 0 <= recipe.supervised_noise < 1:
         raise ConfigError(f"arithmetic.supervised_noise ({recipe.supervised_noise}) must lie in [0, 1)")
+    num_problems = (recipe.max_operand + 1) ** 2
+    if not 0 <= recipe.num_held_out < num_problems:
+        raise ConfigError(f"arithmetic.num_held_out ({recipe.num_held_out}) must be less than the {num_problems} problems that there are")
     for name in ("max_operand", "num_problems", "num_supervised", "num_layers"):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"arithmetic.{name} ({getattr(recipe, name)}) must be at least 1")

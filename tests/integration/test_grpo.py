@@ -3,107 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from tests.deadlines import HANG_S
 from tests.integration.greedy import greedy
+from tests.integration.script_runs import engine_core, exit_code, run, started, strike
 from workers.metrics_log import read_metrics
 from workers.reward import VerifierPool
 
 # A run takes a minute, or several beside others.
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).resolve().parents[2]
-SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh"]
 SMALL = [
     "arithmetic.num_problems=256", "arithmetic.num_supervised=1024", "data.rollout_batch_size=16", "algorithm.group_size=8",
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
 ]  # fmt: skip
+SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh", *SMALL]
 SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "actor/training/actor/grad_norm", "sync/version")
 VALIDATION = ("val/reward", "val/fraction_correct", "val/response_length", "val/fraction_of_samples_properly_ended", "val/num_problems")
-
-
-def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
-    log = (folder / "output.log").open("a")
-    # Without the token that the tests' own Ray has: a run makes one of its own.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    environment = {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
-    return subprocess.Popen(
-        [*command, *SMALL, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
-        cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        # Whoever runs the tests in the background ignores SIGINT, and so would the run.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def run(command: list[str], folder: Path, *overrides: str) -> str:
-    folder.mkdir(exist_ok=True)
-    with started(command, folder, *overrides) as process:
-        code = process.wait(500)
-    output = (folder / "output.log").read_text()
-    assert code == 0, output[-6000:]
-    return output
-
-
-def strike(
-    process: subprocess.Popen, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
-) -> list[psutil.Process]:
-    """Send a signal to one process of a run when ``steps`` lines are in its metrics; all processes that it had started by then."""
-    deadline = time.monotonic() + 400
-    while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
-    assert process.poll() is None and len(read_metrics(folder / "run")) >= steps, (folder / "output.log").read_text()[-4000:]
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) > 4
-    victim([psutil.Process(process.pid), *family]).send_signal(number)
-    return family
-
-
-def exit_code(process: subprocess.Popen, family: list[psutil.Process]) -> int:
-    """That of a run that was struck, once nothing of it is left."""
-    # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
-    code = process.wait(90)
-    _, alive = psutil.wait_procs(family, timeout=HANG_S)
-    assert not alive, [p.cmdline() for p in alive]
-    assert rings_of(family) == []
-    return code
-
-
-@contextmanager
-def started(command: list[str], folder: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-    """A run whose processes end with the block at the latest."""
-    process = start(command, folder, *overrides)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def rings_of(family: list[psutil.Process]) -> list[str]:
-    """Rings in shared memory that bear the number of one of these processes."""
-    return [ring.name for ring in Path("/dev/shm").glob("*rlsync-ring-*") if int(ring.name.split("-")[2]) in {p.pid for p in family}]
-
-
-def engine_core(family: list[psutil.Process]) -> psutil.Process:
-    titles = {p: " ".join(p.cmdline()) for p in family if p.is_running()}
-    found = [p for p, title in titles.items() if "EngineCore" in title]
-    assert found, sorted(titles.values())
-    return found[0]
 
 
 def resumable(finished: Path, folder: Path) -> str:
@@ -199,7 +123,7 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
 
 def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(finished, tmp_path):
     """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
-    command = [sys.executable, "-m", "tests.integration.grpo_run", "no-sync"]
+    command = [sys.executable, "-m", "tests.integration.grpo_run", "no-sync", *SMALL]
     with started(command, tmp_path, "runner.max_steps=20", resumable(finished[0], tmp_path)) as process:
         assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130
     differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]

@@ -482,6 +482,7 @@ class ArithmeticConfig:
     max_operand: int = key(4, "problems are a+b with both operands from 0 to this", min=1)
     num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition; val.jsonl has each problem once", min=1)
     num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition", min=1)
+    num_held_out: int = key(0, "problems that no supervised line has, each with its answer in held_out.jsonl; 0: no such file", min=0)
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
     hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
     num_layers: int = key(2, "of the model", min=1)

@@ -77,7 +77,9 @@ def validate_world(config: AnyConfig, actor_world_size: int) -> int:
     dp_size = actor_world_size // replica
     found = list(_undealt_samples(config, dp_size)) if isinstance(config, RunConfig) else []
     batch, micro = config.actor.global_batch_size, config.actor.micro_batch_size
-    assert batch is not None and micro is not None, "load_config sees to both"
+    if batch is None or micro is None:  # a rule says so
+        raise_all(found)
+        return dp_size
     if batch % dp_size:
         of = "mini-batch" if isinstance(config, RunConfig) else "step"
         found.append(f"actor.global_batch_size ({batch}), the samples of a {of}, must be divisible by the data-parallel size ({dp_size})")

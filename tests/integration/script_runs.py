@@ -1,0 +1,88 @@
+"""Whole runs by their scripts: started, struck by a signal at a certain step, and ended with everything that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.deadlines import HANG_S
+from workers.metrics_log import read_metrics
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
+    log = (folder / "output.log").open("a")
+    # Without the token that the tests' own Ray has: a run makes one of its own.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    environment = {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [*command, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
+        cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        # Whoever runs the tests in the background ignores SIGINT, and so would the run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def run(command: list[str], folder: Path, *overrides: str) -> str:
+    folder.mkdir(exist_ok=True)
+    with started(command, folder, *overrides) as process:
+        code = process.wait(500)
+    output = (folder / "output.log").read_text()
+    assert code == 0, output[-6000:]
+    return output
+
+
+def strike(
+    process: subprocess.Popen, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
+) -> list[psutil.Process]:
+    """Send a signal to one process of a run when ``steps`` lines are in its metrics; all processes that it had started by then."""
+    deadline = time.monotonic() + 400
+    while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    assert process.poll() is None and len(read_metrics(folder / "run")) >= steps, (folder / "output.log").read_text()[-4000:]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 4
+    victim([psutil.Process(process.pid), *family]).send_signal(number)
+    return family
+
+
+def exit_code(process: subprocess.Popen, family: list[psutil.Process]) -> int:
+    """That of a run that was struck, once nothing of it is left."""
+    # More than a phase of a sync may take: a process that is lost in the middle of one may be found by its deadline only.
+    code = process.wait(90)
+    _, alive = psutil.wait_procs(family, timeout=HANG_S)
+    assert not alive, [p.cmdline() for p in alive]
+    assert rings_of(family) == []
+    return code
+
+
+@contextmanager
+def started(command: list[str], folder: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+    """A run whose processes end with the block at the latest."""
+    process = start(command, folder, *overrides)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def rings_of(family: list[psutil.Process]) -> list[str]:
+    """Rings in shared memory that bear the number of one of these processes."""
+    return [ring.name for ring in Path("/dev/shm").glob("*rlsync-ring-*") if int(ring.name.split("-")[2]) in {p.pid for p in family}]
+
+
+def engine_core(family: list[psutil.Process]) -> psutil.Process:
+    titles = {p: " ".join(p.cmdline()) for p in family if p.is_running()}
+    found = [p for p, title in titles.items() if "EngineCore" in title]
+    assert found, sorted(titles.values())
+    return found[0]

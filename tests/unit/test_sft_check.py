@@ -1,0 +1,117 @@
+"""Claims about what a run of supervised fine-tuning says before it starts anything: all findings at once, without slow imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_check import HEAVY, ROOT, texts
+from workers.check import SFT_CHECKS, Report, check_run
+from workers.config import SftConfig
+from workers.config.schema import dotted_keys
+from workers.synthetic import ArithmeticRecipe, build_world
+
+RECIPE = ArithmeticRecipe(
+    seed=0, max_operand=4, num_problems=8, num_supervised=64, num_held_out=5, supervised_noise=0.0, hidden_size=64, num_layers=1
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world") / "world"
+    build_world(path, RECIPE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
+
+
+def values(world: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "cluster": {"component_placement": {"actor": "0-1"}},
+        "runner": {"task_type": "sft", "seq_length": 16, "experiment_name": "run", "output_dir": str(world.parent / "results")},
+        "data": {"train_data_paths": [str(world / "supervised.jsonl")], "answer_key": "response", "apply_chat_template": False},
+        "actor": {"model": {"precision": "fp32", "model_path": str(world / "model")}, "micro_batch_size": 4, "global_batch_size": 16},
+    }
+    return {name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()}
+
+
+def check(world: Path, **sections: dict[str, Any]) -> Report:
+    return check_run(values(world, **sections), SFT_CHECKS, "sft")
+
+
+def test_a_run_that_can_start_has_no_findings_and_a_plan(world: Path) -> None:
+    report = check(world, runner={**values(world)["runner"], "val_check_interval": 2}, data={
+        **values(world)["data"], "val_data_paths": [str(world / "held_out.jsonl")],
+    })  # fmt: skip
+    assert report.findings == [] and report.notes == []
+    plan = dict(report.plan)
+    assert plan["actor"] == "2 ranks (DP 2) on process slots 0-1" and "engines" not in plan
+    assert plan["data"].startswith("16 examples a step from ") and plan["steps"] == "4" and plan["validation"].startswith("loss on ")
+
+
+def test_findings_of_every_part_come_together(world: Path) -> None:
+    report = check(
+        world,
+        cluster={"component_placement": {"actor": "0-2"}},
+        runner={**values(world)["runner"], "seq_length": 4096, "resume_dir": "/nowhere", "logger": {"logger_backends": ["wandb"]}},
+        data={"train_data_paths": ["/gone"], "val_data_paths": [str(world / "train.jsonl")], "apply_chat_template": True},
+        actor={**values(world)["actor"], "optim": {"lr": -1.0}},
+    )
+    assert {about for about, _ in report.findings} >= {"configuration", "devices", "model", "tokenizer", "data", "loggers", "resume"}
+    for part in (
+        "actor.optim.lr (-1.0) must be at least 0",
+        "actor.global_batch_size (16), the samples of a step, must be divisible by the data-parallel size (3)",
+        "runner.seq_length (4096) exceeds max_position_embeddings (128)",
+        "data file /gone does not exist",
+        "8 bad samples",
+        "no chat template",
+        "names wandb, which cannot be imported",
+        "resume_dir /nowhere does not exist",
+    ):
+        assert part in texts(report), texts(report)
+
+
+def test_bad_rows_are_named_or_left_out_and_too_few_rows_are_a_finding(world: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1+1=", "response": "2"}) + "\n" + json.dumps({"prompt": "1+1="}) + "\n")
+    data = {**values(world)["data"], "train_data_paths": [str(rows)]}
+    assert f"{rows}:2: no field 'response'" in texts(check(world, data=data))
+    skipping = check(world, data={**data, "on_bad_sample": "skip"})
+    assert f"Train dataloader is empty! {rows}: 2 rows, fewer than actor.global_batch_size (16)" in texts(skipping)
+    assert any("left out 1 bad samples" in note for note in skipping.notes)
+
+
+@pytest.mark.parametrize("wrong", ["x", {"a": None}], ids=repr)
+def test_whatever_a_key_holds_is_answered_by_findings(world: Path, wrong: Any) -> None:
+    """A raw error would end this test. Not every value is a finding: some keys hold any text."""
+    answered = 0
+    for key in dotted_keys(SftConfig):
+        composed = values(world)
+        *sections, name = key.split(".")
+        inner = composed
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = wrong
+        answered += bool(check_run(composed, SFT_CHECKS, "sft").findings)
+    assert answered > 100
+
+
+def test_checking_the_default_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys; sys.argv[1:] = sys.argv[1:]\n"
+        "try: runpy.run_path('examples/sft/main_sft.py', run_name='__main__')\n"
+        f"finally: print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--check", f"runner.output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "HEAVY []" in done.stdout and "no findings in" in done.stdout, done.stdout + done.stderr
+    assert "2 ranks (DP 2) on process slots 0-1" in done.stdout and list(tmp_path.iterdir()) == []
