@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.overrides import checked_overrides
-from rlsync.megatron.pictures import PictureTokens, axes_of_frequencies
+from rlsync.megatron.pictures import axes_of_frequencies
 from rlsync.models import Part, check_overrides, model_of
 from rlsync.models.rope import Rope
 from rlsync.models.stacks import Vision
@@ -31,14 +31,12 @@ class VisionConfig:
 
     Attributes:
         tower: transformers' config of the vision tower.
-        tokens: how the model writes pictures.
-        num_deepstack: features of a picture token that are added behind as many first layers.
+        model: what ``rlsync.models`` says of the tower and of picture tokens.
         mrope_axes: which of three positions turns each frequency, from ``axes_of_frequencies``.
     """
 
     tower: Any
-    tokens: PictureTokens
-    num_deepstack: int
+    model: Vision
     mrope_axes: tuple[int, ...]
 
 
@@ -115,12 +113,9 @@ def _vision(hf_config: Mapping[str, Any], vision: Vision, rope: Rope) -> VisionC
 
     assert rope.mrope_section is not None, "models that take pictures have positions in three dimensions"
     # transformers' own reading, with its defaults: the tower is its class.
-    tower = AutoConfig.for_model(**hf_config).vision_config
-    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     return VisionConfig(
-        tower=tower,
-        tokens=PictureTokens(vision.image_token_id, vision.video_token_id, tower.spatial_merge_size, patch),
-        num_deepstack=len(vision.deepstack_visual_indexes),
+        tower=AutoConfig.for_model(**hf_config).vision_config,
+        model=vision,
         mrope_axes=axes_of_frequencies(rope.mrope_section, interleaved=rope.mrope_interleaved),
     )
 

@@ -208,7 +208,7 @@ def _check_topology(topology: Topology) -> None:
 
 def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -> GPTModel:
     is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-    takes_deepstack = is_first and config.vision is not None and config.vision.num_deepstack > 0
+    takes_deepstack = is_first and config.vision is not None and config.vision.model.deepstack_visual_indexes
     layer_class = PictureLayer if takes_deepstack else TransformerLayer
     build: Callable[..., GPTModel] = partial(GPTModel, position_embedding_type="rope")
     if config.vision is not None:

@@ -13,25 +13,9 @@ import torch
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from rlsync.models.stacks import Vision
 
 PICTURE_KEYS = ("pixel_values", "image_grid_thw")
-
-
-@dataclass(frozen=True, slots=True)
-class PictureTokens:
-    """How a model writes pictures: one token, ``image``, for each square of ``merge_size`` x ``merge_size`` patches.
-
-    Attributes:
-        image: id of that token.
-        video: id of the token that stands for a piece of a video.
-        merge_size: patches along each side of what one token stands for.
-        patch_dim: numbers in a patch: channels * frames * height * width.
-    """
-
-    image: int
-    video: int
-    merge_size: int
-    patch_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +42,42 @@ def refuse_pictures(microbatch: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"a microbatch holds {' and '.join(given)}, but the model has no vision tower; leave pictures out")
 
 
-def check_pictures(tokens: Tensor, microbatch: Mapping[str, Tensor], kind: PictureTokens) -> None:
+def check_pictures(tokens: Tensor, microbatch: Mapping[str, Tensor], vision: Vision) -> None:
     """Raise ConfigError unless the pictures of a microbatch are those that its ``tokens`` (B, S) have room for."""
     given = [key for key in PICTURE_KEYS if key in microbatch]
     if len(given) == 1:
         raise ConfigError(f"a microbatch holds {given[0]} without the other of {' and '.join(PICTURE_KEYS)}; give both or neither")
-    if bool((tokens == kind.video).any()):
-        raise ConfigError(f"a microbatch holds token {kind.video}, which stands for a video; videos are not supported, pictures are")
-    found = int((tokens == kind.image).sum())
+    if bool((tokens == vision.video_token_id).any()):
+        raise ConfigError(f"a microbatch holds token {vision.video_token_id}, which stands for a video; only pictures are supported")
+    image = vision.image_token_id
+    found = int((tokens == image).sum())
     if not given:
         if found:
             raise ConfigError(
-                f"a microbatch holds {found} tokens {kind.image}, which stand for pictures, and no pixel_values; where a policy sampled "
+                f"a microbatch holds {found} tokens {image}, which stand for pictures, and no pixel_values; where a policy sampled "
                 "such tokens, forbid them in its sampling"
             )
         return
     pixel_values, grid = (microbatch[key] for key in PICTURE_KEYS)
     if grid.dim() != 2 or grid.size(1) != 3 or not len(grid) or grid.dtype != torch.int64 or bool((grid < 1).any()):
         raise ConfigError(f"image_grid_thw is {tuple(grid.shape)} {grid.dtype}; it must be (num_images, 3) int64, all of it above 0")
-    if bool((grid[:, 1:] % kind.merge_size).any()):
-        raise ConfigError(f"image_grid_thw {grid.tolist()} holds a side that is no multiple of the {kind.merge_size} patches of one token")
-    patches = (int(grid.prod(dim=1).sum()), kind.patch_dim)
+    uneven = (grid[:, 1:] % vision.spatial_merge_size).any(dim=1).nonzero()[:, 0].tolist()
+    if uneven:
+        raise ConfigError(
+            f"row {uneven[0]} of image_grid_thw is {grid[uneven[0]].tolist()}; height and width must be multiples of the "
+            f"{vision.spatial_merge_size} patches that are one token"
+        )
+    patches = (int(grid.prod(dim=1).sum()), vision.patch_dim)
     if tuple(pixel_values.shape) != patches:
-        raise ConfigError(f"pixel_values is {tuple(pixel_values.shape)}, but image_grid_thw {grid.tolist()} makes {patches}")
-    counts = _counts(grid, kind)
+        raise ConfigError(f"pixel_values is {tuple(pixel_values.shape)}, but image_grid_thw makes {patches}")
+    counts = _counts(grid, vision)
     if found != int(counts.sum()):
         raise ConfigError(
-            f"a microbatch holds {found} tokens {kind.image}, which stand for pictures, but its image_grid_thw makes {counts.tolist()}, "
-            f"{int(counts.sum())} in all; a prompt may have been cut through a picture, or a policy sampled such tokens"
+            f"a microbatch holds {found} tokens {image}, which stand for pictures, but its image_grid_thw of {len(grid)} pictures "
+            f"makes {int(counts.sum())}; a prompt may have been cut through a picture, or a policy sampled such tokens"
         )
     ends = counts.cumsum(0)
-    where = (tokens == kind.image).flatten().nonzero()[:, 0]
+    where = (tokens == image).flatten().nonzero()[:, 0]
     first, last = where[ends - counts], where[ends - 1]
     torn = ((last - first + 1 != counts) | (first // tokens.size(1) != last // tokens.size(1))).nonzero()[:, 0].tolist()
     if torn:
@@ -98,7 +87,7 @@ def check_pictures(tokens: Tensor, microbatch: Mapping[str, Tensor], kind: Pictu
         )
 
 
-def positions_of(tokens: Tensor, grid: Tensor | None, kind: PictureTokens) -> Tensor:
+def positions_of(tokens: Tensor, grid: Tensor | None, vision: Vision) -> Tensor:
     """Positions (3, B, S) int64 along time, height and width of ``tokens`` (B, S) with the pictures of ``grid``.
 
     Text counts on by one along all three. A picture's tokens stand where they lie in it, counted from the position that text would
@@ -106,13 +95,13 @@ def positions_of(tokens: Tensor, grid: Tensor | None, kind: PictureTokens) -> Te
     """
     if grid is None:
         return torch.arange(tokens.size(1), device=tokens.device).expand(3, *tokens.shape)
-    counts = _counts(grid, kind)
-    height, width = (grid[:, 1:] // kind.merge_size).unbind(1)
+    counts = _counts(grid, vision)
+    height, width = (grid[:, 1:] // vision.spatial_merge_size).unbind(1)
     picture = torch.arange(len(grid), device=grid.device).repeat_interleave(counts)
     inside = torch.arange(len(picture), device=grid.device) - (counts.cumsum(0) - counts)[picture]
     height, width, counts = height[picture], width[picture], counts[picture]
     lies_at = torch.stack((inside // (height * width), inside // width % height, inside % width))
-    is_picture = tokens == kind.image
+    is_picture = tokens == vision.image_token_id
     steps = torch.ones_like(tokens)
     steps[is_picture] = torch.where(inside + 1 == counts, torch.maximum(height, width), 0)
     positions = (steps.cumsum(dim=1) - steps).repeat(3, 1, 1)
@@ -120,9 +109,9 @@ def positions_of(tokens: Tensor, grid: Tensor | None, kind: PictureTokens) -> Te
     return positions
 
 
-def places_of(tokens: Tensor, kind: PictureTokens, *, rank: int, ranks: int) -> tuple[Tensor, Tensor | None]:
+def places_of(tokens: Tensor, vision: Vision, *, rank: int, ranks: int) -> tuple[Tensor, Tensor | None]:
     """``places`` and ``rows`` of :class:`Pictures` for ``tokens`` (B, S) whose sequence is cut into ``ranks`` equal parts."""
-    b, s = (tokens == kind.image).nonzero().unbind(1)
+    b, s = (tokens == vision.image_token_id).nonzero().unbind(1)
     if ranks == 1:
         return s * tokens.size(0) + b, None
     part = tokens.size(1) // ranks
@@ -141,5 +130,5 @@ def axes_of_frequencies(sections: Sequence[int], *, interleaved: bool) -> tuple[
     return tuple(index % 3 if index // 3 < sections[index % 3] else 0 for index in range(sum(sections)))
 
 
-def _counts(grid: Tensor, kind: PictureTokens) -> Tensor:
-    return grid.prod(dim=1) // kind.merge_size**2
+def _counts(grid: Tensor, vision: Vision) -> Tensor:
+    return grid.prod(dim=1) // vision.spatial_merge_size**2

@@ -73,19 +73,19 @@ class VisionLanguageModel(GPTModel):
 
     Args:
         config: with ``mrope_section``.
-        vision: the tower, and how the model writes pictures.
+        vision: the tower, picture tokens and the rotary embedding.
         rotary_base: base of the frequencies.
         kwargs: of GPTModel.
     """
 
     def __init__(self, *, config: TransformerConfig, vision: VisionConfig, rotary_base: float, **kwargs: Any) -> None:
         super().__init__(config=config, position_embedding_type="mrope", rotary_base=rotary_base, **kwargs)
-        self.picture_tokens = vision.tokens
+        self.vision = vision.model
         # Megatron's own class, which is replaced, knows consecutive sections only.
         self.rotary_pos_emb = MultimodalRotary(vision.mrope_axes, rotary_base)
         if self.pre_process:
-            wanted, layers = vision.num_deepstack, len(self.decoder.layers)
-            assert wanted <= layers, f"{wanted} deepstack features for a first chunk of {layers} layers"
+            taken, layers = vision.model.deepstack_visual_indexes, len(self.decoder.layers)
+            assert len(taken) <= layers, f"deepstack_visual_indexes {taken} for a first chunk of {layers} layers"
             self.visual = _build_tower(vision.tower, config)
 
     def arguments(self, tokens: Tensor, microbatch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -94,15 +94,15 @@ class VisionLanguageModel(GPTModel):
         Raises:
             ConfigError: see ``check_pictures``.
         """
-        check_pictures(tokens, microbatch, self.picture_tokens)
+        check_pictures(tokens, microbatch, self.vision)
         grid = microbatch.get("image_grid_thw")
-        arguments: dict[str, Any] = {"position_ids": positions_of(tokens, grid, self.picture_tokens).to(compute_device())}
+        arguments: dict[str, Any] = {"position_ids": positions_of(tokens, grid, self.vision).to(compute_device())}
         if grid is None or not self.pre_process:
             return arguments
         is_cut = self.config.sequence_parallel
         places, rows = places_of(
             tokens,
-            self.picture_tokens,
+            self.vision,
             rank=parallel_state.get_tensor_model_parallel_rank() if is_cut else 0,
             ranks=self.config.tensor_model_parallel_size if is_cut else 1,
         )
@@ -148,8 +148,8 @@ class VisionLanguageModel(GPTModel):
 
     def _placeless_picture(self) -> Pictures:
         """A picture of one token that goes nowhere: the tower's gradients are zeros, whatever its features are."""
-        side, nowhere = self.picture_tokens.merge_size, torch.empty(0, dtype=torch.int64)
-        return Pictures(torch.zeros(side**2, self.picture_tokens.patch_dim), torch.tensor([[1, side, side]]), nowhere, nowhere)
+        side, nowhere = self.vision.spatial_merge_size, torch.empty(0, dtype=torch.int64)
+        return Pictures(torch.zeros(side**2, self.vision.patch_dim), torch.tensor([[1, side, side]]), nowhere, nowhere)
 
 
 def _build_tower(tower: Any, config: TransformerConfig) -> torch.nn.Module:

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from rlsync.errors import ConfigError
-from rlsync.megatron.pictures import PictureTokens, axes_of_frequencies, check_pictures, places_of, positions_of
+from rlsync.megatron.pictures import axes_of_frequencies, check_pictures, places_of, positions_of
 from rlsync.megatron.vision import MultimodalRotary
+from rlsync.models import model_of
+from rlsync.models.stacks import Vision
 from tests.vision_models import IMAGE, VIDEO, collated, hf_inputs, row, tiny_vision_config, tiny_vision_model
 
+ARCHITECTURES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
 BATCHES = {
     "one": [[5, (56, 84), 7]],
     "several": [[3, (56, 56), 2, (112, 56), 4, (28, 140), 1], [(84, 84), 6]],
@@ -25,12 +28,12 @@ def family(request) -> str:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_positions_are_those_of_transformers(family, name):
-    model = tiny_vision_model(family, num_hidden_layers=1)
+    model = tiny_vision_model(family, num_hidden_layers=2)
     rows = [row(model.config, parts, seed=i) for i, parts in enumerate(BATCHES[name])]
     inputs, batch = hf_inputs(rows), collated(rows)
-    kind = _kind(model.config)
-    check_pictures(batch["tokens"], batch, kind)
-    ours = positions_of(batch["tokens"], batch.get("image_grid_thw"), kind)
+    vision = _vision(model.config)
+    check_pictures(batch["tokens"], batch, vision)
+    ours = positions_of(batch["tokens"], batch.get("image_grid_thw"), vision)
     theirs, _ = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], batch.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
     )
@@ -41,7 +44,7 @@ def test_positions_are_those_of_transformers(family, name):
 
 def test_angles_are_those_of_transformers(family):
     """And the two ways of dealing frequencies differ, so that taking one for the other would show."""
-    model = tiny_vision_model(family, num_hidden_layers=1)
+    model = tiny_vision_model(family, num_hidden_layers=2)
     rope = model.config.text_config.rope_parameters
     axes = axes_of_frequencies(rope["mrope_section"], interleaved=family == "qwen3_vl")
     positions = torch.randint(0, 50, (3, 2, 17), generator=torch.Generator().manual_seed(0))
@@ -58,11 +61,11 @@ def test_parts_of_a_sequence_hold_its_picture_tokens_once():
     rows = [row(config, parts, seed=i) for i, parts in enumerate(BATCHES["sizes"])]
     tokens = torch.nn.functional.pad(collated(rows)["tokens"], (0, 3))
     length = tokens.size(1) // 4 * 4
-    tokens, kind = tokens[:, :length], _kind(config)
-    whole, everything = places_of(tokens, kind, rank=0, ranks=1)
+    tokens, vision = tokens[:, :length], _vision(config)
+    whole, everything = places_of(tokens, vision, rank=0, ranks=1)
     assert everything is None
     assert torch.equal(tokens.T.flatten()[whole], torch.full_like(whole, IMAGE))
-    found = [places_of(tokens, kind, rank=rank, ranks=4) for rank in range(4)]
+    found = [places_of(tokens, vision, rank=rank, ranks=4) for rank in range(4)]
     joined = torch.cat([places + rank * (length // 4) * tokens.size(0) for rank, (places, _) in enumerate(found)])
     order = torch.cat([rows for _, rows in found if rows is not None])
     assert torch.equal(joined, whole[order])
@@ -72,30 +75,31 @@ def test_parts_of_a_sequence_hold_its_picture_tokens_once():
 def test_pictures_that_do_not_fit_are_refused():
     config = tiny_vision_config("qwen2_5_vl")
     rows = [row(config, parts, seed=i) for i, parts in enumerate([[3, (56, 84), 2], [4, (28, 56), 5]])]
-    batch, kind = collated(rows), _kind(config)
-    check_pictures(batch["tokens"], batch, kind)
+    batch, vision = collated(rows), _vision(config)
+    check_pictures(batch["tokens"], batch, vision)
     tokens, pixels, grid = (batch[name] for name in ("tokens", "pixel_values", "image_grid_thw"))
     cut = tokens.clone()
     cut[0, 5] = 7
     torn = tokens.clone()
     torn[0, 4], torn[0, 1] = 7, IMAGE
     for changed, said in (
-        ({"tokens": cut}, r"7 tokens 129, .* makes \[6, 2\], 8 in all"),
+        ({"tokens": cut}, r"7 tokens 129, .* of 2 pictures makes 8"),
         ({"tokens": torn}, "picture 0 of a microbatch has 6 tokens by its image_grid_thw, which are not a run of one row"),
         ({"tokens": tokens.flip(0)}, "not a run of one row"),
-        ({"pixel_values": pixels[:-1]}, r"pixel_values is \(31, 1176\), but image_grid_thw .* makes \(32, 1176\)"),
-        ({"image_grid_thw": grid + torch.tensor([0, 1, 0])}, "no multiple of the 2 patches"),
+        ({"pixel_values": pixels[:-1]}, r"pixel_values is \(31, 1176\), but image_grid_thw makes \(32, 1176\)"),
+        ({"image_grid_thw": grid + torch.tensor([0, 1, 0])}, r"row 0 of image_grid_thw is \[1, 5, 6\]; .* multiples of the 2 patches"),
         ({"image_grid_thw": grid[0]}, r"must be \(num_images, 3\) int64"),
-        ({"tokens": torch.where(tokens == tokens[0, 0], VIDEO, tokens)}, "videos are not supported"),
+        ({"tokens": torch.where(tokens == tokens[0, 0], VIDEO, tokens)}, "only pictures are supported"),
     ):
         with pytest.raises(ConfigError, match=said):
-            check_pictures(changed.get("tokens", tokens), {**batch, **changed}, kind)
+            check_pictures(changed.get("tokens", tokens), {**batch, **changed}, vision)
     with pytest.raises(ConfigError, match="holds pixel_values without the other"):
-        check_pictures(tokens, {"tokens": tokens, "pixel_values": pixels}, kind)
+        check_pictures(tokens, {"tokens": tokens, "pixel_values": pixels}, vision)
     with pytest.raises(ConfigError, match="8 tokens 129, which stand for pictures, and no pixel_values"):
-        check_pictures(tokens, {"tokens": tokens}, kind)
+        check_pictures(tokens, {"tokens": tokens}, vision)
 
 
-def _kind(config) -> PictureTokens:
-    tower = config.vision_config
-    return PictureTokens(IMAGE, VIDEO, tower.spatial_merge_size, 3 * tower.temporal_patch_size * tower.patch_size**2)
+def _vision(config) -> Vision:
+    vision = model_of({**config.to_dict(), "architectures": [ARCHITECTURES[config.model_type]]}).vision
+    assert vision is not None
+    return vision
