@@ -443,7 +443,7 @@ def _validation_plan(config: RunConfig) -> str:
 
 def _will_be_made(config: AnyConfig, path: Path) -> bool:
     """Whether a path that is not there yet belongs to what the run makes first."""
-    makers = [made.path for made in (config.arithmetic, config.seeded_model) if made is not None]
+    makers = [made.path for made in (config.arithmetic, config.pictures, config.seeded_model) if made is not None]
     return not path.exists() and any(path.absolute().is_relative_to(Path(maker).absolute()) for maker in makers)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from rlsync.engine.handles import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.models import model_of
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
@@ -80,7 +81,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     @property
     def _vocab_size(self) -> int:
-        return int(self._prepared.hf_config["vocab_size"])
+        return model_of(self._prepared.hf_config).dims["vocab"]
 
     @property
     def _updates_per_step(self) -> int:

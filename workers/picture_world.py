@@ -60,7 +60,7 @@ class PictureRecipe:
     """Everything the folder's content depends on: the ``pictures`` keys of the same names."""
 
     seed: int = 0
-    num_train: int = 4096
+    num_train: int = 8192
     num_held_out: int = 256
     hidden_size: int = 128
     num_layers: int = 2

@@ -15,11 +15,12 @@ import torch
 from transformers import AutoTokenizer
 
 from rlsync.errors import CheckpointError, ConfigError
-from rlsync.models import check_config
+from rlsync.models import check_config, model_of
 from workers.config import AnyConfig, RunConfig, validate_model
 from workers.config.validate import raise_all
 from workers.data import Prompt, PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
+from workers.picture_world import PictureRecipe, build_picture_world
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_references
@@ -75,6 +76,9 @@ def prepare_model(config: AnyConfig, beginning: Beginning) -> tuple[tuple[str, .
     if config.arithmetic is not None:
         recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
         build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
+    if config.pictures is not None:
+        recipe = {name: getattr(config.pictures, name) for name in PictureRecipe.__dataclass_fields__}
+        build_picture_world(config.pictures.path, PictureRecipe(**recipe))
     notes = _make_seeded_model(config)
     hf_config = read_hf_config(Path(config.model_path), config.model_key)
     raise_all(f"config.json of {config.model_path}: {finding}" for finding in check_config(hf_config))
@@ -101,7 +105,7 @@ def load_tokenizer(config: AnyConfig, hf_config: Mapping[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=settings.use_fast, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for files it cannot use
         raise ConfigError(f"no tokenizer can be made from {folder}: {type(error).__name__}: {error}") from error
-    check_tokenizer_size(tokenizer.vocab_size, hf_config.get("vocab_size"), folder)
+    check_tokenizer_size(tokenizer.vocab_size, model_of(hf_config).dims["vocab"], folder)
     return tokenizer
 
 

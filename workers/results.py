@@ -175,7 +175,7 @@ def _holds_lines(path: Path) -> bool:
 
 def _inputs(config: AnyConfig, resume: Path | None) -> Sequence[Path]:
     """Input files and folders that the run does not make itself."""
-    made = [Path(section.path).absolute() for section in (config.arithmetic, config.seeded_model) if section is not None]
+    made = [Path(section.path).absolute() for section in (config.arithmetic, config.pictures, config.seeded_model) if section is not None]
     actor = config.actor
     named = [
         config.model_path, actor.tokenizer.tokenizer_model, actor.megatron.ckpt_convertor.hf_model_path,

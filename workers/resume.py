@@ -81,6 +81,7 @@ RULES: Mapping[str, Rule] = {
     "weight_sync": Rule.SILENT,
     "warm_start": Rule.REFERENCE,
     "arithmetic": Rule.HOLDS,
+    "pictures": Rule.HOLDS,
     "seeded_model": Rule.HOLDS,
 }
 # Of an SFT run, before the others.

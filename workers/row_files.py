@@ -10,10 +10,11 @@ import hashlib
 import json
 import mmap
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,15 @@ from rlsync.errors import ConfigError
 
 Integers = NDArray[np.int64]
 
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".json", ".jsonl", ".parquet")
 _FORMS = "a .json file holds one array of objects, a .jsonl file an object a line"
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**22
+# Row groups of Parquet files are shuffled together up to this size, and as much is kept in memory.
+_WINDOW_BYTES = 2**26
 # First bytes of files that are often taken for text.
-_BINARY = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
+_PARQUET = b"PAR1"
+_BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
 
 
 class BadRow(Exception):
@@ -51,6 +55,11 @@ class _File(Protocol):
 
     @property
     def digest(self) -> bytes: ...
+
+    @property
+    def blocks(self) -> tuple[Integers, Integers]:
+        """First rows of what is read together, and their bytes in memory; zero where rows are read one by one."""
+        ...
 
     def read(self, row: int) -> Any:
         """Content of a row; raises BadRow."""
@@ -91,6 +100,9 @@ class RowFiles:
     def __init__(self, paths: Sequence[str]) -> None:
         self._files = [_open(path) for path in find_files(paths)]
         self._firsts = np.cumsum([0, *(file.num_rows for file in self._files)])
+        blocks = [file.blocks for file in self._files]
+        self._block_firsts = np.concatenate([rows + first for (rows, _), first in zip(blocks, self._firsts, strict=False)])
+        self._block_bytes = np.concatenate([num_bytes for _, num_bytes in blocks])
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -108,10 +120,22 @@ class RowFiles:
         return self._locate(row)[0].path.parent
 
     def order(self, epoch: int, *, shuffle: bool, seed: int) -> Integers:
-        """Row numbers of an epoch. The order depends on (seed, epoch) only."""
+        """Row numbers of an epoch. The order depends on (seed, epoch) only.
+
+        Rows that can be read one by one are shuffled over all of the data. A row group of a Parquet file is read as a whole, so groups
+        are shuffled, and rows within as many groups as fit into memory.
+        """
         if not shuffle:
             return np.arange(len(self))
-        return np.random.Generator(np.random.PCG64((seed, epoch))).permutation(len(self))
+        random = np.random.Generator(np.random.PCG64((seed, epoch)))
+        if not self._block_bytes.any():
+            return random.permutation(len(self))
+        blocks = random.permutation(len(self._block_bytes))
+        before = np.cumsum(self._block_bytes[blocks]) - self._block_bytes[blocks]
+        window = np.empty_like(blocks)
+        window[blocks] = before // _WINDOW_BYTES
+        sizes = np.diff(self._block_firsts, append=len(self))
+        return np.lexsort((random.permutation(len(self)), np.repeat(window, sizes)))
 
     def fingerprint(self) -> str:
         """Hash of all files' content in their order, wherever they lie."""
@@ -130,8 +154,11 @@ def _open(path: Path) -> _File:
             start = stream.read(4)
         for mark, name in _BINARY.items():
             if start.startswith(mark):
-                raise ConfigError(f"data file {path} is a {name} file; JSONL and JSON are read, so convert it first")
-        file = _array(path) if path.suffix == ".json" else _lines(path)
+                raise ConfigError(f"data file {path} is a {name} file; JSONL, JSON and Parquet are read, so convert it first")
+        is_parquet = start == _PARQUET
+        if is_parquet != (path.suffix == ".parquet"):
+            raise ConfigError(f"data file {path} is {'' if is_parquet else 'not '}a Parquet file; name such files, and no others, .parquet")
+        file: _File = ParquetFile(path) if is_parquet else _array(path) if path.suffix == ".json" else _lines(path)
     except OSError as error:
         raise ConfigError(f"data file {path} cannot be read: {error.strerror}") from None
     if file.num_rows == 0:
@@ -152,6 +179,10 @@ class _JsonFile:
     @property
     def num_rows(self) -> int:
         return len(self.starts)
+
+    @property
+    def blocks(self) -> tuple[Integers, Integers]:
+        return np.arange(self.num_rows), np.zeros(self.num_rows, np.int64)
 
     def read(self, row: int) -> Any:
         start, end = int(self.starts[row]), int(self.ends[row])
@@ -236,3 +267,65 @@ def _array(path: Path) -> _JsonFile:
 def _tokens(content: mmap.mmap, begin: int) -> Iterator[re.Match[bytes]]:
     """Brackets and commas outside of strings."""
     return (token for token in _TOKEN.finditer(content, begin) if not token.group().startswith(b'"'))
+
+
+class ParquetFile:
+    """Rows of a Parquet file, which is read by row groups. Of those a process keeps what fits into a window.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or the file is damaged.
+    """
+
+    # (path, group) -> table, of all files of this process, the last one that was read at the end.
+    _tables: ClassVar[OrderedDict[tuple[Path, int], Any]] = OrderedDict()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        parquet = _pyarrow_parquet(path)
+        try:
+            with parquet.ParquetFile(path) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                schema = str(file.schema_arrow)
+        except (OSError, ValueError) as error:  # what pyarrow raises for damaged files
+            raise ConfigError(f"data file {path} cannot be read: {str(error).splitlines()[0]}") from None
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        self._bytes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
+        self.num_rows = int(self._ends[-1]) if groups else 0
+        # Offsets, sizes and extremes of every column's chunks tell files apart without reading them.
+        self.digest = hashlib.blake2b(repr((schema, [group.to_dict() for group in groups])).encode(), digest_size=16).digest()
+
+    @property
+    def blocks(self) -> tuple[Integers, Integers]:
+        return np.concatenate([[0], self._ends[:-1]]).astype(np.int64), np.maximum(self._bytes, 1)
+
+    def read(self, row: int) -> Any:
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        first = int(self._ends[group - 1]) if group else 0
+        return self._table(group).slice(row - first, 1).to_pylist()[0]
+
+    def where(self, row: int) -> str:
+        return f"{self.path}[{row}]"
+
+    def _table(self, group: int) -> Any:
+        tables, name = ParquetFile._tables, (self.path, group)
+        if name in tables:
+            tables.move_to_end(name)
+            return tables[name]
+        try:
+            with _pyarrow_parquet(self.path).ParquetFile(self.path) as file:
+                table = file.read_row_group(group, use_threads=False)
+        except (OSError, ValueError) as error:
+            raise BadRow(f"row group {group} cannot be read: {str(error).splitlines()[0]}") from None
+        tables[name] = table
+        # At the border of two windows groups of both are asked for.
+        while len(tables) > 1 and sum(held.nbytes for held in tables.values()) > 2 * _WINDOW_BYTES:
+            tables.popitem(last=False)
+        return table
+
+
+def _pyarrow_parquet(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"data file {path} is a Parquet file, which needs pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet

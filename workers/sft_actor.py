@@ -122,13 +122,14 @@ class SftRank(ActorRank):
     # Validation.
 
     def validate(self) -> dict[str, float]:
-        """Mean loss of the answers' tokens in the examples of the validation. Collective; equal on all ranks."""
+        """Mean loss of the answers' tokens in the examples of the validation, and the share of examples whose tokens in the loss are
+        all the likeliest, so that greedy decoding answers as the row does. Collective; equal on all ranks."""
         size, device = self._config.actor.eval_batch_size, compute_device()
         assert size is not None, "load_config derives it"
         count = int(self._summed(0 if self._held_out is None or self._dp_rank else num_val_examples(self._config, self._held_out))[0])
         share = -(-count // self._topology.dp_size)
         mine = range(self._dp_rank * share, min(count, (self._dp_rank + 1) * share))
-        loss, num_tokens, num_examples = 0.0, 0, 0
+        loss, num_tokens, num_examples, num_right = 0.0, 0, 0, 0
         for first in range(0, share, size):
             examples: list[SftExample] = []
             with agreed(device=device):
@@ -139,8 +140,14 @@ class SftRank(ActorRank):
             if self._reads:
                 loss -= float((scores.log_probs * batch["mask"]).sum(dtype=torch.float64))
                 num_tokens, num_examples = num_tokens + num_targets(examples), num_examples + len(examples)
-        total, tokens, seen = self._summed(loss, num_tokens, num_examples)
-        return {"val/loss": total / tokens if tokens else math.nan, "val/num_tokens": tokens, "val/num_examples": seen}
+                num_right += int((scores.likeliest | ~batch["mask"]).all(dim=1)[: len(examples)].sum())
+        total, tokens, seen, right = self._summed(loss, num_tokens, num_examples, num_right)
+        return {
+            "val/loss": total / tokens if tokens else math.nan,
+            "val/accuracy": right / seen if seen else math.nan,
+            "val/num_tokens": tokens,
+            "val/num_examples": seen,
+        }
 
     def _summed(self, *numbers: float) -> list[float]:
         """Sums over the ranks that read data, on every rank. Collective."""

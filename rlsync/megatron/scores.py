@@ -18,17 +18,19 @@ _CHUNK_ELEMENTS = 64 * 2**20  # float32 temporaries of one chunk of rows: 256 Mi
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Of tokens (B, S): both tensors (B, S) float32, column t about token t given the tokens before it.
+    """Of tokens (B, S): tensors (B, S), float32 where nothing else is said, column t about token t given the tokens before it.
 
-    Column 0 is zero: nothing precedes the first token.
+    Column 0 is zero or False: nothing precedes the first token.
 
     Attributes:
         log_probs: log-probability of token t at the temperature asked for.
         entropy: of the distribution that token t is drawn from, in nats.
+        likeliest: (B, S) bool, whether no token was likelier than token t, so that greedy decoding draws it.
     """
 
     log_probs: Tensor
     entropy: Tensor
+    likeliest: Tensor
 
 
 def score_tokens(logits: Tensor, tokens: Tensor, *, vocab_size: int, temperature: float) -> TokenScores:
@@ -41,8 +43,8 @@ def score_tokens(logits: Tensor, tokens: Tensor, *, vocab_size: int, temperature
         temperature: divides the logits.
     """
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    log_probs, entropy = _VocabularyParallelScores.apply(logits, targets, vocab_size, temperature)
-    return TokenScores(log_probs=_shifted(log_probs), entropy=_shifted(entropy))
+    log_probs, entropy, likeliest = _VocabularyParallelScores.apply(logits, targets, vocab_size, temperature)
+    return TokenScores(log_probs=_shifted(log_probs), entropy=_shifted(entropy), likeliest=_shifted(likeliest))
 
 
 def _shifted(of_next: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class _VocabularyParallelScores(torch.autograd.Function):
     """Rows are treated in chunks, so that float32 temporaries stay bounded whatever batch and vocabulary are."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         group, width = parallel_state.get_tensor_model_parallel_group(), logits.size(-1)
         start = dist.get_rank(group) * width
         ctx.used, ctx.start, ctx.temperature = max(0, min(width, vocab_size - start)), start, temperature
@@ -75,10 +77,13 @@ class _VocabularyParallelScores(torch.autograd.Function):
         entropy = log_sum - sums[1] / sums[0]
         ctx.save_for_backward(logits, flat, peak + log_sum, entropy)
         ctx.set_materialize_grads(False)
-        return (sums[2] - log_sum).view(targets.shape), entropy.view(targets.shape)
+        likeliest = sums[2] >= 0  # the logit of the token is the largest of all
+        ctx.mark_non_differentiable(likeliest)
+        shape = targets.shape
+        return (sums[2] - log_sum).view(shape), entropy.view(shape), likeliest.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
         logits, flat, log_normaliser, entropy = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
         rows, out = (whole.view(-1, logits.size(-1))[:, : ctx.used] for whole in (logits, gradient))

@@ -139,17 +139,18 @@ def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Micro
 
     def score(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
         scores = passed.scores(logits, temperature)
-        return torch.stack((scores.log_probs, scores.entropy))
+        return torch.stack((scores.log_probs, scores.entropy, scores.likeliest))
 
     with _evaluating(models):
         collected = _run(models, microbatches, score, forward_only=True)
-    shapes = [(2, *microbatch["tokens"].shape) for microbatch in microbatches]
+    shapes = [(3, *microbatch["tokens"].shape) for microbatch in microbatches]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=compute_device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         torch.cat([scores.reshape(-1) for scores in collected[: len(shapes)]], out=flat)
     _broadcast_from_last_stage(flat)
     parts = flat.split([math.prod(shape) for shape in shapes])
-    return [TokenScores(*part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
+    scored = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [TokenScores(log_probs, entropy, likeliest > 0) for log_probs, entropy, likeliest in scored]
 
 
 @torch.no_grad()
@@ -190,7 +191,7 @@ class _Passed:
     def scores(self, logits: Tensor, temperature: float) -> TokenScores:
         scores = score_tokens(logits, self.tokens, vocab_size=self.vocab_size, temperature=temperature)
         rows, length = self.microbatch["tokens"].shape
-        return TokenScores(scores.log_probs[:rows, :length], scores.entropy[:rows, :length])
+        return TokenScores(*(found[:rows, :length] for found in (scores.log_probs, scores.entropy, scores.likeliest)))
 
 
 def _run(

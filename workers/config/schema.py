@@ -489,6 +489,20 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PicturesConfig:
+    """``pictures``: the locally made vision-language model and its drawn pictures with questions; absent: none are made."""
+
+    path: str = key(doc="folder that receives model/, train.jsonl, held_out.jsonl and the pictures of both")
+    seed: int = key(0, "of weights, pictures and questions", bounds=SEED)
+    num_train: int = key(8192, "rows of train.jsonl, each with a picture of its own", min=1)
+    num_held_out: int = key(256, "rows of held_out.jsonl, of combinations of shape, colour and digit that train.jsonl lacks", min=1)
+    hidden_size: int = key(128, "of the language model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
+    num_layers: int = key(2, "of the language model", min=1)
+    vision_hidden_size: int = key(128, "of the vision tower; a multiple of 32", min=32)
+    vision_depth: int = key(2, "blocks of the vision tower", min=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SeededModelConfig:
     """``seeded_model``: a model of given shapes with seeded random weights, made locally; absent: none is made."""
 
@@ -511,6 +525,7 @@ class RunConfig:
     weight_sync: SyncConfig = key(SyncConfig(), "")
     warm_start: WarmStartConfig | None = key(None, "")
     arithmetic: ArithmeticConfig | None = key(None, "")
+    pictures: PicturesConfig | None = key(None, "")
     seeded_model: SeededModelConfig | None = key(None, "")
 
     @property
@@ -603,6 +618,7 @@ class SftConfig:
     actor: ActorConfig = key(ActorConfig(), "")
     weight_sync: SyncConfig = key(SyncConfig(), "")
     arithmetic: ArithmeticConfig | None = key(None, "")
+    pictures: PicturesConfig | None = key(None, "")
     seeded_model: SeededModelConfig | None = key(None, "")
 
     @property

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Supervised fine-tuning of a vision-language model.
+#
+#     bash examples/sft/run_vlm_sft.sh [CONFIG] [key=value ...]
+#     bash examples/sft/run_vlm_sft.sh [CONFIG] --check [key=value ...]     # says what is wrong, starts nothing
+#
+# CONFIG names a file of configs/sft, with or without folder and .yaml; without it a tiny model is taught to see drawn shapes on the CPU.
+set -euo pipefail
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/launch.sh"
+launch examples/sft/run_vlm_sft.sh configs/sft pictures_sft_vlm examples/sft/main_sft.py "$@"
