@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> dict[str, Any]:
         for seed, parts in enumerate(ROWS):
             drawn = row(tiny_vision_config(family), parts, seed=seed)
             rows.append({**drawn, "weights": torch.full((len(drawn["tokens"]),), 0.05)})
-        torch.save(rows, root / f"{family}.pt")
+        torch.save({"rows": rows}, root / f"{family}.pt")
         folders = {tied: str(save_tiny_vision_model(root / f"{family}-{tied}", family, tied=tied, seed=4)) for tied in (False, True)}
         found[family] = {"rows": str(root / f"{family}.pt"), "untied": folders[False], "tied": folders[True]}
     return found

@@ -15,36 +15,31 @@ from rlsync.megatron.model import gather_parameters, iter_parameters, parts_of_p
 from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.optimizer import SchedulerOptions, build_scheduler
 from rlsync.megatron.parallel import destroy_parallel
-from rlsync.megatron.train import train_step
-from tests.integration.megatron_ranks import loss
-from tests.integration.vision_ranks import VisionActor
+from tests.integration.megatron_ranks import Actor
 
 LR = 1e-3
 OPTIMIZER = {"lr": LR, "weight_decay": 0.01, "clip_grad": 1.0}
 
 
-def _actor(folder: str, case: Mapping[str, Any]) -> VisionActor:
-    return VisionActor(folder, {"cut": [2], **case, "optimizer": {**OPTIMIZER, **case.get("optimizer", {})}})
+def _actor(folder: str, case: Mapping[str, Any]) -> Actor:
+    return Actor(folder, {"cut": [2], **case, "optimizer": {**OPTIMIZER, **case.get("optimizer", {})}})
 
 
-def _weights(actor: VisionActor) -> dict[str, torch.Tensor]:
+def _weights(actor: Actor) -> dict[str, torch.Tensor]:
     gather_parameters(actor.models)
     return {name: parameter.detach().clone() for _, _, name, parameter in iter_parameters(actor.models)}
 
 
-def _parts(actor: VisionActor) -> dict[str, str]:
+def _parts(actor: Actor) -> dict[str, str]:
     part_of = {id(parameter): part for parameter, part in parts_of_parameters(actor.models)}
     return {name: part_of[id(parameter)] for _, _, name, parameter in iter_parameters(actor.models)}
 
 
-def _steps(actor: VisionActor, rows: Sequence[Mapping[str, torch.Tensor]], count: int) -> list[float]:
-    return [
-        train_step(actor.models, actor.optimizer, actor.microbatches(rows), loss, scheduler=actor.scheduler).learning_rate
-        for _ in range(count)
-    ]
+def _steps(actor: Actor, rows: str, count: int) -> list[float]:
+    return [result.learning_rate for result in actor.steps(rows, count)]
 
 
-def _state(actor: VisionActor) -> int:
+def _state(actor: Actor) -> int:
     """Elements of this rank's optimizer state."""
     parts = actor.optimizer.chained_optimizers if isinstance(actor.optimizer, ChainedOptimizer) else [actor.optimizer]
     states = [state for part in parts if part.optimizer is not None for state in part.optimizer.state.values()]
@@ -53,12 +48,11 @@ def _state(actor: VisionActor) -> int:
 
 def freeze_and_train(cases: Sequence[Mapping[str, Any]], rows: str) -> None:
     """For each case: after two steps what is frozen has not moved by a bit and everything else has, and nothing is kept for the frozen."""
-    batch = torch.load(rows)
     for case in cases:
         actor = _actor(case["folder"], case)
         parts, before = _parts(actor), _weights(actor)
         still = {*case.get("frozen", ()), *case.get("still", ())}
-        rates = _steps(actor, batch, 2)
+        rates = _steps(actor, rows, 2)
         assert rates == [case.get("rate", LR)] * 2, rates
         moved = {name for name, weight in _weights(actor).items() if not torch.equal(weight, before[name])}
         assert moved == {name for name, part in parts.items() if part not in still}, (
@@ -77,12 +71,12 @@ def freeze_and_train(cases: Sequence[Mapping[str, Any]], rows: str) -> None:
 
 def rates_of_parts(case: Mapping[str, Any], rows: str) -> None:
     """Adam's first step moves a weight by its learning rate; a schedule gives all parts its shape, whose peak is its own."""
-    batch, part_lr = torch.load(rows), {"vision_model": 1e-5, "vision_projection": 1e-2}
+    part_lr = {"vision_model": 1e-5, "vision_projection": 1e-2}
     for optimizer in ({"part_lr": part_lr}, {"part_lr": {**part_lr, "vision_model": LR}}, {}):
         actor = _actor(case["folder"], {**case, "optimizer": {"weight_decay": 0.0, **optimizer}})
         expected = {"language_model": LR, "vision_model": LR, "vision_projection": LR, **optimizer.get("part_lr", {})}
         parts, before = _parts(actor), _weights(actor)
-        _steps(actor, batch, 1)
+        _steps(actor, rows, 1)
         after = _weights(actor)
         for part, rate in expected.items():
             steps = [(after[name] - before[name]).abs().max().item() for name in before if parts[name] == part]
@@ -96,17 +90,16 @@ def rates_of_parts(case: Mapping[str, Any], rows: str) -> None:
 
 def resume(cases: Sequence[Mapping[str, Any]], rows: str, root: str) -> None:
     """For each case: four steps are bit for bit two, a checkpoint, and two of another actor that resumes it, moved to the host between."""
-    batch = torch.load(rows)
     for number, case in enumerate(cases):
         actor = _actor(case["folder"], case)
         frozen = {name: weight for name, weight in _weights(actor).items() if _parts(actor)[name] in case.get("frozen", ())}
-        _steps(actor, batch, 2)
+        _steps(actor, rows, 2)
         memory = ActorMemory(actor.models, actor.optimizer)
         memory.offload("weights", "grads", "optimizer")
         memory.onload("weights", "grads", "optimizer")
         folder = str(Path(root, str(number)))
         actor.save(folder, 2)
-        _steps(actor, batch, 2)
+        _steps(actor, rows, 2)
         expected = _weights(actor)
         destroy_parallel(keep_distributed=True)
         again = _actor(case["folder"], case)
@@ -115,7 +108,7 @@ def resume(cases: Sequence[Mapping[str, Any]], rows: str, root: str) -> None:
                 parameter.fill_(7.0)
         assert again.load(folder).complete
         assert all(torch.equal(_weights(again)[name], weight) for name, weight in frozen.items()), "frozen weights are in the checkpoint"
-        _steps(again, batch, 2)
+        _steps(again, rows, 2)
         assert all(torch.equal(weight, expected[name]) for name, weight in _weights(again).items())
         print(f"RESUMED {case['topology']}", flush=True)
         destroy_parallel(keep_distributed=True)
