@@ -21,6 +21,21 @@ from rlsync.megatron.parallel import is_first_replica
 _TRAINED = ("params", "step")
 
 
+def optimizer_state(optimizer: MegatronOptimizer) -> Any:
+    """``optimizer.state_dict()``, also of a pipeline stage on which nothing is trained. Not collective."""
+    allocate_adam_state(optimizer)
+    inner = [part.optimizer for part in distributed_parts(optimizer)]
+    idle: list[Any] = [each.state for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
+    for state in idle:
+        # Megatron 0.16 asserts that some parameter has a step counter.
+        state["nothing"] = {"step": torch.tensor(0.0)}
+    try:
+        return optimizer.state_dict()
+    finally:
+        for state in idle:
+            state.clear()
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
     """Restore moments, step counters and a dynamic loss scale from ``optimizer.state_dict()``. Not collective.
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from rlsync.errors import CheckpointError
 from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
-    allocate_adam_state,
     check_optimizer_state,
     distributed_parts,
     fit_distributed_optimizer_state,
     load_optimizer_state,
     optimizer_config,
+    optimizer_state,
     parameter_ranges,
 )
 from rlsync.megatron.parallel import current_topology, is_first_replica
@@ -146,8 +146,7 @@ def rank_state(
         **{key: dict(_tensors(model)) for key, model in _keyed(models)},
     }
     if optimizer is not None:
-        allocate_adam_state(optimizer)
-        state["optimizer"] = optimizer.state_dict()
+        state["optimizer"] = optimizer_state(optimizer)
         state["parameter_ranges"] = parameter_ranges(optimizer)
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
