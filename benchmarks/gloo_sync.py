@@ -42,7 +42,7 @@ class RandomSource:
     def __init__(self) -> None:
         self.tensors: tuple[TensorSpec, ...] = tuple(model_of(CONFIG).tensors("bfloat16"))
         self.placements = (whole_tensors("actor 0", self.tensors),)
-        self.stable_memory = True
+        self.stable_memory, self.frozen = True, frozenset[str]()
         self.buffers = {t.name: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for t in self.tensors}
 
     def begin(self, version: int) -> None:

@@ -94,7 +94,7 @@ class MailboxReceiver:
     def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
         self._boxes.update((told.actor_rank, msgspec.msgpack.decode(told.export, type=int)) for told in exports)
 
-    def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
+    def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> MailboxArrival:

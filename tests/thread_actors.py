@@ -24,6 +24,8 @@ SIZES = (24, 30, 16, 24, 26)
 class Numbers:
     """A source of five float32 tensors, one in each bucket; with two ranks each holds one half of every tensor."""
 
+    frozen: frozenset[str] = frozenset()
+
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.stable_memory = rank, world_size, True
         self.tensors = tuple(TensorSpec(f"w{i}", "float32", (n,)) for i, n in enumerate(SIZES))
@@ -115,9 +117,9 @@ def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     packer = syncer._connection.packer
     pack = packer.pack
 
-    def wrapped(bucket: int, turn: int) -> Packed:
+    def wrapped(bucket: int, turn: int, without_frozen: bool) -> Packed:
         call(bucket)
-        return pack(bucket, turn)
+        return pack(bucket, turn, without_frozen)
 
     packer.pack = wrapped  # type: ignore[method-assign]
 

@@ -36,12 +36,17 @@ class ThreadEngine:
         # And the host; no pid domain is anybody's, as the deaths of threads cannot be watched.
         self.host, self.pid_domain = "here", "threads"
         self.dirty, self.domain, self.receiver_timeout_s = "", shm_domain(), TIMEOUT_S
+        # Whether what is frozen can be summed where it lies, or has a form of its own since it landed.
+        self.shows_weights = True
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
         self.on_bucket: Callable[[int, int], None] = lambda worker, bucket: None
         self.on_hold: Callable[[int, dict[str, torch.Tensor]], None] = lambda worker, weights: None
         self._peers: list[Peer] = []
         self._receivers: list[Receiver] = []
         self._assignments: list[m.WorkerAssignment] = []
+        self._verifiers: list[Verifier] = []
+        # Buckets that the workers have taken in the last sync.
+        self.taken: list[list[int]] = [[] for _ in range(num_workers)]
         # As in an engine, where a call waits until the workers have left the one before, also one that the actor gave up.
         self._turn = threading.Lock()
 
@@ -73,6 +78,7 @@ class ThreadEngine:
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]
         self._receivers = [None] * self.workers  # type: ignore[list-item]
         self._assignments = [None] * self.workers  # type: ignore[list-item]
+        self._verifiers = [None] * self.workers  # type: ignore[list-item]
 
         def connect(worker: int) -> None:
             peer = self._peers[worker]
@@ -81,7 +87,7 @@ class ThreadEngine:
             peer.send(m.Recorded(whole_tensors(f"engine {self.engine_id} worker {worker}", manifest.tensors), "direct"))
             told = peer.receive(0, time.monotonic() + timeout_s)
             assert isinstance(told, m.Assignment) and told.worker is not None
-            self._assignments[worker] = told.worker
+            self._assignments[worker], self._verifiers[worker] = told.worker, Verifier(told.worker)
             receiver = self._receivers[worker] = make_receiver(told.worker, self.receiver_timeout_s, torch.device("cpu"))
             until(lambda: receiver.join(0), peer, 0, receiver, lambda message: None)
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in manifest.tensors}
@@ -105,13 +111,15 @@ class ThreadEngine:
 
     def _update(self, worker: int, attempt: int, version: int) -> None:
         peer, receiver, assignment = self._peers[worker], self._receivers[worker], self._assignments[worker]
-        weights, pull = self.weights[worker], Pull(Verifier(assignment), attempt)
+        weights, pull, taken = self.weights[worker], Pull(self._verifiers[worker], attempt), list[int]()
+        self.taken[worker] = taken
         deadline = time.monotonic() + 60
         try:
             peer.send(m.Joined(attempt, version))
             until(lambda: True if pull.buckets_ready >= 0 else None, peer, attempt, receiver, pull.hear)
             until(lambda: receiver.join(pull.group), peer, attempt, receiver, pull.hear)
-            with receiver.receiving(self._standing(worker)):
+            first = assignment.num_frozen if pull.without_frozen else 0
+            with receiver.receiving(self._standing(worker), first):
                 for bucket, part in enumerate(assignment.parts):
                     pull.bucket = bucket
 
@@ -122,6 +130,12 @@ class ThreadEngine:
                         exports, pull.exports = pull.exports, ()
                         return receiver.fetch(bucket, pull.buckets_ready, exports)
 
+                    if bucket < first:
+                        until(is_ready, peer, attempt, receiver, pull.hear)
+                        pull.verify_held(bucket, weights if self.shows_weights else None)
+                        peer.send(m.Done(attempt, bucket))
+                        continue
+                    taken.append(bucket)
                     if not receiver.lands_ahead:
                         until(is_ready, peer, attempt, receiver, pull.hear)
                     self.on_bucket(worker, bucket)
@@ -145,6 +159,10 @@ class ThreadEngine:
                 peer.send(m.Failed(attempt, phase, str(error), bucket=pull.bucket))
             receiver.abandon()
             raise
+
+    @property
+    def state(self) -> str:
+        return "dirty" if self.dirty else "clean"
 
     def resume(self, version: int, timeout_s: float) -> None:
         self.calls.append(f"resume {version}")

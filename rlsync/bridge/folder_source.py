@@ -26,6 +26,7 @@ class FolderSource:
         tensors: in the order of their names, layer 10 after layer 9, with the dtypes of the files.
         placements: the one of this rank.
         buffers: HF name -> tensor over its file.
+        frozen: none: who syncs a second folder would make a second source.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,6 +42,7 @@ class FolderSource:
         self.placements: tuple[Placement, ...] = (whole_tensors(str(folder), self.tensors),)
         self.stable_memory = True
         self.buffers: Mapping[str, torch.Tensor] = files
+        self.frozen: frozenset[str] = frozenset()
 
     def begin(self, version: int) -> None:
         """Nothing: the weights are what they are."""

@@ -22,6 +22,7 @@ class MegatronSource:
         buffers: global name -> parameter or persistent buffer of this rank.
         rank: of this process among the actor ranks.
         stable_memory: whether the parameters stay in memory between syncs.
+        frozen: HF tensors whose parameters on this rank took no gradient when the source was made.
     """
 
     def __init__(self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True) -> None:
@@ -36,6 +37,11 @@ class MegatronSource:
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
+        idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
+        pieces = self.placements[self.rank].pieces
+        trained = {piece.tensor for piece in pieces if piece.buffer not in idle}
+        self.frozen = frozenset(piece.tensor for piece in pieces) - trained
+        self._idle = tuple((name, self.buffers[name]) for name in sorted(idle))
         names = {id(buffer): name for name, buffer in self.buffers.items()}
         # Where each tensor is looked up when the model computes; a sync has no time to walk the modules.
         self._places = [
@@ -50,8 +56,15 @@ class MegatronSource:
     def begin(self, version: int) -> None:
         """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.
 
-        Raises PlacementError where a module has another parameter or buffer than when this source was made: what it had would be sent.
+        Raises PlacementError where a module has another parameter or buffer than when this source was made: what it had would be sent;
+        and where a parameter is trained now that was frozen then: engines would keep what they have of it.
         """
+        trained = [name for name, parameter in self._idle if parameter.requires_grad]
+        if trained:
+            raise PlacementError(
+                f"{len(trained)} parameters were frozen at connect() and are trained now, among them {trained[0]}; "
+                "make a new source and connect again"
+            )
         replaced = [name for table, attribute, name, parameter in self._places if table.get(attribute) is not parameter]
         if replaced:
             raise PlacementError(

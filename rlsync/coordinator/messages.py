@@ -43,7 +43,8 @@ class WorkerAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a worker needs to take part.
 
     ``digest`` is that of the plan, ``destination`` the worker's in it; ``parts`` are by bucket. Its bytes come through ``transport``;
-    ``end`` holds the arguments of its receiver, encoded. ``imports`` are the actor ranks whose exports it reads.
+    ``end`` holds the arguments of its receiver, encoded. ``imports`` are the actor ranks whose exports it reads. The first ``num_frozen``
+    buckets hold what the actor does not train; a sync brings them to workers that have lost them, or never had them.
     """
 
     digest: str
@@ -54,16 +55,19 @@ class WorkerAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: str
     end: Opaque
     imports: tuple[int, ...] = ()
+    num_frozen: Count = 0
 
 
 class ActorAssignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything an actor rank needs to take part. ``ends``: by transport, the arguments of its sender, encoded."""
+    """Everything an actor rank needs to take part. ``ends``: by transport, the arguments of its sender, encoded. ``num_frozen``: as of a
+    worker."""
 
     digest: str
     num_slots: int
     verify: str
     num_buckets: int
     ends: dict[str, Opaque]
+    num_frozen: Count = 0
 
 
 class RankExport(msgspec.Struct, frozen=True, array_like=True):
@@ -93,7 +97,8 @@ class WorkerHello(Message):
 class ActorHello(Message):
     """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.
 
-    ``memory`` is where its buffers are; those of a rank without any are stable.
+    ``memory`` is where its buffers are; those of a rank without any are stable. ``frozen``: tensors of which it holds a part that it does
+    not train, as half-open ranges of their numbers in the source's order.
     """
 
     token: Name
@@ -107,6 +112,7 @@ class ActorHello(Message):
     gpu_uuid: str | None
     digest: Name
     memory: Memory = "host"
+    frozen: tuple[tuple[Count, Count], ...] = ()
 
 
 class Recorded(Message):
@@ -155,10 +161,11 @@ class Answered(Message):
 
 
 class Start(Message):
-    """An actor rank has entered ``sync(version)``."""
+    """An actor rank has entered ``sync(version)``. ``without_frozen``: of rank 0, engines hold what is frozen, and it is not sent."""
 
     attempt: Count
     version: int
+    without_frozen: bool = False
 
 
 class Exported(Message):
@@ -291,17 +298,22 @@ class Connected(Message):
 
 
 class Writable(Message):
-    """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages."""
+    """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages.
+
+    ``without_frozen``: of frozen buckets checksums alone are due.
+    """
 
     attempt: Count
     buckets_writable: Count
     group: Count = 0
+    without_frozen: bool = False
 
 
 class Ready(Message):
     """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's regions that were not sent before.
 
-    ``group`` is the number of the group that carries messages. ``exports`` are those renewed since ``Connected``.
+    ``group`` is the number of the group that carries messages. ``exports`` are those renewed since ``Connected``. ``without_frozen``:
+    frozen buckets bring checksums alone.
     """
 
     attempt: Count
@@ -309,6 +321,7 @@ class Ready(Message):
     sums: tuple[Sum, ...] = ()
     group: Count = 0
     exports: tuple[RankExport, ...] = ()
+    without_frozen: bool = False
 
 
 class Commit(Message):

@@ -25,6 +25,7 @@ class Progress:
         buckets_writable: buckets whose slot is free, those already filled included.
         told: destination -> checksums of its regions, in the order in which their buckets became ready.
         answered: engine -> the last call that its handle has returned from.
+        without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
     """
 
     attempt: int
@@ -43,6 +44,7 @@ class Progress:
     buckets_ready: int = 0
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
+    without_frozen: bool | None = None
     # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
     _packed: list[int] = field(init=False)
     _taken: list[int] = field(init=False)

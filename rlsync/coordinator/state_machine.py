@@ -153,7 +153,11 @@ class Coordinator:
         elif (message.attempt, message.version) != (sync.attempt, sync.version):
             self._fail(f"{peer} started version {message.version}, another actor rank version {sync.version}", peer)
         else:
-            self._transferring.tell_writable(sync, () if sync.regroups else (peer.identity,))
+            if peer.place == 0:
+                sync.without_frozen = message.without_frozen
+            # What to fill is known from rank 0 on: who came before it has waited.
+            known = sync.without_frozen is not None and not sync.regroups
+            self._transferring.tell_writable(sync, () if not known else sync.started if peer.place == 0 else (peer.identity,))
             self._begin_transfer(sync, now)
 
     def _begin_transfer(self, sync: Progress, now: float) -> None:
@@ -423,14 +427,14 @@ class Transferring:
     def tell_writable(self, sync: Progress, actors: Iterable[bytes]) -> None:
         """Say which slots are free."""
         for identity in actors:
-            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group))
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, bool(sync.without_frozen)))
 
     def tell_ready(self, sync: Progress) -> None:
         """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""
         for identity in sync.joined:
             sums = sync.untold(identity, self._connecting.destinations[identity])
             exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
-            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports))
+            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports, bool(sync.without_frozen)))
 
     def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
         """An actor rank has filled a bucket. Returns whether more buckets are ready now."""

@@ -26,19 +26,30 @@ class MismatchError(RlsyncError):
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Checksums that are known already."""
+
+    sums: Sequence[int]
+
+    def values(self) -> Sequence[int]:
+        return self.sums
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Verified regions of one bucket, and the checksum of each where it landed."""
 
     bucket: int
     regions: Sequence[Region]
-    held: Begun
+    held: Begun | Known
 
-    def compare(self, sent: Mapping[int, int]) -> None:
-        """Compare with the checksums of the sender, by region number. Raises MismatchError naming the regions that differ."""
+    def compare(self, sent: Mapping[int, int]) -> Sequence[int]:
+        """Compare with the checksums of the sender, by region number; returns them. Raises MismatchError naming the regions that differ."""
+        held = self.held.values()
         findings = [
             f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
             + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
-            for r, value in zip(self.regions, self.held.values(), strict=True)
+            for r, value in zip(self.regions, held, strict=True)
             if sent.get(r.number) != value
         ]
         if findings:
@@ -46,13 +57,20 @@ class Check:
             raise MismatchError(
                 f"{len(findings)} of {len(self.regions)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}"
             )
+        return held
 
 
 class Verifier:
-    """Checksums of one worker's regions, for one connection."""
+    """Checksums of one worker's regions, for one connection.
+
+    Attributes:
+        num_frozen: buckets, the first ones, that are verified whole in every sync, whether they are sent in it or not.
+    """
 
     def __init__(self, assignment: m.WorkerAssignment) -> None:
-        self._verify = assignment.verify
+        self._verify, self.num_frozen = assignment.verify, assignment.num_frozen
+        # Of frozen buckets, as they landed.
+        self._landed: dict[int, Sequence[int]] = {}
         self._sums = Sums()
         self._rounds = [_by_round(part.regions, assignment.verify) for part in assignment.parts]
 
@@ -62,9 +80,24 @@ class Verifier:
 
     def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], attempt: int) -> Check:
         """Checksum the regions that this attempt verifies, in ``buffers``; on CUDA enqueued on the current stream."""
-        rounds = [number for number in rounds_in(self._verify, attempt) if number in self._rounds[bucket]]
-        chosen = [r for number in rounds for r in self._rounds[bucket][number]]
+        rounds, chosen = self._chosen(bucket, attempt)
         return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
+
+    def _chosen(self, bucket: int, attempt: int) -> tuple[list[int], list[Region]]:
+        turn = 1 if bucket < self.num_frozen else attempt
+        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
+        return rounds, [r for number in rounds for r in self._rounds[bucket][number]]
+
+    def held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> Check:
+        """Of a frozen bucket that is not sent: what ``buffers`` hold; or, for None, what landed and has a kernel's own form since."""
+        if buffers is not None:
+            return self.begin(bucket, buffers, 1)
+        return Check(bucket, self._chosen(bucket, 1)[1], Known(self._landed[bucket]))
+
+    def keep(self, check: Check, sums: Sequence[int]) -> None:
+        """Remember what a frozen bucket has brought."""
+        if check.bucket < self.num_frozen:
+            self._landed[check.bucket] = sums
 
     def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
         rounds = self._rounds[bucket]
@@ -86,13 +119,14 @@ class Pull:
         phase, bucket: where it stands, for the error that names them.
         buckets_ready: buckets that may be pulled.
         group: number of the group that carries messages.
+        without_frozen: whether frozen buckets bring checksums alone.
         exports: new exports of actor ranks that the receiver has not seen yet.
     """
 
     def __init__(self, verifier: Verifier, attempt: int) -> None:
         self.attempt = attempt
         self.phase, self.bucket = "begin", None
-        self.buckets_ready, self.group = -1, 0
+        self.buckets_ready, self.group, self.without_frozen = -1, 0, False
         self._verifier = verifier
         self.exports: tuple[m.RankExport, ...] = ()
         self._sums: dict[int, int] = {}
@@ -104,7 +138,7 @@ class Pull:
 
     def hear(self, ready: m.Ready) -> None:
         """Update the progress of the actor's side from a message of the coordinator."""
-        self.buckets_ready, self.group = ready.buckets_ready, ready.group
+        self.buckets_ready, self.group, self.without_frozen = ready.buckets_ready, ready.group, ready.without_frozen
         self._sums.update((s.region, s.value) for s in ready.sums)
         self.exports += ready.exports
 
@@ -113,12 +147,17 @@ class Pull:
         with self.timed("verify"):
             self._checks.append(self._verifier.begin(bucket, buffers, self.attempt))
 
+    def verify_held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> None:
+        """Checksum a frozen bucket that is not sent; see ``Verifier.held``."""
+        with self.timed("verify"):
+            self._checks.append(self._verifier.held(bucket, buffers))
+
     def conclude(self) -> None:
         """Compare all checksums with those sent. Raises MismatchError for the first bucket that differs, naming its regions."""
         with self.timed("verify"):
             for check in self._checks:
                 self.bucket = check.bucket
-                check.compare(self._sums)
+                self._verifier.keep(check, check.compare(self._sums))
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:

@@ -209,7 +209,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 sink.open()
                 pull.phase = "transfer"
                 with contextlib.ExitStack() as receiving:
-                    receiving.enter_context(receiver.receiving(self._standing()))
+                    receiving.enter_context(receiver.receiving(self._standing(), self._assignment.num_frozen if pull.without_frozen else 0))
                     self._take_all(client, sink, receiver, pull, update_info.version)
                     with pull.timed("finalize"):
                         sink.close()
@@ -243,6 +243,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
         parts = self._assignment.parts
         for bucket, part in enumerate(parts):
             pull.bucket = bucket
+            if pull.without_frozen and bucket < self._assignment.num_frozen:
+                _await_bucket(client, pull, bucket)
+                pull.verify_held(bucket, sink.standing(bucket))
+                client.send(m.Done(pull.attempt, bucket))
+                continue
             if not receiver.lands_ahead:
                 _await_bucket(client, pull, bucket)
             self._take(client, sink, receiver, pull, part)

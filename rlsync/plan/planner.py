@@ -157,6 +157,7 @@ def build_plan(
     bucket_bytes: int | None = None,
     takes_room: Callable[[int, int], bool] = lambda destination, source: True,
     transforms: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
 
@@ -170,13 +171,14 @@ def build_plan(
             grow with that of the holders; where a holder's largest tensor is more, that. None: one bucket.
         takes_room: whether copies between a destination and a source count for that, by their indices. Others go along for nothing.
         transforms: rows of ``rlsync.plan.transforms`` by which dtypes of source and destination may differ, in order of preference.
+        frozen: tensors that come first, in buckets of their own, because not every sync sends them.
 
     Raises PlacementError with all findings at once.
     """
     matching = match(tensors, sources, destinations)
     copies = copies_of(matching, transforms)
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
-    buckets = in_buckets(tensors, copies, holder_bytes_of(roomy, matching.destinations.dtypes), bucket_bytes)
+    buckets = in_buckets(tensors, copies, holder_bytes_of(roomy, matching.destinations.dtypes), bucket_bytes, frozen)
     givers, takers = matching.sources, matching.destinations
     return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
 
@@ -213,10 +215,19 @@ def copies_of(matching: Matching, transforms: Collection[str]) -> dict[str, list
 
 
 def in_buckets(
-    tensors: Sequence[TensorSpec], copies: Mapping[str, Sequence[Copy]], holder_bytes: HolderBytes, bucket_bytes: int | None
+    tensors: Sequence[TensorSpec],
+    copies: Mapping[str, Sequence[Copy]],
+    holder_bytes: HolderBytes,
+    bucket_bytes: int | None,
+    frozen: Collection[str] = (),
 ) -> tuple[Bucket, ...]:
-    """Copies in the order of the tensors, in buckets that a holder's limit ends. ``holder_bytes``: see ``holder_bytes_of``."""
-    groups = grouped(tensors, holder_bytes, limits_of(holder_bytes, bucket_bytes))
+    """Copies in the order of the tensors, in buckets that a holder's limit ends; those of ``frozen`` come before all others.
+
+    ``holder_bytes``: see ``holder_bytes_of``.
+    """
+    limits = limits_of(holder_bytes, bucket_bytes)
+    parts = ([t for t in tensors if t.name in frozen], [t for t in tensors if t.name not in frozen])
+    groups = [group for part in parts for group in grouped(part, holder_bytes, limits)]
     return tuple(Bucket(group, tuple(c for t in group for c in copies.get(t.name, ()))) for group in groups)
 
 

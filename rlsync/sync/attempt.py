@@ -66,12 +66,15 @@ def receive(
 class Attempt:
     """One call of ``WeightSyncer.sync``: an event loop over the channel, what this rank packs, and the engines' calls."""
 
-    def __init__(self, connection: Connection, tasks: Tasks, attempt: int, version: int, name: str) -> None:
-        """``name`` is that of the sync to the engines."""
+    def __init__(
+        self, connection: Connection, tasks: Tasks, attempt: int, version: int, name: str, *, without_frozen: bool = False
+    ) -> None:
+        """``name`` is that of the sync to the engines. ``without_frozen``: of rank 0, whose word counts for all ranks."""
         self._link, self._tasks, self._attempt, self._version, self._name = connection, tasks, attempt, version, name
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
         self._packed, self._writable, self._group = 0, 0, 0
+        self._without_frozen = without_frozen
         # One call of this rank's own at a time: begin, join, then bucket after bucket.
         self._is_busy, self._has_joined = True, False
         self._pending: dict[str, set[str]] = {}
@@ -83,7 +86,7 @@ class Attempt:
     def run(self) -> SyncReport:
         """Returns the report, or raises WeightSyncError."""
         self._marks["start"] = time.monotonic()
-        self._peer.send(m.Start(self._attempt, self._version))
+        self._peer.send(m.Start(self._attempt, self._version, self._without_frozen))
         if not self._link.lane.wait_idle(min(GRACE_S, self._timeout_s / 2)):
             # The call may still write to slots, so no sync through them can be right.
             cause = "still inside the source since a failed sync; close() and connect() anew"
@@ -106,7 +109,7 @@ class Attempt:
                 for outcome in self._tasks.finished():
                     self._take(outcome)
             elif isinstance(message, m.Writable):
-                self._writable, self._group = message.buckets_writable, message.group
+                self._writable, self._group, self._without_frozen = message.buckets_writable, message.group, message.without_frozen
                 _log.debug("version %d: %d buckets may be filled", self._version, self._writable)
             elif isinstance(message, m.AllCommitted):
                 self._committed, self._marks["committed"] = message, time.monotonic()
@@ -153,7 +156,8 @@ class Attempt:
             return
         self._is_busy = True
         if self._has_joined:
-            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, self._attempt))
+            without = self._without_frozen
+            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, self._attempt, without))
         else:
             self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
 
@@ -185,14 +189,17 @@ class Attempt:
         assert self._committed is not None and self._link.plan is not None
         self._link.health.committed(engine.engine_id for engine in self._engines)
         at, times, plan = self._marks, self._committed.times, self._link.plan
+        moved = plan.trained_traffic if self._without_frozen else plan.traffic
+        held_bytes = plan.frozen_bytes if self._without_frozen else 0
         return SyncReport(
             version=self._version,
             transport=plan.transport,
             sinks=tuple(sorted(set(self._link.sinks))),
             verify=self._link.config.verify,
-            bytes=plan.nbytes,
-            staged_bytes=plan.staged_bytes,
-            bytes_by_link=dict(plan.traffic.bytes_by_link),
+            bytes=plan.nbytes - held_bytes,
+            held_bytes=held_bytes,
+            staged_bytes=plan.trained_staged_bytes if self._without_frozen else plan.staged_bytes,
+            bytes_by_link=dict(moved.bytes_by_link),
             redundancy=dict(plan.traffic.redundancy),
             num_buckets=self._link.num_buckets,
             seconds=time.monotonic() - at["start"],

@@ -70,6 +70,7 @@ class Packer:
 
     def __init__(self, assignment: ActorAssignment, buffers: Mapping[str, torch.Tensor], senders: Sequence[Sender]) -> None:
         self._verify, self._buffers, self._senders = assignment.verify, buffers, senders
+        self._num_frozen = assignment.num_frozen
         # By sender and step.
         self._programs: dict[tuple[int, int], tuple[_Program, ...]] = {}
         self._sums = Sums()
@@ -98,18 +99,21 @@ class Packer:
         self._place = place
         self._follow(moves)
 
-    def pack(self, bucket: int, turn: int) -> Packed:
+    def pack(self, bucket: int, turn: int, without_frozen: bool = False) -> Packed:
         """Copy this rank's regions of a bucket to where senders want them; messages are on their way when it returns.
 
-        Regions that are exported or were copied on a device are complete then, for other processes too.
+        Regions that are exported or were copied on a device are complete then, for other processes too. ``without_frozen``: of a frozen
+        bucket checksums are all that is made.
         """
         nbytes = 0
-        for index, sender in enumerate(self._senders):
+        is_frozen = bucket < self._num_frozen
+        for index, sender in enumerate(() if is_frozen and without_frozen else self._senders):
             for step in sender.steps(bucket):
                 programs = self._bound(index, step)
                 with sender.sending(step):
                     nbytes += sum(program.run() for program in programs)
-        return Packed(nbytes, self._sum_up(bucket, turn))
+        # What is frozen is verified whole in every sync, whether it is sent or not.
+        return Packed(nbytes, self._sum_up(bucket, 1 if is_frozen else turn))
 
     def _bound(self, index: int, step: int) -> tuple[_Program, ...]:
         """The programs that write a step of a sender."""

@@ -36,6 +36,8 @@ class ConnectionPlan:
         num_steps: into how many steps the messages of a bucket are cut.
         staged_bytes: bytes that go through staging rings.
         is_read_in_place: whether all bytes are copied once, from parameter to parameter.
+        num_frozen: buckets, the first ones, that hold what no actor rank trains; frozen_bytes: theirs, as ``nbytes``.
+        trained_traffic, trained_staged_bytes: of the other buckets.
     """
 
     plan: Plan
@@ -50,6 +52,13 @@ class ConnectionPlan:
     num_steps: int = 1
     staged_bytes: int = 0
     is_read_in_place: bool = False
+    num_frozen: int = 0
+    trained_traffic: Traffic = Traffic({}, {}, {}, {})
+    trained_staged_bytes: int = 0
+
+    @property
+    def frozen_bytes(self) -> int:
+        return self.nbytes - sum(self.trained_traffic.bytes_by_destination.values()) if self.num_frozen else 0
 
     @property
     def num_destinations(self) -> int:
@@ -85,11 +94,20 @@ class ConnectionPlan:
         ends = {name: transport(name).assign(routes, hosted.get(name)) for name, routes in self.routes(num_slots).items()}
         common = self.plan.digest, self.num_slots(num_slots), verify
         actors = tuple(
-            ActorAssignment(*common, len(self.parts), {name: end.actors[rank] for name, end in ends.items() if end.actors[rank]})
+            ActorAssignment(
+                *common, len(self.parts), {name: end.actors[rank] for name, end in ends.items() if end.actors[rank]}, self.num_frozen
+            )
             for rank in range(len(self.actors))
         )
         workers = tuple(
-            WorkerAssignment(*common, d, tuple(row[d] for row in self.parts), self.transports[d], *_of_worker(ends[self.transports[d]], d))
+            WorkerAssignment(
+                *common,
+                d,
+                tuple(row[d] for row in self.parts),
+                self.transports[d],
+                *_of_worker(ends[self.transports[d]], d),
+                self.num_frozen,
+            )
             for d in self.destination_of
         )
         return actors, workers
@@ -114,10 +132,16 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
     def takes_room(destination: int, rank: int) -> bool:
         return fills_buckets(used, is_direct=is_direct, staged=(destination, rank) in staging)
 
-    plan = build_plan(tensors, located, destinations, bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS))
+    frozen = frozen_tensors(tensors, placements, reports)
+    plan = build_plan(
+        tensors, located, destinations,
+        bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS), frozen=frozen,
+    )  # fmt: skip
     plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
+    num_frozen = sum(bucket.tensors[0].name in frozen for bucket in plan.buckets)
     moved, parts = traffic(plan), lay_out(plan)
     given = [((d, r.source), r.nbytes) for row in parts for d, part in enumerate(row) for r in part.regions]
+    trained = [((d, r.source), r.nbytes) for row in parts[num_frozen:] for d, part in enumerate(row) for r in part.regions]
     used_staging = staging & {way for way, _ in given}
     _refuse_in_place(plan, transports, used_staging)
     return ConnectionPlan(
@@ -135,7 +159,33 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
         sum(nbytes for way, nbytes in given if way in staging),
         # Also with other sinks than direct: nobody waits for a slot.
         in_place(transports, is_direct=True) == "read" and not used_staging,
+        num_frozen,
+        traffic(replace(plan, buckets=plan.buckets[num_frozen:])),
+        sum(nbytes for way, nbytes in trained if way in staging),
     )
+
+
+def frozen_tensors(tensors: Sequence[TensorSpec], placements: Sequence[Placement], reports: Reports) -> frozenset[str]:
+    """HF tensors that no actor rank trains, and that a worker can keep while a sync renews the others.
+
+    A worker renews a module as a whole, so that what is frozen in one that has trained tensors too is sent with these. Loaders are given
+    whole checkpoints: an engine with that sink keeps nothing.
+    """
+    if any(record.sink not in ("direct", "layerwise", "direct+layerwise") for record in reports.records):
+        return frozenset()
+    found, trained = set[str](), set[str]()
+    for hello, placement in zip(reports.actors, placements, strict=True):
+        idle = {tensors[number].name for begin, end in hello.frozen for number in range(begin, end)}
+        found |= idle
+        trained |= {piece.tensor for piece in placement.pieces} - idle
+    frozen = found - trained
+    modules: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for worker, record in enumerate(reports.records) if frozen else ():
+        for piece in record.placement.pieces:
+            modules[worker, piece.buffer.rpartition(".")[0]].add(piece.tensor)
+    while any(mixed := [held & frozen for held in modules.values() if held & frozen and not held <= frozen]):
+        frozen -= set().union(*mixed)
+    return frozenset(frozen)
 
 
 def _refuse_in_place(plan: Plan, transports: Sequence[str], staging: frozenset[tuple[int, int]]) -> None:

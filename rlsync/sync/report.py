@@ -13,7 +13,7 @@ from rlsync.errors import WeightSyncError
 PHASES = ("connect", "pause", "begin", "transfer", "verify", "commit", "resume")
 _NUMBERS = (
     "version", "bytes", "num_buckets", "gb_per_s", "seconds", "pause_s", "begin_s", "fill_s", "transfer_s", "wait_s", "pull_s", "verify_s",
-    "finalize_s", "commit_s", "resume_s", "extra_bytes", "staged_bytes", "max_redundancy", "engines_dirty",
+    "finalize_s", "commit_s", "resume_s", "extra_bytes", "held_bytes", "staged_bytes", "max_redundancy", "engines_dirty",
 )  # fmt: skip
 
 
@@ -24,7 +24,8 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         sinks: what workers used: ``direct``, ``layerwise``, ``direct+layerwise`` or ``loaders``.
         transport: what the bytes went through; several are joined by ``+``.
         bytes: bytes that destinations take in, each once. Several workers of one host that read the same ones are one destination.
-        staged_bytes: of these, bytes that ``ipc`` read from a staging ring in GPU memory and not from the parameters.
+        held_bytes: beside these, bytes that destinations hold from an earlier sync, because the actor does not train them.
+        staged_bytes: of ``bytes``, those that ``ipc`` read from a staging ring in GPU memory and not from the parameters.
         bytes_by_link, redundancy: of the plan, by link name and by destination; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
         pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
@@ -64,6 +65,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     extra_bytes: int
     engine_s: dict[str, float]
     staged_bytes: int = 0
+    held_bytes: int = 0
     link_gb_per_s: float | None = None
     engines_dirty: int = 0
     failures: dict[str, int] = msgspec.field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -35,9 +35,28 @@ class Source(Protocol):
         """Whether the buffers stay allocated between syncs. If not, engines unmap them at the end of each sync."""
         ...
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """HF tensors of which this rank holds a part, and trains none of it: they stay what they are from the first sync on.
+
+        Engines that hold them are not sent them again; checksums of both sides are compared in every sync nevertheless.
+        """
+        ...
+
     def begin(self, version: int) -> None:
         """Make the weights those of ``version``. May be collective over the actor ranks."""
         ...
+
+
+def ranges_of(names: Collection[str], tensors: Sequence[TensorSpec]) -> tuple[tuple[int, int], ...]:
+    """The numbers of the named tensors as half-open ranges."""
+    ranges: list[tuple[int, int]] = []
+    for number in (number for number, tensor in enumerate(tensors) if tensor.name in names):
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = ranges[-1][0], number + 1
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)
 
 
 def source_digest(tensors: Sequence[TensorSpec], placement: Placement) -> str:

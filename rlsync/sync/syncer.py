@@ -29,13 +29,14 @@ from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.plan.transports import TRANSPORTS
+from rlsync.plan.verification import OFF
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints
 from rlsync.sync.packer import Packer
 from rlsync.sync.planning import ConnectionPlan, plan_connection
 from rlsync.sync.report import SyncHealth, SyncReport
-from rlsync.sync.source import Source, source_digest
+from rlsync.sync.source import Source, ranges_of, source_digest
 from rlsync.transport.ipc import memory_of
 from rlsync.transport.shm import RingSender, shm_domain
 from rlsync.transport.tasks import Lane, Tasks
@@ -68,6 +69,7 @@ class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             gpu_uuid=gpu_uuid,
             digest=source_digest(source.tensors, source.placements[actor_rank]),
             memory=memory_of(source.buffers, stable_memory=source.stable_memory),
+            frozen=ranges_of(source.frozen, source.tensors),
         )
 
     def for_engine(self, engine_id: str, timeout_s: float) -> dict[str, Any]:
@@ -121,6 +123,8 @@ class WeightSyncer:
         self._plan: ConnectionPlan | None = None
         self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
+        # Whether the last sync of this connection has committed, so that engines have all that is frozen unless they lost it.
+        self._engines_hold_frozen = False
         self.health = SyncHealth()
 
     # Connect.
@@ -151,7 +155,7 @@ class WeightSyncer:
                 engine.mark_dirty(f"its connection to the actor failed: {error}")
             self.close()
             raise
-        self._attempt, self._version = 0, -1
+        self._attempt, self._version, self._engines_hold_frozen = 0, -1, False
         if self._plan is not None:
             self._log_connection(self._plan)
 
@@ -161,6 +165,8 @@ class WeightSyncer:
             self._world_size, len(plan.destination_of), len(self._engines), plan.nbytes / 1e9, plan.num_destinations,
             len(plan.parts), plan.transport, ", ".join(sorted(set(self._sinks))),
         )  # fmt: skip
+        if plan.num_frozen:
+            _log.info("%.3f GB of that are frozen, and sent again only to engines that have lost them", plan.frozen_bytes / 1e9)
         for name, routes in plan.routes(self._config.num_slots).items():
             if TRANSPORTS[name].is_grouped:
                 _log.info("%s serves %s", name, some(list(routes.workers)))
@@ -295,8 +301,10 @@ class WeightSyncer:
         # New tasks, so that a call left over from a failed sync does not answer in this one.
         self._tasks = Tasks()
         name = secrets.token_hex(8)
+        without_frozen = self._may_pass_over_frozen()
+        self._engines_hold_frozen = False
         try:
-            report = Attempt(self._connection, self._tasks, self._attempt, version, name).run()
+            report = Attempt(self._connection, self._tasks, self._attempt, version, name, without_frozen=without_frozen).run()
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # An error of this rank alone: the others are told, and do not wait for their deadlines.
@@ -309,8 +317,16 @@ class WeightSyncer:
             for engine in self._engines:
                 engine.mark_dirty(str(error), name)
             raise
-        self._version = version
+        self._version, self._engines_hold_frozen = version, True
         return report
+
+    def _may_pass_over_frozen(self) -> bool:
+        """Rank 0: whether every engine has what is frozen from the sync before. One that slept without weights (level 2) is dirty.
+
+        Checksums notice what a handle does not know of, such as a server that somebody else put to sleep; without any all is sent.
+        """
+        has_frozen = self._plan is not None and self._plan.num_frozen > 0 and self._config.verify != OFF
+        return has_frozen and self._engines_hold_frozen and all(engine.state == "clean" for engine in self._engines)
 
     def close(self) -> None:
         """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody."""

@@ -89,8 +89,8 @@ class Receiver(Protocol):
         """Bind copies before the first sync. ``standing``: by bucket, the buffers that are the same in all syncs."""
         ...
 
-    def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
-        """Around the ``fetch`` calls of a sync, until nothing is in flight.
+    def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> contextlib.AbstractContextManager[object]:
+        """Around the ``fetch`` calls of a sync, until nothing is in flight. Buckets before ``first`` are not sent in it.
 
         Where it ``lands_ahead``, the standing buffers may be written from now on, behind what this thread has enqueued so far.
         """

@@ -345,7 +345,7 @@ class IpcReceiver:
         self._let_go()
 
     @contextlib.contextmanager
-    def receiving(self, standing: Mapping[int, Buffers]) -> Iterator[None]:
+    def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> Iterator[None]:
         yield
         self._let_go()
 

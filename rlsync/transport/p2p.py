@@ -480,13 +480,14 @@ class GroupReceiver:
             self._inbox.bind(bucket, buffers)
 
     @contextlib.contextmanager
-    def receiving(self, standing: Mapping[int, Buffers]) -> Iterator[None]:
+    def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> Iterator[None]:
+        self._num_asked = first
         if self.lands_ahead:
             assert self._inbox is not None, "join() comes first"
             for bucket, buffers in standing.items():
                 self._inbox.bind(bucket, buffers)
             self._landing, self._begun = standing, self._inbox.communicator.mark()
-            self._ask(self._num_slots)
+            self._ask(first + self._num_slots)
         yield
 
     def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> Arrival | None:

@@ -298,7 +298,7 @@ class RingReceiver:
     def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
         """Nothing is bound: views cost little."""
 
-    def receiving(self, standing: Mapping[int, Buffers]) -> contextlib.AbstractContextManager[object]:
+    def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> contextlib.AbstractContextManager[object]:
         """The ring stays mapped."""
         return contextlib.nullcontext()
 

@@ -41,7 +41,7 @@ class FolderSource:
     def __init__(self, tensors: dict[str, torch.Tensor], *, rank: int = 0, world_size: int = 1) -> None:
         self.tensors = tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
         self.placements = tuple(whole_tensors(f"actor {r}", self.tensors[r::world_size]) for r in range(world_size))
-        self.stable_memory = True
+        self.stable_memory, self.frozen = True, frozenset[str]()
         self.buffers = {spec.name: tensors[spec.name].contiguous() for spec in self.tensors[rank::world_size]}
         self.on_begin: Callable[[int], None] = lambda version: None
 
@@ -60,8 +60,8 @@ def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     packer = syncer._connection.packer
     pack = type(packer).pack
 
-    def wrapped(bucket: int, turn: int) -> Packed:
+    def wrapped(bucket: int, turn: int, without_frozen: bool) -> Packed:
         call(bucket)
-        return pack(packer, bucket, turn)
+        return pack(packer, bucket, turn, without_frozen)
 
     packer.pack = wrapped  # type: ignore[method-assign]

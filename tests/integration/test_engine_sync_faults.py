@@ -126,8 +126,8 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
         ring = syncer._endpoints.senders["shm"]
         assert isinstance(ring, RingSender)
 
-        def flipped(bucket: int, turn: int) -> Packed:
-            packed = pack(bucket, turn)
+        def flipped(bucket: int, turn: int, without_frozen: bool) -> Packed:
+            packed = pack(bucket, turn, without_frozen)
             if bucket == 1:
                 ring.slots()[1][0] ^= 1
             return packed
