@@ -20,10 +20,9 @@ from rlsync.models.paper import paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
-from workers.config import config_table, load_config, register_resolvers
+from workers.config import Task, config_table, read_config, register_resolvers
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs" / "reasoning"
 PAGES = sorted(
     path for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern) if path.is_file()
 )
@@ -78,8 +77,10 @@ def test_every_path_and_make_target_named_exists(page: Path) -> None:
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^ {4}|`)make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
-    configs = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert set(re.findall(r"run_main_grpo_math\.sh ([\w.-]+-megatron)\b", text)) <= configs
+    for script, folder in (("run_main_grpo_math", "reasoning"), ("run_llm_sft", "sft"), ("run_vlm_sft", "sft")):
+        configs = {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")}
+        named = re.findall(rf"{script}\.sh ([a-z][\w.-]+)(?=[\s`])", text)
+        assert {name for name in named if "=" not in name} <= configs
 
 
 @EVERY_PAGE
@@ -119,10 +120,12 @@ def test_yaml_blocks_are_configurations_that_load(page: Path) -> None:
         if block.startswith("defaults:"):
             own = OmegaConf.create(block)
             del own["defaults"]
-            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                base = compose("base/grpo-megatron")
+            task: Task = "sft" if "base/sft-megatron" in block else "reasoning"
+            folder, name = ("sft", "base/sft-megatron") if task == "sft" else ("reasoning", "base/grpo-megatron")
+            with initialize_config_dir(str(ROOT / "configs" / folder), version_base="1.3"):
+                base = compose(name)
             OmegaConf.set_struct(base, False)
-            load_config(OmegaConf.merge(base, own))
+            assert read_config(OmegaConf.merge(base, own), task).findings == ()
 
 
 # The front page, in two languages.

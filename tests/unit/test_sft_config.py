@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
-from workers.config import SftConfig, config_as_dict, load_config, read_config, validate_world
+from workers.config import SftConfig, config_as_dict, load_config, read_config, register_resolvers, validate_world
 from workers.config.foreign_keys import INERT_IN_SFT, SFT_NAMES, find_inert
 from workers.config.schema import dotted_keys
 from workers.placement import components_of, resolve_placement
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "sft"
 
 
 def minimal(**sections: Any) -> dict[str, Any]:
@@ -27,6 +31,19 @@ def minimal(**sections: Any) -> dict[str, Any]:
 
 def findings(**sections: Any) -> str:
     return "\n".join(read_config(minimal(**sections), "sft").findings)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_shipped_config_loads_without_inert_keys(name: str) -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        reading = read_config(compose(name), "sft")
+    assert (reading.findings, reading.inert) == ((), ()) and isinstance(reading.config, SftConfig)
+
+
+def test_the_configs_users_ask_for_by_name_exist() -> None:
+    wanted = {"arithmetic_sft_llm", "qwen2_5_vl_megatron_sft_vlm", "qwen3_vl_megatron_sft_vlm", "qwen3_sft_llm"}
+    assert wanted <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
 def test_the_model_is_read_from_one_key_which_everything_else_follows() -> None:
