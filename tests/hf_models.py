@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.models import FAMILIES, VOCAB_SIZE, tiny_model
+from tests.models import FAMILIES, MOE_FAMILIES, VOCAB_SIZE, tiny_model
 
 # KV heads: fewer than the largest tensor axis of the tests (4), one alone, and as many as query heads.
 MODELS: dict[str, dict[str, Any]] = {
@@ -16,13 +16,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"family": "qwen2", "tied": True, "num_key_value_heads": 1},
     "qwen3-tied": {"family": "qwen3", "tied": True},
 }
+MOE_MODELS: dict[str, dict[str, Any]] = {
+    **{family: {"family": family, "tied": False} for family in MOE_FAMILIES},
+    "qwen3_moe-tied": {"family": "qwen3_moe", "tied": True},
+}
 
 
 def make_models(root: Path, names: tuple[str, ...] = tuple(MODELS)) -> dict[str, dict[str, Any]]:
     """Save the named models under ``root``: name -> folder, tokens (2, 24) and fp32 logits (2, 24, vocab) as lists."""
     made = {}
     for seed, name in enumerate(names):
-        model = tiny_model(seed=seed, **MODELS[name])
+        model = tiny_model(seed=seed, **{**MODELS, **MOE_MODELS}[name])
         model.save_pretrained(root / name)
         tokens = torch.randint(0, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():

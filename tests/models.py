@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB_SIZE = 131
 
@@ -41,10 +51,13 @@ LLAMA3_ROPE = {
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+# Eight experts, of which a token takes three: neither divides the other. The second of Qwen's layers is dense.
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "num_experts": 8, "mlp_only_layers": [1]}
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
-    """Config of a tiny model of ``family`` (one of FAMILIES); ``changes`` replace fields."""
+    """Config of a tiny model of ``family`` (one of FAMILIES or MOE_FAMILIES); ``changes`` replace fields."""
     fields = {**_SHARED, "tie_word_embeddings": tied, "rope_parameters": dict(_PLAIN_ROPE), **changes}
     if family == "llama":
         return LlamaConfig(**{"head_dim": 32, "rope_parameters": dict(LLAMA3_ROPE), **_without_rope(fields, changes)})
@@ -53,7 +66,15 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "qwen3":
         return Qwen3Config(**{"head_dim": 32, **fields})
-    raise ValueError(f"unknown family {family!r}; one of {FAMILIES}")
+    if family == "mixtral":
+        return MixtralConfig(**{"head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 3, **fields})
+    if family == "qwen2_moe":
+        return Qwen2MoeConfig(
+            **{**_EXPERTS, "shared_expert_intermediate_size": 80, **fields, "hidden_size": 32 * fields["num_attention_heads"]}
+        )
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**{"head_dim": 32, "norm_topk_prob": True, **_EXPERTS, **fields})
+    raise ValueError(f"unknown family {family!r}; one of {FAMILIES + MOE_FAMILIES}")
 
 
 def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

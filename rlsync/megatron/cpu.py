@@ -66,7 +66,8 @@ class _Stream:
     def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event
+        # A stream without work serves as its own event: whoever waits for it has waited.
+        return self if event is None else event
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -141,6 +142,34 @@ def _substitute_torch() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
 
 
+def _as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Counts of tokens for the host: Megatron's own leaves a tensor on the CPU as it is, which collectives do not take as sizes."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _also_uneven(gather: Any, reduce_scatter: Any) -> tuple[Any, Any]:
+    """Megatron's collectives along the first dimension, with sizes that differ between ranks, which gloo does not take: experts that are
+    cut by tensor ranks get other numbers of tokens on each. Padded, and reduced as a whole; gradients are Megatron's own."""
+
+    def gather_along(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: input_.size(0)] = input_
+        arrived = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(arrived, padded, group=group)
+        return torch.cat([tensor[:size] for tensor, size in zip(arrived, output_split_sizes, strict=True)])
+
+    def reduce_scatter_along(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        whole = input_.contiguous().clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    return gather_along, reduce_scatter_along
+
+
 def _substitute_megatron() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
@@ -156,3 +185,8 @@ def _substitute_megatron() -> None:
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _as_on_host
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = _also_uneven(
+        mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    )

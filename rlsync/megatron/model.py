@@ -6,6 +6,7 @@ Must not know HF names, files or engines.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +31,8 @@ from rlsync.models import Flavour, Part, check_parts, model_of
 from rlsync.models.rope import Rope
 
 _LAYER_LISTS = ("decoder.layers.",)
+# Names of experts within a layer, one by one (SequentialMLP) and grouped (TEGroupedMLP), around the number on this rank.
+_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.|mlp\.experts\.linear_fc[12]\.weight)(\d+)(|\..*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +123,15 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, str, str, torch.nn.Parameter]]:
     """Every parameter of this rank: ``(chunk_index, local_name, global_name, parameter)``, in module order.
 
-    Local names are those inside the chunk's GPTModel; global names count layers over the whole model, from 0. A shared
+    Local names are those inside the chunk's GPTModel; global names count layers and experts over the whole model, from 0. A shared
     parameter is yielded once, under its first name; ``output_layer.weight`` of a tied model appears on the last of
     several pipeline stages, which holds a copy of its own.
     """
     for chunk_index, model in enumerate(models):
         chunk = unwrap(model)
-        numbers = _layer_numbers(chunk)
+        numbers = _Numbers(chunk)
         for name, parameter in chunk.named_parameters():
-            yield chunk_index, name, _global_name(name, numbers), parameter
+            yield chunk_index, name, numbers.global_name(name), parameter
 
 
 def parts_of_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.nn.Parameter, Part]]:
@@ -143,11 +146,11 @@ def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch
     yield from ((name, parameter) for _, _, name, parameter in iter_parameters(models))
     for model in models:
         chunk = unwrap(model)
-        numbers = _layer_numbers(chunk)
+        numbers = _Numbers(chunk)
         for prefix, module in chunk.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
-                    yield _global_name(f"{prefix}.{name}" if prefix else name, numbers), buffer
+                    yield numbers.global_name(f"{prefix}.{name}" if prefix else name), buffer
 
 
 def flavour_of(models: Sequence[torch.nn.Module]) -> Flavour:
@@ -183,16 +186,24 @@ def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[to
             model.enable_forward_pre_hook()
 
 
-def _layer_numbers(chunk: GPTModel) -> dict[str, int]:
-    return {f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+class _Numbers:
+    """What turns the names inside a chunk into global ones: its layers' numbers, and the first of its experts."""
 
+    def __init__(self, chunk: GPTModel) -> None:
+        self._layers = {f"decoder.layers.{index}.": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+        experts = chunk.config.num_moe_experts or 0
+        self._first_expert = experts // chunk.config.expert_model_parallel_size * parallel_state.get_expert_model_parallel_rank()
 
-def _global_name(local_name: str, numbers: Mapping[str, int]) -> str:
-    for prefix in _LAYER_LISTS:
-        if local_name.startswith(prefix):
-            index, rest = local_name[len(prefix) :].split(".", 1)
-            return f"{prefix}{numbers[f'{prefix}{index}.']}.{rest}"
-    return local_name
+    def global_name(self, local_name: str) -> str:
+        for prefix in _LAYER_LISTS:
+            if local_name.startswith(prefix):
+                index, rest = local_name[len(prefix) :].split(".", 1)
+                return f"{prefix}{self._layers[f'{prefix}{index}.']}.{self._with_expert(rest)}"
+        return local_name
+
+    def _with_expert(self, name: str) -> str:
+        found = _EXPERT.fullmatch(name)
+        return name if found is None else f"{found[1]}{self._first_expert + int(found[2])}{found[3]}"
 
 
 def _check_topology(topology: Topology) -> None:

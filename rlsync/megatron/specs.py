@@ -6,6 +6,7 @@ Must not know Hugging Face or files. Parameter names differ between the two; the
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.layers import CausalAttention, RMSNorm
@@ -48,12 +49,23 @@ def block_spec(
         raise ConfigError(f"unknown spec {spec!r}; use auto, local or te")
     if spec == "te" and not transformer_engine_available():
         raise ConfigError("spec 'te' needs TransformerEngine and a CUDA device; install it, or use spec 'local' or 'auto'")
-    if spec == "local" or not transformer_engine_available():
-        layer, norm = _local_layer(config), RMSNorm
-    else:
-        layer, norm = _transformer_engine_layer(config)
-    layer.module = layer_class
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+    is_local = spec == "local" or not transformer_engine_available()
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    routing, layer_of = _routing(config), _local_layer if is_local else _transformer_engine_layer
+    kinds = {routes: layer_of(config, routes) for routes in set(map(routing, layers))}
+    for layer in kinds.values():
+        layer.module = layer_class
+    norm = RMSNorm if is_local else _transformer_engine_norm()
+    return TransformerBlockSubmodules(layer_specs=[kinds[routing(layer)] for layer in layers], layer_norm=norm)
+
+
+def _routing(config: TransformerConfig) -> Callable[[int], bool]:
+    """Whether a layer, counted over the whole model, routes to experts."""
+    if config.num_moe_experts is None:
+        return lambda layer: False
+    every = config.moe_layer_freq
+    return lambda layer: bool(every[layer]) if isinstance(every, list) else layer % every == 0
 
 
 def fuses_norms(spec: Any) -> bool:
@@ -65,8 +77,10 @@ def fuses_norms(spec: Any) -> bool:
     return layers[0].submodules.input_layernorm is IdentityOp
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+def _local_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if routes else None, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     for owner in (layer.submodules, layer.submodules.self_attention.submodules):
         for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm"):
             if getattr(owner, name, IdentityOp) is not IdentityOp:
@@ -75,7 +89,13 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+def _transformer_engine_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if routes else None, moe_grouped_gemm=routes, qk_layernorm=config.qk_layernorm
+    )
+
+
+def _transformer_engine_norm() -> type:
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+    return TENorm

@@ -14,15 +14,18 @@ from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
 from rlsync.models.llama import LLAMA
+from rlsync.models.mixtral import MIXTRAL
 from rlsync.models.placement import indivisible
 from rlsync.models.qwen2 import QWEN2
 from rlsync.models.qwen2_5_vl import QWEN2_5_VL
+from rlsync.models.qwen2_moe import QWEN2_MOE
 from rlsync.models.qwen3 import QWEN3
+from rlsync.models.qwen3_moe import QWEN3_MOE
 from rlsync.models.qwen3_vl import QWEN3_VL
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_mrope, read_rope
 from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 
 __all__ = [
     "FAMILIES",
@@ -171,7 +174,7 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         dtype=str(dtype).removeprefix("torch."),
         max_positions=values["max_position_embeddings"],
         rope=rope,
-        transformer={**fields, **family.transformer(dims)},
+        transformer={**fields, **family.transformer(values, dims)},
         vision=None if family.vision is None else family.vision(values, hf_config["vision_config"]),
     )
     return model, [] if topology is None else indivisible(model, topology)

@@ -51,7 +51,7 @@ def dense_dims(values: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def dense_transformer(dims: Mapping[str, int]) -> dict[str, Any]:
+def dense_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
     """Fields of Megatron-Core's TransformerConfig beside those that take a key as it is; "silu" is the name of its activation."""
     return {
         "num_query_groups": dims["num_groups"],
@@ -149,12 +149,17 @@ MLP = (
 )
 
 
-def dense_stacks(hf: str = "model.") -> tuple[Stack, Stack, Stack]:
-    """Embedding, layers, and final norm with the head. ``hf`` is what HF names of all but the head begin with."""
+def layer_stack(rules: tuple[Rule, ...], hf: str = "model.", **options: Any) -> Stack:
+    """Rules of every decoder layer, or of those that ``has_layer`` of ``options`` names. ``hf`` as in :func:`decoder_stacks`."""
+    return Stack(rules, megatron="decoder.layers.{layer}.", hf=f"{hf}layers.{{layer}}.", indices=(LAYERS,), **options)
+
+
+def decoder_stacks(*layers: Stack, hf: str = "model.") -> tuple[Stack, ...]:
+    """Embedding, the stacks of the layers, and final norm with the head. ``hf`` is what HF names of all but the head begin with."""
     embedding = HFTensor(f"{hf}embed_tokens.weight", "vocab", "hidden")
     return (
         Stack((Rule("embedding.word_embeddings.weight", (embedding,), VocabPadded()),), stage="first"),
-        Stack(ATTENTION + MLP, megatron="decoder.layers.{layer}.", hf=f"{hf}layers.{{layer}}.", indices=(LAYERS,)),
+        *layers,
         Stack(
             (
                 Rule("decoder.final_layernorm.weight", (HFTensor(f"{hf}norm.weight", "hidden"),), Replicated()),
@@ -164,6 +169,11 @@ def dense_stacks(hf: str = "model.") -> tuple[Stack, Stack, Stack]:
             stage="last",
         ),
     )
+
+
+def dense_stacks(hf: str = "model.") -> tuple[Stack, ...]:
+    """A decoder whose layers all have a gated MLP."""
+    return decoder_stacks(layer_stack(ATTENTION + MLP, hf), hf=hf)
 
 
 DENSE_STACKS = dense_stacks()

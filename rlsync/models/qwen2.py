@@ -27,8 +27,8 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qkv_bias"}
 
 
-def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(dims) | {"add_qkv_bias": True}
+def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
+    return dense_transformer(values, dims) | {"add_qkv_bias": True}
 
 
 QWEN2 = Family(

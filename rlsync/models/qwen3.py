@@ -21,8 +21,8 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qk_norm"}
 
 
-def _transformer(dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(dims) | {"qk_layernorm": True}
+def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
+    return dense_transformer(values, dims) | {"qk_layernorm": True}
 
 
 QWEN3 = Family(

@@ -187,7 +187,7 @@ class Family:
         dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
         contradictions: values and config -> what is wrong between keys that are right by themselves.
         features: values of the honoured keys -> names that the ``when`` of a rule refers to.
-        transformer: sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
+        transformer: values and sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
         spellings: prefix of HF names in the table -> prefixes that checkpoints have in its place, for the same tensors.
@@ -202,7 +202,7 @@ class Family:
     dims: Callable[[Mapping[str, Any]], dict[str, int]]
     contradictions: Callable[[Mapping[str, Any], HFConfig], list[str]]
     features: Callable[[Mapping[str, Any]], frozenset[str]]
-    transformer: Callable[[Mapping[str, int]], Mapping[str, Any]]
+    transformer: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
     ignored: tuple[str, ...] = NEVER_LOADED
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,0 +1,60 @@
+"""Qwen3-MoE: Qwen3 whose layers route each token to some of many experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlsync.models.dense import dense_contradictions, dense_features
+from rlsync.models.keys import HFConfig, Key, size
+from rlsync.models.moe import SPARSE_KEYS, expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
+from rlsync.models.qwen3 import QWEN3_KEYS
+from rlsync.models.stacks import Family
+
+_DEFAULT_NUM_EXPERTS = 128
+QWEN3_MOE_KEYS: Mapping[str, Key] = {
+    **QWEN3_KEYS,
+    **SPARSE_KEYS,
+    "head_dim": size(is_nullable=True),
+    "num_key_value_heads": size(default=4, is_nullable=True),
+    # transformers writes num_local_experts, released files have num_experts.
+    "num_experts": size(is_nullable=True),
+    "num_local_experts": size(is_nullable=True),
+}
+
+
+def _num_experts(values: Mapping[str, Any]) -> int:
+    found = values["num_local_experts"] if values["num_local_experts"] is not None else values["num_experts"]
+    return _DEFAULT_NUM_EXPERTS if found is None else int(found)
+
+
+def _dims(values: Mapping[str, Any]) -> dict[str, int]:
+    return expert_dims(values, _num_experts(values), values["moe_intermediate_size"])
+
+
+def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
+    findings = dense_contradictions(values, config) + without_experts(values) + too_few_experts(values, _num_experts(values))
+    one, other = values["num_experts"], values["num_local_experts"]
+    if None not in (one, other) and one != other:
+        findings.append(f"num_experts is {one} and num_local_experts is {other}: both name the number of experts; keep one of them")
+    return findings
+
+
+def _features(values: Mapping[str, Any]) -> frozenset[str]:
+    return dense_features(values) | {"qk_norm"}
+
+
+def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
+    return expert_transformer(values, dims) | {"qk_layernorm": True}
+
+
+QWEN3_MOE = Family(
+    architectures=("Qwen3MoeForCausalLM",),
+    model_type="qwen3_moe",
+    keys=QWEN3_MOE_KEYS,
+    dims=_dims,
+    contradictions=_contradictions,
+    features=_features,
+    transformer=_transformer,
+    stacks=expert_stacks(),
+)
