@@ -6,26 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_features
-from rlsync.models.keys import HFConfig, Key, size
+from rlsync.models.keys import HFConfig, Key, size, unsupported
 from rlsync.models.moe import SPARSE_KEYS, expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
 from rlsync.models.qwen3 import QWEN3_KEYS
 from rlsync.models.stacks import Family
 
-_DEFAULT_NUM_EXPERTS = 128
 QWEN3_MOE_KEYS: Mapping[str, Key] = {
     **QWEN3_KEYS,
     **SPARSE_KEYS,
     "head_dim": size(is_nullable=True),
     "num_key_value_heads": size(default=4, is_nullable=True),
     # transformers writes num_local_experts, released files have num_experts.
-    "num_experts": size(is_nullable=True),
+    "num_experts": size(default=128),
     "num_local_experts": size(is_nullable=True),
+    "shared_expert_intermediate_size": unsupported("engines would build a shared expert, which transformers' Qwen3-MoE has not", default=0),
 }
 
 
 def _num_experts(values: Mapping[str, Any]) -> int:
-    found = values["num_local_experts"] if values["num_local_experts"] is not None else values["num_experts"]
-    return _DEFAULT_NUM_EXPERTS if found is None else int(found)
+    return int(values["num_experts"] if values["num_local_experts"] is None else values["num_local_experts"])
 
 
 def _dims(values: Mapping[str, Any]) -> dict[str, int]:
@@ -34,7 +33,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     findings = dense_contradictions(values, config) + without_experts(values) + too_few_experts(values, _num_experts(values))
-    one, other = values["num_experts"], values["num_local_experts"]
+    one, other = config.get("num_experts"), config.get("num_local_experts")
     if None not in (one, other) and one != other:
         findings.append(f"num_experts is {one} and num_local_experts is {other}: both name the number of experts; keep one of them")
     return findings

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.models import VOCAB_SIZE, save_tiny_model, tiny_model
 from tests.ranks import run_ranks
@@ -24,10 +25,23 @@ MODELS = {
 }
 
 
+MOE_MODELS = {
+    "mixtral": {"family": "mixtral", "num_hidden_layers": 2},
+    "qwen2_moe": {"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]},
+    "qwen3_moe": {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     return {name: _expectations(root / name, **options) for name, options in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def moe_models(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("moe")
+    return {name: _expectations(root / name, **options) for name, options in MOE_MODELS.items()}
 
 
 def _case(model: str, cut: list[int], *, sequence_parallel: bool = False, ddp: dict | None = None, **topology: int) -> dict[str, Any]:
@@ -67,6 +81,19 @@ def test_four_ranks_train_as_huggingface(models):
         _case("qwen3", [3, 1], pp_size=2, vpp_size=2, dp_size=2, ddp=DISTRIBUTED),
     ]
     _run(4, "train_as_huggingface", cases, models)
+
+
+def test_experts_train_as_huggingface(moe_models):
+    """Gradients of experts are reduced over other ranks than those of the rest, and the norm is that of all of them."""
+    cases = [
+        _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2),
+        _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+        _case("mixtral", [4], dp_size=2, ddp=OVERLAPPED),
+        _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True),
+        _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED),
+    ]
+    _run(2, "train_as_huggingface", cases, moe_models)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(models, tmp_path):
@@ -133,10 +160,9 @@ def _expectations(folder: Path, *, steps: int = 3, **options: Any) -> dict[str, 
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]).item())
         adam.step()
         losses.append(loss.item())
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    torch.save(state, folder / "trained.pt")
+    # As files have them: transformers holds the experts of a layer as one tensor.
+    model.save_pretrained(folder / "trained")
+    torch.save(load_file(folder / "trained" / "model.safetensors"), folder / "trained.pt")
     return {
         "folder": str(folder), "trained": str(folder / "trained.pt"), "temperature": TEMPERATURE,
         "batch": {name: tensor.tolist() for name, tensor in batch.items()}, "tokens": int(batch["weights"].ne(0).sum()),

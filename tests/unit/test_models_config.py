@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3Config, Qwen3VLConfig
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlsync.cli.shapes import SHAPES
@@ -26,6 +36,7 @@ from tests.deadlines import HANG_S
 
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
+    "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -38,7 +49,13 @@ SHARED = {
 LLAMA = {**SHARED, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 QWEN2 = {**SHARED, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**SHARED, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-TEXT = (LLAMA, QWEN2, QWEN3)
+MIXTRAL = {**SHARED, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+QWEN2_MOE = {
+    **SHARED, **_EXPERTS, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96,
+}  # fmt: skip
+QWEN3_MOE = {**SHARED, **_EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+TEXT = (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -176,7 +193,7 @@ def test_a_missing_key_means_what_it_means_to_transformers(hf, key):
         "tie_word_embeddings": model.tied,
         "hidden_act": model.transformer["activation_func"],
     }
-    theirs_head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    theirs_head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert read[key] == (theirs_head_dim if key == "head_dim" else getattr(theirs, key))
 
 
@@ -190,6 +207,14 @@ REFUSALS = [
     (QWEN3, "layer_types", ["full_attention", "sliding_attention", "full_attention", "full_attention"], "must be a list of full_attention"),
     (QWEN3, "layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers 4"),
     (QWEN3, "layer_types", "full_attention", 'layer_types is "full_attention"'),
+    (MIXTRAL, "sliding_window", 4096, "sliding_window is 4096"),
+    (MIXTRAL, "router_jitter_noise", 0.1, "the actor routes without noise"),
+    (MIXTRAL, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
+    (QWEN2_MOE, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
+    (QWEN2_MOE, "mlp_only_layers", [4], "mlp_only_layers names layer 4; the model has 4"),
+    (QWEN2_MOE, "decoder_sparse_step", 5, "no layer has experts"),
+    (QWEN3_MOE, "num_local_experts", 4, "num_experts is 8 and num_local_experts is 4"),
+    (QWEN3_MOE, "mlp_only_layers", ["1"], 'mlp_only_layers is ["1"]'),
     (QWEN3, "hidden_act", "gelu", 'hidden_act is "gelu"; for Qwen3ForCausalLM it must be "silu" or "swish"'),
     (QWEN3, "hidden_act", None, "hidden_act is null"),
     (QWEN3, "vocab_size", None, "vocab_size is null"),
