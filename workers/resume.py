@@ -195,7 +195,12 @@ def _check_initial_weights(config: AnyConfig, resume: Path | None) -> None:
 
 def _inspect(config: AnyConfig, actor_folder: Path) -> Restored:
     model = config.actor.model
-    return inspect_checkpoint(actor_folder, tp_size=model.tensor_model_parallel_size, pp_size=model.pipeline_model_parallel_size)
+    return inspect_checkpoint(
+        actor_folder,
+        tp_size=model.tensor_model_parallel_size,
+        pp_size=model.pipeline_model_parallel_size,
+        ep_size=model.expert_model_parallel_size,
+    )
 
 
 def _check_task(config: AnyConfig, saved: Mapping[str, Any], folder: Path) -> None:

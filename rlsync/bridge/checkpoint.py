@@ -19,18 +19,16 @@ import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint_folder import (
-    DENSE_FILES,
-    EXPERT_FILES,
     HF_FOLDER,
     TRACKER,
     Restored,
     hf_folder,
     inspect_checkpoint,
+    rank_folder,
+    rank_writer,
     shards_folder,
     write_durably,
 )
-from rlsync.errors import CheckpointError
-from rlsync.megatron.model import iter_parameters
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
 from rlsync.megatron.parallel import compute_device, current_topology
@@ -54,10 +52,9 @@ def save_checkpoint(
     """
     folder, topology = Path(folder), current_topology(models)
     shards = shards_folder(folder, step)
-    mine = shards / DENSE_FILES.folder(topology, dist.get_rank())
-    is_writer = DENSE_FILES.writer(topology, dist.get_rank()) == dist.get_rank()
+    mine = shards / rank_folder(topology, dist.get_rank())
+    is_writer = rank_writer(topology, dist.get_rank()) == dist.get_rank()
     with agreed(device=compute_device()):
-        _refuse_experts(models, shards / EXPERT_FILES.folder(topology, dist.get_rank()))
         mine.mkdir(parents=True, exist_ok=True)
     if bridge is not None:
         bridge.save_weights(models, folder / HF_FOLDER, durable=True)
@@ -85,13 +82,13 @@ def load_checkpoint(
     Options of optimizer and schedule (learning rate, betas, weight decay, shape of the schedule, static loss scale) stay those they were
     built with; their state is restored: moments, step counts, dynamic loss scale. ``random_state`` False leaves the generators as they are.
     A folder without Megatron shards gives its HF weights alone; the result says so. Raises CheckpointError, on every
-    rank before anything changes, for an incomplete folder or one saved under another TP or PP.
+    rank before anything changes, for an incomplete folder or one saved under another TP, PP, EP or ETP.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
-        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
+        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
     if held.complete:
-        mine = shards_folder(folder, held.step) / DENSE_FILES.folder(topology, dist.get_rank())
+        mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state)
         with agreed(device=compute_device()):
@@ -112,15 +109,8 @@ def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequ
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
-        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size)
+        held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         if held.complete:
-            load_rank_weights(shards_folder(folder, held.step) / DENSE_FILES.folder(topology, dist.get_rank()), models)
+            load_rank_weights(shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
     if not held.complete:
         bridge.load_weights(models, hf_folder(folder))
-
-
-def _refuse_experts(models: Sequence[torch.nn.Module], file: Path) -> None:
-    """Experts are cut by other axes than what is in the dense files, where they would be lost; Megatron marks them."""
-    experts = [name for _, _, name, parameter in iter_parameters(models) if not getattr(parameter, "allreduce", True)]
-    if experts:
-        raise CheckpointError(f"{len(experts)} parameters are of experts, as {experts[0]}, and belong into {file}, which is not written")

@@ -2,7 +2,7 @@
 
     <root>/global_step_N/
         actor/hf_model/                               for transformers and vLLM
-        actor/iter_XXXXXXX/mp_rank_TT[_PPP]/          Megatron's own shards
+        actor/iter_XXXXXXX/mp_rank_TT[_PPP][_EEE]/    Megatron's own shards
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
 
@@ -25,35 +25,38 @@ HF_FOLDER = "hf_model"
 # What RLinf calls the same folder; read, never written.
 HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")
-_RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2}(?:_\d{3})*)")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardFiles:
-    """Where the shards of one kind of parameters are kept, and which rank writes each.
+def rank_folder(topology: Topology, rank: int) -> str:
+    """Name of the folder of the shards that ``rank`` holds, as in Megatron's ``torch`` format: ``mp_rank_TT[_PPP][_EEE]``.
 
-    Ranks that stand at the same place of ``axes`` (names of ``Coordinates``, the pipeline's last) hold the same shard. It has one folder,
-    and the lowest of them is its one writer. Experts have files of their own, because other axes cut them: the file of a tensor rank
-    would hold some of them several times, or, written by the first data-parallel rank alone, not at all.
+    Ranks with one name hold the same parameters. Pipeline and expert ranks are left out where there is one, and an expert tensor rank
+    stands behind them where the tensor rank does not tell it. Parameters that are no experts' lie in the files of all expert ranks.
     """
-
-    prefix: str
-    axes: tuple[str, ...]
-
-    def folder(self, topology: Topology, rank: int) -> str:
-        """Name of the folder of the shard that ``rank`` holds; the pipeline rank is left out where there is one stage."""
-        at = topology.coordinates(rank)
-        ranks = [getattr(at, axis) for axis in self.axes if axis != "pp_rank" or topology.pp_size > 1]
-        return "_".join([self.prefix, f"{ranks[0]:02d}", *(f"{other:03d}" for other in ranks[1:])])
-
-    def writer(self, topology: Topology, rank: int) -> int:
-        """The rank that writes the shard that ``rank`` holds."""
-        mine = self.folder(topology, rank)
-        return next(other for other in range(topology.world_size) if self.folder(topology, other) == mine)
+    at = topology.coordinates(rank)
+    numbers = [getattr(at, axis) for axis in _axes(topology)]
+    return "_".join(["mp_rank", f"{numbers[0]:02d}", *(f"{other:03d}" for other in numbers[1:])])
 
 
-DENSE_FILES = ShardFiles("mp_rank", ("tp_rank", "pp_rank"))
-EXPERT_FILES = ShardFiles("expert_rank", ("etp_rank", "ep_rank", "pp_rank"))
+def rank_writer(topology: Topology, rank: int) -> int:
+    """The rank that writes the folder of ``rank``: the lowest with its name.
+
+    It is the first of its data-parallel groups, of experts and of all else, wherever a rank of its folder is: what such a group keeps at
+    its first rank (the state of a distributed optimizer) is in that rank's folder.
+    """
+    mine = rank_folder(topology, rank)
+    return next(other for other in range(topology.world_size) if rank_folder(topology, other) == mine)
+
+
+def _axes(topology: Topology) -> tuple[str, ...]:
+    used = {
+        "tp_rank": True,
+        "pp_rank": topology.pp_size > 1,
+        "ep_rank": topology.ep_size > 1,
+        "etp_rank": topology.tp_size % topology.etp_size != 0,
+    }
+    return tuple(axis for axis, is_used in used.items() if is_used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +67,16 @@ class Restored:
     complete: bool
 
 
-def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int) -> Restored:
+def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int, ep_size: int = 1) -> Restored:
     """What ``load_checkpoint`` would restore from an ``actor/`` folder under these sizes; reads names only, no tensor.
 
-    Raises CheckpointError for an incomplete folder or one saved under another TP or PP.
+    Raises CheckpointError for an incomplete folder or one saved under another TP, PP or EP.
     """
     folder = Path(folder)
     step = tracked_step(folder)
     shards = shards_folder(folder, step)
     if shards.is_dir():
-        _check_layout(shards, tp_size, pp_size)
+        _check_layout(shards, tp_size, pp_size, ep_size)
     else:
         hf_folder(folder)
     return Restored(step, complete=shards.is_dir())
@@ -184,22 +187,29 @@ def _recover_replaced(root: Path) -> None:
             os.rename(path, final)
 
 
-def _check_layout(shards: Path, tp_size: int, pp_size: int) -> None:
-    """Refuse another TP or PP by name: the optimizer's shards cannot be cut anew."""
-    ranks = [match for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
-    if not ranks:
+def _check_layout(shards: Path, tp_size: int, pp_size: int, ep_size: int) -> None:
+    """Refuse another TP, PP or EP by name: the optimizer's shards cannot be cut anew."""
+    found = [match[1] for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
+    if not found:
         raise CheckpointError(
             f"{shards}: no mp_rank_* folder, as in a checkpoint of another trainer; start a new run from its Hugging Face weights"
         )
-    saved_tp = 1 + max(int(match[1]) for match in ranks)
-    saved_pp = 1 + max(int(match[2]) if match[2] is not None else 0 for match in ranks)
-    if (saved_tp, saved_pp) != (tp_size, pp_size):
+    ranks = [tuple(map(int, numbers.split("_"))) for numbers in found]
+    saved = [1 + max(rank[axis] for rank in ranks if len(rank) > axis) for axis in range(max(map(len, ranks)))]
+    # Two numbers are of tensor and pipeline ranks, or of tensor and expert ranks.
+    saved = [saved[0], 1, saved[1]] if len(saved) == 2 and pp_size == 1 and ep_size > 1 else [*saved, 1, 1][:3]
+    if saved != [tp_size, pp_size, ep_size]:
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+        shown = [index for index in range(3) if index < 2 or (saved[index], ep_size) != (1, 1)]
+        then = ", ".join(f"{names[index]} {saved[index]}" for index in shown)
+        now = ", ".join(str((tp_size, pp_size, ep_size)[index]) for index in shown)
         raise CheckpointError(
-            f"{shards} was saved with tensor_model_parallel_size {saved_tp}, pipeline_model_parallel_size {saved_pp}; this run has "
-            f"{tp_size}, {pp_size}. Resume with the saved sizes, or start a new run from {shards.parent / HF_FOLDER}"
+            f"{shards} was saved with {then}; this run has {now}. Resume with the saved sizes, or start a new run from "
+            f"{shards.parent / HF_FOLDER}"
         )
-    if len(ranks) != saved_tp * saved_pp:
-        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {saved_tp * saved_pp}")
+    # Which expert ranks a tensor rank has depends on all axes; a folder that is missing is found by the rank that reads it.
+    if ep_size == 1 and len(ranks) != tp_size * pp_size:
+        raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {tp_size * pp_size}")
     empty = [path for path in sorted(shards.glob("mp_rank_*/*.pt")) if path.stat().st_size == 0]
     if empty:
         raise CheckpointError(f"{empty[0]} has 0 bytes; resume from an older checkpoint")

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, param_group_identifier_keys
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
-from rlsync.megatron.parallel import is_first_replica
 
 # Keys of a parameter group that count or hold what training made; all others are options of the run.
 _TRAINED = ("params", "step")
@@ -128,6 +128,8 @@ def fit_distributed_optimizer_state(
             f"those of this run, which has {len(running)} parts; load weights alone"
         )
     for part, state, then, now in zip(distributed_parts(optimizer), states, saved, running, strict=True):
+        if not leads_part(part):
+            continue
         for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
             (content,), (dtypes,) = state[index].values(), ranges
             state[index] = {dtypes: _moved(content, then[index], now[index], buffer.numel_unpadded)}
@@ -144,21 +146,27 @@ def _moved(content: Mapping[str, Any], then: Sequence[tuple[int, int]], now: Seq
 
 
 def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:
-    """Content of ``distrib_optim.pt``: main parameters and moments of the whole DP group, float32 on the CPU.
+    """Content of ``distrib_optim.pt``: main parameters and moments of the whole DP group, float32 on the CPU, by part of the optimizer.
 
-    None on all data-parallel ranks but the first, and everywhere when the optimizer is not distributed. Collective over
-    the DP group.
+    The part of experts has another DP group than the rest. A rank that is not the first of a part's has None in its place, and one that
+    is the first of none returns None, as every rank does where the optimizer is not distributed. Collective over these groups.
     """
     parts = distributed_parts(optimizer)
     allocate_adam_state(optimizer)
     states = [part.get_parameter_state_dp_zero() for part in parts]
-    return states if parts and is_first_replica() else None
+    firsts = [leads_part(part) for part in parts]
+    return [state if is_first else None for state, is_first in zip(states, firsts, strict=True)] if any(firsts) else None
+
+
+def leads_part(part: DistributedOptimizer) -> bool:
+    """Whether this rank is the first of a part's data-parallel group, where the state of the whole group is gathered."""
+    return dist.get_rank(part.data_parallel_group) == 0
 
 
 def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer: MegatronOptimizer) -> None:
-    """Put back what ``distributed_optimizer_state`` returned; ``states`` counts on the first data-parallel rank only.
+    """Put back what ``distributed_optimizer_state`` returned; a part's state counts on the first rank of its data-parallel group only.
 
-    Does nothing for other optimizers. Collective over the DP group.
+    Does nothing for other optimizers. Collective over these groups.
     """
     for index, part in enumerate(distributed_parts(optimizer)):
         # Without gradients, because float32 main parameters are views of the model's.

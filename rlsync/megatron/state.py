@@ -26,12 +26,13 @@ from rlsync.megatron.optimizer_state import (
     check_optimizer_state,
     distributed_parts,
     fit_distributed_optimizer_state,
+    leads_part,
     load_optimizer_state,
     optimizer_config,
     optimizer_state,
     parameter_ranges,
 )
-from rlsync.megatron.parallel import current_topology, is_first_replica
+from rlsync.megatron.parallel import current_topology
 from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
 
 RANK_STATE_FILE = "model_optim_rng.pt"
@@ -97,8 +98,8 @@ def read_rank_state(
     if optimizer is None:
         return state, None
     path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
-    # Only the first data-parallel rank reads the file; the others take their shards from it.
-    if not distributed_parts(optimizer) or not is_first_replica():
+    # Only the first rank of a data-parallel group reads the file; the others take their shards from it.
+    if not any(map(leads_part, distributed_parts(optimizer))):
         return state, None
     parameters = _read(path, list)
     try:

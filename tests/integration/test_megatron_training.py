@@ -112,6 +112,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(models, tmp_path):
     _run(2, "resume_bitwise", cases, models, root=str(tmp_path))
 
 
+def test_a_resumed_run_with_experts_is_the_uninterrupted_one_bit_for_bit(moe_models, tmp_path):
+    """Each expert rank has weights, moments and masters of its own, which lie in folders of their own."""
+    cases = [
+        _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2),
+        {**_case("qwen3_moe", [2, 2], dp_size=2, ep_size=2, ddp=OVERLAPPED), "precision": "bf16"},
+        _case("qwen2_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("mixtral", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("qwen2_moe", [4, 4], pp_size=2, ddp=DISTRIBUTED),
+    ]
+    _run(2, "resume_bitwise", cases, moe_models, root=str(tmp_path))
+    assert {path.name for path in tmp_path.glob("1/iter_*/*")} == {"mp_rank_00_000", "mp_rank_00_001"}
+
+
 def test_foreign_and_truncated_states_are_refused(models, tmp_path):
     run_ranks(1, RANKS, "refuse_foreign_state", models=models, root=str(tmp_path))
 

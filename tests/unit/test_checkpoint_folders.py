@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from rlsync.bridge.checkpoint_folder import (
-    DENSE_FILES,
-    EXPERT_FILES,
     complete_checkpoints,
     latest_checkpoint,
     publish_checkpoint,
+    rank_folder,
+    rank_writer,
     set_aside_later,
     stage_checkpoint,
     tracked_step,
@@ -131,31 +131,36 @@ def groups_of_megatron(topology: Topology, *, experts: bool) -> list[list[int]]:
     return RankGenerator(**sizes, pp=topology.pp_size, order="tp-cp-ep-dp-pp").get_ranks("dp")
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_every_shard_has_one_folder_and_one_writer_that_holds_it(experts):
-    """Of dense parameters and of experts, against the groups that Megatron makes, under all axes together."""
-    files = EXPERT_FILES if experts else DENSE_FILES
+def test_every_rank_finds_its_shards_in_its_folder():
+    """Under all axes together, against the groups that Megatron makes, in which dense parameters and experts are alike."""
     assert len(TOPOLOGIES) > 200
     for sizes in TOPOLOGIES:
         topology = Topology(**sizes)
-        folders = set()
-        for group in groups_of_megatron(topology, experts=experts):
-            (folder,) = {files.folder(topology, rank) for rank in group}
-            (writer,) = {files.writer(topology, rank) for rank in group}
-            assert writer in group and folder not in folders, (sizes, group)
-            folders.add(folder)
+        dense, experts = (groups_of_megatron(topology, experts=kind) for kind in (False, True))
+        held = {
+            rank: [next(n for n, group in enumerate(kind) if rank in group) for kind in (dense, experts)]
+            for group in dense
+            for rank in group
+        }
+        for rank in range(topology.world_size):
+            writer = rank_writer(topology, rank)
+            assert rank_folder(topology, writer) == rank_folder(topology, rank) and held[writer] == held[rank], (sizes, rank)
+        for group in (*dense, *experts):
+            # A distributed optimizer keeps its state at the first rank of such a group, which has to write its folder.
+            assert rank_writer(topology, min(group)) == min(group), (sizes, group)
 
 
-def test_with_the_files_of_tensor_ranks_alone_experts_would_be_lost():
-    """Negative control: the dense names and writers, as if experts lay in their files."""
-    topology = Topology(tp_size=2, dp_size=2, ep_size=4)
-    written = {EXPERT_FILES.folder(topology, rank) for rank in range(4) if DENSE_FILES.writer(topology, rank) == rank}
+def test_with_the_folders_of_tensor_ranks_alone_experts_would_be_lost():
+    """Negative control: the names of a model without experts."""
+    topology, dense = Topology(tp_size=2, dp_size=2, ep_size=4), Topology(tp_size=2, dp_size=2)
+    written = {topology.coordinates(rank).ep_rank for rank in range(4) if rank_writer(dense, rank) == rank}
     assert len(written) == 2 < topology.ep_size
 
 
 def test_names_are_those_of_megatron_s_format():
     topology = Topology(tp_size=2, pp_size=2, dp_size=2, ep_size=2)
-    assert DENSE_FILES.folder(Topology(tp_size=2), 1) == "mp_rank_01"
-    assert [DENSE_FILES.folder(topology, rank) for rank in (1, 5)] == ["mp_rank_01_000", "mp_rank_01_001"]
-    names = ["expert_rank_00_000_000", "expert_rank_00_001_000", "expert_rank_00_001_001"]
-    assert [EXPERT_FILES.folder(topology, rank) for rank in (0, 1, 7)] == names
+    assert rank_folder(Topology(tp_size=2), 1) == "mp_rank_01"
+    assert rank_folder(Topology(tp_size=2, pp_size=2), 3) == "mp_rank_01_001"
+    assert rank_folder(Topology(dp_size=2, ep_size=2), 1) == "mp_rank_00_001"
+    assert [rank_folder(topology, rank) for rank in (0, 1, 7)] == ["mp_rank_00_000_000", "mp_rank_01_000_001", "mp_rank_01_001_001"]
+    assert rank_folder(Topology(dp_size=2, etp_size=2), 1) == "mp_rank_00_001", "of one tensor rank, two expert tensor ranks"
