@@ -21,7 +21,7 @@ from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
-from workers.config import AnyConfig, RunConfig, SftConfig, Task, read_config, validate_model, validate_world
+from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
 from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
@@ -31,7 +31,7 @@ from workers.model_folder import (
     read_hf_config,
     token_ids,
 )
-from workers.placement import ComponentPlacement, actor_topology, components_of, resolve_placement
+from workers.placement import ComponentPlacement, components_of, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable

@@ -14,8 +14,7 @@ from enum import Enum
 from typing import Any
 
 from rlsync.errors import ConfigError
-from rlsync.layout.topology import Topology
-from workers.config.schema import ActorModelConfig, AnyConfig, RunConfig
+from workers.config.schema import AnyConfig, RunConfig
 
 _COMPONENTS = ("actor", "rollout", "reward")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -152,19 +151,3 @@ def _unknown_component(name: str, components: Sequence[str]) -> str:
 
 def _text(devices: tuple[int, ...]) -> str:
     return str(devices[0]) if len(devices) == 1 else f"{devices[0]}-{devices[-1]}"
-
-
-def actor_topology(model: ActorModelConfig, dp_size: int) -> Topology:
-    """Layout of the actor's ranks."""
-    vpp = model.virtual_pipeline_model_parallel_size
-    return Topology(
-        tp_size=model.tensor_model_parallel_size,
-        pp_size=model.pipeline_model_parallel_size,
-        vpp_size=1 if vpp is None else vpp,
-        cp_size=model.context_parallel_size,
-        dp_size=dp_size,
-        ep_size=model.expert_model_parallel_size,
-        etp_size=1 if model.expert_tensor_parallel_size is None else model.expert_tensor_parallel_size,
-        first_stage_layers=model.decoder_first_pipeline_num_layers,
-        last_stage_layers=model.decoder_last_pipeline_num_layers,
-    )

@@ -21,9 +21,9 @@ from rlsync.layout.topology import Topology
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, plan_colocation
-from workers.config import AnyConfig, validate_world
+from workers.config import AnyConfig, actor_topology, validate_world
 from workers.metrics import largest
-from workers.placement import actor_topology, components_of, resolve_placement
+from workers.placement import components_of, resolve_placement
 from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
 

@@ -19,9 +19,8 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import actor as actor_module
-from workers.config import RunConfig
+from workers.config import RunConfig, actor_topology
 from workers.grpo_actor import GrpoRank
-from workers.placement import actor_topology
 from workers.samples import ReplicaBatch, Sample, split_samples
 from workers.supervised import answered
 

@@ -160,7 +160,7 @@ def say(text: str) -> None:
 
 def check_replaced_parameters_are_refused(models, syncer: WeightSyncer) -> None:
     """What the source was made of is no longer the model's: both sides would agree about values that nobody trains."""
-    layer = unwrap(models[0]).decoder.layers[0].mlp.linear_fc1
+    layer = unwrap(models[0]).decoder.layers[0].self_attention.linear_proj
     kept = layer.weight
     layer.weight = torch.nn.Parameter(kept.detach().clone())
     with pytest.raises(WeightSyncError, match="other objects than at connect"):

@@ -10,7 +10,12 @@ from tests.ranks import run_ranks
 
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Family, whether its head is tied, and the layout of the actor.
-CASES = (("llama", False, {"tp_size": 2}), ("qwen2", True, {"pp_size": 2}), ("qwen3", True, {"dp_size": 2}))
+CASES = (
+    ("llama", False, {"tp_size": 2}),
+    ("qwen2", True, {"pp_size": 2}),
+    ("qwen3", True, {"dp_size": 2}),
+    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}),
+)
 
 
 @pytest.mark.slow

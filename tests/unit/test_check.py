@@ -77,7 +77,7 @@ def test_a_run_that_can_start_has_no_findings_and_a_plan(world, monkeypatch) -> 
 
 
 def test_findings_of_every_part_come_together(own, monkeypatch) -> None:
-    edit(own / "model/config.json", architectures=["MixtralForCausalLM"])
+    edit(own / "model/config.json", architectures=["GemmaForCausalLM"])
     (own / "model/tokenizer.json").unlink()
     report = check(
         own,
@@ -92,7 +92,7 @@ def test_findings_of_every_part_come_together(own, monkeypatch) -> None:
     for part in (
         "actor.optim.lr (-1.0) must be at least 0",
         "gives the actor 3 ranks, which TP x PP x CP = 2 must divide",
-        "unknown architecture MixtralForCausalLM",
+        "unknown architecture GemmaForCausalLM",
         "holds no tokenizer",
         "/gone.jsonl does not exist",
         "names wandb, which cannot be imported (it is not installed)",
@@ -175,7 +175,7 @@ def test_layouts_that_do_not_fit_are_findings(own, monkeypatch) -> None:
     assert "511" in texts(check(own, monkeypatch))
     three = {"model": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 3, "precision": "fp32"}}
     placed = {"component_placement": {"actor": "0-2", "rollout,reward": "3"}}
-    assert "num_hidden_layers (2) must be divisible" in texts(check(own, monkeypatch, actor=three, cluster=placed))
+    assert "2 layers cannot be split over pp_size 3" in texts(check(own, monkeypatch, actor=three, cluster=placed))
 
 
 def test_placement_without_enough_gpus_is_a_finding_and_a_cluster_is_counted_later(world, monkeypatch) -> None:

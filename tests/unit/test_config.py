@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from tests.deadlines import HANG_S
-from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_VL
+from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL
 from workers.config import (
     RunConfig,
     config_as_dict,
@@ -449,22 +449,30 @@ def test_no_key_is_both_read_and_inert() -> None:
     assert [name for name in dotted_keys(RunConfig) if find_inert(name) is not None] == []
 
 
+EXPERTS = QWEN3_MOE | {"num_experts": 6}
+
+
 @pytest.mark.parametrize(
-    ("hf", "message"),
+    ("hf", "actor", "message"),
     [
-        ({"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}, None),
-        ({"num_attention_heads": 7, "num_key_value_heads": 1, "num_hidden_layers": 2}, "num_attention_heads (7) must be divisible by"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}, "num_key_value_heads (3) must divide"),
-        ({"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}, "num_hidden_layers (3) must be divisible by"),
+        (QWEN2 | {"num_attention_heads": 14, "hidden_size": 112}, {}, None),
+        (QWEN2 | {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112}, {}, "7 attention heads cannot be divided by"),
+        (QWEN2 | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, {}, "3 key-value heads and a tensor axis of 2"),
+        (QWEN2 | {"num_hidden_layers": 3}, {}, "3 layers"),
+        (QWEN2, {"expert_model_parallel_size": 2}, "Qwen2ForCausalLM has no experts"),
+        (EXPERTS, {"sequence_parallel": True, "expert_model_parallel_size": 2}, None),
+        (EXPERTS, {"sequence_parallel": True, "expert_model_parallel_size": 4}, "num_experts 6 cannot be divided by ep_size 4"),
+        (EXPERTS, {}, "actor.model.sequence_parallel must be True for a model with experts under tensor_model_parallel_size 2"),
+        (EXPERTS, {"tensor_model_parallel_size": 1}, None),
     ],
 )
-def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], message: str | None) -> None:
-    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}))
+def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], actor: dict[str, Any], message: str | None) -> None:
+    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, **actor}}))
     if message is None:
-        validate_model(config, {**QWEN2, "head_dim": 32, **hf})
+        validate_model(config, hf)
         return
     with pytest.raises(ConfigError) as caught:
-        validate_model(config, {**QWEN2, "head_dim": 32, **hf})
+        validate_model(config, hf)
     assert message in str(caught.value)
 
 
@@ -503,6 +511,12 @@ def test_what_a_vision_language_model_may_set(
     with pytest.raises(ConfigError) as caught:
         validate_model(config, hf)
     assert message in str(caught.value)
+
+
+def test_heads_that_the_engines_cannot_divide_are_refused() -> None:
+    config = load_config(minimal(rollout={"model": {"model_path": "/m"}, "tensor_parallel_size": 8}))
+    with pytest.raises(ConfigError, match=r"num_attention_heads \(4\) must be divisible by rollout.tensor_parallel_size \(8\)"):
+        validate_model(config, QWEN2)
 
 
 def test_world_size_and_batches_must_divide() -> None:

@@ -30,7 +30,7 @@ from workers.config.schema import (
     config_table,
     describe_config,
 )
-from workers.config.validate import validate, validate_model, validate_world
+from workers.config.validate import actor_topology, validate, validate_model, validate_world
 
 __all__ = [
     "ActorConfig",
@@ -51,6 +51,7 @@ __all__ = [
     "Task",
     "ValidationConfig",
     "WarmStartConfig",
+    "actor_topology",
     "config_as_dict",
     "config_table",
     "describe_config",

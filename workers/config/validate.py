@@ -6,12 +6,14 @@ read, ``validate_world`` when the number of actor ranks is known. Findings are c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
-from rlsync.models import check_overrides, check_parts, model_of
-from workers.config.schema import PART_RATES, ActorConfig, AnyConfig, RunConfig, SftConfig
+from rlsync.layout.topology import Topology
+from rlsync.models import check_config, check_overrides, check_parts, model_of
+from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig, AnyConfig, RunConfig, SftConfig
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
@@ -34,36 +36,51 @@ def validate(config: AnyConfig) -> None:
 
 
 def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError when the actor's or the engines' settings do not fit the model of an HF ``config.json``.
+    """Raise ConfigError when the actor's or the engines' settings do not fit the model of an HF ``config.json`` that a family reads.
 
     KV heads may be fewer than TP on either side when they divide it: they are then replicated.
     """
-    model, tp = config.actor.model, config.actor.model.tensor_model_parallel_size
-    read = model_of(hf_config)
-    heads, kv_heads, layers = (read.dims[name] for name in ("num_heads", "num_groups", "num_layers"))
+    actor, model = config.actor.model, model_of(hf_config)
     rates = {name: part for name, part in PART_RATES.items() if part in config.actor.optim.part_lr}
-    found = check_parts(read, model.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
-    found += [f"actor.model: {finding}" for finding in check_overrides(read, model.transformer_overrides())]
-    sizes = {"actor.model.tensor_model_parallel_size": tp}
+    found = check_config(hf_config, actor_topology(actor))
+    found += check_parts(model, actor.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
+    found += [f"actor.model: {finding}" for finding in check_overrides(model, actor.transformer_overrides())]
     if config.has_engines:
-        sizes["rollout.tensor_parallel_size"] = config.rollout.tensor_parallel_size
-    for who, size in sizes.items():
+        heads, kv_heads, size = model.dims["num_heads"], model.dims["num_groups"], config.rollout.tensor_parallel_size
         if heads % size:
-            found.append(f"num_attention_heads ({heads}) must be divisible by {who} ({size})")
+            found.append(f"num_attention_heads ({heads}) must be divisible by rollout.tensor_parallel_size ({size})")
         if kv_heads % size and size % kv_heads:
-            found.append(f"num_key_value_heads ({kv_heads}) must divide or be divisible by {who} ({size})")
-    virtual = model.virtual_pipeline_model_parallel_size
-    stages = model.pipeline_model_parallel_size * (1 if virtual is None else virtual)
-    uneven = model.decoder_first_pipeline_num_layers is not None or model.decoder_last_pipeline_num_layers is not None
-    if not uneven and layers % stages:
-        found.append(
-            f"num_hidden_layers ({layers}) must be divisible by pipeline stages x virtual stages ({stages}); "
-            "set actor.model.decoder_first_pipeline_num_layers / decoder_last_pipeline_num_layers for an uneven split"
-        )
+            found.append(f"num_key_value_heads ({kv_heads}) must divide or be divisible by rollout.tensor_parallel_size ({size})")
     wanted = config.rollout.model.model_type
     if wanted is not None and _HF_MODEL_TYPES.get(wanted, wanted) != hf_config.get("model_type"):
         found.append(f"rollout.model.model_type is {wanted}, but {config.model_path} holds {hf_config.get('model_type')}")
+    if "num_experts" in model.dims and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
+        found.append(
+            f"actor.model.sequence_parallel must be True for a model with experts under tensor_model_parallel_size "
+            f"{actor.tensor_model_parallel_size}: Megatron trains them on parts of the sequence only"
+        )
     raise_all(found)
+
+
+def actor_topology(model: ActorModelConfig, dp_size: int | None = None) -> Topology:
+    """Layout of the actor's ranks; without a number of data-parallel replicas, the smallest that the expert axes allow.
+
+    Raises ConfigError where the sizes are no layout.
+    """
+    tp, cp, vpp = model.tensor_model_parallel_size, model.context_parallel_size, model.virtual_pipeline_model_parallel_size
+    ep, etp = model.expert_model_parallel_size, model.expert_tensor_parallel_size
+    etp = 1 if etp is None else etp
+    return Topology(
+        tp_size=tp,
+        pp_size=model.pipeline_model_parallel_size,
+        vpp_size=1 if vpp is None else vpp,
+        cp_size=cp,
+        dp_size=ep * etp // math.gcd(ep * etp, tp * cp) if dp_size is None else dp_size,
+        ep_size=ep,
+        etp_size=etp,
+        first_stage_layers=model.decoder_first_pipeline_num_layers,
+        last_stage_layers=model.decoder_last_pipeline_num_layers,
+    )
 
 
 def validate_world(config: AnyConfig, actor_world_size: int) -> int:
