@@ -8,6 +8,7 @@ backward passes (pipelines) and be computed again (recomputation).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class VisionLanguageModel(GPTModel):
         if self.pre_process:
             taken, layers = vision.model.deepstack_visual_indexes, len(self.decoder.layers)
             assert len(taken) <= layers, f"deepstack_visual_indexes {taken} for a first chunk of {layers} layers"
-            self.visual = _build_tower(vision.tower, config)
+            self.visual = _build_tower(vision, config)
 
     def arguments(self, tokens: Tensor, microbatch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``forward`` takes beside ``tokens`` (B, S), checked. Not collective.
@@ -152,11 +153,11 @@ class VisionLanguageModel(GPTModel):
         return Pictures(torch.zeros(side**2, self.vision.patch_dim), torch.tensor([[1, side, side]]), nowhere, nowhere)
 
 
-def _build_tower(tower: Any, config: TransformerConfig) -> torch.nn.Module:
-    from transformers import AutoModel
-
+def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Module:
+    module, name = vision.model.tower.split(":")
+    tower_class: Any = getattr(import_module(module), name)
     with torch.device(compute_device()):
-        visual: Any = AutoModel.from_config(tower, dtype=config.params_dtype, attn_implementation="sdpa")
+        visual: Any = tower_class._from_config(vision.tower, dtype=config.params_dtype, attn_implementation="sdpa")
     if config.recompute_granularity == "full":
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in visual.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_dims, dense_features, dense_stacks, dense_transformer
@@ -79,7 +80,7 @@ QWEN2_5_VL = Family(
     keys=ROOT_KEYS,
     sections=(Section("text_config", _TEXT, may_be_flat=True), Section("vision_config", _TOWER, prefix="vision_")),
     rope=RopeKind(theta=1e6, mrope="blocks"),
-    vision=vision_of,
+    vision=partial(vision_of, "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel"),
     spellings=SPELLINGS,
     dims=_dims,
     contradictions=_contradictions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_dims, dense_features, dense_stacks, dense_transformer
@@ -83,7 +84,7 @@ QWEN3_VL = Family(
     keys=ROOT_KEYS,
     sections=(Section("text_config", _TEXT), Section("vision_config", _TOWER, prefix="vision_")),
     rope=RopeKind(theta=5e5, mrope="interleaved"),
-    vision=vision_of,
+    vision=partial(vision_of, "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel"),
     spellings=SPELLINGS,
     dims=_dims,
     contradictions=_contradictions,

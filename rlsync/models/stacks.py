@@ -154,6 +154,7 @@ class Vision:
         in_channels: of a picture.
         deepstack_visual_indexes: blocks whose output goes, through mergers of their own, into the language layers 0, 1, ...; ascending.
         config: content of ``vision_config``, from which transformers makes the tower.
+        tower: transformers' class of it, as module:class.
     """
 
     image_token_id: int
@@ -169,6 +170,7 @@ class Vision:
     in_channels: int
     deepstack_visual_indexes: tuple[int, ...]
     config: Mapping[str, Any]
+    tower: str
 
     @property
     def patch_dim(self) -> int:

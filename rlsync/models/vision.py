@@ -115,8 +115,8 @@ def outside_the_tower(name: str, found: tuple[int, ...], depth: int) -> Iterator
         yield f"vision_config.{name} is {list(found)}; it must be ascending block numbers below depth {depth}"
 
 
-def vision_of(values: Mapping[str, Any], config: Mapping[str, Any]) -> Vision:
-    """The tower of a family, from values of its keys and the content of ``vision_config``."""
+def vision_of(tower: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Vision:
+    """The tower of a family: transformers' class (module:class), values of the family's keys, the content of ``vision_config``."""
     return Vision(
         **{name: values[name] for name in _PICTURE_TOKENS},
         **{name: values[f"vision_{name}"] for name in ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size")},
@@ -124,6 +124,7 @@ def vision_of(values: Mapping[str, Any], config: Mapping[str, Any]) -> Vision:
         in_channels=3,
         deepstack_visual_indexes=tuple(values.get("vision_deepstack_visual_indexes", ())),
         config=config,
+        tower=tower,
     )
 
 
