@@ -9,6 +9,7 @@ import torch
 
 from rlsync.bridge import source
 from rlsync.errors import PlacementError, RlsyncError
+from rlsync.layout.geometry import Box, Piece, Placement
 from rlsync.megatron import model as megatron_model
 
 
@@ -25,7 +26,8 @@ def named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def source_of(module: torch.nn.Module) -> source.MegatronSource:
-    shards = SimpleNamespace(tensors=(), placements=(), buffers=named(module))
+    pieces = tuple(Piece(f"hf.{name}", Box((0,), (4,)), name, 0, (1,)) for name in ("weight", "bias", "running_mean"))
+    shards = SimpleNamespace(tensors=(), placements=(Placement("actor 0", (), pieces),), buffers=named(module))
     return source.MegatronSource(SimpleNamespace(shards=lambda models: shards), [module])
 
 
@@ -43,3 +45,14 @@ def test_a_buffer_alone_that_is_away_is_named(norm):
     norm.running_mean.untyped_storage().resize_(0)
     with pytest.raises(RlsyncError, match=r"offloaded \(1 parameters and buffers, among them running_mean\)"):
         held.begin(0)
+
+
+def test_parameters_without_gradient_are_frozen_and_buffers_never(norm):
+    assert source_of(norm).frozen == frozenset()
+    norm.weight.requires_grad_(False)
+    held = source_of(norm)
+    assert held.frozen == {"hf.weight"}
+    held.begin(0)
+    norm.weight.requires_grad_(True)
+    with pytest.raises(PlacementError, match=r"1 parameters were frozen at connect.* among them weight"):
+        held.begin(1)
