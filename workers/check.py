@@ -22,6 +22,7 @@ from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from workers.colocation import plan_colocation
 from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
+from workers.judges import check_reward_function
 from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
@@ -274,6 +275,11 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
         report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
 
 
+def check_reward(config: RunConfig, report: Report) -> None:
+    """The file of a reward function."""
+    report.take("reward", check_reward_function, config.reward.reward_type)
+
+
 def check_loggers(config: AnyConfig, report: Report) -> None:
     """Loggers that are named and not installed."""
     for name in config.runner.logger.logger_backends:
@@ -307,7 +313,16 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
     report.plan.append(("begins", f"{start}; results go to {folder}"))
 
 
-GRPO_CHECKS: tuple[Check, ...] = (check_devices, check_model, check_weights, check_tokenizer, check_data, check_loggers, check_beginning)
+GRPO_CHECKS: tuple[Check, ...] = (
+    check_devices,
+    check_model,
+    check_weights,
+    check_tokenizer,
+    check_data,
+    check_reward,
+    check_loggers,
+    check_beginning,
+)
 SFT_CHECKS: tuple[Check, ...] = (
     check_devices, check_model, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
@@ -335,7 +350,7 @@ class _Asked:
 
     def __init__(self, problems: Sequence[Problem], config: RunConfig) -> None:
         self._problems = problems
-        references = [answer for problem in problems for answer in problem.answers]
+        references = [answer for problem in problems for answer in problem.answers] if config.reward.reward_type == "math" else []
         self._pool = ThreadPoolExecutor(1)
         self._asked = self._pool.submit(unreadable_references, references, num_processes=1, timeout_s=config.reward.timeout_s)
 
@@ -343,13 +358,19 @@ class _Asked:
         """Those that no response could ever solve."""
         unreadable = self._asked.result()
         self._pool.shutdown()
-        return (problem for problem in self._problems if unreadable.issuperset(problem.answers))
+        return (problem for problem in self._problems if unreadable and unreadable.issuperset(problem.answers))
 
 
 def _first_problems(config: RunConfig, path: str, bad: BadSamples) -> list[Problem]:
     data = config.data
     return load_problems(
-        [path], prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data.data_size, bad=bad, rows_per_file=_FIRST_ROWS
+        [path],
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key,
+        data_size=data.data_size,
+        bad=bad,
+        rows_per_file=_FIRST_ROWS,
+        metadata=config.reward.takes_metadata,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,14 @@ from workers.problems import BadSamples, Problem
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem ready for generation. ``index`` counts the problems that passed the length rule."""
+    """One problem ready for generation. ``index`` counts the problems that passed the length rule; ``where``: file and line."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     answers: tuple[str, ...]
+    where: str = field(default="a problem", compare=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tokenizer(Protocol):
@@ -77,7 +79,7 @@ class PromptDataset(Dataset[Prompt]):
         self.num_too_long = sum(len(row) > limit for row in ids)
         kept = [i for i, row in enumerate(ids) if row and (len(row) <= limit or not form.filter_prompt_by_length)]
         self._prompts = tuple(
-            Prompt(index=index, text=rendered[i][1], token_ids=tuple(ids[i][-limit:]), answers=rendered[i][0].answers)
+            Prompt(index, rendered[i][1], tuple(ids[i][-limit:]), rendered[i][0].answers, rendered[i][0].where, rendered[i][0].metadata)
             for index, i in enumerate(kept)
         )
 
@@ -88,10 +90,10 @@ class PromptDataset(Dataset[Prompt]):
         return self._prompts[index]
 
     def fingerprint(self) -> str:
-        """Hash of all prompts' tokens and answers in their order, wherever the files lie."""
+        """Hash of all prompts' tokens, answers and metadata in their order, wherever the files lie."""
         content = hashlib.blake2b(digest_size=16)
         for prompt in self._prompts:
-            content.update(repr((prompt.token_ids, prompt.answers)).encode())
+            content.update(repr((prompt.token_ids, prompt.answers, *([prompt.metadata] if prompt.metadata else []))).encode())
         return content.hexdigest()
 
 

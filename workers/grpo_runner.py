@@ -20,12 +20,12 @@ from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
 from workers.grpo_actor import GrpoRank
+from workers.judges import Verdict, open_judge
 from workers.metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import REWARDS
 from workers.preparation import Preparation, prepare
 from workers.problems import load_supervised
 from workers.resume import Beginning
-from workers.reward import RewardScale, VerifierPool
 from workers.rollout import reshaping, sampling_arguments
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
@@ -60,8 +60,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return prepared
 
     def _enter(self, stack: ExitStack) -> None:
-        reward = self._config.reward
-        self._pool = stack.enter_context(VerifierPool(reward.num_processes, reward.timeout_s))
+        self._judge = stack.enter_context(open_judge(self._config.reward))
 
     def _start(self) -> None:
         config, prepared, group = self._config, self._prepared, self._group
@@ -183,9 +182,9 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._served, groups = self._generated(step, {}, "validation", generate)
         self._colocation.take_seconds()  # part of the validation's
         responses = [response for (response,) in groups]
-        correct, rewards = self._judge([p.answers for p in prompts], [r.token_ids for r in responses])
+        verdicts = [verdict for (verdict,) in self._verdicts(prompts, [[r.token_ids] for r in responses])]
         lengths, ended = [len(r.token_ids) for r in responses], [r.finish_reason == "stop" for r in responses]
-        return validation_metrics(rewards=rewards, correct=correct, response_lengths=lengths, properly_ended=ended)
+        return validation_metrics(verdicts, response_lengths=lengths, properly_ended=ended)
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
         """Replace lost engines. Raises ``error`` if no engine is lost, or too many are."""
@@ -220,17 +219,23 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return [draw.randrange(2**40) for _ in range(count)]
 
     def _reward(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
-        answers = [prompt.answers for prompt in prompts for _ in range(self._config.algorithm.group_size)]
-        _, rewards = self._judge(answers, [sample.response_ids for sample in samples])
+        size = self._config.algorithm.group_size
+        groups = [[sample.response_ids for sample in samples[i : i + size]] for i in range(0, len(samples), size)]
+        rewards = [verdict.reward for group in self._verdicts(prompts, groups) for verdict in group]
         return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
 
-    def _judge(self, answers: Sequence[Sequence[str]], responses: Sequence[Sequence[int]]) -> tuple[list[bool], list[float]]:
-        """Whether each response (token ids) is correct, and its scaled reward."""
-        config = self._config.reward
-        scale = RewardScale(config.reward_scale, config.reward_min_val, config.reward_max_val)
-        texts = self._prepared.tokenizer.batch_decode([list(response) for response in responses], skip_special_tokens=True)
-        correct = self._pool.check(texts, answers)
-        return correct, [scale.reward(c) for c in correct]
+    def _verdicts(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Verdict]]:
+        """On the responses (token ids) to each prompt. Those that took too long are said."""
+        decode = self._prepared.tokenizer.batch_decode
+        texts = iter(decode([list(response) for group in responses for response in group], skip_special_tokens=True))
+        verdicts = self._judge.judge(prompts, [[next(texts) for _ in group] for group in responses])
+        late = [prompt.where for prompt, group in zip(prompts, verdicts, strict=True) if any(verdict.timed_out for verdict in group)]
+        if late:
+            self._screen.note(
+                f"no verdict on responses to {late[0]}{f' and {len(late) - 1} more rows' if len(late) > 1 else ''} within reward.timeout_s "
+                f"({self._config.reward.timeout_s:g} s): they get reward.reward_min_val"
+            )
+        return verdicts
 
     def _split(self, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
         algorithm, runner, actor = self._config.algorithm, self._config.runner, self._config.actor

@@ -138,9 +138,13 @@ def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSa
 
 
 def load_readable_problems(config: RunConfig, paths: Sequence[str], bad: BadSamples, *, data_size: int | None = None) -> list[Problem]:
-    """Problems with at least one reference answer that a response can equal; the others go to ``bad``."""
+    """Problems; those that ``reward.reward_type`` could give no reward, as no response can equal a reference answer, go to ``bad``."""
     data, reward = config.data, config.reward
-    problems = load_problems(paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data_size, bad=bad)
+    problems = load_problems(
+        paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data_size, bad=bad, metadata=reward.takes_metadata
+    )
+    if reward.reward_type != "math":
+        return problems
     references = [answer for problem in problems for answer in problem.answers]
     unreadable = unreadable_references(references, num_processes=reward.num_processes, timeout_s=reward.timeout_s)
     for problem in problems:

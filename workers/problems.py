@@ -26,11 +26,13 @@ _BINARY = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data file: the prompt as text or as chat messages, every accepted reference answer, and file and line."""
+    """One row of a data file: the prompt as text or as chat messages, every accepted reference answer, file and line, and the row's
+    other fields where they were asked for."""
 
     prompt: str | tuple[Mapping[str, str], ...]
     answers: tuple[str, ...]
     where: str = field(default="a problem", compare=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -69,17 +71,19 @@ def load_problems(
     data_size: int | None = None,
     bad: BadSamples | None = None,
     rows_per_file: int | None = None,
+    metadata: bool = False,
 ) -> list[Problem]:
     """Problems of JSONL files (an object per line) or ``.json`` files (an array of objects), in file order.
 
     Two forms are read: ``prompt_key`` with a string or a message list and ``answer_key`` with a string, a number or a
     list of them; and, where ``prompt_key`` is absent, GSM8K's ``question`` / ``answer``. In an answer that contains
-    ``####`` only what follows the last one counts. Other fields are ignored.
+    ``####`` only what follows the last one counts.
 
     Args:
         data_size: stop after this many problems.
         bad: takes the rows that are no problems; without it they are an error.
         rows_per_file: read no further than this many rows of each file.
+        metadata: keep the other fields of a row, which are ignored otherwise. A row need not have a reference answer then.
 
     Raises:
         ConfigError: a file is missing, is not text or holds no problem, or, without ``bad``, a row is no problem; names file and line.
@@ -92,7 +96,7 @@ def load_problems(
             if data_size is not None and len(problems) >= data_size:
                 return problems
             try:
-                problems.append(_problem(row, where, prompt_key, answer_key))
+                problems.append(_problem(row, where, prompt_key, answer_key, metadata=metadata))
             except _Bad as reason:
                 taken.add(where, str(reason))
         if len(problems) == before and len(taken.found) == bad_before:
@@ -168,21 +172,22 @@ def _line(line: bytes) -> Any:
         return _Bad(f"not JSON that can be read: {error}")
 
 
-def _problem(row: Any, where: str, prompt_key: str, answer_key: str) -> Problem:
+def _problem(row: Any, where: str, prompt_key: str, answer_key: str, *, metadata: bool) -> Problem:
     if isinstance(row, _Bad):
         raise row
     if not isinstance(row, dict):
         raise _Bad(_no_object(row))
     if prompt_key not in row and {"question", "answer"} <= row.keys():
         prompt_key, answer_key = "question", "answer"
-    for name in (prompt_key, answer_key):
+    for name in (prompt_key,) if metadata else (prompt_key, answer_key):
         if name not in row:
             raise _Bad(f"no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}. Set data.prompt_key / data.answer_key")
-    answers = row[answer_key]
-    if answers == []:
+    answers = row.get(answer_key, [])
+    if answers == [] and not metadata:
         raise _Bad(f"field {answer_key!r} is an empty list; a problem needs a reference answer")
     answers = answers if isinstance(answers, list) else [answers]
-    return Problem(_prompt(row[prompt_key], prompt_key), tuple(_answer(answer, answer_key) for answer in answers), where)
+    others = {name: value for name, value in row.items() if name not in (prompt_key, answer_key)} if metadata else {}
+    return Problem(_prompt(row[prompt_key], prompt_key), tuple(_answer(answer, answer_key) for answer in answers), where, others)
 
 
 def _prompt(prompt: Any, key: str) -> str | tuple[Mapping[str, str], ...]:

@@ -1,10 +1,10 @@
-"""Rewards of responses: reference answers as math-verify can read them, a pool of verifier processes with a real timeout, reward values.
+"""A pool of verifier processes with a real timeout, and reference answers as math-verify can read them.
 
 Data sets write references for people: ``$5$.``, ``5 dollars``, ``50%``, ``½``. Between the braces of ``\\boxed{}``, where math-verify
 reads them, it takes such a text for another expression or for mere text, and no response ever equals it.
 
-Knows no tokenizer, Ray or torch, and not math-verify itself, which is slow to import: text in, numbers out. One response decides over
-nothing but its own reward: a check that hangs or crashes its process counts as wrong, and the process is replaced.
+Knows no tokenizer, Ray or torch, and not math-verify itself, which is slow to import. A task that hangs or crashes its process has no
+answer, and the process is replaced; others are not concerned.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from rlsync.errors import RlsyncError
+from rlsync.errors import ConfigError, RlsyncError
 
 # The process ends itself at the timeout; past this much more the pool kills it.
 _GRACE_S = 5.0
@@ -31,29 +31,18 @@ _START_TIMEOUT_S = 60.0
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 Answers = Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class RewardScale:
-    """Reward of correct and wrong answers: ``reward_max_val`` or ``reward_min_val``, times ``reward_scale``."""
-
-    reward_scale: float = 1.0
-    reward_min_val: float = -1.0
-    reward_max_val: float = 1.0
-
-    def reward(self, correct: bool) -> float:
-        return self.reward_scale * (self.reward_max_val if correct else self.reward_min_val)
+Answer = Mapping[str, Any]
 
 
 class _Process:
     """One verifier process and the task it works on. Ready for tasks after ``wait_ready``."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[str]) -> None:
         self._stderr = tempfile.TemporaryFile()
         search_path = os.pathsep.join((str(_REPOSITORY), os.environ.get("PYTHONPATH", "")))
         environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "workers.verifier"],
+            [sys.executable, "-m", "workers.verifier", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -69,12 +58,16 @@ class _Process:
         """Wait for the imports.
 
         Raises:
+            ConfigError: a reward function cannot be imported; says why.
             RlsyncError: the process ended or stayed silent; carries the end of what it wrote to standard error.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(self.stdout, selectors.EVENT_READ)
-            if selector.select(_START_TIMEOUT_S) and self.stdout.readline().endswith(b"\n"):
-                return
+            if selector.select(_START_TIMEOUT_S) and (line := self.stdout.readline()).endswith(b"\n"):
+                if (error := json.loads(line).get("error")) is None:
+                    return
+                self.end()
+                raise ConfigError(error)
         self._popen.kill()
         status = self._popen.wait()
         self._stderr.seek(0)
@@ -93,15 +86,15 @@ class _Process:
             return False
         return True
 
-    def read(self) -> bool | None:
+    def read(self) -> Answer | None:
         """The answer to the current task, or None when the process ended instead."""
         line = self.stdout.readline()
         if not line.endswith(b"\n"):
             return None
-        answer = json.loads(line)
+        answer: Answer = json.loads(line)
         assert answer["id"] == self.task, "a process works on one task at a time"
         self.task, self.deadline_s = None, float("inf")
-        return bool(answer["is_true"])
+        return answer
 
     def end(self) -> None:
         self._popen.kill()
@@ -114,15 +107,18 @@ class _Process:
 
 
 class VerifierPool:
-    """Checks responses against reference answers in ``num_processes`` processes. Use as a context manager, or ``close()``.
+    """Does tasks of ``workers.verifier`` in ``num_processes`` processes. Use as a context manager, or ``close()``.
 
-    Results depend only on the texts: not on order, load or number of processes, except for checks near ``timeout_s``.
+    Answers depend only on the tasks: not on order, load or number of processes, except for tasks near ``timeout_s``.
+
+    Args:
+        arguments: of ``workers.verifier``: none to compare with reference answers, file and name of a reward function.
     """
 
-    def __init__(self, num_processes: int = 2, timeout_s: float = 10.0) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, num_processes: int = 2, timeout_s: float = 10.0, arguments: Sequence[str] = ()) -> None:
+        self._timeout_s, self._arguments = timeout_s, arguments
         self.num_replaced = 0
-        self._processes = [_Process() for _ in range(num_processes)]
+        self._processes = [_Process(arguments) for _ in range(num_processes)]
         try:
             for process in self._processes:
                 process.wait_ready()
@@ -154,17 +150,21 @@ class VerifierPool:
         """
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} lists of reference answers")
-        return self._ask([{"response": text, "answers": list(accepted)} for text, accepted in zip(responses, answers, strict=True)])
+        found = self.ask([{"response": text, "answers": list(accepted)} for text, accepted in zip(responses, answers, strict=True)])
+        return [answer is not None and bool(answer["is_true"]) for answer in found]
 
     def can_read(self, references: Sequence[str]) -> list[bool]:
         """Whether each reference answer is one that a response can equal, as math-verify reads it. One that takes longer than
         ``timeout_s`` is not. Raises as ``check``."""
-        return self._ask([{"reference": reference} for reference in references])
+        found = self.ask([{"reference": reference} for reference in references])
+        return [answer is not None and bool(answer["is_true"]) for answer in found]
 
-    def _ask(self, questions: Sequence[Mapping[str, object]]) -> list[bool]:
+    def ask(self, questions: Sequence[Mapping[str, object]]) -> list[Answer | None]:
+        """The answers of ``workers.verifier`` to some tasks, in their order; None where a task took longer than ``timeout_s``, or ended
+        its process. Raises RlsyncError where a process that ended could not be replaced."""
         if not self._processes:
             raise ValueError("this VerifierPool is closed")
-        results = [False] * len(questions)
+        results: list[Answer | None] = [None] * len(questions)
         waiting = deque(range(len(questions)))
         with selectors.DefaultSelector() as selector:
             for slot in range(len(self._processes)):
@@ -184,7 +184,7 @@ class VerifierPool:
         selector.register(self._processes[slot].stdout, selectors.EVENT_READ, slot)
 
     def _collect(
-        self, results: list[bool], waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector
+        self, results: list[Answer | None], waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector
     ) -> None:
         """Take in what is ready, end what is overdue, and hand out new tasks."""
         soonest_s = min(process.deadline_s for process in self._processes)
@@ -206,13 +206,8 @@ class VerifierPool:
     def _replace(self, slot: int) -> None:
         self._processes[slot].end()
         self.num_replaced += 1
-        self._processes[slot] = _Process()
+        self._processes[slot] = _Process(self._arguments)
         self._processes[slot].wait_ready()
-
-
-def score(pool: VerifierPool, scale: RewardScale, responses: Sequence[str], answers: Answers) -> list[float]:
-    """Reward of each response."""
-    return [scale.reward(correct) for correct in pool.check(responses, answers)]
 
 
 def unreadable_references(references: Sequence[str], *, num_processes: int, timeout_s: float) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from workers.config import RunConfig
+from workers.judges import Verdict
 
 
 def validates(config: RunConfig) -> bool:
@@ -15,14 +16,12 @@ def validates(config: RunConfig) -> bool:
     return bool(config.data.val_data_paths) and (config.runner.val_check_interval > 0 or config.runner.val_before_train)
 
 
-def validation_metrics(
-    *, rewards: Sequence[float], correct: Sequence[bool], response_lengths: Sequence[int], properly_ended: Sequence[bool]
-) -> dict[str, float]:
-    """``val/*`` metrics of the greedy responses to all validation problems, one each; rewards are scaled, lengths in tokens."""
-    count = len(rewards)
+def validation_metrics(verdicts: Sequence[Verdict], *, response_lengths: Sequence[int], properly_ended: Sequence[bool]) -> dict[str, float]:
+    """``val/*`` metrics of the greedy responses to all validation problems, one each; lengths in tokens."""
+    count, correct = len(verdicts), [verdict.correct for verdict in verdicts if verdict.correct is not None]
     return {
-        "val/reward": sum(rewards) / count,
-        "val/fraction_correct": sum(correct) / count,
+        "val/reward": sum(verdict.reward for verdict in verdicts) / count,
+        **({"val/fraction_correct": sum(correct) / count} if len(correct) == count else {}),
         "val/response_length": sum(response_lengths) / count,
         "val/fraction_of_samples_properly_ended": sum(properly_ended) / count,
         "val/num_problems": float(count),

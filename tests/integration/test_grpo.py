@@ -121,11 +121,40 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     assert [resumed[-1][name] for name in VALIDATION] == [whole[-1][name] for name in VALIDATION]
 
 
+# A reward function that says what it saw.
+WITNESS = """
+import json
+from pathlib import Path
+
+def score(prompts, responses, references, metadata):
+    rewards = [0.25 if text in accepted else -0.5 for text, accepted in zip(responses, references)]
+    with (Path(__file__).parent / "seen.jsonl").open("a") as file:
+        file.write(json.dumps([prompts, references, metadata, rewards]) + "\\n")
+    return rewards
+"""
+
+
 def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(finished, tmp_path):
-    """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect."""
+    """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect. Its rewards are those
+    of a function, which sees whole rows, in training and in validation."""
     command = [sys.executable, "-m", "tests.integration.grpo_run", "no-sync", *SMALL]
-    with started(command, tmp_path, "runner.max_steps=20", resumable(finished[0], tmp_path)) as process:
+    (tmp_path / "witness.py").write_text(WITNESS)
+    (tmp_path / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
+    options = [
+        resumable(finished[0], tmp_path), f"reward.reward_type={tmp_path}/witness.py:score", "reward.reward_scale=4", "runner.save_interval=20",
+        f"data.val_data_paths=[{tmp_path}/val.jsonl]", "runner.val_check_interval=1",
+    ]  # fmt: skip
+    with started(command, tmp_path, "runner.max_steps=20", *options) as process:
         assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130
     differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
     assert differences[0] <= 1e-3 < differences[-1], differences
     assert "interrupted" in (tmp_path / "output.log").read_text()
+    lines = read_metrics(tmp_path / "run")[:2]
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    # In files' order within a step: 16 prompts with 8 responses each, then 2 with one.
+    assert [len(rewards) for *_, rewards in seen[:36]] == 2 * ([8] * 16 + [1] * 2)
+    for line, step in zip(lines, (seen[:18], seen[18:36]), strict=True):
+        rewards, validation = [reward for *_, group in step[:16] for reward in group], [reward for *_, (reward,) in step[16:]]
+        assert (line["rollout/reward_scores"], line["val/reward"]) == (4 * sum(rewards) / 128, 4 * sum(validation) / 2)
+        assert [call[:3] for call in step[16:]] == [[["1+2="], [["3"]], [{"level": 7}]], [["3+0="], [[]], [{"kind": ["x"]}]]]
+        assert all(call[1] == [[str(eval(call[0][0][:-1]))]] * 8 for call in step[:16]) and "val/fraction_correct" not in line

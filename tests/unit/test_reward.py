@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlsync.errors import RlsyncError
-from workers.reward import RewardScale, VerifierPool, is_plain, score, unreadable_references
+from workers.reward import VerifierPool, is_plain, unreadable_references
 
 # Takes longer than any run: native big-integer code that no signal interrupts.
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -112,16 +112,6 @@ def test_a_killed_process_is_replaced(pool: VerifierPool) -> None:
         os.kill(process._popen.pid, signal.SIGKILL)
     time.sleep(0.2)
     assert pool.check([r"\boxed{4}"] * 4, [["4"]] * 4) == [True] * 4
-
-
-def test_rewards_are_scaled() -> None:
-    scale = RewardScale(reward_scale=5.0, reward_min_val=-1.0, reward_max_val=1.0)
-    assert (scale.reward(True), scale.reward(False)) == (5.0, -5.0)
-    assert RewardScale(reward_min_val=0.0).reward(False) == 0.0
-
-
-def test_score_gives_a_reward_per_response(pool: VerifierPool) -> None:
-    assert score(pool, RewardScale(reward_min_val=0.0), ["5", "6"], [["5"], ["5"]]) == [1.0, 0.0]
 
 
 def test_closing_ends_every_process_and_is_idempotent() -> None:

@@ -16,6 +16,7 @@ from tests.unit.test_preparation import config as prepared_config
 from tests.unit.test_preparation import prepare
 from workers.config import RunConfig
 from workers.grpo_runner import GrpoRunner
+from workers.judges import Verdict
 from workers.metrics_log import REWARDS, draw
 from workers.rollout import sampling_arguments
 from workers.screen import summary_rows
@@ -55,13 +56,14 @@ def test_validation_is_greedy_whatever_the_rollout_is(world, tmp_path) -> None:
 
 
 def test_numbers_of_a_validation_match_hand_computed_values() -> None:
-    found = validation_metrics(
-        rewards=[5.0, -5.0, 5.0, 5.0], correct=[True, False, True, True], response_lengths=[1, 2, 3, 4], properly_ended=[True] * 3 + [False]
-    )
+    verdicts = [Verdict(5.0 if correct else -5.0, correct) for correct in (True, False, True, True)]
+    found = validation_metrics(verdicts, response_lengths=[1, 2, 3, 4], properly_ended=[True] * 3 + [False])
     assert found == {
         "val/reward": 2.5, "val/fraction_correct": 0.75, "val/response_length": 2.5, "val/fraction_of_samples_properly_ended": 0.75,
         "val/num_problems": 4.0,
     }  # fmt: skip
+    by_function = validation_metrics([Verdict(0.5), Verdict(1.0)], response_lengths=[1, 2], properly_ended=[True, True])
+    assert by_function["val/reward"] == 0.75 and "val/fraction_correct" not in by_function
 
 
 def test_all_validation_problems_are_prepared_in_file_order_or_as_many_as_asked(world, tmp_path) -> None:

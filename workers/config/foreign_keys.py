@@ -289,7 +289,7 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
         "nothing has to be converted: HF weights are read directly with actor.megatron.mbridge True, and each checkpoint has hf_model/",
     ),
     (frozenset({"critic", "value", "gae", "ppo"}), "PPO is not supported; algorithm.adv_type is grpo, which has no critic"),
-    (frozenset({"rm", "judge"}), "reward models are not supported; reward.reward_type math compares with the reference answers"),
+    (frozenset({"rm", "judge"}), "reward models are not supported; reward.reward_type takes a function of your own, as PATH.py:function"),
     (
         frozenset({"fsdp", "fsdp2", "deepspeed", "zero", "zero3"}),
         "the actor is Megatron; actor.optim.use_distributed_optimizer shards its optimizer",

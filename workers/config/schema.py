@@ -450,17 +450,36 @@ class DataConfig:
     val_data_size: int | None = key(None, "use only the first this many validation problems; null: all", min=1)
 
 
+BUILT_IN_REWARDS = ("math", "exact")
+REWARD_FUNCTION = r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     """``reward``: the verifier."""
 
     group_name: str = key("RewardGroup", "Ray name prefix")
-    reward_type: Literal["math"] = key("math", "verifier")
+    reward_type: str = key(
+        "math",
+        "math: the answer equals a reference by value; exact: the text equals one; `PATH.py:function`: a function of yours, see "
+        "examples/reasoning/README.md",
+    )
     reward_scale: float = key(1.0, "multiplies the reward", above=0)
-    reward_min_val: float = key(-1.0, "reward of a wrong answer before scaling", bounds=ANY_NUMBER)
-    reward_max_val: float = key(1.0, "reward of a correct answer before scaling", bounds=ANY_NUMBER)
-    num_processes: int = key(2, "verifier processes", min=1)
-    timeout_s: float = key(10.0, "a response whose check takes longer counts as wrong and its process is replaced", above=0)
+    reward_min_val: float = key(
+        -1.0, "reward of a wrong answer before scaling; with a function, of responses that it took too long for", bounds=ANY_NUMBER
+    )
+    reward_max_val: float = key(1.0, "reward of a correct answer before scaling; not used with a function", bounds=ANY_NUMBER)
+    num_processes: int = key(2, "processes that judge responses; not used with exact", min=1)
+    timeout_s: float = key(
+        10.0,
+        "a response whose check takes longer counts as wrong and its process is replaced; with a function, the responses to a prompt",
+        above=0,
+    )
+
+    @property
+    def takes_metadata(self) -> bool:
+        """Whether a function of the user's is given all fields of a row."""
+        return self.reward_type not in BUILT_IN_REWARDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,23 @@ read, ``validate_world`` when the number of actor ranks is known. Findings are c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_overrides, check_parts, model_of
-from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig, AnyConfig, RunConfig, SftConfig
+from workers.config.schema import (
+    BUILT_IN_REWARDS,
+    PART_RATES,
+    REWARD_FUNCTION,
+    ActorConfig,
+    ActorModelConfig,
+    AnyConfig,
+    RunConfig,
+    SftConfig,
+)
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
@@ -195,6 +205,9 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
             f"algorithm.sampling_params.temperature ({algorithm.sampling_params.temperature}) must be greater than 0; "
             "do_sample=False decodes greedily"
         )
+    kind = config.reward.reward_type
+    if kind not in BUILT_IN_REWARDS and re.fullmatch(REWARD_FUNCTION, kind) is None:
+        yield f"reward.reward_type is {kind!r}, expected {', '.join(BUILT_IN_REWARDS)}, or PATH.py:function for a function of your own"
     wrong, correct = config.reward.reward_min_val, config.reward.reward_max_val
     if wrong >= correct:
         yield f"reward.reward_min_val ({wrong}) must be less than reward.reward_max_val ({correct})"
