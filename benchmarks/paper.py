@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from rlsync.cli.shapes import SHAPES
@@ -159,7 +160,7 @@ class Experts:
         """A rank with TP=1: attention whole, a share of the experts, each under a name of its own; a stage of the layers."""
         per_stage = world_size // pp_size
         stage, ep_rank = rank // per_stage, rank % per_stage % ep_size
-        shapes = {t.name: t.shape for t in self.tensors()}
+        shapes = _shapes(self)
         shelf = Shelf(f"actor {rank}", "bfloat16", place(rank))
         step, held = self.num_layers // pp_size, self.num_experts // ep_size
         for name in (*(["model.embed_tokens.weight"] if stage == 0 else []), *(_HEAD if stage == pp_size - 1 else [])):
@@ -177,7 +178,7 @@ class Experts:
 
     def worker(self, tp_rank: int, tp_size: int, holder: str, location: Location, *, expert_parallel: bool) -> Placement:
         """A vLLM worker: attention divided, stacked experts; whole ones under expert parallelism, else a slice of each."""
-        shapes = {t.name: t.shape for t in self.tensors()}
+        shapes = _shapes(self)
         shelf = Shelf(holder, "bfloat16", location)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             _vocabulary(shelf, name, (self.vocab, self.hidden), tp_rank, tp_size)
@@ -215,6 +216,11 @@ class Experts:
             for r in range(engine_tp)
         ]
         return Case(tuple(self.tensors()), tuple(actors), tuple(workers))
+
+
+@lru_cache(maxsize=4)
+def _shapes(experts: Experts) -> Mapping[str, tuple[int, ...]]:
+    return {t.name: t.shape for t in experts.tensors()}
 
 
 _HEAD = ["model.norm.weight", "lm_head.weight"]

@@ -1,6 +1,6 @@
 """Memory that a sync takes on paper: rings, messages, modules in progress. Integers, by the rules of those who allocate it.
 
-``parts`` are those of an outline's plan: what its destinations take, and what sources give to all whom these stand for.
+``parts`` are those of an outline: by kind and bucket what each destination of the kind takes. The source of a region is a way.
 """
 
 from __future__ import annotations
@@ -8,117 +8,145 @@ from __future__ import annotations
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
-from itertools import accumulate, zip_longest
+from itertools import accumulate
+
+import numpy as np
 
 from rlsync.layout.geometry import DTYPE_BYTES
-from rlsync.plan import packing
-from rlsync.plan.outline import Outline, outlined_holder_bytes
-from rlsync.plan.packing import PackedPart, Region, cut, side_by_side
-from rlsync.plan.planner import Copy, Plan, in_buckets
+from rlsync.plan.links import LINK_NAMES
+from rlsync.plan.outline import Integers, Kind, Outline
+from rlsync.plan.packing import PackedPart, Region, cut_bytes, side_by_side
+
+Parts = Sequence[Sequence[PackedPart]]
 
 
-def ring_bytes(drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int) -> tuple[int, int]:
-    """Bytes of a slot and of the ring, which has a page of its own in front: whole pages, as ``rlsync.transport.shm`` allocates."""
-    sizes = ([part.nbytes * len(drawn.members[d]) for d, part in enumerate(row) if transports[d] == "shm"] for row in parts)
-    largest = max(map(sum, sizes))
+def ring_bytes(drawn: Outline, parts: Parts, transports: Sequence[str], num_slots: int) -> tuple[int, int]:
+    """Bytes of a slot and of the ring, which has a page of its own in front: whole pages, as ``rlsync.transport.shm`` allocates.
+
+    ``transports``: by kind.
+    """
+    sizes = np.zeros(len(drawn.buckets), np.int64)
+    for kind, row, transport in zip(drawn.kinds, parts, transports, strict=True):
+        if transport == "shm":
+            sizes += [part.nbytes * len(kind.members) for part in row]
+    largest = int(sizes.max())
     if not largest:
         return 0, 0
     slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
     return slot_bytes, mmap.PAGESIZE + num_slots * slot_bytes
 
 
-def staging_bytes(
-    drawn: Outline, parts: Sequence[Sequence[PackedPart]], is_staged: Callable[[int, int], bool], num_slots: int
-) -> list[int]:
+def staging_bytes(drawn: Outline, parts: Parts, is_staged: Callable[[int, int], bool], num_slots: int) -> list[int]:
     """Bytes of the ring in GPU memory of each actor rank, as ``rlsync.transport.ipc`` allocates it.
 
-    ``is_staged``: whether a destination of the outline's plan reads a ring of a source.
+    ``is_staged``: whether destinations of a kind read a ring of sources, by kind and class of the link.
     """
-    largest = [0] * len(drawn.plan.sources)
-    for row in parts:
-        given = [0] * len(largest)
-        for destination, part in enumerate(row):
-            amounts: dict[int, int] = defaultdict(int)
-            for region in part.regions:
-                amounts[region.source] += _aligned(region.nbytes)
-            read = {source: nbytes for source, nbytes in amounts.items() if is_staged(destination, source)}
-            for source, nbytes in drawn.spread(destination, read):
-                given[source] += nbytes
-        largest = list(map(max, largest, given))
-    return [min(num_slots, len(parts)) * nbytes for nbytes in largest]
+    largest = np.zeros(len(drawn.sources), np.int64)
+    staged = [np.array([is_staged(number, link) for link in range(len(LINK_NAMES))], np.int64) for number in range(len(drawn.kinds))]
+    for bucket in range(len(drawn.buckets)):
+        given = np.zeros_like(largest)
+        for kind, row, by_link in zip(drawn.kinds, parts, staged, strict=True):
+            if by_link.any():
+                ways, nbytes = _regions(row[bucket])
+                given += kind.given(ways, nbytes * by_link[kind.links[:, ways]], len(given))
+        largest = np.maximum(largest, given)
+    return _times(min(num_slots, len(drawn.buckets)), largest)
 
 
-def message_bytes(
-    drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int
-) -> tuple[list[int], list[int]]:
-    """Bytes that each actor rank and each destination keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets."""
-    num_slots = min(num_slots, len(parts))
-    sent, packed, taken = [0] * len(drawn.plan.sources), [0] * len(transports), [0] * len(transports)
-    for row in parts:
-        given = [0] * len(sent)
-        for destination, (part, transport) in enumerate(zip(row, transports, strict=True)):
-            if transport != "gloo":
+def message_bytes(drawn: Outline, parts: Parts, transports: Sequence[str], num_slots: int) -> tuple[list[int], list[int]]:
+    """Bytes that each actor rank and each destination keeps for messages, as ``rlsync.transport.p2p`` allocates them for whole buckets.
+
+    Destinations come kind by kind.
+    """
+    num_slots = min(num_slots, len(drawn.buckets))
+    sent = np.zeros(len(drawn.sources), np.int64)
+    packed, taken = ([np.zeros(len(kind.members), np.int64) for kind in drawn.kinds] for _ in range(2))
+    chosen = [number for number, transport in enumerate(transports) if transport == "gloo"]
+    for bucket in range(len(drawn.buckets)):
+        given = np.zeros_like(sent)
+        for number in chosen:
+            kind, part = drawn.kinds[number], parts[number][bucket]
+            ways, nbytes = _regions(part)
+            if not len(ways):
                 continue
-            messages = _message_bytes(part)
-            for source, nbytes in drawn.spread(destination, messages):
-                given[source] += nbytes
-            if len(messages) > 1:
-                packed[destination] = max(packed[destination], sum(messages.values()))
-            taken[destination] = max(taken[destination], part.nbytes)
-        sent = list(map(max, sent, given))
-    return [num_slots * nbytes for nbytes in sent], [p + num_slots * t for p, t in zip(packed, taken, strict=True)]
+            # A message that is all of a part travels as it lies in a slot.
+            whole = _have_one_source(kind, ways)
+            first = np.arange(len(ways)) == 0
+            given += kind.given(ways, np.where(whole[:, None], part.nbytes * first, nbytes), len(given))
+            packed[number] = np.maximum(packed[number], int(nbytes.sum()) * ~whole)
+            taken[number] = np.maximum(taken[number], part.nbytes)
+        sent = np.maximum(sent, given)
+    return _times(num_slots, sent), (np.concatenate(packed) + num_slots * np.concatenate(taken)).tolist()
 
 
-def step_bytes(
-    drawn: Outline, parts: Sequence[Sequence[PackedPart]], transports: Sequence[str], num_slots: int, num_steps: int
-) -> tuple[list[int], list[int]]:
-    """Bytes of GPU memory that each actor rank and each destination keeps for NCCL's messages, of buckets that are cut into steps."""
-    num_slots = min(num_slots, len(parts) * num_steps)
-    sent, taken = [0] * len(drawn.plan.sources), [0] * len(transports)
-    known: dict[Hashable, list[int]] = {}
-    for row in parts:
-        given = [[0] * num_steps for _ in sent]
-        for destination, (part, transport) in enumerate(zip(row, transports, strict=True)):
-            sizes = _piece_bytes(part, num_steps, known) if transport == "nccl" else {}
-            for sources in drawn.members[destination]:
-                for source, pieces in sizes.items():
-                    steps = given[sources[source]]
-                    for step, nbytes in enumerate(pieces):
-                        steps[step] += nbytes
-            taken[destination] = max(taken[destination], *map(sum, zip_longest(*sizes.values(), fillvalue=0)), 0)
-        sent = [max(before, *steps) for before, steps in zip(sent, given, strict=True)]
-    return [num_slots * nbytes for nbytes in sent], [num_slots * nbytes for nbytes in taken]
+def step_bytes(drawn: Outline, parts: Parts, transports: Sequence[str], num_slots: int, num_steps: int) -> tuple[list[int], list[int]]:
+    """Bytes of GPU memory that each actor rank and each destination keeps for NCCL's messages, of buckets that are cut into steps.
 
-
-def _piece_bytes(part: PackedPart, num_steps: int, known: dict[Hashable, list[int]]) -> dict[int, list[int]]:
-    """Bytes of the message of each source, by step; the last ones of small messages, which are empty, may be left out.
-
-    ``known``: what was found before, of the same number of steps.
+    Destinations come kind by kind.
     """
+    num_slots = min(num_slots, len(drawn.buckets) * num_steps)
+    sent = np.zeros(len(drawn.sources), np.int64)
+    taken = [np.zeros(len(kind.members), np.int64) for kind in drawn.kinds]
+    known: dict[Hashable, Integers] = {}
+    for bucket in range(len(drawn.buckets)):
+        given = np.zeros((len(sent), num_steps), np.int64)
+        for number, (kind, row) in enumerate(zip(drawn.kinds, parts, strict=True)):
+            if transports[number] == "nccl" and row[bucket].regions:
+                taken[number] = np.maximum(taken[number], _add_steps(given, kind, row[bucket], known))
+        sent = np.maximum(sent, given.max(axis=1))
+    return _times(num_slots, sent), _times(num_slots, np.concatenate(taken))
+
+
+def _add_steps(given: Integers, kind: Kind, part: PackedPart, known: dict[Hashable, Integers]) -> Integers:
+    """Add to ``given``, by source and step, what the members of a kind take; the most that each takes in a step.
+
+    ``known``: bytes by step of messages found before, of the same number of steps.
+    """
+    num_steps, regions = given.shape[1], part.regions
+    ways, _ = _regions(part)
+    forms = [(r.shape, r.dtype) for r in regions]
+    most = np.zeros(len(kind.members), np.int64)
+    for member, (sources, is_whole) in enumerate(zip(kind.sources[:, ways], _have_one_source(kind, ways), strict=True)):
+        whole_bytes = part.nbytes if is_whole and num_steps == 1 else 0
+        messages: dict[int, list[int]] = defaultdict(list)
+        for index, source in enumerate(sources.tolist()):
+            messages[source].append(index)
+        taken = np.zeros(num_steps, np.int64)
+        for source, mine in messages.items():
+            # How a message is cut depends on the shapes in it alone, which are those of other sources and destinations too.
+            key = whole_bytes, *[forms[i] for i in mine]
+            sizes = known.get(key)
+            if sizes is None:
+                sizes = known[key] = np.array(_message_steps([regions[i] for i in mine], num_steps, whole_bytes), np.int64)
+            given[source, : len(sizes)] += sizes
+            taken[: len(sizes)] += sizes
+        most[member] = taken.max()
+    return most
+
+
+def _message_steps(regions: Sequence[Region], num_steps: int, whole_bytes: int) -> list[int]:
+    """Bytes of a message by step; the last ones, which are empty, may be left out. ``whole_bytes``: of the part that it is all of, or 0."""
+    if whole_bytes:
+        return [whole_bytes]
     if num_steps == 1:
-        return {source: [nbytes] for source, nbytes in _message_bytes(part).items()}
-    by_source: dict[int, list[Region]] = defaultdict(list)
-    for region in part.regions:
-        by_source[region.source].append(region)
-    sizes = {}
-    for source, regions in by_source.items():
-        # How regions are cut depends on their shapes alone, which are those of other sources and destinations too.
-        key = tuple([(r.shape, r.dtype) for r in regions])
-        if key not in known:
-            # Pieces have at least half of this, the last one apart.
-            filled = min(num_steps, 2 * sum(r.nbytes for r in regions) // packing.LEAST_PIECE_BYTES + 2)
-            known[key] = [sum(_aligned(r.nbytes) for r in piece) for piece in cut(regions, filled)]
-        sizes[source] = known[key]
-    return sizes
+        return [sum(_aligned(r.nbytes) for r in regions)]
+    return [sum(map(_aligned, piece)) for piece in cut_bytes(regions, num_steps)]
 
 
-def _message_bytes(part: PackedPart) -> dict[int, int]:
-    """Bytes of the message of each source: the part as it is where one gives all of it, else its regions one after the other."""
-    messages: dict[int, int] = defaultdict(int)
-    for region in part.regions:
-        messages[region.source] += _aligned(region.nbytes)
-    return dict.fromkeys(messages, part.nbytes) if len(messages) == 1 else messages
+def _regions(part: PackedPart) -> tuple[Integers, Integers]:
+    """Ways of the regions of a part, and the bytes that each takes in a message of several."""
+    ways = np.array([region.source for region in part.regions], np.int64)
+    return ways, np.array([_aligned(region.nbytes) for region in part.regions], np.int64)
+
+
+def _have_one_source(kind: Kind, ways: Integers) -> np.ndarray:
+    """By member, whether one source gives all of these ways."""
+    sources = kind.sources[:, ways]
+    return np.asarray((sources == sources[:, :1]).all(axis=1))
+
+
+def _times(count: int, amounts: Integers) -> list[int]:
+    return [count * nbytes for nbytes in amounts.tolist()]
 
 
 def _aligned(nbytes: int) -> int:
@@ -130,37 +158,25 @@ def layerwise_bytes(drawn: Outline, bucket_bytes: int) -> int:
 
     ``bucket_bytes``: of the buckets in which the layerwise sink gets what the direct one may read in one.
     """
-    plan = _as_cut(drawn, bucket_bytes)
-    spans: list[dict[str, tuple[int, int]]] = [{} for _ in plan.destinations]
-    for number, bucket in enumerate(plan.buckets):
-        for copy in bucket.copies:
-            module = _module(copy.destination_buffer)
-            begin, _ = spans[copy.destination].get(module, (number, number))
-            spans[copy.destination][module] = (begin, number)
+    buckets = drawn.buckets if len(drawn.buckets) > 1 else drawn.cut(bucket_bytes)
+    number_of = {t.name: number for number, group in enumerate(buckets) for t in group}
     most = 0
-    for placement, modules in zip(plan.destinations, spans, strict=True):
+    # Those who hold the same take the same.
+    for placement, copies in {(id(k.placement.buffers), id(k.placement.pieces)): (k.placement, k.copies) for k in drawn.kinds}.values():
+        spans: dict[str, tuple[int, int]] = {}
+        for copy in copies:
+            module, number = _module(copy.destination_buffer), number_of[copy.tensor]
+            begin, end = spans.get(module, (number, number))
+            spans[module] = min(begin, number), max(end, number)
         # What each bucket adds to the bytes in progress, and what the one before has freed.
-        change = [0] * (len(plan.buckets) + 1)
+        change: dict[int, int] = defaultdict(int)
         for buffer in placement.buffers:
-            begin, end = modules.get(_module(buffer.name), (0, -1))
+            begin, end = spans.get(_module(buffer.name), (0, -1))
             change[begin] += buffer.size * DTYPE_BYTES[buffer.dtype]
             change[end + 1] -= buffer.size * DTYPE_BYTES[buffer.dtype]
-        most = max(most, *accumulate(change))
+        most = max(most, *accumulate(change[number] for number in sorted(change)))
     return most
 
 
 def _module(buffer: str) -> str:
     return buffer.rpartition(".")[0]
-
-
-def _as_cut(drawn: Outline, bucket_bytes: int) -> Plan:
-    """The same copies, in buckets also where there is one that holds everything."""
-    plan = drawn.plan
-    if len(plan.buckets) > 1:
-        return plan
-    copies: dict[str, list[Copy]] = defaultdict(list)
-    for copy in plan.buckets[0].copies:
-        copies[copy.tensor].append(copy)
-    dtypes = [{b.name: b.dtype for b in p.buffers} for p in plan.destinations]
-    sizes = outlined_holder_bytes(copies, dtypes, drawn.members)
-    return replace(plan, buckets=in_buckets(plan.buckets[0].tensors, copies, sizes, bucket_bytes))

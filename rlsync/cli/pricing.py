@@ -16,7 +16,7 @@ from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, stagin
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
-from rlsync.plan.links import num_steps
+from rlsync.plan.links import LINK_NAMES, link_class, num_steps
 from rlsync.plan.outline import Outline, outline, outlined
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
@@ -124,7 +124,7 @@ def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bo
 
 
 def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, list[str], Callable[[int, int], bool]]:
-    """The plan in outline, the transport of each of its destinations, and whether one reads a staging ring of an actor rank."""
+    """The plan in outline, the transport of each of its kinds, and whether one reads staging rings over a class of links."""
     chosen = transports_of(sides, settings.transport)
     first_of: dict[object, int] = {}
     # Workers of one host that hold the same are one destination, where shared memory serves them.
@@ -134,24 +134,32 @@ def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, lis
     used = set(chosen)
     memory: Memory = "unstable" if settings.offload_weight else "stable"
 
-    def is_read_staged(worker: int, rank: int) -> bool:
-        is_near = sides.actors[rank].location == sides.workers[worker].location
-        return chosen[worker] == "ipc" and is_staged(memory, settings.staging, is_near=is_near)
+    def is_read_staged(worker: int, link: int) -> bool:
+        return chosen[worker] == "ipc" and is_staged(memory, settings.staging, is_near=LINK_NAMES[link] == "same device")
 
-    def takes_room(destination: int, rank: int) -> bool:
-        return fills_buckets(used, is_direct=True, staged=is_read_staged(firsts[destination], rank))
+    def takes_room(destination: int, link: int) -> bool:
+        return fills_buckets(used, is_direct=True, staged=is_read_staged(firsts[destination], link))
 
     tensors = sides.tensors
     actors = [_located(actor, "ipc" in chosen) for actor in sides.actors]
     destinations = [_located(sides.workers[worker], chosen[worker] == "ipc") for worker in firsts]
-    rules: dict[str, Any] = {"bucket_bytes": settings.bucket_bytes, "takes_room": takes_room, "transforms": ("cast",)}
+    rules: dict[str, Any] = {"bucket_bytes": settings.bucket_bytes, "transforms": ("cast",)}
     if by_kind:
-        drawn, kept = outline(tensors, actors, destinations, kind_of=lambda destination: chosen[firsts[destination]], **rules)
+        drawn = outline(
+            tensors, actors, destinations, kind_of=lambda destination: chosen[firsts[destination]], takes_room=takes_room, **rules
+        )
     else:
-        drawn, kept = outlined(build_plan(tensors, actors, destinations, **rules)), tuple(range(len(firsts)))
-    plan = replace(drawn.plan, buckets=tuple(b for b in drawn.plan.buckets if b.copies))
-    workers = [firsts[destination] for destination in kept]
-    return replace(drawn, plan=plan), [chosen[w] for w in workers], lambda destination, rank: is_read_staged(workers[destination], rank)
+        drawn = outlined(
+            build_plan(
+                tensors, actors, destinations,
+                takes_room=lambda destination, rank: takes_room(
+                    destination, link_class(actors[rank].location, destinations[destination].location)
+                ),
+                **rules,
+            )
+        )  # fmt: skip
+    workers = [firsts[kind.members[0]] for kind in drawn.kinds]
+    return drawn, [chosen[worker] for worker in workers], lambda number, link: is_read_staged(workers[number], link)
 
 
 def _located(placement: Placement, by_device: bool) -> Placement:
@@ -169,7 +177,7 @@ def _count(
     is_read_staged: Callable[[int, int], bool],
     began_s: float,
 ) -> Price:
-    moved, parts = drawn.traffic(), lay_out(drawn.plan)
+    moved, parts = drawn.traffic(), [[part for (part,) in lay_out(kind.plan(drawn.buckets))] for kind in drawn.kinds]
     planning_s = time.perf_counter() - began_s
     tensors = sides.tensors
     slot_size, ring_size = ring_bytes(drawn, parts, transports, settings.num_slots)
@@ -195,11 +203,11 @@ def _count(
         received_bytes_per_worker=_range(moved.bytes_by_destination.values()),
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
         workers_by_transport=dict(Counter(transports_of(sides, settings.transport))),
-        num_destinations=sum(map(len, drawn.members)),
+        num_destinations=sum(len(kind.members) for kind in drawn.kinds),
         bytes_same_gpu=same_gpu,
         bytes_same_host=same_host,
         bytes_other_host=other_host,
-        num_buckets=len(drawn.plan.buckets),
+        num_buckets=len(drawn.buckets),
         num_copies=drawn.num_copies,
         slot_bytes=slot_size,
         ring_bytes=ring_size,

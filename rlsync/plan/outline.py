@@ -1,72 +1,133 @@
 """Outlines: plans in which one destination stands for all that are alike, so that thousands of GPUs are counted on paper in seconds.
 
-Two destinations are alike when they hold the same and take it alike: the same boxes, from sources that hold the same, are as far away,
-and change where the other's change. Sources are chosen for each destination, as in any plan; only copies are made for one alone.
+Two destinations are alike when they take the same boxes, cut alike: from whom is a table with a row for each of them, and bytes are
+summed over it. Sources are chosen for each destination, as in any plan; only copies are made for one alone.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from rlsync.layout.geometry import DTYPE_BYTES, Placement, TensorSpec
-from rlsync.plan.links import LINK_NAMES, Traffic, link_class, traffic
-from rlsync.plan.planner import Copy, Plan, copies_of, holder_bytes_of, in_buckets, match
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsync.layout.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
+from rlsync.plan.links import LINK_NAMES, Traffic, link_class
+from rlsync.plan.planner import Bucket, Copy, Matching, Plan, copies_of, match
+
+Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """A plan and whom its destinations stand for.
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """Destinations that are alike. What each takes comes in the same *ways*, numbered from 0.
 
     Attributes:
-        plan: from all sources to one destination of each kind. It has no digest: holders of a connection have other names.
-        members: by destination of the plan, those that it stands for, itself among them: which source each has in the place of one
-            of the plan's.
+        members: the destinations, by their indices.
+        placement: of the first.
+        copies: to any of them, in the order of the tensors; the source of a copy is a way, whose source is meant, its destination 0.
+        sources: the source of each way of each member; (members, ways).
+        links: how far it is, as ``link_class`` says; (members, ways).
+        tensors: the tensor of each way, by its place in the list; (ways).
+        nbytes: of each way in the destination's dtype; (ways).
     """
 
-    plan: Plan
-    members: tuple[tuple[Mapping[int, int], ...], ...]
+    members: tuple[int, ...]
+    placement: Placement
+    copies: tuple[Copy, ...]
+    sources: Integers
+    links: Integers
+    tensors: Integers
+    nbytes: Integers
+
+    def plan(self, buckets: Sequence[Sequence[TensorSpec]]) -> Plan:
+        """The copies in these buckets, to the first member."""
+        by_tensor: dict[str, list[Copy]] = defaultdict(list)
+        for copy in self.copies:
+            by_tensor[copy.tensor].append(copy)
+        rows = tuple(Bucket(tuple(group), tuple(copy for t in group for copy in by_tensor.get(t.name, ()))) for group in buckets)
+        return Plan((), (self.placement,), rows, "")
+
+    def given(self, ways: Integers, amounts: Integers, num_sources: int) -> Integers:
+        """By source, what it gives to all members.
+
+        ``amounts``: of the sources of these ways; of each way, or of each member and way.
+        """
+        sources = self.sources[:, ways]
+        # Sums below 2**53, which doubles hold exactly.
+        return np.bincount(sources.ravel(), weights=np.broadcast_to(amounts, sources.shape).ravel(), minlength=num_sources).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """A plan of all destinations, counted by kind.
+
+    Attributes:
+        tensors: all, in order.
+        sources: all holders that give.
+        kinds: whose members are all destinations.
+        buckets: the tensors of each bucket that holds any copy.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    sources: tuple[Placement, ...]
+    kinds: tuple[Kind, ...]
+    buckets: tuple[tuple[TensorSpec, ...], ...]
 
     @property
     def num_copies(self) -> int:
-        """Of all members."""
-        return sum(len(self.members[copy.destination]) for bucket in self.plan.buckets for copy in bucket.copies)
-
-    def spread(self, destination: int, amounts: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-        """Of amounts that one destination of the plan takes, by source, those of all members, each with its source."""
-        for sources in self.members[destination]:
-            for source, amount in amounts.items():
-                yield sources[source], amount
+        return sum(len(kind.copies) * len(kind.members) for kind in self.kinds)
 
     def traffic(self) -> Traffic:
-        """What all members move. Bytes by destination and redundancy are those of the destinations of the plan."""
-        counted = traffic(self.plan)
+        """What all destinations move. Bytes by destination and redundancy are those of the first member of each kind."""
         by_link = dict.fromkeys(LINK_NAMES, 0)
-        given = [0] * len(self.plan.sources)
-        for destination, amounts in enumerate(self._bytes()):
-            for source, nbytes in amounts.items():
-                link = link_class(self.plan.sources[source].location, self.plan.destinations[destination].location)
-                by_link[LINK_NAMES[link]] += nbytes * len(self.members[destination])
-            for source, nbytes in self.spread(destination, amounts):
-                given[source] += nbytes
-        by_source = {p.holder: nbytes for p, nbytes in zip(self.plan.sources, given, strict=True)}
-        return Traffic(by_link, by_source, counted.bytes_by_destination, counted.redundancy)
+        given = np.zeros(len(self.sources), np.int64)
+        received: dict[str, int] = {}
+        redundancy: dict[str, float] = {}
+        for kind in self.kinds:
+            given += kind.given(np.arange(len(kind.nbytes)), kind.nbytes, len(given))
+            for link, name in enumerate(LINK_NAMES):
+                by_link[name] += int((kind.nbytes * (kind.links == link)).sum())
+            placement = kind.placement
+            items = {b.name: DTYPE_BYTES[b.dtype] for b in placement.buffers}
+            held = sum(piece.box.size * items[piece.buffer] for piece in placement.pieces)
+            received[placement.holder] = int(kind.nbytes.sum())
+            if held:
+                redundancy[placement.holder] = received[placement.holder] / held
+        by_source = {p.holder: int(nbytes) for p, nbytes in zip(self.sources, given, strict=True)}
+        return Traffic(by_link, by_source, received, redundancy)
 
-    def _bytes(self) -> list[dict[int, int]]:
-        """By destination of the plan and source."""
-        item_bytes = [{b.name: DTYPE_BYTES[b.dtype] for b in p.buffers} for p in self.plan.destinations]
-        taken: list[dict[int, int]] = [defaultdict(int) for _ in self.plan.destinations]
-        for bucket in self.plan.buckets:
-            for copy in bucket.copies:
-                taken[copy.destination][copy.source] += copy.size * item_bytes[copy.destination][copy.destination_buffer]
-        return taken
+    def cut(self, bucket_bytes: int) -> tuple[tuple[TensorSpec, ...], ...]:
+        """Buckets for readers that have to be told in parts, where these are one that holds everything."""
+        return _in_buckets(self.tensors, len(self.sources), [(kind, kind.nbytes) for kind in self.kinds], bucket_bytes)
 
 
 def outlined(plan: Plan) -> Outline:
-    """A plan in which every destination stands for itself."""
-    itself = {source: source for source in range(len(plan.sources))}
-    return Outline(plan, tuple((itself,) for _ in plan.destinations))
+    """A plan in which every destination stands for itself, without its digest."""
+    tensors = tuple(t for bucket in plan.buckets for t in bucket.tensors)
+    ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
+    taken: dict[int, list[Copy]] = defaultdict(list)
+    for bucket in plan.buckets:
+        for copy in bucket.copies:
+            taken[copy.destination].append(copy)
+    kinds = []
+    for destination, placement in enumerate(plan.destinations):
+        copies, items = taken[destination], {b.name: DTYPE_BYTES[b.dtype] for b in placement.buffers}
+        kinds.append(
+            Kind(
+                (destination,),
+                placement,
+                tuple(replace(copy, source=way, destination=0) for way, copy in enumerate(copies)),
+                np.array([[copy.source for copy in copies]], np.int64),
+                np.array([[link_class(plan.sources[copy.source].location, placement.location) for copy in copies]], np.int64),
+                np.array([ordinals[copy.tensor] for copy in copies], np.int64),
+                np.array([copy.size * items[copy.destination_buffer] for copy in copies], np.int64),
+            )
+        )
+    return Outline(tensors, plan.sources, tuple(kinds), tuple(b.tensors for b in plan.buckets if b.copies))
 
 
 def outline(
@@ -75,53 +136,149 @@ def outline(
     destinations: Sequence[Placement],
     *,
     bucket_bytes: int | None = None,
-    takes_room: Callable[[int, int], bool] = lambda destination, source: True,
+    takes_room: Callable[[int, int], bool] = lambda destination, link: True,
     transforms: Collection[str] = (),
     kind_of: Callable[[int], Hashable] = lambda destination: None,
-) -> tuple[Outline, tuple[int, ...]]:
-    """What :func:`rlsync.plan.planner.build_plan` plans, and the indices of the destinations that stand for others.
+) -> Outline:
+    """What :func:`rlsync.plan.planner.build_plan` plans, counted by kind.
 
-    ``kind_of``: what else two destinations must have in common. ``takes_room`` may tell sources apart by distance only.
+    ``kind_of``: what else the members of a kind must have in common. ``takes_room``: whether copies to a destination over a link, by its
+    class, count for the size of buckets; alike for all of a kind.
     Raises PlacementError as it does; what is wrong with destinations that are alike may be said of one.
     """
+    tensors = tuple(tensors)
     matching = match(tensors, sources, destinations)
-    kinds: dict[Hashable, list[tuple[int, list[int]]]] = defaultdict(list)
+
+    def room(destination: int) -> Integers:
+        return np.array([takes_room(destination, link) for link in range(len(LINK_NAMES))], np.int64)
+
+    kinds = tuple(_kinds(tensors, matching, transforms, kind_of, room))
+    counted = [(kind, kind.nbytes * room(kind.members[0])[kind.links[0]]) for kind in kinds]
+    present = {copy.tensor for kind in kinds for copy in kind.copies}
+    buckets = _in_buckets(tensors, len(sources), counted, bucket_bytes)
+    return Outline(tensors, tuple(sources), kinds, tuple(group for group in buckets if any(t.name in present for t in group)))
+
+
+def _kinds(
+    tensors: Sequence[TensorSpec],
+    matching: Matching,
+    transforms: Collection[str],
+    kind_of: Callable[[int], Hashable],
+    room: Callable[[int], Integers],
+) -> Iterator[Kind]:
+    placements = matching.destinations.placements
+    ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
+    distances = _Distances(matching.sources.placements)
+    alike: dict[Hashable, list[int]] = defaultdict(list)
     for destination, ways in enumerate(matching.ways):
-        own: dict[int, int] = {}
-        numbers = tuple([own.setdefault(origin[0], len(own)) for _, _, origin in ways])
-        location = destinations[destination].location
-        distances = tuple(link_class(sources[source].location, location) for source in own)
         # Objects that all share who take the same; see `match`.
-        taken = tuple([id(box) for _, box, _ in ways]), tuple([id(origin[1]) for _, _, origin in ways])
-        kinds[kind_of(destination), matching.destinations.kinds[destination], taken, numbers, distances].append((destination, list(own)))
-    firsts = tuple(row[0][0] for row in kinds.values())
-    members = tuple(tuple(dict(zip(row[0][1], own, strict=True)) for _, own in row) for row in kinds.values())
-    chosen = matching.only(firsts)
-    copies = copies_of(chosen, transforms)
-    roomy = {name: [c for c in row if takes_room(firsts[c.destination], c.source)] for name, row in copies.items()}
-    holder_bytes = outlined_holder_bytes(roomy, chosen.destinations.dtypes, members)
-    buckets = in_buckets(tensors, copies, holder_bytes, bucket_bytes)
-    return Outline(Plan(chosen.sources.placements, chosen.destinations.placements, buckets, ""), members), firsts
-
-
-def outlined_holder_bytes(
-    copies: Mapping[str, Sequence[Copy]], dtypes: Sequence[Mapping[str, str]], members: Sequence[Sequence[Mapping[int, int]]]
-) -> dict[str, dict[Hashable, int]]:
-    """As :func:`rlsync.plan.planner.holder_bytes_of`, where ``copies`` go to destinations that stand for ``members``, as in an Outline."""
-    spread: dict[str, dict[Hashable, int]] = {}
-    for name, row in copies.items():
-        by_destination: dict[int, list[Copy]] = defaultdict(list)
+        boxes = tuple([id(box) for _, box, _ in ways]), tuple([id(origin[1]) for _, _, origin in ways])
+        alike[kind_of(destination), matching.destinations.kinds[destination], boxes].append(destination)
+    rows: list[tuple[list[int], Integers, Integers]] = []
+    for members in alike.values():
+        ways = matching.ways[members[0]]
+        table = np.array([[origin[0] for _, _, origin in matching.ways[d]] for d in members], np.int64).reshape(len(members), len(ways))
+        links = distances.of([placements[d].location for d in members], table)
+        patterns = [_coalescing(table, np.array([ordinals[piece.tensor] for piece, _, _ in ways], np.int64))]
+        if len(set(room(members[0]).tolist())) > 1:
+            patterns.append(links)
+        rows += [([members[i] for i in same], table[same], links[same]) for same in _equal_rows(np.concatenate(patterns, axis=1))]
+    firsts = [members[0] for members, _, _ in rows]
+    copies: list[list[Copy]] = [[] for _ in firsts]
+    for row in copies_of(matching.only(firsts), transforms).values():
         for copy in row:
-            by_destination[copy.destination].append(copy)
-        by_holder: dict[Hashable, int] = defaultdict(int)
-        for destination, some in by_destination.items():
-            for holder, nbytes in holder_bytes_of({name: some}, dtypes)[name].items():
-                assert isinstance(holder, tuple)
-                side, index = holder
-                if side == "destination":
-                    by_holder[holder] += nbytes
-                else:
-                    for sources in members[destination]:
-                        by_holder["source", sources[index]] += nbytes
-        spread[name] = by_holder
-    return spread
+            copies[copy.destination].append(copy)
+    for (members, table, links), found in zip(rows, copies, strict=True):
+        ways = matching.ways[members[0]]
+        items = matching.destinations.dtypes[members[0]]
+        # A copy joins ways of one tensor and source, of which the first is as good as any.
+        way_of: dict[tuple[str, int], int] = {}
+        for way, (piece, _, origin) in enumerate(ways):
+            way_of.setdefault((piece.tensor, origin[0]), way)
+        yield Kind(
+            tuple(members),
+            placements[members[0]],
+            tuple(replace(copy, source=way_of[copy.tensor, copy.source], destination=0) for copy in found),
+            table,
+            links,
+            np.array([ordinals[piece.tensor] for piece, _, _ in ways], np.int64),
+            np.array([box.size * DTYPE_BYTES[items[piece.buffer]] for piece, box, _ in ways], np.int64),
+        )
+
+
+def _coalescing(sources: Integers, tensors: Integers) -> Integers:
+    """For each row of ``sources`` what decides which of its ways become one copy: of each way of a tensor that has several, the first of
+    these ways with the same source."""
+    order = np.argsort(tensors, kind="stable")
+    bounds = np.flatnonzero(np.diff(tensors[order])) + 1
+    found = [np.empty((len(sources), 0), np.int64)]
+    for group in np.split(order, bounds):
+        if len(group) > 1:
+            own = sources[:, group]
+            found.append(np.stack([(own == own[:, [i]]).argmax(axis=1) for i in range(len(group))], axis=1))
+    return np.concatenate(found, axis=1)
+
+
+def _equal_rows(table: Integers) -> Iterable[list[int]]:
+    """Indices of rows in groups of equal ones."""
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for index, row in enumerate(np.ascontiguousarray(table)):
+        found[row.tobytes()].append(index)
+    return found.values()
+
+
+class _Distances:
+    """Link classes between sources and destinations, many at a time."""
+
+    def __init__(self, sources: Sequence[Placement]) -> None:
+        numbers: dict[Location | None, int] = {}
+        self._places = np.array([numbers.setdefault(p.location, len(numbers)) for p in sources], np.int64)
+        self._locations = tuple(numbers)
+        self._known: dict[Location | None, Integers] = {}
+
+    def of(self, locations: Iterable[Location | None], sources: Integers) -> Integers:
+        """Of the sources in each row to the location of the row."""
+        table = [self._from_all(location)[self._places[row]] for location, row in zip(locations, sources, strict=True)]
+        return np.stack(table)
+
+    def _from_all(self, location: Location | None) -> Integers:
+        if location not in self._known:
+            self._known[location] = np.array([link_class(each, location) for each in self._locations], np.int64)
+        return self._known[location]
+
+
+def _in_buckets(
+    tensors: Sequence[TensorSpec], num_sources: int, counted: Sequence[tuple[Kind, Integers]], bucket_bytes: int | None
+) -> tuple[tuple[TensorSpec, ...], ...]:
+    """As ``rlsync.plan.buckets.grouped`` cuts them; the members of a kind, which take the same, are one holder.
+
+    ``counted``: kinds, and of each way the bytes that count for the size of a bucket.
+    """
+    if bucket_bytes is None:
+        return (tuple(tensors),)
+    # Holders: sources, then kinds. A row for each tensor and holder.
+    num_holders = num_sources + len(counted)
+    keys, amounts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, (kind, nbytes) in enumerate(counted):
+        first = kind.tensors * num_holders
+        keys += [(first + kind.sources).ravel(), first + num_sources + number]
+        amounts += [np.broadcast_to(nbytes, kind.sources.shape).ravel(), nbytes]
+    rows, where = np.unique(np.concatenate(keys), return_inverse=True)
+    sizes = np.bincount(where, weights=np.concatenate(amounts), minlength=len(rows)).astype(np.int64)
+    rows, sizes = rows[sizes > 0], sizes[sizes > 0]
+    holders = rows % num_holders
+    limits = np.full(num_holders, bucket_bytes, np.int64)
+    np.maximum.at(limits, holders, sizes)
+    bounds = np.searchsorted(rows, np.arange(len(tensors) + 1) * num_holders)
+    groups: list[list[TensorSpec]] = []
+    filled = np.zeros(num_holders, np.int64)
+    for tensor, (begin, end) in zip(tensors, pairwise(bounds.tolist()), strict=True):
+        own, nbytes = holders[begin:end], sizes[begin:end]
+        before = filled[own]
+        if not groups or ((before > 0) & (before + nbytes > limits[own])).any():
+            groups.append([])
+            filled[:] = 0
+            before = np.zeros_like(nbytes)
+        groups[-1].append(tensor)
+        filled[own] = before + nbytes
+    return tuple(map(tuple, groups))

@@ -225,6 +225,42 @@ def cut(regions: Sequence[Region], num_pieces: int) -> tuple[tuple[Region, ...],
     return tuple(map(tuple, pieces))
 
 
+def cut_bytes(regions: Sequence[Region], num_pieces: int) -> list[list[int]]:
+    """Bytes of the regions in each piece that :func:`cut` makes; empty ones at the end may be left out. Makes no pieces of dense regions,
+    of which there are millions where thousands of GPUs are counted."""
+    total = sum(r.nbytes for r in regions)
+    # Pieces have at least half of this, the last one apart.
+    num_pieces = min(num_pieces, 2 * total // LEAST_PIECE_BYTES + 2)
+    piece_bytes = max(LEAST_PIECE_BYTES, -(-total // num_pieces))
+    pieces: list[list[int]] = [[] for _ in range(num_pieces)]
+    at, room = 0, piece_bytes
+    for region in regions:
+        item = DTYPE_BYTES[region.dtype]
+        if len(region.shape) == 1:
+            nbytes, step = region.nbytes, SEGMENT_ALIGNMENT // item * item
+            while nbytes > room and at < num_pieces - 1:
+                here = room - room % step
+                if here:
+                    pieces[at].append(here)
+                nbytes -= here
+                at, room = at + 1, piece_bytes
+            pieces[at].append(nbytes)
+            room -= nbytes
+            continue
+        rest = [region]
+        while rest:
+            first = rest.pop(0)
+            if first.nbytes > room and at < num_pieces - 1:
+                begun, there = divide(first, room // item)
+                pieces[at] += [r.nbytes for r in begun]
+                rest = there + rest
+                at, room = at + 1, piece_bytes
+            else:
+                pieces[at].append(first.nbytes)
+                room -= first.nbytes
+    return pieces
+
+
 def divide(r: Region, size: int) -> tuple[list[Region], list[Region]]:
     """The first ``size`` elements of a region in row-major order, or a few less so that the rest begins aligned, and the rest."""
     if len(r.shape) == 1:

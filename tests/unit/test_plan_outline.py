@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from benchmarks.paper import Experts, place
 from rlsync.cli.pricing import Price, Settings, price_of
 from rlsync.cli.scene import Scene, Sides, set_out
-from rlsync.layout.geometry import Placement
+from rlsync.layout.geometry import Placement, contiguous_strides
 from rlsync.plan import packing
-from rlsync.plan.outline import outline, outlined
-from rlsync.plan.planner import Plan, build_plan
+from rlsync.plan.links import traffic
+from rlsync.plan.outline import Outline, outline, outlined
+from rlsync.plan.planner import Copy, Plan, build_plan
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 96, "intermediate_size": 192, "vocab_size": 331,
@@ -84,13 +85,23 @@ def test_steps_and_shared_rings_are_counted_alike(bucket_bytes: int, monkeypatch
         assert price(sides, True, **options) == price(sides, False, **options)
 
 
-def moved(sources: Any, destination: int, plan: Plan, index: int) -> Counter[tuple[Any, ...]]:
-    """Everything that one destination of a plan is given, bucket by bucket, with ``sources[i]`` in the place of source i."""
+Moved = tuple[int, Copy]
+
+
+def planned(plan: Plan) -> Counter[Moved]:
+    """All copies of a plan, with the number of their bucket among those that hold any."""
+    buckets = [bucket.copies for bucket in plan.buckets if bucket.copies]
+    return Counter((number, copy) for number, copies in enumerate(buckets) for copy in copies)
+
+
+def counted(drawn: Outline) -> Counter[Moved]:
+    """All copies to all members, as an outline has them."""
+    number_of = {t.name: number for number, group in enumerate(drawn.buckets) for t in group}
     return Counter(
-        (number, replace(copy, source=sources[copy.source], destination=destination))
-        for number, bucket in enumerate(plan.buckets)
-        for copy in bucket.copies
-        if copy.destination == index
+        (number_of[copy.tensor], replace(copy, source=int(sources[copy.source]), destination=member))
+        for kind in drawn.kinds
+        for member, sources in zip(kind.members, kind.sources, strict=True)
+        for copy in kind.copies
     )
 
 
@@ -99,41 +110,57 @@ def moved(sources: Any, destination: int, plan: Plan, index: int) -> Counter[tup
 def test_members_take_what_the_plan_of_each_gives_them(sides: Sides, bucket_bytes: int | None) -> None:
     """Copy by copy: boxes, offsets, strides, sources and buckets."""
     plan = build_plan(sides.tensors, sides.actors, sides.workers, bucket_bytes=bucket_bytes)
-    drawn, firsts = outline(sides.tensors, sides.actors, sides.workers, bucket_bytes=bucket_bytes)
-    assert [b.tensors for b in drawn.plan.buckets] == [b.tensors for b in plan.buckets]
-    own = {source: source for source in range(len(sides.actors))}
-    for index, first in enumerate(firsts):
-        assert moved(drawn.members[index][0], first, drawn.plan, index) == moved(own, first, plan, first)
-    expected = Counter(key for d in range(len(sides.workers)) for key in _unnamed(moved(own, 0, plan, d)))
-    found = Counter(key for i, row in enumerate(drawn.members) for sources in row for key in _unnamed(moved(sources, 0, drawn.plan, i)))
-    assert found == expected
-    assert (
-        drawn.num_copies == sum(len(b.copies) for b in plan.buckets)
-        and drawn.traffic().bytes_by_link == outlined(plan).traffic().bytes_by_link
-    )
+    drawn = outline(sides.tensors, sides.actors, sides.workers, bucket_bytes=bucket_bytes)
+    assert drawn.buckets == tuple(b.tensors for b in plan.buckets if b.copies)
+    assert counted(drawn) == planned(plan) == counted(outlined(plan))
+    assert drawn.num_copies == sum(len(b.copies) for b in plan.buckets)
+    found, expected = drawn.traffic(), traffic(plan)
+    assert (found.bytes_by_link, found.bytes_by_source) == (expected.bytes_by_link, expected.bytes_by_source)
+    for kind in drawn.kinds:
+        for member in kind.members:
+            holder = sides.workers[member].holder
+            assert found.bytes_by_destination[kind.placement.holder] == expected.bytes_by_destination[holder]
+            assert found.redundancy[kind.placement.holder] == expected.redundancy[holder]
 
 
-def _unnamed(rows: Counter[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return [(number, copy) for number, copy in rows.elements()]
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 40), max_size=3), st.sampled_from(["bfloat16", "float32", "int8"])), max_size=6),
+    st.integers(1, 9),
+)
+def test_bytes_of_pieces_are_those_of_the_pieces(shapes: list[tuple[list[int], str]], num_pieces: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "LEAST_PIECE_BYTES", 256)
+        regions = [
+            packing.Region(
+                0, "t", 0, "b", 0, contiguous_strides(s), tuple(s), "b", 0, contiguous_strides(s), dtype, 0, contiguous_strides(s)
+            )
+            for s, dtype in shapes
+        ]
+        found, expected = packing.cut_bytes(regions, num_pieces), packing.cut(regions, num_pieces)
+    assert [row for row in found if row] == [[r.nbytes for r in piece] for piece in expected if piece]
 
 
 def test_equal_engines_and_replicas_are_of_few_kinds() -> None:
-    sides = dense({"tp_size": 2, "pp_size": 2, "dp_size": 8}, 4, 64, 8, False)
-    drawn, firsts = outline(sides.tensors, sides.actors, sides.workers)
-    assert len(sides.workers) == 256 == sum(map(len, drawn.members))
-    assert len(firsts) < 32, "the ranks of an engine, and how evenly what is left is divided"
+    """About one for each rank of an engine, whoever its sources are: 2,048 workers are of no more kinds than 256."""
+    for num_engines in (64, 512):
+        sides = dense({"tp_size": 2, "pp_size": 2, "dp_size": 8}, 4, num_engines, 8, False)
+        drawn = outline(sides.tensors, sides.actors, sides.workers)
+        assert len(sides.workers) == 4 * num_engines == sum(len(kind.members) for kind in drawn.kinds)
+        assert 4 <= len(drawn.kinds) < 16, "a rank of an engine, and which of its ways have one source and become one copy"
 
 
 def test_destinations_that_differ_in_anything_are_not_alike() -> None:
     """The negative control: another distance, another content, or whatever the caller tells apart."""
     sides = dense({}, 1, 4, 1, False)
-    assert len(outline(sides.tensors, sides.actors, sides.workers)[1]) == 1
-    assert len(outline(sides.tensors, sides.actors, sides.workers, kind_of=lambda d: d % 2)[1]) == 2
+    assert len(outline(sides.tensors, sides.actors, sides.workers).kinds) == 1
+    assert len(outline(sides.tensors, sides.actors, sides.workers, kind_of=lambda d: d % 2).kinds) == 2
     near = [*sides.workers[:3], replace(sides.workers[3], location=sides.actors[0].location)]
-    assert len(outline(sides.tensors, sides.actors, near)[1]) == 2
+    assert len(outline(sides.tensors, sides.actors, near).kinds) == 1, "the distance is another one of its sources, which are counted"
+    assert len(outline(sides.tensors, sides.actors, near, takes_room=lambda d, link: link == 2).kinds) == 2, "unless buckets depend on it"
     first, *others = sides.workers[3].buffers
     other = replace(sides.workers[3], buffers=(replace(first, has_gaps=True), *others))
-    assert len(outline(sides.tensors, sides.actors, [*sides.workers[:3], other])[1]) == 2
+    assert len(outline(sides.tensors, sides.actors, [*sides.workers[:3], other]).kinds) == 2
 
 
 def test_replicas_share_what_they_hold() -> None:
