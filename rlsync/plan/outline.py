@@ -169,10 +169,11 @@ def _kinds(
     placements = matching.destinations.placements
     ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
     distances = _Distances(matching.sources.placements)
+    origins = _origin_numbers(matching)
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for destination, ways in enumerate(matching.ways):
         # Objects that all share who take the same; see `match`.
-        boxes = tuple([id(box) for _, box, _ in ways]), tuple([id(origin[1]) for _, _, origin in ways])
+        boxes = tuple([id(box) for _, box, _ in ways]), tuple([origins[id(origin[1])] for _, _, origin in ways])
         alike[kind_of(destination), matching.destinations.kinds[destination], boxes].append(destination)
     rows: list[tuple[list[int], Integers, Integers]] = []
     for members in alike.values():
@@ -206,6 +207,18 @@ def _kinds(
         )
 
 
+def _origin_numbers(matching: Matching) -> dict[int, int]:
+    """By identity of a source's piece a number that those share which lie alike in their holders."""
+    numbers: dict[Hashable, int] = {}
+    givers = matching.sources
+    by_kind = dict(zip(givers.kinds, zip(givers.pieces, givers.dtypes, strict=True), strict=True))
+    return {
+        id(piece): numbers.setdefault((piece, dtypes[piece.buffer]), len(numbers))
+        for pieces, dtypes in by_kind.values()
+        for piece in pieces
+    }
+
+
 def _coalescing(sources: Integers, tensors: Integers) -> Integers:
     """For each row of ``sources`` what decides which of its ways become one copy: of each way of a tensor that has several, the first of
     these ways with the same source."""
@@ -231,19 +244,21 @@ class _Distances:
     """Link classes between sources and destinations, many at a time."""
 
     def __init__(self, sources: Sequence[Placement]) -> None:
-        numbers: dict[Location | None, int] = {}
-        self._places = np.array([numbers.setdefault(p.location, len(numbers)) for p in sources], np.int64)
-        self._locations = tuple(numbers)
+        self._sources = sources
+        # Whoever is on a host without sources is equally far from all of them.
+        self._hosts = {None if p.location is None else p.location.host for p in sources}
         self._known: dict[Location | None, Integers] = {}
 
     def of(self, locations: Iterable[Location | None], sources: Integers) -> Integers:
         """Of the sources in each row to the location of the row."""
-        table = [self._from_all(location)[self._places[row]] for location, row in zip(locations, sources, strict=True)]
+        table = [self._from_all(location)[row] for location, row in zip(locations, sources, strict=True)]
         return np.stack(table)
 
     def _from_all(self, location: Location | None) -> Integers:
+        if location is not None and location.host not in self._hosts:
+            location = Location("\0")
         if location not in self._known:
-            self._known[location] = np.array([link_class(each, location) for each in self._locations], np.int64)
+            self._known[location] = np.array([link_class(p.location, location) for p in self._sources], np.int64)
         return self._known[location]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy
 import pytest
 import torch
 
@@ -326,11 +327,16 @@ def test_plan_refuses_what_the_actor_refuses(changes: dict[str, Any], axes: dict
     assert all(any(finding in refusal for refusal in found.refusals) for finding in findings), found.refusals
 
 
-def test_plan_needs_only_msgspec_beside_python(folder: str, tmp_path: Path) -> None:
-    """With this environment's packages out of sight, but for that one."""
+def test_plan_needs_only_msgspec_and_numpy_beside_python(folder: str, tmp_path: Path) -> None:
+    """With this environment's packages out of sight, but for these two."""
     found = tmp_path / "packages"
     found.mkdir()
-    (found / "msgspec").symlink_to(Path(msgspec.__file__).parent)
+    for package in (msgspec, numpy):
+        path = Path(str(package.__file__)).parent
+        # Wheels have their shared libraries beside them.
+        for part in (path, path.with_name(f"{path.name}.libs")):
+            if part.is_dir():
+                (found / part.name).symlink_to(part)
     run = subprocess.run(
         [sys.executable, "-S", "-m", "rlsync.cli", "plan", folder, "--rollout", "tp=2,engines=2"],
         cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{found}"}, capture_output=True, text=True, timeout=HANG_S,
@@ -382,7 +388,7 @@ def test_a_step_folder_says_where_its_model_is(folder: str, tmp_path: Path, caps
 
 
 def test_plan_needs_no_torch_no_vllm_and_no_megatron(folder: str) -> None:
-    absent = "import sys\nfor name in ('torch', 'vllm', 'megatron', 'ray', 'numpy'): sys.modules[name] = None\n"
+    absent = "import sys\nfor name in ('torch', 'vllm', 'megatron', 'ray', 'transformers'): sys.modules[name] = None\n"
     program = f"{absent}from rlsync.cli import main\nsys.exit(main(['plan', {folder!r}, '--json']))"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 0, run.stderr
