@@ -141,8 +141,8 @@ def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_proce
     (tmp_path / "witness.py").write_text(WITNESS)
     (tmp_path / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
     options = [
-        resumable(finished[0], tmp_path), f"reward.reward_type={tmp_path}/witness.py:score", "reward.reward_scale=4", "runner.save_interval=20",
-        f"data.val_data_paths=[{tmp_path}/val.jsonl]", "runner.val_check_interval=1",
+        resumable(finished[0], tmp_path), f"reward.reward_type={tmp_path}/witness.py:score", "reward.reward_scale=4",
+        "runner.save_interval=20", f"data.val_data_paths=[{tmp_path}/val.jsonl]", "runner.val_check_interval=1",
     ]  # fmt: skip
     with started(command, tmp_path, "runner.max_steps=20", *options) as process:
         assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130

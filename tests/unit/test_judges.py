@@ -198,5 +198,5 @@ def test_fields_of_a_row_travel_with_its_problem_where_a_function_takes_them(tmp
     path.write_text('{"prompt": "a", "solutions": "1", "level": 3, "tests": ["x"]}\n{"prompt": "b", "kind": "free"}\n')
     problems = load_problems([str(path)], metadata=True)
     assert [(problem.answers, problem.metadata) for problem in problems] == [(("1",), {"level": 3, "tests": ["x"]}), ((), {"kind": "free"})]
-    with pytest.raises(ConfigError, match="rows.jsonl:2: no field 'solutions'"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: no field 'solutions'"):
         load_problems([str(path)])
