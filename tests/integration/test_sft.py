@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 SCRIPT = [
     "bash", "examples/sft/run_llm_sft.sh", "arithmetic.num_supervised=4096", "arithmetic.num_held_out=60", "arithmetic.max_operand=9",
     "runner.max_epochs=100", "actor.global_batch_size=32", "actor.micro_batch_size=8", "actor.lr_sched.lr_warmup_iters=2",
-    "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30",
+    "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30", "data.val_data_size=120",
+    "data.val_data_paths=[${arithmetic.path}/held_out.jsonl,${arithmetic.path}/supervised.jsonl]",
 ]  # fmt: skip
 WITHOUT_ENGINES = ("validation.generate=False", "~cluster.component_placement.rollout")
 # What a resumed run has to the last bit.
@@ -46,7 +47,7 @@ def test_the_loss_falls_and_everything_is_where_users_look_for_it(finished: tupl
     folder, output = finished
     lines = read_metrics(folder / "run")
     assert [line["step"] for line in lines] == list(range(LAST + 1))
-    assert lines[-1]["train/lm_loss"] < lines[1]["train/lm_loss"] / 2 and lines[-1]["val/loss"] < lines[0]["val/loss"] / 2
+    assert lines[-1]["train/lm_loss"] < lines[1]["train/lm_loss"] / 4 and lines[-1]["val/loss"] < lines[0]["val/loss"]
     assert all(line["train/loss"] == line["train/lm_loss"] and line["train/update_success"] == 1 for line in lines[1:])
     assert all(line[name] > 0 for line in lines[1:] for name in ("time/step", "time/training", "time/data_wait", "perf/throughput"))
     assert {"metrics.jsonl", "config.yaml", "losses.png", "tensorboard", "worker_logs"} <= {p.name for p in (folder / "run").iterdir()}
@@ -56,10 +57,12 @@ def test_the_loss_falls_and_everything_is_where_users_look_for_it(finished: tupl
 
 def test_a_validation_is_what_transformers_says_of_the_checkpoint_of_its_step(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    rows = [json.loads(line) for line in (folder / "world" / "held_out.jsonl").read_text().splitlines()]
+    files = [folder / "world" / name for name in ("held_out.jsonl", "supervised.jsonl")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()][:120]
     found = {line["step"]: (line["val/loss"], line["val/exact_match"]) for line in read_metrics(folder / "run") if "val/loss" in line}
     assert sorted(found) == [0, LAST // 2, LAST]
     models = {0: folder / "world" / "model", LAST: checkpoint(folder, LAST) / "actor" / "hf_model"}
+    assert found[0][1] == 0 and 0.4 < found[LAST][1] < 1, "half of the problems were taught"
     for step, model in models.items():
         assert found[step] == pytest.approx(transformers_validation(model, rows), rel=1e-5), step
 

@@ -1,0 +1,145 @@
+"""What the ranks of ``test_sft_actor`` do; each function runs on every rank, without Ray and without engines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.parallel import destroy_parallel
+from workers.config import SftConfig, load_config
+from workers.model_folder import read_hf_config
+from workers.placement import actor_topology
+from workers.preparation import load_tokenizer
+from workers.sft_actor import SftRank
+from workers.sft_preparation import open_loader
+
+STEPS, BATCH, MICRO = 3, 8, 2
+# A large epsilon keeps Adam from blowing up the rounding differences of gradients near zero.
+OPTIM = {"lr": 2e-3, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
+
+
+def sft_config(world: str, sections: Mapping[str, Mapping[str, Any]]) -> SftConfig:
+    """A configuration around an arithmetic world; ``sections`` are dotted section names to keys that differ."""
+    values: dict[str, Any] = {
+        "cluster": {"component_placement": {"actor": "0-1"}},
+        "runner": {"seq_length": 24, "experiment_name": "sft", "output_dir": str(Path(world).parent)},
+        "data": {
+            "train_data_paths": [f"{world}/supervised.jsonl"], "val_data_paths": [f"{world}/held_out.jsonl"], "answer_key": "response",
+            "apply_chat_template": False, "shuffle": False,
+        },
+        "actor": {
+            "model": {"precision": "fp32", "model_path": f"{world}/model"}, "optim": dict(OPTIM), "megatron": {"mbridge": True},
+            "micro_batch_size": MICRO, "eval_batch_size": 4, "global_batch_size": BATCH,
+        },
+    }  # fmt: skip
+    for section, keys in sections.items():
+        into = values
+        for name in section.split("."):
+            into = into.setdefault(name, {})
+        into.update(keys)
+    return load_config(values, "sft")
+
+
+def start(config: SftConfig) -> SftRank:
+    """A rank that may train, on as many replicas as there are ranks for."""
+    one = actor_topology(config.actor.model, 1)
+    actor = SftRank(config, actor_topology(config.actor.model, int(os.environ["WORLD_SIZE"]) // one.world_size))
+    actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), True)
+    actor.begin(None)
+    return actor
+
+
+def position(config: SftConfig) -> Mapping[str, Any]:
+    return open_loader(config, load_tokenizer(config, read_hf_config(Path(config.model_path), config.model_key))).state_dict()
+
+
+def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> None:
+    """Three steps and a validation in each case: losses, norms, counts and weights are those of transformers and torch's AdamW."""
+    for case in cases:
+        config = sft_config(world, case)
+        actor = start(config)
+        actor.open_data(position(config))
+        found = [actor.train() for _ in range(STEPS)]
+        state, validated = actor.data_state(), actor.validate()
+        trained = dict(actor._bridge.export_weights(actor._models))
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, ([{n: v for n, v in m.items() if not n.startswith("time/")} for m in found], validated))
+        assert all(other == everywhere[0] for other in everywhere), f"{case}: ranks report different metrics"
+        if dist.get_rank() == 0:
+            assert state is not None and state["handed_out"] == STEPS
+            compare(case, config, found, validated, trained)
+        # No rank may close connections while another still asks.
+        destroy_parallel(keep_distributed=True)
+
+
+def compare(
+    case: Any,
+    config: SftConfig,
+    found: Sequence[Mapping[str, float]],
+    validated: Mapping[str, float],
+    trained: Mapping[str, torch.Tensor],
+) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32, attn_implementation="eager").train()
+    decayed, plain = ([p for p in reference.parameters() if (p.dim() > 1) is many] for many in (True, False))
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIM["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+        lr=OPTIM["lr"], eps=OPTIM["adam_eps"], betas=(OPTIM["adam_beta1"], OPTIM["adam_beta2"]),
+    )  # fmt: skip
+    rows = list(tokenized(config, config.data.train_data_paths[0]))
+    for step, metrics in enumerate(found):
+        losses = [token_losses(reference, *row) for row in rows[step * BATCH : (step + 1) * BATCH]]
+        mean = torch.cat(losses).mean()
+        per_microbatch = torch.stack([torch.cat(losses[i : i + MICRO]).mean() for i in range(0, BATCH, MICRO)]).mean()
+        objective = per_microbatch if config.algorithm.loss_agg_func == "micro-batch-mean" else mean
+        adam.zero_grad()
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), OPTIM["clip_grad"])
+        adam.step()
+        wanted = {
+            "train/loss": objective.item(), "train/lm_loss": mean.item(), "train/grad_norm": norm.item(), "train/update_success": 1.0,
+            "train/num_tokens": sum(map(len, losses)), "perf/total_num_tokens": sum(len(p) + len(a) for p, a in rows[:BATCH]),
+        }  # fmt: skip
+        if step:
+            del wanted["perf/total_num_tokens"]
+        for name, value in wanted.items():
+            assert abs(metrics[name] - value) <= 1e-5 * max(1.0, abs(value)), f"{case}, step {step}: {name} {metrics[name]}, wanted {value}"
+    for name, tensor in reference.state_dict().items():
+        if name in trained:
+            torch.testing.assert_close(trained[name].cpu(), tensor, atol=2e-6, rtol=1e-4, msg=f"{case}: {name}")
+    with torch.no_grad():
+        held_out = [token_losses(reference, *row) for row in tokenized(config, config.data.val_data_paths[0])]
+    assert abs(validated["val/loss"] - torch.cat(held_out).mean().item()) <= 1e-5, (case, validated)
+    assert (validated["val/num_tokens"], validated["val/num_examples"]) == (sum(map(len, held_out)), len(held_out))
+    print(f"EQUAL {json.dumps(case)}", flush=True)
+
+
+def tokenized(config: SftConfig, path: str) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and answer of each row in tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+    for row in map(json.loads, Path(path).read_text().splitlines()):
+        yield tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["response"])["input_ids"], tokenizer.eos_token_id]
+
+
+def token_losses(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
+
+
+def meet_a_bad_row(world: str, rows: str) -> None:
+    """A row that one replica cannot use ends all ranks with its file and line, and none waits."""
+    config = sft_config(world, {"data": {"train_data_paths": [rows]}})
+    actor = start(config)
+    actor.open_data(position(config))
+    actor.train()
+    try:
+        actor.train()
+    except ConfigError as error:
+        print(f"SAID {error}", flush=True)

@@ -1,0 +1,46 @@
+"""The actor of supervised fine-tuning, rank by rank, without Ray and engines: steps and validation are transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from workers.synthetic import ArithmeticRecipe, build_world
+
+RANKS = "tests.integration.sft_actor_ranks"
+DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 24}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+# Answers of one to three digits, so that means of microbatches are not the mean.
+RECIPE = ArithmeticRecipe(max_operand=120, num_problems=1, num_supervised=64, num_held_out=5, supervised_noise=0.0, num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft") / "world"
+    build_world(folder, RECIPE)
+    return folder
+
+
+def test_steps_and_validation_equal_transformers_in_every_layout_however_the_batch_is_cut(world: Path) -> None:
+    cases = [
+        {},
+        {"runner": DYNAMIC, "actor.optim": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+        {"algorithm": {"loss_agg_func": "micro-batch-mean"}},
+        {"actor.model": TP2},
+        {"actor.model": PP2, "runner": DYNAMIC},
+        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {"loss_agg_func": "micro-batch-mean"}},
+    ]
+    outputs = run_ranks(2, RANKS, "train_as_transformers", cases=cases, world=str(world))
+    assert outputs[0].count("EQUAL") == len(cases), outputs[0]
+
+
+def test_a_bad_row_of_one_replica_is_one_error_on_all_ranks(world: Path, tmp_path: Path) -> None:
+    rows = (world / "supervised.jsonl").read_text().splitlines()[:24]
+    rows[15] = json.dumps({"prompt": "1+1="})  # the second replica's in the second step
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    for output in run_ranks(2, RANKS, "meet_a_bad_row", world=str(world), rows=str(tmp_path / "rows.jsonl")):
+        assert "rows.jsonl:16: no field 'response'" in output.split("SAID ")[1], output
