@@ -115,6 +115,11 @@ class RowFiles:
         except BadRow as reason:
             return file.where(inside), reason
 
+    def where(self, row: int) -> str:
+        """File and row for people."""
+        file, inside = self._locate(row)
+        return file.where(inside)
+
     def folder(self, row: int) -> Path:
         """Where the row's file lies, from which paths in it are meant."""
         return self._locate(row)[0].path.parent

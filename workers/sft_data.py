@@ -99,9 +99,15 @@ class Drawn:
 
 
 class ExampleSource(Protocol):
-    """Where examples come from. An item says everything that one example is made of, wherever that is done."""
+    """Where examples come from. An item says everything that one example is made of, wherever that is done.
+
+    Attributes:
+        num_items: in an epoch.
+        notes: what the user should know about the data.
+    """
 
     num_items: int
+    notes: tuple[str, ...]
 
     def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[Any]:
         """The ``num_items`` items of an epoch, in an order that depends on (seed, epoch) only."""
@@ -298,7 +304,7 @@ class RowExamples:
     ) -> None:
         self._files, self._form, self._encode = files, form, encode
         self._skips = {False: on_bad_sample == "skip", True: on_too_long == "skip"}
-        self.num_items = len(files)
+        self.num_items, self.notes = len(files), ()
 
     def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[Integers]:
         return _RowItems(self._files.order(epoch, shuffle=shuffle, seed=seed), epoch, seed, substitutes=any(self._skips.values()))
@@ -433,6 +439,11 @@ class SftLoader:
     @property
     def batches_per_epoch(self) -> int:
         return self._order.batches_per_epoch
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the data."""
+        return self._source.notes
 
     @property
     def num_bad(self) -> int:

@@ -14,9 +14,10 @@ from rlsync.errors import ConfigError
 from rlsync.models import model_of
 from workers.config import SftConfig
 from workers.model_folder import read_hf_config
+from workers.packed_text import PackedDocuments
 from workers.pictures import PictureProcessor, load_picture_processor
 from workers.preparation import prepare_model, restore_position, stop_ids
-from workers.resume import Beginning
+from workers.resume import Beginning, run_folder
 from workers.row_files import RowFiles
 from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, LeftOut, RowExamples, SftExample, SftLoader, SftQuestion
 from workers.sft_rows import row_form
@@ -51,7 +52,7 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     """
     notes, hf_config, tokenizer = prepare_model(config, beginning)
     loader = open_loader(config, tokenizer)
-    notes += restore_position(loader, beginning)
+    notes += (*loader.notes, *restore_position(loader, beginning))
     questions: tuple[SftQuestion, ...] = ()
     if config.data.val_data_paths:
         held_out = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
@@ -80,6 +81,9 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
         apply_chat_template=data.apply_chat_template,
         train_on_generation_prompt=data.train_on_generation_prompt,
     )
+    if data.type == "text":
+        index = run_folder(config) / "tokens"
+        return PackedDocuments(RowFiles(paths), rows, tokenizer, form.max_length, on_bad_sample=data.on_bad_sample, index=index)
     return RowExamples(
         RowFiles(paths),
         row_form(data),

@@ -588,13 +588,15 @@ class SftAlgorithmConfig:
 class SftDataConfig:
     """``data`` of an SFT run: examples with prompt and answer."""
 
-    type: Literal["llm", "chat", "vlm"] = key(
-        "llm", "form of the rows: prompt and answer; a list of messages; a question about pictures, with or without choices"
+    type: Literal["llm", "chat", "vlm", "text"] = key(
+        "llm",
+        "form of the rows: prompt and answer; a list of messages; a question about pictures, with or without choices; a document of "
+        "continued pretraining, which is packed",
     )
     train_data_paths: tuple[str, ...] = key(doc="files and folders with the training rows")
     val_data_paths: tuple[str, ...] = key((), "files and folders with the rows of the validation; `eval_data_paths` is taken too")
     val_data_size: int | None = key(None, "use only the first this many rows of the validation; null: all", min=1)
-    prompt_key: str = key("prompt", "field with the prompt, the question or the messages")
+    prompt_key: str = key("prompt", "field with the prompt, the question, the messages or the text")
     answer_key: str = key("response", "field with the answer")
     choice_key: str | None = key(None, "vlm: field with the choices, of which the answer names one; null: none")
     image_keys: tuple[str, ...] = key((), "fields with pictures")

@@ -1,0 +1,78 @@
+"""Claims about packed documents: every token of an epoch in its order, whatever is cut where."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlsync.errors import ConfigError
+from workers.packed_text import PackedDocuments
+from workers.row_files import RowFiles
+from workers.sft_data import SftLoader
+from workers.sft_rows import RowForm
+from workers.synthetic import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+TEXT = RowForm("text", "text", "answer")
+
+
+def documents(tmp_path: Path, count: int = 40) -> str:
+    random = np.random.default_rng(0)
+    rows = [{"text": "".join(random.choice(list("0123456789+="), int(random.integers(1, 60))))} for _ in range(count)]
+    rows[3] = {"text": "12" * 200}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "a.jsonl")
+
+
+def source(path: str, length: int = 16, **given: Any) -> PackedDocuments:
+    return PackedDocuments(RowFiles([path]), TEXT, TOKENIZER, length, **{"on_bad_sample": "error", **given})
+
+
+def test_examples_are_the_documents_one_behind_the_other_cut_at_one_length(tmp_path: Path) -> None:
+    path = documents(tmp_path)
+    found = source(path)
+    batches = list(SftLoader(found, 1, num_epochs=2, seed=5))
+    stream = [token for batch in batches for token in batch[0].token_ids]
+    texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+    expected: list[int] = []
+    for epoch in range(2):
+        order = RowFiles([path]).order(epoch, shuffle=True, seed=5)
+        tokens = list(chain.from_iterable([*TOKENIZER(texts[row])["input_ids"], TOKENIZER.eos_token_id] for row in order))
+        expected += tokens[: len(tokens) // 16 * 16]
+    assert stream == expected
+    assert all(batch[0].loss_mask == (False,) + (True,) * 15 for batch in batches)
+
+
+def test_a_packed_loader_continues_at_the_exact_batch(tmp_path: Path) -> None:
+    path = documents(tmp_path)
+    whole = list(SftLoader(source(path), 4, num_epochs=3))
+    first = SftLoader(source(path), 4, num_epochs=3)
+    head = list(islice(first, 9))
+    second = SftLoader(source(path), 4, num_epochs=3, num_workers=1)
+    second.load_state_dict(first.state_dict())
+    assert head + list(second) == whole
+
+
+def test_documents_are_counted_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = documents(tmp_path)
+    whole = list(SftLoader(source(path, index=tmp_path / "index"), 4))
+    monkeypatch.setattr(PackedDocuments, "_count", lambda self: pytest.fail("counted again"))
+    assert list(SftLoader(source(path, index=tmp_path / "index"), 4)) == whole
+    assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_documents_that_cannot_be_used_are_named_before_anything_starts(tmp_path: Path) -> None:
+    path = documents(tmp_path)
+    with Path(path).open("a") as stream:
+        stream.write('{"txt": "1"}\n{"text": ""}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl:41: no field 'text'; it has 'txt'.*\n.*a\.jsonl:42: field 'text' is empty"):
+        source(path)
+    skipped = source(path, on_bad_sample="skip")
+    assert skipped.num_items == source(documents(tmp_path)).num_items and "left out 2 bad samples" in skipped.notes[0]
+    with pytest.raises(ConfigError, match=r"tokens together, and an example has runner\.seq_length \(100000\)"):
+        source(documents(tmp_path), length=100000)

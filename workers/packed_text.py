@@ -1,0 +1,156 @@
+"""Documents of continued pretraining, packed into examples of one length without padding or prompt.
+
+Documents follow each other in the order of the epoch, each with its end-of-sequence token behind it, and are cut every ``seq_length``
+tokens: a document may go on in the next example, and attention reaches over the end of one, as the token there says. How many tokens
+each document has is found out once and kept beside the run, so that where an example begins is arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlsync.errors import ConfigError
+from workers.problems import BadSamples, OnBadSample
+from workers.row_files import BadRow, Integers, RowFiles
+from workers.sft_data import Drawn, LeftOut, SftExample
+from workers.sft_rows import RowForm, document
+
+# Documents that are tokenised at once when they are counted.
+_AT_ONCE = 512
+# Documents of which a process keeps the tokens: one that is longer than an example is asked for by several.
+_KEPT = 8
+
+
+class Piece(NamedTuple):
+    """Tokens ``begin`` to ``end`` of the document in a row."""
+
+    row: int
+    begin: int
+    end: int
+
+
+class PackedDocuments:
+    """An example every ``length`` tokens of the documents; what remains at the end of an epoch is dropped.
+
+    Args:
+        index: folder that keeps the number of tokens of each document, for the other processes of the run and for a resume; None: each
+            process counts them.
+
+    Attributes:
+        notes: on documents that were left out.
+
+    Raises:
+        ConfigError: the tokenizer cannot end a document, there are fewer tokens than an example has, or documents that cannot be used
+            are not to be skipped.
+    """
+
+    def __init__(
+        self, files: RowFiles, form: RowForm, tokenizer: Any, length: int, *, on_bad_sample: OnBadSample, index: Path | None = None
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no eos_token, which tells where a document ends")
+        self._files, self._form, self._tokenizer, self._length = files, form, tokenizer, length
+        self._kept: OrderedDict[int, list[int]] = OrderedDict()
+        self._counts = self._read_counts(index)
+        bad = BadSamples()
+        for row in np.flatnonzero(self._counts == 0)[:100].tolist():
+            where, content = files.read(row)
+            try:
+                document(content, form)
+            except BadRow as reason:
+                bad.add(where, str(reason))
+        self.notes = bad.settle(on_bad_sample)
+        self.num_tokens = int(self._counts.sum())
+        self.num_items = self.num_tokens // length
+        if self.num_items == 0:
+            raise ConfigError(f"the documents have {self.num_tokens} tokens together, and an example has runner.seq_length ({length})")
+
+    def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[tuple[Piece, ...]]:
+        order = self._files.order(epoch, shuffle=shuffle, seed=seed)
+        return _Cuts(order, np.cumsum(self._counts[order]), self._length, self.num_items)
+
+    def draw(self, item: tuple[Piece, ...]) -> Drawn:
+        token_ids: list[int] = []
+        for piece in item:
+            try:
+                token_ids += self._tokens(piece.row)[piece.begin : piece.end]
+            except BadRow as reason:
+                return Drawn(None, (LeftOut(self._files.where(piece.row), str(reason), too_long=False),))
+        first, last = self._files.where(item[0].row), self._files.where(item[-1].row)
+        if len(token_ids) != self._length:
+            return Drawn(None, (LeftOut(first, "the document has other tokens than when it was counted", too_long=False),))
+        where = first if first == last else f"{first} to {last}"
+        return Drawn(SftExample(tuple(token_ids), (False,) + (True,) * (self._length - 1), None, None, where))
+
+    def fingerprint(self) -> str:
+        return self._files.fingerprint()
+
+    def _tokens(self, row: int) -> list[int]:
+        if row in self._kept:
+            self._kept.move_to_end(row)
+        else:
+            self._kept[row] = self._tokenized([document(self._files.read(row)[1], self._form)])[0]
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[row]
+
+    def _tokenized(self, texts: list[str]) -> list[list[int]]:
+        end = self._tokenizer.eos_token_id
+        return [ids if ids[-1:] == [end] else [*ids, end] for ids in self._tokenizer(texts)["input_ids"]] if texts else []
+
+    def _read_counts(self, index: Path | None) -> Integers:
+        """Tokens of each document; 0 for those that cannot be used."""
+        if index is None:
+            return self._count()
+        vocabulary = len(self._tokenizer)
+        path = index / f"tokens-{self._files.fingerprint()}-{vocabulary}.npy"
+        if path.is_file():
+            found: Integers = np.load(path)
+            if found.shape == (len(self._files),):
+                return found
+        counts = self._count()
+        index.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, counts)
+        partial.rename(path)
+        return counts
+
+    def _count(self) -> Integers:
+        counts = np.zeros(len(self._files), np.int64)
+        for first in range(0, len(self._files), _AT_ONCE):
+            rows, texts = [], []
+            for row in range(first, min(len(self._files), first + _AT_ONCE)):
+                try:
+                    texts.append(document(self._files.read(row)[1], self._form))
+                    rows.append(row)
+                except BadRow:
+                    continue
+            counts[rows] = [len(ids) for ids in self._tokenized(texts)]
+        return counts
+
+
+class _Cuts(Sequence[tuple[Piece, ...]]):
+    """The pieces of each example of an epoch. ``ends``: tokens up to the end of each document in the order of the epoch."""
+
+    def __init__(self, order: Integers, ends: Integers, length: int, num_items: int) -> None:
+        self._order, self._ends, self._length, self._num_items = order, ends, length, num_items
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def __getitem__(self, place: Any) -> Any:
+        begin, stop, pieces = place * self._length, (place + 1) * self._length, []
+        at = int(np.searchsorted(self._ends, begin, side="right"))
+        while begin < stop:
+            start = int(self._ends[at - 1]) if at else 0
+            end = min(stop, int(self._ends[at]))
+            if end > begin:
+                pieces.append(Piece(int(self._order[at]), begin - start, end - start))
+            begin, at = end, at + 1
+        return tuple(pieces)
