@@ -32,6 +32,7 @@ from workers.model_folder import (
     read_hf_config,
     token_ids,
 )
+from workers.pictures import open_picture
 from workers.placement import ComponentPlacement, components_of, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
@@ -40,10 +41,12 @@ from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
 from workers.reward import unreadable_references
 from workers.row_files import BadRow, RowFiles, find_files
-from workers.sft_rows import conversation, row_form
+from workers.sft_rows import Conversation, check_row, row_form
 from workers.validation import validates, validation_notes
 
 _FIRST_ROWS = 200
+# Rows of each file whose pictures are opened.
+_FIRST_PICTURES = 8
 # Lines are counted for the number of steps where a file is not larger than this.
 _MAX_COUNTED_BYTES = 2**28
 # An array is read as a whole, for which there is no time where a file is larger than this.
@@ -248,19 +251,25 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
     num_rows: int | None = 0
     for path in config.data_paths:
         files = None if _will_be_made(config, Path(path)) else report.take("data", find_files, [path])
-        if files is not None and sum(file.stat().st_size for file in files) > _MAX_COUNTED_BYTES:
+        if files is not None and sum(file.stat().st_size for file in files if file.suffix != ".parquet") > _MAX_COUNTED_BYTES:
             report.notes.append(f"{path} is read by the run: files of that size take too long here")
             files = None
         rows: RowFiles | None = None if files is None else report.take("data", RowFiles, [path])
-        for where, content in () if rows is None else map(rows.read, range(min(_FIRST_ROWS, len(rows)))):
+        for row in range(0 if rows is None else min(_FIRST_ROWS, len(rows))):
+            assert rows is not None
+            where, content = rows.read(row)
             try:
-                conversation(content, form)
+                found = check_row(content, form)
+                if isinstance(found, Conversation) and row < _FIRST_PICTURES:
+                    for reference in found.images:
+                        open_picture(reference, rows.folder(row))
             except BadRow as reason:
                 bad.add(where, str(reason))
         if path in data.train_data_paths:
             num_rows = None if num_rows is None or rows is None else num_rows + len(rows)
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
     batch, most = config.actor.global_batch_size or 1, config.runner.max_steps
+    num_rows = None if data.type == "text" else num_rows  # documents are packed
     if num_rows is not None and num_rows < batch and most != 0 and not report.findings:
         report.found(
             "data",

@@ -1,7 +1,8 @@
 """Pictures of data rows: from what a row says to RGB pixels, and from pixels to a vision tower's patches.
 
 Pixels are those that vLLM makes of a picture in a request: turned as its EXIF data says, what is transparent on white. Patches are
-made by the model folder's own image processor of transformers. Knows neither Ray nor Megatron.
+made by the model folder's own image processor of transformers, which is imported when one is loaded, so that ``workers.check`` may open
+pictures. Knows neither Ray nor Megatron.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
 
 from rlsync.errors import ConfigError
 from workers.row_files import BadRow
@@ -123,6 +123,8 @@ def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int
     Raises:
         ConfigError: the folder has none, or one of another kind.
     """
+    from transformers import AutoImageProcessor
+
     limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
     try:
         found = AutoImageProcessor.from_pretrained(folder, backend="pil", **limits)

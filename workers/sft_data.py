@@ -304,7 +304,8 @@ class RowExamples:
     ) -> None:
         self._files, self._form, self._encode = files, form, encode
         self._skips = {False: on_bad_sample == "skip", True: on_too_long == "skip"}
-        self.num_items, self.notes = len(files), ()
+        self.num_items = len(files)
+        self.notes: tuple[str, ...] = ()
 
     def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[Integers]:
         return _RowItems(self._files.order(epoch, shuffle=shuffle, seed=seed), epoch, seed, substitutes=any(self._skips.values()))

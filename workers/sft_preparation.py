@@ -56,7 +56,7 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     questions: tuple[SftQuestion, ...] = ()
     if config.data.val_data_paths:
         held_out = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
-        questions = _questions(config, held_out) if config.validation.generate else ()
+        questions = _questions(config, held_out) if config.validation.generate and isinstance(held_out, RowExamples) else ()
     return SftPreparation(
         hf_config,
         tokenizer,
@@ -69,7 +69,7 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     )
 
 
-def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, substitutes: bool = True) -> RowExamples:
+def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, substitutes: bool = True) -> RowExamples | PackedDocuments:
     """The examples of data files.
 
     Args:
@@ -83,7 +83,7 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
     )
     if data.type == "text":
         index = run_folder(config) / "tokens"
-        return PackedDocuments(RowFiles(paths), rows, tokenizer, form.max_length, on_bad_sample=data.on_bad_sample, index=index)
+        return PackedDocuments(RowFiles(paths), row_form(data), tokenizer, form.max_length, on_bad_sample=data.on_bad_sample, index=index)
     return RowExamples(
         RowFiles(paths),
         row_form(data),

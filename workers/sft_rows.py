@@ -79,6 +79,11 @@ def conversation(row: Any, form: RowForm) -> Conversation:
     return _READERS[form.type](_object(row), form)
 
 
+def check_row(row: Any, form: RowForm) -> Conversation | str:
+    """What a row of any type holds. Raises BadRow."""
+    return document(row, form) if form.type == "text" else conversation(row, form)
+
+
 def document(row: Any, form: RowForm) -> str:
     """The text of a row of ``type: text``. Raises BadRow."""
     found = _object(row)

@@ -182,6 +182,8 @@ def _sft(config: SftConfig) -> Iterator[str]:
             yield f"rollout.{name} ({getattr(rollout, name)}) belongs to a reasoning run; leave it out"
     if config.validation.generate and not config.data.val_data_paths:
         yield "validation.generate=True needs data.val_data_paths, whose prompts the engines answer"
+    if config.validation.generate and config.data.type == "text":
+        yield "validation.generate=True needs questions, and data.type text has none; its validation has a loss only"
     if config.validation.generate and config.runner.val_check_interval <= 0:
         yield f"validation.generate=True needs runner.val_check_interval ({config.runner.val_check_interval}) above 0"
     if config.validation.generate and config.validation.max_new_tokens >= config.runner.seq_length:
