@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -66,6 +67,8 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "qwen3":
         return Qwen3Config(**{"head_dim": 32, **fields})
+    if family == "mistral":
+        return MistralConfig(**{"head_dim": 32, "sliding_window": None, **fields})
     if family == "mixtral":
         return MixtralConfig(**{"head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 3, **fields})
     if family == "qwen2_moe":

@@ -164,8 +164,7 @@ def check_model(config: AnyConfig, report: Report) -> None:
     if len(report.findings) == before and topology is not None:
         for text in check_config(hf_config, topology):
             report.found("model", f"{where}: {text}")
-    stretch = 1.0 if model.rope.interpolation is None else model.rope.interpolation
-    if config.runner.seq_length > model.max_positions * stretch:
+    if config.runner.seq_length > model.rope.reach(model.max_positions):
         report.found(
             "model",
             f"runner.seq_length ({config.runner.seq_length}) exceeds max_position_embeddings ({model.max_positions}) of {where}; "

@@ -5,6 +5,7 @@ Owns what the topology, the dtype and this machine decide. Knows no family: what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,11 @@ def model_config(
     if findings:
         raise ConfigError("; ".join(findings))
     settings |= checked_overrides(overrides or {}, decided=settings, structure=structure, topology=topology)
+    transformer = _build(settings)
+    if model.rope.yarn is not None:
+        _multiply_rotations(transformer, model.rope.yarn.attention_factor)
     return ModelConfig(
-        transformer=_build(settings),
+        transformer=transformer,
         vocab_size=model.dims["vocab"],
         padded_vocab_size=model.padded_vocab(topology.tp_size, make_vocab_size_divisible_by),
         max_sequence_length=model.max_positions,
@@ -163,6 +167,16 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
+
+
+def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:
+    """Have Megatron's attention multiply cosines and sines by ``factor``.
+
+    It computes the factor as ``(0.1 mscale log scaling + 1) / (0.1 mscale_all_dim log scaling + 1)`` from three attributes that are no
+    fields of TransformerConfig (``yarn_rotary_pos_embedding.py`` of 0.16): with a scaling of e and no second term mscale gives any factor.
+    """
+    attributes: Any = transformer
+    attributes.yarn_rotary_scaling_factor, attributes.yarn_mscale, attributes.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
 
 
 def _build(settings: Mapping[str, Any]) -> TransformerConfig:

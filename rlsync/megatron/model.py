@@ -28,7 +28,7 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour, Part, check_parts, model_of
-from rlsync.models.rope import Rope
+from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
 _LAYER_LISTS = ("decoder.layers.",)
 # Names of experts within a layer, one by one (SequentialMLP) and grouped (TEGroupedMLP), around the number on this rank.
@@ -237,26 +237,43 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         parallel_output=True,
         vp_stage=vp_stage,
     )
-    if config.rope.llama3 is not None:
-        # GPTModel(rope_scaling=True) knows one set of llama3 constants only (rotary_pos_embedding.py of 0.16).
-        inverse = llama3_inverse_frequencies(config.rope, config.transformer.kv_channels)
+    if config.rope.llama3 is not None or config.rope.yarn is not None:
+        # GPTModel(rope_scaling=True) knows one set of llama3 constants only (rotary_pos_embedding.py of 0.16), and its yarn blends over
+        # other pairs than transformers'.
+        inverse = inverse_frequencies(config.rope, config.transformer.kv_channels)
         chunk.rotary_pos_emb.inv_freq = inverse.to(compute_device())
     chunk.unpadded_vocab_size = config.vocab_size
     chunk.tower_parts = config.tower_parts
     return chunk.to(compute_device())
 
 
-def llama3_inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """Inverse frequencies of a llama3-scaled rotary embedding: (head_dim / 2,) float32 on the CPU.
-
-    The share of the unscaled frequency rises linearly in 1 / wavelength, from 0 at ``original / low_freq_factor`` to 1 at
-    ``original / high_freq_factor``; the rest is the frequency divided by ``factor``.
-    """
-    assert rope.llama3 is not None, "llama3_inverse_frequencies needs a llama3-scaled rope"
-    scaling = rope.llama3
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies of a rotary embedding of one dimension, rescaled where its type says so: (head_dim / 2,) float32 on the CPU."""
     plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if rope.llama3 is not None:
+        return _llama3(rope.llama3, plain)
+    return plain if rope.yarn is None else _yarn(rope.yarn, rope.theta, plain)
+
+
+def _llama3(scaling: Llama3Scaling, plain: torch.Tensor) -> torch.Tensor:
+    """The share of the unscaled frequency rises linearly in 1 / wavelength, from 0 at ``original / low_freq_factor`` to 1 at
+    ``original / high_freq_factor``; the rest is the frequency divided by ``factor``."""
     rotations = scaling.original_max_position_embeddings * plain / (2 * math.pi)
     share = ((rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return (1 - share) * plain / scaling.factor + share * plain
+
+
+def _yarn(scaling: YarnScaling, theta: float, plain: torch.Tensor) -> torch.Tensor:
+    """The share of the unscaled frequency falls linearly over the pairs, from 1 at the last that turns ``beta_fast`` times within the
+    original length to 0 at the first that turns ``beta_slow`` times (equation 23 of arXiv 2309.00071, with whole pairs)."""
+    pairs = len(plain)
+
+    def pair_of(turns: float) -> float:
+        return 2 * pairs * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = max(math.floor(pair_of(scaling.beta_fast)), 0), min(math.ceil(pair_of(scaling.beta_slow)), 2 * pairs - 1)
+    width = last - first if last != first else 0.001
+    share = 1 - ((torch.arange(pairs, dtype=torch.float32) - first) / width).clamp(0.0, 1.0)
     return (1 - share) * plain / scaling.factor + share * plain
 
 

@@ -14,6 +14,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
 from rlsync.models.llama import LLAMA
+from rlsync.models.mistral import MISTRAL
 from rlsync.models.mixtral import MIXTRAL
 from rlsync.models.placement import indivisible
 from rlsync.models.qwen2 import QWEN2
@@ -25,7 +26,7 @@ from rlsync.models.qwen3_vl import QWEN3_VL
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_mrope, read_rope
 from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 
 __all__ = [
     "FAMILIES",

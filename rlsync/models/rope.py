@@ -6,6 +6,7 @@ refuses what it and an engine would read in two ways. Plain numbers; the frequen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,11 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+# Numbers that a type may leave out, and what transformers puts in their place; None: computed.
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+OPTIONAL: Mapping[str, Mapping[str, float | None]] = {"yarn": _YARN}
 # Keys of config.json that this module reads.
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -51,6 +56,18 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): pairs that turn more than ``beta_fast`` times within the original length are kept, those that turn less than
+    ``beta_slow`` times are stretched by ``factor``, those between blended; cosines and sines are multiplied by ``attention_factor``."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary embedding of one model, over all dimensions of a head.
 
@@ -58,6 +75,7 @@ class Rope:
         theta: base of the frequencies.
         interpolation: positions are divided by it (type "linear"); None otherwise.
         llama3: frequencies are rescaled (type "llama3"); None otherwise.
+        yarn: frequencies are rescaled and scores sharpened (type "yarn"); None otherwise.
         mrope_section: pairs of a head that turn with time, height and width of a position; None where positions have one dimension.
         mrope_interleaved: the pairs go by turns (t h w t h w ... t t), not in one block each.
     """
@@ -65,8 +83,15 @@ class Rope:
     theta: float
     interpolation: float | None = None
     llama3: Llama3Scaling | None = None
+    yarn: YarnScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     mrope_interleaved: bool = False
+
+    def reach(self, max_positions: int) -> float:
+        """Longest sequence, in tokens, of a model of ``max_positions``."""
+        if self.yarn is not None:
+            return max(max_positions, self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max_positions * (1.0 if self.interpolation is None else self.interpolation)
 
 
 def read_rope(config: HFConfig, *, max_positions: int | None = None, kind: RopeKind = RopeKind()) -> tuple[Rope | None, list[str]]:
@@ -108,7 +133,9 @@ def _read(
         findings.append(f"{name} has rope_type {shown(kind)} and type {shown(nested['type'])}; keep the one that is meant")
     if not isinstance(kind, str) or kind not in types:
         return None, [*findings, f"{name} asks for rope type {shown(kind)}; supported are {', '.join(types)}"]
-    foreign = sorted(key for key, value in nested.items() if key not in (*_COMMON, *types[kind]) and value is not None)
+    optional = {} if family.mrope else OPTIONAL.get(kind, {})
+    known = (*_COMMON, *types[kind], *optional, *(("truncate",) if optional else ()))
+    foreign = sorted(key for key, value in nested.items() if key not in known and value is not None)
     if foreign:
         findings.append(
             f"{name} of rope type {kind} holds {', '.join(foreign)}, which that type does not have; remove it, or name its type"
@@ -124,6 +151,9 @@ def _read(
         if key in nested and key in config and nested[key] != config[key]:
             findings.append(f"{key} is {shown(config[key])}, and {shown(nested[key])} in {name}; keep one of them")
     numbers |= {key: nested.get(key, numbers.get(key)) for key in ("rope_theta", *(() if family.mrope else types[kind]))}
+    numbers |= {key: nested[key] for key in optional if nested.get(key) is not None}
+    if nested.get("truncate", True) is not True:
+        findings.append(f"truncate of {name} is {shown(nested['truncate'])}; it must be true: the blended pairs are whole ones")
     for key, value in numbers.items():
         right = is_whole(value) if key == "original_max_position_embeddings" else is_number(value)
         if value is None:
@@ -176,4 +206,21 @@ def _rope(kind: str, numbers: Mapping[str, Any]) -> Rope:
     if kind == "llama3":
         factor, low, high, original = (numbers[key] for key in TYPES["llama3"])
         return Rope(theta, llama3=Llama3Scaling(float(factor), float(low), float(high), int(original)))
+    if kind == "yarn":
+        return Rope(theta, yarn=_yarn(numbers))
     return Rope(theta)
+
+
+def _yarn(numbers: Mapping[str, Any]) -> YarnScaling:
+    """As transformers' ``_compute_yarn_parameters``, without its tensors."""
+    factor, given = float(numbers["factor"]), {**_YARN, **numbers}
+
+    def sharpened(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = given["attention_factor"]
+    if attention is None:
+        both = given["mscale"] is not None and given["mscale_all_dim"] is not None
+        attention = sharpened(given["mscale"]) / sharpened(given["mscale_all_dim"]) if both else sharpened(1.0)
+    fast, slow = float(given["beta_fast"]), float(given["beta_slow"])
+    return YarnScaling(factor, int(numbers["original_max_position_embeddings"]), fast, slow, float(attention))

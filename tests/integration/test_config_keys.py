@@ -16,6 +16,7 @@ from tests.models import VOCAB_SIZE, save_tiny_model
 from tests.ranks import run_ranks
 
 # name -> family, changes of the tiny model, changes of its config.json (None removes a key), topology.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, int]]] = {
     "swish": ("qwen3", {}, {"hidden_act": "swish"}, {"tp_size": 2}),
@@ -35,6 +36,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, int]]] = {
         "llama", {}, {"rope_parameters": None, "rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, {"tp_size": 2},
     ),
     "llama3 of the longest position": ("llama", {"max_position_embeddings": 128}, {"rope_parameters": LLAMA3}, {"tp_size": 2}),
+    "yarn": ("qwen2", {}, {"rope_parameters": {**YARN, "rope_theta": 1e4}}, {"tp_size": 2}),
+    "yarn with a factor of its own, as transformers 4 spells it": (
+        "qwen3", {}, {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {**YARN, "attention_factor": 1.3}}, {"tp_size": 2},
+    ),
+    "mistral": ("mistral", {}, {}, {"tp_size": 2}),
     "no rope at all": ("qwen3", {}, {"rope_parameters": None}, {"tp_size": 2}),
     "two uneven stages, interleaved": (
         "qwen3", {"num_hidden_layers": 6}, {}, {"pp_size": 2, "vpp_size": 2, "first_stage_layers": 2, "last_stage_layers": 4},

@@ -101,7 +101,7 @@ def test_one_dtype_rules_parameters_and_pipeline(dtype):
 
 def test_an_unknown_architecture_lists_the_known_ones():
     with pytest.raises(
-        ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are LlamaForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM"
+        ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM"
     ):
         config(QWEN3 | {"architectures": ["GPT2LMHeadModel"]})
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"} < set(supported_architectures())
@@ -111,7 +111,7 @@ def test_an_unknown_architecture_lists_the_known_ones():
     ("hf", "said"),
     [
         (LLAMA | {"attention_bias": True}, "attention_bias is true; for LlamaForCausalLM it must be absent"),
-        (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, 'rope type "yarn"; supported are'),
+        (QWEN3 | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}}, 'rope type "longrope"; supported are'),
         (
             QWEN3 | {"hidden_act": "gelu", "vocab_size": None},
             'hidden_act is "gelu".*vocab_size is null|vocab_size is null.*hidden_act is "gelu"',

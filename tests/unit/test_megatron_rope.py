@@ -10,12 +10,13 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rlsync.megatron.model import llama3_inverse_frequencies
+from rlsync.megatron.model import inverse_frequencies
 from rlsync.models.rope import DEFAULT_THETA, Llama3Scaling, Rope
 from rlsync.models.rope import read_rope as read
 
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA32 = {**LLAMA31, "factor": 32.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 UNLIKE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 6.0, "original_max_position_embeddings": 512}
 
 
@@ -62,7 +63,11 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor of config.json is 0.5; it must be 1"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of rope_parameters is 0.5"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor of rope_scaling is 0.25"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 'rope_parameters asks for rope type "yarn"; supported are'),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, 'rope_parameters asks for rope type "longrope"; supported are'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, '"yarn" but gives no factor'),
+        ({"rope_parameters": {**YARN, "truncate": False}}, "truncate of rope_parameters is false"),
+        ({"rope_parameters": {**YARN, "beta_fast": "32"}}, 'beta_fast of rope_parameters is "32"'),
+        ({"rope_parameters": {**YARN, "low_freq_factor": 1.0}}, "holds low_freq_factor, which that type does not have"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 'rope_scaling asks for rope type "dynamic"'),
         ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}}, 'rope_type "default" and type "mrope"'),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "holds mrope_section"),
@@ -115,7 +120,7 @@ def test_what_is_accepted_means_what_it_means_to_transformers(config):
         expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
     rope = read_rope(config, max_positions=4096)
     if rope.llama3 is not None:
-        ours = llama3_inverse_frequencies(rope, 32)
+        ours = inverse_frequencies(rope, 32)
     else:
         ours = 1 / rope.theta ** (torch.arange(0, 32, 2) / 32) / (1 if rope.interpolation is None else rope.interpolation)
     torch.testing.assert_close(ours, expected, rtol=3e-7, atol=0)
@@ -130,7 +135,7 @@ def test_the_default_base_is_that_of_transformers():
 def test_llama3_frequencies_are_those_of_transformers(scaling, head_dim):
     theirs = LlamaConfig(head_dim=head_dim, rope_parameters={**scaling, "rope_theta": 5e5}, max_position_embeddings=131072)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
-    ours = llama3_inverse_frequencies(read_rope(theirs.to_dict()), head_dim)
+    ours = inverse_frequencies(read_rope(theirs.to_dict()), head_dim)
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours, expected, rtol=3e-7, atol=0)
 
@@ -140,7 +145,32 @@ def test_megatron_alone_would_be_wrong_for_other_constants():
     from megatron.core.models.common.embeddings import RotaryEmbedding
 
     theirs = RotaryEmbedding(128, 1.0, rotary_base=500000, rope_scaling=True, rope_scaling_factor=8.0, use_cpu_initialization=True)
-    ours = llama3_inverse_frequencies(read_rope({"rope_theta": 5e5, "rope_scaling": LLAMA31}), 128)
+    ours = inverse_frequencies(read_rope({"rope_theta": 5e5, "rope_scaling": LLAMA31}), 128)
     torch.testing.assert_close(theirs.inv_freq, ours, rtol=3e-7, atol=0)
-    other = llama3_inverse_frequencies(read_rope({"rope_theta": 5e5, "rope_scaling": {**LLAMA31, "high_freq_factor": 8.0}}), 128)
+    other = inverse_frequencies(read_rope({"rope_theta": 5e5, "rope_scaling": {**LLAMA31, "high_freq_factor": 8.0}}), 128)
     assert ((theirs.inv_freq - other).abs() / other).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        YARN,
+        {**YARN, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0, "beta_slow": 2.0},
+        {**YARN, "attention_factor": 0.75},
+        {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
+        {**YARN, "factor": 0.5},
+    ],
+)
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_yarn_frequencies_and_factor_are_those_of_transformers(scaling, head_dim):
+    theirs = Qwen2Config(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters={"rope_theta": 1e6, **scaling})
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    rope = read_rope(theirs.to_dict(), max_positions=theirs.max_position_embeddings)
+    assert rope.yarn.attention_factor == pytest.approx(factor)
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim), expected, rtol=1e-6, atol=0)
+
+
+def test_yarn_reaches_further_than_the_positions_of_the_config():
+    assert read_rope({"rope_parameters": YARN}).reach(128) == 256.0
+    assert read_rope({"rope_parameters": LINEAR}).reach(128) == 256.0
+    assert read_rope({}).reach(128) == 128

@@ -17,6 +17,7 @@ import pytest
 from transformers import (
     GenerationConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -36,7 +37,7 @@ from tests.deadlines import HANG_S
 
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
-    "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
+    "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -49,13 +50,14 @@ SHARED = {
 LLAMA = {**SHARED, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 QWEN2 = {**SHARED, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**SHARED, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MISTRAL = {**SHARED, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 MIXTRAL = {**SHARED, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 QWEN2_MOE = {
     **SHARED, **_EXPERTS, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96,
 }  # fmt: skip
 QWEN3_MOE = {**SHARED, **_EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
-TEXT = (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -165,6 +167,7 @@ def test_defaults_are_those_of_transformers_class(family, kind, keys):
 
 # What transformers' defaults lack: sections of a position, which engines go by, and a tower as wide as the language model.
 LEAST = {
+    "mistral": {"sliding_window": None},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
@@ -207,6 +210,7 @@ REFUSALS = [
     (QWEN3, "layer_types", ["full_attention", "sliding_attention", "full_attention", "full_attention"], "must be a list of full_attention"),
     (QWEN3, "layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers 4"),
     (QWEN3, "layer_types", "full_attention", 'layer_types is "full_attention"'),
+    (MISTRAL, "sliding_window", 4096, "sliding_window is 4096; for MistralForCausalLM it must be null"),
     (MIXTRAL, "sliding_window", 4096, "sliding_window is 4096"),
     (MIXTRAL, "router_jitter_noise", 0.1, "the actor routes without noise"),
     (MIXTRAL, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
@@ -256,12 +260,12 @@ REFUSALS = [
     (QWEN3, "pad_token_id", 131, "pad_token_id is 131; the vocabulary has 131 tokens"),
     (LLAMA, "model_type", "mistral", 'model_type is "mistral", but architectures is LlamaForCausalLM, whose model_type is "llama"'),
     (QWEN3, "model_type", None, "model_type is null"),
-    (QWEN3, "architectures", ["MistralForCausalLM"], "unknown architecture MistralForCausalLM"),
+    (QWEN3, "architectures", ["GemmaForCausalLM"], "unknown architecture GemmaForCausalLM"),
     (QWEN3, "architectures", None, "unknown architecture null"),
     (QWEN3, "architectures", "Qwen3ForCausalLM", 'unknown architecture "Qwen3ForCausalLM"'),
     (QWEN3, "architectures", ["Own", "Qwen3ForCausalLM"], "unknown architecture"),
     (QWEN3, "partial_rotary_factor", 0.5, "partial_rotary_factor of config.json is 0.5"),
-    (QWEN3, "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, 'rope type "yarn"'),
+    (QWEN3, "rope_scaling", {"rope_type": "longrope", "factor": 4.0}, 'rope type "longrope"'),
 ]  # fmt: skip
 
 
@@ -286,7 +290,7 @@ VISION_REFUSALS = [
     (QWEN2_5_VL, "text_config.head_dim", 64, "hidden_size 128 is not num_attention_heads 4 x head_dim 64"),
     (FLAT, "head_dim", 64, "hidden_size 3584 is not num_attention_heads 28 x head_dim 64"),
     (FLAT, "use_sliding_window", True, "use_sliding_window is true"),
-    (FLAT, "rope_scaling", {"type": "yarn", "factor": 4.0}, 'rope type "yarn"; supported are default, mrope'),
+    (FLAT, "rope_scaling", {"type": "longrope", "factor": 4.0}, 'rope type "longrope"; supported are default, mrope'),
     (QWEN3_VL, "text_config.attention_bias", True, "text_config.attention_bias is true"),
     (QWEN2_5_VL, "hidden_size", 256, "hidden_size is 256 beside text_config, whose hidden_size is 128"),
     (QWEN3_VL, "rms_norm_eps", 1e-6, "rms_norm_eps is 1e-06 beside text_config"),
