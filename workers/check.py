@@ -30,6 +30,7 @@ from workers.model_folder import (
     check_tokenizer_size,
     read_generation_config,
     read_hf_config,
+    text_config,
     token_ids,
 )
 from workers.pictures import open_picture
@@ -206,7 +207,7 @@ def check_tokenizer(config: AnyConfig, report: Report) -> None:
         return
     hf_config = report.take("model", read_hf_config, model, config.model_key)
     if hf_config is not None:
-        report.take("model", token_ids, hf_config.get("eos_token_id"), f"eos_token_id of {model / 'config.json'}")
+        report.take("model", token_ids, text_config(hf_config).get("eos_token_id"), f"eos_token_id of {model / 'config.json'}")
     generation = report.take("model", read_generation_config, model)
     if generation is not None:
         report.take("model", token_ids, generation.get("eos_token_id"), f"eos_token_id of {model / 'generation_config.json'}")
@@ -421,7 +422,7 @@ def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSampl
     if (hf_path / "config.json").is_file():
         hf_config = report.take("model", read_hf_config, hf_path, config.model_key) or {}
         size = tokenizer.get_vocab_size(with_added_tokens=False)
-        report.take("tokenizer", check_tokenizer_size, size, hf_config.get("vocab_size"), path.parent)
+        report.take("tokenizer", check_tokenizer_size, size, text_config(hf_config).get("vocab_size"), path.parent)
     tokenizer.no_truncation()
     encoded = tokenizer.encode_batch([f"{problem.prompt}{config.data.prompt_suffix}" for problem in texts], add_special_tokens=False)
     rows = [encoding.ids for encoding in encoded]

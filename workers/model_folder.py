@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     """Content of a model folder's generation_config.json; empty where there is none. Raises ConfigError."""
     path = folder / "generation_config.json"
     return read_json_object(path) if path.is_file() else {}
+
+
+def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says about the language model: an object of its own in those of vision-language models, else all of it."""
+    found = hf_config.get("text_config")
+    return found if isinstance(found, Mapping) else hf_config
 
 
 def token_ids(value: Any, where: str) -> list[int]:

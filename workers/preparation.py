@@ -19,7 +19,14 @@ from rlsync.models import check_config, model_of
 from workers.config import AnyConfig, RunConfig, validate_model
 from workers.config.validate import raise_all
 from workers.data import Prompt, PromptDataset, PromptForm, PromptLoader
-from workers.model_folder import check_tokenizer_files, check_tokenizer_size, read_generation_config, read_hf_config, token_ids
+from workers.model_folder import (
+    check_tokenizer_files,
+    check_tokenizer_size,
+    read_generation_config,
+    read_hf_config,
+    text_config,
+    token_ids,
+)
 from workers.picture_world import PictureRecipe, build_picture_world
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
@@ -196,5 +203,5 @@ def stop_ids(config: AnyConfig, hf_config: Mapping[str, Any], tokenizer: Any) ->
     folder = Path(config.model_path)
     found = token_ids(tokenizer.eos_token_id, "the tokenizer's eos_token_id")
     found += token_ids(read_generation_config(folder).get("eos_token_id"), f"eos_token_id of {folder / 'generation_config.json'}")
-    found += token_ids(hf_config.get("eos_token_id"), f"eos_token_id of {folder / 'config.json'}")
+    found += token_ids(text_config(hf_config).get("eos_token_id"), f"eos_token_id of {folder / 'config.json'}")
     return tuple(dict.fromkeys(found))

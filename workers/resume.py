@@ -215,11 +215,11 @@ def check_model(beginning: Beginning, hf_config: Mapping[str, Any], key: str) ->
     """Raise CheckpointError where ``config.json``, in the folder that ``key`` names, describes another model than the checkpoint's."""
     if beginning.saved is None:
         return
-    then, now = beginning.saved["hf_config"], _plain(hf_config)
+    then, now = dict(_leaves(beginning.saved["hf_config"])), dict(_leaves(_plain(hf_config)))
     different = [
         f"{key} {then.get(key)} then, {now.get(key)} now"
         for key in sorted(then.keys() | now.keys())
-        if key not in _SAME_MODEL and then.get(key) != now.get(key)
+        if key.rpartition(".")[2] not in _SAME_MODEL and then.get(key) != now.get(key)
     ]
     if different:
         raise CheckpointError(

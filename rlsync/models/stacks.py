@@ -145,9 +145,6 @@ class Vision:
         video_token_id: the same for videos.
         vision_start_token_id: comes before the tokens of a picture or video.
         vision_end_token_id: comes after them.
-        depth: blocks of the tower.
-        hidden_size: of its blocks.
-        out_hidden_size: of a merged patch, which is the language model's.
         patch_size: height and width of a patch, in pixels.
         temporal_patch_size: frames in a patch; a picture is repeated to fill them.
         spatial_merge_size: so many patches in height and in width become one token.
@@ -161,9 +158,6 @@ class Vision:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    depth: int
-    hidden_size: int
-    out_hidden_size: int
     patch_size: int
     temporal_patch_size: int
     spatial_merge_size: int

@@ -119,8 +119,7 @@ def vision_of(tower: str, values: Mapping[str, Any], config: Mapping[str, Any]) 
     """The tower of a family: transformers' class (module:class), values of the family's keys, the content of ``vision_config``."""
     return Vision(
         **{name: values[name] for name in _PICTURE_TOKENS},
-        **{name: values[f"vision_{name}"] for name in ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size")},
-        spatial_merge_size=values["vision_spatial_merge_size"],
+        **{name: values[f"vision_{name}"] for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")},
         in_channels=3,
         deepstack_visual_indexes=tuple(values.get("vision_deepstack_visual_indexes", ())),
         config=config,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.deadlines import HANG_S
+from tests.unit.test_models_config import QWEN3_VL
 from workers.check import GRPO_CHECKS, Report, check_run
 from workers.config import RunConfig
 from workers.config.schema import dotted_keys
@@ -161,6 +162,26 @@ def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> 
     weights.write_bytes(whole)
     edit(own / "model/config.json", num_hidden_layers=4, layer_types=["full_attention"] * 4, max_window_layers=4)
     assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in texts(check(own, monkeypatch))
+
+
+def test_a_vision_language_model_is_checked_before_anything_starts(own, monkeypatch) -> None:
+    """Negative control: the same run without what is refused has no such findings."""
+    (own / "model/config.json").write_text(json.dumps(QWEN3_VL))
+    layout = {"precision": "fp32", "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+
+    def said(**model: Any) -> str:
+        return texts(check(own, monkeypatch, actor={"model": {**layout, **model}}))
+
+    refusal = "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error"
+    assert refusal in said(apply_rope_fusion=True)
+    found = said()
+    assert refusal not in found
+    assert "deepstack_visual_indexes [0, 2, 3] go into language layers 0 to 2, and the first pipeline stage holds 2 of 4 layers" in found
+    assert "decoder_first_pipeline_num_layers" in found
+    assert "deepstack" not in said(decoder_first_pipeline_num_layers=3, decoder_last_pipeline_num_layers=1)
+    assert "does not fit Qwen3VLForConditionalGeneration: missing" in found, "its weights are looked at as well"
+    frozen = {f"freeze_{part}": True for part in ("language_model", "vision_model", "vision_projection")}
+    assert "freeze all of Qwen3VLForConditionalGeneration" in said(**frozen)
 
 
 def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:

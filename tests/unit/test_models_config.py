@@ -379,7 +379,7 @@ def test_a_vision_config_means_what_it_means_to_transformers(hf):
     assert ours.rope.theta == theirs.text_config.rope_parameters["rope_theta"]
     assert ours.vision is not None
     tower = theirs.vision_config
-    for name in ("depth", "hidden_size", "out_hidden_size", "patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
+    for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
         assert getattr(ours.vision, name) == getattr(tower, name), name
     assert ours.vision.deepstack_visual_indexes == tuple(getattr(tower, "deepstack_visual_indexes", ()))
     assert (ours.vision.image_token_id, ours.vision.vision_end_token_id) == (theirs.image_token_id, theirs.vision_end_token_id)

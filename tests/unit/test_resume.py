@@ -65,6 +65,7 @@ def test_settings_that_hold_from_now_on_are_listed_with_both_sides(world, tmp_pa
     [
         ({"data": {"rollout_batch_size": 8}}, r"data\.rollout_batch_size 4 -> 8.*remove .*data\.pt to start the data from the beginning"),
         ({"actor": {"optim": {"use_distributed_optimizer": False}}}, r"use_distributed_optimizer True -> False.*no_load_optim=True"),
+        ({"model": {"freeze_vision_model": True}}, r"actor\.model\.freeze_vision_model False -> True.*no_load_optim=True"),
         ({"model": {"precision": "bf16"}}, r"actor\.model\.precision fp32 -> bf16.*start a new run from .*actor/hf_model"),
     ],
 )
@@ -90,6 +91,15 @@ def test_another_model_and_another_number_of_ranks_are_refused_with_both_sides(w
     check_ranks(found, 2)
     with pytest.raises(CheckpointError, match=r"saved by 2 actor ranks, cluster\.component_placement gives this run 4"):
         check_ranks(found, 4)
+
+
+def test_another_tower_is_another_model_and_another_dtype_inside_is_not(world, tmp_path, saved) -> None:  # noqa: F811
+    hf_config = {"text_config": {"hidden_size": 128, "dtype": "float32"}, "vision_config": {"depth": 4}}
+    write_settings(saved, config(world, tmp_path), hf_config, 2)
+    found = begun(world, tmp_path)
+    check_model(found, {**hf_config, "text_config": {"hidden_size": 128, "dtype": "bfloat16"}}, "actor.model.model_path")
+    with pytest.raises(CheckpointError, match=r"another model than actor\.model\.model_path: vision_config\.depth 4 then, 5 now"):
+        check_model(found, {**hf_config, "vision_config": {"depth": 5}}, "actor.model.model_path")
 
 
 def test_auto_that_finds_nothing_says_so(world, tmp_path) -> None:  # noqa: F811
