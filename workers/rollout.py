@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
-from workers.config import AnyConfig, RunConfig
+from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.metrics import device_memory_gb, host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
@@ -44,10 +44,11 @@ class RolloutEngine(EngineActor):
             ) from error
 
 
-def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False) -> dict[str, Any]:
+def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False, takes_pictures: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM.
 
-    ``can_sleep`` puts their memory where it can be given back. Raises ConfigError for what vLLM cannot do without GPUs.
+    ``can_sleep`` puts their memory where it can be given back; ``takes_pictures``: the model does, for which vLLM needs the tokenizer.
+    Raises ConfigError for what vLLM cannot do without GPUs.
     """
     rollout, vllm = config.rollout, config.rollout.vllm
     # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
@@ -64,7 +65,7 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         "dtype": _DTYPES[rollout.model.precision],
         # Real weights only where they are compared with the first sync; else they would be read twice.
         "load_format": "auto" if rollout.validate_weight else "dummy",
-        "skip_tokenizer_init": not rollout.detokenize,
+        "skip_tokenizer_init": not (rollout.detokenize or takes_pictures),
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": rollout.distributed_executor_backend if rollout.tensor_parallel_size > 1 else None,
         "enforce_eager": rollout.enforce_eager,
@@ -78,6 +79,10 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         # Temperature included, so that they can be compared with the actor's.
         "logprobs_mode": "processed_logprobs",
     }
+    if takes_pictures and isinstance(config, SftConfig):
+        # Otherwise an engine would see other pictures than the actor is trained on.
+        limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
+        wanted["mm_processor_kwargs"] = {name: value for name, value in limits.items() if value is not None} or None
     if can_sleep:
         wanted["enable_sleep_mode"] = True
     if on_gpu:

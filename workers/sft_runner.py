@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlsync.engine.handles import PicturePrompt
 from workers.config import SftConfig
 from workers.metrics import largest
 from workers.metrics_log import LOSSES
@@ -65,7 +66,8 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
             "stop_token_ids": list(self._prepared.stop_ids),
             "detokenize": self._config.rollout.detokenize,
         }
-        groups = self._group.generate([question.prompt_ids for question in questions], sampling, None)
+        prompts = [PicturePrompt(q.prompt_ids, q.images) if q.images else q.prompt_ids for q in questions]
+        groups = self._group.generate(prompts, sampling, None)
         texts = tokenizer.batch_decode([list(group[0].token_ids) for group in groups], skip_special_tokens=True)
         if self._config.rollout.print_outputs:
             self._screen.note(f"{tokenizer.decode(list(questions[0].prompt_ids))!r} -> {texts[0]!r}, not {questions[0].answer!r}")

@@ -9,20 +9,23 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
 
-from rlsync.engine.handles import Completion
+from rlsync.engine.handles import Completion, Prompt
 from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, plan_colocation
 from workers.config import AnyConfig, actor_topology, validate_world
 from workers.metrics import largest
+from workers.model_folder import read_hf_config
 from workers.placement import components_of, resolve_placement
 from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
@@ -46,7 +49,12 @@ class WorkerGroup:
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
         self.colocation_plan = plan_colocation(config, self._placement.mode, on_gpu=cluster.num_gpus > 0)
-        self._arguments = engine_arguments(config, on_gpu=cluster.num_gpus > 0, can_sleep=self.colocation_plan.sleep_level > 0)
+        self._arguments = engine_arguments(
+            config,
+            on_gpu=cluster.num_gpus > 0,
+            can_sleep=self.colocation_plan.sleep_level > 0,
+            takes_pictures=model_of(read_hf_config(Path(config.model_path), config.model_key)).vision is not None,
+        )
         self._num_replaced = 0
 
     @property
@@ -148,10 +156,8 @@ class WorkerGroup:
         """Memory metrics, each the maximum over ranks, engines or devices; lost workers are left out."""
         return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], ENGINE_STATE_S))
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], seeds: Sequence[int] | None
-    ) -> list[tuple[Completion, ...]]:
-        """Completions of all prompts (token ids), each by one engine; ``seeds`` has one seed per prompt."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None) -> list[tuple[Completion, ...]]:
+        """Completions of all prompts, each by one engine; ``seeds`` has one seed per prompt."""
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
         timeout_s = self._config.rollout.timeout_s

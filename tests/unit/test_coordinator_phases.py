@@ -95,3 +95,19 @@ def test_versions_only_grow() -> None:
     run.finish()
     run.tell("a0", m.Start(2, 5))
     assert "not newer than 5" in run.error().cause
+
+
+def test_nobody_fills_before_rank_0_has_said_whether_what_is_frozen_is_sent() -> None:
+    """Its word counts, whatever the other ranks believe."""
+    run = Run()
+    for attempt, without in ((1, False), (2, True)):
+        before = len(run.sent[b"a1"])
+        run.tell("a1", m.Start(attempt, attempt, not without))
+        assert run.sent[b"a1"][before:] == []
+        run.tell("a0", m.Start(attempt, attempt, without))
+        assert run.last("a0") == run.last("a1") == m.Writable(attempt, 2, without_frozen=without)
+        for rank in range(2):
+            run.tell(f"w{rank}", m.Joined(attempt, attempt))
+        assert run.last("w0") == m.Ready(attempt, 0, without_frozen=without)
+        run.transfer(attempt)
+        run.finish(attempt)

@@ -8,6 +8,7 @@ import pytest
 
 from rlsync.errors import ConfigError
 from tests.unit.test_config import minimal
+from tests.unit.test_sft_config import minimal as minimal_sft
 from workers.config import load_config
 from workers.rollout import engine_arguments
 
@@ -34,3 +35,12 @@ def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> N
     named = {"kv_cache_memory_bytes": 2**33}
     assert arguments(on_gpu=True, vllm=named)["kv_cache_memory_bytes"] == 2**33
     assert "kv_cache_memory_bytes" not in {**arguments(on_gpu=True), **arguments(on_gpu=False, vllm=named)}
+
+
+def test_an_engine_that_takes_pictures_has_its_tokenizer_and_the_limits_of_pixels_of_the_actor() -> None:
+    """vLLM makes no processor without one."""
+    assert arguments(on_gpu=False)["skip_tokenizer_init"] is True
+    config = load_config(minimal_sft(data={"max_pixels": 3136}), "sft")
+    taken = engine_arguments(config, on_gpu=False, takes_pictures=True)
+    assert (taken["skip_tokenizer_init"], taken["mm_processor_kwargs"]) == (False, {"max_pixels": 3136})
+    assert "mm_processor_kwargs" not in engine_arguments(load_config(minimal_sft(), "sft"), on_gpu=False, takes_pictures=True)
