@@ -197,8 +197,8 @@ def draw_picture(shape: str, colour: str, digit: str, draw: random.Random) -> Im
     ground = tuple(draw.randint(215, 250) for _ in range(3))
     image = Image.new("RGB", size, ground)
     radius = draw.randint(24, 27)
-    # On the grid of patches, nearly: a tower as small as this one learns digits slowly where they may lie anywhere.
-    x, y = (draw.randrange(_CELL, side - _CELL + 1, _PATCH) + draw.randint(-1, 1) for side in size)
+    # On the grid of patches: a tower as small as this one learns digits slowly where they may lie anywhere.
+    x, y = (draw.randrange(_CELL, side - _CELL + 1, _PATCH) for side in size)
     canvas = ImageDraw.Draw(image)
     fill = tuple(max(0, min(255, part + draw.randint(-20, 20))) for part in COLOURS[colour])
     if shape == "circle":
