@@ -67,12 +67,14 @@ class SftQuestion:
     Attributes:
         prompt_ids: tokens up to the answer; a picture's placeholder stands once.
         images: RGB pictures in the order of their placeholders.
+        question: text of the last turn before the answer.
         answer: what is expected.
         where: file and row.
     """
 
     prompt_ids: tuple[int, ...]
     images: tuple[Image, ...]
+    question: str
     answer: str
     where: str
 
@@ -193,7 +195,9 @@ class ExampleEncoder:
         else:
             token_ids, mask = self._plain(found)
             prompt_ids = token_ids[: mask.index(True)]
-        return SftQuestion(tuple(prompt_ids), tuple(open_picture(image, folder) for image in found.images), found.answer, where)
+        images = tuple(open_picture(image, folder) for image in found.images)
+        asked = found.messages[last - 1].text if last else ""
+        return SftQuestion(tuple(prompt_ids), images, asked, found.answer, where)
 
     def _patches(self, found: Conversation, folder: Path) -> Patches | None:
         if not found.images:

@@ -50,6 +50,11 @@ class Message:
     parts: tuple[Part, ...]
     in_loss: bool
 
+    @property
+    def text(self) -> str:
+        """What it says, without its pictures."""
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
     def as_template_input(self) -> dict[str, Any]:
         """As chat templates get it: a string where the turn has no picture, because many know nothing else."""
         if all(part["type"] == "text" for part in self.parts):
@@ -70,8 +75,7 @@ class Conversation:
     @property
     def answer(self) -> str:
         """Text of the last turn that is learned."""
-        last = [message for message in self.messages if message.in_loss][-1]
-        return "".join(part["text"] for part in last.parts if part["type"] == "text")
+        return [message for message in self.messages if message.in_loss][-1].text
 
 
 def conversation(row: Any, form: RowForm) -> Conversation:

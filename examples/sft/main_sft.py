@@ -22,6 +22,11 @@ def run(config: SftConfig) -> None:
     from workers.sft_runner import SftRunner
 
     SftRunner(config).run()
+    if config.pictures is not None:
+        from workers.contact_sheet import write_contact_sheet
+
+        sheet = write_contact_sheet(config)
+        print(f"what the saved model answers to held-out pictures: {sheet}" if sheet is not None else "no checkpoint was saved to be asked")
 
 
 if __name__ == "__main__":
