@@ -44,6 +44,7 @@ LONGEST = tuple(
         "integration/test_bench",
         "integration/test_gloo_hosts",
         "integration/test_actor",
+        "integration/test_sft",
         "integration/test_sinks",
         "integration/test_engine_state_hash",
         "integration/test_recorder",

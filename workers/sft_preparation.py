@@ -140,11 +140,11 @@ def val_examples(config: SftConfig, source: ExampleSource, places: Iterable[int]
 
 def _questions(config: SftConfig, source: RowExamples) -> tuple[SftQuestion, ...]:
     """The prompts of the validation that engines can be asked, with their answers."""
-    found, most = [], config.runner.seq_length - 1
+    found, items = [], source.items(0, shuffle=False, seed=0)
     for row in range(num_val_examples(config, source)):
-        asked = source.question(row)
-        if isinstance(asked, SftQuestion) and len(asked.prompt_ids) > most:
-            asked = LeftOut(asked.where, f"its prompt has {len(asked.prompt_ids)} tokens, and an example at most {most + 1}", too_long=True)
+        # What makes no example, for its length or its pictures, is no question either.
+        drawn = source.draw(items[row])
+        asked = source.question(row) if drawn.example is not None else drawn.left_out[-1]
         if isinstance(asked, SftQuestion):
             found.append(asked)
         else:

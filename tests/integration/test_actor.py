@@ -153,7 +153,7 @@ def test_a_rank_comes_up_without_asking_for_a_gpu():
         "import torch; asked = []",
         "def spy(name): return lambda *a, **k: (asked.append(name), False)[1]",
         "for name in ('is_available', 'device_count', 'current_device', '_lazy_init'): setattr(torch.cuda, name, spy(name))",
-        "import workers.grpo_actor",
+        "import workers.grpo_actor, workers.sft_actor",
         "print('ASKED', asked)",
     )
     done = subprocess.run(
