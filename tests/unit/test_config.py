@@ -382,6 +382,10 @@ def test_where_initial_weights_may_come_from(
         ({"actor": {"optim": {"min_lr": 1.0}}}, "min_lr (1.0) must not exceed max_lr (1e-06)"),
         ({"actor": {"lr_sched": {"lr_warmup_init": 1.0}}}, "lr_warmup_init (1.0) must not exceed max_lr (1e-06)"),
         (
+            {"actor": {"lr_sched": {"lr_warmup_init": 1e-7}, "optim": {"vision_lr": 0.0}}},
+            "lr_warmup_init (1e-07) must not exceed actor.optim.vision_lr (0.0)",
+        ),
+        (
             {"actor": {"lr_sched": {"lr_decay_style": "linear", "lr_warmup_iters": 10, "start_weight_decay": 0, "end_weight_decay": 0}}},
             "the warm-up (10 steps) leaves nothing of lr_decay_iters (10)",
         ),

@@ -299,6 +299,10 @@ def _schedule(actor: ActorConfig) -> Iterator[str]:
         yield f"actor.lr_sched: min_lr ({floor}) must not exceed max_lr ({top}); they default to actor.optim.min_lr and actor.optim.lr"
     if schedule.lr_warmup_init > top:
         yield f"actor.lr_sched: lr_warmup_init ({schedule.lr_warmup_init}) must not exceed max_lr ({top})"
+    for name, part in PART_RATES.items():
+        rate = actor.optim.part_lr.get(part)
+        if rate is not None and schedule.lr_warmup_init > rate:
+            yield f"actor.lr_sched: lr_warmup_init ({schedule.lr_warmup_init}) must not exceed actor.optim.{name} ({rate})"
     first, last = decays
     if first is not None and last is not None and last < first:
         yield f"actor.lr_sched: end_weight_decay ({last}) must not be less than start_weight_decay ({first})"
