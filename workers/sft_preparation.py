@@ -149,11 +149,6 @@ def _questions(config: SftConfig, source: RowExamples) -> tuple[SftQuestion, ...
             found.append(asked)
         else:
             _leave_out(config, asked)
-    if any(asked.images for asked in found):
-        raise ConfigError(
-            "validation.generate: engines are asked without pictures, and rows of the validation have some; set it to False. "
-            "val/accuracy is the share of rows that greedy decoding would answer right"
-        )
     if not found:
         raise ConfigError(f"validation.generate: no row of {', '.join(config.data.val_data_paths)} can be used")
     return tuple(found)
