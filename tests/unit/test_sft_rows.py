@@ -1,0 +1,118 @@
+"""Claims about rows of supervised fine-tuning: what is understood, and by what words the rest is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from workers.row_files import BadRow
+from workers.sft_rows import Conversation, RowForm, check_row, conversation
+
+VLM = RowForm("vlm", "question", "correct_answer", "choices", ("image", "images"))
+CHAT = RowForm("chat", "messages", "answer", image_keys=("images",))
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def question(**row: Any) -> Conversation:
+    return conversation({"question": "What?", "image": "a.png", "correct_answer": "yes", **row}, VLM)
+
+
+def said(found: Conversation) -> list[tuple[str, str]]:
+    """Role and text of each turn, pictures as ``#``."""
+    return [(turn.role, "".join(part.get("text", "#") for part in turn.parts)) for turn in found.messages]
+
+
+def chat(*messages: Any, **row: Any) -> Conversation:
+    return conversation({"messages": list(messages), **row}, CHAT)
+
+
+@pytest.mark.parametrize("choices", [["cat", "dog", "4"], "['cat', 'dog', 4]", ["cat", "dog", 4], "('cat', 'dog', '4')"])
+@pytest.mark.parametrize("answer", [1, "B", "dog", " B "])
+def test_choices_are_lettered_and_answered_by_index_letter_or_text(choices: Any, answer: Any) -> None:
+    found = question(choices=choices, correct_answer=answer)
+    assert said(found) == [("user", "#What?\nChoices:\nA. cat\nB. dog\nC. 4\n"), ("assistant", "B. dog")]
+    assert found.answer == "B. dog" and found.images == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"choices": ["a", "b"], "correct_answer": 2}, r"field 'correct_answer' is 2; 2 choices have the indices 0 to 1"),
+        ({"choices": ["a", "b"], "correct_answer": -1}, "is -1; 2 choices"),
+        ({"choices": ["a", "b"], "correct_answer": "C"}, "is 'C', which is none of the choices, A to B"),
+        ({"choices": ["a", "b"], "correct_answer": True}, "holds true; it names a choice by index, letter or text"),
+        ({"choices": ["B", "x"], "correct_answer": "B"}, "is 'B', which names more than one choice"),
+        ({"choices": ["a", "a"], "correct_answer": "a"}, "names more than one choice"),
+        ({"choices": ["a"], "correct_answer": 0}, "holds 1 choices; there must be 2 to 26"),
+        ({"choices": "cat or dog", "correct_answer": 0}, "holds 'cat or dog', which is no list of choices"),
+        ({"choices": [["a"], "b"], "correct_answer": 0}, "field 'choices' holds a list; it must be a string"),
+        ({"question": None}, "no field 'question'; it has 'image', 'correct_answer'. Set data.prompt_key"),
+        ({"question": " "}, "field 'question' is empty"),
+        ({"image": 7}, "field 'image' holds a number for a picture"),
+        ({"question": "a <image> <image> b"}, "has 2 marks '<image>', and the row has 1 pictures"),
+        ({"correct_answer": "\ud800"}, "holds half of a surrogate pair"),
+    ],
+)
+def test_questions_that_are_not_understood_are_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        question(**row)
+
+
+def test_pictures_stand_at_their_marks_or_before_the_question() -> None:
+    assert said(question(images=["b.png", "c.png"]))[0] == ("user", "###What?")
+    found = question(question="first <image>, then <image>?", images=[b"x"])
+    assert said(found)[0] == ("user", "first #, then #?") and found.images == ("a.png", b"x")
+    assert question(image=None).images == ()
+
+
+def test_messages_of_ms_swift_and_of_datasets_mean_the_same() -> None:
+    marks = chat({"role": "user", "content": "<image>what? <image>"}, ANSWER, images=["a", "b"])
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "what? "}, {"type": "image"}]
+    beside = chat({"role": "user", "content": parts}, ANSWER, images=["a", "b"])
+    own = [{"type": "image", "image": "a"}, parts[1], {"type": "image_url", "image_url": {"url": "b"}}]
+    inside = chat({"role": "user", "content": own}, {**ANSWER, "tool_calls": None})
+    assert marks == beside == inside and marks.images == ("a", "b") and said(marks)[0] == ("user", "#what? #")
+    # Where a row has no pictures the mark is text.
+    assert said(chat({"role": "user", "content": "what is <image>?"}, ANSWER))[0] == ("user", "what is <image>?")
+
+
+@pytest.mark.parametrize(
+    ("messages", "row", "reason"),
+    [
+        ([{"role": "user", "content": "a"}], {}, "no message of the assistant is learned"),
+        ([{"role": "user", "content": "a"}, {**ANSWER, "loss": False}], {}, "no message of the assistant is learned"),
+        ([{"role": "human", "content": "a"}, ANSWER], {}, "message 0 has the role 'human'; it must be one of system, user"),
+        ([{"role": "user", "content": "a"}, {**ANSWER, "tool_calls": [1]}], {}, "message 1 has 'tool_calls', which is not read"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}, ANSWER], {}, "message 0, part 0 is .*; parts are of type"),
+        ([{"role": "user", "content": []}, ANSWER], {}, "`content` is a list; it must be a string or a list of parts"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}],
+            {},
+            "only be taught text",
+        ),
+        ([{"role": "user", "content": "a"}, ANSWER], {"images": ["a"]}, "1 pictures in 'images', 0 marks '<image>' or image parts"),
+        ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], {}, "message 0 marks a picture, and the row has 0 in 'images'"),
+        ([{"role": "user", "content": "a"}, ANSWER], {"videos": ["a"]}, "holds videos, which are not read"),
+        (["hello"], {}, "message 0 is a string; it must be an object"),
+    ],
+)
+def test_messages_that_are_not_understood_are_refused(messages: list[Any], row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        chat(*messages, **row)
+
+
+def test_a_system_prompt_is_put_before_rows_without_one() -> None:
+    form = RowForm("chat", "messages", "answer", system_prompt="Be kind.")
+    user = {"role": "user", "content": "a"}
+    own = {"role": "system", "content": "Be brief."}
+    assert said(conversation({"messages": [user, ANSWER]}, form))[0] == ("system", "Be kind.")
+    assert said(conversation({"messages": [own, user, ANSWER]}, form))[0] == ("system", "Be brief.")
+
+
+def test_rows_of_text_are_documents() -> None:
+    assert check_row({"text": "once", "url": "x"}, RowForm("text", "text", "")) == "once"
+    with pytest.raises(BadRow, match="no field 'text'; it has 'content'"):
+        check_row({"content": "once"}, RowForm("text", "text", ""))
+    with pytest.raises(BadRow, match="expected an object, got a number"):
+        check_row(7, VLM)
