@@ -81,8 +81,16 @@ def rings_of(family: list[psutil.Process]) -> list[str]:
     return [ring.name for ring in Path("/dev/shm").glob("*rlsync-ring-*") if int(ring.name.split("-")[2]) in {p.pid for p in family}]
 
 
+def title(process: psutil.Process) -> str:
+    """The command line of a process; empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # or waits for its parent to take note
+        return ""
+
+
 def engine_core(family: list[psutil.Process]) -> psutil.Process:
-    titles = {p: " ".join(p.cmdline()) for p in family if p.is_running()}
+    titles = {p: title(p) for p in family}
     found = [p for p, title in titles.items() if "EngineCore" in title]
     assert found, sorted(titles.values())
     return found[0]
