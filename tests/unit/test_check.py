@@ -187,8 +187,8 @@ def test_a_vision_language_model_is_checked_before_anything_starts(own, monkeypa
 def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:
     edit(own / "model/config.json", max_position_embeddings=12)
     assert "runner.seq_length (16) exceeds max_position_embeddings (12)" in texts(check(own, monkeypatch))
-    edit(own / "model/config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0})
-    assert "yarn" in texts(check(own, monkeypatch))
+    edit(own / "model/config.json", rope_parameters={"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0})
+    assert "longrope" in texts(check(own, monkeypatch))
 
 
 def test_layouts_that_do_not_fit_are_findings(own, monkeypatch) -> None:
