@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import destroy_parallel
-from workers.config import SftConfig, load_config
+from workers.config import SftConfig, actor_topology, load_config
 from workers.model_folder import read_hf_config
-from workers.placement import actor_topology
 from workers.preparation import load_tokenizer
 from workers.sft_actor import SftRank
 from workers.sft_preparation import open_loader
