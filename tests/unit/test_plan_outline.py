@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.paper import Experts, place
 from rlsync.cli.pricing import Price, Settings, price_of
 from rlsync.cli.scene import Scene, Sides, set_out
-from rlsync.layout.geometry import Placement, contiguous_strides
+from rlsync.layout.geometry import Box, BufferSpec, Location, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.plan import packing
 from rlsync.plan.links import traffic
 from rlsync.plan.outline import Outline, outline, outlined
@@ -123,11 +123,12 @@ def test_members_take_what_the_plan_of_each_gives_them(sides: Sides, bucket_byte
             assert found.redundancy[kind.placement.holder] == expected.redundancy[holder]
 
 
-@settings(max_examples=60)
-@given(
-    st.lists(st.tuples(st.lists(st.integers(1, 40), max_size=3), st.sampled_from(["bfloat16", "float32", "int8"])), max_size=6),
-    st.integers(1, 9),
-)
+# Long ones of one dim, which are cut without making pieces, among others.
+SHAPES = st.one_of(st.lists(st.integers(1, 4000), min_size=1, max_size=1), st.lists(st.integers(1, 40), max_size=3))
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(SHAPES, st.sampled_from(["bfloat16", "float32", "int8"])), max_size=6), st.integers(1, 9))
 def test_bytes_of_pieces_are_those_of_the_pieces(shapes: list[tuple[list[int], str]], num_pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "LEAST_PIECE_BYTES", 256)
@@ -161,6 +162,23 @@ def test_destinations_that_differ_in_anything_are_not_alike() -> None:
     first, *others = sides.workers[3].buffers
     other = replace(sides.workers[3], buffers=(replace(first, has_gaps=True), *others))
     assert len(outline(sides.tensors, sides.actors, [*sides.workers[:3], other]).kinds) == 2
+
+
+@pytest.mark.parametrize(("offset", "dtype", "num_kinds"), [(0, "float32", 1), (4, "float32", 2), (0, "bfloat16", 2)])
+def test_sources_in_which_a_piece_lies_otherwise_make_other_kinds(offset: int, dtype: str, num_kinds: int) -> None:
+    """Two sources of one tensor, each near one of two destinations that hold the same."""
+    spec = TensorSpec("t", "float32", (8,))
+
+    def holder(name: str, host: str, offset: int = 0, dtype: str = "float32") -> Placement:
+        piece = Piece("t", Box.whole((8,)), "b", offset, (1,))
+        return Placement(name, (BufferSpec("b", dtype, (8 + offset,), has_gaps=True),), (piece,), location=Location(host))
+
+    sources = holder("s0", "x"), holder("s1", "y", offset, dtype)
+    content = holder("d0", "x")
+    destinations = content, replace(content, holder="d1", location=Location("y"))
+    plan = build_plan([spec], sources, destinations, transforms=("cast",))
+    drawn = outline([spec], sources, destinations, transforms=("cast",))
+    assert len(drawn.kinds) == num_kinds and counted(drawn) == planned(plan)
 
 
 def test_replicas_share_what_they_hold() -> None:
