@@ -96,6 +96,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
         # Whether all buckets land in the memory that the engine computes with.
         self._is_direct = False
         patches.apply()
+        with compat.config_scope(vllm_config):
+            patches.restore_constants(model, vllm_config)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Connect to the coordinator, report the recorded layout, take the assignment. Returns when all peers have done so."""

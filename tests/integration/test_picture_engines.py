@@ -63,13 +63,14 @@ def with_tensors(folder: Path, other: Path, tensors: dict[str, torch.Tensor]) ->
 
 @pytest.fixture(scope="module")
 def engines(folders: dict[tuple[str, str], Path]) -> Iterator[dict[tuple[str, str], Engine]]:
-    """Engines of both families, started from ``a`` and from ``b``."""
+    """Engines of both families, started from ``a`` and from ``b``; and one of Qwen2.5-VL that was started without weights."""
     args: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 4, "disable_log_stats": True}
     # Prompts with a large picture are longer than a block of the prefix cache.
     args |= {"block_size": 32, "enable_prefix_caching": True}
 
     def start(family: str, name: str) -> Engine:
-        engine = Engine(f"{family} {name}", {"model": str(folders[family, name]), **args})
+        source = {"model": str(folders[family, "a" if name == "dummy" else name]), "load_format": "dummy" if name == "dummy" else "auto"}
+        engine = Engine(f"{family} {name}", {**source, **args})
         engine.start()
         return engine
 
@@ -78,6 +79,7 @@ def engines(folders: dict[tuple[str, str], Path]) -> Iterator[dict[tuple[str, st
             patch.setenv(name, value)
         with forked_engines(), ThreadPoolExecutor(2) as pool:
             starting = {(family, name): pool.submit(start, family, name) for family in TIED for name in "ab"}
+            starting["qwen2_5_vl", "dummy"] = pool.submit(start, "qwen2_5_vl", "dummy")
             made = {key: future.result() for key, future in starting.items()}
         yield made
         for engine in made.values():
@@ -118,6 +120,17 @@ def test_a_synced_engine_holds_what_a_fresh_one_does_and_answers_like_transforme
     assert answers_like(engine, folders[family, "a"]) == [True] * len(PROMPTS)
 
 
+def test_an_engine_that_was_started_without_weights_sees_what_others_see(
+    engines: dict[tuple[str, str], Engine], folders: dict[tuple[str, str], Path]
+) -> None:
+    """vLLM's dummy weights are also put where no checkpoint has any: into mean and deviation of pixels."""
+    engine, fresh = engines["qwen2_5_vl", "dummy"], engines["qwen2_5_vl", "b"]
+    synced(engine, folders["qwen2_5_vl", "b"])
+    held, wanted = ([*inspect_engines([each]).values()] for each in (engine, fresh))
+    assert state_difference(held[0], wanted[0]) == ()
+    assert answers_like(engine, folders["qwen2_5_vl", "b"]) == [True] * len(PROMPTS)
+
+
 def test_names_as_on_the_hub_are_what_modules_call_them(
     engines: dict[tuple[str, str], Engine], folders: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
@@ -156,6 +169,33 @@ def test_a_picture_seen_before_a_sync_is_seen_with_the_new_tower(
     after = ask(engine, prompt)
     assert same(after, greedy_answer(folders[family, "mixed"], prompt, NUM_TOKENS)) == (reset == "all")
     assert same(after, before) == (reset != "all")
+    synced(engine, folders[family, "a"])
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_a_frozen_tower_is_sent_once_and_again_to_an_engine_that_lost_it(
+    engines: dict[tuple[str, str], Engine], folders: dict[tuple[str, str], Path], family: str
+) -> None:
+    """What checksums say of an engine that lost it and is clean for its handle: ``tests/unit/test_frozen.py``."""
+    engine = engines[family, "a"]
+    source = FolderSource(folders[family, "mixed"])
+    source.frozen = frozenset(t.name for t in source.tensors if t.name.startswith(TOWER))
+    tower_bytes = sum(t.nbytes for t in source.tensors if t.name in source.frozen)
+    with WeightSyncer(source, [engine], SyncConfig(bucket_bytes=100_000, timeout_s=60.0)) as syncer:
+        syncer.connect()
+        first, second = syncer.sync(1), syncer.sync(2)
+        assert (first.held_bytes, second.held_bytes, first.bytes - second.bytes) == (0, tower_bytes, tower_bytes)
+        assert answers_like(engine, folders[family, "mixed"]) == [True] * len(PROMPTS)
+        # Who connects anew knows nothing of what the engine has: here the tower of a.
+        synced(engine, folders[family, "a"])
+        syncer.close()
+        syncer.connect()
+        assert syncer.sync(1).held_bytes == 0
+        assert answers_like(engine, folders[family, "mixed"]) == [True] * len(PROMPTS)
+        engine.mark_dirty("its weights were dropped by sleep level 2, and no sync has followed")
+        assert syncer.sync(2).held_bytes == 0
+        assert syncer.sync(3).held_bytes == tower_bytes
+        assert answers_like(engine, folders[family, "mixed"]) == [True] * len(PROMPTS)
     synced(engine, folders[family, "a"])
 
 

@@ -29,6 +29,26 @@ def apply() -> None:
     _pack_experts_in_every_load()
 
 
+def restore_constants(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Give a model that was loaded with dummy weights its constants back: no checkpoint has them, so that no sync brings them.
+
+    vLLM 0.32 keeps mean and deviation of pixels as persistent buffers of a tower, to which ``load_format=dummy`` gives random values.
+    Needs vLLM's config to be current. It can go when dummy weights spare buffers that no checkpoint has.
+    """
+    if str(vllm_config.load_config.load_format) != "dummy":
+        return
+    try:
+        from vllm.model_executor.layers.fusion.mm_input_norm import FusedMMInputNorm, build_mm_input_norm
+    except ImportError:  # before there was such a layer
+        return
+    norms = [module for module in model.modules() if isinstance(module, FusedMMInputNorm)]
+    fresh = dict(build_mm_input_norm(vllm_config.model_config).named_buffers()) if norms else {}
+    with torch.no_grad():
+        for norm in norms:
+            for name, value in fresh.items():
+                norm.get_buffer(name).copy_(value)
+
+
 def _begin_updates_anew() -> None:
     """Have a worker end an update that somebody left open when the next one begins, instead of refusing that one.
 
