@@ -25,7 +25,17 @@ from transformers import (
 )
 
 from rlsync.engine.handles import Completion, PicturePrompt
-from tests.vision_models import IMAGE, VIDEO, VISION_END, VISION_START, VOCAB_SIZE, picture, save_tiny_vision_model, tiny_vision_config
+from tests.vision_models import (
+    IMAGE,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB_SIZE,
+    collated,
+    picture,
+    save_tiny_vision_model,
+    tiny_vision_config,
+)
 
 _SPECIAL = {
     0: "<pad>", 1: "<bos>", 2: "<eos>", VISION_START: "<|vision_start|>", VISION_END: "<|vision_end|>", IMAGE: "<|image_pad|>",
@@ -99,6 +109,19 @@ def greedy_answer(folder: Path, prompt: PicturePrompt, num_tokens: int) -> Compl
     tokens = out.sequences[0, given["input_ids"].shape[1] :].tolist()
     logprobs = [float(row[0].log_softmax(-1)[token]) for row, token in zip(out.logits, tokens, strict=True)]
     return Completion(tuple(tokens), tuple(logprobs), "length", None, None)
+
+
+def microbatch(folder: str | Path, prompts: Sequence[PicturePrompt]) -> dict[str, torch.Tensor]:
+    """Prompts as a Megatron actor takes them: every placeholder as long as its picture."""
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    rows = []
+    for prompt in prompts:
+        given = processor(images=list(prompt.pictures), return_tensors="pt") if prompt.pictures else {}
+        sizes = [int(grid.prod()) // processor.merge_size**2 for grid in given.get("image_grid_thw", ())]
+        lengths = iter(sizes)
+        tokens = [token for each in prompt.token_ids for token in [each] * (next(lengths) if each == IMAGE else 1)]
+        rows.append({"tokens": torch.tensor(tokens), **given})
+    return collated(rows)
 
 
 @functools.cache

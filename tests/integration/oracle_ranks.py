@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.bridge.source import MegatronSource
+from rlsync.engine.handles import PicturePrompt, Prompt
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
@@ -21,14 +23,20 @@ from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
+from rlsync.models import Part
 from rlsync.transport.collectives import gather_bytes
 from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.inspection import inspect_engines
 from tests.models import VOCAB_SIZE
+from tests.vision_models import IMAGE, VIDEO
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
+# An engine that takes pictures reads them with its tokenizer.
+SEEING = {"skip_tokenizer_init": False, "max_model_len": 256}
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
+# A placeholder that is drawn has no picture, and an actor refuses it.
+SEEING_GREEDY = {**GREEDY, "logit_bias": {IMAGE: -100.0, VIDEO: -100.0}}
 
 
 def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **options: Any) -> Engine:
@@ -69,9 +77,9 @@ def wait_for_all() -> None:
     dist.barrier(dist.new_group(backend="gloo"))
 
 
-def ask(each: Engine) -> list[Completion]:
+def ask(each: Engine, prompts: Sequence[Prompt] = PROMPTS) -> list[Completion]:
     """Prompt by prompt, so that every batch is the same each time."""
-    return [each.generate([prompt], GREEDY, timeout_s=60)[0][0] for prompt in PROMPTS]
+    return [each.generate([p], SEEING_GREEDY if isinstance(p, PicturePrompt) else GREEDY, timeout_s=60)[0][0] for p in prompts]
 
 
 def compare(
@@ -83,24 +91,27 @@ def compare(
     ddp: dict[str, Any] | None = None,
     gpus: list[str] | None = None,
     spec: str = "auto",
+    sees: bool = False,
+    frozen: Sequence[Part] = (),
     **config: Any,
 ) -> None:
     """Several syncs of a changing actor; then the synced engines against one started from the exported ``hf_model``.
 
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
     ``spec``: of the actor's layers, as ``rlsync.megatron.specs.block_spec`` knows them.
+    ``sees``: whether the model takes pictures, with which it is then trained and asked. ``frozen``: its parts that are not trained.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
     places = [None] if gpus is None else gpus
     synced = [
-        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager)
+        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager, **(SEEING if sees else {}))
         for number, place in enumerate(places if dist.get_rank() == 0 else ())
     ]
     say("engines started")
     wait_for_all()
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec)
+    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec, frozen=frozen)
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     syncer = WeightSyncer(
         MegatronSource(bridge, models),
@@ -113,15 +124,20 @@ def compare(
     syncer.connect()
     say("connected")
     check_replaced_parameters_are_refused(models, syncer)
-    tokens = torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))}
+    prompts: Sequence[Prompt] = PROMPTS
+    if sees:
+        pictures = pictured(folder)
+        prompts, batch = pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
     before: list[list[Completion]] = [[] for _ in synced]
     for version in range(3):
         if version:
-            train_step(models, optimizer, [{"tokens": tokens}], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
+            train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
         report = syncer.sync(version)
         say(f"synced to version {version}")
         assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
-        answers = [ask(each) for each in synced]
+        assert (report.held_bytes > 0) == bool(frozen and version)
+        answers = [ask(each, prompts) for each in synced]
         for mine, last in zip(answers, before, strict=True):
             assert [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
             assert all(a.version == version for a in mine)
@@ -129,23 +145,33 @@ def compare(
         wait_for_all()
     bridge.save_weights(models, Path(out_dir, "hf_model"))
     if dtype == "float32":
-        check_against_actor(models, before[0] if before else [])
+        check_against_actor(models, before[0] if before else [], prompts, folder if sees else None)
     syncer.close()
     if synced:
         held = inspect_engines(synced)
         for each in synced:
             each.close()
-        fresh = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], enforce_eager=enforce_eager)
-        worst = apart(fresh, held, before)
+        exported = Path(out_dir, "hf_model")
+        fresh = engine("fresh", str(exported), dtype, places[0], enforce_eager=enforce_eager, **(SEEING if sees else {}))
+        worst = apart(fresh, held, before, prompts)
         fresh.close()
         # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
         print(f"ORACLE {worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
 
 
-def apart(fresh: Engine, held: dict[tuple[str, int], dict[str, str]], answers: list[list[Completion]]) -> float:
+def pictured(folder: str) -> Any:
+    """The module that knows prompts with pictures. Needs torchvision, which other cases do without."""
+    from tests import vision_folders
+
+    return vision_folders
+
+
+def apart(
+    fresh: Engine, held: dict[tuple[str, int], dict[str, str]], answers: list[list[Completion]], prompts: Sequence[Prompt] = PROMPTS
+) -> float:
     """How far answers of synced engines are from a fresh one's. What they hold, by engine and worker, is the same."""
-    expected = ask(fresh)
+    expected = ask(fresh, prompts)
     for (_, worker), state in inspect_engines([fresh]).items():
         assert len(state) > 20
         for engine_id in {engine_id for engine_id, _ in held}:
@@ -176,12 +202,19 @@ def difference(answers: list[Completion], expected: list[Completion]) -> float:
     return max(abs(x - y) for a, b in zip(answers, expected, strict=True) for x, y in zip(a.logprobs, b.logprobs, strict=True))
 
 
-def check_against_actor(models, answers: list[Completion]) -> None:
-    """The engine's log-probabilities of its own answers equal those that the actor gives the same tokens."""
+def check_against_actor(models, answers: list[Completion], prompts: Sequence[Prompt] = PROMPTS, folder: str | None = None) -> None:
+    """The engine's log-probabilities of its own answers equal those that the actor gives the same tokens.
+
+    ``folder``: of a model that takes pictures.
+    """
     payload = json.dumps([list(a.token_ids) for a in answers]).encode()
     rows = json.loads(gather_bytes(payload, device=compute_device())[0])
-    for i, (prompt, response) in enumerate(zip(PROMPTS, rows, strict=True)):
-        scores = token_scores(models, [{"tokens": torch.tensor([prompt + response])}])[0]
+    for i, (prompt, response) in enumerate(zip(prompts, rows, strict=True)):
+        batch = {"tokens": torch.tensor([prompt])} if folder is None else pictured(folder).microbatch(folder, [prompt])
+        batch["tokens"] = torch.cat((batch["tokens"], torch.tensor([response])), 1)
+        scores = token_scores(models, [batch])[0]
         if answers:
-            mine = scores.log_probs[0, len(prompt) :].cpu()
-            assert (mine - torch.tensor(answers[i].logprobs)).abs().max() <= 1e-4
+            mine = scores.log_probs[0, -len(response) :].cpu()
+            worst = float((mine - torch.tensor(answers[i].logprobs)).abs().max())
+            say(f"prompt {i}: the actor's log-probabilities are within {worst:.1e}")
+            assert worst <= 1e-4

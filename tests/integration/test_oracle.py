@@ -34,3 +34,33 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
     ]
     outputs = run_ranks(2, "tests.integration.oracle_ranks", "compare_each", cases=cases)
     assert outputs[0].count("ORACLE") == len(CASES), outputs[0]
+
+
+VISION_CASES: tuple[tuple[str, bool, dict[str, int], tuple[str, ...]], ...] = (
+    ("qwen2_5_vl", False, {"tp_size": 2}, ()),
+    # Its language model alone is trained: the tower is sent once.
+    ("qwen3_vl", True, {"pp_size": 2}, ("vision_model", "vision_projection")),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_synced_engines_that_take_pictures_answer_like_fresh_ones(tmp_path, monkeypatch):
+    """The same of tower and language model, trained and asked with pictures; log-probabilities are those of the actor, too."""
+    pytest.importorskip("torchvision", reason="transformers' processors need it; make setup installs it")
+    from tests.vision_folders import save_vision_folder
+
+    for name, value in ENGINE_ENV.items():
+        monkeypatch.setenv(name, value)
+    cases = [
+        {
+            "folder": str(save_vision_folder(tmp_path / family / "hf", family, tied=tied)),
+            "topology": topology,
+            "out_dir": str(tmp_path / family),
+            "sees": True,
+            "frozen": frozen,
+        }
+        for family, tied, topology, frozen in VISION_CASES
+    ]
+    outputs = run_ranks(2, "tests.integration.oracle_ranks", "compare_each", cases=cases)
+    assert outputs[0].count("ORACLE") == len(VISION_CASES), outputs[0]
