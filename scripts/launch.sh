@@ -3,13 +3,25 @@
 #     launch SCRIPT CONFIGS DEFAULT MAIN [CONFIG] [--check] [key=value ...]
 #
 # SCRIPT is the one that users call and CONFIGS the folder of its configurations, of which DEFAULT needs nothing; MAIN is the entry point.
-# All are paths in the repository. CONFIG is a file of CONFIGS, with or without folder and .yaml.
+# All are paths in the repository. CONFIG is a file of CONFIGS, with or without folder and .yaml. --help says so.
+list_configs() {
+    local file
+    for file in "$1"/*.yaml; do echo "    $(basename "$file" .yaml)"; done
+}
+
 launch() {
     local script=$1 configs=$2 default=$3 main=$4
     shift 4
-    local repository config=$default file
+    local repository config=$default
     repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     case ${1:-} in
+        -h | --help)
+            sed -n '2,/^set /{/^set /!s/^#\( \|$\)//p}' "$repository/$script"
+            echo "CONFIG:"
+            list_configs "$repository/$configs"
+            echo "Keys: docs/configuration.md"
+            exit 0
+            ;;
         "" | *=* | --*) ;;
         *) config=$1 && shift ;;
     esac
@@ -18,7 +30,7 @@ launch() {
     if [ "$config" = "$default" ]; then
         echo "Running $default, the tiny CPU default. Others:"
         echo "bash $script CONFIG [key=value ...], CONFIG:"
-        for file in "$repository/$configs"/*.yaml; do echo "    $(basename "$file" .yaml)"; done
+        list_configs "$repository/$configs"
     fi
     if [ ! -f "$repository/$configs/$config.yaml" ]; then
         echo "error: no config named $config in $configs" >&2

@@ -25,7 +25,7 @@ from transformers import (
 
 VOCAB_SIZE = 131
 
-_SHARED: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,
     "intermediate_size": 160,
@@ -59,7 +59,7 @@ MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
     """Config of a tiny model of ``family`` (one of FAMILIES or MOE_FAMILIES); ``changes`` replace fields."""
-    fields = {**_SHARED, "tie_word_embeddings": tied, "rope_parameters": dict(_PLAIN_ROPE), **changes}
+    fields = {**SHARED, "tie_word_embeddings": tied, "rope_parameters": dict(_PLAIN_ROPE), **changes}
     if family == "llama":
         return LlamaConfig(**{"head_dim": 32, "rope_parameters": dict(LLAMA3_ROPE), **_without_rope(fields, changes)})
     if family == "qwen2":

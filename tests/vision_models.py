@@ -22,25 +22,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-VOCAB_SIZE = 131
+from tests.models import SHARED
+
 VISION_START, VISION_END, IMAGE, VIDEO = 127, 128, 129, 130
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 _IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 128,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-}
+_TEXT: dict[str, Any] = {**SHARED, "hidden_size": 128}
 _TOWER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -14,7 +14,7 @@ import torch
 
 from rlsync.engine.handles import Completion
 from rlsync.errors import RlsyncError, WeightSyncError
-from rlsync.models import model_of
+from rlsync.models import Model, model_of
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
@@ -74,13 +74,13 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
-        if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._vocab_size)):
+        if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._model.dims["vocab"])):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
         self._begin()
 
     @property
-    def _vocab_size(self) -> int:
-        return model_of(self._prepared.hf_config).dims["vocab"]
+    def _model(self) -> Model:
+        return model_of(self._prepared.hf_config)
 
     @property
     def _updates_per_step(self) -> int:
@@ -172,7 +172,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         """One greedy response to each validation problem. Its sync is that of the next step, made earlier, and the engines forget what
         they cached of these prompts."""
         config, prompts = self._config, self._prepared.val_prompts
-        sampling = sampling_arguments(config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids, validation=True)
+        sampling = sampling_arguments(config, model=self._model, stop_token_ids=self._prepared.stop_ids, validation=True)
 
         def generate() -> list[tuple[Completion, ...]]:
             groups = self._group.generate([prompt.token_ids for prompt in prompts], sampling, None)
@@ -200,7 +200,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, adjacent; engines share the prompts."""
-        sampling = sampling_arguments(self._config, vocab_size=self._vocab_size, stop_token_ids=self._prepared.stop_ids)
+        sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
         groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
             Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version)

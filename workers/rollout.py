@@ -8,10 +8,13 @@ from typing import Any
 
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
+from rlsync.models import Model
 from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.metrics import device_memory_gb, host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
+# vLLM adds it to a logit; more it does not take.
+_NEVER = -100.0
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -95,17 +98,20 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Sequence[int], validation: bool = False) -> dict[str, Any]:
+def sampling_arguments(config: RunConfig, *, model: Model, stop_token_ids: Sequence[int], validation: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same.
 
-    ``validation``: for one greedy response to each prompt, without log-probabilities.
+    ``validation``: for one greedy response to each prompt, without log-probabilities. Tokens that stand for pictures are never drawn:
+    there would be no picture to score them by.
     """
+    vision = model.vision
+    never = {} if vision is None else dict.fromkeys((vision.image_token_id, vision.video_token_id), _NEVER)
     sampling = config.algorithm.sampling_params
     greedy = validation or not sampling.do_sample
     return {
         "n": 1 if greedy else config.algorithm.group_size,
         "temperature": 0.0 if greedy else sampling.temperature,
-        "top_k": 0 if sampling.top_k >= vocab_size else sampling.top_k,
+        "top_k": 0 if sampling.top_k >= model.dims["vocab"] else sampling.top_k,
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "max_tokens": sampling.max_new_tokens,
@@ -113,6 +119,7 @@ def sampling_arguments(config: RunConfig, *, vocab_size: int, stop_token_ids: Se
         "stop_token_ids": list(stop_token_ids),
         "logprobs": 0 if config.rollout.return_logprobs and not validation else None,
         "detokenize": config.rollout.detokenize,
+        "logit_bias": never or None,
     }
 
 

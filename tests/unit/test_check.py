@@ -280,6 +280,18 @@ def test_what_hydra_cannot_read_is_told_without_a_traceback(argument) -> None:
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("script", ["reasoning/run_main_grpo_math.sh", "sft/run_vlm_sft.sh", "sft/run_llm_sft.sh"])
+def test_help_is_the_script_s_own_and_sets_nothing_up(script) -> None:
+    """Hydra's would be a dump of every key, after an installation."""
+    path = ROOT / "examples" / script
+    environment = {"PATH": "/usr/bin:/bin"}
+    for word in ("--help", "-h"):
+        done = subprocess.run(["bash", str(path), word], env=environment, capture_output=True, text=True, timeout=HANG_S, check=True)
+        assert f"bash examples/{script} [CONFIG] --check" in done.stdout and "set -e" not in done.stdout
+        configs = {file.stem for file in (ROOT / "configs" / path.parent.name).glob("*.yaml")}
+        assert configs <= {line.strip() for line in done.stdout.splitlines()} and not done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from rlsync.errors import ConfigError
+from rlsync.models import model_of
 from tests.unit.test_check import check
 from tests.unit.test_check import world as world  # the fixture
+from tests.unit.test_models_config import QWEN2, QWEN3_VL
 from tests.unit.test_preparation import config as prepared_config
 from tests.unit.test_preparation import prepare
 from workers.config import RunConfig
@@ -49,10 +51,15 @@ def test_a_validation_follows_every_interval_and_the_last_step(world, tmp_path, 
 def test_validation_is_greedy_whatever_the_rollout_is(world, tmp_path) -> None:
     found = config(world, tmp_path)
     found = replace(found, rollout=replace(found.rollout, return_logprobs=True))
-    rollout, validation = (sampling_arguments(found, vocab_size=32, stop_token_ids=(2,), validation=v) for v in (False, True))
+    rollout, validation = (sampling_arguments(found, model=model_of(QWEN2), stop_token_ids=(2,), validation=v) for v in (False, True))
     assert {name: (rollout[name], validation[name]) for name in rollout if rollout[name] != validation[name]} == {
         "n": (2, 1), "temperature": (1.0, 0.0), "logprobs": (0, None),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("hf", "never"), [(QWEN2, None), (QWEN3_VL, {151655: -100.0, 151656: -100.0})], ids=["text", "pictures"])
+def test_tokens_of_pictures_are_never_drawn(world, tmp_path, hf, never) -> None:
+    assert sampling_arguments(config(world, tmp_path), model=model_of(hf), stop_token_ids=(2,))["logit_bias"] == never
 
 
 def test_numbers_of_a_validation_match_hand_computed_values() -> None:
