@@ -22,9 +22,11 @@ READ_WHILE_LOADING = {
 
 
 def attributes_read() -> set[str]:
-    """Names of all attributes that the runner's code reads, the configuration's own code left out."""
-    files = [path for path in WORKERS.rglob("*.py") if path.parent.name != "config"]
-    return {node.attr for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    """Names of all attributes that the runner's code reads, the configuration's own code left out but for what lays the actor out."""
+    trees: list[ast.AST] = [ast.parse(path.read_text()) for path in WORKERS.rglob("*.py") if path.parent.name != "config"]
+    rules = ast.parse((WORKERS / "config" / "validate.py").read_text())
+    trees += [node for node in rules.body if isinstance(node, ast.FunctionDef) and node.name == "actor_topology"]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 def unread(read: set[str]) -> list[str]:
