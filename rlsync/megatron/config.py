@@ -135,8 +135,6 @@ def _defaults(topology: Topology) -> dict[str, Any]:
         "use_cpu_initialization": on_cpu,
         # Microbatches of one step may differ in shape.
         "variable_seq_lengths": topology.pp_size > 1 and topology.vpp_size == 1,
-        # Megatron's default adds a loss term to every step; a run asks for one by name.
-        "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",  # the one that variable_seq_lengths allows; checked for dense models too
         "batch_p2p_comm": not on_cpu and topology.vpp_size == 1,
     }

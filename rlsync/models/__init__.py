@@ -94,13 +94,22 @@ def check_parts(model: Model, frozen: Mapping[str, Part], rates: Mapping[str, Pa
 
 
 def check_overrides(model: Model, overrides: Mapping[str, Any]) -> list[str]:
-    """Switches of Megatron's TransformerConfig, by name, that would compute another model."""
+    """Switches of Megatron's TransformerConfig, by name, that would compute another model, or that this model would ignore."""
+    findings = []
     if model.rope.mrope_interleaved and overrides.get("apply_rope_fusion"):
-        return [
+        findings.append(
             "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error: fused kernels know no interleaved positions of "
             "three dimensions; leave it out or set it to False"
-        ]
-    return []
+        )
+    weight = overrides.get("moe_aux_loss_coeff")
+    if weight and "num_experts" not in model.dims:
+        findings.append(f"moe_aux_loss_coeff is {weight}, and {model.architecture} has no experts to balance; leave it out")
+    elif weight and overrides.get("moe_router_load_balancing_type") == "none":
+        findings.append(f"moe_aux_loss_coeff is {weight}, which moe_router_load_balancing_type none leaves out; set that to aux_loss")
+    rate = overrides.get("moe_router_bias_update_rate")
+    if rate:
+        findings.append(f"moe_router_bias_update_rate is {rate}, and the routers of {model.architecture} have no bias; leave it out")
+    return findings
 
 
 def unread_keys(hf_config: HFConfig) -> tuple[str, ...]:

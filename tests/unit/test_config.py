@@ -501,11 +501,16 @@ PARTS = ("freeze_language_model", "freeze_vision_model", "freeze_vision_projecti
         ({"apply_rope_fusion": True}, {}, QWEN3_VL, "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error"),
         ({"freeze_vision_model": True}, {}, QWEN2, "actor.model.freeze_vision_model: Qwen2ForCausalLM is a model of text"),
         ({}, {"vision_lr": 1e-6}, QWEN2, "actor.optim.vision_lr: Qwen2ForCausalLM is a model of text"),
+        ({"moe_aux_loss_coeff": 0.01}, {}, QWEN3_MOE, None),
+        ({"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "none"}, {}, QWEN3_MOE, "set that to aux_loss"),
+        ({"moe_aux_loss_coeff": 0.01}, {}, QWEN2, "moe_aux_loss_coeff is 0.01, and Qwen2ForCausalLM has no experts"),
+        ({"moe_router_bias_update_rate": 0.001}, {}, QWEN3_MOE, "the routers of Qwen3MoeForCausalLM have no bias"),
+        ({"moe_router_bias_update_rate": 0.0}, {}, QWEN3_MOE, None),
         (dict.fromkeys(PARTS, True), {}, QWEN3_VL, "freeze all of Qwen3VLForConditionalGeneration"),
         ({"freeze_vision_model": True}, {"vision_lr": 1e-6}, QWEN3_VL, "actor.optim.vision_lr is a learning rate of what actor"),
     ],
 )  # fmt: skip
-def test_what_a_vision_language_model_may_set(
+def test_what_a_model_does_not_take_is_refused_by_its_key(
     model: dict[str, Any], optim: dict[str, Any], hf: dict[str, Any], message: str | None
 ) -> None:
     config = load_config(minimal(actor={"model": model, "optim": optim}))
