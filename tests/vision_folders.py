@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from rlsync.engine.handles import Completion, PicturePrompt
+from tests.models import VOCAB_SIZE
 from tests.vision_models import (
     IMAGE,
     VIDEO,
     VISION_END,
     VISION_START,
-    VOCAB_SIZE,
     collated,
     picture,
     save_tiny_vision_model,

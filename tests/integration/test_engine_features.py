@@ -154,7 +154,7 @@ def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monk
     try:
         with (
             one_rank([engine], folder) as syncer,
-            pytest.raises(WeightSyncError, match=r"engine late.*lora_config.*hf_overrides") as caught,
+            pytest.raises(WeightSyncError, match=r"(?s)engine late.*lora_config.*hf_overrides") as caught,
         ):
             syncer.connect()
         assert caught.value.phase == "connect"
