@@ -28,8 +28,9 @@ from rlsync.cli.lines import wrapped
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import Check, Report, check_run
 from workers.config import Task, lenient_overrides, register_resolvers
+from workers.config.fields import dotted_keys
 from workers.config.foreign_keys import hint
-from workers.config.schema import CONFIG_OF_TASK, dotted_keys
+from workers.config.tasks import CONFIG_OF_TASK
 
 CHECK = "--check"
 

@@ -21,7 +21,7 @@ from rlsync.megatron.train import StepResult, token_scores, train_step
 from workers.actor import ActorRank, optimizer_options
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
-from workers.config.schema import AlgorithmConfig
+from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference
 from workers.samples import ReplicaBatch, Sample, collate
 from workers.sft_data import SftExample

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsync.errors import ConfigError, RlsyncError
-from workers.config.schema import REWARD_FUNCTION, RewardConfig
+from workers.config.grpo import REWARD_FUNCTION, RewardConfig
 from workers.reward import VerifierPool
 
 # Keyword arguments of a reward function.

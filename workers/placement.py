@@ -14,7 +14,8 @@ from enum import Enum
 from typing import Any
 
 from rlsync.errors import ConfigError
-from workers.config.schema import AnyConfig, RunConfig
+from workers.config.grpo import RunConfig
+from workers.config.tasks import AnyConfig
 
 _COMPONENTS = ("actor", "rollout", "reward")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")

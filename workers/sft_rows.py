@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from workers.config.schema import SftDataConfig
+from workers.config.sft import SftDataConfig
 from workers.row_files import BadRow
 
 RowType = Literal["vlm", "chat", "llm", "text"]

@@ -16,7 +16,7 @@ from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN3_VL
 from workers.check import GRPO_CHECKS, Report, check_run
 from workers.config import RunConfig
-from workers.config.schema import dotted_keys
+from workers.config.fields import dotted_keys
 from workers.resume import write_settings
 from workers.synthetic import ArithmeticRecipe, build_world
 

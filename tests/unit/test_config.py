@@ -33,8 +33,8 @@ from workers.config import (
     validate_model,
     validate_world,
 )
+from workers.config.fields import Bounds, bounds_of, dotted_keys, section_of
 from workers.config.foreign_keys import ABSENT, OTHER_NAMES, find_inert
-from workers.config.schema import Bounds, bounds_of, dotted_keys, section_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reasoning"
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

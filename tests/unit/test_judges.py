@@ -13,7 +13,7 @@ from rlsync.errors import ConfigError, RlsyncError
 from tests.unit.test_check import check
 from tests.unit.test_check import world as world  # the fixture
 from workers.check import GRPO_CHECKS
-from workers.config.schema import RewardConfig
+from workers.config.grpo import RewardConfig
 from workers.judges import Judge, Verdict, check_reward_function, last_box, normalised, open_judge
 from workers.problems import load_problems
 

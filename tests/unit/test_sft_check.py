@@ -13,7 +13,7 @@ import pytest
 from tests.unit.test_check import HEAVY, ROOT, texts
 from workers.check import SFT_CHECKS, Report, check_run
 from workers.config import SftConfig
-from workers.config.schema import dotted_keys
+from workers.config.fields import dotted_keys
 from workers.synthetic import ArithmeticRecipe, build_world
 
 RECIPE = ArithmeticRecipe(

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from workers.config import SftConfig, config_as_dict, load_config, read_config, register_resolvers, validate_world
+from workers.config.fields import dotted_keys
 from workers.config.foreign_keys import INERT_IN_SFT, SFT_NAMES, find_inert
-from workers.config.schema import dotted_keys
 from workers.placement import components_of, resolve_placement
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sft"

@@ -8,28 +8,12 @@ dp_size = validate_world(config, actor_world_size)                       # once 
 
 from __future__ import annotations
 
+from workers.config.fields import Precision, Task
+from workers.config.grpo import AlgorithmConfig, DataConfig, RewardConfig, RunConfig, WarmStartConfig
 from workers.config.load import Reading, config_as_dict, lenient_overrides, load_config, read_config, register_resolvers
-from workers.config.schema import (
-    ActorConfig,
-    AlgorithmConfig,
-    AnyConfig,
-    ArithmeticConfig,
-    DataConfig,
-    KeyDescription,
-    Precision,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    RunnerConfig,
-    SftAlgorithmConfig,
-    SftConfig,
-    SftDataConfig,
-    Task,
-    ValidationConfig,
-    WarmStartConfig,
-    config_table,
-    describe_config,
-)
+from workers.config.schema import ActorConfig, ArithmeticConfig, RolloutConfig, RunnerConfig
+from workers.config.sft import SftAlgorithmConfig, SftConfig, SftDataConfig, ValidationConfig
+from workers.config.tasks import AnyConfig, KeyDescription, config_table, describe_config
 from workers.config.validate import actor_topology, validate, validate_model, validate_world
 
 __all__ = [

@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rlsync.errors import ConfigError
-from workers.config.schema import CONFIG_OF_TASK, Task, dotted_keys
+from workers.config.fields import Task, dotted_keys
+from workers.config.tasks import CONFIG_OF_TASK
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """hydra's DictConfig to a validated ``RunConfig`` or ``SftConfig``: resolve, build, derive, validate, and warn once about inert keys.
 
-Owns the conversion of plain mappings to the dataclasses of ``schema``, with all findings at once, and the forms that a command line may
+Owns the conversion of plain mappings to the dataclasses of ``tasks``, with all findings at once, and the forms that a command line may
 have. Knows no yaml file and no rule between keys.
 """
 
@@ -17,8 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
+from workers.config.fields import Task, bounds_of, dotted_keys, section_of
 from workers.config.foreign_keys import hint, inert_reason, other_name
-from workers.config.schema import CONFIG_OF_TASK, ActorConfig, AnyConfig, RunConfig, SftConfig, Task, bounds_of, dotted_keys, section_of
+from workers.config.grpo import RunConfig
+from workers.config.schema import ActorConfig
+from workers.config.sft import SftConfig
+from workers.config.tasks import CONFIG_OF_TASK, AnyConfig
 from workers.config.validate import broken_rules, raise_all
 
 _log = logging.getLogger(__name__)

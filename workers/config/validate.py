@@ -14,16 +14,10 @@ from typing import Any
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_overrides, check_parts, model_of
-from workers.config.schema import (
-    BUILT_IN_REWARDS,
-    PART_RATES,
-    REWARD_FUNCTION,
-    ActorConfig,
-    ActorModelConfig,
-    AnyConfig,
-    RunConfig,
-    SftConfig,
-)
+from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
+from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
+from workers.config.sft import SftConfig
+from workers.config.tasks import AnyConfig
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
