@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -54,7 +55,12 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Eight experts, of which a token takes three: neither divides the other. The second of Qwen's layers is dense.
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "num_experts": 8, "mlp_only_layers": [1]}
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Routers of the kind of DeepSeek-V3: two of four groups of experts, and four experts in those. The first layer is dense.
+_SIGMOID: dict[str, Any] = {
+    "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_routed_experts": 16, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
+    "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
+}  # fmt: skip
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
 
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
@@ -77,6 +83,10 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         )
     if family == "qwen3_moe":
         return Qwen3MoeConfig(**{"head_dim": 32, "norm_topk_prob": True, **_EXPERTS, **fields})
+    if family == "glm4_moe":
+        rope = {**_PLAIN_ROPE, "partial_rotary_factor": 0.5}
+        switches = {"attention_bias": True, "use_qk_norm": True, "num_mtp_layers": 0}
+        return Glm4MoeConfig(**{"head_dim": 32, **switches, **_SIGMOID, **fields, "rope_parameters": changes.get("rope_parameters", rope)})
     raise ValueError(f"unknown family {family!r}; one of {FAMILIES + MOE_FAMILIES}")
 
 
@@ -90,8 +100,13 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.d
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.normal_(std=0.1)  # transformers leaves some routers at zero
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     torch.random.set_rng_state(state)
     return model.to(dtype).eval()
 

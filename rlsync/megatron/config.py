@@ -137,6 +137,8 @@ def _defaults(topology: Topology) -> dict[str, Any]:
         "variable_seq_lengths": topology.pp_size > 1 and topology.vpp_size == 1,
         "moe_token_dispatcher_type": "alltoall",  # the one that variable_seq_lengths allows; checked for dense models too
         "batch_p2p_comm": not on_cpu and topology.vpp_size == 1,
+        # Megatron's own moves a router's bias in every step, which balances experts and changes what a model computes.
+        "moe_router_bias_update_rate": 0.0,
     }
 
 

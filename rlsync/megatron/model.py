@@ -233,6 +233,7 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.tied_embeddings,
         rotary_base=config.rope.theta,
+        rotary_percent=config.rope.partial,
         seq_len_interpolation_factor=config.rope.interpolation,
         parallel_output=True,
         vp_stage=vp_stage,

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
+from rlsync.models.glm4_moe import GLM4_MOE
 from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
 from rlsync.models.llama import LLAMA
 from rlsync.models.mistral import MISTRAL
@@ -23,10 +24,10 @@ from rlsync.models.qwen2_moe import QWEN2_MOE
 from rlsync.models.qwen3 import QWEN3
 from rlsync.models.qwen3_moe import QWEN3_MOE
 from rlsync.models.qwen3_vl import QWEN3_VL
-from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_mrope, read_rope
+from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_rope, read_rope
 from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
 
 __all__ = [
     "FAMILIES",
@@ -107,7 +108,7 @@ def check_overrides(model: Model, overrides: Mapping[str, Any]) -> list[str]:
     elif weight and overrides.get("moe_router_load_balancing_type") == "none":
         findings.append(f"moe_aux_loss_coeff is {weight}, which moe_router_load_balancing_type none leaves out; set that to aux_loss")
     rate = overrides.get("moe_router_bias_update_rate")
-    if rate:
+    if rate and not model.transformer.get("moe_router_enable_expert_bias"):
         findings.append(f"moe_router_bias_update_rate is {rate}, and the routers of {model.architecture} have no bias; leave it out")
     return findings
 
@@ -169,7 +170,7 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
     if findings or rope is None:
         return None, findings
     dims = family.dims(values)
-    findings = misfit_of_mrope(rope, dims["head_dim"])
+    findings = misfit_of_rope(rope, dims["head_dim"])
     if findings:
         return None, findings
     dtype = next((config[key] for config in (hf_config, text) for key in ("dtype", "torch_dtype") if config.get(key)), "float32")

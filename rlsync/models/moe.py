@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlsync.models.dense import ATTENTION, LAYERS, MLP, decoder_stacks, dense_dims, dense_transformer, layer_stack
-from rlsync.models.keys import Key, flag, harmless, is_whole, size
+from rlsync.models.keys import Key, flag, harmless, is_whole, number, only, size, unsupported
 from rlsync.models.layouts import GatedColumn, Replicated, Row
 from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack
 
@@ -29,6 +29,20 @@ SPARSE_KEYS: Mapping[str, Key] = {
         "a list of layer numbers",
         is_nullable=True,
     ),
+}
+# Of routers that score by a sigmoid and choose with a bias, as DeepSeek-V3's. Defaults that differ are in the families' tables.
+SIGMOID_KEYS: Mapping[str, Key] = {
+    **ROUTING_KEYS,
+    "num_experts_per_tok": size("moe_router_topk", default=8),
+    "moe_intermediate_size": size(is_required=True),
+    "n_routed_experts": size(is_required=True),
+    "num_local_experts": unsupported("it is another name of n_routed_experts; keep that one"),
+    "n_shared_experts": size(default=1),
+    "routed_scaling_factor": number("moe_router_topk_scaling_factor", default=1.0),
+    "n_group": size(default=1),
+    "topk_group": size(default=1),
+    "norm_topk_prob": only(True, default=True, why="Megatron divides the weights of the chosen experts by their sum in any case"),
+    "first_k_dense_replace": Key(lambda value: is_whole(value) and value >= 0, "a number of layers", default=1),
 }
 
 
@@ -81,6 +95,61 @@ def expert_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> di
     }
 
 
+def follows_dense_layers(model: Model, layer: int) -> bool:
+    """Whether a layer routes to experts, by ``first_k_dense_replace``: the first ones do not."""
+    return layer >= int(model.values["first_k_dense_replace"])
+
+
+def is_before_experts(model: Model, layer: int) -> bool:
+    return not follows_dense_layers(model, layer)
+
+
+def sigmoid_dims(values: Mapping[str, Any]) -> dict[str, int]:
+    """Named sizes of the experts of a model with ``SIGMOID_KEYS``, beside those of its decoder. Shared experts are one MLP."""
+    expert_ffn = values["moe_intermediate_size"]
+    return {"num_experts": values["n_routed_experts"], "expert_ffn": expert_ffn, "shared_ffn": values["n_shared_experts"] * expert_ffn}
+
+
+def sigmoid_contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong between keys of ``SIGMOID_KEYS``, or makes Megatron choose other experts than transformers."""
+    experts, chosen, groups, taken = (values[name] for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"))
+    first, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
+    findings = too_few_experts(values, experts)
+    if chosen == 1:
+        findings.append("num_experts_per_tok is 1: Megatron does not divide the weight of a single expert by itself; it must be at least 2")
+    if first >= layers:
+        findings.append(f"no layer has experts, by first_k_dense_replace {first} of {layers} layers; take the dense architecture")
+    if taken > groups:
+        findings.append(f"topk_group {taken} is more than the n_group {groups} groups")
+    elif experts % groups or experts // groups < 2:
+        findings.append(f"n_routed_experts {experts} do not make n_group {groups} equal groups of at least 2")
+    elif taken < groups and chosen > taken * (experts // groups):
+        findings.append(f"num_experts_per_tok {chosen} is more than the {taken * (experts // groups)} experts of topk_group {taken} groups")
+    elif taken < groups and chosen // taken != 2:
+        findings.append(
+            f"topk_group is {taken} of n_group {groups}: transformers ranks a group by its 2 best experts, Megatron by its "
+            f"{chosen // taken} best (num_experts_per_tok {chosen} / topk_group); they must be 2"
+        )
+    return findings
+
+
+def sigmoid_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of Megatron-Core's TransformerConfig: sigmoid scores in fp32, chosen with a bias, within groups where not all are taken."""
+    groups, taken = values["n_group"], values["topk_group"]
+    first = values["first_k_dense_replace"]
+    return {
+        "num_moe_experts": dims["num_experts"],
+        "moe_ffn_hidden_size": dims["expert_ffn"],
+        "moe_shared_expert_intermediate_size": dims["shared_ffn"],
+        "moe_layer_freq": [int(layer >= first) for layer in range(dims["num_layers"])],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_num_groups": groups if taken < groups else None,
+        "moe_router_group_topk": taken if taken < groups else None,
+    }
+
+
 def expert_rules(megatron: str, hf: str, ffn: str, projections: tuple[str, str, str], te: str = "") -> tuple[Rule, ...]:
     """A gated MLP under another name: gate and up as one, then down.
 
@@ -107,6 +176,7 @@ def expert_stacks(
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     sparse: Callable[[Model, int], bool] = has_experts,
     dense: Callable[[Model, int], bool] | None = is_dense,
+    attention: tuple[Rule, ...] = ATTENTION,
     hf: str = "model.",
 ) -> tuple[Stack, ...]:
     """A decoder in which some layers route to experts.
@@ -116,6 +186,7 @@ def expert_stacks(
         block: what HF names of the router and the experts begin with in a layer.
         projections: names of gate, up and down of an expert.
         sparse: which layers have experts; ``dense``: which have an MLP, or None where none has.
+        attention: rules of every layer's attention and the norm before it.
         hf: as in :func:`decoder_stacks`.
     """
     router = (
@@ -126,7 +197,7 @@ def expert_stacks(
         "mlp.experts.local_experts.{expert}.", f"{block}experts.{{expert}}.", "expert_ffn", projections, te="mlp.experts."
     )
     return decoder_stacks(
-        layer_stack(ATTENTION, hf),
+        layer_stack(attention, hf),
         *(() if dense is None else (layer_stack(MLP, hf, has_layer=dense),)),
         layer_stack((*router, *shared), hf, has_layer=sparse),
         Stack(
@@ -139,3 +210,11 @@ def expert_stacks(
         ),
         hf=hf,
     )
+
+
+def sigmoid_stacks(attention: tuple[Rule, ...] = ATTENTION, hf: str = "model.") -> tuple[Stack, ...]:
+    """A decoder of dense layers, then layers with shared experts, a router that has a bias in float32, and experts."""
+    shared = expert_rules("mlp.shared_experts.", "mlp.shared_experts.", "shared_ffn", ("gate_proj", "up_proj", "down_proj"))
+    bias = Rule("mlp.router.expert_bias", (HFTensor("mlp.gate.e_score_correction_bias", "num_experts"),), Replicated())
+    first, *layers, last = expert_stacks(*shared, sparse=follows_dense_layers, dense=is_before_experts, attention=attention, hf=hf)
+    return first, *layers, layer_stack((bias,), hf, has_layer=follows_dense_layers, dtype="float32"), last

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlsync.models.keys import HFConfig, is_number, is_whole, shown
@@ -39,10 +39,13 @@ class RopeKind:
         theta: its ``default_theta``.
         mrope: how the pairs of a head are dealt to the three dimensions of a position (time, height, width): "" where positions have one
             dimension, "blocks" for one run of pairs each, "interleaved" for turns.
+        partial: the share of a head's dimensions that turns where a config is silent (``partial_rotary_factor``); None where whole heads
+            turn, whatever a config says.
     """
 
     theta: float = DEFAULT_THETA
     mrope: Literal["", "blocks", "interleaved"] = ""
+    partial: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding of one model, over all dimensions of a head.
+    """Rotary embedding of one model.
 
     Attributes:
         theta: base of the frequencies.
@@ -78,6 +81,7 @@ class Rope:
         yarn: frequencies are rescaled and scores sharpened (type "yarn"); None otherwise.
         mrope_section: pairs of a head that turn with time, height and width of a position; None where positions have one dimension.
         mrope_interleaved: the pairs go by turns (t h w t h w ... t t), not in one block each.
+        partial: the share of a head's dimensions that turns, the first ones; the others stay as they are.
     """
 
     theta: float
@@ -86,6 +90,7 @@ class Rope:
     yarn: YarnScaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     mrope_interleaved: bool = False
+    partial: float = 1.0
 
     def reach(self, max_positions: int) -> float:
         """Longest sequence, in tokens, of a model of ``max_positions``."""
@@ -127,7 +132,7 @@ def _read(
     if per_layer_type:
         return None, [f"{name} is given per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported"]
     findings = []
-    types = _MROPE_TYPES if family.mrope else TYPES
+    types = _MROPE_TYPES if family.mrope else TYPES if family.partial is None else {"default": ()}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if "type" in nested and nested["type"] != kind and not (family.mrope and (kind, nested["type"]) == ("default", "mrope")):
         findings.append(f"{name} has rope_type {shown(kind)} and type {shown(nested['type'])}; keep the one that is meant")
@@ -140,10 +145,8 @@ def _read(
         findings.append(
             f"{name} of rope type {kind} holds {', '.join(foreign)}, which that type does not have; remove it, or name its type"
         )
-    for where, factor in ((name, nested.get("partial_rotary_factor")), ("config.json", config.get("partial_rotary_factor"))):
-        if factor is not None and factor != 1:
-            why = "these models rotate whole heads in transformers whatever it says, and a part of each in vLLM"
-            findings.append(f"partial_rotary_factor of {where} is {shown(factor)}; it must be 1: {why}")
+    partial, wrong = _partial(name, nested, config, family)
+    findings += wrong
     numbers = {"rope_theta": config.get("rope_theta", family.theta)}
     if "original_max_position_embeddings" in types[kind]:
         numbers["original_max_position_embeddings"] = config.get("original_max_position_embeddings", max_positions)
@@ -168,7 +171,26 @@ def _read(
         section = tuple(nested.get("mrope_section") or ())
         rope = None if findings else Rope(float(numbers["rope_theta"]), mrope_section=section, mrope_interleaved=family.mrope != "blocks")
         return rope, findings
-    return (None if findings else _rope(kind, numbers)), findings
+    return (None if findings else replace(_rope(kind, numbers), partial=partial)), findings
+
+
+def _partial(name: str, nested: Mapping[str, Any], config: HFConfig, family: RopeKind) -> tuple[float, list[str]]:
+    """The share of a head that turns, and what is wrong with what a config says of it."""
+    sources: tuple[tuple[str, Mapping[str, Any]], ...] = ((name, nested), ("config.json", config))
+    said: list[tuple[str, Any]] = [(where, given["partial_rotary_factor"]) for where, given in sources if "partial_rotary_factor" in given]
+    said = [(where, factor) for where, factor in said if factor is not None]
+    if family.partial is None:
+        why = "these models rotate whole heads in transformers whatever it says, and a part of each in vLLM"
+        wrong = [f"partial_rotary_factor of {where} is {shown(factor)}; it must be 1: {why}" for where, factor in said if factor != 1]
+        return 1.0, wrong
+    wrong = [
+        f"partial_rotary_factor of {where} is {shown(factor)}; it must be a number above 0 and up to 1, the share of a head that turns"
+        for where, factor in said
+        if not (is_number(factor) and 0 < factor <= 1)
+    ]
+    if not wrong and len({factor for _, factor in said}) > 1:
+        wrong = [f"partial_rotary_factor is {said[1][1]}, and {said[0][1]} in {name}; keep one of them"]
+    return float(said[0][1]) if said and not wrong else family.partial, wrong
 
 
 def _wrong_mrope(name: str, nested: Mapping[str, Any], family: RopeKind) -> Iterator[str]:
@@ -186,8 +208,11 @@ def _wrong_mrope(name: str, nested: Mapping[str, Any], family: RopeKind) -> Iter
         )
 
 
-def misfit_of_mrope(rope: Rope, head_dim: int) -> list[str]:
-    """Why the sections of a rotary embedding cannot be dealt to the pairs of a head; empty without sections."""
+def misfit_of_rope(rope: Rope, head_dim: int) -> list[str]:
+    """Why the pairs of a head cannot turn as a rotary embedding says; empty where they can."""
+    turning = int(head_dim * rope.partial)
+    if turning % 2 or not turning:
+        return [f"partial_rotary_factor {rope.partial} of a head_dim of {head_dim} is {turning} dimensions, and they turn in pairs"]
     if rope.mrope_section is None:
         return []
     shares, pairs = list(rope.mrope_section), head_dim // 2

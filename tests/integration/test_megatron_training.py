@@ -29,6 +29,7 @@ MOE_MODELS = {
     "mixtral": {"family": "mixtral", "num_hidden_layers": 2},
     "qwen2_moe": {"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]},
     "qwen3_moe": {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
+    "glm4_moe": {"family": "glm4_moe", "num_hidden_layers": 2},
 }
 
 
@@ -92,6 +93,7 @@ def test_experts_train_as_huggingface(moe_models):
         _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True),
         _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED),
+        _case("glm4_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
     ]
     _run(2, "train_as_huggingface", cases, moe_models)
 

@@ -13,7 +13,7 @@ SP = {"sequence_parallel": True}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict]:
-    return make_models(tmp_path_factory.mktemp("hf"), ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe-tied"))
+    return make_models(tmp_path_factory.mktemp("hf"), ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe-tied", "glm4_moe"))
 
 
 def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_path):
@@ -27,6 +27,8 @@ def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["qwen2_moe"], "topology": {"tp_size": 4, "ep_size": 4}, "overrides": SP},
         {**models["mixtral"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 4}, "overrides": SP},
         {**models["mixtral"], "topology": {"pp_size": 4}},
+        {**models["glm4_moe"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": SP},
+        {**models["glm4_moe"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
     ]
     outputs = run_ranks(4, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
     assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import (
     GenerationConfig,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -38,6 +39,7 @@ from tests.deadlines import HANG_S
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
     "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
+    "glm4_moe": Glm4MoeConfig,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -57,7 +59,11 @@ QWEN2_MOE = {
     **SHARED, **_EXPERTS, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96,
 }  # fmt: skip
 QWEN3_MOE = {**SHARED, **_EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
-TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+GLM4_MOE = {
+    **SHARED, **_EXPERTS, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 8, "num_mtp_layers": 0,
+}  # fmt: skip
+del GLM4_MOE["num_experts"]
+TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -168,6 +174,7 @@ def test_defaults_are_those_of_transformers_class(family, kind, keys):
 # What transformers' defaults lack: sections of a position, which engines go by, and a tower as wide as the language model.
 LEAST = {
     "mistral": {"sliding_window": None},
+    "glm4_moe": {"num_mtp_layers": 0, "head_dim": 128},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
@@ -219,6 +226,17 @@ REFUSALS = [
     (QWEN2_MOE, "decoder_sparse_step", 5, "no layer has experts"),
     (QWEN3_MOE, "num_local_experts", 4, "num_experts is 8 and num_local_experts is 4"),
     (QWEN3_MOE, "mlp_only_layers", ["1"], 'mlp_only_layers is ["1"]'),
+    ({**GLM4_MOE, "n_group": 4}, "topk_group", 2, "transformers ranks a group by its 2 best experts, Megatron by its 1 best"),
+    (GLM4_MOE, "topk_group", 2, "topk_group 2 is more than the n_group 1 groups"),
+    (GLM4_MOE, "n_group", 3, "n_routed_experts 8 do not make n_group 3 equal groups of at least 2"),
+    (GLM4_MOE, "num_experts_per_tok", 1, "num_experts_per_tok is 1"),
+    (GLM4_MOE, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
+    (GLM4_MOE, "norm_topk_prob", False, "norm_topk_prob is false"),
+    (GLM4_MOE, "first_k_dense_replace", 4, "no layer has experts, by first_k_dense_replace 4"),
+    (GLM4_MOE, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
+    (GLM4_MOE, "partial_rotary_factor", 1.5, "partial_rotary_factor of config.json is 1.5; it must be a number above 0 and up to 1"),
+    (GLM4_MOE, "partial_rotary_factor", 0.1, "partial_rotary_factor 0.1 of a head_dim of 32 is 3 dimensions"),
+    (GLM4_MOE, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, 'rope type "linear"; supported are default'),
     (QWEN3, "hidden_act", "gelu", 'hidden_act is "gelu"; for Qwen3ForCausalLM it must be "silu" or "swish"'),
     (QWEN3, "hidden_act", None, "hidden_act is null"),
     (QWEN3, "vocab_size", None, "vocab_size is null"),
