@@ -26,8 +26,10 @@ REPO = Path(__file__).resolve().parents[1]
 # Ranks of these modules import Megatron and not vLLM. They are forked from one process that has done so.
 _WITH_MEGATRON = tuple(
     f"tests.integration.{name}_ranks"
-    for name in ("actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "megatron", "offload", "vision", "vision_parts")
-)
+    for name in (
+        "actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "megatron", "offload", "replay", "vision", "vision_parts",
+    )
+)  # fmt: skip
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
 _WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "paper_workers", "recorder_claims", "sink_engines"))
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"

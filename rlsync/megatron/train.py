@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -28,10 +28,13 @@ from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
+from rlsync.megatron.routes import Routing
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.vision import VisionLanguageModel
 
 Microbatch = Mapping[str, Tensor]
+# Of a microbatch: the experts that its tokens go to.
+ROUTES = "routes"
 
 
 class TokenLoss(Protocol):
@@ -70,6 +73,7 @@ def train_step(
     *,
     scheduler: OptimizerParamScheduler | None = None,
     temperature: float = 1.0,
+    routing: Routing | None = None,
 ) -> StepResult:
     """One optimizer step on the sum of the losses of all microbatches of all data-parallel ranks.
 
@@ -86,10 +90,11 @@ def train_step(
         loss: see ``TokenLoss``.
         scheduler: advanced by one when the step was not skipped.
         temperature: divides the logits that ``loss`` sees.
+        routing: of these chunks; tokens then go to the experts that a microbatch's ``routes`` (B, S, layers with experts, topk) name.
 
     Raises:
-        ConfigError: no microbatch, or pictures that its tokens have no room for; nothing has changed then. Not on all ranks where
-            replicas differ in it.
+        ConfigError: no microbatch, routes without ``routing`` or of another model, or pictures that its tokens have no room for; nothing
+            has changed then. Not on all ranks where replicas differ in it.
     """
     _set_training(models, True)
     for model in models:
@@ -109,7 +114,7 @@ def train_step(
         value, metrics = loss(scores, passed.microbatch)
         return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
 
-    collected = _run(models, microbatches, differentiate, forward_only=False)
+    collected = _run(models, microbatches, differentiate, forward_only=False, routing=routing)
     updated, grad_norm, num_zeros = optimizer.step()
     if updated and scheduler is not None:
         scheduler.step(1)
@@ -124,7 +129,9 @@ def train_step(
 
 
 @torch.no_grad()
-def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, temperature: float = 1.0) -> list[TokenScores]:
+def token_scores(
+    models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, temperature: float = 1.0, routing: Routing | None = None
+) -> list[TokenScores]:
     """Log-probability and entropy of every token, without gradients. Collective over the TP and PP groups.
 
     Args:
@@ -132,6 +139,7 @@ def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Micro
         microbatches: each with ``tokens`` (B, S) int64, right-padded, and pictures as in ``train_step``; equal on the ranks of one
             data-parallel replica.
         temperature: divides the logits.
+        routing: as in ``train_step``; afterwards ``routing.taken`` has the routes that were taken.
 
     Returns:
         One ``TokenScores`` a microbatch, on every rank of the replica. Scores of padding mean nothing.
@@ -142,7 +150,7 @@ def token_scores(models: Sequence[torch.nn.Module], microbatches: Sequence[Micro
         return torch.stack((scores.log_probs, scores.entropy, scores.likeliest))
 
     with _evaluating(models):
-        collected = _run(models, microbatches, score, forward_only=True)
+        collected = _run(models, microbatches, score, forward_only=True, routing=routing)
     shapes = [(3, *microbatch["tokens"].shape) for microbatch in microbatches]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=compute_device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -180,6 +188,7 @@ class _Passed:
         arguments: what the chunks take beside tokens.
         vocab_size: of the model, without padding.
         repeated: this pass fills up the schedule; its loss does not count.
+        index: of the microbatch.
     """
 
     microbatch: Microbatch
@@ -187,6 +196,7 @@ class _Passed:
     arguments: Mapping[str, Any]
     vocab_size: int
     repeated: bool
+    index: int
 
     def scores(self, logits: Tensor, temperature: float) -> TokenScores:
         scores = score_tokens(logits, self.tokens, vocab_size=self.vocab_size, temperature=temperature)
@@ -195,27 +205,40 @@ class _Passed:
 
 
 def _run(
-    models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], on_logits: Callable[..., Any], *, forward_only: bool
+    models: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    on_logits: Callable[..., Any],
+    *,
+    forward_only: bool,
+    routing: Routing | None = None,
 ) -> list[Any]:
     """Pass the microbatches through the pipeline; what ``on_logits`` returned for each, on the last stage (else [])."""
+    if routing is None and any(ROUTES in microbatch for microbatch in microbatches):
+        raise ConfigError("a microbatch has routes, which need the routing of the model to be taken")
     passes = _prepared(models, microbatches)
     iterators = [iter(passes) for _ in models]
     rows, length = passes[0].tokens.shape
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward, on_logits),
-        data_iterator=iterators if len(models) > 1 else iterators[0],
-        model=list(models) if len(models) > 1 else models[0],
-        num_microbatches=len(passes),
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with nullcontext() if routing is None else routing.run(with_gradients=not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward, on_logits, routing),
+            data_iterator=iterators if len(models) > 1 else iterators[0],
+            model=list(models) if len(models) > 1 else models[0],
+            num_microbatches=len(passes),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
-def _forward(on_logits: Callable[..., Any], passes: Iterator[_Passed], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+def _forward(
+    on_logits: Callable[..., Any], routing: Routing | None, passes: Iterator[_Passed], model: torch.nn.Module
+) -> tuple[Tensor, Callable[..., Any]]:
     passed = next(passes)
-    return model(input_ids=passed.tokens, attention_mask=None, **passed.arguments), partial(on_logits, passed)
+    routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, passed.microbatch.get(ROUTES))
+    with routed:
+        output = model(input_ids=passed.tokens, attention_mask=None, **passed.arguments)
+    return output, partial(on_logits, passed)
 
 
 def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[_Passed]:
@@ -230,13 +253,13 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
     device, passes = compute_device(), []
-    for microbatch, (rows, length) in zip(microbatches, shapes, strict=True):
+    for index, (microbatch, (rows, length)) in enumerate(zip(microbatches, shapes, strict=True)):
         moved = {name: tensor.to(device) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
         tokens = microbatch["tokens"]
         length = -(-length // multiple) * multiple
         padded = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
         arguments = _arguments(chunk, padded, microbatch)
-        passes.append(_Passed(moved, padded.to(device), arguments, chunk.unpadded_vocab_size, repeated=False))
+        passes.append(_Passed(moved, padded.to(device), arguments, chunk.unpadded_vocab_size, repeated=False, index=index))
     last = passes[-1]
     filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
