@@ -19,6 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
 MOE_MODELS: dict[str, dict[str, Any]] = {
     **{family: {"family": family, "tied": False} for family in MOE_FAMILIES},
     "qwen3_moe-tied": {"family": "qwen3_moe", "tied": True},
+    **{f"{family}-stacked": {"family": family, "stacked": True} for family in MOE_FAMILIES},
 }
 
 
@@ -26,8 +27,10 @@ def make_models(root: Path, names: tuple[str, ...] = tuple(MODELS)) -> dict[str,
     """Save the named models under ``root``: name -> folder, tokens (2, 24) and fp32 logits (2, 24, vocab) as lists."""
     made = {}
     for seed, name in enumerate(names):
-        model = tiny_model(seed=seed, **{**MODELS, **MOE_MODELS}[name])
-        model.save_pretrained(root / name)
+        options = {**MODELS, **MOE_MODELS}[name]
+        model = tiny_model(seed=seed, **{key: value for key, value in options.items() if key != "stacked"})
+        # transformers writes the names of released checkpoints unless it is told to write those of its modules.
+        model.save_pretrained(root / name, save_original_format="stacked" not in options)
         tokens = torch.randint(0, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             logits = model(tokens).logits

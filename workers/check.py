@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
+from rlsync.models.stored import misfits
 from workers.colocation import plan_colocation
 from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
 from workers.judges import check_reward_function
@@ -189,7 +190,7 @@ def check_weights(config: AnyConfig, report: Report) -> None:
     model = model_of(hf_config)
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
-    for text in model.misfits(shapes):
+    for text in misfits(model, shapes):
         report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
 
 

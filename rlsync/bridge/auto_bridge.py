@@ -30,8 +30,8 @@ from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stacks import Spelling
-from rlsync.plan.planner import Copy, Plan, build_plan
+from rlsync.models.stored import FileTensor, default_form, file_placement, form_of, has_other_forms, misfits
+from rlsync.plan.planner import Bucket, Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
 _LOG = logging.getLogger(__name__)
@@ -60,10 +60,14 @@ class Shards:
 
 @dataclass(frozen=True)
 class _Export:
-    """How this rank comes by full tensors: by copies from its own parameters where every rank holds all of them, else by a plan."""
+    """How this rank comes by full tensors: by copies from its own parameters where every rank holds all of them, else by a plan.
+
+    ``files`` has for each tensor of the table that of the files it belongs to.
+    """
 
     held: Mapping[str, Sequence[Copy]]
     plan: Plan
+    files: Mapping[str, FileTensor]
 
 
 class AutoBridge:
@@ -80,7 +84,8 @@ class AutoBridge:
         self.hf_config = dict(config)
         self.model = model_of(config)
         self._folder = folder
-        self._spelling = self.model.spelling(_stored_names(folder) if self.model.family.spellings else ())
+        shapes = _stored_shapes(folder) if has_other_forms(self.model) else {}
+        self._form = form_of(self.model, shapes) if shapes else default_form(self.model)
         self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
@@ -89,9 +94,9 @@ class AutoBridge:
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
         """Bridge for the checkpoint folder ``hf_path``; reads its ``config.json``, and the headers of its weight files where checkpoints of
-        the family have their tensors under several names: exported and saved ones are called as they are there.
+        the family hold their tensors in several forms (other names, experts stacked): exported and saved ones have that of the folder.
 
-        Raises ConfigError for a missing or unreadable config and for an unknown architecture.
+        Raises ConfigError for a missing or unreadable config and for an unknown architecture, PlacementError where the form is not clear.
         """
         folder = Path(hf_path)
         text, config = read_config(folder)
@@ -171,9 +176,8 @@ class AutoBridge:
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            stored = self._checked(read_checkpoint(Path(hf_path)), Path(hf_path))
+            source, stored = self._checked(read_checkpoint(Path(hf_path)), Path(hf_path))
             mine = shards.placements[dist.get_rank()]
-            source = whole_tensors(str(hf_path), [stored[t.name].spec for t in shards.tensors])
             plan = build_plan(shards.tensors, [source], [mine], transforms=("cast",))
             files = MappedTensors(stored)
             files.open()
@@ -185,33 +189,37 @@ class AutoBridge:
     def export_weights(
         self, models: Sequence[torch.nn.Module], *, bucket_bytes: int = EXPORT_BUCKET_BYTES
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every HF name once with its full tensor, on every rank, in layer order. Names are spelled as in the bridge's folder.
+        """Yield every HF name once with its full tensor, on every rank, in layer order. Names, and experts stacked or one
+        by one, are those of the bridge's folder.
 
         A tensor that every rank holds whole, and here lies in order in one parameter (without TP and PP all but q, k and v), is a view
         of that parameter: clone it to keep it beyond the next optimizer step, and do not write to it. All others are new. Tensors are
-        contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its messages. A tied model yields no
-        ``lm_head``. Collective over all ranks: consume it to the end on all of them.
+        contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its messages, and the stacked experts
+        of a layer. A tied model yields no ``lm_head``. Collective over all ranks: consume it to the end on all of them.
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
             export = self._planned_export(shards, bucket_bytes)
         megatron_model.gather_parameters(models)
         exchange = Exchange(export.plan, shards.buffers, device=compute_device())
+        arriving = _Arriving(export.files, export.held)
         for k, bucket in enumerate(export.plan.buckets):
-            arriving = {t.name: empty_tensor(t) for t in bucket.tensors if t.name not in export.held}
-            if arriving:
-                exchange.deliver(k, [arriving])
+            if arriving.begin(bucket):
+                exchange.deliver(k, [arriving.buffers])
             for tensor in bucket.tensors:
-                copies, stored_name = export.held.get(tensor.name), self._spelling.stored(tensor.name)
-                yield stored_name, arriving.pop(tensor.name) if copies is None else _in_place(tensor, copies, shards.buffers)
+                if tensor.name in export.held:
+                    yield export.files[tensor.name].spec.name, _in_place(tensor, export.held[tensor.name], shards.buffers)
+                elif (complete := arriving.completed(tensor)) is not None:
+                    yield complete
 
     def _planned_export(self, shards: Shards, bucket_bytes: int) -> _Export:
         """How :meth:`export_weights` comes by its tensors; the same for all calls with such shards, so made once."""
         if self._export is None or self._export[0] is not shards.placements or self._export[1] != bucket_bytes:
-            held = _held_everywhere(shards)
-            gathered = whole_tensors("export", [t for t in shards.tensors if t.name not in held])
+            files = self._form.file_tensors(self.model, shards.tensors)
+            held = _held_everywhere(shards, files)
+            gathered = file_placement("export", _without(files, held))
             plan = build_plan(shards.tensors, shards.placements, [gathered], bucket_bytes=bucket_bytes)
-            self._export = shards.placements, bucket_bytes, _Export(held, plan)
+            self._export = shards.placements, bucket_bytes, _Export(held, plan, _by_tensor(files))
         return self._export[2]
 
     def save_weights(
@@ -236,12 +244,14 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
-            files = shard_files(shards.tensors, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
-            held = _held_everywhere(shards)
+            stored = self._form.file_tensors(self.model, shards.tensors)
+            held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
+            specs = shard_files([file.spec for file in stored], min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
+            files = {name: tuple(by_name[spec.name] for spec in group) for name, group in specs.items()}
             plan = build_plan(
-                _interleaved(files, dist.get_world_size()),
+                _interleaved(files, shards.tensors, dist.get_world_size()),
                 shards.placements,
-                [whole_tensors(name, [t for t in group if t.name not in held]) for name, group in files.items()],
+                [file_placement(name, _without(group, held)) for name, group in files.items()],
                 bucket_bytes=EXPORT_BUCKET_BYTES,
             )
             small_files = self._small_files(out_dir) if rank == 0 else ()
@@ -254,24 +264,25 @@ class AutoBridge:
         exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
-            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, self._spelling, durable=durable)
+            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
-                write_index(out_dir, {name: _spelled(group, self._spelling) for name, group in files.items()}, durable=durable)
+                write_index(out_dir, specs, durable=durable)
 
-    def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> Mapping[str, StoredTensor]:
-        """The checkpoint by the names of the table, without a copy of the embedding as its head, compared with the table.
+    def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> tuple[Placement, Mapping[str, StoredTensor]]:
+        """Where the tensors of the table lie in a checkpoint, and its tensors without a copy of the embedding as its head.
 
         PlacementError lists missing, unexpected and wrongly shaped tensors at once.
         """
         if self.model.tied:
             stored = without_tied_head(stored, folder)
-        findings = self.model.misfits({name: tensor.spec.shape for name, tensor in stored.items()})
+        shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
+        findings = misfits(self.model, shapes)
         if findings:
             raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
-        names = {name: self.model.spelling(stored).canonical(name) for name in stored}
-        return {name: replace(stored[file_name], spec=replace(stored[file_name].spec, name=name)) for file_name, name in names.items()}
+        files = form_of(self.model, shapes).file_tensors(self.model, self.model.tensors())
+        return file_placement(str(folder), [replace(file, spec=stored[file.spec.name].spec) for file in files]), stored
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
         """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
@@ -301,9 +312,41 @@ def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
         raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
 
 
-def _held_everywhere(shards: Shards) -> dict[str, list[Copy]]:
-    """Tensors of which every rank has all elements: by name the copies that make one of this rank's parameters."""
-    names = {t.name for t in shards.tensors}
+class _Arriving:
+    """Tensors of files that are being put together from those of the table, bucket by bucket."""
+
+    def __init__(self, files: Mapping[str, FileTensor], held: Mapping[str, Sequence[Copy]]) -> None:
+        self._files, self._held = files, held
+        self._missing = {file.spec.name: len(file.pieces) for file in files.values()}
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def begin(self, bucket: Bucket) -> bool:
+        """Make room for what a bucket brings; False where it brings nothing here."""
+        specs = [self._files[t.name].spec for t in bucket.tensors if t.name in self._files and t.name not in self._held]
+        for spec in specs:
+            if spec.name not in self.buffers:
+                self.buffers[spec.name] = empty_tensor(spec)
+        return bool(specs)
+
+    def completed(self, tensor: TensorSpec) -> tuple[str, torch.Tensor] | None:
+        """Name and content of the tensor of a file whose last part ``tensor`` is, which came with the last bucket."""
+        name = self._files[tensor.name].spec.name
+        self._missing[name] -= 1
+        return None if self._missing[name] else (name, self.buffers.pop(name))
+
+
+def _by_tensor(files: Iterable[FileTensor]) -> dict[str, FileTensor]:
+    return {piece.tensor: file for file in files for piece in file.pieces}
+
+
+def _without(files: Iterable[FileTensor], held: Mapping[str, Sequence[Copy]]) -> list[FileTensor]:
+    return [file for file in files if file.pieces[0].tensor not in held]
+
+
+def _held_everywhere(shards: Shards, files: Sequence[FileTensor]) -> dict[str, list[Copy]]:
+    """Tensors that are tensors of files, and of which every rank has all elements: by name the copies that make one of this rank's
+    parameters."""
+    names = {file.pieces[0].tensor for file in files if len(file.pieces) == 1}
     for placement in shards.placements:
         sizes: Counter[str] = Counter()
         for name, box in {(piece.tensor, piece.box) for piece in placement.pieces}:
@@ -327,18 +370,17 @@ def _in_place(tensor: TensorSpec, copies: Sequence[Copy], buffers: Mapping[str, 
     return whole
 
 
-def _stored_names(folder: Path | None) -> Iterable[str]:
-    """Names of the tensors of a folder; none where it has no weights."""
-    return () if folder is None or not any(folder.glob("*.safetensors*")) else read_checkpoint(folder)
+def _stored_shapes(folder: Path | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a folder; none where it has no weights."""
+    if folder is None or not any(folder.glob("*.safetensors*")):
+        return {}
+    return {name: stored.spec.shape for name, stored in read_checkpoint(folder).items()}
 
 
-def _spelled(tensors: Sequence[TensorSpec], spelling: Spelling) -> tuple[TensorSpec, ...]:
-    return tuple(replace(tensor, name=spelling.stored(tensor.name)) for tensor in tensors)
-
-
-def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) -> tuple[TensorSpec, ...]:
-    """Tensors in an order in which every writer always has something to do: round by round, one file per writer."""
-    groups = list(files.values())
+def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[TensorSpec], num_writers: int) -> tuple[TensorSpec, ...]:
+    """Tensors of the table in an order in which every writer always has something to do: round by round, one file per writer."""
+    specs = {tensor.name: tensor for tensor in tensors}
+    groups = [[specs[piece.tensor] for file in group for piece in file.pieces] for group in files.values()]
     order: list[TensorSpec] = []
     for begin in range(0, len(groups), num_writers):
         for row in zip_longest(*groups[begin : begin + num_writers]):
@@ -348,13 +390,12 @@ def _interleaved(files: Mapping[str, Sequence[TensorSpec]], num_writers: int) ->
 
 def _write_files(
     out_dir: Path,
-    mine: Mapping[str, Sequence[TensorSpec]],
+    mine: Mapping[str, Sequence[FileTensor]],
     num_files: int,
     exchange: Exchange,
     plan: Plan,
     held: Mapping[str, Sequence[Copy]],
     buffers: Mapping[str, torch.Tensor],
-    spelling: Spelling,
     *,
     durable: bool,
 ) -> None:
@@ -362,25 +403,30 @@ def _write_files(
 
     Collective: a rank that cannot write still takes part, so that nobody waits for it.
     """
-    owner = {t.name: file for file, tensors in mine.items() for t in tensors}
+    owner = {file.spec.name: name for name, group in mine.items() for file in group}
+    files = _by_tensor(file for group in mine.values() for file in group)
+    arriving = _Arriving(files, held)
     failure: OSError | None = None
     with ExitStack() as stack:
         writers: dict[str, FileWriter] = {}
         try:
-            for file, tensors in mine.items():
-                writers[file] = stack.enter_context(FileWriter(out_dir / file, _spelled(tensors, spelling), durable=durable))
+            for name, group in mine.items():
+                writers[name] = stack.enter_context(FileWriter(out_dir / name, [file.spec for file in group], durable=durable))
         except OSError as error:
             failure = error
         for k, bucket in enumerate(plan.buckets):
-            tensors = [t for t in bucket.tensors if t.name in owner]
-            arrived = {t.name: empty_tensor(t) for t in tensors if t.name not in held}
-            exchange.deliver(k, [arrived] * num_files)
-            try:
-                for t in tensors if failure is None else ():
-                    tensor = _in_place(t, held[t.name], buffers) if t.name in held else arrived[t.name]
-                    writers[owner[t.name]].write(spelling.stored(t.name), tensor.cpu())
-            except OSError as error:
-                failure = error
+            arriving.begin(bucket)
+            exchange.deliver(k, [arriving.buffers] * num_files)
+            for t in bucket.tensors:
+                if t.name not in files:
+                    continue
+                stored = files[t.name].spec.name
+                complete = (stored, _in_place(t, held[t.name], buffers)) if t.name in held else arriving.completed(t)
+                try:
+                    if complete is not None and failure is None:
+                        writers[owner[stored]].write(stored, complete[1].cpu())
+                except OSError as error:
+                    failure = error
         if failure is not None:
             raise CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})") from failure
 

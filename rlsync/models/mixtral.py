@@ -46,5 +46,11 @@ MIXTRAL = Family(
     contradictions=_contradictions,
     features=dense_features,
     transformer=_transformer,
-    stacks=expert_stacks(block="block_sparse_moe.", projections=("w1", "w3", "w2"), sparse=in_every_layer, dense=None),
+    stacks=expert_stacks(
+        block="block_sparse_moe.",
+        projections=("w1", "w3", "w2"),
+        sparse=in_every_layer,
+        dense=None,
+        stacked={"renamed": ((".block_sparse_moe.", ".mlp."),)},
+    ),
 )

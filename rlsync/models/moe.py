@@ -11,7 +11,7 @@ from typing import Any
 from rlsync.models.dense import ATTENTION, LAYERS, MLP, decoder_stacks, dense_dims, dense_transformer, layer_stack
 from rlsync.models.keys import Key, flag, harmless, is_whole, number, only, size, unsupported
 from rlsync.models.layouts import GatedColumn, Replicated, Row
-from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack
+from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack, Stacked
 
 EXPERTS = Index("expert", "num_experts", "ep")
 # Of transformers' own training step alone; an actor's coefficient is moe_aux_loss_coeff.
@@ -177,6 +177,7 @@ def expert_stacks(
     sparse: Callable[[Model, int], bool] = has_experts,
     dense: Callable[[Model, int], bool] | None = is_dense,
     attention: tuple[Rule, ...] = ATTENTION,
+    stacked: Mapping[str, Any] | None = None,
     hf: str = "model.",
 ) -> tuple[Stack, ...]:
     """A decoder in which some layers route to experts.
@@ -187,6 +188,7 @@ def expert_stacks(
         projections: names of gate, up and down of an expert.
         sparse: which layers have experts; ``dense``: which have an MLP, or None where none has.
         attention: rules of every layer's attention and the norm before it.
+        stacked: fields of :class:`Stacked` beside the names that transformers 5 has.
         hf: as in :func:`decoder_stacks`.
     """
     router = (
@@ -207,6 +209,7 @@ def expert_stacks(
             indices=(LAYERS, EXPERTS),
             tensor_axis="etp",
             has_layer=sparse,
+            stacked=Stacked(tuple(f"{hf}layers.{{layer}}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")), **(stacked or {})),
         ),
         hf=hf,
     )

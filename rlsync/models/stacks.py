@@ -86,6 +86,29 @@ def in_every_layer(model: Model, layer: int) -> bool:
     return True
 
 
+# How a matrix of an expert lies in a tensor of all experts: (experts, rows, columns) or (experts, columns, rows).
+Orientation = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The other form of a stack of experts in files: one tensor for each of its rules, with that matrix of all experts of a layer.
+
+    A rule's HF tensors follow one another in the rows of its matrix.
+
+    Attributes:
+        tensors: HF names in the order of the rules.
+        orientations: those that files of the family exist in. With several the shapes have to tell.
+        released: how released checkpoints have it, or None where they have tensors for each expert.
+        renamed: parts of the names of other tensors that are different in such files: (in the table, there).
+    """
+
+    tensors: tuple[str, ...]
+    orientations: tuple[Orientation, ...] = ("rows",)
+    released: Orientation | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """Parameters that repeat over the same numbers and are cut by the same axes.
@@ -100,6 +123,7 @@ class Stack:
         has_layer: model and first number -> whether the copy exists. Not asked where there is no index.
         dtype: of parameters that are in this dtype whatever the model is in, or "".
         part: of the model that it belongs to.
+        stacked: how files may hold it otherwise, or None.
     """
 
     rules: tuple[Rule, ...]
@@ -111,6 +135,7 @@ class Stack:
     has_layer: Callable[[Model, int], bool] = in_every_layer
     dtype: str = ""
     part: Part = "language_model"
+    stacked: Stacked | None = None
 
 
 # The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.
@@ -217,7 +242,8 @@ class Family:
 class Bound:
     """A rule of a stack for one layer, one expert: names and HF shapes without placeholders.
 
-    ``local`` and ``te`` are the global Megatron names under the two specs.
+    ``local`` and ``te`` are the global Megatron names under the two specs, ``numbers`` those of the indices of the stack, and ``copies``
+    how many there are of the innermost one in the whole model.
     """
 
     rule: Rule
@@ -225,6 +251,8 @@ class Bound:
     local: str
     te: str
     hf: tuple[tuple[str, tuple[int, ...]], ...]
+    numbers: tuple[int, ...] = ()
+    copies: int = 1
 
     def name(self, flavour: Flavour) -> str:
         return self.te if flavour == "te" else self.local
@@ -294,7 +322,8 @@ class Model:
             ((stack.hf + tensor.template).format(**placed), tuple(int(d) if d.isdigit() else self.dims[d] for d in tensor.dims))
             for tensor in rule.hf
         )
-        return Bound(rule, stack, local, te, hf)
+        copies = self.dims[stack.indices[-1].count] if stack.indices else 1
+        return Bound(rule, stack, local, te, hf, numbers, copies)
 
     def tower_parts(self) -> dict[str, Part]:
         """Parameters outside the language model, by Megatron name: which part they belong to. Empty for a model of text."""
@@ -324,19 +353,6 @@ class Model:
                 )
         pairs = [(canonical, prefix) for canonical, (prefix,) in found.items()]
         return Spelling(tuple(sorted(pairs, key=lambda pair: -len(pair[1]))))
-
-    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What keeps tensors of these shapes, by name in their files, from being this model's: missing, unexpected, wrongly shaped ones."""
-        try:
-            spelling = self.spelling(shapes)
-        except PlacementError as error:
-            return [str(error)]
-        wanted = {spelling.stored(t.name): t.shape for t in self.tensors()}
-        missing = sorted(name for name in wanted if name not in shapes)
-        extra = sorted(name for name in shapes if name not in wanted and not self.is_ignored(name))
-        wrong = [f"{name}: expected {shape}, stored {shapes[name]}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]
-        kinds = (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong))
-        return [f"{kind} {len(names)} tensors: {', '.join(names)}" for kind, names in kinds if names]
 
     def is_ignored(self, hf_name: str) -> bool:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.family.ignored)

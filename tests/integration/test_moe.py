@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
 
 from tests.hf_models import make_models
+from tests.models import MOE_FAMILIES
 from tests.ranks import run_ranks
 
 RANKS = "tests.integration.bridge_ranks"
@@ -13,7 +17,8 @@ SP = {"sequence_parallel": True}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict]:
-    return make_models(tmp_path_factory.mktemp("hf"), ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe-tied", "glm4_moe"))
+    names = (*MOE_FAMILIES, "qwen3_moe-tied", *(f"{family}-stacked" for family in MOE_FAMILIES))
+    return make_models(tmp_path_factory.mktemp("hf"), names)
 
 
 def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_path):
@@ -32,3 +37,14 @@ def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_pat
     ]
     outputs = run_ranks(4, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
     assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"
+
+
+def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(models, tmp_path):
+    """As transformers 5 writes the tensors of its modules. Names and bits of export and save are those of the files."""
+    topologies = ({"tp_size": 2, "etp_size": 2}, {"dp_size": 2, "ep_size": 2}, {"pp_size": 2}, {"dp_size": 2})
+    cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(MOE_FAMILIES, topologies, strict=True)]
+    for case in cases:
+        names = load_file(Path(case["folder"], "model.safetensors"))
+        assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in name for name in names)
+    outputs = run_ranks(2, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
+    assert outputs[1].count("LOGITS") == len(cases)

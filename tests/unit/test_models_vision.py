@@ -15,6 +15,7 @@ from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import Model, model_of
 from rlsync.models.placement import held_parameters, indivisible, megatron_placements
+from rlsync.models.stored import misfits
 from rlsync.plan.planner import build_plan
 from tests.vision_models import FAMILIES, tiny_vision_model
 
@@ -44,11 +45,11 @@ def test_the_table_has_the_parameters_of_transformers_modules_and_no_others(fami
     """Negative control: one parameter less, and one of another shape."""
     model, tensors = made(family, tied=tied)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert model.misfits(shapes) == []
+    assert misfits(model, shapes) == []
     assert len(shapes["model.visual.patch_embed.proj.weight"]) == 5
     bias = next(name for name in shapes if name.startswith("model.visual.merger.") and name.endswith(".bias"))
-    assert model.misfits({name: shape for name, shape in shapes.items() if name != bias}) == [f"missing 1 tensors: {bias}"]
-    (finding,) = model.misfits({**shapes, "model.visual.patch_embed.proj.weight": (64, 3, 14, 14)})
+    assert misfits(model, {name: shape for name, shape in shapes.items() if name != bias}) == [f"missing 1 tensors: {bias}"]
+    (finding,) = misfits(model, {**shapes, "model.visual.patch_embed.proj.weight": (64, 3, 14, 14)})
     assert "wrongly shaped 1 tensors: model.visual.patch_embed.proj.weight" in finding
 
 
@@ -98,8 +99,8 @@ def test_any_spelling_of_a_checkpoint_is_found_and_restored(spelling):
     stored = {spelled(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     found = model.spelling(stored)
     assert all(found.canonical(spelled(name)) == name and found.stored(name) == spelled(name) for name in tensors)
-    assert model.misfits(stored) == []
-    (finding,) = model.misfits({name: shape for name, shape in stored.items() if not name.endswith("layers.1.mlp.up_proj.weight")})
+    assert misfits(model, stored) == []
+    (finding,) = misfits(model, {name: shape for name, shape in stored.items() if not name.endswith("layers.1.mlp.up_proj.weight")})
     assert finding == f"missing 1 tensors: {text}layers.1.mlp.up_proj.weight", "in the words of the files"
 
 
@@ -108,7 +109,7 @@ def test_two_spellings_in_one_checkpoint_are_refused():
     names = [*tensors, "visual.pos_embed.weight"]
     with pytest.raises(PlacementError, match=r"model\.visual\.\* are spelled in 2 ways: model\.visual\..*, visual\.pos_embed\.weight"):
         model.spelling(names)
-    assert "spelled in 2 ways" in model.misfits(dict.fromkeys(names, (1,)))[0]
+    assert "spelled in 2 ways" in misfits(model, dict.fromkeys(names, (1,)))[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,5 +119,5 @@ def test_what_transformers_saves_fits(family, tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     model = model_of(json.loads((tmp_path / "config.json").read_text()))
-    assert model.tied and model.misfits(shapes) == []
+    assert model.tied and misfits(model, shapes) == []
     assert ("visual.patch_embed.proj.weight" in shapes) is (family == "qwen2_5_vl")
