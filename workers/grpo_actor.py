@@ -14,15 +14,17 @@ from torch import Tensor
 
 from rlsync.bridge.checkpoint_folder import Restored
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import gather_parameters
+from rlsync.megatron.model import gather_parameters, unwrap
 from rlsync.megatron.optimizer import build_optimizer
+from rlsync.megatron.routes import Routing
 from rlsync.megatron.scores import TokenScores
-from rlsync.megatron.train import StepResult, token_scores, train_step
+from rlsync.megatron.train import ROUTES, StepResult, token_scores, train_step
 from workers.actor import ActorRank, optimizer_options
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference
+from workers.routes import RoutingCounts, engine_routes, padded_routes, routing_counts
 from workers.samples import ReplicaBatch, Sample, collate
 from workers.sft_data import SftExample
 from workers.supervised import SupervisedObjective, collate_examples, num_targets
@@ -38,6 +40,14 @@ class GrpoRank(ActorRank):
         self._reference: dict[str, Tensor] | None = None
         self._old_logprobs: list[Tensor] | None = None
         self._reference_logprobs: list[Tensor] | None = None
+        # Of each sample of the step, what training replays, where it does.
+        self._routes: list[Tensor] | None = None
+        self._counts: RoutingCounts | None = None
+
+    def setup(self, address: str, port: int, load_initial: bool) -> None:
+        """``ActorRank.setup``, and the routing of a model with experts. Collective."""
+        super().setup(address, port, load_initial)
+        self._routing = Routing(self._models) if unwrap(self._models[0]).config.num_moe_experts is not None else None
 
     def warm_start(self, steps: Sequence[Sequence[SftExample]], lr: float) -> list[float]:
         """Supervised steps on these examples, with a separate optimizer. Returns the losses. Collective.
@@ -68,8 +78,15 @@ class GrpoRank(ActorRank):
         """
         at = self._topology.coordinates(self._rank)
         batch, algorithm = batches[at.dp_rank], self._config.algorithm
-        samples = batch.samples
-        self._old_logprobs = self._score(batch) if algorithm.recompute_logprobs else [_engine_row(s) for s in samples]
+        samples, replay = batch.samples, self._config.actor.megatron.router_replay
+        engine = [self._engine_routes(s) for s in samples] if self._config.rollout.enable_return_routed_experts else None
+        self._routes = engine if replay == "R3" else None
+        if algorithm.recompute_logprobs:
+            self._old_logprobs, taken = self._score(batch, self._routing, self._routes)
+            self._routes = taken if replay == "R2" else self._routes
+            self._counts = self._count(taken, engine)
+        else:
+            self._old_logprobs = [_engine_row(s) for s in samples]
         self._reference_logprobs = None if self._reference is None else self._score_reference(batch)
         if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or (at.tp_rank, at.pp_rank) != (0, 0):
             return None
@@ -77,25 +94,55 @@ class GrpoRank(ActorRank):
         flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
         return LogprobDifference(flat.sum().item(), flat.max().item() if flat.numel() else 0.0, flat.numel())
 
-    def _score(self, batch: ReplicaBatch) -> list[Tensor]:
-        """Log-probability of every token of every sample, each (its length,) float32 on the CPU."""
+    def routing_counts(self) -> RoutingCounts | None:
+        """Of the last ``score`` that recomputed log-probabilities, on the first tensor rank of each pipeline stage."""
+        counts, self._counts = self._counts, None
+        return counts if self._topology.coordinates(self._rank).tp_rank == 0 else None
+
+    def _count(self, taken: Sequence[Tensor], engine: Sequence[Tensor] | None) -> RoutingCounts | None:
+        return None if self._routing is None else routing_counts(taken, engine, self._routing.num_experts)
+
+    def _engine_routes(self, sample: Sample) -> Tensor:
+        assert self._routing is not None, "validate_model refuses it"
+        return engine_routes(
+            sample.routes,
+            length=sample.length,
+            num_layers=unwrap(self._models[0]).config.num_layers,
+            sparse_layers=self._routing.sparse_layers,
+            topk=self._routing.topk,
+        )
+
+    def _score(
+        self, batch: ReplicaBatch, routing: Routing | None, routes: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probability of every token of every sample, each (its length,) float32 on the CPU, and the routes that they took.
+
+        With ``routes`` of each sample these are taken; the second list is empty without ``routing``.
+        """
         cuts = batch.cuts(
             None if self._config.runner.enable_dynamic_batch_size else self._config.algorithm.logprob_forward_micro_batch_size
         )
-        scored = token_scores(self._models, [collate(cut) for cut in cuts], temperature=self._temperature())
-        return [
-            scores.log_probs[row, : sample.length].cpu()
-            for cut, scores in zip(cuts, scored, strict=True)
-            for row, sample in enumerate(cut)
-        ]  # fmt: skip
+        microbatches, first = [], 0
+        for cut in cuts:
+            microbatches.append(collate(cut))
+            if routes is not None:
+                microbatches[-1][ROUTES] = padded_routes(routes[first : first + len(cut)], microbatches[-1]["tokens"].size(1))
+            first += len(cut)
+        scored = token_scores(self._models, microbatches, temperature=self._temperature(), routing=routing)
+        taken = [] if routing is None else [routing.taken(i, *m["tokens"].shape) for i, m in enumerate(microbatches)]
+        places = [(index, row, sample.length) for index, cut in enumerate(cuts) for row, sample in enumerate(cut)]
+        return (
+            [scored[index].log_probs[row, :length].cpu() for index, row, length in places],
+            [taken[index][row, :length] for index, row, length in places] if taken else [],
+        )
 
     def _score_reference(self, batch: ReplicaBatch) -> list[Tensor]:
-        """``_score`` under the reference weights, which replace the current ones for the call."""
+        """``_score`` under the reference weights, which replace the current ones for the call, and by their own routes."""
         assert self._reference is not None
         current = self._weights()
         try:
             self._write(self._reference)
-            return self._score(batch)
+            return self._score(batch, None)[0]
         finally:
             self._write(current)
 
@@ -121,10 +168,11 @@ class GrpoRank(ActorRank):
                 options, num_tokens if options.loss_agg_func == "token-mean" else num_sequences, algorithm.calculate_entropy
             )
             result = train_step(
-                self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, temperature=self._temperature()
-            )
+                self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, temperature=self._temperature(),
+                routing=self._routing if self._routes is not None else None,
+            )  # fmt: skip
             metrics.append(update_metrics(result))
-        self._old_logprobs = self._reference_logprobs = None
+        self._old_logprobs = self._reference_logprobs = self._routes = None
         return metrics
 
     def _microbatch(self, samples: Sequence[Sample], row: int) -> dict[str, Tensor]:
@@ -134,6 +182,8 @@ class GrpoRank(ActorRank):
         batch["old_logprobs"] = _padded(self._old_logprobs[rows], batch["tokens"].size(1))
         if self._reference_logprobs is not None:
             batch["reference_logprobs"] = _padded(self._reference_logprobs[rows], batch["tokens"].size(1))
+        if self._routes is not None:
+            batch[ROUTES] = padded_routes(self._routes[rows], batch["tokens"].size(1))
         if algorithm.importance_sampling_fix:
             batch["advantages"] = correct_importance(
                 batch["advantages"], batch["old_logprobs"], batch["engine_logprobs"], algorithm.importance_sampling_clip

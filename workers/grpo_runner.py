@@ -27,6 +27,7 @@ from workers.preparation import Preparation, prepare
 from workers.problems import load_supervised
 from workers.resume import Beginning
 from workers.rollout import reshaping, sampling_arguments
+from workers.routes import routing_metrics
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
@@ -136,12 +137,13 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         screen.phase("log-probabilities")
         with timed(seconds, "time/actor/inference"):
             differences = self._on_ranks("score", replica_batches)
+            routing = routing_metrics(self._on_ranks("routing_counts")) if "num_experts" in self._model.dims else {}
         screen.phase("training")
         with timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", replica_batches)[0]
         seconds.update(self._colocation.take_seconds())
-        counts = {**self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}
-        return {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **report.metrics(), **counts}, updates
+        found = {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **routing, **report.metrics()}
+        return {**found, **self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}, updates
 
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
         """Sync and rollout of a step."""
@@ -203,7 +205,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
         groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
-            Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version)
+            Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version, routes=c.routes)
             for prompt, group in zip(prompts, groups, strict=True)
             for c in group * (self._config.algorithm.group_size // len(group))
         ]

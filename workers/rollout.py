@@ -60,6 +60,11 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         raise ConfigError(
             "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
         )
+    if rollout.enable_return_routed_experts and not on_gpu:
+        raise ConfigError(
+            "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "
+            "by its second model runner alone, which needs Triton; R2 does without"
+        )
     assert rollout.model.precision is not None, "load_config derives it"
     wanted: dict[str, Any] = {
         "model": rollout.model.model_path,
@@ -86,6 +91,8 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         # Otherwise an engine would see other pictures than the actor is trained on.
         limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         wanted["mm_processor_kwargs"] = {name: value for name, value in limits.items() if value is not None} or None
+    if rollout.enable_return_routed_experts:
+        wanted["enable_return_routed_experts"] = True
     if can_sleep:
         wanted["enable_sleep_mode"] = True
     if on_gpu:

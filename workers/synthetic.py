@@ -18,13 +18,22 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from rlsync.errors import ConfigError
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
 _HEAD_DIM = 32
+_TOPK = 2
 # Of the folder, among what decides whether one that is there is this one: counts changes of the files in it.
 _FORM = 2
 
@@ -41,6 +50,7 @@ class ArithmeticRecipe:
     supervised_noise: float = 0.65
     hidden_size: int = 128
     num_layers: int = 2
+    num_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +100,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     heads = recipe.hidden_size // _HEAD_DIM
-    config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 8) * 8,  # even over tensor-parallel ranks up to 8
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.hidden_size * 3,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
+    shared: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 8) * 8,  # even over tensor-parallel ranks up to 8
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.hidden_size * 3,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": "float32",
+    }
+    config: PretrainedConfig = Qwen2Config(**shared)
+    if recipe.num_experts:
+        # Two experts of half the width compute as much as the dense MLP.
+        config = Qwen3MoeConfig(
+            **shared, head_dim=_HEAD_DIM, num_experts=recipe.num_experts, num_experts_per_tok=_TOPK, norm_topk_prob=True,
+            moe_intermediate_size=recipe.hidden_size * 3 // _TOPK,
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return Qwen2ForCausalLM(config)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _training_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
@@ -161,6 +178,8 @@ def _check(recipe: ArithmeticRecipe) -> None:
     num_problems = (recipe.max_operand + 1) ** 2
     if not 0 <= recipe.num_held_out < num_problems:
         raise ConfigError(f"arithmetic.num_held_out ({recipe.num_held_out}) must be less than the {num_problems} problems that there are")
+    if recipe.num_experts and recipe.num_experts < _TOPK:
+        raise ConfigError(f"arithmetic.num_experts ({recipe.num_experts}) must be 0, for a dense model, or at least {_TOPK}")
     for name in ("max_operand", "num_problems", "num_supervised", "num_layers"):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"arithmetic.{name} ({getattr(recipe, name)}) must be at least 1")

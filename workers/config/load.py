@@ -359,7 +359,11 @@ def _derive_grpo(config: RunConfig) -> RunConfig:
     return replace(
         config,
         algorithm=replace(algorithm, sampling_params=sampling),
-        rollout=replace(rollout, return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs)),
+        rollout=replace(
+            rollout,
+            return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
+            enable_return_routed_experts=_given(rollout.enable_return_routed_experts, actor.megatron.router_replay == "R3"),
+        ),
         actor=replace(
             actor,
             micro_batch_size=_given(actor.micro_batch_size, algorithm.training_batch_size_per_gpu),
@@ -515,6 +519,8 @@ def _convert(value: Any, annotation: Any) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)))
     if origin is Literal:
+        if value is False and "off" in args:
+            return "off"  # as YAML reads it without quotes
         if value not in args or isinstance(value, bool):
             raise _Mismatch("one of " + ", ".join(map(str, args)))
         return value

@@ -168,6 +168,11 @@ class MegatronConfig:
     ddp_bucket_size: int | None = key(None, "elements in a gradient bucket; null: Megatron's default", min=1)
     accumulate_allreduce_grads_in_fp32: bool = key(True, "accumulate and reduce gradients in fp32")
     check_for_nan_in_loss_and_grad: bool = key(False, "stop at a nan")
+    router_replay: Literal["off", "R2", "R3"] = key(
+        "off",
+        "reasoning, models with experts: training sends tokens to the experts of R2: the actor's log-probabilities of the step, "
+        "R3: the engines' rollout (GPUs); off: those that its routers choose now",
+    )
     no_load_optim: bool = key(False, "resume without optimizer state")
     no_save_optim: bool = key(False, "checkpoints without optimizer state")
 
@@ -294,6 +299,9 @@ class RolloutConfig:
     rollout_backend: Literal["vllm"] = key("vllm", "inference engine")
     vllm: VllmConfig = key(VllmConfig(), "")
     return_logprobs: bool | None = key(None, "engines report log-probabilities of their samples; null: not recompute_logprobs")
+    enable_return_routed_experts: bool | None = key(
+        None, "engines return the experts of each token, for moe/route_mismatch (GPUs); null: where actor.megatron.router_replay is R3"
+    )
     tensor_parallel_size: int = key(1, "GPUs (CPU: processes) of one engine; any ratio to the actor's", min=1)
     pipeline_parallel_size: int = key(1, "only 1 is supported", min=1)
     validate_weight: bool = key(False, "before step 1 compare the engines' greedy answers with the HF weights'")
@@ -321,6 +329,7 @@ class ArithmeticConfig:
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
     hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
     num_layers: int = key(2, "of the model", min=1)
+    num_experts: int = key(0, "of each layer, two of them for a token: the model is a Qwen3-MoE; 0: a dense Qwen2", min=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,6 +58,12 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     wanted = config.rollout.model.model_type
     if wanted is not None and _HF_MODEL_TYPES.get(wanted, wanted) != hf_config.get("model_type"):
         found.append(f"rollout.model.model_type is {wanted}, but {config.model_path} holds {hf_config.get('model_type')}")
+    wants_routes = {
+        f"actor.megatron.router_replay={config.actor.megatron.router_replay}": config.actor.megatron.router_replay != "off",
+        "rollout.enable_return_routed_experts=True": config.rollout.enable_return_routed_experts,
+    }
+    if "num_experts" not in model.dims:
+        found += [f"{key} is of models with experts, and {config.model_path} has none" for key, asked in wants_routes.items() if asked]
     if "num_experts" in model.dims and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
         found.append(
             f"actor.model.sequence_parallel must be True for a model with experts under tensor_model_parallel_size "
@@ -158,6 +164,8 @@ def _sft(config: SftConfig) -> Iterator[str]:
     for name in ("micro_batch_size", "global_batch_size"):
         if getattr(actor, name) is None:
             yield f"actor.{name} is required in an SFT run"
+    if actor.megatron.router_replay != "off" or config.rollout.enable_return_routed_experts:
+        yield "actor.megatron.router_replay and rollout.enable_return_routed_experts belong to a reasoning run; remove them"
     if actor.model.model_path is None:
         yield "actor.model.model_path is required in an SFT run: the HF folder with architecture, tokenizer files and initial weights"
     elif hf_path != actor.model.model_path:
@@ -195,6 +203,13 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         yield "algorithm.recompute_logprobs or rollout.return_logprobs must be True"
     if algorithm.importance_sampling_fix and not algorithm.recompute_logprobs:
         yield "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True: it compares both log-probabilities"
+    replay, returns_routes = config.actor.megatron.router_replay, config.rollout.enable_return_routed_experts
+    if replay == "R2" and not algorithm.recompute_logprobs:
+        yield "actor.megatron.router_replay=R2 needs algorithm.recompute_logprobs=True: it replays the routes of that pass"
+    if replay == "R3" and not returns_routes:
+        yield "actor.megatron.router_replay=R3 needs rollout.enable_return_routed_experts, which is False; leave it out"
+    if returns_routes and config.rollout.vllm.enable_prefix_caching is False:
+        yield "rollout.enable_return_routed_experts needs rollout.vllm.enable_prefix_caching, with whose blocks vLLM keeps routes"
     low, high = algorithm.clip_log_ratio_min, algorithm.clip_log_ratio_max
     if low is not None and high is not None and low > high:
         yield f"algorithm.clip_log_ratio_min ({low}) must not exceed algorithm.clip_log_ratio_max ({high})"

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy
 import torch
 import vllm
 from vllm.config import set_current_vllm_config
@@ -130,6 +131,15 @@ def sampled_by(output: Any) -> tuple[str, str] | None:
     """Labels of the weights that sampled the first and the last token; None without a token, or where vLLM (< 0.32) does not say."""
     spans = getattr(output, "weight_versions", None)
     return (spans[0].version, spans[-1].version) if spans else None
+
+
+def routes_of(request: Any, output: Any) -> Any:
+    """Experts of prompt and continuation as an array (tokens, layers, topk), without the last token; None where vLLM returned none.
+
+    Some versions return the part of the prompt with the request, and others all with each continuation.
+    """
+    routes, prompt = getattr(output, "routed_experts", None), getattr(request, "prompt_routed_experts", None)
+    return routes if routes is None or prompt is None else numpy.concatenate((prompt, routes))
 
 
 async def shut_down(llm: Any, timeout_s: float) -> None:

@@ -79,6 +79,8 @@ class Completion:
     off, with the tokens so far. ``version`` sampled the first token and ``last_version`` the last; they differ for requests that went
     through a sync. None means the weights the engine was started with. Where vLLM does not say (before 0.32, and over HTTP) they are
     the versions at admission and at completion, so that a request which waited out a sync is called older than it is.
+    ``routes`` are the experts that prompt and continuation went to, but for the last token, which was never computed: an array
+    (tokens, layers, topk) of integers, by an ``Engine`` that was started with ``enable_return_routed_experts``.
     """
 
     token_ids: tuple[int, ...]
@@ -86,3 +88,4 @@ class Completion:
     finish_reason: str
     version: int | None
     last_version: int | None
+    routes: Any = None

@@ -146,16 +146,16 @@ class Engine:
             self._gate.shut("a process of it has ended")
             raise
         assert final is not None and final.finished
-        return tuple(self._completion(o, version) for o in sorted(final.outputs, key=lambda o: o.index))
+        return tuple(self._completion(o, version, final) for o in sorted(final.outputs, key=lambda o: o.index))
 
-    def _completion(self, output: Any, version: int | None) -> Completion:
+    def _completion(self, output: Any, version: int | None, request: Any = None) -> Completion:
         token_ids = tuple(output.token_ids)
         logprobs: tuple[float, ...] = ()
         if output.logprobs is not None:
             logprobs = tuple(float(entry[token].logprob) for token, entry in zip(token_ids, output.logprobs, strict=True))
         labels = compat.sampled_by(output)
         first, last = (version, self._gate.version) if labels is None else map(_version, labels)
-        return Completion(token_ids, logprobs, output.finish_reason, first, last)
+        return Completion(token_ids, logprobs, output.finish_reason, first, last, compat.routes_of(request, output))
 
     # EngineHandle.
 
