@@ -19,6 +19,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -26,6 +28,7 @@ from tests.models import SHARED
 
 VISION_START, VISION_END, IMAGE, VIDEO = 127, 128, 129, 130
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+MOE_FAMILIES = ("qwen3_vl_moe",)
 
 _IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 _TEXT: dict[str, Any] = {**SHARED, "hidden_size": 128}
@@ -39,7 +42,7 @@ _TOWER: dict[str, Any] = {
 
 
 def tiny_vision_config(family: str, *, tied: bool = False, **text: Any) -> PretrainedConfig:
-    """Config of a tiny model of ``family`` (one of FAMILIES); ``text`` replaces fields of its language model."""
+    """Config of a tiny model of ``family`` (one of FAMILIES or MOE_FAMILIES); ``text`` replaces fields of its language model."""
     if family == "qwen2_5_vl":
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
         # Windows of 2 x 2 tokens, so that pictures of a few tokens have several.
@@ -47,18 +50,27 @@ def tiny_vision_config(family: str, *, tied: bool = False, **text: Any) -> Pretr
         return Qwen2_5_VLConfig(
             text_config={**_TEXT, "rope_parameters": rope, **text}, vision_config=tower, tie_word_embeddings=tied, **_IDS
         )
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
         tower = {**_TOWER, "depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        return Qwen3VLConfig(
-            text_config={**_TEXT, "head_dim": 32, "rope_parameters": rope, **text}, vision_config=tower, tie_word_embeddings=tied, **_IDS
+        experts = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "num_experts": 8, "mlp_only_layers": [1]}
+        kind, more = (Qwen3VLConfig, {}) if family == "qwen3_vl" else (Qwen3VLMoeConfig, experts)
+        return kind(
+            text_config={**_TEXT, "head_dim": 32, "rope_parameters": rope, **more, **text},
+            vision_config=tower,
+            tie_word_embeddings=tied,
+            **_IDS,
         )
-    raise ValueError(f"unknown family {family!r}; one of {FAMILIES}")
+    raise ValueError(f"unknown family {family!r}; one of {FAMILIES + MOE_FAMILIES}")
 
 
 def tiny_vision_model(family: str, *, tied: bool = False, seed: int = 0, **text: Any) -> PreTrainedModel:
     """A random fp32 model in which no parameter is trivial: norms and biases are random too."""
-    classes = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+    classes = {
+        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
+        "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
+    }
     config = tiny_vision_config(family, tied=tied, **text)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

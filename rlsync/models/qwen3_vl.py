@@ -35,7 +35,7 @@ _TEXT: Mapping[str, Key] = {
     "model_type": only("qwen3_vl_text", default="qwen3_vl_text"),
     "max_position_embeddings": size(default=128000),
 }
-_TOWER: Mapping[str, Key] = {
+QWEN3_TOWER_KEYS: Mapping[str, Key] = {
     **TOWER_KEYS,
     "model_type": only("qwen3_vl_vision", "qwen3_vl", default="qwen3_vl_vision"),
     "hidden_act": only("gelu_pytorch_tanh", default="gelu_pytorch_tanh"),
@@ -46,17 +46,22 @@ _TOWER: Mapping[str, Key] = {
 _DEEPSTACK = Index("merger", "num_deepstack")
 
 
-def _dims(values: Mapping[str, Any]) -> dict[str, int]:
+def qwen3_tower_dims(values: Mapping[str, Any]) -> dict[str, int]:
+    """Named sizes of a tower that also feeds the first language layers."""
     return {
-        **dense_dims(values),
         **tower_dims(values),
         "positions": values["vision_num_position_embeddings"],
         "num_deepstack": len(values["vision_deepstack_visual_indexes"]),
     }
 
 
-def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    findings = [*dense_contradictions(values, config), *tower_contradictions(values)]
+def _dims(values: Mapping[str, Any]) -> dict[str, int]:
+    return {**dense_dims(values), **qwen3_tower_dims(values)}
+
+
+def qwen3_tower_contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong between keys of such a tower and of its language model."""
+    findings = list(tower_contradictions(values))
     taken, layers = values["vision_deepstack_visual_indexes"], values["num_hidden_layers"]
     findings += outside_the_tower("deepstack_visual_indexes", taken, values["vision_depth"])
     if len(taken) > layers:
@@ -64,6 +69,11 @@ def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     positions = values["vision_num_position_embeddings"]
     if math.isqrt(positions) ** 2 != positions:
         findings.append(f"vision_config.num_position_embeddings {positions} is not the number of places in a square")
+    return findings
+
+
+def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
+    findings = dense_contradictions(values, config) + qwen3_tower_contradictions(values)
     inner, outer = values["text_config.tie_word_embeddings"], values["tie_word_embeddings"]
     if inner is not None and inner is not outer:
         findings.append(f"tie_word_embeddings is {shown(outer)}, which counts, and {shown(inner)} in text_config; make them equal")
@@ -78,11 +88,44 @@ def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str
     return dense_transformer(values, dims) | {"qk_layernorm": True}
 
 
+QWEN3_TOWER_STACKS = (
+    tower_stack(
+        whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch"),
+        whole("patch_embed.proj.bias", "vision"),
+        whole("pos_embed.weight", "positions", "vision"),
+    ),
+    tower_stack(
+        *layer_norm("norm1", "vision"),
+        *layer_norm("norm2", "vision"),
+        *linear("attn.qkv", "vision_qkv", "vision"),
+        *linear("attn.proj", "vision", "vision"),
+        *linear("mlp.linear_fc1", "vision_ffn", "vision"),
+        *linear("mlp.linear_fc2", "vision", "vision_ffn"),
+        within="blocks.{block}.",
+        index=BLOCKS,
+    ),
+    tower_stack(
+        *layer_norm("norm", "vision"),
+        *linear("linear_fc1", "merged", "merged"),
+        *linear("linear_fc2", "hidden", "merged"),
+        within="merger.",
+        part="vision_projection",
+    ),
+    tower_stack(
+        *layer_norm("norm", "merged"),
+        *linear("linear_fc1", "merged", "merged"),
+        *linear("linear_fc2", "hidden", "merged"),
+        within="deepstack_merger_list.{merger}.",
+        index=_DEEPSTACK,
+        part="vision_projection",
+    ),
+)
+
 QWEN3_VL = Family(
     architectures=("Qwen3VLForConditionalGeneration",),
     model_type="qwen3_vl",
     keys=ROOT_KEYS,
-    sections=(Section("text_config", _TEXT), Section("vision_config", _TOWER, prefix="vision_")),
+    sections=(Section("text_config", _TEXT), Section("vision_config", QWEN3_TOWER_KEYS, prefix="vision_")),
     rope=RopeKind(theta=5e5, mrope="interleaved"),
     vision=partial(vision_of, "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel"),
     spellings=SPELLINGS,
@@ -90,37 +133,5 @@ QWEN3_VL = Family(
     contradictions=_contradictions,
     features=_features,
     transformer=_transformer,
-    stacks=(
-        tower_stack(
-            whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch"),
-            whole("patch_embed.proj.bias", "vision"),
-            whole("pos_embed.weight", "positions", "vision"),
-        ),
-        tower_stack(
-            *layer_norm("norm1", "vision"),
-            *layer_norm("norm2", "vision"),
-            *linear("attn.qkv", "vision_qkv", "vision"),
-            *linear("attn.proj", "vision", "vision"),
-            *linear("mlp.linear_fc1", "vision_ffn", "vision"),
-            *linear("mlp.linear_fc2", "vision", "vision_ffn"),
-            within="blocks.{block}.",
-            index=BLOCKS,
-        ),
-        tower_stack(
-            *layer_norm("norm", "vision"),
-            *linear("linear_fc1", "merged", "merged"),
-            *linear("linear_fc2", "hidden", "merged"),
-            within="merger.",
-            part="vision_projection",
-        ),
-        tower_stack(
-            *layer_norm("norm", "merged"),
-            *linear("linear_fc1", "merged", "merged"),
-            *linear("linear_fc2", "hidden", "merged"),
-            within="deepstack_merger_list.{merger}.",
-            index=_DEEPSTACK,
-            part="vision_projection",
-        ),
-        *dense_stacks("model.language_model."),
-    ),
+    stacks=(*QWEN3_TOWER_STACKS, *dense_stacks("model.language_model.")),
 )

@@ -21,6 +21,8 @@ OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather"
 OPTIONS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in FAMILIES},
     "qwen2_5_vl-tied": {"family": "qwen2_5_vl", "tied": True},
+    # Saved with the names of its modules: experts stacked, and not transposed as released files have them.
+    "qwen3_vl_moe": {"family": "qwen3_vl_moe"},
     # Virtual stages of two layers each: deepstack features go into the first two.
     "qwen3_vl-deep": {"family": "qwen3_vl", "num_hidden_layers": 8},
 }
@@ -64,6 +66,8 @@ def test_two_ranks_compute_as_transformers(models):
         {"model": "qwen3_vl", "topology": {"pp_size": 2, "first_stage_layers": 3, "last_stage_layers": 1}, "cut": [3, 1, 4]},
         {"model": "qwen2_5_vl", "topology": {"pp_size": 2, "vpp_size": 2}, "cut": [2, 2, 2, 2]},
         {"model": "qwen3_vl-deep", "topology": {"pp_size": 2, "vpp_size": 2}, "cut": [1, 3, 1, 2, 1], "overrides": RECOMPUTE},
+        {"model": "qwen3_vl_moe", "topology": {"tp_size": 2, "ep_size": 2}, "cut": [3, 5], "overrides": SEQUENCE},
+        {"model": "qwen3_vl_moe", "topology": {"pp_size": 2}, "cut": [1, 2, 1, 2, 2]},
         {"model": "qwen2_5_vl", "topology": {"dp_size": 2}, "cut": [1, 3]},
         {"model": "qwen3_vl", "topology": {"dp_size": 2}, "cut": [2, 1, 1], "ddp": {"overlap_grad_reduce": True}},
     ]

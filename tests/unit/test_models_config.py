@@ -26,6 +26,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -39,7 +40,7 @@ from tests.deadlines import HANG_S
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
     "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
-    "glm4_moe": Glm4MoeConfig,
+    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -78,6 +79,10 @@ QWEN3_VL = {
     },
     "vision_config": {**TOWER, "deepstack_visual_indexes": [0, 2, 3]},
 }  # fmt: skip
+QWEN3_VL_MOE = {
+    **QWEN3_VL, "architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe",
+    "text_config": {**QWEN3_VL["text_config"], **_EXPERTS},
+}  # fmt: skip
 # The whole config.json of a released Qwen2.5-VL of 7 billion parameters.
 FLAT = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
@@ -94,7 +99,7 @@ FLAT = {
     },
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
 }  # fmt: skip
-VISION = (QWEN2_5_VL, QWEN3_VL, FLAT)
+VISION = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, FLAT)
 ALL = (*TEXT, *VISION)
 
 # What code that any model runs through asks of a config, and what is no key of a file: methods, and values that it computes.
@@ -179,6 +184,14 @@ LEAST = {
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
         "vision_config": {"out_hidden_size": 4096},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            "rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True},
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {"out_hidden_size": 2048},
     },
 }
 

@@ -1,0 +1,72 @@
+"""Qwen3-VL-MoE: the tower of Qwen3-VL on the decoder of Qwen3-MoE, and experts that released files hold stacked and transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rlsync.models.dense import dense_contradictions, dense_features
+from rlsync.models.keys import HFConfig, Key, Section, harmless, only, size
+from rlsync.models.moe import expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
+from rlsync.models.qwen3_moe import QWEN3_MOE_KEYS
+from rlsync.models.qwen3_vl import QWEN3_TOWER_KEYS, QWEN3_TOWER_STACKS, qwen3_tower_contradictions, qwen3_tower_dims
+from rlsync.models.rope import RopeKind
+from rlsync.models.stacks import Family
+from rlsync.models.vision import ROOT_KEYS, SPELLINGS, TEXT_KEYS, vision_of
+
+_TEXT: Mapping[str, Key] = {
+    **QWEN3_MOE_KEYS,
+    **TEXT_KEYS,
+    "model_type": only("qwen3_vl_moe_text", default="qwen3_vl_moe_text"),
+    "num_key_value_heads": size(default=16, is_nullable=True),
+    "max_position_embeddings": size(default=128000),
+    "num_experts": size(default=60),
+    # transformers' class says true here whatever the model is.
+    **harmless("engines and transformers go by that of the top level", "tie_word_embeddings"),
+    "norm_topk_prob": only(True, default=True, why="transformers divides the weights of the chosen experts by their sum in any case"),
+}
+_TOWER: Mapping[str, Key] = {
+    **QWEN3_TOWER_KEYS,
+    "model_type": only("qwen3_vl_moe_vision", "qwen3_vl_moe", default="qwen3_vl_moe_vision"),
+}
+
+
+def _num_experts(values: Mapping[str, Any]) -> int:
+    return int(values["num_experts"] if values["num_local_experts"] is None else values["num_local_experts"])
+
+
+def _dims(values: Mapping[str, Any]) -> dict[str, int]:
+    return {**expert_dims(values, _num_experts(values), values["moe_intermediate_size"]), **qwen3_tower_dims(values)}
+
+
+def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
+    experts = without_experts(values) + too_few_experts(values, _num_experts(values))
+    return dense_contradictions(values, config) + experts + qwen3_tower_contradictions(values)
+
+
+def _features(values: Mapping[str, Any]) -> frozenset[str]:
+    return dense_features(values) | {"qk_norm"}
+
+
+def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
+    return expert_transformer({**values, "norm_topk_prob": True}, dims) | {"qk_layernorm": True}
+
+
+QWEN3_VL_MOE = Family(
+    architectures=("Qwen3VLMoeForConditionalGeneration",),
+    model_type="qwen3_vl_moe",
+    keys=ROOT_KEYS,
+    sections=(Section("text_config", _TEXT), Section("vision_config", _TOWER, prefix="vision_")),
+    rope=RopeKind(theta=5e5, mrope="interleaved"),
+    vision=partial(vision_of, "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe:Qwen3VLMoeVisionModel"),
+    spellings=SPELLINGS,
+    dims=_dims,
+    contradictions=_contradictions,
+    features=_features,
+    transformer=_transformer,
+    stacks=(
+        *QWEN3_TOWER_STACKS,
+        *expert_stacks(hf="model.language_model.", stacked={"orientations": ("columns", "rows"), "released": "columns"}),
+    ),
+)
