@@ -22,6 +22,8 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 VOCAB_SIZE = 131
@@ -73,6 +75,11 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "qwen3":
         return Qwen3Config(**{"head_dim": 32, **fields})
+    if family == "seed_oss":
+        return SeedOssConfig(**{"head_dim": 32, "attention_dropout": 0.0, "residual_dropout": 0.0, **fields})
+    if family == "smollm3":
+        # SmolLM3's class knows no head_dim. Every other layer has no positions.
+        return SmolLM3Config(**{"no_rope_layer_interval": 2, **fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "mistral":
         return MistralConfig(**{"head_dim": 32, "sliding_window": None, **fields})
     if family == "mixtral":

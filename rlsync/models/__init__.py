@@ -26,9 +26,15 @@ from rlsync.models.qwen3_moe import QWEN3_MOE
 from rlsync.models.qwen3_vl import QWEN3_VL
 from rlsync.models.qwen3_vl_moe import QWEN3_VL_MOE
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_rope, read_rope
+from rlsync.models.seed_oss import SEED_OSS
+from rlsync.models.smollm3 import SMOLLM3
 from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, QWEN2_5_VL, QWEN3_VL, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, QWEN3_VL_MOE)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE),
+    *(QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
+)
 
 __all__ = [
     "FAMILIES",

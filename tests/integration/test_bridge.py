@@ -36,6 +36,8 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["qwen3"], "topology": {"tp_size": 4}, "overrides": {"sequence_parallel": True}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "dp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "vpp_size": 2, "tp_size": 2}, "overrides": {"sequence_parallel": True}},
+        {**models["seed_oss"], "topology": {"tp_size": 2, "pp_size": 2}},
+        {**models["smollm3"], "topology": {"tp_size": 2, "pp_size": 2, "vpp_size": 2}, "overrides": {"sequence_parallel": True}},
         # No attention under context parallelism without TransformerEngine: its weights are held to HF's, not its logits.
         {**weights_only, "topology": {"tp_size": 2, "cp_size": 2}},
     ]

@@ -27,6 +27,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -40,7 +42,7 @@ from tests.deadlines import HANG_S
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
     "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
-    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig,
+    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig, "seed_oss": SeedOssConfig, "smollm3": SmolLM3Config,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -64,7 +66,9 @@ GLM4_MOE = {
     **SHARED, **_EXPERTS, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 8, "num_mtp_layers": 0,
 }  # fmt: skip
 del GLM4_MOE["num_experts"]
-TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE)
+SEED_OSS = {**SHARED, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
+SMOLLM3 = {**SHARED, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SEED_OSS, SMOLLM3)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -161,7 +165,7 @@ def test_every_key_that_transformers_model_asks_for_is_in_the_table(family):
 def test_every_key_that_vllm_asks_for_is_in_the_table(family):
     (file,) = sources("vllm", f"model_executor/models/{family.model_type}.py")
     if not file.is_file():
-        pytest.skip("vLLM is not installed")
+        pytest.skip("vLLM is not installed, or runs the family by transformers' own modules")
     of_vllm = {"quant_config", "model_config", "cache_config", "parallel_config", "compilation_config", "target_layer_count"}
     unknown = set(keys_read(file)) - all_keys(family) - NO_KEYS - of_vllm
     assert not unknown
@@ -250,6 +254,10 @@ REFUSALS = [
     (GLM4_MOE, "partial_rotary_factor", 1.5, "partial_rotary_factor of config.json is 1.5; it must be a number above 0 and up to 1"),
     (GLM4_MOE, "partial_rotary_factor", 0.1, "partial_rotary_factor 0.1 of a head_dim of 32 is 3 dimensions"),
     (GLM4_MOE, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, 'rope type "linear"; supported are default'),
+    (SMOLLM3, "no_rope_layers", [1, 0, 1], "no_rope_layers has 3 entries for num_hidden_layers 4"),
+    (SMOLLM3, "no_rope_layers", [1, 0, 1, 2], "no_rope_layers is [1, 0, 1, 2]"),
+    (SMOLLM3, "attention_bias", True, "attention_bias is true"),
+    (SEED_OSS, "attention_out_bias", True, "attention_out_bias is true"),
     (QWEN3, "hidden_act", "gelu", 'hidden_act is "gelu"; for Qwen3ForCausalLM it must be "silu" or "swish"'),
     (QWEN3, "hidden_act", None, "hidden_act is null"),
     (QWEN3, "vocab_size", None, "vocab_size is null"),
