@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
@@ -14,7 +16,13 @@ from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.routes import NO_ROUTE, Routing
 from rlsync.megatron.train import token_scores, train_step
+from tests.integration.actor_ranks import batches, leave
+from tests.integration.actor_reference import run_config
 from tests.integration.megatron_ranks import loss
+from workers.config import actor_topology
+from workers.grpo_actor import GrpoRank
+from workers.routes import routing_metrics
+from workers.samples import Sample
 
 
 def replay(cases: list[dict[str, Any]], expected: str) -> None:
@@ -63,6 +71,54 @@ def replay(cases: list[dict[str, Any]], expected: str) -> None:
             print("REPLAYED", flush=True)
         destroy_parallel(keep_distributed=True)
     destroy_parallel()
+
+
+def grpo(folder: str, expected: str) -> None:
+    """A step of GRPO on samples of an engine that routes in its own way, which transformers' model with forced routes stands for."""
+    wanted, dense = torch.load(expected), torch.zeros(1, 1, 1, dtype=torch.int16)
+    samples = []
+    for row, length in enumerate(wanted["lengths"]):
+        tokens = tuple(wanted["tokens"][row, :length].tolist())
+        routes = wanted["routes"][row, : length - 1]
+        # As vLLM returns them: of all layers, the dense one too.
+        whole = torch.cat((routes[:, :1], dense.expand(length - 1, 1, routes.size(2)), routes[:, 1:]), dim=1).numpy()
+        logprobs = tuple(wanted["expected"][row, 4:length].tolist())
+        samples.append(Sample(tokens[:4], tokens[4:], logprobs, True, 0, advantage=(-1.0) ** row, routes=whole))
+    found = {}
+    for mode in ("off", "R2", "R3"):
+        sections = {
+            "runner": {"seq_length": 24},
+            "algorithm": {
+                "group_size": 4, "training_batch_size_per_gpu": 1, "logprob_forward_micro_batch_size": 2,
+                "sampling_params": {"temperature": 1.0},
+            },
+            "data": {"rollout_batch_size": 1, "max_prompt_length": 4},
+            "rollout": {"enable_return_routed_experts": True},
+            "actor.model": {"expert_model_parallel_size": 2},
+            "actor.megatron": {"router_replay": mode},
+        }  # fmt: skip
+        config = run_config(folder, sections)
+        actor = GrpoRank(config, actor_topology(config.actor.model))
+        actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), True)
+        actor.begin(None)
+        dealt = batches(actor, samples, 1)
+        difference = actor.score(dealt)
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, actor.routing_counts())
+        updates = actor.train(dealt)
+        found[mode] = (difference.total / difference.count, routing_metrics(counts), updates)
+        leave(actor)
+    means = {mode: mean for mode, (mean, _, _) in found.items()}
+    mismatches = {mode: metrics["moe/route_mismatch"] for mode, (_, metrics, _) in found.items()}
+    assert means["R3"] <= 1e-5 < 0.05 < min(means["off"], means["R2"]), means
+    assert mismatches["R3"] == 0 < 0.5 < min(mismatches["off"], mismatches["R2"]), mismatches
+    for mode, (_, metrics, updates) in found.items():
+        assert metrics["moe/load_imbalance"] >= 1
+        # Training takes the routes of the old log-probabilities: before the first update nothing differs.
+        assert abs(updates[0]["actor/ratio"] - 1) <= 1e-5, (mode, updates[0])
+    assert abs(found["off"][2][1]["actor/ratio"] - found["R2"][2][1]["actor/ratio"]) > 1e-6, "R2 leaves the second update as it is"
+    if dist.get_rank() == 0:
+        print(f"ROUTED {means} {mismatches}", flush=True)
 
 
 def _microbatches(wanted: dict[str, torch.Tensor], replicas: int) -> list[dict[str, torch.Tensor]]:

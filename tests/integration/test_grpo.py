@@ -63,6 +63,19 @@ def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
     assert all(line["sync/bytes"] > 0 and line["sync/gb_per_s"] > 0 for line in lines)
 
 
+def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
+    run(
+        [*SCRIPT[:2], "arithmetic-grpo-moe-megatron", *SMALL], tmp_path, "runner.max_steps=8", "runner.save_interval=-1",
+        "runner.val_before_train=False", "data.val_data_paths=[]", "algorithm.training_batch_size_per_gpu=32",
+    )  # fmt: skip
+    lines = [line for line in read_metrics(tmp_path / "run") if line["step"]]
+    rewards = [line["rollout/reward_scores"] for line in lines]
+    assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
+    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
+    # Four experts, of which a token takes two: twice the mean is the most.
+    assert all(1 <= line["moe/load_imbalance"] <= 2 for line in lines)
+
+
 def test_a_validation_answers_as_transformers_does_with_the_checkpoint_of_its_step(finished):
     folder = finished[0]
     found = {line["step"]: [line[name] for name in VALIDATION] for line in read_metrics(folder / "run") if "val/reward" in line}

@@ -90,3 +90,9 @@ def test_replayed_routes_give_the_scores_and_gradients_of_transformers_on_four_r
     ]
     outputs = run_ranks(4, RANKS, "replay", cases=[{**case, "folder": folder} for case in cases], expected=expected)
     assert outputs[0].count("REPLAYED") == len(cases)
+
+
+def test_grpo_on_the_engines_routes_has_the_engines_log_probabilities_and_without_them_has_not(forced):
+    folder, expected = forced
+    outputs = run_ranks(2, RANKS, "grpo", folder=folder, expected=expected)
+    assert "ROUTED" in outputs[0]

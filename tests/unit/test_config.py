@@ -66,7 +66,42 @@ def test_shipped_config_loads_without_inert_keys(name: str, caplog: pytest.LogCa
 
 
 def test_the_configs_users_ask_for_by_name_exist() -> None:
-    assert {"arithmetic-grpo-megatron", "qwen2.5-1.5b-grpo-megatron", "qwen2.5-7b-grpo-megatron"} <= set(SHIPPED)
+    named = {"arithmetic-grpo-megatron", "qwen2.5-1.5b-grpo-megatron", "qwen2.5-7b-grpo-megatron"}
+    assert named | {"arithmetic-grpo-moe-megatron", "qwen3-30b-grpo-megatron"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("mode", ["off", "R2", "R3"])
+def test_router_replay_asks_the_engines_for_routes_where_it_needs_them(mode: str) -> None:
+    config = shipped("arithmetic-grpo-moe-megatron", f"actor.megatron.router_replay={mode}")
+    assert config.actor.megatron.router_replay == mode
+    assert config.rollout.enable_return_routed_experts is (mode == "R3")
+
+
+def test_router_replay_is_off_also_where_yaml_reads_a_bare_off_as_false() -> None:
+    assert shipped("arithmetic-grpo-moe-megatron", "actor.megatron.router_replay=false").actor.megatron.router_replay == "off"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["actor.megatron.router_replay=R2", "algorithm.recompute_logprobs=False"], "R2 needs algorithm.recompute_logprobs=True"),
+        (
+            ["actor.megatron.router_replay=R3", "rollout.enable_return_routed_experts=False"],
+            "R3 needs rollout.enable_return_routed_experts",
+        ),
+        (["actor.megatron.router_replay=R3", "rollout.vllm.enable_prefix_caching=False"], "needs rollout.vllm.enable_prefix_caching"),
+        (["actor.megatron.router_replay=R4"], "one of off, R2, R3"),
+    ],
+)
+def test_router_replay_that_cannot_be_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        shipped("arithmetic-grpo-moe-megatron", *overrides)
+
+
+def test_router_replay_of_a_model_without_experts_is_refused() -> None:
+    config = shipped("arithmetic-grpo-megatron", "actor.megatron.router_replay=R2")
+    with pytest.raises(ConfigError, match="router_replay=R2 is of models with experts"):
+        validate_model(config, QWEN2)
 
 
 @pytest.mark.parametrize("form", ["{}", "+{}", "++{}"])

@@ -44,3 +44,11 @@ def test_an_engine_that_takes_pictures_has_its_tokenizer_and_the_limits_of_pixel
     taken = engine_arguments(config, on_gpu=False, takes_pictures=True)
     assert (taken["skip_tokenizer_init"], taken["mm_processor_kwargs"]) == (False, {"max_pixels": 3136})
     assert "mm_processor_kwargs" not in engine_arguments(load_config(minimal_sft(), "sft"), on_gpu=False, takes_pictures=True)
+
+
+def test_routes_are_asked_of_engines_on_gpus_and_refused_on_a_cpu() -> None:
+    wanted = {"enable_return_routed_experts": True}
+    assert arguments(on_gpu=True, **wanted)["enable_return_routed_experts"] is True
+    assert "enable_return_routed_experts" not in arguments(on_gpu=True)
+    with pytest.raises(ConfigError, match=r"router_replay=R3 needs, is of engines on GPUs.*R2 does without"):
+        arguments(on_gpu=False, **wanted)
