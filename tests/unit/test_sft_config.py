@@ -42,7 +42,14 @@ def test_shipped_config_loads_without_inert_keys(name: str) -> None:
 
 
 def test_the_configs_users_ask_for_by_name_exist() -> None:
-    wanted = {"arithmetic_sft_llm", "qwen2_5_vl_megatron_sft_vlm", "qwen3_vl_megatron_sft_vlm", "qwen3_sft_llm", "qwen3_pretrain_text"}
+    wanted = {
+        "arithmetic_sft_llm",
+        "qwen2_5_vl_megatron_sft_vlm",
+        "qwen3_vl_megatron_sft_vlm",
+        "qwen3_vl_moe_megatron_sft_vlm",
+        "qwen3_sft_llm",
+        "qwen3_pretrain_text",
+    }
     assert wanted <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
