@@ -253,7 +253,7 @@ def update_metrics(result: StepResult) -> dict[str, float]:
     counts = {name: result.metrics[f"{name}|count"] for name in names}
     quotients = {name: result.metrics[f"{name}|sum"] / counts[name] if counts[name] else 0.0 for name in names}
     return {
-        **{f"actor/{name}": value for name, value in quotients.items()},
+        **{f"actor/{name}": value for name, value in (*quotients.items(), *result.balancing.items())},
         "actor/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
         "actor/num_zeros_in_grad": math.nan if result.num_zeros_in_grad is None else result.num_zeros_in_grad,
         "actor/lr": result.learning_rate,

@@ -171,6 +171,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     """Metrics of a supervised step; nan where a skipped update has no number."""
     return {
         "train/loss": result.metrics["loss"],
+        **{f"train/{name}": value for name, value in result.balancing.items()},
         "train/lm_loss": result.metrics["lm_loss"],
         "train/learning_rate": result.learning_rate,
         "train/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,

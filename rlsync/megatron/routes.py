@@ -62,7 +62,7 @@ class Routing:
             raise ConfigError(f"routes hold at most {_MOST_EXPERTS} experts, and the model has {config.num_moe_experts}")
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts
-        sparse = _layers_with_experts(config)
+        sparse = layers_with_experts(config)
         self.num_layers, self.sparse_layers = len(sparse), tuple(sparse)
         self._splits_sequence: bool = config.sequence_parallel
         self._current: _Pass | None = None
@@ -181,7 +181,7 @@ class _Router:
         return scores.gather(1, chosen), chosen
 
 
-def _layers_with_experts(config: Any) -> dict[int, int]:
+def layers_with_experts(config: Any) -> dict[int, int]:
     """Numbers of layers with experts, from 0 -> their place among these."""
     every = config.moe_layer_freq
     pattern = [int(layer % every == 0) for layer in range(config.num_layers)] if isinstance(every, int) else every

@@ -22,13 +22,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
-from rlsync.megatron.routes import Routing
+from rlsync.megatron.routes import Routing, layers_with_experts
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.vision import VisionLanguageModel
 
@@ -55,6 +56,8 @@ class StepResult:
         learning_rate: that the step used.
         loss_scale: factor on the fp16 loss; 1.0 otherwise.
         skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
+        balancing: balancing losses of routers before their coefficient, by Megatron's names: mean over layers with experts, passes
+            (those that fill up the schedule too) and replicas. Padding counts, as in the gradient. Empty without a coefficient.
     """
 
     metrics: Mapping[str, float]
@@ -63,6 +66,7 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    balancing: Mapping[str, float]
 
 
 def train_step(
@@ -114,7 +118,9 @@ def train_step(
         value, metrics = loss(scores, passed.microbatch)
         return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
 
+    clear_aux_losses_tracker()
     collected = _run(models, microbatches, differentiate, forward_only=False, routing=routing)
+    balancing = _balancing(models, _padded_count(models, len(microbatches)))
     updated, grad_norm, num_zeros = optimizer.step()
     if updated and scheduler is not None:
         scheduler.step(1)
@@ -125,6 +131,7 @@ def train_step(
         learning_rate=float(learning_rate),
         loss_scale=float(optimizer.get_loss_scale()),
         skipped=not updated,
+        balancing=balancing,
     )
 
 
@@ -293,6 +300,37 @@ def _summed(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     _broadcast_from_last_stage(sums)
     return dict(zip(names[0], sums.tolist(), strict=True))
+
+
+# Kinds of balancing loss, in the order of Megatron's own: what it logs each as, and whether that is a part of a sum over replicas too.
+_BALANCING = {
+    "aux_loss": ("load_balancing_loss", False),
+    "seq_aux_loss": ("seq_load_balancing_loss", False),
+    "global_aux_loss": ("global_load_balancing_loss", True),
+}
+
+
+def _balancing(models: Sequence[torch.nn.Module], num_passes: int) -> dict[str, float]:
+    """``StepResult.balancing`` of the passes since Megatron's record of these losses was cleared. Collective over all ranks."""
+    config = unwrap(models[0]).config
+    if config.num_moe_experts is None:
+        return {}
+    kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    pairs = [(kinds, weights)] if isinstance(kinds, str) else zip(kinds, weights, strict=True)
+    num_layers, tracker, found = len(layers_with_experts(config)), get_moe_layer_wise_logging_tracker(), {}
+    for name, has_replicas in [_BALANCING[kind] for kind, weight in pairs if kind in _BALANCING and weight > 0]:
+        # Stages without such a layer have nothing recorded.
+        recorded = tracker[name]["values"].sum() if name in tracker else torch.zeros(())
+        value = recorded.to(compute_device(), torch.float32)
+        for group in (
+            parallel_state.get_tensor_and_context_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        ):
+            dist.all_reduce(value, group=group)
+        replicas = 1 if has_replicas else parallel_state.get_data_parallel_world_size()
+        found[name] = value.item() / (num_layers * num_passes * replicas)
+    return found
 
 
 def _broadcast_from_last_stage(tensor: Tensor) -> None:

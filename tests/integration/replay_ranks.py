@@ -73,6 +73,28 @@ def replay(cases: list[dict[str, Any]], expected: str) -> None:
     destroy_parallel()
 
 
+def balance(folder: str, expected: str) -> None:
+    """The balancing loss of a step is that of transformers' shares and choices, under EP and on two stages, whatever is replayed."""
+    wanted = torch.load(expected)
+    for topology in ({"dp_size": 2, "ep_size": 2}, {"pp_size": 2}):
+        layout = Topology(**topology)
+        initialize_parallel(layout, seed=5, timeout_s=300)
+        bridge = AutoBridge.from_pretrained(folder)
+        for weight in (0.01, 0.0):
+            overrides = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": weight}
+            models = bridge.get_model(folder, topology=layout, bf16=False, overrides=overrides)
+            optimizer = build_optimizer(models, OptimizerOptions(lr=0.0, weight_decay=0.0, clip_grad=0.0))
+            mine = [{name: m[name] for name in ("tokens", "weights")} for m in _microbatches(wanted, layout.dp_size)]
+            for _ in range(2):
+                found = train_step(models, optimizer, mine, loss).balancing
+                assert list(found) == (["load_balancing_loss"] if weight else []), found
+                if weight:
+                    assert abs(found["load_balancing_loss"] - wanted["balancing"]) <= 1e-4, (topology, found, wanted["balancing"])
+        destroy_parallel(keep_distributed=True)
+    print("BALANCED", flush=True)
+    destroy_parallel()
+
+
 def grpo(folder: str, expected: str) -> None:
     """A step of GRPO on samples of an engine that routes in its own way, which transformers' model with forced routes stands for."""
     wanted, dense = torch.load(expected), torch.zeros(1, 1, 1, dtype=torch.int16)

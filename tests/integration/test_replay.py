@@ -33,8 +33,8 @@ def forced(tmp_path_factory) -> tuple[str, str]:
     weights[:, 0] = 0.5  # no token before it: its log-probability is 0, but it is no padding
     for row, length in enumerate(LENGTHS):
         weights[row, length:] = 0
-    free, _ = passed(model, tokens, None)
-    expected, live = passed(model, tokens, routes)
+    free, chosen, shares = passed(model, tokens, None)
+    expected, live, _ = passed(model, tokens, routes)
     loss = -(expected[0] * weights).sum() - 0.1 * (expected[1] * weights.abs()).sum()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -43,21 +43,34 @@ def forced(tmp_path_factory) -> tuple[str, str]:
         {
             "tokens": tokens, "weights": weights, "routes": routes.to(torch.int16), "live": live.to(torch.int16), "lengths": LENGTHS,
             "expected": expected[0].detach(), "free": free[0].detach(), "grad_norm": norm.item(), "loss": loss.item(),
+            "balancing": balancing_loss(chosen, shares),
         },
         path,
     )  # fmt: skip
     return folder, str(path)
 
 
+def balancing_loss(chosen, shares):
+    """Equations 4 to 6 of arXiv 2101.03961, for several experts a token; mean over sequences and layers."""
+    losses = []
+    for row, length in enumerate(LENGTHS):
+        for place in range(len(SPARSE)):
+            fraction = torch.bincount(chosen[row, :length, place].reshape(-1), minlength=NUM_EXPERTS) / (length * TOPK)
+            losses.append(NUM_EXPERTS * (fraction * shares[row, :length, place].mean(0)).sum().item())
+    return sum(losses) / len(losses)
+
+
 def passed(model, tokens, routes):
-    """Log-probabilities and entropies (rows, length) of transformers' model, and its own choices, where its routers obey ``routes``."""
+    """Log-probabilities and entropies (rows, length) of transformers' model, its choices and shares, where its routers obey ``routes``."""
     live = torch.empty(*tokens.shape, len(SPARSE), TOPK, dtype=torch.int64)
+    spread = torch.empty(*tokens.shape, len(SPARSE), NUM_EXPERTS)
 
     def obey(place):
         def hook(gate, inputs, output):
             logits = inputs[0].reshape(-1, gate.weight.size(1)) @ gate.weight.T
             shares, own = logits.softmax(-1), logits.topk(TOPK, dim=-1).indices
             live[:, :, place] = own.view(*tokens.shape, TOPK)
+            spread[:, :, place] = shares.detach().view(*tokens.shape, NUM_EXPERTS)
             chosen = own
             if routes is not None:
                 given = routes[:, :, place].reshape(-1, TOPK)
@@ -76,7 +89,7 @@ def passed(model, tokens, routes):
     logs = logits[:, :-1].log_softmax(-1)
     scores = logs.gather(2, tokens[:, 1:, None])[..., 0]
     entropy = -(logs.exp() * logs).sum(-1)
-    return [torch.nn.functional.pad(each, (1, 0)) for each in (scores, entropy)], live
+    return [torch.nn.functional.pad(each, (1, 0)) for each in (scores, entropy)], live, spread
 
 
 def test_replayed_routes_give_the_scores_and_gradients_of_transformers_on_four_ranks(forced):
@@ -96,3 +109,9 @@ def test_grpo_on_the_engines_routes_has_the_engines_log_probabilities_and_withou
     folder, expected = forced
     outputs = run_ranks(2, RANKS, "grpo", folder=folder, expected=expected)
     assert "ROUTED" in outputs[0]
+
+
+def test_the_balancing_loss_of_a_step_is_that_of_transformers_choices(forced):
+    folder, expected = forced
+    outputs = run_ranks(2, RANKS, "balance", folder=folder, expected=expected)
+    assert all("BALANCED" in output for output in outputs)
