@@ -15,6 +15,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"family": "llama", "tied": True, "num_key_value_heads": 4},
     "qwen2-tied": {"family": "qwen2", "tied": True, "num_key_value_heads": 1},
     "qwen3-tied": {"family": "qwen3", "tied": True},
+    "glm4": {"family": "glm4", "tied": False},
     "seed_oss": {"family": "seed_oss", "tied": False},
     "smollm3": {"family": "smollm3", "tied": True},
 }

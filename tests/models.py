@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4Config,
     Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
@@ -75,6 +76,8 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         return Qwen2Config(**{**fields, "hidden_size": 32 * fields["num_attention_heads"]})
     if family == "qwen3":
         return Qwen3Config(**{"head_dim": 32, **fields})
+    if family == "glm4":
+        return Glm4Config(**{"head_dim": 32, **fields, "rope_parameters": {**_PLAIN_ROPE, "partial_rotary_factor": 0.5}})
     if family == "seed_oss":
         return SeedOssConfig(**{"head_dim": 32, "attention_dropout": 0.0, "residual_dropout": 0.0, **fields})
     if family == "smollm3":

@@ -44,6 +44,7 @@ _SPECIAL = {
 _PROCESSORS: dict[str, tuple[Any, Any]] = {
     "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
     "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
 }
 
 

@@ -54,6 +54,7 @@ class ModelConfig:
         rope: rotary embedding.
         vision: of a model that takes pictures, None for one of text.
         tower_parts: see ``Model.tower_parts``.
+        normed_outputs: attention and MLP of a layer have a norm after them too.
     """
 
     transformer: TransformerConfig
@@ -64,6 +65,7 @@ class ModelConfig:
     rope: Rope
     vision: VisionConfig | None
     tower_parts: Mapping[str, Part]
+    normed_outputs: bool = False
 
 
 def model_config(
@@ -109,6 +111,7 @@ def model_config(
         rope=model.rope,
         vision=None if model.vision is None else _vision(hf_config, model.vision, model.rope),
         tower_parts=model.tower_parts(),
+        normed_outputs="normed_outputs" in model.features,
     )
 
 

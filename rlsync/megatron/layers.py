@@ -1,4 +1,4 @@
-"""Layers of the local spec that Megatron-Core lacks without TransformerEngine: RMSNorm and fused causal attention.
+"""Layers that Megatron-Core lacks: RMSNorm and fused causal attention without TransformerEngine, and norms after attention and MLP.
 
 Must not know configs of Hugging Face, names or pipeline stages. Interfaces follow what Megatron's module builders pass.
 """
@@ -6,6 +6,8 @@ Must not know configs of Hugging Face, names or pipeline stages. Interfaces foll
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from rlsync.errors import ConfigError
@@ -104,3 +107,32 @@ class CausalAttention(MegatronModule):
             enable_gqa=query.size(1) != key.size(1),
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class NormedOutputLayer(TransformerLayer):
+    """A decoder layer in which the outputs of attention and MLP are normalised before they are added to the residual.
+
+    Parameters beside Megatron's: ``post_self_attn_layernorm.weight`` and ``post_mlp_layernorm.weight``, (hidden_size,).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, output_norm: Callable[..., torch.nn.Module], **kwargs: Any) -> None:
+        """``output_norm`` is the class of both norms; all else is as for Megatron's layer."""
+        super().__init__(config, *args, **kwargs)
+        self.post_self_attn_layernorm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_mlp_layernorm = output_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.self_attn_bda: Callable[..., Any] = _normalising(self.post_self_attn_layernorm, self.self_attn_bda)
+        self.mlp_bda: Callable[..., Any] = _normalising(self.post_mlp_layernorm, self.mlp_bda)
+
+
+def _normalising(norm: torch.nn.Module, add: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's ``bias_dropout_add`` of an output that is normalised first."""
+
+    def choose(training: bool, fused: bool) -> Callable[..., Any]:
+        def added(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            assert bias is None, "a bias would have to be added before the norm"
+            return add(training, fused)((norm(output), None), residual, dropout)
+
+        return added
+
+    return choose

@@ -18,7 +18,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
@@ -220,13 +219,15 @@ def _check_topology(topology: Topology) -> None:
 def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -> GPTModel:
     is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     takes_deepstack = is_first and config.vision is not None and config.vision.model.deepstack_visual_indexes
-    layer_class = PictureLayer if takes_deepstack else TransformerLayer
+    layer_class = PictureLayer if takes_deepstack else None
     build: Callable[..., GPTModel] = partial(GPTModel, position_embedding_type="rope")
     if config.vision is not None:
         build = partial(VisionLanguageModel, vision=config.vision)
     chunk = build(
         config=config.transformer,
-        transformer_layer_spec=block_spec(config.transformer, spec=spec, vp_stage=vp_stage, layer_class=layer_class),
+        transformer_layer_spec=block_spec(
+            config.transformer, spec=spec, vp_stage=vp_stage, layer_class=layer_class, normed_outputs=config.normed_outputs
+        ),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_sequence_length,
         pre_process=is_first,

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from rlsync.errors import ConfigError
-from rlsync.megatron.layers import CausalAttention, RMSNorm
+from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm
 
 SpecName = Literal["auto", "local", "te"]
 
@@ -32,7 +32,8 @@ def block_spec(
     *,
     spec: SpecName = "auto",
     vp_stage: int | None = None,
-    layer_class: type[TransformerLayer] = TransformerLayer,
+    layer_class: type[TransformerLayer] | None = None,
+    normed_outputs: bool = False,
 ) -> TransformerBlockSubmodules:
     """Layers of one virtual chunk of this rank, and the class of the final norm.
 
@@ -40,7 +41,8 @@ def block_spec(
         config: must agree with Megatron's process groups, which give the pipeline stage.
         spec: "auto" takes TransformerEngine where it is available.
         vp_stage: index of the virtual chunk, or None without virtual stages.
-        layer_class: of the decoder layers; their parts are the spec's.
+        layer_class: of the decoder layers; their parts are the spec's. None for Megatron's own.
+        normed_outputs: attention and MLP have a norm after them, before the residual is added; with Megatron's own layers only.
 
     Raises:
         ConfigError: unknown spec, or "te" where TransformerEngine is missing.
@@ -54,9 +56,12 @@ def block_spec(
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     routing, layer_of = _routing(config), _local_layer if is_local else _transformer_engine_layer
     kinds = {routes: layer_of(config, routes) for routes in set(map(routing, layers))}
-    for layer in kinds.values():
-        layer.module = layer_class
     norm = RMSNorm if is_local else _transformer_engine_norm()
+    assert not (normed_outputs and layer_class), "no known model has both"
+    for layer in kinds.values():
+        layer.module = layer_class or TransformerLayer
+        if normed_outputs:
+            layer.module, layer.params = NormedOutputLayer, {**(layer.params or {}), "output_norm": norm}
     return TransformerBlockSubmodules(layer_specs=[kinds[routing(layer)] for layer in layers], layer_norm=norm)
 
 

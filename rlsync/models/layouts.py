@@ -117,6 +117,23 @@ class GatedColumn:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedGatedColumn:
+    """The same where one HF tensor has the rows of gate, then those of up."""
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        (shape,) = shapes
+        half = _rows(shape, _divided(shape[0], 2, "dim 0"))
+        gated = GatedColumn().local((half, half), rank, size, dims)
+
+        def in_one(part: Part) -> Part:
+            above = (part.source * half[0], *(0 for _ in shape[1:]))
+            start, stop = (tuple(map(sum, zip(above, corner, strict=True))) for corner in (part.box.start, part.box.stop))
+            return Part(0, Box(start, stop), part.offset, part.strides)
+
+        return LocalLayout(gated.shape, tuple(map(in_one, gated.parts)))
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQKV:
     """(q, k, v) packed per query group: ``[q heads of the group | k head | v head]``, then split evenly over dim 0.
 

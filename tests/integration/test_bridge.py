@@ -36,6 +36,7 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["qwen3"], "topology": {"tp_size": 4}, "overrides": {"sequence_parallel": True}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "dp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3}},
         {**models["qwen3-tied"], "topology": {"pp_size": 2, "vpp_size": 2, "tp_size": 2}, "overrides": {"sequence_parallel": True}},
+        {**models["glm4"], "topology": {"tp_size": 2, "pp_size": 2}, "overrides": {"sequence_parallel": True}},
         {**models["seed_oss"], "topology": {"tp_size": 2, "pp_size": 2}},
         {**models["smollm3"], "topology": {"tp_size": 2, "pp_size": 2, "vpp_size": 2}, "overrides": {"sequence_parallel": True}},
         # No attention under context parallelism without TransformerEngine: its weights are held to HF's, not its logits.
@@ -223,7 +224,7 @@ def test_a_model_that_differs_from_its_table_is_refused_by_name(models):
 
 
 def test_unknown_architecture_lists_the_supported_ones():
-    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are Glm4MoeForCausalLM, LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are Glm4ForCausalLM, Glm4MoeForCausalLM"):
         AutoBridge.from_config({"architectures": ["GPT2LMHeadModel"]})
     assert "Qwen3ForCausalLM" in AutoBridge.list_supported_models()
 

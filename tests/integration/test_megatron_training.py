@@ -22,6 +22,7 @@ MODELS = {
     "llama": {"family": "llama", "tied": True, "num_key_value_heads": 4},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3", "tied": True, "num_key_value_heads": 1},
+    "glm4": {"family": "glm4", "num_hidden_layers": 2},
     "seed_oss": {"family": "seed_oss", "num_hidden_layers": 2},
     "smollm3": {"family": "smollm3", "tied": True},
 }
@@ -73,6 +74,7 @@ def test_two_ranks_train_as_huggingface(models):
         _case("qwen2", [4], dp_size=2),
         _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
         _case("llama", [2, 2], dp_size=2, ddp=OVERLAPPED),
+        _case("glm4", [4, 4], tp_size=2, sequence_parallel=True),
         _case("seed_oss", [4, 4], tp_size=2, sequence_parallel=True),
         _case("smollm3", [2, 6], pp_size=2),
     ]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import (
     GenerationConfig,
+    Glm4Config,
     Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
@@ -42,7 +43,8 @@ from tests.deadlines import HANG_S
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
     "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
-    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig, "seed_oss": SeedOssConfig, "smollm3": SmolLM3Config,
+    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig, "seed_oss": SeedOssConfig, "glm4": Glm4Config,
+    "smollm3": SmolLM3Config,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
 TABLES = [(family, CLASSES[family.model_type], family.keys) for family in FAMILIES] + [
@@ -68,7 +70,8 @@ GLM4_MOE = {
 del GLM4_MOE["num_experts"]
 SEED_OSS = {**SHARED, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
 SMOLLM3 = {**SHARED, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
-TEXT = (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SEED_OSS, SMOLLM3)
+GLM4 = {**SHARED, "architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}
+TEXT = (GLM4, LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SEED_OSS, SMOLLM3)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
