@@ -24,7 +24,7 @@ from workers.algorithms import PolicyLossOptions, correct_importance, policy_los
 from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference
-from workers.routes import RoutingCounts, engine_routes, padded_routes, routing_counts
+from workers.routes import RoutingCounts, padded_routes, routing_counts
 from workers.samples import ReplicaBatch, Sample, collate
 from workers.sft_data import SftExample
 from workers.supervised import SupervisedObjective, collate_examples, num_targets
@@ -79,7 +79,8 @@ class GrpoRank(ActorRank):
         at = self._topology.coordinates(self._rank)
         batch, algorithm = batches[at.dp_rank], self._config.algorithm
         samples, replay = batch.samples, self._config.actor.megatron.router_replay
-        engine = [self._engine_routes(s) for s in samples] if self._config.rollout.enable_return_routed_experts else None
+        known = [s.routes for s in samples if s.routes is not None]
+        engine = known if self._config.rollout.enable_return_routed_experts else None
         self._routes = engine if replay == "R3" else None
         if algorithm.recompute_logprobs:
             self._old_logprobs, taken = self._score(batch, self._routing, self._routes)
@@ -101,16 +102,6 @@ class GrpoRank(ActorRank):
 
     def _count(self, taken: Sequence[Tensor], engine: Sequence[Tensor] | None) -> RoutingCounts | None:
         return None if self._routing is None else routing_counts(taken, engine, self._routing.num_experts)
-
-    def _engine_routes(self, sample: Sample) -> Tensor:
-        assert self._routing is not None, "validate_model refuses it"
-        return engine_routes(
-            sample.routes,
-            length=sample.length,
-            num_layers=unwrap(self._models[0]).config.num_layers,
-            sparse_layers=self._routing.sparse_layers,
-            topk=self._routing.topk,
-        )
 
     def _score(
         self, batch: ReplicaBatch, routing: Routing | None, routes: Sequence[Tensor] | None = None

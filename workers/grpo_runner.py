@@ -27,7 +27,7 @@ from workers.preparation import Preparation, prepare
 from workers.problems import load_supervised
 from workers.resume import Beginning
 from workers.rollout import reshaping, sampling_arguments
-from workers.routes import routing_metrics
+from workers.routes import engine_routes, routing_metrics, routing_shape
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
@@ -205,13 +205,19 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
         groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
-            Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version, routes=c.routes)
+            Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version, routes=self._routes(prompt, c))
             for prompt, group in zip(prompts, groups, strict=True)
             for c in group * (self._config.algorithm.group_size // len(group))
         ]
         if self._config.rollout.print_outputs:
             self._screen.note(f"{self._decoded(samples[0].prompt_ids)} -> {self._decoded(samples[0].response_ids)}")
         return samples
+
+    def _routes(self, prompt: Prompt, completion: Completion) -> torch.Tensor | None:
+        if not self._config.rollout.enable_return_routed_experts:
+            return None
+        shape = routing_shape(self._model.transformer)
+        return engine_routes(completion.routes, length=len(prompt.token_ids) + len(completion.token_ids), shape=shape)
 
     def _seeds(self, count: int, step: int) -> list[int] | None:
         """One seed per prompt of a step; vLLM seeds the prompt's samples with consecutive numbers from it."""

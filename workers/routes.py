@@ -5,7 +5,7 @@ Pure torch and integers; knows no Ray and no Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,29 @@ class RoutingCounts:
     num_compared: int
 
 
-def engine_routes(routes: Any, *, length: int, num_layers: int, sparse_layers: Sequence[int], topk: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """Of a model with experts: its layers, the numbers (from 0) of those with experts, and the experts of a token."""
+
+    num_layers: int
+    sparse_layers: tuple[int, ...]
+    topk: int
+
+
+def routing_shape(transformer: Mapping[str, Any]) -> RoutingShape:
+    """From fields of Megatron's TransformerConfig, as ``Model.transformer`` has them."""
+    num_layers, every = transformer["num_layers"], transformer.get("moe_layer_freq", 1)
+    pattern = [layer % every == 0 for layer in range(num_layers)] if isinstance(every, int) else every
+    return RoutingShape(num_layers, tuple(layer for layer, sparse in enumerate(pattern) if sparse), transformer["moe_router_topk"])
+
+
+def engine_routes(routes: Any, *, length: int, shape: RoutingShape) -> Tensor:
     """An engine's routes of a sample as the actor takes them: (length, layers with experts, topk) int16.
 
     The engine never computed the last token, which is ``UNKNOWN``.
 
     Args:
-        routes: array (length - 1 or length, layers, topk) of integers; of all ``num_layers`` layers of the model, or of those with experts.
-        sparse_layers: numbers of the layers with experts, from 0.
+        routes: array (length - 1 or length, layers, topk) of integers; of all layers of the model, or of those with experts.
 
     Raises:
         RlsyncError: none, or of another shape.
@@ -48,6 +63,7 @@ def engine_routes(routes: Any, *, length: int, num_layers: int, sparse_layers: S
         raise RlsyncError("the engine returned no routes; start it with enable_return_routed_experts=True, on GPUs")
     found = torch.as_tensor(routes.astype("int32"))
     tokens, layers, width = found.shape
+    num_layers, sparse_layers, topk = shape.num_layers, shape.sparse_layers, shape.topk
     if tokens not in (length - 1, length) or layers not in (num_layers, len(sparse_layers)) or width != topk:
         raise RlsyncError(
             f"an engine returned routes of {tokens} tokens, {layers} layers and {width} experts a token; the sample has {length} "

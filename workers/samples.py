@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class Sample:
         advantage: of the whole response; the same for each of its tokens.
         finished: ended by itself rather than by its length limit.
         version: of the weights that produced it.
-        routes: experts that its tokens went to in the engine, as in ``Completion``; None where it was not asked.
+        routes: experts that its tokens went to in the engine, as ``engine_routes`` returns them; None where it was not asked.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,7 +39,7 @@ class Sample:
     version: int | None
     reward: float = 0.0
     advantage: float = 0.0
-    routes: Any = field(default=None, compare=False, repr=False)
+    routes: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:

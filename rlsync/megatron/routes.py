@@ -44,8 +44,7 @@ class Routing:
         num_layers: layers with experts of the whole model.
         topk: experts of a token.
         num_experts: of a layer.
-        sparse_layers: numbers of the layers with experts, from 0, in the order in which routes have them.
-        layers: places in that order that this rank has.
+        layers: of the model's layers with experts, counted from 0, those that this rank has.
 
     Raises:
         ConfigError: the model has no experts; its routers choose in a fused kernel or by Sinkhorn, where no route can be given.
@@ -63,7 +62,7 @@ class Routing:
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts
         sparse = layers_with_experts(config)
-        self.num_layers, self.sparse_layers = len(sparse), tuple(sparse)
+        self.num_layers = len(sparse)
         self._splits_sequence: bool = config.sequence_parallel
         self._current: _Pass | None = None
         self._passes: dict[int, _Pass] = {}

@@ -21,7 +21,7 @@ from tests.integration.actor_reference import run_config
 from tests.integration.megatron_ranks import loss
 from workers.config import actor_topology
 from workers.grpo_actor import GrpoRank
-from workers.routes import routing_metrics
+from workers.routes import RoutingShape, engine_routes, routing_metrics
 from workers.samples import Sample
 
 
@@ -98,14 +98,18 @@ def balance(folder: str, expected: str) -> None:
 def grpo(folder: str, expected: str) -> None:
     """A step of GRPO on samples of an engine that routes in its own way, which transformers' model with forced routes stands for."""
     wanted, dense = torch.load(expected), torch.zeros(1, 1, 1, dtype=torch.int16)
-    samples = []
+    samples, shape = [], RoutingShape(4, (0, 2, 3), 3)
     for row, length in enumerate(wanted["lengths"]):
         tokens = tuple(wanted["tokens"][row, :length].tolist())
         routes = wanted["routes"][row, : length - 1]
         # As vLLM returns them: of all layers, the dense one too.
         whole = torch.cat((routes[:, :1], dense.expand(length - 1, 1, routes.size(2)), routes[:, 1:]), dim=1).numpy()
         logprobs = tuple(wanted["expected"][row, 4:length].tolist())
-        samples.append(Sample(tokens[:4], tokens[4:], logprobs, True, 0, advantage=(-1.0) ** row, routes=whole))
+        samples.append(
+            Sample(
+                tokens[:4], tokens[4:], logprobs, True, 0, advantage=(-1.0) ** row, routes=engine_routes(whole, length=length, shape=shape)
+            )
+        )
     found = {}
     for mode in ("off", "R2", "R3"):
         sections = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rlsync.errors import RlsyncError
-from workers.routes import UNKNOWN, engine_routes, padded_routes, routing_counts, routing_metrics
+from workers.routes import UNKNOWN, engine_routes, padded_routes, routing_counts, routing_metrics, routing_shape
 
-MODEL = {"num_layers": 4, "sparse_layers": (0, 2, 3), "topk": 2}
+SHAPE = routing_shape({"num_layers": 4, "moe_layer_freq": [1, 0, 1, 1], "moe_router_topk": 2})
 
 
 def of_engine(tokens: int, layers: int = 4) -> np.ndarray:
@@ -18,11 +18,11 @@ def of_engine(tokens: int, layers: int = 4) -> np.ndarray:
 
 def test_routes_of_all_layers_are_cut_to_those_with_experts_and_the_last_token_is_unknown():
     array = of_engine(4)
-    routes = engine_routes(array, length=5, **MODEL)
+    routes = engine_routes(array, length=5, shape=SHAPE)
     assert routes.shape == (5, 3, 2) and routes.dtype is torch.int16
     assert routes[:4].tolist() == array[:, [0, 2, 3]].tolist() and (routes[4] == UNKNOWN).all()
     compact = of_engine(4, layers=3)
-    assert engine_routes(compact, length=5, **MODEL)[:4].tolist() == compact.tolist(), "some versions leave dense layers out"
+    assert engine_routes(compact, length=5, shape=SHAPE)[:4].tolist() == compact.tolist(), "some versions leave dense layers out"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_routes_of_all_layers_are_cut_to_those_with_experts_and_the_last_token_i
 )
 def test_routes_of_another_sample_or_model_are_refused(array, said):
     with pytest.raises(RlsyncError, match=said):
-        engine_routes(array, length=5, **MODEL)
+        engine_routes(array, length=5, shape=SHAPE)
 
 
 def test_padding_of_a_microbatch_has_no_route():

@@ -205,6 +205,7 @@ CONSIDERED: Mapping[str, frozenset[str]] = {
         "tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init seed allowed_local_media_path allowed_media_domains",
         "max_model_len spec_target_max_model_len enforce_eager return_sampling_mask max_logprobs logprobs_mode use_fp64_gumbel",
         "enable_trace_replay disable_sliding_window disable_cascade_attn enable_prompt_embeds served_model_name hf_token",
+        "enable_return_routed_experts",
         "generation_config override_generation_config logits_processors io_processor_plugin renderer_num_workers pooler_config",
     ),
     "parallel_config": _names(
