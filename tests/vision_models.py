@@ -53,7 +53,7 @@ def tiny_vision_config(family: str, *, tied: bool = False, **text: Any) -> Pretr
     if family in ("qwen3_vl", "qwen3_vl_moe"):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
         tower = {**_TOWER, "depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        experts = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "num_experts": 8, "mlp_only_layers": [1]}
+        experts = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "num_experts": 8, "mlp_only_layers": [1], "norm_topk_prob": True}
         kind, more = (Qwen3VLConfig, {}) if family == "qwen3_vl" else (Qwen3VLMoeConfig, experts)
         return kind(
             text_config={**_TEXT, "head_dim": 32, "rope_parameters": rope, **more, **text},
