@@ -5,6 +5,8 @@ Device numbers count GPUs over all nodes in node order; without GPUs a device is
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import threading
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -20,11 +23,37 @@ from rlsync.errors import ConfigError, RlsyncError
 from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
 from workers.remote import LOG_VARIABLE, Worker
 
+_log = logging.getLogger(__name__)
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # Enough for the actors of a run on one machine; they share its real cores.
 _LOCAL_CPUS = 64
+# How often Ray is started here before it counts as not coming up.
+_ATTEMPTS = 3
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
 _CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _start_here(options: Mapping[str, Any]) -> None:
+    """``ray.init`` of a cluster of this process's own, tried again where Ray gave up.
+
+    Ray waits 30 seconds for its own processes, which is a constant in its code, and too short on a machine that is busy or reads them
+    from a cold disk. The processes that an attempt has left are ended.
+    """
+    before = set(psutil.Process().children())
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            for process in set(psutil.Process().children()) - before:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any(f"{os.sep}ray{os.sep}" in argument for argument in process.cmdline()):
+                        process.kill()
+            if not left:
+                raise
+            _log.warning("Ray did not start (%s); trying once more", str(error).splitlines()[0] if str(error) else repr(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +88,10 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False} if address == LOCAL else {}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        options |= {"address": address, "log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": environment}}
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": environment}, **options
-            )  # fmt: skip
+            _start_here(options) if address == LOCAL else ray.init(**options)
         except Exception as error:  # Ray has no type of its own for processes that do not come up
             if address == LOCAL:
                 raise RlsyncError(

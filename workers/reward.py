@@ -13,6 +13,7 @@ import json
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,10 @@ from typing import Any
 
 from rlsync.errors import ConfigError, RlsyncError
 
-# The process ends itself at the timeout; past this much more the pool kills it.
+# The process ends itself at the timeout; past this much more by the clock the pool kills it. Comparing is timed by processor time, of which
+# a process on a busy machine gets little.
 _GRACE_S = 5.0
+_COMPARING_PATIENCE = 20
 _START_TIMEOUT_S = 60.0
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -51,6 +54,7 @@ class _Process:
         )
         assert self._popen.stdin is not None and self._popen.stdout is not None
         self._stdin, self.stdout = self._popen.stdin, self._popen.stdout
+        self._patience = 1 if arguments else _COMPARING_PATIENCE
         self.task: int | None = None
         self.deadline_s = float("inf")
 
@@ -77,7 +81,7 @@ class _Process:
 
     def give(self, task: int, question: Mapping[str, object], timeout_s: float) -> bool:
         """Hand over one task; False when the process is gone."""
-        self.task, self.deadline_s = task, time.monotonic() + timeout_s + _GRACE_S
+        self.task, self.deadline_s = task, time.monotonic() + timeout_s * self._patience + _GRACE_S
         line = json.dumps({"id": task, **question, "timeout_s": timeout_s})
         try:
             self._stdin.write(line.encode() + b"\n")
@@ -96,6 +100,10 @@ class _Process:
         self.task, self.deadline_s = None, float("inf")
         return answer
 
+    def was_killed(self) -> bool:
+        """Whether something else than this process and its pool has ended it, such as the kernel for want of memory."""
+        return self._popen.wait() == -signal.SIGKILL
+
     def end(self) -> None:
         self._popen.kill()
         self._popen.wait()
@@ -109,7 +117,8 @@ class _Process:
 class VerifierPool:
     """Does tasks of ``workers.verifier`` in ``num_processes`` processes. Use as a context manager, or ``close()``.
 
-    Answers depend only on the tasks: not on order, load or number of processes, except for tasks near ``timeout_s``.
+    Answers depend only on the tasks: not on order, load or number of processes, except for tasks near ``timeout_s``. A task whose process
+    was killed from outside is done once more.
 
     Args:
         arguments: of ``workers.verifier``: none to compare with reference answers, file and name of a reward function.
@@ -166,11 +175,12 @@ class VerifierPool:
             raise ValueError("this VerifierPool is closed")
         results: list[Answer | None] = [None] * len(questions)
         waiting = deque(range(len(questions)))
+        again: set[int] = set()
         with selectors.DefaultSelector() as selector:
             for slot in range(len(self._processes)):
                 self._feed(slot, waiting, questions, selector)
             while selector.get_map():
-                self._collect(results, waiting, questions, selector)
+                self._collect(results, waiting, again, questions, selector)
         return results
 
     def _feed(self, slot: int, waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector) -> None:
@@ -184,7 +194,12 @@ class VerifierPool:
         selector.register(self._processes[slot].stdout, selectors.EVENT_READ, slot)
 
     def _collect(
-        self, results: list[Answer | None], waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector
+        self,
+        results: list[Answer | None],
+        waiting: deque[int],
+        again: set[int],
+        questions: Sequence[Mapping[str, object]],
+        selector: selectors.BaseSelector,
     ) -> None:
         """Take in what is ready, end what is overdue, and hand out new tasks."""
         soonest_s = min(process.deadline_s for process in self._processes)
@@ -197,10 +212,13 @@ class VerifierPool:
             task = process.task
             assert task is not None
             answer = process.read() if slot in ready else None
-            if answer is None:
-                self._replace(slot)
-            else:
+            if answer is not None:
                 results[task] = answer
+            else:
+                if slot in ready and task not in again and process.was_killed():
+                    again.add(task)
+                    waiting.appendleft(task)
+                self._replace(slot)
             self._feed(slot, waiting, questions, selector)
 
     def _replace(self, slot: int) -> None:

@@ -13,8 +13,10 @@ The first asks whether a response is correct, the second whether a reference ans
     {"id": 5, "prompts": [...], "responses": [...], "references": [...], "metadata": [...], "timeout_s": 10}
         ->  {"id": 5, "rewards": [0.5, 1.0]}  or  {"id": 5, "error": "..."}
 
-The parent (``reward.VerifierPool``) replaces it when it ends. Symbolic simplification can hang in native code that no signal
-interrupts, and a user's function anywhere, so the limit is faulthandler's watchdog thread, which ends the process whatever Python does.
+The parent (``reward.VerifierPool``) replaces it when it ends. Symbolic simplification can hang in native code that no handler
+interrupts, and a user's function anywhere, so both limits end the process whatever Python does. Comparing has ``timeout_s`` of processor
+time, by SIGPROF: a right answer stays right on a machine that is busy. A user's function, which may wait for others, has ``timeout_s`` by
+the clock, by faulthandler's watchdog thread.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -149,9 +152,14 @@ def main() -> None:
     _write(answers_out, {"ready": True})
     for line in sys.stdin:
         task = json.loads(line)
-        faulthandler.dump_traceback_later(task["timeout_s"], exit=True, file=silent)
-        answer = work(task)
-        faulthandler.cancel_dump_traceback_later()
+        if work is compare:
+            signal.setitimer(signal.ITIMER_PROF, task["timeout_s"])
+            answer = work(task)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        else:
+            faulthandler.dump_traceback_later(task["timeout_s"], exit=True, file=silent)
+            answer = work(task)
+            faulthandler.cancel_dump_traceback_later()
         _write(answers_out, {"id": task["id"], **answer})
 
 

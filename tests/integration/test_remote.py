@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import services
 
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import HANG_S, ended_before
@@ -49,10 +50,31 @@ class Rank:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+# The processes of Ray that the first attempt to start it has left.
+GIVEN_UP: list[psutil.Process] = []
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster.start(log_folder=tmp_path_factory.mktemp("logs")) as started:
+    """One that starts at the second attempt, as on a machine that was too busy for the first."""
+    before, get_node = set(psutil.Process().children()), services.get_node
+
+    def gives_up_once(*arguments):
+        if GIVEN_UP:
+            return get_node(*arguments)
+        GIVEN_UP.extend(set(psutil.Process().children()) - before)
+        raise Exception("The current node timed out during startup.")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(services, "get_node", gives_up_once)
+        started = Cluster.start(log_folder=tmp_path_factory.mktemp("logs"))
+    with started:
         yield started
+
+
+def test_what_an_attempt_to_start_ray_has_left_is_ended(cluster):
+    assert GIVEN_UP
+    assert [process.pid for process in psutil.wait_procs(GIVEN_UP, timeout=HANG_S)[1]] == []
 
 
 @pytest.fixture(scope="module")

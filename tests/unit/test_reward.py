@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,19 @@ from pathlib import Path
 import pytest
 
 from rlsync.errors import RlsyncError
+from tests.deadlines import HANG_S
 from workers.reward import VerifierPool, is_plain, unreadable_references
 
 # Takes longer than any run: native big-integer code that no signal interrupts.
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
 
+TIMEOUT_S = 2.0
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(num_processes=2, timeout_s=2.0) as pool:
+    with VerifierPool(num_processes=2, timeout_s=TIMEOUT_S) as pool:
         yield pool
 
 
@@ -110,8 +115,53 @@ def test_a_hanging_check_is_wrong_and_its_neighbours_and_the_pool_live_on(pool: 
 def test_a_killed_process_is_replaced(pool: VerifierPool) -> None:
     for process in pool._processes:
         os.kill(process._popen.pid, signal.SIGKILL)
-    time.sleep(0.2)
+        process._popen.wait()
     assert pool.check([r"\boxed{4}"] * 4, [["4"]] * 4) == [True] * 4
+
+
+def test_a_task_whose_process_is_killed_is_done_once_more_and_then_counts_as_wrong(pool: VerifierPool) -> None:
+    """By the kernel for want of memory, say: the response is innocent. One that takes its process with it every time is not."""
+    replaced, killed = pool.num_replaced, []
+
+    def kill(count: int) -> None:
+        while len(killed) < count:
+            for process in [process for process in pool._processes if process.task == 0 and process._popen.pid not in killed]:
+                killed.append(process._popen.pid)
+                os.kill(process._popen.pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    for count in (1, 2):
+        killed.clear()
+        killer = threading.Thread(target=kill, args=(count,), daemon=True)
+        killer.start()
+        assert pool.check([HANGS, r"\boxed{4}"], [["1"], ["4"]]) == [False, True]
+        killer.join(timeout=HANG_S)
+        assert len(killed) == count
+    # One run: killed, done again, out of time. The other: killed, done again, killed.
+    assert pool.num_replaced == replaced + 4
+
+
+def test_time_that_a_process_waits_for_the_processor_is_not_counted(pool: VerifierPool) -> None:
+    """Stopped for longer than its timeout in the middle of a task, a process answers it all the same."""
+    stopped = []
+
+    def stop_and_go_on() -> None:
+        while not stopped:
+            time.sleep(0.01)
+            stopped.extend(process for process in pool._processes if process.task is not None)
+        for process in stopped:
+            os.kill(process._popen.pid, signal.SIGSTOP)
+        time.sleep(1.5 * TIMEOUT_S)
+        for process in stopped:
+            os.kill(process._popen.pid, signal.SIGCONT)
+
+    replaced = pool.num_replaced
+    stopper = threading.Thread(target=stop_and_go_on, daemon=True)
+    stopper.start()
+    count = 500
+    assert pool.check([r"\boxed{\sqrt{8}}"] * count, [[r"2\sqrt{2}"]] * count) == [True] * count
+    stopper.join(timeout=HANG_S)
+    assert stopped and pool.num_replaced == replaced
 
 
 def test_closing_ends_every_process_and_is_idempotent() -> None:
