@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import numpy
 import torch
 import vllm
 from vllm.config import set_current_vllm_config
@@ -139,7 +138,11 @@ def routes_of(request: Any, output: Any) -> Any:
     Some versions return the part of the prompt with the request, and others all with each continuation.
     """
     routes, prompt = getattr(output, "routed_experts", None), getattr(request, "prompt_routed_experts", None)
-    return routes if routes is None or prompt is None else numpy.concatenate((prompt, routes))
+    if routes is None or prompt is None:
+        return routes
+    import numpy  # not at the top: what a machine without vLLM hears is that vLLM is missing
+
+    return numpy.concatenate((prompt, routes))
 
 
 async def shut_down(llm: Any, timeout_s: float) -> None:
