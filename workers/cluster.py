@@ -53,7 +53,7 @@ def _start_here(options: Mapping[str, Any]) -> None:
                         process.kill()
             if not left:
                 raise
-            _log.warning("Ray did not start (%s); trying once more", str(error).splitlines()[0] if str(error) else repr(error))
+            _log.warning("Ray did not start (%s); trying again", str(error).splitlines()[0] if str(error) else repr(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,10 @@ class Cluster:
         options |= {"address": address, "log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": environment}}
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            _start_here(options) if address == LOCAL else ray.init(**options)
+            if address == LOCAL:
+                _start_here(options)
+            else:
+                ray.init(**options)
         except Exception as error:  # Ray has no type of its own for processes that do not come up
             if address == LOCAL:
                 raise RlsyncError(

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsync.errors import RlsyncError
-
-# In place of an expert: not known, so that the actor's router chooses.
-UNKNOWN = -1
+from rlsync.models.moe import NO_ROUTE, sparse_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +41,14 @@ class RoutingShape:
 
 def routing_shape(transformer: Mapping[str, Any]) -> RoutingShape:
     """From fields of Megatron's TransformerConfig, as ``Model.transformer`` has them."""
-    num_layers, every = transformer["num_layers"], transformer.get("moe_layer_freq", 1)
-    pattern = [layer % every == 0 for layer in range(num_layers)] if isinstance(every, int) else every
-    return RoutingShape(num_layers, tuple(layer for layer, sparse in enumerate(pattern) if sparse), transformer["moe_router_topk"])
+    num_layers = transformer["num_layers"]
+    return RoutingShape(num_layers, sparse_layers(num_layers, transformer.get("moe_layer_freq", 1)), transformer["moe_router_topk"])
 
 
 def engine_routes(routes: Any, *, length: int, shape: RoutingShape) -> Tensor:
     """An engine's routes of a sample as the actor takes them: (length, layers with experts, topk) int16.
 
-    The engine never computed the last token, which is ``UNKNOWN``.
+    The engine never computed the last token, which is ``NO_ROUTE``.
 
     Args:
         routes: array (length - 1 or length, layers, topk) of integers; of all layers of the model, or of those with experts.
@@ -71,14 +68,14 @@ def engine_routes(routes: Any, *, length: int, shape: RoutingShape) -> Tensor:
         )
     if layers == num_layers:
         found = found[:, list(sparse_layers)]
-    whole = torch.full((length, len(sparse_layers), topk), UNKNOWN, dtype=torch.int16)
+    whole = torch.full((length, len(sparse_layers), topk), NO_ROUTE, dtype=torch.int16)
     whole[: length - 1] = found[: length - 1].to(torch.int16)
     return whole
 
 
 def padded_routes(rows: Sequence[Tensor], length: int) -> Tensor:
-    """Routes (each (its length, layers, topk)) of a microbatch: (B, ``length``, layers, topk) int16, ``UNKNOWN`` at padding."""
-    whole = torch.full((len(rows), length, *rows[0].shape[1:]), UNKNOWN, dtype=torch.int16)
+    """Routes (each (its length, layers, topk)) of a microbatch: (B, ``length``, layers, topk) int16, ``NO_ROUTE`` at padding."""
+    whole = torch.full((len(rows), length, *rows[0].shape[1:]), NO_ROUTE, dtype=torch.int16)
     for row, routes in enumerate(rows):
         whole[row, : len(routes)] = routes
     return whole
@@ -92,14 +89,14 @@ def routing_counts(taken: Sequence[Tensor], engine: Sequence[Tensor] | None, num
     if engine is None:
         return RoutingCounts(loads, 0, 0)
     other = torch.cat(list(engine))
-    known = (whole != UNKNOWN).all(-1) & (other != UNKNOWN).all(-1)
+    known = (whole != NO_ROUTE).all(-1) & (other != NO_ROUTE).all(-1)
     # Of experts the set counts: their order changes no choice.
     different = (whole.sort(-1).values != other.sort(-1).values).any(-1)
     return RoutingCounts(loads, int((different & known).sum()), int(known.sum()))
 
 
 def _load(chosen: Tensor, num_experts: int) -> Tensor:
-    return torch.bincount(chosen[chosen != UNKNOWN].long(), minlength=num_experts)
+    return torch.bincount(chosen[chosen != NO_ROUTE].long(), minlength=num_experts)
 
 
 def routing_metrics(counts: Sequence[RoutingCounts | None]) -> dict[str, float]:

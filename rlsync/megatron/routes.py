@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
+from rlsync.models.moe import NO_ROUTE, sparse_layers
 
-# In place of an expert: the router chooses for this token itself.
-NO_ROUTE = -1
 _MOST_EXPERTS = 2**15
 
 
@@ -61,7 +59,7 @@ class Routing:
             raise ConfigError(f"routes hold at most {_MOST_EXPERTS} experts, and the model has {config.num_moe_experts}")
         self.topk: int = config.moe_router_topk
         self.num_experts: int = config.num_moe_experts
-        sparse = layers_with_experts(config)
+        sparse = sparse_layers(config.num_layers, config.moe_layer_freq)
         self.num_layers = len(sparse)
         self._splits_sequence: bool = config.sequence_parallel
         self._current: _Pass | None = None
@@ -73,7 +71,7 @@ class Routing:
         for model in models:
             for module in unwrap(model).modules():
                 if isinstance(module, TopKRouter):
-                    layer = sparse[module.layer_number - 1]
+                    layer = sparse.index(module.layer_number - 1)
                     module.router_replay = _Router(self, layer)
                     self.layers.append(layer)
 
@@ -178,10 +176,3 @@ class _Router:
         _, live = default_compute_topk(scores, topk, num_groups, group_topk)
         chosen = self._routing.choose(self._layer, live)
         return scores.gather(1, chosen), chosen
-
-
-def layers_with_experts(config: Any) -> dict[int, int]:
-    """Numbers of layers with experts, from 0 -> their place among these."""
-    every = config.moe_layer_freq
-    pattern = [int(layer % every == 0) for layer in range(config.num_layers)] if isinstance(every, int) else every
-    return {layer: place for place, layer in enumerate(layer for layer, sparse in enumerate(pattern) if sparse)}

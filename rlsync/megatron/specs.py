@@ -6,7 +6,6 @@ Must not know Hugging Face or files. Parameter names differ between the two; the
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm
+from rlsync.models.moe import sparse_layers
 
 SpecName = Literal["auto", "local", "te"]
 
@@ -54,23 +54,16 @@ def block_spec(
     is_local = spec == "local" or not transformer_engine_available()
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-    routing, layer_of = _routing(config), _local_layer if is_local else _transformer_engine_layer
-    kinds = {routes: layer_of(config, routes) for routes in set(map(routing, layers))}
+    layer_of = _local_layer if is_local else _transformer_engine_layer
+    sparse = () if config.num_moe_experts is None else sparse_layers(config.num_layers, config.moe_layer_freq)
+    kinds = {routes: layer_of(config, routes) for routes in {layer in sparse for layer in layers}}
     norm = RMSNorm if is_local else _transformer_engine_norm()
     assert not (normed_outputs and layer_class), "no known model has both"
     for layer in kinds.values():
         layer.module = layer_class or TransformerLayer
         if normed_outputs:
             layer.module, layer.params = NormedOutputLayer, {**(layer.params or {}), "output_norm": norm}
-    return TransformerBlockSubmodules(layer_specs=[kinds[routing(layer)] for layer in layers], layer_norm=norm)
-
-
-def _routing(config: TransformerConfig) -> Callable[[int], bool]:
-    """Whether a layer, counted over the whole model, routes to experts."""
-    if config.num_moe_experts is None:
-        return lambda layer: False
-    every = config.moe_layer_freq
-    return lambda layer: bool(every[layer]) if isinstance(every, list) else layer % every == 0
+    return TransformerBlockSubmodules(layer_specs=[kinds[layer in sparse] for layer in layers], layer_norm=norm)
 
 
 def fuses_norms(spec: Any) -> bool:

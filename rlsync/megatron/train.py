@@ -29,9 +29,10 @@ from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
-from rlsync.megatron.routes import Routing, layers_with_experts
+from rlsync.megatron.routes import Routing
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.vision import VisionLanguageModel
+from rlsync.models.moe import sparse_layers
 
 Microbatch = Mapping[str, Tensor]
 # Of a microbatch: the experts that its tokens go to.
@@ -317,7 +318,7 @@ def _balancing(models: Sequence[torch.nn.Module], num_passes: int) -> dict[str, 
         return {}
     kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     pairs = [(kinds, weights)] if isinstance(kinds, str) else zip(kinds, weights, strict=True)
-    num_layers, tracker, found = len(layers_with_experts(config)), get_moe_layer_wise_logging_tracker(), {}
+    num_layers, tracker, found = len(sparse_layers(config.num_layers, config.moe_layer_freq)), get_moe_layer_wise_logging_tracker(), {}
     for name, has_replicas in [_BALANCING[kind] for kind, weight in pairs if kind in _BALANCING and weight > 0]:
         # Stages without such a layer have nothing recorded.
         recorded = tracker[name]["values"].sum() if name in tracker else torch.zeros(())

@@ -5,7 +5,7 @@ Experts count over the whole model, as in the names of checkpoints. An expert is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlsync.models.dense import ATTENTION, LAYERS, MLP, decoder_stacks, dense_dims, dense_transformer, layer_stack
@@ -14,6 +14,8 @@ from rlsync.models.layouts import GatedColumn, Replicated, Row
 from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack, Stacked
 
 EXPERTS = Index("expert", "num_experts", "ep")
+# In place of an expert's number in a token's routes: not known, so that the router chooses.
+NO_ROUTE = -1
 # Of transformers' own training step alone; an actor's coefficient is moe_aux_loss_coeff.
 ROUTING_KEYS: Mapping[str, Key] = {
     **harmless("adds to transformers' own loss; a run's is actor.model.moe_aux_loss_coeff", "router_aux_loss_coef", "output_router_logits")
@@ -93,6 +95,12 @@ def expert_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> di
         "moe_layer_freq": [int(_is_sparse(values, layer)) for layer in range(dims["num_layers"])],
         "moe_router_pre_softmax": not values["norm_topk_prob"],
     }
+
+
+def sparse_layers(num_layers: int, moe_layer_freq: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers, from 0, of the layers with experts, by Megatron-Core's ``moe_layer_freq``: every so many, or 1 for each that has them."""
+    pattern = [layer % moe_layer_freq == 0 for layer in range(num_layers)] if isinstance(moe_layer_freq, int) else moe_layer_freq
+    return tuple(layer for layer, routes in enumerate(pattern) if routes)
 
 
 def follows_dense_layers(model: Model, layer: int) -> bool:

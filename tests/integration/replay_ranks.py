@@ -14,8 +14,9 @@ from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.layout.topology import Topology
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
-from rlsync.megatron.routes import NO_ROUTE, Routing
+from rlsync.megatron.routes import Routing
 from rlsync.megatron.train import token_scores, train_step
+from rlsync.models.moe import NO_ROUTE
 from tests.integration.actor_ranks import batches, leave
 from tests.integration.actor_reference import run_config
 from tests.integration.megatron_ranks import loss

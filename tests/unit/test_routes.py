@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlsync.errors import RlsyncError
-from workers.routes import UNKNOWN, engine_routes, padded_routes, routing_counts, routing_metrics, routing_shape
+from rlsync.models.moe import NO_ROUTE
+from workers.routes import engine_routes, padded_routes, routing_counts, routing_metrics, routing_shape
 
 SHAPE = routing_shape({"num_layers": 4, "moe_layer_freq": [1, 0, 1, 1], "moe_router_topk": 2})
 
@@ -20,7 +21,7 @@ def test_routes_of_all_layers_are_cut_to_those_with_experts_and_the_last_token_i
     array = of_engine(4)
     routes = engine_routes(array, length=5, shape=SHAPE)
     assert routes.shape == (5, 3, 2) and routes.dtype is torch.int16
-    assert routes[:4].tolist() == array[:, [0, 2, 3]].tolist() and (routes[4] == UNKNOWN).all()
+    assert routes[:4].tolist() == array[:, [0, 2, 3]].tolist() and (routes[4] == NO_ROUTE).all()
     compact = of_engine(4, layers=3)
     assert engine_routes(compact, length=5, shape=SHAPE)[:4].tolist() == compact.tolist(), "some versions leave dense layers out"
 
@@ -42,20 +43,20 @@ def test_padding_of_a_microbatch_has_no_route():
     rows = [torch.zeros(2, 3, 2, dtype=torch.int16), torch.ones(4, 3, 2, dtype=torch.int16)]
     padded = padded_routes(rows, 5)
     assert padded.shape == (2, 5, 3, 2)
-    assert (padded[0, 2:] == UNKNOWN).all() and (padded[1, 4:] == UNKNOWN).all() and (padded[1, :4] == 1).all()
+    assert (padded[0, 2:] == NO_ROUTE).all() and (padded[1, 4:] == NO_ROUTE).all() and (padded[1, :4] == 1).all()
 
 
 def test_mismatch_counts_pairs_of_token_and_layer_whatever_the_order_of_experts():
     taken = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [1, 2]], [[0, 1], [1, 2]]], dtype=torch.int16)
-    engine = torch.tensor([[[1, 0], [2, 0]], [[0, 1], [2, 1]], [[UNKNOWN] * 2] * 2], dtype=torch.int16)
+    engine = torch.tensor([[[1, 0], [2, 0]], [[0, 1], [2, 1]], [[NO_ROUTE] * 2] * 2], dtype=torch.int16)
     counts = routing_counts([taken], [engine], num_experts=4)
     assert (counts.num_different, counts.num_compared) == (1, 4)
     assert routing_metrics([counts, None])["moe/route_mismatch"] == 0.25
 
 
 def test_load_imbalance_is_the_mean_over_layers_of_all_stages_and_replicas():
-    first = torch.tensor([[[0, 1], [UNKNOWN] * 2]] * 4, dtype=torch.int16)  # a stage with the first of two layers: all to two of four
-    last = torch.tensor([[[UNKNOWN] * 2, [0, 1]], [[UNKNOWN] * 2, [2, 3]]] * 2, dtype=torch.int16)
+    first = torch.tensor([[[0, 1], [NO_ROUTE] * 2]] * 4, dtype=torch.int16)  # a stage with the first of two layers: all to two of four
+    last = torch.tensor([[[NO_ROUTE] * 2, [0, 1]], [[NO_ROUTE] * 2, [2, 3]]] * 2, dtype=torch.int16)
     stages = [routing_counts([each], None, num_experts=4) for each in (first, last)]
     assert stages[0].loads.tolist() == [[4, 4, 0, 0], [0, 0, 0, 0]]
     assert routing_metrics(stages) == {"moe/load_imbalance": (2.0 + 1.0) / 2}

@@ -118,7 +118,8 @@ class RewardConfig:
     num_processes: int = key(2, "processes that judge responses; not used with exact", min=1)
     timeout_s: float = key(
         10.0,
-        "a response whose check takes longer counts as wrong and its process is replaced; with a function, the responses to a prompt",
+        "a response whose check takes longer, in processor time, counts as wrong and its process is replaced; with a function, the "
+        "responses to a prompt, by the clock",
         above=0,
     )
 
