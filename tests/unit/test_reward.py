@@ -123,8 +123,8 @@ def test_a_task_whose_process_is_killed_is_done_once_more_and_then_counts_as_wro
     """By the kernel for want of memory, say: the response is innocent. One that takes its process with it every time is not."""
     replaced, killed = pool.num_replaced, []
 
-    def kill(count: int) -> None:
-        while len(killed) < count:
+    def kill(count: int, checked: threading.Event) -> None:
+        while len(killed) < count and not checked.is_set():
             for process in [process for process in pool._processes if process.task == 0 and process._popen.pid not in killed]:
                 killed.append(process._popen.pid)
                 os.kill(process._popen.pid, signal.SIGKILL)
@@ -132,9 +132,11 @@ def test_a_task_whose_process_is_killed_is_done_once_more_and_then_counts_as_wro
 
     for count in (1, 2):
         killed.clear()
-        killer = threading.Thread(target=kill, args=(count,), daemon=True)
+        checked = threading.Event()
+        killer = threading.Thread(target=kill, args=(count, checked), daemon=True)
         killer.start()
         assert pool.check([HANGS, r"\boxed{4}"], [["1"], ["4"]]) == [False, True]
+        checked.set()
         killer.join(timeout=HANG_S)
         assert len(killed) == count
     # One run: killed, done again, out of time. The other: killed, done again, killed.

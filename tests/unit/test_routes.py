@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlsync.errors import RlsyncError
-from rlsync.models.moe import NO_ROUTE
+from rlsync.models.moe import NO_ROUTE, sparse_layers
 from workers.routes import engine_routes, padded_routes, routing_counts, routing_metrics, routing_shape
 
 SHAPE = routing_shape({"num_layers": 4, "moe_layer_freq": [1, 0, 1, 1], "moe_router_topk": 2})
@@ -61,3 +61,10 @@ def test_load_imbalance_is_the_mean_over_layers_of_all_stages_and_replicas():
     assert stages[0].loads.tolist() == [[4, 4, 0, 0], [0, 0, 0, 0]]
     assert routing_metrics(stages) == {"moe/load_imbalance": (2.0 + 1.0) / 2}
     assert routing_metrics([None]) == {}
+
+
+def test_layers_with_experts_are_those_of_megatrons_frequency() -> None:
+    """As ``TransformerConfig`` documents it: every so many layers, the first of them included, or a list of 0 and 1."""
+    assert sparse_layers(5, 1) == (0, 1, 2, 3, 4)
+    assert sparse_layers(5, 2) == (0, 2, 4)
+    assert sparse_layers(3, [0, 1, 1]) == (1, 2)
