@@ -146,8 +146,11 @@ def hf_inputs(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
     }
 
 
-def save_tiny_vision_model(folder: str | Path, family: str, **options: Any) -> Path:
-    """Save ``tiny_vision_model(family, **options)`` as a checkpoint folder, under the names that transformers' modules have."""
+def save_tiny_vision_model(folder: str | Path, family: str, *, transposed: bool = False, **options: Any) -> Path:
+    """Save ``tiny_vision_model(family, **options)`` as a checkpoint folder, under the names that transformers' modules have.
+
+    ``transposed``: stacked experts are, as in released files of Qwen3-VL-MoE.
+    """
     folder = Path(folder)
     model = tiny_vision_model(family, **options)
     # save_pretrained would write Qwen2.5-VL under the names of its first checkpoint.
@@ -156,5 +159,9 @@ def save_tiny_vision_model(folder: str | Path, family: str, **options: Any) -> P
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
+    if transposed:
+        stacked = {name: tensor.mT.contiguous() for name, tensor in state.items() if ".mlp.experts." in name}
+        assert stacked
+        state |= stacked
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -39,6 +39,8 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
 
 VISION_CASES: tuple[tuple[str, bool, dict[str, int], tuple[str, ...]], ...] = (
     ("qwen2_5_vl", False, {"tp_size": 2}, ()),
+    # In the form of released files, the only one that vLLM loads.
+    ("qwen3_vl_moe", False, {"dp_size": 2, "ep_size": 2}, ()),
     # Its language model alone is trained: the tower is sent once.
     ("qwen3_vl", True, {"pp_size": 2}, ("vision_model", "vision_projection")),
 )
@@ -55,7 +57,7 @@ def test_synced_engines_that_take_pictures_answer_like_fresh_ones(tmp_path, monk
         monkeypatch.setenv(name, value)
     cases = [
         {
-            "folder": str(save_vision_folder(tmp_path / family / "hf", family, tied=tied)),
+            "folder": str(save_vision_folder(tmp_path / family / "hf", family, tied=tied, transposed=family == "qwen3_vl_moe")),
             "topology": topology,
             "out_dir": str(tmp_path / family),
             "sees": True,
