@@ -50,8 +50,7 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
         found: dict[str, float] = {}
         losses = self._on_ranks("validate")[0]
         if self._config.validation.generate:
-            self._synced(step, {})
-            found = self._answer()
+            found = {**self._synced(step, {}).metrics(), **self._answer()}
             self._colocation.after_rollout()
             self._colocation.take_seconds()  # part of the validation's
         return {"val/loss": losses.pop("val/loss"), **found, **losses}

@@ -93,6 +93,7 @@ def compare(
     spec: str = "auto",
     sees: bool = False,
     frozen: Sequence[Part] = (),
+    actor_overrides: dict[str, Any] | None = None,
     **config: Any,
 ) -> None:
     """Several syncs of a changing actor; then the synced engines against one started from the exported ``hf_model``.
@@ -111,7 +112,9 @@ def compare(
     say("engines started")
     wait_for_all()
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec, frozen=frozen)
+    models = bridge.get_model(
+        folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec, frozen=frozen, overrides=actor_overrides
+    )
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     syncer = WeightSyncer(
         MegatronSource(bridge, models),

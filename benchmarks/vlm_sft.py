@@ -1,0 +1,186 @@
+"""Steps of supervised fine-tuning of a vision-language model with random weights: tokens a second, share of the peak, waits for data.
+
+``python -m benchmarks.vlm_sft --size 3b --gpus 2 --tp 2 --layers te`` makes a folder of Qwen2.5-VL's shapes with a processor and drawn
+pictures, and trains it with ``examples/sft/main_sft.py`` on ``configs/sft/qwen2_5_vl_megatron_sft_vlm.yaml``. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from workers.metrics_log import read_metrics
+from workers.picture_world import image_settings, make_vision_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Operations of dense bf16 arithmetic of an H200 in a second.
+PEAK_FLOPS = 989e12
+_MERGE, _PATCH = 2, 14
+# Language model: hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied; the tower: hidden, feed-forward, depth, heads.
+SIZES: dict[str, tuple[tuple[int, int, int, int, int, int, bool], tuple[int, int, int, int]]] = {
+    "tiny": ((256, 512, 2, 2, 1, 256, True), (160, 320, 2, 2)),
+    "3b": ((2048, 11008, 36, 16, 2, 151936, True), (1280, 3420, 32, 16)),
+    "7b": ((3584, 18944, 28, 28, 4, 152064, False), (1280, 3420, 32, 16)),
+}
+
+
+def make_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL's shapes, with the token ids of the tokenizer of drawn pictures."""
+    (hidden, ffn, layers, heads, groups, vocabulary, tied), (width, tower_ffn, depth, tower_heads) = SIZES[size]
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 32768, "initializer_range": 0.02,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "depth": depth, "hidden_size": width, "intermediate_size": tower_ffn, "num_heads": tower_heads, "out_hidden_size": hidden,
+            "patch_size": _PATCH, "spatial_merge_size": _MERGE, "temporal_patch_size": 2, "window_size": 112,
+            "fullatt_block_indexes": [i for i in range(depth) if i % 8 == 7] or [depth - 1], "initializer_range": 0.02,
+        },
+        tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="bfloat16", **ids,
+    )  # fmt: skip
+
+
+def make_folder(folder: Path, size: str) -> Qwen2_5_VLConfig:
+    """config.json, random bf16 weights, tokenizer and processor."""
+    tokenizer = make_vision_tokenizer()
+    config = make_config(size, tokenizer)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {**image_settings(), "min_pixels": 28 * 28, "max_pixels": 1280 * 28 * 28}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return config
+
+
+def make_rows(folder: Path, *, side: int, answer: int, count: int) -> Path:
+    """Square pictures of ``side`` pixels with a question and an answer of ``answer`` tokens each."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    rows = []
+    for i in range(count):
+        noise = Image.frombytes("RGB", (32, 32), draw.randbytes(32 * 32 * 3))
+        noise.resize((side, side)).save(folder / f"{i}.jpg")
+        text = "".join(draw.choice("abcdefgh ") for _ in range(answer))
+        rows.append({"question": "What is in the picture?", "image": f"{i}.jpg", "answer": text})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flops_a_row(config: Qwen2_5_VLConfig, tokens: float, side: int) -> float:
+    """Of a training step: 6 x parameters x tokens of the language model, and of the tower by patches, and the causal half of attention."""
+    text, tower = config.text_config, config.vision_config
+    head = text.hidden_size // text.num_attention_heads
+    attention = text.hidden_size * head * 2 * (text.num_attention_heads + text.num_key_value_heads)
+    layer = attention + 3 * text.hidden_size * text.intermediate_size
+    language = text.num_hidden_layers * layer + text.vocab_size * text.hidden_size
+    block = 4 * tower.hidden_size**2 + 3 * tower.hidden_size * tower.intermediate_size
+    patches = (side // _PATCH) ** 2
+    causal = 6 * text.num_hidden_layers * text.hidden_size * tokens**2
+    return 6 * language * tokens + 6 * tower.depth * block * patches + causal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="3b")
+    parser.add_argument("--gpus", type=int, default=2, help="0: one process on the CPU")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--layers", choices=("te", "local"), default="te")
+    parser.add_argument("--side", type=int, default=896, help="of a picture in pixels; a feature covers 28 x 28")
+    parser.add_argument("--answer", type=int, default=200, help="tokens of an answer")
+    parser.add_argument("--rows", type=int, default=32, help="of a step")
+    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--engine", action="store_true", help="on the GPU after the actor's: synced every second step, answers 16 questions"
+    )
+    parser.add_argument("--folder", type=Path, help="that keeps model and pictures for the next run")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = a.folder or Path(name)
+        model, data = root / f"model-{a.size}", root / f"rows-{a.side}-{a.answer}"
+        if not model.exists():
+            began = time.monotonic()
+            make_folder(model, a.size)
+            print(f"model made in {time.monotonic() - began:.0f} s", flush=True)
+        rows = data / "rows.jsonl" if data.exists() else make_rows(data, side=a.side, answer=a.answer, count=max(64, 2 * a.rows))
+        found = _run(a, model, rows, Path(name))
+    print(json.dumps(found, indent=1))
+    if a.out:
+        a.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _engine(a: argparse.Namespace, rows: Path) -> tuple[str, ...]:
+    return (
+        f"+cluster.component_placement.rollout='{a.gpus}'", f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
+        "validation.generate=True", "validation.max_new_tokens=32",
+        "rollout.gpu_memory_utilization=0.5", "weight_sync.timeout_s=120", "weight_sync.verify=full",
+    )  # fmt: skip
+
+
+def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str, Any]:
+    warm = 3
+    command = [
+        sys.executable, str(REPOSITORY / "examples/sft/main_sft.py"), "--config-name", "qwen2_5_vl_megatron_sft_vlm",
+        f"runner.output_dir={root}", "runner.experiment_name=run", f"runner.max_steps={a.steps + warm}", "runner.save_interval=-1",
+        f"runner.val_check_interval={2 if a.engine else -1}", "runner.max_epochs=1000", "runner.logger.logger_backends=[]",
+        f"data.train_data_paths=[{rows}]", *([] if a.engine else ["data.val_data_paths=[]"]), "data.answer_key=answer",
+        "data.choice_key=null", "data.prompt_key=question",
+        f"actor.model.model_path={model}", f"actor.micro_batch_size={a.micro}", f"actor.global_batch_size={a.rows}",
+        f"actor.model.tensor_model_parallel_size={a.tp}", f"actor.spec_name={'te_gpt' if a.layers == 'te' else 'local_gpt'}",
+        *(["actor.model.precision=fp32", "actor.optim.bf16=False", "data.num_workers=1"] if a.gpus == 0 else []),
+        f"cluster.component_placement.actor='0-{max(1, a.gpus) - 1}'", *(_engine(a, rows) if a.engine else ()), *a.overrides,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        logs = "".join(path.read_text(errors="replace")[-4000:] for path in sorted((root / "run").rglob("*.log")))
+        raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:] + logs)
+    read = read_metrics(root / "run")
+    lines = [line for line in read if line["step"]][warm:]
+    syncs = [{key: line[key] for key in line if key.startswith(("sync/", "val/"))} for line in read if "sync/seconds" in line]
+    median = {key: statistics.median(line[key] for line in lines) for key in lines[0] if key.startswith(("time/", "perf/"))}
+    step_s = median["time/training"] + median["time/data_wait"]
+    tokens = median["perf/total_num_tokens"]
+    config = Qwen2_5_VLConfig.from_pretrained(model)
+    flops = a.rows * flops_a_row(config, tokens / a.rows, a.side)
+    return {
+        "command": " ".join(sys.argv), "size": a.size, "layers": a.layers, "gpus": a.gpus, "steps": len(lines), "step_s": step_s,
+        "tokens_a_row": tokens / a.rows, "tokens_a_second": tokens / step_s, "tokens_a_second_and_gpu": tokens / step_s / max(1, a.gpus),
+        "share_of_peak": flops / step_s / (max(1, a.gpus) * PEAK_FLOPS), "data_wait_share": median["time/data_wait"] / step_s,
+        "syncs": syncs,
+        "losses": [line.get("train/loss", line.get("actor/training/loss")) for line in lines], "median": median,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
