@@ -53,7 +53,7 @@ def make_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
             "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 32768, "initializer_range": 0.02,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
             "depth": depth, "hidden_size": width, "intermediate_size": tower_ffn, "num_heads": tower_heads, "out_hidden_size": hidden,
