@@ -142,9 +142,10 @@ def main() -> None:
 
 def _engine(a: argparse.Namespace, rows: Path) -> tuple[str, ...]:
     return (
-        f"+cluster.component_placement.rollout='{a.gpus}'", f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
+        f"+cluster.component_placement.rollout='{a.engine}'", f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
         "validation.generate=True", "validation.max_new_tokens=32",
-        "rollout.gpu_memory_utilization=0.5", "weight_sync.timeout_s=120", "weight_sync.verify=full",
+        "rollout.gpu_memory_utilization=0.25",
+        "rollout.vllm.kv_cache_memory_bytes=4294967296", "weight_sync.timeout_s=120", "weight_sync.verify=full",
     )  # fmt: skip
 
 
