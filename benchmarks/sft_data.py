@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftLoader
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, SftExample
 from workers.sft_rows import RowForm
 from workers.synthetic import make_byte_tokenizer
 
@@ -53,11 +53,11 @@ def measure(path: Path, chosen: argparse.Namespace) -> None:
         print(f"{what:<32} {now - began:7.2f} s   {resident('VmRSS') - before:7.1f} MiB, at most {resident('VmHWM') - before:7.1f}")
         began = now
 
-    def loader() -> SftLoader:
+    def loader() -> RowLoader[SftExample]:
         encode = ExampleEncoder(tokenizer, ExampleForm(1024, apply_chat_template=False))
         form = RowForm("llm", "prompt", "response")
         source = RowExamples(RowFiles([str(path)]), form, encode, on_bad_sample="error", on_too_long="error")
-        return SftLoader(source, chosen.batch, num_epochs=2, num_workers=chosen.workers)
+        return RowLoader(source, chosen.batch, num_epochs=2, num_workers=chosen.workers)
 
     print(f"{chosen.rows} rows, {path.stat().st_size / 2**20:.0f} MiB; above the {before:.0f} MiB of the process")
     first = loader()

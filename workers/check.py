@@ -41,9 +41,9 @@ from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
 from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
 from workers.resume import check_model as check_restored_model
-from workers.reward import unreadable_references
+from workers.reward import unreadable_reference, unreadable_references
 from workers.row_files import BadRow, RowFiles, find_files
-from workers.sft_rows import Conversation, check_row, row_form
+from workers.sft_rows import Conversation, check_row, conversation, picture_problem, row_form
 from workers.validation import validates, validation_notes
 
 _FIRST_ROWS = 200
@@ -217,25 +217,8 @@ def check_tokenizer(config: AnyConfig, report: Report) -> None:
 def check_data(config: RunConfig, report: Report) -> None:
     """Data files and their first rows, as far as those tell; the run reads the rest."""
     data, bad = config.data, BadSamples()
-    problems: list[Problem] = []
-    for path in (*data.train_data_paths, *data.val_data_paths):
-        file = Path(path)
-        if file.suffix == ".json" and file.is_file() and file.stat().st_size > _MAX_ARRAY_BYTES:
-            report.notes.append(f"{path} is read by the run: an array of that size takes too long here")
-        elif not _will_be_made(config, file):
-            problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
     report.notes += validation_notes(config, _num_rows(data.val_data_paths, data.val_data_size))
-    unreadable = _Asked(problems, config)
-    if config.warm_start is not None:
-        for path in config.warm_start.data_paths:
-            if not _will_be_made(config, Path(path)):
-                report.take("data", load_supervised, [path], _FIRST_ROWS)
-    _check_prompts(config, problems, bad, report)
-    for problem in unreadable.problems():
-        bad.add(problem.where, f"math-verify cannot read the reference answer {problem.answers[0]!r}, so no response would be correct")
-    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
-    steps = _num_steps(config)
-    _check_enough(config, problems, bad, steps, report)
+    steps = (_check_picture_rows if data.has_pictures else _check_problems)(config, bad, report)
     form = f"{data.rollout_batch_size} prompts x {config.algorithm.group_size} samples a step"
     report.plan.append(("data", f"{form} from {', '.join(data.train_data_paths)}"))
     if validates(config):
@@ -245,12 +228,79 @@ def check_data(config: RunConfig, report: Report) -> None:
     )
 
 
+def _check_problems(config: RunConfig, bad: BadSamples, report: Report) -> int | None:
+    """Text problems; most steps that they make, where that is known."""
+    data = config.data
+    problems: list[Problem] = []
+    for path in (*data.train_data_paths, *data.val_data_paths):
+        file = Path(path)
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > _MAX_ARRAY_BYTES:
+            report.notes.append(f"{path} is read by the run: an array of that size takes too long here")
+        elif not _will_be_made(config, file):
+            problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
+    unreadable = _Asked(problems, config)
+    if config.warm_start is not None:
+        for path in config.warm_start.data_paths:
+            if not _will_be_made(config, Path(path)):
+                report.take("data", load_supervised, [path], _FIRST_ROWS)
+    _check_prompts(config, problems, bad, report)
+    for problem in unreadable.problems():
+        bad.add(problem.where, unreadable_reference(problem.answers[0]))
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    steps = _num_steps(config)
+    _check_enough(config, problems, bad, steps, report)
+    return steps
+
+
+def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> int | None:
+    """Questions about pictures; most steps that they make, where that is known."""
+    data, form = config.data, row_form(config.data)
+    problems: list[Problem] = []
+
+    def look(content: Any, where: str) -> Sequence[Any]:
+        found = picture_problem(content, form, metadata=config.reward.takes_metadata)
+        problems.append(Problem("", found.answers, where))
+        return found.images
+
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    _check_rows(config, data.val_data_paths, look, bad, report)
+    if config.warm_start is not None:
+        _check_rows(config, config.warm_start.data_paths, lambda content, where: conversation(content, form).images, bad, report)
+    for problem in _Asked(problems, config).problems():
+        bad.add(problem.where, unreadable_reference(problem.answers[0]))
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    num_rows = num_rows if num_rows is None or data.data_size is None else min(num_rows, data.data_size)
+    return _steps_of(num_rows, data.rollout_batch_size, "data.rollout_batch_size", config, report)
+
+
 def check_sft_data(config: SftConfig, report: Report) -> None:
     """Data files of supervised fine-tuning and the first rows of each, as far as those tell; the run reads the rest."""
-    data = config.data
-    bad, form = BadSamples(), row_form(data)
+    data, bad, form = config.data, BadSamples(), row_form(config.data)
+
+    def look(content: Any, where: str) -> Sequence[Any]:
+        found = check_row(content, form)
+        return found.images if isinstance(found, Conversation) else ()
+
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    _check_rows(config, data.val_data_paths, look, bad, report)
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    batch = config.actor.global_batch_size or 1
+    # Documents are packed.
+    steps = _steps_of(None if data.type == "text" else num_rows, batch, "actor.global_batch_size", config, report)
+    report.plan.append(("data", f"{batch} examples a step from {', '.join(data.train_data_paths)}"))
+    report.plan.append(("steps", "as many as the data has" if steps is None else f"{steps}"))
+    if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
+        answers = ", and answers of the engines" if config.validation.generate else ""
+        report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
+
+
+def _check_rows(
+    config: AnyConfig, paths: Sequence[str], look: Callable[[Any, str], Sequence[Any]], bad: BadSamples, report: Report
+) -> int | None:
+    """Rows of some files together, where that can be known, after a look at the first of each: ``look`` gets a row's content and what to
+    call the row, and returns references to its pictures, or raises BadRow."""
     num_rows: int | None = 0
-    for path in config.data_paths:
+    for path in paths:
         files = None if _will_be_made(config, Path(path)) else report.take("data", find_files, [path])
         if files is not None and sum(file.stat().st_size for file in files if file.suffix != ".parquet") > _MAX_COUNTED_BYTES:
             report.notes.append(f"{path} is read by the run: files of that size take too long here")
@@ -260,29 +310,22 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
             assert rows is not None
             where, content = rows.read(row)
             try:
-                found = check_row(content, form)
-                if isinstance(found, Conversation) and row < _FIRST_PICTURES:
-                    for reference in found.images:
-                        open_picture(reference, rows.folder(row))
+                pictures = look(content, where)
+                for reference in pictures if row < _FIRST_PICTURES else ():
+                    open_picture(reference, rows.folder(row))
             except BadRow as reason:
                 bad.add(where, str(reason))
-        if path in data.train_data_paths:
-            num_rows = None if num_rows is None or rows is None else num_rows + len(rows)
-    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
-    batch, most = config.actor.global_batch_size or 1, config.runner.max_steps
-    num_rows = None if data.type == "text" else num_rows  # documents are packed
+        num_rows = None if num_rows is None or rows is None else num_rows + len(rows)
+    return num_rows
+
+
+def _steps_of(num_rows: int | None, batch: int, key: str, config: AnyConfig, report: Report) -> int | None:
+    """Most steps that so many rows make; None where that is not known before they are read. Too few rows are a finding."""
+    most, paths = config.runner.max_steps, config.data.train_data_paths
     if num_rows is not None and num_rows < batch and most != 0 and not report.findings:
-        report.found(
-            "data",
-            f"Train dataloader is empty! {', '.join(data.train_data_paths)}: {num_rows} rows, fewer than actor.global_batch_size ({batch})",
-        )
+        report.found("data", f"Train dataloader is empty! {', '.join(paths)}: {num_rows} rows, fewer than {key} ({batch})")
     steps = None if num_rows is None else config.runner.max_epochs * (num_rows // batch)
-    steps = steps if most < 0 else most if steps is None else min(most, steps)
-    report.plan.append(("data", f"{batch} examples a step from {', '.join(data.train_data_paths)}"))
-    report.plan.append(("steps", "as many as the data has" if steps is None else f"{steps}"))
-    if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
-        answers = ", and answers of the engines" if config.validation.generate else ""
-        report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
+    return steps if most < 0 else most if steps is None else min(most, steps)
 
 
 def check_reward(config: RunConfig, report: Report) -> None:
@@ -454,7 +497,7 @@ def _num_steps(config: RunConfig) -> int | None:
 def _num_rows(names: Sequence[str], most: int | None) -> int | None:
     """Rows that a run takes from some data files, or None where that is not known before it reads them."""
     paths = [Path(name) for name in names]
-    if not all(path.is_file() and path.suffix != ".json" and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths):
+    if not all(path.is_file() and path.suffix not in (".json", ".parquet") and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths):
         return None
     rows = 0
     for path in paths:

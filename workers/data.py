@@ -1,7 +1,7 @@
-"""Problems to tokenised prompts, and a loader that resumes at the exact batch.
+"""Prompts, and how text problems become some, with a loader that resumes at the exact batch.
 
-Owns the chat template, the prompt-length rule and the order of batches over all epochs. Knows neither Ray nor the model; the
-tokenizer is any Hugging Face tokenizer.
+Owns the chat template of text problems, the prompt-length rule and the order of batches over all epochs. Knows neither Ray nor the
+model; the tokenizer is any Hugging Face tokenizer.
 """
 
 from __future__ import annotations
@@ -13,15 +13,28 @@ from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
+from PIL.Image import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rlsync.engine.handles import PicturePrompt
+from rlsync.engine.handles import Prompt as EnginePrompt
 from rlsync.errors import CheckpointError, ConfigError
 from workers.problems import BadSamples, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem ready for generation. ``index`` counts the problems that passed the length rule; ``where``: file and line."""
+    """One problem ready for generation.
+
+    Attributes:
+        index: counts the text problems that passed the length rule; -1 for a question about pictures.
+        token_ids: as the actor takes them: a picture's placeholder stands as often as it has features of the picture.
+        where: file and line.
+        engine_ids: as an engine takes them, each picture's placeholder once; None without pictures, where they are ``token_ids``.
+        images: RGB pictures in the order of their placeholders.
+        pixel_values, image_grid_thw: as of a ``TokenRow``, for the actor; None without pictures, and where only engines are asked.
+    """
 
     index: int
     text: str
@@ -29,6 +42,14 @@ class Prompt:
     answers: tuple[str, ...]
     where: str = field(default="a problem", compare=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    engine_ids: tuple[int, ...] | None = None
+    images: tuple[Image, ...] = ()
+    pixel_values: Tensor | None = field(default=None, compare=False, repr=False)
+    image_grid_thw: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def for_engine(self) -> EnginePrompt:
+        """As an engine is asked."""
+        return self.token_ids if self.engine_ids is None else PicturePrompt(self.engine_ids, self.images)
 
 
 class Tokenizer(Protocol):

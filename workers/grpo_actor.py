@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference
 from workers.routes import RoutingCounts, padded_routes, routing_counts
-from workers.samples import ReplicaBatch, Sample, collate
+from workers.samples import ReplicaBatch, Sample, collate, stacked
 from workers.sft_data import SftExample
-from workers.supervised import SupervisedObjective, collate_examples, num_targets
+from workers.supervised import SupervisedObjective, num_targets
 
 
 class GrpoRank(ActorRank):
@@ -37,6 +38,7 @@ class GrpoRank(ActorRank):
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         super().__init__(config, topology)
+        self._warm_optimizer: Any = None
         self._reference: dict[str, Tensor] | None = None
         self._old_logprobs: list[Tensor] | None = None
         self._reference_logprobs: list[Tensor] | None = None
@@ -50,14 +52,17 @@ class GrpoRank(ActorRank):
         self._routing = Routing(self._models) if unwrap(self._models[0]).config.num_moe_experts is not None else None
 
     def warm_start(self, steps: Sequence[Sequence[SftExample]], lr: float) -> list[float]:
-        """Supervised steps on these examples, with a separate optimizer. Returns the losses. Collective.
+        """Supervised steps on these examples. Returns the losses. Collective.
 
-        Every replica takes its part of each step's examples.
+        Every replica takes its part of each step's examples. The optimizer is one of its own, which goes on in the next call and ends
+        with ``begin``.
         """
-        optimizer = build_optimizer(self._models, optimizer_options(self._config.actor, lr))
+        if self._warm_optimizer is None:
+            self._warm_optimizer = build_optimizer(self._models, optimizer_options(self._config.actor, lr))
+        optimizer = self._warm_optimizer
         dp_rank, losses = self._topology.coordinates(self._rank).dp_rank, []
         for examples in steps:
-            mine = collate_examples(examples[dp_rank :: self._topology.dp_size])
+            mine = stacked(examples[dp_rank :: self._topology.dp_size])
             result = train_step(self._models, optimizer, [mine], SupervisedObjective(num_targets(examples)))
             losses.append(result.metrics["loss"])
         gather_parameters(self._models)
@@ -65,6 +70,7 @@ class GrpoRank(ActorRank):
 
     def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
         """``ActorRank.begin``, after keeping the present weights as reference of the KL term where there is one. Collective."""
+        self._warm_optimizer = None
         if self._config.has_reference:
             self._reference = self._weights()
         return super().begin(resume_folder, random_state)

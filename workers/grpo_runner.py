@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,17 +20,20 @@ from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
 from workers.grpo_actor import GrpoRank
-from workers.judges import Verdict, open_judge
+from workers.judges import MathJudge, Verdict, open_judge
 from workers.metrics import difference_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import REWARDS
+from workers.picture_prompts import warm_start_examples
 from workers.preparation import Preparation, prepare
-from workers.problems import load_supervised
+from workers.problems import BadSamples, load_supervised
 from workers.resume import Beginning
+from workers.reward import unreadable_reference
 from workers.rollout import reshaping, sampling_arguments
 from workers.routes import engine_routes, routing_metrics, routing_shape
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
+from workers.sft_data import SftExample
 from workers.supervised import answered
 from workers.validation import validation_metrics
 from workers.worker_group import WorkerGroup
@@ -57,7 +60,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def _prepare(self, beginning: Beginning) -> Preparation:
         prepared = prepare(self._config, beginning)
-        self._batches = iter(prepared.loader)
+        self._batches = iter(prepared.data.loader)
         return prepared
 
     def _enter(self, stack: ExitStack) -> None:
@@ -88,7 +91,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return self._config.algorithm.n_minibatches
 
     def _data_state(self) -> Mapping[str, Any]:
-        return self._prepared.loader.state_dict()
+        return self._prepared.data.loader.state_dict()
 
     def _speeds(self, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
         return speed_metrics(metrics, seconds, self._group.num_devices)
@@ -108,6 +111,14 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         """The supervised steps of ``warm_start``."""
         self._screen.phase("warm start")
         began = time.monotonic()
+        # Pictures of all steps would be held at once.
+        steps = [self._text_examples(warm)] if self._prepared.data.pictures is None else ([step] for step in self._picture_examples(warm))
+        losses = [loss for given in steps for loss in self._on_ranks("warm_start", ray.put(given), warm.lr)[0]]
+        took = time.monotonic() - began
+        self._screen.component("warm start", took, f"{warm.num_steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+
+    def _text_examples(self, warm: WarmStartConfig) -> list[list[SftExample]]:
+        """The examples of each step of a warm start."""
         tokenizer, end = self._prepared.tokenizer, self._prepared.stop_ids[:1]
         examples = [
             answered(tuple(tokenizer(prompt)["input_ids"]), tuple(tokenizer(response)["input_ids"]) + end)
@@ -115,9 +126,12 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         ]
         order = torch.Generator().manual_seed(self._config.actor.seed)
         picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
-        losses = self._on_ranks("warm_start", [[examples[i] for i in pick] for pick in picks], warm.lr)[0]
-        took = time.monotonic() - began
-        self._screen.component("warm start", took, f"{warm.num_steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+        return [[examples[i] for i in pick] for pick in picks]
+
+    def _picture_examples(self, warm: WarmStartConfig) -> Iterator[list[SftExample]]:
+        pictures = self._prepared.data.pictures
+        assert pictures is not None, "of data with pictures"
+        return warm_start_examples(self._config, warm, self._prepared.tokenizer, pictures)
 
     # The loop.
 
@@ -126,6 +140,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         algorithm, screen = self._config.algorithm, self._screen
         with timed(seconds, "time/prepare_data"):
             prompts = next(self._batches)
+            self._check_references(prompts)
         report, samples = self._synced_rollout(prompts, step, seconds)
         self._served = None
         self._colocation.after_rollout()
@@ -173,11 +188,11 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
     def _validate(self, step: int) -> dict[str, float]:
         """One greedy response to each validation problem. Its sync is that of the next step, made earlier, and the engines forget what
         they cached of these prompts."""
-        config, prompts = self._config, self._prepared.val_prompts
+        config, prompts = self._config, self._prepared.data.val_prompts
         sampling = sampling_arguments(config, model=self._model, stop_token_ids=self._prepared.stop_ids, validation=True)
 
         def generate() -> list[tuple[Completion, ...]]:
-            groups = self._group.generate([prompt.token_ids for prompt in prompts], sampling, None)
+            groups = self._group.generate([prompt.for_engine() for prompt in prompts], sampling, None)
             self._group.reset_caches()
             return groups
 
@@ -203,9 +218,9 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         """``group_size`` samples of each prompt, adjacent; engines share the prompts."""
         sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
-        groups = self._group.generate([p.token_ids for p in prompts], sampling, self._seeds(len(prompts), step))
+        groups = self._group.generate([p.for_engine() for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [
-            Sample(prompt.token_ids, c.token_ids, c.logprobs, c.finish_reason == "stop", c.version, routes=self._routes(prompt, c))
+            _sample(prompt, c, self._routes(prompt, c))
             for prompt, group in zip(prompts, groups, strict=True)
             for c in group * (self._config.algorithm.group_size // len(group))
         ]
@@ -218,6 +233,17 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             return None
         shape = routing_shape(self._model.transformer)
         return engine_routes(completion.routes, length=len(prompt.token_ids) + len(completion.token_ids), shape=shape)
+
+    def _check_references(self, prompts: Sequence[Prompt]) -> None:
+        """Of rows that are read when their turn comes: those to which no response can be correct, as the judge reads the references. They
+        end the run, or, where bad samples are skipped, are said; as all responses to one get the same reward, they give no gradient."""
+        if self._prepared.data.pictures is None or not isinstance(self._judge, MathJudge):
+            return
+        bad = BadSamples()
+        for prompt in self._judge.unreadable(prompts):
+            bad.add(prompt.where, unreadable_reference(prompt.answers[0]))
+        for note in bad.settle(self._config.data.on_bad_sample):
+            self._screen.note(note)
 
     def _seeds(self, count: int, step: int) -> list[int] | None:
         """One seed per prompt of a step; vLLM seeds the prompt's samples with consecutive numbers from it."""
@@ -262,7 +288,20 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return repr(self._prepared.tokenizer.decode(list(token_ids)))
 
 
-_NUM_PROMPTS, _NUM_TOKENS = 4, 16
+def _sample(prompt: Prompt, completion: Completion, routes: torch.Tensor | None) -> Sample:
+    return Sample(
+        prompt.token_ids,
+        completion.token_ids,
+        completion.logprobs,
+        completion.finish_reason == "stop",
+        completion.version,
+        routes=routes,
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+    )
+
+
+_NUM_TOKENS = 16
 
 
 class WeightCheck:
@@ -275,23 +314,23 @@ class WeightCheck:
     def __init__(self, group: WorkerGroup, prepared: Preparation, model_path: str) -> None:
         self._group, self._tokenizer, self._model_path = group, prepared.tokenizer, model_path
         self._sampling = {"n": 1, "temperature": 0.0, "max_tokens": _NUM_TOKENS, "stop_token_ids": list(prepared.stop_ids)}
-        self._prompts = [prepared.dataset[i].token_ids for i in range(min(_NUM_PROMPTS, len(prepared.dataset)))]
+        self._prompts = prepared.data.first_prompts
         self._before: list[list[tuple[Completion, ...]]] | None = None
 
     def before(self) -> None:
         """Record the answers before the sync; later calls have no effect."""
         if self._before is None:
-            self._before = self._group.answers(self._prompts, self._sampling)
+            self._before = self._group.answers([prompt.for_engine() for prompt in self._prompts], self._sampling)
 
     def after(self) -> str:
         """Compare the answers after the sync; returns a note for the user. Raises RlsyncError at the first difference."""
         assert self._before is not None, "call before() before the sync"
-        after = self._group.answers(self._prompts, self._sampling)
+        after = self._group.answers([prompt.for_engine() for prompt in self._prompts], self._sampling)
         for engine, (old, new) in enumerate(zip(self._before, after, strict=True)):
             for prompt, was, is_now in zip(self._prompts, old, new, strict=True):
                 if was[0].token_ids != is_now[0].token_ids:
                     raise RlsyncError(
-                        f"rollout.validate_weight: to the prompt {self._decoded(prompt)} engine {engine} answered "
+                        f"rollout.validate_weight: to the prompt {prompt.text!r} engine {engine} answered "
                         f"{self._decoded(was[0].token_ids)} with the weights of {self._model_path}, but "
                         f"{self._decoded(is_now[0].token_ids)} with those of the actor; do both start from the same weights?"
                     )

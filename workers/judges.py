@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rlsync.errors import ConfigError, RlsyncError
 from workers.config.grpo import REWARD_FUNCTION, RewardConfig
-from workers.reward import VerifierPool
+from workers.reward import VerifierPool, is_plain
 
 # Keyword arguments of a reward function.
 ARGUMENTS = ("prompts", "responses", "references", "metadata")
@@ -37,6 +37,9 @@ class Question(Protocol):
 
     @property
     def where(self) -> str: ...
+
+
+Q = TypeVar("Q", bound=Question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,12 @@ class MathJudge:
         ]
         answers = iter(self._pool.ask(tasks))
         return [[_graded(self._config, next(answers)) for _ in texts] for texts in responses]
+
+    def unreadable(self, questions: Sequence[Q]) -> list[Q]:
+        """Questions none of whose references math-verify can read, so that no response equals one."""
+        unsure = list(dict.fromkeys(answer for question in questions for answer in question.answers if not is_plain(answer)))
+        read = dict(zip(unsure, self._pool.can_read(unsure), strict=True))
+        return [question for question in questions if not any(read.get(answer, True) for answer in question.answers)]
 
 
 def _graded(config: RewardConfig, answer: Mapping[str, Any] | None) -> Verdict:

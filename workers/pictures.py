@@ -115,6 +115,17 @@ class PictureProcessor:
         counts = found["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2
         return Patches(found["pixel_values"], found["image_grid_thw"], tuple(counts.tolist()))
 
+    def repeats(self, token_ids: Sequence[int], num_features: Sequence[int]) -> list[int]:
+        """How often each token stands where a picture's placeholder stands once for each feature of the picture.
+
+        Raises BadRow unless there is one placeholder for each picture.
+        """
+        found = token_ids.count(self.image_token_id)
+        if found != len(num_features):
+            raise BadRow(f"the text holds {found} placeholders of pictures, and the row has {len(num_features)} pictures")
+        rest = iter(num_features)
+        return [next(rest) if token == self.image_token_id else 1 for token in token_ids]
+
 
 def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int | None, max_pixels: int | None) -> PictureProcessor:
     """The image processor of a model folder; ``min_pixels`` and ``max_pixels`` replace its own limits. It is Pillow's variant of its

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import AutoTokenizer
@@ -27,14 +27,36 @@ from workers.model_folder import (
     text_config,
     token_ids,
 )
+from workers.picture_prompts import first_prompts, open_prompts, validation_prompts
 from workers.picture_world import PictureRecipe, build_picture_world
+from workers.pictures import PictureProcessor, load_picture_processor
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
-from workers.reward import unreadable_references
+from workers.reward import unreadable_reference, unreadable_references
+from workers.sft_data import RowLoader
 from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
 from workers.validation import validates, validation_notes
 
+# Prompts of ``rollout.validate_weight``.
+NUM_COMPARED_PROMPTS = 4
 _OTHERWISE = "resume from an older checkpoint, or remove it to start the data anew"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptData:
+    """Attributes:
+    loader: of the training prompts, at the beginning of the data.
+    first_prompts: of the training, for ``rollout.validate_weight``; none without.
+    val_prompts: those of the validation problems, which are read and checked also where the run does not validate; none then.
+    pictures: what makes patches of pictures; None where the data has none.
+    notes: what the user should know about the data.
+    """
+
+    loader: PromptLoader | RowLoader[Prompt]
+    first_prompts: tuple[Prompt, ...]
+    val_prompts: tuple[Prompt, ...]
+    pictures: PictureProcessor | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +64,7 @@ class Preparation:
     """Attributes:
     hf_config: content of config.json.
     stop_ids: token ids that end a response, the tokenizer's own first.
-    val_prompts: those of the validation problems; none where the run does not validate.
-    loader: positioned where the run continues.
+    data: whose loader is positioned where the run continues.
     beginning: where the run continues.
     notes: what the user should know about model and data.
     """
@@ -51,16 +72,14 @@ class Preparation:
     hf_config: dict[str, Any]
     tokenizer: Any
     stop_ids: tuple[int, ...]
-    dataset: PromptDataset
-    val_prompts: tuple[Prompt, ...]
-    loader: PromptLoader
+    data: PromptData
     beginning: Beginning
     notes: tuple[str, ...]
 
     @property
     def num_steps(self) -> int:
         """Steps that the data has."""
-        return len(self.loader)
+        return len(self.data.loader)
 
 
 def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
@@ -69,13 +88,9 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
     Raises ConfigError or CheckpointError.
     """
     notes, hf_config, tokenizer = prepare_model(config, beginning)
-    bad = BadSamples()
-    val_prompts = _val_prompts(config, tokenizer, bad)
-    dataset = _dataset(config, config.data.train_data_paths, tokenizer, bad, data_size=config.data.data_size)
-    notes += (*bad.settle(config.data.on_bad_sample), *validation_notes(config, len(val_prompts)))
-    loader = _loader(config, dataset)
-    notes += restore_position(loader, beginning)
-    return Preparation(hf_config, tokenizer, stop_ids(config, hf_config, tokenizer), dataset, val_prompts, loader, beginning, notes)
+    data = (_pictures if config.data.has_pictures else _texts)(config, tokenizer)
+    notes += (*data.notes, *validation_notes(config, len(data.val_prompts)), *restore_position(data.loader, beginning))
+    return Preparation(hf_config, tokenizer, stop_ids(config, hf_config, tokenizer), data, beginning, notes)
 
 
 def prepare_model(config: AnyConfig, beginning: Beginning) -> tuple[tuple[str, ...], dict[str, Any], Any]:
@@ -116,8 +131,46 @@ def load_tokenizer(config: AnyConfig, hf_config: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
+def picture_processor(config: AnyConfig) -> PictureProcessor | None:
+    """What makes patches of pictures; None where the model takes none. Raises ConfigError."""
+    folder = Path(config.model_path)
+    vision = model_of(read_hf_config(folder, config.model_key)).vision
+    if vision is None:
+        return None
+    return load_picture_processor(folder, vision.image_token_id, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+
+
+def _texts(config: RunConfig, tokenizer: Any) -> PromptData:
+    """Text problems, all of which are read now."""
+    data, bad = config.data, BadSamples()
+    val_prompts = _val_prompts(config, tokenizer, bad)
+    dataset = _dataset(config, data.train_data_paths, tokenizer, bad, data_size=data.data_size)
+    notes = bad.settle(data.on_bad_sample)
+    loader = PromptLoader(
+        dataset, data.rollout_batch_size, num_epochs=config.runner.max_epochs, shuffle=data.shuffle, seed=data.seed,
+        num_workers=data.num_workers,
+    )  # fmt: skip
+    first = tuple(dataset[i] for i in range(min(_num_first(config), len(dataset))))
+    return PromptData(loader, first, val_prompts if validates(config) else (), None, notes)
+
+
+def _pictures(config: RunConfig, tokenizer: Any) -> PromptData:
+    """Questions about pictures: those of the validation are read now, the others when their turn comes."""
+    pictures, bad = picture_processor(config), BadSamples()
+    assert pictures is not None, "validate_model refuses such a model"
+    val_prompts = validation_prompts(config, tokenizer, pictures, bad) if config.data.val_data_paths else ()
+    val_prompts = tuple(_readable(val_prompts, config, bad))
+    notes = bad.settle(config.data.on_bad_sample)
+    loader, source = open_prompts(config, tokenizer, pictures)
+    first = tuple(first_prompts(source, _num_first(config)))
+    return PromptData(loader, first, val_prompts if validates(config) else (), pictures, notes)
+
+
+def _num_first(config: RunConfig) -> int:
+    return NUM_COMPARED_PROMPTS if config.rollout.validate_weight else 0
+
+
 def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Prompt, ...]:
-    """Prompts of the validation files, which are read and checked also where they are not used."""
     data = config.data
     if not data.val_data_paths:
         return ()
@@ -128,7 +181,7 @@ def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Pr
             f"no validation problem remains of data.val_data_paths: {dataset.num_too_long} were longer than data.max_prompt_length "
             f"({data.max_prompt_length}), {len(bad.found) - found} were bad samples"
         )
-    return tuple(dataset[i] for i in range(len(dataset))) if validates(config) else ()
+    return tuple(dataset[i] for i in range(len(dataset)))
 
 
 def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
@@ -146,30 +199,33 @@ def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSa
 
 def load_readable_problems(config: RunConfig, paths: Sequence[str], bad: BadSamples, *, data_size: int | None = None) -> list[Problem]:
     """Problems; those that ``reward.reward_type`` could give no reward, as no response can equal a reference answer, go to ``bad``."""
-    data, reward = config.data, config.reward
-    problems = load_problems(
-        paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data_size, bad=bad, metadata=reward.takes_metadata
-    )
+    data, metadata = config.data, config.reward.takes_metadata
+    problems = load_problems(paths, prompt_key=data.prompt_key, answer_key=data.answer_key, data_size=data_size, bad=bad, metadata=metadata)
+    return _readable(problems, config, bad)
+
+
+class _Referenced(Protocol):
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+
+    @property
+    def where(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Referenced)
+
+
+def _readable(problems: Sequence[R], config: RunConfig, bad: BadSamples) -> list[R]:
+    """Those whose reference answers some response can equal; the others go to ``bad``."""
+    reward = config.reward
     if reward.reward_type != "math":
-        return problems
+        return list(problems)
     references = [answer for problem in problems for answer in problem.answers]
     unreadable = unreadable_references(references, num_processes=reward.num_processes, timeout_s=reward.timeout_s)
     for problem in problems:
         if unreadable.issuperset(problem.answers):
-            bad.add(problem.where, f"math-verify cannot read the reference answer {problem.answers[0]!r}, so no response would be correct")
+            bad.add(problem.where, unreadable_reference(problem.answers[0]))
     return [problem for problem in problems if not unreadable.issuperset(problem.answers)]
-
-
-def _loader(config: RunConfig, dataset: PromptDataset) -> PromptLoader:
-    data = config.data
-    return PromptLoader(
-        dataset,
-        data.rollout_batch_size,
-        num_epochs=config.runner.max_epochs,
-        shuffle=data.shuffle,
-        seed=data.seed,
-        num_workers=data.num_workers,
-    )
 
 
 class Positioned(Protocol):

@@ -240,6 +240,11 @@ def unreadable_references(references: Sequence[str], *, num_processes: int, time
         return {reference for reference, read in zip(unsure, pool.can_read(unsure), strict=True) if not read}
 
 
+def unreadable_reference(answer: str) -> str:
+    """What is wrong with a row that has such a reference answer."""
+    return f"math-verify cannot read the reference answer {answer!r}, so no response would be correct"
+
+
 _NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 # A number and what it is a number of: one to three words of at least three letters, which single letters (variables) and cm are not.
 _COUNTED = re.compile(rf"(?P<number>{_NUMBER})\s+(?P<unit>[A-Za-z]{{3,}}(?:[ -][A-Za-z]{{3,}}){{0,2}})")

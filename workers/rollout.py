@@ -9,7 +9,7 @@ from typing import Any
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.models import Model
-from workers.config import AnyConfig, RunConfig, SftConfig
+from workers.config import AnyConfig, RunConfig
 from workers.metrics import device_memory_gb, host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
@@ -87,7 +87,7 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         # Temperature included, so that they can be compared with the actor's.
         "logprobs_mode": "processed_logprobs",
     }
-    if takes_pictures and isinstance(config, SftConfig):
+    if takes_pictures:
         # Otherwise an engine would see other pictures than the actor is trained on.
         limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         wanted["mm_processor_kwargs"] = {name: value for name, value in limits.items() if value is not None} or None

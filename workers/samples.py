@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,53 @@ from workers.algorithms import group_advantages, moments, whiten
 PAD_ID = 0  # never read: padded positions are masked
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One response to one prompt.
+class TokenRow(Protocol):
+    """A sequence that passes through the actor, neither padded nor shifted.
 
     Attributes:
-        prompt_ids, response_ids: token ids; the response holds its end-of-sequence token if it ended by itself.
+        loss_mask: for each token, whether the loss reads it.
+        pixel_values: (patches, patch size) float32 of all pictures in their order; None without pictures.
+        image_grid_thw: (pictures, 3) int64, each picture's patches in time, height and width; None without pictures.
+    """
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]: ...
+
+    @property
+    def pixel_values(self) -> Tensor | None: ...
+
+    @property
+    def image_grid_thw(self) -> Tensor | None: ...
+
+
+def stacked(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64, ``mask`` (B, S) bool at tokens that the loss reads, and for
+    rows with pictures ``pixel_values`` and ``image_grid_thw`` of all of them, in the order of rows."""
+    longest = max(len(row.token_ids) for row in rows)
+    tokens = torch.full((len(rows), longest), PAD_ID, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        length = len(row.token_ids)
+        tokens[i, :length] = torch.tensor(row.token_ids)
+        mask[i, :length] = torch.tensor(row.loss_mask)
+    batch = {"tokens": tokens, "mask": mask}
+    pictures = [(r.pixel_values, r.image_grid_thw) for r in rows if r.pixel_values is not None and r.image_grid_thw is not None]
+    if pictures:
+        batch["pixel_values"] = torch.cat([values for values, _ in pictures])
+        batch["image_grid_thw"] = torch.cat([grid for _, grid in pictures])
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response to one prompt: a ``TokenRow``.
+
+    Attributes:
+        prompt_ids, response_ids: token ids; the response holds its end-of-sequence token if it ended by itself. A picture's placeholder
+            stands in the prompt as often as the actor has features of the picture.
         engine_logprobs: log-probability of each response token as the engine sampled it; empty where it was not asked.
         reward: scaled reward of the response.
         advantage: of the whole response; the same for each of its tokens.
@@ -40,10 +82,20 @@ class Sample:
     reward: float = 0.0
     advantage: float = 0.0
     routes: Tensor | None = field(default=None, compare=False, repr=False)
+    pixel_values: Tensor | None = field(default=None, compare=False, repr=False)
+    image_grid_thw: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]:
+        return (False,) * len(self.prompt_ids) + (True,) * len(self.response_ids)
 
 
 Microbatches = tuple[tuple[Sample, ...], ...]
@@ -119,20 +171,14 @@ def split_samples(
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64, ``mask`` (B, S) bool at response tokens,
-    ``advantages`` (B, 1) and ``engine_logprobs`` (B, S) float32, aligned with the tokens they are about."""
-    longest = max(s.length for s in samples)
-    tokens = torch.full((len(samples), longest), PAD_ID, dtype=torch.int64)
-    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
-    logprobs = torch.zeros(len(samples), longest)
+    """``stacked`` samples, whose ``mask`` is at response tokens, with ``advantages`` (B, 1) and ``engine_logprobs`` (B, S) float32,
+    aligned with the tokens they are about."""
+    batch = stacked(samples)
+    logprobs = torch.zeros(batch["tokens"].shape)
     for row, sample in enumerate(samples):
-        start = len(sample.prompt_ids)
-        tokens[row, : sample.length] = torch.tensor(sample.prompt_ids + sample.response_ids)
-        mask[row, start : sample.length] = True
         if sample.engine_logprobs:
-            logprobs[row, start : sample.length] = torch.tensor(sample.engine_logprobs)
-    advantages = torch.tensor([[s.advantage] for s in samples])
-    return {"tokens": tokens, "mask": mask, "engine_logprobs": logprobs, "advantages": advantages}
+            logprobs[row, len(sample.prompt_ids) : sample.length] = torch.tensor(sample.engine_logprobs)
+    return {**batch, "engine_logprobs": logprobs, "advantages": torch.tensor([[s.advantage] for s in samples])}
 
 
 def _in_order(count: int, dp_size: int) -> list[list[int]]:

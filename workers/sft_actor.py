@@ -22,10 +22,10 @@ from workers.actor import ActorRank
 from workers.config import SftConfig
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
-from workers.samples import PAD_ID, micro_batches_by_tokens
-from workers.sft_data import ExampleSource, SftExample, SftLoader
+from workers.samples import PAD_ID, micro_batches_by_tokens, stacked
+from workers.sft_data import ExampleSource, RowLoader, SftExample
 from workers.sft_preparation import example_source, num_val_examples, open_loader, val_examples
-from workers.supervised import SupervisedObjective, collate_examples, num_targets
+from workers.supervised import SupervisedObjective, num_targets
 
 # What a replica passes through the model where others still have examples.
 _NOTHING = SftExample((PAD_ID, PAD_ID), (False, False), None, None, "nothing")
@@ -41,14 +41,14 @@ class SftRank(ActorRank):
         super().__init__(config, topology)
         at = topology.coordinates(self._rank)
         self._dp_rank, self._reads = at.dp_rank, (at.tp_rank, at.pp_rank) == (0, 0)
-        self._loader: SftLoader | None = None
+        self._loader: RowLoader[SftExample] | None = None
         self._batches: Iterator[list[SftExample]] | None = None
-        self._held_out: ExampleSource | None = None
+        self._held_out: ExampleSource[SftExample] | None = None
 
     # Data.
 
     def open_data(self, position: Mapping[str, Any]) -> None:
-        """Open the data where ``SftLoader.state_dict`` says. Collective.
+        """Open the data where ``RowLoader.state_dict`` says. Collective.
 
         Raises CheckpointError where this rank finds other data than the driver.
         """
@@ -102,7 +102,7 @@ class SftRank(ActorRank):
             cuts = self._cut_by_tokens(examples)
         else:
             cuts = [list(examples[i : i + micro]) for i in range(0, len(examples), micro)]
-        return share_in_replica([collate_examples(cut) for cut in cuts] if self._reads else None)
+        return share_in_replica([stacked(cut) for cut in cuts] if self._reads else None)
 
     def _cut_by_tokens(self, examples: Sequence[SftExample]) -> list[list[SftExample]]:
         """Cuts of at most ``runner.max_tokens_per_mbs`` tokens, as many as the replica that needs most of them has. Collective."""
@@ -135,7 +135,7 @@ class SftRank(ActorRank):
             with agreed(device=device):
                 if self._held_out is not None:
                     examples = list(val_examples(self._config, self._held_out, mine[first : first + size]))
-            (batch,) = share_in_replica([collate_examples(examples or [_NOTHING])] if self._reads else None)
+            (batch,) = share_in_replica([stacked(examples or [_NOTHING])] if self._reads else None)
             (scores,) = token_scores(self._models, [batch])
             if self._reads:
                 loss -= float((scores.log_probs * batch["mask"]).sum(dtype=torch.float64))

@@ -1,16 +1,17 @@
-"""Rows to training examples, and a loader of them that resumes at the exact batch.
+"""Rows to training examples, and a loader of what rows become that resumes at the exact batch.
 
 Owns the chat template, the loss mask, the length rule and the order of batches over all epochs. Knows neither Ray nor Megatron;
-the tokenizer is any fast Hugging Face tokenizer.
+the tokenizer is any fast Hugging Face tokenizer. Prompts of GRPO about pictures come through the same loader.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
@@ -30,6 +31,10 @@ _NUM_SUBSTITUTES = 32
 # Substitutes come from this many rows around, so that a Parquet file is not read all over for each.
 _NEIGHBOURHOOD = 1024
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+# What a row becomes.
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +98,14 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(Generic[T_co]):
     """What a loader process made of one place of a batch: an example, None if there is none, and the rows that were tried before."""
 
-    example: SftExample | None
+    example: T_co | None
     left_out: tuple[LeftOut, ...] = ()
 
 
-class ExampleSource(Protocol):
+class ExampleSource(Protocol[T_co]):
     """Where examples come from. An item says everything that one example is made of, wherever that is done.
 
     Attributes:
@@ -115,7 +120,7 @@ class ExampleSource(Protocol):
         """The ``num_items`` items of an epoch, in an order that depends on (seed, epoch) only."""
         ...
 
-    def draw(self, item: Any) -> Drawn:
+    def draw(self, item: Any) -> Drawn[T_co]:
         """The example of an item. Called by loader processes, too."""
         ...
 
@@ -209,11 +214,7 @@ class ExampleEncoder:
     def _with_features(self, token_ids: list[int], mask: list[bool], counts: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Each picture's placeholder as often as the tower makes features of the picture."""
         assert self._pictures is not None
-        placeholder = self._pictures.image_token_id
-        if token_ids.count(placeholder) != len(counts):
-            raise BadRow(f"the text holds {token_ids.count(placeholder)} placeholders of pictures, and the row has {len(counts)} pictures")
-        rest = iter(counts)
-        repeats = [next(rest) if token == placeholder else 1 for token in token_ids]
+        repeats = self._pictures.repeats(token_ids, counts)
         spread = [(token, is_target) for token, is_target, n in zip(token_ids, mask, repeats, strict=True) for _ in range(n)]
         return [token for token, _ in spread], [is_target for _, is_target in spread]
 
@@ -296,46 +297,64 @@ class ExampleEncoder:
         return rendered
 
 
-class RowExamples:
+class RowSource(ABC, Generic[T]):
     """An example a row. A row that cannot be used has a row nearby in its place, if it is to be skipped.
 
     Args:
         on_bad_sample, on_too_long: whether such rows are skipped, or end the run.
+        most: only the first this many rows; None: all.
     """
 
-    def __init__(
-        self, files: RowFiles, form: RowForm, encode: ExampleEncoder, *, on_bad_sample: OnBadSample, on_too_long: OnBadSample
-    ) -> None:
-        self._files, self._form, self._encode = files, form, encode
+    def __init__(self, files: RowFiles, *, on_bad_sample: OnBadSample, on_too_long: OnBadSample, most: int | None = None) -> None:
+        self._files = files
         self._skips = {False: on_bad_sample == "skip", True: on_too_long == "skip"}
-        self.num_items = len(files)
+        self.num_items = len(files) if most is None else min(most, len(files))
         self.notes: tuple[str, ...] = ()
 
-    def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[Integers]:
-        return _RowItems(self._files.order(epoch, shuffle=shuffle, seed=seed), epoch, seed, substitutes=any(self._skips.values()))
+    @abstractmethod
+    def encode(self, content: Any, where: str, folder: Path) -> T:
+        """The example of a row's content. Raises BadRow or TooLong."""
 
-    def draw(self, item: Integers) -> Drawn:
+    def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[Integers]:
+        order = self._files.order(epoch, shuffle=shuffle, seed=seed)
+        order = order[order < self.num_items] if self.num_items < len(order) else order
+        return _RowItems(order, epoch, seed, substitutes=any(self._skips.values()))
+
+    def draw(self, item: Integers) -> Drawn[T]:
         left_out: list[LeftOut] = []
         for row in item:
             where, content = self._files.read(int(row))
             try:
-                return Drawn(self._encode(conversation(content, self._form), where, self._files.folder(int(row))), tuple(left_out))
+                return Drawn(self.encode(content, where, self._files.folder(int(row))), tuple(left_out))
             except BadRow as reason:
                 left_out.append(LeftOut(where, str(reason), isinstance(reason, TooLong)))
                 if not self._skips[left_out[-1].too_long]:
                     break
         return Drawn(None, tuple(left_out))
 
+    def fingerprint(self) -> str:
+        return self._files.fingerprint()
+
+
+class RowExamples(RowSource[SftExample]):
+    """Rows of conversations as training examples."""
+
+    def __init__(
+        self, files: RowFiles, form: RowForm, encode: ExampleEncoder, *, on_bad_sample: OnBadSample, on_too_long: OnBadSample
+    ) -> None:
+        super().__init__(files, on_bad_sample=on_bad_sample, on_too_long=on_too_long)
+        self._form, self._encoder = form, encode
+
+    def encode(self, content: Any, where: str, folder: Path) -> SftExample:
+        return self._encoder(conversation(content, self._form), where, folder)
+
     def question(self, row: int) -> SftQuestion | LeftOut:
         """A row as an engine is asked it, or why it cannot be."""
         where, content = self._files.read(row)
         try:
-            return self._encode.question(conversation(content, self._form), where, self._files.folder(row))
+            return self._encoder.question(conversation(content, self._form), where, self._files.folder(row))
         except BadRow as reason:
             return LeftOut(where, str(reason), too_long=False)
-
-    def fingerprint(self) -> str:
-        return self._files.fingerprint()
 
 
 class _RowItems(Sequence[Integers]):
@@ -355,20 +374,20 @@ class _RowItems(Sequence[Integers]):
         return self._order[np.concatenate([[place], (place + steps) % len(self._order)])]
 
 
-class _Drawing(Dataset[Drawn]):
+class _Drawing(Dataset[Drawn[T]]):
     """A source as torch's loader asks it."""
 
-    def __init__(self, source: ExampleSource) -> None:
+    def __init__(self, source: ExampleSource[T]) -> None:
         self._source = source
 
-    def __getitem__(self, item: Any) -> Drawn:
+    def __getitem__(self, item: Any) -> Drawn[T]:
         return self._source.draw(item)
 
 
 class _Share(Sampler[Any]):
     """Items of one replica's share of each global batch over all epochs; a short last batch is dropped. Begins with batch ``first``."""
 
-    def __init__(self, source: ExampleSource, batch_size: int, share: range, *, num_epochs: int, shuffle: bool, seed: int) -> None:
+    def __init__(self, source: ExampleSource[Any], batch_size: int, share: range, *, num_epochs: int, shuffle: bool, seed: int) -> None:
         self._source, self.batch_size, self.share = source, batch_size, share
         self.num_epochs, self.shuffle, self.seed = num_epochs, shuffle, seed
         self.batches_per_epoch = source.num_items // batch_size
@@ -390,15 +409,17 @@ def _as_it_is(drawn: Any) -> Any:
     return drawn
 
 
-class SftLoader:
+class RowLoader(Generic[T]):
     """A replica's share of each global batch, over all epochs, with a position that can be saved and restored exactly.
 
-    ``len`` is the number of global batches of the whole run. Iterating gives lists of ``global_batch_size // dp_size`` examples and
+    ``len`` is the number of global batches of the whole run. Iterating gives lists of ``batch_size // dp_size`` examples and
     continues after the last one handed out. Batches and position depend neither on ``num_workers`` nor, but for who gets which
     examples, on ``dp_size``; the state of any replica is that of all.
 
     Args:
         num_workers: processes that read rows and decode pictures ahead of the step; 0: done when a batch is asked for.
+        batch_key: the configuration key of ``batch_size``, for errors and in the position.
+        too_long: what a user can do about rows that are too long.
 
     Raises:
         ConfigError: the data is smaller than a batch, or the batch cannot be split; while iterating, a row that cannot be used and is
@@ -407,8 +428,8 @@ class SftLoader:
 
     def __init__(
         self,
-        source: ExampleSource,
-        global_batch_size: int,
+        source: ExampleSource[T],
+        batch_size: int,
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -416,17 +437,20 @@ class SftLoader:
         shuffle: bool = True,
         seed: int = 1234,
         num_workers: int = 0,
+        batch_key: str = "actor.global_batch_size",
+        too_long: str = "data.on_too_long=skip leaves such rows out",
     ) -> None:
-        if global_batch_size % dp_size:
-            raise ConfigError(f"actor.global_batch_size ({global_batch_size}) cannot be split over {dp_size} data-parallel ranks")
-        size = global_batch_size // dp_size
+        if batch_size % dp_size:
+            raise ConfigError(f"{batch_key} ({batch_size}) cannot be split over {dp_size} data-parallel ranks")
+        size = batch_size // dp_size
         share = range(dp_rank * size, (dp_rank + 1) * size)
-        self._source = source
-        self._order = _Share(source, global_batch_size, share, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
+        self._source, self._batch_key = source, batch_key
+        self._ways_out = {False: "data.on_bad_sample=skip leaves such rows out", True: too_long}
+        self._order = _Share(source, batch_size, share, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
         if self._order.num_batches == 0:
             raise ConfigError(
-                f"Train dataloader is empty! The data makes {source.num_items} examples, fewer than actor.global_batch_size "
-                f"({global_batch_size}), over {num_epochs} epochs"
+                f"Train dataloader is empty! The data makes {source.num_items} examples, fewer than {batch_key} "
+                f"({batch_size}), over {num_epochs} epochs"
             )
         # Single examples, so that all processes work on the batch that is next; as many ahead as a batch has.
         self._loader = DataLoader(
@@ -438,7 +462,7 @@ class SftLoader:
             prefetch_factor=max(2, -(-size // num_workers)) if num_workers else None,
         )
         self._handed_out = 0
-        self._drawn: Iterator[Drawn] | None = None
+        self._drawn: Iterator[Drawn[T]] | None = None
         self._left_out = {False: BadSamples(), True: BadSamples()}
 
     @property
@@ -463,7 +487,7 @@ class SftLoader:
     def __len__(self) -> int:
         return self._order.num_batches
 
-    def __iter__(self) -> Iterator[list[SftExample]]:
+    def __iter__(self) -> Iterator[list[T]]:
         while self._handed_out < len(self):
             if self._drawn is None:
                 self._order.first = self._handed_out
@@ -492,21 +516,20 @@ class SftLoader:
             )
         self._handed_out, self._drawn = state["handed_out"], None
 
-    def _taken(self, drawn: Drawn) -> SftExample:
+    def _taken(self, drawn: Drawn[T]) -> T:
         for row in drawn.left_out:
             self._left_out[row.too_long].add(row.where, row.reason)
         if drawn.example is None:
             last = drawn.left_out[-1]
             tried = f" ({len(drawn.left_out)} rows were tried)" if len(drawn.left_out) > 1 else ""
-            key = "data.on_too_long" if last.too_long else "data.on_bad_sample"
-            raise ConfigError(f"{last.where}: {last.reason}{tried}. {key}=skip leaves such rows out")
+            raise ConfigError(f"{last.where}: {last.reason}{tried}. {self._ways_out[last.too_long]}")
         return drawn.example
 
     def _identity(self) -> dict[str, int | str]:
         order = self._order
         return {
             "num_examples": self._source.num_items,
-            "global_batch_size": order.batch_size,
+            self._batch_key.rpartition(".")[2]: order.batch_size,
             "seed": order.seed,
             "shuffle": int(order.shuffle),
             "data": self._source.fingerprint(),

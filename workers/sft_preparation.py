@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlsync.errors import ConfigError
-from rlsync.models import model_of
 from workers.config import SftConfig
-from workers.model_folder import read_hf_config
 from workers.packed_text import PackedDocuments
-from workers.pictures import PictureProcessor, load_picture_processor
-from workers.preparation import prepare_model, restore_position, stop_ids
+from workers.preparation import picture_processor, prepare_model, restore_position, stop_ids
 from workers.resume import Beginning, run_folder
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, LeftOut, RowExamples, SftExample, SftLoader, SftQuestion
+from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, LeftOut, RowExamples, RowLoader, SftExample, SftQuestion
 from workers.sft_rows import row_form
 
 
@@ -29,7 +25,7 @@ class SftPreparation:
     hf_config: content of config.json.
     stop_ids: token ids that end an answer, the tokenizer's own first.
     num_steps: of the data.
-    position: in the data, where the run continues; ``SftLoader`` takes it.
+    position: in the data, where the run continues; ``RowLoader`` takes it.
     questions: prompts of the validation with their answers; empty without ``validation.generate``.
     beginning: where the run continues.
     notes: what the user should know about model and data.
@@ -87,26 +83,17 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
     return RowExamples(
         RowFiles(paths),
         row_form(data),
-        ExampleEncoder(tokenizer, form, _pictures(config)),
+        ExampleEncoder(tokenizer, form, picture_processor(config)),
         on_bad_sample=data.on_bad_sample if substitutes else "error",
         on_too_long=data.on_too_long if substitutes else "error",
     )
 
 
-def _pictures(config: SftConfig) -> PictureProcessor | None:
-    """What makes patches of pictures; None where the model takes none."""
-    folder = Path(config.model_path)
-    vision = model_of(read_hf_config(folder, config.model_key)).vision
-    if vision is None:
-        return None
-    return load_picture_processor(folder, vision.image_token_id, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
-
-
-def open_loader(config: SftConfig, tokenizer: Any, *, dp_rank: int = 0, dp_size: int = 1) -> SftLoader:
+def open_loader(config: SftConfig, tokenizer: Any, *, dp_rank: int = 0, dp_size: int = 1) -> RowLoader[SftExample]:
     """The loader of one replica's share of each global batch, at the beginning of the data."""
     data, batch = config.data, config.actor.global_batch_size
     assert batch is not None, "a rule requires it"
-    return SftLoader(
+    return RowLoader(
         example_source(config, data.train_data_paths, tokenizer),
         batch,
         dp_rank=dp_rank,
@@ -118,13 +105,13 @@ def open_loader(config: SftConfig, tokenizer: Any, *, dp_rank: int = 0, dp_size:
     )
 
 
-def num_val_examples(config: SftConfig, source: ExampleSource) -> int:
+def num_val_examples(config: SftConfig, source: ExampleSource[SftExample]) -> int:
     """Examples of a validation."""
     most = config.data.val_data_size
     return source.num_items if most is None else min(most, source.num_items)
 
 
-def val_examples(config: SftConfig, source: ExampleSource, places: Iterable[int]) -> Iterator[SftExample]:
+def val_examples(config: SftConfig, source: ExampleSource[SftExample], places: Iterable[int]) -> Iterator[SftExample]:
     """The examples at these places of the validation's data, without those that are skipped.
 
     Raises ConfigError for one that is not to be skipped.

@@ -1,4 +1,4 @@
-"""Rows of supervised fine-tuning to conversations: what a row of each ``data.type`` must hold, and why one is refused.
+"""Rows to conversations, and to questions of GRPO about pictures: what a row of each ``data.type`` must hold, and why one is refused.
 
 Reads what a row says and guesses nothing: a row that is not understood is a BadRow. Pictures stay references here
 (``workers.pictures`` opens them). Knows no tokenizer, torch or Ray, so that ``workers.check`` may use it.
@@ -11,9 +11,10 @@ import json
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from workers.config.grpo import DataConfig
 from workers.config.sft import SftDataConfig
 from workers.row_files import BadRow
 
@@ -37,9 +38,10 @@ class RowForm:
     system_prompt: str | None = None
 
 
-def row_form(data: SftDataConfig) -> RowForm:
-    """The form that a configuration names."""
-    return RowForm(**{declared.name: getattr(data, declared.name) for declared in fields(RowForm)})
+def row_form(data: SftDataConfig | DataConfig) -> RowForm:
+    """The form that a configuration names. Of GRPO it is one with pictures."""
+    keys = {declared.name: getattr(data, declared.name) for declared in fields(RowForm)}
+    return RowForm(**{**keys, "type": "vlm"} if isinstance(data, DataConfig) else keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,24 +133,109 @@ def _pair(row: Mapping[str, Any], form: RowForm) -> Conversation:
 
 def _question(row: Mapping[str, Any], form: RowForm) -> Conversation:
     """A question about pictures, with or without choices."""
-    question = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
+    parts, images, choices = _asked(row, form)
     answer = _field(row, form.answer_key, "data.answer_key")
-    images = [image for key in form.image_keys for image in _images(row.get(key), key)]
-    choices = None if form.choice_key is None else _choices(row.get(form.choice_key), form.choice_key)
     if choices is None:
         reference = _plain_answer(answer, form.answer_key)
     else:
-        lines = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
-        question = "\n".join((question, _CHOICES_HEAD, *lines, ""))
-        reference = lines[_chosen(answer, choices, form.answer_key)]
-    parts = _marked(question, len(images), form.prompt_key, put_before=True)
-    return Conversation(
-        (*_system(form), Message("user", parts, False), Message("assistant", (_text_part(reference),), True)), tuple(images)
-    )
+        reference = _lettered(choices)[_chosen(answer, choices, form.answer_key)]
+    return Conversation((*_system(form), Message("user", parts, False), Message("assistant", (_text_part(reference),), True)), images)
+
+
+def _asked(row: Mapping[str, Any], form: RowForm) -> tuple[tuple[Part, ...], tuple[Any, ...], list[str] | None]:
+    """What a question about pictures says, its pictures, and its choices, where it has some."""
+    question = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
+    images = tuple(image for key in form.image_keys for image in _images(row.get(key), key))
+    choices = None if form.choice_key is None else _choices(row.get(form.choice_key), form.choice_key)
+    if choices is not None:
+        question = "\n".join((question, _CHOICES_HEAD, *_lettered(choices), ""))
+    return _marked(question, len(images), form.prompt_key, put_before=True), images, choices
+
+
+def _lettered(choices: Sequence[str]) -> list[str]:
+    return [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureProblem:
+    """A question about pictures that a policy answers.
+
+    Attributes:
+        messages: in their order; the last is the user's.
+        images: references to the pictures, in the order of their parts.
+        answers: references, each of which is right; none where a reward function judges without.
+        metadata: the row's other fields, where they were asked for.
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[Any, ...]
+    answers: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+
+def picture_problem(row: Any, form: RowForm, *, suffix: str = "", metadata: bool = False) -> PictureProblem:
+    """The problem of a row: a question as of ``type: vlm``, or a list of messages whose last is the user's.
+
+    Args:
+        suffix: appended to the last message.
+        metadata: keep the fields that are neither prompt, answer nor pictures. A row need not have a reference answer then.
+
+    Raises:
+        BadRow: the row is none.
+    """
+    found = _object(row)
+    choices: list[str] | None = None
+    if isinstance(found.get(form.prompt_key), list):
+        messages, images = _turns(found, form)
+        if messages[-1].role != "user":
+            raise BadRow(f"the last message has the role {messages[-1].role!r}; a policy answers a message of the user")
+    else:
+        parts, images, choices = _asked(found, form)
+        messages = (*_system(form), Message("user", parts, False))
+    if suffix:
+        messages = (*messages[:-1], replace(messages[-1], parts=(*messages[-1].parts, _text_part(suffix))))
+    known = {form.prompt_key, form.answer_key, *form.image_keys}
+    others = {name: _json(value, name) for name, value in found.items() if name not in known} if metadata else {}
+    return PictureProblem(messages, images, _references(found, form, choices, needed=not metadata), others)
+
+
+def _references(row: Mapping[str, Any], form: RowForm, choices: Sequence[str] | None, *, needed: bool) -> tuple[str, ...]:
+    """Every answer that is right. Of a choice: its line, its letter, and its text, unless that could be meant for another choice."""
+    if row.get(form.answer_key) is None and not needed:
+        return ()
+    answer = _field(row, form.answer_key, "data.answer_key")
+    if choices is None:
+        answers = answer if isinstance(answer, list) else [answer]
+        if not answers:
+            raise BadRow(f"field {form.answer_key!r} is an empty list; a problem needs a reference answer")
+        return tuple(_plain_answer(each, form.answer_key) for each in answers)
+    chosen = _chosen(answer, choices, form.answer_key)
+    letters, said = string.ascii_uppercase[: len(choices)], [choice.strip().casefold() for choice in choices]
+    is_clear = said.count(said[chosen]) == 1 and said[chosen].upper() not in letters
+    return (_lettered(choices)[chosen], letters[chosen], *([choices[chosen]] if is_clear else []))
+
+
+def _json(value: Any, name: str) -> Any:
+    """A field as a reward function gets it, which is in another process."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise BadRow(
+            f"field {name!r} holds {kind_of(value)}, which cannot be passed to a reward function; data.image_keys names pictures"
+        ) from None
+    return value
 
 
 def _chat(row: Mapping[str, Any], form: RowForm) -> Conversation:
-    """``messages`` with text and pictures; pictures stand in the parts, or in fields of the row, in the order of their marks."""
+    """``messages`` with text and pictures, of which at least one is learned."""
+    messages, images = _turns(row, form)
+    if not any(message.in_loss for message in messages):
+        raise BadRow("no message of the assistant is learned: the row teaches nothing")
+    return Conversation(messages, images)
+
+
+def _turns(row: Mapping[str, Any], form: RowForm) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
+    """Messages and their pictures, which stand in the parts, or in fields of the row, in the order of their marks."""
     messages = _field(row, form.prompt_key, "data.prompt_key")
     if not isinstance(messages, list) or not messages:
         raise BadRow(f"field {form.prompt_key!r} holds {kind_of(messages)}; it must be a list of messages")
@@ -167,17 +254,10 @@ def _chat(row: Mapping[str, Any], form: RowForm) -> Conversation:
         found.append(turn)
     if rest:
         raise BadRow(f"{len(beside)} pictures in {_listed(form.image_keys)}, {len(beside) - len(rest)} marks {IMAGE_MARK!r} or image parts")
-    if not any(message.in_loss for message in found):
-        raise BadRow("no message of the assistant is learned: the row teaches nothing")
-    return Conversation(tuple(found), tuple(images))
+    return tuple(found), tuple(images)
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], RowForm], Conversation]] = {"vlm": _question, "chat": _chat, "llm": _pair}
-
-
-def _exchange(form: RowForm, question: tuple[Part, ...], answer: str, images: tuple[Any, ...] = ()) -> Conversation:
-    turns = (Message("user", question, False), Message("assistant", (_text_part(answer),), True))
-    return Conversation((*_system(form), *turns), images)
 
 
 def _system(form: RowForm) -> tuple[Message, ...]:

@@ -1,4 +1,4 @@
-"""The supervised step: examples to microbatches, and the loss of their answers' tokens.
+"""The supervised step: the examples of text pairs, and the loss of their answers' tokens.
 
 Pure torch; knows no Ray, no process group and no loader. SFT and the warm start of GRPO train by it.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlsync.megatron.scores import TokenScores
-from workers.samples import PAD_ID
 from workers.sft_data import SftExample
 
 
@@ -25,23 +23,6 @@ def answered(prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...], where: st
 def num_targets(examples: Sequence[SftExample]) -> int:
     """Tokens of the examples that are in the loss."""
     return sum(example.num_targets for example in examples)
-
-
-def collate_examples(examples: Sequence[SftExample]) -> dict[str, Tensor]:
-    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64, ``mask`` (B, S) bool at tokens that are to be predicted, and for
-    examples with pictures ``pixel_values`` and ``image_grid_thw`` of all of them, in the order of rows."""
-    longest = max(example.length for example in examples)
-    tokens = torch.full((len(examples), longest), PAD_ID, dtype=torch.int64)
-    mask = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        tokens[row, : example.length] = torch.tensor(example.token_ids)
-        mask[row, : example.length] = torch.tensor(example.loss_mask)
-    batch = {"tokens": tokens, "mask": mask}
-    pictures = [(e.pixel_values, e.image_grid_thw) for e in examples if e.pixel_values is not None and e.image_grid_thw is not None]
-    if pictures:
-        batch["pixel_values"] = torch.cat([values for values, _ in pictures])
-        batch["image_grid_thw"] = torch.cat([grid for _, grid in pictures])
-    return batch
 
 
 @dataclass(frozen=True, slots=True)

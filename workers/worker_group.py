@@ -167,7 +167,7 @@ class WorkerGroup:
         ]
         return [group for answer in collect(calls) for group in answer]
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
+    def answers(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
         """Completions of all prompts by each engine."""
         timeout_s = self._config.rollout.timeout_s
         return collect([engine.call("generate", prompts, sampling, None, timeout_s) for engine in self._engines])

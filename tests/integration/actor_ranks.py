@@ -72,10 +72,11 @@ def say(value: Any) -> None:
 
 
 def train_as_reference(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) -> None:
-    """Two steps under each configuration: every metric of every update, and the weights, as the reference has them."""
-    mine = read_samples(samples)
+    """Two steps under each configuration: every metric of every update, and the weights, as the reference has them. A case may be of
+    another model, with samples of its own."""
     for case in cases:
-        config = run_config(folder, case)
+        mine = read_samples(case.get("samples", samples))
+        config = run_config(case.get("folder", folder), {name: keys for name, keys in case.items() if name not in ("folder", "samples")})
         algorithm = config.algorithm
         seeds = [config.actor.seed + step if algorithm.shuffle_rollout else None for step in (1, 2)]
         reference = Reference(config) if os.environ["RANK"] == "0" else None
@@ -102,6 +103,7 @@ def _compare(case: Any, found: Any, expected: Any, trained: Mapping[str, torch.T
             off = {k: (ours[k], v) for k, v in theirs.items() if abs(ours[k] - v) > 1e-4 * max(1.0, abs(v))}
             assert not off, f"{where}: {off}"
             assert ours["actor/update_success"] == 1.0 and ours["actor/lr"] > 0
+    assert state.keys() - trained.keys() <= {"lm_head.weight"}, f"{case}: {state.keys() - trained.keys()} were not compared"
     worst = max((trained[name] - tensor).abs().max().item() for name, tensor in state.items() if name in trained)
     assert worst < 5e-5, f"{case}: weights differ by {worst}"
     print(f"EQUAL {json.dumps(case)} weights within {worst:.1e}", flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class NeverSynced(GrpoRunner):
         return NoReport(), self._rollout(prompts, step)
 
 
+class OtherPictures(GrpoRunner):
+    """In its last step engines are shown the pictures of other prompts than the actor is."""
+
+    def _rollout(self, prompts: Any, step: int) -> list[Any]:
+        shown = [*prompts[1:], prompts[0]] if step == self._total else prompts
+        return super()._rollout([replace(prompt, images=other.images) for prompt, other in zip(prompts, shown, strict=True)], step)
+
+
 class SavedOnce(GrpoRunner):
     """Saves where ``runner.save_interval`` says, not at the end, as a run that is killed there."""
 
@@ -59,7 +68,9 @@ class NoReport:
         return {}
 
 
-RUNNERS = {"none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced, "saved-once": SavedOnce}
+RUNNERS = {
+    "none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced, "saved-once": SavedOnce, "other-pictures": OtherPictures,
+}  # fmt: skip
 
 if __name__ == "__main__":
     fault, *overrides = sys.argv[1:]

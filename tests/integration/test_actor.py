@@ -15,6 +15,7 @@ from tests.deadlines import HANG_S
 from tests.integration.actor_reference import make_samples, write_samples
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
+from tests.vision_models import save_tiny_vision_model
 
 REPO = Path(__file__).resolve().parents[2]
 RANKS = "tests.integration.actor_ranks"
@@ -22,6 +23,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 KL = {"kl_beta": 0.3, "kl_penalty_type": "low_var_kl"}
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 40}
+SEEING_DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 80}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -30,9 +32,14 @@ OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather"
 def given(tmp_path_factory) -> dict[str, str]:
     """A model folder and a file of samples."""
     root = tmp_path_factory.mktemp("actor")
-    folder = str(save_tiny_model(root / "hf", "qwen2", tied=True, seed=3))
-    write_samples(root / "samples.json", make_samples(folder))
-    return {"folder": folder, "samples": str(root / "samples.json")}
+    return sampled(save_tiny_model(root / "hf", "qwen2", tied=True, seed=3))
+
+
+def sampled(folder: Path) -> dict[str, str]:
+    """A model folder, and a file of samples beside it."""
+    path = folder.with_suffix(".pt")
+    write_samples(path, make_samples(str(folder)))
+    return {"folder": str(folder), "samples": str(path)}
 
 
 def said(output: str) -> Any:
@@ -60,9 +67,13 @@ def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
     )  # fmt: skip
 
 
-def test_updates_equal_the_reference_in_every_layout(given):
+def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
+    """Also of models that take pictures, some samples of which have one, several or none."""
+    qwen2_5_vl, qwen3_vl = (sampled(save_tiny_vision_model(tmp_path / family, family)) for family in ("qwen2_5_vl", "qwen3_vl"))
     train(
         2, given,
+        {**qwen2_5_vl, "actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "shuffle_rollout": True}},
+        {**qwen3_vl, "actor.model": PP2, "runner": SEEING_DYNAMIC, "algorithm": {**KL}},
         {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
         {"actor.model": PP2, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True}},
         {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},

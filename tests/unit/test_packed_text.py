@@ -13,7 +13,7 @@ import pytest
 from rlsync.errors import ConfigError
 from workers.packed_text import PackedDocuments
 from workers.row_files import RowFiles
-from workers.sft_data import SftLoader
+from workers.sft_data import RowLoader
 from workers.sft_rows import RowForm
 from workers.synthetic import make_tokenizer
 
@@ -36,7 +36,7 @@ def source(path: str, length: int = 16, **given: Any) -> PackedDocuments:
 def test_examples_are_the_documents_one_behind_the_other_cut_at_one_length(tmp_path: Path) -> None:
     path = documents(tmp_path)
     found = source(path)
-    batches = list(SftLoader(found, 1, num_epochs=2, seed=5))
+    batches = list(RowLoader(found, 1, num_epochs=2, seed=5))
     stream = [token for batch in batches for token in batch[0].token_ids]
     texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
     expected: list[int] = []
@@ -50,19 +50,19 @@ def test_examples_are_the_documents_one_behind_the_other_cut_at_one_length(tmp_p
 
 def test_a_packed_loader_continues_at_the_exact_batch(tmp_path: Path) -> None:
     path = documents(tmp_path)
-    whole = list(SftLoader(source(path), 4, num_epochs=3))
-    first = SftLoader(source(path), 4, num_epochs=3)
+    whole = list(RowLoader(source(path), 4, num_epochs=3))
+    first = RowLoader(source(path), 4, num_epochs=3)
     head = list(islice(first, 9))
-    second = SftLoader(source(path), 4, num_epochs=3, num_workers=1)
+    second = RowLoader(source(path), 4, num_epochs=3, num_workers=1)
     second.load_state_dict(first.state_dict())
     assert head + list(second) == whole
 
 
 def test_documents_are_counted_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = documents(tmp_path)
-    whole = list(SftLoader(source(path, index=tmp_path / "index"), 4))
+    whole = list(RowLoader(source(path, index=tmp_path / "index"), 4))
     monkeypatch.setattr(PackedDocuments, "_count", lambda self: pytest.fail("counted again"))
-    assert list(SftLoader(source(path, index=tmp_path / "index"), 4)) == whole
+    assert list(RowLoader(source(path, index=tmp_path / "index"), 4)) == whole
     assert len(list((tmp_path / "index").iterdir())) == 1
 
 

@@ -65,7 +65,7 @@ TP2_SHARDS = ("iter_0000003/mp_rank_00", "iter_0000003/mp_rank_01")
 def test_a_fresh_run_starts_at_the_first_step(world, tmp_path) -> None:
     prepared = prepare(config(world, tmp_path))
     assert (prepared.beginning.resume, prepared.beginning.step, prepared.notes) == (None, 0, ())
-    assert len(prepared.loader) == 64 // 4 and prepared.stop_ids == (2,)
+    assert len(prepared.data.loader) == 64 // 4 and prepared.stop_ids == (2,)
 
 
 @pytest.mark.parametrize("named", ["nowhere", "run/checkpoints"])
@@ -105,8 +105,8 @@ def test_hf_weights_alone_are_resumed_under_any_layout_with_a_warning(world, tmp
 
 
 def test_the_data_goes_on_where_it_was_and_other_data_is_refused(world, tmp_path) -> None:
-    whole = [prompt.index for batch in prepare(config(world, tmp_path)).loader for prompt in batch]
-    loader = prepare(config(world, tmp_path)).loader
+    whole = [prompt.index for batch in prepare(config(world, tmp_path)).data.loader for prompt in batch]
+    loader = prepare(config(world, tmp_path)).data.loader
     batches = iter(loader)
     for _ in range(3):
         next(batches)
@@ -114,7 +114,7 @@ def test_the_data_goes_on_where_it_was_and_other_data_is_refused(world, tmp_path
     state.parent.mkdir()
     torch.save(loader.state_dict(), state)
     resumed = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
-    assert resumed.notes == () and [p.index for batch in resumed.loader for p in batch] == whole[12:]
+    assert resumed.notes == () and [p.index for batch in resumed.data.loader for p in batch] == whole[12:]
     with pytest.raises(CheckpointError, match="rollout_batch_size 4 -> 8"):
         prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, data={"rollout_batch_size": 8}))
 
@@ -197,7 +197,9 @@ def test_bad_rows_end_a_run_or_are_left_out_and_said(world, tmp_path) -> None:
     for number, reason in ((4, "holds null"), (5, "is empty"), (6, "math-verify cannot read the reference answer")):
         assert re.search(rf"train\.jsonl:{number}: .*{reason}", str(caught.value))
     prepared = prepare(config(world, tmp_path, data={"train_data_paths": [str(data)], "on_bad_sample": "skip"}))
-    assert len(prepared.dataset) == len(lines) - 3 and prepared.notes[0].startswith("left out 3 bad samples")
+    assert prepared.data.loader.state_dict()["order"]["num_problems"] == len(lines) - 3 and prepared.notes[0].startswith(
+        "left out 3 bad samples"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04cut"])

@@ -11,7 +11,7 @@ import pytest
 
 from rlsync.errors import CheckpointError, ConfigError
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample, SftLoader
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, SftExample
 from workers.sft_rows import RowForm
 from workers.synthetic import make_tokenizer
 
@@ -42,7 +42,7 @@ def learned(example: SftExample) -> str:
 
 
 def test_of_a_pair_the_response_and_its_end_are_in_the_loss(tmp_path: Path) -> None:
-    [example] = next(iter(SftLoader(source(sums(tmp_path)), 1, shuffle=False)))
+    [example] = next(iter(RowLoader(source(sums(tmp_path)), 1, shuffle=False)))
     assert TOKENIZER.decode(example.token_ids) == "0+1=1<eos>"
     assert learned(example) == "1<eos>"
 
@@ -50,10 +50,10 @@ def test_of_a_pair_the_response_and_its_end_are_in_the_loss(tmp_path: Path) -> N
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_continues_at_the_exact_batch_however_many_processes_load(tmp_path: Path, num_workers: int) -> None:
     path = sums(tmp_path)
-    whole = [[example.where for example in batch] for batch in SftLoader(source(path), 4, num_epochs=3)]
-    first = SftLoader(source(path), 4, num_epochs=3, num_workers=num_workers)
+    whole = [[example.where for example in batch] for batch in RowLoader(source(path), 4, num_epochs=3)]
+    first = RowLoader(source(path), 4, num_epochs=3, num_workers=num_workers)
     head = [[example.where for example in batch] for batch in islice(first, 7)]
-    second = SftLoader(source(path), 4, num_epochs=3, num_workers=2 - num_workers)
+    second = RowLoader(source(path), 4, num_epochs=3, num_workers=2 - num_workers)
     second.load_state_dict(first.state_dict())
     assert head + [[example.where for example in batch] for batch in second] == whole
     assert len(whole) == 15 and len({where for batch in whole[:5] for where in batch}) == 20
@@ -61,18 +61,18 @@ def test_a_loader_continues_at_the_exact_batch_however_many_processes_load(tmp_p
 
 def test_replicas_share_each_global_batch(tmp_path: Path) -> None:
     path = sums(tmp_path)
-    whole = list(SftLoader(source(path), 6))
-    shares = [list(SftLoader(source(path), 6, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    whole = list(RowLoader(source(path), 6))
+    shares = [list(RowLoader(source(path), 6, dp_rank=rank, dp_size=3)) for rank in range(3)]
     assert [[*a, *b, *c] for a, b, c in zip(*shares, strict=True)] == whole
 
 
 def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
-    state = SftLoader(source(sums(tmp_path)), 4).state_dict()
+    state = RowLoader(source(sums(tmp_path)), 4).state_dict()
     other = written(tmp_path / "other.jsonl", *({"prompt": f"{i}+1=", "response": "0"} for i in range(23)))
     with pytest.raises(CheckpointError, match="data position was saved with other settings"):
-        SftLoader(source(other), 4).load_state_dict(state)
+        RowLoader(source(other), 4).load_state_dict(state)
     with pytest.raises(CheckpointError, match="global_batch_size 4 -> 5"):
-        SftLoader(source(sums(tmp_path)), 5).load_state_dict(state)
+        RowLoader(source(sums(tmp_path)), 5).load_state_dict(state)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -80,8 +80,8 @@ def test_a_bad_row_ends_the_run_by_file_and_row_or_is_replaced_and_counted(tmp_p
     good = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(8)]
     path = written(tmp_path / "a.jsonl", *good[:3], {"prompt": "1+1="}, *good[3:])
     with pytest.raises(ConfigError, match=r"^.*a\.jsonl:4: no field 'response'; it has 'prompt'\. Set data\.answer_key"):
-        list(SftLoader(source(path), 3, num_workers=num_workers))
-    loader = SftLoader(source(path, skip=True), 3, num_workers=num_workers)
+        list(RowLoader(source(path), 3, num_workers=num_workers))
+    loader = RowLoader(source(path, skip=True), 3, num_workers=num_workers)
     batches = list(loader)
     assert [len(batch) for batch in batches] == [3, 3, 3] and loader.num_bad == 1
     assert all(example.where != f"{path}:4" for batch in batches for example in batch)

@@ -76,9 +76,9 @@ def test_numbers_of_a_validation_match_hand_computed_values() -> None:
 def test_all_validation_problems_are_prepared_in_file_order_or_as_many_as_asked(world, tmp_path) -> None:
     lines = [json.loads(line)["prompt"] for line in (world / "val.jsonl").read_text().splitlines()]
     asked = {"val_check_interval": 1}
-    assert [prompt.text for prompt in prepare(config(world, tmp_path, **asked)).val_prompts] == lines
-    assert [prompt.text for prompt in prepare(config(world, tmp_path, **asked, val_data_size=2)).val_prompts] == lines[:2]
-    assert prepare(config(world, tmp_path)).val_prompts == (), "checked, and not used"
+    assert [prompt.text for prompt in prepare(config(world, tmp_path, **asked)).data.val_prompts] == lines
+    assert [prompt.text for prompt in prepare(config(world, tmp_path, **asked, val_data_size=2)).data.val_prompts] == lines[:2]
+    assert prepare(config(world, tmp_path)).data.val_prompts == (), "checked, and not used"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ INERT = (
     Inert(("algorithm.use_reinpp_baseline", "algorithm.reinpp_kl_beta"), "adv_type grpo only", (*_OFF, 0.0)),
     Inert(("rollout.padding", "rollout.eos", "rollout.validate_save_dir"), "set by the tokenizer and the results folder"),
     Inert(("data.process_workers", "data.process_batch_size"), "prompts are tokenised in batches by the fast tokenizer"),
+    Inert(("data.use_chat_template",), "data.apply_chat_template decides"),
+    Inert(("data.lazy_loading",), "data.type vlm reads rows when their turn comes, the others before the first step"),
+    Inert(("data.solution_key",), "references are in data.answer_key; a reward function gets all fields of a row", (None,)),
     Inert(
         (
             "actor.mcore_gpt",
@@ -140,7 +143,6 @@ INERT_IN_SFT = (
     Inert(("critic.use_critic_model",), "supervised fine-tuning has no critic", _OFF),
     Inert(("critic",), "supervised fine-tuning has no critic"),
     Inert(("actor.model.seq_length",), "it is runner.seq_length here, which takes its value from it"),
-    Inert(("data.use_chat_template",), "data.apply_chat_template decides"),
     Inert(("data.lazy_loading",), "rows are always read when their turn comes"),
     Inert(("data.max_prompt_length",), "runner.seq_length bounds prompt and answer together"),
     Inert(("data.answer_separator",), "an answer follows the chat template's prompt for it", ("", None)),
@@ -303,7 +305,11 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
         frozenset({"async", "off_policy", "staleness"}),
         "asynchronous rollouts are not supported; each step syncs, rolls out and trains in turn",
     ),
-    (frozenset({"vision", "image", "images", "video", "audio", "multimodal"}), "only text models are supported"),
+    (frozenset({"video", "videos", "audio"}), "text and pictures are read, no videos and no audio"),
+    (
+        frozenset({"vision", "image", "images", "multimodal", "pixels"}),
+        "questions about pictures are of data.type vlm; data.image_keys names their pictures, data.min_pixels and max_pixels limit them",
+    ),
     (frozenset({"wandb", "swanlab", "tensorboard", "mlflow"}), "loggers are named in runner.logger.logger_backends"),
     (frozenset({"ref"}), "the reference is the initial weights of the actor itself; algorithm.kl_beta above 0 keeps it"),
     (frozenset({"profiler", "profile", "nsys"}), "no profiler is built in"),

@@ -72,19 +72,30 @@ class AlgorithmConfig:
 class DataConfig:
     """``data``: prompts and reference answers."""
 
-    type: Literal["math", "reasoning"] = key("math", "both names mean the math form")
-    train_data_paths: tuple[str, ...] = key(doc="JSONL / JSON files with the training problems")
+    type: Literal["math", "reasoning", "vlm", "vision_language"] = key(
+        "math",
+        "form of the rows: math and reasoning: a text and its answer; vlm and vision_language: a question about pictures, with or without "
+        "choices, for a vision-language model",
+    )
+    train_data_paths: tuple[str, ...] = key(doc="JSONL / JSON files with the training problems; vlm: also Parquet files, and folders")
     val_data_paths: tuple[str, ...] = key(
         (), "files of the same form with the validation problems: one greedy response to each, by runner.val_check_interval"
     )
     prompt_key: str = key("prompt", "field with the prompt: a string, or a message list; GSM8K: question")
     answer_key: str = key("solutions", "field with the reference answer(s): string or list; GSM8K: answer (the part after ####)")
+    choice_key: str | None = key(None, "vlm: field with the choices, of which the answer names one; null: none")
+    image_keys: tuple[str, ...] = key((), "vlm: fields with pictures")
+    min_pixels: int | None = key(None, "vlm: smaller pictures are enlarged to this; null: what the model folder's processor says", min=1)
+    max_pixels: int | None = key(None, "vlm: larger pictures are reduced to this; null: what the model folder's processor says", min=1)
     on_bad_sample: Literal["error", "skip"] = key(
         "error",
-        "rows whose prompt or reference answer cannot be used; error: name them and end, skip: leave them out and say how many",
+        "rows whose prompt or reference answer cannot be used; error: name them and end, skip: leave them out and say how many; vlm: "
+        "another row nearby takes the place",
     )
-    max_prompt_length: int = key(1024, "tokens", min=1)
-    filter_prompt_by_length: bool = key(True, "drop longer prompts; false: keep their last max_prompt_length tokens")
+    max_prompt_length: int = key(1024, "tokens, those of pictures among them", min=1)
+    filter_prompt_by_length: bool = key(
+        True, "drop longer prompts (vlm: another row nearby takes the place); false: keep their last max_prompt_length tokens"
+    )
     apply_chat_template: bool = key(False, "render the prompt with the tokenizer's chat template")
     system_prompt: str | None = key(None, "system message put before a string prompt when apply_chat_template")
     prompt_suffix: str = key("", "text appended to a string prompt, e.g. an instruction to box the answer")
@@ -94,6 +105,11 @@ class DataConfig:
     seed: int = key(1234, "of the order", bounds=SEED)
     data_size: int | None = key(None, "use only the first this many problems; null: all", min=1)
     val_data_size: int | None = key(None, "use only the first this many validation problems; null: all", min=1)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether rows are questions about pictures."""
+        return self.type in ("vlm", "vision_language")
 
 
 BUILT_IN_REWARDS = ("math", "exact")
@@ -133,7 +149,7 @@ class RewardConfig:
 class WarmStartConfig:
     """``warm_start``: supervised steps through the actor before GRPO; absent: none."""
 
-    data_paths: tuple[str, ...] = key(doc="JSONL with `prompt` and `response`")
+    data_paths: tuple[str, ...] = key(doc="JSONL with `prompt` and `response`; with data.type vlm rows of that form")
     num_steps: int = key(doc="optimizer steps", min=1)
     batch_size: int = key(64, "examples per step over all ranks", min=1)
     lr: float = key(1e-3, "learning rate", above=0)

@@ -26,11 +26,11 @@ _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
 def broken_rules(config: AnyConfig) -> Iterator[str]:
     """Every rule between keys that the configuration breaks. The values are within their bounds."""
     if isinstance(config, RunConfig):
-        for rules in (_grpo_lengths, _algorithm, _batches, _not_sft):
+        for rules in (_grpo_lengths, _algorithm, _batches, _pictures, _not_sft):
             yield from rules(config)
     else:
         yield from _sft(config)
-    for shared in (_runner, _actor, _engine):
+    for shared in (_runner, _actor, _engine, _pixels):
         yield from shared(config)
 
 
@@ -49,6 +49,11 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     found = check_config(hf_config, actor_topology(actor))
     found += check_parts(model, actor.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
     found += [f"actor.model: {finding}" for finding in check_overrides(model, actor.transformer_overrides())]
+    if isinstance(config, RunConfig) and config.data.has_pictures and model.vision is None:
+        found.append(
+            f"data.type {config.data.type} needs a vision-language model, and {config.model_path} holds {model.architecture}, which takes "
+            "no pictures"
+        )
     if config.has_engines:
         heads, kv_heads, size = model.dims["num_heads"], model.dims["num_groups"], config.rollout.tensor_parallel_size
         if heads % size:
@@ -148,6 +153,30 @@ def _runner(config: AnyConfig) -> Iterator[str]:
         yield f"runner.max_tokens_per_mbs ({runner.max_tokens_per_mbs}) must be at least runner.seq_length ({runner.seq_length})"
 
 
+def _pictures(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.has_pictures:
+        for name in ("image_keys", "choice_key", "min_pixels", "max_pixels"):
+            if getattr(data, name) not in ((), None):
+                yield f"data.{name} ({getattr(data, name)}) is for questions about pictures, which data.type {data.type} has not; vlm has"
+        return
+    if not data.apply_chat_template:
+        yield f"data.type {data.type} needs data.apply_chat_template=True: the chat template says where in a prompt a picture stands"
+    if not data.filter_prompt_by_length:
+        yield f"data.type {data.type} needs data.filter_prompt_by_length=True: a prompt cannot be cut through its pictures"
+    if config.rollout.enable_return_routed_experts:
+        yield (
+            f"rollout.enable_return_routed_experts (actor.megatron.router_replay {config.actor.megatron.router_replay}) was not shown for "
+            f"prompts with pictures (data.type {data.type}); R2 replays the actor's own routes"
+        )
+
+
+def _pixels(config: AnyConfig) -> Iterator[str]:
+    least, most = config.data.min_pixels, config.data.max_pixels
+    if least is not None and most is not None and least > most:
+        yield f"data.min_pixels ({least}) must not exceed data.max_pixels ({most})"
+
+
 def _not_sft(config: RunConfig) -> Iterator[str]:
     """Keys of the shared sections that mean something in an SFT run only."""
     if config.actor.model.model_path is not None:
@@ -220,7 +249,8 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         )
     kind = config.reward.reward_type
     if kind not in BUILT_IN_REWARDS and re.fullmatch(REWARD_FUNCTION, kind) is None:
-        yield f"reward.reward_type is {kind!r}, expected {', '.join(BUILT_IN_REWARDS)}, or PATH.py:function for a function of your own"
+        vqa = "; exact compares what is answered to questions about pictures" if kind == "vqa" else ""
+        yield f"reward.reward_type is {kind!r}, expected {', '.join(BUILT_IN_REWARDS)}, or PATH.py:function for a function of your own{vqa}"
     wrong, correct = config.reward.reward_min_val, config.reward.reward_max_val
     if wrong >= correct:
         yield f"reward.reward_min_val ({wrong}) must be less than reward.reward_max_val ({correct})"
