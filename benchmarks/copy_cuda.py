@@ -12,16 +12,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, Case, dense_case
+from benchmarks.paper import QWEN3_30B_A3B, QWEN25_7B, sides
+from rlsync.cli.scene import Sides
 from rlsync.copy.cpu import region
 from rlsync.copy.cuda import CudaCopyProgram, open_peer, strided
-from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
-from rlsync.layout.topology import Topology
+from rlsync.layout.geometry import Placement
 from rlsync.plan.planner import Copy, build_plan
 
 WORKER = torch.device("cuda", 0)
@@ -31,29 +31,11 @@ WARM_UPS = 3
 PARAMETER_ALIGNMENT = 64
 
 
-def dense_7b() -> Case:
-    """Qwen2.5-7B, actor TP=2, first worker of an engine with TP=2."""
-    case = dense_case(QWEN25_7B, Topology(tp_size=2), num_engines=1, engine_tp=2)
-    return replace(case, destinations=case.destinations[:1])
-
-
-def experts_30b() -> Case:
-    """Qwen3-30B-A3B, actor EP=2 with whole experts, first worker of an engine with TP=2, which holds half of each expert."""
-    model = QWEN3_30B_A3B
-    case = model.case(world_size=2, ep_size=2, pp_size=1, num_engines=1, engine_tp=2, expert_parallel=False)
-    names = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in range(model.num_layers) for x in "qk"]
-    norms = [TensorSpec(name, "bfloat16", (model.head_dim,)) for name in names]
-
-    def with_norms(placement: Placement) -> Placement:
-        """The paper's mixture has no norms of queries and keys; this model has."""
-        buffers = tuple(BufferSpec(t.name, t.dtype, t.shape) for t in norms)
-        pieces = tuple(Piece(t.name, Box.whole(t.shape), t.name, 0, (1,)) for t in norms)
-        return replace(placement, buffers=placement.buffers + buffers, pieces=placement.pieces + pieces)
-
-    return Case((*case.tensors, *norms), tuple(map(with_norms, case.sources)), tuple(map(with_norms, case.destinations[:1])))
-
-
-CASES: dict[str, Callable[[], Case]] = {"Qwen2.5-7B, TP=2": dense_7b, "Qwen3-30B-A3B, TP=2": experts_30b}
+# The first worker of an engine with TP=2: from an actor that is cut alike, and its halves of experts that are whole at an actor's EP ranks.
+CASES: dict[str, Callable[[], Sides]] = {
+    "Qwen2.5-7B, TP=2": lambda: sides(QWEN25_7B, {"tp_size": 2}, tp_size=2),
+    "Qwen3-30B-A3B, TP=2": lambda: sides(QWEN3_30B_A3B, {"dp_size": 2, "ep_size": 2}, tp_size=2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +73,12 @@ def parameters(placement: Placement, device: torch.device) -> dict[str, torch.Te
 class Bound:
     """A case in memory: the worker's parameters on WORKER, each by itself, and those of the actor on ``actor``."""
 
-    def __init__(self, case: Case, actor: torch.device) -> None:
+    def __init__(self, case: Sides, actor: torch.device) -> None:
         open_peer(WORKER, actor)
-        plan = build_plan(case.tensors, case.sources, case.destinations)
+        plan = build_plan(case.tensors, case.actors, case.workers[:1])
         self.copies = [c for bucket in plan.buckets for c in bucket.copies]
-        self.sources = [parameters(p, actor) for p in case.sources]
-        (worker,) = case.destinations
+        self.sources = [parameters(p, actor) for p in case.actors]
+        worker = case.workers[0]
         self.destination = {b.name: torch.zeros(b.shape, dtype=getattr(torch, b.dtype), device=WORKER) for b in worker.buffers}
         self.padding = worker.padding
 
@@ -153,7 +135,7 @@ def floor_gb_per_s(actor: torch.device, rounds: int) -> float:
     return FLOOR_BYTES / seconds / 1e9
 
 
-def rows(name: str, case: Case, actor: torch.device, rounds: int) -> Iterator[Row]:
+def rows(name: str, case: Sides, actor: torch.device, rounds: int) -> Iterator[Row]:
     floor = floor_gb_per_s(actor, rounds)
     bound = Bound(case, actor)
     nbytes = sum(c.size for c in bound.copies) * 2

@@ -10,46 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.paper import DEEPSEEK_V3_SIZE, LLAMA31_405B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, Case, dense_case
+from benchmarks.paper import LLAMA31_405B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, sides
 from rlsync.cli.pricing import Settings, price_of
-from rlsync.cli.scene import Scene, Sides, set_out
-from rlsync.layout.topology import Topology
+from rlsync.cli.scene import Sides
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan
 
-CASES: dict[str, Callable[[], Case]] = {
-    "72b": lambda: dense_case(QWEN25_72B, Topology(tp_size=8, pp_size=8), num_engines=8, engine_tp=8),
-    "72b-apart": lambda: dense_case(QWEN25_72B, Topology(tp_size=8, pp_size=8), num_engines=8, engine_tp=8, colocated=False),
-    "7b-dp2": lambda: dense_case(QWEN25_7B, Topology(tp_size=4, dp_size=2), num_engines=4, engine_tp=2),
-    "7b-dp2-apart": lambda: dense_case(QWEN25_7B, Topology(tp_size=4, dp_size=2), num_engines=4, engine_tp=2, colocated=False),
-    "30b-ep": lambda: QWEN3_30B_A3B.case(world_size=64, ep_size=8, pp_size=1, num_engines=8, engine_tp=8, expert_parallel=True),
-    "30b-tp": lambda: QWEN3_30B_A3B.case(world_size=64, ep_size=8, pp_size=1, num_engines=8, engine_tp=8, expert_parallel=False),
+CASES: dict[str, Callable[[], Sides]] = {
+    "72b": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8}, num_engines=8, tp_size=8, colocated=True),
+    "72b-apart": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8}, num_engines=8, tp_size=8),
+    "7b-dp2": lambda: sides(QWEN25_7B, {"tp_size": 4, "dp_size": 2}, num_engines=4, tp_size=2, colocated=True),
+    "7b-dp2-apart": lambda: sides(QWEN25_7B, {"tp_size": 4, "dp_size": 2}, num_engines=4, tp_size=2),
+    "30b-ep": lambda: sides(QWEN3_30B_A3B, {"dp_size": 64, "ep_size": 8}, num_engines=8, tp_size=8, ep_size=8),
+    "30b-tp": lambda: sides(QWEN3_30B_A3B, {"dp_size": 64, "ep_size": 8}, num_engines=8, tp_size=8),
 }
 BUCKET_BYTES = 256 * 2**20
 
-
-def _dense(config: Mapping[str, Any], axes: Mapping[str, int], num_engines: int) -> Sides:
-    scene = Scene(axes, tp_size=8, num_engines=num_engines)
-    return set_out(config, scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
-
-
-def _experts(world_size: int, num_engines: int) -> Sides:
-    """Under pipeline and expert parallelism to engines under expert parallelism on other hosts."""
-    case = DEEPSEEK_V3_SIZE.case(
-        world_size=world_size, ep_size=64, pp_size=4, num_engines=num_engines, engine_tp=64, expert_parallel=True, first_gpu=world_size
-    )
-    return Sides(case.tensors, case.sources, case.destinations)
-
-
 PRICES: dict[str, Callable[[], Sides]] = {
-    "price-72b-3072": lambda: _dense(QWEN25_72B, {"tp_size": 8, "pp_size": 8, "dp_size": 32}, 128),
-    "price-405b-1016": lambda: _dense(LLAMA31_405B, {"tp_size": 8, "pp_size": 9, "dp_size": 7}, 64),
-    "price-deepseek-v3-size-4096": lambda: _experts(2048, 32),
+    "price-72b-3072": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8, "dp_size": 32}, tp_size=8, num_engines=128),
+    "price-405b-1016": lambda: sides(LLAMA31_405B, {"tp_size": 8, "pp_size": 9, "dp_size": 7}, tp_size=8, num_engines=64),
 }
 
 
@@ -74,12 +57,12 @@ class Planned:
 def planned(name: str) -> Planned:
     case = CASES[name]()
     before_mib, begin = _peak_mib(), time.process_time()
-    plan = build_plan(case.tensors, case.sources, case.destinations, bucket_bytes=BUCKET_BYTES)
+    plan = build_plan(case.tensors, case.actors, case.workers, bucket_bytes=BUCKET_BYTES)
     seconds = time.process_time() - begin
     count = traffic(plan)
     given_bytes = [n for n in count.bytes_by_source.values() if n]
     return Planned(
-        name, len(case.tensors), len(case.sources), len(case.destinations), sum(len(p.pieces) for p in case.destinations),
+        name, len(case.tensors), len(case.actors), len(case.workers), sum(len(p.pieces) for p in case.workers),
         sum(len(b.copies) for b in plan.buckets), len(plan.buckets), round(seconds, 2), round(_peak_mib()), round(_peak_mib() - before_mib),
         round(max(given_bytes) * len(given_bytes) / sum(given_bytes), 3), (min(count.redundancy.values()), max(count.redundancy.values())),
     )  # fmt: skip
@@ -101,8 +84,7 @@ class Priced:
 
 def priced(name: str, transport: str) -> Priced:
     begin = time.process_time()
-    sides = PRICES[name]()
-    price = price_of(name, sides, Settings(transport=transport)).price
+    price = price_of(name, PRICES[name](), Settings(transport=transport)).price
     assert price is not None
     seconds = time.process_time() - begin
     counts = price.num_tensors, price.actor_ranks, price.engine_workers, price.num_copies, price.num_buckets

@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.paper import QWEN25_05B, dense_case
+from benchmarks.paper import QWEN25_05B, sides
 from rlsync.copy.cpu import CopyProgram, bind
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
-from rlsync.layout.topology import Topology
 from rlsync.plan.planner import build_plan
 
 
@@ -28,12 +27,12 @@ def buffers(placement: Placement) -> dict[str, torch.Tensor]:
 
 def step_programs() -> tuple[list[CopyProgram], list[int]]:
     """The copies of a step, bucket by bucket and source by source, bound to memory; and the bytes of each copy."""
-    case = dense_case(QWEN25_05B, Topology(tp_size=2), num_engines=1, engine_tp=1)
-    plan = build_plan(case.tensors, case.sources, case.destinations, bucket_bytes=256 * 2**20)
-    sources = [buffers(p) for p in case.sources]
-    (destination,) = (buffers(p) for p in case.destinations)
+    case = sides(QWEN25_05B, {"tp_size": 2})
+    plan = build_plan(case.tensors, case.actors, case.workers, bucket_bytes=256 * 2**20)
+    sources = [buffers(p) for p in case.actors]
+    (destination,) = (buffers(p) for p in case.workers)
     groups = [[c for c in bucket.copies if c.source == s] for bucket in plan.buckets for s in range(len(sources))]
-    item_bytes = {b.name: DTYPE_BYTES[b.dtype] for p in case.destinations for b in p.buffers}
+    item_bytes = {b.name: DTYPE_BYTES[b.dtype] for p in case.workers for b in p.buffers}
     sizes = [c.size * item_bytes[c.destination_buffer] for group in groups for c in group]
     return [bind(group, sources[group[0].source], destination) for group in groups if group], sizes
 

@@ -44,7 +44,8 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
     """Fields of AsyncEngineArgs. ``weight_bytes``: of the whole model. ``gpu_bytes``: of one GPU, None on CPU."""
     arguments: dict[str, Any] = {
         "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
-        "tensor_parallel_size": spec.engine_tp, "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
+        "tensor_parallel_size": spec.engine_tp, "enable_expert_parallel": spec.engine_ep > 1,
+        "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
         "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,
         "worker_extension_cls": "rlsync.bench.worker.PeerWorker",
     }  # fmt: skip

@@ -64,7 +64,7 @@ def summary(
         "model": spec.model,
         "config": spec.config,
         "actor": spec.axes,
-        "rollout": {"tp_size": spec.engine_tp, "num_engines": spec.num_engines},
+        "rollout": {"tp_size": spec.engine_tp, "ep_size": spec.engine_ep, "num_engines": spec.num_engines},
         "placement": spec.placement,
         "cuda_graphs": spec.cuda_graphs,
         "layers": spec.layers,

@@ -19,8 +19,6 @@ from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.sync.config import SyncConfig
 
-AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
-ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 PLACEMENTS = ("collocated", "disaggregated")
 Layers = Literal["local", "te"]
 # What the words of --mode are as weight_sync.staging. MOVED: the actor's weights are away between syncs, and then in other memory.
@@ -73,6 +71,7 @@ class Spec:
     Attributes:
         config: content of config.json.
         layers: of the actor: Megatron-Core's local ones or TransformerEngine's.
+        engine_tp, engine_ep: workers of an engine, and those of them that share experts: 1 (each expert is cut) or all.
         folder: of this run: config.json, sockets, floors, results.
         actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
@@ -85,6 +84,7 @@ class Spec:
     axes: dict[str, int]
     num_engines: int
     engine_tp: int
+    engine_ep: int
     placement: str
     cases: tuple[Case, ...]
     peers: tuple[str, ...]
@@ -175,19 +175,6 @@ def write_file(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
-    """``tp=2,pp=1`` by full names. Raises ConfigError for what it cannot read."""
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in names or not value.isdigit() or int(value) < 1:
-            raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
-        if names[name] in found:
-            raise ConfigError(f"{option} {text!r}: {name} is given twice")
-        found[names[name]] = int(value)
-    return found
 
 
 def cases(options: Mapping[str, str | None], common: Mapping[str, Any]) -> tuple[Case, ...]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlsync.bench.spec import Spec
-from rlsync.layout.geometry import Location, Placement, TensorSpec
+from rlsync.layout.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
 from rlsync.models import model_of
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import paper_worker, seats
 from rlsync.models.placement import megatron_placements
-from rlsync.plan.links import LINK_NAMES, traffic
-from rlsync.plan.planner import build_plan
+from rlsync.plan.outline import outline
 
 FLOOR = (
     "of the engine worker with the highest: bytes that actor ranks on its GPU hold / speed of a copy on that GPU, plus all others / "
@@ -58,10 +57,13 @@ def lay_out(spec: Spec) -> Sides:
     """Both sides on paper. Raises PlacementError or ConfigError where one of them cannot be."""
     model = model_of(spec.config)
     actors = megatron_placements(model, spec.topology, dtype="bfloat16")
+    shapes = [
+        paper_worker(model, seat, holder="", dtype="bfloat16") for seat in seats(model, tp_size=spec.engine_tp, ep_size=spec.engine_ep)
+    ]
     held = [
-        replace(paper_worker(model, worker, spec.engine_tp, holder=f"engine {engine} worker {worker}", dtype="bfloat16"), location=_at(gpu))
+        replace(shape, holder=f"engine {engine} worker {worker}", location=_at(gpu))
         for engine, gpus in enumerate(spec.engine_gpus)
-        for worker, gpu in enumerate(gpus)
+        for worker, (shape, gpu) in enumerate(zip(shapes, gpus, strict=True))
     ]
     located = [replace(p, location=_at(gpu)) for p, gpu in zip(actors, spec.actor_gpus, strict=True)]
     return Sides(tuple(model.tensors("bfloat16")), tuple(located), tuple(held))
@@ -71,13 +73,18 @@ def workers(spec: Spec, floors: Mapping[str, Any]) -> tuple[Worker, ...]:
     """Every engine worker, engines in order."""
     sides = lay_out(spec)
     places = [(engine, worker, gpu) for engine, gpus in enumerate(spec.engine_gpus) for worker, gpu in enumerate(gpus)]
-    return tuple(_worker(spec, floors, sides, held, *place) for held, place in zip(sides.workers, places, strict=True))
+    _, taken = outline(sides.tensors, sides.actors, sides.workers).by_link()
+    # Of all that is received the nearest copy is taken, so that the others do not matter to a worker.
+    amounts = zip(map(_held_bytes, sides.workers), taken[:, 0].tolist(), taken.sum(axis=1).tolist(), strict=True)
+    return tuple(_worker(spec, floors, *place, *own) for place, own in zip(places, amounts, strict=True))
 
 
-def _worker(spec: Spec, floors: Mapping[str, Any], sides: Sides, held: Placement, engine: int, worker: int, gpu: int) -> Worker:
-    found = traffic(build_plan(sides.tensors, sides.actors, [held]))
-    near, total = found.bytes_by_link[LINK_NAMES[0]], sum(found.bytes_by_destination.values())
-    held_bytes = round(total / found.redundancy[held.holder])
+def _held_bytes(worker: Placement) -> int:
+    items = {b.name: DTYPE_BYTES[b.dtype] for b in worker.buffers}
+    return sum(piece.box.size * items[piece.buffer] for piece in worker.pieces)
+
+
+def _worker(spec: Spec, floors: Mapping[str, Any], engine: int, worker: int, gpu: int, held_bytes: int, near: int, total: int) -> Worker:
     if not spec.on_gpu:
         seconds = total / 1e9 / floors["same_gb_per_s"]["cpu"]
         return Worker(engine, worker, None, held_bytes, total, 0, seconds, seconds)

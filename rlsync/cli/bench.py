@@ -13,16 +13,20 @@ from pathlib import Path
 from rlsync.bench import run as bench
 from rlsync.bench import spec as specs
 from rlsync.bench import work
+from rlsync.cli.scene import AXES, ENGINES, sizes
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
+
+# Of an engine whose data-parallel ranks are processes of their own there is no measurement.
+_ENGINES = {name: field for name, field in ENGINES.items() if name != "dp"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help=f"{', '.join(SHAPES)}, or a config.json; weights are random, nothing is downloaded")
     add("--actor", default="tp=1", help="sizes of the actor's axes, as tp=2,pp=1; also vpp, cp, dp, ep, etp")
-    add("--rollout", default="tp=1", help="the engines, as tp=2,engines=2")
+    add("--rollout", default="tp=1", help="the engines, as tp=2,engines=2; ep=tp for expert parallelism")
     add("--placement", choices=specs.PLACEMENTS, default="collocated", help="engines on the actor's GPUs, or on the ones after them")
     add("--transport", help="weight_sync.transport; this and the next four may be lists, as direct,loaders: every combination is run")
     add("--sink", help="weight_sync.sink")
@@ -65,8 +69,8 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         if getattr(arguments, option) < 1:
             raise ConfigError(f"--{option} is {getattr(arguments, option)}; it must be at least 1")
     config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    axes = specs.sizes(arguments.actor, specs.AXES, "--actor")
-    engines = {"tp_size": 1, "num_engines": 1, **specs.sizes(arguments.rollout, specs.ENGINES, "--rollout")}
+    axes = sizes(arguments.actor, AXES, "--actor")
+    engines = {"tp_size": 1, "ep_size": 1, "num_engines": 1, **sizes(arguments.rollout, _ENGINES, "--rollout")}
     devices = _devices()
     common = {"timeout_s": arguments.timeout_s, "verify": arguments.verify}
     num_actors = Topology(**axes).world_size
@@ -77,6 +81,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         axes=axes,
         num_engines=engines["num_engines"],
         engine_tp=engines["tp_size"],
+        engine_ep=engines["ep_size"],
         placement=arguments.placement,
         cases=specs.cases(
             {option: getattr(arguments, option.replace("-", "_")) for option in specs.LISTS},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -88,37 +88,38 @@ def step_bytes(drawn: Outline, parts: Parts, transports: Sequence[str], num_slot
     sent = np.zeros(len(drawn.sources), np.int64)
     taken = [np.zeros(len(kind.members), np.int64) for kind in drawn.kinds]
     known: dict[Hashable, Integers] = {}
+    forms: dict[Hashable, int] = {}
     for bucket in range(len(drawn.buckets)):
         given = np.zeros((len(sent), num_steps), np.int64)
         for number, (kind, row) in enumerate(zip(drawn.kinds, parts, strict=True)):
             if transports[number] == "nccl" and row[bucket].regions:
-                taken[number] = np.maximum(taken[number], _add_steps(given, kind, row[bucket], known))
+                taken[number] = np.maximum(taken[number], _add_steps(given, kind, row[bucket], known, forms))
         sent = np.maximum(sent, given.max(axis=1))
     return _times(num_slots, sent), _times(num_slots, np.concatenate(taken))
 
 
-def _add_steps(given: Integers, kind: Kind, part: PackedPart, known: dict[Hashable, Integers]) -> Integers:
+def _add_steps(given: Integers, kind: Kind, part: PackedPart, known: dict[Hashable, Integers], numbers: dict[Hashable, int]) -> Integers:
     """Add to ``given``, by source and step, what the members of a kind take; the most that each takes in a step.
 
-    ``known``: bytes by step of messages found before, of the same number of steps.
+    ``known``: bytes by step of messages found before, of the same number of steps. ``numbers``: of the forms of regions found before.
     """
     num_steps, regions = given.shape[1], part.regions
     ways, _ = _regions(part)
-    forms = [(r.shape, r.dtype) for r in regions]
+    forms = np.array([numbers.setdefault((r.shape, r.dtype), len(numbers)) for r in regions], np.int32)
     most = np.zeros(len(kind.members), np.int64)
     for member, (sources, is_whole) in enumerate(zip(kind.sources[:, ways], _have_one_source(kind, ways), strict=True)):
         whole_bytes = part.nbytes if is_whole and num_steps == 1 else 0
-        messages: dict[int, list[int]] = defaultdict(list)
-        for index, source in enumerate(sources.tolist()):
-            messages[source].append(index)
+        # A message has the regions of one source, in their order.
+        order = np.argsort(sources, kind="stable")
+        givers, own = sources[order], forms[order]
         taken = np.zeros(num_steps, np.int64)
-        for source, mine in messages.items():
+        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(givers)) + 1).tolist(), len(order)]):
             # How a message is cut depends on the shapes in it alone, which are those of other sources and destinations too.
-            key = whole_bytes, *[forms[i] for i in mine]
+            key = whole_bytes, own[begin:end].tobytes()
             sizes = known.get(key)
             if sizes is None:
-                sizes = known[key] = np.array(_message_steps([regions[i] for i in mine], num_steps, whole_bytes), np.int64)
-            given[source, : len(sizes)] += sizes
+                sizes = known[key] = np.array(_message_steps([regions[i] for i in order[begin:end]], num_steps, whole_bytes), np.int64)
+            given[givers[begin], : len(sizes)] += sizes
             taken[: len(sizes)] += sizes
         most[member] = taken.max()
     return most

@@ -7,29 +7,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from rlsync.cli.lines import wrapped
+from rlsync.cli.lines import amount, between, milliseconds, wrapped
+from rlsync.cli.page import page
+from rlsync.cli.prediction import links_of
 from rlsync.cli.pricing import Price, Quote, Settings, quote
-from rlsync.cli.scene import Scene
+from rlsync.cli.scene import AXES, ENGINES, STAGES, Scene, sizes
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError
-
-_AXES = {
-    "tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size",
-    "first": "first_stage_layers", "last": "last_stage_layers",
-}  # fmt: skip
-_ENGINES = {"tp": "tp_size", "engines": "num_engines"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"config.json, or the folder that holds it, or one of {', '.join(SHAPES)}")
     parser.add_argument(
-        "--actor", default="tp=1", help="sizes of the actor's axes, as tp=8,pp=8,dp=1; also vpp, cp, and layers: first, last"
+        "--actor", default="tp=1", help="sizes of the actor's axes, as tp=8,pp=8,dp=1; also vpp, cp, ep, etp, and layers: first, last"
     )
-    parser.add_argument("--rollout", default="tp=1,engines=1", help="the engines, as tp=8,engines=8")
+    parser.add_argument(
+        "--rollout", default="tp=1,engines=1", help="the engines, as tp=8,engines=8; also dp, and ep=tp*dp for expert parallelism"
+    )
     parser.add_argument("--gpus-per-host", type=int, default=8, help="GPUs are taken in order: the actor's, then the engines'")
     parser.add_argument("--actor-hosts", type=int, help="hosts for the actor alone; default: engines may share its last one")
     parser.add_argument("--colocated", action="store_true", help="engines are on the actor's GPUs")
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, default=1, help="the actor pads its vocabulary to a multiple of this times tp"
     )
+    parser.add_argument(
+        "--link", help="bytes per second that arrive at one GPU, as nvlink=370e9,nic=44e9; also gpu, of a copy on one: predict seconds"
+    )
+    parser.add_argument("--html", type=Path, help="write a page with all of it, and a map of who gives to whom, into this file")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -51,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print price and refusals; 1 where a sync would be refused. Raises ConfigError for arguments that cannot be read."""
     config = shape_of(arguments.config)
     scene = Scene(
-        axes=_sizes(arguments.actor, _AXES, "--actor"),
-        **_sizes(arguments.rollout, _ENGINES, "--rollout"),
+        axes=sizes(arguments.actor, AXES | STAGES, "--actor"),
+        **sizes(arguments.rollout, ENGINES, "--rollout"),
         gpus_per_host=_positive(arguments.gpus_per_host, "--gpus-per-host"),
         colocated=arguments.colocated,
         actor_hosts=arguments.actor_hosts,
@@ -67,22 +72,21 @@ def run(arguments: argparse.Namespace) -> int:
         offload_weight=arguments.offload_weight,
         shm_bytes=arguments.shm_bytes,
         make_vocab_size_divisible_by=_positive(arguments.make_vocab_size_divisible_by, "--make-vocab-size-divisible-by"),
+        links={} if arguments.link is None else links_of(arguments.link),
     )
     found = quote(config, scene, settings)
+    if arguments.html is not None:
+        _write_page(arguments.html, found, settings.links)
     print(json.dumps(_flat(found)) if arguments.json else _shown(found))
     return 1 if found.refusals else 0
 
 
-def _sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
-    sizes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in names or not value.isdigit() or int(value) < 1:
-            raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
-        if names[name] in sizes:
-            raise ConfigError(f"{option} {text!r}: {name} is given twice")
-        sizes[names[name]] = int(value)
-    return sizes
+def _write_page(path: Path, found: Quote, links: Mapping[str, float]) -> None:
+    rows = [] if found.price is None else _rows(found.price)
+    try:
+        path.write_text(page(found, rows, shlex.join(["rlsync", *sys.argv[1:]]), links), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {path}: {error.strerror}; name a file in a folder that can be written") from None
 
 
 def _positive(value: int, option: str) -> int:
@@ -107,40 +111,46 @@ def _rows(p: Price) -> list[tuple[str, str]]:
     links = (("same GPU", p.bytes_same_gpu), ("same host", p.bytes_same_host), ("other host", p.bytes_other_host))
     actor, engines = f"{_many(p.actor_ranks, 'rank')} on {_many(p.actor_hosts, 'host')}", _many(p.engine_workers, "worker")
     return [
-        ("model", f"{p.architecture}: {p.num_tensors:,} tensors, {_amount(p.tensor_bytes)} in {p.dtype}{cast}"),
-        ("actor", f"{actor}, each holds {_between(p.held_bytes_per_actor_rank)}"),
+        ("model", f"{p.architecture}: {p.num_tensors:,} tensors, {amount(p.tensor_bytes)} in {p.dtype}{cast}"),
+        ("actor", f"{actor}, each holds {between(p.held_bytes_per_actor_rank)}"),
         ("engines", f"{engines} on {_many(p.engine_hosts, 'host')} in {_many(p.num_destinations, 'destination')}"),
         ("transport", transports),
-        ("given per actor rank", _between(p.given_bytes_per_actor_rank)),
-        ("received per worker", f"{_between(p.received_bytes_per_worker)}, {p.redundancy_per_worker[1]:.2f} times what it holds"),
-        ("over links, in all", ", ".join(f"{_amount(nbytes)} {link}" for link, nbytes in links)),
+        ("given per actor rank", f"{between(p.given_bytes_per_actor_rank)}, most by {p.heaviest_actor_rank}"),
+        ("received per worker", f"{between(p.received_bytes_per_worker)}, most by {p.heaviest_worker}, {_redundancy(p)}"),
+        ("over links, in all", ", ".join(f"{amount(nbytes)} {link}" for link, nbytes in links)),
         ("a step", f"{p.num_copies:,} copies in {_many(p.num_buckets, 'bucket')}"),
         *_staging(p),
-        ("extra in a worker", f"none with the direct sink, up to {_amount(p.layerwise_extra_bytes)} with layerwise"),
+        *_seconds(p),
+        ("extra in a worker", f"none with the direct sink, up to {amount(p.layerwise_extra_bytes)} with layerwise"),
         ("planned in", f"{p.planning_s:.1f} s"),
+    ]
+
+
+def _redundancy(p: Price) -> str:
+    return f"{p.redundancy_per_worker[1]:.2f} times what it holds"
+
+
+def _seconds(p: Price) -> list[tuple[str, str]]:
+    """Where speeds were asked for."""
+    if p.prediction is None:
+        return [("seconds", f"not predicted: {p.unpredicted}")] if p.unpredicted else []
+    whole, data, floor = map(milliseconds, (p.prediction.whole_s, p.prediction.data_s, p.prediction.floor_s))
+    return [
+        ("seconds, predicted", f"{whole} from pause to resume, of which data {data}; the floor is {floor}: {p.prediction.limit} that long")
     ]
 
 
 def _staging(p: Price) -> list[tuple[str, str]]:
     rows = []
     if p.ring_bytes:
-        rows.append(("ring", f"{_amount(p.ring_bytes)} in /dev/shm, in slots of {_amount(p.slot_bytes)}"))
+        rows.append(("ring", f"{amount(p.ring_bytes)} in /dev/shm, in slots of {amount(p.slot_bytes)}"))
     if p.staging_bytes_per_actor_rank[1]:
-        rows.append(("staging ring", f"{_between(p.staging_bytes_per_actor_rank)} of GPU memory in each actor rank"))
+        rows.append(("staging ring", f"{between(p.staging_bytes_per_actor_rank)} of GPU memory in each actor rank"))
     if p.outbox_bytes_per_actor_rank[1]:
-        sent, taken = _between(p.outbox_bytes_per_actor_rank), _between(p.inbox_bytes_per_worker)
+        sent, taken = between(p.outbox_bytes_per_actor_rank), between(p.inbox_bytes_per_worker)
         rows.append(("messages", f"{sent} in each actor rank, {taken} in each worker"))
     return rows
 
 
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def _between(limits: tuple[int, int]) -> str:
-    low, high = limits
-    return _amount(low) if low == high else f"{_amount(low)} to {_amount(high)}"
-
-
-def _amount(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 10 * 2**30 else f"{nbytes / 2**30:,.1f} GiB"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, staging_bytes, step_bytes
+from rlsync.cli.prediction import Prediction, predicted, unpredictable
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
@@ -29,6 +30,7 @@ class Settings:
 
     ``offload_weight``: whether the actor's parameters leave its GPUs between syncs.
     ``shm_bytes``: size of /dev/shm on the actor's host, or None where nobody asks whether the ring fits.
+    ``links``: bytes per second that arrive at one GPU, by ``prediction.LINKS``; empty where nobody asks for seconds.
     """
 
     dtype: str | None = None
@@ -40,9 +42,19 @@ class Settings:
     offload_weight: bool = False
     shm_bytes: int | None = None
     make_vocab_size_divisible_by: int = 1
+    links: Mapping[str, float] = field(default_factory=dict)
 
 
 Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HostTraffic:
+    """Bytes between hosts: a row for each of the actor's, a column for each of the engines'."""
+
+    actor_hosts: tuple[str, ...]
+    engine_hosts: tuple[str, ...]
+    nbytes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,10 @@ class Price:
         slot_bytes, ring_bytes: of the ring in host shared memory; 0 where no worker is served through it.
         staging_bytes_per_actor_rank: of the rings in GPU memory that ``ipc`` reads; 0 where it reads parameters.
         outbox_bytes_per_actor_rank, inbox_bytes_per_worker: for messages of gloo (in the host) or NCCL (on GPUs), or 0.
+        heaviest_actor_rank, heaviest_worker: who gives and who receives most; of equals the first.
+        num_steps: of NCCL's messages, or 0.
+        host_traffic: bytes between hosts.
+        prediction: seconds; None where no speeds are known, or for the reason in ``unpredicted``.
         layerwise_extra_bytes: most that a worker takes where every module goes through vLLM's post-processing; the direct sink
             takes none.
     """
@@ -66,10 +82,12 @@ class Price:
     actor_hosts: int
     held_bytes_per_actor_rank: Range
     given_bytes_per_actor_rank: Range
+    heaviest_actor_rank: str
     engine_workers: int
     engine_hosts: int
     shared_gpus: int
     received_bytes_per_worker: Range
+    heaviest_worker: str
     redundancy_per_worker: tuple[float, float]
     workers_by_transport: Mapping[str, int]
     num_destinations: int
@@ -78,12 +96,16 @@ class Price:
     bytes_other_host: int
     num_buckets: int
     num_copies: int
+    num_steps: int
     slot_bytes: int
     ring_bytes: int
     staging_bytes_per_actor_rank: Range
     outbox_bytes_per_actor_rank: Range
     inbox_bytes_per_worker: Range
     layerwise_extra_bytes: int
+    host_traffic: HostTraffic
+    prediction: Prediction | None
+    unpredicted: str
     planning_s: float
 
 
@@ -116,15 +138,18 @@ def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bo
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.perf_counter()
     try:
-        drawn, transports, is_read_staged = _draw(sides, settings, by_kind)
+        drawn, takers, transports, is_read_staged = _draw(sides, settings, by_kind)
     except PlacementError as error:
         return Quote((*sides.refusals, str(error)))
-    price = _count(architecture, sides, settings, drawn, transports, is_read_staged, began_s)
+    price = _count(architecture, sides, settings, drawn, takers, transports, is_read_staged, began_s)
     return Quote((*sides.refusals, *_transport_refusals(settings, price)), price)
 
 
-def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, list[str], Callable[[int, int], bool]]:
-    """The plan in outline, the transport of each of its kinds, and whether one reads staging rings over a class of links."""
+_Drawn = tuple[Outline, list[Placement], list[str], Callable[[int, int], bool]]
+
+
+def _draw(sides: Sides, settings: Settings, by_kind: bool) -> _Drawn:
+    """The plan in outline, the worker that each destination is, and by kind the transport and whether it reads rings over a link."""
     chosen = transports_of(sides, settings.transport)
     first_of: dict[object, int] = {}
     # Workers of one host that hold the same are one destination, where shared memory serves them.
@@ -159,7 +184,12 @@ def _draw(sides: Sides, settings: Settings, by_kind: bool) -> tuple[Outline, lis
             )
         )  # fmt: skip
     workers = [firsts[kind.members[0]] for kind in drawn.kinds]
-    return drawn, [chosen[worker] for worker in workers], lambda number, link: is_read_staged(workers[number], link)
+    return (
+        drawn,
+        [sides.workers[worker] for worker in firsts],
+        [chosen[worker] for worker in workers],
+        lambda number, link: is_read_staged(workers[number], link),
+    )
 
 
 def _located(placement: Placement, by_device: bool) -> Placement:
@@ -173,7 +203,8 @@ def _count(
     sides: Sides,
     settings: Settings,
     drawn: Outline,
-    transports: list[str],
+    takers: Sequence[Placement],
+    transports: Sequence[str],
     is_read_staged: Callable[[int, int], bool],
     began_s: float,
 ) -> Price:
@@ -183,10 +214,14 @@ def _count(
     slot_size, ring_size = ring_bytes(drawn, parts, transports, settings.num_slots)
     stages = staging_bytes(drawn, parts, is_read_staged, settings.num_slots)
     outboxes, inboxes = message_bytes(drawn, parts, transports, settings.num_slots)
+    steps = 0
     if "nccl" in transports:
         steps = num_steps(moved, settings.bucket_bytes) if set(transports) == {"nccl"} else 1
         outboxes, inboxes = step_bytes(drawn, parts, transports, settings.num_slots, steps)
-    same_gpu, same_host, other_host = moved.bytes_by_link.values()
+    given, taken = drawn.by_link()
+    by_link = same_gpu, same_host, other_host = tuple(taken.sum(axis=0).tolist())
+    names = tuple(a.holder for a in sides.actors), tuple(w.holder for w in takers)
+    unpredicted = unpredictable(settings.links, by_link, transports, any(stages)) if settings.links else ""
     return Price(
         architecture=architecture,
         dtype=tensors[0].dtype,
@@ -197,10 +232,12 @@ def _count(
         actor_hosts=len(set(map(host_of, sides.actors))),
         held_bytes_per_actor_rank=_range(map(_held_bytes, {id(a.buffers): a for a in sides.actors}.values())),
         given_bytes_per_actor_rank=_range(moved.bytes_by_source.values()),
+        heaviest_actor_rank=names[0][int(given.sum(axis=1).argmax())],
         engine_workers=len(sides.workers),
         engine_hosts=len(set(map(host_of, sides.workers))),
         shared_gpus=len({a.location for a in sides.actors} & {w.location for w in sides.workers}),
         received_bytes_per_worker=_range(moved.bytes_by_destination.values()),
+        heaviest_worker=names[1][int(taken.sum(axis=1).argmax())],
         redundancy_per_worker=(min(moved.redundancy.values()), max(moved.redundancy.values())),
         workers_by_transport=dict(Counter(transports_of(sides, settings.transport))),
         num_destinations=sum(len(kind.members) for kind in drawn.kinds),
@@ -209,14 +246,30 @@ def _count(
         bytes_other_host=other_host,
         num_buckets=len(drawn.buckets),
         num_copies=drawn.num_copies,
+        num_steps=steps,
         slot_bytes=slot_size,
         ring_bytes=ring_size,
         staging_bytes_per_actor_rank=_range(stages),
         outbox_bytes_per_actor_rank=_range(outboxes),
         inbox_bytes_per_worker=_range(inboxes),
         layerwise_extra_bytes=layerwise_bytes(drawn, settings.bucket_bytes),
+        host_traffic=_between_hosts(sides, drawn, takers),
+        prediction=None
+        if unpredicted or not settings.links
+        else predicted(settings.links, given, taken, names, num_steps=steps, num_engines=sides.num_engines),
+        unpredicted=unpredicted,
         planning_s=planning_s,
     )
+
+
+def _between_hosts(sides: Sides, drawn: Outline, takers: Sequence[Placement]) -> HostTraffic:
+    numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    groups = [
+        [known.setdefault(host_of(p), len(known)) for p in placements]
+        for known, placements in zip(numbers, (sides.actors, takers), strict=True)
+    ]
+    moved = drawn.between(*groups)
+    return HostTraffic(tuple(numbers[0]), tuple(numbers[1]), tuple(map(tuple, moved.tolist())))
 
 
 def _transport_refusals(settings: Settings, price: Price) -> Iterable[str]:

@@ -14,9 +14,13 @@ from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
 from rlsync.models.base_keys import DTYPES
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import paper_worker, seats
 from rlsync.models.placement import megatron_placements
 
+# Sizes of axes as arguments say them: the actor's, as fields of Topology, and the engines', as fields of Scene.
+AXES = {"tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "dp": "dp_size", "ep": "ep_size", "etp": "etp_size"}
+STAGES = {"first": "first_stage_layers", "last": "last_stage_layers"}
+ENGINES = {"tp": "tp_size", "dp": "dp_size", "ep": "ep_size", "engines": "num_engines"}
 # Transports that carry messages between members of a group.
 GROUPS = ("nccl", "gloo")
 
@@ -27,17 +31,38 @@ class Scene:
 
     Attributes:
         axes: sizes of the actor's axes, as arguments of Topology.
-        tp_size, num_engines: of the engines.
+        tp_size, dp_size, ep_size: of an engine: vLLM's tensor_parallel_size and data_parallel_size, and the ranks that share experts, which
+            are 1 (every expert is cut) or all of them (enable_expert_parallel).
         colocated: engines take the actor's GPUs from 0 on; else those after the actor's.
         actor_hosts: hosts that the actor has for itself, or None where engines may share its last one.
     """
 
     axes: Mapping[str, int]
     tp_size: int = 1
+    dp_size: int = 1
+    ep_size: int = 1
     num_engines: int = 1
     gpus_per_host: int = 8
     colocated: bool = False
     actor_hosts: int | None = None
+
+    @property
+    def engine_size(self) -> int:
+        """Workers of an engine."""
+        return self.tp_size * self.dp_size
+
+
+def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
+    """``tp=2,pp=1`` by full names. Raises ConfigError for what it cannot read."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in names or not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
+        if names[name] in found:
+            raise ConfigError(f"{option} {text!r}: {name} is given twice")
+        found[names[name]] = int(value)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +73,7 @@ class Sides:
     actors: tuple[Placement, ...] = ()
     workers: tuple[Placement, ...] = ()
     refusals: list[str] = field(default_factory=list)
+    num_engines: int = 1
 
 
 def set_out(
@@ -73,10 +99,11 @@ def set_out(
     except (ConfigError, PlacementError) as error:
         refusals.append(str(error))
     try:
-        shapes = [paper_worker(model, rank, scene.tp_size, holder="", dtype=engine_dtype or dtype) for rank in range(scene.tp_size)]
+        held_in = seats(model, tp_size=scene.tp_size, dp_size=scene.dp_size, ep_size=scene.ep_size)
+        shapes = [paper_worker(model, seat, holder="", dtype=engine_dtype or dtype) for seat in held_in]
         first = _first_engine_gpu(scene, len(actors))
         workers = tuple(
-            replace(p, holder=f"engine {engine} worker {rank}", location=_gpu(first + engine * scene.tp_size + rank, scene))
+            replace(p, holder=f"engine {engine} worker {rank}", location=_gpu(first + engine * scene.engine_size + rank, scene))
             for engine in range(scene.num_engines)
             for rank, p in enumerate(shapes)
         )
@@ -86,7 +113,7 @@ def set_out(
         refusals.append(f"{len(workers)} engine workers cannot share the GPUs of {len(actors)} actor ranks; take fewer engines")
     if scene.actor_hosts is not None and len(actors) > scene.actor_hosts * scene.gpus_per_host:
         refusals.append(f"{len(actors)} actor ranks do not fit on {scene.actor_hosts} hosts of {scene.gpus_per_host} GPUs")
-    return Sides(model.tensors(dtype), actors, workers, refusals)
+    return Sides(model.tensors(dtype), actors, workers, refusals, scene.num_engines)
 
 
 def _first_engine_gpu(scene: Scene, num_actors: int) -> int:

@@ -21,22 +21,32 @@ def _qwen25(hidden: int, ffn: int, layers: int, heads: int, groups: int, **chang
     return {**_QWEN25, **sizes, "num_key_value_heads": groups, **changes}
 
 
+# Experts in every layer. Configs of files say decoder_sparse_step and mlp_only_layers, without which vLLM does not start.
+_QWEN3_MOE: Mapping[str, Any] = {
+    **_QWEN25, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "attention_bias": False, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+
+def _qwen3_moe(hidden: int, ffn: int, expert_ffn: int, layers: int, heads: int, **changes: Any) -> Mapping[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "moe_intermediate_size": expert_ffn, "num_hidden_layers": layers}
+    return {**_QWEN3_MOE, **sizes, "num_attention_heads": heads, **changes}
+
+
 # Small enough for two CPU cores; a head has 32 elements because vLLM's attention on CPU takes no fewer.
-_TINY = _qwen25(128, 160, 4, 4, 2, vocab_size=512, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+_TINY: Mapping[str, Any] = {"vocab_size": 512, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _TINY,
+    "tiny": _qwen25(128, 160, 4, 4, 2, **_TINY),
+    "tiny-moe": _qwen3_moe(128, 160, 64, 4, 4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, **_TINY),
     "qwen2.5-0.5b": _qwen25(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True),
     "qwen2.5-1.5b": _qwen25(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True),
     "qwen2.5-7b": _qwen25(3584, 18944, 28, 28, 4),
     "qwen2.5-32b": _qwen25(5120, 27648, 64, 40, 8),
     "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8),
-    "qwen3-30b-a3b": {
-        **_QWEN25, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False, "max_position_embeddings": 40960,
-    },
+    "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 768, 48, 32),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 1536, 94, 64),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Engine workers on paper: what a vLLM worker of a dense decoder would hold, from a config.json alone.
+"""Engine workers on paper: what a vLLM worker of a decoder would hold, dense or with experts, from a config.json alone.
 
 This is the one place that says again what the recorder finds out: ``rlsync plan`` and the floors of ``rlsync bench`` need an engine's
 layout where no engine runs, for clusters that nobody has at hand. A sync never uses it, as the layering test holds; another test
@@ -7,17 +7,113 @@ compares it with recordings of real workers, and turns red where vLLM lays out i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement
-from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
+from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement, contiguous_strides
+from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, PackedGatedColumn, Part, Replicated, Row, Shape, VocabPadded
 from rlsync.models.stacks import Model
 
 # vLLM pads the vocabulary to a multiple of this, whatever the number of ranks (``DEFAULT_VOCAB_PADDING_SIZE``).
 _VOCAB_MULTIPLE = 64
 _LAYER = "model.layers.{layer}."
+_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a worker is in its engine, whose ranks are numbered data-parallel rank by data-parallel rank.
+
+    Attributes:
+        rank: of ``tp_size * dp_size``.
+        tp_size, dp_size: vLLM's tensor_parallel_size and data_parallel_size. Attention is cut by TP and whole on every DP rank.
+        expert_parallel: vLLM's enable_expert_parallel. Every rank has some of the experts, or, without it, a slice of each.
+    """
+
+    rank: int
+    tp_size: int = 1
+    dp_size: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.tp_size * self.dp_size
+
+    @property
+    def tensor_axis(self) -> tuple[int, int]:
+        """Rank and size of the axis that cuts attention, dense MLPs and the vocabulary."""
+        return self.rank % self.tp_size, self.tp_size
+
+    @property
+    def sequence_axis(self) -> tuple[int, int]:
+        """The same, but for weights that are whole where vLLM gives each tensor rank a part of the sequence before experts."""
+        is_sequence_parallel = self.expert_parallel and self.tp_size > 1 and self.dp_size > 1
+        return (0, 1) if is_sequence_parallel else self.tensor_axis
+
+    @property
+    def slice_axis(self) -> tuple[int, int]:
+        """Of the one that cuts each expert."""
+        return (0, 1) if self.expert_parallel else (self.rank, self.size)
+
+    def experts(self, num_experts: int) -> range:
+        """Global numbers of the experts of this worker, in the order in which they are stacked."""
+        if not self.expert_parallel:
+            return range(num_experts)
+        if num_experts % self.size:
+            raise PlacementError(f"{num_experts} experts cannot be divided by {self.size} ranks under expert parallelism")
+        block = num_experts // self.size
+        return range(self.rank * block, (self.rank + 1) * block)
+
+
+def seats(model: Model, *, tp_size: int = 1, dp_size: int = 1, ep_size: int = 1) -> tuple[Seat, ...]:
+    """Of the workers of an engine, rank by rank.
+
+    ``ep_size``: ranks that share the experts, which is 1 (each expert is cut) or all (vLLM's enable_expert_parallel).
+    Raises PlacementError for experts that vLLM cannot share so.
+    """
+    size = tp_size * dp_size
+    if ep_size not in (1, size):
+        raise PlacementError(
+            f"ep={ep_size} of an engine of tp={tp_size}, dp={dp_size}: vLLM shares experts among all {size} ranks of an engine or among "
+            f"none; use ep={size} or ep=1"
+        )
+    if ep_size > 1 and "num_experts" not in model.dims:
+        raise PlacementError(f"ep={ep_size} of an engine: {model.architecture} has no experts; leave ep out")
+    return tuple(Seat(rank, tp_size, dp_size, ep_size > 1) for rank in range(size))
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """All layers of experts in one buffer: dim 0 counts those of the worker, and each lies in it as ``each`` says."""
+
+    each: Layout
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        """``shapes``: of the tensors of one expert after those of another."""
+        per_expert = len(shapes) // dims["local_experts"]
+        one = self.each.local(shapes[:per_expert], rank, size, dims)
+        step = contiguous_strides((dims["local_experts"], *one.shape))[0]
+        parts = (
+            replace(part, source=expert * per_expert + part.source, offset=expert * step + part.offset)
+            for expert in range(dims["local_experts"])
+            for part in one.parts
+        )
+        return LocalLayout((dims["local_experts"], *one.shape), tuple(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """Tensors whole, one below the other (MergedColumnParallelLinear without tensor parallelism)."""
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        parts, rows = [], 0
+        for source, shape in enumerate(shapes):
+            part = Replicated().local((shape,), rank, size, dims).parts[0]
+            parts.append(Part(source, part.box, rows * part.strides[0], part.strides))
+            rows += shape[0]
+        return LocalLayout((rows, *shapes[0][1:]), tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +141,24 @@ class FusedQKV:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One parameter of a worker, the HF tensors in it, and how they are packed. Names carry ``{layer}`` where they repeat."""
+    """One parameter of a worker, the HF tensors in it, and how they are packed. Names carry ``{layer}`` where they repeat.
+
+    Attributes:
+        axis: the property of Seat that cuts it.
+        dtype: that it has whatever the engine is in, or "".
+        family: the model_type whose code in vLLM lays it out so, or "" for all.
+    """
 
     name: str
     hf: tuple[str, ...]
     layout: Layout
+    axis: str = "tensor_axis"
+    dtype: str = ""
+    family: str = ""
 
 
-def _same(name: str, layout: Layout) -> Held:
-    return Held(name, (name,), layout)
+def _same(name: str, layout: Layout, axis: str = "tensor_axis", dtype: str = "", family: str = "") -> Held:
+    return Held(name, (name,), layout, axis, dtype, family)
 
 
 def _attention(kind: str) -> Held:
@@ -62,60 +167,115 @@ def _attention(kind: str) -> Held:
     )  # fmt: skip
 
 
-# A row whose first HF tensor the model lacks does not apply: biases, head norms, the head of a tied model.
+def _mlp(block: str, axis: str = "tensor_axis", family: str = "") -> tuple[Held, Held]:
+    gate_up = tuple(f"{_LAYER}{block}{x}_proj.weight" for x in ("gate", "up"))
+    return (
+        Held(f"{_LAYER}{block}gate_up_proj.weight", gate_up, GatedColumn(), axis, family=family),
+        _same(f"{_LAYER}{block}down_proj.weight", Row(), axis, family=family),
+    )
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Held, Held]:
+    hf, held = f"{_LAYER}{block}experts.{{expert}}.", f"{_LAYER}{block}experts.routed_experts."
+    return (
+        Held(f"{held}w13_weight", (f"{hf}{gate}.weight", f"{hf}{up}.weight"), Stacked(GatedColumn()), "slice_axis"),
+        Held(f"{held}w2_weight", (f"{hf}{down}.weight",), Stacked(Row()), "slice_axis"),
+    )
+
+
+# A row of which the model lacks an HF tensor does not apply (biases, head norms, the head of a tied model), nor one whose first tensor
+# an earlier row has.
 _TABLE = (
     _same("model.embed_tokens.weight", VocabPadded()),
     _attention("weight"),
     _attention("bias"),
+    Held(
+        f"{_LAYER}self_attn.fused_qkv_a_proj.weight",
+        tuple(f"{_LAYER}self_attn.{x}.weight" for x in ("q_a_proj", "kv_a_proj_with_mqa")),
+        Below(),
+    ),
+    *(_same(f"{_LAYER}self_attn.{x}.weight", Replicated()) for x in ("kv_a_proj_with_mqa", "q_a_layernorm", "kv_a_layernorm")),
+    *(_same(f"{_LAYER}self_attn.{x}.weight", Column()) for x in ("q_proj", "q_b_proj", "kv_b_proj")),
     _same(f"{_LAYER}self_attn.o_proj.weight", Row()),
     _same(f"{_LAYER}self_attn.q_norm.weight", Replicated()),
     _same(f"{_LAYER}self_attn.k_norm.weight", Replicated()),
-    Held(f"{_LAYER}mlp.gate_up_proj.weight", tuple(f"{_LAYER}mlp.{x}_proj.weight" for x in ("gate", "up")), GatedColumn()),
-    _same(f"{_LAYER}mlp.down_proj.weight", Row()),
-    _same(f"{_LAYER}input_layernorm.weight", Replicated()),
-    _same(f"{_LAYER}post_attention_layernorm.weight", Replicated()),
+    *_mlp("mlp."),
+    _same(f"{_LAYER}mlp.gate_up_proj.weight", PackedGatedColumn()),
+    _same(f"{_LAYER}mlp.gate.weight", Replicated(), dtype="float32", family="glm4_moe"),
+    *(_same(f"{_LAYER}{block}gate.weight", Replicated()) for block in ("mlp.", "block_sparse_moe.")),
+    _same(f"{_LAYER}mlp.gate.e_score_correction_bias", Replicated(), dtype="float32"),
+    *_mlp("mlp.shared_expert."),
+    _same(f"{_LAYER}mlp.shared_expert_gate.weight", Replicated()),
+    *_mlp("mlp.shared_experts.", "sequence_axis", "deepseek_v3"),
+    *_mlp("mlp.shared_experts."),
+    *_experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+    *_experts("block_sparse_moe.", "w1", "w3", "w2"),
+    *(_same(f"{_LAYER}{x}_layernorm.weight", Replicated()) for x in ("input", "post_attention", "post_self_attn", "post_mlp")),
     _same("model.norm.weight", Replicated()),
     _same("lm_head.weight", VocabPadded()),
 )
 
 
-def paper_worker(
-    model: Model, rank: int, size: int, *, holder: str, dtype: str | None = None, location: Location | None = None
-) -> Placement:
-    """What worker ``rank`` of ``size`` tensor-parallel ones holds. ``dtype`` is the engine's; default: the model's.
+def paper_worker(model: Model, seat: Seat, *, holder: str, dtype: str | None = None, location: Location | None = None) -> Placement:
+    """What the worker in this seat holds. ``dtype`` is the engine's; default: the model's.
 
+    Layers after those of the decoder predict further tokens; an engine without a draft model has none of them.
     Raises PlacementError where a tensor has no row here, or where vLLM could not divide one; one error with all of them.
     """
-    shapes = {t.name: t.shape for t in model.tensors()}
+    shapes = {t.name: t.shape for t in model.tensors() if not _is_beyond(t.name, model.num_layers)}
     dims = {**model.dims, "padded_vocab": -(-model.dims["vocab"] // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE}
     buffers: list[BufferSpec] = []
     pieces: list[Piece] = []
     padding: list[Padding] = []
     findings: dict[str, str] = {}
-    for held in _rows(model, shapes):
+    experts: Sequence[int] = ()
+    if "num_experts" in dims:
         try:
-            local = held.layout.local([shapes[name] for name in held.hf], rank, size, dims)
+            experts = seat.experts(dims["num_experts"])
+        except PlacementError as error:
+            findings[str(error)] = "experts"
+        dims["local_experts"] = len(experts)
+    layouts: dict[tuple[str, tuple[Shape, ...]], LocalLayout] = {}  # of a row they are the same in every layer
+    for row, held in _rows(model, shapes, experts):
+        key = row.name, tuple(shapes[name] for name in held.hf)
+        rank, size = getattr(seat, held.axis)
+        try:
+            local = layouts.get(key) or held.layout.local(key[1], rank, size, dims)
         except PlacementError as error:
             findings.setdefault(str(error), held.name)
             continue
-        buffers.append(BufferSpec(held.name, dtype or model.dtype, local.shape))
+        layouts[key] = local
+        buffers.append(BufferSpec(held.name, held.dtype or dtype or model.dtype, local.shape))
         pieces += (Piece(held.hf[p.source], p.box, held.name, p.offset, p.strides) for p in local.parts)
         padding += (Padding(held.name, p.offset, p.shape, p.strides) for p in local.padding)
     if findings:
-        raise PlacementError(f"an engine of {size} ranks cannot hold this model: {'; '.join(f'{n}: {f}' for f, n in findings.items())}")
+        raise PlacementError(
+            f"an engine of {seat.size} ranks cannot hold this model: {'; '.join(f'{n}: {f}' for f, n in findings.items())}"
+        )
     return Placement(holder, tuple(buffers), tuple(pieces), tuple(padding), location)
 
 
-def _rows(model: Model, shapes: Mapping[str, Shape]) -> list[Held]:
-    """The table for every layer of the model. Raises PlacementError where it leaves a tensor out."""
-    rows = []
+def _is_beyond(name: str, num_layers: int) -> bool:
+    found = _NUMBER.match(name)
+    return found is not None and int(found[1]) >= num_layers
+
+
+def _rows(model: Model, shapes: Mapping[str, Shape], experts: Sequence[int]) -> list[tuple[Held, Held]]:
+    """Rows of the table, each beside itself with the names of a layer. Raises PlacementError where the table leaves a tensor out."""
+    rows: list[tuple[Held, Held]] = []
+    claimed: set[str] = set()
     for held in _TABLE:
-        layers = range(model.num_layers) if held.name.startswith(_LAYER) else range(1)
+        is_stack, layers = held.axis == "slice_axis", range(model.num_layers) if held.name.startswith(_LAYER) else range(1)
         for layer in layers:
-            names = tuple(name.format(layer=layer) for name in held.hf)
-            if names[0] in shapes:
-                rows.append(Held(held.name.format(layer=layer), names, held.layout))
-    absent = sorted(shapes.keys() - {name for row in rows for name in row.hf})
+            first = [name.format(layer=layer, expert=0) for name in held.hf]
+            if first[0] in claimed or not shapes.keys() >= set(first) or held.family not in ("", model.family.model_type):
+                continue
+            numbers = range(model.dims["num_experts"]) if is_stack else range(1)
+            claimed.update(name.format(layer=layer, expert=number) for number in numbers for name in held.hf)
+            names = tuple(name.format(layer=layer, expert=number) for number in (experts if is_stack else (0,)) for name in held.hf)
+            if names:
+                rows.append((held, replace(held, name=held.name.format(layer=layer), hf=names)))
+    absent = sorted(shapes.keys() - claimed)
     if absent:
         raise PlacementError(f"no layout of vLLM's is written down for {', '.join(absent[:5])}; a running engine would be asked instead")
     return rows

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from rlsync.layout.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
 from rlsync.plan.links import LINK_NAMES, Traffic, link_class
 from rlsync.plan.planner import Bucket, Copy, Matching, Plan, copies_of, match
 
-Integers = NDArray[np.int64]
+Integers = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,22 +84,41 @@ class Outline:
 
     def traffic(self) -> Traffic:
         """What all destinations move. Bytes by destination and redundancy are those of the first member of each kind."""
-        by_link = dict.fromkeys(LINK_NAMES, 0)
-        given = np.zeros(len(self.sources), np.int64)
+        given, taken = self.by_link()
         received: dict[str, int] = {}
         redundancy: dict[str, float] = {}
         for kind in self.kinds:
-            given += kind.given(np.arange(len(kind.nbytes)), kind.nbytes, len(given))
-            for link, name in enumerate(LINK_NAMES):
-                by_link[name] += int((kind.nbytes * (kind.links == link)).sum())
             placement = kind.placement
             items = {b.name: DTYPE_BYTES[b.dtype] for b in placement.buffers}
             held = sum(piece.box.size * items[piece.buffer] for piece in placement.pieces)
             received[placement.holder] = int(kind.nbytes.sum())
             if held:
                 redundancy[placement.holder] = received[placement.holder] / held
-        by_source = {p.holder: int(nbytes) for p, nbytes in zip(self.sources, given, strict=True)}
-        return Traffic(by_link, by_source, received, redundancy)
+        by_source = {p.holder: int(nbytes) for p, nbytes in zip(self.sources, given.sum(axis=1), strict=True)}
+        return Traffic(dict(zip(LINK_NAMES, taken.sum(axis=0).tolist(), strict=True)), by_source, received, redundancy)
+
+    def by_link(self) -> tuple[Integers, Integers]:
+        """Bytes that each source gives and each destination takes, by class of link; (sources, links), (destinations, links)."""
+        given = np.zeros((len(self.sources), len(LINK_NAMES)), np.int64)
+        taken = np.zeros((sum(len(kind.members) for kind in self.kinds), len(LINK_NAMES)), np.int64)
+        for kind in self.kinds:
+            every = np.arange(len(kind.nbytes))
+            for link in np.unique(kind.links):
+                amounts = kind.nbytes * (kind.links == link)
+                given[:, link] += kind.given(every, amounts, len(given))
+                taken[list(kind.members), link] = amounts.sum(axis=1)
+        return given, taken
+
+    def between(self, source_groups: Sequence[int], destination_groups: Sequence[int]) -> Integers:
+        """Bytes between groups of sources and of destinations, which are numbered from 0; (groups, groups)."""
+        of = np.array(source_groups)
+        moved = np.zeros((max(source_groups) + 1, max(destination_groups) + 1), np.int64)
+        for kind in self.kinds:
+            for destination, sources in zip(kind.members, kind.sources, strict=True):
+                # Sums below 2**53, which doubles hold exactly.
+                given = np.bincount(of[sources], weights=kind.nbytes, minlength=len(moved))
+                moved[:, destination_groups[destination]] += given.astype(np.int64)
+        return moved
 
     def cut(self, bucket_bytes: int) -> tuple[tuple[TensorSpec, ...], ...]:
         """Buckets for readers that have to be told in parts, where these are one that holds everything."""
@@ -170,15 +190,13 @@ def _kinds(
     ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
     distances = _Distances(matching.sources.placements)
     origins = _origin_numbers(matching)
-    alike: dict[Hashable, list[int]] = defaultdict(list)
+    crowds: dict[Hashable, list[int]] = defaultdict(list)
     for destination, ways in enumerate(matching.ways):
-        # Objects that all share who take the same; see `match`.
-        boxes = tuple([id(box) for _, box, _ in ways]), tuple([origins[id(origin[1])] for _, _, origin in ways])
-        alike[kind_of(destination), matching.destinations.kinds[destination], boxes].append(destination)
+        crowds[kind_of(destination), matching.destinations.kinds[destination], len(ways)].append(destination)
+    alike = sorted(found for crowd in crowds.values() for found in _alike(crowd, matching, origins))
     rows: list[tuple[list[int], Integers, Integers]] = []
-    for members in alike.values():
+    for members, table in alike:
         ways = matching.ways[members[0]]
-        table = np.array([[origin[0] for _, _, origin in matching.ways[d]] for d in members], np.int64).reshape(len(members), len(ways))
         links = distances.of([placements[d].location for d in members], table)
         patterns = [_coalescing(table, np.array([ordinals[piece.tensor] for piece, _, _ in ways], np.int64))]
         if len(set(room(members[0]).tolist())) > 1:
@@ -205,6 +223,23 @@ def _kinds(
             np.array([ordinals[piece.tensor] for piece, _, _ in ways], np.int64),
             np.array([box.size * DTYPE_BYTES[items[piece.buffer]] for piece, box, _ in ways], np.int64),
         )
+
+
+def _alike(crowd: Sequence[int], matching: Matching, origins: dict[int, int]) -> Iterator[tuple[list[int], Integers]]:
+    """Those of some destinations with equally many ways who take the same boxes, cut alike; and the source of each way of each of them."""
+    width = len(matching.ways[crowd[0]])
+    # Objects that all share who take the same; see `match`. What is asked of a way is asked once for all who have it.
+    identities = np.empty((len(crowd), width), np.int64)
+    for row, destination in enumerate(crowd):
+        identities[row] = np.fromiter(map(id, matching.ways[destination]), np.int64, width)
+    _, firsts, where = np.unique(identities, return_index=True, return_inverse=True)
+    where = where.reshape(identities.shape)
+    ways = [matching.ways[crowd[first // width]][first % width] for first in firsts.tolist()]
+    numbers: dict[Hashable, int] = {}
+    forms = np.array([numbers.setdefault((id(box), origins[id(origin[1])]), len(numbers)) for _, box, origin in ways], np.int32)
+    sources = np.array([origin[0] for _, _, origin in ways], np.int32)
+    for same in _equal_rows(forms[where]):
+        yield [crowd[i] for i in same], sources[where[same]]
 
 
 def _origin_numbers(matching: Matching) -> dict[int, int]:
@@ -258,7 +293,7 @@ class _Distances:
         if location is not None and location.host not in self._hosts:
             location = Location("\0")
         if location not in self._known:
-            self._known[location] = np.array([link_class(p.location, location) for p in self._sources], np.int64)
+            self._known[location] = np.array([link_class(p.location, location) for p in self._sources], np.int8)
         return self._known[location]
 
 
@@ -275,6 +310,8 @@ def _in_buckets(
     num_holders = num_sources + len(counted)
     keys, amounts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for number, (kind, nbytes) in enumerate(counted):
+        if not nbytes.any():
+            continue
         first = kind.tensors * num_holders
         keys += [(first + kind.sources).ravel(), first + num_sources + number]
         amounts += [np.broadcast_to(nbytes, kind.sources.shape).ravel(), nbytes]

@@ -260,6 +260,8 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     numbers: dict[Location | None, int] = {}
     places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
     locations = tuple(numbers)
+    hosts = {None if p.location is None else p.location.host for p in givers.placements}
+    all_are_far = None not in hosts and all(location is not None and location.host not in hosts for location in locations)
     for nbytes, piece, row in wanted:
         useful = [(box, group) for box, group in origins.get(piece.tensor, {}).items() if piece.box.intersect(box) is not None]
         useful.sort(key=lambda each: (each[0].start, each[0].stop))
@@ -275,6 +277,18 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
         # Ways and boxes are one object for all who take them, by which `rlsync.plan.outline` knows them again.
         cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
         chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
+        if all_are_far and not overlap and len(chosen) == 1 and chosen[0][2] < 2:
+            # The usual case of large clusters on paper: everybody takes one box, from any who has it.
+            ((box, index, _),) = chosen
+            group, by_position = useful[index][1], dict[int, Way]()
+            for destination, position in zip(row, present[index].near(places[row[0]]).take(len(row), nbytes), strict=True):
+                way = by_position.get(position)
+                if way is None:
+                    way = by_position[position] = piece, box, group[position]
+                ways[destination].append(way)
+            if rest:
+                missing += [f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[d].holder}" for d in row]
+            continue
         for destination in row:
             place, own = places[destination], ways[destination]
             if overlap:
@@ -287,12 +301,11 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
                 if key not in cuts:
                     cuts[key] = tuple(_Cut(part, nbytes * part.size // piece.box.size, {}) for part in _parted(box, key[2]))
                 for cut in cuts[key]:
-                    position = near.least()
+                    (position,) = near.take(1, cut.nbytes)
                     way = cut.ways.get(position)
                     if way is None:
                         way = cut.ways[position] = piece, cut.box, useful[index][1][position]
                     own.append(way)
-                    loads[way[2][0]] += cut.nbytes
             if rest:
                 missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
     return ways, sorted(missing)
@@ -345,33 +358,46 @@ def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
 class _Near:
     """Those of a crowd that are equally near to a destination, by their positions in the crowd."""
 
-    def __init__(self, sources: Sequence[int], members: Sequence[int], cost: int, loads: Sequence[int]) -> None:
+    def __init__(self, sources: Sequence[int], members: Sequence[int], cost: int, loads: list[int]) -> None:
         self.members, self._cost = members, cost
         self._sources, self._loads = sources, loads
         # Loads only grow, so that what the heap says of one is at most what it has.
         self._heap = [(loads[sources[position]], position) for position in members]
         heapify(self._heap)
 
-    def least(self) -> int:
-        """The position of the least loaded, the first of equals."""
+    def take(self, count: int, nbytes: int) -> list[int]:
+        """So many times the position of the least loaded, the first of equals, which then has so many bytes more."""
+        loads, sources, heap = self._loads, self._sources, self._heap
         if len(self.members) == 1:
-            return self.members[0]
+            loads[sources[self.members[0]]] += count * nbytes
+            return [self.members[0]] * count
+        positions = []
+        for _ in range(count):
+            load, position = self._least()
+            loads[sources[position]] = load + nbytes
+            heapreplace(heap, (load + nbytes, position))
+            positions.append(position)
+        return positions
+
+    def _least(self) -> tuple[int, int]:
+        """Load and position, which lie on top of the heap then."""
+        heap, loads, sources = self._heap, self._loads, self._sources
         while True:
-            known, position = self._heap[0]
-            load = self._loads[self._sources[position]]
+            known, position = heap[0]
+            load = loads[sources[position]]
             if load == known:
-                return position
-            heapreplace(self._heap, (load, position))
+                return load, position
+            heapreplace(heap, (load, position))
 
     def rating(self) -> tuple[int, int]:
-        return self._cost, self._loads[self._sources[self.least()]]
+        return self._cost, self._least()[0]
 
 
 class _Crowd:
     """Sources that have the same box of a tensor, in the order of their names. ``locations``: theirs; ``places``: of destinations."""
 
     def __init__(
-        self, sources: Sequence[int], locations: Sequence[Location | None], places: Sequence[Location | None], loads: Sequence[int]
+        self, sources: Sequence[int], locations: Sequence[Location | None], places: Sequence[Location | None], loads: list[int]
     ) -> None:
         self._sources, self._locations, self._places, self._loads = sources, locations, places, loads
         self._hosts = {None if location is None else location.host for location in locations}

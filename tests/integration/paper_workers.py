@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from vllm.distributed import parallel_state
 
 from rlsync.layout.geometry import Placement
 from rlsync.layout.recorded import placement_of
 from rlsync.models import model_of
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import Seat, paper_worker
 from tests.integration.recorder_models import Worker, engine_config, start_ranks, virtual_rank
 
 
-def compare(folders: dict[str, str], sizes: dict[str, list[int]], report: str) -> None:
-    """Write, for each family, size and rank, what differs between the recorded placement and that on paper."""
-    start_ranks(engine_config(next(iter(folders.values()))), 0, 1)
-    found = {
-        f"{family} {rank}/{size}": _differences(folder, rank, size)
-        for family, folder in folders.items()
-        for size in sizes[family]
-        for rank in range(size)
-    }
+def compare(folders: dict[str, str], sizes: dict[str, list[dict[str, Any]]], report: str) -> None:
+    """Write, by family, sizes of an engine (fields of Seat) and rank, what differs between the placement recorded and that on paper."""
+    # vLLM makes the group of experts for models that have some.
+    start_ranks(engine_config(folders["qwen3_moe"]), 0, 1)
+    found = {}
+    for family, folder in folders.items():
+        for fields in sizes[family]:
+            first = Seat(0, **fields)
+            for rank in range(first.size):
+                found[f"{family} {fields} {rank}"] = _differences(folder, replace(first, rank=rank))
     Path(report).write_text(json.dumps(found))
 
 
-def _differences(folder: str, rank: int, size: int) -> list[str]:
+@contextlib.contextmanager
+def _seated(seat: Seat) -> Iterator[None]:
+    """For the moment, this process has a seat among workers that are not there."""
+    group = parallel_state.get_dp_group()
+    with (
+        virtual_rank(seat.rank % seat.tp_size, seat.tp_size),
+        mock.patch.object(group, "rank_in_group", seat.rank // seat.tp_size),
+        mock.patch.object(group, "world_size", seat.dp_size),
+    ):
+        yield
+
+
+def _differences(folder: str, seat: Seat) -> list[str]:
     model = model_of(json.loads((Path(folder) / "config.json").read_text()))
-    with virtual_rank(rank, size):
-        worker = Worker(folder)
+    options = {"enable_expert_parallel": True, "tensor_parallel_size": seat.tp_size} if seat.expert_parallel else {}
+    if seat.dp_size > 1:
+        options["data_parallel_size"] = seat.dp_size
+    with _seated(seat):
+        # Post-processing asks how many ranks there really are.
+        worker = Worker(folder, plain=True, **options)
         specs = list(model.tensors())
         recording = worker.record(specs)
     recorded, findings = placement_of("worker", specs, recording.buffers, recording.writes)
-    on_paper = paper_worker(model, rank, size, holder="worker", dtype="bfloat16")
+    on_paper = paper_worker(model, seat, holder="worker", dtype="bfloat16")
     # A paper of another rank shows that the comparison sees what it should.
-    assert size == 1 or _unlike(recorded, paper_worker(model, (rank + 1) % size, size, holder="worker", dtype="bfloat16"))
+    other = replace(seat, rank=(seat.rank + 1) % seat.size)
+    assert seat.size == 1 or _unlike(recorded, paper_worker(model, other, holder="worker", dtype="bfloat16"))
     return [*map(str, findings), *recording.findings, *_unlike(recorded, on_paper)]
 
 

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.engine_source import ENGINE_ENV
-from tests.models import FAMILIES, save_tiny_model
+from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
+
+ONE, TWO, FOUR = ({"tp_size": size} for size in (1, 2, 4))
+# Experts are whole on each rank under expert parallelism, and cut by all ranks of an engine without it.
+EXPERTS = {"tp_size": 2, "expert_parallel": True}
+ATTENTION = {"tp_size": 2, "dp_size": 2}
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "llama": [ONE, TWO],
+    "qwen2": [ONE, TWO, FOUR],
+    "qwen3": [ONE, TWO],
+    "glm4": [TWO],
+    "seed_oss": [TWO],
+    "smollm3": [TWO],
+    "mixtral": [TWO, EXPERTS],
+    "qwen2_moe": [ONE, TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
+    "qwen3_moe": [ONE, FOUR, EXPERTS, ATTENTION | EXPERTS],
+    "glm4_moe": [ONE, TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
+}
 
 
 def test_paper_is_what_loaders_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four workers of qwen2 hold the same key-value head; the vocabulary of 131 is padded to 192; qwen3 is tied."""
     for name, value in ENGINE_ENV.items():
         monkeypatch.setenv(name, value)
-    folders = {f: str(save_tiny_model(tmp_path / f, f, tied=f == "qwen3", num_hidden_layers=2)) for f in FAMILIES}
-    report, sizes = tmp_path / "report", {"llama": [1, 2], "qwen2": [1, 2, 4], "qwen3": [1, 2]}
-    run_ranks(1, "tests.integration.paper_workers", "compare", folders=folders, sizes=sizes, report=str(report))
+    folders = {f: str(save_tiny_model(tmp_path / f, f, tied=f == "qwen3", num_hidden_layers=2)) for f in SIZES}
+    report = tmp_path / "report"
+    run_ranks(1, "tests.integration.paper_workers", "compare", folders=folders, sizes=SIZES, report=str(report))
     found = json.loads(report.read_text())
-    assert len(found) == sum(map(sum, sizes.values()))
+    seats = [fields.get("tp_size", 1) * fields.get("dp_size", 1) for sizes in SIZES.values() for fields in sizes]
+    assert len(found) == sum(seats)
     assert {worker: differences for worker, differences in found.items() if differences} == {}

@@ -12,7 +12,9 @@ from rlsync.bench import result, spec, work
 from rlsync.bench.chart import draw
 from rlsync.bench.spec import Measured
 from rlsync.cli.bench import add_arguments, plan
+from rlsync.cli.shapes import SHAPES
 from rlsync.errors import ConfigError, PlacementError
+from rlsync.models import model_of
 
 FLOORS = {
     "same_gb_per_s": {str(gpu): 2000.0 for gpu in range(4)},
@@ -48,7 +50,10 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--model", "qwen9"], "neither a known shape"),
-        (["--model", "qwen3-30b-a3b"], "no layout of vLLM's is written down"),
+        (["--rollout", "tp=2,ep=2"], "ep=2 of an engine: Qwen2ForCausalLM has no experts"),
+        (["--model", "qwen3-30b-a3b", "--rollout", "tp=4,ep=2"], "ep=2 of an engine of tp=4, dp=1: vLLM shares experts among all 4 ranks"),
+        (["--model", "qwen3-30b-a3b", "--actor", "dp=3,ep=3"], "num_experts 128 cannot be divided by ep_size 3"),
+        (["--rollout", "tp=2,dp=2"], "--rollout 'tp=2,dp=2': cannot read 'dp=2'; write tp=N, ep=N, engines=N"),
         (["--actor", "tp=2,pp"], "--actor 'tp=2,pp': cannot read 'pp'"),
         (["--rollout", "tp=2,tp=4"], "--rollout 'tp=2,tp=4': tp is given twice"),
         (["--rollout", "tp=3"], "28 attention heads cannot be divided by 3 ranks"),
@@ -120,6 +125,18 @@ def test_the_floor_counts_bytes_of_the_same_gpu_and_of_others_apart(tmp_path: Pa
         assert 0.4 < worker.same_bytes / worker.held_bytes < 0.6
         assert worker.floor_s == pytest.approx(worker.same_bytes / 2000e9 + worker.peer_bytes / 400e9)
         assert worker.overlapped_floor_s == pytest.approx(worker.peer_bytes / 400e9)
+
+
+def test_the_floor_of_experts_is_that_of_those_which_a_worker_serves(tmp_path: Path) -> None:
+    words = ["--model", "tiny-moe", "--placement", "disaggregated"]
+    cut = work.workers(on_gpus(planned(tmp_path, *words, "--actor", "tp=2,etp=2", "--rollout", "tp=2")), FLOORS)
+    whole = work.workers(on_gpus(planned(tmp_path, *words, "--actor", "dp=2,ep=2", "--rollout", "tp=2,ep=2")), FLOORS)
+    model = model_of(SHAPES["tiny-moe"])
+    experts, rest = ([t.nbytes for t in model.tensors() if (".experts." in t.name) is of_experts] for of_experts in (True, False))
+    for found in (cut, whole):
+        assert {w.same_bytes for w in found} == {0} and found[0].peer_bytes == found[0].held_bytes
+        # All but norms and routers is half as large on either.
+        assert sum(experts) / 2 + sum(rest) / 2 < found[0].held_bytes < sum(experts) / 2 + sum(rest) * 0.52
 
 
 def measured(name: str, kind: str, whole: float, **changes: object) -> Measured:

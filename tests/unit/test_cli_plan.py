@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,13 @@ import torch
 from rlsync.cli import main
 from rlsync.cli.pricing import Price, Settings, quote
 from rlsync.cli.scene import Scene
+from rlsync.cli.shapes import SHAPES
 from rlsync.coordinator.messages import ActorHello, Recorded, Reports, WorkerHello
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import Seat, paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.transports import Memory
@@ -79,7 +84,7 @@ def test_plan_counts_the_bytes_of_a_model_it_never_sees(folder: str, capsys: pyt
 
 def test_the_table_says_what_the_json_says(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", folder, "--actor", "tp=4", "--rollout", "tp=2,engines=2", "--colocated"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "Qwen2ForCausalLM: 339 tensors, 14.2 GiB in bfloat16" in out
     assert "4 ranks on 1 host, each holds" in out and "4 workers on 1 host in 4 destinations" in out
     assert "ipc for 4 workers" in out and "1.00 times what it holds" in out
@@ -104,7 +109,7 @@ def reported(
         for i, (e, r) in enumerate(places)
     )
     model = model_of(config)
-    records = tuple(Recorded(paper_worker(model, r, tp_size, holder=f"engine {e} worker {r}"), "direct") for e, r in places)
+    records = tuple(Recorded(paper_worker(model, Seat(r, tp_size), holder=f"engine {e} worker {r}"), "direct") for e, r in places)
     return Reports(actors, workers, records)
 
 
@@ -232,7 +237,7 @@ def test_paper_counts_the_memory_of_steps(
 
 
 def test_neighbouring_workers_share_a_key_value_head() -> None:
-    held = [paper_worker(model_of(SMALL), rank, 4, holder="w").pieces for rank in range(4)]
+    held = [paper_worker(model_of(SMALL), Seat(rank, 4), holder="w").pieces for rank in range(4)]
     keys = [next(p for p in pieces if p.tensor == "model.layers.0.self_attn.k_proj.weight") for pieces in held]
     assert [(p.box.start[0], p.box.stop[0]) for p in keys] == [(0, 26), (0, 26), (26, 52), (26, 52)]
     assert {(p.buffer, p.offset) for p in keys} == {("model.layers.0.self_attn.qkv_proj.weight", 26 * 100)}
@@ -255,6 +260,44 @@ def test_links_follow_from_where_the_engines_are() -> None:
     assert alone.bytes_other_host > 0 == alone.bytes_same_host
 
 
+def test_a_page_has_all_of_it_and_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The map is decoded and held to the bytes between hosts, which a plan of each worker counts the same."""
+    file = tmp_path / "plan.html"
+    words = ["plan", "tiny-moe", "--actor", "pp=2,dp=2,ep=2", "--rollout", "tp=2,ep=2,engines=3", "--gpus-per-host", "2"]
+    assert main([*words, "--link", "nvlink=370e9,nic=44e9", "--html", str(file), "--json"]) == 0
+    price, text = json.loads(capsys.readouterr().out), file.read_text()
+    assert not re.search(r"(src|href)=(?!'data:)|https?:|<script", text), "nothing is loaded"
+    for said in (
+        "Qwen3MoeForCausalLM, 4 to 6 GPUs",
+        "44 GB/s",
+        "1.00 times what it holds",
+        "other host",
+        "seconds, predicted",
+        "in 1 bucket",
+    ):
+        assert said in text
+    traffic = price["host_traffic"]
+    assert (traffic["actor_hosts"], traffic["engine_hosts"]) == (["host 0", "host 1"], ["host 2", "host 3", "host 4"])
+    assert sum(map(sum, traffic["nbytes"])) == price["bytes_other_host"]
+    (encoded,) = re.findall(r"data:image/png;base64,([\w+/=]+)", text)
+    header, pixels = re.search(rb"IHDR(.{13}).*?IDAT(.*).{4}\0\0\0\0IEND", base64.b64decode(encoded), re.DOTALL).groups()  # type: ignore[union-attr]
+    assert struct.unpack(">II", header[:8]) == (3, 2)
+    rows = [line[1:] for line in batched(zlib.decompress(pixels), 13)]
+    most = max(map(max, traffic["nbytes"]))
+    assert [[row[4 * i + 3] for i in range(3)] for row in rows] == [[24 + n * 231 // most for n in row] for row in traffic["nbytes"]]
+
+
+def batched(data: bytes, size: int) -> list[bytes]:
+    return [data[begin : begin + size] for begin in range(0, len(data), size)]
+
+
+def test_a_page_of_a_refusal_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "plan.html"
+    assert main(["plan", "tiny-moe", "--actor", "dp=3,ep=3", "--rollout", "tp=2,dp=2,ep=2", "--html", str(file)]) == 1
+    for said in ("num_experts 8 cannot be divided by ep_size 3", "vLLM shares experts among all 4 ranks of an engine or among none"):
+        assert said in file.read_text()
+
+
 def test_a_cast_counts_in_the_engines_bytes() -> None:
     scene = Scene({}, tp_size=1)
     whole, half = priced(SMALL, scene, dtype="float32", engine_dtype="bfloat16"), priced(SMALL, scene, dtype="float32")
@@ -265,7 +308,7 @@ def test_a_cast_counts_in_the_engines_bytes() -> None:
 def test_one_layer_is_what_layerwise_takes() -> None:
     model = model_of(SMALL)
     sizes: dict[str, int] = {}
-    for buffer in paper_worker(model, 0, 1, holder="w").buffers:
+    for buffer in paper_worker(model, Seat(0), holder="w").buffers:
         module = buffer.name.rpartition(".")[0]
         sizes[module] = sizes.get(module, 0) + buffer.size * DTYPE_BYTES[buffer.dtype]
     # A bucket for each tensor: a module of two tensors is in progress alone, a smaller one beside it never.
@@ -357,6 +400,10 @@ def test_an_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--actor", "tp=0"], "cannot read 'tp=0'"),
         (["--rollout", "tp=2,tp=4"], "tp is given twice"),
         (["--bucket-bytes", "0"], "--bucket-bytes is 0; it must be at least 1"),
+        (["--link", "nvlink=370e9,infiniband=44e9"], "cannot read 'infiniband=44e9'; write gpu=BYTES_PER_SECOND, nvlink=BYTES_PER_SECOND"),
+        (["--link", "nic=-1"], "cannot read 'nic=-1'"),
+        (["--link", "nic=1,nic=2"], "nic is given twice"),
+        (["--html", "/absent/page.html"], "--html /absent/page.html: No such file or directory; name a file in a folder"),
     ],
 )
 def test_arguments_that_cannot_be_read_are_named(folder: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +418,14 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, capsys: pytest.Captur
         assert said in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "absent")]) == 1
     assert "neither a known shape (tiny, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("qwen2.5-7b", 7_615_616_512), ("qwen3-30b-a3b", 30_532_122_624), ("qwen3-235b-a22b", 235_093_634_560)]
+)
+def test_shapes_have_as_many_parameters_as_what_they_are_called_after(name: str, parameters: int) -> None:
+    """Of the published checkpoints."""
+    assert sum(t.size for t in model_of(SHAPES[name]).tensors()) == parameters
 
 
 def test_a_shape_of_the_bench_is_planned_by_name(capsys: pytest.CaptureFixture[str]) -> None:

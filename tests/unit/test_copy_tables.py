@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.paper import QWEN3_30B_A3B, place
+from benchmarks.paper import QWEN3_30B_A3B
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram
 from rlsync.copy.cuda import CudaCopyProgram
@@ -32,6 +32,8 @@ from rlsync.copy.tables import (
 )
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import contiguous_strides
+from rlsync.models import model_of
+from rlsync.models.paper import Seat, paper_worker
 from tests.copy_pairs import Drawn, Pairs, draw_pairs, give
 from tests.copy_tables import execute, places
 from tests.counted import num_calls
@@ -251,8 +253,7 @@ def test_no_copies_make_empty_tables() -> None:
 
 def test_tables_of_a_model_of_18867_tensors_are_made_without_a_call_for_each_task() -> None:
     """The worker's slices of experts that lie whole at the actor. It takes calls for each copy, as each is looked at in Python."""
-    worker = QWEN3_30B_A3B.worker(0, 2, "worker", place(0), expert_parallel=False)
-    boxes = [piece.box.shape for piece in worker.pieces] + [(QWEN3_30B_A3B.head_dim,)] * (2 * QWEN3_30B_A3B.num_layers)
+    boxes = [piece.box.shape for piece in paper_worker(model_of(QWEN3_30B_A3B), Seat(0, 2), holder="worker").pieces]
     assert len(boxes) == 18_867
     addresses = np.cumsum([0, *(4 * prod(shape) for shape in boxes)])
     pairs = [

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import Seat, paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
@@ -329,7 +329,7 @@ def test_one_weights_journey_is_what_the_code_computes() -> None:
     name, gate, up = "decoder.layers.2.mlp.linear_fc1.weight", "model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.up_proj.weight"
     actors = megatron_placements(model, Topology(tp_size=4, dp_size=2))
     tensors = model.tensors()
-    workers = [paper_worker(model, rank, 2, holder=f"engine 0 worker {rank}") for rank in range(2)]
+    workers = [paper_worker(model, Seat(rank, 2), holder=f"engine 0 worker {rank}") for rank in range(2)]
     plan = build_plan(tensors, actors, workers, bucket_bytes=256 * 2**20)
     bucket_of = {t.name: k for k, bucket in enumerate(plan.buckets) for t in bucket.tensors}
     (shape,) = (b.shape for b in actors[1].buffers if b.name == name)

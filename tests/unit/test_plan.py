@@ -26,7 +26,7 @@ from rlsync.layout.geometry import (
 )
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.paper import paper_worker
+from rlsync.models.paper import Seat, paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan
@@ -285,7 +285,7 @@ def test_replicas_give_equally_many_bytes(hf_config, topology, engines):
     """To buckets of whole tensors (0) and to engines of two workers each. Split pieces stay few."""
     model = model_of(hf_config)
     tensors, actors = model.tensors(), megatron_placements(model, topology)
-    workers = [paper_worker(model, rank, 2, holder=f"engine {e} worker {rank}") for e in range(engines) for rank in range(2)]
+    workers = [paper_worker(model, Seat(rank, 2), holder=f"engine {e} worker {rank}") for e in range(engines) for rank in range(2)]
     plan = build_plan(tensors, actors, workers or [whole_tensors("buckets", tensors)], bucket_bytes=2**28)
     count = traffic(plan)
     given_bytes = count.bytes_by_source.values()

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.paper import Experts, place
+from benchmarks.paper import experts
 from rlsync.cli.pricing import Price, Settings, price_of
 from rlsync.cli.scene import Scene, Sides, set_out
 from rlsync.layout.geometry import Box, BufferSpec, Location, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.plan import packing
-from rlsync.plan.links import traffic
+from rlsync.plan.links import link_class, traffic
 from rlsync.plan.outline import Outline, outline, outlined
 from rlsync.plan.planner import Copy, Plan, build_plan
 
@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 96, "intermediate_size": 192, "vocab_size": 331,
     "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "dtype": "bfloat16", "tie_word_embeddings": False,
 }  # fmt: skip
-EXPERTS = Experts(num_layers=4, num_experts=8, hidden=64, moe_ffn=32, num_heads=8, num_groups=4, head_dim=16, vocab=331)
+EXPERTS = experts(4, 8, vocab_size=331, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
 
 
 def dense(axes: dict[str, int], engine_tp: int, num_engines: int, gpus_per_host: int, colocated: bool) -> Sides:
@@ -31,24 +31,22 @@ def dense(axes: dict[str, int], engine_tp: int, num_engines: int, gpus_per_host:
     return set_out(CONFIG, scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
 
 
-def experts(world_size: int, ep_size: int, pp_size: int, engine_tp: int, num_engines: int, first_gpu: int) -> Sides:
-    """A mixture of experts by hand; engines under expert parallelism."""
-    case = EXPERTS.case(
-        world_size=world_size, ep_size=ep_size, pp_size=pp_size, num_engines=num_engines, engine_tp=engine_tp, expert_parallel=True
-    )
-    workers = tuple(replace(w, location=place(first_gpu + i)) for i, w in enumerate(case.destinations))
-    return Sides(case.tensors, case.sources, workers)
+def mixed(axes: dict[str, int], engine_tp: int, engine_ep: int, num_engines: int, first_gpu: int) -> Sides:
+    """A mixture of experts; engines begin anywhere."""
+    scene = Scene(axes, tp_size=engine_tp, ep_size=engine_ep, num_engines=num_engines)
+    found = set_out(EXPERTS, scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
+    workers = (replace(w, location=Location(f"host {at // 8}", f"GPU {at}")) for at, w in enumerate(found.workers, first_gpu))
+    return replace(found, workers=tuple(workers))
 
 
 @st.composite
 def scenes(draw: st.DrawFn) -> Sides:
     """Small and middle layouts: replicas and engines in numbers that do and do not divide one another, near, far and mixed."""
     if draw(st.booleans()):
-        pp_size, ep_size = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 4]))
-        world_size = pp_size * ep_size * draw(st.integers(1, 5))
-        return experts(
-            world_size, ep_size, pp_size, draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 7)), draw(st.sampled_from([0, 5, 64]))
-        )
+        ep_size, engine_tp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
+        layout = {"pp_size": draw(st.sampled_from([1, 2])), "ep_size": ep_size, "dp_size": ep_size * draw(st.integers(1, 5))}
+        engine_ep = draw(st.sampled_from([1, engine_tp]))
+        return mixed(layout, engine_tp, engine_ep, draw(st.integers(1, 7)), draw(st.sampled_from([0, 5, 64])))
     axes = {"tp_size": draw(st.sampled_from([1, 2, 4])), "pp_size": draw(st.sampled_from([1, 2, 4])), "dp_size": draw(st.integers(1, 6))}
     size = axes["tp_size"] * axes["pp_size"] * axes["dp_size"]
     engine_tp, colocated = draw(st.sampled_from([1, 2, 4])), draw(st.booleans())
@@ -116,6 +114,16 @@ def test_members_take_what_the_plan_of_each_gives_them(sides: Sides, bucket_byte
     assert drawn.num_copies == sum(len(b.copies) for b in plan.buckets)
     found, expected = drawn.traffic(), traffic(plan)
     assert (found.bytes_by_link, found.bytes_by_source) == (expected.bytes_by_link, expected.bytes_by_source)
+    hosts = [[int(p.location.host.split()[1]) for p in side if p.location] for side in (sides.actors, sides.workers)]
+    between = drawn.between(*hosts)
+    given, taken = drawn.by_link()
+    for copy in (copy for bucket in plan.buckets for copy in bucket.copies):
+        nbytes = 2 * copy.size
+        link = link_class(sides.actors[copy.source].location, sides.workers[copy.destination].location)
+        between[hosts[0][copy.source], hosts[1][copy.destination]] -= nbytes
+        given[copy.source, link] -= nbytes
+        taken[copy.destination, link] -= nbytes
+    assert not between.any() and not given.any() and not taken.any()
     for kind in drawn.kinds:
         for member in kind.members:
             holder = sides.workers[member].holder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import Experts
+from benchmarks.paper import experts, sides
 from rlsync.layout.geometry import Box
 from rlsync.plan.planner import build_plan
 from tests.deadlines import HANG_S
@@ -43,11 +43,11 @@ def test_work_grows_with_the_pieces_and_not_with_their_pairs(monkeypatch, expert
         monkeypatch.setattr(Box, name, counted)
 
     def calls_per_piece(num_layers: int, num_experts: int) -> float:
-        experts = Experts(num_layers, num_experts, 8, 4, 4, 2, 2, 64)
-        case = experts.case(world_size=8, ep_size=4, pp_size=2, num_engines=2, engine_tp=4, expert_parallel=expert_parallel)
+        axes = {"dp_size": 4, "ep_size": 4, "pp_size": 2}
+        both = sides(experts(num_layers, num_experts), axes, num_engines=2, tp_size=4, ep_size=4 if expert_parallel else 1, colocated=True)
         calls[0] = 0
-        build_plan(case.tensors, case.sources, case.destinations)
-        return calls[0] / sum(len(p.pieces) for p in (*case.sources, *case.destinations))
+        build_plan(both.tensors, both.actors, both.workers)
+        return calls[0] / sum(len(p.pieces) for p in (*both.actors, *both.workers))
 
     small = calls_per_piece(2, 8)
     assert small > 0
