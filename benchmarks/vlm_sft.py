@@ -119,9 +119,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of a step")
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument(
-        "--engine", action="store_true", help="on the GPU after the actor's: synced every second step, answers 16 questions"
-    )
+    parser.add_argument("--engine", metavar="GPU", help="an engine on this GPU is synced every second step, and answers 16 questions")
     parser.add_argument("--folder", type=Path, help="that keeps model and pictures for the next run")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
@@ -162,10 +160,8 @@ def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str
         *(["actor.model.precision=fp32", "actor.optim.bf16=False", "data.num_workers=1"] if a.gpus == 0 else []),
         f"cluster.component_placement.actor='0-{max(1, a.gpus) - 1}'", *(_engine(a, rows) if a.engine else ()), *a.overrides,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if done.returncode:
-        logs = "".join(path.read_text(errors="replace")[-4000:] for path in sorted((root / "run").rglob("*.log")))
-        raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:] + logs)
+    if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
+        raise SystemExit("".join(path.read_text(errors="replace")[-4000:] for path in sorted((root / "run").rglob("*.log"))))
     read = read_metrics(root / "run")
     lines = [line for line in read if line["step"]][warm:]
     syncs = [{key: line[key] for key in line if key.startswith(("sync/", "val/"))} for line in read if "sync/seconds" in line]

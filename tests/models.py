@@ -118,6 +118,11 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.d
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
     torch.random.set_rng_state(state)
+    # A wrong name or place of one whose elements are all the same would go unnoticed.
+    trivial = [
+        name for name, parameter in model.named_parameters() if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all()
+    ]
+    assert not trivial, f"make these random, too: {trivial}"
     return model.to(dtype).eval()
 
 

@@ -224,7 +224,7 @@ def test_a_model_that_differs_from_its_table_is_refused_by_name(models):
 
 
 def test_unknown_architecture_lists_the_supported_ones():
-    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are Glm4ForCausalLM, Glm4MoeForCausalLM"):
+    with pytest.raises(ConfigError, match=r"unknown architecture GPT2LMHeadModel; supported are .*Qwen3ForCausalLM"):
         AutoBridge.from_config({"architectures": ["GPT2LMHeadModel"]})
     assert "Qwen3ForCausalLM" in AutoBridge.list_supported_models()
 

@@ -100,10 +100,8 @@ def test_one_dtype_rules_parameters_and_pipeline(dtype):
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(
-        ConfigError,
-        match=r"unknown architecture GPT2LMHeadModel; supported are Glm4ForCausalLM, Glm4MoeForCausalLM, Llama",
-    ):
+    known = ", ".join(supported_architectures())
+    with pytest.raises(ConfigError, match=f"unknown architecture GPT2LMHeadModel; supported are {known}$"):
         config(QWEN3 | {"architectures": ["GPT2LMHeadModel"]})
     assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"} < set(supported_architectures())
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -156,8 +157,9 @@ def all_keys(family: Family) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
 def test_every_key_that_transformers_model_asks_for_is_in_the_table(family):
-    kind = family.model_type
-    files = sources("transformers", f"models/{kind}/modeling_{kind}.py", "masking_utils.py", "modeling_rope_utils.py")
+    configuration = Path(inspect.getfile(CLASSES[family.model_type]))
+    model = configuration.with_name(configuration.name.replace("configuration_", "modeling_"))
+    files = (model, *sources("transformers", "masking_utils.py", "modeling_rope_utils.py"))
     asked = {name for file in files for name in keys_read(file)}
     assert "rms_norm_eps" in asked, "the sources are no longer read"
     unknown = asked - all_keys(family) - NO_KEYS
@@ -201,6 +203,11 @@ LEAST = {
         "vision_config": {"out_hidden_size": 2048},
     },
 }
+
+
+def test_every_family_has_a_least_config_here():
+    """Without one the tests of missing keys and of any value would pass it over."""
+    assert {family.model_type for family in FAMILIES} == {hf["model_type"] for hf in ALL}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
