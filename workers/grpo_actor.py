@@ -24,7 +24,7 @@ from workers.actor import ActorRank, optimizer_options
 from workers.algorithms import PolicyLossOptions, correct_importance, policy_loss
 from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
-from workers.metrics import LogprobDifference
+from workers.metrics import LogprobDifference, part_rates
 from workers.routes import RoutingCounts, padded_routes, routing_counts
 from workers.samples import ReplicaBatch, Sample, collate, stacked
 from workers.sft_data import SftExample
@@ -254,6 +254,7 @@ def update_metrics(result: StepResult) -> dict[str, float]:
         "actor/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
         "actor/num_zeros_in_grad": math.nan if result.num_zeros_in_grad is None else result.num_zeros_in_grad,
         "actor/lr": result.learning_rate,
+        **{f"actor/{name}": rate for name, rate in part_rates(result.learning_rates).items()},
         "actor/loss_scale": result.loss_scale,
         "actor/update_success": float(not result.skipped),
     }

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from rlsync.models import Part
+from workers.config.schema import PART_RATES
 from workers.samples import Sample
 
 
@@ -91,6 +93,11 @@ def difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mappi
         "rollout/logprob_diff_mean": sum(d.total for d in seen) / count,
         "rollout/logprob_diff_max": max(d.largest for d in seen),
     }
+
+
+def part_rates(rates: Mapping[Part, float]) -> dict[str, float]:
+    """Learning rates of what a vision-language model has beside its language model, where it is trained; named as in ``actor.optim``."""
+    return {name: rates[part] for name, part in PART_RATES.items() if part in rates}
 
 
 _GB = 1e9

@@ -20,6 +20,7 @@ from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.transport.collectives import agreed
 from workers.actor import ActorRank
 from workers.config import SftConfig
+from workers.metrics import part_rates
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
 from workers.samples import PAD_ID, micro_batches_by_tokens, stacked
@@ -78,7 +79,7 @@ class SftRank(ActorRank):
         examples: list[SftExample] = []
         with agreed(device=compute_device()):
             if self._batches is not None:
-                examples = _drawn(self._batches)
+                examples = next(self._batches)
         waited = time.monotonic() - began
         microbatches = self._microbatches(examples)
         counts = self._summed(num_targets(examples), sum(example.length for example in examples), len(examples))
@@ -161,12 +162,6 @@ class SftRank(ActorRank):
         super().close()
 
 
-def _drawn(batches: Iterator[list[SftExample]]) -> list[SftExample]:
-    """The next batch; the random state of training stays as it is, from which torch's loader would draw a seed."""
-    with torch.random.fork_rng(devices=[]):
-        return next(batches)
-
-
 def step_metrics(result: StepResult) -> dict[str, float]:
     """Metrics of a supervised step; nan where a skipped update has no number."""
     return {
@@ -174,6 +169,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         **{f"train/{name}": value for name, value in result.balancing.items()},
         "train/lm_loss": result.metrics["lm_loss"],
         "train/learning_rate": result.learning_rate,
+        **{f"train/{name}": rate for name, rate in part_rates(result.learning_rates).items()},
         "train/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
         "train/loss_scale": result.loss_scale,
         "train/update_success": float(not result.skipped),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
@@ -30,6 +32,8 @@ from workers.sft_rows import Conversation, RowForm, conversation
 _NUM_SUBSTITUTES = 32
 # Substitutes come from this many rows around, so that a Parquet file is not read all over for each.
 _NEIGHBOURHOOD = 1024
+# Examples that a loader process hands over at once: each time costs a millisecond, and more of large pictures would fill its memory.
+_HANDED_OVER = 16
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 # What a row becomes.
@@ -374,21 +378,24 @@ class _RowItems(Sequence[Integers]):
         return self._order[np.concatenate([[place], (place + steps) % len(self._order)])]
 
 
-class _Drawing(Dataset[Drawn[T]]):
+class _Drawing(Dataset[list[Drawn[T]]]):
     """A source as torch's loader asks it."""
 
     def __init__(self, source: ExampleSource[T]) -> None:
         self._source = source
 
-    def __getitem__(self, item: Any) -> Drawn[T]:
-        return self._source.draw(item)
+    def __getitem__(self, items: Any) -> list[Drawn[T]]:
+        return [self._source.draw(item) for item in items]
 
 
 class _Share(Sampler[Any]):
-    """Items of one replica's share of each global batch over all epochs; a short last batch is dropped. Begins with batch ``first``."""
+    """Items of one replica's share of each global batch over all epochs, up to ``at_once`` of a batch together; a short last batch is
+    dropped. Begins with batch ``first``."""
 
-    def __init__(self, source: ExampleSource[Any], batch_size: int, share: range, *, num_epochs: int, shuffle: bool, seed: int) -> None:
-        self._source, self.batch_size, self.share = source, batch_size, share
+    def __init__(
+        self, source: ExampleSource[Any], batch_size: int, share: range, *, at_once: int, num_epochs: int, shuffle: bool, seed: int
+    ) -> None:
+        self._source, self.batch_size, self.share, self._at_once = source, batch_size, share, at_once
         self.num_epochs, self.shuffle, self.seed = num_epochs, shuffle, seed
         self.batches_per_epoch = source.num_items // batch_size
         self.first = 0
@@ -402,11 +409,53 @@ class _Share(Sampler[Any]):
         for epoch in range(done_epochs, self.num_epochs):
             items = self._source.items(epoch, shuffle=self.shuffle, seed=self.seed)
             for batch in range(done_batches if epoch == done_epochs else 0, self.batches_per_epoch):
-                yield from (items[batch * self.batch_size + i] for i in self.share)
+                places = [batch * self.batch_size + i for i in self.share]
+                for start in range(0, len(places), self._at_once):
+                    yield [items[place] for place in places[start : start + self._at_once]]
 
 
-def _as_it_is(drawn: Any) -> Any:
-    return drawn
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Drawn examples between processes. Their pixels are one tensor, as each tensor costs the receiver a connection to the sender.
+
+    Attributes:
+        drawn: without patches.
+        grids: ``image_grid_thw`` of each; None for those without pictures.
+        num_patches: of each.
+        pixel_values: of all of them; None where there are none.
+    """
+
+    drawn: tuple[Drawn[Any], ...]
+    grids: tuple[list[list[int]] | None, ...]
+    num_patches: tuple[int, ...]
+    pixel_values: Tensor | None
+
+
+def _pack(drawn: Sequence[Drawn[Any]]) -> _Packed:
+    """What it is given without the memory that each example has for its patches. Examples are dataclasses with both fields of patches."""
+    pixels = [None if one.example is None else one.example.pixel_values for one in drawn]
+    grids = [None if one.example is None else one.example.image_grid_thw for one in drawn]
+    found = [values for values in pixels if values is not None]
+    return _Packed(
+        tuple(one if values is None else _with_patches(one, None, None) for one, values in zip(drawn, pixels, strict=True)),
+        tuple(None if grid is None else grid.tolist() for grid in grids),
+        tuple(0 if values is None else len(values) for values in pixels),
+        torch.cat(found) if found else None,
+    )
+
+
+def _unpack(packed: _Packed) -> Iterator[Drawn[Any]]:
+    """What ``_pack`` was given."""
+    if packed.pixel_values is None:
+        yield from packed.drawn
+        return
+    for one, grid, pixels in zip(packed.drawn, packed.grids, packed.pixel_values.split(list(packed.num_patches)), strict=True):
+        # In memory of its own: whoever pickles an example would pickle what it shares, too.
+        yield one if grid is None else _with_patches(one, pixels.clone(), torch.tensor(grid))
+
+
+def _with_patches(one: Drawn[Any], pixels: Tensor | None, grid: Tensor | None) -> Drawn[Any]:
+    return replace(one, example=replace(one.example, pixel_values=pixels, image_grid_thw=grid))
 
 
 class RowLoader(Generic[T]):
@@ -444,25 +493,30 @@ class RowLoader(Generic[T]):
             raise ConfigError(f"{batch_key} ({batch_size}) cannot be split over {dp_size} data-parallel ranks")
         size = batch_size // dp_size
         share = range(dp_rank * size, (dp_rank + 1) * size)
-        self._source, self._batch_key = source, batch_key
+        # A part of a batch each, so that all processes work on the batch that is next.
+        at_once = min(_HANDED_OVER, -(-size // num_workers)) if num_workers else 1
+        self._source, self._batch_key, self._packs = source, batch_key, num_workers > 0
         self._ways_out = {False: "data.on_bad_sample=skip leaves such rows out", True: too_long}
-        self._order = _Share(source, batch_size, share, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
+        self._calls_per_batch = -(-size // at_once)
+        self._order = _Share(source, batch_size, share, at_once=at_once, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
         if self._order.num_batches == 0:
             raise ConfigError(
                 f"Train dataloader is empty! The data makes {source.num_items} examples, fewer than {batch_key} "
                 f"({batch_size}), over {num_epochs} epochs"
             )
-        # Single examples, so that all processes work on the batch that is next; as many ahead as a batch has.
         self._loader = DataLoader(
             _Drawing(source),
             batch_size=None,
             sampler=self._order,
-            collate_fn=_as_it_is,
+            collate_fn=_pack if self._packs else list,
             num_workers=num_workers,
-            prefetch_factor=max(2, -(-size // num_workers)) if num_workers else None,
+            # As many as a batch has, while the batch before waits in this process.
+            prefetch_factor=-(-size // (num_workers * at_once)) if num_workers else None,
+            # The loader draws seeds for its processes; not from the random state of training.
+            generator=torch.Generator(),
         )
         self._handed_out = 0
-        self._drawn: Iterator[Drawn[T]] | None = None
+        self._drawn: Iterator[list[Drawn[T]]] | None = None
         self._left_out = {False: BadSamples(), True: BadSamples()}
 
     @property
@@ -490,9 +544,8 @@ class RowLoader(Generic[T]):
     def __iter__(self) -> Iterator[list[T]]:
         while self._handed_out < len(self):
             if self._drawn is None:
-                self._order.first = self._handed_out
-                self._drawn = iter(self._loader)
-            examples = [self._taken(next(self._drawn)) for _ in self._order.share]
+                self._drawn = self._batches()
+            examples = [self._taken(drawn) for drawn in next(self._drawn)]
             self._handed_out += 1
             yield examples
 
@@ -515,6 +568,26 @@ class RowLoader(Generic[T]):
                 "the data from the beginning"
             )
         self._handed_out, self._drawn = state["handed_out"], None
+
+    def _batches(self) -> Iterator[list[Drawn[T]]]:
+        """Batches from the present position on. Those of other processes are fetched while the caller works on the one before."""
+        count, self._order.first = len(self) - self._handed_out, self._handed_out
+        calls = iter(self._loader)
+
+        def batch() -> list[Drawn[T]]:
+            parts = (next(calls) for _ in range(self._calls_per_batch))
+            return [drawn for part in parts for drawn in (_unpack(part) if self._packs else part)]
+
+        if not self._packs:
+            yield from (batch() for _ in range(count))
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="rlsync-data") as thread:
+            coming = thread.submit(batch)
+            for left in range(count, 0, -1):
+                found = coming.result()
+                if left > 1:
+                    coming = thread.submit(batch)
+                yield found
 
     def _taken(self, drawn: Drawn[T]) -> T:
         for row in drawn.left_out:

@@ -138,11 +138,16 @@ def _overrides_by_part(models: Sequence[torch.nn.Module], options: OptimizerOpti
     for number, part in enumerate(PARTS):
         if part != "language_model":
             key = ParamKey(predicate=ParamPredicate(part, partial(_is_member, members[part])))
-            # Megatron finds the saved state of a group by its multipliers, and this one is read for nothing else.
+            # Megatron finds the saved state of a group by its multipliers; of this one else only ``rates_of_parts`` reads.
             overrides[key] = {"lr_mult": 1.0 + number}
             if (lr := options.part_lr.get(part)) is not None:
                 overrides[key] |= {OWN_LR: lr, "lr": lr, "max_lr": lr, "min_lr": min(options.min_lr, lr)}
     return overrides
+
+
+def rates_of_parts(optimizer: MegatronOptimizer) -> dict[Part, float]:
+    """The present learning rate of each part of the model that is trained; equal on all ranks, as Megatron gives all the same groups."""
+    return {PARTS[round(group["lr_mult"]) - 1]: float(group["lr"]) for group in optimizer.param_groups}
 
 
 def _is_member(ids: Set[int], parameter: torch.nn.Parameter) -> bool:

@@ -20,18 +20,20 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
+from rlsync.megatron.optimizer import rates_of_parts
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
 from rlsync.megatron.routes import Routing
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.vision import VisionLanguageModel
+from rlsync.models import Part
 from rlsync.models.moe import sparse_layers
 
 Microbatch = Mapping[str, Tensor]
@@ -54,7 +56,7 @@ class StepResult:
         metrics: the loss's named scalars, and ``loss``, summed over microbatches and data-parallel ranks.
         grad_norm: L2 norm of the whole gradient before clipping; None when the step was skipped.
         num_zeros_in_grad: elements of the whole gradient that are zero; None when the step was skipped.
-        learning_rate: that the step used.
+        learning_rates: that the step used, of each part of the model that is trained.
         loss_scale: factor on the fp16 loss; 1.0 otherwise.
         skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
         balancing: balancing losses of routers before their coefficient, by Megatron's names: mean over layers with experts, passes
@@ -64,10 +66,15 @@ class StepResult:
     metrics: Mapping[str, float]
     grad_norm: float | None
     num_zeros_in_grad: float | None
-    learning_rate: float
+    learning_rates: Mapping[Part, float]
     loss_scale: float
     skipped: bool
     balancing: Mapping[str, float]
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the language model; where that is frozen, the highest."""
+        return self.learning_rates.get("language_model", max(self.learning_rates.values()))
 
 
 def train_step(
@@ -105,10 +112,7 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
-    # Of the language model; where that is frozen, of what is trained.
-    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
-    if learning_rate is None:
-        learning_rate = max(group["lr"] for group in optimizer.param_groups)
+    learning_rates = rates_of_parts(optimizer)
     # The schedule divides each loss by the number of microbatches, and the gradient reduction by the data-parallel size.
     scale = _padded_count(models, len(microbatches)) * parallel_state.get_data_parallel_world_size()
 
@@ -129,7 +133,7 @@ def train_step(
         metrics=_summed(collected),
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None,
         num_zeros_in_grad=float(num_zeros) if updated and num_zeros is not None else None,
-        learning_rate=float(learning_rate),
+        learning_rates=learning_rates,
         loss_scale=float(optimizer.get_loss_scale()),
         skipped=not updated,
         balancing=balancing,

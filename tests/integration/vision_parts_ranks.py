@@ -15,6 +15,7 @@ from rlsync.megatron.model import gather_parameters, iter_parameters, parts_of_p
 from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.optimizer import SchedulerOptions, build_scheduler
 from rlsync.megatron.parallel import destroy_parallel
+from rlsync.models import PARTS
 from tests.integration.megatron_ranks import Actor
 
 LR = 1e-3
@@ -35,10 +36,6 @@ def _parts(actor: Actor) -> dict[str, str]:
     return {name: part_of[id(parameter)] for _, _, name, parameter in iter_parameters(actor.models)}
 
 
-def _steps(actor: Actor, rows: str, count: int) -> list[float]:
-    return [result.learning_rate for result in actor.steps(rows, count)]
-
-
 def _state(actor: Actor) -> int:
     """Elements of this rank's optimizer state."""
     parts = actor.optimizer.chained_optimizers if isinstance(actor.optimizer, ChainedOptimizer) else [actor.optimizer]
@@ -52,8 +49,10 @@ def freeze_and_train(cases: Sequence[Mapping[str, Any]], rows: str) -> None:
         actor = _actor(case["folder"], case)
         parts, before = _parts(actor), _weights(actor)
         still = {*case.get("frozen", ()), *case.get("still", ())}
-        rates = _steps(actor, rows, 2)
-        assert rates == [case.get("rate", LR)] * 2, rates
+        results = actor.steps(rows, 2)
+        assert [result.learning_rate for result in results] == [case.get("rate", LR)] * 2, results
+        # Also on a stage that has nothing of them.
+        assert {*results[0].learning_rates} == {*PARTS} - {*case.get("frozen", ())}, (case, results[0].learning_rates)
         moved = {name for name, weight in _weights(actor).items() if not torch.equal(weight, before[name])}
         assert moved == {name for name, part in parts.items() if part not in still}, (
             case, sorted(moved)[:5], sorted(set(before) - moved)[:5],
@@ -76,7 +75,8 @@ def rates_of_parts(case: Mapping[str, Any], rows: str) -> None:
         actor = _actor(case["folder"], {**case, "optimizer": {"weight_decay": 0.0, **optimizer}})
         expected = {"language_model": LR, "vision_model": LR, "vision_projection": LR, **optimizer.get("part_lr", {})}
         parts, before = _parts(actor), _weights(actor)
-        _steps(actor, rows, 1)
+        (result,) = actor.steps(rows, 1)
+        assert (result.learning_rates, result.learning_rate) == (expected, LR)
         after = _weights(actor)
         for part, rate in expected.items():
             steps = [(after[name] - before[name]).abs().max().item() for name in before if parts[name] == part]
@@ -93,13 +93,13 @@ def resume(cases: Sequence[Mapping[str, Any]], rows: str, root: str) -> None:
     for number, case in enumerate(cases):
         actor = _actor(case["folder"], case)
         frozen = {name: weight for name, weight in _weights(actor).items() if _parts(actor)[name] in case.get("frozen", ())}
-        _steps(actor, rows, 2)
+        actor.steps(rows, 2)
         memory = ActorMemory(actor.models, actor.optimizer)
         memory.offload("weights", "grads", "optimizer")
         memory.onload("weights", "grads", "optimizer")
         folder = str(Path(root, str(number)))
         actor.save(folder, 2)
-        _steps(actor, rows, 2)
+        actor.steps(rows, 2)
         expected = _weights(actor)
         destroy_parallel(keep_distributed=True)
         again = _actor(case["folder"], case)
@@ -108,7 +108,7 @@ def resume(cases: Sequence[Mapping[str, Any]], rows: str, root: str) -> None:
                 parameter.fill_(7.0)
         assert again.load(folder).complete
         assert all(torch.equal(_weights(again)[name], weight) for name, weight in frozen.items()), "frozen weights are in the checkpoint"
-        _steps(again, rows, 2)
+        again.steps(rows, 2)
         assert all(torch.equal(weight, expected[name]) for name, weight in _weights(again).items())
         print(f"RESUMED {case['topology']}", flush=True)
         destroy_parallel(keep_distributed=True)

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from rlsync.errors import CheckpointError, ConfigError
+from workers.picture_world import image_settings, make_vision_tokenizer
+from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
 from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, SftExample
 from workers.sft_rows import RowForm
@@ -85,3 +89,43 @@ def test_a_bad_row_ends_the_run_by_file_and_row_or_is_replaced_and_counted(tmp_p
     batches = list(loader)
     assert [len(batch) for batch in batches] == [3, 3, 3] and loader.num_bad == 1
     assert all(example.where != f"{path}:4" for batch in batches for example in batch)
+
+
+def seen(example: SftExample) -> tuple[Any, ...]:
+    """All that an example is, its tensors as bytes."""
+    pictures = [
+        None if t is None else (t.dtype, tuple(t.shape), t.numpy().tobytes()) for t in (example.pixel_values, example.image_grid_thw)
+    ]
+    return example.token_ids, example.loss_mask, example.where, *pictures
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_pictures_come_from_other_processes_as_they_were_made(tmp_path: Path, num_workers: int) -> None:
+    """Rows with two pictures, with one and with none, of several sizes, and one that is left out; shares that no number of processes
+    divides."""
+    for side in (28, 56):
+        Image.new("RGB", (side, 2 * side), (side, 7, 9)).save(tmp_path / f"{side}.png")
+    pictures = [["28.png"], [], ["56.png", "28.png"], ["gone.png"], ["56.png"]]
+    lines = [{"question": f"{i}?", "image": pictures[i % 5], "answer": str(i)} for i in range(35)]
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "processor/preprocessor_config.json").write_text(json.dumps(image_settings()))
+    tokenizer = make_vision_tokenizer()
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    encode = ExampleEncoder(
+        tokenizer, ExampleForm(256), load_picture_processor(tmp_path / "processor", token, min_pixels=None, max_pixels=None)
+    )
+    files = RowFiles([written(tmp_path / "rows.jsonl", *lines)])
+    form = RowForm("vlm", "question", "answer", image_keys=("image",))
+    rows = RowExamples(files, form, encode, on_bad_sample="skip", on_too_long="error")
+    here, there = (RowLoader(rows, 11, num_epochs=2, num_workers=count) for count in (0, num_workers))
+    wanted, found = ([[seen(example) for example in batch] for batch in loader] for loader in (here, there))
+    assert found == wanted and [len(batch) for batch in wanted] == [11] * 6
+    assert here.num_bad == there.num_bad > 0
+    assert {example[4] if example[4] is None else example[4][1][0] for batch in found for example in batch} == {None, 1, 2}
+
+
+def test_drawing_takes_nothing_from_the_random_state_of_training(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    next(iter(RowLoader(source(sums(tmp_path)), 4, num_workers=1)))
+    assert torch.equal(torch.random.get_rng_state(), before)
