@@ -202,11 +202,13 @@ def check_tokenizer(config: AnyConfig, report: Report) -> None:
     trusting = config.actor.tokenizer.trust_remote_code
     before = len(report.findings)
     report.take("tokenizer", lambda: check_tokenizer_files(folder, trust_remote_code=trusting))
+    has_config = (model / "config.json").is_file()
+    hf_config = report.take("model", read_hf_config, model, config.model_key) if has_config else None
     if config.data.apply_chat_template and len(report.findings) == before:
-        report.take("tokenizer", check_chat_template, folder)
-    if not (model / "config.json").is_file():
+        takes_pictures = hf_config is not None and not check_config(hf_config) and model_of(hf_config).vision is not None
+        report.take("tokenizer", lambda: check_chat_template(folder, takes_pictures=takes_pictures))
+    if not has_config:
         return
-    hf_config = report.take("model", read_hf_config, model, config.model_key)
     if hf_config is not None:
         report.take("model", token_ids, text_config(hf_config).get("eos_token_id"), f"eos_token_id of {model / 'config.json'}")
     generation = report.take("model", read_generation_config, model)

@@ -91,17 +91,35 @@ def check_tokenizer_size(num_tokens: int, vocab_size: Any, folder: Path) -> None
         )
 
 
-def check_chat_template(folder: Path) -> None:
-    """Raise ConfigError where a tokenizer's folder has no chat template, or one that is none."""
+def processor_template(folder: Path) -> str | None:
+    """The chat template of a vision-language model's chat_template.json; None where there is none. transformers' processors read it
+    before any other, and its tokenizers do not. Raises ConfigError."""
+    path = folder / "chat_template.json"
+    if not path.is_file():
+        return None
+    found = read_json_object(path).get("chat_template")
+    if not isinstance(found, str):
+        raise ConfigError(f"{path} holds no chat_template, which must be a string; copy it again")
+    return found
+
+
+def check_chat_template(folder: Path, *, takes_pictures: bool) -> None:
+    """Raise ConfigError where a tokenizer's folder has no chat template, or one that is none.
+
+    ``takes_pictures``: the model does, so that ``processor_template`` counts.
+    """
     file = folder / "chat_template.jinja"
-    held = read_json_object(folder / "tokenizer_config.json").get("chat_template") if (folder / "tokenizer_config.json").is_file() else None
-    if not file.is_file() and held is None:
+    held: Any = processor_template(folder) if takes_pictures else None
+    is_file = held is None and file.is_file()
+    if held is None and not is_file and (folder / "tokenizer_config.json").is_file():
+        held = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+    if not is_file and held is None:
         raise ConfigError(
             f"data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to {folder}, "
             "or set data.apply_chat_template to False"
         )
     try:
-        sources = [file.read_text(encoding="utf-8")] if file.is_file() else [held] if isinstance(held, str) else []
+        sources = [file.read_text(encoding="utf-8")] if is_file else [held] if isinstance(held, str) else []
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text: byte {error.start + 1}; copy it again") from None
     from jinja2 import TemplateSyntaxError

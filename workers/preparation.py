@@ -22,6 +22,7 @@ from workers.data import Prompt, PromptDataset, PromptForm, PromptLoader
 from workers.model_folder import (
     check_tokenizer_files,
     check_tokenizer_size,
+    processor_template,
     read_generation_config,
     read_hf_config,
     text_config,
@@ -127,7 +128,11 @@ def load_tokenizer(config: AnyConfig, hf_config: Mapping[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=settings.use_fast, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for files it cannot use
         raise ConfigError(f"no tokenizer can be made from {folder}: {type(error).__name__}: {error}") from error
-    check_tokenizer_size(tokenizer.vocab_size, model_of(hf_config).dims["vocab"], folder)
+    model = model_of(hf_config)
+    check_tokenizer_size(tokenizer.vocab_size, model.dims["vocab"], folder)
+    template = None if model.vision is None else processor_template(folder)
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 

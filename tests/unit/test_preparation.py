@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsync.errors import CheckpointError, ConfigError
+from tests.unit.test_models_config import QWEN2, QWEN3_VL
 from workers.config import RunConfig, load_config
-from workers.preparation import Preparation
+from workers.model_folder import check_chat_template
+from workers.preparation import Preparation, load_tokenizer
 from workers.preparation import prepare as prepare_from
 from workers.resume import DATA_STATE, find_beginning
 from workers.synthetic import ArithmeticRecipe, build_world
@@ -212,3 +215,32 @@ def test_a_broken_data_position_is_named(world, tmp_path, content) -> None:
     torch.save([1, 2], state)
     with pytest.raises(CheckpointError, match="holds no data position"):
         prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
+
+
+def test_a_vision_language_models_template_is_the_one_that_transformers_processor_has(world, tmp_path) -> None:
+    """Of chat_template.json before any other; a model of text has none of it, as in transformers."""
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    files: dict[str, str | None] = {
+        "chat_template.json": json.dumps({"chat_template": "json {% for m in messages %}{{ m.content }}{% endfor %}"}),
+        "chat_template.jinja": "jinja {% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    for names in ((), ("chat_template.jinja",), ("chat_template.json",), tuple(files)):
+        for name, text in files.items():
+            (folder / name).unlink(missing_ok=True)
+            if name in names:
+                (folder / name).write_text(text)
+        theirs = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template")
+        run = config(world, tmp_path, rollout={"model": {"model_path": str(folder)}})
+        assert load_tokenizer(run, QWEN3_VL).chat_template == theirs
+        own = AutoTokenizer.from_pretrained(folder).chat_template
+        assert load_tokenizer(run, QWEN2).chat_template == own
+        for takes_pictures, template in ((True, theirs), (False, own)):
+            if template is not None:
+                check_chat_template(folder, takes_pictures=takes_pictures)
+            else:
+                with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+                    check_chat_template(folder, takes_pictures=takes_pictures)
+    for text, said in (('{"chat_template": "{% for"}', "is not one: line 1"), ("{}", "holds no chat_template"), ("[", "is not JSON")):
+        (folder / "chat_template.json").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            check_chat_template(folder, takes_pictures=True)
