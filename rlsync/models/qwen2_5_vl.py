@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_dims, dense_features, dense_stacks, dense_transformer
-from rlsync.models.keys import HFConfig, Key, Section, harmless, number, only, size
+from rlsync.models.keys import HFConfig, Key, harmless, number, only, size
 from rlsync.models.qwen2 import QWEN2_KEYS
 from rlsync.models.rope import RopeKind
-from rlsync.models.stacks import Family
 from rlsync.models.vision import (
     BLOCKS,
-    ROOT_KEYS,
-    SPELLINGS,
-    TEXT_KEYS,
-    TOWER_KEYS,
     indexes,
     linear,
     outside_the_tower,
     tower_contradictions,
     tower_dims,
     tower_stack,
-    vision_of,
+    vision_family,
     whole,
 )
 
 _TEXT: Mapping[str, Key] = {
-    **QWEN2_KEYS,
-    **TEXT_KEYS,
     "model_type": only("qwen2_5_vl_text", "qwen2_5_vl", default="qwen2_5_vl_text"),
     "num_key_value_heads": size(default=8, is_nullable=True),
     "rms_norm_eps": number("layernorm_epsilon", default=1e-5),
 }
 _TOWER: Mapping[str, Key] = {
-    **TOWER_KEYS,
-    "model_type": only("qwen2_5_vl_vision", "qwen2_5_vl", default="qwen2_5_vl_vision"),
     "hidden_act": only("silu", default="silu"),
     "patch_size": size(default=14),
     "window_size": size(default=112),
@@ -74,14 +64,15 @@ def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str
     return dense_transformer(values, dims) | {"add_qkv_bias": True}
 
 
-QWEN2_5_VL = Family(
-    architectures=("Qwen2_5_VLForConditionalGeneration",),
-    model_type="qwen2_5_vl",
-    keys=ROOT_KEYS,
-    sections=(Section("text_config", _TEXT, may_be_flat=True), Section("vision_config", _TOWER, prefix="vision_")),
+QWEN2_5_VL = vision_family(
+    "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_5_vl",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
+    decoder=QWEN2_KEYS,
+    text=_TEXT,
+    tower=_TOWER,
+    may_be_flat=True,
     rope=RopeKind(theta=1e6, mrope="blocks"),
-    vision=partial(vision_of, "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel"),
-    spellings=SPELLINGS,
     dims=_dims,
     contradictions=_contradictions,
     features=_features,

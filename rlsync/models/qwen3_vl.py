@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_dims, dense_features, dense_stacks, dense_transformer
-from rlsync.models.keys import HFConfig, Key, Section, only, shown, size
+from rlsync.models.keys import HFConfig, Key, only, shown, size
 from rlsync.models.qwen3 import QWEN3_KEYS
 from rlsync.models.rope import RopeKind
-from rlsync.models.stacks import Family, Index
+from rlsync.models.stacks import Index
 from rlsync.models.vision import (
     BLOCKS,
-    ROOT_KEYS,
-    SPELLINGS,
-    TEXT_KEYS,
-    TOWER_KEYS,
     indexes,
     layer_norm,
     linear,
@@ -25,24 +20,17 @@ from rlsync.models.vision import (
     tower_contradictions,
     tower_dims,
     tower_stack,
-    vision_of,
+    vision_family,
     whole,
 )
 
-_TEXT: Mapping[str, Key] = {
-    **QWEN3_KEYS,
-    **TEXT_KEYS,
-    "model_type": only("qwen3_vl_text", default="qwen3_vl_text"),
-    "max_position_embeddings": size(default=128000),
-}
 QWEN3_TOWER_KEYS: Mapping[str, Key] = {
-    **TOWER_KEYS,
-    "model_type": only("qwen3_vl_vision", "qwen3_vl", default="qwen3_vl_vision"),
     "hidden_act": only("gelu_pytorch_tanh", default="gelu_pytorch_tanh"),
     "patch_size": size(default=16),
     "num_position_embeddings": size(default=2304),
     "deepstack_visual_indexes": indexes((8, 16, 24)),
 }
+QWEN3_VL_ROPE = RopeKind(theta=5e5, mrope="interleaved")
 _DEEPSTACK = Index("merger", "num_deepstack")
 
 
@@ -121,14 +109,14 @@ QWEN3_TOWER_STACKS = (
     ),
 )
 
-QWEN3_VL = Family(
-    architectures=("Qwen3VLForConditionalGeneration",),
-    model_type="qwen3_vl",
-    keys=ROOT_KEYS,
-    sections=(Section("text_config", _TEXT), Section("vision_config", QWEN3_TOWER_KEYS, prefix="vision_")),
-    rope=RopeKind(theta=5e5, mrope="interleaved"),
-    vision=partial(vision_of, "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel"),
-    spellings=SPELLINGS,
+QWEN3_VL = vision_family(
+    "Qwen3VLForConditionalGeneration",
+    "qwen3_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
+    decoder=QWEN3_KEYS,
+    text={"max_position_embeddings": size(default=128000)},
+    tower=QWEN3_TOWER_KEYS,
+    rope=QWEN3_VL_ROPE,
     dims=_dims,
     contradictions=_contradictions,
     features=_features,

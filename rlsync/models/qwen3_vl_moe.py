@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_features
-from rlsync.models.keys import HFConfig, Key, Section, harmless, only, size
+from rlsync.models.keys import HFConfig, Key, harmless, only, size
 from rlsync.models.moe import expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
 from rlsync.models.qwen3_moe import QWEN3_MOE_KEYS
-from rlsync.models.qwen3_vl import QWEN3_TOWER_KEYS, QWEN3_TOWER_STACKS, qwen3_tower_contradictions, qwen3_tower_dims
-from rlsync.models.rope import RopeKind
-from rlsync.models.stacks import Family
-from rlsync.models.vision import ROOT_KEYS, SPELLINGS, TEXT_KEYS, vision_of
+from rlsync.models.qwen3_vl import QWEN3_TOWER_KEYS, QWEN3_TOWER_STACKS, QWEN3_VL_ROPE, qwen3_tower_contradictions, qwen3_tower_dims
+from rlsync.models.vision import vision_family
 
 _TEXT: Mapping[str, Key] = {
-    **QWEN3_MOE_KEYS,
-    **TEXT_KEYS,
-    "model_type": only("qwen3_vl_moe_text", default="qwen3_vl_moe_text"),
     "num_key_value_heads": size(default=16, is_nullable=True),
     "max_position_embeddings": size(default=128000),
     "num_experts": size(default=60),
     # transformers' class says true here whatever the model is.
     **harmless("engines and transformers go by that of the top level", "tie_word_embeddings"),
     "norm_topk_prob": only(True, default=True, why="transformers divides the weights of the chosen experts by their sum in any case"),
-}
-_TOWER: Mapping[str, Key] = {
-    **QWEN3_TOWER_KEYS,
-    "model_type": only("qwen3_vl_moe_vision", "qwen3_vl_moe", default="qwen3_vl_moe_vision"),
 }
 
 
@@ -53,14 +43,14 @@ def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str
     return expert_transformer({**values, "norm_topk_prob": True}, dims) | {"qk_layernorm": True}
 
 
-QWEN3_VL_MOE = Family(
-    architectures=("Qwen3VLMoeForConditionalGeneration",),
-    model_type="qwen3_vl_moe",
-    keys=ROOT_KEYS,
-    sections=(Section("text_config", _TEXT), Section("vision_config", _TOWER, prefix="vision_")),
-    rope=RopeKind(theta=5e5, mrope="interleaved"),
-    vision=partial(vision_of, "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe:Qwen3VLMoeVisionModel"),
-    spellings=SPELLINGS,
+QWEN3_VL_MOE = vision_family(
+    "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_vl_moe",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe:Qwen3VLMoeVisionModel",
+    decoder=QWEN3_MOE_KEYS,
+    text=_TEXT,
+    tower=QWEN3_TOWER_KEYS,
+    rope=QWEN3_VL_ROPE,
     dims=_dims,
     contradictions=_contradictions,
     features=_features,

@@ -7,12 +7,13 @@ stage has all of it on every rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from rlsync.models.base_keys import BASE_KEYS
-from rlsync.models.keys import Key, flag, harmless, is_whole, only, read_elsewhere, size, unsupported
+from rlsync.models.keys import Key, Section, flag, harmless, is_whole, only, read_elsewhere, size, unsupported
 from rlsync.models.layouts import Replicated
-from rlsync.models.stacks import HFTensor, Index, Part, Rule, Stack, Vision
+from rlsync.models.stacks import Family, HFTensor, Index, Part, Rule, Stack, Vision
 
 _PICTURE_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 _AXIAL = {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,), "partial_rotary_factor": (1,)}
@@ -37,20 +38,20 @@ def _is_axial(value: Any) -> bool:
 
 
 # Of the top level.
-ROOT_KEYS: Mapping[str, Key] = {
+_ROOT_KEYS: Mapping[str, Key] = {
     **BASE_KEYS,
     **read_elsewhere("the sections of the family", "text_config", "vision_config"),
     **{name: token_id(default) for name, default in _PICTURE_TOKENS.items()},
     "tie_word_embeddings": flag(default=False),
     **harmless("no token of the model that anything is computed for", "vision_token_id"),
 }
-# Of a text_config beside the keys of its dense decoder.
-TEXT_KEYS: Mapping[str, Key] = {
+# Of a text_config beside the keys of its decoder.
+_TEXT_KEYS: Mapping[str, Key] = {
     **harmless("token ids of pictures: those of the top level are read", *_PICTURE_TOKENS, "vision_token_id"),
     "tie_word_embeddings": Key(lambda value: isinstance(value, bool), "true or false", is_nullable=True),
 }
 # Of every vision_config.
-TOWER_KEYS: Mapping[str, Key] = {
+_TOWER_KEYS: Mapping[str, Key] = {
     **BASE_KEYS,
     "rope_parameters": Key(
         lambda value: not value or _is_axial(value),
@@ -115,7 +116,7 @@ def outside_the_tower(name: str, found: tuple[int, ...], depth: int) -> Iterator
         yield f"vision_config.{name} is {list(found)}; it must be ascending block numbers below depth {depth}"
 
 
-def vision_of(tower: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Vision:
+def _vision_of(tower: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> Vision:
     """The tower of a family: transformers' class (module:class), values of the family's keys, the content of ``vision_config``."""
     return Vision(
         **{name: values[name] for name in _PICTURE_TOKENS},
@@ -149,4 +150,39 @@ def tower_stack(*rules: Rule, within: str = "", index: Index | None = None, part
 
 BLOCKS = Index("block", "num_blocks")
 # The table has the names of transformers' modules. Released Qwen2.5-VL checkpoints have the others, which transformers 5 writes too.
-SPELLINGS: Mapping[str, tuple[str, ...]] = {"model.visual.": ("visual.",), "model.language_model.": ("model.",)}
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {"model.visual.": ("visual.",), "model.language_model.": ("model.",)}
+
+
+def vision_family(
+    architecture: str,
+    model_type: str,
+    module: str,
+    *,
+    decoder: Mapping[str, Key],
+    text: Mapping[str, Key],
+    tower: Mapping[str, Key],
+    may_be_flat: bool = False,
+    **rules: Any,
+) -> Family:
+    """A family whose config.json has a ``text_config`` and a ``vision_config``.
+
+    Args:
+        module: transformers' class of the tower, as ``module:class``.
+        decoder: keys of the text family that the language model is like.
+        text, tower: keys that this family has otherwise than such a decoder, or than other towers; those of the tower are called
+            ``vision_`` and their name among values.
+        may_be_flat: released files have keys of the language model at the top level.
+        rules: the other attributes of ``Family``.
+    """
+    types = {name: f"{model_type}_{name}" for name in ("text", "vision")}
+    texts = {**decoder, **_TEXT_KEYS, "model_type": only(types["text"], default=types["text"]), **text}
+    towers = {**_TOWER_KEYS, "model_type": only(types["vision"], model_type, default=types["vision"]), **tower}
+    return Family(
+        architectures=(architecture,),
+        model_type=model_type,
+        keys=_ROOT_KEYS,
+        sections=(Section("text_config", texts, may_be_flat=may_be_flat), Section("vision_config", towers, prefix="vision_")),
+        vision=partial(_vision_of, module),
+        spellings=_SPELLINGS,
+        **rules,
+    )
