@@ -21,8 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from rlsync.errors import ConfigError
-from workers.synthetic import make_once
+from workers.synthetic import HEAD_DIM, check_width, decoder_sizes, make_once
 
 # As Qwen2.5-VL's tokenizer names them; the model's config.json holds their ids.
 _SPECIAL = (
@@ -52,7 +51,6 @@ _QUESTIONS = {"shape": "Which shape?", "colour": "Which colour?", "digit": "Whic
 _PATCH, _MERGE = 14, 2
 _CELL = _PATCH * _MERGE
 _SIDES = (56, 84)  # of pictures, in pixels; multiples of what becomes one feature
-_HEAD_DIM = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +82,7 @@ def build_picture_world(path: str | Path, recipe: PictureRecipe) -> PictureWorld
         ConfigError: a number that cannot work, or ``path`` holds something this function did not make.
     """
     for name in ("hidden_size", "vision_hidden_size"):
-        if getattr(recipe, name) < _HEAD_DIM or getattr(recipe, name) % _HEAD_DIM:
-            raise ConfigError(f"pictures.{name} ({getattr(recipe, name)}) must be a multiple of the head size {_HEAD_DIM}")
+        check_width(f"pictures.{name}", getattr(recipe, name))
     folder = Path(path)
     make_once(folder, asdict(recipe), lambda empty: _fill(empty, recipe), key="pictures.path")
     return PictureWorld(folder / "model", folder / "train.jsonl", folder / "held_out.jsonl")
@@ -137,30 +134,22 @@ def image_settings() -> dict[str, Any]:
 
 
 def _make_model(recipe: PictureRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    heads = recipe.hidden_size // _HEAD_DIM
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
         ("image_token_id", "image_pad"), ("video_token_id", "video_pad"),
         ("vision_start_token_id", "vision_start"), ("vision_end_token_id", "vision_end"),
     )}  # fmt: skip
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": -(-len(tokenizer) // 8) * 8,  # even over tensor-parallel ranks up to 8
-            "hidden_size": recipe.hidden_size,
-            "intermediate_size": recipe.hidden_size * 3,
-            "num_hidden_layers": recipe.num_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
+            **decoder_sizes(recipe.hidden_size, recipe.num_layers, tokenizer),
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "initializer_range": 0.08,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
             "depth": recipe.vision_depth,
             "hidden_size": recipe.vision_hidden_size,
             "intermediate_size": recipe.vision_hidden_size * 3,
-            "num_heads": recipe.vision_hidden_size // _HEAD_DIM,
+            "num_heads": recipe.vision_hidden_size // HEAD_DIM,
             "out_hidden_size": recipe.hidden_size,
             "patch_size": _PATCH,
             "spatial_merge_size": _MERGE,

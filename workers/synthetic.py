@@ -32,7 +32,7 @@ from rlsync.errors import ConfigError
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
-_HEAD_DIM = 32
+HEAD_DIM = 32
 _TOPK = 2
 # Of the folder, among what decides whether one that is there is this one: counts changes of the files in it.
 _FORM = 2
@@ -101,32 +101,39 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    heads = recipe.hidden_size // _HEAD_DIM
-    shared: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 8) * 8,  # even over tensor-parallel ranks up to 8
-        "hidden_size": recipe.hidden_size,
-        "intermediate_size": recipe.hidden_size * 3,
-        "num_hidden_layers": recipe.num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2),
+    shared = {
+        **decoder_sizes(recipe.hidden_size, recipe.num_layers, tokenizer),
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
         "initializer_range": 0.1,
-        "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
         "dtype": "float32",
     }
     config: PretrainedConfig = Qwen2Config(**shared)
     if recipe.num_experts:
         # Two experts of half the width compute as much as the dense MLP.
         config = Qwen3MoeConfig(
-            **shared, head_dim=_HEAD_DIM, num_experts=recipe.num_experts, num_experts_per_tok=_TOPK, norm_topk_prob=True,
+            **shared, head_dim=HEAD_DIM, num_experts=recipe.num_experts, num_experts_per_tok=_TOPK, norm_topk_prob=True,
             moe_intermediate_size=recipe.hidden_size * 3 // _TOPK,
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def decoder_sizes(hidden_size: int, num_layers: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Sizes and token ids of a tiny decoder, as transformers' configs call them."""
+    heads = hidden_size // HEAD_DIM
+    return {
+        "vocab_size": -(-len(tokenizer) // 8) * 8,  # even over tensor-parallel ranks up to 8
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 3,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
 
 
 def _training_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
@@ -170,9 +177,14 @@ def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def check_width(name: str, size: int) -> None:
+    """Raise ConfigError unless a model can be so wide."""
+    if size < HEAD_DIM or size % HEAD_DIM:
+        raise ConfigError(f"{name} ({size}) must be a multiple of the head size {HEAD_DIM}")
+
+
 def _check(recipe: ArithmeticRecipe) -> None:
-    if recipe.hidden_size < _HEAD_DIM or recipe.hidden_size % _HEAD_DIM:
-        raise ConfigError(f"arithmetic.hidden_size ({recipe.hidden_size}) must be a multiple of the head size {_HEAD_DIM}")
+    check_width("arithmetic.hidden_size", recipe.hidden_size)
     if not 0 <= recipe.supervised_noise < 1:
         raise ConfigError(f"arithmetic.supervised_noise ({recipe.supervised_noise}) must lie in [0, 1)")
     num_problems = (recipe.max_operand + 1) ** 2
