@@ -455,7 +455,8 @@ def _unpack(packed: _Packed) -> Iterator[Drawn[Any]]:
 
 
 def _with_patches(one: Drawn[Any], pixels: Tensor | None, grid: Tensor | None) -> Drawn[Any]:
-    return replace(one, example=replace(one.example, pixel_values=pixels, image_grid_thw=grid))
+    example: Any = one.example
+    return replace(one, example=replace(example, pixel_values=pixels, image_grid_thw=grid))
 
 
 class RowLoader(Generic[T]):
