@@ -27,7 +27,8 @@ REPO = Path(__file__).resolve().parents[1]
 _WITH_MEGATRON = tuple(
     f"tests.integration.{name}_ranks"
     for name in (
-        "actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "megatron", "offload", "replay", "vision", "vision_parts",
+        "actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "lora", "megatron", "offload", "replay",
+        "vision", "vision_parts",
     )
 )  # fmt: skip
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.

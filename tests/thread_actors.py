@@ -16,6 +16,7 @@ from rlsync.errors import WeightSyncError
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from rlsync.sync.packer import Packed
+from rlsync.sync.source import Declared
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 SIZES = (24, 30, 16, 24, 26)
@@ -25,6 +26,7 @@ class Numbers:
     """A source of five float32 tensors, one in each bucket; with two ranks each holds one half of every tensor."""
 
     frozen: frozenset[str] = frozenset()
+    declared = Declared()
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.stable_memory = rank, world_size, True

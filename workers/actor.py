@@ -58,7 +58,8 @@ class ActorRank:
             return probe.getsockname()[1]
 
     def setup(self, address: str, port: int, load_initial: bool) -> None:
-        """Create process groups and model; ``load_initial`` loads the initial weights. Collective."""
+        """Create process groups and model; ``load_initial`` loads the initial weights, which the base of adapters is in any case.
+        Collective."""
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
         actor = self._config.actor
         initialize_parallel(
@@ -78,8 +79,10 @@ class ActorRank:
             spec=SPECS[actor.spec_name],
             ddp=ddp_options(actor),
             frozen=tuple(actor.model.frozen.values()),
+            lora=actor.lora_spec,
         )
-        if load_initial:
+        # A checkpoint of adapters does not have their base.
+        if load_initial or actor.lora_spec is not None:
             load_initial_weights(self._bridge, self._models, actor)
         self._memory = ActorMemory(self._models)
 
@@ -158,14 +161,15 @@ class ActorRank:
     # Weights and checkpoints.
 
     def _weights(self) -> dict[str, Tensor]:
-        """Copies of this rank's parameters in host memory. Collective over the DP group."""
+        """Copies of what this rank trains in host memory. Collective over the DP group."""
         gather_parameters(self._models)
-        return {name: p.detach().to("cpu", copy=True) for _, _, name, p in iter_parameters(self._models)}
+        return {name: p.detach().to("cpu", copy=True) for _, _, name, p in iter_parameters(self._models) if p.requires_grad}
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for _, _, name, parameter in iter_parameters(self._models):
-            parameter.copy_(weights[name])
+            if name in weights:
+                parameter.copy_(weights[name])
 
     def save(self, folder: str, step: int) -> None:
         """Write an ``actor/`` folder. Collective."""
@@ -262,6 +266,8 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
     """
     hf_path, megatron = actor.megatron.ckpt_convertor.hf_model_path, actor.megatron
     assert hf_path is not None, "load_config derives it"
+    if actor.lora.adapter_path is not None:
+        bridge.load_adapter(models, actor.lora.adapter_path)
     if actor.model.megatron_checkpoint is not None:
         load_checkpoint_weights(actor.model.megatron_checkpoint, bridge, models)
     elif megatron.mbridge:

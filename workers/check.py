@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rlsync.bridge.adapter_folder import check_adapter_folder
 from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
@@ -183,6 +184,8 @@ def check_weights(config: AnyConfig, report: Report) -> None:
     folder = Path(str(actor.megatron.ckpt_convertor.hf_model_path))
     if not actor.megatron.use_hf_ckpt or _will_be_made(config, folder) or not (folder / "config.json").is_file():
         return
+    if actor.lora_spec is not None and actor.lora.adapter_path is not None:
+        report.take("weights", check_adapter_folder, actor.lora.adapter_path, actor.lora_spec)
     stored = report.take("weights", read_checkpoint, folder)
     hf_config = report.take("model", read_hf_config, folder, config.model_key)
     if stored is None or hf_config is None or check_config(hf_config):

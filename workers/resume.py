@@ -65,6 +65,10 @@ RULES: Mapping[str, Rule] = {
     "actor.model.freeze_language_model": Rule.OPTIMIZER,
     "actor.model.freeze_vision_model": Rule.OPTIMIZER,
     "actor.model.freeze_vision_projection": Rule.OPTIMIZER,
+    "actor.lora": Rule.LAYOUT,
+    "actor.lora.dropout": Rule.HOLDS,
+    "actor.lora.init": Rule.REFERENCE,
+    "actor.lora.adapter_path": Rule.REFERENCE,
     "actor.optim": Rule.HOLDS,
     "actor.optim.optimizer": Rule.OPTIMIZER,
     "actor.optim.use_distributed_optimizer": Rule.OPTIMIZER,
@@ -145,6 +149,11 @@ def find_beginning(config: AnyConfig) -> Beginning:
         return Beginning(notes=() if config.runner.resume_dir is None else (found_none,))
     held = _inspect(config, resume / "actor")
     notes = [f"resuming after step {held.step} from {resume}"]
+    if not held.complete and config.actor.lora.r:
+        raise CheckpointError(
+            f"{resume} holds HF weights alone, in which adapters are merged: actor.lora cannot go on from it. Start a new run with "
+            f"{resume}/actor/{HF_FOLDER} as its model"
+        )
     if not held.complete:
         notes.append(f"warning: {resume} holds HF weights alone: optimizer and schedule start anew at step {held.step}")
     elif config.actor.megatron.no_load_optim:

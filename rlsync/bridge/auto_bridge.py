@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlsync.bridge.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    adapter_config,
+    check_adapter_folder,
+    stored_factors,
+)
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
@@ -27,10 +35,12 @@ from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
+from rlsync.megatron.lora import Adapter
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
+from rlsync.models.lora import module_of
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stored import FileTensor, default_form, file_placement, form_of, has_other_forms, misfits
+from rlsync.models.stored import FileTensor, default_form, differences, file_placement, form_of, has_other_forms, misfits
 from rlsync.plan.planner import Bucket, Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
@@ -50,12 +60,16 @@ class Shards:
         tensors: every HF tensor, in layer order, with the dtype of the live parameters.
         buffers: global name -> parameter or persistent buffer of this rank.
         placements: index is the global rank.
+        adapters: of this rank, by the global name of the weight that each adds to.
+        adapted: HF tensors that have an adapter, on any rank.
     """
 
     topology: Topology
     tensors: tuple[TensorSpec, ...]
     buffers: Mapping[str, torch.Tensor]
     placements: tuple[Placement, ...]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    adapted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -149,12 +163,13 @@ class AutoBridge:
         return models
 
     def shards(self, models: Sequence[torch.nn.Module]) -> Shards:
-        """Describe live models in HF coordinates. Not collective, and equal on all ranks but for ``buffers``.
+        """Describe live models in HF coordinates. Not collective, and equal on all ranks but for ``buffers`` and ``adapters``. Factors of
+        adapters are none of the buffers.
 
         Raises PlacementError naming every parameter that the table lacks, misses or expects in another shape.
         """
         topology = current_topology(models)
-        live = dict(megatron_model.iter_weights(models))
+        live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if not megatron_model.is_adapter(name)}
         flavour = megatron_model.flavour_of(models)
         dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
         key = (topology, flavour, dtype, self._divisor)
@@ -165,7 +180,95 @@ class AutoBridge:
             )
         placements = self._placed[1]
         _check_live(live, placements[dist.get_rank()])
-        return Shards(topology, self.model.tensors(dtype), live, placements)
+        tensors, adapters = self.model.tensors(dtype), megatron_model.adapters_in(models)
+        if adapters is None:
+            return Shards(topology, tensors, live, placements)
+        adapted = frozenset(t.name for t in tensors if module_of(t.name) in adapters.modules)
+        return Shards(topology, tensors, live, placements, megatron_model.adapters_by_weight(models), adapted)
+
+    def adapter_shards(self, models: Sequence[torch.nn.Module]) -> Shards:
+        """Describe the adapters of live models: tensors are their factors by HF name, as in PEFT without its prefix. Otherwise as
+        :meth:`shards`. Raises ConfigError where the models have none.
+        """
+        adapters, topology = megatron_model.adapters_in(models), current_topology(models)
+        if adapters is None:
+            raise ConfigError("these models have no adapters: build them with lora=LoraSpec(...)")
+        live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if megatron_model.is_adapter(name)}
+        # A pipeline stage may have no adapter; all parameters but a router's buffers are of one dtype.
+        dtype = str(next(parameter.dtype for *_, parameter in megatron_model.iter_parameters(models))).removeprefix("torch.")
+        placements = megatron_placements(self.model, topology, dtype=dtype, make_vocab_size_divisible_by=self._divisor, adapters=adapters)
+        _check_live(live, placements[dist.get_rank()])
+        return Shards(topology, adapters.tensors(self.model, dtype), live, placements)
+
+    def load_adapter(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
+        """Fill the adapters from a folder of PEFT's form. Call it before ``build_optimizer``.
+
+        Raises on every rank, before anything changes: CheckpointError (missing or truncated files), ConfigError (another rank or scaling,
+        or what is not supported), PlacementError (missing, unexpected and wrongly shaped tensors at once). Collective over all ranks.
+        """
+        folder = Path(folder)
+        with agreed(device=compute_device()):
+            shards = self.adapter_shards(models)
+            adapters = megatron_model.adapters_in(models)
+            assert adapters is not None
+            check_adapter_folder(folder, adapters.spec)
+            stored = {name.removeprefix(PREFIX): tensor for name, tensor in read_checkpoint(folder).items()}
+            factors = stored_factors(self.model, adapters, stored)
+            wanted = {factor.name: factor.shape for factor in factors}
+            findings = differences(wanted, {name: t.spec.shape for name, t in stored.items()})
+            if findings:
+                raise PlacementError(f"{folder} does not fit the adapters of this run: " + "; ".join(findings))
+            mine = shards.placements[dist.get_rank()]
+            held = [replace(f.file, spec=replace(f.file.spec, dtype=stored[f.name].spec.dtype)) for f in factors]
+            plan = build_plan(shards.tensors, [file_placement(str(folder), held)], [mine], transforms=("cast",))
+            files = MappedTensors({factor.file.spec.name: stored[factor.name] for factor in factors})
+            files.open()
+        with agreed(device=compute_device()), torch.no_grad():
+            for bucket in plan.buckets:
+                bind(bucket.copies, files, shards.buffers).run()
+            write_padding(mine.padding, shards.buffers)
+
+    def export_adapter(self, models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every factor of the adapters once, by its HF name as in PEFT without its prefix, on every rank: new tensors, in the dtype
+        of the parameters. Collective over all ranks: consume it to the end on all of them.
+        """
+        with agreed(device=compute_device()):
+            shards = self.adapter_shards(models)
+            plan = build_plan(
+                shards.tensors, shards.placements, [whole_tensors("export", shards.tensors)], bucket_bytes=EXPORT_BUCKET_BYTES
+            )
+        megatron_model.gather_parameters(models)
+        exchange = Exchange(plan, shards.buffers, device=compute_device())
+        for k, bucket in enumerate(plan.buckets):
+            arriving = {t.name: empty_tensor(t) for t in bucket.tensors}
+            exchange.deliver(k, [arriving])
+            yield from ((t.name, arriving[t.name]) for t in bucket.tensors)
+
+    def save_adapter(
+        self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, base_model: str | None = None, durable: bool = False
+    ) -> None:
+        """Write the adapters as PEFT does, for PEFT and vLLM; rank 0 writes. Collective over all ranks.
+
+        Args:
+            base_model: what the folder says that it adapts; by default the folder that the bridge was made from.
+            durable: as in :meth:`save_weights`.
+        """
+        out_dir, is_writer = Path(out_dir), dist.get_rank() == 0
+        arrived = {f"{PREFIX}{name}": tensor.cpu() for name, tensor in self.export_adapter(models) if is_writer}
+        with agreed(device=compute_device()):
+            adapters = megatron_model.adapters_in(models)
+            if is_writer and adapters is not None:
+                origin = None if self._folder is None else str(self._folder.resolve())
+                content = adapter_config(adapters, origin if base_model is None else base_model)
+                specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in arrived.items()]
+                try:
+                    out_dir.mkdir(parents=True, exist_ok=True)
+                    with FileWriter(out_dir / ADAPTER_WEIGHTS, specs, durable=durable) as writer:
+                        for name, tensor in arrived.items():
+                            writer.write(name, tensor.contiguous())
+                    write_small_file(out_dir / ADAPTER_CONFIG, (json.dumps(content, indent=2) + "\n").encode(), durable=durable)
+                except OSError as error:
+                    raise CheckpointError(f"{error.filename or out_dir}: cannot be written ({error.strerror})") from error
 
     def load_weights(self, models: Sequence[torch.nn.Module], hf_path: str | Path) -> None:
         """Fill the parameters from a safetensors checkpoint; each rank reads only the byte ranges it needs.
@@ -194,21 +297,24 @@ class AutoBridge:
 
         A tensor that every rank holds whole, and here lies in order in one parameter (without TP and PP all but q, k and v), is a view
         of that parameter: clone it to keep it beyond the next optimizer step, and do not write to it. All others are new. Tensors are
-        contiguous, on the device and in the dtype of the parameters; memory is one bucket beside its messages, and the stacked experts
-        of a layer. A tied model yields no ``lm_head``. Collective over all ranks: consume it to the end on all of them.
+        contiguous, on the device and in the dtype of the parameters.
+        Adapters are merged, in fp32 and into new memory, which takes that of the weights they add to. Else memory is one
+        bucket beside its messages, and the stacked experts of a layer. A tied model yields no ``lm_head``.
+        Collective over all ranks: consume it to the end on all of them.
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
             export = self._planned_export(shards, bucket_bytes)
         megatron_model.gather_parameters(models)
-        exchange = Exchange(export.plan, shards.buffers, device=compute_device())
+        buffers = _as_exported(shards)
+        exchange = Exchange(export.plan, buffers, device=compute_device())
         arriving = _Arriving(export.files, export.held)
         for k, bucket in enumerate(export.plan.buckets):
             if arriving.begin(bucket):
                 exchange.deliver(k, [arriving.buffers])
             for tensor in bucket.tensors:
                 if tensor.name in export.held:
-                    yield export.files[tensor.name].spec.name, _in_place(tensor, export.held[tensor.name], shards.buffers)
+                    yield export.files[tensor.name].spec.name, _in_place(tensor, export.held[tensor.name], buffers)
                 elif (complete := arriving.completed(tensor)) is not None:
                     yield complete
 
@@ -261,10 +367,11 @@ class AutoBridge:
             if rank == 0:
                 prepare_folder(out_dir)
         writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
-        exchange = Exchange(plan, shards.buffers, device=compute_device(), destination_ranks=writer_ranks)
+        buffers = _as_exported(shards)
+        exchange = Exchange(plan, buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
-            _write_files(out_dir, mine, len(files), exchange, plan, held, shards.buffers, durable=durable)
+            _write_files(out_dir, mine, len(files), exchange, plan, held, buffers, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
@@ -296,6 +403,11 @@ class AutoBridge:
         if self._folder is not None:
             copy_files(self._folder, files, out_dir, durable=durable)
         write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
+
+
+def _as_exported(shards: Shards) -> Mapping[str, torch.Tensor]:
+    """The buffers of this rank with adapters added; takes the memory of the weights that have one."""
+    return {name: shards.adapters[name].merged(b.detach()) if name in shards.adapters else b for name, b in shards.buffers.items()}
 
 
 def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:

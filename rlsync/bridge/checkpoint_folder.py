@@ -2,6 +2,7 @@
 
     <root>/global_step_N/
         actor/hf_model/                               for transformers and vLLM
+        actor/hf_adapter/                             of a run with adapters: these alone, for PEFT and vLLM
         actor/iter_XXXXXXX/mp_rank_TT[_PPP][_EEE]/    Megatron's own shards
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
@@ -22,6 +23,7 @@ from rlsync.layout.topology import Topology
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf_model"
+ADAPTER_FOLDER = "hf_adapter"
 # What RLinf calls the same folder; read, never written.
 HF_FOLDER_NAMES = (HF_FOLDER, "hf_checkpoint")
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")

@@ -13,6 +13,7 @@ from rlsync.copy.files import MappedTensors
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models.stacks import NEVER_LOADED
+from rlsync.sync.source import Declared
 
 _NEVER_LOADED = re.compile("|".join(NEVER_LOADED))
 
@@ -26,7 +27,7 @@ class FolderSource:
         tensors: in the order of their names, layer 10 after layer 9, with the dtypes of the files.
         placements: the one of this rank.
         buffers: HF name -> tensor over its file.
-        frozen: none: who syncs a second folder would make a second source.
+        frozen, declared: nothing: who syncs a second folder would make a second source.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -43,6 +44,7 @@ class FolderSource:
         self.stable_memory = True
         self.buffers: Mapping[str, torch.Tensor] = files
         self.frozen: frozenset[str] = frozenset()
+        self.declared = Declared()
 
     def begin(self, version: int) -> None:
         """Nothing: the weights are what they are."""

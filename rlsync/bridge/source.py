@@ -11,10 +11,12 @@ from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.megatron.model import gather_parameters
+from rlsync.sync.source import Declared
 
 
 class MegatronSource:
-    """The parameters of this actor rank, where they lie, and how they are made fresh.
+    """The parameters of this actor rank, where they lie, and how they are made fresh. Adapters are added to the weights that are sent, in
+    fp32 and bucket by bucket; the base stays as it is.
 
     Attributes:
         tensors: every HF tensor, in layer order, with the dtype of the parameters; the same on all ranks.
@@ -22,7 +24,8 @@ class MegatronSource:
         buffers: global name -> parameter or persistent buffer of this rank.
         rank: of this process among the actor ranks.
         stable_memory: whether the parameters stay in memory between syncs.
-        frozen: HF tensors whose parameters on this rank took no gradient when the source was made.
+        frozen: HF tensors whose parameters on this rank took no gradient when the source was made, and have no adapter.
+        declared: ``merge`` before every tensor that has an adapter.
     """
 
     def __init__(self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True) -> None:
@@ -37,12 +40,16 @@ class MegatronSource:
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
+        adapters, buffers = shards.adapters, self.buffers
+        self.declared = Declared(dict.fromkeys(shards.adapted, "merge"), lambda name: adapters[name].merged(buffers[name].detach()))
         idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
         pieces = self.placements[self.rank].pieces
-        trained = {piece.tensor for piece in pieces if piece.buffer not in idle}
+        trained = shards.adapted | {piece.tensor for piece in pieces if piece.buffer not in idle}
         self.frozen = frozenset(piece.tensor for piece in pieces) - trained
         self._idle = tuple((name, self.buffers[name]) for name in sorted(idle))
-        names = {id(buffer): name for name, buffer in self.buffers.items()}
+        factors = {f"{weight} {name}": factor for weight, adapter in adapters.items() for name, factor in adapter.named_parameters()}
+        self._sent = (*self.buffers.values(), *factors.values())
+        names = {id(buffer): name for name, buffer in (*self.buffers.items(), *factors.items())}
         # Where each tensor is looked up when the model computes; a sync has no time to walk the modules.
         self._places = [
             (table, attribute, names[id(tensor)], tensor)
@@ -71,4 +78,4 @@ class MegatronSource:
                 f"{len(replaced)} parameters or buffers are other objects than at connect(), among them {replaced[0]}; "
                 "make a new source and connect again"
             )
-        gather_parameters(self._models, self.buffers.values())
+        gather_parameters(self._models, self._sent)

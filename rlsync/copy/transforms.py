@@ -13,6 +13,11 @@ def transformed(view: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tens
     return typed(torch.Tensor, getattr(sys.modules[__name__], name)(view, dtype)) if name else view
 
 
+def merge(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The cast of a sum: ``view`` is of the weight to which its source has added the adapters."""
+    return cast(view, dtype)
+
+
 def cast(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to nearest, as torch does it."""
     return view.to(dtype)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -23,10 +24,12 @@ from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
+from rlsync.megatron.lora import ADAPTER, Adapter, adapter_modules, add_adapters
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour, Part, check_parts, model_of
+from rlsync.models.lora import Adapters, LoraSpec, adapters_of
 from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
 _LAYER_LISTS = ("decoder.layers.",)
@@ -61,6 +64,7 @@ def build_model(
     overrides: Mapping[str, Any] | None = None,
     spec: SpecName = "auto",
     frozen: Collection[Part] = (),
+    lora: LoraSpec | None = None,
 ) -> list[MegatronModule]:
     """Build this rank's part of a model with random weights on its device.
 
@@ -76,15 +80,16 @@ def build_model(
             or before, but before ``build_optimizer``: it copies them.
         ddp: options of that wrapper.
         overrides: TransformerConfig fields by name, see ``model_config``.
-        spec: see ``block_spec``.
+        spec: see ``block_spec``; with adapters ``auto`` is ``local``.
         frozen: parts of a vision-language model that are not trained: they have no gradients and no optimizer state.
+        lora: adapters, which alone are trained then. ``is_adapter`` tells their parameters from the base's, whose names stay.
 
     Returns:
         One module per virtual pipeline stage, in order; a single one without virtual stages.
 
     Raises:
         ConfigError: as ``model_config``; everything, or a part of a model of text, is frozen; the topology differs from Megatron's process
-            groups; or Megatron's random state was not seeded.
+            groups; Megatron's random state was not seeded; or adapters do not fit the model (``check_adapters``), or its layers.
     """
     enable_cpu()
     _check_topology(topology)
@@ -100,13 +105,24 @@ def build_model(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         overrides=overrides,
     )
-    findings = check_parts(model_of(hf_config), {f"frozen {part}": part for part in frozen}, {})
+    model = model_of(hf_config)
+    findings = check_parts(model, {f"frozen {part}": part for part in frozen}, {})
+    if frozen and lora is not None:
+        findings.append(f"frozen {', '.join(frozen)} beside lora, which freezes all but its adapters; leave one of them out")
     if findings:
         raise ConfigError("; ".join(findings))
+    adapters = None if lora is None else adapters_of(model, lora)
+    if lora is not None and spec == "auto":
+        spec = "local"
     stages = range(topology.vpp_size) if topology.vpp_size > 1 else (None,)
     chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
     for parameter, part in parts_of_parameters(chunks):
         parameter.requires_grad_(part not in frozen)
+    for chunk in chunks:
+        chunk.adapters = adapters
+    if adapters is not None:
+        modules = {name: unwrap(chunks[index]).get_submodule(local.rpartition(".")[0]) for index, local, name, _ in iter_parameters(chunks)}
+        add_adapters(chunks, modules, model, adapters, topology, dist.get_rank(), dtype)
     return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
 
 
@@ -138,6 +154,23 @@ def parts_of_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[tor
     tower_parts = unwrap(models[0]).tower_parts
     for _, _, name, parameter in iter_parameters(models):
         yield parameter, tower_parts.get(name, "language_model")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name, local or global, is a factor of an adapter."""
+    return name.split(".")[-2:-1] == [ADAPTER]
+
+
+def adapters_in(models: Sequence[torch.nn.Module]) -> Adapters | None:
+    """The adapters of chunks that ``build_model`` made with some, or None."""
+    found: Adapters | None = getattr(unwrap(models[0]), "adapters", None)
+    return found
+
+
+def adapters_by_weight(models: Sequence[torch.nn.Module]) -> dict[str, Adapter]:
+    """Adapters of this rank by the global name of the weight that they add to; empty where there are none."""
+    found = adapter_modules([unwrap(model) for model in models])
+    return {name: found[id(weight)] for _, _, name, weight in iter_parameters(models) if id(weight) in found}
 
 
 def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
-from rlsync.megatron.model import gather_parameters, unwrap
+from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, unwrap
 from rlsync.megatron.optimizer_state import (
     check_optimizer_state,
     distributed_parts,
@@ -203,7 +203,11 @@ def _unfit(source: str, error: Exception) -> CheckpointError:
 def _options(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     """Options that decide the form of the saved state and that neither names nor sizes of parallel axes tell."""
     # Padded by make_vocab_size_divisible_by; the model's own count is not known here.
-    options: dict[str, Any] = {"padded vocabulary": unwrap(models[0]).vocab_size}
+    adapters = adapters_in(models)
+    # What factors are multiplied by, which their shapes do not tell.
+    options: dict[str, Any] = {
+        "padded vocabulary": unwrap(models[0]).vocab_size, "adapters' scaling": None if adapters is None else adapters.spec.scaling
+    }  # fmt: skip
     if optimizer is not None:
         config = optimizer_config(optimizer)
         options |= {name: getattr(config, name) for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer")}
@@ -216,9 +220,11 @@ def _keyed(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by local name, without TransformerEngine's ``_extra_state``."""
+    """What a checkpoint keeps, by local name: adapters alone of a model that has some, whose base no step changes; else parameters and
+    persistent buffers, without TransformerEngine's ``_extra_state``."""
+    has_adapters = adapters_in([model]) is not None
     for name, value in unwrap(model).state_dict().items():
-        if not name.endswith("_extra_state"):
+        if is_adapter(name) if has_adapters else not name.endswith("_extra_state"):
             yield name, value.detach()
 
 

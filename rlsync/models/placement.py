@@ -13,6 +13,7 @@ from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Padding, Piece, Placement
 from rlsync.layout.topology import Topology
 from rlsync.models.layouts import LocalLayout
+from rlsync.models.lora import Adapters
 from rlsync.models.stacks import Bound, Flavour, Index, Model, Rule, Stack
 
 
@@ -50,8 +51,9 @@ def megatron_placement(
     flavour: Flavour = "local",
     dtype: str | None = None,
     make_vocab_size_divisible_by: int = 1,
+    adapters: Adapters | None = None,
 ) -> Placement:
-    """What ``rank`` of a Megatron run holds of ``model``.
+    """What ``rank`` of a Megatron run holds of ``model``, or of its ``adapters`` alone where they are given.
 
     Buffers are parameters by global name with their local shape; ``dtype`` is that of the parameters (default: the model's).
     Raises PlacementError or ConfigError where a tensor, the layers or the experts cannot be divided by the topology.
@@ -64,7 +66,8 @@ def megatron_placement(
     pieces: list[Piece] = []
     padding: list[Padding] = []
     layouts: dict[Rule, LocalLayout] = {}  # of a rule they are the same in every layer
-    for bound in held_parameters(model, topology, rank):
+    held = held_parameters(model, topology, rank)
+    for bound in held if adapters is None else adapters.parameters(held):
         name = bound.name(flavour)
         local = layouts.get(bound.rule) or model.local_layout(bound, *share[bound.stack.tensor_axis])
         layouts[bound.rule] = local

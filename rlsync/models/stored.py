@@ -52,7 +52,7 @@ class StoredForm:
 
     def _places(self, bound: Bound) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int, tuple[int, ...]]]]:
         """Of each HF tensor of an expert's parameter: the stacked tensor, its shape, and offset and strides in it."""
-        stacked, shape = _stacked_tensor(bound, self.experts)
+        stacked, shape = stacked_tensor(bound, self.experts)
         rows, columns = _matrix(bound)
         first = bound.numbers[-1] * rows * columns
         for name, (own_rows, _) in bound.hf:
@@ -83,7 +83,7 @@ def form_of(model: Model, shapes: Shapes) -> StoredForm:
     of stacked experts do not tell their rows from their columns.
     """
     spelling = model.spelling(shapes)
-    found = [(bound, name) for bound in _experts(model) if (name := spelling.stored(_stacked_tensor(bound, None)[0])) in shapes]
+    found = [(bound, name) for bound in _experts(model) if (name := spelling.stored(stacked_tensor(bound, None)[0])) in shapes]
     if not found:
         return StoredForm(spelling)
     single = next((name for bound in _experts(model) for name, _ in bound.hf if spelling.stored(name) in shapes), None)
@@ -113,9 +113,14 @@ def misfits(model: Model, shapes: Shapes) -> list[str]:
     except PlacementError as error:
         return [str(error)]
     wanted = {file.spec.name: file.spec.shape for file in form.file_tensors(model, model.tensors())}
-    missing = sorted(name for name in wanted if name not in shapes)
-    extra = sorted(name for name in shapes if name not in wanted and not model.is_ignored(name))
-    wrong = [f"{name}: expected {shape}, stored {shapes[name]}" for name, shape in wanted.items() if shapes.get(name, shape) != shape]
+    return differences(wanted, {name: shape for name, shape in shapes.items() if name in wanted or not model.is_ignored(name)})
+
+
+def differences(wanted: Shapes, found: Shapes) -> list[str]:
+    """Tensors by name that are missing, unexpected or wrongly shaped among the found ones: a sentence for each kind."""
+    missing = sorted(name for name in wanted if name not in found)
+    extra = sorted(name for name in found if name not in wanted)
+    wrong = [f"{name}: expected {shape}, stored {found[name]}" for name, shape in wanted.items() if found.get(name, shape) != shape]
     kinds = (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong))
     return [f"{kind} {len(names)} tensors: {', '.join(names)}" for kind, names in kinds if names]
 
@@ -134,8 +139,9 @@ def _matrix(bound: Bound) -> tuple[int, int]:
     return sum(shape[0] for _, shape in bound.hf), bound.hf[0][1][1]
 
 
-def _stacked_tensor(bound: Bound, orientation: Orientation | None) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the tensor that has an expert's parameter, and those of all other experts of its layer."""
+def stacked_tensor(bound: Bound, orientation: Orientation | None) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the tensor that has an expert's parameter, and those of all other experts of its layer. Of a stack with such a
+    form."""
     form = bound.stack.stacked
     assert form is not None
     number = bound.stack.rules.index(bound.rule)

@@ -204,7 +204,7 @@ def _kinds(
         rows += [([members[i] for i in same], table[same], links[same]) for same in _equal_rows(np.concatenate(patterns, axis=1))]
     firsts = [members[0] for members, _, _ in rows]
     copies: list[list[Copy]] = [[] for _ in firsts]
-    for row in copies_of(matching.only(firsts), transforms).values():
+    for row in copies_of(matching.only(firsts), transforms, {}).values():
         for copy in row:
             copies[copy.destination].append(copy)
     for (members, table, links), found in zip(rows, copies, strict=True):

@@ -18,7 +18,7 @@ from rlsync.layout.geometry import DTYPE_BYTES, Box, Location, Piece, Placement,
 from rlsync.plan.buckets import HolderBytes, grouped, limits_of
 from rlsync.plan.links import link_class
 from rlsync.plan.proof import examine, first_of, listing_findings
-from rlsync.plan.transforms import transform_between
+from rlsync.plan.transforms import takes, transform_between
 
 # The mean work of a source is divided into so many units; a piece of two or more is divided among the replicas that have it.
 _UNITS_PER_SOURCE = 100
@@ -158,6 +158,7 @@ def build_plan(
     takes_room: Callable[[int, int], bool] = lambda destination, source: True,
     transforms: Collection[str] = (),
     frozen: Collection[str] = (),
+    declared: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose one source for each destination element and cut the copies into buckets.
 
@@ -172,11 +173,12 @@ def build_plan(
         takes_room: whether copies between a destination and a source count for that, by their indices. Others go along for nothing.
         transforms: rows of ``rlsync.plan.transforms`` by which dtypes of source and destination may differ, in order of preference.
         frozen: tensors that come first, in buckets of their own, because not every sync sends them.
+        declared: rows of ``rlsync.plan.transforms`` by tensor, which stand before all of its copies.
 
     Raises PlacementError with all findings at once.
     """
     matching = match(tensors, sources, destinations)
-    copies = copies_of(matching, transforms)
+    copies = copies_of(matching, transforms, declared or {})
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
     buckets = in_buckets(tensors, copies, holder_bytes_of(roomy, matching.destinations.dtypes), bucket_bytes, frozen)
     givers, takers = matching.sources, matching.destinations
@@ -194,8 +196,8 @@ def match(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinati
     return Matching(givers, takers, ways, tuple(findings))
 
 
-def copies_of(matching: Matching, transforms: Collection[str]) -> dict[str, list[Copy]]:
-    """Copies by tensor, in the order of the destinations' names.
+def copies_of(matching: Matching, transforms: Collection[str], declared: Mapping[str, str]) -> dict[str, list[Copy]]:
+    """Copies by tensor, in the order of the destinations' names; transforms as in ``build_plan``.
 
     Raises PlacementError with all findings at once, those of the matching and dtypes that differ.
     """
@@ -205,7 +207,8 @@ def copies_of(matching: Matching, transforms: Collection[str]) -> dict[str, list
         rows: dict[str, list[Copy]] = defaultdict(list)
         for piece, box, (source, origin) in matching.ways[destination]:
             dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
-            rows[piece.tensor].append(_copy(box, source, origin, destination, piece, transform_between(*dtypes, transforms) or ""))
+            transform = declared.get(piece.tensor) or transform_between(*dtypes, transforms) or ""
+            rows[piece.tensor].append(_copy(box, source, origin, destination, piece, transform))
         for name, row in rows.items():
             copies[name].extend(coalesce(row))
     findings = [*matching.findings, *_dtype_findings(copies, givers, takers)]
@@ -486,7 +489,7 @@ def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, take
     for name, row in copies.items():
         for c in row:
             found, wanted = givers.dtypes[c.source][c.source_buffer], takers.dtypes[c.destination][c.destination_buffer]
-            if found != wanted and not c.transform:
+            if not takes(c.transform, found, wanted) if c.transform else found != wanted:
                 taker, giver = takers.placements[c.destination].holder, givers.placements[c.source].holder
                 yield f"{name}: {wanted} in {taker}, {found} in {giver}"
 

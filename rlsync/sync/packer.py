@@ -20,6 +20,7 @@ from rlsync.errors import PlacementError
 from rlsync.plan.packing import Region
 from rlsync.plan.transforms import TRANSFORMS
 from rlsync.plan.verification import num_rounds, round_of, rounds_in
+from rlsync.sync.source import Declared
 from rlsync.transport.ends import Sender
 
 
@@ -66,10 +67,20 @@ class Packer:
 
     Args:
         buffers: memory of this rank's placement.
+        declared: transforms of its source.
     """
 
-    def __init__(self, assignment: ActorAssignment, buffers: Mapping[str, torch.Tensor], senders: Sequence[Sender]) -> None:
+    def __init__(
+        self,
+        assignment: ActorAssignment,
+        buffers: Mapping[str, torch.Tensor],
+        senders: Sequence[Sender],
+        declared: Declared = Declared(),  # noqa: B008 (frozen, and empty)
+    ) -> None:
         self._verify, self._buffers, self._senders = assignment.verify, buffers, senders
+        self._declared = declared
+        # What the source computed for the bucket that is packed, by buffer: its tensors go to several places, and are summed up.
+        self._computed: dict[str, torch.Tensor] = {}
         self._num_frozen = assignment.num_frozen
         # By sender and step.
         self._programs: dict[tuple[int, int], tuple[_Program, ...]] = {}
@@ -113,7 +124,9 @@ class Packer:
                 with sender.sending(step):
                     nbytes += sum(program.run() for program in programs)
         # What is frozen is verified whole in every sync, whether it is sent or not.
-        return Packed(nbytes, self._sum_up(bucket, 1 if is_frozen else turn))
+        packed = Packed(nbytes, self._sum_up(bucket, 1 if is_frozen else turn))
+        self._computed.clear()
+        return packed
 
     def _bound(self, index: int, step: int) -> tuple[_Program, ...]:
         """The programs that write a step of a sender."""
@@ -174,7 +187,15 @@ class Packer:
         return transformed(self._view(r), r.transform, getattr(torch, r.dtype))
 
     def _view(self, r: Region) -> torch.Tensor:
-        return region(self._buffers[r.source_buffer], r.source_offset, r.shape, r.source_strides)
+        is_declared = bool(r.transform) and TRANSFORMS[r.transform].is_declared
+        buffer = self._compute(r.source_buffer) if is_declared else self._buffers[r.source_buffer]
+        return region(buffer, r.source_offset, r.shape, r.source_strides)
+
+    def _compute(self, name: str) -> torch.Tensor:
+        if name not in self._computed:
+            assert self._declared.compute is not None, "what declares transforms computes them"
+            self._computed[name] = self._declared.compute(name)
+        return self._computed[name]
 
 
 def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:

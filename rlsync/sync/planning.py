@@ -117,8 +117,18 @@ def _of_worker(ends: Ends, destination: int) -> tuple[bytes, tuple[int, ...]]:
     return ends.workers[destination], ends.imports.get(destination, ())
 
 
-def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placement], reports: Reports, config: SyncConfig) -> ConnectionPlan:
-    """Plan a connection. Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker."""
+def plan_connection(
+    tensors: Sequence[TensorSpec],
+    placements: Sequence[Placement],
+    reports: Reports,
+    config: SyncConfig,
+    declared: Mapping[str, str] | None = None,
+) -> ConnectionPlan:
+    """Plan a connection. Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker.
+
+    ``declared``: transforms by tensor that the sources declare, see ``rlsync.sync.source.Declared``.
+    """
+    declared = declared or {}
     chosen = choose_transports(reports, config.transport)
     by_gpu = any(TRANSPORTS[name].is_by_gpu for name in chosen)
     located = [replace(p, location=_location(hello, by_gpu)) for p, hello in zip(placements, reports.actors, strict=True)]
@@ -126,7 +136,8 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
     # All workers of a destination have one transport.
     transports = tuple(chosen[destination_of.index(d)] for d in range(len(destinations)))
     first = [reports.workers[destination_of.index(d)] for d in range(len(destinations))]
-    staging = _staging(destinations, transports, reports.actors, config.staging)
+    computing = [any(piece.tensor in declared for piece in p.pieces) for p in placements]
+    staging = _staging(destinations, transports, reports.actors, computing, config.staging)
     is_direct, used = all(r.sink == "direct" for r in reports.records), set(transports)
 
     def takes_room(destination: int, rank: int) -> bool:
@@ -135,7 +146,7 @@ def plan_connection(tensors: Sequence[TensorSpec], placements: Sequence[Placemen
     frozen = frozen_tensors(tensors, placements, reports)
     plan = build_plan(
         tensors, located, destinations,
-        bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS), frozen=frozen,
+        bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS), frozen=frozen, declared=declared,
     )  # fmt: skip
     plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
     num_frozen = sum(bucket.tensors[0].name in frozen for bucket in plan.buckets)
@@ -210,15 +221,16 @@ def choose_transports(reports: Reports, requested: str) -> tuple[str, ...]:
 
 
 def _staging(
-    destinations: Sequence[Placement], transports: Sequence[str], actors: Sequence[ActorHello], staging: str
+    destinations: Sequence[Placement], transports: Sequence[str], actors: Sequence[ActorHello], computing: Sequence[bool], staging: str
 ) -> frozenset[tuple[int, int]]:
-    """The (destination, actor rank) pairs that go through a staging ring of the rank."""
+    """The (destination, actor rank) pairs that go through a staging ring of the rank. ``computing``: by rank, whether what it sends is
+    computed in each sync, and lies nowhere else."""
     return frozenset(
         (destination, rank)
         for destination, reader in enumerate(destinations)
         if TRANSPORTS[transports[destination]].in_place == "read"
         for rank, hello in enumerate(actors)
-        if is_staged(hello.memory, staging, is_near=reader.location == _location(hello, by_gpu=True))
+        if computing[rank] or is_staged(hello.memory, staging, is_near=reader.location == _location(hello, by_gpu=True))
     )
 
 

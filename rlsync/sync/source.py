@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 import torch
 
 from rlsync.layout.geometry import Placement, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """Transforms that a source declares, of what is more than a cast of one of its buffers.
+
+    Attributes:
+        transforms: rows of ``rlsync.plan.transforms`` by HF tensor; the same on all ranks.
+        compute: gives for a buffer of this rank, by name, a new tensor of its shape and dtype, out of which such tensors are taken.
+            Called once for each bucket that has some of them; not collective.
+    """
+
+    transforms: Mapping[str, str] = field(default_factory=dict)
+    compute: Callable[[str], torch.Tensor] | None = None
 
 
 class Source(Protocol):
@@ -41,6 +56,11 @@ class Source(Protocol):
 
         Engines that hold them are not sent them again; checksums of both sides are compared in every sync nevertheless.
         """
+        ...
+
+    @property
+    def declared(self) -> Declared:
+        """What the sender computes of the buffers before it is copied; ``Declared()`` where all is sent as it lies."""
         ...
 
     def begin(self, version: int) -> None:

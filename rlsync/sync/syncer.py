@@ -211,7 +211,7 @@ class WeightSyncer:
         self._endpoints.seal()
         device = _device()
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        packer = Packer(assignment, self._source.buffers, list(self._endpoints.senders.values()))
+        packer = Packer(assignment, self._source.buffers, list(self._endpoints.senders.values()), self._source.declared)
         packer.prepare()
         self._connection = Connection(
             self._peer,
@@ -281,7 +281,7 @@ class WeightSyncer:
         for hello, record in zip(reports.workers, reports.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
-        self._plan = plan_connection(self._source.tensors, self._source.placements, reports, self._config)
+        self._plan = plan_connection(self._source.tensors, self._source.placements, reports, self._config, self._source.declared.transforms)
         self._sinks = tuple(record.sink for record in reports.records)
         return m.Planned(*self._endpoints.host(self._plan, self._config))
 

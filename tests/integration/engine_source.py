@@ -11,6 +11,7 @@ from safetensors import safe_open
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync import WeightSyncer
 from rlsync.sync.packer import Packed
+from rlsync.sync.source import Declared
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,7 +42,7 @@ class FolderSource:
     def __init__(self, tensors: dict[str, torch.Tensor], *, rank: int = 0, world_size: int = 1) -> None:
         self.tensors = tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
         self.placements = tuple(whole_tensors(f"actor {r}", self.tensors[r::world_size]) for r in range(world_size))
-        self.stable_memory, self.frozen = True, frozenset[str]()
+        self.stable_memory, self.frozen, self.declared = True, frozenset[str](), Declared()
         self.buffers = {spec.name: tensors[spec.name].contiguous() for spec in self.tensors[rank::world_size]}
         self.on_begin: Callable[[int], None] = lambda version: None
 

@@ -23,6 +23,7 @@ from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.scores import TokenScores, score_tokens
 from rlsync.megatron.train import StepResult, token_scores, train_step
+from rlsync.models.lora import LoraSpec
 from tests.vision_models import collated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +47,7 @@ class Actor:
             ddp=DdpOptions(**case.get("ddp", {})),
             overrides=case.get("overrides"),
             frozen=case.get("frozen", ()),
+            lora=LoraSpec(**case["lora"]) if "lora" in case else None,
         )
         self.optimizer = build_optimizer(self.models, OptimizerOptions(**case["optimizer"]))
         self.scheduler = build_scheduler(

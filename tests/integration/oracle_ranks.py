@@ -24,6 +24,7 @@ from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.models import Part
+from rlsync.models.lora import LoraSpec
 from rlsync.transport.collectives import gather_bytes
 from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
@@ -94,6 +95,8 @@ def compare(
     sees: bool = False,
     frozen: Sequence[Part] = (),
     actor_overrides: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    serves_adapters: bool = False,
     **config: Any,
 ) -> None:
     """Several syncs of a changing actor; then the synced engines against one started from the exported ``hf_model``.
@@ -101,6 +104,7 @@ def compare(
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
     ``spec``: of the actor's layers, as ``rlsync.megatron.specs.block_spec`` knows them.
     ``sees``: whether the model takes pictures, with which it is then trained and asked. ``frozen``: its parts that are not trained.
+    ``lora``: of adapters, fields of ``LoraSpec``. ``serves_adapters``: whether vLLM's own adapters are asked as well.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
@@ -113,7 +117,14 @@ def compare(
     wait_for_all()
     bridge = AutoBridge.from_pretrained(folder)
     models = bridge.get_model(
-        folder, topology=made, bf16=dtype == "bfloat16", ddp=DdpOptions(**(ddp or {})), spec=spec, frozen=frozen, overrides=actor_overrides
+        folder,
+        topology=made,
+        bf16=dtype == "bfloat16",
+        ddp=DdpOptions(**(ddp or {})),
+        spec=spec,
+        frozen=frozen,
+        overrides=actor_overrides,
+        lora=None if lora is None else LoraSpec(**lora),
     )
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     syncer = WeightSyncer(
@@ -139,7 +150,7 @@ def compare(
         report = syncer.sync(version)
         say(f"synced to version {version}")
         assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
-        assert (report.held_bytes > 0) == bool(frozen and version)
+        assert (report.held_bytes > 0) == bool((frozen or lora) and version)
         answers = [ask(each, prompts) for each in synced]
         for mine, last in zip(answers, before, strict=True):
             assert [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
@@ -147,6 +158,8 @@ def compare(
         before = answers
         wait_for_all()
     bridge.save_weights(models, Path(out_dir, "hf_model"))
+    if lora is not None:
+        bridge.save_adapter(models, Path(out_dir, "hf_adapter"))
     if dtype == "float32":
         check_against_actor(models, before[0] if before else [], prompts, folder if sees else None)
     syncer.close()
@@ -160,6 +173,8 @@ def compare(
         fresh.close()
         # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
+        if serves_adapters:
+            check_adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), before[0])
         print(f"ORACLE {worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
 
 
@@ -180,6 +195,26 @@ def apart(
         for engine_id in {engine_id for engine_id, _ in held}:
             assert state_difference(held[engine_id, worker], state) == (), engine_id
     return max(difference(one, expected) for one in answers)
+
+
+def check_adapters_of_vllm(base: str, adapter: Path, answers: list[Completion]) -> None:
+    """An engine of vLLM alone answers with a saved adapter beside the base as synced ones do with merged weights, and without it else."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    with forked_engines():
+        llm = LLM(base, enable_lora=True, max_loras=1, max_lora_rank=8, enforce_eager=True, disable_log_stats=True, **options)
+    sampling = SamplingParams(detokenize=False, **{**GREEDY, "logprobs": None})
+
+    def ask_vllm(request: LoRARequest | None) -> list[tuple[int, ...]]:
+        rows = [llm.generate([{"prompt_token_ids": p}], sampling, use_tqdm=False, lora_request=request)[0] for p in PROMPTS]
+        return [tuple(row.outputs[0].token_ids) for row in rows]
+
+    wanted = [answer.token_ids for answer in answers]
+    assert ask_vllm(LoRARequest("adapter", 1, str(adapter))) == wanted
+    assert ask_vllm(None) != wanted
+    llm.llm_engine.engine_core.shutdown()
 
 
 def say(text: str) -> None:

@@ -9,13 +9,18 @@ from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
-# Family, whether its head is tied, and the layout of the actor.
+# Adapters on some of the projections that a parameter packs, and on experts.
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")}
+# Family, whether its head is tied, the layout of the actor, and its adapters.
 CASES = (
-    ("llama", False, {"tp_size": 2}),
-    ("qwen2", True, {"pp_size": 2}),
-    ("qwen3", True, {"dp_size": 2}),
-    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}),
-    ("glm4_moe", False, {"dp_size": 2, "ep_size": 2}),  # the router's bias is a buffer, in float32 whatever the model is in
+    ("llama", False, {"tp_size": 2}, None),
+    ("qwen2", True, {"pp_size": 2}, None),
+    ("qwen3", True, {"dp_size": 2}, None),
+    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}, None),
+    ("glm4_moe", False, {"dp_size": 2, "ep_size": 2}, None),  # the router's bias is a buffer, in float32 whatever the model is in
+    # Their adapters alone are trained; engines get weights into which these are merged.
+    ("qwen2", False, {"tp_size": 2}, LORA),
+    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}, LORA),
 )
 
 
@@ -26,12 +31,14 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     cases = [
         {
-            "folder": str(save_tiny_model(tmp_path / family / "hf", family, tied=tied)),
+            "folder": str(save_tiny_model(tmp_path / str(number) / "hf", family, tied=tied)),
             "topology": topology,
-            "out_dir": str(tmp_path / family),
+            "out_dir": str(tmp_path / str(number)),
             "ddp": OVERLAPPED if "dp_size" in topology else {},  # stale without a gather before each sync
+            "lora": lora,
+            "serves_adapters": lora is not None and family == "qwen2",
         }
-        for family, tied, topology in CASES
+        for number, (family, tied, topology, lora) in enumerate(CASES)
     ]
     outputs = run_ranks(2, "tests.integration.oracle_ranks", "compare_each", cases=cases)
     assert outputs[0].count("ORACLE") == len(CASES), outputs[0]

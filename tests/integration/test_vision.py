@@ -18,6 +18,7 @@ SEQUENCE = {"sequence_parallel": True}
 OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+LORA = {"r": 4, "lora_alpha": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in FAMILIES},
     "qwen2_5_vl-tied": {"family": "qwen2_5_vl", "tied": True},
@@ -70,6 +71,9 @@ def test_two_ranks_compute_as_transformers(models):
         {"model": "qwen3_vl_moe", "topology": {"pp_size": 2}, "cut": [1, 2, 1, 2, 2]},
         {"model": "qwen2_5_vl", "topology": {"dp_size": 2}, "cut": [1, 3]},
         {"model": "qwen3_vl", "topology": {"dp_size": 2}, "cut": [2, 1, 1], "ddp": {"overlap_grad_reduce": True}},
+        # Adapters of the language model, beside a tower that is frozen with all the rest.
+        {"model": "qwen3_vl", "topology": {"tp_size": 2}, "cut": [2, 6], "overrides": {**SEQUENCE, **RECOMPUTE}, "lora": LORA},
+        {"model": "qwen2_5_vl", "topology": {"pp_size": 2}, "cut": [2, 2, 2, 2], "lora": LORA},
     ]
     _run(2, "compute_as_huggingface", cases, models)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.model import adapters_in, iter_parameters
 from rlsync.megatron.parallel import destroy_parallel
 from rlsync.megatron.train import Microbatch, logits_for_tests, train_step
 from tests.integration.megatron_ranks import Actor, loss
@@ -26,7 +26,8 @@ def compute_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[s
             if len(batch["rows"]) != sum(case["cut"]) * actor.topology.dp_size:
                 continue
             worst[0] = max(worst[0], _check_logits(actor, actor.microbatches(path), batch, name))
-            worst[1] = max(worst[1], _check_gradients(actor, actor.microbatches(path), batch, name))
+            check = _check_adapter_gradients if "lora" in case else _check_gradients
+            worst[1] = max(worst[1], check(actor, actor.microbatches(path), batch, name))
         print(f"COMPUTED {case['model']} {case['topology']} logits {worst[0]:.1e} gradients {worst[1]:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
 
@@ -53,16 +54,40 @@ def _check_gradients(actor: Actor, microbatches: Sequence[Microbatch], batch: Ma
         others = [torch.empty_like(gradient) for _ in range(actor.topology.tp_size)]
         dist.all_gather(others, gradient, group=parallel_state.get_tensor_model_parallel_group())
         assert all(torch.equal(gradient, other) for other in others), f"{name}: tensor ranks have other gradients of {key}"
+    return _compare(actor, name, _gradients(actor, actor.bridge.export_weights), batch["gradients"])
+
+
+def _check_adapter_gradients(actor: Actor, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], name: str) -> float:
+    """Those of fresh adapters, whose B is zero: what transformers' gradients of the weights make of them."""
+    adapters = adapters_in(actor.models)
+    assert adapters is not None
+    factors = {key: tensor.cpu() for key, tensor in actor.bridge.export_adapter(actor.models)}
+    train_step(actor.models, actor.optimizer, microbatches, loss)
+    wanted = {}
+    for module in adapters.modules:
+        a, gradient = factors[f"{module}.lora_A.weight"], batch["gradients"][f"{module}.weight"]
+        wanted[f"{module}.lora_A.weight"] = torch.zeros_like(a)
+        wanted[f"{module}.lora_B.weight"] = adapters.spec.scaling * gradient @ a.T
+    return _compare(actor, name, _gradients(actor, actor.bridge.export_adapter), wanted)
+
+
+def _gradients(actor: Actor, export: Callable[[Any], Iterator[tuple[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """What is exported of the gradients, in the place of the parameters that have them."""
     kept = []
     with torch.no_grad():
         for _, _, _, parameter in iter_parameters(actor.models):
-            kept.append((parameter, parameter.clone()))
-            parameter.copy_(parameter.main_grad)
-        exported = {key: tensor.cpu().clone() for key, tensor in actor.bridge.export_weights(actor.models)}
+            if parameter.requires_grad:
+                kept.append((parameter, parameter.clone()))
+                parameter.copy_(parameter.main_grad)
+        exported = {key: tensor.cpu().clone() for key, tensor in export(actor.models)}
         for parameter, value in kept:
             parameter.copy_(value)
-    assert exported.keys() == batch["gradients"].keys(), exported.keys() ^ batch["gradients"].keys()
-    differences = {key: (tensor - batch["gradients"][key]).abs().max().item() for key, tensor in exported.items()}
+    return exported
+
+
+def _compare(actor: Actor, name: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    differences = {key: (tensor - wanted[key]).abs().max().item() for key, tensor in found.items()}
     worst = max(differences, key=differences.__getitem__)
     assert differences[worst] < 1e-4, f"{actor.case} {name}: gradients differ by {differences[worst]} in {worst}"
     return differences[worst]

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
+from rlsync.models.lora import LoraSpec
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL
 from workers.config import (
@@ -67,7 +68,45 @@ def test_shipped_config_loads_without_inert_keys(name: str, caplog: pytest.LogCa
 
 def test_the_configs_users_ask_for_by_name_exist() -> None:
     named = {"arithmetic-grpo-megatron", "qwen2.5-1.5b-grpo-megatron", "qwen2.5-7b-grpo-megatron"}
-    assert named | {"arithmetic-grpo-moe-megatron", "qwen3-30b-grpo-megatron"} <= set(SHIPPED)
+    assert named | {"arithmetic-grpo-moe-megatron", "qwen3-30b-grpo-megatron", "qwen2.5-7b-grpo-lora-megatron"} <= set(SHIPPED)
+
+
+def test_adapters_have_the_meaning_and_forms_of_pefts_keys() -> None:
+    assert shipped("arithmetic-grpo-megatron").actor.lora_spec is None
+    lora = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[q_proj,v_proj]", "actor.lora.use_rslora=true")
+    assert lora.actor.lora_spec == LoraSpec(4, 32.0, target_modules=("q_proj", "v_proj"), use_rslora=True)
+    assert lora.actor.lora_spec.scaling == 16.0
+    pattern = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules='.*_proj'")
+    assert pattern.actor.lora_spec.target_modules == ".*_proj"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["actor.lora.alpha=8"], "actor.lora.alpha without actor.lora.r"),
+        (["actor.lora.r=4", "actor.model.freeze_vision_model=True"], "freeze_vision_model beside actor.lora"),
+        (["actor.lora.r=4", "actor.optim.vision_lr=1e-4"], "actor.optim.vision_lr beside actor.lora"),
+        (["actor.lora.r=4", "actor.megatron.mbridge=False"], "actor.lora needs actor.megatron.mbridge"),
+        (["actor.lora.r=4", "actor.spec_name=te_gpt"], "te_gpt beside actor.lora"),
+        (["actor.lora.r=4", "actor.model.moe_router_bias_update_rate=0.1"], "changes the base"),
+        (
+            ["actor.lora.r=4", "actor.lora.adapter_path=/x", "rollout.validate_weight=True"],
+            "validate_weight compares engines with the base",
+        ),
+        (["actor.lora.r=4", "actor.lora.target_modules=3"], "actor.lora.target_modules: expected"),
+        (["actor.lora.rank=4"], "unknown key actor.lora.rank"),
+        (["actor.model.lora_rank=4"], "it is actor.lora.r here"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        shipped("arithmetic-grpo-megatron", *overrides)
+
+
+def test_adapters_that_match_no_layer_of_the_model_are_refused() -> None:
+    config = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[qkv]")
+    with pytest.raises(ConfigError, match=r"actor\.lora: target_modules qkv match no linear layer of Qwen2ForCausalLM"):
+        validate_model(config, QWEN2)
 
 
 @pytest.mark.parametrize("mode", ["off", "R2", "R3"])
@@ -235,19 +274,19 @@ def test_no_number_is_taken_that_its_key_cannot_have(name: str, kind: type, boun
 
 
 def test_findings_of_all_kinds_come_together() -> None:
-    actor = {"optim": {"lr": -1.0}, "lora": True}
+    actor = {"optim": {"lr": -1.0}, "qlora": True}
     with pytest.raises(ConfigError) as caught:
         load_config(minimal(actor=actor, critic={"use_critic_model": True}, rollout={"rollout_backend": "sglang"}))
     message = str(caught.value)
-    for part in ("actor.optim.lr (-1.0) must be at least 0", "LoRA", "GRPO has no critic", "expected one of vllm"):
+    for part in ("actor.optim.lr (-1.0) must be at least 0", "unknown key actor.qlora", "GRPO has no critic", "expected one of vllm"):
         assert part in message
 
 
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("actor.lora", "adapters (LoRA) are not supported"),
-        ("actor.model.lora_rank", "adapters (LoRA) are not supported"),
+        ("actor.model.peft", "adapters (LoRA) are set by actor.lora.r"),
+        ("actor.model.dora", "of adapters only LoRA is supported"),
         ("rollout.quantization", "quantization is not supported"),
         ("rollout.vllm.quantization", "quantization is not supported"),
         ("rollout.sglang_args", "SGLang is not supported"),

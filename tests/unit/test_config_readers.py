@@ -9,7 +9,7 @@ from pathlib import Path
 from rlsync.models import PARTS
 from rlsync.sync.config import SyncConfig
 from workers.config import describe_config
-from workers.config.schema import PART_RATES, ActorModelConfig
+from workers.config.schema import PART_RATES, ActorModelConfig, LoraConfig
 
 WORKERS = Path(__file__).parents[2] / "workers"
 
@@ -34,6 +34,7 @@ def unread(read: set[str]) -> list[str]:
     passed_by_name = set(names[names.index("recompute_method") :])  # ActorModelConfig.transformer_overrides
     passed_by_name |= {*(f"freeze_{part}" for part in PARTS), *PART_RATES}  # ActorModelConfig.frozen, OptimConfig.part_lr
     passed_by_name |= {field.name for field in fields(SyncConfig)}  # the library's own, given to it as a whole
+    passed_by_name |= {field.name for field in fields(LoraConfig)}  # ActorConfig.lora_spec
     known = read | READ_WHILE_LOADING | passed_by_name
     return [described.name for described in describe_config() if described.name.rpartition(".")[2] not in known]
 

@@ -27,7 +27,9 @@ def named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def source_of(module: torch.nn.Module) -> source.MegatronSource:
     pieces = tuple(Piece(f"hf.{name}", Box((0,), (4,)), name, 0, (1,)) for name in ("weight", "bias", "running_mean"))
-    shards = SimpleNamespace(tensors=(), placements=(Placement("actor 0", (), pieces),), buffers=named(module))
+    shards = SimpleNamespace(
+        tensors=(), placements=(Placement("actor 0", (), pieces),), buffers=named(module), adapters={}, adapted=frozenset()
+    )
     return source.MegatronSource(SimpleNamespace(shards=lambda models: shards), [module])
 
 

@@ -16,6 +16,7 @@ from rlsync.plan.transforms import TRANSFORMS, Transform, transform_between
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.packer import Packer
 from rlsync.sync.planning import plan_connection
+from rlsync.sync.source import Declared
 from tests.unit.test_planning_ipc import actor, worker
 from tests.unit.test_staging import replay
 
@@ -78,6 +79,40 @@ def test_checksums_are_of_what_arrives(second: None, monkeypatch: pytest.MonkeyP
     numbers = {r.tensor: r.number for row in lay_out(plan) for part in row for r in part.regions}
     assert sums[numbers["w"]] == checksum((2 * values["w"]).to(torch.int8))
     assert sums[numbers["norm"]] == checksum(values["norm"])
+
+
+def test_what_a_source_declares_is_computed_once_a_bucket_and_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where dtypes are equal, and cast where they are not; of two destinations and their checksums it is computed once."""
+    values = {"w": torch.randn(6, 10), "norm": torch.randn(10)}
+    merged, calls, pack, sums = values["w"] + 1, [], Packer.pack, {}
+
+    def compute(name: str) -> torch.Tensor:
+        calls.append(name)
+        return values[name] + 1
+
+    def kept(self: Packer, bucket: int, turn: int) -> object:
+        self._declared = Declared({"w": "merge"}, compute)
+        packed = pack(self, bucket, turn)
+        sums.update(((s.destination, s.region), s.value) for s in packed.sums)
+        return packed
+
+    monkeypatch.setattr(Packer, "pack", kept)
+    takers = [holder("a", "float32"), holder("b", "bfloat16")]
+    options = {"transforms": tuple(TRANSFORMS), "declared": {"w": "merge"}}
+    plan = build_plan(TENSORS, [whole_tensors("actor", TENSORS)], takers, **options)
+    same, cast = replay(plan, [values], verify="full")
+    assert torch.equal(same["w"], merged) and torch.equal(cast["w"], merged.bfloat16())
+    assert torch.equal(same["norm"], values["norm"]) and torch.equal(cast["norm"], values["norm"])
+    assert calls == ["w"] and checksum(merged) in sums.values() and checksum(merged.bfloat16()) in sums.values()
+    with pytest.raises(PlacementError, match="w: int8 in engine, float32 in actor"):
+        build_plan(TENSORS, [whole_tensors("actor", TENSORS)], [holder("engine", "int8")], **options)
+
+
+def test_what_is_computed_goes_through_a_ring_and_is_never_read_where_its_base_lies() -> None:
+    reports = Reports((actor(0, "a0", "stable"),), (worker(0, "a0"),), (Recorded(holder("engine", "float32"), "direct"),))
+    sources, config = [whole_tensors("actor", TENSORS)], SyncConfig(transport="ipc")
+    assert plan_connection(TENSORS, sources, reports, config).staging == frozenset(), "the control: nothing is computed"
+    assert plan_connection(TENSORS, sources, reports, config, {"w": "merge"}).staging == {(0, 0)}
 
 
 def test_what_is_read_where_it_lies_has_no_transform_of_the_senders(second: None) -> None:

@@ -79,7 +79,7 @@ INERT = (
         ),
         _HF,
     ),
-    Inert(("actor.model.is_lora",), "LoRA is not supported", _OFF),
+    Inert(("actor.model.is_lora",), "actor.lora.r above 0 is LoRA", _OFF),
     Inert(("actor.model.mcore_customization_config",), "set the TransformerConfig field by its own key", (None, {})),
     Inert(("data.dataset_name",), "a label; runner.experiment_name names the run"),
     Inert(("rollout.vllm.enable_flash_infer_sampler",), "vLLM reads VLLM_USE_FLASHINFER_SAMPLER from the environment"),
@@ -247,6 +247,11 @@ OTHER_NAMES = {
     "report_to": "runner.logger.logger_backends",
     "trainer.project_name": "runner.logger.project_name",
     "trainer.experiment_name": "runner.experiment_name",
+    "lora_rank": "actor.lora.r",
+    "lora_r": "actor.lora.r",
+    "lora_alpha": "actor.lora.alpha",
+    "lora_dropout": "actor.lora.dropout",
+    "lora_adapter_path": "actor.lora.adapter_path",
     "nnodes": "cluster.num_nodes",
     "n_gpus_per_node": "cluster.component_placement",
 }
@@ -275,8 +280,12 @@ _KINDS: Mapping[Task, str] = {"reasoning": "a reasoning (GRPO) run", "sft": "a r
 # Words of a key -> what is to be said.
 ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     (
-        frozenset({"lora", "peft", "adapter", "adapters", "qlora", "dora"}),
-        "adapters (LoRA) are not supported; all weights are trained and synced",
+        frozenset({"lora", "peft", "adapter", "adapters"}),
+        "adapters (LoRA) are set by actor.lora.r, alpha, target_modules and the other keys of actor.lora",
+    ),
+    (
+        frozenset({"qlora", "dora"}),
+        "of adapters only LoRA is supported, by actor.lora",
     ),
     (
         frozenset({"quantization", "quant", "quantize", "fp8", "int8", "int4", "awq", "gptq", "bnb", "load_in_4bit", "4bit", "8bit"}),

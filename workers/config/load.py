@@ -517,7 +517,13 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(value, next(a for a in args if a is not type(None)))
+        *others, last = [a for a in args if a is not type(None)]
+        for other in others:
+            try:
+                return _convert(value, other)
+            except _Mismatch:
+                pass
+        return _convert(value, last)
     if origin is Literal:
         if value is False and "off" in args:
             return "off"  # as YAML reads it without quotes

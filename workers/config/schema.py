@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rlsync.models import PARTS, Part
+from rlsync.models.lora import ALL_LINEAR, LoraSpec
 from workers.config.fields import ANY_NUMBER, SEED, Precision, Task, key
 
 
@@ -80,6 +81,24 @@ class ActorModelConfig:
 
 # Keys of actor.optim that give a part of a vision-language model a learning rate of its own.
 PART_RATES: Mapping[str, Part] = {"vision_lr": "vision_model", "projection_lr": "vision_projection"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """``actor.lora``: low-rank adapters, which alone are trained then; engines are sent the weights with adapters merged."""
+
+    r: int = key(0, "rank of the adapters (PEFT's r); 0: none, all weights are trained", min=0)
+    alpha: float = key(32.0, "PEFT's lora_alpha: adapters are multiplied by alpha / r", above=0)
+    use_rslora: bool = key(False, "by alpha / sqrt(r) instead")
+    dropout: float = key(0.0, "share of an adapter's inputs that are dropped in training", min=0, below=1)
+    target_modules: str | tuple[str, ...] = key(
+        ALL_LINEAR,
+        "layers with an adapter, by their Hugging Face names: all-linear (attention, MLPs and experts of the language model), a list of "
+        "last parts of names, or a regular expression for whole names",
+    )
+    exclude_modules: str | tuple[str, ...] = key((), "layers without, of those; a list or a regular expression")
+    init: Literal["kaiming", "gaussian"] = key("kaiming", "first values of A; B begins at zero")
+    adapter_path: str | None = key(None, "PEFT folder with the adapters to begin with; null: fresh ones")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,10 +220,19 @@ class ActorConfig:
     )  # fmt: skip
     eval_batch_size: int | None = key(None, "SFT: examples in a micro-batch of the validation; null: micro_batch_size", min=1)
     model: ActorModelConfig = key(ActorModelConfig(), "")
+    lora: LoraConfig = key(LoraConfig(), "")
     optim: OptimConfig = key(OptimConfig(), "")
     lr_sched: LrSchedConfig = key(LrSchedConfig(), "")
     tokenizer: TokenizerConfig = key(TokenizerConfig(), "")
     megatron: MegatronConfig = key(MegatronConfig(), "")
+
+    @property
+    def lora_spec(self) -> LoraSpec | None:
+        """The adapters of ``actor.lora``, or None without; fresh ones are drawn from ``actor.seed``."""
+        lora = self.lora
+        if not lora.r:
+            return None
+        return LoraSpec(lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.exclude_modules, lora.use_rslora, lora.init, self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

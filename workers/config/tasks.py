@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from workers.config.fields import ANY_NUMBER, Task, bounds_of, section_of
 from workers.config.grpo import RunConfig
@@ -66,6 +67,6 @@ def _type_text(annotation: Any) -> str:
         return ", ".join(map(str, args))
     if get_origin(annotation) is tuple:
         return f"list of {_type_text(args[0])}"
-    if type(None) in get_args(annotation):
-        return f"{_type_text(args[0])} or null"
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join([*map(_type_text, args), *(["null"] if type(None) in get_args(annotation) else [])])
     return getattr(annotation, "__name__", str(annotation)).lower()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_overrides, check_parts, model_of
+from rlsync.models.lora import check_adapters
 from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
 from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
 from workers.config.sft import SftConfig
@@ -54,6 +56,8 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
             f"data.type {config.data.type} needs a vision-language model, and {config.model_path} holds {model.architecture}, which takes "
             "no pictures"
         )
+    spec = config.actor.lora_spec
+    found += [] if spec is None else [f"actor.lora: {finding}" for finding in check_adapters(model, spec)]
     if config.has_engines:
         heads, kv_heads, size = model.dims["num_heads"], model.dims["num_groups"], config.rollout.tensor_parallel_size
         if heads % size:
@@ -285,6 +289,7 @@ def _actor(config: AnyConfig) -> Iterator[str]:
     actor, runner = config.actor, config.runner
     yield from _initial_weights(actor, resuming=runner.resume_dir is not None)
     yield from _schedule(actor)
+    yield from _lora(config)
     model, optim = actor.model, actor.optim
     for flag, precision in ((optim.bf16, "bf16"), (optim.fp16, "fp16")):
         if flag and model.precision != precision:
@@ -311,6 +316,31 @@ def _initial_weights(actor: ActorConfig, *, resuming: bool) -> Iterator[str]:
         yield "model.megatron_checkpoint should be None if use_hf_ckpt is True"
     if not actor.megatron.use_hf_ckpt and checkpoint is None and not resuming:
         yield "model.megatron_checkpoint is required if use_hf_ckpt is False"
+
+
+def _lora(config: AnyConfig) -> Iterator[str]:
+    actor, lora = config.actor, config.actor.lora
+    if not lora.r:
+        given = [f"actor.lora.{f.name}" for f in fields(lora) if getattr(lora, f.name) != f.default]
+        if given:
+            yield f"{', '.join(given)} without actor.lora.r, the rank of the adapters: give it, or leave out actor.lora"
+        return
+    if actor.model.frozen:
+        yield f"{', '.join(actor.model.frozen)} beside actor.lora, which trains its adapters alone; leave one of them out"
+    rates = [f"actor.optim.{name}" for name, part in PART_RATES.items() if part in actor.optim.part_lr]
+    if rates:
+        yield f"{', '.join(rates)} beside actor.lora, whose adapters are of the language model; leave out one of them"
+    if not actor.megatron.mbridge or not actor.megatron.use_hf_ckpt or actor.model.megatron_checkpoint is not None:
+        yield (
+            "actor.lora needs actor.megatron.mbridge and use_hf_ckpt True and no actor.model.megatron_checkpoint: the base comes from a "
+            "Hugging Face folder, and Megatron checkpoints of such a run hold its adapters alone"
+        )
+    if actor.spec_name == "te_gpt":
+        yield "actor.spec_name te_gpt beside actor.lora, whose adapters stand beside Megatron's own layers; set local_gpt or decoder_gpt"
+    if actor.model.moe_router_bias_update_rate:
+        yield "actor.model.moe_router_bias_update_rate changes the base, which actor.lora leaves as it is; leave one of them out"
+    if config.rollout.validate_weight and lora.adapter_path is not None:
+        yield "rollout.validate_weight compares engines with the base, to which actor.lora.adapter_path adds; leave one of them out"
 
 
 def _schedule(actor: ActorConfig) -> Iterator[str]:

@@ -1,0 +1,198 @@
+"""An adapter folder as PEFT writes and reads it: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Owns what of PEFT's configuration is understood, and what is refused because the adapter would compute something else. Must not know
+Megatron, process groups or engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsync.errors import CheckpointError, ConfigError
+from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
+from rlsync.models.lora import A, AdaptedRule, Adapters, B, LoraSpec
+from rlsync.models.stacks import Model
+from rlsync.models.stored import FileTensor, stacked_tensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What names in the file begin with: PEFT's wrapper around the model.
+PREFIX = "base_model.model."
+
+# Keys whose other values change what an adapter computes, with the values that do not. All others (of PEFT 0.21) say how an adapter
+# is begun, trained or stored, or are read below.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "fan_in_fan_out": (False, None),
+    "megatron_config": (None,),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+_INITIAL = {True: "kaiming", None: "kaiming", "gaussian": "gaussian"}
+
+
+def read_adapter_config(folder: Path | str) -> LoraSpec:
+    """The spec of an adapter folder.
+
+    Raises:
+        CheckpointError: there is no configuration, or it cannot be read.
+        ConfigError: it asks for what is not supported; every such key is named.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give a folder that PEFT or rlsync saved") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no object of keys; give a folder that PEFT or rlsync saved")
+    findings = [
+        f"{name} is {content[name]!r}; only {' or '.join(map(repr, neutral))} is supported"
+        for name, neutral in _NEUTRAL.items()
+        if name in content and content[name] not in neutral
+    ]
+    if content.get("peft_type") != "LORA":
+        findings.insert(0, f"peft_type is {content.get('peft_type')!r}; only 'LORA' is supported")
+    rank: Any = content.get("r")
+    alpha: Any = content.get("lora_alpha")
+    targets: Any = content.get("target_modules")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        findings.append(f"r is {rank!r}; it must be a whole number of at least 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        findings.append(f"lora_alpha is {alpha!r}; it must be a number")
+    if targets is None and content.get("target_parameters"):
+        targets = []
+    if not isinstance(targets, str | list):
+        findings.append(f"target_modules is {targets!r}; it must be names or a regular expression")
+    if findings:
+        raise ConfigError(f"{path}: " + "; ".join(findings))
+    excluded = content.get("exclude_modules") or ()
+    return LoraSpec(
+        r=rank,
+        lora_alpha=float(alpha),
+        lora_dropout=float(content.get("lora_dropout") or 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
+        use_rslora=bool(content.get("use_rslora")),
+        init=_INITIAL.get(content.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]  # of trained weights it says nothing
+    )
+
+
+def adapter_config(adapters: Adapters, base_model: str | None) -> dict[str, Any]:
+    """Content of ``adapter_config.json``, for PEFT and vLLM. Targets are full names of the adapted modules where not all linear layers of
+    the model that transformers builds have an adapter, so that nobody has to read the spec's words as it was read here."""
+    spec = adapters.spec
+    names = (
+        sorted({module.rpartition(".")[2] for module in adapters.modules}) if adapters.are_all_of_their_names else sorted(adapters.modules)
+    )
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": spec.r,
+        "lora_alpha": int(spec.lora_alpha) if float(spec.lora_alpha).is_integer() else spec.lora_alpha,
+        "lora_dropout": spec.lora_dropout,
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True if spec.init == "kaiming" else spec.init,
+        "target_modules": names,
+        "exclude_modules": None,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "inference_mode": True,
+    }
+
+
+def check_adapter_folder(folder: Path | str, running: LoraSpec) -> None:
+    """Raise ConfigError where an adapter of ``folder`` would compute something else under the spec of this run; and as
+    ``read_adapter_config``."""
+    stored = read_adapter_config(folder)
+    different = [
+        f"{name} {getattr(stored, name)} there, {getattr(running, name)} here"
+        for name in ("r", "lora_alpha", "use_rslora")
+        if getattr(stored, name) != getattr(running, name)
+    ]
+    if different:
+        raise ConfigError(f"{folder} holds another adapter than this run's: {'; '.join(different)}; set them as they are there")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFactor:
+    """A tensor of an adapter's file, by its name there without the prefix and its shape, and the factors in it.
+
+    ``file`` sees the same elements in a shape whose boxes are the factors. Where several factors are the same elements, each has such a
+    view, and all of them one ``name``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    file: FileTensor
+
+
+def stored_factors(model: Model, adapters: Adapters, names: Collection[str]) -> list[StoredFactor]:
+    """How a file with tensors of these ``names`` holds the factors of ``adapters``, if it holds them all.
+
+    Either each has a tensor of its own, or those of a layer's experts are stacked, as PEFT has them for parameters of transformers with
+    all experts (``target_parameters``): A of all experts one below the other, and in B (out, r * experts), the expert counted fastest;
+    projections that lie in one such parameter have one A.
+    """
+    stacked = [found for rules in _by_layer(model, adapters) for found in _stacked_factors(rules)]
+    if not any(factor.name in names for factor in stacked):
+        stacked = []
+    taken = {piece.tensor for factor in stacked for piece in factor.file.pieces}
+    single = [tensor for tensor in adapters.tensors(model, "float32") if tensor.name not in taken]
+    whole = [(tensor, piece) for tensor, piece in zip(single, whole_tensors("file", single).pieces, strict=True)]
+    return [*(StoredFactor(tensor.name, tensor.shape, FileTensor(tensor, (piece,))) for tensor, piece in whole), *stacked]
+
+
+def _by_layer(model: Model, adapters: Adapters) -> Iterator[list[AdaptedRule]]:
+    """The factors of the experts of each layer that may be stacked."""
+    layers: dict[str, list[AdaptedRule]] = defaultdict(list)
+    for rule in adapters.rules(bound for bound in model.parameters() if bound.stack.stacked is not None):
+        layers[stacked_tensor(rule.base, None)[0].rpartition(".")[0]].append(rule)
+    yield from layers.values()
+
+
+def _stacked_factors(rules: Sequence[AdaptedRule]) -> Iterator[StoredFactor]:
+    """Those of one layer. PEFT wraps its parameters one after the other, and the first is inside."""
+    parameters: dict[str, list[AdaptedRule]] = defaultdict(list)
+    for rule in rules:
+        parameters[stacked_tensor(rule.base, None)[0]].append(rule)
+    for number, (name, experts) in enumerate(parameters.items()):
+        module = name.rpartition(".")[0] + ".base_layer" * (len(parameters) - 1 - number)
+        count, r, width = experts[0].base.copies, experts[0].a.hf[0][1][0], experts[0].a.hf[0][1][1]
+        rows = [shape[0] for _, shape in experts[0].base.hf]
+        for place, _ in enumerate(experts[0].sources):
+            spec = TensorSpec(f"{module}{A}" + f" of projection {place}" * (place > 0), "float32", (count * r, width))
+            pieces = [
+                Piece(rule.a.hf[place][0], Box.whole((r, width)), spec.name, rule.base.numbers[-1] * r * width, (width, 1))
+                for rule in experts
+            ]
+            yield StoredFactor(f"{module}{A}", spec.shape, FileTensor(spec, tuple(pieces)))
+        spec = TensorSpec(f"{module}{B}", "float32", (sum(rows), r, count))
+        pieces = [
+            Piece(tensor, Box.whole(shape), spec.name, sum(rows[:source]) * r * count + rule.base.numbers[-1], (r * count, count))
+            for rule in experts
+            for source, (tensor, shape) in zip(rule.sources, rule.b.hf, strict=True)
+        ]
+        yield StoredFactor(f"{module}{B}", (sum(rows), r * count), FileTensor(spec, tuple(pieces)))

@@ -1,0 +1,292 @@
+"""Low-rank adapters on paper: which HF projections have one, and how its two factors lie in Megatron parameters.
+
+Coordinates are PEFT's: every adapted HF projection (out, in) has ``lora_A`` (r, in) and ``lora_B`` (out, r), and adds
+``scaling * lora_B @ lora_A``. A Megatron parameter that packs several projections has one parameter of each kind: their A one below the
+other, their B packed as the weight is. A factor is cut where its base is cut: columns of A by a row-parallel base, rows of B by a
+column-parallel one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rlsync.errors import ConfigError
+from rlsync.layout.geometry import TensorSpec
+from rlsync.models.layouts import (
+    Column,
+    GatedColumn,
+    GroupedQKV,
+    Layout,
+    LocalLayout,
+    PackedGatedColumn,
+    Padding,
+    Part,
+    Replicated,
+    Row,
+    Shape,
+)
+from rlsync.models.stacks import Bound, Model, Rule
+
+ALL_LINEAR = "all-linear"
+Init = Literal["kaiming", "gaussian"]
+# How a base splits its work over the ranks of its tensor axis. An adapter's output is in the same state as its base's.
+Split = Literal["column", "row"]
+_SPLITS: Mapping[type, Split] = {
+    Column: "column",
+    GatedColumn: "column",
+    PackedGatedColumn: "column",
+    GroupedQKV: "column",
+    Row: "row",
+}
+# Matrices of the table that no linear layer of Megatron computes with, by the names of their rules.
+_NO_LINEAR: Mapping[str, str] = {
+    "embedding.word_embeddings.weight": "an embedding",
+    "output_layer.weight": "the head",
+    "mlp.router.weight": "a router",
+    "mlp.shared_experts.gate_weight": "the gate of a shared expert",
+}
+# What follows the name of a module in that of its factors.
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """What PEFT's ``LoraConfig`` says of an adapter; names of fields are its own.
+
+    Attributes:
+        r: rank, of every adapted projection.
+        lora_alpha: the adapter is multiplied by ``lora_alpha / r``, or by ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: probability with which an element of an adapter's input is dropped in training.
+        target_modules: "all-linear", which is all linear layers of the language model's attention, MLPs and experts; a regular expression
+            that a whole HF module name has to match; or names that it has to end with.
+        exclude_modules: the same, of modules that have no adapter; () for none.
+        init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero.
+        seed: of A. Values depend on it and on the HF name alone, not on the parallel layout.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    use_rslora: bool = False
+    init: Init = "kaiming"
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedFactors:
+    """``lora_A`` of several projections one below the other: whole, or with the columns of a row-parallel base."""
+
+    is_cut: bool
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        cut: Layout = Row() if self.is_cut else Replicated()
+        each = [cut.local((shape,), rank, size, dims) for shape in shapes]
+        rows, columns = [one.shape[0] for one in each], each[0].shape[1]
+        strides = (columns, 1)
+        parts = tuple(Part(source, one.parts[0].box, sum(rows[:source]) * columns, strides) for source, one in enumerate(each))
+        return LocalLayout((sum(rows), columns), parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFactors:
+    """``lora_B`` of the ``sources`` among the projections of a parameter, rows where the weight has theirs.
+
+    Attributes:
+        base: layout of the weight.
+        rows: of each projection in the weight, adapted or not. Rows of those that are not are padding.
+    """
+
+    base: Layout
+    rows: tuple[int, ...]
+    sources: tuple[int, ...]
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        r = shapes[0][1]
+        packed = self.base.local([(rows, r) for rows in self.rows], rank, size, dims)
+        parts, padding = [], list(packed.padding)
+        for part in packed.parts:
+            if part.source in self.sources:
+                parts.append(Part(self.sources.index(part.source), part.box, part.offset, part.strides))
+            else:
+                padding.append(Padding(part.offset, part.box.shape, part.strides))
+        return LocalLayout(packed.shape, tuple(parts), tuple(padding))
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRule:
+    """The two factors that a parameter of one layer has.
+
+    Attributes:
+        base: the parameter.
+        a, b: its factors, named ``adapter.lora_A`` and ``adapter.lora_B`` of its module.
+        split: of the base over its tensor axis.
+        sources: which of the base's projections are adapted, in the order of ``a`` and ``b``.
+    """
+
+    base: Bound
+    a: Bound
+    b: Bound
+    split: Split
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A :class:`LoraSpec` bound to a model. Made by :func:`adapters_of`.
+
+    Attributes:
+        modules: HF names of the modules that have an adapter.
+        are_all_of_their_names: whether no other matrix of the model has the last name of one of them.
+    """
+
+    spec: LoraSpec
+    modules: frozenset[str]
+    are_all_of_their_names: bool
+
+    def rules(self, parameters: Iterable[Bound]) -> Iterator[AdaptedRule]:
+        """The factors of those parameters that have some, in their order."""
+        for bound in parameters:
+            sources = tuple(index for index, (name, _) in enumerate(bound.hf) if module_of(name) in self.modules)
+            if sources:
+                yield self._rule(bound, sources)
+
+    def parameters(self, parameters: Iterable[Bound]) -> Iterator[Bound]:
+        """The factors one by one."""
+        for rule in self.rules(parameters):
+            yield rule.a
+            yield rule.b
+
+    def tensors(self, model: Model, dtype: str) -> tuple[TensorSpec, ...]:
+        """Every factor as a tensor by its HF name, in layer order."""
+        seen: dict[str, TensorSpec] = {}
+        for bound in self.parameters(model.parameters()):
+            for name, shape in bound.hf:
+                seen.setdefault(name, TensorSpec(name, dtype, shape))
+        return tuple(seen.values())
+
+    def _rule(self, bound: Bound, sources: tuple[int, ...]) -> AdaptedRule:
+        split, r = _SPLITS[type(bound.rule.layout)], self.spec.r
+        modules = [module_of(bound.hf[index][0]) for index in sources]
+        shapes = [bound.hf[index][1] for index in sources]
+        packed = PackedFactors(bound.rule.layout if split == "column" else Replicated(), tuple(shape[0] for _, shape in bound.hf), sources)
+        a = tuple((f"{module}{A}", (r, shape[1])) for module, shape in zip(modules, shapes, strict=True))
+        b = tuple((f"{module}{B}", (shape[0], r)) for module, shape in zip(modules, shapes, strict=True))
+        return AdaptedRule(
+            bound, _factor(bound, "lora_A", StackedFactors(split == "row"), a), _factor(bound, "lora_B", packed, b), split, sources
+        )
+
+
+def _factor(bound: Bound, name: str, layout: Layout, hf: tuple[tuple[str, Shape], ...]) -> Bound:
+    # The rule is what layouts are remembered by; its name tells experts and towers from the rest.
+    rule = Rule(f"{bound.rule.megatron}.{name}", (), layout, when=bound.rule.when)
+    local = f"{module_of(bound.local)}.adapter.{name}"
+    return replace(bound, rule=rule, local=local, te=local, hf=hf)
+
+
+def module_of(name: str) -> str:
+    """The module of a weight, by the weight's name."""
+    return name.removesuffix(".weight")
+
+
+def adapters_of(model: Model, spec: LoraSpec) -> Adapters:
+    """The adapters of a model. Raises ConfigError with everything that :func:`check_adapters` finds."""
+    findings = check_adapters(model, spec)
+    if findings:
+        raise ConfigError("; ".join(findings))
+    linear, other, packed = _matrices(model)
+    chosen = frozenset(module for module in linear if _is_chosen(spec, module))
+    rest = _last_names(module for module in (*linear, *other, *packed) if module not in chosen)
+    return Adapters(spec, chosen, not set(_last_names(chosen)) & set(rest))
+
+
+def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
+    """What is wrong with a spec by itself and for a model, in words; empty where nothing is."""
+    findings = []
+    if spec.r < 1:
+        findings.append(f"LoRA's r is {spec.r}; the rank must be at least 1")
+    if not 0 <= spec.lora_dropout < 1:
+        findings.append(f"lora_dropout is {spec.lora_dropout}; it is a probability below 1")
+    for name in ("target_modules", "exclude_modules"):
+        pattern = getattr(spec, name)
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            return [*findings, f"{name} {pattern!r} is not a regular expression: {error}"]
+    linear, other, packed = _matrices(model)
+    asked = [module for module in packed if _is_chosen(spec, module)]
+    if asked:
+        findings.append(
+            f"target_modules {_shown(spec)} match {', '.join(_last_names(asked))} of {model.architecture}, which Megatron holds in a "
+            "way that adapters do not follow; leave them out by exclude_modules"
+        )
+    if spec.target_modules != ALL_LINEAR:
+        for module, what in other.items():
+            if _is_chosen(spec, module):
+                findings.append(
+                    f"target_modules {_shown(spec)} match {module}, which is {what}: adapters are of linear layers of the language model; "
+                    "leave it out, by exclude_modules where a name is that of others too"
+                )
+                break
+    chosen = [module for module in linear if _is_chosen(spec, module)]
+    if not chosen:
+        findings.append(
+            f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(_last_names(linear))}"
+        )
+    elif not isinstance(spec.target_modules, str):
+        # PEFT passes over a name that matches nothing beside others that do.
+        idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in linear)]
+        findings += [f"target_modules name {name}, which no linear layer of {model.architecture} is called" for name in idle]
+    return findings
+
+
+def _shown(spec: LoraSpec) -> str:
+    return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
+
+
+def _matrices(model: Model) -> tuple[list[str], dict[str, str], list[str]]:
+    """HF modules with a matrix of weights: linear layers, others with what they are, and linear layers that cannot have an adapter."""
+    linear: list[str] = []
+    other: dict[str, str] = {}
+    packed: list[str] = []
+    for bound in model.parameters():
+        for name, shape in bound.hf:
+            if len(shape) != 2 or not name.endswith(".weight"):
+                continue
+            module, what = module_of(name), _NO_LINEAR.get(bound.rule.megatron)
+            if bound.stack.part != "language_model":
+                other[module] = "part of the vision tower"
+            elif what is not None:
+                other[module] = what
+            else:
+                (linear if type(bound.rule.layout) in _SPLITS else packed).append(module)
+    return linear, other, packed
+
+
+def _last_names(modules: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+
+
+def _is_chosen(spec: LoraSpec, module: str) -> bool:
+    is_target = spec.target_modules == ALL_LINEAR or _matches(spec.target_modules, module)
+    return is_target and not (spec.exclude_modules and _matches(spec.exclude_modules, module))
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    """As PEFT reads ``target_modules`` and ``exclude_modules``."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(_ends_with(module, name) for name in names)
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")

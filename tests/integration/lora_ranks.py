@@ -1,0 +1,176 @@
+"""What the ranks of ``test_lora`` do; each function runs on every rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+
+from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
+from rlsync.copy.cpu import region
+from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from rlsync.layout.topology import Topology
+from rlsync.megatron.model import DdpOptions, is_adapter, iter_parameters
+from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
+from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
+from rlsync.megatron.train import token_scores, train_step
+from rlsync.models.lora import LoraSpec
+from tests.integration.megatron_ranks import loss
+
+
+class LoraActor:
+    """A base with adapters from a folder, under one layout."""
+
+    def __init__(self, case: Mapping[str, Any], expected: Mapping[str, Any], *, load_adapter: bool = True) -> None:
+        self.case, self.topology = case, Topology(**case["topology"])
+        torch.use_deterministic_algorithms(True)
+        initialize_parallel(self.topology, seed=5, timeout_s=300)
+        self.bridge = AutoBridge.from_pretrained(expected["folder"])
+        self.models = self.bridge.get_model(
+            expected["folder"],
+            topology=self.topology,
+            bf16=case.get("precision") == "bf16",
+            ddp=DdpOptions(**case.get("ddp", {})),
+            overrides=case.get("overrides"),
+            lora=LoraSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in expected["spec"].items()}),
+        )
+        if load_adapter:
+            self.bridge.load_adapter(self.models, expected["adapter"])
+        self.optimizer = build_optimizer(self.models, OptimizerOptions(**expected["optimizer"]))
+
+    def microbatches(self, batch: Mapping[str, list]) -> list[dict[str, torch.Tensor]]:
+        replica, replicas = parallel_state.get_data_parallel_rank(), self.topology.dp_size
+        mine = {name: torch.tensor(values)[replica::replicas] for name, values in batch.items()}
+        ends = list(accumulate(self.case["cut"]))
+        assert ends[-1] == mine["tokens"].size(0)
+        return [{name: tensor[start:end] for name, tensor in mine.items()} for start, end in pairwise((0, *ends))]
+
+    def steps(self, batch: Mapping[str, list], count: int) -> list[Any]:
+        return [train_step(self.models, self.optimizer, self.microbatches(batch), loss, temperature=1.0) for _ in range(count)]
+
+
+def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], out_dir: str) -> None:
+    """For each case: losses, gradient norms and adapters of ten steps are the reference's; the base has not moved."""
+    for number, case in enumerate(cases):
+        expected = models[case["model"]]
+        actor = LoraActor(case, expected)
+        for _, _, name, parameter in iter_parameters(actor.models):
+            assert parameter.requires_grad == is_adapter(name), name
+            assert hasattr(parameter, "main_grad") == is_adapter(name), name
+        held = {name: p.detach().clone() for _, _, name, p in iter_parameters(actor.models) if not is_adapter(name)}
+        results = actor.steps(expected["batch"], len(expected["losses"]))
+        for step, result in enumerate(results):
+            _close(result.metrics["loss"], expected["losses"][step], 1e-4, f"{case}: loss of step {step}")
+            _close(result.grad_norm, expected["grad_norms"][step], 1e-4, f"{case}: gradient norm of step {step}")
+        trained = load_file(expected["trained"])
+        exported = {name: tensor.cpu() for name, tensor in actor.bridge.export_adapter(actor.models)}
+        assert exported.keys() == trained.keys(), exported.keys() ^ trained.keys()
+        worst = max((exported[name] - tensor).abs().max().item() for name, tensor in trained.items())
+        assert worst < 1e-4, f"{case}: adapters differ by {worst} after training"
+        assert all(torch.equal(held[name], p) for _, _, name, p in iter_parameters(actor.models) if name in held), "the base has moved"
+        merged = {name: tensor.cpu() for name, tensor in actor.bridge.export_weights(actor.models)}
+        wanted = load_file(expected["merged"])
+        assert merged.keys() == wanted.keys(), merged.keys() ^ wanted.keys()
+        off = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
+        assert off < 1e-4, f"{case}: merged weights differ by {off}"
+        folder = Path(out_dir, f"{dist.get_world_size()}-{number}")
+        actor.bridge.save_adapter(actor.models, folder)
+        dist.barrier()
+        written = load_file(folder / "adapter_model.safetensors")
+        assert all(torch.equal(written[f"base_model.model.{name}"], tensor) for name, tensor in exported.items())
+        print(f"TRAINED {case['model']} {case['topology']} adapters within {worst:.1e}, merged within {off:.1e}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def draw_alike(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], out_dir: str) -> None:
+    """Initial adapters as they are exported, for each case."""
+    for number, case in enumerate(cases):
+        actor = LoraActor(case, models[case["model"]], load_adapter=False)
+        exported = {name: tensor.cpu() for name, tensor in actor.bridge.export_adapter(actor.models)}
+        if dist.get_rank() == 0:
+            torch.save(exported, Path(out_dir, f"{case['model']}-{dist.get_world_size()}-{number}.pt"))
+        destroy_parallel(keep_distributed=True)
+
+
+def load_stacked(case: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Adapters of stacked experts, as PEFT has saved them, make of the weights what PEFT makes of them."""
+    actor = LoraActor(case, expected)
+    wanted = load_file(expected["merged"])
+    merged = {name: tensor.cpu() for name, tensor in actor.bridge.export_weights(actor.models)}
+    assert merged.keys() == wanted.keys(), merged.keys() ^ wanted.keys()
+    worst = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
+    assert worst < 1e-6, f"merged weights differ by {worst}"
+    print("LOADED", flush=True)
+
+
+def drop_alike(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """With dropout, ranks that hold the same factors train them alike; scores have no dropout."""
+    for case in cases:
+        expected = models[case["model"]]
+        actor = LoraActor(case, {**expected, "spec": {**expected["spec"], "lora_dropout": 0.5}})
+        results = actor.steps(expected["batch"], 3)
+        assert abs(results[0].metrics["loss"] - expected["losses"][0]) > 1e-4, "nothing was dropped"
+        shards = actor.bridge.adapter_shards(actor.models)
+        held: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(held, {name: parameter.detach() for name, parameter in shards.buffers.items()})
+        first: dict[tuple[Any, ...], torch.Tensor] = {}
+        for rank, placement in enumerate(shards.placements):
+            for piece in placement.pieces:
+                found = region(held[rank][piece.buffer], piece.offset, piece.box.shape, piece.strides)
+                other = first.setdefault((piece.tensor, piece.box), found)
+                assert torch.equal(found, other), f"{case}: rank {rank} holds other values of {piece.tensor}"
+        scored = [token_scores(actor.models, actor.microbatches(expected["batch"])) for _ in range(2)]
+        assert all(torch.equal(one.log_probs, two.log_probs) for one, two in zip(*scored, strict=True) if one is not None)
+        print(f"DROPPED {case['model']} {case['topology']}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """Shards hold adapters alone, and a run that goes on from them is the uninterrupted one bit for bit."""
+    for number, case in enumerate(cases):
+        expected, folder = models[case["model"]], Path(root, str(number))
+        actor = LoraActor(case, expected)
+        actor.steps(expected["batch"], 2)
+        save_checkpoint(folder, actor.bridge, actor.models, step=2, optimizer=actor.optimizer)
+        actor.steps(expected["batch"], 2)
+        wanted = {name: p.detach().clone() for _, _, name, p in iter_parameters(actor.models)}
+        destroy_parallel(keep_distributed=True)
+        resumed = LoraActor(case, expected, load_adapter=False)
+        load_checkpoint(folder, resumed.bridge, resumed.models, optimizer=resumed.optimizer)
+        resumed.steps(expected["batch"], 2)
+        for _, _, name, parameter in iter_parameters(resumed.models):
+            assert torch.equal(parameter, wanted[name]), f"{case}: {name}"
+        for path in folder.glob("iter_*/*/model_optim_rng.pt"):
+            stored = torch.load(path, weights_only=True)
+            names = [name for key in stored if key.startswith("model") for name in stored[key]]
+            assert names
+            assert all(map(is_adapter, names)), f"{path} holds more than adapters"
+        print(f"RESUMED {case['model']} {case['topology']}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def refuse(models: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, str]) -> None:
+    """Adapters that do not fit are refused before anything changes."""
+    name, expected = next(iter(models.items()))
+    actor = LoraActor({"model": name, "topology": {}, "cut": [8]}, expected)
+    before = {name: p.detach().clone() for _, _, name, p in iter_parameters(actor.models)}
+    kinds = {"ConfigError": ConfigError, "CheckpointError": CheckpointError, "PlacementError": PlacementError}
+    for folder, told in foreign.items():
+        kind, words = told.split(": ", 1)
+        with pytest.raises(kinds[kind], match=re.escape(words)):
+            actor.bridge.load_adapter(actor.models, folder)
+    assert all(torch.equal(before[name], p) for _, _, name, p in iter_parameters(actor.models))
+    print("REFUSED", flush=True)
+
+
+def _close(found: float, wanted: float, tolerance: float, what: str) -> None:
+    assert abs(found - wanted) <= tolerance * max(1.0, abs(wanted)), f"{what}: {found}, expected {wanted}"

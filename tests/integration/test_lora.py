@@ -1,0 +1,348 @@
+"""Adapters on real Megatron ranks train as PEFT's on transformers' model under every layout, and as files they are PEFT's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlsync.megatron.lora import initial_factor
+from rlsync.models import model_of
+from rlsync.models.lora import LoraSpec, adapters_of
+from tests.models import VOCAB_SIZE, save_tiny_model, tiny_model
+from tests.ranks import run_ranks
+
+RANKS = "tests.integration.lora_ranks"
+STEPS = 10
+OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+PREFIX = "base_model.model."
+# Adapters of all kinds of bases: two of three packed projections, rslora, excluded modules, one layer alone.
+DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"family": "llama", "tied": True, "num_key_value_heads": 4}, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
+    "qwen2": ({"family": "qwen2"}, {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["v_proj", "up_proj", "down_proj"]}),
+    "qwen3": (
+        {"family": "qwen3", "tied": True, "num_key_value_heads": 1},
+        {
+            "r": 8,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj"],
+            "exclude_modules": ["layers.0.self_attn.o_proj"],
+        },
+    ),
+    "glm4": ({"family": "glm4"}, {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[12]\..*proj"}),
+}
+EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
+    "qwen2_moe": ({"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]}, {"r": 4, "lora_alpha": 8}),
+    "qwen3_moe": (
+        {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
+        {"r": 2, "lora_alpha": 8, "target_modules": ["gate_proj", "down_proj", "q_proj"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: _peft_expectations(root / name, base, spec) for name, (base, spec) in DENSE.items()}
+
+
+@pytest.fixture(scope="module")
+def moe_models(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("moe")
+    return {name: _expert_expectations(root / name, base, spec) for name, (base, spec) in EXPERTS.items()}
+
+
+def _case(
+    model: str, cut: list[int], *, sp: bool = False, ddp: dict | None = None, precision: str = "fp32", **topology: int
+) -> dict[str, Any]:
+    return {
+        "model": model, "topology": topology, "cut": cut, "ddp": ddp or {}, "overrides": {"sequence_parallel": sp}, "precision": precision,
+    }  # fmt: skip
+
+
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def test_one_rank_trains_as_peft(models, tmp_path):
+    cases = [
+        _case("llama", [8]),
+        {**_case("qwen2", [3, 5]), "overrides": RECOMPUTE},
+        _case("qwen3", [8], ddp=DISTRIBUTED),
+        _case("glm4", [8]),
+    ]
+    _train(1, cases, models, tmp_path)
+
+
+def test_two_ranks_train_as_peft(models, tmp_path):
+    cases = [
+        _case("llama", [8], tp_size=2),
+        _case("qwen2", [8], tp_size=2, sp=True),
+        _case("qwen3", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED),  # one key-value head on two ranks
+        _case("qwen2", [2, 6], pp_size=2),
+        _case("llama", [3, 3, 2], pp_size=2, vpp_size=2, ddp=DISTRIBUTED),
+        _case("qwen3", [2, 2], dp_size=2, ddp=OVERLAPPED),
+        _case("glm4", [2, 6], pp_size=2),
+        _case("glm4", [8], tp_size=2, sp=True),
+    ]
+    _train(2, cases, models, tmp_path)
+
+
+def test_four_ranks_train_as_peft(models, tmp_path):
+    cases = [
+        _case("llama", [4, 4], tp_size=2, pp_size=2, sp=True),
+        _case("qwen2", [2, 2], tp_size=2, dp_size=2, sp=True, ddp=OVERLAPPED),
+    ]
+    _train(4, cases, models, tmp_path)
+
+
+def test_adapters_of_experts_train_as_those_of_each_expert_by_itself(moe_models, tmp_path):
+    """Under EP, ETP and both, with and without sequence parallelism: an adapter's output is in the state of its base's."""
+    cases = [
+        _case("qwen3_moe", [4], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+        _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sp=True),
+        _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sp=True),
+        _case("mixtral", [8], tp_size=2, etp_size=2, sp=True, ddp=DISTRIBUTED),
+        _case("mixtral", [8], tp_size=2, sp=True),  # experts whole on both ranks, which see other tokens
+        _case("qwen2_moe", [2, 6], pp_size=2),
+    ]
+    _train(2, cases, moe_models, tmp_path)
+    cases = [
+        _case("qwen3_moe", [4], tp_size=2, dp_size=2, ep_size=2, etp_size=2, sp=True, ddp=DISTRIBUTED),
+        _case("mixtral", [8], tp_size=4, ep_size=2, etp_size=2, sp=True),
+    ]
+    _train(4, cases, moe_models, tmp_path)
+
+
+def test_initial_values_do_not_depend_on_the_layout(models, moe_models, tmp_path):
+    dense = [
+        _case("llama", [8], tp_size=2),
+        _case("llama", [8], pp_size=2, vpp_size=2),
+        _case("qwen3_moe", [8], tp_size=2, etp_size=2, sp=True),
+    ]
+    known = models | moe_models
+    run_ranks(2, RANKS, "draw_alike", cases=dense, models=known, out_dir=str(tmp_path))
+    run_ranks(1, RANKS, "draw_alike", cases=[_case("llama", [8]), _case("qwen3_moe", [8])], models=known, out_dir=str(tmp_path))
+    for model in ("llama", "qwen3_moe"):
+        first, *others = [torch.load(path) for path in sorted(tmp_path.glob(f"{model}-*.pt"))]
+        assert others
+        assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+        assert all((tensor == 0).all() == name.endswith("lora_B.weight") for name, tensor in first.items())
+
+
+def test_dropout_is_alike_where_factors_are(models, moe_models):
+    cases = [
+        _case("llama", [8], tp_size=2),
+        _case("llama", [8], tp_size=2, sp=True),
+        _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sp=True),
+        _case("mixtral", [8], tp_size=2, etp_size=2, sp=True),
+        _case("llama", [4], dp_size=2),
+    ]
+    outputs = run_ranks(2, RANKS, "drop_alike", cases=cases, models=models | moe_models)
+    assert outputs[0].count("DROPPED") == len(cases)
+
+
+def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(models, moe_models, tmp_path):
+    cases = [
+        _case("llama", [4], dp_size=2, ddp=OVERLAPPED, precision="bf16"),
+        _case("qwen2", [8], tp_size=2, sp=True),
+        _case("qwen3_moe", [4], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+    ]
+    outputs = run_ranks(2, RANKS, "resume_bitwise", cases=cases, models=models | moe_models, root=str(tmp_path))
+    assert outputs[0].count("RESUMED") == len(cases)
+
+
+def test_peft_loads_what_was_saved(models, tmp_path):
+    """The folder of a Megatron run under TP 2 gives PEFT the adapters that PEFT has trained itself."""
+    _train(2, [_case("qwen3", [8], tp_size=2)], models, tmp_path)
+    base, _ = DENSE["qwen3"]
+    import peft
+
+    loaded = peft.PeftModel.from_pretrained(tiny_model(seed=3, **base), tmp_path / "2-0").merge_and_unload()
+    wanted = load_file(models["qwen3"]["merged"])
+    found = loaded.state_dict()
+    assert max((found[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < 1e-4
+
+
+@pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_adapters_of_stacked_experts_are_read_as_pefts(tmp_path, parameters):
+    import peft
+
+    save_tiny_model(tmp_path, "qwen3_moe", seed=3)
+    targets = {"target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{name}" for name in parameters]}
+    model = peft.get_peft_model(tiny_model("qwen3_moe", seed=3), peft.LoraConfig(r=4, lora_alpha=8, **targets))
+    _fill({name: p for name, p in model.named_parameters() if p.requires_grad})
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    names = {"gate_up_proj": "gate_proj|up_proj", "down_proj": "down_proj"}
+    expected = {
+        "folder": str(tmp_path), "adapter": str(tmp_path / "adapter"), "merged": str(tmp_path / "merged" / "model.safetensors"),
+        "spec": {"r": 4, "lora_alpha": 8, "target_modules": rf".*(q_proj|experts\.\d+\.({'|'.join(names[p] for p in parameters)}))"},
+        "optimizer": OPTIMIZER,
+    }  # fmt: skip
+    outputs = run_ranks(2, RANKS, "load_stacked", case=_case("qwen3_moe", [4], dp_size=2, ep_size=2), expected=expected)
+    assert "LOADED" in outputs[0]
+
+
+def test_foreign_adapters_are_refused(models, tmp_path):
+    origin = Path(models["llama"]["adapter"])
+    changes = {
+        "use_dora": ({"use_dora": True}, "ConfigError: use_dora is True"),
+        "modules_to_save": ({"modules_to_save": ["lm_head"]}, "ConfigError: modules_to_save is ['lm_head']"),
+        "rank": ({"r": 8}, "ConfigError: r 8 there, 4 here"),
+        "kind": ({"peft_type": "IA3"}, "ConfigError: peft_type is 'IA3'"),
+    }
+    foreign = {}
+    for name, (change, told) in changes.items():
+        folder = shutil.copytree(origin, tmp_path / name)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        foreign[str(folder)] = told
+    for name, drop, told in (
+        ("missing", True, "PlacementError: missing 1 tensors: "),
+        ("unexpected", False, "PlacementError: unexpected 1 tensors: lm_head"),
+    ):
+        folder = shutil.copytree(origin, tmp_path / name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if drop:
+            tensors.pop(next(iter(tensors)))
+        else:
+            tensors[f"{PREFIX}lm_head.lora_A.weight"] = torch.zeros(4, 96)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        foreign[str(folder)] = told
+    (tmp_path / "empty").mkdir()
+    foreign[str(tmp_path / "empty")] = "CheckpointError: adapter_config.json cannot be read"
+    run_ranks(1, RANKS, "refuse", models={"llama": models["llama"]}, foreign=foreign)
+
+
+def _train(world_size: int, cases: list[dict], models: dict, out_dir: Path) -> None:
+    outputs = run_ranks(world_size, RANKS, "train_as_reference", cases=cases, models=models, out_dir=str(out_dir))
+    assert outputs[0].count("TRAINED") == len(cases), outputs[0]
+
+
+def _peft_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """A saved model and adapter, and what PEFT and torch's AdamW make of it in ten steps."""
+    import peft
+
+    save_tiny_model(folder, seed=3, **base)
+    model = peft.get_peft_model(tiny_model(seed=3, **base), peft.LoraConfig(task_type="CAUSAL_LM", **spec)).train()
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _fill(factors)
+    model.save_pretrained(folder / "adapter")
+    expected = _trained(factors, lambda tokens: model(tokens).logits, folder, spec)
+    save_file(
+        {name.replace(".default", "").removeprefix(PREFIX): p.detach().contiguous() for name, p in factors.items()},
+        folder / "trained" / "adapter.safetensors",
+    )
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    return expected
+
+
+def _expert_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """The same where PEFT has no adapters for each projection of an expert: products are added to the weights that transformers uses."""
+    save_tiny_model(folder, seed=3, **base)
+    model = tiny_model(seed=3, **base).train()
+    own = LoraSpec(**{**spec, "target_modules": tuple(spec["target_modules"]) if "target_modules" in spec else "all-linear"})
+    table = model_of(json.loads((folder / "config.json").read_text()))
+    adapters = adapters_of(table, own)
+    factors = {t.name: torch.nn.Parameter(torch.zeros(t.shape)) for t in adapters.tensors(table, "float32")}
+    _fill(factors)
+    (folder / "adapter").mkdir()
+    save_file({PREFIX + name: p.detach().clone() for name, p in factors.items()}, folder / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": own.r, "lora_alpha": own.lora_alpha, "target_modules": sorted(adapters.modules)}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    weights = dict(model.named_parameters())
+
+    def merged() -> dict[str, torch.Tensor]:
+        def delta(module: str) -> torch.Tensor | None:
+            a = factors.get(f"{module}.lora_A.weight")
+            return None if a is None else own.scaling * factors[f"{module}.lora_B.weight"] @ a
+
+        found = {}
+        for name, weight in weights.items():
+            module = name.removesuffix(".weight")
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                root, _, kind = name.rpartition(".")
+                block = root.replace(".mlp.experts", ".block_sparse_moe.experts") if table.family.model_type == "mixtral" else root
+                names = {"mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}}.get(
+                    table.family.model_type, {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+                )[kind]
+                rows = weight.shape[1] // len(names)
+                found[name] = weight.detach() + torch.stack([
+                    torch.cat([d if (d := delta(f"{block}.{e}.{n}")) is not None else torch.zeros(rows, weight.shape[2]) for n in names])
+                    for e in range(weight.shape[0])
+                ])  # fmt: skip
+            elif (d := delta(module)) is not None:
+                found[name] = weight.detach() + d
+            else:
+                found[name] = weight.detach()
+        return found
+
+    expected = _trained(factors, lambda tokens: torch.func.functional_call(model, merged(), (tokens,)).logits, folder, spec)
+    save_file({name: p.detach().clone() for name, p in factors.items()}, folder / "trained" / "adapter.safetensors")
+    with torch.no_grad():
+        for name, tensor in merged().items():
+            weights[name].copy_(tensor)
+    model.save_pretrained(folder / "merged")
+    return {**expected, "spec": {**spec, "target_modules": own.target_modules}}
+
+
+def _fill(factors: dict[str, torch.nn.Parameter]) -> None:
+    """Values for both factors, so that both have gradients from the first step on."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, factor in sorted(factors.items()):
+            factor.copy_(torch.randn(factor.shape, generator=generator) * 0.05)
+
+
+def _trained(factors: dict[str, torch.nn.Parameter], logits: Any, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    batch = _batch()
+    (folder / "trained").mkdir()
+    adam = torch.optim.AdamW(
+        factors.values(), lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"], betas=(0.9, OPTIMIZER["adam_beta2"]),
+        weight_decay=OPTIMIZER["weight_decay"],
+    )  # fmt: skip
+    losses, norms = [], []
+    for _ in range(STEPS):
+        distribution = logits(batch["tokens"]).float().log_softmax(dim=-1)
+        now = torch.nn.functional.pad(distribution[:, :-1].gather(-1, batch["tokens"][:, 1:, None])[..., 0], (1, 0))
+        spread = torch.nn.functional.pad(-(distribution.exp() * distribution).sum(dim=-1)[:, :-1], (1, 0))
+        value = -(now * batch["weights"]).sum() - 0.1 * (spread * batch["weights"].abs()).sum()
+        adam.zero_grad()
+        value.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(factors.values(), OPTIMIZER["clip_grad"]).item())
+        adam.step()
+        losses.append(value.item())
+    return {
+        "folder": str(folder), "adapter": str(folder / "adapter"), "trained": str(folder / "trained" / "adapter.safetensors"),
+        "merged": str(folder / "merged" / "model.safetensors"), "optimizer": OPTIMIZER, "losses": losses, "grad_norms": norms,
+        "batch": {name: tensor.tolist() for name, tensor in batch.items()},
+        "spec": {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()},
+    }  # fmt: skip
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(1, VOCAB_SIZE, (8, 24), generator=generator)
+    weights = torch.randn(8, 1, generator=generator) * (torch.arange(24) >= 3) / 168
+    return {"tokens": tokens, "weights": weights}
+
+
+def test_initial_factors_are_distributed_as_pefts():
+    import peft
+
+    for init in (True, "gaussian"):
+        layer = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=16, init_lora_weights=init, target_modules=["down_proj"]))
+        drawn = torch.cat([p.detach().flatten() for name, p in layer.named_parameters() if "lora_A" in name])
+        spec = LoraSpec(r=16, lora_alpha=16, init="kaiming" if init is True else init)
+        own = torch.cat([initial_factor(spec, f"layer {number}", (16, 160)).flatten() for number in range(4)])
+        assert own.shape == drawn.shape
+        assert abs(own.std() / drawn.std() - 1) < 0.05
+        assert abs(own.abs().max() / drawn.abs().max() - 1) < (0.01 if init is True else 0.5)

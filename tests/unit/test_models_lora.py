@@ -1,0 +1,103 @@
+"""Claims about adapters on paper: which modules have one, where its factors lie under a layout, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
+from rlsync.copy.cpu import bind
+from rlsync.errors import ConfigError
+from rlsync.layout.geometry import whole_tensors
+from rlsync.layout.topology import Topology
+from rlsync.models import model_of
+from rlsync.models.lora import LoraSpec, adapters_of, check_adapters
+from rlsync.models.placement import megatron_placements
+from rlsync.plan.planner import build_plan
+from tests.models import tiny_config
+
+DENSE = model_of({**tiny_config("qwen2").to_dict(), "architectures": ["Qwen2ForCausalLM"]})
+EXPERTS = model_of({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    ("model", "topology"),
+    [
+        (DENSE, Topology(tp_size=2)),
+        (DENSE, Topology(tp_size=2, pp_size=2)),
+        (EXPERTS, Topology(tp_size=2, ep_size=2, etp_size=1)),
+        (EXPERTS, Topology(tp_size=2, ep_size=2, etp_size=2, dp_size=2)),
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "up_proj"), r".*layers\.1\..*(k|down)_proj"])
+def test_factors_survive_any_layout(model: Any, topology: Topology, targets: Any) -> None:
+    """From whole factors to ranks and back; the plans are proven complete, and B's rows of projections without adapter are padding."""
+    adapters = adapters_of(model, LoraSpec(3, 6, target_modules=targets))
+    tensors = adapters.tensors(model, "float32")
+    assert {name.rpartition(".lora_")[0] for name in (t.name for t in tensors)} == adapters.modules
+    whole, ranks = whole_tensors("whole", tensors), megatron_placements(model, topology, dtype="float32", adapters=adapters)
+    values = {t.name: torch.randn(t.shape) for t in tensors}
+    held = [{b.name: torch.full(b.shape, torch.nan) for b in placement.buffers} for placement in ranks]
+    for bucket in build_plan(tensors, [whole], ranks).buckets:
+        for copy in bucket.copies:
+            bind([copy], values, held[copy.destination]).run()
+    found = {name: torch.zeros_like(value) for name, value in values.items()}
+    for bucket in build_plan(tensors, ranks, [whole]).buckets:
+        for copy in bucket.copies:
+            bind([copy], held[copy.source], found).run()
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> None:
+    found = {module.rpartition(".")[2] for module in adapters_of(EXPERTS, LoraSpec(4, 8)).modules}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    one = adapters_of(EXPERTS, LoraSpec(4, 8, target_modules="all-linear", exclude_modules=r".*experts\.\d+\..*"))
+    assert not any(".experts." in module for module in one.modules) and one.modules
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"target_modules": ("q_porj",)}, "match no linear layer of Qwen2ForCausalLM; it has q_proj, k_proj"),
+        ({"target_modules": "q_proj"}, "match no linear layer"),  # a regular expression, which a whole name has to match
+        ({"target_modules": ("q_proj", "qkv_proj")}, "name qkv_proj, which no linear layer"),
+        ({"target_modules": ("lm_head", "q_proj")}, "match lm_head, which is the head"),
+        ({"target_modules": ".*", "exclude_modules": ("lm_head",)}, "match model.embed_tokens, which is an embedding"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"exclude_modules": r".*_proj"}, "match no linear layer"),
+        ({"lora_dropout": 1.0}, "it is a probability below 1"),
+        ({"r": 0}, "must be at least 1"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    findings = check_adapters(DENSE, LoraSpec(**{"r": 4, "lora_alpha": 8, **fields}))
+    assert len([finding for finding in findings if said in finding]) == 1, findings
+
+
+def test_routers_and_gates_of_shared_experts_have_no_adapter() -> None:
+    model = model_of({**tiny_config("qwen2_moe").to_dict(), "architectures": ["Qwen2MoeForCausalLM"]})
+    for name, what in (("gate", "a router"), ("shared_expert_gate", "the gate of a shared expert")):
+        assert any(what in finding for finding in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"r": 8}, "r 8 there, 4 here"),
+        ({"use_rslora": True}, "use_rslora True there, False here"),
+    ],
+)
+def test_a_folder_of_another_adapter_is_refused_by_name(tmp_path, change: dict[str, Any], said: str) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    check_adapter_folder(tmp_path, LoraSpec(4, 8.0))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConfigError, match=said):
+        check_adapter_folder(tmp_path, LoraSpec(4, 8.0))
