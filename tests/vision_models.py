@@ -130,14 +130,14 @@ def collated(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     padded = {
         name: torch.nn.utils.rnn.pad_sequence([part[name] for part in rows], batch_first=True) for name in rows[0] if name not in pictures
     }
+    padded["lengths"] = torch.tensor([len(part["tokens"]) for part in rows])
     return padded | {name: torch.cat(found) for name in pictures if (found := [part[name] for part in rows if name in part])}
 
 
 def hf_inputs(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The same microbatch as transformers' models take it."""
     batch = collated(rows)
-    tokens = batch.pop("tokens")
-    lengths = torch.tensor([len(part["tokens"]) for part in rows])
+    tokens, lengths = batch.pop("tokens"), batch.pop("lengths")
     return {
         "input_ids": tokens,
         "attention_mask": (torch.arange(tokens.size(1)) < lengths[:, None]).long(),

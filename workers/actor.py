@@ -24,10 +24,12 @@ from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, s
 from rlsync.bridge.checkpoint_folder import TRACKER, Restored
 from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handles.ray import RayEngine
+from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters, unwrap
+from rlsync.megatron.model import DdpOptions, flavour_of, gather_parameters, iter_parameters, unwrap
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+from rlsync.megatron.packing import packing_refusal
 from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, initialize_parallel
 from rlsync.megatron.specs import SpecName
 from rlsync.megatron.state import STATE_FORMAT
@@ -81,6 +83,11 @@ class ActorRank:
             frozen=tuple(actor.model.frozen.values()),
             lora=actor.lora_spec,
         )
+        # Of every pass over the model: how its microbatches are laid out.
+        self._passes: dict[str, Any] = {
+            "packing": packs(self._config.runner.packing, self._models),
+            "chunk_tokens": actor.model.logits_chunk_tokens,
+        }
         # A checkpoint of adapters does not have their base.
         if load_initial or actor.lora_spec is not None:
             load_initial_weights(self._bridge, self._models, actor)
@@ -194,6 +201,14 @@ class ActorRank:
 
 
 SPECS: dict[str, SpecName] = {"decoder_gpt": "auto", "local_gpt": "local", "te_gpt": "te"}
+
+
+def packs(wanted: str, models: Sequence[torch.nn.Module]) -> bool:
+    """Whether ``runner.packing`` packs the sequences of these chunks. Raises ConfigError where it is on and they cannot be."""
+    refusal = packing_refusal(unwrap(models[0]).config)
+    if wanted == "on" and refusal is not None:
+        raise ConfigError(f"runner.packing=True: {refusal}")
+    return wanted == "on" or (wanted == "auto" and refusal is None and flavour_of(models) == "te")
 
 
 def transformer_overrides(model: ActorModelConfig) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class GrpoRank(ActorRank):
         dp_rank, losses = self._topology.coordinates(self._rank).dp_rank, []
         for examples in steps:
             mine = stacked(examples[dp_rank :: self._topology.dp_size])
-            result = train_step(self._models, optimizer, [mine], SupervisedObjective(num_targets(examples)))
+            result = train_step(self._models, optimizer, [mine], SupervisedObjective(num_targets(examples)), **self._passes)
             losses.append(result.metrics["loss"])
         gather_parameters(self._models)
         return losses
@@ -125,7 +125,7 @@ class GrpoRank(ActorRank):
             if routes is not None:
                 microbatches[-1][ROUTES] = padded_routes(routes[first : first + len(cut)], microbatches[-1]["tokens"].size(1))
             first += len(cut)
-        scored = token_scores(self._models, microbatches, temperature=self._temperature(), routing=routing)
+        scored = token_scores(self._models, microbatches, temperature=self._temperature(), routing=routing, **self._passes)
         taken = [] if routing is None else [routing.taken(i, *m["tokens"].shape) for i, m in enumerate(microbatches)]
         places = [(index, row, sample.length) for index, cut in enumerate(cuts) for row, sample in enumerate(cut)]
         return (
@@ -166,7 +166,7 @@ class GrpoRank(ActorRank):
             )
             result = train_step(
                 self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, temperature=self._temperature(),
-                routing=self._routing if self._routes is not None else None,
+                routing=self._routing if self._routes is not None else None, **self._passes,
             )  # fmt: skip
             metrics.append(update_metrics(result))
         self._old_logprobs = self._reference_logprobs = self._routes = None

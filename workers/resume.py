@@ -52,6 +52,7 @@ RULES: Mapping[str, Rule] = {
     # Also of dropout: the saved random state is then left alone.
     "actor.seed": Rule.HOLDS,
     "actor.model": Rule.HOLDS,
+    "actor.model.logits_chunk_tokens": Rule.SILENT,
     "actor.model.precision": Rule.LAYOUT,
     "actor.model.tensor_model_parallel_size": Rule.LAYOUT,
     "actor.model.pipeline_model_parallel_size": Rule.LAYOUT,

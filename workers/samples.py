@@ -42,8 +42,8 @@ class TokenRow(Protocol):
 
 
 def stacked(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64, ``mask`` (B, S) bool at tokens that the loss reads, and for
-    rows with pictures ``pixel_values`` and ``image_grid_thw`` of all of them, in the order of rows."""
+    """Right-padded tensors of a microbatch: ``tokens`` (B, S) int64 and their ``lengths`` (B,) int64, ``mask`` (B, S) bool at tokens that
+    the loss reads, and for rows with pictures ``pixel_values`` and ``image_grid_thw`` of all of them, in the order of rows."""
     longest = max(len(row.token_ids) for row in rows)
     tokens = torch.full((len(rows), longest), PAD_ID, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -51,7 +51,7 @@ def stacked(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         length = len(row.token_ids)
         tokens[i, :length] = torch.tensor(row.token_ids)
         mask[i, :length] = torch.tensor(row.loss_mask)
-    batch = {"tokens": tokens, "mask": mask}
+    batch = {"tokens": tokens, "lengths": torch.tensor([len(row.token_ids) for row in rows]), "mask": mask}
     pictures = [(r.pixel_values, r.image_grid_thw) for r in rows if r.pixel_values is not None and r.image_grid_thw is not None]
     if pictures:
         batch["pixel_values"] = torch.cat([values for values, _ in pictures])

@@ -86,7 +86,7 @@ class SftRank(ActorRank):
         num_tokens = int(counts[0])
         per_microbatch = self._config.algorithm.loss_agg_func == "micro-batch-mean"
         objective = SupervisedObjective(num_tokens, len(microbatches) * self._topology.dp_size if per_microbatch else None)
-        result = train_step(self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler)
+        result = train_step(self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, **self._passes)
         return {
             **step_metrics(result),
             "train/num_tokens": float(num_tokens),
@@ -137,7 +137,7 @@ class SftRank(ActorRank):
                 if self._held_out is not None:
                     examples = list(val_examples(self._config, self._held_out, mine[first : first + size]))
             (batch,) = share_in_replica([stacked(examples or [_NOTHING])] if self._reads else None)
-            (scores,) = token_scores(self._models, [batch])
+            (scores,) = token_scores(self._models, [batch], **self._passes)
             if self._reads:
                 loss -= float((scores.log_probs * batch["mask"]).sum(dtype=torch.float64))
                 num_tokens, num_examples = num_tokens + num_targets(examples), num_examples + len(examples)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.packing import PackedSequences
 from rlsync.megatron.parallel import compute_device
 
 
@@ -43,8 +45,8 @@ class RMSNorm(torch.nn.Module):
 class CausalAttention(MegatronModule):
     """Causal attention by ``scaled_dot_product_attention``; memory grows linearly in the sequence, where a kernel exists.
 
-    Full sequences only: no mask, no packing, no window, context_parallel_size 1. Padding belongs at the right, where
-    causality keeps it away from the tokens before it.
+    Full sequences only: no mask, no window, context_parallel_size 1. Padding belongs at the right, where causality keeps it away from the
+    tokens before it. Packed sequences are attended to one by one, which needs no mask of blocks either.
     """
 
     def __init__(
@@ -82,16 +84,23 @@ class CausalAttention(MegatronModule):
             query: (S, B, heads of this rank, head_dim).
             key: (S, B, key-value heads of this rank, head_dim).
             value: as ``key``.
-            attention_mask: None; so are ``attention_bias`` and ``packed_seq_params``.
+            attention_mask: None; so is ``attention_bias``.
+            packed_seq_params: a ``PackedSequences``; query, key and value are then (T, heads, head_dim).
 
         Returns:
-            (S, B, heads * head_dim), in the dtype of ``query``.
+            (S, B, heads * head_dim), or (T, heads * head_dim), in the dtype of ``query``.
         """
         assert attention_mask is None, "padding belongs at the right, where causality needs no mask"
         assert attention_bias is None
-        assert packed_seq_params is None
         if self.config.context_parallel_size > 1:
             raise ConfigError("attention of the local spec needs context_parallel_size 1; TransformerEngine's can split the sequence")
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        assert isinstance(packed_seq_params, PackedSequences), "train_step packs"
+        sequences = [slice(start, end) for start, end in pairwise(packed_seq_params.bounds)]
+        return torch.cat([self._attend(query[s, None], key[s, None], value[s, None])[:, 0] for s in sequences])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         repeats = query.size(2) // key.size(2)
         # A kernel for grouped heads exists for half precision on CUDA only; elsewhere asking for it means the quadratic fallback.
         if repeats > 1 and not (query.is_cuda and query.dtype is not torch.float32):

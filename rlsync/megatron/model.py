@@ -26,6 +26,7 @@ from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.lora import ADAPTER, Adapter, adapter_modules, add_adapters
 from rlsync.megatron.parallel import compute_device, current_topology
+from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour, Part, check_parts, model_of
@@ -277,6 +278,9 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
         # other pairs than transformers'.
         inverse = inverse_frequencies(config.rope, config.transformer.kv_channels)
         chunk.rotary_pos_emb.inv_freq = inverse.to(compute_device())
+    if chunk.post_process:
+        # GPTModel makes it itself.
+        chunk.output_layer.__class__ = ScoringHead
     chunk.unpadded_vocab_size = config.vocab_size
     chunk.tower_parts = config.tower_parts
     return chunk.to(compute_device())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
+from rlsync.megatron.packing import Packing
 from rlsync.models.moe import NO_ROUTE, sparse_layers
 
 _MOST_EXPERTS = 2**15
@@ -27,11 +28,12 @@ _MOST_EXPERTS = 2**15
 
 @dataclass(slots=True)
 class _Pass:
-    """One microbatch: its shape as the model gets it, and its routes (rows, length, layers, topk), or None."""
+    """One microbatch: its shape as the model gets it, its routes (rows, length, layers, topk) in that shape, or None, and its packing."""
 
     rows: int
     length: int
     given: Tensor | None
+    packing: Packing | None
     taken: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -85,17 +87,21 @@ class Routing:
             self._again, self._recomputes = {}, False
 
     @contextmanager
-    def microbatch(self, index: int, tokens: Tensor, given: Tensor | None) -> Iterator[None]:
+    def microbatch(self, index: int, tokens: Tensor, given: Tensor | None, packing: Packing | None = None) -> Iterator[None]:
         """Around the forward pass of a microbatch through a chunk.
 
         Args:
             index: of the microbatch among those of this run.
             tokens: (B, S) as the model gets them.
             given: (at most B, at most S, num_layers, topk) experts to take, of integers; ``NO_ROUTE``, and what is not there, is live.
+            packing: of ``tokens``, where they are packed; ``given`` is padded all the same.
         """
         rows, length = tokens.shape
         if index not in self._passes:
-            self._passes[index] = _Pass(rows, length, None if given is None else self._checked(given))
+            checked = None if given is None else self._checked(given)
+            if checked is not None and packing is not None:
+                checked = packing.pack(checked, NO_ROUTE)
+            self._passes[index] = _Pass(rows, length, checked, packing)
         self._current = self._passes[index]
         try:
             yield
@@ -107,9 +113,12 @@ class Routing:
 
         ``NO_ROUTE`` in layers of other pipeline stages. Collective over the TP group under sequence parallelism.
         """
-        found = torch.full((rows, length, self.num_layers, self.topk), NO_ROUTE, dtype=torch.int16)
+        found, passed = torch.full((rows, length, self.num_layers, self.topk), NO_ROUTE, dtype=torch.int16), self._passes[index]
         for layer in self.layers:
-            found[:, :, layer] = self._whole(self._passes[index], self._passes[index].taken[layer])[:rows, :length].cpu()
+            whole = self._whole(passed, passed.taken[layer]).cpu()
+            if passed.packing is not None:
+                whole = passed.packing.unpack(whole, NO_ROUTE)
+            found[:, :, layer] = whole[:rows, :length]
         return found
 
     def _checked(self, given: Tensor) -> Tensor:

@@ -1,19 +1,25 @@
-"""Log-probability and entropy of each token from vocabulary-parallel logits, without ever gathering the vocabulary.
+"""Log-probability and entropy of each token, from the hidden states that a vocabulary-parallel output layer would turn into logits.
 
-Owns the arithmetic and its gradient. Must not know models, schedules or losses.
+Owns that layer's matrix product where tokens are scored, the arithmetic behind it, and the gradients of both. Neither the vocabulary is
+ever gathered, nor is there a float32 matrix of tokens and vocabulary, nor logits of more tokens than asked for. Must not know models,
+schedules or losses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 64 * 2**20  # float32 temporaries of one chunk of rows: 256 MiB each
+# Tokens whose logits exist at once. With the 152,064 tokens of Qwen's vocabulary that is 2.5 GB in half precision on one tensor rank.
+CHUNK_TOKENS = 8192
+_PIECE_ELEMENTS = 64 * 2**20  # float32 temporaries of a piece of rows: 256 MiB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,86 +39,203 @@ class TokenScores:
     likeliest: Tensor
 
 
-def score_tokens(logits: Tensor, tokens: Tensor, *, vocab_size: int, temperature: float) -> TokenScores:
-    """Score every token of a batch. Differentiable in ``logits``. Collective over the TP group.
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a forward pass scores.
+
+    Attributes:
+        targets: (B, S) int64, for each position the token that is scored there, the same on all tp_ranks.
+        vocab_size: columns of the output layer from here on are padding and take no probability.
+        temperature: divides the logits.
+        chunk_tokens: positions of which logits exist at once. Those of more are computed again in the backward pass.
+    """
+
+    targets: Tensor
+    vocab_size: int
+    temperature: float = 1.0
+    chunk_tokens: int = CHUNK_TOKENS
+
+
+class ScoringHead(tensor_parallel.ColumnParallelLinear):
+    """The output layer of a GPTModel. Within ``scoring`` a forward pass gives scores of tokens in place of logits.
+
+    It has to be this layer's own forward pass: Megatron waits for a layer's gathered parameters in a hook of it.
+    """
+
+    _scoring: Scoring | None = None
+
+    @contextmanager
+    def scoring(self, scoring: Scoring) -> Iterator[None]:
+        """Around one forward pass of the model."""
+        self._scoring = scoring
+        try:
+            yield
+        finally:
+            self._scoring = None
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As of ColumnParallelLinear; within ``scoring`` (S, B, 3) float32: log-probability, entropy, and 1 where the target is likeliest.
+
+        Differentiable in hidden states (S, B, H), of which each tensor rank has its part under sequence parallelism, and in the weight.
+        Collective over the TP group.
+        """
+        if self._scoring is None:
+            logits: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
+            return logits
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(input_)
+        scores = score_hidden(hidden.flatten(0, 1), self.weight if weight is None else weight, self._scoring)
+        return torch.stack(scores, dim=-1).view(*hidden.shape[:2], 3), None
+
+
+def score_hidden(hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy, and 1 where the target is likeliest: (S x B,) float32 each. Collective over the TP group.
 
     Args:
-        logits: (B, S, padded vocabulary / tp_size), any floating dtype; row t predicts token t + 1.
-        tokens: (B, S) int64, the same on all tp_ranks.
-        vocab_size: columns from here on are padding and take no probability.
-        temperature: divides the logits.
+        hidden: (S x B, H), the rows of a position next to each other, any floating dtype.
+        weight: (padded vocabulary / tp_size, H), of the same dtype. A gradient buffer of Megatron that it has takes the gradient of all
+            chunks but the last, which comes as any gradient does.
+        scoring: with targets (B, S).
     """
-    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    log_probs, entropy, likeliest = _VocabularyParallelScores.apply(logits, targets, vocab_size, temperature)
-    return TokenScores(log_probs=_shifted(log_probs), entropy=_shifted(entropy), likeliest=_shifted(likeliest))
-
-
-def _shifted(of_next: Tensor) -> Tensor:
-    return torch.nn.functional.pad(of_next[:, :-1], (1, 0))
+    found: tuple[Tensor, Tensor, Tensor] = _VocabularyParallelScores.apply(hidden, weight, scoring)
+    return found
 
 
 class _VocabularyParallelScores(torch.autograd.Function):
-    """Rows are treated in chunks, so that float32 temporaries stay bounded whatever batch and vocabulary are."""
+    """Positions are treated in chunks, and the logits of a chunk in pieces, which bounds memory whatever they are."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        group, width = parallel_state.get_tensor_model_parallel_group(), logits.size(-1)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        group, targets = parallel_state.get_tensor_model_parallel_group(), scoring.targets.t().reshape(-1)
+        width = weight.size(0)
         start = dist.get_rank(group) * width
-        ctx.used, ctx.start, ctx.temperature = max(0, min(width, vocab_size - start)), start, temperature
-        rows, flat = logits.view(-1, width)[:, : ctx.used], targets.reshape(-1)
-        peak = torch.full((rows.size(0),), -torch.inf, dtype=torch.float32, device=rows.device)
-        if ctx.used:
-            peak = rows.amax(dim=-1).float() / temperature
+        columns = _Columns(start, max(0, min(width, scoring.vocab_size - start)), scoring.temperature)
+        chunks = _slices(hidden.size(0), scoring.chunk_tokens)
+        peak = torch.full((hidden.size(0),), -torch.inf, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(3, hidden.size(0), dtype=torch.float32, device=hidden.device)
+        logits = hidden.new_empty(0)
+        for chunk in chunks:
+            logits = hidden[chunk] @ weight.t()
+            columns.add_up(logits, targets[chunk], peak[chunk], sums[:, chunk])
+        own_peak = peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        sums = torch.zeros(3, rows.size(0), dtype=torch.float32, device=rows.device)
-        for part in _chunks(rows):
-            shifted = rows[part].float() / temperature - peak[part, None]
-            exponential = shifted.exp()
-            column, here = _local_columns(flat[part], start, ctx.used)
-            sums[0, part] = exponential.sum(dim=-1)
-            sums[1, part] = exponential.mul_(shifted).sum(dim=-1)
-            sums[2, part] = torch.where(here, shifted.gather(1, column[:, None])[:, 0], 0.0)
+        if columns.used:
+            # From sums relative to the largest logit of this rank to those relative to the largest of all.
+            lower = own_peak - peak
+            sums[1] += lower * sums[0]
+            sums[:2] *= lower.exp()
+            here = columns.local(targets)[1]
+            sums[2] = torch.where(here, sums[2] - peak, 0.0)
         dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()
         entropy = log_sum - sums[1] / sums[0]
-        ctx.save_for_backward(logits, flat, peak + log_sum, entropy)
+        ctx.columns, ctx.chunks, ctx.is_spent = columns, chunks, False
+        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.save_for_backward(hidden, weight, targets, peak + log_sum, entropy, *([logits] if len(chunks) == 1 else []))
         ctx.set_materialize_grads(False)
-        likeliest = sums[2] >= 0  # the logit of the token is the largest of all
+        likeliest = (sums[2] >= 0).float()  # the logit of the token is the largest of all
         ctx.mark_non_differentiable(likeliest)
-        shape = targets.shape
-        return (sums[2] - log_sum).view(shape), entropy.view(shape), likeliest.view(shape)
+        return sums[2] - log_sum, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor, None, None, None]:
-        logits, flat, log_normaliser, entropy = ctx.saved_tensors
-        gradient = torch.zeros_like(logits)
-        rows, out = (whole.view(-1, logits.size(-1))[:, : ctx.used] for whole in (logits, gradient))
-        for part in _chunks(rows):
-            log_prob = rows[part].float() / ctx.temperature - log_normaliser[part, None]
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        assert not ctx.is_spent, "logits were overwritten by their gradient"
+        ctx.is_spent = True
+        hidden, weight, targets, log_normaliser, entropy, *kept = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight: Tensor | None = None
+        for chunk in ctx.chunks:
+            logits = kept[0] if kept else hidden[chunk] @ weight.t()
+            ctx.columns.to_gradient(
+                logits,
+                targets[chunk],
+                log_normaliser[chunk],
+                entropy[chunk],
+                None if of_log_probs is None else of_log_probs[chunk],
+                None if of_entropy is None else of_entropy[chunk],
+            )
+            if of_hidden is not None:
+                torch.mm(logits, weight, out=of_hidden[chunk])
+            if ctx.needs_input_grad[1]:
+                of_weight = _summed_gradient(logits.t() @ hidden[chunk], of_weight, ctx.main_grad)
+        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None
+
+
+def _summed_gradient(found: Tensor, before: Tensor | None, main_grad: Tensor | None) -> Tensor:
+    """What stands for the gradient of the weight after one more chunk; ``main_grad`` has taken all but this one."""
+    if before is None:
+        return found
+    if main_grad is None:
+        return before.float().add_(found)
+    main_grad.add_(before)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``."""
+
+    start: int
+    used: int
+    temperature: float
+
+    def local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each target on this rank, and whether it is here at all (column 0 where not)."""
+        column = targets - self.start
+        here = (column >= 0) & (column < self.used)
+        return torch.where(here, column, 0), here
+
+    def add_up(self, logits: Tensor, targets: Tensor, peak: Tensor, sums: Tensor) -> None:
+        """Into ``peak`` (rows,) the largest logit x of each row; into ``sums`` (3, rows) exp(x - peak), that times (x - peak), and the
+        target's x."""
+        for piece in self._pieces(logits):
+            rows = _float_copy(logits[piece, : self.used]).div_(self.temperature)
+            peak[piece] = rows.amax(dim=-1)
+            column, here = self.local(targets[piece])
+            sums[2, piece] = torch.where(here, rows.gather(1, column[:, None])[:, 0], 0.0)
+            shifted = rows.sub_(peak[piece, None])
+            exponential = shifted.exp()
+            sums[0, piece] = exponential.sum(dim=-1)
+            sums[1, piece] = exponential.mul_(shifted).sum(dim=-1)
+
+    def to_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        log_normaliser: Tensor,
+        entropy: Tensor,
+        of_log_probs: Tensor | None,
+        of_entropy: Tensor | None,
+    ) -> None:
+        """Put the gradient of logits into their place, given those of log-probabilities and entropies (rows,)."""
+        logits[:, self.used :] = 0.0
+        for piece in self._pieces(logits):
+            rows = logits[piece, : self.used]
+            log_prob = _float_copy(rows).div_(self.temperature).sub_(log_normaliser[piece, None])
             prob = log_prob.exp()
-            chunk = torch.zeros_like(prob)
+            gradient = torch.zeros_like(prob)
             if of_log_probs is not None:
-                weight = of_log_probs.reshape(-1)[part]
-                column, here = _local_columns(flat[part], ctx.start, ctx.used)
-                chunk.scatter_(1, column[:, None], torch.where(here, weight, 0.0)[:, None])
-                chunk.addcmul_(prob, weight[:, None], value=-1.0)
+                weight = of_log_probs[piece]
+                column, here = self.local(targets[piece])
+                gradient.scatter_(1, column[:, None], torch.where(here, weight, 0.0)[:, None])
+                gradient.addcmul_(prob, weight[:, None], value=-1.0)
             if of_entropy is not None:
-                spread = log_prob.add_(entropy[part, None]).mul_(prob)
-                chunk.addcmul_(spread, of_entropy.reshape(-1)[part, None], value=-1.0)
-            out[part] = chunk.div_(ctx.temperature).to(out.dtype)
-        return gradient, None, None, None
+                spread = log_prob.add_(entropy[piece, None]).mul_(prob)
+                gradient.addcmul_(spread, of_entropy[piece, None], value=-1.0)
+            rows.copy_(gradient.div_(self.temperature))
+
+    def _pieces(self, logits: Tensor) -> Sequence[slice]:
+        """Slices over the rows; none when this rank holds padding columns only."""
+        return _slices(logits.size(0), max(1, _PIECE_ELEMENTS // self.used)) if self.used else ()
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    """Slices over the rows; none when this rank holds padding columns only."""
-    if rows.size(1) == 0:
-        return []
-    height = max(1, _CHUNK_ELEMENTS // rows.size(1))
-    return [slice(start, start + height) for start in range(0, rows.size(0), height)]
+def _float_copy(rows: Tensor) -> Tensor:
+    return rows.to(torch.float32, copy=True)
 
 
-def _local_columns(targets: Tensor, start: int, used: int) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank, and whether it is here at all (column 0 where not)."""
-    column = targets - start
-    here = (column >= 0) & (column < used)
-    return torch.where(here, column, 0), here
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -1,7 +1,7 @@
 """Passes over microbatches through Megatron's schedules: one optimizer step, or token scores without gradients.
 
-Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism; sequences are right-padded. Models with a
-vision tower take pictures beside them.
+Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism. Callers have right-padded sequences; models
+get them so, or packed, and those with a vision tower take pictures beside them.
 Must not know rewards, advantages or algorithms: the loss comes from the caller.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -22,16 +22,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.optimizer import rates_of_parts
+from rlsync.megatron.packing import LENGTHS, Packing, check_lengths, packing_refusal
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
 from rlsync.megatron.routes import Routing
-from rlsync.megatron.scores import TokenScores, score_tokens
+from rlsync.megatron.scores import CHUNK_TOKENS, Scoring, TokenScores
 from rlsync.megatron.vision import VisionLanguageModel
 from rlsync.models import Part
 from rlsync.models.moe import sparse_layers
@@ -86,6 +88,8 @@ def train_step(
     scheduler: OptimizerParamScheduler | None = None,
     temperature: float = 1.0,
     routing: Routing | None = None,
+    packing: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> StepResult:
     """One optimizer step on the sum of the losses of all microbatches of all data-parallel ranks.
 
@@ -103,10 +107,14 @@ def train_step(
         scheduler: advanced by one when the step was not skipped.
         temperature: divides the logits that ``loss`` sees.
         routing: of these chunks; tokens then go to the experts that a microbatch's ``routes`` (B, S, layers with experts, topk) name.
+        packing: the model gets the rows of a microbatch one after the other, without the padding behind their ``lengths`` (B,) int64;
+            losses, metrics and gradients are the same, but for balancing losses, in which padding counts.
+        chunk_tokens: positions of a microbatch of which logits exist at once; those of more are computed again in the backward pass.
 
     Raises:
-        ConfigError: no microbatch, routes without ``routing`` or of another model, or pictures that its tokens have no room for; nothing
-            has changed then. Not on all ranks where replicas differ in it.
+        ConfigError: no microbatch, routes without ``routing`` or of another model, pictures that its tokens have no room for, or packing
+            without ``lengths`` or of a model whose sequences cannot be packed (``packing_refusal``); nothing has changed then. Not on all
+            ranks where replicas differ in it.
     """
     _set_training(models, True)
     for model in models:
@@ -116,15 +124,16 @@ def train_step(
     # The schedule divides each loss by the number of microbatches, and the gradient reduction by the data-parallel size.
     scale = _padded_count(models, len(microbatches)) * parallel_state.get_data_parallel_world_size()
 
-    def differentiate(passed: _Passed, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = passed.scores(logits, temperature)
+    def differentiate(passed: _Passed, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = passed.scores(scored)
         if passed.repeated:
             return scores.log_probs.sum() * 0.0, {}
         value, metrics = loss(scores, passed.microbatch)
         return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
 
     clear_aux_losses_tracker()
-    collected = _run(models, microbatches, differentiate, forward_only=False, routing=routing)
+    how = _How(temperature, chunk_tokens, packing)
+    collected = _run(models, microbatches, differentiate, how, forward_only=False, routing=routing)
     balancing = _balancing(models, _padded_count(models, len(microbatches)))
     updated, grad_norm, num_zeros = optimizer.step()
     if updated and scheduler is not None:
@@ -142,7 +151,13 @@ def train_step(
 
 @torch.no_grad()
 def token_scores(
-    models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, temperature: float = 1.0, routing: Routing | None = None
+    models: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    *,
+    temperature: float = 1.0,
+    routing: Routing | None = None,
+    packing: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[TokenScores]:
     """Log-probability and entropy of every token, without gradients. Collective over the TP and PP groups.
 
@@ -152,17 +167,19 @@ def token_scores(
             data-parallel replica.
         temperature: divides the logits.
         routing: as in ``train_step``; afterwards ``routing.taken`` has the routes that were taken.
+        packing, chunk_tokens: as in ``train_step``; no logits are computed twice.
 
     Returns:
         One ``TokenScores`` a microbatch, on every rank of the replica. Scores of padding mean nothing.
     """
 
-    def score(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
-        scores = passed.scores(logits, temperature)
+    def score(passed: _Passed, scored: Tensor, non_loss_data: bool = True) -> Tensor:
+        scores = passed.scores(scored)
         return torch.stack((scores.log_probs, scores.entropy, scores.likeliest))
 
     with _evaluating(models):
-        collected = _run(models, microbatches, score, forward_only=True, routing=routing)
+        how = _How(temperature, chunk_tokens, packing)
+        collected = _run(models, microbatches, score, how, forward_only=True, routing=routing)
     shapes = [(3, *microbatch["tokens"].shape) for microbatch in microbatches]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=compute_device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -186,8 +203,17 @@ def logits_for_tests(models: Sequence[torch.nn.Module], microbatch: Microbatch) 
         return whole[:rows, :length, : passed.vocab_size]
 
     with _evaluating(models):
-        collected = _run(models, [microbatch], gather, forward_only=True)
+        collected = _run(models, [microbatch], gather, None, forward_only=True)
     return collected[0] if collected else None
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How microbatches are scored; see ``train_step``."""
+
+    temperature: float
+    chunk_tokens: int
+    packing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +222,9 @@ class _Passed:
 
     Attributes:
         microbatch: the caller's, on the device, without its pictures.
-        tokens: the caller's, padded.
+        tokens: as the model gets them, padded or packed.
+        targets: for each of them the token that follows it in its sequence.
+        packing: how the caller's tokens lie in ``tokens``; None where these are padded.
         arguments: what the chunks take beside tokens.
         vocab_size: of the model, without padding.
         repeated: this pass fills up the schedule; its loss does not count.
@@ -205,34 +233,42 @@ class _Passed:
 
     microbatch: Microbatch
     tokens: Tensor
+    targets: Tensor
+    packing: Packing | None
     arguments: Mapping[str, Any]
     vocab_size: int
     repeated: bool
     index: int
 
-    def scores(self, logits: Tensor, temperature: float) -> TokenScores:
-        scores = score_tokens(logits, self.tokens, vocab_size=self.vocab_size, temperature=temperature)
+    def scores(self, scored: Tensor) -> TokenScores:
+        """Of the caller's tokens, from what ``ScoringHead`` made of the targets."""
+        whole = scored if self.packing is None else self.packing.unpack(scored)
         rows, length = self.microbatch["tokens"].shape
-        return TokenScores(*(found[:rows, :length] for found in (scores.log_probs, scores.entropy, scores.likeliest)))
+        log_probs, entropy, likeliest = F.pad(whole[:rows, : length - 1], (0, 0, 1, 0)).unbind(-1)
+        return TokenScores(log_probs, entropy, likeliest > 0)
 
 
 def _run(
     models: Sequence[torch.nn.Module],
     microbatches: Sequence[Microbatch],
-    on_logits: Callable[..., Any],
+    on_output: Callable[..., Any],
+    how: _How | None,
     *,
     forward_only: bool,
     routing: Routing | None = None,
 ) -> list[Any]:
-    """Pass the microbatches through the pipeline; what ``on_logits`` returned for each, on the last stage (else [])."""
+    """Pass the microbatches through the pipeline; what ``on_output`` returned for each, on the last stage (else []).
+
+    It is given what the last chunk returns: scores of the targets (B, S, 3), or logits where ``how`` is None.
+    """
     if routing is None and any(ROUTES in microbatch for microbatch in microbatches):
         raise ConfigError("a microbatch has routes, which need the routing of the model to be taken")
-    passes = _prepared(models, microbatches)
+    passes = _prepared(models, microbatches, packing=how is not None and how.packing)
     iterators = [iter(passes) for _ in models]
     rows, length = passes[0].tokens.shape
     with nullcontext() if routing is None else routing.run(with_gradients=not forward_only):
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward, on_logits, routing),
+            forward_step_func=partial(_forward, on_output, how, routing),
             data_iterator=iterators if len(models) > 1 else iterators[0],
             model=list(models) if len(models) > 1 else models[0],
             num_microbatches=len(passes),
@@ -244,24 +280,25 @@ def _run(
 
 
 def _forward(
-    on_logits: Callable[..., Any], routing: Routing | None, passes: Iterator[_Passed], model: torch.nn.Module
+    on_output: Callable[..., Any], how: _How | None, routing: Routing | None, passes: Iterator[_Passed], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[..., Any]]:
-    passed = next(passes)
-    routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, passed.microbatch.get(ROUTES))
-    with routed:
+    passed, chunk = next(passes), unwrap(model)
+    routes = passed.microbatch.get(ROUTES)
+    routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, routes, passed.packing)
+    scored: AbstractContextManager[None] = nullcontext()
+    if how is not None and chunk.post_process:
+        scored = chunk.output_layer.scoring(Scoring(passed.targets, passed.vocab_size, how.temperature, how.chunk_tokens))
+    with routed, scored:
         output = model(input_ids=passed.tokens, attention_mask=None, **passed.arguments)
-    return output, partial(on_logits, passed)
+    return output, partial(on_output, passed)
 
 
-def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[_Passed]:
-    """Pad each microbatch to a shape the ranks can divide, and their number to what the schedule can take."""
+def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, packing: bool) -> list[_Passed]:
+    """Pad or pack each microbatch to a shape the ranks can divide, and fill up their number to what the schedule can take."""
     config, chunk = models[0].config, unwrap(models[0])
-    if not microbatches:
-        raise ConfigError("a pass over the model needs at least one microbatch, on every data-parallel rank")
-    if config.context_parallel_size > 1:
-        raise ConfigError(f"passes over the model need context_parallel_size 1, not {config.context_parallel_size}")
+    _check(config, microbatches, packing=packing)
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    shapes = [tuple(microbatch["tokens"].shape) for microbatch in microbatches]
+    shapes = [(1, int(m[LENGTHS].sum())) if packing else tuple(m["tokens"].shape) for m in microbatches]
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
     device, passes = compute_device(), []
@@ -269,20 +306,42 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
         moved = {name: tensor.to(device) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
         tokens = microbatch["tokens"]
         length = -(-length // multiple) * multiple
-        padded = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
-        arguments = _arguments(chunk, padded, microbatch)
-        passes.append(_Passed(moved, padded.to(device), arguments, chunk.unpadded_vocab_size, repeated=False, index=index))
+        packed = Packing.of(microbatch, total=length) if packing else None
+        if packed is None:
+            tokens = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
+        given, targets = tokens, F.pad(tokens[:, 1:], (0, 1))
+        if packed is not None:
+            given, targets = packed.pack(tokens), packed.pack(targets)
+        arguments = _arguments(chunk, tokens, microbatch, packed)
+        vocab_size = chunk.unpadded_vocab_size
+        passes.append(_Passed(moved, given.to(device), targets.to(device), packed, arguments, vocab_size, repeated=False, index=index))
     last = passes[-1]
     filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
 
 
-def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch) -> Mapping[str, Any]:
-    """What the chunks of this rank take beside ``tokens``."""
+def _check(config: TransformerConfig, microbatches: Sequence[Microbatch], *, packing: bool) -> None:
+    if not microbatches:
+        raise ConfigError("a pass over the model needs at least one microbatch, on every data-parallel rank")
+    if config.context_parallel_size > 1:
+        raise ConfigError(f"passes over the model need context_parallel_size 1, not {config.context_parallel_size}")
+    if packing:
+        refusal = packing_refusal(config)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        for microbatch in microbatches:
+            check_lengths(microbatch)
+
+
+def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch, packing: Packing | None) -> Mapping[str, Any]:
+    """What the chunks of this rank take beside ``tokens``, padded here."""
+    device = compute_device()
+    packed = {} if packing is None else {"packed_seq_params": packing.sequences(device)}
     if isinstance(chunk, VisionLanguageModel):
         return chunk.arguments(tokens, microbatch)
     refuse_pictures(microbatch)
-    return {"position_ids": torch.arange(tokens.size(1), device=compute_device()).expand_as(tokens)}
+    positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+    return {"position_ids": positions if packing is None else packing.pack(positions), **packed}
 
 
 def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:

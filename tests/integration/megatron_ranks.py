@@ -7,23 +7,26 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
 from rlsync.bridge.checkpoint_folder import Restored
 from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
+from rlsync.megatron import scores as scores_module
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
-from rlsync.megatron.scores import TokenScores, score_tokens
+from rlsync.megatron.scores import CHUNK_TOKENS, Scoring, TokenScores, score_hidden
 from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.models.lora import LoraSpec
+from tests.models import VOCAB_SIZE
 from tests.vision_models import collated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,17 +78,36 @@ class Actor:
         parts, start = [], 0
         for rows in self.case["cut"]:
             part = {name: tensor[start : start + rows] for name, tensor in mine.items()}
-            longest = int(part["weights"].ne(0).nonzero()[:, 1].max()) + 1
-            parts.append({name: tensor[:, :longest].contiguous() for name, tensor in part.items()})
+            lengths = torch.where(part["weights"].ne(0), torch.arange(1, part["weights"].size(1) + 1), 0).amax(dim=1)
+            parts.append({name: tensor[:, : int(lengths.max())].contiguous() for name, tensor in part.items()} | {"lengths": lengths})
             start += rows
         assert start == mine["tokens"].size(0)
         return parts
 
     def steps(self, batch: Mapping[str, list] | str, count: int, *, temperature: float = 1.0) -> list[StepResult]:
         return [
-            train_step(self.models, self.optimizer, self.microbatches(batch), loss, scheduler=self.scheduler, temperature=temperature)
+            train_step(
+                self.models, self.optimizer, self.microbatches(batch), loss, scheduler=self.scheduler, temperature=temperature, **self.how
+            )
             for _ in range(count)
         ]
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the case passes its microbatches through the model."""
+        return {"packing": self.case.get("packing", False), "chunk_tokens": self.case.get("chunk_tokens", CHUNK_TOKENS)}
+
+    def gradients(self, batch: Mapping[str, list] | str, **how: Any) -> list[torch.Tensor]:
+        """Of a step that changes nothing, and its loss."""
+        found: list[torch.Tensor] = []
+
+        def keep() -> tuple[bool, None, None]:
+            found.extend(p.main_grad.detach().clone() for *_, p in iter_parameters(self.models))
+            return False, None, None
+
+        with mock.patch.object(self.optimizer, "step", keep):
+            result = train_step(self.models, self.optimizer, self.microbatches(batch), loss, **how)
+        return [torch.tensor(result.metrics["loss"]), *(gradient.cpu() for gradient in found)]
 
     def digest(self) -> str:
         gather_parameters(self.models)
@@ -115,6 +137,8 @@ def train_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str
         expected = models[case["model"]]
         actor = Actor(expected["folder"], case)
         _check_scores(actor, expected)
+        if any(name in case for name in ("packing", "chunk_tokens")):
+            _check_as_padded(actor, expected)
         results = actor.steps(expected["batch"], len(expected["losses"]), temperature=expected["temperature"])
         for step, result in enumerate(results):
             _close(result.metrics["loss"], expected["losses"][step], 2e-5, f"{case}: loss of step {step}")
@@ -132,7 +156,7 @@ def train_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str
 
 def _check_scores(actor: Actor, expected: Mapping[str, Any]) -> None:
     microbatches = actor.microbatches(expected["batch"])
-    scores = token_scores(actor.models, microbatches, temperature=expected["temperature"])
+    scores = token_scores(actor.models, microbatches, temperature=expected["temperature"], **actor.how)
     replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
     start = 0
     for microbatch, part in zip(microbatches, scores, strict=True):
@@ -145,6 +169,24 @@ def _check_scores(actor: Actor, expected: Mapping[str, Any]) -> None:
             worst = ((ours.cpu() - theirs).abs() * counted).max().item()
             assert worst < 1e-4, f"{actor.case}: scores differ by {worst}"
         start += rows
+
+
+def _check_as_padded(actor: Actor, expected: Mapping[str, Any]) -> None:
+    """Scores, loss and gradients of the case are those of padded sequences whose logits are kept whole."""
+    microbatches = actor.microbatches(expected["batch"])
+    for packed, padded, micro in zip(
+        token_scores(actor.models, microbatches, **actor.how), token_scores(actor.models, microbatches), microbatches, strict=True
+    ):
+        counted = (torch.arange(micro["tokens"].size(1)) < micro["lengths"][:, None]).to(padded.log_probs.device)
+        for ours, theirs in ((packed.log_probs, padded.log_probs), (packed.entropy, padded.entropy)):
+            worst = ((ours - theirs) * counted).abs().max().item()
+            assert worst <= 1e-5, f"{actor.case}: scores differ by {worst} from those of padded sequences"
+        # Whether a token is the likeliest may turn with the last bit of a tie, which random logits do not have.
+        assert torch.equal(packed.likeliest & counted, padded.likeliest & counted), actor.case
+    ours, theirs = actor.gradients(expected["batch"], **actor.how), actor.gradients(expected["batch"])
+    worst = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    assert worst <= 1e-5, f"{actor.case}: loss or gradients differ by {worst} from those of padded sequences"
+    assert any(bool(gradient.any()) for gradient in theirs[1:]), "gradients were not kept"
 
 
 def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
@@ -247,25 +289,89 @@ def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> No
     assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)), f"{what}: {ours}, expected {theirs}"
 
 
+def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """In bf16: scores, loss and gradients under the switches of a case are those without, within what bf16 resolves."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([200, 3, 70, 120, 16, 1, 90, 33])
+    tokens = torch.randint(1, VOCAB_SIZE, (8, 200), generator=generator)
+    weights = torch.rand(8, 200, generator=generator) * (torch.arange(200) < lengths[:, None]) / lengths.sum()
+    for case in cases:
+        topology, found = {"topology": {}, **case}["topology"], []
+        for overrides, how, ddp in (({}, {}, {}), (case.get("overrides", {}), case.get("how", {}), case.get("ddp", {}))):
+            kept = {"sequence_parallel": case.get("overrides", {}).get("sequence_parallel", False)}
+            options = {"cut": [4, 4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "precision": "bf16", "topology": topology}
+            actor = Actor(folder, {**options, "ddp": ddp, "overrides": {**kept, **overrides}})
+            replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
+            mine = [slice(replica, 4, replicas), slice(4 + replica, 8, replicas)]
+            microbatches = [{"tokens": tokens[rows], "weights": weights[rows], "lengths": lengths[rows]} for rows in mine]
+            scored = token_scores(actor.models, microbatches, **how)
+            counted = [torch.arange(200) < m["lengths"][:, None] for m in microbatches]
+            scores = torch.cat([s.log_probs.cpu()[c] for s, c in zip(scored, counted, strict=True)])
+            result = train_step(actor.models, actor.optimizer, microbatches, loss, **how)
+            found.append((scores, result.metrics["loss"], result.grad_norm))
+            destroy_parallel(keep_distributed=True)
+        (plain, loss_before, norm_before), (switched, loss_after, norm_after) = found
+        worst, mean = (plain - switched).abs().max().item(), (plain - switched).abs().mean().item()
+        assert mean < 0.01 and worst < 0.2, f"{case}: log-probabilities differ by {mean} on average, at most {worst}"
+        assert abs(loss_after - loss_before) < 0.01 * abs(loss_before), (case, found)
+        assert abs(norm_after - norm_before) < 0.03 * norm_before, (case, norm_before, norm_after)
+        print(f"AGREED {case} log-probabilities {mean:.1e}, at most {worst:.1e}; norms {norm_before:.4f} {norm_after:.4f}", flush=True)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
 def scores_equal_softmax(tp_size: int) -> None:
-    """Vocabulary-parallel scores and gradients equal autograd through log_softmax; one rank may hold padding only."""
+    """Vocabulary-parallel scores and gradients equal autograd through log_softmax of all logits, however they are cut into chunks and
+    pieces; one rank may hold padding only."""
     initialize_parallel(Topology(tp_size=tp_size), seed=1, timeout_s=300)
-    generator = torch.Generator().manual_seed(4)
-    for vocab_size, padded in ((13, 14), (13, 26), (12, 12)):
-        whole = (3 * torch.randn(2, 6, padded, generator=generator)).requires_grad_()
+    generator, device = torch.Generator().manual_seed(4), compute_device()
+    for vocab_size, padded, chunk_tokens, piece in (
+        (13, 14, 12, 2**20),
+        (13, 26, 5, 26),
+        (12, 12, 1, 1),
+        (61, 62, 4, 2**20),
+        (61, 62, 12, 9),
+    ):
+        hidden = torch.randn(2, 6, 8, generator=generator).requires_grad_()
+        matrix = torch.randn(padded, 8, generator=generator).requires_grad_()
         tokens = torch.randint(0, vocab_size, (2, 6), generator=generator)
         weights = torch.randn(2, 2, 6, generator=generator)
-        distribution = (whole[..., :vocab_size] / 0.7).log_softmax(dim=-1)[:, :-1]
-        log_probs = F.pad(distribution.gather(-1, tokens[:, 1:, None])[..., 0], (1, 0))
-        entropy = F.pad(-(distribution.exp() * distribution).sum(dim=-1), (1, 0))
-        (expected,) = torch.autograd.grad((log_probs * weights[0] + entropy * weights[1]).sum(), whole)
+        distribution = ((hidden @ matrix.t())[..., :vocab_size] / 0.7).log_softmax(dim=-1)
+        log_probs, entropy = distribution.gather(-1, tokens[..., None])[..., 0], -(distribution.exp() * distribution).sum(dim=-1)
+        of_hidden, of_matrix = torch.autograd.grad((log_probs * weights[0] + entropy * weights[1]).sum(), (hidden, matrix))
 
-        width, device = padded // tp_size, compute_device()
+        width = padded // tp_size
         columns = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
-        mine = whole.detach()[..., columns].contiguous().to(device).requires_grad_()
-        scores = score_tokens(mine, tokens.to(device), vocab_size=vocab_size, temperature=0.7)
-        weights = weights.to(device)
-        (gradient,) = torch.autograd.grad((scores.log_probs * weights[0] + scores.entropy * weights[1]).sum(), mine)
-        for ours, theirs in ((scores.log_probs, log_probs), (scores.entropy, entropy), (gradient, expected[..., columns])):
-            torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-5, atol=2e-6)
+        ours = [
+            hidden.detach().transpose(0, 1).flatten(0, 1).to(device).requires_grad_(),
+            matrix.detach()[columns].contiguous().to(device).requires_grad_(),
+        ]
+        main_grad = torch.zeros_like(ours[1]) if chunk_tokens == 5 else None
+        if main_grad is not None:
+            ours[1].main_grad = main_grad
+        with mock.patch.object(scores_module, "_PIECE_ELEMENTS", piece), _Largest() as seen:
+            found = score_hidden(*ours, Scoring(tokens.to(device), vocab_size, 0.7, chunk_tokens))
+            value = sum((part.view(6, 2).t() * weight.to(device)).sum() for part, weight in zip(found, weights, strict=False))
+            gradients = torch.autograd.grad(value, ours)
+        if vocab_size == 61:
+            assert (seen.numel >= 12 * width) == (chunk_tokens == 12), "logits of all positions exist only where they are one chunk"
+        likeliest = distribution.gather(-1, tokens[..., None])[..., 0] == distribution.amax(dim=-1)
+        for part, theirs in zip(found, (log_probs, entropy, likeliest.float()), strict=True):
+            torch.testing.assert_close(part.detach().cpu().view(6, 2).t(), theirs.detach(), rtol=1e-5, atol=2e-6)
+        whole = gradients[0].clone()
+        dist.all_reduce(whole)
+        torch.testing.assert_close(whole.cpu().view(6, 2, 8).transpose(0, 1), of_hidden, rtol=1e-5, atol=5e-6)
+        summed = gradients[1] if main_grad is None else gradients[1] + main_grad
+        assert main_grad is None or bool(main_grad.any()) == (dist.get_rank() == 0), "the second rank has padding alone"
+        torch.testing.assert_close(summed.cpu(), of_matrix[columns], rtol=1e-5, atol=5e-6)
     destroy_parallel()

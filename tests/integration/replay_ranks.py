@@ -38,10 +38,11 @@ def replay(cases: list[dict[str, Any]], expected: str) -> None:
         other = bridge.get_model(case["folder"], topology=topology, bf16=False, overrides=case["overrides"])
         routing, apart = Routing(models), Routing(other)
         assert not RouterReplay.global_router_replay_instances, "nothing is left in Megatron's list of all routers"
-        mine = _microbatches(wanted, topology.dp_size)
+        packing = case.get("packing", False)
+        mine = _microbatches(wanted, topology.dp_size, rows=2 if packing else 1)
         free = [{name: tensor for name, tensor in microbatch.items() if name != "routes"} for microbatch in mine]
 
-        given = _scores(models, mine, routing)
+        given = _scores(models, mine, routing, packing)
         _near(given, [m["expected"] for m in mine], f"{case}: scores under replay")
         for index, microbatch in enumerate(mine):
             rows, length = microbatch["tokens"].shape
@@ -54,17 +55,17 @@ def replay(cases: list[dict[str, Any]], expected: str) -> None:
             live = microbatch["live"].sort(-1).values, taken.sort(-1).values
             assert torch.equal(live[0][missing], live[1][missing]), f"{case}: what has no route is routed live"
 
-        _near(_scores(other, free, apart), [m["free"] for m in free], f"{case}: the other model of the process routes live")
+        _near(_scores(other, free, apart, packing), [m["free"] for m in free], f"{case}: the other model of the process routes live")
         apart_routes = [apart.taken(i, *m["tokens"].shape) for i, m in enumerate(free)]
-        _near(_scores(models, free, None), [m["free"] for m in free], f"{case}: without routing")
+        _near(_scores(models, free, None, packing), [m["free"] for m in free], f"{case}: without routing")
         worst = max((a - m["free"]).abs().max().item() for a, m in zip(given, mine, strict=True))
         assert worst > 0.05, f"the routes that are given change nothing: {worst}"
         # The recorded routes, given to a pass in other microbatches.
         again = [{**m, "routes": routes} for m, routes in zip(free, apart_routes, strict=True)]
-        _near(_scores(other, again[::-1], apart), [m["free"] for m in free[::-1]], f"{case}: recorded routes replayed")
+        _near(_scores(other, again[::-1], apart, packing), [m["free"] for m in free[::-1]], f"{case}: recorded routes replayed")
 
         optimizer = build_optimizer(models, OptimizerOptions(lr=1e-3, weight_decay=0.0, clip_grad=0.0))
-        result = train_step(models, optimizer, mine, loss, routing=routing)
+        result = train_step(models, optimizer, mine, loss, routing=routing, packing=packing)
         assert result.grad_norm is not None
         assert abs(result.grad_norm - wanted["grad_norm"]) <= 1e-4 * wanted["grad_norm"], (case, result.grad_norm, wanted["grad_norm"])
         assert abs(result.metrics["loss"] - wanted["loss"]) <= 1e-4 * abs(wanted["loss"]), case
@@ -148,19 +149,27 @@ def grpo(folder: str, expected: str) -> None:
         print(f"ROUTED {means} {mismatches}", flush=True)
 
 
-def _microbatches(wanted: dict[str, torch.Tensor], replicas: int) -> list[dict[str, torch.Tensor]]:
-    """One row each, trimmed to its length."""
-    replica, found = parallel_state.get_data_parallel_rank(), []
+def _microbatches(wanted: dict[str, torch.Tensor], replicas: int, rows: int = 1) -> list[dict[str, torch.Tensor]]:
+    """So many rows each, trimmed to the longest, without scores behind the end of a row."""
+    mine, found = range(parallel_state.get_data_parallel_rank(), wanted["tokens"].size(0), replicas), []
     names = ("tokens", "weights", "routes", "live", "expected", "free")
-    for row in range(replica, wanted["tokens"].size(0), replicas):
-        length = int(wanted["lengths"][row])
-        found.append({name: wanted[name][row : row + 1, :length].clone() for name in names})
+    for first in range(0, len(mine), rows):
+        chosen = list(mine[first : first + rows])
+        lengths = torch.tensor([wanted["lengths"][row] for row in chosen])
+        found.append({name: wanted[name][chosen, : int(lengths.max())].clone() for name in names} | {"lengths": lengths})
+        for name in ("expected", "free"):
+            found[-1][name] *= _is_token(found[-1])
     return found
 
 
-def _scores(models: Any, microbatches: Any, routing: Routing | None) -> list[torch.Tensor]:
-    kept = [{n: t for n, t in m.items() if n in ("tokens", "routes")} for m in microbatches]
-    return [scores.log_probs.cpu() for scores in token_scores(models, kept, routing=routing)]
+def _is_token(microbatch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.arange(microbatch["tokens"].size(1)) < microbatch["lengths"][:, None]
+
+
+def _scores(models: Any, microbatches: Any, routing: Routing | None, packing: bool) -> list[torch.Tensor]:
+    kept = [{n: t for n, t in m.items() if n in ("tokens", "routes", "lengths")} for m in microbatches]
+    scored = token_scores(models, kept, routing=routing, packing=packing)
+    return [scores.log_probs.cpu() * _is_token(m) for scores, m in zip(scored, microbatches, strict=True)]
 
 
 def _near(found: list[torch.Tensor], wanted: list[torch.Tensor], what: str) -> None:

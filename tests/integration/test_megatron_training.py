@@ -48,6 +48,11 @@ def moe_models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     return {name: _expectations(root / name, **options) for name, options in MOE_MODELS.items()}
 
 
+# Sequences one after the other; logits of a few positions at once.
+PACKED: dict[str, Any] = {"packing": True}
+CHUNKED = {"chunk_tokens": 7}
+
+
 def _case(model: str, cut: list[int], *, sequence_parallel: bool = False, ddp: dict | None = None, **topology: int) -> dict[str, Any]:
     overrides = {"sequence_parallel": sequence_parallel}
     return {"model": model, "topology": topology, "cut": cut, "optimizer": OPTIMIZER, "ddp": ddp or {}, "overrides": overrides}
@@ -60,7 +65,12 @@ def test_scores_over_a_split_vocabulary_equal_softmax():
 def test_one_rank_trains_as_huggingface(models):
     recomputing = _case("qwen2", [8])
     recomputing["overrides"] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    cases = [_case("llama", [8]), recomputing, _case("qwen3", [3, 5], ddp=DISTRIBUTED)]
+    cases = [
+        _case("llama", [8]),
+        recomputing | PACKED,
+        _case("llama", [3, 5], ddp=DISTRIBUTED) | CHUNKED,
+        _case("qwen3", [3, 5], ddp=DISTRIBUTED) | PACKED | CHUNKED,
+    ]
     _run(1, "train_as_huggingface", cases, models)
 
 
@@ -70,13 +80,13 @@ def test_two_ranks_train_as_huggingface(models):
         _case("qwen3", [3, 5], tp_size=2, sequence_parallel=True),  # one key-value head on two ranks
         _case("qwen2", [2, 6], pp_size=2),
         _case("llama", [3, 3, 2], pp_size=2, vpp_size=2),  # three microbatches, which the schedule has to fill up
-        _case("qwen3", [1, 7], pp_size=2, first_stage_layers=1, last_stage_layers=3, ddp=DISTRIBUTED),
+        _case("qwen3", [1, 7], pp_size=2, first_stage_layers=1, last_stage_layers=3, ddp=DISTRIBUTED) | PACKED,
         _case("qwen2", [4], dp_size=2),
         _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
-        _case("llama", [2, 2], dp_size=2, ddp=OVERLAPPED),
-        _case("glm4", [4, 4], tp_size=2, sequence_parallel=True),
-        _case("seed_oss", [4, 4], tp_size=2, sequence_parallel=True),
-        _case("smollm3", [2, 6], pp_size=2),
+        _case("llama", [2, 2], dp_size=2, ddp=OVERLAPPED) | CHUNKED,
+        _case("glm4", [4, 4], tp_size=2, sequence_parallel=True) | PACKED,
+        _case("seed_oss", [4, 4], tp_size=2, sequence_parallel=True) | CHUNKED,
+        _case("smollm3", [2, 6], pp_size=2) | PACKED | CHUNKED,
     ]
     _run(2, "train_as_huggingface", cases, models)
 
@@ -84,8 +94,8 @@ def test_two_ranks_train_as_huggingface(models):
 def test_four_ranks_train_as_huggingface(models):
     cases = [
         _case("llama", [4, 4], tp_size=2, pp_size=2, sequence_parallel=True),
-        _case("qwen2", [2, 2], tp_size=2, dp_size=2, sequence_parallel=True, ddp=OVERLAPPED),
-        _case("qwen3", [3, 1], pp_size=2, vpp_size=2, dp_size=2, ddp=DISTRIBUTED),
+        _case("qwen2", [2, 2], tp_size=2, dp_size=2, sequence_parallel=True, ddp=OVERLAPPED) | PACKED | CHUNKED,
+        _case("qwen3", [3, 1], pp_size=2, vpp_size=2, dp_size=2, ddp=DISTRIBUTED) | PACKED,
     ]
     _run(4, "train_as_huggingface", cases, models)
 
@@ -96,9 +106,9 @@ def test_experts_train_as_huggingface(moe_models):
         _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2),
         _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
         _case("mixtral", [4], dp_size=2, ddp=OVERLAPPED),
-        _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED) | PACKED | CHUNKED,
         _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True),
-        _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED),
+        _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED) | PACKED,
         _case("glm4_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
     ]
     _run(2, "train_as_huggingface", cases, moe_models)

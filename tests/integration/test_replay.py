@@ -93,13 +93,13 @@ def passed(model, tokens, routes):
 
 
 def test_replayed_routes_give_the_scores_and_gradients_of_transformers_on_four_ranks(forced):
-    """EP, TP x EP with a split sequence, PP with a dense layer, VPP; recomputation of all layers and of some."""
+    """EP, TP x EP with a split sequence, PP with a dense layer, VPP; recomputation of all layers and of some; two rows packed."""
     folder, expected = forced
     cases = [
         {"topology": {"dp_size": 4, "ep_size": 4}, "overrides": {}},
         {"topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": {**SP, **RECOMPUTED}},
-        {"topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2}, "overrides": {**SP, **PARTLY}},
-        {"topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}, "overrides": RECOMPUTED},
+        {"topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2}, "overrides": {**SP, **PARTLY}, "packing": True},
+        {"topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}, "overrides": RECOMPUTED, "packing": True},
     ]
     outputs = run_ranks(4, RANKS, "replay", cases=[{**case, "folder": folder} for case in cases], expected=expected)
     assert outputs[0].count("REPLAYED") == len(cases)

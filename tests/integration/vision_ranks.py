@@ -48,7 +48,7 @@ def _check_logits(actor: Actor, microbatches: Sequence[Microbatch], batch: Mappi
 
 
 def _check_gradients(actor: Actor, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], name: str) -> float:
-    result = train_step(actor.models, actor.optimizer, microbatches, loss)
+    result = train_step(actor.models, actor.optimizer, microbatches, loss, **actor.how)
     assert abs(result.metrics["loss"] - batch["loss"]) <= 2e-5 * max(1, abs(batch["loss"])), (name, result.metrics, batch["loss"])
     for key, gradient in _tower_gradients(actor):
         others = [torch.empty_like(gradient) for _ in range(actor.topology.tp_size)]

@@ -525,8 +525,8 @@ def _convert(value: Any, annotation: Any) -> Any:
                 pass
         return _convert(value, last)
     if origin is Literal:
-        if value is False and "off" in args:
-            return "off"  # as YAML reads it without quotes
+        if isinstance(value, bool) and ("on" if value else "off") in args:
+            return "on" if value else "off"  # as YAML reads these without quotes
         if value not in args or isinstance(value, bool):
             raise _Mismatch("one of " + ", ".join(map(str, args)))
         return value

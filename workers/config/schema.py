@@ -46,13 +46,16 @@ class ActorModelConfig:
     freeze_language_model: bool = key(False, "vision-language models: do not train the language model")
     freeze_vision_model: bool = key(False, "vision-language models: do not train the vision tower, but for its projection")
     freeze_vision_projection: bool = key(False, "vision-language models: do not train the mergers that project the tower's features")
+    logits_chunk_tokens: int = key(
+        8192, "tokens of a micro-batch whose logits exist at once; those of more are computed again in the backward pass", min=1
+    )
     recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
     recompute_num_layers: int | None = key(None, "with recompute_granularity full", min=1)
     apply_rope_fusion: bool | None = key(None, "fused rotary embedding (TransformerEngine)")
     bias_activation_fusion: bool | None = key(None, "fuse bias and activation")
     bias_dropout_fusion: bool | None = key(None, "fuse bias and dropout")
-    gradient_accumulation_fusion: bool | None = key(None, "accumulate weight gradients in the GEMM (Apex)")
+    gradient_accumulation_fusion: bool | None = key(None, "accumulate weight gradients in the GEMM (TransformerEngine or Apex)")
     persist_layer_norm: bool | None = key(None, "persistent fused layer norm")
     attention_softmax_in_fp32: bool | None = key(None, "softmax of attention scores in fp32")
     batch_p2p_comm: bool | None = key(None, "batch pipeline sends and receives")
@@ -283,6 +286,11 @@ class RunnerConfig:
     seq_length: int = key(doc="tokens of prompt and response together; must exceed data.max_prompt_length", min=2)
     enable_dynamic_batch_size: bool = key(False, "cut micro-batches by tokens instead of by samples")
     max_tokens_per_mbs: int | None = key(None, "token budget of a micro-batch when enable_dynamic_batch_size; null: seq_length", min=1)
+    packing: Literal["auto", "on", "off"] = key(
+        "auto",
+        "the actor passes the sequences of a micro-batch one after the other, without padding; True, False, or auto: where attention is "
+        "TransformerEngine's",
+    )
     resume_dir: str | None = key(None, "`global_step_N` folder to continue from, `auto` for the newest complete one, null: start fresh")
     experiment_name: str = key(doc="name of the run and of its output folder")
     output_dir: str = key("results", "folder that holds the folders of all runs")

@@ -306,6 +306,11 @@ def _actor(config: AnyConfig) -> Iterator[str]:
         yield "actor.model.sequence_parallel=True needs actor.model.tensor_model_parallel_size > 1"
     if model.virtual_pipeline_model_parallel_size is not None and model.pipeline_model_parallel_size == 1:
         yield "actor.model.virtual_pipeline_model_parallel_size needs actor.model.pipeline_model_parallel_size > 1"
+    if runner.packing == "on" and model.moe_router_load_balancing_type == "seq_aux_loss" and model.moe_aux_loss_coeff:
+        yield (
+            "runner.packing=True packs sequences into one, and actor.model.moe_router_load_balancing_type seq_aux_loss balances each by "
+            "itself; set it to aux_loss, or packing to False"
+        )
     if model.recompute_granularity == "full" and (model.recompute_method is None or model.recompute_num_layers is None):
         yield "actor.model.recompute_granularity=full needs recompute_method and recompute_num_layers"
 

@@ -1,0 +1,47 @@
+"""Packed sequences and chunked logits in bf16 on GPUs, under TransformerEngine's layers where it is installed: as padded and whole ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models import save_tiny_model
+from tests.ranks import run_ranks
+
+RANKS = "tests.integration.megatron_ranks"
+# Heads that flash and cuDNN attention take.
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+FUSED = {"apply_rope_fusion": True, "bias_activation_fusion": True, "bias_dropout_fusion": True, "gradient_accumulation_fusion": True}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def run(world_size: int, folder, *cases: dict) -> None:
+    outputs = run_ranks(world_size, RANKS, "agree_in_half_precision", cases=list(cases), folder=str(folder))
+    print(outputs[0])
+    assert outputs[0].count("AGREED") == len(cases), outputs[0]
+
+
+@pytest.mark.gpu(1)
+def test_one_gpu_computes_the_same_of_packed_sequences_and_with_fused_kernels(tmp_path):
+    folder = save_tiny_model(
+        tmp_path / "hf", "qwen2", tied=True, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64
+    )
+    run(
+        1,
+        folder,
+        {"how": {"packing": True}},
+        {"how": {"chunk_tokens": 64}},
+        {"overrides": FUSED},
+        {"overrides": FUSED, "how": {"packing": True, "chunk_tokens": 64}, "ddp": DISTRIBUTED},
+    )
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_do_so(tmp_path):
+    folder = save_tiny_model(tmp_path / "hf", "qwen3", **SIZES)
+    cases = [
+        {"overrides": {**FUSED, "sequence_parallel": True}, "how": {"packing": True, "chunk_tokens": 64}, "topology": {"tp_size": 2}},
+        {"overrides": FUSED, "how": {"packing": True}, "topology": {"pp_size": 2}},
+        {"overrides": FUSED, "how": {"packing": True}, "topology": {"dp_size": 2}, "ddp": OVERLAPPED},
+    ]
+    run(2, folder, *cases)

@@ -1,0 +1,62 @@
+"""Claims about packed microbatches: where tokens go and come back to, and what is refused. Integers; no model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlsync.errors import ConfigError
+from rlsync.megatron.packing import Packing, check_lengths, packing_refusal
+
+TOKENS = torch.tensor([[1, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
+
+
+def packed(total: int) -> tuple[Packing, dict[str, torch.Tensor]]:
+    microbatch = {"tokens": TOKENS, "lengths": torch.tensor([3, 0, 4])}
+    check_lengths(microbatch)
+    return Packing.of(microbatch, total=total), microbatch
+
+
+def test_rows_lie_one_after_the_other_and_come_back() -> None:
+    packing, _ = packed(7)
+    assert packing.bounds == (0, 3, 7), "a row without tokens is no sequence"
+    assert packing.pack(TOKENS).tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert torch.equal(packing.unpack(packing.pack(TOKENS)), TOKENS)
+    features = torch.randn(3, 4, 2, 5)
+    assert torch.equal(packing.unpack(packing.pack(features))[0, :3], features[0, :3])
+
+
+def test_padding_behind_the_last_sequence_is_a_sequence_of_its_own() -> None:
+    packing, _ = packed(10)
+    assert packing.bounds == (0, 3, 7, 10)
+    assert packing.pack(TOKENS, fill=-1).tolist() == [[1, 2, 3, 4, 5, 6, 7, -1, -1, -1]]
+    told = packing.sequences(torch.device("cpu"))
+    assert (told.qkv_format, told.cu_seqlens_q.tolist(), told.cu_seqlens_q.dtype) == ("thd", [0, 3, 7, 10], torch.int32)
+    assert (told.max_seqlen_q, told.max_seqlen_kv) == (4, 4)
+    assert packing.unpack(torch.arange(10)[None], fill=9).tolist() == [[0, 1, 2, 9], [9] * 4, [3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        (None, "packing needs 'lengths' in every microbatch"),
+        (torch.tensor([3, 4]), r"lengths is \(2,\) torch.int64; for tokens \(3, 4\) it must be \(3,\) of integers"),
+        (torch.tensor([3.0, 1.0, 4.0]), "it must be"),
+        (torch.tensor([3, 1, 5]), r"lengths is \[3, 1, 5\]; rows of this microbatch have 0 to 4 tokens"),
+        (torch.tensor([0, 0, 0]), "at least one has some"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(lengths: torch.Tensor | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_lengths({"tokens": TOKENS} | ({} if lengths is None else {"lengths": lengths}))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "weights", "refused"),
+    [("aux_loss", 0.1, False), ("seq_aux_loss", 0.0, False), ("seq_aux_loss", 0.1, True), (["aux_loss", "seq_aux_loss"], [0.1, 0.2], True)],
+)
+def test_sequences_that_are_balanced_one_by_one_are_not_packed(kinds: object, weights: object, refused: bool) -> None:
+    config = SimpleNamespace(mrope_section=None, num_moe_experts=8, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=weights)
+    assert ("balances each sequence" in (packing_refusal(config) or "")) is refused  # type: ignore[arg-type]
