@@ -75,6 +75,7 @@ def model_config(
     dtype: torch.dtype,
     make_vocab_size_divisible_by: int = 1,
     overrides: Mapping[str, Any] | None = None,
+    is_transformer_engine: bool = False,
 ) -> ModelConfig:
     """Translate the content of a config.json.
 
@@ -85,6 +86,7 @@ def model_config(
         make_vocab_size_divisible_by: the padded vocabulary is a multiple of this times tp_size.
         overrides: further TransformerConfig fields by name (recomputation, fusions, sequence_parallel, ...). A fusion
             whose library is missing is dropped with a warning: it changes speed, not results.
+        is_transformer_engine: layers will be TransformerEngine's.
 
     Raises:
         ConfigError: all that ``rlsync.models.check_config`` finds; unknown overrides, or overrides of what config.json, topology or
@@ -98,7 +100,14 @@ def model_config(
     findings = check_overrides(model, overrides or {})
     if findings:
         raise ConfigError("; ".join(findings))
-    settings |= checked_overrides(overrides or {}, decided=settings, structure=structure, topology=topology)
+    settings |= checked_overrides(
+        overrides or {},
+        decided=settings,
+        structure=structure,
+        topology=topology,
+        unfused_rope=_unfused_rope(model.rope, structure),
+        is_transformer_engine=is_transformer_engine,
+    )
     transformer = _build(settings)
     if model.rope.yarn is not None:
         _multiply_rotations(transformer, model.rope.yarn.attention_factor)
@@ -170,6 +179,17 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
+
+
+def _unfused_rope(rope: Rope, structure: Mapping[str, Any]) -> str:
+    """What TransformerEngine's fused rotary kernels get wrong of this embedding as Megatron 0.16 calls them, or ""."""
+    if rope.mrope_section is not None:
+        return "positions of three dimensions"
+    if structure.get("rotary_interleaved"):
+        return "pairs of neighbours in packed sequences"
+    if rope.yarn is not None and rope.yarn.attention_factor != 1.0:
+        return "the attention factor of yarn"
+    return ""
 
 
 def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:

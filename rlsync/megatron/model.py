@@ -5,11 +5,14 @@ Must not know HF names, files or engines.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,21 +21,25 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_te_version
 
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.lora import ADAPTER, Adapter, adapter_modules, add_adapters
+from rlsync.megatron.overrides import SPEED_SWITCHES
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.scores import ScoringHead
-from rlsync.megatron.specs import SpecName, block_spec, fuses_norms
+from rlsync.megatron.specs import SpecName, block_spec, builds_transformer_engine, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour, Part, check_parts, model_of
 from rlsync.models.lora import Adapters, LoraSpec, adapters_of
 from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
+_LOG = logging.getLogger(__name__)
 _LAYER_LISTS = ("decoder.layers.",)
 # Names of experts within a layer, one by one (SequentialMLP) and grouped (TEGroupedMLP), around the number on this rank.
 _EXPERT = re.compile(r"(mlp\.experts\.local_experts\.|mlp\.experts\.linear_fc[12]\.weight)(\d+)(|\..*)")
@@ -99,12 +106,15 @@ def build_model(
             "Megatron's random state of the tensor-parallel ranks does not exist: call "
             "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) on every rank after the process groups were made"
         )
+    if lora is not None and spec == "auto":
+        spec = "local"
     config = model_config(
         hf_config,
         topology=topology,
         dtype=dtype,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         overrides=overrides,
+        is_transformer_engine=builds_transformer_engine(spec),
     )
     model = model_of(hf_config)
     findings = check_parts(model, {f"frozen {part}": part for part in frozen}, {})
@@ -113,8 +123,8 @@ def build_model(
     if findings:
         raise ConfigError("; ".join(findings))
     adapters = None if lora is None else adapters_of(model, lora)
-    if lora is not None and spec == "auto":
-        spec = "local"
+    if dist.get_rank() == 0:
+        _LOG.info("%s", _described(config.transformer, spec))
     stages = range(topology.vpp_size) if topology.vpp_size > 1 else (None,)
     chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
     for parameter, part in parts_of_parameters(chunks):
@@ -257,22 +267,23 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
     build: Callable[..., GPTModel] = partial(GPTModel, position_embedding_type="rope")
     if config.vision is not None:
         build = partial(VisionLanguageModel, vision=config.vision)
-    chunk = build(
-        config=config.transformer,
-        transformer_layer_spec=block_spec(
-            config.transformer, spec=spec, vp_stage=vp_stage, layer_class=layer_class, normed_outputs=config.normed_outputs
-        ),
-        vocab_size=config.padded_vocab_size,
-        max_sequence_length=config.max_sequence_length,
-        pre_process=is_first,
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        share_embeddings_and_output_weights=config.tied_embeddings,
-        rotary_base=config.rope.theta,
-        rotary_percent=config.rope.partial,
-        seq_len_interpolation_factor=config.rope.interpolation,
-        parallel_output=True,
-        vp_stage=vp_stage,
-    )
+    with _accumulating_without_apex(config.transformer):
+        chunk = build(
+            config=config.transformer,
+            transformer_layer_spec=block_spec(
+                config.transformer, spec=spec, vp_stage=vp_stage, layer_class=layer_class, normed_outputs=config.normed_outputs
+            ),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.max_sequence_length,
+            pre_process=is_first,
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=config.tied_embeddings,
+            rotary_base=config.rope.theta,
+            rotary_percent=config.rope.partial,
+            seq_len_interpolation_factor=config.rope.interpolation,
+            parallel_output=True,
+            vp_stage=vp_stage,
+        )
     if config.rope.llama3 is not None or config.rope.yarn is not None:
         # GPTModel(rope_scaling=True) knows one set of llama3 constants only (rotary_pos_embedding.py of 0.16), and its yarn blends over
         # other pairs than transformers'.
@@ -284,6 +295,32 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
     chunk.unpadded_vocab_size = config.vocab_size
     chunk.tower_parts = config.tower_parts
     return chunk.to(compute_device())
+
+
+@contextmanager
+def _accumulating_without_apex(transformer: TransformerConfig) -> Iterator[None]:
+    """Around the building of a chunk whose TransformerEngine layers add gradients of weights in their matrix products.
+
+    The one layer beside them with a weight matrix, Megatron's output layer, would need Apex for that, and refuses to be built without;
+    ``ScoringHead`` adds up gradients in a way of its own.
+    """
+    layers = import_module("megatron.core.tensor_parallel.layers")
+    before = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = before or transformer.gradient_accumulation_fusion
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = before
+
+
+def _described(transformer: TransformerConfig, spec: SpecName) -> str:
+    """Which layers and which attention a model is made of, and the switches for speed that are on."""
+    if builds_transformer_engine(spec):
+        layers = f"TransformerEngine {get_te_version()}, attention by its DotProductAttention (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 says which)"
+    else:
+        layers = "Megatron's local ones, attention by torch's scaled_dot_product_attention"
+    switches = [name for name in SPEED_SWITCHES if getattr(transformer, name, False)]
+    return f"decoder layers: {layers}; switched on: {', '.join(switches) or 'nothing'}"
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:

@@ -40,10 +40,10 @@ _DECIDED_ELSEWHERE = {
 
 @dataclass(frozen=True, slots=True)
 class _Fusion:
-    """A speed switch of TransformerConfig and what it needs."""
+    """A speed switch of TransformerConfig, what it needs, and whether that is here, given whether layers are TransformerEngine's."""
 
     needs: str
-    available: Callable[[], bool] = field(repr=False)
+    available: Callable[[bool], bool] = field(repr=False)
 
 
 # With virtual stages on two ranks, previous and next rank are the same one, and messages of both directions are matched by
@@ -52,26 +52,44 @@ class _Fusion:
 _MIXED_UP_WHEN_INTERLEAVED = ("variable_seq_lengths", "batch_p2p_comm")
 
 
-def _has(module: str) -> Callable[[], bool]:
-    return lambda: torch.cuda.is_available() and importlib.util.find_spec(module) is not None
+def has_apex_accumulation() -> bool:
+    """Whether layers that are not TransformerEngine's can add gradients of weights in the matrix product."""
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _has(module: str) -> Callable[[bool], bool]:
+    return lambda _: torch.cuda.is_available() and importlib.util.find_spec(module) is not None
+
+
+def _on_gpu(_: bool) -> bool:
+    return torch.cuda.is_available()
 
 
 _FUSIONS: Mapping[str, _Fusion] = {
     "apply_rope_fusion": _Fusion("TransformerEngine", _has("transformer_engine")),
-    "bias_activation_fusion": _Fusion("CUDA", torch.cuda.is_available),
-    "bias_dropout_fusion": _Fusion("CUDA", torch.cuda.is_available),
-    "cross_entropy_loss_fusion": _Fusion("CUDA", torch.cuda.is_available),
-    "gradient_accumulation_fusion": _Fusion("Apex with its CUDA extensions", _has("fused_weight_gradient_mlp_cuda")),
+    "bias_activation_fusion": _Fusion("CUDA", _on_gpu),
+    "bias_dropout_fusion": _Fusion("CUDA", _on_gpu),
+    "gradient_accumulation_fusion": _Fusion(
+        "layers of TransformerEngine, or Apex with its CUDA extensions", lambda is_te: is_te or has_apex_accumulation()
+    ),
     "masked_softmax_fusion": _Fusion("Apex with its CUDA extensions", _has("scaled_upper_triang_masked_softmax_cuda")),
     "memory_efficient_layer_norm": _Fusion("Apex with its CUDA extensions", _has("fused_layer_norm_cuda")),
     "moe_permute_fusion": _Fusion("TransformerEngine", _has("transformer_engine")),
     "persist_layer_norm": _Fusion("Apex with its CUDA extensions", _has("fast_layer_norm")),
-    "tp_comm_overlap": _Fusion("TransformerEngine", _has("transformer_engine")),
 }
 
 
+SPEED_SWITCHES = (*_FUSIONS, "sequence_parallel", "moe_shared_expert_overlap")
+
+
 def checked_overrides(
-    overrides: Mapping[str, Any], *, decided: Mapping[str, Any], structure: Mapping[str, Any], topology: Topology
+    overrides: Mapping[str, Any],
+    *,
+    decided: Mapping[str, Any],
+    structure: Mapping[str, Any],
+    topology: Topology,
+    unfused_rope: str = "",
+    is_transformer_engine: bool = False,
 ) -> dict[str, Any]:
     """The overrides that count.
 
@@ -80,6 +98,8 @@ def checked_overrides(
         decided: fields set so far, by name.
         structure: those of ``decided`` that config.json gives.
         topology: parallel layout of the model.
+        unfused_rope: what of the rotary embedding fused kernels get wrong, or "".
+        is_transformer_engine: layers are TransformerEngine's.
 
     Raises:
         ConfigError: an unknown field, or one that contradicts config.json, topology or dtype.
@@ -94,9 +114,9 @@ def checked_overrides(
         if owner is not None and value != decided[name]:
             raise ConfigError(f"model override {name}={value!r} contradicts {decided[name]!r}, which {owner} decides; change it there")
         fusion = _FUSIONS.get(name)
-        if name == "apply_rope_fusion" and value and "mrope_section" in structure:
-            _LOG.warning("%s has no kernel for positions of three dimensions: it stays off (slower, same results)", name)
-        elif fusion is not None and value and not fusion.available():
+        if name == "apply_rope_fusion" and value and unfused_rope:
+            _LOG.warning("%s has no kernel for %s: it stays off (slower, same results)", name, unfused_rope)
+        elif fusion is not None and value and not fusion.available(is_transformer_engine):
             _LOG.warning("%s needs %s, which this machine lacks: it stays off (slower, same results)", name, fusion.needs)
         elif name == "sequence_parallel" and topology.tp_size == 1:
             pass  # with one tensor rank the split of the sequence is the identity, and Megatron refuses the switch

@@ -27,6 +27,19 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def builds_transformer_engine(spec: SpecName) -> bool:
+    """Whether layers of a spec are TransformerEngine's here.
+
+    Raises:
+        ConfigError: unknown spec, or "te" where TransformerEngine is missing.
+    """
+    if spec not in ("auto", "local", "te"):
+        raise ConfigError(f"unknown spec {spec!r}; use auto, local or te")
+    if spec == "te" and not transformer_engine_available():
+        raise ConfigError("spec 'te' needs TransformerEngine and a CUDA device; install it, or use spec 'local' or 'auto'")
+    return spec != "local" and transformer_engine_available()
+
+
 def block_spec(
     config: TransformerConfig,
     *,
@@ -45,13 +58,9 @@ def block_spec(
         normed_outputs: attention and MLP have a norm after them, before the residual is added; with Megatron's own layers only.
 
     Raises:
-        ConfigError: unknown spec, or "te" where TransformerEngine is missing.
+        ConfigError: see ``builds_transformer_engine``.
     """
-    if spec not in ("auto", "local", "te"):
-        raise ConfigError(f"unknown spec {spec!r}; use auto, local or te")
-    if spec == "te" and not transformer_engine_available():
-        raise ConfigError("spec 'te' needs TransformerEngine and a CUDA device; install it, or use spec 'local' or 'auto'")
-    is_local = spec == "local" or not transformer_engine_available()
+    is_local = not builds_transformer_engine(spec)
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     layer_of = _local_layer if is_local else _transformer_engine_layer

@@ -40,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
 __all__ = [
     "FAMILIES",
     "PARTS",
+    "REFUSED_SWITCHES",
     "Family",
     "Flavour",
     "Model",
@@ -102,9 +103,17 @@ def check_parts(model: Model, frozen: Mapping[str, Part], rates: Mapping[str, Pa
     return findings
 
 
+# Switches of Megatron's TransformerConfig that have no part in a training step here, whatever the model, and why.
+REFUSED_SWITCHES: Mapping[str, str] = {
+    "cross_entropy_loss_fusion": "log-probabilities, entropies and their gradients are computed together, without Megatron's cross entropy",
+    "defer_embedding_wgrad_compute": "the gradient of the output layer is computed with those of log-probabilities",
+    "tp_comm_overlap": "TransformerEngine's buffers for it take microbatches of one shape, which these have not",
+}
+
+
 def check_overrides(model: Model, overrides: Mapping[str, Any]) -> list[str]:
     """Switches of Megatron's TransformerConfig, by name, that would compute another model, or that this model would ignore."""
-    findings = []
+    findings = [f"{name} cannot be switched on: {why}; leave it out" for name, why in REFUSED_SWITCHES.items() if overrides.get(name)]
     if model.rope.mrope_interleaved and overrides.get("apply_rope_fusion"):
         findings.append(
             "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error: fused kernels know no interleaved positions of "

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
+from rlsync.models import REFUSED_SWITCHES
 from rlsync.models.lora import LoraSpec
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL
@@ -451,6 +452,13 @@ def test_where_initial_weights_may_come_from(
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
         ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
+        (
+            {
+                "runner": {"packing": True},
+                "actor": {"model": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}},
+            },
+            "runner.packing=True packs sequences into one",
+        ),
         ({"weight_sync": {"num_slots": 0}}, "weight_sync.num_slots (0) must be at least 1"),
         ({"weight_sync": {"bind_host": "0.0.0.0"}}, "weight_sync.bind_host is '0.0.0.0', which is every address"),
         ({"actor": {"optim": {"min_lr": 1.0}}}, "min_lr (1.0) must not exceed max_lr (1e-06)"),
@@ -521,6 +529,18 @@ def test_a_yaml_written_for_another_megatron_grpo_runner_loads(caplog: pytest.Lo
     assert config.algorithm.sampling_params.max_new_tokens == 28672 - 1024
     assert config.rollout.return_logprobs is False and config.actor.megatron.mbridge is None
     assert config.actor.model.transformer_overrides()["recompute_num_layers"] == 20
+
+
+@pytest.mark.parametrize(("said", "read"), [("auto", "auto"), (True, "on"), (False, "off"), ("on", "on")])
+def test_packing_is_auto_or_a_switch(said: Any, read: str) -> None:
+    assert load_config(minimal(runner={"packing": said})).runner.packing == read
+
+
+@pytest.mark.parametrize("name", REFUSED_SWITCHES)
+def test_switches_of_megatron_without_a_part_in_a_step_are_refused_and_may_be_off(name: str) -> None:
+    load_config(minimal(actor={"model": {name: False}}))
+    with pytest.raises(ConfigError, match=f"actor.model.{name}=True: {re.escape(REFUSED_SWITCHES[name])}; set it to False or remove it"):
+        load_config(minimal(actor={"model": {name: True}}))
 
 
 def test_no_key_is_both_read_and_inert() -> None:

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import model_config
-from rlsync.models import supported_architectures
+from rlsync.models import REFUSED_SWITCHES, supported_architectures
+from tests.models import tiny_config
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -34,6 +35,7 @@ QWEN2 = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA = {**QWEN3, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 
 
@@ -41,8 +43,11 @@ def without(hf, key):
     return {name: value for name, value in hf.items() if name != key}
 
 
-def config(hf=QWEN3, *, dtype=torch.float32, divisible_by=1, overrides=None, **topology):
-    return model_config(hf, topology=Topology(**topology), dtype=dtype, make_vocab_size_divisible_by=divisible_by, overrides=overrides)
+def config(hf=QWEN3, *, dtype=torch.float32, divisible_by=1, overrides=None, is_transformer_engine=False, **topology):
+    return model_config(
+        hf, topology=Topology(**topology), dtype=dtype, make_vocab_size_divisible_by=divisible_by, overrides=overrides,
+        is_transformer_engine=is_transformer_engine,
+    )  # fmt: skip
 
 
 def test_the_decoder_is_told_what_config_json_says():
@@ -182,8 +187,31 @@ def test_fusions_that_this_machine_lacks_are_dropped_aloud(caplog):
     assert not told.gradient_accumulation_fusion
     assert [record.args[:2] for record in caplog.records] == [
         ("apply_rope_fusion", "TransformerEngine"),
-        ("gradient_accumulation_fusion", "Apex with its CUDA extensions"),
+        ("gradient_accumulation_fusion", "layers of TransformerEngine, or Apex with its CUDA extensions"),
     ]
+    # TransformerEngine's layers need no Apex.
+    told = config(overrides={"gradient_accumulation_fusion": True}, is_transformer_engine=True).transformer
+    assert told.gradient_accumulation_fusion
+
+
+@pytest.mark.parametrize("name", REFUSED_SWITCHES)
+def test_switches_that_have_no_part_in_a_step_are_refused(name):
+    assert not getattr(config(overrides={name: False}).transformer, name)
+    with pytest.raises(ConfigError, match=f"{name} cannot be switched on: "):
+        config(overrides={name: True})
+
+
+@pytest.mark.parametrize(
+    ("hf", "said"),
+    [
+        ({**tiny_config("glm4").to_dict(), "architectures": ["Glm4ForCausalLM"]}, "pairs of neighbours in packed sequences"),
+        (LLAMA | {"rope_parameters": YARN}, "the attention factor of yarn"),
+    ],
+)
+def test_fused_rotary_kernels_stay_off_where_they_compute_something_else(hf, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert not config(hf, overrides={"apply_rope_fusion": True}).transformer.apply_rope_fusion
+    assert [record.args for record in caplog.records] == [("apply_rope_fusion", said)]
 
 
 def test_sequence_parallel_with_one_tensor_rank_is_no_split():

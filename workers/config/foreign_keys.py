@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rlsync.errors import ConfigError
+from rlsync.models import REFUSED_SWITCHES
 from workers.config.fields import Task, dotted_keys
 from workers.config.tasks import CONFIG_OF_TASK
 
@@ -80,6 +81,7 @@ INERT = (
         _HF,
     ),
     Inert(("actor.model.is_lora",), "actor.lora.r above 0 is LoRA", _OFF),
+    *(Inert((f"actor.model.{name}",), why, _OFF) for name, why in REFUSED_SWITCHES.items()),
     Inert(("actor.model.mcore_customization_config",), "set the TransformerConfig field by its own key", (None, {})),
     Inert(("data.dataset_name",), "a label; runner.experiment_name names the run"),
     Inert(("rollout.vllm.enable_flash_infer_sampler",), "vLLM reads VLLM_USE_FLASHINFER_SAMPLER from the environment"),
@@ -204,6 +206,9 @@ OTHER_NAMES = {
     "log_prob_micro_batch_size_per_gpu": "algorithm.logprob_forward_micro_batch_size",
     "ppo_max_token_len_per_gpu": "runner.max_tokens_per_mbs",
     "use_dynamic_bsz": "runner.enable_dynamic_batch_size",
+    "use_remove_padding": "runner.packing",
+    "packing": "runner.packing",
+    "bias_swiglu_fusion": "actor.model.bias_activation_fusion",
     "adv_estimator": "algorithm.adv_type",
     "kl_loss_coef": "algorithm.kl_beta",
     "kl_coef": "algorithm.kl_beta",
