@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from rlsync.bench import chart, result, screen
+from rlsync.bench import chart, result, screen, training
 from rlsync.bench import spec as specs
 from rlsync.bench.memory import Watch
 from rlsync.bench.spec import Measured
@@ -46,6 +46,32 @@ def measure(spec: specs.Spec, out: Path, deadline_s: float) -> bool:
     if failure is not None:
         print(f"error: {failure}", file=sys.stderr)
     return right and failure is None
+
+
+def measure_training(spec: training.TrainSpec, out: Path, deadline_s: float, peak_tflops: float | None) -> bool:
+    """Run a bench of training, print its table, and write bench.json and logs/ into ``out``. Returns whether every process ended well.
+
+    Args:
+        deadline_s: by the monotonic clock; then all processes are killed.
+        peak_tflops: of a rank's device, in 10^12 operations a second; None for what is known of it.
+    """
+    logs, spec_path = out / "logs", Path(spec.folder, "spec.json")
+    shutil.rmtree(logs, ignore_errors=True)
+    spec_path.write_bytes(msgspec.json.encode(spec))
+    try:
+        with WorkerGroup(spec, spec_path, logs) as group:
+            group.start()
+            group.wait(deadline_s, lambda: None)
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    found = msgspec.json.decode(spec.outcome_path.read_bytes(), type=training.TrainFound)
+    gpus = [{"name": rank.device} for rank in found.ranks if spec.on_gpu]
+    whole = training.summary(spec, found, result.describe({"gpus": gpus}), peak_tflops)
+    (out / "bench.json").write_text(json.dumps(whole, indent=1) + "\n")
+    training.show(whole)
+    print(f"written: {out / 'bench.json'}")
+    return True
 
 
 def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:

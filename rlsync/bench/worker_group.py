@@ -16,6 +16,7 @@ import psutil
 
 from rlsync.bench import host
 from rlsync.bench.spec import Spec
+from rlsync.bench.training import TrainSpec
 from rlsync.engine.plugin import declare_owner
 from rlsync.errors import RlsyncError
 
@@ -47,7 +48,7 @@ class BenchError(RlsyncError):
 class WorkerGroup:
     """The processes of one bench; a context, at whose end none is left."""
 
-    def __init__(self, spec: Spec, spec_path: Path, logs: Path) -> None:
+    def __init__(self, spec: Spec | TrainSpec, spec_path: Path, logs: Path) -> None:
         self._spec, self._path, self._logs = spec, str(spec_path), logs
         self.members: list[Member] = []
 
@@ -58,22 +59,28 @@ class WorkerGroup:
         self._end_all()
 
     def start(self) -> None:
-        """Start them all. They import while the links are measured, and touch no GPU before."""
+        """Start them all. Those of syncs import while the links are measured, and touch no GPU before."""
         self._logs.mkdir(parents=True, exist_ok=True)
         # All of them end by themselves when this process is killed.
         declare_owner()
+        if isinstance(self._spec, TrainSpec):
+            self._start_ranks("train_rank")
+            return
         self._start("floors", [f"{_MODULES}.floors", self._path], self._visible(dict(os.environ)))
         for index in range(self._spec.num_engines):
             environment = host.environment(self._spec, index)
             self._start(f"engine{index}", [f"{_MODULES}.host", self._path, str(index)], environment)
+        self._start_ranks("rank")
+
+    def _start_ranks(self, module: str) -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
-        size = len(self._spec.actor_gpus)
+        size = self._spec.topology.world_size
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         for rank in range(size):
             environment = self._visible({**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            self._start(f"actor{rank}", [f"{_MODULES}.rank", self._path], environment)
+            self._start(f"actor{rank}", [f"{_MODULES}.{module}", self._path], environment)
 
     def _visible(self, environment: Mapping[str, str]) -> dict[str, str]:
         return {**environment, "CUDA_VISIBLE_DEVICES": ",".join(self._spec.devices)} if self._spec.on_gpu else dict(environment)

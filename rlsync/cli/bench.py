@@ -1,22 +1,27 @@
-"""``rlsync bench``: how long a sync takes on this machine, beside what the links allow and what others do, in one run."""
+"""``rlsync bench``: how long a sync takes on this machine, beside what the links allow and what others do, in one run; with ``--train``
+how fast the actor trains, beside a plain matrix product."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import secrets
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlsync.bench import run as bench
 from rlsync.bench import spec as specs
-from rlsync.bench import work
+from rlsync.bench import training, work
 from rlsync.cli.scene import AXES, ENGINES, sizes
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
+from rlsync.models import model_of
 
 # Of an engine whose data-parallel ranks are processes of their own there is no measurement.
 _ENGINES = {name: field for name, field in ENGINES.items() if name != "dp"}
@@ -51,6 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout-s", type=float, default=120.0, help="weight_sync.timeout_s, and of each call of an engine")
     add("--deadline-s", type=float, default=1200.0, help="of the whole bench; then all processes are killed")
     add("--out", type=Path, default=Path("rlsync-bench"), help="folder for bench.json, bench.png and logs/")
+    train = parser.add_argument_group("training", "with --train no engine is started, and of the above count only --model, --actor, "
+                                      "--steps, --warmup, --layers, --deadline-s and --out")  # fmt: skip
+    add = train.add_argument
+    add("--train", action="store_true", help="optimizer steps and scoring passes of the actor instead of syncs")
+    add("--sequence-length", type=int, default=4096, help="tokens of the longest sequence")
+    add("--sequences", type=int, default=8, help="of a step, on each data-parallel replica")
+    add("--lengths", default="equal", help="of the sequences: equal; spread, over two powers of ten; or numbers with commas, repeated")
+    add("--micro-batch-tokens", type=int, help="most positions of a microbatch, padding counted; default: --sequence-length")
+    add("--packing", action="store_true", help="runner.packing: sequences one after the other instead of padded")
+    add("--chunk-tokens", type=int, help="actor.model.logits_chunk_tokens")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of Megatron's TransformerConfig, DistributedDataParallelConfig or OptimizerConfig that actor.model or actor.optim "
+        "has, as sequence_parallel=True; may be given often",
+    )
+    add("--peak-tflops", type=float, help="dense bf16 rate of a GPU that is not known here, in 10^12 operations a second")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,16 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ConfigError or PlacementError before anything starts.
     """
+    _check_kind(arguments)
     deadline_s = time.monotonic() + arguments.deadline_s
     with tempfile.TemporaryDirectory(prefix="rlsync-bench-") as name:
+        if arguments.train:
+            planned = plan_training(arguments, Path(name))
+            return 0 if bench.measure_training(planned, arguments.out, deadline_s, arguments.peak_tflops) else 1
         return 0 if bench.measure(plan(arguments, Path(name)), arguments.out, deadline_s) else 1
 
 
 def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     """All that the bench will do, and config.json in ``folder``. Raises ConfigError or PlacementError for what cannot be."""
-    for option in ("steps", "warmup"):
-        if getattr(arguments, option) < 1:
-            raise ConfigError(f"--{option} is {getattr(arguments, option)}; it must be at least 1")
+    _check_counts(arguments, "steps", "warmup")
     config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     axes = sizes(arguments.actor, AXES, "--actor")
     engines = {"tp_size": 1, "ep_size": 1, "num_engines": 1, **sizes(arguments.rollout, _ENGINES, "--rollout")}
@@ -104,6 +130,104 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     work.lay_out(spec)
     (folder / "config.json").write_text(json.dumps(config))
     return spec
+
+
+# Fields that --set gives to another part than TransformerConfig.
+_OF_DDP = ("use_distributed_optimizer", "grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "bucket_size")
+_OF_OPTIMIZER = ("optimizer_cpu_offload", "optimizer_offload_fraction", "use_precision_aware_optimizer")
+
+
+def plan_training(arguments: argparse.Namespace, folder: Path) -> training.TrainSpec:
+    """All that a bench of training will do. Raises ConfigError for what cannot be, before anything starts."""
+    _check_counts(arguments, "steps", "warmup", "sequences", "sequence-length", "micro-batch-tokens", "chunk-tokens")
+    axes = sizes(arguments.actor, AXES, "--actor")
+    config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    topology, devices = Topology(**axes), _devices()
+    if devices and topology.world_size > len(devices):
+        raise ConfigError(f"--actor {arguments.actor} needs {topology.world_size} GPUs, and {len(devices)} are visible; make it smaller")
+    model, given = model_of(config, topology), _settings(arguments.set)
+    if model.vision is not None:
+        raise ConfigError(f"--train has sequences of text, and {model.architecture} takes pictures; take the model of its language part")
+    ddp = {"use_distributed_optimizer": True, **{name: given.pop(name) for name in _OF_DDP if name in given}}
+    optimizer = {"lr": 1e-5, **{name: given.pop(name) for name in _OF_OPTIMIZER if name in given}}
+    layers = specs.layers_of(arguments.layers, devices)
+    if given:
+        # The imports take seconds.
+        import torch
+
+        from rlsync.megatron.config import model_config
+
+        model_config(config, topology=topology, dtype=torch.bfloat16, overrides=given, is_transformer_engine=layers == "te")
+    longest = arguments.sequence_length
+    budget = longest if arguments.micro_batch_tokens is None else arguments.micro_batch_tokens
+    lengths = training.lengths_of(arguments.lengths, longest, arguments.sequences)
+    return training.TrainSpec(
+        model=arguments.model,
+        config=config,
+        axes=axes,
+        layers=layers,
+        # Else stages would pad every microbatch to the longest.
+        switches={"variable_seq_lengths": topology.pp_size > 1, **given},
+        ddp=ddp,
+        optimizer=optimizer,
+        microbatches=training.cut(lengths, budget, packing=arguments.packing),
+        packing=arguments.packing,
+        chunk_tokens=arguments.chunk_tokens,
+        steps=arguments.steps,
+        warmup=arguments.warmup,
+        start_s=arguments.deadline_s,
+        folder=str(folder),
+        devices=devices[: topology.world_size],
+    )
+
+
+# What only a bench of syncs reads, and what only one of training does.
+_OF_SYNCS = (
+    "rollout",
+    "placement",
+    "transport",
+    "sink",
+    "mode",
+    "bucket_bytes",
+    "num_slots",
+    "verify",
+    "peers",
+    "cuda_graphs",
+    "timeout_s",
+)
+_OF_TRAINING = ("sequence_length", "sequences", "lengths", "micro_batch_tokens", "packing", "chunk_tokens", "set", "peak_tflops")
+
+
+def _check_kind(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for options of the other kind of bench."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    others = _OF_SYNCS if arguments.train else _OF_TRAINING
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) != parser.get_default(name)]
+    if given:
+        kind = "syncs, and --train starts no engine" if arguments.train else "training; give --train too"
+        raise ConfigError(f"{', '.join(given)} belong to a bench of {kind}")
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` of --set; a value is a Python literal, or else a word."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if not has_value or not name or name in found:
+            raise ConfigError(f"--set {word!r}: write NAME=VALUE, each name once")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
+
+
+def _check_counts(arguments: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        given = getattr(arguments, option.replace("-", "_"))
+        if given is not None and given < 1:
+            raise ConfigError(f"--{option} is {given}; it must be at least 1")
 
 
 def _devices() -> tuple[str, ...]:

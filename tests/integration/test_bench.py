@@ -90,6 +90,26 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
     assert found["versions"]["torch"]
 
 
+def test_a_bench_of_training_measures_packed_steps(tmp_path: Path) -> None:
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+    words = ["--model", "tiny", "--train", "--set", "overlap_grad_reduce=True", "--sequence-length", "64"]
+    words += ["--lengths", "spread", "--sequences", "5", "--packing", "--chunk-tokens", "32", "--steps", "2", "--warmup", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsync.cli", "bench", *words, "--deadline-s", "700", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=HANG_S, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["tokens"] == found["positions"] == sum(map(sum, found["microbatches"]))
+    assert len(found["found"]["train_s"]) == len(found["found"]["score_s"]) == 2
+    assert len(found["found"]["ranks"]) == 1
+    assert found["found"]["losses"][1] < found["found"]["losses"][0], "the same sequences, step after step"
+    assert found["memory"]["peak_bytes"] > 0
+    assert 0 < found["train"]["share_of_matmul"] == found["train"]["tflops_per_rank"] / found["matmul_tflops"]
+    assert found["train"]["share_of_peak"] is None
+    assert "of a plain product" in done.stdout
+
+
 def processes_of(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in word for word in p.info["cmdline"] or ())]
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from rlsync.bench import result, spec, work
+from rlsync.bench import result, spec, training, work
 from rlsync.bench.chart import draw
 from rlsync.bench.spec import Measured
-from rlsync.cli.bench import add_arguments, plan
+from rlsync.cli.bench import add_arguments, plan, plan_training, run
 from rlsync.cli.shapes import SHAPES
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.models import model_of
+from tests.models import tiny_model
 
 FLOORS = {
     "same_gb_per_s": {str(gpu): 2000.0 for gpu in range(4)},
@@ -182,3 +183,95 @@ def test_a_chart_is_drawn_or_the_lack_of_matplotlib_is_told(tmp_path: Path, monk
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert "no chart was drawn" in str(draw(whole, tmp_path / "other.png"))
     assert not (tmp_path / "other.png").exists()
+
+
+def planned_training(folder: Path, *words: str) -> training.TrainSpec:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return plan_training(parser.parse_args(["--train", "--model", "tiny", *words]), folder)
+
+
+def test_sequences_of_a_step_fit_their_microbatches_and_packed_ones_are_balanced() -> None:
+    lengths = training.lengths_of("spread", 400, 9)
+    assert sorted(lengths) == [4, 7, 13, 22, 40, 71, 126, 225, 400], "two powers of ten"
+    assert lengths == training.lengths_of("spread", 400, 9) != tuple(sorted(lengths))
+    assert training.lengths_of("equal", 400, 2) == (400, 400)
+    assert sorted(training.lengths_of("3,5", 400, 3)) == [3, 3, 5]
+    for packing in (False, True):
+        cuts = training.cut(lengths, 400, packing=packing)
+        assert sorted(length for cut in cuts for length in cut) == sorted(lengths)
+        assert all((sum(cut) if packing else len(cut) * max(cut)) <= 400 for cut in cuts)
+    assert [sum(cut) for cut in cuts] == [400, 254, 254]
+    assert len(training.cut(lengths, 400, packing=False)) > 3, "padding takes more of them"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_operations_of_a_token_are_those_of_the_matrices_that_it_meets(family: str) -> None:
+    """The parameters are counted on transformers' own model."""
+    made = tiny_model(family)
+    config, total = {**made.config.to_dict(), "architectures": [type(made).__name__]}, 0.0
+    for name, parameter in made.named_parameters():
+        if parameter.dim() >= 2 and not name.endswith("embed_tokens.weight"):
+            is_expert = ".experts." in name
+            total += parameter.numel() * (config["num_experts_per_tok"] / made.config.num_experts if is_expert else 1)
+    assert training.flops_of_token(model_of(config)) == round(2 * total)
+    heads, size, layers = config["num_attention_heads"], config["head_dim"], config["num_hidden_layers"]
+    # Scores and their product with values: two operations for each pair of tokens that the causal mask leaves, and element of a head.
+    pairs = 10 * 10 / 2
+    assert training.flops_of_attention(model_of(config), 10) == layers * heads * size * 2 * 2 * pairs
+
+
+def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: Path) -> None:
+    made = planned_training(tmp_path, "--actor", "tp=2,dp=2", "--sequence-length", "64", "--sequences", "6", "--lengths", "64,16,20")
+    ranks = [training.RankFound(device="NVIDIA H200", matmul_tflops=floor, held_bytes=5, peak_bytes=7) for floor in (800.0, 700.0)]
+    found = training.TrainFound(train_s=[3.0, 1.0, 2.0], score_s=[1.0], losses=[1.0] * 3, ranks=ranks)
+    whole = training.summary(made, found, {}, None)
+    assert (whole["sequences"], whole["tokens"]) == (12, 2 * 200)
+    assert whole["positions"] == 2 * sum(len(cut) * max(cut) for cut in made.microbatches) > whole["tokens"]
+    forward = 2 * (
+        200 * whole["flops"]["token"] + sum(training.flops_of_attention(model_of(made.config), n) for n in (64, 64, 16, 16, 20, 20))
+    )
+    train, score = whole["train"], whole["score"]
+    assert (train["median_s"], train["tokens_per_s"], train["tokens_per_s_per_rank"]) == (2.0, 200.0, 50.0)
+    assert train["tflops_per_rank"] == pytest.approx(3 * forward / 2.0 / 4 / 1e12)
+    assert score["tflops_per_rank"] == pytest.approx(forward / 4 / 1e12)
+    assert train["share_of_matmul"] == pytest.approx(train["tflops_per_rank"] / 700.0), "the slowest rank's"
+    assert train["share_of_peak"] == pytest.approx(train["tflops_per_rank"] / 989.4)
+    vocab, hidden = made.config["vocab_size"], made.config["hidden_size"]
+    more = train["share_of_peak_with_embedding"] - train["share_of_peak"]
+    assert more == pytest.approx(2 * 200 * 6 * vocab * hidden / 2.0 / 4 / 989.4e12)
+    other = [training.RankFound(device="a card", matmul_tflops=700.0, held_bytes=0, peak_bytes=0)]
+    unknown = training.summary(made, training.TrainFound(train_s=[1.0], score_s=[1.0], losses=[1.0], ranks=other), {}, None)
+    assert unknown["train"]["share_of_peak"] is None
+    training.show(unknown)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "sequence_paralel=True"], "unknown model override 'sequence_paralel'; did you mean 'sequence_parallel'"),
+        (["--set", "tp_comm_overlap=True"], "tp_comm_overlap cannot be switched on"),
+        (["--set", "fused"], "--set 'fused': write NAME=VALUE"),
+        (["--lengths", "5,9000"], "write equal, spread, or numbers from 2 to --sequence-length 4096"),
+        (["--micro-batch-tokens", "100"], "--micro-batch-tokens 100 is less than the longest sequence, 4096"),
+        (["--sequences", "0"], "--sequences is 0; it must be at least 1"),
+        (["--actor", "pp=3"], "4 layers cannot be split over pp_size 3"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planned_training(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train", "--rollout", "tp=2"], "--rollout belong to a bench of syncs, and --train starts no engine"),
+        (["--packing", "--set", "bias_dropout_fusion=True"], "--packing, --set belong to a bench of training; give --train too"),
+    ],
+)
+def test_options_of_the_other_kind_of_bench_are_refused(words: list[str], said: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(ConfigError, match=said):
+        run(parser.parse_args(["--model", "tiny", *words]))

@@ -1,0 +1,250 @@
+"""``rlsync bench --train``: what is asked, the work of a step on paper, and what came out, as JSON and as a table. Starts nothing.
+
+``train_rank`` is the process of an actor rank.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from rlsync.bench.spec import Layers
+from rlsync.errors import ConfigError
+from rlsync.layout.topology import Topology
+from rlsync.models import Model, model_of
+
+# Dense products of half precision in 10^12 operations a second, as the maker states them, by the device's name.
+PEAK_TFLOPS: Mapping[str, float] = {
+    "NVIDIA H200": 989.4,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+}
+# Lengths that lie on powers of ten apart: the shortest is this part of the longest.
+_SPREAD = 100
+FLOPS = (
+    "of a token 2 x the parameters of matrix products it takes part in (of its experts alone; the head, not the embedding) forward and "
+    "twice that backward; of a sequence of n tokens layers x heads x (size of a key + size of a value) x n^2 forward, which is the causal "
+    "half, and twice that backward; padding and what is computed again do not count"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """A bench of training, for all of its processes.
+
+    Attributes:
+        config: content of config.json.
+        layers: Megatron-Core's local ones or TransformerEngine's.
+        switches: fields of Megatron's TransformerConfig by name.
+        ddp, optimizer: fields of DdpOptions and of OptimizerOptions.
+        microbatches: lengths of the sequences of each microbatch, the same on every data-parallel replica.
+        packing: sequences of a microbatch lie one after the other; else they are padded.
+        chunk_tokens: positions of which logits exist at once; None for rlsync's own.
+        devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
+        start_s: until all ranks are there.
+    """
+
+    model: str
+    config: dict[str, Any]
+    axes: dict[str, int]
+    layers: Layers
+    switches: dict[str, Any]
+    ddp: dict[str, Any]
+    optimizer: dict[str, Any]
+    microbatches: tuple[tuple[int, ...], ...]
+    packing: bool
+    chunk_tokens: int | None
+    steps: int
+    warmup: int
+    start_s: float
+    folder: str
+    devices: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(**self.axes)
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.devices)
+
+    @property
+    def outcome_path(self) -> Path:
+        return Path(self.folder, "outcome.json")
+
+
+class RankFound(msgspec.Struct, kw_only=True):
+    """What one rank says of itself: its device, the rate of a plain matrix product there, and bytes of torch before and in the steps."""
+
+    device: str
+    matmul_tflops: float
+    held_bytes: int
+    peak_bytes: int
+
+
+class TrainFound(msgspec.Struct, kw_only=True):
+    """What came out: seconds of each measured step from barrier to barrier, and each rank's part."""
+
+    train_s: list[float]
+    score_s: list[float]
+    losses: list[float]
+    ranks: list[RankFound]
+
+
+def read(path: str | Path) -> TrainSpec:
+    return msgspec.json.decode(Path(path).read_bytes(), type=TrainSpec)
+
+
+def lengths_of(text: str, sequence_length: int, count: int, seed: int = 0) -> tuple[int, ...]:
+    """Tokens of ``count`` sequences in a seeded order: ``equal``, ``spread`` over powers of ten, or numbers that are repeated.
+
+    Raises ConfigError for what it cannot read, and for a length that no sequence can have.
+    """
+    if text == "equal":
+        return (sequence_length,) * count
+    if text == "spread":
+        shares = [index / max(1, count - 1) for index in range(count)]
+        found = [max(2, round(sequence_length / _SPREAD**share)) for share in shares]
+    else:
+        words = text.split(",")
+        if not all(word.isdigit() and 2 <= int(word) <= sequence_length for word in words):
+            raise ConfigError(
+                f"--lengths {text!r}: write equal, spread, or numbers from 2 to --sequence-length {sequence_length} with commas"
+            )
+        found = [int(words[index % len(words)]) for index in range(count)]
+    random.Random(seed).shuffle(found)
+    return tuple(found)
+
+
+def cut(lengths: Sequence[int], tokens: int, *, packing: bool) -> tuple[tuple[int, ...], ...]:
+    """Sequences as microbatches of at most ``tokens`` positions: packed ones balanced by their sums, longest first, padded ones in order.
+
+    Raises ConfigError where a sequence alone is longer.
+    """
+    if max(lengths) > tokens:
+        raise ConfigError(f"--micro-batch-tokens {tokens} is less than the longest sequence, {max(lengths)}")
+    if not packing:
+        cuts: list[list[int]] = []
+        for length in lengths:
+            if cuts and (len(cuts[-1]) + 1) * max(*cuts[-1], length) <= tokens:
+                cuts[-1].append(length)
+            else:
+                cuts.append([length])
+        return tuple(map(tuple, cuts))
+    count = -(-sum(lengths) // tokens)
+    while True:
+        packed: list[list[int]] = [[] for _ in range(count)]
+        for length in sorted(lengths, reverse=True):
+            min(packed, key=sum).append(length)
+        if max(map(sum, packed)) <= tokens:
+            return tuple(map(tuple, packed))
+        count += 1
+
+
+def flops_of_token(model: Model) -> int:
+    """Of the matrix products with parameters, forward; see FLOPS."""
+    total = 0.0
+    for bound in model.parameters():
+        if bound.stack.part != "language_model" or bound.stack.stage == "first":
+            continue
+        share = 1.0
+        if any(index.axis == "ep" for index in bound.stack.indices):
+            share = model.transformer["moe_router_topk"] / model.dims["num_experts"]
+        total += share * sum(shape[0] * shape[1] for _, shape in bound.hf if len(shape) == 2)
+    return round(2 * total)
+
+
+def flops_of_attention(model: Model, length: int) -> int:
+    """Of a sequence of ``length`` tokens, forward; see FLOPS."""
+    fields = model.transformer
+    key = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] if "qk_head_dim" in fields else model.dims["head_dim"]
+    value = fields.get("v_head_dim", model.dims["head_dim"])
+    return model.num_layers * model.dims["num_heads"] * (key + value) * length**2
+
+
+def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak_tflops: float | None) -> dict[str, Any]:
+    """Everything as one JSON object. ``machine`` is its head; ``peak_tflops`` replaces what PEAK_TFLOPS says."""
+    model, topology = model_of(spec.config), spec.topology
+    lengths = [length for micro in spec.microbatches for length in micro]
+    replicas, world = topology.dp_size, topology.world_size
+    forward = replicas * (sum(lengths) * flops_of_token(model) + sum(flops_of_attention(model, length) for length in lengths))
+    positions = replicas * sum(sum(micro) if spec.packing else len(micro) * max(micro) for micro in spec.microbatches)
+    # As 6 x all parameters counts: a look-up in the embedding as if it were a product. One that is tied is the head's already.
+    looked_up = 0 if model.tied else replicas * sum(lengths) * 2 * model.dims["vocab"] * model.dims["hidden"]
+    peak = peak_tflops if peak_tflops is not None else PEAK_TFLOPS.get(found.ranks[0].device)
+    floor = min(rank.matmul_tflops for rank in found.ranks)
+
+    def rates(seconds: Sequence[float], passes: int) -> dict[str, Any]:
+        median = statistics.median(seconds)
+        tflops, with_embedding = (passes * flops / median / world / 1e12 for flops in (forward, forward + looked_up))
+        return {
+            "median_s": median,
+            "tokens_per_s": replicas * sum(lengths) / median,
+            "tokens_per_s_per_rank": replicas * sum(lengths) / median / world,
+            "tflops_per_rank": tflops,
+            "share_of_matmul": tflops / floor,
+            "share_of_peak": None if peak is None else tflops / peak,
+            "share_of_peak_with_embedding": None if peak is None else with_embedding / peak,
+        }
+
+    return {
+        **machine,
+        "model": spec.model,
+        "config": spec.config,
+        "actor": spec.axes,
+        "layers": spec.layers,
+        "switches": spec.switches,
+        "ddp": spec.ddp,
+        "optimizer": spec.optimizer,
+        "packing": spec.packing,
+        "chunk_tokens": spec.chunk_tokens,
+        "warmup": spec.warmup,
+        "sequences": replicas * len(lengths),
+        "tokens": replicas * sum(lengths),
+        "positions": positions,
+        "microbatches": [list(micro) for micro in spec.microbatches],
+        "flops": {"of": FLOPS, "forward": forward, "token": flops_of_token(model)},
+        "matmul_tflops": floor,
+        "peak_tflops": peak,
+        "train": rates(found.train_s, 3),
+        "score": rates(found.score_s, 1),
+        "memory": {"held_bytes": max(r.held_bytes for r in found.ranks), "peak_bytes": max(r.peak_bytes for r in found.ranks)},
+        "found": msgspec.to_builtins(found),
+    }
+
+
+_SHARES = ("share_of_matmul", "share_of_peak", "share_of_peak_with_embedding")
+
+
+def show(whole: Mapping[str, Any]) -> None:
+    """Print to standard output."""
+    console = Console(highlight=False, width=140)
+    peak = "" if whole["peak_tflops"] is None else f", {whole['peak_tflops']:g} by the maker"
+    console.print(
+        f"{whole['model']}, actor {whole['actor']}, layers {whole['layers']}, {'packed' if whole['packing'] else 'padded'}: "
+        f"{whole['sequences']} sequences of {whole['tokens']} tokens in {whole['positions']} positions; "
+        f"a plain matrix product {whole['matmul_tflops']:.3g} TFLOP/s{peak}",
+        markup=False,
+    )
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("", "s, median", "tokens/s", "tokens/s a rank", "TFLOP/s a rank", "of a plain product", "of the peak", "with embedding"):
+        table.add_column(name, justify="right")
+    for name in ("train", "score"):
+        row = whole[name]
+        numbers = [f"{row['median_s']:.4f}", f"{row['tokens_per_s']:.0f}", f"{row['tokens_per_s_per_rank']:.0f}"]
+        shares = ["" if row[share] is None else f"{row[share]:.3f}" for share in _SHARES]
+        table.add_row(name, *numbers, f"{row['tflops_per_rank']:.3g}", *shares)
+    console.print(table)
+    held, most = (whole["memory"][name] / 2**30 for name in ("held_bytes", "peak_bytes"))
+    console.print(f"memory of a rank: {held:.1f} GiB between steps, at most {most:.1f} GiB")
