@@ -7,6 +7,7 @@ backward passes (pipelines) and be computed again (recomputation).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
+from transformers import AttentionInterface
 
 from rlsync.megatron.config import VisionConfig
 from rlsync.megatron.parallel import compute_device
@@ -170,11 +172,63 @@ class VisionLanguageModel(GPTModel):
         return Pictures(torch.zeros(side**2, self.vision.patch_dim), torch.tensor([[1, side, side]]), nowhere, nowhere)
 
 
+# "flash" in the name has transformers' towers hand over whole batches and the ends of their sequences, and not one sequence at a time.
+_ATTENTION = "rlsync_flash_pictures"
+
+
+def attend_within_pictures(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a vision tower, in which a patch sees those of its picture or of its window, as transformers' AttentionInterface has it.
+
+    In half precision on a GPU it is one kernel for all sequences; elsewhere it is one call for each run of sequences that are equally
+    long. One call a sequence, as transformers' ``sdpa`` makes, leaves a GPU idle: a window has 64 patches. Not collective.
+
+    Args:
+        query, key, value: (1, heads, patches, head size).
+        attention_mask: None: nothing within a sequence is masked.
+        scaling: of the products of queries and keys.
+        cu_seq_lens_q: (sequences + 1,) int32, where sequences begin and the last one ends.
+        max_length_q: patches of the longest.
+
+    Returns:
+        (1, patches, heads, head size) in the dtype of ``query``, and None in the place of weights.
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not torch.are_deterministic_algorithms_enabled():
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = cu_seq_lens_q.to(torch.int32)
+        parts = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return varlen_attn(*parts, ends, ends, max_length_q, max_length_q, scale=scaling)[None], None
+    begin, done = 0, []
+    for length, group in itertools.groupby(cu_seq_lens_q.diff().tolist()):
+        end = begin + length * len(list(group))
+        # (sequences, heads, length, head size)
+        parts = (tensor[0, :, begin:end].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value))
+        done.append(F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
+        begin = end
+    return torch.cat(done)[None], None
+
+
+AttentionInterface.register(_ATTENTION, attend_within_pictures)
+
+
 def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Module:
     module, name = vision.model.tower.split(":")
     tower_class: Any = getattr(import_module(module), name)
     with torch.device(compute_device()):
         visual: Any = tower_class._from_config(vision.tower, dtype=config.params_dtype, attn_implementation="sdpa")
+    # Named when a tower is built, transformers would look for a package of that name.
+    visual.config._attn_implementation = _ATTENTION
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     if config.recompute_granularity == "full":
         visual.gradient_checkpointing_enable({"use_reentrant": False})
