@@ -207,14 +207,16 @@ def attend_within_pictures(
         from torch.nn.attention.varlen import varlen_attn
 
         ends = cu_seq_lens_q.to(torch.int32)
-        parts = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return varlen_attn(*parts, ends, ends, max_length_q, max_length_q, scale=scaling)[None], None
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        found = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)
+        assert isinstance(found, Tensor)
+        return found[None], None
     begin, done = 0, []
     for length, group in itertools.groupby(cu_seq_lens_q.diff().tolist()):
         end = begin + length * len(list(group))
         # (sequences, heads, length, head size)
-        parts = (tensor[0, :, begin:end].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value))
-        done.append(F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
+        q, k, v = (tensor[0, :, begin:end].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value))
+        done.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
         begin = end
     return torch.cat(done)[None], None
 
