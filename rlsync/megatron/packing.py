@@ -96,8 +96,6 @@ def check_lengths(microbatch: Mapping[str, Any]) -> None:
 
 def packing_refusal(config: TransformerConfig) -> str | None:
     """Why sequences of a model cannot be packed without changing what its passes compute, or None where they can."""
-    if config.mrope_section is not None:
-        return "sequences of a model that takes pictures are not packed; leave packing out"
     kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     pairs = [(kinds, weights)] if isinstance(kinds, str) else list(zip(kinds, weights, strict=True))
     if config.num_moe_experts is not None and any(kind == "seq_aux_loss" and weight for kind, weight in pairs):

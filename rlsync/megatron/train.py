@@ -338,7 +338,7 @@ def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch, packing:
     device = compute_device()
     packed = {} if packing is None else {"packed_seq_params": packing.sequences(device)}
     if isinstance(chunk, VisionLanguageModel):
-        return chunk.arguments(tokens, microbatch)
+        return {**chunk.arguments(tokens, microbatch, packing), **packed}
     refuse_pictures(microbatch)
     positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
     return {"position_ids": positions if packing is None else packing.pack(positions), **packed}

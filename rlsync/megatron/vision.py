@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from rlsync.megatron.config import VisionConfig
+from rlsync.megatron.packing import Packing
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import Pictures, check_pictures, places_of, positions_of
 
@@ -108,15 +109,18 @@ class VisionLanguageModel(GPTModel):
             assert len(taken) <= layers, f"deepstack_visual_indexes {taken} for a first chunk of {layers} layers"
             self.visual = _build_tower(vision, config)
 
-    def arguments(self, tokens: Tensor, microbatch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What ``forward`` takes beside ``tokens`` (B, S), checked. Not collective.
+    def arguments(self, tokens: Tensor, microbatch: Mapping[str, Tensor], packing: Packing | None = None) -> dict[str, Any]:
+        """What ``forward`` takes beside ``tokens`` (B, S), or beside these packed, checked. Not collective.
 
         Raises:
             ConfigError: see ``check_pictures``.
         """
         check_pictures(tokens, microbatch, self.vision)
         grid = microbatch.get("image_grid_thw")
-        arguments: dict[str, Any] = {"position_ids": positions_of(tokens, grid, self.vision).to(compute_device())}
+        positions = positions_of(tokens, grid, self.vision)
+        if packing is not None:
+            tokens, positions = packing.pack(tokens), torch.stack([packing.pack(along) for along in positions])
+        arguments: dict[str, Any] = {"position_ids": positions.to(compute_device())}
         if grid is None or not self.pre_process:
             return arguments
         is_cut = self.config.sequence_parallel

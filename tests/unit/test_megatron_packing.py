@@ -58,5 +58,5 @@ def test_lengths_that_do_not_fit_are_refused(lengths: torch.Tensor | None, said:
     [("aux_loss", 0.1, False), ("seq_aux_loss", 0.0, False), ("seq_aux_loss", 0.1, True), (["aux_loss", "seq_aux_loss"], [0.1, 0.2], True)],
 )
 def test_sequences_that_are_balanced_one_by_one_are_not_packed(kinds: object, weights: object, refused: bool) -> None:
-    config = SimpleNamespace(mrope_section=None, num_moe_experts=8, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=weights)
+    config = SimpleNamespace(num_moe_experts=8, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=weights)
     assert ("balances each sequence" in (packing_refusal(config) or "")) is refused  # type: ignore[arg-type]
