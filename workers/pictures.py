@@ -128,8 +128,8 @@ class PictureProcessor:
 
 
 def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int | None, max_pixels: int | None) -> PictureProcessor:
-    """The image processor of a model folder; ``min_pixels`` and ``max_pixels`` replace its own limits. It is Pillow's variant of its
-    class, which needs no torchvision and gives the same whether there is one or not.
+    """The image processor of a model folder; ``min_pixels`` and ``max_pixels`` replace its own limits. It is the variant that vLLM and
+    transformers take by themselves, torchvision's where that is installed and else Pillow's: an engine sees the same pixels.
 
     Raises:
         ConfigError: the folder has none, or one of another kind.
@@ -138,7 +138,7 @@ def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int
 
     limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
     try:
-        found = AutoImageProcessor.from_pretrained(folder, backend="pil", **limits)
+        found = AutoImageProcessor.from_pretrained(folder, **limits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:  # what transformers raises for such files
         raise ConfigError(f"no image processor can be made from {folder}: {type(error).__name__}: {error}") from error
     if "image_grid_thw" not in found.model_input_names or not hasattr(found, "merge_size"):

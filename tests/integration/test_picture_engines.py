@@ -26,9 +26,13 @@ from tests.integration.greedy import same
 
 pytest.importorskip("torchvision", reason="transformers' processors need it; make setup installs it")
 
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
 from rlsync.engine.handles import PicturePrompt
-from tests.vision_folders import PROMPTS, greedy_answer, save_vision_folder
+from tests.vision_folders import PROMPTS, greedy_answer, picture_prompt, save_vision_folder
 from tests.vision_models import IMAGE
+from workers.pictures import Patches, load_picture_processor
 
 # The first test waits for all engines to start.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -205,3 +209,44 @@ def test_placeholders_and_pictures_are_counted_before_anything_is_asked(engines:
         engine.generate([[1, 2], PicturePrompt((1, 2), (image,))], GREEDY)
     with pytest.raises(ConfigError, match="a prompt has 0 pictures and 2 placeholders"):
         engine.generate([[1, IMAGE, IMAGE]], GREEDY)
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_pixels": 12_000}, {"min_pixels": 4_000, "max_pixels": 9_000}], ids=str)
+@pytest.mark.parametrize("family", TIED)
+def test_an_engine_sees_the_pixels_that_the_actor_is_trained_on(
+    folders: dict[tuple[str, str], Path], family: str, limits: dict[str, int]
+) -> None:
+    """And as many placeholders, within other limits of pixels, too. Two pictures of one size are made smaller together.
+
+    With the negative control: other limits make others of some of these pictures.
+    """
+    folder = folders[family, "a"]
+    # vLLM normalises in the model unless it is told not to.
+    normalised, plain = (
+        MULTIMODAL_REGISTRY.create_processor(
+            ModelConfig(
+                str(folder), dtype="float32", max_model_len=512, mm_processor_kwargs=limits or None, mm_device_do_normalize=in_model
+            )
+        )
+        for in_model in (False, True)
+    )
+    none = {"min_pixels": None, "max_pixels": None}
+    ours, others = (load_picture_processor(folder, IMAGE, **{**none, **each}) for each in (limits, {} if limits else {"max_pixels": 4_000}))
+    mean, deviation = (255 * torch.tensor(getattr(ours.image_processor, f"image_{name}"))[:, None] for name in ("mean", "std"))
+    are_others = []
+    for prompt in (*PROMPTS[:3], picture_prompt([(500, 300), 2, (500, 300)], seed=7)):
+        found = ours(prompt.pictures)
+        pixels, bytes_ = (pixels_of(each, prompt, found) for each in (normalised, plain))
+        assert torch.equal(found.pixel_values, pixels)
+        assert torch.equal((found.pixel_values.view(len(bytes_), 3, -1) * deviation + mean).round().to(torch.uint8).view_as(bytes_), bytes_)
+        are_others.append(not torch.equal(found.image_grid_thw, others(prompt.pictures).image_grid_thw))
+    assert any(are_others)
+
+
+def pixels_of(processor: Any, prompt: PicturePrompt, found: Patches) -> torch.Tensor:
+    """What a processor of vLLM makes of the pictures of a prompt, cut and counted as ``found`` is."""
+    asked = processor(list(prompt.token_ids), processor.info.parse_mm_data({"image": list(prompt.pictures)}))
+    items = [item.get_data() for item in asked["mm_kwargs"]["image"]]
+    assert torch.equal(found.image_grid_thw, torch.stack([item["image_grid_thw"] for item in items]))
+    assert asked["prompt_token_ids"].count(IMAGE) == sum(found.num_features)
+    return torch.cat([item["pixel_values"] for item in items])

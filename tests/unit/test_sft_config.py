@@ -91,10 +91,6 @@ def test_a_yaml_of_the_other_kind_is_refused_with_the_script_that_runs_it() -> N
         ({"critic": {"use_critic_model": True}}, "critic.use_critic_model=True: supervised fine-tuning has no critic"),
         ({"trainer": {"per_device_train_batch_size": 4}}, "it is actor.micro_batch_size here"),
         ({"validation": {"generate": True}}, "validation.generate=True needs data.val_data_paths"),
-        (
-            {"validation": {"generate": True}, "data": {"max_pixels": 9}},
-            "validation.generate=True needs data.min_pixels and max_pixels null",
-        ),
         ({"rollout": {"validate_weight": True}}, "rollout.validate_weight (True) belongs to a reasoning run"),
         ({"data": {"val_data_paths": ["b"], "eval_data_paths": ["c"]}}, "data.val_data_paths (['b']) and data.eval_data_paths (['c']) are"),
     ],

@@ -215,8 +215,6 @@ def _sft(config: SftConfig) -> Iterator[str]:
     for name, is_set in (("validate_weight", rollout.validate_weight), ("max_engine_restarts", rollout.max_engine_restarts > 0)):
         if is_set:
             yield f"rollout.{name} ({getattr(rollout, name)}) belongs to a reasoning run; leave it out"
-    if config.validation.generate and (config.data.min_pixels, config.data.max_pixels) != (None, None):
-        yield "validation.generate=True needs data.min_pixels and max_pixels null: engines go by the model folder's processor"
     if config.validation.generate and not config.data.val_data_paths:
         yield "validation.generate=True needs data.val_data_paths, whose prompts the engines answer"
     if config.validation.generate and config.data.type == "text":
