@@ -177,7 +177,7 @@ class VisionLanguageModel(GPTModel):
 
 
 # "flash" in the name has transformers' towers hand over whole batches and the ends of their sequences, and not one sequence at a time.
-_ATTENTION = "rlsync_flash_pictures"
+ATTENTION = "rlsync_flash_pictures"
 
 
 def attend_within_pictures(
@@ -225,7 +225,7 @@ def attend_within_pictures(
     return torch.cat(done)[None], None
 
 
-AttentionInterface.register(_ATTENTION, attend_within_pictures)
+AttentionInterface.register(ATTENTION, attend_within_pictures)
 
 
 def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Module:
@@ -234,7 +234,7 @@ def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Mo
     with torch.device(compute_device()):
         visual: Any = tower_class._from_config(vision.tower, dtype=config.params_dtype, attn_implementation="sdpa")
     # Named when a tower is built, transformers would look for a package of that name.
-    visual.config._attn_implementation = _ATTENTION
+    visual.config._attn_implementation = ATTENTION
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     if config.recompute_granularity == "full":
         visual.gradient_checkpointing_enable({"use_reentrant": False})
