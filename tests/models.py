@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Glm4Config,
     Glm4MoeConfig,
     LlamaConfig,
@@ -63,7 +64,15 @@ _SIGMOID: dict[str, Any] = {
     "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_routed_experts": 16, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
     "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
 }  # fmt: skip
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
+# Heads of queries, values and hidden / heads all differ. Both halves of the rotated part turn at blended frequencies.
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 64, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_mtp_layers": 0,
+}  # fmt: skip
+_LATENT_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,
+    "mscale": 0.7, "mscale_all_dim": 1.0,
+}  # fmt: skip
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "moonlight")
 
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:
@@ -97,6 +106,13 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         rope = {**_PLAIN_ROPE, "partial_rotary_factor": 0.5}
         switches = {"attention_bias": True, "use_qk_norm": True, "num_mtp_layers": 0}
         return Glm4MoeConfig(**{"head_dim": 32, **switches, **_SIGMOID, **fields, "rope_parameters": changes.get("rope_parameters", rope)})
+    if family == "deepseek_v3":
+        rope = changes.get("rope_parameters", _LATENT_YARN)
+        return DeepseekV3Config(**{**_LATENT, **_SIGMOID, **fields, "num_key_value_heads": 4, "rope_parameters": dict(rope)})
+    if family == "moonlight":
+        # Moonlight is DeepSeek-V3 without compressed queries and groups, and has another epsilon.
+        whole = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5}
+        return DeepseekV3Config(**{**_LATENT, **_SIGMOID, **fields, "num_key_value_heads": 4, **whole, **changes})
     raise ValueError(f"unknown family {family!r}; one of {FAMILIES + MOE_FAMILIES}")
 
 

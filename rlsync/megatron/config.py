@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
@@ -96,6 +96,9 @@ def model_config(
     structure = {**model.transformer, "activation_func": _ACTIVATIONS[model.transformer["activation_func"]]}
     if model.rope.mrope_section is not None:
         structure["mrope_section"] = list(model.rope.mrope_section)
+    is_latent = "multi_latent_attention" in structure
+    if is_latent:
+        structure |= _latent_rotations(model.rope)
     settings = {**_defaults(topology), **structure, **_parallel(topology), **_precision(dtype)}
     findings = check_overrides(model, overrides or {})
     if findings:
@@ -109,7 +112,7 @@ def model_config(
         is_transformer_engine=is_transformer_engine,
     )
     transformer = _build(settings)
-    if model.rope.yarn is not None:
+    if model.rope.yarn is not None and not is_latent:
         _multiply_rotations(transformer, model.rope.yarn.attention_factor)
     return ModelConfig(
         transformer=transformer,
@@ -192,6 +195,27 @@ def _unfused_rope(rope: Rope, structure: Mapping[str, Any]) -> str:
     return ""
 
 
+def _latent_rotations(rope: Rope) -> dict[str, Any]:
+    """Fields of MLATransformerConfig for a rotary embedding, which each of its layers has for itself.
+
+    Megatron multiplies scores by ``(0.1 mscale_all_dim log factor + 1) ** 2``, and cosines and sines by the quotient of that with mscale
+    and with mscale_all_dim (``multi_latent_attention.py`` of 0.16); its defaults are those of one model.
+    """
+    plain = {"rope_type": "rope", "rotary_base": rope.theta, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    if rope.yarn is None:
+        return plain
+    root, stretch = math.sqrt(rope.yarn.score_factor), 0.1 * math.log(rope.yarn.factor)
+    return plain | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": rope.yarn.factor,
+        "original_max_position_embeddings": rope.yarn.original_max_position_embeddings,
+        "beta_fast": rope.yarn.beta_fast,
+        "beta_slow": rope.yarn.beta_slow,
+        "mscale": (rope.yarn.attention_factor * root - 1) / stretch,
+        "mscale_all_dim": (root - 1) / stretch,
+    }
+
+
 def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:
     """Have Megatron's attention multiply cosines and sines by ``factor``.
 
@@ -204,6 +228,6 @@ def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:
 
 def _build(settings: Mapping[str, Any]) -> TransformerConfig:
     try:
-        return TransformerConfig(**settings)
+        return (MLATransformerConfig if "multi_latent_attention" in settings else TransformerConfig)(**settings)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this combination of settings: {error}") from error

@@ -185,6 +185,9 @@ def _substitute_megatron() -> None:
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # Latent attention of 0.16.1 takes the stand-ins of TransformerEngine's classes for classes.
+    latent = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    latent.HAVE_TE = latent.HAVE_TE and isinstance(latent.TELinear, type)
     importlib.import_module("megatron.core.transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _as_on_host
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = _also_uneven(

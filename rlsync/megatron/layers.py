@@ -57,6 +57,8 @@ class CausalAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -83,12 +85,12 @@ class CausalAttention(MegatronModule):
         Args:
             query: (S, B, heads of this rank, head_dim).
             key: (S, B, key-value heads of this rank, head_dim).
-            value: as ``key``.
+            value: as ``key``; heads may have another size.
             attention_mask: None; so is ``attention_bias``.
             packed_seq_params: a ``PackedSequences``; query, key and value are then (T, heads, head_dim).
 
         Returns:
-            (S, B, heads * head_dim), or (T, heads * head_dim), in the dtype of ``query``.
+            (S, B, heads * size of a value's head), or (T, heads * size of a value's head), in the dtype of ``query``.
         """
         assert attention_mask is None, "padding belongs at the right, where causality needs no mask"
         assert attention_bias is None

@@ -23,6 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import get_te_version
 
 from rlsync.errors import ConfigError, RlsyncError
@@ -36,6 +37,7 @@ from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.specs import SpecName, block_spec, builds_transformer_engine, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import Flavour, Part, check_parts, model_of
+from rlsync.models.deepseek_v3 import LATENT_EPSILON
 from rlsync.models.lora import Adapters, LoraSpec, adapters_of
 from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
@@ -284,7 +286,9 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
             parallel_output=True,
             vp_stage=vp_stage,
         )
-    if config.rope.llama3 is not None or config.rope.yarn is not None:
+    if config.transformer.multi_latent_attention:
+        _set_latent_epsilon(chunk)
+    elif config.rope.llama3 is not None or config.rope.yarn is not None:
         # GPTModel(rope_scaling=True) knows one set of llama3 constants only (rotary_pos_embedding.py of 0.16), and its yarn blends over
         # other pairs than transformers'.
         inverse = inverse_frequencies(config.rope, config.transformer.kv_channels)
@@ -295,6 +299,17 @@ def _build_chunk(config: ModelConfig, *, vp_stage: int | None, spec: SpecName) -
     chunk.unpadded_vocab_size = config.vocab_size
     chunk.tower_parts = config.tower_parts
     return chunk.to(compute_device())
+
+
+def _set_latent_epsilon(chunk: GPTModel) -> None:
+    """The norms of compressed queries, keys and values have an epsilon of their own in transformers, whatever ``rms_norm_eps`` says."""
+    for module in chunk.modules():
+        if isinstance(module, MLASelfAttention):
+            for name in ("q", "kv"):
+                norm = getattr(module, f"{name}_layernorm", None)
+                if norm is not None:
+                    # Under TransformerEngine the norm is in the linear that follows.
+                    (norm if hasattr(norm, "eps") else getattr(module, f"linear_{name}_up_proj")).eps = LATENT_EPSILON
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
@@ -81,24 +83,38 @@ def fuses_norms(spec: Any) -> bool:
     ``spec`` is what a ``GPTModel`` keeps as ``transformer_layer_spec``: of a block with its layers, or of one layer for all.
     """
     layers = getattr(spec, "layer_specs", None) or getattr(getattr(spec, "submodules", None), "layer_specs", None) or [spec]
-    return layers[0].submodules.input_layernorm is IdentityOp
+    layer = layers[0].submodules
+    # A layer of latent attention has its own norm of the input in both specs.
+    attention = layer.self_attention.submodules
+    return (attention.kv_layernorm if isinstance(attention, MLASelfAttentionSubmodules) else layer.input_layernorm) is IdentityOp
 
 
 def _local_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if routes else None, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts if routes else None,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
     )
-    for owner in (layer.submodules, layer.submodules.self_attention.submodules):
-        for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm"):
+    attention = layer.submodules.self_attention.submodules
+    if isinstance(attention, MLASelfAttentionSubmodules):
+        # Whole on every tensor rank, as in TransformerEngine's spec. Megatron's local one cuts them, and loses the gradients that the
+        # shared rotary key gets from the heads of other ranks.
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    for owner in (layer.submodules, attention):
+        for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(owner, name, IdentityOp) is not IdentityOp:
                 setattr(owner, name, RMSNorm)
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    attention.core_attention = CausalAttention
     return layer
 
 
 def _transformer_engine_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts if routes else None, moe_grouped_gemm=routes, qk_layernorm=config.qk_layernorm
+        num_experts=config.num_moe_experts if routes else None,
+        moe_grouped_gemm=routes,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
+from rlsync.models.deepseek_v3 import DEEPSEEK_V3
 from rlsync.models.glm4 import GLM4
 from rlsync.models.glm4_moe import GLM4_MOE
 from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
@@ -33,7 +34,7 @@ from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GLM4),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3),
     *(QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE),
 )
 

@@ -88,6 +88,16 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadColumn:
+    """As ``Column``, where dim 0 is attention heads of equal size: a rank holds whole heads."""
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        if dims["num_heads"] % size:
+            raise PlacementError(f"{dims['num_heads']} attention heads cannot be divided by a tensor axis of {size} ranks")
+        return Column().local(shapes, rank, size, dims)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """Dim 1 is split into equal consecutive chunks (RowParallelLinear)."""
 

@@ -41,11 +41,13 @@ class RopeKind:
             dimension, "blocks" for one run of pairs each, "interleaved" for turns.
         partial: the share of a head's dimensions that turns where a config is silent (``partial_rotary_factor``); None where whole heads
             turn, whatever a config says.
+        is_latent: yarn's ``mscale_all_dim`` scales attention scores too, as in multi-head latent attention; no other type is known there.
     """
 
     theta: float = DEFAULT_THETA
     mrope: Literal["", "blocks", "interleaved"] = ""
     partial: float | None = None
+    is_latent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,15 @@ class Llama3Scaling:
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
     """YaRN (arXiv 2309.00071): pairs that turn more than ``beta_fast`` times within the original length are kept, those that turn less than
-    ``beta_slow`` times are stretched by ``factor``, those between blended; cosines and sines are multiplied by ``attention_factor``."""
+    ``beta_slow`` times are stretched by ``factor``, those between blended; cosines and sines are multiplied by ``attention_factor``.
+    Latent attention multiplies its scores by ``score_factor`` as well."""
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float
     beta_slow: float
     attention_factor: float
+    score_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,8 @@ def _read(
         return None, [f"{name} is given per layer type ({', '.join(per_layer_type)}); only one set for all layers is supported"]
     findings = []
     types = _MROPE_TYPES if family.mrope else TYPES if family.partial is None else {"default": ()}
+    if family.is_latent:
+        types = {kind: TYPES[kind] for kind in ("default", "yarn")}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if "type" in nested and nested["type"] != kind and not (family.mrope and (kind, nested["type"]) == ("default", "mrope")):
         findings.append(f"{name} has rope_type {shown(kind)} and type {shown(nested['type'])}; keep the one that is meant")
@@ -155,6 +161,8 @@ def _read(
             findings.append(f"{key} is {shown(config[key])}, and {shown(nested[key])} in {name}; keep one of them")
     numbers |= {key: nested.get(key, numbers.get(key)) for key in ("rope_theta", *(() if family.mrope else types[kind]))}
     numbers |= {key: nested[key] for key in optional if nested.get(key) is not None}
+    if family.is_latent and kind == "yarn":
+        findings += _wrong_latent_yarn(name, nested)
     if nested.get("truncate", True) is not True:
         findings.append(f"truncate of {name} is {shown(nested['truncate'])}; it must be true: the blended pairs are whole ones")
     for key, value in numbers.items():
@@ -191,6 +199,17 @@ def _partial(name: str, nested: Mapping[str, Any], config: HFConfig, family: Rop
     if not wrong and len({factor for _, factor in said}) > 1:
         wrong = [f"partial_rotary_factor is {said[1][1]}, and {said[0][1]} in {name}; keep one of them"]
     return float(said[0][1]) if said and not wrong else family.partial, wrong
+
+
+def _wrong_latent_yarn(name: str, nested: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers and engines read in two ways where scores are scaled too."""
+    if nested.get("attention_factor") is not None:
+        yield f"attention_factor of {name} is {shown(nested['attention_factor'])}; leave it out: engines compute it from mscale"
+    if (nested.get("mscale") is None) is not (nested.get("mscale_all_dim") is None):
+        yield f"{name} gives one of mscale and mscale_all_dim: transformers and engines fill in the other differently; give both or none"
+    factor = nested.get("factor")
+    if is_number(factor) and 0 < factor <= 1:
+        yield f"factor of {name} is {shown(factor)}; it must be above 1: nothing is stretched otherwise"
 
 
 def _wrong_mrope(name: str, nested: Mapping[str, Any], family: RopeKind) -> Iterator[str]:
@@ -248,4 +267,5 @@ def _yarn(numbers: Mapping[str, Any]) -> YarnScaling:
         both = given["mscale"] is not None and given["mscale_all_dim"] is not None
         attention = sharpened(given["mscale"]) / sharpened(given["mscale_all_dim"]) if both else sharpened(1.0)
     fast, slow = float(given["beta_fast"]), float(given["beta_slow"])
-    return YarnScaling(factor, int(numbers["original_max_position_embeddings"]), fast, slow, float(attention))
+    scores = 1.0 if given["mscale_all_dim"] is None else sharpened(given["mscale_all_dim"]) ** 2
+    return YarnScaling(factor, int(numbers["original_max_position_embeddings"]), fast, slow, float(attention), scores)

@@ -13,6 +13,7 @@ from tests.ranks import run_ranks
 
 RANKS = "tests.integration.bridge_ranks"
 SP = {"sequence_parallel": True}
+UNEVEN = {"first_stage_layers": 1, "last_stage_layers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,16 @@ def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["qwen3_moe"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": SP},
         {**models["qwen3_moe"], "topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2}, "overrides": SP},
         {**models["qwen3_moe-tied"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
-        {**models["qwen2_moe"], "topology": {"tp_size": 2, "pp_size": 2, "etp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3}},
+        {**models["qwen2_moe"], "topology": {"tp_size": 2, "pp_size": 2, "etp_size": 2, **UNEVEN}},
         {**models["qwen2_moe"], "topology": {"tp_size": 4, "ep_size": 4}, "overrides": SP},
         {**models["mixtral"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 4}, "overrides": SP},
         {**models["mixtral"], "topology": {"pp_size": 4}},
         {**models["glm4_moe"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": SP},
         {**models["glm4_moe"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
+        {**models["deepseek_v3"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": SP},
+        {**models["deepseek_v3"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
+        {**models["moonlight"], "topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2, **UNEVEN}, "overrides": SP},
+        {**models["moonlight"], "topology": {"dp_size": 4, "ep_size": 4}},
     ]
     outputs = run_ranks(4, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
     assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"
@@ -41,7 +46,14 @@ def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_pat
 
 def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(models, tmp_path):
     """As transformers 5 writes the tensors of its modules. Names and bits of export and save are those of the files."""
-    topologies = ({"tp_size": 2, "etp_size": 2}, {"dp_size": 2, "ep_size": 2}, {"pp_size": 2}, {"dp_size": 2})
+    topologies = (
+        {"tp_size": 2, "etp_size": 2},
+        {"dp_size": 2, "ep_size": 2},
+        {"pp_size": 2},
+        {"dp_size": 2},
+        {"tp_size": 2, "ep_size": 2},
+        {"pp_size": 2},
+    )
     cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(MOE_FAMILIES, topologies, strict=True)]
     for case in cases:
         names = load_file(Path(case["folder"], "model.safetensors"))
