@@ -25,7 +25,7 @@ _KNOWN_CODE = {
 _KEYS: Mapping[str, Key] = {
     **DENSE_KEYS,
     **SIGMOID_KEYS,
-    "num_key_value_heads": size(is_nullable=True),
+    "num_key_value_heads": size(default=128, is_nullable=True),
     "max_position_embeddings": size(default=4096),
     "moe_intermediate_size": size(default=2048),
     "n_routed_experts": size(default=256),
@@ -42,6 +42,7 @@ _KEYS: Mapping[str, Key] = {
     "v_head_dim": size("v_head_dim", default=128),
     "qk_head_dim": size(is_nullable=True),
     "rope_interleave": only(True, default=True, why="Megatron turns neighbouring dimensions; released models have them so"),
+    "sliding_window": unsupported("attention within a window is not supported; no released model has one"),
     "attention_bias": unsupported("Megatron's latent attention has no bias; released models have none"),
     "num_mtp_layers": unsupported(_FURTHER),
     "num_nextn_predict_layers": unsupported(_FURTHER),

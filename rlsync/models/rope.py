@@ -208,7 +208,7 @@ def _wrong_latent_yarn(name: str, nested: Mapping[str, Any]) -> Iterator[str]:
     if (nested.get("mscale") is None) is not (nested.get("mscale_all_dim") is None):
         yield f"{name} gives one of mscale and mscale_all_dim: transformers and engines fill in the other differently; give both or none"
     factor = nested.get("factor")
-    if is_number(factor) and 0 < factor <= 1:
+    if factor is not None and is_number(factor) and 0 < factor <= 1:
         yield f"factor of {name} is {shown(factor)}; it must be above 1: nothing is stretched otherwise"
 
 

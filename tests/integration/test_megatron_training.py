@@ -33,6 +33,8 @@ MOE_MODELS = {
     "qwen2_moe": {"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]},
     "qwen3_moe": {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
     "glm4_moe": {"family": "glm4_moe", "num_hidden_layers": 2},
+    "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 2},
+    "moonlight": {"family": "moonlight", "num_hidden_layers": 2},
 }
 
 
@@ -110,6 +112,9 @@ def test_experts_train_as_huggingface(moe_models):
         _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True),
         _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED) | PACKED,
         _case("glm4_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        # The rotary key of all heads gets gradients from those of both ranks.
+        _case("deepseek_v3", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("moonlight", [2, 2], dp_size=2, ep_size=2),
     ]
     _run(2, "train_as_huggingface", cases, moe_models)
 

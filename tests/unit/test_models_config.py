@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    DeepseekV3Config,
     GenerationConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -44,7 +45,8 @@ from tests.deadlines import HANG_S
 CLASSES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig,
     "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig,
-    "glm4_moe": Glm4MoeConfig, "qwen3_vl_moe": Qwen3VLMoeConfig, "seed_oss": SeedOssConfig, "glm4": Glm4Config,
+    "glm4_moe": Glm4MoeConfig, "deepseek_v3": DeepseekV3Config,
+    "qwen3_vl_moe": Qwen3VLMoeConfig, "seed_oss": SeedOssConfig, "glm4": Glm4Config,
     "smollm3": SmolLM3Config,
 }  # fmt: skip
 # Every class of a family, and the table of what it reads.
@@ -69,10 +71,15 @@ GLM4_MOE = {
     **SHARED, **_EXPERTS, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 8, "num_mtp_layers": 0,
 }  # fmt: skip
 del GLM4_MOE["num_experts"]
+DEEPSEEK_V3 = {
+    **GLM4_MOE, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "qk_rope_head_dim": 32,
+}  # fmt: skip
+LATENT_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 SEED_OSS = {**SHARED, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
 SMOLLM3 = {**SHARED, "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 GLM4 = {**SHARED, "architectures": ["Glm4ForCausalLM"], "model_type": "glm4"}
-TEXT = (GLM4, LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, SEED_OSS, SMOLLM3)
+TEXT = (GLM4, LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, SEED_OSS, SMOLLM3)
 TOWER = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128}
 QWEN2_5_VL = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -189,6 +196,7 @@ def test_defaults_are_those_of_transformers_class(family, kind, keys):
 LEAST = {
     "mistral": {"sliding_window": None},
     "glm4_moe": {"num_mtp_layers": 0, "head_dim": 128},
+    "deepseek_v3": {"num_mtp_layers": 0},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
@@ -260,6 +268,20 @@ REFUSALS = [
     (GLM4_MOE, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
     (GLM4_MOE, "norm_topk_prob", False, "norm_topk_prob is false"),
     (GLM4_MOE, "first_k_dense_replace", 4, "no layer has experts, by first_k_dense_replace 4"),
+    (DEEPSEEK_V3, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
+    (DEEPSEEK_V3, "head_dim", 64, "head_dim is 64; it must be qk_rope_head_dim 32"),
+    (DEEPSEEK_V3, "qk_head_dim", 64, "qk_head_dim is 64; it must be qk_nope_head_dim 128 + qk_rope_head_dim 32"),
+    (DEEPSEEK_V3, "num_key_value_heads", 2, "num_key_value_heads is 2; it must be num_attention_heads 4"),
+    (DEEPSEEK_V3, "rope_interleave", False, "rope_interleave is false"),
+    (DEEPSEEK_V3, "attention_bias", True, "attention_bias is true"),
+    (DEEPSEEK_V3, "scoring_func", "softmax", 'scoring_func is "softmax"'),
+    (DEEPSEEK_V3, "topk_method", "greedy", 'topk_method is "greedy"'),
+    (DEEPSEEK_V3, "moe_layer_freq", 2, "moe_layer_freq is 2"),
+    (DEEPSEEK_V3, "auto_map", {"AutoModelForCausalLM": "modeling_kimi.Kimi"}, "auto_map is"),
+    (DEEPSEEK_V3, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, 'rope type "linear"; supported are default, yarn'),
+    (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "mscale": 1.0}, "gives one of mscale and mscale_all_dim"),
+    (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "attention_factor": 1.1}, "attention_factor of rope_scaling is 1.1; leave it out"),
+    (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "factor": 1.0}, "factor of rope_scaling is 1.0; it must be above 1"),
     (GLM4_MOE, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
     (GLM4_MOE, "partial_rotary_factor", 1.5, "partial_rotary_factor of config.json is 1.5; it must be a number above 0 and up to 1"),
     (GLM4_MOE, "partial_rotary_factor", 0.1, "partial_rotary_factor 0.1 of a head_dim of 32 is 3 dimensions"),
