@@ -67,6 +67,7 @@ _SIGMOID: dict[str, Any] = {
 # Heads of queries, values and hidden / heads all differ. Both halves of the rotated part turn at blended frequencies.
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 64, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_mtp_layers": 0,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc",
 }  # fmt: skip
 _LATENT_YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,

@@ -22,6 +22,13 @@ _KNOWN_CODE = {
     "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
 }
 
+
+def _stated(wanted: str, otherwise: str) -> Key:
+    """A key of which transformers computes one value, and which engines have to be told."""
+    why = f"transformers computes nothing else, and without the key, which it leaves out when it saves, engines {otherwise}"
+    return Key(lambda value: value == wanted, f'"{wanted}"', why, is_required=True, is_honoured=False)
+
+
 _KEYS: Mapping[str, Key] = {
     **DENSE_KEYS,
     **SIGMOID_KEYS,
@@ -46,8 +53,8 @@ _KEYS: Mapping[str, Key] = {
     "attention_bias": unsupported("Megatron's latent attention has no bias; released models have none"),
     "num_mtp_layers": unsupported(_FURTHER),
     "num_nextn_predict_layers": unsupported(_FURTHER),
-    "scoring_func": only("sigmoid", default="sigmoid", why="transformers' class knows no other"),
-    "topk_method": only("noaux_tc", default="noaux_tc", why="transformers' class knows no other"),
+    "scoring_func": _stated("sigmoid", "score by softmax"),
+    "topk_method": _stated("noaux_tc", "leave out the routers' bias"),
     "moe_layer_freq": only(1, default=1, why="every layer after the dense ones has experts in transformers' class"),
     "auto_map": Key(
         lambda value: (

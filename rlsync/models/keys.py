@@ -157,7 +157,7 @@ def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str, where: str
         value = config.get(name)
         if name not in config or (value is None and key.is_nullable):
             if key.is_required:
-                findings.append(f"{where}{name} is missing; {owner} needs it: {key.wanted}")
+                findings.append(f"{where}{name} is missing; {owner} needs it: {key.wanted}" + (f" ({key.why})" if key.why else ""))
             elif key.is_honoured:
                 values[name] = None if name in config else key.default
         elif not key.accepts(value):

@@ -73,7 +73,7 @@ GLM4_MOE = {
 del GLM4_MOE["num_experts"]
 DEEPSEEK_V3 = {
     **GLM4_MOE, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "qk_rope_head_dim": 32,
+    "topk_group": 1, "first_k_dense_replace": 1, "qk_rope_head_dim": 32, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
 }  # fmt: skip
 LATENT_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 SEED_OSS = {**SHARED, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss"}
@@ -196,7 +196,7 @@ def test_defaults_are_those_of_transformers_class(family, kind, keys):
 LEAST = {
     "mistral": {"sliding_window": None},
     "glm4_moe": {"num_mtp_layers": 0, "head_dim": 128},
-    "deepseek_v3": {"num_mtp_layers": 0},
+    "deepseek_v3": {"num_mtp_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
