@@ -69,7 +69,12 @@ def test_shipped_config_loads_without_inert_keys(name: str, caplog: pytest.LogCa
 
 def test_the_configs_users_ask_for_by_name_exist() -> None:
     named = {"arithmetic-grpo-megatron", "qwen2.5-1.5b-grpo-megatron", "qwen2.5-7b-grpo-megatron"}
-    assert named | {"arithmetic-grpo-moe-megatron", "qwen3-30b-grpo-megatron", "qwen2.5-7b-grpo-lora-megatron"} <= set(SHIPPED)
+    assert named | {
+        "arithmetic-grpo-moe-megatron",
+        "qwen3-30b-grpo-megatron",
+        "moonlight-16b-grpo-megatron",
+        "qwen2.5-7b-grpo-lora-megatron",
+    } <= set(SHIPPED)
 
 
 def test_adapters_have_the_meaning_and_forms_of_pefts_keys() -> None:
