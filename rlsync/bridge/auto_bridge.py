@@ -30,7 +30,7 @@ from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, read_config, tra
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
-from rlsync.layout.geometry import Placement, TensorSpec, contiguous_strides, whole_tensors
+from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
@@ -170,13 +170,13 @@ class AutoBridge:
         """
         topology = current_topology(models)
         live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if not megatron_model.is_adapter(name)}
-        flavour = megatron_model.flavour_of(models)
+        names = {"flavour": megatron_model.flavour_of(models), "experts": megatron_model.experts_of(models)}
         dtype = str(next(iter(live.values())).dtype).removeprefix("torch.")
-        key = (topology, flavour, dtype, self._divisor)
+        key = (topology, *names.values(), dtype, self._divisor)
         if self._placed is None or self._placed[0] != key:
             self._placed = (
                 key,
-                megatron_placements(self.model, topology, flavour=flavour, dtype=dtype, make_vocab_size_divisible_by=self._divisor),
+                megatron_placements(self.model, topology, **names, dtype=dtype, make_vocab_size_divisible_by=self._divisor),
             )
         placements = self._placed[1]
         _check_live(live, placements[dist.get_rank()])
@@ -418,10 +418,18 @@ def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
     findings += [
         f"{name}: the table gives {b.shape} {b.dtype}, the model has {tuple(live[name].shape)} {live[name].dtype}"
         for name, b in wanted.items()
-        if name in live and (tuple(live[name].shape) != b.shape or str(live[name].dtype) != f"torch.{b.dtype}")
+        if name in live and (tuple(live[name].shape) not in _declared_shapes(b) or str(live[name].dtype) != f"torch.{b.dtype}")
     ]
     if findings:
         raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
+
+
+def _declared_shapes(buffer: BufferSpec) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a parameter that a buffer may be: its own, and for (experts, rows, columns) those that GroupedMLP gives its two."""
+    if len(buffer.shape) != 3:
+        return (buffer.shape,)
+    experts, rows, columns = buffer.shape
+    return buffer.shape, (rows, experts * columns), (experts * rows, columns)
 
 
 class _Arriving:

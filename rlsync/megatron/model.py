@@ -23,10 +23,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import get_te_version
 
-from rlsync.errors import ConfigError, RlsyncError
+from rlsync.errors import ConfigError, PlacementError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
@@ -36,13 +37,18 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.specs import SpecName, block_spec, builds_transformer_engine, fuses_norms
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
-from rlsync.models import Flavour, Part, check_parts, model_of
+from rlsync.models import ExpertModule, Flavour, Part, check_parts, model_of
 from rlsync.models.deepseek_v3 import LATENT_EPSILON
 from rlsync.models.lora import Adapters, LoraSpec, adapters_of
 from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
 _LOG = logging.getLogger(__name__)
 _LAYER_LISTS = ("decoder.layers.",)
+_EXPERT_MODULES: Mapping[ExpertModule, type] = {
+    "SequentialMLP": SequentialMLP,
+    "TEGroupedMLP": TEGroupedMLP,
+    "GroupedMLP": GroupedMLP,
+}
 # Names of experts within a layer, one by one (SequentialMLP) and grouped (TEGroupedMLP), around the number on this rank.
 _EXPERT = re.compile(r"(mlp\.experts\.local_experts\.|mlp\.experts\.linear_fc[12]\.weight)(\d+)(|\..*)")
 
@@ -201,6 +207,24 @@ def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch
 def flavour_of(models: Sequence[torch.nn.Module]) -> Flavour:
     """How parameters of live chunks are called: "te" where their spec leaves the norms to the linear that follows, else "local"."""
     return "te" if fuses_norms(unwrap(models[0]).transformer_layer_spec) else "local"
+
+
+def experts_of(models: Sequence[torch.nn.Module]) -> ExpertModule | None:
+    """Which of Megatron's modules holds the experts of a layer; None where it is the one that the spec has without being asked.
+
+    A rank without such layers goes by the model's config. Raises PlacementError for a module of another class.
+    """
+    for model in models:
+        for layer in unwrap(model).decoder.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is not None:
+                name = next((name for name, module in _EXPERT_MODULES.items() if isinstance(experts, module)), None)
+                if name is None:
+                    raise PlacementError(f"experts are held by {type(experts).__name__}; known are {', '.join(_EXPERT_MODULES)}")
+                return name
+    config = unwrap(models[0]).config
+    is_joined = config.moe_grouped_gemm and (config.moe_use_legacy_grouped_gemm or flavour_of(models) == "local")
+    return "GroupedMLP" if is_joined else None
 
 
 def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[torch.Tensor] | None = None) -> None:

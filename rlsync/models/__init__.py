@@ -30,7 +30,7 @@ from rlsync.models.qwen3_vl_moe import QWEN3_VL_MOE
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_rope, read_rope
 from rlsync.models.seed_oss import SEED_OSS
 from rlsync.models.smollm3 import SMOLLM3
-from rlsync.models.stacks import PARTS, Family, Flavour, Model, Part, Vision
+from rlsync.models.stacks import PARTS, ExpertModule, Family, Flavour, Model, Part, Vision
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GLM4),
@@ -42,6 +42,7 @@ __all__ = [
     "FAMILIES",
     "PARTS",
     "REFUSED_SWITCHES",
+    "ExpertModule",
     "Family",
     "Flavour",
     "Model",

@@ -8,7 +8,7 @@ them wrongly for experts, MLA and gated layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rlsync.errors import PlacementError
@@ -43,6 +43,17 @@ class LocalLayout:
     shape: Shape
     parts: tuple[Part, ...]
     padding: tuple[Padding, ...] = ()
+
+
+def transposed_in_block(local: LocalLayout, index: int, count: int) -> LocalLayout:
+    """A matrix, transposed, as the ``index``-th of ``count`` such that lie one after another in one parameter (GroupedMLP).
+
+    ``local`` lies row by row and has no padding. The shape is that of the views that GroupedMLP computes with.
+    """
+    rows, columns = local.shape
+    first = index * rows * columns
+    parts = (replace(part, offset=first + part.offset % columns * rows + part.offset // columns, strides=(1, rows)) for part in local.parts)
+    return LocalLayout((count, columns, rows), tuple(parts))
 
 
 class Layout(Protocol):

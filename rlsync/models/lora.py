@@ -190,7 +190,7 @@ def _factor(bound: Bound, name: str, layout: Layout, hf: tuple[tuple[str, Shape]
     # The rule is what layouts are remembered by; its name tells experts and towers from the rest.
     rule = Rule(f"{bound.rule.megatron}.{name}", (), layout, when=bound.rule.when)
     local = f"{module_of(bound.local)}.adapter.{name}"
-    return replace(bound, rule=rule, local=local, te=local, hf=hf)
+    return replace(bound, rule=rule, local=local, te=local, joined="", hf=hf)
 
 
 def module_of(name: str) -> str:

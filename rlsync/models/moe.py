@@ -158,23 +158,23 @@ def sigmoid_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> d
     }
 
 
-def expert_rules(megatron: str, hf: str, ffn: str, projections: tuple[str, str, str], te: str = "") -> tuple[Rule, ...]:
+def expert_rules(megatron: str, hf: str, ffn: str, projections: tuple[str, str, str], grouped: str = "") -> tuple[Rule, ...]:
     """A gated MLP under another name: gate and up as one, then down.
 
     Args:
-        megatron: what Megatron's names begin with under the local spec; ``te`` under TransformerEngine's, with the number at the end.
+        megatron: what Megatron's names begin with in an MLP of its own.
         projections: names of gate, up and down after ``hf``.
+        grouped: what they begin with in TEGroupedMLP, whose names have the expert's number at the end, and in GroupedMLP, where no name
+            has it; "" where there are no such modules.
     """
     gate, up, down = (f"{hf}{name}.weight" for name in projections)
-    number = "{expert}" if te else ""
+    fc1, fc2 = "linear_fc1.weight", "linear_fc2.weight"
+    inputs, outputs = (HFTensor(gate, ffn, "hidden"), HFTensor(up, ffn, "hidden")), (HFTensor(down, "hidden", ffn),)
+    if not grouped:
+        return Rule(f"{megatron}{fc1}", inputs, GatedColumn()), Rule(f"{megatron}{fc2}", outputs, Row())
     return (
-        Rule(
-            f"{megatron}linear_fc1.weight",
-            (HFTensor(gate, ffn, "hidden"), HFTensor(up, ffn, "hidden")),
-            GatedColumn(),
-            te=f"{te or megatron}linear_fc1.weight{number}",
-        ),
-        Rule(f"{megatron}linear_fc2.weight", (HFTensor(down, "hidden", ffn),), Row(), te=f"{te or megatron}linear_fc2.weight{number}"),
+        Rule(f"{megatron}{fc1}", inputs, GatedColumn(), te=f"{grouped}{fc1}{{expert}}", joined=f"{grouped}weight1"),
+        Rule(f"{megatron}{fc2}", outputs, Row(), te=f"{grouped}{fc2}{{expert}}", joined=f"{grouped}weight2"),
     )
 
 
@@ -204,7 +204,7 @@ def expert_stacks(
         Rule("mlp.router.weight", (HFTensor(f"{block}gate.weight", "num_experts", "hidden"),), Replicated()),
     )
     experts = expert_rules(
-        "mlp.experts.local_experts.{expert}.", f"{block}experts.{{expert}}.", "expert_ffn", projections, te="mlp.experts."
+        "mlp.experts.local_experts.{expert}.", f"{block}experts.{{expert}}.", "expert_ffn", projections, grouped="mlp.experts."
     )
     return decoder_stacks(
         layer_stack(attention, hf),

@@ -12,9 +12,9 @@ from typing import Any
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Padding, Piece, Placement
 from rlsync.layout.topology import Topology
-from rlsync.models.layouts import LocalLayout
+from rlsync.models.layouts import LocalLayout, transposed_in_block
 from rlsync.models.lora import Adapters
-from rlsync.models.stacks import Bound, Flavour, Index, Model, Rule, Stack
+from rlsync.models.stacks import Bound, ExpertModule, Flavour, Index, Model, Rule, Stack
 
 
 def held_parameters(model: Model, topology: Topology, rank: int) -> Iterator[Bound]:
@@ -49,13 +49,16 @@ def megatron_placement(
     rank: int,
     *,
     flavour: Flavour = "local",
+    experts: ExpertModule | None = None,
     dtype: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     adapters: Adapters | None = None,
 ) -> Placement:
     """What ``rank`` of a Megatron run holds of ``model``, or of its ``adapters`` alone where they are given.
 
-    Buffers are parameters by global name with their local shape; ``dtype`` is that of the parameters (default: the model's).
+    Buffers are parameters by global name with their local shape; those of GroupedMLP are (experts, rows, columns), as it views them.
+    ``dtype`` is that of the parameters (default: the model's), ``experts`` the module that holds the experts of a layer (default: that of
+    ``flavour``).
     Raises PlacementError or ConfigError where a tensor, the layers or the experts cannot be divided by the topology.
     """
     padded = model.padded_vocab(topology.tp_size, make_vocab_size_divisible_by)
@@ -68,10 +71,16 @@ def megatron_placement(
     layouts: dict[Rule, LocalLayout] = {}  # of a rule they are the same in every layer
     held = held_parameters(model, topology, rank)
     for bound in held if adapters is None else adapters.parameters(held):
-        name = bound.name(flavour)
+        name = bound.name(flavour, experts)
         local = layouts.get(bound.rule) or model.local_layout(bound, *share[bound.stack.tensor_axis])
         layouts[bound.rule] = local
-        buffers.append(BufferSpec(name, bound.stack.dtype or dtype or model.dtype, local.shape))
+        index = 0
+        if bound.joined and experts == "GroupedMLP":
+            count = bound.copies // topology.ep_size
+            index = bound.numbers[-1] % count
+            local = transposed_in_block(local, index, count)
+        if index == 0:
+            buffers.append(BufferSpec(name, bound.stack.dtype or dtype or model.dtype, local.shape))
         pieces.extend(Piece(bound.hf[p.source][0], p.box, name, p.offset, p.strides) for p in local.parts)
         padding.extend(Padding(name, p.offset, p.shape, p.strides) for p in local.padding)
     return Placement(f"actor {rank}", tuple(buffers), tuple(pieces), tuple(padding))

@@ -22,6 +22,8 @@ from rlsync.models.rope import Rope, RopeKind
 
 # How a parameter is called: by Megatron's local spec, or by TransformerEngine's, which fuses norms into the linear that follows.
 Flavour = Literal["local", "te"]
+# Megatron's modules that hold the experts of a layer on a rank: a module for each, a parameter for each, and two parameters for all.
+ExpertModule = Literal["SequentialMLP", "TEGroupedMLP", "GroupedMLP"]
 
 
 # What of a model is trained or left as it is, with a learning rate of its own: the language model, the vision tower without its mergers,
@@ -52,7 +54,8 @@ class Rule:
     Attributes:
         megatron: name under the local spec, after the prefix of its stack.
         hf: HF tensors in the order the layout expects, by names after the HF prefix of its stack.
-        te: name under the TransformerEngine spec, where it differs.
+        te: name under the TransformerEngine spec, where it differs; of an expert's matrix in TEGroupedMLP, under whichever spec.
+        joined: name of the parameter of GroupedMLP that has an expert's matrix beside those of the rank's other experts, or "".
         when: feature of the model that must be present (see ``Family.features``), or "" for always.
         pipelined_only: the parameter exists only with more than one pipeline stage (the head of a tied model).
     """
@@ -61,6 +64,7 @@ class Rule:
     hf: tuple[HFTensor, ...]
     layout: Layout
     te: str | None = None
+    joined: str = ""
     when: str = ""
     pipelined_only: bool = False
 
@@ -242,19 +246,23 @@ class Family:
 class Bound:
     """A rule of a stack for one layer, one expert: names and HF shapes without placeholders.
 
-    ``local`` and ``te`` are the global Megatron names under the two specs, ``numbers`` those of the indices of the stack, and ``copies``
-    how many there are of the innermost one in the whole model.
+    ``local`` and ``te`` are the global Megatron names under the two specs, ``joined`` that of GroupedMLP's parameter or "", ``numbers``
+    those of the indices of the stack, and ``copies`` how many there are of the innermost one in the whole model.
     """
 
     rule: Rule
     stack: Stack
     local: str
     te: str
+    joined: str
     hf: tuple[tuple[str, tuple[int, ...]], ...]
     numbers: tuple[int, ...] = ()
     copies: int = 1
 
-    def name(self, flavour: Flavour) -> str:
+    def name(self, flavour: Flavour, experts: ExpertModule | None = None) -> str:
+        """The Megatron name. ``experts`` None means the module that the spec has where nobody asks for another."""
+        if self.joined and experts is not None:
+            return {"SequentialMLP": self.local, "TEGroupedMLP": self.te, "GroupedMLP": self.joined}[experts]
         return self.te if flavour == "te" else self.local
 
 
@@ -317,13 +325,14 @@ class Model:
 
     def _bind(self, rule: Rule, stack: Stack, numbers: tuple[int, ...]) -> Bound:
         placed = dict(zip((index.name for index in stack.indices), numbers, strict=True))
-        local, te = ((stack.megatron + name).format(**placed) for name in (rule.megatron, rule.te or rule.megatron))
+        names = (rule.megatron, rule.te or rule.megatron, rule.joined)
+        local, te, joined = ((stack.megatron + name).format(**placed) if name else "" for name in names)
         hf = tuple(
             ((stack.hf + tensor.template).format(**placed), tuple(int(d) if d.isdigit() else self.dims[d] for d in tensor.dims))
             for tensor in rule.hf
         )
         copies = self.dims[stack.indices[-1].count] if stack.indices else 1
-        return Bound(rule, stack, local, te, hf, numbers, copies)
+        return Bound(rule, stack, local, te, joined, hf, numbers, copies)
 
     def tower_parts(self) -> dict[str, Part]:
         """Parameters outside the language model, by Megatron name: which part they belong to. Empty for a model of text."""

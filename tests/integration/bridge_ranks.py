@@ -5,15 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import os
+from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, model_parallel_cuda_manual_seed
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import grouped_gemm_util
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
@@ -171,28 +177,107 @@ def refuse_foreign_parameters(folder: str) -> None:
     destroy_parallel()
 
 
-def survive_transformer_engine_names(folder: str) -> None:
-    """Norms fused into the following linear, with the tensor attributes that TransformerEngine sets."""
-    topology = parallel({"tp_size": 2})
-    bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(topology=topology, bf16=False, wrap_with_ddp=False)
-    assert flavour_of(models) == "local"
-    for layer, spec in zip(models[0].decoder.layers, models[0].transformer_layer_spec.layer_specs, strict=True):
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
-        layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
-        layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
-        layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
-        for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
-            linear.weight.tensor_model_parallel, linear.weight.partition_dim, linear.weight.partition_stride = True, 0, 1
-    assert flavour_of(models) == "te"
-    names = {name for _, _, name, _ in iter_parameters(models)}
-    assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in names
-    assert "decoder.layers.3.pre_mlp_layernorm.weight" not in names
-    bridge.load_weights(models, folder)
-    original = load_folder(folder)
-    exported = dict(bridge.export_weights(models))
-    assert set(exported) == set(original) and all(torch.equal(t.cpu(), original[name]) for name, t in exported.items())
+def survive_transformer_engine_names(folders: list[str]) -> None:
+    """Norms fused into the following linear and experts with numbers, with the tensor attributes that TransformerEngine sets."""
+    for folder in folders:
+        parallel({"tp_size": 2})
+        bridge = AutoBridge.from_pretrained(folder)
+        models = bridge.get_model(folder, bf16=False, wrap_with_ddp=False)
+        assert flavour_of(models) == "local"
+        local = {name for _, _, name, _ in iter_parameters(models)}
+        for layer, spec in zip(models[0].decoder.layers, models[0].transformer_layer_spec.layer_specs, strict=True):
+            _name_as_transformer_engine(layer, spec.submodules)
+        assert flavour_of(models) == "te"
+        names = {name for _, _, name, _ in iter_parameters(models)}
+        assert "decoder.layers.3.pre_mlp_layernorm.weight" in (names if bridge.model.transformer.get("num_moe_experts") else local - names)
+        assert any(name.endswith(".layer_norm_weight") for name in names - local)
+        with torch.no_grad():
+            for _, _, _, parameter in iter_parameters(models):
+                parameter.fill_(float("nan"))
+        bridge.load_weights(models, folder)
+        original = load_folder(folder)
+        exported = dict(bridge.export_weights(models))
+        assert set(exported) == set(original) and all(torch.equal(t.cpu(), original[name]) for name, t in exported.items())
+        destroy_parallel(keep_distributed=True)
     destroy_parallel()
+
+
+def _name_as_transformer_engine(layer: torch.nn.Module, spec: Any) -> None:
+    """Move parameters of a layer, and mark its spec, to where TransformerEngine's have them."""
+    attention, mlp, linears = layer.self_attention, layer.mlp, []
+    fused = [(layer, "input_layernorm", attention.linear_qkv)] if hasattr(attention, "linear_qkv") else []
+    if not fused:
+        fused = [(attention, f"{name}_layernorm", getattr(attention, f"linear_{name}_up_proj", None)) for name in ("q", "kv")]
+        spec.self_attention.submodules.kv_layernorm = IdentityOp
+        linears += [attention.linear_kv_down_proj]
+    else:
+        spec.input_layernorm = IdentityOp
+    if hasattr(mlp, "experts"):
+        mlp.experts = _NumberedExperts(mlp.experts)
+    else:
+        fused.append((layer, "pre_mlp_layernorm", mlp.linear_fc1))
+        linears.append(mlp.linear_fc2)
+    for owner, norm, linear in fused:
+        if linear is not None:
+            linear.layer_norm_weight = getattr(owner, norm).weight
+            setattr(owner, norm, torch.nn.Identity())
+            linears.append(linear)
+    for linear in linears:
+        linear.weight.tensor_model_parallel, linear.weight.partition_dim, linear.weight.partition_stride = True, 0, 1
+
+
+class _NumberedExperts(TEGroupedMLP):
+    """The parameters of a TEGroupedMLP, which needs TransformerEngine, with the attributes that its layers set."""
+
+    def __init__(self, single: SequentialMLP) -> None:
+        torch.nn.Module.__init__(self)
+        for name in ("linear_fc1", "linear_fc2"):
+            linear = torch.nn.Module()
+            for number, expert in enumerate(single.local_experts):
+                weight = torch.nn.Parameter(torch.full_like(getattr(expert, name).weight, float("nan")))
+                weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
+                linear.register_parameter(f"weight{number}", weight)
+            self.add_module(name, linear)
+
+
+def hold_experts_in_other_modules(folder: str) -> None:
+    """Every module of Megatron's that holds experts is loaded and exported bit for bit, and GroupedMLP then computes as SequentialMLP."""
+    parallel({"dp_size": 2, "ep_size": 2})
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(folder, bf16=False, wrap_with_ddp=False)
+    original, layers = load_folder(folder), [layer.mlp for layer in models[0].decoder.layers if hasattr(layer.mlp, "experts")]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    counts = torch.arange(1, 1 + layers[0].num_local_experts)
+    tokens = torch.randn(int(counts.sum()), models[0].config.hidden_size, generator=generator)
+    routed = tokens, counts, torch.rand(len(tokens), generator=generator)
+    expected = [mlp.experts(*routed)[0] for mlp in layers]
+    # Its kernels are not there; the assertion of its forward is about their dtype.
+    config = copy(models[0].config)
+    config.bf16 = True
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_gemm_util, "assert_grouped_gemm_is_available", lambda: None)
+        patch.setattr(grouped_gemm_util, "ops", SimpleNamespace(gmm=_products))
+        for name in ("linear_fc1.weight1", "weight1"):
+            for mlp in layers:
+                mlp.experts = GroupedMLP(len(counts), config, groups) if name == "weight1" else _NumberedExperts(mlp.experts)
+            assert any(key.endswith(f"experts.{name}") for key, _ in models[0].named_parameters())
+            bridge.load_weights(models, folder)
+            exported = dict(bridge.export_weights(models))
+            assert exported.keys() == original.keys() and all(torch.equal(tensor, original[key]) for key, tensor in exported.items())
+        for mlp, output in zip(layers, expected, strict=True):
+            torch.testing.assert_close(mlp.experts(*routed)[0], output, rtol=0, atol=1e-5)
+        layers[0].experts = torch.nn.Linear(2, 2)
+        with pytest.raises(PlacementError, match="experts are held by Linear; known are SequentialMLP, TEGroupedMLP, GroupedMLP"):
+            bridge.shards(models)
+    print("HELD", flush=True)
+    destroy_parallel()
+
+
+def _products(tokens: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, trans_b: bool) -> torch.Tensor:
+    """What grouped_gemm's kernel computes: each expert's tokens times its matrix."""
+    assert not trans_b
+    return torch.cat([part @ weight for part, weight in zip(tokens.split(counts.tolist()), weights, strict=True)])
 
 
 def save_in_another_dtype(folder: str, nan_folder: str, out_dir: str) -> None:

@@ -134,8 +134,8 @@ def test_a_checkpoint_saved_under_one_layout_loads_in_transformers(models, tmp_p
 
 
 def test_transformer_engine_names_and_attributes_do_not_mislead(models):
-    run_ranks(2, "tests.integration.bridge_ranks", "survive_transformer_engine_names", folder=models["qwen2"]["folder"])
-    run_ranks(2, "tests.integration.bridge_ranks", "survive_transformer_engine_names", folder=models["qwen3-tied"]["folder"])
+    folders = [models[name]["folder"] for name in ("qwen2", "qwen3-tied")]
+    run_ranks(2, "tests.integration.bridge_ranks", "survive_transformer_engine_names", folders=folders)
 
 
 def test_bad_checkpoints_are_refused_on_every_rank_before_anything_changes(models, tmp_path):

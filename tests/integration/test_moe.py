@@ -60,3 +60,13 @@ def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(mode
         assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in name for name in names)
     outputs = run_ranks(2, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
     assert outputs[1].count("LOGITS") == len(cases)
+
+
+def test_transformer_engine_names_of_experts_and_latent_attention_do_not_mislead(models):
+    folders = [models[name]["folder"] for name in ("qwen3_moe", "glm4_moe", "deepseek_v3", "moonlight")]
+    run_ranks(2, RANKS, "survive_transformer_engine_names", folders=folders)
+
+
+def test_experts_lie_in_whichever_module_of_megatrons_holds_them(models):
+    outputs = run_ranks(2, RANKS, "hold_experts_in_other_modules", folder=models["qwen3_moe"]["folder"])
+    assert all("HELD" in output for output in outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
-from rlsync.layout.geometry import whole_tensors
+from rlsync.layout.geometry import Placement, whole_tensors
 from rlsync.layout.topology import Topology
-from rlsync.models import check_config
+from rlsync.models import check_config, model_of
 from rlsync.models.dense import DENSE_STACKS
 from rlsync.models.layouts import Column, GatedColumn, GroupedQKV, Replicated, Row
 from rlsync.models.llama import LLAMA
@@ -114,6 +115,24 @@ def made_up(**dims: int) -> Model:
     )  # fmt: skip
 
 
+# Names of a released family's experts begin so in its two layers.
+EXPERTS = tuple(f"decoder.layers.{layer}.mlp.experts." for layer in range(2))
+
+
+def made_up_qwen() -> Model:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10, "norm_topk_prob": True,
+    }  # fmt: skip
+    return model_of(config)
+
+
+def numbers_on(topology: Topology, rank: int, held: int) -> range:
+    first = topology.coordinates(rank).ep_rank * held
+    return range(first, first + held)
+
+
 TOPOLOGIES: list[dict[str, Any]] = [
     {},
     {"tp_size": 2},
@@ -132,6 +151,18 @@ def random_tensors(model: Model) -> dict[str, torch.Tensor]:
     return {t.name: torch.randn(t.shape, generator=generator).to(getattr(torch, t.dtype)) for t in model.tensors()}
 
 
+def loaded(model: Model, ranks: Sequence[Placement], original: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The buffers of every rank, by a plan that fills all of them, bit for bit, from whole tensors."""
+    shards = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in rank.buffers} for rank in ranks]
+    for bucket in build_plan(model.tensors(), [whole_tensors("file", model.tensors())], ranks).buckets:
+        for copy in bucket.copies:
+            bind([copy], original, shards[copy.destination]).run()
+    for rank, buffers in zip(ranks, shards, strict=True):
+        write_padding(rank.padding, buffers)
+        assert not any(tensor.isnan().any() for tensor in buffers.values())
+    return shards
+
+
 @pytest.mark.parametrize("axes", TOPOLOGIES, ids=str)
 @pytest.mark.parametrize("flavour", ["local", "te"])
 def test_every_rank_gets_its_share_and_the_whole_comes_back(axes, flavour):
@@ -141,19 +172,39 @@ def test_every_rank_gets_its_share_and_the_whole_comes_back(axes, flavour):
     tensors, ranks = model.tensors(), megatron_placements(model, topology, flavour=flavour)
     whole = whole_tensors("file", tensors)
     original = random_tensors(model)
-    shards = [{b.name: torch.full(b.shape, float("nan"), dtype=getattr(torch, b.dtype)) for b in rank.buffers} for rank in ranks]
-    load = build_plan(tensors, [whole], ranks)
-    for bucket in load.buckets:
-        for copy in bucket.copies:
-            bind([copy], original, shards[copy.destination]).run()
-    for rank, buffers in zip(ranks, shards, strict=True):
-        write_padding(rank.padding, buffers)
-        assert not any(tensor.isnan().any() for tensor in buffers.values())
+    shards = loaded(model, ranks, original)
     saved = {t.name: torch.full(t.shape, float("nan"), dtype=getattr(torch, t.dtype)) for t in tensors}
     for bucket in build_plan(tensors, ranks, [whole]).buckets:
         for copy in bucket.copies:
             bind([copy], shards[copy.source], saved).run()
     assert all(torch.equal(saved[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("axes", [{"dp_size": 2, "ep_size": 2}, {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}], ids=str)
+def test_every_module_of_experts_has_the_same_boxes(axes):
+    """Under other names, and in GroupedMLP each matrix transposed, in a block with those of the rank's other experts."""
+    model, topology, hidden = made_up_qwen(), Topology(**axes), 16
+    original = random_tensors(model)
+    forms: dict[str, list[dict[str, torch.Tensor]]] = {}
+    boxes: dict[str, list[set]] = {}
+    for experts in ("SequentialMLP", "TEGroupedMLP", "GroupedMLP"):
+        ranks = megatron_placements(model, topology, experts=experts)
+        forms[experts] = loaded(model, ranks, original)
+        boxes[experts] = [{(piece.tensor, piece.box) for piece in rank.pieces} for rank in ranks]
+    assert boxes["SequentialMLP"] == boxes["TEGroupedMLP"] == boxes["GroupedMLP"]
+    held = model.dims["num_experts"] // topology.ep_size
+    for rank, (single, numbered, joined) in enumerate(zip(*forms.values(), strict=True)):
+        assert [buffers.keys() - single.keys() for buffers in (numbered, joined)] == [
+            {f"{layer}linear_fc{fc}.weight{number}" for layer in EXPERTS for fc in (1, 2) for number in numbers_on(topology, rank, held)},
+            {f"{layer}weight{fc}" for layer in EXPERTS for fc in (1, 2)},
+        ]
+        for layer in EXPERTS:
+            # As GroupedMLP.forward sees its parameters.
+            fc1, fc2 = joined[f"{layer}weight1"].view(held, hidden, -1), joined[f"{layer}weight2"].view(held, -1, hidden)
+            for block, number in enumerate(numbers_on(topology, rank, held)):
+                for name, matrix in (("linear_fc1.weight", fc1[block].T), ("linear_fc2.weight", fc2[block].T)):
+                    own = single[f"{layer}local_experts.{number}.{name}"]
+                    assert torch.equal(own, matrix) and torch.equal(own, numbered[f"{layer}{name}{number}"])
 
 
 def test_a_missing_expert_is_found_before_anything_moves():
