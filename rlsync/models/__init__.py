@@ -15,7 +15,7 @@ from rlsync.layout.topology import Topology
 from rlsync.models.deepseek_v3 import DEEPSEEK_V3
 from rlsync.models.glm4 import GLM4
 from rlsync.models.glm4_moe import GLM4_MOE
-from rlsync.models.keys import HFConfig, joined, read_keys, read_section, shown, unread
+from rlsync.models.keys import HFConfig, joined, missing_for_engines, read_keys, read_section, shown, unread
 from rlsync.models.llama import LLAMA
 from rlsync.models.mistral import MISTRAL
 from rlsync.models.mixtral import MIXTRAL
@@ -49,6 +49,7 @@ __all__ = [
     "Part",
     "Vision",
     "check_config",
+    "check_for_engines",
     "check_overrides",
     "check_parts",
     "family_of",
@@ -74,6 +75,16 @@ def check_config(hf_config: Any, topology: Topology | None = None) -> list[str]:
         One sentence for each finding: the key, its value, what is supported instead.
     """
     return _read(hf_config, topology)[1]
+
+
+def check_for_engines(hf_config: HFConfig) -> list[str]:
+    """Everything that keeps vLLM from starting on the model of a config.json that :func:`check_config` finds nothing wrong with."""
+    family = family_of(hf_config)
+    findings = missing_for_engines(family.keys, hf_config)
+    for section in family.sections:
+        inner, where = section.of(hf_config)
+        findings += missing_for_engines(section.keys, inner or {}, where)
+    return findings
 
 
 def model_of(hf_config: HFConfig, topology: Topology | None = None) -> Model:

@@ -27,6 +27,7 @@ class Key:
         is_required: the file must state it: transformers' default has the size of another model.
         is_nullable: null means the same as a missing key, or ``default`` None.
         is_honoured: the value is read; False for keys that are only checked.
+        engines_need: vLLM does not start where the key is missing, and transformers has a default for it.
         field: the TransformerConfig field of Megatron that takes the value as it is, or "".
     """
 
@@ -37,6 +38,7 @@ class Key:
     is_required: bool = False
     is_nullable: bool = False
     is_honoured: bool = True
+    engines_need: bool = False
     field: str = ""
 
 
@@ -73,7 +75,7 @@ def flag(*, default: bool) -> Key:
     return Key(lambda value: isinstance(value, bool), "true or false", default=default)
 
 
-def only(*values: Any, default: Any, why: str = "", is_nullable: bool = False) -> Key:
+def only(*values: Any, default: Any, why: str = "", is_nullable: bool = False, engines_need: bool = False) -> Key:
     """One of a few values, which differ in JSON type too: 0 is not false."""
     return Key(
         lambda value: any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values),
@@ -82,6 +84,7 @@ def only(*values: Any, default: Any, why: str = "", is_nullable: bool = False) -
         default=default,
         is_nullable=is_nullable,
         is_honoured=False,
+        engines_need=engines_need,
     )
 
 
@@ -166,6 +169,15 @@ def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str, where: str
         elif key.is_honoured:
             values[name] = value
     return values, findings
+
+
+def missing_for_engines(table: Mapping[str, Key], config: HFConfig, where: str = "") -> list[str]:
+    """What is wrong for vLLM with a config that :func:`read_keys` finds nothing wrong with; ``where`` as there."""
+    return [
+        f"{where}{name} is missing: transformers takes it for {shown(key.default)}, and vLLM does not start without it; add it"
+        for name, key in table.items()
+        if key.engines_need and name not in config
+    ]
 
 
 def unread(table: Mapping[str, Key], config: HFConfig) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ _TEXT: Mapping[str, Key] = {
     "num_experts": size(default=60),
     # transformers' class says true here whatever the model is.
     **harmless("engines and transformers go by that of the top level", "tie_word_embeddings"),
-    "norm_topk_prob": only(True, default=True, why="transformers divides the weights of the chosen experts by their sum in any case"),
+    "norm_topk_prob": only(
+        True, default=True, why="transformers divides the weights of the chosen experts by their sum in any case", engines_need=True
+    ),
 }
 
 

@@ -22,7 +22,8 @@ from rlsync.errors import ConfigError
 from rlsync.models import REFUSED_SWITCHES
 from rlsync.models.lora import LoraSpec
 from tests.deadlines import HANG_S
-from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL
+from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
+from tests.unit.test_sft_config import minimal as sft_minimal
 from workers.config import (
     RunConfig,
     config_as_dict,
@@ -625,6 +626,16 @@ def test_heads_that_the_engines_cannot_divide_are_refused() -> None:
     config = load_config(minimal(rollout={"model": {"model_path": "/m"}, "tensor_parallel_size": 8}))
     with pytest.raises(ConfigError, match=r"num_attention_heads \(4\) must be divisible by rollout.tensor_parallel_size \(8\)"):
         validate_model(config, QWEN2)
+
+
+def test_a_key_that_engines_read_without_a_default_is_asked_for_where_there_are_engines() -> None:
+    """transformers leaves it out when it saves. Negative controls: the key, and a run without engines."""
+    config, sft = load_config(minimal()), load_config(sft_minimal(), "sft")
+    assert config.has_engines and not sft.has_engines
+    validate_model(sft, QWEN3_VL_MOE)
+    with pytest.raises(ConfigError, match=r"/model/config.json: text_config.norm_topk_prob is missing: transformers takes it for true"):
+        validate_model(config, QWEN3_VL_MOE)
+    validate_model(config, {**QWEN3_VL_MOE, "text_config": {**QWEN3_VL_MOE["text_config"], "norm_topk_prob": True}})
 
 
 def test_world_size_and_batches_must_divide() -> None:

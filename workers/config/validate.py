@@ -14,7 +14,7 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.models import check_config, check_overrides, check_parts, model_of
+from rlsync.models import check_config, check_for_engines, check_overrides, check_parts, model_of
 from rlsync.models.lora import check_adapters
 from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
 from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
@@ -59,6 +59,7 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     spec = config.actor.lora_spec
     found += [] if spec is None else [f"actor.lora: {finding}" for finding in check_adapters(model, spec)]
     if config.has_engines:
+        found += [f"{config.model_path}/config.json: {finding}" for finding in check_for_engines(hf_config)]
         heads, kv_heads, size = model.dims["num_heads"], model.dims["num_groups"], config.rollout.tensor_parallel_size
         if heads % size:
             found.append(f"num_attention_heads ({heads}) must be divisible by rollout.tensor_parallel_size ({size})")
