@@ -28,7 +28,7 @@ _WITH_MEGATRON = tuple(
     f"tests.integration.{name}_ranks"
     for name in (
         "actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "lora", "megatron", "offload", "replay",
-        "vision", "vision_parts",
+        "reshard", "vision", "vision_parts",
     )
 )  # fmt: skip
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
