@@ -6,10 +6,12 @@ vocabulary of 131 has no divisor, so every tp_size above 1 pads it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -73,6 +75,8 @@ _LATENT_YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,
     "mscale": 0.7, "mscale_all_dim": 1.0,
 }  # fmt: skip
+# Kernels of vLLM's latent attention are made for these.
+LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "moonlight")
 
 
@@ -147,6 +151,20 @@ def save_tiny_model(folder: str | Path, family: str, **options: Any) -> Path:
     """Save ``tiny_model(family, **options)`` as a checkpoint folder: config.json, generation config, safetensors."""
     folder = Path(folder)
     tiny_model(family, **options).save_pretrained(folder)
+    return folder
+
+
+def add_further_layer(folder: Path) -> Path:
+    """Give a saved model a layer that predicts further tokens: a few of the tensors that one has, of several dtypes."""
+    path, file = folder / "config.json", folder / "model.safetensors"
+    config, tensors = json.loads(path.read_text()), load_file(file)
+    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(9)
+    shapes = {"eh_proj.weight": (hidden, 2 * hidden), "enorm.weight": (hidden,), "mlp.experts.7.up_proj.weight": (48, hidden)}
+    further = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    further["mlp.gate.e_score_correction_bias"] = torch.randn(16, generator=generator)
+    layer = config["num_hidden_layers"]
+    save_file(tensors | {f"model.layers.{layer}.{name}": t for name, t in further.items()}, file, metadata={"format": "pt"})
+    path.write_text(json.dumps({**config, "num_nextn_predict_layers": 1} | ({"num_mtp_layers": 1} if "num_mtp_layers" in config else {})))
     return folder
 
 

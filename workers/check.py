@@ -193,6 +193,10 @@ def check_weights(config: AnyConfig, report: Report) -> None:
     model = model_of(hf_config)
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
+    kept = sum(model.is_kept(name) for name in stored)
+    if kept:
+        text = f"{kept} tensors of layers that predict further tokens are not trained: saved folders have them as {folder} has"
+        report.notes.append(text)
     for text in misfits(model, shapes):
         report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
 

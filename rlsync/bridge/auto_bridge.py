@@ -333,7 +333,8 @@ class AutoBridge:
     ) -> None:
         """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
 
-        Every file is written by one rank, so network file systems are safe. What a model needs beside its weights
+        Every file is written by one rank, so network file systems are safe. Tensors of the bridge's folder that no rank has, as those of
+        layers that predict further tokens, are written as they are there. What a model needs beside its weights
         (``rlsync.bridge.model_folder.TRAVELS``) is copied byte for byte from the folder the bridge was made from, but for the
         dtypes in ``config.json``, which become those of the parameters. ``out_dir`` must be visible to all ranks; older weights
         in it are replaced. Collective over all ranks.
@@ -350,10 +351,11 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
-            stored = self._form.file_tensors(self.model, shards.tensors)
+            stored, kept = self._form.file_tensors(self.model, shards.tensors), self._kept_tensors()
             held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
-            specs = shard_files([file.spec for file in stored], min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
-            files = {name: tuple(by_name[spec.name] for spec in group) for name, group in specs.items()}
+            written = [file.spec for file in stored] + [entry.spec for entry in kept.values()]
+            specs = shard_files(written, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
+            files = {name: tuple(by_name[spec.name] for spec in group if spec.name in by_name) for name, group in specs.items()}
             plan = build_plan(
                 _interleaved(files, shards.tensors, dist.get_world_size()),
                 shards.placements,
@@ -371,7 +373,8 @@ class AutoBridge:
         exchange = Exchange(plan, buffers, device=compute_device(), destination_ranks=writer_ranks)
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
-            _write_files(out_dir, mine, len(files), exchange, plan, held, buffers, durable=durable)
+            writing = {name: specs[name] for name in mine}
+            _write_files(out_dir, writing, mine, MappedTensors(kept), len(files), exchange, plan, held, buffers, durable=durable)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
@@ -390,6 +393,12 @@ class AutoBridge:
             raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
         files = form_of(self.model, shapes).file_tensors(self.model, self.model.tensors())
         return file_placement(str(folder), [replace(file, spec=stored[file.spec.name].spec) for file in files]), stored
+
+    def _kept_tensors(self) -> dict[str, StoredTensor]:
+        """Tensors of the folder the bridge was made from that no rank holds and a saved one has."""
+        if self._folder is None or not self.model.family.kept(self.model.values) or not any(self._folder.glob("*.safetensors*")):
+            return {}
+        return {name: entry for name, entry in read_checkpoint(self._folder).items() if self.model.is_kept(name)}
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
         """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
@@ -510,7 +519,9 @@ def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[Te
 
 def _write_files(
     out_dir: Path,
+    writing: Mapping[str, Sequence[TensorSpec]],
     mine: Mapping[str, Sequence[FileTensor]],
+    kept: MappedTensors,
     num_files: int,
     exchange: Exchange,
     plan: Plan,
@@ -519,7 +530,8 @@ def _write_files(
     *,
     durable: bool,
 ) -> None:
-    """Write this rank's files: tensors in ``held`` from its own ``buffers``, others as they arrive. A failed write is raised at the end.
+    """Write this rank's files: tensors in ``kept`` from there, those in ``held`` from its own ``buffers``, others as they arrive. A failed
+    write is raised at the end.
 
     Collective: a rank that cannot write still takes part, so that nobody waits for it.
     """
@@ -530,8 +542,8 @@ def _write_files(
     with ExitStack() as stack:
         writers: dict[str, FileWriter] = {}
         try:
-            for name, group in mine.items():
-                writers[name] = stack.enter_context(FileWriter(out_dir / name, [file.spec for file in group], durable=durable))
+            for name, specs in writing.items():
+                writers[name] = stack.enter_context(FileWriter(out_dir / name, specs, durable=durable))
         except OSError as error:
             failure = error
         for k, bucket in enumerate(plan.buckets):
@@ -547,6 +559,12 @@ def _write_files(
                         writers[owner[stored]].write(stored, complete[1].cpu())
                 except OSError as error:
                     failure = error
+        try:
+            for name, tensor in ((name, spec.name) for name, specs in writing.items() for spec in specs if spec.name in kept):
+                if failure is None:
+                    writers[name].write(tensor, kept[tensor])
+        except OSError as error:
+            failure = error
         if failure is not None:
             raise CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})") from failure
 

@@ -8,13 +8,12 @@ from typing import Any
 from rlsync.models.dense import DENSE_KEYS, dense_contradictions, dense_dims, dense_features, dense_transformer
 from rlsync.models.keys import HFConfig, Key, harmless, only, size, unsupported
 from rlsync.models.layouts import HeadColumn, Replicated, Row
-from rlsync.models.moe import SIGMOID_KEYS, sigmoid_contradictions, sigmoid_dims, sigmoid_stacks, sigmoid_transformer
+from rlsync.models.moe import SIGMOID_KEYS, further_layers, sigmoid_contradictions, sigmoid_dims, sigmoid_stacks, sigmoid_transformer
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family, HFTensor, Rule
 
 # Of the norms of compressed queries, keys and values; transformers' class takes no other.
 LATENT_EPSILON = 1e-6
-_FURTHER = "layers that predict further tokens are not trained; set it to 0 and leave their tensors out of the files"
 # Released folders carry the code from which transformers made its class.
 _KNOWN_CODE = {
     "AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -51,8 +50,6 @@ _KEYS: Mapping[str, Key] = {
     "rope_interleave": only(True, default=True, why="Megatron turns neighbouring dimensions; released models have them so"),
     "sliding_window": unsupported("attention within a window is not supported; no released model has one"),
     "attention_bias": unsupported("Megatron's latent attention has no bias; released models have none"),
-    "num_mtp_layers": unsupported(_FURTHER),
-    "num_nextn_predict_layers": unsupported(_FURTHER),
     "scoring_func": _stated("sigmoid", "score by softmax"),
     "topk_method": _stated("noaux_tc", "leave out the routers' bias"),
     "moe_layer_freq": only(1, default=1, why="every layer after the dense ones has experts in transformers' class"),
@@ -120,7 +117,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    findings = dense_contradictions(_rotating(values), config) + sigmoid_contradictions(values)
+    findings = dense_contradictions(_rotating(values), config) + sigmoid_contradictions(values, config)
     nope, rope, heads = values["qk_nope_head_dim"], values["qk_rope_head_dim"], values["num_attention_heads"]
     for name, wanted, why in (
         ("head_dim", rope, f"qk_rope_head_dim {rope}"),
@@ -151,4 +148,5 @@ DEEPSEEK_V3 = Family(
     features=_features,
     transformer=_transformer,
     stacks=sigmoid_stacks(_ATTENTION),
+    kept=further_layers,
 )

@@ -7,11 +7,9 @@ from typing import Any
 
 from rlsync.models.dense import DENSE_KEYS, dense_contradictions, dense_dims, dense_features, dense_transformer
 from rlsync.models.keys import HFConfig, Key, flag, number, size, unsupported
-from rlsync.models.moe import SIGMOID_KEYS, sigmoid_contradictions, sigmoid_dims, sigmoid_stacks, sigmoid_transformer
+from rlsync.models.moe import SIGMOID_KEYS, further_layers, sigmoid_contradictions, sigmoid_dims, sigmoid_stacks, sigmoid_transformer
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family
-
-_FURTHER = "layers that predict further tokens are not trained; set it to 0 and leave their tensors out of the files"
 
 _KEYS: Mapping[str, Key] = {
     **DENSE_KEYS,
@@ -22,9 +20,6 @@ _KEYS: Mapping[str, Key] = {
     "attention_bias": flag(default=False),
     "use_qk_norm": flag(default=False),
     "sliding_window": unsupported("attention within a window is not supported; no released GLM-4.5 has one"),
-    # transformers' class has another name for it than released files.
-    "num_mtp_layers": unsupported(_FURTHER),
-    "num_nextn_predict_layers": unsupported(_FURTHER),
 }
 
 
@@ -33,7 +28,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    return dense_contradictions(values, config) + sigmoid_contradictions(values)
+    return dense_contradictions(values, config) + sigmoid_contradictions(values, config)
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
@@ -56,4 +51,5 @@ GLM4_MOE = Family(
     features=_features,
     transformer=_transformer,
     stacks=sigmoid_stacks(),
+    kept=further_layers,
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlsync.models.dense import ATTENTION, LAYERS, MLP, decoder_stacks, dense_dims, dense_transformer, layer_stack
-from rlsync.models.keys import Key, flag, harmless, is_whole, number, only, size, unsupported
+from rlsync.models.keys import HFConfig, Key, flag, harmless, is_whole, number, only, size, unsupported
 from rlsync.models.layouts import GatedColumn, Replicated, Row
 from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack, Stacked
 
@@ -45,6 +45,9 @@ SIGMOID_KEYS: Mapping[str, Key] = {
     "topk_group": size(default=1),
     "norm_topk_prob": only(True, default=True, why="Megatron divides the weights of the chosen experts by their sum in any case"),
     "first_k_dense_replace": Key(lambda value: is_whole(value) and value >= 0, "a number of layers", default=1),
+    # Layers that predict further tokens (MTP): transformers' name, and that of released files.
+    "num_mtp_layers": Key(lambda value: is_whole(value) and value >= 0, "a number of layers", default=1, is_nullable=True),
+    "num_nextn_predict_layers": Key(lambda value: is_whole(value) and value >= 0, "a number of layers", is_nullable=True),
 }
 
 
@@ -118,11 +121,21 @@ def sigmoid_dims(values: Mapping[str, Any]) -> dict[str, int]:
     return {"num_experts": values["n_routed_experts"], "expert_ffn": expert_ffn, "shared_ffn": values["n_shared_experts"] * expert_ffn}
 
 
-def sigmoid_contradictions(values: Mapping[str, Any]) -> list[str]:
+def further_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What HF names begin with of the layers of a model with ``SIGMOID_KEYS`` that predict further tokens: they follow the others."""
+    found = (values["num_nextn_predict_layers"], values["num_mtp_layers"])
+    count, first = next((number for number in found if number is not None), 0), values["num_hidden_layers"]
+    return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+
+
+def sigmoid_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     """What is wrong between keys of ``SIGMOID_KEYS``, or makes Megatron choose other experts than transformers."""
     experts, chosen, groups, taken = (values[name] for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"))
     first, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
     findings = too_few_experts(values, experts)
+    further = [config.get(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
+    if None not in further and further[0] != further[1]:
+        findings.append(f"num_nextn_predict_layers is {further[0]} and num_mtp_layers {further[1]}, which mean the same; keep one of them")
     if chosen == 1:
         findings.append("num_experts_per_tok is 1: Megatron does not divide the weight of a single expert by itself; it must be at least 2")
     if first >= layers:

@@ -215,6 +215,8 @@ class Family:
         transformer: values and sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
+        kept: values -> what HF names begin with of tensors that are neither trained nor synced, and lie in every saved folder as they
+            were in the first, whatever they are.
         spellings: prefix of HF names in the table -> prefixes that checkpoints have in its place, for the same tensors.
         sections: configs of parts of the model inside config.json, the language model's first; () where the top level is that.
         rope: what transformers' class makes of rotary embeddings.
@@ -230,6 +232,7 @@ class Family:
     transformer: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]]
     stacks: tuple[Stack, ...]
     ignored: tuple[str, ...] = NEVER_LOADED
+    kept: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sections: tuple[Section, ...] = ()
     rope: RopeKind = RopeKind()
@@ -365,6 +368,9 @@ class Model:
 
     def is_ignored(self, hf_name: str) -> bool:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.family.ignored)
+
+    def is_kept(self, hf_name: str) -> bool:
+        return hf_name.startswith(self.family.kept(self.values))
 
     def local_layout(self, bound: Bound, rank: int, size: int) -> LocalLayout:
         """The share of one tensor rank; errors name the parameter and its HF tensors."""

@@ -113,7 +113,8 @@ def misfits(model: Model, shapes: Shapes) -> list[str]:
     except PlacementError as error:
         return [str(error)]
     wanted = {file.spec.name: file.spec.shape for file in form.file_tensors(model, model.tensors())}
-    return differences(wanted, {name: shape for name, shape in shapes.items() if name in wanted or not model.is_ignored(name)})
+    unread = {name for name in shapes if name not in wanted and (model.is_ignored(name) or model.is_kept(name))}
+    return differences(wanted, {name: shape for name, shape in shapes.items() if name not in unread})
 
 
 def differences(wanted: Shapes, found: Shapes) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.hf_models import make_models
-from tests.models import MOE_FAMILIES
+from tests.models import MOE_FAMILIES, add_further_layer
 from tests.ranks import run_ranks
 
 RANKS = "tests.integration.bridge_ranks"
@@ -59,6 +60,16 @@ def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(mode
         names = load_file(Path(case["folder"], "model.safetensors"))
         assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in name for name in names)
     outputs = run_ranks(2, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
+    assert outputs[1].count("LOGITS") == len(cases)
+
+
+def test_layers_that_predict_further_tokens_are_saved_bit_for_bit_and_computed_without(models, tmp_path):
+    """In whatever dtypes and under whatever names. Logits are those of the model without them."""
+    cases = []
+    for family, axes in (("glm4_moe", {"tp_size": 2, "etp_size": 2}), ("deepseek_v3", {"pp_size": 2})):
+        folder = add_further_layer(shutil.copytree(models[family]["folder"], tmp_path / family))
+        cases.append({**models[family], "folder": str(folder), "topology": axes, "kept": "model.layers.4."})
+    outputs = run_ranks(2, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path / "out"))
     assert outputs[1].count("LOGITS") == len(cases)
 
 

@@ -195,8 +195,8 @@ def test_defaults_are_those_of_transformers_class(family, kind, keys):
 # What transformers' defaults lack: sections of a position, which engines go by, and a tower as wide as the language model.
 LEAST = {
     "mistral": {"sliding_window": None},
-    "glm4_moe": {"num_mtp_layers": 0, "head_dim": 128},
-    "deepseek_v3": {"num_mtp_layers": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "glm4_moe": {"head_dim": 128},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "qwen2_5_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}, "vision_config": {"out_hidden_size": 8192}},
     "qwen3_vl": {
         "text_config": {"rope_parameters": {"mrope_section": [24, 20, 20], "mrope_interleaved": True}},
@@ -268,7 +268,8 @@ REFUSALS = [
     (GLM4_MOE, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
     (GLM4_MOE, "norm_topk_prob", False, "norm_topk_prob is false"),
     (GLM4_MOE, "first_k_dense_replace", 4, "no layer has experts, by first_k_dense_replace 4"),
-    (DEEPSEEK_V3, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
+    (DEEPSEEK_V3, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1 and num_mtp_layers 0, which mean the same"),
+    (DEEPSEEK_V3, "num_nextn_predict_layers", -1, "num_nextn_predict_layers is -1"),
     (DEEPSEEK_V3, "head_dim", 64, "head_dim is 64; it must be qk_rope_head_dim 32"),
     (DEEPSEEK_V3, "qk_head_dim", 64, "qk_head_dim is 64; it must be qk_nope_head_dim 128 + qk_rope_head_dim 32"),
     (DEEPSEEK_V3, "num_key_value_heads", 2, "num_key_value_heads is 2; it must be num_attention_heads 4"),
@@ -282,7 +283,7 @@ REFUSALS = [
     (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "mscale": 1.0}, "gives one of mscale and mscale_all_dim"),
     (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "attention_factor": 1.1}, "attention_factor of rope_scaling is 1.1; leave it out"),
     (DEEPSEEK_V3, "rope_scaling", {**LATENT_YARN, "factor": 1.0}, "factor of rope_scaling is 1.0; it must be above 1"),
-    (GLM4_MOE, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
+    (GLM4_MOE, "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1 and num_mtp_layers 0, which mean the same"),
     (GLM4_MOE, "partial_rotary_factor", 1.5, "partial_rotary_factor of config.json is 1.5; it must be a number above 0 and up to 1"),
     (GLM4_MOE, "partial_rotary_factor", 0.1, "partial_rotary_factor 0.1 of a head_dim of 32 is 3 dimensions"),
     (GLM4_MOE, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, 'rope type "linear"; supported are default'),

@@ -62,6 +62,18 @@ def test_stacked_experts_are_those_that_transformers_saves_one_by_one(family, tm
     assert form_of(model, shapes(theirs)).experts is None
 
 
+def test_tensors_of_layers_that_predict_further_tokens_are_no_misfits():
+    """As many such layers as config.json counts. Negative controls: one more, and a config that counts none."""
+    model, stored = made("moonlight", num_mtp_layers=2)
+    further = {f"model.layers.{layer}.eh_proj.weight": (96, 192) for layer in (2, 3)}
+    assert misfits(model, shapes(stored) | further) == [] == misfits(model, shapes(stored))
+    assert [t.name for t in model.tensors() if model.is_kept(t.name)] == []
+    beyond = {"model.layers.4.eh_proj.weight": (96, 192), "model.layers.20.norm.weight": (96,)}
+    assert misfits(model, shapes(stored) | further | beyond) == [f"unexpected 2 tensors: {', '.join(sorted(beyond))}"]
+    model, stored = made("moonlight")
+    assert misfits(model, shapes(stored) | further) == [f"unexpected 2 tensors: {', '.join(further)}"]
+
+
 def test_shapes_tell_whether_experts_are_transposed(tmp_path):
     """Released files of Qwen3-VL-MoE are transposed, and what transformers saves is not; both give the same experts there and here."""
     model, stored = made("qwen3_vl_moe")
