@@ -25,7 +25,7 @@ def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
     environment = {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
     return subprocess.Popen(
-        [*command, f"runner.output_dir={folder}", "runner.experiment_name=run", f"arithmetic.path={folder}/world", *overrides],
+        [*command, f"runner.output_dir={folder}", "runner.experiment_name=run", *overrides],
         cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         # Whoever runs the tests in the background ignores SIGINT, and so would the run.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

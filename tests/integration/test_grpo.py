@@ -22,6 +22,7 @@ from workers.reward import VerifierPool
 pytestmark = pytest.mark.slow
 
 SMALL = [
+    "arithmetic.path=${runner.output_dir}/world",
     "arithmetic.num_problems=256", "arithmetic.num_supervised=1024", "data.rollout_batch_size=16", "algorithm.group_size=8",
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
 ]  # fmt: skip

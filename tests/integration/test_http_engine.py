@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlsync.cli import main
+from rlsync.engine.handles import PicturePrompt
 from rlsync.engine.handles.http import HttpEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
@@ -137,6 +138,13 @@ def test_what_is_sampled_does_not_depend_on_the_generation_config_of_the_model(u
     assert len({tuple(complete(url, PROMPTS[0], temperature=1, max_tokens=12, seed=seed)["token_ids"]) for seed in range(3)}) == 1
     with pytest.raises(ConfigError, match="no sampling field temprature"):
         engine.generate([PROMPTS[0]], {"temprature": 1.0})
+
+
+def test_pictures_which_its_route_does_not_know_are_refused_before_anything_is_asked(engine: HttpEngine) -> None:
+    prompts = [PROMPTS[0], PicturePrompt((1, 2), ("a picture",))]
+    with pytest.raises(ConfigError, match=r"engine served: the completions route of vLLM takes no pictures .* use Engine or RayEngine"):
+        engine.generate(prompts, GREEDY)
+    assert len(engine.generate(prompts[:1], GREEDY)) == 1
 
 
 @pytest.mark.parametrize("is_reset", [True, False])

@@ -6,27 +6,37 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.integration.greedy import greedy
 from tests.integration.script_runs import exit_code, run, started, strike, title
 from workers.metrics_log import read_metrics
 
 # A run takes a minute, or several beside others.
 pytestmark = pytest.mark.slow
 
+# Pictures of 84 pixels are made smaller, for the actor as for the engine.
+MAX_PIXELS = 56 * 56
 SCRIPT = [
-    "bash", "examples/sft/run_llm_sft.sh", "arithmetic.num_supervised=4096", "arithmetic.num_held_out=60", "arithmetic.max_operand=9",
-    "runner.max_epochs=100", "actor.global_batch_size=32", "actor.micro_batch_size=8", "actor.lr_sched.lr_warmup_iters=2",
-    "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30", "data.val_data_size=120",
-    "data.val_data_paths=[${arithmetic.path}/held_out.jsonl,${arithmetic.path}/supervised.jsonl]",
+    "bash", "examples/sft/run_vlm_sft.sh", "pictures.path=${runner.output_dir}/world", "pictures.num_train=24", "pictures.num_held_out=16",
+    "pictures.hidden_size=64", "pictures.num_layers=1", "pictures.vision_hidden_size=64", "pictures.vision_depth=1",
+    "cluster.component_placement.actor=0-1", "runner.max_epochs=100", "actor.global_batch_size=8", "actor.micro_batch_size=4",
+    "actor.lr_sched.lr_warmup_iters=2", "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30",
+    "data.val_data_paths=[${pictures.path}/held_out.jsonl,${pictures.path}/train.jsonl]", "data.val_data_size=40",
+    f"data.max_pixels={MAX_PIXELS}", "data.num_workers=0",
 ]  # fmt: skip
-WITHOUT_ENGINES = ("validation.generate=False", "~cluster.component_placement.rollout")
+WITH_ENGINE = (
+    "validation.generate=True",
+    "validation.max_new_tokens=8",
+    "cluster.component_placement.rollout=2",
+    "rollout.enforce_eager=True",
+)
 # What a resumed run has to the last bit.
 SAME = ("train/loss", "train/lm_loss", "train/grad_norm", "train/learning_rate", "train/num_tokens", "val/loss")
 LAST = 60
@@ -36,7 +46,7 @@ LAST = 60
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Sixty steps with a checkpoint and a validation after the thirtieth and at the end, and a validation before the first."""
     folder = tmp_path_factory.mktemp("sft")
-    return folder, run(SCRIPT, folder, f"runner.max_steps={LAST}")
+    return folder, run(SCRIPT, folder, *WITH_ENGINE, f"runner.max_steps={LAST}")
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -50,42 +60,72 @@ def test_the_loss_falls_and_everything_is_where_users_look_for_it(finished: tupl
     assert lines[-1]["train/lm_loss"] < lines[1]["train/lm_loss"] / 4 and lines[-1]["val/loss"] < lines[0]["val/loss"]
     assert all(line["train/loss"] == line["train/lm_loss"] and line["train/update_success"] == 1 for line in lines[1:])
     assert all(line[name] > 0 for line in lines[1:] for name in ("time/step", "time/training", "time/data_wait", "perf/throughput"))
-    assert {"metrics.jsonl", "config.yaml", "losses.png", "tensorboard", "worker_logs"} <= {p.name for p in (folder / "run").iterdir()}
+    assert all(line["train/vision_lr"] == line["train/projection_lr"] == line["train/learning_rate"] for line in lines[1:])
+    made = {"metrics.jsonl", "config.yaml", "losses.png", "contact_sheet.png", "tensorboard", "worker_logs"}
+    assert made <= {p.name for p in (folder / "run").iterdir()}
     assert (checkpoint(folder, LAST) / "data" / "data.pt").is_file() and (checkpoint(folder, LAST) / "actor" / "hf_model").is_dir()
     assert "starting 2 actor ranks (DP 2) and 1 engine" in output and f"validation after step {LAST}: loss" in output
+    assert f"what the saved model answers to held-out pictures: {folder}/run/contact_sheet.png" in " ".join(output.split())
 
 
 def test_a_validation_is_what_transformers_says_of_the_checkpoint_of_its_step(finished: tuple[Path, str]) -> None:
+    """Loss by the actor, answers by the engine, of pictures within the limit of pixels."""
     folder, _ = finished
-    files = [folder / "world" / name for name in ("held_out.jsonl", "supervised.jsonl")]
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()][:120]
-    found = {line["step"]: (line["val/loss"], line["val/exact_match"]) for line in read_metrics(folder / "run") if "val/loss" in line}
-    assert sorted(found) == [0, LAST // 2, LAST]
-    models = {0: folder / "world" / "model", LAST: checkpoint(folder, LAST) / "actor" / "hf_model"}
-    assert found[0][1] == 0 and 0.4 < found[LAST][1] < 1, "half of the problems were taught"
+    world = folder / "world"
+    rows = [json.loads(line) for name in ("held_out", "train") for line in (world / f"{name}.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in read_metrics(folder / "run") if "val/loss" in line}
+    assert sorted(found) == [0, LAST // 2, LAST] and len(rows) == 40
+    assert found[0]["val/exact_match"] == 0 and 0.4 < found[LAST]["val/exact_match"] < 1, "the later rows were taught"
+    models = {0: world / "model", LAST: checkpoint(folder, LAST) / "actor" / "hf_model"}
     for step, model in models.items():
-        assert found[step] == pytest.approx(transformers_validation(model, rows), rel=1e-5), step
+        loss, share = transformers_validation(model, rows, world, max_pixels=MAX_PIXELS)
+        assert found[step]["val/loss"] == pytest.approx(loss, rel=1e-5)
+        assert found[step]["val/exact_match"] == found[step]["val/accuracy"] == share
+    # The negative control: other pixels have another loss.
+    assert transformers_validation(models[LAST], rows[:8], world)[0] != pytest.approx(
+        transformers_validation(models[LAST], rows[:8], world, max_pixels=MAX_PIXELS)[0], rel=1e-3
+    )
 
 
-def transformers_validation(folder: Path, rows: list[dict[str, str]]) -> tuple[float, float]:
-    """Mean loss of the answers' tokens, and the share of rows that are answered exactly; a row at a time."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    losses, right, end = [], 0, tokenizer.eos_token_id
+def transformers_validation(folder: Path, rows: list[dict[str, str]], pictures: Path, **limits: int) -> tuple[float, float]:
+    """Mean loss of the answers' tokens, and the share of rows that are answered exactly, by the folder's own processor; a row at a time."""
+    processor = AutoProcessor.from_pretrained(folder, **limits)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    losses, right = [], 0
     for row in rows:
-        prompt, answer = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["response"])["input_ids"], end]
+        with Image.open(pictures / row["image"]) as image:
+            asked = {"role": "user", "content": [{"type": "image", "image": image.copy()}, {"type": "text", "text": row["question"]}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}
+        prompt = processor.apply_chat_template([asked], add_generation_prompt=True, **options)
+        whole = processor.apply_chat_template([asked, said], **options)
+        begin = prompt["input_ids"].shape[1]
+        # Behind the end of the answer's turn there is a line break.
+        answer = whole["input_ids"][0, begin:-1]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
-        said = greedy(folder, tuple(prompt), 4).token_ids
-        said = said[: said.index(end)] if end in said else said
-        right += tokenizer.decode(list(said), skip_special_tokens=True).strip() == row["response"]
+            logits = model(**whole).logits[0, begin - 1 : -2]
+            tokens = model.generate(**prompt, do_sample=False, max_new_tokens=8)[0, begin:]
+        losses += torch.nn.functional.cross_entropy(logits, answer, reduction="none").tolist()
+        right += processor.decode(tokens, skip_special_tokens=True).strip() == row["answer"]
     return sum(losses) / len(losses), right / len(rows)
 
 
+def test_the_script_of_text_teaches_additions_without_an_engine(tmp_path: Path) -> None:
+    output = run(
+        ["bash", "examples/sft/run_llm_sft.sh", "arithmetic.path=${runner.output_dir}/world", "arithmetic.num_supervised=1024"], tmp_path,
+        "arithmetic.num_held_out=60", "arithmetic.max_operand=9", "actor.global_batch_size=32", "actor.micro_batch_size=16",
+        "actor.lr_sched.lr_warmup_iters=2", "runner.max_steps=20", "runner.save_interval=-1", "runner.val_check_interval=20",
+        "validation.generate=False", "~cluster.component_placement.rollout", "cluster.component_placement.actor=0",
+    )  # fmt: skip
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["step"] == 20 and lines[-1]["train/lm_loss"] < lines[1]["train/lm_loss"] / 1.5
+    assert lines[-1]["val/loss"] < lines[0]["val/loss"] and "val/exact_match" not in lines[-1] and "engine" not in output
+
+
 def test_a_run_that_lost_a_rank_and_was_resumed_is_the_uninterrupted_one_bit_for_bit(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """No engine is started for either half, and the second reads ahead, which changes nothing for the training."""
+    """No engine is started for either half, and the second has its pictures decoded ahead, which changes nothing for the training."""
     shutil.copytree(finished[0] / "world", tmp_path / "world")
-    with started(SCRIPT, tmp_path, *WITHOUT_ENGINES, "runner.max_steps=3000") as process:
+    with started(SCRIPT, tmp_path, "runner.max_steps=3000") as process:
         family = strike(process, tmp_path, LAST // 2 + 5, rank_one, signal.SIGKILL)
         assert not any("EngineCore" in title(p) for p in family)
         assert exit_code(process, family) == 1
@@ -93,7 +133,7 @@ def test_a_run_that_lost_a_rank_and_was_resumed_is_the_uninterrupted_one_bit_for
     assert "error: actor rank 1" in output and "Traceback" not in output, output[-3000:]
     resume = f"runner.resume_dir={checkpoint(tmp_path, LAST // 2)}"
     came_to = max(line["step"] for line in read_metrics(tmp_path / "run"))
-    output = run(SCRIPT, tmp_path, *WITHOUT_ENGINES, f"runner.max_steps={LAST}", "data.num_workers=1", resume)
+    output = run(SCRIPT, tmp_path, f"runner.max_steps={LAST}", "data.num_workers=1", resume)
     assert f"metrics of steps {LAST // 2 + 1} to {came_to}, which this run" in " ".join(output.split())
     whole, resumed = read_metrics(finished[0] / "run"), read_metrics(tmp_path / "run")
     assert [line["step"] for line in resumed] == list(range(LAST + 1))
