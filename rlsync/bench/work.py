@@ -13,7 +13,7 @@ from typing import Any
 from rlsync.bench.spec import Spec
 from rlsync.layout.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
 from rlsync.models import model_of
-from rlsync.models.paper import paper_worker, seats
+from rlsync.models.paper import paper_workers, seats
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.outline import outline
 
@@ -57,9 +57,7 @@ def lay_out(spec: Spec) -> Sides:
     """Both sides on paper. Raises PlacementError or ConfigError where one of them cannot be."""
     model = model_of(spec.config)
     actors = megatron_placements(model, spec.topology, dtype="bfloat16")
-    shapes = [
-        paper_worker(model, seat, holder="", dtype="bfloat16") for seat in seats(model, tp_size=spec.engine_tp, ep_size=spec.engine_ep)
-    ]
+    shapes = paper_workers(model, seats(model, tp_size=spec.engine_tp, ep_size=spec.engine_ep), dtype="bfloat16")
     held = [
         replace(shape, holder=f"engine {engine} worker {worker}", location=_at(gpu))
         for engine, gpus in enumerate(spec.engine_gpus)

@@ -14,7 +14,7 @@ from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
 from rlsync.models.base_keys import DTYPES
-from rlsync.models.paper import paper_worker, seats
+from rlsync.models.paper import paper_workers, seats
 from rlsync.models.placement import megatron_placements
 
 # Sizes of axes as arguments say them: the actor's, as fields of Topology, and the engines', as fields of Scene.
@@ -100,7 +100,7 @@ def set_out(
         refusals.append(str(error))
     try:
         held_in = seats(model, tp_size=scene.tp_size, dp_size=scene.dp_size, ep_size=scene.ep_size)
-        shapes = [paper_worker(model, seat, holder="", dtype=engine_dtype or dtype) for seat in held_in]
+        shapes = paper_workers(model, held_in, dtype=engine_dtype or dtype)
         first = _first_engine_gpu(scene, len(actors))
         workers = tuple(
             replace(p, holder=f"engine {engine} worker {rank}", location=_gpu(first + engine * scene.engine_size + rank, scene))

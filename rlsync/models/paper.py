@@ -216,13 +216,23 @@ _TABLE = (
 )
 
 
-def paper_worker(model: Model, seat: Seat, *, holder: str, dtype: str | None = None, location: Location | None = None) -> Placement:
-    """What the worker in this seat holds. ``dtype`` is the engine's; default: the model's.
+def paper_workers(model: Model, seats: Sequence[Seat], *, dtype: str | None = None) -> tuple[Placement, ...]:
+    """What the workers in these seats hold, as holders without names. ``dtype`` is the engine's; default: the model's.
 
     Layers after those of the decoder predict further tokens; an engine without a draft model has none of them.
     Raises PlacementError where a tensor has no row here, or where vLLM could not divide one; one error with all of them.
     """
     shapes = {t.name: t.shape for t in model.tensors() if not _is_beyond(t.name, model.num_layers)}
+    return tuple(_held_in(seat, model, shapes, dtype or model.dtype) for seat in seats)
+
+
+def paper_worker(model: Model, seat: Seat, *, holder: str, dtype: str | None = None, location: Location | None = None) -> Placement:
+    """What the worker in this seat holds, as :func:`paper_workers` has it."""
+    (worker,) = paper_workers(model, (seat,), dtype=dtype)
+    return replace(worker, holder=holder, location=location)
+
+
+def _held_in(seat: Seat, model: Model, shapes: Mapping[str, Shape], dtype: str) -> Placement:
     dims = {**model.dims, "padded_vocab": -(-model.dims["vocab"] // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE}
     buffers: list[BufferSpec] = []
     pieces: list[Piece] = []
@@ -245,14 +255,14 @@ def paper_worker(model: Model, seat: Seat, *, holder: str, dtype: str | None = N
             findings.setdefault(str(error), held.name)
             continue
         layouts[key] = local
-        buffers.append(BufferSpec(held.name, held.dtype or dtype or model.dtype, local.shape))
+        buffers.append(BufferSpec(held.name, held.dtype or dtype, local.shape))
         pieces += (Piece(held.hf[p.source], p.box, held.name, p.offset, p.strides) for p in local.parts)
         padding += (Padding(held.name, p.offset, p.shape, p.strides) for p in local.padding)
     if findings:
         raise PlacementError(
             f"an engine of {seat.size} ranks cannot hold this model: {'; '.join(f'{n}: {f}' for f, n in findings.items())}"
         )
-    return Placement(holder, tuple(buffers), tuple(pieces), tuple(padding), location)
+    return Placement("", tuple(buffers), tuple(pieces), tuple(padding))
 
 
 def _is_beyond(name: str, num_layers: int) -> bool:
