@@ -266,17 +266,23 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     hosts = {None if p.location is None else p.location.host for p in givers.placements}
     all_are_far = None not in hosts and all(location is not None and location.host not in hosts for location in locations)
     for nbytes, piece, row in wanted:
-        useful = [(box, group) for box, group in origins.get(piece.tensor, {}).items() if piece.box.intersect(box) is not None]
-        useful.sort(key=lambda each: (each[0].start, each[0].stop))
+        useful = list(origins.get(piece.tensor, {}).items())
+        # One box that has all of it is the usual case of experts, which are many.
+        is_inside = len(useful) == 1 and useful[0][0].contains(piece.box)
+        if not is_inside:
+            useful = [(box, group) for box, group in useful if piece.box.intersect(box) is not None]
+            useful.sort(key=lambda each: (each[0].start, each[0].stop))
         present = []
         for _, group in useful:
             who = tuple([source for source, _ in group])
             if who not in crowds:
                 crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
             present.append(crowds[who])
-        taken, rest = cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
+        taken, rest = ([(piece.box, 0)], []) if is_inside else cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
         # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
-        overlap = sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(box.size for box, _ in taken)
+        overlap = not is_inside and sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(
+            box.size for box, _ in taken
+        )
         # Ways and boxes are one object for all who take them, by which `rlsync.plan.outline` knows them again.
         cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
         chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
