@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -140,7 +140,7 @@ def outlined(plan: Plan) -> Outline:
             Kind(
                 (destination,),
                 placement,
-                tuple(replace(copy, source=way, destination=0) for way, copy in enumerate(copies)),
+                tuple(_of_way(copy, way) for way, copy in enumerate(copies)),
                 np.array([[copy.source for copy in copies]], np.int64),
                 np.array([[link_class(plan.sources[copy.source].location, placement.location) for copy in copies]], np.int64),
                 np.array([ordinals[copy.tensor] for copy in copies], np.int64),
@@ -217,7 +217,7 @@ def _kinds(
         yield Kind(
             tuple(members),
             placements[members[0]],
-            tuple(replace(copy, source=way_of[copy.tensor, copy.source], destination=0) for copy in found),
+            tuple(_of_way(copy, way_of[copy.tensor, copy.source]) for copy in found),
             table,
             links,
             np.array([ordinals[piece.tensor] for piece, _, _ in ways], np.int64),
@@ -232,14 +232,31 @@ def _alike(crowd: Sequence[int], matching: Matching, origins: dict[int, int]) ->
     identities = np.empty((len(crowd), width), np.int64)
     for row, destination in enumerate(crowd):
         identities[row] = np.fromiter(map(id, matching.ways[destination]), np.int64, width)
-    _, firsts, where = np.unique(identities, return_index=True, return_inverse=True)
-    where = where.reshape(identities.shape)
-    ways = [matching.ways[crowd[first // width]][first % width] for first in firsts.tolist()]
     numbers: dict[Hashable, int] = {}
-    forms = np.array([numbers.setdefault((id(box), origins[id(origin[1])]), len(numbers)) for _, box, origin in ways], np.int32)
-    sources = np.array([origin[0] for _, _, origin in ways], np.int32)
-    for same in _equal_rows(forms[where]):
-        yield [crowd[i] for i in same], sources[where[same]]
+    forms, sources = np.empty(identities.shape, np.int32), np.empty(identities.shape, np.int32)
+    columns, pending = np.arange(width), np.ones(identities.shape, bool)
+    while len(columns):
+        # Replicas are few, so that a few rounds find them all: in each the first that is left in every column, and all who have the same.
+        left, own = pending[:, columns], identities[:, columns]
+        firsts = left.argmax(axis=0)
+        ways = [matching.ways[crowd[row]][column] for row, column in zip(firsts.tolist(), columns.tolist(), strict=True)]
+        same = own == own[firsts, np.arange(len(columns))]
+        form = np.array([numbers.setdefault((id(box), origins[id(origin[1])]), len(numbers)) for _, box, origin in ways], np.int32)
+        forms[:, columns] = np.where(same, form, forms[:, columns])
+        sources[:, columns] = np.where(same, np.array([origin[0] for _, _, origin in ways], np.int32), sources[:, columns])
+        left &= ~same
+        pending[:, columns] = left
+        columns = columns[left.any(axis=0)]
+    for members in _equal_rows(forms):
+        yield [crowd[i] for i in members], sources[members]
+
+
+def _of_way(copy: Copy, way: int) -> Copy:
+    """``replace`` takes as long again as everything else."""
+    return Copy(
+        copy.tensor, copy.shape, way, copy.source_buffer, copy.source_offset, copy.source_strides,
+        0, copy.destination_buffer, copy.destination_offset, copy.destination_strides, copy.transform,
+    )  # fmt: skip
 
 
 def _origin_numbers(matching: Matching) -> dict[int, int]:
@@ -297,6 +314,12 @@ class _Distances:
         return self._known[location]
 
 
+def _summed(keys: Integers, amounts: Integers) -> tuple[Integers, Integers]:
+    """Each key once, and the sum of its amounts."""
+    rows, where = np.unique(keys, return_inverse=True)
+    return rows, np.bincount(where, weights=amounts, minlength=len(rows)).astype(np.int64)
+
+
 def _in_buckets(
     tensors: Sequence[TensorSpec], num_sources: int, counted: Sequence[tuple[Kind, Integers]], bucket_bytes: int | None
 ) -> tuple[tuple[TensorSpec, ...], ...]:
@@ -313,10 +336,12 @@ def _in_buckets(
         if not nbytes.any():
             continue
         first = kind.tensors * num_holders
-        keys += [(first + kind.sources).ravel(), first + num_sources + number]
-        amounts += [np.broadcast_to(nbytes, kind.sources.shape).ravel(), nbytes]
-    rows, where = np.unique(np.concatenate(keys), return_inverse=True)
-    sizes = np.bincount(where, weights=np.concatenate(amounts), minlength=len(rows)).astype(np.int64)
+        rows, sizes = _summed((first + kind.sources).ravel(), np.broadcast_to(nbytes, kind.sources.shape).ravel())
+        keys += [rows, first + num_sources + number]
+        amounts += [sizes, nbytes]
+    if len(keys) == 1:
+        return (tuple(tensors),)
+    rows, sizes = _summed(np.concatenate(keys), np.concatenate(amounts))
     rows, sizes = rows[sizes > 0], sizes[sizes > 0]
     holders = rows % num_holders
     limits = np.full(num_holders, bucket_bytes, np.int64)

@@ -22,6 +22,8 @@ from rlsync.plan.transforms import takes, transform_between
 
 # The mean work of a source is divided into so many units; a piece of two or more is divided among the replicas that have it.
 _UNITS_PER_SOURCE = 100
+# So many equally near sources are asked all at once for as many pieces as are wanted.
+_FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +291,10 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
         if all_are_far and not overlap and len(chosen) == 1 and chosen[0][2] < 2:
             # The usual case of large clusters on paper: everybody takes one box, from any who has it.
             ((box, index, _),) = chosen
-            group, by_position = useful[index][1], dict[int, Way]()
-            for destination, position in zip(row, present[index].near(places[row[0]]).take(len(row), nbytes), strict=True):
-                way = by_position.get(position)
-                if way is None:
-                    way = by_position[position] = piece, box, group[position]
-                ways[destination].append(way)
+            group, positions = useful[index][1], present[index].near(places[row[0]]).take(len(row), nbytes)
+            way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
+            for destination, position in zip(row, positions, strict=True):
+                ways[destination].append(way_of[position])
             if rest:
                 missing += [f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[d].holder}" for d in row]
             continue
@@ -364,6 +364,10 @@ def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
     return table
 
 
+def _steps(load: int, nbytes: int, count: int) -> range:
+    return range(load, load + count * nbytes, nbytes)
+
+
 class _Near:
     """Those of a crowd that are equally near to a destination, by their positions in the crowd."""
 
@@ -380,6 +384,15 @@ class _Near:
         if len(self.members) == 1:
             loads[sources[self.members[0]]] += count * nbytes
             return [self.members[0]] * count
+        if len(self.members) <= _FEW < count and nbytes:
+            # Sorted runs: what each would have before it is taken the first, the second, ... time. Equals by position, as in the heap.
+            size = max(self.members) + 1
+            runs = [load * size + position for position in self.members for load in _steps(loads[sources[position]], nbytes, count)]
+            runs.sort()
+            positions = [run % size for run in runs[:count]]
+            for position in self.members:
+                loads[sources[position]] += positions.count(position) * nbytes
+            return positions
         positions = []
         for _ in range(count):
             load, position = self._least()

@@ -29,7 +29,7 @@ from rlsync.models import model_of
 from rlsync.models.paper import Seat, paper_worker
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
-from rlsync.plan.planner import build_plan
+from rlsync.plan.planner import _Near, build_plan
 
 
 def config(architecture: str, *, tied: bool = False, heads: int = 4, groups: int = 2, layers: int = 4, vocab: int = 37) -> dict:
@@ -337,3 +337,17 @@ def test_the_nearest_source_is_chosen_and_bytes_are_counted_by_link():
     assert crossed.bytes_by_link["other host"] == 0, "the replica on the same host gives its shard"
     assert set(crossed.redundancy.values()) == {1.0}
     assert crossed.bytes_by_source["actor 0"] == 0 < crossed.bytes_by_source["actor 2"]
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 50), st.integers(1, 40))
+def test_many_are_taken_at_once_as_one_after_another(loads: list[int], nbytes: int, count: int) -> None:
+    """Of few sources and of many, equally loaded or not; the least loaded each time, the first of equals."""
+    at_once, singly, expected = list(loads), list(loads), []
+    members = range(len(loads))
+    few, one = (_Near(members, members, 0, own) for own in (at_once, singly))
+    for _ in range(2):
+        assert few.take(count, nbytes) == [one.take(1, nbytes)[0] for _ in range(count)]
+        for _ in range(count):
+            expected.append(min(members, key=lambda i: (loads[i], i)))
+            loads[expected[-1]] += nbytes
+        assert at_once == singly == loads
