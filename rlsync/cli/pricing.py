@@ -6,9 +6,11 @@ collected instead of raised.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +119,19 @@ class Quote:
     price: Price | None = None
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Plans are millions of tuples, and none of them are in cycles: to look for some takes longer than to plan."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collection()
 def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
     try:
@@ -134,6 +149,7 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     return price_of(str(config["architectures"][0]), sides, settings)
 
 
+@_without_collection()
 def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bool = True) -> Quote:
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.perf_counter()

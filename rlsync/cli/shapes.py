@@ -34,6 +34,29 @@ def _qwen3_moe(hidden: int, ffn: int, expert_ffn: int, layers: int, heads: int, 
     return {**_QWEN3_MOE, **sizes, "num_attention_heads": heads, **changes}
 
 
+# DeepSeek-V3 without the layer that predicts a further token, which is not trained.
+_DEEPSEEK_V3: Mapping[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280, "tie_word_embeddings": False,
+    "dtype": "bfloat16", "torch_dtype": "bfloat16", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1,
+    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 3, "moe_layer_freq": 1, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_nextn_predict_layers": 0,
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "hidden_act": "silu", "attention_bias": False, "initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_MOONLIGHT: Mapping[str, Any] = {
+    **_DEEPSEEK_V3, "vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446, "first_k_dense_replace": 1,
+    "q_lora_rank": None, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
+    "bos_token_id": 163584, "eos_token_id": 163585,
+}  # fmt: skip
+
 # Small enough for two CPU cores; a head has 32 elements because vLLM's attention on CPU takes no fewer.
 _TINY: Mapping[str, Any] = {"vocab_size": 512, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -47,6 +70,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8),
     "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 768, 48, 32),
     "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 1536, 94, 64),
+    "moonlight-16b": _MOONLIGHT,
+    "deepseek-v3": _DEEPSEEK_V3,
 }  # fmt: skip
 
 
