@@ -47,6 +47,7 @@ COLOURS = {
 }
 DIGITS = tuple(string.digits)
 _QUESTIONS = {"shape": "Which shape?", "colour": "Which colour?", "digit": "Which digit?"}
+_ANSWERS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "digit": DIGITS}
 
 _PATCH, _MERGE = 14, 2
 _CELL = _PATCH * _MERGE
@@ -64,6 +65,8 @@ class PictureRecipe:
     num_layers: int = 2
     vision_hidden_size: int = 128
     vision_depth: int = 2
+    questions: tuple[str, ...] = tuple(_QUESTIONS)
+    supervised_noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def build_picture_world(path: str | Path, recipe: PictureRecipe) -> PictureWorld
     for name in ("hidden_size", "vision_hidden_size"):
         check_width(f"pictures.{name}", getattr(recipe, name))
     folder = Path(path)
-    make_once(folder, asdict(recipe), lambda empty: _fill(empty, recipe), key="pictures.path")
+    make_once(folder, {**asdict(recipe), "questions": list(recipe.questions)}, lambda empty: _fill(empty, recipe), key="pictures.path")
     return PictureWorld(folder / "model", folder / "train.jsonl", folder / "held_out.jsonl")
 
 
@@ -102,8 +105,23 @@ def _fill(folder: Path, recipe: PictureRecipe) -> None:
         ("held_out", combinations[:held_out], recipe.num_held_out),
     ):
         (folder / name).mkdir()
-        rows = _rows(folder, name, chosen, count, random.Random(f"{name}-{recipe.seed}"))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = list(_rows(folder, name, chosen, count, recipe.questions, random.Random(f"{name}-{recipe.seed}")))
+        _write_rows(folder / f"{name}.jsonl", rows)
+        if name == "train" and recipe.supervised_noise:
+            draw = random.Random(f"supervised-{recipe.seed}")
+            _write_rows(folder / "supervised.jsonl", [_doubtful(row, recipe.supervised_noise, draw) for row in rows])
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _doubtful(row: dict[str, Any], noise: float, draw: random.Random) -> dict[str, Any]:
+    """The row, or with this probability one with a wrong answer of the same kind."""
+    if draw.random() >= noise:
+        return row
+    kind = next(kind for kind, question in _QUESTIONS.items() if question == row["question"])
+    return {**row, "answer": draw.choice([answer for answer in _ANSWERS[kind] if answer != row["answer"]])}
 
 
 def make_vision_tokenizer() -> PreTrainedTokenizerFast:
@@ -169,13 +187,15 @@ def _make_model(recipe: PictureRecipe, tokenizer: PreTrainedTokenizerFast) -> Qw
         return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _rows(folder: Path, name: str, combinations: list[tuple[str, str, str]], count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+def _rows(
+    folder: Path, name: str, combinations: list[tuple[str, str, str]], count: int, questions: tuple[str, ...], draw: random.Random
+) -> Iterator[dict[str, Any]]:
     """A picture a row, with one of the questions; written below ``folder/name``."""
     for i in range(count):
         shape, colour, digit = draw.choice(combinations)
         file = f"{name}/{i:05d}.png"
         draw_picture(shape, colour, digit, draw).save(folder / file)
-        asked = draw.choice(tuple(_QUESTIONS))
+        asked = draw.choice(questions)
         answer = {"shape": shape, "colour": colour, "digit": digit}[asked]
         yield {"question": _QUESTIONS[asked], "image": file, "answer": answer}
 

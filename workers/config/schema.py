@@ -372,7 +372,7 @@ class ArithmeticConfig:
 class PicturesConfig:
     """``pictures``: the locally made vision-language model and its drawn pictures with questions; absent: none are made."""
 
-    path: str = key(doc="folder that receives model/, train.jsonl, held_out.jsonl and the pictures of both")
+    path: str = key(doc="folder that receives model/, train.jsonl, held_out.jsonl, the pictures of both, and supervised.jsonl")
     seed: int = key(0, "of weights, pictures and questions", bounds=SEED)
     num_train: int = key(8192, "rows of train.jsonl, each with a picture of its own", min=1)
     num_held_out: int = key(256, "rows of held_out.jsonl, of combinations of shape, colour and digit that train.jsonl lacks", min=1)
@@ -380,6 +380,11 @@ class PicturesConfig:
     num_layers: int = key(2, "of the language model", min=1)
     vision_hidden_size: int = key(128, "of the vision tower; a multiple of 32", min=32)
     vision_depth: int = key(2, "blocks of the vision tower", min=1)
+    questions: tuple[Literal["shape", "colour", "digit"], ...] = key(("shape", "colour", "digit"), "what pictures are asked about")
+    supervised_noise: float = key(
+        0.0, "share of wrong answers in supervised.jsonl, the rows of train.jsonl once more; what GRPO has to unlearn; 0: no such file",
+        min=0, below=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
