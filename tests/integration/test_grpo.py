@@ -77,6 +77,21 @@ def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
     assert all(1 <= line["moe/load_imbalance"] <= 2 for line in lines)
 
 
+def test_reward_of_questions_about_pictures_rises_and_both_sides_see_the_same_picture(tmp_path):
+    """With the negative control: in the last step engines see other pictures than the actor."""
+    command = [sys.executable, "-m", "tests.integration.grpo_run", "other-pictures", "--config", "pictures-grpo-megatron"]
+    run(
+        command, tmp_path, f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16",
+        "pictures.questions=[colour]", "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=8", "runner.save_interval=-1",
+        "runner.val_check_interval=-1", "data.num_workers=0", "weight_sync.timeout_s=40",
+    )  # fmt: skip
+    first, *lines, last = read_metrics(tmp_path / "run")
+    rewards = [line["rollout/reward_scores"] for line in lines]
+    assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
+    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines) and last["rollout/logprob_diff_mean"] > 0.1
+    assert (first["step"], first["val/num_problems"]) == (0, 16) and last["rollout/reward_scores"] < rewards[-1] - 0.3
+
+
 def test_a_validation_answers_as_transformers_does_with_the_checkpoint_of_its_step(finished):
     folder = finished[0]
     found = {line["step"]: [line[name] for name in VALIDATION] for line in read_metrics(folder / "run") if "val/reward" in line}
