@@ -50,6 +50,15 @@ def test_the_model_is_one_that_can_be_trained_and_its_rows_are_examples(world: P
     assert grids == {(1, 4, 4), (1, 4, 6), (1, 6, 4), (1, 6, 6)}
 
 
+def test_supervised_rows_are_those_of_the_training_with_a_share_of_wrong_answers_of_their_kind(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, num_train=60, questions=("shape", "colour"), supervised_noise=0.5)
+    path = build_picture_world(tmp_path / "world", recipe).train_path
+    taught, true = ([json.loads(line) for line in file.read_text().splitlines()] for file in (path.with_name("supervised.jsonl"), path))
+    assert [{**row, "answer": ""} for row in taught] == [{**row, "answer": ""} for row in true]
+    assert 20 <= sum(a["answer"] != b["answer"] for a, b in zip(taught, true, strict=True)) <= 40
+    assert all(row["answer"] in {"Which shape?": SHAPES, "Which colour?": tuple(COLOURS)}[row["question"]] for row in taught)
+
+
 def test_the_same_recipe_makes_the_same_rows_and_weights_and_another_another(world: PictureWorld, tmp_path: Path) -> None:
     def content(of: PictureWorld) -> list[bytes]:
         folder = of.model_path.parent
