@@ -137,7 +137,8 @@ def test_memory_that_moves_unsaid_is_found_out_and_the_next_sync_is_right(
         for source in actors.sources:
             source.move()
         error = actors.failure(lambda s: s.sync(2))
-    assert (error.phase, error.engine) == ("verify", "near")
+    # The worker's own report and its engine's answer race; a phase is of the one that comes first.
+    assert error.engine == "near" and "verified regions are not what was sent" in error.cause, error
     actors.sync(3)
     assert holds(engine, 3)
 
