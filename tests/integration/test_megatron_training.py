@@ -113,8 +113,8 @@ def test_experts_train_as_huggingface(moe_models):
         _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED) | PACKED,
         _case("glm4_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         # The rotary key of all heads gets gradients from those of both ranks.
-        _case("deepseek_v3", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
-        _case("moonlight", [2, 2], dp_size=2, ep_size=2),
+        _case("deepseek_v3", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED) | PACKED | CHUNKED,
+        _case("moonlight", [2, 2], dp_size=2, ep_size=2) | PACKED,
     ]
     _run(2, "train_as_huggingface", cases, moe_models)
 
