@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 _WITH_MEGATRON = tuple(
     f"tests.integration.{name}_ranks"
     for name in (
-        "actor", "sft_actor", "agreement", "bridge", "checkpoint", "freshness", "lora", "megatron", "offload", "replay",
+        "actor", "sft_actor", "agreement", "bridge", "checkpoint", "convert", "freshness", "lora", "megatron", "offload", "replay",
         "reshard", "vision", "vision_parts",
     )
 )  # fmt: skip

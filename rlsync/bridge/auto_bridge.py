@@ -26,12 +26,14 @@ from rlsync.bridge.adapter_folder import (
     check_adapter_folder,
     stored_factors,
 )
-from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, read_config, travelling_files, with_dtype, without_tied_head
+from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
+from rlsync.convert.filling import copy_all, plan_filling
+from rlsync.convert.sources import holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
-from rlsync.layout.safetensors import StoredTensor, read_checkpoint
+from rlsync.layout.safetensors import read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
@@ -40,7 +42,7 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import module_of
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stored import FileTensor, default_form, differences, file_placement, form_of, has_other_forms, misfits
+from rlsync.models.stored import FileTensor, differences, file_placement
 from rlsync.plan.planner import Bucket, Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
@@ -98,8 +100,7 @@ class AutoBridge:
         self.hf_config = dict(config)
         self.model = model_of(config)
         self._folder = folder
-        shapes = _stored_shapes(folder) if has_other_forms(self.model) else {}
-        self._form = form_of(self.model, shapes) if shapes else default_form(self.model)
+        self._form = form_of_folder(self.model, folder)
         self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
@@ -270,8 +271,9 @@ class AutoBridge:
                 except OSError as error:
                     raise CheckpointError(f"{error.filename or out_dir}: cannot be written ({error.strerror})") from error
 
-    def load_weights(self, models: Sequence[torch.nn.Module], hf_path: str | Path) -> None:
-        """Fill the parameters from a safetensors checkpoint; each rank reads only the byte ranges it needs.
+    def load_weights(self, models: Sequence[torch.nn.Module], path: str | Path) -> None:
+        """Fill the parameters from a safetensors checkpoint, or from Megatron's shards of any layout (see docs/checkpoints.md); each rank
+        reads only the byte ranges it needs.
 
         Floating-point dtypes are cast to those of the parameters; vocabulary padding becomes zero. Raises on every rank,
         before anything changes: CheckpointError (truncated, missing files), PlacementError (all missing, unexpected and
@@ -279,14 +281,13 @@ class AutoBridge:
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            source, stored = self._checked(read_checkpoint(Path(hf_path)), Path(hf_path))
+            holdings = holdings_of(Path(path), self.model)
             mine = shards.placements[dist.get_rank()]
-            plan = build_plan(shards.tensors, [source], [mine], transforms=("cast",))
-            files = MappedTensors(stored)
-            files.open()
+            filling = plan_filling(shards.tensors, holdings, mine)
+            files = filling.open()
         with agreed(device=compute_device()), torch.no_grad():
-            for bucket in plan.buckets:
-                bind(bucket.copies, files, shards.buffers).run()
+            for bucket in filling.plan.buckets:
+                copy_all(bucket.copies, files, shards.buffers)
             write_padding(mine.padding, shards.buffers)
 
     def export_weights(
@@ -351,7 +352,7 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
-            stored, kept = self._form.file_tensors(self.model, shards.tensors), self._kept_tensors()
+            stored, kept = self._form.file_tensors(self.model, shards.tensors), kept_tensors(self.model, self._folder)
             held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
             written = [file.spec for file in stored] + [entry.spec for entry in kept.values()]
             specs = shard_files(written, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
@@ -379,26 +380,6 @@ class AutoBridge:
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
                 write_index(out_dir, specs, durable=durable)
-
-    def _checked(self, stored: Mapping[str, StoredTensor], folder: Path) -> tuple[Placement, Mapping[str, StoredTensor]]:
-        """Where the tensors of the table lie in a checkpoint, and its tensors without a copy of the embedding as its head.
-
-        PlacementError lists missing, unexpected and wrongly shaped tensors at once.
-        """
-        if self.model.tied:
-            stored = without_tied_head(stored, folder)
-        shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
-        findings = misfits(self.model, shapes)
-        if findings:
-            raise PlacementError(f"{folder} does not fit {self.hf_config['architectures'][0]}: " + "; ".join(findings))
-        files = form_of(self.model, shapes).file_tensors(self.model, self.model.tensors())
-        return file_placement(str(folder), [replace(file, spec=stored[file.spec.name].spec) for file in files]), stored
-
-    def _kept_tensors(self) -> dict[str, StoredTensor]:
-        """Tensors of the folder the bridge was made from that no rank holds and a saved one has."""
-        if self._folder is None or not self.model.family.kept(self.model.values) or not any(self._folder.glob("*.safetensors*")):
-            return {}
-        return {name: entry for name, entry in read_checkpoint(self._folder).items() if self.model.is_kept(name)}
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
         """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
@@ -497,13 +478,6 @@ def _in_place(tensor: TensorSpec, copies: Sequence[Copy], buffers: Mapping[str, 
     whole = empty_tensor(tensor)
     bind(copies, buffers, {tensor.name: whole}).run()
     return whole
-
-
-def _stored_shapes(folder: Path | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a folder; none where it has no weights."""
-    if folder is None or not any(folder.glob("*.safetensors*")):
-        return {}
-    return {name: stored.spec.shape for name, stored in read_checkpoint(folder).items()}
 
 
 def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[TensorSpec], num_writers: int) -> tuple[TensorSpec, ...]:

@@ -12,8 +12,11 @@ Owns the order of writing; names and completeness are ``checkpoint_folder``'s, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +34,24 @@ from rlsync.bridge.checkpoint_folder import (
     shards_folder,
     write_durably,
 )
+from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_to
+from rlsync.convert.optimizer import read_optimizer
+from rlsync.convert.sources import rank_files
+from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError
-from rlsync.megatron.model import adapters_in
+from rlsync.layout.torch_files import TensorView
+from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
-from rlsync.megatron.optimizer_state import distributed_optimizer_state, restore_distributed_optimizer_state
+from rlsync.megatron.optimizer_state import (
+    count_steps,
+    distributed_optimizer_state,
+    distributed_parts,
+    restore_distributed_optimizer_state,
+    set_parameter_states,
+)
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
+from rlsync.plan.planner import Copy
 from rlsync.transport.collectives import agreed
 
 
@@ -83,20 +98,30 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     random_state: bool = True,
 ) -> Restored:
-    """Restore an ``actor/`` folder under the topology it was saved with. Collective over all ranks.
+    """Restore an ``actor/`` folder. Collective over all ranks.
 
     Options of optimizer and schedule (learning rate, betas, weight decay, shape of the schedule, static loss scale) stay those they were
     built with; their state is restored: moments, step counts, dynamic loss scale. ``random_state`` False leaves the generators as they are.
-    A folder without Megatron shards gives its HF weights alone; the result says so. Models with adapters are restored onto the base
-    that they were made with, which has been loaded before. Raises CheckpointError, on every rank before anything changes, for an
-    incomplete folder, one saved under another TP, PP, EP or ETP, and one without shards where the models have adapters.
+    Shards of another layout are cut anew, those of a distributed optimizer as well; random states then stay as they are. A folder without
+    Megatron shards gives its HF weights alone; the result says so. Models with adapters are restored onto the base that they were made
+    with, which has been loaded before. Raises CheckpointError, on every rank before anything changes, for an incomplete folder; for
+    another layout where the optimizer is not distributed, or was not, or the models have adapters; and for one without shards where the
+    models have adapters.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
+        shards = shards_folder(folder, held.step)
+        if held.complete:
+            held = replace(held, moved=held.moved or _was_cut_otherwise(shards, models))
+        if held.moved and adapters_in(models) is not None:
+            raise CheckpointError(f"{shards} was saved under another layout, and adapters are not cut anew; resume under the saved layout")
+    if held.moved:
+        _load_moved(shards, bridge, models, optimizer, scheduler)
+        return held
     if held.complete:
-        mine = shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank())
+        mine = shards / rank_folder(topology, dist.get_rank())
         with agreed(device=compute_device()):
             state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state)
         with agreed(device=compute_device()):
@@ -110,19 +135,87 @@ def load_checkpoint(
     return held
 
 
-def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> None:
-    """The weights alone of an ``actor/`` folder, to start another run from; any number of data-parallel replicas.
+def _was_cut_otherwise(shards: Path, models: Sequence[torch.nn.Module]) -> bool:
+    """Whether shards are of another topology than the running one, or their vocabulary is padded otherwise."""
+    saved, files = rank_files(shards)
+    options = next(files).content.get("options")
+    rows = options.get("padded vocabulary") if isinstance(options, dict) else None
+    return saved != current_topology(models) or rows not in (None, unwrap(models[0]).vocab_size)
 
-    Call it before ``build_optimizer``. Collective over all ranks. Raises CheckpointError as :func:`load_checkpoint`.
+
+def _load_moved(
+    shards: Path,
+    bridge: AutoBridge,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+) -> None:
+    """Weights, main parameters, moments and counters from shards of another layout. Each rank reads what it needs. Collective."""
+    fillings: dict[str, Filling] = {}
+    saved = None
+    with agreed(device=compute_device()):
+        if optimizer is not None:
+            saved = read_optimizer(shards, bridge.model)
+            if not distributed_parts(optimizer):
+                raise CheckpointError(
+                    f"{shards} was saved under another layout, and the optimizer of this run is not distributed; set "
+                    "actor.optim.use_distributed_optimizer, resume under the saved layout, or load its weights alone "
+                    "(actor.megatron.no_load_optim)"
+                )
+            trained = {name for _, _, name, parameter in iter_parameters(models) if parameter.requires_grad}
+            mine = restricted_to(bridge.shards(models).placements[dist.get_rank()], trained)
+            mine = replace(mine, buffers=tuple(replace(buffer, dtype="float32") for buffer in mine.buffers))
+            fillings = {plane: plan_filling(bridge.model.tensors(), holdings, mine) for plane, holdings in saved.planes.items()}
+            opened = {plane: filling.open() for plane, filling in fillings.items()}
+    bridge.load_weights(models, shards)
+    if optimizer is None or saved is None:
+        return
+    count_steps(optimizer, saved.adam_steps, _with_tensors(saved.grad_scaler))
+    names = {id(parameter): name for _, _, name, parameter in iter_parameters(models)}
+    copies: dict[str, dict[str, list[Copy]]] = {plane: defaultdict(list) for plane in fillings}
+    for plane, filling in fillings.items():
+        for bucket in filling.plan.buckets:
+            for copy in bucket.copies:
+                copies[plane][copy.destination_buffer].append(copy)
+
+    def state_of(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        name, states = names[id(parameter)], {}
+        for plane in fillings:
+            # Padding of the vocabulary is zero, and so is its state.
+            states[plane] = torch.zeros(parameter.shape, dtype=torch.float32)
+            copy_all(copies[plane][name], opened[plane], {name: states[plane]})
+        return states
+
+    set_parameter_states(optimizer, state_of)
+    if scheduler is not None:
+        scheduler.num_steps = saved.schedule_steps
+        scheduler.step(0)
+
+
+def _with_tensors(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """State of a loss scale with its tensors, which were not read so far."""
+    if state is None:
+        return None
+    views = {name: value.stored(name) for name, value in state.items() if isinstance(value, TensorView)}
+    tensors = MappedTensors(views)
+    return {name: tensors[name].clone().to(compute_device()) if name in views else value for name, value in state.items()}
+
+
+def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> None:
+    """The weights alone of an ``actor/`` folder, to start another run from; of any layout.
+
+    Call it before ``build_optimizer``. Collective over all ranks. Raises CheckpointError as :func:`load_checkpoint`, PlacementError for
+    weights of another model.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
-        if held.complete:
-            load_rank_weights(shards_folder(folder, held.step) / rank_folder(topology, dist.get_rank()), models)
-    if not held.complete:
-        bridge.load_weights(models, hf_folder(folder))
+        shards, has_adapters = shards_folder(folder, held.step), adapters_in(models) is not None
+        if has_adapters:
+            load_rank_weights(shards / rank_folder(topology, dist.get_rank()), models)
+    if not has_adapters:
+        bridge.load_weights(models, shards if held.complete else hf_folder(folder))
 
 
 def _refuse_merged(folder: Path, models: Sequence[torch.nn.Module], *, complete: bool) -> None:

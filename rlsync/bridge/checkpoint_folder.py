@@ -63,25 +63,30 @@ def _axes(topology: Topology) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What ``load_checkpoint`` puts back. ``complete`` is False where only HF weights were there: the optimizer starts anew."""
+    """What ``load_checkpoint`` puts back.
+
+    Attributes:
+        complete: False where only HF weights were there: the optimizer starts anew.
+        moved: the shards were saved under another layout and are cut anew; random states start anew.
+    """
 
     step: int
     complete: bool
+    moved: bool = False
 
 
 def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int, ep_size: int = 1) -> Restored:
     """What ``load_checkpoint`` would restore from an ``actor/`` folder under these sizes; reads names only, no tensor.
 
-    Raises CheckpointError for an incomplete folder or one saved under another TP, PP or EP.
+    Raises CheckpointError for an incomplete folder. ``moved`` tells of another TP, PP or EP only: names do not tell of other axes.
     """
     folder = Path(folder)
     step = tracked_step(folder)
     shards = shards_folder(folder, step)
-    if shards.is_dir():
-        _check_layout(shards, tp_size, pp_size, ep_size)
-    else:
+    if not shards.is_dir():
         hf_folder(folder)
-    return Restored(step, complete=shards.is_dir())
+        return Restored(step, complete=False)
+    return Restored(step, complete=True, moved=_is_moved(shards, tp_size, pp_size, ep_size))
 
 
 def shards_folder(folder: Path, step: int) -> Path:
@@ -133,7 +138,7 @@ def publish_checkpoint(staged: Path, *, keep_last_n: int | None = None) -> Path:
         shutil.rmtree(outgoing)
     else:
         os.rename(staged, final)
-    _sync_folder(staged.parent)
+    sync_folder(staged.parent)
     if keep_last_n is not None:
         until_now = [path for path in complete_checkpoints(staged.parent) if step_of(path) <= step]
         for old in until_now[:-keep_last_n]:
@@ -189,32 +194,26 @@ def _recover_replaced(root: Path) -> None:
             os.rename(path, final)
 
 
-def _check_layout(shards: Path, tp_size: int, pp_size: int, ep_size: int) -> None:
-    """Refuse another TP, PP or EP by name: the optimizer's shards cannot be cut anew."""
+def _is_moved(shards: Path, tp_size: int, pp_size: int, ep_size: int) -> bool:
+    """Whether shards were saved under another TP, PP or EP. Raises CheckpointError where some are missing or empty."""
     found = [match[1] for path in shards.iterdir() if (match := _RANK_FOLDER.fullmatch(path.name))]
     if not found:
         raise CheckpointError(
             f"{shards}: no mp_rank_* folder, as in a checkpoint of another trainer; start a new run from its Hugging Face weights"
         )
+    empty = [path for path in sorted(shards.glob("mp_rank_*/*.pt")) if path.stat().st_size == 0]
+    if empty:
+        raise CheckpointError(f"{empty[0]} has 0 bytes; resume from an older checkpoint")
     ranks = [tuple(map(int, numbers.split("_"))) for numbers in found]
     saved = [1 + max(rank[axis] for rank in ranks if len(rank) > axis) for axis in range(max(map(len, ranks)))]
     # Two numbers are of tensor and pipeline ranks, or of tensor and expert ranks.
     saved = [saved[0], 1, saved[1]] if len(saved) == 2 and pp_size == 1 and ep_size > 1 else [*saved, 1, 1][:3]
     if saved != [tp_size, pp_size, ep_size]:
-        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-        shown = [index for index in range(3) if index < 2 or (saved[index], ep_size) != (1, 1)]
-        then = ", ".join(f"{names[index]} {saved[index]}" for index in shown)
-        now = ", ".join(str((tp_size, pp_size, ep_size)[index]) for index in shown)
-        raise CheckpointError(
-            f"{shards} was saved with {then}; this run has {now}. Resume with the saved sizes, or start a new run from "
-            f"{shards.parent / HF_FOLDER}"
-        )
+        return True
     # Which expert ranks a tensor rank has depends on all axes; a folder that is missing is found by the rank that reads it.
     if ep_size == 1 and len(ranks) != tp_size * pp_size:
         raise CheckpointError(f"{shards}: {len(ranks)} mp_rank_* folders, expected {tp_size * pp_size}")
-    empty = [path for path in sorted(shards.glob("mp_rank_*/*.pt")) if path.stat().st_size == 0]
-    if empty:
-        raise CheckpointError(f"{empty[0]} has 0 bytes; resume from an older checkpoint")
+    return False
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -227,7 +226,8 @@ def write_durably(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk know the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder beside its weights: its configuration, the files that travel with weights, its tied head.
+"""A Hugging Face model folder: its configuration, the files that travel with weights, where the tensors of its model lie, its tied head.
 
 Owns which files of a folder belong to a saved model and why. Must not know Megatron, engines or process groups.
 """
@@ -11,13 +11,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rlsync.copy.files import MappedTensors
-from rlsync.errors import CheckpointError, ConfigError
-from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor
+from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, Holding, StoredTensor, read_checkpoint
+from rlsync.models.stacks import Model
+from rlsync.models.stored import StoredForm, default_form, file_placement, form_of, has_other_forms, misfits
 
 CONFIG_NAME = "config.json"
 HEAD = "lm_head.weight"
@@ -158,6 +161,40 @@ def copy_files(folder: Path, files: tuple[Path, ...], out_dir: Path, *, durable:
             copy.flush()
             if durable:
                 os.fsync(copy.fileno())
+
+
+def form_of_folder(model: Model, folder: Path | None) -> StoredForm:
+    """How the weight files of a folder hold the tensors of ``model``; where it has none, as released checkpoints of the family do.
+
+    Reads headers, and those only where files of the family exist in several forms. Raises PlacementError where the form is not clear.
+    """
+    if folder is None or not has_other_forms(model) or not any(folder.glob("*.safetensors*")):
+        return default_form(model)
+    return form_of(model, {name: stored.spec.shape for name, stored in read_checkpoint(folder).items()})
+
+
+def kept_tensors(model: Model, folder: Path | None) -> dict[str, StoredTensor]:
+    """Tensors of a folder's weight files that no rank of a run holds and a saved folder has all the same; none where it has no files."""
+    if folder is None or not model.family.kept(model.values) or not any(folder.glob("*.safetensors*")):
+        return {}
+    return {name: entry for name, entry in read_checkpoint(folder).items() if model.is_kept(name)}
+
+
+def placed_checkpoint(model: Model, folder: Path) -> Holding:
+    """Where the tensors of ``model`` lie in the weight files of a folder, without a copy of the embedding as its head.
+
+    Raises CheckpointError for damaged files, PlacementError with all missing, unexpected and wrongly shaped tensors at once.
+    """
+    stored: Mapping[str, StoredTensor] = read_checkpoint(folder)
+    if model.tied:
+        stored = without_tied_head(stored, folder)
+    shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
+    findings = misfits(model, shapes)
+    if findings:
+        raise PlacementError(f"{folder} does not fit {model.architecture}: " + "; ".join(findings))
+    files = form_of(model, shapes).file_tensors(model, model.tensors())
+    placement = file_placement(str(folder), [replace(file, spec=stored[file.spec.name].spec) for file in files])
+    return Holding(placement, {buffer.name: stored[buffer.name] for buffer in placement.buffers})
 
 
 def without_tied_head(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

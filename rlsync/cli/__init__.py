@@ -19,6 +19,8 @@ from rlsync.errors import RlsyncError
 # Module of this package, with ``add_arguments`` and ``run``, and what it is for.
 _COMMANDS = {
     "bench": "measure syncs on this machine beside its links and beside what others do, with random weights",
+    "compare": "run a model in transformers and in Megatron, and say how far apart they are and from which layer on",
+    "convert": "make a checkpoint of Hugging Face or Megatron one of another form or layout, without GPUs",
     "doctor": "check software, GPUs, memory and network of this machine, and say what to do",
     "plan": "what a sync of a model between two layouts moves and needs, on paper",
     "verify": "compare the weights of a Hugging Face folder with another or with an engine",

@@ -18,10 +18,13 @@ from rlsync.plan.buckets import grouped
 
 
 class MappedTensors(Mapping[str, torch.Tensor]):
-    """Read-only tensors over mapped files, opened on first use. Only the pages that a copy touches are read."""
+    """Tensors over mapped files, opened on first use. Only the pages that a copy touches are read.
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
+    They are for reading, unless ``writable``: what is then written to them is written to the files.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor], *, writable: bool = False) -> None:
+        self._stored, self._writable = stored, writable
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -40,10 +43,18 @@ class MappedTensors(Mapping[str, torch.Tensor]):
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            with file.open("rb") as stream:
-                # A private writable mapping: torch wants writable memory, and nothing reaches the file.
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            with file.open("r+b" if self._writable else "rb") as stream:
+                # Where it is private it is writable as well: torch wants writable memory, and nothing reaches the file.
+                flags = mmap.MAP_SHARED if self._writable else mmap.MAP_PRIVATE
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return self._maps[file]
+
+    def let_pages_go(self) -> None:
+        """Give memory back that the mapped pages take; the disk has what was written to them when this returns."""
+        for mapped in self._maps.values():
+            if self._writable:
+                mapped.flush()
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def raw(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, 1-D uint8."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsync.errors import CheckpointError
-from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.geometry import Placement, TensorSpec
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,6 +31,14 @@ class StoredTensor:
     file: Path
     begin: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one holder has of a model, and where in files: ``stored`` by buffer of the placement."""
+
+    placement: Placement
+    stored: Mapping[str, StoredTensor]
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:

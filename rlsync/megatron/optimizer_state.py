@@ -5,7 +5,7 @@ Knows no file; ``rlsync.megatron.state`` says what is kept where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,12 @@ def parameter_ranges(optimizer: MegatronOptimizer) -> list[list[list[tuple[int, 
     return [[_ranges(buffer) for buffer in part.buffers] for part in distributed_parts(optimizer)]
 
 
+def parameter_names(optimizer: MegatronOptimizer, names: Mapping[int, str]) -> list[list[list[str]]]:
+    """Names of the parameters of ``parameter_ranges``, in the same form; ``names`` by ``id`` of the parameter. Not collective."""
+    parts = distributed_parts(optimizer)
+    return [[[names[id(parameter)] for parameter in buffer.param_index_map] for buffer in part.buffers] for part in parts]
+
+
 def _ranges(buffer: Any) -> list[tuple[int, int]]:
     begins, total = [], 0
     for bucket in buffer.buckets:
@@ -172,6 +178,34 @@ def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer:
         # Without gradients, because float32 main parameters are views of the model's.
         with torch.no_grad(), _steps_aside(part):
             part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
+
+
+def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch.nn.Parameter], Mapping[str, Tensor]]) -> None:
+    """Set main parameters and moments of this rank's shards of a distributed optimizer. Not collective.
+
+    Args:
+        state_of: of a parameter of this rank, whole, each of PLANES in float32.
+    """
+    allocate_adam_state(optimizer)
+    for part in distributed_parts(optimizer):
+        # Without gradients, because float32 main parameters are views of the model's.
+        with torch.no_grad(), _steps_aside(part):
+            for parameter in part.model_param_gbuf_map:
+                shard = part._get_model_param_range_map(parameter)["param"]
+                states = {plane: state.reshape(-1)[shard.start : shard.end] for plane, state in state_of(parameter).items()}
+                part._set_main_param_and_optimizer_states(parameter, states)
+
+
+def count_steps(optimizer: MegatronOptimizer, steps: float, grad_scaler: Mapping[str, Any] | None) -> None:
+    """Have a distributed optimizer go on as one that has counted ``steps``, with the state of its dynamic loss scale. Not collective."""
+    state = optimizer_state(optimizer)
+    for part in state if isinstance(state, list) else [state]:
+        for group in part["optimizer"]["param_groups"]:
+            # A group of TransformerEngine's counts whole ones.
+            group["step"] = int(steps) if isinstance(group.get("step"), int) else steps
+        if grad_scaler is not None and "grad_scaler" in part:
+            part["grad_scaler"] = dict(grad_scaler)
+    load_optimizer_state(optimizer, state)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
-from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, unwrap
+from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
     check_optimizer_state,
     distributed_parts,
@@ -30,20 +30,18 @@ from rlsync.megatron.optimizer_state import (
     load_optimizer_state,
     optimizer_config,
     optimizer_state,
+    parameter_names,
     parameter_ranges,
 )
 from rlsync.megatron.parallel import current_topology
 from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
-
-RANK_STATE_FILE = "model_optim_rng.pt"
-DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
+from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, EXTRA_STATE, RANK_STATE_FILE, chunk_keys, weights_only_state
 
 # Of the content of these files: raise it with the keys of ``rank_state``. What was written under another number need not be readable.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 # What torch and Megatron raise of damaged or foreign content.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-_CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
 
 
 def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
@@ -138,17 +136,13 @@ def rank_state(
     Tensors of the model and of a non-distributed optimizer are the live ones, not copies.
     """
     gather_parameters(models)
-    state: dict[str, Any] = {
-        "checkpoint_version": _CHECKPOINT_VERSION,
-        "iteration": step,
-        "topology": asdict(current_topology(models)),
-        "rng_state": gathered_rng_states(),
-        "options": _options(models, optimizer),
-        **{key: dict(_tensors(model)) for key, model in _keyed(models)},
-    }
+    topology, chunks = asdict(current_topology(models)), {key: dict(_tensors(model)) for key, model in _keyed(models)}
+    state = weights_only_state(topology, step, unwrap(models[0]).vocab_size, chunks)
+    state |= {"rng_state": gathered_rng_states(), "options": _options(models, optimizer)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state(optimizer)
         state["parameter_ranges"] = parameter_ranges(optimizer)
+        state["parameter_names"] = parameter_names(optimizer, {id(p): name for _, _, name, p in iter_parameters(models)})
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state
@@ -216,7 +210,7 @@ def _options(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
 
 def _keyed(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
     """Chunks under the keys Megatron gives them."""
-    return [("model", models[0])] if len(models) == 1 else [(f"model{index}", model) for index, model in enumerate(models)]
+    return list(zip(chunk_keys(len(models)), models, strict=True))
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -224,7 +218,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     persistent buffers, without TransformerEngine's ``_extra_state``."""
     has_adapters = adapters_in([model]) is not None
     for name, value in unwrap(model).state_dict().items():
-        if is_adapter(name) if has_adapters else not name.endswith("_extra_state"):
+        if is_adapter(name) if has_adapters else not name.endswith(EXTRA_STATE):
             yield name, value.detach()
 
 

@@ -141,6 +141,13 @@ class Stack:
     part: Part = "language_model"
     stacked: Stacked | None = None
 
+    def names(self, rule: Rule, numbers: Mapping[str, int]) -> tuple[str, str, str]:
+        """Megatron names of a parameter under the local and the TransformerEngine spec and in GroupedMLP ("" where it is none of its),
+        with these numbers for the indices."""
+        names = (rule.megatron, rule.te or rule.megatron, rule.joined)
+        local, te, joined = ((self.megatron + name).format(**numbers) if name else "" for name in names)
+        return local, te, joined
+
 
 # The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.
 Shares = Callable[[Stack], Sequence[Sequence[int]] | None]
@@ -328,8 +335,7 @@ class Model:
 
     def _bind(self, rule: Rule, stack: Stack, numbers: tuple[int, ...]) -> Bound:
         placed = dict(zip((index.name for index in stack.indices), numbers, strict=True))
-        names = (rule.megatron, rule.te or rule.megatron, rule.joined)
-        local, te, joined = ((stack.megatron + name).format(**placed) if name else "" for name in names)
+        local, te, joined = stack.names(rule, placed)
         hf = tuple(
             ((stack.hf + tensor.template).format(**placed), tuple(int(d) if d.isdigit() else self.dims[d] for d in tensor.dims))
             for tensor in rule.hf

@@ -41,7 +41,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rlsync {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor", "plan", "verify"])
+@pytest.mark.parametrize("command", ["bench", "compare", "convert", "doctor", "plan", "verify"])
 def test_each_command_explains_its_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

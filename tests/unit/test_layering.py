@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
     ("copy", True, frozenset({"rlsync.copy"})),
     ("transport", True, frozenset({"rlsync.transport"})),
     ("frameworks", False, frozenset({"rlsync.megatron", "rlsync.engine"})),
-    ("services", True, frozenset({"rlsync.bridge", "rlsync.sync"})),
+    ("services", True, frozenset({"rlsync.bridge", "rlsync.convert", "rlsync.sync"})),
     ("facade", True, frozenset({"rlsync"})),
     ("bench", True, frozenset({"rlsync.bench"})),
     ("command line", True, frozenset({"rlsync.cli", "rlsync.__main__"})),

@@ -1,0 +1,170 @@
+"""``rlsync convert``: a checkpoint of one form and layout made into one of another, without a process group or a GPU.
+
+Owns arguments, progress and output; ``rlsync.convert`` converts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsync.cli.lines import WIDTH, amount
+from rlsync.errors import ConfigError
+from rlsync.models.base_keys import DTYPES
+
+if TYPE_CHECKING:
+    from rlsync.convert.conversion import Converted, Progress, Request
+
+# Options of the layout, and their fields of Topology.
+_AXES = {
+    "tp": "tp_size", "pp": "pp_size", "vpp": "vpp_size", "cp": "cp_size", "ep": "ep_size", "etp": "etp_size",
+    "first_stage_layers": "first_stage_layers", "last_stage_layers": "last_stage_layers",
+}  # fmt: skip
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_FORMS = {"hf": "Hugging Face", "megatron": "Megatron"}
+# How often a line of progress is drawn.
+_DRAW_S = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "stopped at any moment, the same command goes on where it was; TO is there when all of it is"
+    parser.add_argument(
+        "source", metavar="FROM", type=Path, help="a Hugging Face folder, global_step_N, actor folder, or iter_XXXXXXX of Megatron"
+    )
+    parser.add_argument("target", metavar="TO", type=Path, help="folder to write: not there, or empty")
+    parser.add_argument("--to", choices=_FORMS, help="form of TO; default: megatron from Hugging Face files or with a layout, else hf")
+    layout = parser.add_argument_group("layout of Megatron's shards")
+    for option in _AXES:
+        layout.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N")
+    layout.add_argument(
+        "--spec", choices=("local", "te"), help="names of the parameters: te with TransformerEngine; default: FROM's, or local"
+    )
+    layout.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="as of the run that will load TO")
+    parser.add_argument("--dtype", choices=(*DTYPES, *SHORT_DTYPES), help="of the weights in TO; default: FROM's")
+    parser.add_argument("--model", type=Path, help="folder with the model's config.json, where FROM has none")
+    parser.add_argument("--workers", type=int, default=1, help="processes that copy")
+    parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="memory of each of them, at least the largest tensor")
+    parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a Hugging Face file")
+    parser.add_argument(
+        "--test-precision", action="store_true", help="then run rlsync compare on both sides, with its defaults in the dtype of TO"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, with progress on standard error where that is a terminal, and say what was made. Raises RlsyncError."""
+    from rlsync.convert.conversion import Request, convert
+    from rlsync.convert.sources import open_source, smallest_topology
+
+    for name in ("workers", "bucket_bytes", "max_shard_bytes", "make_vocab_size_divisible_by"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    sizes = {field: getattr(arguments, option) for option, field in _AXES.items() if getattr(arguments, option) is not None}
+    form = arguments.to
+    if form is None:
+        form = "megatron" if sizes or open_source(arguments.source, arguments.model).form == "hf" else "hf"
+    if form == "hf" and (sizes or arguments.spec is not None):
+        raise ConfigError("Hugging Face files have no layout: leave the sizes and --spec out, or say --to megatron")
+    request = Request(
+        source=arguments.source,
+        target=arguments.target,
+        form=form,
+        model_folder=arguments.model,
+        topology=smallest_topology(**sizes),
+        dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
+        flavour=arguments.spec,
+        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+        bucket_bytes=arguments.bucket_bytes,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
+    hf_folder = _hf_side(request) if arguments.test_precision else None
+    begin = time.monotonic()
+    bar = _Bar(begin)
+    try:
+        made = convert(request, workers=arguments.workers, report=bar.draw)
+    finally:
+        bar.end()
+    said = _said(arguments.target, made, time.monotonic() - begin)
+    if not arguments.json:
+        print(_line(said), flush=True)
+    found = None
+    if hf_folder is not None:
+        from rlsync.cli.compare import shown
+        from rlsync.convert.precision import compare_logits, random_batch
+
+        batch = random_batch(made.source.model, rows=2, length=32, seed=0, pictures=int(made.source.model.vision is not None))
+        found = compare_logits(hf_folder, batch, weights=request.target if form == "megatron" else request.source, dtype=made.output.dtype)
+        said["precision"] = {"within": found.is_within, **asdict(found)}
+        if not arguments.json:
+            print(shown(found))
+    if arguments.json:
+        print(json.dumps(said))
+    return 0 if found is None or found.is_within else 1
+
+
+def _hf_side(request: Request) -> Path:
+    """The folder that transformers loads to test a conversion. Raises ConfigError where there is none, before anything is converted."""
+    from rlsync.convert.sources import open_source
+
+    if request.form == "hf":
+        return request.target
+    source = open_source(request.source, request.model_folder)
+    for folder in (source.folder if source.form == "hf" else None, source.model_folder):
+        if folder is not None and any(folder.glob("*.safetensors")):
+            return folder
+    raise ConfigError("--test-precision compares with transformers, and no side is of Hugging Face files; name some by --model")
+
+
+def _said(target: Path, made: Converted, seconds: float) -> dict[str, Any]:
+    layout = getattr(made.output, "topology", None)
+    return {
+        "from": {"folder": str(made.source.folder), "form": made.source.form, "architecture": made.source.model.architecture},
+        "to": {
+            "folder": str(target),
+            "form": "hf" if layout is None else "megatron",
+            "layout": {} if layout is None else {option: getattr(layout, field) for option, field in _AXES.items()},
+            "dtype": made.output.dtype,
+            "files": made.num_files,
+            "bytes": made.progress.total_bytes,
+        },
+        "resumed_bytes": made.progress.resumed_bytes,
+        "seconds": seconds,
+    }
+
+
+def _line(said: dict[str, Any]) -> str:
+    source, target = said["from"], said["to"]
+    sizes = ", ".join(f"{option} {size}" for option, size in target["layout"].items() if size not in (1, None))
+    resumed = f", {amount(said['resumed_bytes'])} of them by an earlier one that was stopped" if said["resumed_bytes"] else ""
+    return (
+        f"{target['folder']}: {source['architecture']} from {_FORMS[source['form']]} files in {source['folder']} to "
+        f"{_FORMS[target['form']]} {f'({sizes})' if sizes else 'files'}, {target['dtype']}, {target['files']} files of weights, "
+        f"{amount(target['bytes'])} in {said['seconds']:.1f} s{resumed}"
+    )
+
+
+class _Bar:
+    """One line of progress, drawn anew, on a terminal; nothing elsewhere."""
+
+    def __init__(self, begin: float) -> None:
+        self._begin, self._drawn, self._is_shown = begin, 0.0, sys.stderr.isatty()
+
+    def draw(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if not self._is_shown or (now - self._drawn < _DRAW_S and progress.done_bytes < progress.total_bytes):
+            return
+        self._drawn = now
+        share = progress.done_bytes / max(1, progress.total_bytes)
+        rate = (progress.done_bytes - progress.resumed_bytes) / max(now - self._begin, 1e-3)
+        left = f", {(progress.total_bytes - progress.done_bytes) / rate:.0f} s left" if rate else ""
+        line = f"[{'#' * int(30 * share):30}] {share:4.0%} of {amount(progress.total_bytes)}, {amount(int(rate))}/s{left}"
+        print(f"\r{line:<{WIDTH}}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._drawn:
+            print(file=sys.stderr)

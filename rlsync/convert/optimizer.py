@@ -1,0 +1,130 @@
+"""State of distributed optimizers in the shards of a run, on paper: main parameters and moments as placements of a model's tensors.
+
+Of what rlsync saves. ``rlsync.megatron.optimizer_state`` puts it into a live optimizer of another layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rlsync.convert.filling import restricted_to
+from rlsync.convert.sources import RankFile, rank_files
+from rlsync.errors import CheckpointError
+from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.safetensors import Holding, StoredTensor
+from rlsync.layout.topology import Topology
+from rlsync.layout.torch_files import TensorView, read_torch_file
+from rlsync.models import Model
+from rlsync.models.placement import held_parameters, megatron_placement
+from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PLANES, RANK_STATE_FILE
+
+_ADVICE = "resume under the saved layout, or start a new run from its weights"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOptimizer:
+    """What a run saved of its optimizer, but for options that are a run's own.
+
+    Attributes:
+        adam_steps: that Adam counted.
+        grad_scaler: state of a dynamic loss scale, or None.
+        schedule_steps: that the schedule counted.
+        planes: for each of PLANES every trained tensor, in float32.
+    """
+
+    adam_steps: float
+    grad_scaler: Mapping[str, Any] | None
+    schedule_steps: int
+    planes: Mapping[str, tuple[Holding, ...]]
+
+
+def read_optimizer(folder: Path, model: Model) -> SavedOptimizer:
+    """The optimizer of the shards in an ``iter_XXXXXXX`` folder; reads headers only.
+
+    Raises CheckpointError where there is none that can be cut anew.
+    """
+    topology, files = rank_files(folder)
+    planes: dict[str, list[Holding]] = {plane: [] for plane in PLANES}
+    steps: set[float] = set()
+    scaler: Mapping[str, Any] | None = None
+    schedule: set[int] = set()
+    for file in files:
+        where = folder / file.name
+        for part in _parts_of(file, where):
+            steps |= {float(group["step"]) for group in part["optimizer"]["param_groups"] if group.get("step") is not None}
+            scaler = part.get("grad_scaler", scaler)
+        schedule.add(int(_section(file, "opt_param_scheduler", where)["num_steps"]))
+        path = where / DISTRIBUTED_OPTIMIZER_FILE
+        for plane, views in (_views(file, path) if path.is_file() else {}).items():
+            planes[plane].append(_holding(model, topology, file, views, plane))
+    if len(steps) != 1 or len(schedule) != 1:
+        counted = f"{sorted(steps)} optimizer steps and {sorted(schedule)} of the schedule"
+        raise CheckpointError(f"{folder}: its ranks counted {counted}, where they should agree; {_ADVICE}")
+    if not planes["param"]:
+        raise CheckpointError(f"{folder}: no {DISTRIBUTED_OPTIMIZER_FILE}, so its optimizer was not distributed; {_ADVICE}")
+    return SavedOptimizer(steps.pop(), scaler, schedule.pop(), {plane: tuple(holdings) for plane, holdings in planes.items()})
+
+
+def _section(file: RankFile, key: str, where: Path) -> Any:
+    if key not in file.content:
+        raise CheckpointError(f"{where / RANK_STATE_FILE} holds no {key!r}, which its optimizer needs under another layout; {_ADVICE}")
+    return file.content[key]
+
+
+def _parts_of(file: RankFile, where: Path) -> list[Mapping[str, Any]]:
+    state = _section(file, "optimizer", where)
+    parts = [part for part in (state if isinstance(state, list) else [state]) if part]
+    if not all(isinstance(part, dict) and "param_groups" in (part.get("optimizer") or ()) for part in parts):
+        raise CheckpointError(f"{where / RANK_STATE_FILE}: its optimizer was not distributed, or is damaged; {_ADVICE}")
+    return parts
+
+
+def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, int, int]]]:
+    """By plane and global name of a parameter: the flat tensor that it lies in, and from where to where."""
+    ranges, names = (_section(file, key, path.parent) for key in ("parameter_ranges", "parameter_names"))
+    found: dict[str, dict[str, tuple[TensorView, int, int]]] = {plane: {} for plane in PLANES}
+    try:
+        for part, part_ranges, part_names in zip(read_torch_file(path), ranges, names, strict=True):
+            # Parts that another rank keeps.
+            for index, (buffer_ranges, buffer_names) in enumerate(zip(part_ranges, part_names, strict=True)) if part is not None else ():
+                (content,) = part[index].values()
+                for name, (begin, end) in zip(buffer_names, buffer_ranges, strict=True):
+                    for plane in PLANES:
+                        found[plane][name] = content[plane], begin, end
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from None
+    return found
+
+
+def _holding(model: Model, topology: Topology, file: RankFile, views: Mapping[str, tuple[TensorView, int, int]], plane: str) -> Holding:
+    """One plane of one rank; buffers are called as under the local spec."""
+    divisor = file.content["options"]["padded vocabulary"] // topology.tp_size
+    expected = megatron_placement(model, topology, file.rank, make_vocab_size_divisible_by=divisor)
+    shapes = {buffer.name: buffer.shape for buffer in expected.buffers}
+    stored = dict(_stored(model, topology, file, views, shapes))
+    held = restricted_to(expected, stored.keys())
+    buffers = tuple(replace(buffer, dtype="float32") for buffer in held.buffers)
+    return Holding(replace(held, holder=f"{plane} of {file.name}", buffers=buffers), stored)
+
+
+def _stored(
+    model: Model,
+    topology: Topology,
+    file: RankFile,
+    views: Mapping[str, tuple[TensorView, int, int]],
+    shapes: Mapping[str, Sequence[int]],
+) -> Iterator[tuple[str, StoredTensor]]:
+    for bound in held_parameters(model, topology, file.rank):
+        for name in dict.fromkeys((bound.local, bound.te)):
+            if name in views:
+                view, begin, end = views[name]
+                shape = tuple(shapes[bound.local])
+                if end - begin != prod(shape) or not 0 <= begin <= end <= prod(view.shape) or view.dtype != "float32":
+                    said = f"{end - begin} elements of {prod(view.shape)} in {view.dtype}"
+                    raise CheckpointError(f"{file.name}: the state of {name} {shape} is {said}; {_ADVICE}")
+                spec = TensorSpec(bound.local, "float32", shape)
+                yield bound.local, StoredTensor(spec, view.file, view.begin + 4 * begin, view.begin + 4 * end)

@@ -1,0 +1,204 @@
+"""What a conversion writes: files of their final size with everything in them but the elements of tensors, and where those belong.
+
+Owns the form of each file. Copies nothing; ``conversion`` does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
+from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
+from rlsync.convert.sources import Source
+from rlsync.copy.files import shard_files, write_index, write_small_file
+from rlsync.errors import CheckpointError
+from rlsync.layout.geometry import DTYPE_BYTES, Placement, TensorSpec, whole_tensors
+from rlsync.layout.safetensors import StoredTensor, encode_header
+from rlsync.layout.topology import Topology
+from rlsync.layout.torch_files import read_torch_file
+from rlsync.models import Flavour
+from rlsync.models.placement import megatron_placement
+from rlsync.models.shards import RANK_STATE_FILE, chunk_keys, local_names, weights_only_state
+from rlsync.models.stored import FileTensor, file_placement
+
+
+class Target(Protocol):
+    """A file that a conversion writes.
+
+    Attributes:
+        path: in the folder that is written.
+        placement: what it holds of the model.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def placement(self) -> Placement: ...
+    def create(self, file: Path) -> None:
+        """Write everything but the elements of tensors, whose bytes are zero."""
+
+    def stored(self, file: Path) -> Mapping[str, StoredTensor]:
+        """Where the buffers of ``placement`` lie in a file that was created."""
+
+
+def copied_bytes(target: Target) -> int:
+    """Bytes of the elements of a file that come from the source; all others are padding."""
+    item_bytes = {buffer.name: DTYPE_BYTES[buffer.dtype] for buffer in target.placement.buffers}
+    return sum(piece.box.size * item_bytes[piece.buffer] for piece in target.placement.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """One file of a Hugging Face checkpoint."""
+
+    path: str
+    placement: Placement
+    tensors: tuple[TensorSpec, ...]
+
+    def create(self, file: Path) -> None:
+        header, _ = encode_header(self.tensors)
+        with file.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + sum(t.nbytes for t in self.tensors))
+
+    def stored(self, file: Path) -> Mapping[str, StoredTensor]:
+        _, begins = encode_header(self.tensors)
+        return {t.name: StoredTensor(t, file, begins[t.name], begins[t.name] + t.nbytes) for t in self.tensors}
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """``model_optim_rng.pt`` of one rank of a Megatron run, with weights alone.
+
+    Attributes:
+        chunks: for each virtual chunk the names in it, and the buffer of ``placement`` that each is.
+        padded_vocab: rows of the vocabulary over all tensor ranks.
+    """
+
+    path: str
+    placement: Placement
+    topology: Topology
+    step: int
+    chunks: tuple[tuple[tuple[str, str], ...], ...]
+    padded_vocab: int
+
+    def create(self, file: Path) -> None:
+        # Never touched, and skipped where they are written: they take no memory.
+        empty = {b.name: torch.empty(b.shape, dtype=getattr(torch, b.dtype)) for b in self.placement.buffers}
+        keys = chunk_keys(self.topology.vpp_size)
+        chunks = {key: {name: empty[buffer] for name, buffer in chunk} for key, chunk in zip(keys, self.chunks, strict=True)}
+        with torch.serialization.skip_data():
+            torch.save(weights_only_state(asdict(self.topology), self.step, self.padded_vocab, chunks), file)
+
+    def stored(self, file: Path) -> Mapping[str, StoredTensor]:
+        content = read_torch_file(file)
+        keys = chunk_keys(self.topology.vpp_size)
+        return {buffer: content[key][name].stored(buffer) for key, chunk in zip(keys, self.chunks, strict=True) for name, buffer in chunk}
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """A Hugging Face checkpoint of a source."""
+
+    source: Source
+    dtype: str
+    max_shard_bytes: int
+
+    def targets(self) -> tuple[Target, ...]:
+        files = self._files()
+        return tuple(
+            SafetensorsFile(name, file_placement(name, [files[spec.name] for spec in group]), group)
+            for name, group in self._cut(files).items()
+        )
+
+    def _files(self) -> dict[str, FileTensor]:
+        """Tensors of the files by name: the model's in ``dtype``, then those that are kept as they are."""
+        source = self.source
+        files = list(source.stored_form.file_tensors(source.model, source.model.tensors(self.dtype)))
+        kept = [entry.spec for entry in source.kept.values()]
+        pieces = whole_tensors("", kept).pieces
+        return {file.spec.name: file for file in (*files, *(FileTensor(spec, (piece,)) for spec, piece in zip(kept, pieces, strict=True)))}
+
+    def _cut(self, files: Mapping[str, FileTensor]) -> dict[str, tuple[TensorSpec, ...]]:
+        return shard_files([file.spec for file in files.values()], self.max_shard_bytes)
+
+    def finish(self, folder: Path) -> None:
+        """Write what a folder has beside its weights, as the last of all. Durable."""
+        _write_model_files(self.source, folder, self.dtype)
+        write_index(folder, self._cut(self._files()), durable=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronFolder:
+    """An ``actor`` folder with the shards of a source under a layout: ``iter_XXXXXXX`` and its tracker.
+
+    Attributes:
+        flavour: the spec that names the parameters.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times TP.
+    """
+
+    source: Source
+    dtype: str
+    topology: Topology
+    flavour: Flavour
+    make_vocab_size_divisible_by: int
+
+    def targets(self) -> tuple[Target, ...]:
+        model, topology = self.source.model, self.topology
+        padded = model.padded_vocab(topology.tp_size, self.make_vocab_size_divisible_by)
+        shards = shards_folder(Path(), self.source.step)
+        made: list[Target] = []
+        for rank in range(topology.world_size):
+            if rank_writer(topology, rank) != rank:
+                continue
+            path = (shards / rank_folder(topology, rank) / RANK_STATE_FILE).as_posix()
+            placement = megatron_placement(
+                model,
+                topology,
+                rank,
+                flavour=self.flavour,
+                dtype=self.dtype,
+                make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
+            )
+            chunks: list[list[tuple[str, str]]] = [[] for _ in range(topology.vpp_size)]
+            for name in local_names(model, topology, rank):
+                chunks[name.chunk].append((name.te if self.flavour == "te" else name.local, name.bound.name(self.flavour)))
+            made.append(RankFile(path, placement, topology, self.source.step, tuple(map(tuple, chunks)), padded))
+        return tuple(made)
+
+    def finish(self, folder: Path) -> None:
+        """As of :class:`HfFolder`; the tracker, which makes it complete, comes last."""
+        _write_model_files(self.source, folder, self.dtype)
+        write_durably(folder / TRACKER, str(self.source.step))
+
+
+Output = HfFolder | MegatronFolder
+
+
+def _write_model_files(source: Source, folder: Path, dtype: str) -> None:
+    copy_files(source.model_folder, travelling_files(source.model_folder, but=folder), folder, durable=True)
+    write_small_file(folder / CONFIG_NAME, with_dtype(source.config_text, dtype).encode("utf-8"), durable=True)
+
+
+def reserve(file: Path) -> None:
+    """Have the disk keep room for all of a file, so that no write into it can fail for want of it. Durable.
+
+    Raises CheckpointError where there is none.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: no room for its {file.stat().st_size} bytes ({error.strerror}); free some and start again"
+        ) from None

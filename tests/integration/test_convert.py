@@ -1,0 +1,267 @@
+"""Conversions between Hugging Face files and Megatron's of every form and layout: bit for bit, on paper, and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlsync.cli import main
+from rlsync.convert import conversion
+from rlsync.convert.conversion import convert
+from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from tests.integration.conversions import ConvertingProcess, request, run
+from tests.models import FAMILIES, MOE_FAMILIES, save_tiny_model
+from tests.ranks import run_ranks
+from tests.vision_models import FAMILIES as VISION_FAMILIES
+from tests.vision_models import MOE_FAMILIES as VISION_MOE_FAMILIES
+from tests.vision_models import save_tiny_vision_model
+
+RANKS = "tests.integration.convert_ranks"
+SP = {"sequence_parallel": True}
+DENSE = ({"tp_size": 2, "pp_size": 2}, {"pp_size": 2, "vpp_size": 2}, {"tp_size": 4, "first_stage_layers": 1, "pp_size": 2})
+EXPERTS = (
+    {"tp_size": 2, "pp_size": 2, "ep_size": 2},
+    {"ep_size": 4, "etp_size": 2, "tp_size": 2},
+    {"pp_size": 2, "vpp_size": 2, "ep_size": 2},
+)
+PICTURES = ({"tp_size": 2}, {"pp_size": 2}, {"tp_size": 4, "pp_size": 2})
+WEIGHTS = ("*.safetensors", "iter_*/*/*.pt")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def shards(folder: Path) -> dict[str, dict]:
+    return {path.parent.name: torch.load(path, weights_only=True) for path in sorted(Path(folder).glob("iter_*/*/model_optim_rng.pt"))}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        t.dtype == second[name].dtype and torch.equal(t, second[name]) for name, t in first.items()
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "hf", "qwen3", tied=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [
+        *((family, DENSE) for family in (*FAMILIES, "mistral", "seed_oss", "smollm3", "glm4")),
+        *((family, EXPERTS) for family in MOE_FAMILIES),
+        *((family, PICTURES) for family in (*VISION_FAMILIES, *VISION_MOE_FAMILIES)),
+    ],
+)
+def test_every_family_goes_through_three_layouts_and_back_bit_for_bit(family, layouts, tmp_path):
+    """Hugging Face -> Megatron -> Megatron -> Megatron -> Hugging Face; the files and what lies beside them are the first ones."""
+    save = save_tiny_vision_model if layouts is PICTURES else save_tiny_model
+    before = folder = save(tmp_path / "hf", family)
+    for number, sizes in enumerate(layouts):
+        made = convert(request(folder, tmp_path / str(number), "megatron", sizes, make_vocab_size_divisible_by=1 + 7 * number))
+        assert made.progress.done_bytes == made.progress.total_bytes
+        folder = tmp_path / str(number)
+    # Files of this family exist in two forms, and shards do not say which they came from.
+    convert(request(folder, tmp_path / "back", "hf", model_folder=before if family in VISION_MOE_FAMILIES else None))
+    assert same(tensors(before), tensors(tmp_path / "back"))
+    names = {path.name for path in before.iterdir()}
+    assert {path.name for path in (tmp_path / "back").iterdir()} == names
+    assert all((tmp_path / "back" / name).read_bytes() == (before / name).read_bytes() for name in names if name.endswith(".json"))
+
+
+def test_files_are_those_of_megatron_in_every_form(tmp_path):
+    """On real ranks: what rlsync saves, what Megatron-LM saves, and Megatron's dist_checkpointing; and ranks load what was converted."""
+    wanted = (
+        ("llama", False, {"tp_size": 2, "pp_size": 2, "vpp_size": 2}, None, {}),
+        ("qwen3", True, {"tp_size": 2, "pp_size": 2}, None, {"metadata": {"singleton_local_shards": True}, "divisor": 8}),
+        ("qwen3_moe", False, {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, SP, {}),
+        ("glm4_moe", False, {"dp_size": 4, "ep_size": 4}, None, {"metadata": {"singleton_local_shards": True}}),
+    )
+    cases = []
+    for family, tied, topology, overrides, more in wanted:
+        folder = save_tiny_model(tmp_path / family / "hf", family, tied=tied)
+        converted = tmp_path / family / "converted"
+        convert(request(folder, converted, "megatron", topology, make_vocab_size_divisible_by=more.get("divisor", 1)))
+        out = str(tmp_path / family)
+        cases.append({"folder": str(folder), "converted": str(converted), "topology": topology, "overrides": overrides, "out": out, **more})
+    run_ranks(4, RANKS, "write_and_read", cases=cases)
+    for case in cases:
+        out = Path(case["out"])
+        converted, ours = shards(case["converted"]), shards(out / "ours")
+        assert converted.keys() == ours.keys()
+        for name, state in converted.items():
+            assert state["topology"] == ours[name]["topology"] and state["options"] == ours[name]["options"], name
+            chunks = [key for key in ours[name] if key.startswith("model")]
+            assert [key for key in state if key.startswith("model")] == chunks
+            assert all(same(state[key], ours[name][key]) for key in chunks), (case["topology"], name)
+        for form in ("ours", "legacy", "torch_dist"):
+            made = convert(request(out / form, out / f"{form}-hf", "hf", model_folder=Path(case["folder"])))
+            assert made.source.step == 5
+            assert same(tensors(out / f"{form}-hf"), tensors(case["folder"])), (case["topology"], form)
+
+
+def test_a_comparison_names_the_first_layer_that_differs_and_a_converted_model_computes_what_it_did(tiny, tmp_path):
+    """The control is one projection of layer 2, changed in the weights that Megatron loads."""
+    pictures = save_tiny_vision_model(tmp_path / "pictures", "qwen3_vl")
+    convert(request(tiny, tmp_path / "shards", "megatron", {"tp_size": 2, "pp_size": 2}))
+    changed = Path(shutil.copytree(tiny, tmp_path / "changed"))
+    weights = tensors(tiny)
+    weights["model.layers.2.self_attn.q_proj.weight"] += 0.01
+    (changed / "model.safetensors").unlink()
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    folders = {"folder": tiny, "pictures": pictures, "changed": changed, "shards": tmp_path / "shards"}
+    run_ranks(1, RANKS, "compare_precision", **{name: str(path) for name, path in folders.items()})
+
+
+def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp_path):
+    """Twenty kills: the folder is not there, or it is right; no file beside it loads; what the disk has is not copied again."""
+    folder = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)
+    sizes = {"tp_size": 2, "ep_size": 2}
+    begin = time.monotonic()
+    expected = convert(request(folder, tmp_path / "whole", "megatron", sizes, bucket_bytes=1))
+    duration_s, chance, kills, resumed = time.monotonic() - begin, random.Random(3), 0, 0
+    while kills < 20:
+        asked = request(folder, tmp_path / f"killed-{kills}", "megatron", sizes, bucket_bytes=1)
+        working, done = tmp_path / f".killed-{kills}.conversion", 0
+        while not asked.target.exists():
+            process = ConvertingProcess(target=run, args=(asked,))
+            process.start()
+            process.join(chance.random() * duration_s if kills < 20 else None)
+            kills += process.exitcode is None
+            process.kill()
+            process.join()
+            if not asked.target.exists():
+                assert not any((working / "folder").glob("latest_*")), "it would load"
+                before, done = done, conversion.Journal(working).done_bytes
+                assert before <= done <= expected.progress.total_bytes, "something that the disk had was lost"
+                resumed += done > before > 0
+        shutil.rmtree(working, ignore_errors=True)  # killed behind the rename
+        for path in (path for path in (tmp_path / "whole").rglob("*") if path.is_file()):
+            assert (asked.target / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
+    assert resumed, "no conversion went on where one was killed"
+
+
+def test_several_workers_make_the_same_files_and_dtypes_are_cast_as_torch_does(tiny, tmp_path):
+    convert(request(tiny, tmp_path / "one", "megatron", {"pp_size": 2}, dtype="bfloat16"))
+    convert(request(tiny, tmp_path / "three", "megatron", {"pp_size": 2}, dtype="bfloat16", bucket_bytes=10_000), workers=3)
+    for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        assert (tmp_path / "three" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes(), path
+    convert(request(tmp_path / "three", tmp_path / "back", "hf"))
+    assert same(tensors(tmp_path / "back"), {name: t.to(torch.bfloat16) for name, t in tensors(tiny).items()})
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_command_chooses_the_form_and_says_what_it_made(tiny, tmp_path, capsys):
+    assert main(["convert", str(tiny), str(tmp_path / "m"), "--tp", "2", "--spec", "te"]) == 0
+    said = capsys.readouterr().out
+    assert "Qwen3ForCausalLM from Hugging Face files in" in said and "to Megatron (tp 2), float32, 2 files of weights" in said
+    assert "self_attention.linear_qkv.layer_norm_weight" in "".join(shards(tmp_path / "m")["mp_rank_01"]["model"])
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "hf"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["from"]["form"] == "megatron" and said["to"]["form"] == "hf" and said["to"]["dtype"] == "float32"
+    assert main(["verify", str(tiny), str(tmp_path / "hf")]) == 0
+    refused = {
+        ("--to", "hf", "--tp", "2"): "Hugging Face files have no layout",
+        ("--tp", "3"): "4 attention heads cannot be divided by a tensor axis of 3",
+        ("--workers", "0"): "--workers is 0; it must be at least 1",
+        ("--ep", "2"): "Qwen3ForCausalLM has no experts, so it must be 1",
+        ("--pp", "3"): "4 layers cannot be split over pp_size 3",
+    }
+    for options, words in refused.items():
+        assert main(["convert", str(tiny), str(tmp_path / "no"), *options]) == 1
+        assert words in capsys.readouterr().err and not (tmp_path / "no").exists(), options
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    convert(request(tiny, whole, "megatron", {"tp_size": 2, "pp_size": 2}))
+    file = Path("iter_0000000/mp_rank_00_000/model_optim_rng.pt")
+
+    def broken(name: str, change) -> Path:
+        folder = Path(shutil.copytree(whole, tmp_path / name))
+        if (result := change(folder)) is not None:
+            torch.save(result, folder / file)
+        return folder
+
+    state = torch.load(whole / file, weights_only=True)
+    model = state["model"]
+    first = "decoder.layers.0.mlp.linear_fc1.weight"
+
+    def cut(folder: Path) -> None:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-5000])
+
+    cases = {
+        "a rank": (lambda f: shutil.rmtree(f / "iter_0000000" / "mp_rank_01_001"), "missing or unexpected: mp_rank_01_001"),
+        "too many": (lambda f: shutil.copytree(f / file.parent, f / "iter_0000000" / "mp_rank_02_000"), "unexpected: mp_rank_02_000"),
+        "a parameter": (lambda f: {**state, "model": {k: v for k, v in model.items() if k != first}}, f"{first} is missing"),
+        "one more": (lambda f: {**state, "model": {**model, "adapter.weight": torch.ones(2, 3)}}, "adapter.weight (2, 3) is unexpected"),
+        "a shape": (lambda f: {**state, "model": {**model, first: model[first][1:].clone()}}, "has shape (159, 96), expected (160, 96)"),
+        "another layout": (lambda f: {**state, "topology": {**state["topology"], "tp_size": 1}}, "whose folders are 2"),
+        "no layout": (lambda f: {k: v for k, v in state.items() if k != "topology"}, "neither rlsync's topology nor Megatron-LM's args"),
+        "transposed": (lambda f: {**state, "model": {**model, first: model[first].t()}}, "has strides (1, 96); save it contiguous"),
+        "cut": (cut, "is not a file of torch.save, or is truncated"),
+        "no tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "cut short has none either"),
+        "no model": (lambda f: (f / "config.json").unlink(), "name its Hugging Face folder by --model"),
+    }
+    for name, (change, words) in cases.items():
+        with pytest.raises((CheckpointError, ConfigError, PlacementError), match=re.escape(words)):
+            convert(request(broken(name, lambda f, c=change: r if isinstance(r := c(f), dict) else None), tmp_path / "out", "hf"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    with pytest.raises(CheckpointError, match="is there and not an empty folder"):
+        convert(request(tiny, tmp_path / "full", "megatron"))
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 2**20))
+    with pytest.raises(CheckpointError, match=r"0\.0 GiB free, and the conversion writes 0\.1 GiB"):
+        convert(request(tiny, tmp_path / "out", "megatron"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_of_a_file_is_run(tiny, tmp_path):
+    """A pickle that would make a file when it is loaded, where Megatron-LM has its arguments; loaded as torch does, it makes it."""
+    convert(request(tiny, tmp_path / "m", "megatron"))
+    (path,) = (tmp_path / "m").rglob("*.pt")
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "args": _Runs(str(tmp_path / "run"))}, path)
+    convert(request(tmp_path / "m", tmp_path / "hf", "hf"))
+    assert same(tensors(tmp_path / "hf"), tensors(tiny)) and not (tmp_path / "run").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "run").exists(), "the control: the pickle does nothing"
+
+
+class _Runs:
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self._path,)
+
+
+def test_a_stopped_conversion_does_not_go_on_with_other_weights_or_beside_another(tiny, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    asked = request(source, tmp_path / "out", "megatron", {"tp_size": 2}, bucket_bytes=1)
+
+    def stop(progress) -> None:
+        if progress.done_bytes > progress.total_bytes // 2:
+            with pytest.raises(CheckpointError, match="is running; wait for it, or stop it"):
+                convert(asked)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(asked, report=stop)
+    assert conversion.Journal(tmp_path / ".out.conversion").done_bytes and not asked.target.exists()
+    (source / "model.safetensors").unlink()
+    save_file({name: t + 1 for name, t in tensors(tiny).items()}, source / "model.safetensors", metadata={"format": "pt"})
+    assert convert(asked).progress.resumed_bytes == 0
+    convert(request(tmp_path / "out", tmp_path / "back", "hf"))
+    assert same(tensors(tmp_path / "back"), tensors(source))
