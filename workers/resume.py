@@ -26,7 +26,8 @@ class Rule(Enum):
 
     HOLDS = "the new value holds from the resumed step on, and the screen says so"
     SILENT = "the new value holds; no result depends on it"
-    LAYOUT = "refused: the saved shards are cut by it"
+    WEIGHTS = "refused: the saved weights are of that kind"
+    LAYOUT = "the saved shards are cut anew and random states start anew; refused for adapters, and an optimizer that is not distributed"
     OPTIMIZER = "refused where the optimizer is restored: its saved state has that form"
     REFERENCE = "the new value holds for the reference of a KL term; without one a resumed run does not read it"
     DATA = "refused where the data position is restored: it counts batches of that kind"
@@ -53,7 +54,7 @@ RULES: Mapping[str, Rule] = {
     "actor.seed": Rule.HOLDS,
     "actor.model": Rule.HOLDS,
     "actor.model.logits_chunk_tokens": Rule.SILENT,
-    "actor.model.precision": Rule.LAYOUT,
+    "actor.model.precision": Rule.WEIGHTS,
     "actor.model.tensor_model_parallel_size": Rule.LAYOUT,
     "actor.model.pipeline_model_parallel_size": Rule.LAYOUT,
     "actor.model.virtual_pipeline_model_parallel_size": Rule.LAYOUT,
@@ -66,7 +67,7 @@ RULES: Mapping[str, Rule] = {
     "actor.model.freeze_language_model": Rule.OPTIMIZER,
     "actor.model.freeze_vision_model": Rule.OPTIMIZER,
     "actor.model.freeze_vision_projection": Rule.OPTIMIZER,
-    "actor.lora": Rule.LAYOUT,
+    "actor.lora": Rule.WEIGHTS,
     "actor.lora.dropout": Rule.HOLDS,
     "actor.lora.init": Rule.REFERENCE,
     "actor.lora.adapter_path": Rule.REFERENCE,
@@ -111,6 +112,10 @@ def rule_of(key: str, *, sft: bool = False) -> Rule:
     return rules[key]
 
 
+def _rule(config: AnyConfig, key: str) -> Rule:
+    return rule_of(key, sft=isinstance(config, SftConfig))
+
+
 @dataclass(frozen=True, slots=True)
 class Beginning:
     """Where a run begins.
@@ -119,7 +124,8 @@ class Beginning:
         resume: ``global_step_N`` folder to continue from, or None for a fresh start.
         step: steps already done.
         notes: what the user should know about the resume.
-        complete: optimizer and schedule are restored too.
+        complete: Megatron's shards are restored, not Hugging Face weights alone.
+        with_optimizer: optimizer and schedule are restored too.
         changed: keys that the run sets otherwise than the checkpoint's run did.
         saved: settings that the checkpoint was made under; None where it does not say.
     """
@@ -128,6 +134,7 @@ class Beginning:
     step: int = 0
     notes: tuple[str, ...] = ()
     complete: bool = False
+    with_optimizer: bool = False
     changed: tuple[str, ...] = ()
     saved: Mapping[str, Any] | None = None
 
@@ -165,10 +172,13 @@ def find_beginning(config: AnyConfig) -> Beginning:
     else:
         notes.append(f"warning: {resume / SETTINGS} is missing, so settings that changed since cannot be told")
     changed = [] if saved is None else _compare(config, saved["config"], resume, complete=held.complete)
+    if held.complete and (held.moved or any(_rule(config, key) is Rule.LAYOUT for key, _, _ in changed)):
+        notes.append("the saved shards are cut anew for the layout of this run; random states start anew")
     if changed:
         notes.append(f"settings other than the checkpoint's, which hold from step {held.step + 1} on:")
         notes += [f"  {key} {then} -> {now}" for key, then, now in changed]
-    return Beginning(resume, held.step, tuple(notes), held.complete, tuple(key for key, _, _ in changed), saved)
+    with_optimizer = held.complete and not config.actor.megatron.no_load_optim
+    return Beginning(resume, held.step, tuple(notes), held.complete, with_optimizer, tuple(key for key, _, _ in changed), saved)
 
 
 def _resume_folder(config: AnyConfig) -> Path | None:
@@ -239,11 +249,15 @@ def check_model(beginning: Beginning, hf_config: Mapping[str, Any], key: str) ->
 
 
 def check_ranks(beginning: Beginning, num_ranks: int) -> None:
-    """Raise CheckpointError where the actor has another number of ranks than the one that saved."""
-    if beginning.saved is not None and beginning.complete and beginning.saved["actor_ranks"] != num_ranks:
+    """Raise CheckpointError where the actor has another number of ranks, and the optimizer's state cannot be cut anew for them."""
+    if beginning.saved is None or not beginning.with_optimizer or beginning.saved["actor_ranks"] == num_ranks:
+        return
+    optim = beginning.saved["config"].get("actor", {}).get("optim", {})
+    if not optim.get("use_distributed_optimizer", True):
         raise CheckpointError(
-            f"{beginning.resume} was saved by {beginning.saved['actor_ranks']} actor ranks, cluster.component_placement gives this run "
-            f"{num_ranks}; give it as many, or start a new run from {beginning.resume}/actor/{HF_FOLDER}"
+            f"{beginning.resume} was saved by {beginning.saved['actor_ranks']} actor ranks without a distributed optimizer, and "
+            f"cluster.component_placement gives this run {num_ranks}; give it as many, set actor.megatron.no_load_optim=True, or start a "
+            f"new run from {beginning.resume}/actor/{HF_FOLDER}"
         )
 
 
@@ -280,12 +294,15 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
     for section in (section.name for section in fields(config) if section.default is None):
         if (saved.get(section) is None) != (section not in running):
             then[section], now[section] = ("absent", "present") if section in running else ("present", "absent")
+    with_optimizer = complete and not config.actor.megatron.no_load_optim
     refuses = {
-        Rule.LAYOUT: complete,
-        Rule.OPTIMIZER: complete and not config.actor.megatron.no_load_optim,
+        Rule.WEIGHTS: complete,
+        Rule.LAYOUT: (with_optimizer and not config.actor.optim.use_distributed_optimizer) or (complete and config.actor.lora.r > 0),
+        Rule.OPTIMIZER: with_optimizer,
         Rule.DATA: (folder / DATA_STATE).is_file(),
     }
     advice = {
+        Rule.WEIGHTS: f"start a new run from {folder}/actor/{HF_FOLDER}",
         Rule.LAYOUT: f"start a new run from {folder}/actor/{HF_FOLDER}",
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
@@ -296,7 +313,7 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
         # A key that one side lacks is of another version, or of a section that is compared as a whole.
         if key not in then or then[key] == now[key]:
             continue
-        rule = rule_of(key, sft=isinstance(config, SftConfig))
+        rule = _rule(config, key)
         if refuses.get(rule, False):
             refused.append(f"{key} {then[key]} -> {now[key]}")
             ways.append(advice[rule])

@@ -51,6 +51,7 @@ from rlsync.megatron.optimizer_state import (
 )
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
+from rlsync.models.shards import PADDED_VOCABULARY
 from rlsync.plan.planner import Copy
 from rlsync.transport.collectives import agreed
 
@@ -139,7 +140,7 @@ def _was_cut_otherwise(shards: Path, models: Sequence[torch.nn.Module]) -> bool:
     """Whether shards are of another topology than the running one, or their vocabulary is padded otherwise."""
     saved, files = rank_files(shards)
     options = next(files).content.get("options")
-    rows = options.get("padded vocabulary") if isinstance(options, dict) else None
+    rows = options.get(PADDED_VOCABULARY) if isinstance(options, dict) else None
     return saved != current_topology(models) or rows not in (None, unwrap(models[0]).vocab_size)
 
 

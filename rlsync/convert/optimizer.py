@@ -20,7 +20,7 @@ from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.models import Model
 from rlsync.models.placement import held_parameters, megatron_placement
-from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PLANES, RANK_STATE_FILE
+from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PADDED_VOCABULARY, PLANES, RANK_STATE_FILE
 
 _ADVICE = "resume under the saved layout, or start a new run from its weights"
 
@@ -102,7 +102,7 @@ def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, 
 
 def _holding(model: Model, topology: Topology, file: RankFile, views: Mapping[str, tuple[TensorView, int, int]], plane: str) -> Holding:
     """One plane of one rank; buffers are called as under the local spec."""
-    divisor = file.content["options"]["padded vocabulary"] // topology.tp_size
+    divisor = file.content["options"][PADDED_VOCABULARY] // topology.tp_size
     expected = megatron_placement(model, topology, file.rank, make_vocab_size_divisible_by=divisor)
     shapes = {buffer.name: buffer.shape for buffer in expected.buffers}
     stored = dict(_stored(model, topology, file, views, shapes))

@@ -20,7 +20,7 @@ from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import Opaque, TensorView, read_torch_file
 from rlsync.models import Flavour, Model, model_of
 from rlsync.models.placement import megatron_placement
-from rlsync.models.shards import EXTRA_STATE, RANK_STATE_FILE, chunk_keys, local_names
+from rlsync.models.shards import ADAPTERS_SCALING, EXTRA_STATE, RANK_STATE_FILE, chunk_keys, local_names
 from rlsync.models.stored import StoredForm
 
 Form = Literal["hf", "megatron"]
@@ -190,7 +190,7 @@ def rank_files(folder: Path) -> tuple[Topology, Iterator[RankFile]]:
     names = {rank_folder(topology, rank): rank for rank in range(topology.world_size) if rank_writer(topology, rank) == rank}
     differing = sorted(names.keys() ^ set(found))
     options = first.get("options")
-    if isinstance(options, dict) and options.get("adapters' scaling") is not None:
+    if isinstance(options, dict) and options.get(ADAPTERS_SCALING) is not None:
         raise CheckpointError(f"{folder}: its shards hold adapters alone; take the merged weights or the adapter folder beside them")
     if differing:
         raise CheckpointError(

@@ -35,7 +35,15 @@ from rlsync.megatron.optimizer_state import (
 )
 from rlsync.megatron.parallel import current_topology
 from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
-from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, EXTRA_STATE, RANK_STATE_FILE, chunk_keys, weights_only_state
+from rlsync.models.shards import (
+    ADAPTERS_SCALING,
+    DISTRIBUTED_OPTIMIZER_FILE,
+    EXTRA_STATE,
+    PADDED_VOCABULARY,
+    RANK_STATE_FILE,
+    chunk_keys,
+    weights_only_state,
+)
 
 # Of the content of these files: raise it with the keys of ``rank_state``. What was written under another number need not be readable.
 STATE_FORMAT = 3
@@ -200,8 +208,9 @@ def _options(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
     adapters = adapters_in(models)
     # What factors are multiplied by, which their shapes do not tell.
     options: dict[str, Any] = {
-        "padded vocabulary": unwrap(models[0]).vocab_size, "adapters' scaling": None if adapters is None else adapters.spec.scaling
-    }  # fmt: skip
+        PADDED_VOCABULARY: unwrap(models[0]).vocab_size,
+        ADAPTERS_SCALING: None if adapters is None else adapters.spec.scaling,
+    }
     if optimizer is not None:
         config = optimizer_config(optimizer)
         options |= {name: getattr(config, name) for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer")}
@@ -299,7 +308,7 @@ def _check_options(state: Mapping[str, Any], running: Mapping[str, Any], source:
     stored = _section(state, "options", source)
     different = [f"{name} {stored[name]} then, {value} now" for name, value in running.items() if stored.get(name, value) != value]
     if different:
-        keys = "make_vocab_size_divisible_by" if stored.get("padded vocabulary") != running["padded vocabulary"] else "values"
+        keys = "make_vocab_size_divisible_by" if stored.get(PADDED_VOCABULARY) != running[PADDED_VOCABULARY] else "values"
         raise CheckpointError(f"{source}: {'; '.join(different)}; resume with the saved {keys}")
 
 

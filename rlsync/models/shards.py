@@ -18,6 +18,9 @@ DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
 CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
 # State of Adam for each parameter of a distributed optimizer: itself in float32, and two moments.
 PLANES = ("param", "exp_avg", "exp_avg_sq")
+# Options of what a file holds: rows of the vocabulary over all tensor ranks, and what adapters are multiplied by, None without them.
+PADDED_VOCABULARY = "padded vocabulary"
+ADAPTERS_SCALING = "adapters' scaling"
 # Of TransformerEngine's modules, beside their parameters: scales of FP8, which a model in other precisions has none of.
 EXTRA_STATE = "_extra_state"
 
@@ -31,7 +34,7 @@ def weights_only_state(
     topology: Mapping[str, Any], step: int, padded_vocab: int, chunks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Content of ``model_optim_rng.pt`` without optimizer, schedule and random state; ``chunks`` by key, tensors by name in the chunk."""
-    options = {"padded vocabulary": padded_vocab}
+    options = {PADDED_VOCABULARY: padded_vocab, ADAPTERS_SCALING: None}
     head = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, "topology": dict(topology), "rng_state": [], "options": options}
     return {**head, **chunks}
 

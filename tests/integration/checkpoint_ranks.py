@@ -39,13 +39,16 @@ class Trainer:
         ddp: Mapping[str, Any] = MappingProxyType({"use_distributed_optimizer": True}),
         optimizer: OptimizerOptions = OptimizerOptions(lr=1e-2),  # noqa: B008
         scheduler: SchedulerOptions = SchedulerOptions(max_lr=1e-2),  # noqa: B008
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.topology = Topology(**topology)
         if parallel_state.model_parallel_is_initialized():
             destroy_parallel(keep_distributed=True)
         initialize_parallel(self.topology, seed=3, timeout_s=300)
         self.bridge = AutoBridge.from_pretrained(folder)
-        self.models = self.bridge.get_model(folder, topology=self.topology, bf16=False, fp16=fp16, ddp=DdpOptions(**ddp))
+        self.models = self.bridge.get_model(
+            folder, topology=self.topology, bf16=False, fp16=fp16, ddp=DdpOptions(**ddp), overrides=overrides
+        )
         self.optimizer = build_optimizer(self.models, optimizer)
         self.scheduler = build_scheduler(self.optimizer, scheduler)
         self.step = 0
@@ -216,15 +219,51 @@ def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
+def resume_elsewhere(cases: list[dict[str, Any]], root: str) -> None:
+    """Two steps, save, a third; the same third step from the checkpoint under another layout; and from there back under the first."""
+    for number, case in enumerate(cases):
+        roots = [str(Path(root, f"{number}-{name}")) for name in ("a", "b", "c")]
+
+        def third(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
+            # What is drawn does not depend on the layout.
+            torch.manual_seed(100 + trainer.step)
+            return trainer.train(), {name: t.clone() for name, t in trainer.bridge.export_weights(trainer.models)}
+
+        first = Trainer(case["folder"], case["then"], overrides=case.get("overrides"))
+        for _ in range(2):
+            third(first)
+        first.save(roots[0])
+        expected = third(first)
+        moved = Trainer(case["folder"], case["now"], overrides=case.get("overrides"))
+        assert moved.load(checkpoint_folder.latest_checkpoint(roots[0])) == checkpoint_folder.Restored(2, complete=True, moved=True)
+        moved.save(roots[1])
+        found = third(moved)
+        assert abs(found[0] - expected[0]) < 1e-5, (case, found[0], expected[0])
+        far = max((found[1][name] - tensor).abs().max().item() for name, tensor in expected[1].items())
+        assert far < 1e-4, (case, far)
+        back = Trainer(case["folder"], case["then"], overrides=case.get("overrides"))
+        assert back.load(checkpoint_folder.latest_checkpoint(roots[1])).moved
+        back.save(roots[2])
+        again = third(back)
+        assert again[0] == expected[0] and all(torch.equal(again[1][name], tensor) for name, tensor in expected[1].items()), case
+        print(f"MOVED {case['then']} {far:.1e}", flush=True)
+
+
 def resume_refused(folder: str, topology: dict[str, int], root: str) -> None:
-    """Another layout: refused by name on every rank, nothing changed; HF weights alone are said to be incomplete."""
-    trainer = Trainer(folder, topology)
-    before = [p.clone() for _, _, _, p in iter_parameters(trainer.models)]
-    try:
-        trainer.load(checkpoint_folder.latest_checkpoint(root))
-    except CheckpointError as error:
-        print("SAID " + json.dumps(str(error)), flush=True)
-    assert all(torch.equal(a, p) for a, (_, _, _, p) in zip(before, iter_parameters(trainer.models), strict=True))
+    """Another layout without a distributed optimizer, then or now: refused by name on every rank, nothing changed."""
+    saved = Trainer(folder, {"tp_size": 2}, ddp={})
+    saved.train()
+    saved.save(f"{root}/plain")
+    said_by_kind = {}
+    for kind, distributed in (("then", True), ("now", False)):
+        trainer = Trainer(folder, topology, ddp={"use_distributed_optimizer": distributed})
+        before = trainer.weights()
+        try:
+            trainer.load(checkpoint_folder.latest_checkpoint(f"{root}/plain" if kind == "then" else f"{root}/run"))
+        except CheckpointError as error:
+            said_by_kind[kind] = str(error)
+        assert all(torch.equal(a, b) for a, b in zip(trainer.weights(), before, strict=True))
+    print("SAID " + json.dumps(said_by_kind), flush=True)
 
 
 def resume_weights(folder: str, topology: dict[str, int], actor_parent: str) -> None:
@@ -263,21 +302,6 @@ def resume_damaged(folder: str, topology: dict[str, int], roots: dict[str, str])
             said_by_kind[kind] = f"{type(error).__name__}: {error}"
         assert all(torch.equal(a, b) for a, b in zip(trainer.weights(), before, strict=True)), kind
     print("SAID " + json.dumps(said_by_kind), flush=True)
-
-
-def resume_under_another_padding(folder: str, topology: dict[str, int], root: str) -> None:
-    """The key that pads the vocabulary is named, and weights alone are refused as well."""
-    trainer = Trainer(folder, topology)
-    models = trainer.bridge.get_model(
-        topology=trainer.topology, bf16=False, ddp=DdpOptions(use_distributed_optimizer=True), make_vocab_size_divisible_by=128
-    )
-    found = []
-    for load in (checkpoints.load_checkpoint, checkpoints.load_checkpoint_weights):
-        try:
-            load(Path(root) / "global_step_2" / "actor", trainer.bridge, models)
-        except CheckpointError as error:
-            found.append(str(error))
-    print("SAID " + json.dumps(found), flush=True)
 
 
 def killed_while_saving(folder: str, topology: dict[str, int], root: str, die_at: str) -> None:

@@ -86,10 +86,12 @@ def test_a_checkpoint_that_was_cut_short_is_refused_and_not_chosen(world, tmp_pa
     assert prepare(config(world, tmp_path, runner={"resume_dir": "auto"})).beginning.resume is None
 
 
-def test_another_layout_is_refused_with_both_sizes(world, tmp_path) -> None:
+def test_another_layout_is_said_where_only_the_names_of_folders_tell(world, tmp_path) -> None:
     checkpoint(tmp_path, 3, *TP2_SHARDS)
-    with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size 2, pipeline_model_parallel_size 1; this run has 1, 1"):
-        prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, model={"tensor_model_parallel_size": 1}))
+    found = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}, model={"tensor_model_parallel_size": 1}))
+    assert any("the saved shards are cut anew for the layout of this run" in note for note in found.beginning.notes)
+    same = prepare(config(world, tmp_path, runner={"resume_dir": "auto"}))
+    assert not any("cut anew" in note for note in same.beginning.notes)
 
 
 def test_auto_takes_the_newest_and_says_that_its_data_position_is_missing(world, tmp_path) -> None:

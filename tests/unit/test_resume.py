@@ -74,6 +74,17 @@ def test_settings_that_shaped_the_saved_state_are_refused(world, tmp_path, saved
         find_beginning(with_auto(config(world, tmp_path, **changes)))
 
 
+def test_another_layout_is_said_to_be_cut_anew_and_refused_without_a_distributed_optimizer(world, tmp_path, saved) -> None:  # noqa: F811
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    found = find_beginning(with_auto(config(world, tmp_path, model=layout)))
+    assert "the saved shards are cut anew for the layout of this run; random states start anew" in found.notes
+    assert "  actor.model.tensor_model_parallel_size 2 -> 1" in found.notes and found.with_optimizer
+    write_settings(saved, config(world, tmp_path, actor={"optim": {"use_distributed_optimizer": False}}), {}, 2)
+    plain = {"optim": {"use_distributed_optimizer": False}}
+    with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size 2 -> 1.*start a new run from .*actor/hf_model"):
+        find_beginning(with_auto(config(world, tmp_path, model=layout, actor=plain)))
+
+
 def test_without_the_state_that_they_shaped_they_may_change(world, tmp_path, saved) -> None:  # noqa: F811
     (saved / DATA_STATE).unlink()
     changes = {"optim": {"use_distributed_optimizer": False}, "megatron": {"no_load_optim": True, "mbridge": True}}
@@ -89,8 +100,10 @@ def test_another_model_and_another_number_of_ranks_are_refused_with_both_sides(w
     with pytest.raises(CheckpointError, match=r"another model than rollout\.model\.model_path: hidden_size 128 then, 256 now"):
         check_model(found, {**hf_config, "hidden_size": 256}, "rollout.model.model_path")
     check_ranks(found, 2)
-    with pytest.raises(CheckpointError, match=r"saved by 2 actor ranks, cluster\.component_placement gives this run 4"):
-        check_ranks(found, 4)
+    check_ranks(found, 4)
+    plain = {**found.saved, "config": {"actor": {"optim": {"use_distributed_optimizer": False}}}}
+    with pytest.raises(CheckpointError, match=r"saved by 2 actor ranks without a distributed optimizer.* gives this run 4"):
+        check_ranks(replace(found, saved=plain), 4)
 
 
 def test_another_tower_is_another_model_and_another_dtype_inside_is_not(world, tmp_path, saved) -> None:  # noqa: F811
