@@ -343,9 +343,12 @@ def _accumulating_without_apex(transformer: TransformerConfig) -> Iterator[None]
     The one layer beside them with a weight matrix, Megatron's output layer, would need Apex for that, and refuses to be built without;
     ``ScoringHead`` adds up gradients in a way of its own.
     """
+    if not transformer.gradient_accumulation_fusion:
+        yield
+        return
     layers = import_module("megatron.core.tensor_parallel.layers")
     before = layers._grad_accum_fusion_available
-    layers._grad_accum_fusion_available = before or transformer.gradient_accumulation_fusion
+    layers._grad_accum_fusion_available = True
     try:
         yield
     finally:

@@ -39,25 +39,28 @@ class TokenScores:
     likeliest: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scoring:
-    """What a forward pass scores.
+    """What a forward pass scores, and what it found.
 
     Attributes:
         targets: (B, S) int64, for each position the token that is scored there, the same on all tp_ranks.
         vocab_size: columns of the output layer from here on are padding and take no probability.
         temperature: divides the logits.
         chunk_tokens: positions of which logits exist at once. Those of more are computed again in the backward pass.
+        found: after the pass, of each position: log-probability and entropy, (B, S) float32, and whether the target is likeliest. Apart
+            from one another, so that what a loss does not read has no gradient to be computed.
     """
 
     targets: Tensor
     vocab_size: int
     temperature: float = 1.0
     chunk_tokens: int = CHUNK_TOKENS
+    found: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class ScoringHead(tensor_parallel.ColumnParallelLinear):
-    """The output layer of a GPTModel. Within ``scoring`` a forward pass gives scores of tokens in place of logits.
+    """The output layer of a GPTModel. Within ``scoring`` a forward pass scores tokens in place of giving logits.
 
     It has to be this layer's own forward pass: Megatron waits for a layer's gathered parameters in a hook of it.
     """
@@ -66,7 +69,7 @@ class ScoringHead(tensor_parallel.ColumnParallelLinear):
 
     @contextmanager
     def scoring(self, scoring: Scoring) -> Iterator[None]:
-        """Around one forward pass of the model."""
+        """Around one forward pass of the model, which sets ``scoring.found``."""
         self._scoring = scoring
         try:
             yield
@@ -76,7 +79,7 @@ class ScoringHead(tensor_parallel.ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As of ColumnParallelLinear; within ``scoring`` (S, B, 3) float32: log-probability, entropy, and 1 where the target is likeliest.
+        """As of ColumnParallelLinear; within ``scoring`` the log-probabilities alone, (S, B, 1).
 
         Differentiable in hidden states (S, B, H), of which each tensor rank has its part under sequence parallelism, and in the weight.
         Collective over the TP group.
@@ -89,11 +92,13 @@ class ScoringHead(tensor_parallel.ColumnParallelLinear):
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(input_)
         scores = score_hidden(hidden.flatten(0, 1), self.weight if weight is None else weight, self._scoring)
-        return torch.stack(scores, dim=-1).view(*hidden.shape[:2], 3), None
+        log_probs, entropy, likeliest = (each.view(hidden.shape[:2]).t() for each in scores)
+        self._scoring.found = log_probs, entropy, likeliest
+        return log_probs.detach().t()[..., None], None
 
 
 def score_hidden(hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy, and 1 where the target is likeliest: (S x B,) float32 each. Collective over the TP group.
+    """Log-probability and entropy, (S x B,) float32, and whether the target is likeliest. Collective over the TP group.
 
     Args:
         hidden: (S x B, H), the rows of a position next to each other, any floating dtype.
@@ -125,27 +130,26 @@ class _VocabularyParallelScores(torch.autograd.Function):
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         if columns.used:
             # From sums relative to the largest logit of this rank to those relative to the largest of all.
-            lower = own_peak - peak
+            lower = (own_peak - peak) / scoring.temperature
             sums[1] += lower * sums[0]
             sums[:2] *= lower.exp()
-            here = columns.local(targets)[1]
-            sums[2] = torch.where(here, sums[2] - peak, 0.0)
         dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()
         entropy = log_sum - sums[1] / sums[0]
         ctx.columns, ctx.chunks, ctx.is_spent = columns, chunks, False
         ctx.main_grad = getattr(weight, "main_grad", None)
-        ctx.save_for_backward(hidden, weight, targets, peak + log_sum, entropy, *([logits] if len(chunks) == 1 else []))
+        normaliser = peak + log_sum * scoring.temperature
+        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy, *([logits] if len(chunks) == 1 else []))
         ctx.set_materialize_grads(False)
-        likeliest = (sums[2] >= 0).float()  # the logit of the token is the largest of all
+        likeliest = sums[2] >= peak
         ctx.mark_non_differentiable(likeliest)
-        return sums[2] - log_sum, entropy, likeliest
+        return (sums[2] - peak) / scoring.temperature - log_sum, entropy, likeliest
 
     @staticmethod
     def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         assert not ctx.is_spent, "logits were overwritten by their gradient"
         ctx.is_spent = True
-        hidden, weight, targets, log_normaliser, entropy, *kept = ctx.saved_tensors
+        hidden, weight, targets, normaliser, entropy, *kept = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight: Tensor | None = None
         for chunk in ctx.chunks:
@@ -153,7 +157,7 @@ class _VocabularyParallelScores(torch.autograd.Function):
             ctx.columns.to_gradient(
                 logits,
                 targets[chunk],
-                log_normaliser[chunk],
+                normaliser[chunk],
                 entropy[chunk],
                 None if of_log_probs is None else of_log_probs[chunk],
                 None if of_entropy is None else of_entropy[chunk],
@@ -177,7 +181,10 @@ def _summed_gradient(found: Tensor, before: Tensor | None, main_grad: Tensor | N
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``."""
+    """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``.
+
+    Each operation on a piece of logits reads and writes gigabytes: there are as few as can be.
+    """
 
     start: int
     used: int
@@ -187,54 +194,57 @@ class _Columns:
         """Column of each target on this rank, and whether it is here at all (column 0 where not)."""
         column = targets - self.start
         here = (column >= 0) & (column < self.used)
-        return torch.where(here, column, 0), here
+        return torch.where(here, column, 0)[:, None], here
 
     def add_up(self, logits: Tensor, targets: Tensor, peak: Tensor, sums: Tensor) -> None:
-        """Into ``peak`` (rows,) the largest logit x of each row; into ``sums`` (3, rows) exp(x - peak), that times (x - peak), and the
-        target's x."""
+        """Into ``peak`` (rows,) the largest logit of each row; into ``sums`` (3, rows) exp(x), exp(x) x and the target's logit, where x is
+        a logit's distance to the peak over the temperature."""
         for piece in self._pieces(logits):
-            rows = _float_copy(logits[piece, : self.used]).div_(self.temperature)
+            rows = logits[piece, : self.used]
             peak[piece] = rows.amax(dim=-1)
             column, here = self.local(targets[piece])
-            sums[2, piece] = torch.where(here, rows.gather(1, column[:, None])[:, 0], 0.0)
-            shifted = rows.sub_(peak[piece, None])
-            exponential = shifted.exp()
+            sums[2, piece] = torch.where(here, rows.gather(1, column)[:, 0].float(), 0.0)
+            below = self._over_temperature(rows, peak[piece])
+            exponential = below.exp()
             sums[0, piece] = exponential.sum(dim=-1)
-            sums[1, piece] = exponential.mul_(shifted).sum(dim=-1)
+            sums[1, piece] = exponential.mul_(below).sum(dim=-1)
 
     def to_gradient(
         self,
         logits: Tensor,
         targets: Tensor,
-        log_normaliser: Tensor,
+        normaliser: Tensor,
         entropy: Tensor,
         of_log_probs: Tensor | None,
         of_entropy: Tensor | None,
     ) -> None:
-        """Put the gradient of logits into their place, given those of log-probabilities and entropies (rows,)."""
+        """Put the gradient of logits into their place, given those of log-probabilities and entropies (rows,).
+
+        ``normaliser`` (rows,): a logit's distance to it over the temperature is its log-probability.
+        """
         logits[:, self.used :] = 0.0
         for piece in self._pieces(logits):
             rows = logits[piece, : self.used]
-            log_prob = _float_copy(rows).div_(self.temperature).sub_(log_normaliser[piece, None])
-            prob = log_prob.exp()
-            gradient = torch.zeros_like(prob)
-            if of_log_probs is not None:
-                weight = of_log_probs[piece]
-                column, here = self.local(targets[piece])
-                gradient.scatter_(1, column[:, None], torch.where(here, weight, 0.0)[:, None])
-                gradient.addcmul_(prob, weight[:, None], value=-1.0)
-            if of_entropy is not None:
-                spread = log_prob.add_(entropy[piece, None]).mul_(prob)
-                gradient.addcmul_(spread, of_entropy[piece, None], value=-1.0)
-            rows.copy_(gradient.div_(self.temperature))
+            log_prob = self._over_temperature(rows, normaliser[piece])
+            weight = torch.zeros_like(entropy[piece]) if of_log_probs is None else of_log_probs[piece] / self.temperature
+            if of_entropy is None:
+                gradient = log_prob.exp_().mul_(-weight[:, None])
+            else:
+                gradient = log_prob.exp()
+                spread = log_prob.add_(entropy[piece, None]).mul_(of_entropy[piece, None] / self.temperature)
+                gradient.mul_(spread.add_(weight[:, None]).neg_())
+            column, here = self.local(targets[piece])
+            gradient.scatter_add_(1, column, torch.where(here, weight, 0.0)[:, None])
+            rows.copy_(gradient)
+
+    def _over_temperature(self, rows: Tensor, subtracted: Tensor) -> Tensor:
+        """Float32 of ``rows`` less ``subtracted`` (rows,), over the temperature; a new tensor."""
+        found = torch.sub(rows, subtracted[:, None])
+        return found if self.temperature == 1.0 else found.div_(self.temperature)
 
     def _pieces(self, logits: Tensor) -> Sequence[slice]:
         """Slices over the rows; none when this rank holds padding columns only."""
         return _slices(logits.size(0), max(1, _PIECE_ELEMENTS // self.used)) if self.used else ()
-
-
-def _float_copy(rows: Tensor) -> Tensor:
-    return rows.to(torch.float32, copy=True)
 
 
 def _slices(size: int, step: int) -> list[slice]:

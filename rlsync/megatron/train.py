@@ -124,8 +124,8 @@ def train_step(
     # The schedule divides each loss by the number of microbatches, and the gradient reduction by the data-parallel size.
     scale = _padded_count(models, len(microbatches)) * parallel_state.get_data_parallel_world_size()
 
-    def differentiate(passed: _Passed, scored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = passed.scores(scored)
+    def differentiate(passed: _Passed, scoring: Scoring, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = passed.scores(scoring)
         if passed.repeated:
             return scores.log_probs.sum() * 0.0, {}
         value, metrics = loss(scores, passed.microbatch)
@@ -173,8 +173,8 @@ def token_scores(
         One ``TokenScores`` a microbatch, on every rank of the replica. Scores of padding mean nothing.
     """
 
-    def score(passed: _Passed, scored: Tensor, non_loss_data: bool = True) -> Tensor:
-        scores = passed.scores(scored)
+    def score(passed: _Passed, scoring: Scoring, _: Tensor, non_loss_data: bool = True) -> Tensor:
+        scores = passed.scores(scoring)
         return torch.stack((scores.log_probs, scores.entropy, scores.likeliest))
 
     with _evaluating(models):
@@ -197,7 +197,7 @@ def logits_for_tests(models: Sequence[torch.nn.Module], microbatch: Microbatch) 
     For comparisons with other implementations. Collective over the TP and PP groups.
     """
 
-    def gather(passed: _Passed, logits: Tensor, non_loss_data: bool = True) -> Tensor:
+    def gather(passed: _Passed, _: None, logits: Tensor, non_loss_data: bool = True) -> Tensor:
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         rows, length = microbatch["tokens"].shape
         return whole[:rows, :length, : passed.vocab_size]
@@ -240,12 +240,12 @@ class _Passed:
     repeated: bool
     index: int
 
-    def scores(self, scored: Tensor) -> TokenScores:
+    def scores(self, scoring: Scoring) -> TokenScores:
         """Of the caller's tokens, from what ``ScoringHead`` made of the targets."""
-        whole = scored if self.packing is None else self.packing.unpack(scored)
+        assert scoring.found is not None, "the last chunk has passed"
         rows, length = self.microbatch["tokens"].shape
-        log_probs, entropy, likeliest = F.pad(whole[:rows, : length - 1], (0, 0, 1, 0)).unbind(-1)
-        return TokenScores(log_probs, entropy, likeliest > 0)
+        padded = scoring.found if self.packing is None else map(self.packing.unpack, scoring.found)
+        return TokenScores(*(F.pad(whole[:rows, : length - 1], (1, 0)) for whole in padded))
 
 
 def _run(
@@ -259,7 +259,7 @@ def _run(
 ) -> list[Any]:
     """Pass the microbatches through the pipeline; what ``on_output`` returned for each, on the last stage (else []).
 
-    It is given what the last chunk returns: scores of the targets (B, S, 3), or logits where ``how`` is None.
+    It is given the microbatch, what was found of its targets, and what the last chunk returns: logits where ``how`` is None.
     """
     if routing is None and any(ROUTES in microbatch for microbatch in microbatches):
         raise ConfigError("a microbatch has routes, which need the routing of the model to be taken")
@@ -286,11 +286,13 @@ def _forward(
     routes = passed.microbatch.get(ROUTES)
     routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, routes, passed.packing)
     scored: AbstractContextManager[None] = nullcontext()
+    scoring: Scoring | None = None
     if how is not None and chunk.post_process:
-        scored = chunk.output_layer.scoring(Scoring(passed.targets, passed.vocab_size, how.temperature, how.chunk_tokens))
+        scoring = Scoring(passed.targets, passed.vocab_size, how.temperature, how.chunk_tokens)
+        scored = chunk.output_layer.scoring(scoring)
     with routed, scored:
         output = model(input_ids=passed.tokens, attention_mask=None, **passed.arguments)
-    return output, partial(on_output, passed)
+    return output, partial(on_output, passed, scoring)
 
 
 def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, packing: bool) -> list[_Passed]:

@@ -361,12 +361,12 @@ def scores_equal_softmax(tp_size: int) -> None:
             ours[1].main_grad = main_grad
         with mock.patch.object(scores_module, "_PIECE_ELEMENTS", piece), _Largest() as seen:
             found = score_hidden(*ours, Scoring(tokens.to(device), vocab_size, 0.7, chunk_tokens))
-            value = sum((part.view(6, 2).t() * weight.to(device)).sum() for part, weight in zip(found, weights, strict=False))
+            value = sum((part.view(6, 2).t() * weight.to(device)).sum() for part, weight in zip(found[:2], weights, strict=True))
             gradients = torch.autograd.grad(value, ours)
         if vocab_size == 61:
             assert (seen.numel >= 12 * width) == (chunk_tokens == 12), "logits of all positions exist only where they are one chunk"
         likeliest = distribution.gather(-1, tokens[..., None])[..., 0] == distribution.amax(dim=-1)
-        for part, theirs in zip(found, (log_probs, entropy, likeliest.float()), strict=True):
+        for part, theirs in zip(found, (log_probs, entropy, likeliest), strict=True):
             torch.testing.assert_close(part.detach().cpu().view(6, 2).t(), theirs.detach(), rtol=1e-5, atol=2e-6)
         whole = gradients[0].clone()
         dist.all_reduce(whole)
@@ -374,4 +374,8 @@ def scores_equal_softmax(tp_size: int) -> None:
         summed = gradients[1] if main_grad is None else gradients[1] + main_grad
         assert main_grad is None or bool(main_grad.any()) == (dist.get_rank() == 0), "the second rank has padding alone"
         torch.testing.assert_close(summed.cpu(), of_matrix[columns], rtol=1e-5, atol=5e-6)
+        with mock.patch.object(scores_module._Columns, "to_gradient", autospec=True) as to_gradient:
+            log_probs = score_hidden(*ours, Scoring(tokens.to(device), vocab_size))[0]
+            torch.autograd.grad(log_probs.sum(), ours)
+        assert to_gradient.call_args.args[-1] is None, "nothing is computed of entropies that a loss does not read"
     destroy_parallel()

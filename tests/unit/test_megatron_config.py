@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import model_config
+from rlsync.megatron.model import _accumulating_without_apex
 from rlsync.models import REFUSED_SWITCHES, supported_architectures
 from tests.models import tiny_config
 
@@ -223,3 +225,14 @@ def test_interleaved_pipelines_keep_to_one_shape():
     assert config(pp_size=2, overrides={"variable_seq_lengths": True}).transformer.variable_seq_lengths
     told = config(pp_size=2, vpp_size=2, overrides={"variable_seq_lengths": True, "batch_p2p_comm": True}).transformer
     assert (told.variable_seq_lengths, told.batch_p2p_comm) == (False, False)
+
+
+def test_an_output_layer_is_built_beside_layers_of_transformer_engine_that_add_up_gradients():
+    """Megatron's own layer refuses the switch without Apex; nothing of that is left behind."""
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    before = layers._grad_accum_fusion_available
+    for fuses in (False, True):
+        told = config(overrides={"gradient_accumulation_fusion": fuses}, is_transformer_engine=True).transformer
+        with _accumulating_without_apex(told):
+            assert layers._grad_accum_fusion_available is (before or fuses)
+        assert layers._grad_accum_fusion_available is before

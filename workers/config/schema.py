@@ -52,7 +52,9 @@ class ActorModelConfig:
     recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
     recompute_num_layers: int | None = key(None, "with recompute_granularity full", min=1)
-    apply_rope_fusion: bool | None = key(None, "fused rotary embedding (TransformerEngine)")
+    apply_rope_fusion: bool | None = key(
+        None, "fused rotary embedding (TransformerEngine); without it, packed sequences have each layer wait for the GPU"
+    )
     bias_activation_fusion: bool | None = key(None, "fuse bias and activation")
     bias_dropout_fusion: bool | None = key(None, "fuse bias and dropout")
     gradient_accumulation_fusion: bool | None = key(None, "accumulate weight gradients in the GEMM (TransformerEngine or Apex)")
