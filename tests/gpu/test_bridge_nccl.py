@@ -42,6 +42,8 @@ EXPERTS: dict[int, Cases] = {
         ("mixtral", {"tp_size": 2, "etp_size": 2}, SP),
         ("qwen2_moe", {"pp_size": 2}, {}),
         ("glm4_moe", {"dp_size": 2, "ep_size": 2}, {}),
+        ("deepseek_v3", {"tp_size": 2, "ep_size": 2}, SP),
+        ("moonlight", {"pp_size": 2}, {}),
     ],
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.engines import LAYERS
-from tests.models import save_tiny_model
+from tests.models import LATENT_SIZES, save_tiny_model
 from tests.ranks import run_ranks
 from tests.vision_models import save_tiny_vision_model
 
@@ -20,6 +20,8 @@ EXPERTS = {
     "mixtral": {"tp_size": 2, "etp_size": 2},
     "qwen2_moe": {"tp_size": 2, "ep_size": 2},
     "glm4_moe": EXPERT_PARALLEL,
+    "deepseek_v3": EXPERT_PARALLEL,
+    "moonlight": {"tp_size": 2, "ep_size": 2},
 }
 PICTURES = {"qwen2_5_vl": {"tp_size": 2}, "qwen3_vl": {"pp_size": 2}, "qwen3_vl_moe": EXPERT_PARALLEL}
 ON_ONE_AND_TWO = pytest.mark.parametrize("num_gpus", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2)])
@@ -42,7 +44,9 @@ def oracle(tmp_path: Path, folder: Path, num_gpus: int, topology: dict[str, int]
 def test_a_synced_engine_with_experts_answers_like_a_fresh_one(tmp_path, family, spec, num_gpus):
     """On two GPUs the engine cuts its experts over two workers."""
     # What a worker of two holds of an expert is a multiple of 64, as kernels want it.
-    folder = save_tiny_model(tmp_path / "hf", family, hidden_size=128, **({} if family == "mixtral" else {"moe_intermediate_size": 128}))
+    sizes = {} if family == "mixtral" else {"moe_intermediate_size": 128}
+    sizes |= LATENT_SIZES if family in ("deepseek_v3", "moonlight") else {}
+    folder = save_tiny_model(tmp_path / "hf", family, hidden_size=128, **sizes)
     oracle(tmp_path, folder, num_gpus, EXPERTS[family], spec, gpus=["0,1"] if num_gpus > 1 else None)
 
 
