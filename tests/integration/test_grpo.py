@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.greedy import greedy
 from tests.integration.script_runs import engine_core, exit_code, run, started, strike
@@ -90,6 +91,33 @@ def test_reward_of_questions_about_pictures_rises_and_both_sides_see_the_same_pi
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines) and last["rollout/logprob_diff_mean"] > 0.1
     assert (first["step"], first["val/num_problems"]) == (0, 16) and last["rollout/reward_scores"] < rewards[-1] - 0.3
+
+
+def test_reward_rises_with_adapters_alone_and_engines_agree_with_the_actor(finished, tmp_path):
+    """From the model of the fourth step on. Engines get merged weights, which are those of PEFT's adapter beside the same base."""
+    from peft import PeftModel
+
+    base = finished[0] / "run" / "checkpoints" / "global_step_4" / "actor" / "hf_model"
+    run(
+        SCRIPT, tmp_path, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "actor.optim.lr=1e-2",
+        "runner.max_steps=8", "runner.save_interval=8", "runner.val_check_interval=-1", "runner.val_before_train=False",
+        "data.val_data_paths=[]",
+    )  # fmt: skip
+    lines = read_metrics(tmp_path / "run")
+    rewards = [line["rollout/reward_scores"] for line in lines]
+    assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
+    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
+    assert all(line["sync/held_bytes"] > 0 for line in lines[1:]), "embeddings and norms are sent once"
+    actor = tmp_path / "run" / "checkpoints" / "global_step_8" / "actor"
+    adapter = load_file(actor / "hf_adapter" / "adapter_model.safetensors")
+    shards = [
+        tensor for path in actor.glob("iter_*/*/model_optim_rng.pt") for tensor in torch.load(path, weights_only=True)["model"].values()
+    ]
+    assert sum(t.numel() for t in shards) < 2 * sum(t.numel() for t in adapter.values()), "two tensor ranks, adapters alone"
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), actor / "hf_adapter").merge_and_unload().state_dict()
+    saved = load_file(actor / "hf_model" / "model.safetensors")
+    assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in saved.items())
+    assert any(not torch.equal(tensor, load_file(base / "model.safetensors")[name]) for name, tensor in saved.items())
 
 
 def test_a_validation_answers_as_transformers_does_with_the_checkpoint_of_its_step(finished):
