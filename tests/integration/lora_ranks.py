@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from rlsync.bridge.auto_bridge import AutoBridge
-from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
+from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
 from rlsync.copy.cpu import region
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, is_adapter, iter_parameters
+from rlsync.megatron.model import DdpOptions, adapters_in, is_adapter, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
@@ -158,8 +160,8 @@ def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapp
         destroy_parallel(keep_distributed=True)
 
 
-def refuse(models: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, str]) -> None:
-    """Adapters that do not fit are refused before anything changes."""
+def refuse(models: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, str], root: str) -> None:
+    """Adapters and checkpoints that do not fit are refused before anything changes."""
     name, expected = next(iter(models.items()))
     actor = LoraActor({"model": name, "topology": {}, "cut": [8]}, expected)
     before = {name: p.detach().clone() for _, _, name, p in iter_parameters(actor.models)}
@@ -168,6 +170,14 @@ def refuse(models: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, str]) 
         kind, words = told.split(": ", 1)
         with pytest.raises(kinds[kind], match=re.escape(words)):
             actor.bridge.load_adapter(actor.models, folder)
+    save_checkpoint(root, actor.bridge, actor.models, step=1, optimizer=actor.optimizer)
+    other = actor.bridge.get_model(bf16=False, lora=replace(adapters_in(actor.models).spec, lora_alpha=16.0))
+    with pytest.raises(CheckpointError, match=r"adapters' scaling 2.0 then, 4.0 now; resume with the saved values"):
+        load_checkpoint(root, actor.bridge, other)
+    shutil.rmtree(Path(root, "iter_0000001"))
+    for load in (load_checkpoint, load_checkpoint_weights):
+        with pytest.raises(CheckpointError, match="holds HF weights alone, and this run's adapters cannot be told from them"):
+            load(root, actor.bridge, actor.models)
     assert all(torch.equal(before[name], p) for _, _, name, p in iter_parameters(actor.models))
     print("REFUSED", flush=True)
 

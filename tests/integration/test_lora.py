@@ -191,7 +191,7 @@ def test_adapters_of_stacked_experts_are_read_as_pefts(tmp_path, parameters):
     assert "LOADED" in outputs[0]
 
 
-def test_foreign_adapters_are_refused(models, tmp_path):
+def test_foreign_adapters_and_checkpoints_without_any_are_refused(models, tmp_path):
     origin = Path(models["llama"]["adapter"])
     changes = {
         "use_dora": ({"use_dora": True}, "ConfigError: use_dora is True"),
@@ -219,7 +219,7 @@ def test_foreign_adapters_are_refused(models, tmp_path):
         foreign[str(folder)] = told
     (tmp_path / "empty").mkdir()
     foreign[str(tmp_path / "empty")] = "CheckpointError: adapter_config.json cannot be read"
-    run_ranks(1, RANKS, "refuse", models={"llama": models["llama"]}, foreign=foreign)
+    run_ranks(1, RANKS, "refuse", models={"llama": models["llama"]}, foreign=foreign, root=str(tmp_path / "saved"))
 
 
 def _train(world_size: int, cases: list[dict], models: dict, out_dir: Path) -> None:

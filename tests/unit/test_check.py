@@ -164,6 +164,13 @@ def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> 
     assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in texts(check(own, monkeypatch))
 
 
+def test_adapters_are_checked_against_the_model_and_their_folder(own, monkeypatch) -> None:
+    lora = {"r": 4, "adapter_path": str(own / "adapter"), "target_modules": ["q_proj", "gate"]}
+    found = texts(check(own, monkeypatch, actor={"lora": lora, "megatron": {"mbridge": True}}))
+    assert "actor.lora: target_modules name gate, which no linear layer of Qwen2ForCausalLM is called" in found
+    assert f"{own}/adapter/adapter_config.json cannot be read" in found
+
+
 def test_a_vision_language_model_is_checked_before_anything_starts(own, monkeypatch) -> None:
     """Negative control: the same run without what is refused has no such findings."""
     (own / "model/config.json").write_text(json.dumps(QWEN3_VL))

@@ -67,6 +67,7 @@ def test_settings_that_hold_from_now_on_are_listed_with_both_sides(world, tmp_pa
         ({"actor": {"optim": {"use_distributed_optimizer": False}}}, r"use_distributed_optimizer True -> False.*no_load_optim=True"),
         ({"model": {"freeze_vision_model": True}}, r"actor\.model\.freeze_vision_model False -> True.*no_load_optim=True"),
         ({"model": {"precision": "bf16"}}, r"actor\.model\.precision fp32 -> bf16.*start a new run from .*actor/hf_model"),
+        ({"actor": {"lora": {"r": 4}, "megatron": {"mbridge": True}}}, r"actor\.lora\.r 0 -> 4.*start a new run from .*actor/hf_model"),
     ],
 )
 def test_settings_that_shaped_the_saved_state_are_refused(world, tmp_path, saved, changes, said) -> None:  # noqa: F811
@@ -83,6 +84,13 @@ def test_another_layout_is_said_to_be_cut_anew_and_refused_without_a_distributed
     plain = {"optim": {"use_distributed_optimizer": False}}
     with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size 2 -> 1.*start a new run from .*actor/hf_model"):
         find_beginning(with_auto(config(world, tmp_path, model=layout, actor=plain)))
+
+
+def test_merged_weights_alone_are_no_adapters_to_go_on_from(world, tmp_path) -> None:  # noqa: F811
+    checkpoint(tmp_path, 3, "hf_model")
+    assert not find_beginning(with_auto(config(world, tmp_path))).complete, "the control"
+    with pytest.raises(CheckpointError, match=r"HF weights alone, in which adapters are merged.*/actor/hf_model as its model"):
+        find_beginning(with_auto(config(world, tmp_path, actor={"lora": {"r": 4}, "megatron": {"mbridge": True}})))
 
 
 def test_without_the_state_that_they_shaped_they_may_change(world, tmp_path, saved) -> None:  # noqa: F811
