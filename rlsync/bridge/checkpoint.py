@@ -114,9 +114,10 @@ def load_checkpoint(
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
         shards = shards_folder(folder, held.step)
-        if held.complete:
+        has_adapters = adapters_in(models) is not None
+        if held.complete and not has_adapters:
             held = replace(held, moved=held.moved or _was_cut_otherwise(shards, models))
-        if held.moved and adapters_in(models) is not None:
+        if held.moved and has_adapters:
             raise CheckpointError(f"{shards} was saved under another layout, and adapters are not cut anew; resume under the saved layout")
     if held.moved:
         _load_moved(shards, bridge, models, optimizer, scheduler)
