@@ -15,6 +15,7 @@ QWEN25_05B: Mapping[str, Any] = SHAPES["qwen2.5-0.5b"]
 QWEN25_7B: Mapping[str, Any] = SHAPES["qwen2.5-7b"]
 QWEN25_72B: Mapping[str, Any] = SHAPES["qwen2.5-72b"]
 QWEN3_30B_A3B: Mapping[str, Any] = SHAPES["qwen3-30b-a3b"]
+DEEPSEEK_V3: Mapping[str, Any] = SHAPES["deepseek-v3"]
 LLAMA31_405B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248,
     "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "dtype": "bfloat16", "tie_word_embeddings": False,

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.paper import LLAMA31_405B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, sides
+from benchmarks.paper import DEEPSEEK_V3, LLAMA31_405B, QWEN3_30B_A3B, QWEN25_7B, QWEN25_72B, sides
 from rlsync.cli.pricing import Settings, price_of
 from rlsync.cli.scene import Sides
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import build_plan
 
+# Engines beside the actor begin on a host of their own. Of DeepSeek-V3 the first stage has three layers, which are dense, and the last two.
+_STAGES = {"pp_size": 16, "first_stage_layers": 3, "last_stage_layers": 2}
 CASES: dict[str, Callable[[], Sides]] = {
     "72b": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8}, num_engines=8, tp_size=8, colocated=True),
     "72b-apart": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8}, num_engines=8, tp_size=8),
@@ -33,6 +35,16 @@ BUCKET_BYTES = 256 * 2**20
 PRICES: dict[str, Callable[[], Sides]] = {
     "price-72b-3072": lambda: sides(QWEN25_72B, {"tp_size": 8, "pp_size": 8, "dp_size": 32}, tp_size=8, num_engines=128),
     "price-405b-1016": lambda: sides(LLAMA31_405B, {"tp_size": 8, "pp_size": 9, "dp_size": 7}, tp_size=8, num_engines=64),
+    "price-deepseek-v3-512-ep": lambda: sides(
+        DEEPSEEK_V3, {**_STAGES, "dp_size": 16, "ep_size": 16}, tp_size=8, dp_size=4, ep_size=32, num_engines=8
+    ),
+    "price-deepseek-v3-512-tp": lambda: sides(DEEPSEEK_V3, {**_STAGES, "dp_size": 16, "ep_size": 16}, tp_size=16, num_engines=16),
+    "price-deepseek-v3-3072-ep": lambda: sides(
+        DEEPSEEK_V3, {**_STAGES, "tp_size": 2, "dp_size": 64, "ep_size": 64}, tp_size=8, dp_size=4, ep_size=32, num_engines=32
+    ),
+    "price-deepseek-v3-3072-tp": lambda: sides(
+        DEEPSEEK_V3, {**_STAGES, "tp_size": 2, "dp_size": 64, "ep_size": 64}, tp_size=16, num_engines=64
+    ),
 }
 
 

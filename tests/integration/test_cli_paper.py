@@ -29,6 +29,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "qwen2_moe": [ONE, TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
     "qwen3_moe": [ONE, FOUR, EXPERTS, ATTENTION | EXPERTS],
     "glm4_moe": [ONE, TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
+    "deepseek_v3": [TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
+    "moonlight": [TWO, ATTENTION | EXPERTS],
 }
 
 
