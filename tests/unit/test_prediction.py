@@ -31,6 +31,10 @@ MEASURED = {
     "2026-11-22-7b-collocated-ring": ["params bucket-bytes 268435456 num-slots 2"],
     "2026-11-28-7b-one-gpu-local": ["auto params"],
     "2026-11-28-7b-one-gpu-te": ["auto params"],
+    # Measured after the constants of predictions were chosen.
+    "2026-11-29-7b-disaggregated-2-gpus-local": ["ipc auto", "nccl auto"],
+    "2026-11-29-7b-disaggregated-2-gpus-te": ["ipc auto", "nccl auto"],
+    "2026-11-29-qwen3-30b-a3b-24-layers-one-gpu": ["auto"],
 }
 
 
