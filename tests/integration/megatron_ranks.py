@@ -230,7 +230,8 @@ def refuse_foreign_state(models: Mapping[str, Mapping[str, Any]], root: str) -> 
     path = Path(root, "iter_0000000", "mp_rank_00", "model_optim_rng.pt")
     state = torch.load(path, weights_only=True)
     torch.save({**state, "topology": {**state["topology"], "tp_size": 2}}, path)
-    assert "tp_size 2 then, 1 now" in _refusal(again, root)
+    message = _refusal(again, root)
+    assert "mp_rank_00 says TP=2, PP=1, whose folders are 2; missing or unexpected: mp_rank_01" in message, message
     path.write_bytes(path.read_bytes()[:-1000])
     assert "truncated" in _refusal(again, root)
     destroy_parallel(keep_distributed=True)

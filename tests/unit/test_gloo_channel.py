@@ -119,7 +119,9 @@ def test_those_who_are_late_within_the_deadline_are_waited_for_also_after_a_fail
 def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> None:
     engines[0].on_hold = lambda worker, weights: weights["w2"].neg_() if worker == 1 else None
     error = actors.failure(lambda s: s.sync(1))
-    assert (error.phase, error.engine, error.bucket) == ("verify", "far", 2)
+    # A worker's own report, which names the bucket, and its engine's answer race.
+    assert error.engine == "far" and error.bucket in (2, None), error
+    assert "verified regions are not what was sent: w2 in w2" in error.cause, error
 
 
 def test_a_filler_that_hangs_is_found_by_the_deadline(actors: Actors) -> None:
