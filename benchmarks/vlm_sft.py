@@ -171,7 +171,8 @@ def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str
     config = Qwen2_5_VLConfig.from_pretrained(model)
     flops = a.rows * flops_a_row(config, tokens / a.rows, a.side)
     return {
-        "command": " ".join(sys.argv), "size": a.size, "layers": a.layers, "gpus": a.gpus, "steps": len(lines), "step_s": step_s,
+        "command": " ".join(["python -m benchmarks.vlm_sft", *sys.argv[1:]]),
+        "size": a.size, "layers": a.layers, "gpus": a.gpus, "steps": len(lines), "step_s": step_s,
         "tokens_a_row": tokens / a.rows, "tokens_a_second": tokens / step_s, "tokens_a_second_and_gpu": tokens / step_s / max(1, a.gpus),
         "share_of_peak": flops / step_s / (max(1, a.gpus) * PEAK_FLOPS), "data_wait_share": median["time/data_wait"] / step_s,
         "syncs": syncs,

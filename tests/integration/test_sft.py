@@ -75,6 +75,7 @@ def test_a_validation_is_what_transformers_says_of_the_checkpoint_of_its_step(fi
     rows = [json.loads(line) for name in ("held_out", "train") for line in (world / f"{name}.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in read_metrics(folder / "run") if "val/loss" in line}
     assert sorted(found) == [0, LAST // 2, LAST] and len(rows) == 40
+    assert all(line["sync/version"] == step and line["sync/bytes"] > 0 for step, line in found.items()), "the syncs of validations are told"
     assert found[0]["val/exact_match"] == 0 and 0.4 < found[LAST]["val/exact_match"] < 1, "the later rows were taught"
     models = {0: world / "model", LAST: checkpoint(folder, LAST) / "actor" / "hf_model"}
     for step, model in models.items():
