@@ -7,9 +7,10 @@ schedules or losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def _summed_gradient(found: Tensor, before: Tensor | None, main_grad: Tensor | N
 class _Columns:
     """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``.
 
-    Each operation on a piece of logits reads and writes gigabytes: there are as few as can be.
+    An operation on the logits of a chunk reads and writes gigabytes: there are as few as can be.
     """
 
     start: int
@@ -201,13 +202,9 @@ class _Columns:
         a logit's distance to the peak over the temperature."""
         for piece in self._pieces(logits):
             rows = logits[piece, : self.used]
-            peak[piece] = rows.amax(dim=-1)
             column, here = self.local(targets[piece])
             sums[2, piece] = torch.where(here, rows.gather(1, column)[:, 0].float(), 0.0)
-            below = self._over_temperature(rows, peak[piece])
-            exponential = below.exp()
-            sums[0, piece] = exponential.sum(dim=-1)
-            sums[1, piece] = exponential.mul_(below).sum(dim=-1)
+            peak[piece], sums[0, piece], sums[1, piece] = _fused(_exponentials, rows)(rows, self.temperature)
 
     def to_gradient(
         self,
@@ -225,26 +222,59 @@ class _Columns:
         logits[:, self.used :] = 0.0
         for piece in self._pieces(logits):
             rows = logits[piece, : self.used]
-            log_prob = self._over_temperature(rows, normaliser[piece])
-            weight = torch.zeros_like(entropy[piece]) if of_log_probs is None else of_log_probs[piece] / self.temperature
-            if of_entropy is None:
-                gradient = log_prob.exp_().mul_(-weight[:, None])
-            else:
-                gradient = log_prob.exp()
-                spread = log_prob.add_(entropy[piece, None]).mul_(of_entropy[piece, None] / self.temperature)
-                gradient.mul_(spread.add_(weight[:, None]).neg_())
+            weight = torch.zeros_like(entropy[piece]) if of_log_probs is None else of_log_probs[piece]
             column, here = self.local(targets[piece])
-            gradient.scatter_add_(1, column, torch.where(here, weight, 0.0)[:, None])
-            rows.copy_(gradient)
-
-    def _over_temperature(self, rows: Tensor, subtracted: Tensor) -> Tensor:
-        """Float32 of ``rows`` less ``subtracted`` (rows,), over the temperature; a new tensor."""
-        found = torch.sub(rows, subtracted[:, None])
-        return found if self.temperature == 1.0 else found.div_(self.temperature)
+            own = of_entropy if of_entropy is None else of_entropy[piece]
+            _fused(_to_gradient, rows)(rows, column, here, normaliser[piece], entropy[piece], weight, own, self.temperature)
 
     def _pieces(self, logits: Tensor) -> Sequence[slice]:
         """Slices over the rows; none when this rank holds padding columns only."""
         return _slices(logits.size(0), max(1, _PIECE_ELEMENTS // self.used)) if self.used else ()
+
+
+def _fused(function: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:
+    """On a GPU the function in a few kernels that read ``rows`` once each; elsewhere operation by operation."""
+    return _compiled(function) if rows.is_cuda else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)  # type: ignore[no-any-return]
+
+
+def _exponentials(rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (rows, columns): the largest of each row, float32 sums (rows,) of exp(x), and of exp(x) x; x: see ``add_up``."""
+    peak = rows.amax(dim=-1).float()
+    below = _over_temperature(rows, peak, temperature)
+    exponential = below.exp()
+    return peak, exponential.sum(dim=-1), (exponential * below).sum(dim=-1)
+
+
+def _to_gradient(
+    rows: Tensor,
+    column: Tensor,
+    here: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    of_log_probs: Tensor,
+    of_entropy: Tensor | None,
+    temperature: float,
+) -> None:
+    """Logits (rows, columns) into their gradient: see ``to_gradient``. ``column`` (rows, 1) of the target, where it is ``here``."""
+    log_prob = _over_temperature(rows, normaliser, temperature)
+    weight = of_log_probs / temperature
+    if of_entropy is None:
+        gradient = log_prob.exp() * -weight[:, None]
+    else:
+        gradient = -log_prob.exp() * ((log_prob + entropy[:, None]) * (of_entropy / temperature)[:, None] + weight[:, None])
+    is_target = (torch.arange(rows.size(1), device=rows.device) == column) & here[:, None]
+    rows.copy_(gradient + torch.where(is_target, weight[:, None], 0.0))
+
+
+def _over_temperature(rows: Tensor, subtracted: Tensor, temperature: float) -> Tensor:
+    """Float32 of ``rows`` less ``subtracted`` (rows,), over the temperature."""
+    found = rows.float() - subtracted[:, None]
+    return found if temperature == 1.0 else found / temperature
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models import save_tiny_model
+from tests.models import LATENT_SIZES, save_tiny_model
 from tests.ranks import run_ranks
 
 RANKS = "tests.integration.megatron_ranks"
@@ -21,6 +21,11 @@ def run(world_size: int, folder, *cases: dict) -> None:
     assert outputs[0].count("AGREED") == len(cases), outputs[0]
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+
+
 @pytest.mark.gpu(1)
 def test_one_gpu_computes_the_same_of_packed_sequences_and_with_fused_kernels(tmp_path):
     folder = save_tiny_model(
@@ -34,6 +39,13 @@ def test_one_gpu_computes_the_same_of_packed_sequences_and_with_fused_kernels(tm
         {"overrides": FUSED},
         {"overrides": FUSED, "how": {"packing": True, "chunk_tokens": 64}, "ddp": DISTRIBUTED},
     )
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("family", ["qwen3_moe", "moonlight"])
+def test_experts_and_latent_attention_do_so(tmp_path, family):
+    folder = save_tiny_model(tmp_path / "hf", family, **(LATENT_SIZES if family == "moonlight" else SIZES))
+    run(1, folder, {"how": {"packing": True, "chunk_tokens": 64}})
 
 
 @pytest.mark.gpu(2)
