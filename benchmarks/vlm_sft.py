@@ -165,7 +165,9 @@ def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str
     read = read_metrics(root / "run")
     lines = [line for line in read if line["step"]][warm:]
     syncs = [{key: line[key] for key in line if key.startswith(("sync/", "val/"))} for line in read if "sync/seconds" in line]
-    median = {key: statistics.median(line[key] for line in lines) for key in lines[0] if key.startswith(("time/", "perf/"))}
+    # Steps without a sync or a validation have no time of it.
+    names = {key: None for line in lines for key in line if key.startswith(("time/", "perf/"))}
+    median = {key: statistics.median(line[key] for line in lines if key in line) for key in names}
     step_s = median["time/training"] + median["time/data_wait"]
     tokens = median["perf/total_num_tokens"]
     config = Qwen2_5_VLConfig.from_pretrained(model)

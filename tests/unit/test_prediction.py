@@ -35,6 +35,8 @@ MEASURED = {
     "2026-11-29-7b-disaggregated-2-gpus-local": ["ipc auto", "nccl auto"],
     "2026-11-29-7b-disaggregated-2-gpus-te": ["ipc auto", "nccl auto"],
     "2026-11-29-qwen3-30b-a3b-24-layers-one-gpu": ["auto"],
+    "2026-11-29-qwen3-30b-a3b-32-layers-disaggregated": ["ipc", "nccl"],
+    "2026-11-29-qwen3-30b-a3b-collocated-2-gpus": ["auto"],
 }
 
 

@@ -289,9 +289,9 @@ class RunnerConfig:
     enable_dynamic_batch_size: bool = key(False, "cut micro-batches by tokens instead of by samples")
     max_tokens_per_mbs: int | None = key(None, "token budget of a micro-batch when enable_dynamic_batch_size; null: seq_length", min=1)
     packing: Literal["auto", "on", "off"] = key(
-        "off",
+        "auto",
         "the actor passes the sequences of a micro-batch one after the other, without padding; True, False, or auto: where attention is "
-        "TransformerEngine's, with which packing has not been run yet",
+        "TransformerEngine's",
     )
     resume_dir: str | None = key(None, "`global_step_N` folder to continue from, `auto` for the newest complete one, null: start fresh")
     experiment_name: str = key(doc="name of the run and of its output folder")
