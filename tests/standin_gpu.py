@@ -24,8 +24,8 @@ from rlsync.copy import sums
 from rlsync.copy.cuda import strided
 from rlsync.copy.tables import Move, Strided, build_tables, moved
 from rlsync.sync import packer, syncer
-from rlsync.transport import ipc
-from rlsync.transport.ipc import Allocation
+from rlsync.transport import cuda_memory, ipc
+from rlsync.transport.cuda_memory import HANDLE_BYTES, Allocation
 from tests.copy_tables import execute_in_place
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -81,7 +81,7 @@ class Driver:
 
     def export(self, address: int, device: torch.device) -> Allocation:
         start, fd, nbytes, number = self._allocation(address)
-        return Allocation(start, nbytes, number, fd.to_bytes(ipc.HANDLE_BYTES, "little"))
+        return Allocation(start, nbytes, number, fd.to_bytes(HANDLE_BYTES, "little"))
 
     def open(self, allocation: Allocation) -> int:
         address = _map(int.from_bytes(allocation.handle, "little"), allocation.nbytes, mmap.PROT_READ)
@@ -177,9 +177,9 @@ def install(patch: pytest.MonkeyPatch) -> Driver:
     patch.setattr(ipc, "can_be_exported", lambda address: True)
     patch.setattr(ipc, "allocation_number", driver.number)
     patch.setattr(ipc, "allocation_of", driver.export)
-    patch.setattr(ipc, "_use", lambda device: None)
-    patch.setattr(ipc, "_call", driver.call)
-    patch.setattr(ipc.Mappings, "_open", lambda self, allocation: driver.open(allocation))
+    patch.setattr(cuda_memory, "_use", lambda device: None)
+    patch.setattr(cuda_memory, "_call", driver.call)
+    patch.setattr(cuda_memory.Mappings, "_open", lambda self, allocation: driver.open(allocation))
     patch.setattr(ipc, "ExportableMemory", lambda nbytes, device: Memory(driver, nbytes))
     for module in (ipc, packer, sums):
         patch.setattr(module, "CudaCopyProgram", _program(driver))

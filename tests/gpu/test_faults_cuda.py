@@ -20,7 +20,7 @@ import torch
 from rlsync.engine.handles.local import Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
-from rlsync.transport.ipc import ExportableMemory
+from rlsync.transport.cuda_memory import ExportableMemory
 from tests.gpu.actor import GpuActor
 from tests.gpu.engines import GREEDY, PROMPTS, Answers, State, answers, start, state, worst
 from tests.integration.engine_source import call_on_fill

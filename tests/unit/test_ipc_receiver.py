@@ -11,8 +11,9 @@ import torch
 from rlsync.coordinator.messages import RankExport, WorkerAssignment
 from rlsync.errors import ConfigError
 from rlsync.plan.packing import PackedPart, Region
-from rlsync.transport import ipc
-from rlsync.transport.ipc import Allocation, ExportedBuffer, IpcExport, IpcReceiver, ReceiverEnd
+from rlsync.transport import cuda_memory
+from rlsync.transport.cuda_memory import HANDLE_BYTES, Allocation
+from rlsync.transport.ipc import ExportedBuffer, IpcExport, IpcReceiver, ReceiverEnd
 
 OWNER, HERE = 0x1000, 0x900000
 DEVICE = torch.device("cuda", 0)
@@ -23,13 +24,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Of the driver. Allocation 7 is seen at HERE, 8 a megabyte further, and so on."""
     made: list[tuple[str, Any]] = []
 
-    def open_one(self: ipc.Mappings, allocation: Allocation) -> int:
+    def open_one(self: cuda_memory.Mappings, allocation: Allocation) -> int:
         made.append(("open", allocation.number))
         return HERE + (allocation.number - 7) * 2**20
 
-    monkeypatch.setattr(ipc, "_use", lambda device: None)
-    monkeypatch.setattr(ipc, "_call", lambda name, address: made.append((name, address.value)))
-    monkeypatch.setattr(ipc.Mappings, "_open", open_one)
+    monkeypatch.setattr(cuda_memory, "_use", lambda device: None)
+    monkeypatch.setattr(cuda_memory, "_call", lambda name, address: made.append((name, address.value)))
+    monkeypatch.setattr(cuda_memory.Mappings, "_open", open_one)
     return made
 
 
@@ -50,7 +51,7 @@ LAST_BYTE = 2 * (3 + 3 * 16 + 8)
 
 
 def export(nbytes: int, *, offset: int = 256, number: int = 7, allocation_bytes: int = 4096, stays: bool = True) -> list[RankExport]:
-    allocation = Allocation(OWNER, allocation_bytes, number, bytes(ipc.HANDLE_BYTES))
+    allocation = Allocation(OWNER, allocation_bytes, number, bytes(HANDLE_BYTES))
     return [exported(IpcExport((allocation,), {"w": ExportedBuffer(OWNER + offset, nbytes, "bfloat16")}, stable_memory=stays))]
 
 
@@ -103,7 +104,7 @@ def test_memory_that_leaves_between_syncs_is_let_go_after_each(stays: bool, call
 def with_ring(told: list[RankExport]) -> list[RankExport]:
     """The same rank with a staging ring of one slot, which is allocation 9."""
     (before,) = (msgspec.msgpack.decode(each.export, type=IpcExport) for each in told)
-    ring = Allocation(OWNER + 2**16, 1024, 9, bytes(ipc.HANDLE_BYTES))
+    ring = Allocation(OWNER + 2**16, 1024, 9, bytes(HANDLE_BYTES))
     allocations = (*before.allocations, ring)
     return [exported(msgspec.structs.replace(before, allocations=allocations, stage=ring.address, stage_bytes=512))]
 
