@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlsync.sync.config import SyncConfig
 from workers.config.fields import ANY_NUMBER, SEED, key
-from workers.config.schema import (
-    ActorConfig,
-    ArithmeticConfig,
-    ClusterConfig,
-    PicturesConfig,
-    RolloutConfig,
-    RunnerConfig,
-    SeededModelConfig,
-)
+from workers.config.schema import CommonConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,43 +147,26 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(CommonConfig):
     """A whole GRPO run, validated. ``load_config`` makes it; components receive the parts they need as plain arguments."""
 
-    cluster: ClusterConfig = key(doc="")
-    runner: RunnerConfig = key(doc="")
     algorithm: AlgorithmConfig = key(AlgorithmConfig(), "")
-    rollout: RolloutConfig = key(doc="")
     data: DataConfig = key(doc="")
-    actor: ActorConfig = key(ActorConfig(), "")
     reward: RewardConfig = key(RewardConfig(), "")
-    weight_sync: SyncConfig = key(SyncConfig(), "")
     warm_start: WarmStartConfig | None = key(None, "")
-    arithmetic: ArithmeticConfig | None = key(None, "")
-    pictures: PicturesConfig | None = key(None, "")
-    seeded_model: SeededModelConfig | None = key(None, "")
-
-    @property
-    def model_path(self) -> str:
-        """HF folder that architecture and, unless it is named elsewhere, tokenizer and weights come from."""
-        return self.rollout.model.model_path
 
     @property
     def model_key(self) -> str:
-        """The key that names ``model_path``, for messages."""
         return "rollout.model.model_path"
 
     @property
     def has_engines(self) -> bool:
-        """Whether engines are started."""
         return True
 
     @property
     def has_reference(self) -> bool:
-        """Whether the initial weights are kept beside the trained ones."""
         return self.algorithm.kl_beta != 0
 
     @property
     def data_paths(self) -> tuple[str, ...]:
-        """Every data file that the run reads."""
         return self.data.train_data_paths + self.data.val_data_paths + (() if self.warm_start is None else self.warm_start.data_paths)

@@ -1,7 +1,8 @@
 """Sections of the yaml that runs of every kind have, as frozen dataclasses: one field is one key, with its type, default, limits and
 meaning.
 
-``grpo`` and ``sft`` have the sections of one kind of run, and the whole of it: ``RunConfig`` and ``SftConfig``.
+``grpo`` and ``sft`` have the sections of one kind of run, and the whole of it: ``RunConfig`` and ``SftConfig``, which add them to
+``CommonConfig``.
 
 Owns names, types, defaults, limits and one-line meanings of the keys. Knows neither hydra nor OmegaConf (``load``), nor which values fit
 together (``validate``). A key exists here only because something reads it; keys that other runners' yamls carry without effect here are
@@ -10,12 +11,14 @@ listed in ``foreign_keys``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from rlsync.models import PARTS, Part
 from rlsync.models.lora import ALL_LINEAR, LoraSpec
+from rlsync.sync.config import SyncConfig
 from workers.config.fields import ANY_NUMBER, SEED, Precision, Task, key
 
 
@@ -396,3 +399,44 @@ class SeededModelConfig:
     path: str = key(doc="folder that receives it, made unless it holds it already; used where rollout.model.model_path names it")
     seed: int = key(0, "of the weights", bounds=SEED)
     hf_config: Mapping[str, Any] = key(doc="content of its config.json; token ids and dtype are added")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonConfig(ABC):
+    """What every run has, in the order of the yaml; ``algorithm`` and ``data`` are typed by each kind of run."""
+
+    cluster: ClusterConfig = key(doc="")
+    runner: RunnerConfig = key(doc="")
+    algorithm: Any = key(doc="")
+    rollout: RolloutConfig = key(doc="")
+    data: Any = key(doc="")
+    actor: ActorConfig = key(ActorConfig(), "")
+    weight_sync: SyncConfig = key(SyncConfig(), "")
+    arithmetic: ArithmeticConfig | None = key(None, "")
+    pictures: PicturesConfig | None = key(None, "")
+    seeded_model: SeededModelConfig | None = key(None, "")
+
+    @property
+    def model_path(self) -> str:
+        """HF folder that architecture and, unless it is named elsewhere, tokenizer and weights come from."""
+        return self.rollout.model.model_path
+
+    @property
+    @abstractmethod
+    def model_key(self) -> str:
+        """The key that names ``model_path``, for messages."""
+
+    @property
+    @abstractmethod
+    def has_engines(self) -> bool:
+        """Whether engines are started."""
+
+    @property
+    @abstractmethod
+    def has_reference(self) -> bool:
+        """Whether the initial weights are kept beside the trained ones."""
+
+    @property
+    @abstractmethod
+    def data_paths(self) -> tuple[str, ...]:
+        """Every data file that the run reads."""

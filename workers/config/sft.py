@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlsync.sync.config import SyncConfig
 from workers.config.fields import SEED, key
-from workers.config.schema import (
-    ActorConfig,
-    ArithmeticConfig,
-    ClusterConfig,
-    PicturesConfig,
-    RolloutConfig,
-    RunnerConfig,
-    SeededModelConfig,
-)
+from workers.config.schema import CommonConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +63,12 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SftConfig:
-    """A whole run of supervised fine-tuning, validated. Its attributes that are no section mean the same as those of ``RunConfig``."""
+class SftConfig(CommonConfig):
+    """A whole run of supervised fine-tuning, validated."""
 
-    cluster: ClusterConfig = key(doc="")
-    runner: RunnerConfig = key(doc="")
     algorithm: SftAlgorithmConfig = key(SftAlgorithmConfig(), "")
-    validation: ValidationConfig = key(ValidationConfig(), "")
-    rollout: RolloutConfig = key(doc="")
     data: SftDataConfig = key(doc="")
-    actor: ActorConfig = key(ActorConfig(), "")
-    weight_sync: SyncConfig = key(SyncConfig(), "")
-    arithmetic: ArithmeticConfig | None = key(None, "")
-    pictures: PicturesConfig | None = key(None, "")
-    seeded_model: SeededModelConfig | None = key(None, "")
-
-    @property
-    def model_path(self) -> str:
-        return self.rollout.model.model_path
+    validation: ValidationConfig = key(ValidationConfig(), "")
 
     @property
     def model_key(self) -> str:
