@@ -27,7 +27,8 @@ from transformers import AutoTokenizer
 from workers.picture_world import PictureRecipe, build_picture_world
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, SftExample
+from workers.row_loader import RowLoader
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample
 from workers.sft_rows import RowForm
 from workers.synthetic import make_byte_tokenizer
 

@@ -19,7 +19,8 @@ from workers.config import SftConfig
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
 from workers.resume import run_folder
-from workers.sft_data import LeftOut, RowExamples, SftExample, SftQuestion
+from workers.row_loader import LeftOut
+from workers.sft_data import RowExamples, SftExample, SftQuestion
 from workers.sft_preparation import example_source
 
 _COLUMNS, _ROWS = 6, 4

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlsync.engine.handles import PicturePrompt
 from rlsync.engine.handles import Prompt as EnginePrompt
-from rlsync.errors import CheckpointError, ConfigError
+from rlsync.errors import ConfigError
 from workers.problems import BadSamples, Problem
+from workers.row_loader import check_position
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +231,7 @@ class PromptLoader:
         Raises:
             CheckpointError: the state belongs to other data, batch size, seed or shuffling.
         """
-        saved, present = state["order"], self._identity()
-        if saved != present:
-            changed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in present if saved.get(name) != present[name])
-            raise CheckpointError(
-                f"data position was saved with other settings ({changed}); restore them, or remove data/data.pt of the checkpoint to start "
-                "the data from the beginning"
-            )
+        check_position(state["order"], self._identity())
         self._handed_out, self._batches = state["handed_out"], None
 
     def _identity(self) -> dict[str, int | str]:

@@ -18,7 +18,8 @@ import numpy as np
 from rlsync.errors import ConfigError
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
-from workers.sft_data import Drawn, LeftOut, SftExample
+from workers.row_loader import Drawn, LeftOut
+from workers.sft_data import SftExample
 from workers.sft_rows import RowForm, document
 
 # Documents that are tokenised at once when they are counted.

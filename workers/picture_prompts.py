@@ -20,7 +20,8 @@ from workers.data import Prompt
 from workers.pictures import PictureProcessor, open_picture
 from workers.problems import BadSamples
 from workers.row_files import BadRow, RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, RowSource, SftExample, TooLong
+from workers.row_loader import RowLoader, RowSource, TooLong
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample
 from workers.sft_rows import PictureProblem, picture_problem, row_form
 
 

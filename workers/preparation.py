@@ -34,7 +34,7 @@ from workers.pictures import PictureProcessor, load_picture_processor
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_reference, unreadable_references
-from workers.sft_data import RowLoader
+from workers.row_loader import RowLoader
 from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
 from workers.validation import validates, validation_notes
 

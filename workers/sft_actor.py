@@ -23,8 +23,9 @@ from workers.config import SftConfig
 from workers.metrics import part_rates
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
+from workers.row_loader import ExampleSource, RowLoader
 from workers.samples import PAD_ID, micro_batches_by_tokens, stacked
-from workers.sft_data import ExampleSource, RowLoader, SftExample
+from workers.sft_data import SftExample
 from workers.sft_preparation import example_source, num_val_examples, open_loader, val_examples
 from workers.supervised import SupervisedObjective, num_targets
 

@@ -15,7 +15,8 @@ from workers.packed_text import PackedDocuments
 from workers.preparation import picture_processor, prepare_model, restore_position, stop_ids
 from workers.resume import Beginning, run_folder
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, ExampleSource, LeftOut, RowExamples, RowLoader, SftExample, SftQuestion
+from workers.row_loader import ExampleSource, LeftOut, RowLoader
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample, SftQuestion
 from workers.sft_rows import row_form
 
 

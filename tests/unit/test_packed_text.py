@@ -13,7 +13,7 @@ import pytest
 from rlsync.errors import ConfigError
 from workers.packed_text import PackedDocuments
 from workers.row_files import RowFiles
-from workers.sft_data import RowLoader
+from workers.row_loader import RowLoader
 from workers.sft_rows import RowForm
 from workers.synthetic import make_tokenizer
 

@@ -15,7 +15,8 @@ from rlsync.errors import CheckpointError, ConfigError
 from workers.picture_world import image_settings, make_vision_tokenizer
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
-from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, RowLoader, SftExample
+from workers.row_loader import RowLoader
+from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample
 from workers.sft_rows import RowForm
 from workers.synthetic import make_tokenizer
 

@@ -18,7 +18,8 @@ from rlsync.errors import ConfigError
 from workers.picture_world import image_settings, make_vision_tokenizer
 from workers.pictures import PictureProcessor, load_picture_processor, open_picture
 from workers.row_files import BadRow
-from workers.sft_data import ExampleEncoder, ExampleForm, SftExample, TooLong
+from workers.row_loader import TooLong
+from workers.sft_data import ExampleEncoder, ExampleForm, SftExample
 from workers.sft_rows import RowForm, conversation
 
 CHAT = RowForm("chat", "messages", "answer", image_keys=("images",))
