@@ -64,43 +64,29 @@ class Case:
     moves: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """A bench, for all of its processes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSpec:
+    """What benches of every kind say to all of their processes.
 
     Attributes:
         config: content of config.json.
+        axes: fields of the actor's Topology.
         layers: of the actor: Megatron-Core's local ones or TransformerEngine's.
-        engine_tp, engine_ep: workers of an engine, and those of them that share experts: 1 (each expert is cut) or all.
         folder: of this run: config.json, sockets, floors, results.
-        actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
-        timeout_s: of each phase of a sync and each call of an engine. start_s: until both sides are there.
-        peer_bucket_bytes: what a peer gathers at a time.
+        start_s: until all processes are there.
     """
 
     model: str
     config: dict[str, Any]
     axes: dict[str, int]
-    num_engines: int
-    engine_tp: int
-    engine_ep: int
-    placement: str
-    cases: tuple[Case, ...]
-    peers: tuple[str, ...]
+    layers: Layers
     steps: int
     warmup: int
-    timeout_s: float
     start_s: float
     folder: str
-    actor_gpus: tuple[int, ...]
-    engine_gpus: tuple[tuple[int, ...], ...]
     devices: tuple[str, ...]
-    cuda_graphs: bool
-    layers: Layers
-    token: str
     seed: int = 0
-    peer_bucket_bytes: int = 512 * 2**20
 
     @property
     def topology(self) -> Topology:
@@ -111,12 +97,37 @@ class Spec:
         return bool(self.devices)
 
     @property
-    def floors_path(self) -> Path:
-        return Path(self.folder, "floors.json")
-
-    @property
     def outcome_path(self) -> Path:
         return Path(self.folder, "outcome.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec(BenchSpec):
+    """A bench of syncs.
+
+    Attributes:
+        engine_tp, engine_ep: workers of an engine, and those of them that share experts: 1 (each expert is cut) or all.
+        actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
+        timeout_s: of each phase of a sync and each call of an engine.
+        peer_bucket_bytes: what a peer gathers at a time.
+    """
+
+    num_engines: int
+    engine_tp: int
+    engine_ep: int
+    placement: str
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    timeout_s: float
+    actor_gpus: tuple[int, ...]
+    engine_gpus: tuple[tuple[int, ...], ...]
+    cuda_graphs: bool
+    token: str
+    peer_bucket_bytes: int = 512 * 2**20
+
+    @property
+    def floors_path(self) -> Path:
+        return Path(self.folder, "floors.json")
 
     def socket(self, engine: int) -> str:
         return str(Path(self.folder, f"engine-{engine}.sock"))

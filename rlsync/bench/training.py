@@ -17,9 +17,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from rlsync.bench.spec import Layers
+from rlsync.bench.spec import BenchSpec
 from rlsync.errors import ConfigError
-from rlsync.layout.topology import Topology
 from rlsync.models import Model, model_of
 
 # Dense products of half precision in 10^12 operations a second, as the maker states them, by the device's name.
@@ -38,50 +37,24 @@ FLOPS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TrainSpec:
-    """A bench of training, for all of its processes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec(BenchSpec):
+    """A bench of training.
 
     Attributes:
-        config: content of config.json.
-        layers: Megatron-Core's local ones or TransformerEngine's.
         switches: fields of Megatron's TransformerConfig by name.
         ddp, optimizer: fields of DdpOptions and of OptimizerOptions.
         microbatches: lengths of the sequences of each microbatch, the same on every data-parallel replica.
         packing: sequences of a microbatch lie one after the other; else they are padded.
         chunk_tokens: positions of which logits exist at once; None for rlsync's own.
-        devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
-        start_s: until all ranks are there.
     """
 
-    model: str
-    config: dict[str, Any]
-    axes: dict[str, int]
-    layers: Layers
     switches: dict[str, Any]
     ddp: dict[str, Any]
     optimizer: dict[str, Any]
     microbatches: tuple[tuple[int, ...], ...]
     packing: bool
     chunk_tokens: int | None
-    steps: int
-    warmup: int
-    start_s: float
-    folder: str
-    devices: tuple[str, ...]
-    seed: int = 0
-
-    @property
-    def topology(self) -> Topology:
-        return Topology(**self.axes)
-
-    @property
-    def on_gpu(self) -> bool:
-        return bool(self.devices)
-
-    @property
-    def outcome_path(self) -> Path:
-        return Path(self.folder, "outcome.json")
 
 
 class RankFound(msgspec.Struct, kw_only=True):
