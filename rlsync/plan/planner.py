@@ -262,6 +262,8 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
     missing: list[str] = []
     crowds: dict[tuple[int, ...], _Crowd] = {}
+    # By identity of a list of ``origins``: those of a box that many take parts of are asked for often.
+    crowd_of: dict[int, _Crowd] = {}
     numbers: dict[Location | None, int] = {}
     places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
     locations = tuple(numbers)
@@ -276,10 +278,13 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
             useful.sort(key=lambda each: (each[0].start, each[0].stop))
         present = []
         for _, group in useful:
-            who = tuple([source for source, _ in group])
-            if who not in crowds:
-                crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
-            present.append(crowds[who])
+            crowd = crowd_of.get(id(group))
+            if crowd is None:
+                who = tuple([source for source, _ in group])
+                if who not in crowds:
+                    crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
+                crowd = crowd_of[id(group)] = crowds[who]
+            present.append(crowd)
         taken, rest = ([(piece.box, 0)], []) if is_inside else cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
         # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
         overlap = not is_inside and sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(
@@ -384,6 +389,15 @@ class _Near:
         if len(self.members) == 1:
             loads[sources[self.members[0]]] += count * nbytes
             return [self.members[0]] * count
+        if nbytes and count >= len(self.members):
+            in_turn = sorted([(loads[sources[position]], position) for position in self.members])
+            if in_turn[-1][0] - in_turn[0][0] < nbytes:
+                # Whoever is taken then has more than all others, so that they take turns.
+                turns = [position for _, position in in_turn]
+                rounds, more = divmod(count, len(turns))
+                for number, position in enumerate(turns):
+                    loads[sources[position]] += (rounds + (number < more)) * nbytes
+                return turns * rounds + turns[:more]
         if len(self.members) <= _FEW < count and nbytes:
             # Sorted runs: what each would have before it is taken the first, the second, ... time. Equals by position, as in the heap.
             size = max(self.members) + 1
