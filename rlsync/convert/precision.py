@@ -21,7 +21,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
-from rlsync.megatron.train import logits_for_tests
+from rlsync.megatron.train import gathered_logits
 from rlsync.models import Model, Vision
 
 # Share of the logits' norm by which they may differ: rounding in another order.
@@ -186,7 +186,7 @@ def _of_megatron(bridge: AutoBridge, weights: Path, batch: Mapping[str, Tensor],
         models = bridge.get_model(weights, bf16=dtype == "bfloat16", fp16=dtype == "float16", wrap_with_ddp=False)
         decoder = unwrap(models[0]).decoder
         with _entering([*decoder.layers, decoder.final_layernorm], lambda hidden: hidden.transpose(0, 1)) as states:
-            logits = logits_for_tests(models, batch)
+            logits = gathered_logits(models, batch)
         assert logits is not None, "one rank is the last stage"
         return logits.float().cpu(), states
     finally:

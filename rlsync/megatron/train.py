@@ -191,7 +191,7 @@ def token_scores(
 
 
 @torch.no_grad()
-def logits_for_tests(models: Sequence[torch.nn.Module], microbatch: Microbatch) -> Tensor | None:
+def gathered_logits(models: Sequence[torch.nn.Module], microbatch: Microbatch) -> Tensor | None:
     """Logits (B, S, vocab_size) of a microbatch's tokens (B, S), gathered over the vocabulary; None before the last pipeline stage.
 
     For comparisons with other implementations. Collective over the TP and PP groups.

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from rlsync.megatron.model import adapters_in, iter_parameters
 from rlsync.megatron.parallel import destroy_parallel
-from rlsync.megatron.train import Microbatch, logits_for_tests, train_step
+from rlsync.megatron.train import Microbatch, gathered_logits, train_step
 from tests.integration.megatron_ranks import Actor, loss
 
 
@@ -37,7 +37,7 @@ def _check_logits(actor: Actor, microbatches: Sequence[Microbatch], batch: Mappi
     replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
     for microbatch in microbatches:
         count = len(microbatch["tokens"])
-        logits = logits_for_tests(actor.models, microbatch)
+        logits = gathered_logits(actor.models, microbatch)
         for row in range(count):
             theirs = batch["logits"][replica + (start + row) * replicas]
             if logits is not None:
