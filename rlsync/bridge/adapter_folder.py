@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlsync.errors import CheckpointError, ConfigError
+from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
+from rlsync.layout.safetensors import Holding, read_checkpoint
 from rlsync.models.lora import A, AdaptedRule, Adapters, B, LoraSpec
 from rlsync.models.stacks import Model
-from rlsync.models.stored import FileTensor, stacked_tensor
+from rlsync.models.stored import FileTensor, differences, file_placement, stacked_tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -56,13 +57,7 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         CheckpointError: there is no configuration, or it cannot be read.
         ConfigError: it asks for what is not supported; every such key is named.
     """
-    path = Path(folder) / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); give a folder that PEFT or rlsync saved") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no object of keys; give a folder that PEFT or rlsync saved")
+    path, content = Path(folder) / ADAPTER_CONFIG, _config_of(folder)
     findings = [
         f"{name} is {content[name]!r}; only {' or '.join(map(repr, neutral))} is supported"
         for name, neutral in _NEUTRAL.items()
@@ -93,6 +88,23 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         use_rslora=bool(content.get("use_rslora")),
         init=_INITIAL.get(content.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]  # of trained weights it says nothing
     )
+
+
+def base_of_adapter(folder: Path | str) -> str | None:
+    """What an adapter folder says that it adapts: a folder, a name of a hub, or None. Raises CheckpointError as ``read_adapter_config``."""
+    name = _config_of(folder).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _config_of(folder: Path | str) -> dict[str, Any]:
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give a folder that PEFT or rlsync saved") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no object of keys; give a folder that PEFT or rlsync saved")
+    return content
 
 
 def adapter_config(adapters: Adapters, base_model: str | None) -> dict[str, Any]:
@@ -147,6 +159,20 @@ class StoredFactor:
     name: str
     shape: tuple[int, ...]
     file: FileTensor
+
+
+def placed_adapter(model: Model, adapters: Adapters, folder: Path) -> Holding:
+    """Where the factors of ``adapters`` lie in the file of an adapter folder; reads its header only.
+
+    Raises CheckpointError for a missing or damaged file, PlacementError with every missing, unexpected and wrongly shaped tensor at once.
+    """
+    stored = {name.removeprefix(PREFIX): tensor for name, tensor in read_checkpoint(folder).items()}
+    factors = stored_factors(model, adapters, stored)
+    findings = differences({factor.name: factor.shape for factor in factors}, {name: t.spec.shape for name, t in stored.items()})
+    if findings:
+        raise PlacementError(f"{folder} does not hold the adapters asked for: " + "; ".join(findings))
+    held = [replace(f.file, spec=replace(f.file.spec, dtype=stored[f.name].spec.dtype)) for f in factors]
+    return Holding(file_placement(str(folder), held), {factor.file.spec.name: stored[factor.name] for factor in factors})
 
 
 def stored_factors(model: Model, adapters: Adapters, names: Collection[str]) -> list[StoredFactor]:

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rlsync.bridge.adapter_folder import (
     PREFIX,
     adapter_config,
     check_adapter_folder,
-    stored_factors,
+    placed_adapter,
 )
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.filling import copy_all, plan_filling
@@ -33,7 +33,6 @@ from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
-from rlsync.layout.safetensors import read_checkpoint
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
@@ -42,7 +41,7 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import module_of
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stored import FileTensor, differences, file_placement
+from rlsync.models.stored import FileTensor, file_placement
 from rlsync.plan.planner import Bucket, Copy, Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
@@ -213,16 +212,10 @@ class AutoBridge:
             adapters = megatron_model.adapters_in(models)
             assert adapters is not None
             check_adapter_folder(folder, adapters.spec)
-            stored = {name.removeprefix(PREFIX): tensor for name, tensor in read_checkpoint(folder).items()}
-            factors = stored_factors(self.model, adapters, stored)
-            wanted = {factor.name: factor.shape for factor in factors}
-            findings = differences(wanted, {name: t.spec.shape for name, t in stored.items()})
-            if findings:
-                raise PlacementError(f"{folder} does not fit the adapters of this run: " + "; ".join(findings))
+            stored = placed_adapter(self.model, adapters, folder)
             mine = shards.placements[dist.get_rank()]
-            held = [replace(f.file, spec=replace(f.file.spec, dtype=stored[f.name].spec.dtype)) for f in factors]
-            plan = build_plan(shards.tensors, [file_placement(str(folder), held)], [mine], transforms=("cast",))
-            files = MappedTensors({factor.file.spec.name: stored[factor.name] for factor in factors})
+            plan = build_plan(shards.tensors, [stored.placement], [mine], transforms=("cast",))
+            files = MappedTensors(stored.stored)
             files.open()
         with agreed(device=compute_device()), torch.no_grad():
             for bucket in plan.buckets:

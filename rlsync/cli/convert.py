@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,22 @@ _DRAW_S = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "stopped at any moment, the same command goes on where it was; TO is there when all of it is"
+    parser.epilog = (
+        "stopped at any moment, the same command goes on where it was; TO is there when all of it is; started by torchrun, on one host or "
+        "several that see the same folders, its processes share the files"
+    )
     parser.add_argument(
-        "source", metavar="FROM", type=Path, help="a Hugging Face folder, global_step_N, actor folder, or iter_XXXXXXX of Megatron"
+        "source",
+        metavar="FROM",
+        type=Path,
+        help="a Hugging Face folder, global_step_N, actor folder, iter_XXXXXXX of Megatron, or a folder with adapters of one of them",
     )
     parser.add_argument("target", metavar="TO", type=Path, help="folder to write: not there, or empty")
     parser.add_argument("--to", choices=_FORMS, help="form of TO; default: megatron from Hugging Face files or with a layout, else hf")
+    parser.add_argument("--adapter", metavar="DIR", type=Path, help="adapters of FROM: TO gets these in the place of its weights")
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="TO gets the weights with the adapters merged, which are those of --adapter or FROM"
+    )
     layout = parser.add_argument_group("layout of Megatron's shards")
     for option in _AXES:
         layout.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N")
@@ -46,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layout.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="as of the run that will load TO")
     parser.add_argument("--dtype", choices=(*DTYPES, *SHORT_DTYPES), help="of the weights in TO; default: FROM's")
-    parser.add_argument("--model", type=Path, help="folder with the model's config.json, where FROM has none")
+    parser.add_argument("--model", type=Path, help="folder of the model, where FROM has no config.json, or is adapters of it")
     parser.add_argument("--workers", type=int, default=1, help="processes that copy")
     parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="memory of each of them, at least the largest tensor")
     parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a Hugging Face file")
@@ -57,23 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, with progress on standard error where that is a terminal, and say what was made. Raises RlsyncError."""
-    from rlsync.convert.conversion import Request, convert
-    from rlsync.convert.sources import open_source, smallest_topology
+    """Convert, with progress on standard error where that is a terminal, and say what was made; of several processes of torchrun the first
+    one does. Raises RlsyncError."""
+    from rlsync.convert.conversion import Request, convert, source_of
+    from rlsync.convert.ranks import Ranks
+    from rlsync.convert.sources import smallest_topology
 
     for name in ("workers", "bucket_bytes", "max_shard_bytes", "make_vocab_size_divisible_by"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
     sizes = {field: getattr(arguments, option) for option, field in _AXES.items() if getattr(arguments, option) is not None}
-    form = arguments.to
-    if form is None:
-        form = "megatron" if sizes or open_source(arguments.source, arguments.model).form == "hf" else "hf"
-    if form == "hf" and (sizes or arguments.spec is not None):
-        raise ConfigError("Hugging Face files have no layout: leave the sizes and --spec out, or say --to megatron")
     request = Request(
         source=arguments.source,
         target=arguments.target,
-        form=form,
+        form=arguments.to or "hf",
         model_folder=arguments.model,
         topology=smallest_topology(**sizes),
         dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
@@ -81,14 +88,27 @@ def run(arguments: argparse.Namespace) -> int:
         make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
         bucket_bytes=arguments.bucket_bytes,
         max_shard_bytes=arguments.max_shard_bytes,
+        adapter=arguments.adapter,
+        merge_lora=arguments.merge_lora,
     )
+    if arguments.to is None and (sizes or (not arguments.merge_lora and source_of(request).form == "hf")):
+        request = replace(request, form="megatron")
+    if request.form == "hf" and (sizes or arguments.spec is not None):
+        raise ConfigError("Hugging Face files have no layout: leave the sizes and --spec out, or say --to megatron")
+    if arguments.test_precision and (arguments.adapter is not None or arguments.merge_lora):
+        raise ConfigError(
+            "--test-precision compares FROM with TO, which have the same weights without adapters alone; run rlsync compare TO"
+        )
+    ranks = Ranks.from_environment()
     hf_folder = _hf_side(request) if arguments.test_precision else None
     begin = time.monotonic()
-    bar = _Bar(begin)
+    bar = _Bar(begin, is_shown=ranks.is_first and sys.stderr.isatty())
     try:
-        made = convert(request, workers=arguments.workers, report=bar.draw)
+        made = convert(request, workers=arguments.workers, ranks=ranks, report=bar.draw)
     finally:
         bar.end()
+    if not ranks.is_first:
+        return 0
     said = _said(arguments.target, made, time.monotonic() - begin)
     if not arguments.json:
         print(_line(said), flush=True)
@@ -98,7 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         from rlsync.convert.precision import compare_logits, random_batch
 
         batch = random_batch(made.source.model, rows=2, length=32, seed=0, pictures=int(made.source.model.vision is not None))
-        found = compare_logits(hf_folder, batch, weights=request.target if form == "megatron" else request.source, dtype=made.output.dtype)
+        found = compare_logits(
+            hf_folder, batch, weights=request.source if request.form == "hf" else request.target, dtype=made.output.dtype
+        )
         said["precision"] = {"within": found.is_within, **asdict(found)}
         if not arguments.json:
             print(shown(found))
@@ -123,7 +145,13 @@ def _hf_side(request: Request) -> Path:
 def _said(target: Path, made: Converted, seconds: float) -> dict[str, Any]:
     layout = getattr(made.output, "topology", None)
     return {
-        "from": {"folder": str(made.source.folder), "form": made.source.form, "architecture": made.source.model.architecture},
+        "from": {
+            "folder": str(made.source.folder),
+            "form": made.source.form,
+            "architecture": made.source.model.architecture,
+            "holds": "weights" if made.source.adapters is None else "adapters",
+            "merged": None if made.source.merged is None else str(made.source.merged.folder),
+        },
         "to": {
             "folder": str(target),
             "form": "hf" if layout is None else "megatron",
@@ -139,20 +167,22 @@ def _said(target: Path, made: Converted, seconds: float) -> dict[str, Any]:
 
 def _line(said: dict[str, Any]) -> str:
     source, target = said["from"], said["to"]
+    what = f"adapters of {source['architecture']}" if source["holds"] == "adapters" else source["architecture"]
+    what += " with adapters merged" if source["merged"] else ""
     sizes = ", ".join(f"{option} {size}" for option, size in target["layout"].items() if size not in (1, None))
     resumed = f", {amount(said['resumed_bytes'])} of them by an earlier one that was stopped" if said["resumed_bytes"] else ""
     return (
-        f"{target['folder']}: {source['architecture']} from {_FORMS[source['form']]} files in {source['folder']} to "
+        f"{target['folder']}: {what} from {_FORMS[source['form']]} files in {source['folder']} to "
         f"{_FORMS[target['form']]} {f'({sizes})' if sizes else 'files'}, {target['dtype']}, {target['files']} files of weights, "
         f"{amount(target['bytes'])} in {said['seconds']:.1f} s{resumed}"
     )
 
 
 class _Bar:
-    """One line of progress, drawn anew, on a terminal; nothing elsewhere."""
+    """One line of progress, drawn anew on a terminal."""
 
-    def __init__(self, begin: float) -> None:
-        self._begin, self._drawn, self._is_shown = begin, 0.0, sys.stderr.isatty()
+    def __init__(self, begin: float, *, is_shown: bool) -> None:
+        self._begin, self._drawn, self._is_shown = begin, 0.0, is_shown
 
     def draw(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -3,7 +3,7 @@
 Files are written beside the folder that is asked for, in ``.NAME.conversion``, which holds
 
     request.json    what is converted from what to what
-    journal         a line for each file that was made and each bucket that the disk has
+    journal*        a line for each file that was made or sealed and each bucket that the disk has; one of each process that shares it
     folder/         what becomes the folder, by one rename
     lock            held while a conversion runs
 """
@@ -16,9 +16,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
@@ -28,12 +28,12 @@ import torch
 
 from rlsync import __version__
 from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
-from rlsync.convert.filling import Filling, copy_all, plan_filling
-from rlsync.convert.sources import Form, Source, open_source
-from rlsync.convert.targets import HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
+from rlsync.convert.merging import Factors, FilePlan, fill_bucket, plan_file
+from rlsync.convert.ranks import Ranks
+from rlsync.convert.sources import Form, Source, base_folder, holds_adapters, open_adapter, open_source
+from rlsync.convert.targets import AdapterFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError
-from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import Flavour, check_config
 from rlsync.models.base_keys import DTYPES
@@ -54,9 +54,12 @@ class Request:
     """What is to be converted.
 
     Attributes:
-        source: see ``rlsync.convert.sources.open_source``; ``model_folder`` as well.
+        source: see ``rlsync.convert.sources.open_source``; ``model_folder`` as well. It may hold adapters alone; ``model_folder`` is then
+            that of the model which they adapt.
         target: the folder to write; not there, or empty.
         form: of what is written.
+        adapter: a folder with adapters of ``source``, which are converted in the place of its weights, or merged into them.
+        merge_lora: weights are written, with the adapters added in fp32 and rounded once.
         topology: layout of Megatron's shards; counts with that form only.
         dtype: of the parameters that are written; None: as in the source.
         flavour: the spec that names Megatron's parameters; None: as in the source, of Hugging Face files "local".
@@ -75,6 +78,8 @@ class Request:
     make_vocab_size_divisible_by: int = 1
     bucket_bytes: int = BUCKET_BYTES
     max_shard_bytes: int = MAX_SHARD_BYTES
+    adapter: Path | None = None
+    merge_lora: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +101,80 @@ class Converted:
     progress: Progress
 
 
-def convert(request: Request, *, workers: int = 1, report: Callable[[Progress], None] = lambda progress: None) -> Converted:
+def convert(
+    request: Request, *, workers: int = 1, ranks: Ranks | None = None, report: Callable[[Progress], None] = lambda progress: None
+) -> Converted:
     """Convert a checkpoint. An earlier conversion of the same that was stopped goes on from the last bucket that the disk has.
 
-    Memory is a bucket in each of ``workers`` processes. ``report`` is called after every bucket.
+    Memory is a bucket in each of ``workers`` processes, and twice as much of fp32 where adapters are merged. ``report`` is called after
+    every bucket. With several ``ranks``, of one host or of several that see the same files, each calls it and fills a share of the files;
+    they return when the target is there.
 
     Raises, before a tensor is copied: what ``open_source`` raises; ConfigError for a layout that does not fit the model; CheckpointError
-    where the target is there, another conversion is writing it, or the disk has too little room.
+    where the target is there, another conversion is writing it, or the disk has too little room. What one rank raises is raised on all.
     """
-    source, output = prepare(request)
-    targets = output.targets()
-    # All of them, so that what is wrong is found before anything is written.
-    plans = [plan_filling(source.tensors(), source.holdings, target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
-    _check_target(request.target)
-    with _working_folder(request.target) as folder:
-        journal = Journal.open(folder, _identity(request, source))
-        _make_files(folder, targets, journal)
+    ranks = Ranks.alone() if ranks is None else ranks
+    with ranks.together(), ExitStack() as stack:
+        source, output = prepare(request)
+        targets = output.targets()
+        # All of them, so that what is wrong is found before anything is written.
+        plans = [plan_file(source, target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
+        factors = None if source.merged is None else Factors(source.merged)
+        identity = _identity(request, source)
+        ranks.same("request", identity)
+        if ranks.is_first:
+            _check_target(request.target)
+            _make_files(stack.enter_context(_working_folder(request.target)), targets, identity)
+        ranks.wait("the files are made")
+        journal = Journal(_working_path(request.target), ranks.rank)
         progress = Progress(journal.done_bytes, sum(map(copied_bytes, targets)), journal.done_bytes)
         report(progress)
-        for done_bytes in _copied(request, targets, plans, journal, workers):
-            progress = replace(progress, done_bytes=done_bytes)
+
+        def told() -> None:
+            nonlocal progress
+            progress = replace(progress, done_bytes=journal.done_bytes)
             report(progress)
-        numbers = [range(len(filling.plan.buckets)) for filling in plans]
-        lacking = [t.path for i, t in enumerate(targets) if not {(i, n) for n in numbers[i]} <= journal.buckets.keys()]
-        assert not lacking, f"never copied: {lacking}"
-        output.finish(folder / _STAGED)
-        _sync(folder / _STAGED)
-        _publish(folder / _STAGED, request.target)
-    shutil.rmtree(folder)
+
+        mine = ranks.share([copied_bytes(target) for target in targets])
+        for _ in _filled(request, targets, plans, factors, journal, mine, workers):
+            ranks.check()
+            told()
+
+        def told_of_others() -> None:
+            journal.read()
+            told()
+
+        ranks.wait("all is copied", told_of_others)
+        if ranks.is_first:
+            told_of_others()
+            _end(output, targets, plans, journal, request.target)
+        ranks.leave()
     return Converted(source, output, len(targets), progress)
+
+
+def _end(output: Output, targets: Sequence[Target], plans: Sequence[FilePlan], journal: Journal, target: Path) -> None:
+    """Write what lies beside the weights, and give the folder its name."""
+    lacking = [
+        file.path
+        for index, file in enumerate(targets)
+        if index not in journal.sealed or not {(index, n) for n in range(len(plans[index].buckets))} <= journal.buckets.keys()
+    ]
+    assert not lacking, f"never copied: {lacking}"
+    output.finish(journal.folder / _STAGED)
+    _sync(journal.folder / _STAGED)
+    _publish(journal.folder / _STAGED, target)
+    shutil.rmtree(journal.folder)
 
 
 def prepare(request: Request) -> tuple[Source, Output]:
     """The checkpoint that is read, and what is to be made of it; reads headers only. Raises as :func:`convert`."""
-    source = open_source(request.source, request.model_folder)
+    source = source_of(request)
     dtype = source.dtype() if request.dtype is None else request.dtype
     if dtype not in DTYPES:
         raise ConfigError(f"{request.source}: weights in {dtype} are not converted, only in {', '.join(DTYPES)}")
     if request.form == "hf":
+        if source.adapters is not None:
+            return source, AdapterFolder(source, dtype)
         if source.form != "hf" and not source.kept and not any(source.model_folder.glob("*.safetensors*")):
             kept = ", ".join(f"{name}*" for name in source.model.family.kept(source.model.values))
             if kept:
@@ -143,25 +184,51 @@ def prepare(request: Request) -> tuple[Source, Output]:
     if findings:
         raise ConfigError("; ".join(findings))
     flavour = request.flavour or source.flavour or "local"
+    if source.adapters is not None and flavour != "local":
+        raise ConfigError("adapters stand beside Megatron's own layers alone, which spec local names; leave --spec te out")
     return source, MegatronFolder(source, dtype, request.topology, flavour, request.make_vocab_size_divisible_by)
 
 
-class Journal:
-    """Which files were made and which buckets are on the disk. Several processes may add to one; each sees what it read and added."""
+def source_of(request: Request) -> Source:
+    """What a request reads: weights, adapters, or weights into which adapters are merged. Raises as :func:`convert`."""
+    adapter: Path | None = request.adapter
+    base: Path | None = request.source
+    if adapter is None and holds_adapters(request.source):
+        adapter, base = request.source, request.model_folder
+    if adapter is None:
+        if request.merge_lora:
+            raise ConfigError(f"{request.source} holds no adapters to merge; name their folder by --adapter")
+        return open_source(request.source, request.model_folder)
+    if not request.merge_lora:
+        return open_adapter(adapter, request.model_folder or base)
+    if base is None:
+        base = base_folder(open_adapter(adapter).base_name)
+    if base is None:
+        raise ConfigError(f"{adapter} does not name a folder with the weights that it adapts; name them by --model")
+    weights = open_source(base, request.model_folder)
+    adapters = open_adapter(adapter, weights.model_folder)
+    return replace(weights, merged=adapters)
 
-    def __init__(self, folder: Path) -> None:
-        """``folder`` is the working folder of a conversion."""
-        self.folder, self._path = folder, folder / "journal"
+
+class Journal:
+    """Which files were made and sealed, and which buckets are on the disk. Several processes may add to one; each sees what it read and
+    added."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        """``folder`` is the working folder of a conversion, ``rank`` this process among those that share it: each has a file of its own,
+        because hosts do not append to one."""
+        self.folder, self.rank = folder, rank
         self.made: set[int] = set()
+        self.sealed: set[int] = set()
         self.buckets: dict[tuple[int, int], int] = {}
         self.read()
 
     def read(self) -> None:
         """Take in what others have added."""
-        for line in self._path.read_text().splitlines() if self._path.is_file() else ():
+        for line in (line for path in self.folder.glob("journal*") for line in path.read_text().splitlines()):
             kind, *numbers = line.split(" ")
-            if kind == "made" and len(numbers) == 2:
-                self.made.add(int(numbers[0]))
+            if kind in ("made", "sealed") and len(numbers) == 2:
+                getattr(self, kind).add(int(numbers[0]))
             elif kind == "bucket" and len(numbers) == 4:
                 self.buckets[int(numbers[0]), int(numbers[1])] = int(numbers[2])
 
@@ -172,7 +239,8 @@ class Journal:
         if not request.is_file() or request.read_text() != identity:
             request.unlink(missing_ok=True)
             shutil.rmtree(folder / _STAGED, ignore_errors=True)
-            (folder / "journal").unlink(missing_ok=True)
+            for journal in folder.glob("journal*"):
+                journal.unlink()
             (folder / _STAGED).mkdir()
             write_durably(request, identity)
         return cls(folder)
@@ -185,12 +253,16 @@ class Journal:
         self.made.add(target)
         self._add(f"made {target}")
 
+    def add_sealed(self, target: int) -> None:
+        self.sealed.add(target)
+        self._add(f"sealed {target}")
+
     def add_bucket(self, target: int, bucket: int, nbytes: int) -> None:
         self.buckets[target, bucket] = nbytes
         self._add(f"bucket {target} {bucket} {nbytes}")
 
     def _add(self, line: str) -> None:
-        with self._path.open("ab", buffering=0) as stream:
+        with (self.folder / ("journal" if self.rank == 0 else f"journal.{self.rank}")).open("ab", buffering=0) as stream:
             # In one write, which others' do not come between; a line that was cut has no full stop.
             stream.write(f"\n{line} .\n".encode())
             os.fsync(stream.fileno())
@@ -200,6 +272,7 @@ def _identity(request: Request, source: Source) -> str:
     """All that decides what a file of a conversion is to hold."""
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files()}
     said = {**asdict(request), "rlsync": __version__, "torch": torch.__version__, "config": source.config_text, "files": files}
+    said["adapters"] = repr([each.adapters.spec for each in (source, source.merged) if each is not None and each.adapters is not None])
     return json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in said.items()}, indent=1)
 
 
@@ -208,10 +281,14 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target} is there and not an empty folder; choose another, or remove it")
 
 
+def _working_path(target: Path) -> Path:
+    return target.absolute().parent / f".{target.name}.conversion"
+
+
 @contextmanager
 def _working_folder(target: Path) -> Iterator[Path]:
     """``.NAME.conversion`` beside the target, for this process alone. It stays where the conversion does not end."""
-    folder = target.absolute().parent / f".{target.name}.conversion"
+    folder = _working_path(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -227,8 +304,9 @@ def _working_folder(target: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _make_files(folder: Path, targets: Sequence[Target], journal: Journal) -> None:
+def _make_files(folder: Path, targets: Sequence[Target], identity: str) -> None:
     """Make the files that were not made, and keep room for them. Raises CheckpointError where the disk has too little."""
+    journal = Journal.open(folder, identity)
     absent = [index for index in range(len(targets)) if index not in journal.made]
     needed = sum(copied_bytes(targets[index]) for index in absent) + _SPARE_BYTES if absent else 0
     free = shutil.disk_usage(folder).free
@@ -245,28 +323,49 @@ def _make_files(folder: Path, targets: Sequence[Target], journal: Journal) -> No
         journal.add_made(index)
 
 
-def _copied(request: Request, targets: Sequence[Target], plans: Sequence[Filling], journal: Journal, workers: int) -> Iterator[int]:
-    """Copy every bucket that the journal lacks; yields how many bytes it has, as they come."""
+def _filled(
+    request: Request,
+    targets: Sequence[Target],
+    plans: Sequence[FilePlan],
+    factors: Factors | None,
+    journal: Journal,
+    numbers: Sequence[int],
+    workers: int,
+) -> Iterator[None]:
+    """Fill some of the files, as far as the journal says that they are not; yields when it has more."""
+    left = [number for number in numbers if number not in journal.sealed]
     if workers == 1:
-        for index, target in enumerate(targets):
-            for _ in _copy_part(target, plans[index], journal, index, 0, 1):
-                yield journal.done_bytes
+        for index in left:
+            for _ in _copy_part(targets[index], plans[index], factors, journal, index, 0, 1):
+                yield
+            _seal(targets[index], journal, index)
         return
     # A file is divided among workers where there are fewer files.
-    parts = -(-workers // len(targets))
+    parts = -(-workers // max(1, len(left)))
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
-        left = {
-            pool.submit(_worker_part, request, journal.folder, index, part, parts) for index in range(len(targets)) for part in range(parts)
-        }
+        stages: tuple[list[Future[None]], ...] = ([], [])
         try:
-            while left:
-                done, left = wait(left, timeout=_REPORT_S, return_when=FIRST_EXCEPTION)
-                for task in done:
-                    task.result()
-                journal.read()
-                yield journal.done_bytes
+            stages[0].extend(
+                pool.submit(_worker_part, request, journal.folder, journal.rank, index, part, parts)
+                for index in left
+                for part in range(parts)
+            )
+            yield from _ended(stages[0], journal)
+            stages[1].extend(pool.submit(_worker_seal, request, journal.folder, journal.rank, index) for index in left)
+            yield from _ended(stages[1], journal)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _ended(tasks: Iterable[Future[None]], journal: Journal) -> Iterator[None]:
+    """Wait for tasks of workers; yields from time to time, when the journal has been read."""
+    left = set(tasks)
+    while left:
+        done, left = wait(left, timeout=_REPORT_S, return_when=FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        journal.read()
+        yield
 
 
 def _begin_worker(parent: int) -> None:
@@ -278,34 +377,47 @@ def _begin_worker(parent: int) -> None:
 
 
 @cache
-def _prepared(request: Request) -> tuple[Source, tuple[Target, ...]]:
+def _prepared(request: Request) -> tuple[Source, tuple[Target, ...], Factors | None]:
     """Of a worker process, which lives as long as the conversion."""
     source, output = prepare(request)
-    return source, output.targets()
+    return source, output.targets(), None if source.merged is None else Factors(source.merged)
 
 
-def _worker_part(request: Request, folder: Path, index: int, part: int, parts: int) -> None:
-    source, targets = _prepared(request)
-    filling = plan_filling(source.tensors(), source.holdings, targets[index].placement, bucket_bytes=request.bucket_bytes)
-    for _ in _copy_part(targets[index], filling, Journal(folder), index, part, parts):
+def _worker_part(request: Request, folder: Path, rank: int, index: int, part: int, parts: int) -> None:
+    source, targets, factors = _prepared(request)
+    plan = plan_file(source, targets[index].placement, bucket_bytes=request.bucket_bytes)
+    for _ in _copy_part(targets[index], plan, factors, Journal(folder, rank), index, part, parts):
         pass
 
 
-def _copy_part(target: Target, filling: Filling, journal: Journal, index: int, part: int, parts: int) -> Iterator[None]:
+def _worker_seal(request: Request, folder: Path, rank: int, index: int) -> None:
+    _seal(_prepared(request)[1][index], Journal(folder, rank), index)
+
+
+def _copy_part(
+    target: Target, plan: FilePlan, factors: Factors | None, journal: Journal, index: int, part: int, parts: int
+) -> Iterator[None]:
     """Copy one in ``parts`` of the buckets of a file that the journal lacks; yields when the disk has one, and the journal says so."""
-    buckets = filling.plan.buckets
-    left = [number for number in range(part, len(buckets), parts) if (index, number) not in journal.buckets]
+    left = [number for number in range(part, len(plan.buckets), parts) if (index, number) not in journal.buckets]
     if not left:
         return
-    item_bytes = {buffer.name: DTYPE_BYTES[buffer.dtype] for buffer in target.placement.buffers}
     written = MappedTensors(target.stored(journal.folder / _STAGED / target.path), writable=True)
-    read = filling.open()
+    read = plan.filling.open()
     for number in left:
-        copy_all(buckets[number].copies, read, written)
-        for mapped in (written, *read):
+        fill_bucket(plan, number, read, written, factors)
+        for mapped in (written, *read, *(() if factors is None else (factors,))):
             mapped.let_pages_go()
-        journal.add_bucket(index, number, sum(copy.size * item_bytes[copy.destination_buffer] for copy in buckets[number].copies))
+        journal.add_bucket(index, number, plan.nbytes(number))
         yield
+
+
+def _seal(target: Target, journal: Journal, index: int) -> None:
+    """Write what depends on all elements of a file. Durable."""
+    file = journal.folder / _STAGED / target.path
+    target.seal(file)
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    journal.add_sealed(index)
 
 
 def _sync(folder: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlsync.bridge.checkpoint_folder import HF_FOLDER_NAMES, TRACKER, hf_folder, rank_folder, rank_writer, shards_folder
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter, placed_adapter, read_adapter_config
+from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER_NAMES, TRACKER, hf_folder, rank_folder, rank_writer, shards_folder
 from rlsync.bridge.model_folder import CONFIG_NAME, form_of_folder, kept_tensors, placed_checkpoint, read_config
 from rlsync.convert.torch_dist import METADATA, is_distributed, placed_chunks
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
@@ -19,6 +20,7 @@ from rlsync.layout.safetensors import Holding, StoredTensor
 from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import Opaque, TensorView, read_torch_file
 from rlsync.models import Flavour, Model, model_of
+from rlsync.models.lora import Adapters, adapters_of
 from rlsync.models.placement import megatron_placement
 from rlsync.models.shards import ADAPTERS_SCALING, EXTRA_STATE, RANK_STATE_FILE, chunk_keys, local_names
 from rlsync.models.stored import StoredForm
@@ -42,7 +44,7 @@ _UNEVEN = ("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint that can be read.
+    """A checkpoint that can be read: a model's weights, or adapters of them alone.
 
     Attributes:
         form: of its files.
@@ -50,11 +52,14 @@ class Source:
         model_folder: has ``config.json``, and what travels with weights.
         config_text: content of that file.
         stored_form: how Hugging Face files of this model hold its tensors: those of ``folder``, else of ``model_folder``.
-        holdings: with every tensor of the model, some in several of them.
+        holdings: with every tensor of the model, or every factor of the adapters, some in several of them.
         topology: how Megatron's shards are cut; None for Hugging Face files, and for torch_dist, which has whole tensors.
         flavour: how Megatron's parameters are called, or None as for ``topology``.
         step: of the run that saved it; 0 for Hugging Face files.
         kept: tensors that Megatron's shards do not have and Hugging Face files do, where files are at hand; they are among ``holdings``.
+        adapters: whose factors the tensors are; None for weights.
+        base_name: what the configuration of the adapters says that they adapt.
+        merged: adapters that are added to the weights on their way.
     """
 
     form: Form
@@ -68,14 +73,20 @@ class Source:
     flavour: Flavour | None = None
     step: int = 0
     kept: Mapping[str, StoredTensor] = field(default_factory=dict)
+    adapters: Adapters | None = None
+    base_name: str | None = None
+    merged: Source | None = None
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor that there may be: the model's, and those that are kept."""
+        """Every tensor that there may be: the model's and those that are kept, or the factors of the adapters."""
+        if self.adapters is not None:
+            return self.adapters.tensors(self.model, "float32")
         return (*self.model.tensors(), *(entry.spec for entry in self.kept.values()))
 
     def files(self) -> tuple[Path, ...]:
-        """Every file of weights, in the order of their names."""
-        return tuple(sorted({tensor.file for holding in self.holdings for tensor in holding.stored.values()}))
+        """Every file of weights, in the order of their names, and of the adapters that are merged."""
+        mine = sorted({tensor.file for holding in self.holdings for tensor in holding.stored.values()})
+        return (*mine, *(() if self.merged is None else self.merged.files()))
 
     def dtype(self) -> str:
         """Of the parameters, but for those that have one of their own in every model. ConfigError where they have several."""
@@ -112,6 +123,59 @@ def open_source(folder: Path, model_folder: Path | None = None) -> Source:
         return _with_kept(_read_megatron(weights, model_folder, text, model), model_folder)
     holding = placed_checkpoint(model, weights)
     return _with_kept(Source("hf", weights, model_folder, text, model, form_of_folder(model, weights), (holding,)), weights)
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder holds adapters alone: PEFT's, or Megatron's shards of a run with adapters. Raises CheckpointError."""
+    if _is_peft(folder):
+        return True
+    if not folder.is_dir():
+        return False
+    weights = _weights_folder(folder)
+    first = next(iter(sorted(weights.glob("mp_rank_*"))), None)
+    return first is not None and _scaling_of(_content(weights, first.name)) is not None
+
+
+def open_adapter(folder: Path, model_folder: Path | None = None) -> Source:
+    """The adapters in ``folder``: one that PEFT or rlsync saved, or shards of a run with adapters.
+
+    Args:
+        model_folder: has ``config.json`` of the model that they adapt; by default the folder that their configuration names, or the one
+            beside the shards.
+
+    Raises as :func:`open_source`, ConfigError for adapters that compute what is not supported, and CheckpointError for shards without
+    their configuration.
+    """
+    weights = folder if _is_peft(folder) else _weights_folder(folder)
+    beside = [weights, weights.parent, weights.parent / ADAPTER_FOLDER]
+    where = next((each for each in beside if (each / ADAPTER_CONFIG).is_file()), None)
+    if where is None:
+        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} beside the shards says which projections the adapters in them are of")
+    spec, base_name = read_adapter_config(where), base_of_adapter(where)
+    if model_folder is None:
+        model_folder = base_folder(base_name) or _model_folder(folder, weights)
+    text, config = read_config(model_folder)
+    model = model_of(config)
+    adapters = adapters_of(model, spec)
+    if not _is_peft(folder):
+        return replace(_read_shards(weights, model_folder, text, model, adapters), base_name=base_name)
+    holding = placed_adapter(model, adapters, folder)
+    return Source("hf", folder, model_folder, text, model, StoredForm(), (holding,), adapters=adapters, base_name=base_name)
+
+
+def base_folder(name: str | None) -> Path | None:
+    """The folder of the model that adapters say they are of; None where there is none here."""
+    return Path(name) if name is not None and (Path(name) / CONFIG_NAME).is_file() else None
+
+
+def _is_peft(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
+
+
+def _scaling_of(content: Mapping[str, Any]) -> float | None:
+    """What the adapters in a file are multiplied by; None of weights."""
+    options = content.get("options")
+    return options.get(ADAPTERS_SCALING) if isinstance(options, dict) else None
 
 
 def _with_kept(source: Source, folder: Path) -> Source:
@@ -177,10 +241,11 @@ class RankFile:
     content: Mapping[str, Any]
 
 
-def rank_files(folder: Path) -> tuple[Topology, Iterator[RankFile]]:
+def rank_files(folder: Path, adapters: Adapters | None = None) -> tuple[Topology, Iterator[RankFile]]:
     """The layout of shards in Megatron's ``torch`` format, and all files, read one by one.
 
-    Raises CheckpointError for missing, unexpected and damaged ones.
+    Raises CheckpointError for missing, unexpected and damaged ones, and where they hold adapters and weights are asked for, or others
+    than ``adapters``.
     """
     found = sorted(path.name for path in folder.glob("mp_rank_*"))
     if not found:
@@ -189,9 +254,14 @@ def rank_files(folder: Path) -> tuple[Topology, Iterator[RankFile]]:
     topology = topology_of(first, folder / found[0])
     names = {rank_folder(topology, rank): rank for rank in range(topology.world_size) if rank_writer(topology, rank) == rank}
     differing = sorted(names.keys() ^ set(found))
-    options = first.get("options")
-    if isinstance(options, dict) and options.get(ADAPTERS_SCALING) is not None:
+    scaling = _scaling_of(first)
+    if adapters is None and scaling is not None:
         raise CheckpointError(f"{folder}: its shards hold adapters alone; take the merged weights or the adapter folder beside them")
+    if adapters is not None and scaling != adapters.spec.scaling:
+        raise CheckpointError(
+            f"{folder}: its shards hold adapters that are multiplied by {scaling}, and their {ADAPTER_CONFIG} says "
+            f"{adapters.spec.scaling}; they are of two runs"
+        )
     if differing:
         raise CheckpointError(
             f"{folder}: {found[0]} says {_said(topology)}, whose folders are {len(names)}; "
@@ -208,20 +278,20 @@ def rank_files(folder: Path) -> tuple[Topology, Iterator[RankFile]]:
     return topology, read()
 
 
-def _read_shards(folder: Path, model_folder: Path, text: str, model: Model) -> Source:
+def _read_shards(folder: Path, model_folder: Path, text: str, model: Model, adapters: Adapters | None = None) -> Source:
     """Files of Megatron's ``torch`` format, by rlsync or by Megatron-LM."""
-    topology, files = rank_files(folder)
+    topology, files = rank_files(folder, adapters)
     holdings: list[Holding] = []
     findings: list[str] = []
     flavours: set[Flavour] = set()
     step = 0
     for file in files:
-        views, wrong, spelled = _named(file.content, model, topology, file.rank, f"{file.name}/{RANK_STATE_FILE}")
+        views, wrong, spelled = _named(file.content, model, topology, file.rank, f"{file.name}/{RANK_STATE_FILE}", adapters)
         findings += wrong
         flavours |= spelled
         step = file.content.get("iteration", 0)
         if not findings:
-            placement, misfits = _placed(model, topology, file.rank, views, file.name)
+            placement, misfits = _placed(model, topology, file.rank, views, file.name, adapters)
             findings += misfits
             holdings.append(Holding(placement, {b.name: views[b.name].stored(b.name) for b in placement.buffers}))
     if findings:
@@ -238,6 +308,7 @@ def _read_shards(folder: Path, model_folder: Path, text: str, model: Model) -> S
         topology,
         "te" if "te" in flavours else "local",
         step if isinstance(step, int) else 0,
+        adapters=adapters,
     )
 
 
@@ -283,7 +354,7 @@ def _said(topology: Topology) -> str:
 
 
 def _named(
-    content: Mapping[str, Any], model: Model, topology: Topology, rank: int, where: str
+    content: Mapping[str, Any], model: Model, topology: Topology, rank: int, where: str, adapters: Adapters | None
 ) -> tuple[dict[str, TensorView], list[str], set[Flavour]]:
     """Tensors of one rank by global name under the local spec; what is wrong with their names; and the specs that they are named by."""
     keys = chunk_keys(topology.vpp_size)
@@ -291,7 +362,7 @@ def _named(
     findings = [f"{where} has no {key!r}" for key in keys if not isinstance(content.get(key), dict)]
     views: dict[str, TensorView] = {}
     flavours: set[Flavour] = set()
-    for name in local_names(model, topology, rank):
+    for name in local_names(model, topology, rank, adapters):
         spelled = [each for each in dict.fromkeys((name.local, name.te)) if each in chunks[name.chunk]]
         if len(spelled) != 1:
             findings.append(f"{where}: {name.local} is {'there under two names' if spelled else 'missing'}")
@@ -309,12 +380,14 @@ def _tensors(chunk: Any) -> Iterator[tuple[str, TensorView]]:
             yield name, value
 
 
-def _placed(model: Model, topology: Topology, rank: int, views: Mapping[str, TensorView], where: str) -> tuple[Placement, list[str]]:
+def _placed(
+    model: Model, topology: Topology, rank: int, views: Mapping[str, TensorView], where: str, adapters: Adapters | None
+) -> tuple[Placement, list[str]]:
     """The placement of one rank with the dtypes of its file, and the shapes that are not those of the table."""
     vocabulary = views.get("embedding.word_embeddings.weight") or views.get("output_layer.weight")
     # As many rows as this rank has, whatever they were a multiple of.
     divisor = vocabulary.shape[0] if vocabulary is not None and vocabulary.shape else 1
-    expected = megatron_placement(model, topology, rank, make_vocab_size_divisible_by=divisor)
+    expected = megatron_placement(model, topology, rank, make_vocab_size_divisible_by=divisor, adapters=adapters)
     findings = [
         f"{where}: {buffer.name} has shape {views[buffer.name].shape}, expected {buffer.shape}"
         for buffer in expected.buffers

@@ -5,14 +5,16 @@ Owns the form of each file. Copies nothing; ``conversion`` does.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adapter_config
 from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
 from rlsync.convert.sources import Source
@@ -21,7 +23,7 @@ from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, encode_header
 from rlsync.layout.topology import Topology
-from rlsync.layout.torch_files import read_torch_file
+from rlsync.layout.torch_files import read_torch_file, write_checksums
 from rlsync.models import Flavour
 from rlsync.models.placement import megatron_placement
 from rlsync.models.shards import RANK_STATE_FILE, chunk_keys, local_names, weights_only_state
@@ -45,6 +47,9 @@ class Target(Protocol):
 
     def stored(self, file: Path) -> Mapping[str, StoredTensor]:
         """Where the buffers of ``placement`` lie in a file that was created."""
+
+    def seal(self, file: Path) -> None:
+        """Write what depends on the elements, when all are there."""
 
 
 def copied_bytes(target: Target) -> int:
@@ -71,6 +76,9 @@ class SafetensorsFile:
         _, begins = encode_header(self.tensors)
         return {t.name: StoredTensor(t, file, begins[t.name], begins[t.name] + t.nbytes) for t in self.tensors}
 
+    def seal(self, file: Path) -> None:
+        """Nothing: the format has no checksums."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
@@ -79,6 +87,7 @@ class RankFile:
     Attributes:
         chunks: for each virtual chunk the names in it, and the buffer of ``placement`` that each is.
         padded_vocab: rows of the vocabulary over all tensor ranks.
+        scaling: of the adapters that the file holds; None for weights.
     """
 
     path: str
@@ -87,6 +96,7 @@ class RankFile:
     step: int
     chunks: tuple[tuple[tuple[str, str], ...], ...]
     padded_vocab: int
+    scaling: float | None = None
 
     def create(self, file: Path) -> None:
         # Never touched, and skipped where they are written: they take no memory.
@@ -94,12 +104,15 @@ class RankFile:
         keys = chunk_keys(self.topology.vpp_size)
         chunks = {key: {name: empty[buffer] for name, buffer in chunk} for key, chunk in zip(keys, self.chunks, strict=True)}
         with torch.serialization.skip_data():
-            torch.save(weights_only_state(asdict(self.topology), self.step, self.padded_vocab, chunks), file)
+            torch.save(weights_only_state(asdict(self.topology), self.step, self.padded_vocab, chunks, scaling=self.scaling), file)
 
     def stored(self, file: Path) -> Mapping[str, StoredTensor]:
         content = read_torch_file(file)
         keys = chunk_keys(self.topology.vpp_size)
         return {buffer: content[key][name].stored(buffer) for key, chunk in zip(keys, self.chunks, strict=True) for name, buffer in chunk}
+
+    def seal(self, file: Path) -> None:
+        write_checksums(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +148,27 @@ class HfFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """The adapters of a source as PEFT and vLLM read them, in one file with a tensor for each factor."""
+
+    source: Source
+    dtype: str
+
+    def targets(self) -> tuple[Target, ...]:
+        tensors = tuple(replace(t, name=f"{PREFIX}{t.name}", dtype=self.dtype) for t in self.source.tensors())
+        whole = whole_tensors(ADAPTER_WEIGHTS, tensors)
+        pieces = tuple(replace(piece, tensor=piece.tensor.removeprefix(PREFIX)) for piece in whole.pieces)
+        return (SafetensorsFile(ADAPTER_WEIGHTS, replace(whole, pieces=pieces), tensors),)
+
+    def finish(self, folder: Path) -> None:
+        """As of :class:`HfFolder`."""
+        _write_adapter_config(self.source, folder)
+
+
+@dataclass(frozen=True, slots=True)
 class MegatronFolder:
-    """An ``actor`` folder with the shards of a source under a layout: ``iter_XXXXXXX`` and its tracker.
+    """An ``actor`` folder with the shards of a source under a layout: ``iter_XXXXXXX`` and its tracker. Beside those of adapters lies
+    their configuration, which says what they are of.
 
     Attributes:
         flavour: the spec that names the parameters.
@@ -150,7 +182,8 @@ class MegatronFolder:
     make_vocab_size_divisible_by: int
 
     def targets(self) -> tuple[Target, ...]:
-        model, topology = self.source.model, self.topology
+        model, topology, adapters = self.source.model, self.topology, self.source.adapters
+        scaling = None if adapters is None else adapters.spec.scaling
         padded = model.padded_vocab(topology.tp_size, self.make_vocab_size_divisible_by)
         shards = shards_folder(Path(), self.source.step)
         made: list[Target] = []
@@ -165,25 +198,36 @@ class MegatronFolder:
                 flavour=self.flavour,
                 dtype=self.dtype,
                 make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
+                adapters=adapters,
             )
             chunks: list[list[tuple[str, str]]] = [[] for _ in range(topology.vpp_size)]
-            for name in local_names(model, topology, rank):
+            for name in local_names(model, topology, rank, adapters):
                 chunks[name.chunk].append((name.te if self.flavour == "te" else name.local, name.bound.name(self.flavour)))
-            made.append(RankFile(path, placement, topology, self.source.step, tuple(map(tuple, chunks)), padded))
+            made.append(RankFile(path, placement, topology, self.source.step, tuple(map(tuple, chunks)), padded, scaling))
         return tuple(made)
 
     def finish(self, folder: Path) -> None:
         """As of :class:`HfFolder`; the tracker, which makes it complete, comes last."""
         _write_model_files(self.source, folder, self.dtype)
+        if self.source.adapters is not None:
+            _write_adapter_config(self.source, folder)
         write_durably(folder / TRACKER, str(self.source.step))
 
 
-Output = HfFolder | MegatronFolder
+Output = HfFolder | AdapterFolder | MegatronFolder
 
 
 def _write_model_files(source: Source, folder: Path, dtype: str) -> None:
     copy_files(source.model_folder, travelling_files(source.model_folder, but=folder), folder, durable=True)
-    write_small_file(folder / CONFIG_NAME, with_dtype(source.config_text, dtype).encode("utf-8"), durable=True)
+    # The dtype of adapters is not the model's.
+    text = source.config_text if source.adapters is not None else with_dtype(source.config_text, dtype)
+    write_small_file(folder / CONFIG_NAME, text.encode("utf-8"), durable=True)
+
+
+def _write_adapter_config(source: Source, folder: Path) -> None:
+    assert source.adapters is not None, "only of adapters"
+    content = adapter_config(source.adapters, source.base_name or str(source.model_folder.resolve()))
+    write_small_file(folder / ADAPTER_CONFIG, (json.dumps(content, indent=2) + "\n").encode(), durable=True)
 
 
 def reserve(file: Path) -> None:

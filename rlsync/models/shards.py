@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsync.layout.topology import Topology
+from rlsync.models.lora import Adapters, module_of
 from rlsync.models.placement import held_parameters
 from rlsync.models.stacks import Bound, Model
 
@@ -31,10 +32,13 @@ def chunk_keys(vpp_size: int) -> tuple[str, ...]:
 
 
 def weights_only_state(
-    topology: Mapping[str, Any], step: int, padded_vocab: int, chunks: Mapping[str, Mapping[str, Any]]
+    topology: Mapping[str, Any], step: int, padded_vocab: int, chunks: Mapping[str, Mapping[str, Any]], *, scaling: float | None = None
 ) -> dict[str, Any]:
-    """Content of ``model_optim_rng.pt`` without optimizer, schedule and random state; ``chunks`` by key, tensors by name in the chunk."""
-    options = {PADDED_VOCABULARY: padded_vocab, ADAPTERS_SCALING: None}
+    """Content of ``model_optim_rng.pt`` without optimizer, schedule and random state; ``chunks`` by key, tensors by name in the chunk.
+
+    ``scaling`` is that of adapters, which then are all that the chunks hold.
+    """
+    options = {PADDED_VOCABULARY: padded_vocab, ADAPTERS_SCALING: scaling}
     head = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, "topology": dict(topology), "rng_state": [], "options": options}
     return {**head, **chunks}
 
@@ -49,8 +53,22 @@ class LocalName:
     te: str
 
 
-def local_names(model: Model, topology: Topology, rank: int) -> Iterator[LocalName]:
-    """The parameters of one rank, in the order of the table, with layers counted in their chunk and experts on their rank, from 0."""
+def local_names(model: Model, topology: Topology, rank: int, adapters: Adapters | None = None) -> Iterator[LocalName]:
+    """The parameters of one rank, in the order of the table, with layers counted in their chunk and experts on their rank, from 0; or the
+    factors of its ``adapters`` where they are given."""
+    named = _local_names(model, topology, rank)
+    if adapters is None:
+        yield from named
+        return
+    found = {name.bound.local: name for name in named}
+    for rule in adapters.rules(name.bound for name in found.values()):
+        base = found[rule.base.local]
+        for factor in (rule.a, rule.b):
+            local = f"{module_of(base.local)}{factor.local.removeprefix(module_of(rule.base.local))}"
+            yield LocalName(factor, base.chunk, local, local)
+
+
+def _local_names(model: Model, topology: Topology, rank: int) -> Iterator[LocalName]:
     at = topology.coordinates(rank)
     layers: dict[str, dict[int, tuple[int, int]]] = {}
     for bound in held_parameters(model, topology, rank):

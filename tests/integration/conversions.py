@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rlsync.convert.conversion import Request, convert
+from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import smallest_topology
 from rlsync.layout.topology import Topology
 from tests.forking import ForkedProcess
@@ -23,6 +24,12 @@ def request(source: str | Path, target: str | Path, form: str, sizes: dict[str, 
     """A request with a topology of these sizes, with as few data-parallel ranks as there may be where they are not given."""
     topology = (Topology if "dp_size" in (sizes or {}) else smallest_topology)(**(sizes or {}))
     return Request(Path(source), Path(target), form, topology=topology, **options)  # type: ignore[arg-type]
+
+
+def run_rank(asked: Request, silence_s: float) -> None:
+    """As one of the processes that the environment says."""
+    torch.set_num_threads(1)
+    convert(asked, ranks=Ranks.from_environment(silence_s=silence_s))
 
 
 def run(asked: Request) -> None:

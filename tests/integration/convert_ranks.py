@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
+from rlsync.bridge.adapter_folder import read_adapter_config
 from rlsync.bridge.checkpoint import load_checkpoint_weights, save_checkpoint
 from rlsync.cli import main
 from rlsync.layout.topology import Topology
@@ -32,8 +33,8 @@ class Backend(enum.Enum):
     AUTO = 1
 
 
-def write_and_read(cases: list[dict[str, Any]]) -> None:
-    """For each case: load the model under its layout, save it in every form, and read what was converted to that layout."""
+def write_and_read(cases: list[dict[str, Any]], adapted: list[dict[str, Any]]) -> None:
+    """For each case: load the model under its layout, save it in every form, and read what was converted to that layout. Then adapters."""
     for case in cases:
         topology = Topology(**case["topology"])
         initialize_parallel(topology, seed=1, timeout_s=300)
@@ -54,7 +55,25 @@ def write_and_read(cases: list[dict[str, Any]]) -> None:
         assert exported.keys() == original.keys() and all(torch.equal(t, original[name]) for name, t in exported.items()), case
         dist.barrier()
         destroy_parallel(keep_distributed=True)
+    for case in adapted:
+        _load_adapters(case)
+        destroy_parallel(keep_distributed=True)
     destroy_parallel()
+
+
+def _load_adapters(case: dict[str, Any]) -> None:
+    """A run starts from converted shards of adapters, which are PEFT's, and saves its own."""
+    topology = Topology(**case["topology"])
+    initialize_parallel(topology, seed=1, timeout_s=300)
+    bridge = AutoBridge.from_pretrained(case["folder"])
+    models = bridge.get_model(
+        case["folder"], topology=topology, bf16=False, wrap_with_ddp=False, lora=read_adapter_config(case["adapter"])
+    )  # fmt: skip
+    load_checkpoint_weights(case["converted"], bridge, models)
+    theirs = load_file(Path(case["adapter"], "adapter_model.safetensors"))
+    exported = {f"base_model.model.{name}": tensor for name, tensor in bridge.export_adapter(models)}
+    assert exported.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in exported.items()), case
+    save_checkpoint(case["out"], bridge, models, step=STEP)
 
 
 def compare_precision(folder: str, pictures: str, changed: str, shards: str) -> None:

@@ -8,7 +8,9 @@ import random
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from rlsync.cli import main
 from rlsync.convert import conversion
 from rlsync.convert.conversion import convert
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
-from tests.integration.conversions import ConvertingProcess, request, run
+from tests.deadlines import HANG_S
+from tests.integration.conversions import ConvertingProcess, request, run, run_rank
+from tests.integration.test_convert_adapters import CASES, save_adapted
 from tests.models import FAMILIES, MOE_FAMILIES, save_tiny_model
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.vision_models import FAMILIES as VISION_FAMILIES
 from tests.vision_models import MOE_FAMILIES as VISION_MOE_FAMILIES
 from tests.vision_models import save_tiny_vision_model
@@ -33,6 +37,8 @@ EXPERTS = (
     {"ep_size": 4, "etp_size": 2, "tp_size": 2},
     {"pp_size": 2, "vpp_size": 2, "ep_size": 2},
 )
+# Of adapters, which expert ranks share as well.
+ADAPTED = {"qwen2": {"tp_size": 2, "pp_size": 2}, "qwen3_moe": {"dp_size": 4, "ep_size": 4}}
 PICTURES = ({"tp_size": 2}, {"pp_size": 2}, {"tp_size": 4, "pp_size": 2})
 WEIGHTS = ("*.safetensors", "iter_*/*/*.pt")
 
@@ -95,7 +101,14 @@ def test_files_are_those_of_megatron_in_every_form(tmp_path):
         convert(request(folder, converted, "megatron", topology, make_vocab_size_divisible_by=more.get("divisor", 1)))
         out = str(tmp_path / family)
         cases.append({"folder": str(folder), "converted": str(converted), "topology": topology, "overrides": overrides, "out": out, **more})
-    run_ranks(4, RANKS, "write_and_read", cases=cases)
+    adapted = [_adapted(tmp_path / f"adapted {family}", family, topology) for family, topology in ADAPTED.items()]
+    run_ranks(4, RANKS, "write_and_read", cases=cases, adapted=adapted)
+    for case in adapted:
+        actor, base = Path(case["out"]), {"adapter": Path(case["adapter"]), "merge_lora": True}
+        convert(request(actor, tmp_path / case["family"] / "adapter", "hf"))
+        assert same(tensors(tmp_path / case["family"] / "adapter"), tensors(case["adapter"]))
+        convert(request(case["folder"], tmp_path / case["family"] / "merged", "hf", **base))
+        assert same(tensors(tmp_path / case["family"] / "merged"), tensors(actor / "hf_model")), "not what ranks merge"
     for case in cases:
         out = Path(case["out"])
         converted, ours = shards(case["converted"]), shards(out / "ours")
@@ -109,6 +122,15 @@ def test_files_are_those_of_megatron_in_every_form(tmp_path):
             made = convert(request(out / form, out / f"{form}-hf", "hf", model_folder=Path(case["folder"])))
             assert made.source.step == 5
             assert same(tensors(out / f"{form}-hf"), tensors(case["folder"])), (case["topology"], form)
+
+
+def _adapted(folder: Path, family: str, topology: dict[str, int]) -> dict[str, Any]:
+    """A base, PEFT's adapters of it with a tensor for each factor, and their shards as converted."""
+    save_adapted(folder, family, CASES[family][0])
+    convert(request(folder / "adapter", folder / "factors", "hf"))
+    convert(request(folder / "adapter", folder / "converted", "megatron", topology))
+    paths = {"adapter": str(folder / "factors"), "converted": str(folder / "converted"), "out": str(folder / "out")}
+    return {"family": family, "folder": str(folder), "topology": topology, **paths}
 
 
 def test_a_comparison_names_the_first_layer_that_differs_and_a_converted_model_computes_what_it_did(tiny, tmp_path):
@@ -154,12 +176,44 @@ def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp
     assert resumed, "no conversion went on where one was killed"
 
 
-def test_several_workers_make_the_same_files_and_dtypes_are_cast_as_torch_does(tiny, tmp_path):
+def test_processes_share_the_files_and_what_one_leaves_the_next_ones_end(tiny, tmp_path, monkeypatch):
+    """One of two is killed: the other says so, and nothing is there. Three go on with what the disk has, and make the files of one."""
+    sizes = {"tp_size": 2, "pp_size": 2}
+    expected = convert(request(tiny, tmp_path / "whole", "megatron", sizes, bucket_bytes=1))
+    asked, working = request(tiny, tmp_path / "shared", "megatron", sizes, bucket_bytes=1), tmp_path / ".shared.conversion"
+
+    def start(world: int, silence_s: float) -> list[ConvertingProcess]:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        ranks = [ConvertingProcess(target=run_rank, args=(asked, silence_s)) for _ in range(world)]
+        for rank, process in enumerate(ranks):
+            for name, value in (address | {"RANK": str(rank)}).items():
+                monkeypatch.setenv(name, value)
+            process.start()
+        return ranks
+
+    first, second = start(2, silence_s=6.0)
+    deadline = time.monotonic() + HANG_S
+    while not (working / "journal.1").is_file() and second.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second.kill()
+    first.join(HANG_S)
+    assert first.exitcode == 1 and not asked.target.exists(), "the first one did not notice, or called it complete"
+    done = conversion.Journal(working).done_bytes
+    assert 0 < done <= expected.progress.total_bytes
+    ranks = start(3, silence_s=HANG_S)
+    for process in ranks:
+        process.join(HANG_S)
+    assert [process.exitcode for process in ranks] == [0, 0, 0] and not working.exists()
+    for path in (path for path in (tmp_path / "whole").rglob("*") if path.is_file()):
+        assert (asked.target / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
+
+
+def test_dtypes_are_cast_as_torch_does(tiny, tmp_path):
     convert(request(tiny, tmp_path / "one", "megatron", {"pp_size": 2}, dtype="bfloat16"))
-    convert(request(tiny, tmp_path / "three", "megatron", {"pp_size": 2}, dtype="bfloat16", bucket_bytes=10_000), workers=3)
-    for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
-        assert (tmp_path / "three" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes(), path
-    convert(request(tmp_path / "three", tmp_path / "back", "hf"))
+    for path in (tmp_path / "one").rglob("*.pt"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None, "a checksum in it is none of its content"
+    convert(request(tmp_path / "one", tmp_path / "back", "hf"))
     assert same(tensors(tmp_path / "back"), {name: t.to(torch.bfloat16) for name, t in tensors(tiny).items()})
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 

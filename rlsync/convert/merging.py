@@ -1,0 +1,105 @@
+"""Adapters that are merged on the way of a conversion: the base comes into memory in fp32, and the sum is rounded once into the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlsync.convert.filling import Filling, copy_all, plan_filling
+from rlsync.convert.sources import Source
+from rlsync.copy.cpu import region
+from rlsync.copy.files import MappedTensors
+from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, Piece, Placement, contiguous_strides, whole_tensors
+from rlsync.models.lora import A, B, module_of
+from rlsync.plan.planner import Bucket, Copy
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """What goes into one file, bucket by bucket.
+
+    Attributes:
+        filling: the copies into the file's tensors, and of bases into fp32 buffers beside it.
+        sums: by tensor with an adapter the buffers of its base, and the piece of the file that each belongs to.
+        item_bytes: by buffer of a copy, of an element in the file.
+    """
+
+    filling: Filling
+    sums: Mapping[str, Sequence[tuple[str, Piece]]]
+    item_bytes: Mapping[str, int]
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self.filling.plan.buckets
+
+    def nbytes(self, number: int) -> int:
+        """Of a bucket, in the file."""
+        return sum(copy.size * self.item_bytes[copy.destination_buffer] for copy in self.buckets[number].copies)
+
+
+def plan_file(source: Source, placement: Placement, *, bucket_bytes: int) -> FilePlan:
+    """How a file with this placement is filled from a source. Raises PlacementError where something is missing."""
+    item_bytes = {buffer.name: DTYPE_BYTES[buffer.dtype] for buffer in placement.buffers}
+    adapted = set() if source.merged is None or source.merged.adapters is None else source.merged.adapters.modules
+    apart = [piece for piece in placement.pieces if module_of(piece.tensor) in adapted]
+    sums: dict[str, list[tuple[str, Piece]]] = {}
+    bases: list[tuple[BufferSpec, Piece]] = []
+    for number, piece in enumerate(apart):
+        spec = BufferSpec(f"base {number}", "float32", piece.box.shape)
+        sums.setdefault(piece.tensor, []).append((spec.name, piece))
+        bases.append((spec, Piece(piece.tensor, piece.box, spec.name, 0, contiguous_strides(spec.shape))))
+        item_bytes[spec.name] = item_bytes[piece.buffer]
+    left = {piece.buffer for piece in apart}
+    buffers = [replace(b, has_gaps=b.has_gaps or b.name in left) for b in placement.buffers]
+    moved = replace(
+        placement,
+        buffers=(*buffers, *(spec for spec, _ in bases)),
+        pieces=(*(piece for piece in placement.pieces if piece.tensor not in sums), *(piece for _, piece in bases)),
+    )
+    return FilePlan(plan_filling(source.tensors(), source.holdings, moved, bucket_bytes=bucket_bytes), sums, item_bytes)
+
+
+class Factors:
+    """The factors of a source of adapters, read one by one."""
+
+    def __init__(self, source: Source) -> None:
+        """Raises PlacementError where some are missing."""
+        assert source.adapters is not None, "only of adapters"
+        self._shapes = {tensor.name: tensor.shape for tensor in source.tensors()}
+        self._scaling = source.adapters.spec.scaling
+        whole = whole_tensors("factors", (replace(tensor, dtype="float32") for tensor in source.tensors()))
+        filling = plan_filling(source.tensors(), source.holdings, whole)
+        self._copies: dict[str, list[Copy]] = {}
+        for bucket in filling.plan.buckets:
+            for copy in bucket.copies:
+                self._copies.setdefault(copy.tensor, []).append(copy)
+        self._read: list[MappedTensors] = filling.open()
+
+    def add(self, base: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """``base``, the fp32 elements of a piece, and the adapter of its tensor there, as ``Adapter.merged`` of live models has it."""
+        module, (rows, columns) = module_of(piece.tensor), map(slice, piece.box.start, piece.box.stop)
+        delta = self._whole(f"{module}{B}")[rows] @ self._whole(f"{module}{A}")[:, columns]
+        return delta.mul_(self._scaling).add_(base)
+
+    def let_pages_go(self) -> None:
+        for mapped in self._read:
+            mapped.let_pages_go()
+
+    def _whole(self, name: str) -> torch.Tensor:
+        factor = torch.empty(self._shapes[name], dtype=torch.float32)
+        copy_all(self._copies[name], self._read, {name: factor})
+        return factor
+
+
+def fill_bucket(plan: FilePlan, number: int, read: Sequence[MappedTensors], written: MappedTensors, factors: Factors | None) -> None:
+    """Bring one bucket into its file; the pages of all files stay mapped."""
+    bucket = plan.buckets[number]
+    sums = [entry for tensor in bucket.tensors for entry in plan.sums.get(tensor.name, ())]
+    bases = {name: torch.empty(piece.box.shape, dtype=torch.float32) for name, piece in sums}
+    tensors = {name: written[name] for name in {copy.destination_buffer for copy in bucket.copies} - bases.keys()}
+    copy_all(bucket.copies, read, {**tensors, **bases})
+    for name, piece in sums:
+        assert factors is not None, "sums are of adapters"
+        region(written[piece.buffer], piece.offset, piece.box.shape, piece.strides).copy_(factors.add(bases.pop(name), piece))
