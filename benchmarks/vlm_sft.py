@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from rlsync.bench.floors import gb_per_s
 from workers.metrics_log import read_metrics
 from workers.picture_world import image_settings, make_vision_tokenizer
 
@@ -138,6 +139,19 @@ def main() -> None:
         a.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def _beside_floor(syncs: list[dict[str, Any]], a: argparse.Namespace) -> None:
+    """Into each sync to an engine on a GPU: seconds of a plain torch copy of its bytes, and the time of its copies over that."""
+    if not syncs or not a.gpus:
+        return
+    engine = int(a.engine)
+    same = gb_per_s(engine, engine)
+    others = [gb_per_s(source, engine) for source in range(a.gpus) if source != engine]
+    for sync in syncs:
+        far = sync["sync/bytes_same_host"]
+        floor_s = sync["sync/bytes_same_device"] / 1e9 / same + (far / 1e9 / max(others) if far else 0.0)
+        sync |= {"floor_s": floor_s, "data_over_floor": sync["sync/pull_s"] / floor_s}
+
+
 def _engine(a: argparse.Namespace, rows: Path) -> tuple[str, ...]:
     return (
         f"+cluster.component_placement.rollout='{a.engine}'", f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
@@ -170,6 +184,7 @@ def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str
     median = {key: statistics.median(line[key] for line in lines if key in line) for key in names}
     step_s = median["time/training"] + median["time/data_wait"]
     tokens = median["perf/total_num_tokens"]
+    _beside_floor(syncs, a)
     config = Qwen2_5_VLConfig.from_pretrained(model)
     flops = a.rows * flops_a_row(config, tokens / a.rows, a.side)
     return {

@@ -36,15 +36,15 @@ def measure(spec: specs.Spec) -> dict[str, Any]:
     properties = {gpu: torch.cuda.get_device_properties(gpu) for gpu in used}
     return {
         "convention": CONVENTION,
-        "same_gb_per_s": {str(gpu): _gb_per_s(gpu, gpu) for gpu in used},
-        "peer_gb_per_s": {f"{source}->{gpu}": _gb_per_s(source, gpu) for source, gpu in pairs},
+        "same_gb_per_s": {str(gpu): gb_per_s(gpu, gpu) for gpu in used},
+        "peer_gb_per_s": {f"{source}->{gpu}": gb_per_s(source, gpu) for source, gpu in pairs},
         "gpu_bytes": min(p.total_memory for p in properties.values()),
         "gpus": [{"index": gpu, "name": p.name, "uuid": str(p.uuid), "bytes": p.total_memory} for gpu, p in properties.items()],
     }
 
 
-def _gb_per_s(source: int, destination: int) -> float:
-    """Several copies in a row, so that their launches do not count."""
+def gb_per_s(source: int, destination: int) -> float:
+    """Of a copy from one GPU to another, or to itself, by CONVENTION; several copies in a row, so that their launches do not count."""
     given = torch.ones(_BYTES, dtype=torch.uint8, device=f"cuda:{source}")
     taken = torch.empty(_BYTES, dtype=torch.uint8, device=f"cuda:{destination}")
     best_s = float("inf")
