@@ -1,7 +1,8 @@
-"""Seconds to save and to load a checkpoint, with and without large pages for tensors of the host, beside a plain write of the bytes.
+"""Seconds to save a checkpoint at once and beside training, and to load it, beside plain reads and writes of as many bytes.
 
-``python -m benchmarks.checkpoint --folder DIR``: one rank, a Megatron Qwen2 of ``--layers`` layers of Qwen2.5-0.5B in bf16 with a
-distributed optimizer, on the CPU. Both ways alternate, each in a process of its own.
+``python -m benchmarks.checkpoint --folder DIR``: ranks on the CPU, with a Megatron Qwen2 of ``--layers`` layers of Qwen2.5-0.5B in bf16
+and a distributed optimizer. The floor writes and reads the bytes by as many processes side by side, each a file of its own; all writes
+are on the disk when the clock stops. Every round is of new processes.
 """
 
 from __future__ import annotations
@@ -10,88 +11,134 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paper import QWEN25_05B
 
-ENVIRONMENT = {
-    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-    "PYTHONWARNINGS": "ignore",
-}  # fmt: skip
+# Large pages as actor ranks have them.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "LOCAL_RANK": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+_PIECE_BYTES = 2**25
 
 
-def save_and_load(model: Path, out: Path) -> dict[str, float]:
-    """In a process of its own: seconds of one save, one load and one plain write, and what was saved in GB."""
-    import torch
+def measure(model: Path, out: Path, axes: Mapping[str, int]) -> dict[str, float]:
+    """On one rank: seconds from barrier to barrier of each way, and GB that all ranks write. Collective."""
+    import torch.distributed as dist
 
     from rlsync import AutoBridge
-    from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
+    from rlsync.bridge.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
+    from rlsync.copy.writes import HostMemory
     from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
     from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
     from rlsync.megatron.parallel import initialize_parallel
 
-    initialize_parallel(Topology(), seed=1, timeout_s=600)
+    topology = Topology(**axes)
+    initialize_parallel(topology, seed=1, timeout_s=600)
     bridge = AutoBridge.from_pretrained(model)
-    models = bridge.get_model(model, topology=Topology(), bf16=True, ddp=DdpOptions(use_distributed_optimizer=True))
+    models = bridge.get_model(model, topology=topology, bf16=True, ddp=DdpOptions(use_distributed_optimizer=True))
     optimizer = build_optimizer(models, OptimizerOptions(lr=1e-3))
-    scheduler = build_scheduler(optimizer, SchedulerOptions(max_lr=1e-3))
+    state: dict[str, Any] = {"optimizer": optimizer, "scheduler": build_scheduler(optimizer, SchedulerOptions(max_lr=1e-3))}
+    memory, found = HostMemory(), {}
 
-    def timed(action: Callable[[], object]) -> float:
+    def timed(name: str, action: Callable[[], Any]) -> Any:
+        dist.barrier()
         began = time.monotonic()
-        action()
-        return time.monotonic() - began
+        result = action()
+        dist.barrier()
+        found[name] = time.monotonic() - began
+        return result
 
-    save_s = timed(lambda: save_checkpoint(out, bridge, models, step=1, optimizer=optimizer, scheduler=scheduler))
-    load_s = timed(lambda: load_checkpoint(out, bridge, models, optimizer=optimizer, scheduler=scheduler))
-    nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    piece = torch.ones(2**26, dtype=torch.uint8).numpy().data
+    def begin() -> Any:
+        return begin_checkpoint(out / "deferred", bridge, models, step=1, memory=memory, **state)
 
-    def write() -> None:
-        with (out / "plain").open("wb") as stream:
-            for _ in range(-(-nbytes // 2**26)):
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
+    timed("save_s", lambda: save_checkpoint(out / "saved", bridge, models, step=1, **state))
+    nbytes = sum(path.stat().st_size for path in (out / "saved").rglob("*") if path.is_file())
+    timed("first_deferred_s", begin).finish()
+    saving = timed("deferred_s", begin)
+    timed("written_s", saving.finish)
+    own, share = out / f"plain{dist.get_rank()}", nbytes // dist.get_world_size()
+    timed("plain_write_s", lambda: _write(own, share))
+    _forget(out)
+    timed("load_s", lambda: load_checkpoint(out / "saved", bridge, models, **state))
+    _forget(out)
+    timed("plain_read_s", lambda: _read(own))
+    return {"gb": nbytes / 1e9, **found}
 
-    return {"save_s": save_s, "load_s": load_s, "plain_write_s": timed(write), "gb": nbytes / 1e9}
+
+def _write(path: Path, nbytes: int) -> None:
+    piece = bytes(os.urandom(2**16)) * (_PIECE_BYTES // 2**16)
+    with path.open("wb", buffering=0) as stream:
+        for begin in range(0, nbytes, _PIECE_BYTES):
+            stream.write(piece[: min(_PIECE_BYTES, nbytes - begin)])
+        os.fsync(stream.fileno())
+
+
+def _read(path: Path) -> None:
+    piece = bytearray(_PIECE_BYTES)
+    with path.open("rb", buffering=0) as stream:
+        while stream.readinto(piece):
+            pass
+
+
+def _forget(folder: Path) -> None:
+    """Have the next read of the files go to the disk."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--axes", type=json.loads, default={"dp_size": 2}, help="of the actor, as JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--json", type=Path, help="every round of every rank")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        print(json.dumps(save_and_load(*arguments.child)))
+        print(json.dumps(measure(*arguments.child, arguments.axes)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        _compare(Path(folder), arguments.layers, arguments.rounds)
+        rounds = _rounds(Path(folder), arguments.layers, arguments.axes, arguments.rounds)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rounds, indent=1) + "\n")
+    # Ranks leave a barrier together.
+    print(", ".join(f"{name} {statistics.median(ranks[0][name] for ranks in rounds):.2f}" for name in rounds[0][0]))
 
 
-def _compare(folder: Path, num_layers: int, rounds: int) -> None:
+def _rounds(folder: Path, num_layers: int, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
+    from rlsync.layout.topology import Topology
     from workers.synthetic import make_seeded_model
 
-    model, out = folder / "model", folder / "checkpoint"
+    model, out, world = folder / "model", folder / "checkpoint", Topology(**axes).world_size
     make_seeded_model(model, {**QWEN25_05B, "num_hidden_layers": num_layers, "max_position_embeddings": 2048}, seed=0)
-    results: dict[str, list[dict[str, float]]] = {"0": [], "1": []}
-    for _ in range(rounds):
-        for large, found in results.items():
-            environment = {**os.environ, **ENVIRONMENT, "THP_MEM_ALLOC_ENABLE": large}
-            command = [sys.executable, "-m", "benchmarks.checkpoint", "--child", str(model), str(out)]
-            found.append(json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1]))
-            shutil.rmtree(out)
-    for large, found in results.items():
-        medians = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        print(f"large pages {'on ' if large == '1' else 'off'}: " + ", ".join(f"{key} {value:.2f}" for key, value in medians.items()))
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(axes), "--child", str(model), str(out)]
+    rounds = []
+    for _ in range(count):
+        out.mkdir()
+        rounds.append(_run(command, world))
+        shutil.rmtree(out)
+    return rounds
+
+
+def _run(command: Sequence[str], world: int) -> list[dict[str, float]]:
+    """What each rank prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, **ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(world)]
+    return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge.auto_bridge import AutoBridge
-from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.bridge.checkpoint import DeferredSave, begin_checkpoint, load_checkpoint, load_checkpoint_weights, save_checkpoint
 from rlsync.bridge.checkpoint_folder import TRACKER, Restored
 from rlsync.bridge.source import MegatronSource
+from rlsync.copy.writes import HostMemory
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
@@ -52,6 +53,9 @@ class ActorRank:
         self._config, self._topology = config, topology
         self._rank = int(os.environ["RANK"])
         self._syncer: WeightSyncer | None = None
+        # Kept from save to save: pinned memory takes long to be had.
+        self._save_memory = HostMemory()
+        self._saving: DeferredSave | None = None
 
     def port(self) -> int:
         """A free port on this rank's host for the process group; called on rank 0."""
@@ -179,17 +183,27 @@ class ActorRank:
                 parameter.copy_(weights[name])
 
     def save(self, folder: str, step: int) -> None:
-        """Write an ``actor/`` folder. Collective."""
+        """Write an ``actor/`` folder; with ``actor.megatron.async_save`` only begin to: ``finish_save`` makes it complete. Collective."""
         megatron = self._config.actor.megatron
-        with_optimizer = not megatron.no_save_optim
-        save_checkpoint(
-            folder,
-            self._bridge if megatron.mbridge else None,
-            self._models,
-            step=step,
-            optimizer=self._optimizer if with_optimizer else None,
-            scheduler=self._scheduler if with_optimizer else None,
-        )
+        parts: dict[str, Any] = {"step": step}
+        if not megatron.no_save_optim:
+            parts |= {"optimizer": self._optimizer, "scheduler": self._scheduler}
+        bridge = self._bridge if megatron.mbridge else None
+        if megatron.async_save:
+            self._saving = begin_checkpoint(folder, bridge, self._models, memory=self._save_memory, **parts)
+        else:
+            save_checkpoint(folder, bridge, self._models, **parts)
+
+    def is_saved(self) -> bool:
+        """Whether the disk has this rank's part of the save that was begun. Raises CheckpointError where it cannot be written."""
+        assert self._saving is not None, "save first"
+        return self._saving.is_written()
+
+    def finish_save(self) -> None:
+        """Make the checkpoint that was begun complete; waits for the disk. Collective."""
+        assert self._saving is not None, "save first"
+        self._saving.finish()
+        self._saving = None
 
     def close(self) -> None:
         """Close the connection and the process groups. Idempotent."""

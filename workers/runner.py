@@ -69,6 +69,8 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
     def __init__(self, config: ConfigT) -> None:
         self._config = config
         self._connected = False
+        # Step and staged folder of a checkpoint that ranks are writing while training goes on.
+        self._unpublished: tuple[int, Path] | None = None
 
     def run(self) -> None:
         """Train until the last step or a KeyboardInterrupt; no process is left either way.
@@ -214,11 +216,16 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                 self._screen.validation(0, log.log(0, self._timed_validation(0)))
             for step in range(self._prepared.beginning.step + 1, self._total + 1):
                 self._whole_step(step, log)
+            if self._unpublished is not None:
+                self._screen.phase("save")
+                self._publish()
             title = "finished"
         except (KeyboardInterrupt, SystemExit):
             title = "interrupted"
             raise
         finally:
+            if self._unpublished is not None:
+                self._screen.note(f"checkpoint {self._unpublished[0]} is not complete; those before it are")
             if log.history:
                 self._screen.summary(log.history, log.folder, title=title)
 
@@ -227,6 +234,10 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         seconds: dict[str, float] = {}
         with timed(seconds, "time/step"):
             metrics, updates = self._step(step, seconds)
+        if self._unpublished is not None and (self._saves(step) or all(self._on_ranks("is_saved"))):
+            # One save at a time: the copies of all are in the same memory.
+            with timed(seconds, "time/save"):
+                self._publish()
         if self._saves(step):
             self._screen.phase("save")
             with timed(seconds, "time/save"):
@@ -258,14 +269,32 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         return interval > 0 and (step % interval == 0 or step == self._total)
 
     def _save(self, step: int) -> None:
-        root = self._results.path / "checkpoints"
-        try:
+        """Write a checkpoint, or with ``actor.megatron.async_save`` begin to: ranks write it while training goes on."""
+        with self._writing(step) as root:
             staged = stage_checkpoint(root, step)
             self._on_ranks("save", str(staged / "actor"), step)
             (staged / DATA_STATE).parent.mkdir()
             torch.save(self._data_state(), staged / DATA_STATE)
             write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
+        self._unpublished = step, staged
+        if not self._config.actor.megatron.async_save:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Give the checkpoint that was written last its name, when all of it is on the disk."""
+        assert self._unpublished is not None, "save first"
+        step, staged = self._unpublished
+        with self._writing(step):
+            if self._config.actor.megatron.async_save:
+                self._on_ranks("finish_save")
             publish_checkpoint(staged, keep_last_n=self._config.runner.keep_last_n)
+        self._unpublished = None
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[Path]:
+        root = self._results.path / "checkpoints"
+        try:
+            yield root
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {step} cannot be written to {root}: {error.strerror}; the checkpoints before it are complete"

@@ -31,6 +31,7 @@ from rlsync.convert.filling import copy_all, plan_filling
 from rlsync.convert.sources import holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
+from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
 from rlsync.layout.topology import Topology
@@ -239,16 +240,23 @@ class AutoBridge:
             yield from ((t.name, arriving[t.name]) for t in bucket.tensors)
 
     def save_adapter(
-        self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, base_model: str | None = None, durable: bool = False
+        self,
+        models: Sequence[torch.nn.Module],
+        out_dir: str | Path,
+        *,
+        base_model: str | None = None,
+        durable: bool = False,
+        writes: Writes | None = None,
     ) -> None:
         """Write the adapters as PEFT does, for PEFT and vLLM; rank 0 writes. Collective over all ranks.
 
         Args:
             base_model: what the folder says that it adapts; by default the folder that the bridge was made from.
-            durable: as in :meth:`save_weights`.
+            durable, writes: as in :meth:`save_weights`.
         """
         out_dir, is_writer = Path(out_dir), dist.get_rank() == 0
-        arrived = {f"{PREFIX}{name}": tensor.cpu() for name, tensor in self.export_adapter(models) if is_writer}
+        writes = DirectWrites(durable=durable) if writes is None else writes
+        arrived = {f"{PREFIX}{name}": tensor for name, tensor in self.export_adapter(models) if is_writer}
         with agreed(device=compute_device()):
             adapters = megatron_model.adapters_in(models)
             if is_writer and adapters is not None:
@@ -257,7 +265,7 @@ class AutoBridge:
                 specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in arrived.items()]
                 try:
                     out_dir.mkdir(parents=True, exist_ok=True)
-                    with FileWriter(out_dir / ADAPTER_WEIGHTS, specs, durable=durable) as writer:
+                    with FileWriter(out_dir / ADAPTER_WEIGHTS, specs, writes) as writer:
                         for name, tensor in arrived.items():
                             writer.write(name, tensor.contiguous())
                     write_small_file(out_dir / ADAPTER_CONFIG, (json.dumps(content, indent=2) + "\n").encode(), durable=durable)
@@ -323,7 +331,13 @@ class AutoBridge:
         return self._export[2]
 
     def save_weights(
-        self, models: Sequence[torch.nn.Module], out_dir: str | Path, *, max_shard_bytes: int = 5 * 2**30, durable: bool = False
+        self,
+        models: Sequence[torch.nn.Module],
+        out_dir: str | Path,
+        *,
+        max_shard_bytes: int = 5 * 2**30,
+        durable: bool = False,
+        writes: Writes | None = None,
     ) -> None:
         """Write a Hugging Face checkpoint: safetensors files by several ranks at once, index, config, tokenizer.
 
@@ -337,11 +351,13 @@ class AutoBridge:
             max_shard_bytes: most bytes of a file, but for a tensor that is larger. Files are smaller, down to 256 MiB, where that gives
                 more ranks one to write.
             durable: return only when the disk has the content of every file, index and configuration too.
+            writes: what writes the tensors, for callers that have it done later; ``durable`` is then of all else.
 
         Raises, before a file changes: ConfigError where ``out_dir`` is the folder the bridge was made from; CheckpointError where
         it cannot be written to or holds weights under other names.
         """
         out_dir, rank = Path(out_dir), dist.get_rank()
+        writes = DirectWrites(durable=durable) if writes is None else writes
         with agreed(device=compute_device()):
             shards = self.shards(models)
             per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
@@ -368,7 +384,7 @@ class AutoBridge:
         mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
         with agreed(device=compute_device()):
             writing = {name: specs[name] for name in mine}
-            _write_files(out_dir, writing, mine, MappedTensors(kept), len(files), exchange, plan, held, buffers, durable=durable)
+            _write_files(out_dir, writing, mine, MappedTensors(kept), len(files), exchange, plan, held, buffers, writes)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
@@ -494,8 +510,7 @@ def _write_files(
     plan: Plan,
     held: Mapping[str, Sequence[Copy]],
     buffers: Mapping[str, torch.Tensor],
-    *,
-    durable: bool,
+    writes: Writes,
 ) -> None:
     """Write this rank's files: tensors in ``kept`` from there, those in ``held`` from its own ``buffers``, others as they arrive. A failed
     write is raised at the end.
@@ -510,7 +525,7 @@ def _write_files(
         writers: dict[str, FileWriter] = {}
         try:
             for name, specs in writing.items():
-                writers[name] = stack.enter_context(FileWriter(out_dir / name, specs, durable=durable))
+                writers[name] = stack.enter_context(FileWriter(out_dir / name, specs, writes))
         except OSError as error:
             failure = error
         for k, bucket in enumerate(plan.buckets):
@@ -523,7 +538,7 @@ def _write_files(
                 complete = (stored, _in_place(t, held[t.name], buffers)) if t.name in held else arriving.completed(t)
                 try:
                     if complete is not None and failure is None:
-                        writers[owner[stored]].write(stored, complete[1].cpu())
+                        writers[owner[stored]].write(stored, complete[1])
                 except OSError as error:
                     failure = error
         try:

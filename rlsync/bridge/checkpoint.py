@@ -30,7 +30,6 @@ from rlsync.bridge.checkpoint_folder import (
     hf_folder,
     inspect_checkpoint,
     rank_folder,
-    rank_writer,
     shards_folder,
     write_durably,
 )
@@ -38,19 +37,27 @@ from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_t
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes
 from rlsync.errors import CheckpointError
 from rlsync.layout.torch_files import TensorView
 from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import (
     count_steps,
-    distributed_optimizer_state,
     distributed_parts,
-    restore_distributed_optimizer_state,
+    restore_shards,
     set_parameter_states,
 )
 from rlsync.megatron.parallel import compute_device, current_topology
-from rlsync.megatron.state import load_rank_weights, rank_state, read_rank_state, restore_rank_state, write_rank_state
+from rlsync.megatron.state import (
+    create_rank_files,
+    load_rank_weights,
+    put_rank_state,
+    put_shards,
+    rank_state,
+    read_rank_state,
+    restore_rank_state,
+)
 from rlsync.models.shards import PADDED_VOCABULARY
 from rlsync.plan.planner import Copy
 from rlsync.transport.collectives import agreed
@@ -68,23 +75,86 @@ def save_checkpoint(
     """Write an ``actor/`` folder: HF weights (unless ``bridge`` is None), then Megatron shards, then the tracker, which makes
     it complete. Of models with adapters the shards hold these alone, and the HF weights have them merged.
 
-    ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank is raised on all.
+    Ranks write side by side, each what it keeps of the optimizer and an equal part of the weights that others hold too: nothing is
+    gathered but what a Hugging Face tensor needs. ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank
+    is raised on all.
     """
-    folder, topology = Path(folder), current_topology(models)
-    shards = shards_folder(folder, step)
-    mine = shards / rank_folder(topology, dist.get_rank())
-    is_writer = rank_writer(topology, dist.get_rank()) == dist.get_rank()
+    with DirectWrites() as writes:
+        _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
+    _complete(Path(folder), step)
+
+
+class DeferredSave:
+    """A checkpoint that is being written from copies in host memory. Made by :func:`begin_checkpoint`."""
+
+    def __init__(self, folder: Path, step: int, writes: DeferredWrites) -> None:
+        self._folder, self._step, self._writes = folder, step, writes
+
+    def is_written(self) -> bool:
+        """Whether the disk has this rank's part. Not collective. Raises CheckpointError where it cannot be written."""
+        return self._writes.wait(timeout_s=0)
+
+    def finish(self) -> None:
+        """Wait until the disk has every rank's part, and write the tracker, which makes the folder complete.
+
+        Collective over all ranks; a CheckpointError of one is raised on all, and the folder is not complete then.
+        """
+        with agreed(device=compute_device()):
+            self._writes.wait()
+        _complete(self._folder, self._step)
+
+
+def begin_checkpoint(
+    folder: Path | str,
+    bridge: AutoBridge | None,
+    models: Sequence[torch.nn.Module],
+    *,
+    step: int,
+    memory: HostMemory,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> DeferredSave:
+    """As :func:`save_checkpoint`, but return when everything has been copied to ``memory``: models and optimizer may change then, and a
+    thread of each rank writes. The folder is complete after :meth:`DeferredSave.finish`, and not before.
+
+    ``memory`` takes the bytes that this rank writes, and is free for another save after ``finish``. Collective over all ranks.
+    """
+    writes = DeferredWrites(memory)
+    _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
+    writes.start()
+    return DeferredSave(Path(folder), step, writes)
+
+
+def _put(
+    folder: Path,
+    bridge: AutoBridge | None,
+    models: Sequence[torch.nn.Module],
+    writes: Writes,
+    step: int,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+) -> None:
+    """Create the files of an ``actor/`` folder but for the tracker, and put what belongs into them. Collective over all ranks."""
+    topology, rank = current_topology(models), dist.get_rank()
+    folders = [shards_folder(folder, step) / rank_folder(topology, other) for other in range(topology.world_size)]
+    writers = [other for other, path in enumerate(folders) if path == folders[rank]]
     with agreed(device=compute_device()):
-        mine.mkdir(parents=True, exist_ok=True)
+        folders[rank].mkdir(parents=True, exist_ok=True)
     if bridge is not None:
-        bridge.save_weights(models, folder / HF_FOLDER, durable=True)
+        bridge.save_weights(models, folder / HF_FOLDER, durable=True, writes=writes)
         if adapters_in(models) is not None:
-            bridge.save_adapter(models, folder / ADAPTER_FOLDER, durable=True)
+            bridge.save_adapter(models, folder / ADAPTER_FOLDER, durable=True, writes=writes)
     state = rank_state(models, step=step, optimizer=optimizer, scheduler=scheduler)
-    parameters = None if optimizer is None else distributed_optimizer_state(optimizer)
     with agreed(device=compute_device()):
-        if is_writer:
-            write_rank_state(mine, state, parameters)
+        if writers[0] == rank:
+            create_rank_files(folders[rank], state, optimizer)
+    with agreed(device=compute_device()):
+        put_rank_state(folders[rank], state, writes, part=writers.index(rank), parts=len(writers))
+        if optimizer is not None:
+            put_shards(folders.__getitem__, optimizer, writes)
+
+
+def _complete(folder: Path, step: int) -> None:
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
             write_durably(folder / TRACKER, str(step))
@@ -123,13 +193,15 @@ def load_checkpoint(
         _load_moved(shards, bridge, models, optimizer, scheduler)
         return held
     if held.complete:
-        mine = shards / rank_folder(topology, dist.get_rank())
+        folders = [shards / rank_folder(topology, rank) for rank in range(topology.world_size)]
+        mine = folders[dist.get_rank()]
+        parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "random_state": random_state}
         with agreed(device=compute_device()):
-            state, parameters = read_rank_state(mine, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state)
+            state, kept = read_rank_state(mine, models, folder_of=folders.__getitem__, **parts)
         with agreed(device=compute_device()):
-            restore_rank_state(state, models, optimizer=optimizer, scheduler=scheduler, random_state=random_state, source=str(mine))
-        if optimizer is not None:
-            restore_distributed_optimizer_state(parameters, optimizer)
+            restore_rank_state(state, models, source=str(mine), **parts)
+            if optimizer is not None:
+                restore_shards(optimizer, kept)
         return held
     bridge.load_weights(models, hf_folder(folder))
     if optimizer is not None:

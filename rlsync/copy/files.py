@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor, encode_header
@@ -70,38 +71,31 @@ class MappedTensors(Mapping[str, torch.Tensor]):
 class FileWriter:
     """Writes one safetensors file tensor by tensor, in any order, under a temporary name until it is complete.
 
-    With ``durable`` the disk has it before it gets its name.
+    ``writes`` takes the bytes; by default at once, and not durably.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], *, durable: bool = False) -> None:
-        self._durable = durable
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], writes: Writes | None = None) -> None:
         self._path, self._partial = path, path.with_name(path.name + ".partial")
+        self._writes = DirectWrites(durable=False) if writes is None else writes
         header, self._begins = encode_header(tensors)
         self._missing = {t.name for t in tensors}
-        self._stream = self._partial.open("wb")
-        self._stream.write(header)
+        self._partial.write_bytes(header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole contiguous CPU tensor at its place."""
+        """Write a whole contiguous tensor of any device at its place."""
         assert tensor.is_contiguous(), name
-        assert tensor.device.type == "cpu", name
         self._missing.remove(name)
-        self._stream.seek(self._begins[name])
-        self._stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._writes.put(self._partial, self._begins[name], tensor.reshape(-1).view(torch.uint8))
 
     def __enter__(self) -> FileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        with self._stream:
-            if kind is None:
-                assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
-                self._stream.flush()
-                if self._durable:
-                    os.fsync(self._stream.fileno())
         if kind is None:
-            os.replace(self._partial, self._path)
+            assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
+            self._writes.close(self._partial, self._path)
         else:
+            self._writes.discard(self._partial)
             self._partial.unlink(missing_ok=True)
 
 

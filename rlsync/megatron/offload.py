@@ -15,15 +15,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+from rlsync.copy.writes import HostMemory
 from rlsync.errors import RlsyncError
 from rlsync.megatron.model import gather_parameters
 from rlsync.megatron.parallel import compute_device
 
 Part = Literal["weights", "grads", "optimizer"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-# torch rounds pinned memory up to a power of two, so it is taken in pieces that are one.
-_PIECE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class ActorMemory:
     def __init__(self, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None = None) -> None:
         self._models, self._optimizer = models, optimizer
         self._away: dict[Part, tuple[_Away, ...]] = {}
-        self._host = {part: _HostMemory() for part in PARTS}
+        self._host = {part: HostMemory() for part in PARTS}
 
     def is_resident(self, part: Part) -> bool:
         """Whether a part is where it can be used."""
@@ -123,32 +121,6 @@ class ActorMemory:
             found.append(_Away(storage, storage.nbytes(), offset))
             offset += storage.nbytes()
         return tuple(found)
-
-
-class _HostMemory:
-    """Bytes of one part, in pieces of pinned memory. Copies between it and a device are asynchronous on the current stream."""
-
-    def __init__(self) -> None:
-        self._pieces: list[Tensor] = []
-
-    def write(self, offset: int, source: Tensor) -> None:
-        for piece, part in self._spans(offset, source):
-            piece.copy_(part, non_blocking=True)
-
-    def read(self, offset: int, destination: Tensor) -> None:
-        for piece, part in self._spans(offset, destination):
-            part.copy_(piece, non_blocking=True)
-
-    def _spans(self, offset: int, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of ``whole`` beside the bytes of this memory that belong to them."""
-        done = 0
-        while done < whole.numel():
-            index, start = divmod(offset + done, _PIECE_BYTES)
-            if index == len(self._pieces):
-                self._pieces.append(torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
-            count = min(_PIECE_BYTES - start, whole.numel() - done)
-            yield self._pieces[index][start : start + count], whole[done : done + count]
-            done += count
 
 
 def _gradients(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""State of Megatron's optimizers: what a distributed one gathers and scatters, and what Megatron 0.16 leaves undone on the way.
+"""State of Megatron's optimizers: what each rank keeps of a distributed one, and what Megatron 0.16 leaves undone on the way.
 
 Knows no file; ``rlsync.megatron.state`` says what is kept where.
 """
@@ -6,7 +6,8 @@ Knows no file; ``rlsync.megatron.state`` says what is kept where.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from torch import Tensor
 
 from rlsync.errors import CheckpointError
+from rlsync.models.shards import PLANES
 
 # Keys of a parameter group that count or hold what training made; all others are options of the run.
 _TRAINED = ("params", "step")
@@ -96,7 +98,7 @@ def _typed(value: Any, kind: type, what: str) -> Any:
 
 
 def parameter_ranges(optimizer: MegatronOptimizer) -> list[list[list[tuple[int, int]]]]:
-    """Where parameters lie in the tensors of ``distributed_optimizer_state``, by part, gradient buffer and parameter. Not collective.
+    """Where parameters lie in the tensors of ``distributed_optimizer_content``, by part, gradient buffer and parameter. Not collective.
 
     The gaps that align parameters depend on how buffers are cut into buckets, so that two cuts may have equally many elements and
     other places.
@@ -118,66 +120,123 @@ def _ranges(buffer: Any) -> list[tuple[int, int]]:
     return [(start - begins[bucket], end - begins[bucket]) for start, end, bucket in buffer.param_index_map.values()]
 
 
-def fit_distributed_optimizer_state(
-    states: Sequence[Any], saved: Sequence[Sequence[Sequence[tuple[int, int]]]], optimizer: MegatronOptimizer, source: str
-) -> None:
-    """Move parameters in ``states``, in place, from their ``saved`` ranges to those of ``optimizer``: it may have other buckets.
+@dataclass(frozen=True, slots=True)
+class ShardedParameter:
+    """What this rank keeps of the state of one parameter.
 
-    ``states`` as ``distributed_optimizer_state``, ``saved`` as ``parameter_ranges`` gave them. Raises CheckpointError where they are of
-    other parameters: Megatron would fail on the first data-parallel rank alone while the others wait for it.
+    Attributes:
+        part: of the optimizer, its number.
+        buffer: of gradients, its number in the part.
+        begin: the element of the buffer's flat tensors in ``distrib_optim.pt`` at which this rank's shard begins.
+        end: the element after its last.
+    """
+
+    parameter: torch.nn.Parameter
+    part: int
+    buffer: int
+    begin: int
+    end: int
+
+
+def sharded_parameters(
+    optimizer: MegatronOptimizer, ranges: Sequence[Sequence[Sequence[tuple[int, int]]]] | None = None
+) -> list[ShardedParameter]:
+    """What this rank keeps of a distributed optimizer; nothing of others. Not collective.
+
+    Args:
+        ranges: where parameters begin in the flat tensors, as ``parameter_ranges`` gave them to whoever wrote these; by default those of
+            ``optimizer``, which may have other buckets.
+    """
+    found = []
+    for index, (part, part_ranges) in enumerate(zip(distributed_parts(optimizer), ranges or parameter_ranges(optimizer), strict=True)):
+        begins = [
+            {id(parameter): begin for parameter, (begin, _) in zip(buffer.param_index_map, buffer_ranges, strict=True)}
+            for buffer, buffer_ranges in zip(part.buffers, part_ranges, strict=True)
+        ]
+        for parameter, (buffer, *_) in part.model_param_gbuf_map.items():
+            shard, begin = part._get_model_param_range_map(parameter)["param"], begins[buffer][id(parameter)]
+            found.append(ShardedParameter(parameter, index, buffer, begin + shard.start, begin + shard.end))
+    return found
+
+
+def state_of_shard(optimizer: MegatronOptimizer, shard: ShardedParameter) -> dict[str, Tensor]:
+    """Each of PLANES of what this rank keeps of a parameter, 1-D float32 on its device; views where they are kept so. Not collective."""
+    states = distributed_parts(optimizer)[shard.part]._get_main_param_and_optimizer_states(shard.parameter)
+    return {plane: states[plane].detach().reshape(-1).float() for plane in PLANES}
+
+
+def distributed_optimizer_content(optimizer: MegatronOptimizer) -> list[Any] | None:
+    """What ``distrib_optim.pt`` holds beside numbers, as Megatron forms it: main parameters and moments of the whole data-parallel group,
+    float32 on the CPU, by part of the optimizer; the tensors are not filled, and take no memory.
+
+    The part of experts has another data-parallel group than the rest. A rank that is not the first of a part's has None in its place, and
+    one that is the first of none gets None, as every rank does where the optimizer is not distributed. Not collective.
+    """
+    allocate_adam_state(optimizer)
+    content: list[Any] = []
+    for part in distributed_parts(optimizer):
+        if not leads_part(part):
+            content.append(None)
+            continue
+        content.append({"buckets_coalesced": True})
+        for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+            (dtypes,) = ranges
+            tensors = {plane: torch.empty(buffer.numel_unpadded, dtype=torch.float32) for plane in PLANES}
+            content[-1][index] = {dtypes: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
+    return content if any(part is not None for part in content) else None
+
+
+def saved_states(
+    states: Mapping[int, Sequence[Any]],
+    saved: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    optimizer: MegatronOptimizer,
+    source: str,
+) -> list[tuple[ShardedParameter, dict[str, Tensor]]]:
+    """Each of PLANES of everything that this rank keeps, as views of what files hold. Not collective.
+
+    Args:
+        states: by part of the optimizer, the content of the ``distrib_optim.pt`` that has it.
+        saved: ``parameter_ranges`` of whoever wrote it; the optimizer may have other buckets.
+
+    Raises CheckpointError where they are of other parameters, and what damaged content raises.
     """
     running = parameter_ranges(optimizer)
     sizes_then, sizes_now = ([[[end - start for start, end in ranges] for ranges in part] for part in side] for side in (saved, running))
-    if sizes_then != sizes_now or len(states) != len(running):
+    counts = {len(content) for content in states.values()} - {len(running)}
+    if sizes_then != sizes_now or counts:
         raise CheckpointError(
-            f"{source} holds optimizer state of {len(states)} parts, of parameters that {'are' if sizes_then == sizes_now else 'are not'} "
-            f"those of this run, which has {len(running)} parts; load weights alone"
+            f"{source} holds optimizer state of {min(counts, default=len(running))} parts, of parameters that "
+            f"{'are' if sizes_then == sizes_now else 'are not'} those of this run, which has {len(running)} parts; load weights alone"
         )
-    for part, state, then, now in zip(distributed_parts(optimizer), states, saved, running, strict=True):
-        if not leads_part(part):
-            continue
-        for index, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
-            (content,), (dtypes,) = state[index].values(), ranges
-            state[index] = {dtypes: _moved(content, then[index], now[index], buffer.numel_unpadded)}
+    found = []
+    for shard in sharded_parameters(optimizer, saved):
+        (content,) = states[shard.part][shard.part][shard.buffer].values()
+        # Not a slice, which would be shorter than it should be where the tensor is.
+        views = {plane: content[plane].narrow(0, shard.begin, shard.end - shard.begin) for plane in PLANES}
+        found.append((shard, views))
+    return found
 
 
-def _moved(content: Mapping[str, Any], then: Sequence[tuple[int, int]], now: Sequence[tuple[int, int]], numel: int) -> dict[str, Any]:
-    """Tensors of one gradient buffer with every parameter at its range of now."""
-    moved: dict[str, Any] = {"numel_unpadded": numel}
-    for key in content.keys() - moved.keys():
-        moved[key] = torch.zeros(numel, dtype=content[key].dtype)
-        for (start, end), (new_start, new_end) in zip(then, now, strict=True):
-            moved[key][new_start:new_end] = content[key][start:end]
-    return moved
-
-
-def distributed_optimizer_state(optimizer: MegatronOptimizer) -> list[Any] | None:
-    """Content of ``distrib_optim.pt``: main parameters and moments of the whole DP group, float32 on the CPU, by part of the optimizer.
-
-    The part of experts has another DP group than the rest. A rank that is not the first of a part's has None in its place, and one that
-    is the first of none returns None, as every rank does where the optimizer is not distributed. Collective over these groups.
-    """
-    parts = distributed_parts(optimizer)
-    allocate_adam_state(optimizer)
-    states = [part.get_parameter_state_dp_zero() for part in parts]
-    firsts = [leads_part(part) for part in parts]
-    return [state if is_first else None for state, is_first in zip(states, firsts, strict=True)] if any(firsts) else None
+def first_rank_of(part: DistributedOptimizer) -> int:
+    """The global rank that is the first of a part's data-parallel group: its folder has the state of the whole group."""
+    return dist.get_process_group_ranks(part.data_parallel_group)[0]
 
 
 def leads_part(part: DistributedOptimizer) -> bool:
-    """Whether this rank is the first of a part's data-parallel group, where the state of the whole group is gathered."""
-    return dist.get_rank(part.data_parallel_group) == 0
+    """Whether this rank is the first of a part's data-parallel group."""
+    return first_rank_of(part) == dist.get_rank()
 
 
-def restore_distributed_optimizer_state(states: Sequence[Any] | None, optimizer: MegatronOptimizer) -> None:
-    """Put back what ``distributed_optimizer_state`` returned; a part's state counts on the first rank of its data-parallel group only.
-
-    Does nothing for other optimizers. Collective over these groups.
-    """
-    for index, part in enumerate(distributed_parts(optimizer)):
+def restore_shards(optimizer: MegatronOptimizer, states: Sequence[tuple[ShardedParameter, Mapping[str, Tensor]]]) -> None:
+    """Put back what ``saved_states`` found. Not collective."""
+    parts = distributed_parts(optimizer)
+    with ExitStack() as stack:
         # Without gradients, because float32 main parameters are views of the model's.
-        with torch.no_grad(), _steps_aside(part):
-            part.load_parameter_state_from_dp_zero(states[index] if states is not None else None)
+        stack.enter_context(torch.no_grad())
+        for part in parts:
+            stack.enter_context(_steps_aside(part))
+        for shard, planes in states:
+            parts[shard.part]._set_main_param_and_optimizer_states(shard.parameter, planes)
 
 
 def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch.nn.Parameter], Mapping[str, Tensor]]) -> None:

@@ -1,14 +1,13 @@
 """Everything one rank needs to continue training where it stopped: model shards, optimizer, schedule, random state.
 
-Owns the content of ``model_optim_rng.pt`` and ``distrib_optim.pt``, keys as in Megatron's ``torch`` checkpoint format.
-Must not know how folders are named, staged or tracked. Files hold tensors and plain containers only, so they load with
+Owns the content of ``model_optim_rng.pt`` and ``distrib_optim.pt``, keys as in Megatron's ``torch`` checkpoint format, and which rank
+writes what of them. Must not know how folders are named, staged or tracked. Files hold tensors and plain containers only, so they load with
 ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,18 +19,25 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tensors_in
+from rlsync.copy.writes import Writes, share_of
 from rlsync.errors import CheckpointError
+from rlsync.layout.torch_files import read_torch_file
 from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, unwrap
 from rlsync.megatron.optimizer_state import (
+    ShardedParameter,
     check_optimizer_state,
+    distributed_optimizer_content,
     distributed_parts,
-    fit_distributed_optimizer_state,
-    leads_part,
+    first_rank_of,
     load_optimizer_state,
     optimizer_config,
     optimizer_state,
     parameter_names,
     parameter_ranges,
+    saved_states,
+    sharded_parameters,
+    state_of_shard,
 )
 from rlsync.megatron.parallel import current_topology
 from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
@@ -52,31 +58,65 @@ STATE_FORMAT = 3
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
-def write_rank_state(folder: Path | str, state: Mapping[str, Any], parameters: Sequence[Any] | None) -> None:
-    """Write what ``rank_state`` and ``distributed_optimizer_state`` returned, durably. Only the writer of a shard calls it."""
-    _write(state, Path(folder, RANK_STATE_FILE))
-    if parameters is not None:
-        _write(parameters, Path(folder, DISTRIBUTED_OPTIMIZER_FILE))
+# A smaller tensor is written by the first rank of a folder alone.
+_SHARED_BYTES = 2**16
 
 
-def _write(content: Any, path: Path) -> None:
-    with path.open("wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+def create_rank_files(folder: Path, state: Mapping[str, Any], optimizer: MegatronOptimizer | None) -> None:
+    """Create the files of a rank's folder for what ``rank_state`` returned, without the bytes of tensors. Only one rank of a folder calls
+    it: the first of its data-parallel groups. Not collective."""
+    create_torch_file(folder / RANK_STATE_FILE, state)
+    content = None if optimizer is None else distributed_optimizer_content(optimizer)
+    if content is not None:
+        create_torch_file(folder / DISTRIBUTED_OPTIMIZER_FILE, content)
+
+
+def put_rank_state(folder: Path, state: Mapping[str, Any], writes: Writes, *, part: int, parts: int) -> None:
+    """Put this rank's part of the tensors in what ``rank_state`` returned, which is equal on the ``parts`` ranks of the folder, into the
+    file that ``create_rank_files`` made. Not collective."""
+    file, tensors = folder / RANK_STATE_FILE, dict(tensors_in(state))
+    places = {where: view.stored(".".join(where)) for where, view in places_of(file).items()}
+    shared = [where for where, place in places.items() if place.end - place.begin >= _SHARED_BYTES]
+    if part == 0:
+        for where in places.keys() - set(shared):
+            writes.put(file, places[where].begin, bytes_of(tensors[where]))
+    for index, begin, end in share_of([places[where].end - places[where].begin for where in shared], part, parts):
+        place, data = places[shared[index]], bytes_of(tensors[shared[index]])
+        assert data.numel() == place.end - place.begin, place.spec.name
+        writes.put(file, place.begin + begin, data[begin:end])
+    writes.close(file)
+
+
+def put_shards(folder_of: Callable[[int], Path], optimizer: MegatronOptimizer, writes: Writes) -> None:
+    """Put what this rank keeps of a distributed optimizer into the files that ``create_rank_files`` made; nothing for other optimizers.
+    ``folder_of`` gives the folder of a rank. Not collective."""
+    files = [folder_of(first_rank_of(part)) / DISTRIBUTED_OPTIMIZER_FILE for part in distributed_parts(optimizer)]
+    contents = {file: read_torch_file(file) for file in dict.fromkeys(files)}
+    for shard in sharded_parameters(optimizer):
+        file = files[shard.part]
+        (places,) = contents[file][shard.part][shard.buffer].values()
+        for plane, state in state_of_shard(optimizer, shard).items():
+            writes.put(file, places[plane].begin + shard.begin * state.itemsize, bytes_of(state))
+    for file in contents:
+        writes.close(file)
 
 
 def read_rank_state(
     folder: Path | str,
     models: Sequence[torch.nn.Module],
     *,
+    folder_of: Callable[[int], Path],
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     random_state: bool = True,
-) -> tuple[dict[str, Any], Sequence[Any] | None]:
-    """Arguments of ``restore_rank_state`` and ``restore_distributed_optimizer_state``, read and checked. Not collective.
+) -> tuple[dict[str, Any], list[tuple[ShardedParameter, dict[str, Tensor]]]]:
+    """Arguments of ``restore_rank_state`` and ``restore_shards``, read and checked. Not collective.
 
-    With them, under the same topology, training continues bit for bit.
+    With them, under the same topology, training continues bit for bit. Of the state of a distributed optimizer only what this rank keeps
+    is read, and not before it is restored.
+
+    Args:
+        folder_of: the folder of another rank.
 
     Raises:
         CheckpointError: a file is missing, unreadable or damaged, was written under another topology or by another model, or
@@ -102,21 +142,19 @@ def read_rank_state(
     except _DAMAGED as error:
         raise _unfit(str(path), error) from error
     if optimizer is None:
-        return state, None
-    path = Path(folder, DISTRIBUTED_OPTIMIZER_FILE)
-    # Only the first rank of a data-parallel group reads the file; the others take their shards from it.
-    if not any(map(leads_part, distributed_parts(optimizer))):
-        return state, None
-    parameters = _read(path, list)
+        return state, []
+    files = {index: folder_of(first_rank_of(part)) / DISTRIBUTED_OPTIMIZER_FILE for index, part in enumerate(distributed_parts(optimizer))}
+    contents = {path: _read(path, list, mapped=True) for path in set(files.values())}
+    source = ", ".join(map(str, sorted(contents)))
     try:
-        fit_distributed_optimizer_state(parameters, _section(state, "parameter_ranges", str(folder)), optimizer, str(path))
+        by_part = {index: contents[path] for index, path in files.items()}
+        return state, saved_states(by_part, _section(state, "parameter_ranges", str(folder)), optimizer, source)
     except _DAMAGED as error:
-        raise CheckpointError(f"{path} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from error
-    return state, parameters
+        raise CheckpointError(f"{source} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from error
 
 
 def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> None:
-    """Only the weights of what ``write_rank_state`` wrote, under any number of data-parallel replicas. Not collective.
+    """Only the weights of a rank's folder, under any number of data-parallel replicas. Not collective.
 
     Call it before ``build_optimizer``.
 
@@ -168,7 +206,7 @@ def restore_rank_state(
     """Put back what ``rank_state`` returned; returns its step. Not collective.
 
     Options of optimizer and schedule stay those they were built with. Without ``random_state`` the generators stay as they are.
-    A distributed optimizer is complete only after ``restore_distributed_optimizer_state``.
+    A distributed optimizer is complete only after ``restore_shards``.
 
     Raises:
         CheckpointError: as ``read_rank_state``; ``source`` names the state in its messages.
@@ -241,11 +279,12 @@ def _restore_tensors(state: Mapping[str, Any], models: Sequence[torch.nn.Module]
                 tensor.copy_(stored[name])
 
 
-def _read(path: Path, kind: type) -> Any:
+def _read(path: Path, kind: type, *, mapped: bool = False) -> Any:
+    """Content of a file. With ``mapped`` its tensors are the file's memory, read when they are looked at."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError:
         # torch's message advises to run what is in the file.
         raise CheckpointError(

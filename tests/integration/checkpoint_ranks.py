@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from rlsync import AutoBridge
 from rlsync.bridge import checkpoint as checkpoints
 from rlsync.bridge import checkpoint_folder
+from rlsync.copy import writes
+from rlsync.copy.writes import HostMemory
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
@@ -61,16 +64,27 @@ class Trainer:
         return train_step(self.models, self.optimizer, [{"tokens": tokens}], loss, scheduler=self.scheduler).metrics["loss"]
 
     def save(self, root: str) -> None:
-        staged = Path(root) / f".global_step_{self.step}.partial"
+        staged = self.staged(root)
+        checkpoints.save_checkpoint(staged / "actor", self.bridge, self.models, **self.state())
+        self.publish(staged)
+
+    def staged(self, root: str) -> Path:
         if dist.get_rank() == 0:
             checkpoint_folder.stage_checkpoint(root, self.step)
         dist.barrier()
-        checkpoints.save_checkpoint(
-            staged / "actor", self.bridge, self.models, step=self.step, optimizer=self.optimizer, scheduler=self.scheduler
-        )
+        return Path(root) / f".global_step_{self.step}.partial"
+
+    def publish(self, staged: Path) -> None:
         if dist.get_rank() == 0:
             checkpoint_folder.publish_checkpoint(staged)
         dist.barrier()
+
+    def begin_save(self, root: str) -> tuple[Path, checkpoints.DeferredSave]:
+        staged, memory = self.staged(root), HostMemory()
+        return staged, checkpoints.begin_checkpoint(staged / "actor", self.bridge, self.models, memory=memory, **self.state())
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
     def load(self, folder: Path | str, *, random_state: bool = True) -> checkpoint_folder.Restored:
         restored = checkpoints.load_checkpoint(
@@ -90,11 +104,21 @@ class Trainer:
 
 
 def train_and_save(folder: str, topology: dict[str, int], root: str) -> None:
-    """Two steps, save, two more; then back to the saved step and the same two again."""
+    """Two steps, save, two more; then back to the saved step and the same two again. A deferred save of the second step, which is not
+    written before the fourth, holds what the other holds."""
     trainer = Trainer(folder, topology)
     trainer.train(), trainer.train()
     trainer.save(root)
+    may_write, write = threading.Event(), writes.DirectWrites.put
+    writes.DirectWrites.put = lambda self, *arguments: may_write.wait() and write(self, *arguments)
+    staged, deferred = trainer.begin_save(f"{root}/deferred")
     after = [trainer.train(), trainer.train()]
+    assert not deferred.is_written() and not (staged / "actor" / checkpoint_folder.TRACKER).exists()
+    may_write.set()
+    deferred.finish()
+    assert deferred.is_written()
+    writes.DirectWrites.put = write
+    trainer.publish(staged)
     restored = trainer.load(checkpoint_folder.latest_checkpoint(root))
     assert restored == checkpoint_folder.Restored(2, complete=True)
     assert [trainer.train(), trainer.train()] == after, "the steps after a resume differ"
@@ -305,18 +329,21 @@ def resume_damaged(folder: str, topology: dict[str, int], roots: dict[str, str])
 
 
 def killed_while_saving(folder: str, topology: dict[str, int], root: str, die_at: str) -> None:
-    """Save step 1 completely, then die with SIGKILL inside the save of step 2."""
+    """Save step 1 completely, then die with SIGKILL inside the save of step 2: when files are there, when half of what belongs into them
+    is, before the tracker, before the rename, and in the thread of a deferred save."""
     trainer = Trainer(folder, topology)
     trainer.train()
     trainer.save(root)
     trainer.train()
-    module = checkpoint_folder if die_at == "publish_checkpoint" else checkpoints
+    module = {"publish_checkpoint": checkpoint_folder, "close": writes.DirectWrites}.get(die_at, checkpoints)
     original = getattr(module, die_at)
 
     def die(*args, **kwargs):
-        if die_at == "write_rank_state":  # half of the files are there
+        if die_at == "create_rank_files":
             original(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(module, die_at, die)
+    if die_at == "close":
+        trainer.begin_save(root)[1].finish()
     trainer.save(root)

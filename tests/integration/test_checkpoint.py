@@ -45,6 +45,13 @@ def test_layout_is_the_documented_one(saved):
     assert (actor / "hf_model" / "config.json").exists() and (actor / "hf_model" / "model.safetensors").exists()
 
 
+def test_a_deferred_save_holds_what_the_weights_were_when_it_began(saved):
+    """Every file, byte for byte, although training went on before any of them was written."""
+    at_once, deferred = (sorted(p for p in (root / "global_step_2").rglob("*")) for root in (saved[0], saved[0] / "deferred"))
+    assert [p.name for p in at_once] == [p.name for p in deferred] and len(at_once) > 10
+    assert [p for p, q in zip(at_once, deferred, strict=True) if p.is_file() and p.read_bytes() != q.read_bytes()] == []
+
+
 def test_resumed_steps_equal_the_uninterrupted_ones_bitwise(model, saved):
     root, losses = saved
     outputs = run_ranks(2, RANKS, "resume", folder=model, topology=TP2, root=str(root))
@@ -167,7 +174,7 @@ def test_whatever_is_damaged_or_foreign_is_named_on_all_ranks_before_anything_ch
         assert {kind: words in found.get(kind, "loaded") for kind, words in expected.items()} == dict.fromkeys(expected, True), found
 
 
-@pytest.mark.parametrize("die_at", ["write_rank_state", "write_durably", "publish_checkpoint"])
+@pytest.mark.parametrize("die_at", ["create_rank_files", "put_shards", "close", "write_durably", "publish_checkpoint"])
 def test_a_killed_save_leaves_the_previous_checkpoint_newest(model, tmp_path, die_at):
     with pytest.raises(AssertionError, match="exit -9"):
         run_ranks(1, RANKS, "killed_while_saving", folder=model, topology={}, root=str(tmp_path), die_at=die_at)

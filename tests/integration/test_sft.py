@@ -44,9 +44,10 @@ LAST = 60
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Sixty steps with a checkpoint and a validation after the thirtieth and at the end, and a validation before the first."""
+    """Sixty steps with a checkpoint and a validation after the thirtieth and at the end, and a validation before the first. Checkpoints are
+    written while training goes on."""
     folder = tmp_path_factory.mktemp("sft")
-    return folder, run(SCRIPT, folder, *WITH_ENGINE, f"runner.max_steps={LAST}")
+    return folder, run(SCRIPT, folder, *WITH_ENGINE, f"runner.max_steps={LAST}", "actor.megatron.async_save=True")
 
 
 def checkpoint(folder: Path, step: int) -> Path:

@@ -98,11 +98,8 @@ INERT = (
     Inert(("actor.megatron.use_profiler",), "no profiler in the actor", _OFF),
     Inert(("actor.megatron.profiler",), "no profiler in the actor"),
     Inert(("actor.megatron.ckpt_format",), "checkpoints are rank shards", ("torch", None)),
-    Inert(
-        ("actor.megatron.use_dist_ckpt", "actor.megatron.ckpt_fully_parallel_save", "actor.megatron.async_save"),
-        "checkpoints are rank shards",
-        _OFF,
-    ),
+    Inert(("actor.megatron.use_dist_ckpt",), "checkpoints are rank shards", _OFF),
+    Inert(("actor.megatron.ckpt_fully_parallel_save",), "all ranks write side by side, always"),
     Inert(
         ("actor.megatron.exit_on_missing_checkpoint", "actor.megatron.finetune", "actor.megatron.train_iters"),
         "runner.resume_dir and runner.max_steps decide",

@@ -202,6 +202,9 @@ class MegatronConfig:
     )
     no_load_optim: bool = key(False, "resume without optimizer state")
     no_save_optim: bool = key(False, "checkpoints without optimizer state")
+    async_save: bool = key(
+        False, "training goes on while checkpoints are written, from copies that take host memory: of each rank what it writes"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,220 @@
+"""Bytes of tensors on their way to places in files: written at once, or copied to host memory first and written by a thread.
+
+Several processes may write into one file, each its own places. Knows no format of a file; knows no process group.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rlsync.errors import CheckpointError
+
+# torch rounds pinned memory up to a power of two, so it is taken in pieces that are one.
+_PIECE_BYTES = 256 * 2**20
+# What is copied from a device, and then written, at a time.
+_STEP_BYTES = 32 * 2**20
+
+
+class HostMemory:
+    """Bytes in host memory, in pieces that are taken when they are needed first, and kept; pinned where there is CUDA.
+
+    Copies between it and a device are asynchronous on the current stream.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[torch.Tensor] = []
+
+    def write(self, offset: int, source: torch.Tensor) -> None:
+        """Take in the bytes ``source``, 1-D uint8 on any device."""
+        done = 0
+        for piece in self.spans(offset, source.numel()):
+            piece.copy_(source[done : done + piece.numel()], non_blocking=True)
+            done += piece.numel()
+
+    def read(self, offset: int, destination: torch.Tensor) -> None:
+        """Fill ``destination``, 1-D uint8 on any device."""
+        done = 0
+        for piece in self.spans(offset, destination.numel()):
+            destination[done : done + piece.numel()].copy_(piece, non_blocking=True)
+            done += piece.numel()
+
+    def spans(self, offset: int, nbytes: int) -> Iterator[torch.Tensor]:
+        """The memory of ``[offset, offset + nbytes)``, 1-D uint8 pieces in order."""
+        end = offset + nbytes
+        while offset < end:
+            index, start = divmod(offset, _PIECE_BYTES)
+            if index == len(self._pieces):
+                self._pieces.append(torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+            count = min(_PIECE_BYTES - start, end - offset)
+            yield self._pieces[index][start : start + count]
+            offset += count
+
+
+class Writes(Protocol):
+    """Where the bytes of files go. Methods raise OSError; a deferred write's is raised by whoever waits for it."""
+
+    def put(self, file: Path, begin: int, data: torch.Tensor) -> None:
+        """Write 1-D uint8 ``data`` of any device at byte ``begin`` of a file that exists. It may change when this returns."""
+        ...
+
+    def close(self, file: Path, becomes: Path | None = None) -> None:
+        """All of a file has been put: have the disk keep it, and then give it the name ``becomes``, if any."""
+        ...
+
+    def discard(self, file: Path) -> None:
+        """The file is not wanted any more, after a failure; whoever created it removes it."""
+        ...
+
+
+class DirectWrites:
+    """Writes at once. ``durable`` False leaves it to the system when the disk gets a file."""
+
+    def __init__(self, *, durable: bool = True) -> None:
+        self._durable = durable
+        self._open: dict[Path, int] = {}
+        self._step: torch.Tensor | None = None
+
+    def put(self, file: Path, begin: int, data: torch.Tensor) -> None:
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_WRONLY)
+        with _naming(file):
+            for start in range(0, data.numel(), _STEP_BYTES):
+                _write(self._open[file], begin + start, self._on_host(data[start : start + _STEP_BYTES]))
+
+    def _on_host(self, data: torch.Tensor) -> torch.Tensor:
+        if data.device.type == "cpu":
+            return data
+        if self._step is None:
+            self._step = torch.empty(_STEP_BYTES, dtype=torch.uint8, pin_memory=data.device.type == "cuda")
+        # Waits for the copy.
+        return self._step[: data.numel()].copy_(data)
+
+    def close(self, file: Path, becomes: Path | None = None) -> None:
+        descriptor = self._open.pop(file, None)
+        if descriptor is None:
+            descriptor = os.open(file, os.O_WRONLY)
+        try:
+            with _naming(file):
+                if self._durable:
+                    os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if becomes is not None:
+            os.replace(file, becomes)
+
+    def discard(self, file: Path) -> None:
+        if file in self._open:
+            os.close(self._open.pop(file))
+
+    def __enter__(self) -> DirectWrites:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Close what a failure left open."""
+        for file in tuple(self._open):
+            self.discard(file)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A file to write: where each piece of host memory goes."""
+
+    file: Path
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)  # byte of the file, of the memory, count
+    becomes: Path | None = None
+
+
+class DeferredWrites:
+    """Copies to host memory, and writes from there in a thread, which :meth:`start` starts, durably and file by file.
+
+    Args:
+        memory: as large as what is put; it must not be used by others until the thread is done.
+    """
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory, self._size = memory, 0
+        self._open: dict[Path, _Job] = {}
+        self._jobs: list[_Job] = []
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def put(self, file: Path, begin: int, data: torch.Tensor) -> None:
+        job = self._open.setdefault(file, _Job(file))
+        job.pieces.append((begin, self._size, data.numel()))
+        self._memory.write(self._size, data)
+        self._size += data.numel()
+
+    def close(self, file: Path, becomes: Path | None = None) -> None:
+        job = self._open.pop(file, None) or _Job(file)
+        job.becomes = becomes
+        self._jobs.append(job)
+
+    def discard(self, file: Path) -> None:
+        self._open.pop(file, None)
+
+    def start(self) -> None:
+        """Begin to write what was put and closed so far; what was put may change from now on."""
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        # A daemon: a process that ends is not kept, and what it has not finished has not got its name.
+        self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with DirectWrites() as direct:
+                for job in self._jobs:
+                    for begin, offset, nbytes in job.pieces:
+                        for piece in self._memory.spans(offset, nbytes):
+                            direct.put(job.file, begin, piece)
+                            begin += piece.numel()
+                    direct.close(job.file, job.becomes)
+        except Exception as error:  # whoever waits is told
+            self._failure = error
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether everything is on the disk, after at most ``timeout_s``; None waits for it. Raises CheckpointError where it cannot be."""
+        assert self._thread is not None, "start first"
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        if isinstance(self._failure, OSError):
+            raise CheckpointError(f"{self._failure.filename}: cannot be written ({self._failure.strerror})") from self._failure
+        if self._failure is not None:
+            raise self._failure
+        return True
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Have an OSError of a descriptor say whose it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def _write(descriptor: int, begin: int, data: torch.Tensor) -> None:
+    view, done = data.numpy().data, 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], begin + done)
+
+
+def share_of(sizes: Sequence[int], part: int, parts: int) -> Iterator[tuple[int, int, int]]:
+    """Part ``part`` of ``parts`` equal ones of things of these sizes in a row: (index, begin, end) of each thing that it has a part of."""
+    total = sum(sizes)
+    first, last = total * part // parts, total * (part + 1) // parts
+    at = 0
+    for index, size in enumerate(sizes):
+        begin, end = max(first - at, 0), min(last - at, size)
+        if begin < end:
+            yield index, begin, end
+        at += size

@@ -1,0 +1,77 @@
+"""Claims about bytes on their way to files: parts of several writers are a whole, and a failure in the background is told by name."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlsync.copy import writes
+from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tensors_in
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, share_of
+from rlsync.errors import CheckpointError
+
+CONTENT = {
+    "model": {"a": torch.arange(600.0).view(20, 30), "b": torch.arange(7).to(torch.bfloat16), "none": torch.empty(0)},
+    "steps": [{"step": torch.tensor(3.0)}, (torch.tensor([True, False]), "text", 5)],
+    "transposed": torch.arange(12).view(3, 4).t(),
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_are_equal_and_together_all(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = [chance.choice([0, 1, 5, 1000]) for _ in range(chance.randrange(12))]
+    parts = chance.randrange(1, 9)
+    found = [list(share_of(sizes, part, parts)) for part in range(parts)]
+    begins = [sum(sizes[:index]) for index in range(len(sizes))]
+    covered = [i for each in found for index, begin, end in each for i in range(begins[index] + begin, begins[index] + end)]
+    assert covered == list(range(sum(sizes)))
+    counts = [sum(end - begin for _, begin, end in each) for each in found]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_file_of_torch_that_two_write_into_is_what_torch_would_have_written(tmp_path, monkeypatch, deferred: bool) -> None:
+    monkeypatch.setattr(writes, "_PIECE_BYTES", 1000)  # pieces of host memory end within tensors
+    file = tmp_path / "x.pt"
+    create_torch_file(file, CONTENT)
+    assert torch.load(file, weights_only=True)["model"]["a"].eq(0).all()
+    places, tensors = places_of(file), dict(tensors_in(CONTENT))
+    assert list(places) == list(tensors)
+    for part in range(2):
+        writer = DeferredWrites(HostMemory()) if deferred else DirectWrites()
+        for index, begin, end in share_of([bytes_of(tensor).numel() for tensor in tensors.values()], part, 2):
+            where = list(tensors)[index]
+            writer.put(file, places[where].begin + begin, bytes_of(tensors[where])[begin:end])
+        writer.close(file)
+        if isinstance(writer, DeferredWrites):
+            writer.start()
+            assert writer.wait()
+    loaded = torch.load(file, weights_only=True)
+    for (_, expected), (_, found) in zip(tensors_in(CONTENT), tensors_in(loaded), strict=True):
+        assert expected.dtype == found.dtype and torch.equal(expected, found)
+    assert loaded["steps"][1][1:] == ("text", 5)
+
+
+def test_what_is_put_may_change_before_it_is_written(tmp_path) -> None:
+    (tmp_path / "x").touch()
+    data, writer = torch.full((10,), 7, dtype=torch.uint8), DeferredWrites(HostMemory())
+    writer.put(tmp_path / "x", 0, data)
+    writer.close(tmp_path / "x", tmp_path / "y")
+    data.zero_()
+    writer.start()
+    assert writer.wait() and (tmp_path / "y").read_bytes() == b"\7" * 10 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("path", "said"), [("/dev/full", "No space left on device"), ("/nowhere/x", "No such file")])
+def test_a_failure_in_the_background_names_the_file_to_everyone_who_asks(path: str, said: str) -> None:
+    writer = DeferredWrites(HostMemory())
+    writer.put(Path(path), 0, torch.ones(10, dtype=torch.uint8))
+    writer.close(Path(path))
+    writer.start()
+    for timeout_s in (None, 0.0):
+        with pytest.raises(CheckpointError, match=rf"^{path}: cannot be written \({said}"):
+            writer.wait(timeout_s)
