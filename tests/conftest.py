@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from rlsync.engine.forking import EngineProcess
+from tests.ranks import WITH_VLLM
 from workers.ray_access import LOCAL, protect_own_cluster
 
 # A busy machine is slow now and then, which is no finding.
@@ -25,6 +27,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 # As the entry point of a run does; runs that tests start make a token of their own (``tests.ray_token``).
 protect_own_cluster(LOCAL)
+
+# One process imports vLLM for engines and for ranks, which are forked from it.
+EngineProcess.preload = WITH_VLLM
 
 # Files that share fixtures of a session with another one, in whose lane they run, after it.
 SHARED = {

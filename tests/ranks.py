@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, Protocol
 
+from rlsync.engine.forking import EngineProcess, ForkedProcess
 from tests.deadlines import HANG_S
-from tests.forking import CAN_FORK, ForkedProcess
 
 REPO = Path(__file__).resolve().parents[1]
 # Ranks of these modules import Megatron and not vLLM. They are forked from one process that has done so.
@@ -33,6 +34,10 @@ _WITH_MEGATRON = tuple(
 )  # fmt: skip
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
 _WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "paper_workers", "recorder_claims", "sink_engines"))
+# So are engines of a session, from the same process.
+WITH_VLLM = (*EngineProcess.preload, *_WITH_VLLM)
+# A process that was forked from one that asked for GPUs has none.
+_CAN_FORK = shutil.which("nvidia-smi") is None
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"
 
 
@@ -52,7 +57,7 @@ def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float =
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
-    start = _fork if CAN_FORK and module in (*_WITH_MEGATRON, *_WITH_VLLM) else _execute
+    start = _fork if _CAN_FORK and module in (*_WITH_MEGATRON, *_WITH_VLLM) else _execute
     with ExitStack() as stack:
         arguments = stack.enter_context(NamedTemporaryFile("w", suffix=".json"))
         json.dump(kwargs, arguments)
@@ -112,7 +117,7 @@ class _MegatronRank(ForkedProcess):
 
 
 class _VllmRank(ForkedProcess):
-    preload = ("tests.integration.warm_vllm", *_WITH_VLLM)
+    preload = WITH_VLLM
 
 
 def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:

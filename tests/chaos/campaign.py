@@ -40,12 +40,11 @@ def main() -> int:
     if _INSIDE not in os.environ:
         _enter_namespaces()
     from tests.chaos.leaks import adopt_orphans
-    from tests.forking import forked_engines
     from tests.integration.engine_source import ENGINE_ENV
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **ENGINE_ENV}
     adopt_orphans()
-    with TemporaryDirectory(prefix="chaos-") as folder, forked_engines():
+    with TemporaryDirectory(prefix="chaos-") as folder:
         return _run(options, Path(folder))
 
 

@@ -10,8 +10,8 @@ import torch
 from rlsync.convert.conversion import Request, convert
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import smallest_topology
+from rlsync.engine.forking import ForkedProcess
 from rlsync.layout.topology import Topology
-from tests.forking import ForkedProcess
 
 
 class ConvertingProcess(ForkedProcess):

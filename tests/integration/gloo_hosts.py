@@ -21,7 +21,6 @@ from typing import Any
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
-from tests.forking import forked_engines
 from tests.integration import far_engine, hosts
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.far_engine import FarEngine
@@ -37,8 +36,7 @@ Facts = dict[str, Any]
 def start(engine_id: str, folder: str) -> Engine:
     args = {"model": folder, "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
     engine = Engine(engine_id, {**args, "max_num_seqs": 8})
-    with forked_engines():
-        engine.start()
+    engine.start()
     return engine
 
 

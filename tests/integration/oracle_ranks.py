@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -26,7 +27,6 @@ from rlsync.megatron.train import token_scores, train_step
 from rlsync.models import Part
 from rlsync.models.lora import LoraSpec
 from rlsync.transport.collectives import gather_bytes
-from tests.forking import forked_engines
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.inspection import inspect_engines
 from tests.models import VOCAB_SIZE
@@ -53,7 +53,7 @@ def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **option
             "disable_log_stats": True, **options,
         },
     )  # fmt: skip
-    with forked_engines() if gpus is None else only_gpus(gpus):
+    with contextlib.nullcontext() if gpus is None else only_gpus(gpus):
         made.start()
     return made
 
@@ -208,8 +208,7 @@ def check_adapters_of_vllm(base: str, adapter: Path, answers: list[Completion]) 
     from vllm.lora.request import LoRARequest
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True}
-    with forked_engines():
-        llm = LLM(base, enable_lora=True, max_loras=1, max_lora_rank=8, enforce_eager=True, disable_log_stats=True, **options)
+    llm = LLM(base, enable_lora=True, max_loras=1, max_lora_rank=8, enforce_eager=True, disable_log_stats=True, **options)
     sampling = SamplingParams(detokenize=False, **{**GREEDY, "logprobs": None})
 
     def ask_vllm(request: LoRARequest | None) -> list[tuple[int, ...]]:

@@ -19,7 +19,6 @@ from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_by
-from tests.forking import forked_engines
 from tests.integration.audio_model import AUDIO_PROMPT, SAMPLING_RATE, read_audio_model, save_audio_model, save_language_model, sound
 from tests.integration.engine_source import ENGINE_ENV, FolderSource
 from tests.integration.greedy import close, greedy, same
@@ -75,8 +74,7 @@ def engine(a: Checkpoint) -> Iterator[Engine]:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
         made = Engine("e", args | {"limit_mm_per_prompt": {"audio": 1}})
-        with forked_engines():
-            made.start()
+        made.start()
         yield made
         made.close()
 

@@ -19,7 +19,6 @@ from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import ConfigError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from tests.forking import forked_engines
 from tests.inspection import inspect_engines
 from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.greedy import same
@@ -81,7 +80,7 @@ def engines(folders: dict[tuple[str, str], Path]) -> Iterator[dict[tuple[str, st
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
-        with forked_engines(), ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(2) as pool:
             starting = {(family, name): pool.submit(start, family, name) for family in TIED for name in "ab"}
             starting["qwen2_5_vl", "dummy"] = pool.submit(start, "qwen2_5_vl", "dummy")
             made = {key: future.result() for key, future in starting.items()}

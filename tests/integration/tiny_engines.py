@@ -22,7 +22,6 @@ from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_before
-from tests.forking import forked_engines
 from tests.integration.engine_rank import serve
 from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
 from tests.models import save_tiny_model
@@ -62,7 +61,7 @@ def started_engines(folders: dict[str, Path]) -> Iterator[dict[str, Engine]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
-        with forked_engines(), ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(2) as pool:
             starting = {name: pool.submit(start, name, folders[folder], **options) for name, (folder, options) in wanted.items()}
             made = {name: future.result() for name, future in starting.items()}
         yield made

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import multiprocessing
 from collections.abc import Awaitable, Callable
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -72,6 +74,37 @@ def forbid_answers(model: torch.nn.Module, reason: str) -> None:
 def allow_answers(model: torch.nn.Module) -> None:
     """Let the model answer again. Idempotent."""
     vars(model).pop("compute_logits", None)
+
+
+# Processes on CPU.
+
+
+def runs_on_cpu() -> bool:
+    return bool(current_platform.is_cpu())
+
+
+def start_cores_with(context: Callable[[], BaseContext]) -> None:
+    """Make engines of this process start their cores with ``context`` and not as vLLM would. Idempotent."""
+    from vllm.v1.engine import utils
+
+    utils.get_mp_context = context
+
+
+def fork_workers() -> None:
+    """Make the engine's core that this process is fork its workers."""
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def look_at_models_here() -> None:
+    """Make vLLM import a model's class in this process to ask what it can do. Idempotent.
+
+    vLLM has a process of its own for it, which imports all of vLLM, because the class might ask for a GPU. On CPU there is none.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 # AsyncLLM.

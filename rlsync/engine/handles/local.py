@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from rlsync.engine import forking
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat.features import check as check_features
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
@@ -78,6 +79,10 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if compat.runs_on_cpu():
+            compat.look_at_models_here()
+            if forking.is_asked_for():
+                compat.start_cores_with(forking.EngineContext)
         args = AsyncEngineArgs(**self._args, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
         config = args.create_engine_config()
         # As its workers would at connect, before they start.

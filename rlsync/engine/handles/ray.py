@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rlsync.engine import forking
 from rlsync.engine.handles import Completion, PauseMode, Prompt
 from rlsync.errors import RlsyncError
 
@@ -28,6 +29,9 @@ class EngineActor:
     """
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
+        if forking.is_asked_for():
+            # It imports vLLM while this process does.
+            forking.EngineProcess.get_ready()
         # Here and not above: it imports vLLM, which only this process needs.
         from rlsync.engine.handles.local import Engine
 
