@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlsync.errors import ConfigError
 from workers.pictures import Patches, PictureProcessor, open_picture
@@ -220,6 +219,8 @@ class ExampleEncoder:
         return text.rpartition(answer)[2].rstrip() if answer in text else ""
 
     def _marked_spans(self, found: Conversation, inputs: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template  # ranks, which come by here, do without
+
         turns = [message for message in found.messages if message.role == "assistant"]
         try:
             [text], [spans] = render_jinja_template(

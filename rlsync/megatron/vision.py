@@ -20,7 +20,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
-from transformers import AttentionInterface
 
 from rlsync.megatron.config import VisionConfig
 from rlsync.megatron.packing import Packing
@@ -225,10 +224,10 @@ def attend_within_pictures(
     return torch.cat(done)[None], None
 
 
-AttentionInterface.register(ATTENTION, attend_within_pictures)
-
-
 def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Module:
+    from transformers import AttentionInterface  # not at the top: text does without, and it takes a second
+
+    AttentionInterface.register(ATTENTION, attend_within_pictures)
     module, name = vision.model.tower.split(":")
     tower_class: Any = getattr(import_module(module), name)
     with torch.device(compute_device()):
