@@ -24,19 +24,6 @@ from workers.grpo_runner import GrpoRunner  # noqa: E402 (imports Ray)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
 
 
-class WithoutSync(GrpoRunner):
-    """Syncs once, then lets actor and engines drift apart; the log repeats the first report."""
-
-    _first: list[Any] | None = None
-
-    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        if method != "sync":
-            return super()._on_ranks(method, *arguments)
-        if self._first is None:
-            self._first = super()._on_ranks(method, *arguments)
-        return self._first
-
-
 class NeverSynced(GrpoRunner):
     """Engines answer with the weights that they read from ``rollout.model.model_path`` themselves (``rollout.validate_weight``)."""
 
@@ -46,11 +33,27 @@ class NeverSynced(GrpoRunner):
         return NoReport(), self._rollout(prompts, step)
 
 
-class OtherPictures(GrpoRunner):
-    """In its last step engines are shown the pictures of other prompts than the actor is."""
+class WithoutSync(GrpoRunner):
+    """Syncs to the version of its step ``LAST_SYNCED``, then lets actor and engines drift apart; the log repeats the last report."""
+
+    LAST_SYNCED = 1
+    _last: list[Any]
+
+    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        if method != "sync":
+            return super()._on_ranks(method, *arguments)
+        if arguments[0] < self.LAST_SYNCED:
+            self._last = super()._on_ranks(method, *arguments)
+        return self._last
+
+
+class OtherPictures(WithoutSync):
+    """In its ninth step engines are shown the pictures of other prompts than the actor is, and after it they are not synced any more."""
+
+    LAST_SYNCED = 9
 
     def _rollout(self, prompts: Any, step: int) -> list[Any]:
-        shown = [*prompts[1:], prompts[0]] if step == self._total else prompts
+        shown = [*prompts[1:], prompts[0]] if step == self.LAST_SYNCED else prompts
         return super()._rollout([replace(prompt, images=other.images) for prompt, other in zip(prompts, shown, strict=True)], step)
 
 

@@ -78,37 +78,66 @@ def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
     assert all(1 <= line["moe/load_imbalance"] <= 2 for line in lines)
 
 
-def test_reward_of_questions_about_pictures_rises_and_both_sides_see_the_same_picture(tmp_path):
-    """With the negative control: in the last step engines see other pictures than the actor."""
+def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_ends_every_process(tmp_path):
+    """The reward of questions about pictures rises. Then the negative controls, by which the measures are not blind: engines that see
+    other pictures than the actor in one step, and that are not synced after it; and Ctrl-C, which the run does not expect."""
     command = [sys.executable, "-m", "tests.integration.grpo_run", "other-pictures", "--config", "pictures-grpo-megatron"]
-    run(
-        command, tmp_path, f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16",
-        "pictures.questions=[colour]", "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=8", "runner.save_interval=-1",
+    options = [
+        f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16", "pictures.questions=[colour]",
+        "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=40", "runner.save_interval=-1",
         "runner.val_check_interval=-1", "data.num_workers=0", "weight_sync.timeout_s=40",
-    )  # fmt: skip
-    first, *lines, last = read_metrics(tmp_path / "run")
+    ]  # fmt: skip
+    with started(command, tmp_path, *options) as process:
+        assert exit_code(process, strike(process, tmp_path, 13, lambda family: family[0], signal.SIGINT)) == 130
+    assert "interrupted" in (tmp_path / "output.log").read_text()
+    first, *lines = read_metrics(tmp_path / "run")
+    lines, blind, unsynced = lines[:8], lines[8], lines[9:]
     rewards = [line["rollout/reward_scores"] for line in lines]
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
-    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines) and last["rollout/logprob_diff_mean"] > 0.1
-    assert (first["step"], first["val/num_problems"]) == (0, 16) and last["rollout/reward_scores"] < rewards[-1] - 0.3
+    assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines) and blind["rollout/logprob_diff_mean"] > 0.1
+    assert (first["step"], first["val/num_problems"]) == (0, 16) and blind["rollout/reward_scores"] < rewards[-1] - 0.3
+    assert all(line["rollout/logprob_diff_mean"] > 1e-3 for line in unsynced[1:]), unsynced
 
 
-def test_reward_rises_with_adapters_alone_and_engines_agree_with_the_actor(finished, tmp_path):
-    """From the model of the fourth step on. Engines get merged weights, which are those of PEFT's adapter beside the same base."""
+# A reward function that says what it saw.
+WITNESS = """
+import json
+from pathlib import Path
+
+def score(prompts, responses, references, metadata):
+    rewards = [0.25 if text in accepted else -0.5 for text, accepted in zip(responses, references)]
+    with (Path(__file__).parent / "seen.jsonl").open("a") as file:
+        file.write(json.dumps([prompts, references, metadata, rewards]) + "\\n")
+    return rewards
+"""
+
+
+@pytest.fixture(scope="module")
+def adapted(finished, tmp_path_factory) -> tuple[Path, Path]:
+    """Eight steps of adapters alone, from the model of the fourth step on, which is given too; with rewards of a function."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base = finished[0] / "run" / "checkpoints" / "global_step_4" / "actor" / "hf_model"
+    (folder / "witness.py").write_text(WITNESS)
+    (folder / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
+    run(
+        SCRIPT, folder, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "actor.optim.lr=1e-2",
+        "runner.max_steps=8", "runner.save_interval=8", f"reward.reward_type={folder}/witness.py:score", "reward.reward_scale=4",
+        f"data.val_data_paths=[{folder}/val.jsonl]", "runner.val_check_interval=1", "runner.val_before_train=False",
+    )  # fmt: skip
+    return folder, base
+
+
+def test_reward_rises_with_adapters_alone_and_engines_agree_with_the_actor(adapted):
+    """Engines get merged weights, which are those of PEFT's adapter beside the same base."""
     from peft import PeftModel
 
-    base = finished[0] / "run" / "checkpoints" / "global_step_4" / "actor" / "hf_model"
-    run(
-        SCRIPT, tmp_path, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "actor.optim.lr=1e-2",
-        "runner.max_steps=8", "runner.save_interval=8", "runner.val_check_interval=-1", "runner.val_before_train=False",
-        "data.val_data_paths=[]",
-    )  # fmt: skip
-    lines = read_metrics(tmp_path / "run")
+    folder, base = adapted
+    lines = read_metrics(folder / "run")
     rewards = [line["rollout/reward_scores"] for line in lines]
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
     assert all(line["sync/held_bytes"] > 0 for line in lines[1:]), "embeddings and norms are sent once"
-    actor = tmp_path / "run" / "checkpoints" / "global_step_8" / "actor"
+    actor = folder / "run" / "checkpoints" / "global_step_8" / "actor"
     adapter = load_file(actor / "hf_adapter" / "adapter_model.safetensors")
     shards = [
         tensor for path in actor.glob("iter_*/*/model_optim_rng.pt") for tensor in torch.load(path, weights_only=True)["model"].values()
@@ -178,36 +207,10 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     assert [resumed[-1][name] for name in VALIDATION] == [whole[-1][name] for name in VALIDATION]
 
 
-# A reward function that says what it saw.
-WITNESS = """
-import json
-from pathlib import Path
-
-def score(prompts, responses, references, metadata):
-    rewards = [0.25 if text in accepted else -0.5 for text, accepted in zip(responses, references)]
-    with (Path(__file__).parent / "seen.jsonl").open("a") as file:
-        file.write(json.dumps([prompts, references, metadata, rewards]) + "\\n")
-    return rewards
-"""
-
-
-def test_without_sync_engines_and_actor_part_until_an_interrupt_ends_every_process(finished, tmp_path):
-    """The negative control of the first claim, the measure is not blind; and Ctrl-C, which the run does not expect. Its rewards are those
-    of a function, which sees whole rows, in training and in validation."""
-    command = [sys.executable, "-m", "tests.integration.grpo_run", "no-sync", *SMALL]
-    (tmp_path / "witness.py").write_text(WITNESS)
-    (tmp_path / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
-    options = [
-        resumable(finished[0], tmp_path), f"reward.reward_type={tmp_path}/witness.py:score", "reward.reward_scale=4",
-        "runner.save_interval=20", f"data.val_data_paths=[{tmp_path}/val.jsonl]", "runner.val_check_interval=1",
-    ]  # fmt: skip
-    with started(command, tmp_path, "runner.max_steps=20", *options) as process:
-        assert exit_code(process, strike(process, tmp_path, 5, lambda family: family[0], signal.SIGINT)) == 130
-    differences = [line["rollout/logprob_diff_mean"] for line in read_metrics(tmp_path / "run")]
-    assert differences[0] <= 1e-3 < differences[-1], differences
-    assert "interrupted" in (tmp_path / "output.log").read_text()
-    lines = read_metrics(tmp_path / "run")[:2]
-    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+def test_a_reward_function_sees_whole_rows_in_training_and_in_validation(adapted):
+    folder, _ = adapted
+    lines = read_metrics(folder / "run")[:2]
+    seen = [json.loads(line) for line in (folder / "seen.jsonl").read_text().splitlines()]
     # In files' order within a step: 16 prompts with 8 responses each, then 2 with one.
     assert [len(rewards) for *_, rewards in seen[:36]] == 2 * ([8] * 16 + [1] * 2)
     for line, step in zip(lines, (seen[:18], seen[18:36]), strict=True):
