@@ -5,9 +5,10 @@ Owns limits of numbers, ``key`` and the types that many sections have. Knows no 
 
 from __future__ import annotations
 
+import functools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -75,6 +76,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Task = Literal["reasoning", "sft"]
 
 
+@functools.cache
+def annotations_of(cls: type) -> Mapping[str, Any]:
+    """Types of the keys of a configuration class by name. Reading them from the source takes longer than filling the class."""
+    return get_type_hints(cls)
+
+
+@functools.cache
 def section_of(annotation: Any) -> type | None:
     """The dataclass of a section key (also when optional), or None for a plain key."""
     options: tuple[Any, ...] = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -83,7 +91,7 @@ def section_of(annotation: Any) -> type | None:
 
 def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of every key of a configuration class, sections included."""
-    for name, annotation in get_type_hints(cls).items():
+    for name, annotation in annotations_of(cls).items():
         yield prefix + name
         section = section_of(annotation)
         if section is not None:

@@ -11,13 +11,13 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.errors import ConfigError
-from workers.config.fields import Task, bounds_of, dotted_keys, section_of
+from workers.config.fields import Task, annotations_of, bounds_of, dotted_keys, section_of
 from workers.config.foreign_keys import hint, inert_reason, other_name
 from workers.config.grpo import RunConfig
 from workers.config.schema import ActorConfig
@@ -175,7 +175,7 @@ def _resolve(composed: DictConfig | Mapping[str, Any], cls: type[AnyConfig]) -> 
     for name in (declared.name for declared in fields(cls)):
         given = unresolved.get(name) if isinstance(unresolved, dict) else None
         if given is not None and not isinstance(given, Mapping):
-            section = section_of(get_type_hints(cls)[name])
+            section = section_of(annotations_of(cls)[name])
             assert section is not None, "all that is at the top is sections"
             keys = ", ".join(f"{name}.{declared.name}" for declared in fields(section)[:3])
             raise ConfigError(f"{name}={given}: {name} is a section; set its keys: {keys}, ...")
@@ -277,7 +277,7 @@ class _Interpolated:
         section, names = self._values, dotted.split(".")
         for depth, name in enumerate(names):
             declared = {declared.name: declared for declared in fields(cls)}.get(name)
-            inner = None if declared is None else section_of(get_type_hints(cls)[name])
+            inner = None if declared is None else section_of(annotations_of(cls)[name])
             if declared is None or (inner is None) != (depth == len(names) - 1):
                 return False
             if inner is None:
@@ -458,7 +458,7 @@ def build(cls: type[T], values: Mapping[str, Any], tolerate: Callable[[str, Any]
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, findings: _Findings) -> Any:
-    hints = get_type_hints(cls)
+    hints = annotations_of(cls)
     declared = {f.name: f for f in fields(cls)}
     for name, value in values.items():
         if name not in declared:

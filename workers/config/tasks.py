@@ -5,9 +5,9 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-from workers.config.fields import ANY_NUMBER, Task, bounds_of, section_of
+from workers.config.fields import ANY_NUMBER, Task, annotations_of, bounds_of, section_of
 from workers.config.grpo import RunConfig
 from workers.config.sft import SftConfig
 
@@ -27,7 +27,7 @@ class KeyDescription:
 
 def describe_config(cls: type = RunConfig, prefix: str = "") -> Iterator[KeyDescription]:
     """Every key of the configuration in the order of the yaml; sections themselves are not listed."""
-    hints = get_type_hints(cls)
+    hints = annotations_of(cls)
     for declared in fields(cls):
         annotation = hints[declared.name]
         section = section_of(annotation)
