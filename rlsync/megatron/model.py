@@ -23,7 +23,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import get_te_version
 
@@ -36,6 +35,7 @@ from rlsync.megatron.overrides import SPEED_SWITCHES
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.specs import SpecName, block_spec, builds_transformer_engine, fuses_norms
+from rlsync.megatron.versions import expert_modules, joins_experts
 from rlsync.megatron.vision import PictureLayer, VisionLanguageModel
 from rlsync.models import ExpertModule, Flavour, Part, check_parts, model_of
 from rlsync.models.deepseek_v3 import LATENT_EPSILON
@@ -44,11 +44,6 @@ from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
 
 _LOG = logging.getLogger(__name__)
 _LAYER_LISTS = ("decoder.layers.",)
-_EXPERT_MODULES: Mapping[ExpertModule, type] = {
-    "SequentialMLP": SequentialMLP,
-    "TEGroupedMLP": TEGroupedMLP,
-    "GroupedMLP": GroupedMLP,
-}
 # Names of experts within a layer, one by one (SequentialMLP) and grouped (TEGroupedMLP), around the number on this rank.
 _EXPERT = re.compile(r"(mlp\.experts\.local_experts\.|mlp\.experts\.linear_fc[12]\.weight)(\d+)(|\..*)")
 
@@ -218,13 +213,12 @@ def experts_of(models: Sequence[torch.nn.Module]) -> ExpertModule | None:
         for layer in unwrap(model).decoder.layers:
             experts = getattr(layer.mlp, "experts", None)
             if experts is not None:
-                name = next((name for name, module in _EXPERT_MODULES.items() if isinstance(experts, module)), None)
+                known = expert_modules()
+                name = next((name for name, module in known.items() if isinstance(experts, module)), None)
                 if name is None:
-                    raise PlacementError(f"experts are held by {type(experts).__name__}; known are {', '.join(_EXPERT_MODULES)}")
+                    raise PlacementError(f"experts are held by {type(experts).__name__}; known are {', '.join(known)}")
                 return name
-    config = unwrap(models[0]).config
-    is_joined = config.moe_grouped_gemm and (config.moe_use_legacy_grouped_gemm or flavour_of(models) == "local")
-    return "GroupedMLP" if is_joined else None
+    return "GroupedMLP" if joins_experts(unwrap(models[0]).config, is_te=flavour_of(models) == "te") else None
 
 
 def gather_parameters(models: Sequence[torch.nn.Module], parameters: Iterable[torch.Tensor] | None = None) -> None:
