@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm
+from rlsync.megatron.versions import LatentAttention, whole_linear
 from rlsync.models.moe import sparse_layers
 
 SpecName = Literal["auto", "local", "te"]
@@ -72,6 +72,8 @@ def block_spec(
     assert not (normed_outputs and layer_class), "no known model has both"
     for layer in kinds.values():
         layer.module = layer_class or TransformerLayer
+        if config.multi_latent_attention:
+            layer.submodules.self_attention.module = LatentAttention
         if normed_outputs:
             layer.module, layer.params = NormedOutputLayer, {**(layer.params or {}), "output_norm": norm}
     return TransformerBlockSubmodules(layer_specs=[kinds[layer in sparse] for layer in layers], layer_norm=norm)
@@ -100,7 +102,9 @@ def _local_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
     if isinstance(attention, MLASelfAttentionSubmodules):
         # Whole on every tensor rank, as in TransformerEngine's spec. Megatron's local one cuts them, and loses the gradients that the
         # shared rotary key gets from the heads of other ranks.
-        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = whole_linear()
+        if config.q_lora_rank is None:
+            attention.q_layernorm = IdentityOp
     for owner in (layer.submodules, attention):
         for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(owner, name, IdentityOp) is not IdentityOp:

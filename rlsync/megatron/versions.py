@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.transformer import TransformerConfig
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import experts
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 
 from rlsync.models import ExpertModule
 
@@ -31,3 +34,25 @@ def joins_experts(config: TransformerConfig, *, is_te: bool) -> bool:
     if not config.moe_grouped_gemm or "GroupedMLP" not in expert_modules():
         return False
     return bool(config.moe_use_legacy_grouped_gemm) or not is_te
+
+
+class LatentAttention(MLASelfAttention):
+    """Latent attention of the layers that its spec names.
+
+    From 0.19 on Megatron's own puts a norm before queries that are not compressed, which no known model has, where compressed keys and
+    values have one.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) or IdentityOp for name in names}
+
+
+def whole_linear() -> type[Linear]:
+    """Megatron's linear layer that is whole on every tensor rank, as a projection of latent attention.
+
+    From 0.17 on latent attention knows it where TransformerEngine is installed only; it is told here.
+    """
+    if multi_latent_attention.Linear is None:
+        multi_latent_attention.Linear = Linear
+    return Linear
