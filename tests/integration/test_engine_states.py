@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,13 +15,50 @@ from rlsync.errors import EngineDirtyError
 
 
 class SlowLLM:
-    """``resume_generation`` waits for ``gate``. It has no requests that a pause would have to end, and is its own core."""
+    """``resume_generation`` waits for ``gate``, a pause for ``stopped``, which is set. It is its own core, and has no requests unless
+    ``is_busy``.
+
+    Attributes:
+        asked: the calls of a sync, in the order in which the core gets them.
+    """
 
     def __init__(self) -> None:
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.engine_core = self
+        self.gate, self.entered, self.stopped = threading.Event(), threading.Event(), threading.Event()
+        self.stopped.set()
+        self.engine_core = self.output_processor = self
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=1),
+            model_config=SimpleNamespace(is_multimodal_model=False, is_encoder_decoder=False, enable_prompt_embeds=False),
+        )
+        self.is_busy = False
+        self.pause_error: Exception | None = None
+        self.asked: list[str] = []
 
-    async def pause_scheduler_async(self, **_: object) -> None: ...
+    def has_unfinished_requests(self) -> bool:
+        return self.is_busy
+
+    async def pause_scheduler_async(self, **_: object) -> None:
+        self.asked.append("pause")
+        await asyncio.to_thread(self.stopped.wait)
+        if self.pause_error is not None:
+            raise self.pause_error
+
+    async def start_weight_update(self) -> None:
+        self.asked.append("start")
+
+    async def update_weights(self, request: object) -> None:
+        self.asked.append("update")
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        assert weight_version is None, "vLLM would send the label only when workers have answered"
+        self.asked.append("finish")
+
+    async def update_weight_version(self, version: str) -> None:
+        self.asked.append(f"label {version}")
+
+    async def reset_prefix_cache(self, **_: object) -> bool:
+        self.asked.append("reset")
+        return True
 
     async def resume_generation(self) -> None:
         self.entered.set()
@@ -63,6 +103,32 @@ def test_a_pause_that_comes_behind_the_failure_of_its_sync_does_not_begin_it(eng
         engine.pause("abort", "a sync", 5)
     engine.pause("abort", "the next sync", 5)
     assert engine.state == "syncing"
+
+
+def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(engine):
+    """The core has all calls of a sync in their order before it has answered the first; a pause that fails, fails the update."""
+    engine._llm.stopped.clear()
+    engine.pause("abort", "a sync", 5)
+    with ThreadPoolExecutor(1) as pool:
+        update = pool.submit(engine.update_weights, {"version": 3, "attempt": 1}, 5)
+        while "reset" not in engine._llm.asked:
+            time.sleep(0.01)
+        assert engine._llm.asked == ["pause", "start", "update", "finish", "label 3", "reset"]
+        assert not update.done()
+        engine._llm.stopped.set()
+        update.result(5)
+        engine._llm.pause_error = RuntimeError("a worker of it has ended")
+        engine.pause("abort", "the next sync", 5)
+        with pytest.raises(RuntimeError, match="a worker of it has ended"):
+            engine.update_weights({"version": 4, "attempt": 2}, 5)
+
+
+def test_an_engine_with_requests_is_paused_before_anything_else_is_asked_of_it(engine):
+    engine._llm.is_busy = True
+    engine._llm.stopped.clear()
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
+        engine.pause("wait", "a sync", 0.1)
+    engine._llm.stopped.set()
 
 
 def test_a_resume_of_an_engine_that_is_not_syncing_is_refused(engine):

@@ -115,6 +115,14 @@ async def pause(llm: Any, mode: str) -> None:
     await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
+def pauses_at_once(llm: Any) -> bool:
+    """Whether a pause is complete as soon as the engine's core takes it: there is one core, and no request in it.
+
+    The core takes calls in the order in which they are sent, so that those which follow such a pause find the engine paused.
+    """
+    return llm.vllm_config.parallel_config.data_parallel_size == 1 and not llm.output_processor.has_unfinished_requests()
+
+
 def may_cache_media(llm: Any) -> bool:
     """Whether the engine's model takes anything but tokens; otherwise its multimodal and encoder caches are always empty."""
     config = llm.vllm_config.model_config
@@ -128,27 +136,39 @@ def picture_placeholder(llm: Any) -> int | None:
     return None if placeholder is None else int(placeholder)
 
 
-async def run_update(llm: Any, update_info: dict[str, Any], weight_version: str, reset_caches: Callable[[], Awaitable[None]]) -> None:
-    """One complete weight update of a paused engine: start, update, finish, and ``reset_caches``.
+async def run_update(
+    llm: Any,
+    update_info: dict[str, Any],
+    weight_version: str,
+    reset_caches: Callable[[], Awaitable[None]],
+    pausing: asyncio.Future[None] | None = None,
+) -> None:
+    """One complete weight update of a paused engine: start, update, finish, the version's label, and ``reset_caches``.
 
     All calls are made at once. The engine's core takes them one after another in this order, whatever becomes of this coroutine and of
     the calls before: no session stays open.
+
+    Args:
+        pausing: a pause that was sent before and not waited for; see ``pauses_at_once``.
     """
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
     takes_version = "weight_version" in inspect.signature(llm.finish_weight_update).parameters  # vLLM >= 0.27
-    start, update, finish, reset = calls = [
+    # vLLM's own finish sends the label when the workers have answered, which is one more way there and back.
+    labels = [llm.update_weight_version(weight_version)] if hasattr(llm, "update_weight_version") else []
+    start, update, *rest = calls = [
         asyncio.ensure_future(call)
         for call in (
             llm.start_weight_update(),
             llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)),
-            llm.finish_weight_update(*([weight_version] if takes_version else [])),
+            llm.finish_weight_update(*([weight_version] if takes_version and not labels else [])),
+            *labels,
             reset_caches(),
         )
     ]
     try:
         await update
-        await asyncio.gather(finish, reset)
+        await asyncio.gather(*rest, *([] if pausing is None else [pausing]))
     except Exception as error:
         # The next update finds a core that is through with this one.
         await asyncio.wait(calls, timeout=_FINISH_S)

@@ -50,6 +50,7 @@ class EngineHandle(Protocol):
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait.
 
+        Returns when nothing that is asked of the engine afterwards can find it running.
         ``sync`` names what the engine is paused for. Raises EngineDirtyError where ``mark_dirty`` has named it already.
         """
         ...

@@ -47,6 +47,8 @@ class Engine:
         self._processes = Processes(engine_id)
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
+        # A pause that was sent to the engine and is waited for by the update that follows.
+        self._pausing: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> str:
@@ -174,12 +176,22 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
-        self._calls.run(compat.pause(self._llm, mode), timeout_s)
+        self._calls.run(self._pause(mode), timeout_s)
+
+    async def _pause(self, mode: PauseMode) -> None:
+        """An engine without requests is not waited for: whatever is sent to it from here on finds it paused, and the update waits."""
+        pausing = asyncio.ensure_future(compat.pause(self._llm, mode))
+        if not compat.pauses_at_once(self._llm):
+            await pausing
+            return
+        pausing.add_done_callback(_heard)
+        self._pausing = pausing
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        info, version = update_info, str(update_info["version"])
-        self._calls.run_in_turn(lambda: compat.run_update(self._llm, info, version, self._reset_caches), timeout_s)
+        info, version, pausing = update_info, str(update_info["version"]), self._pausing
+        self._pausing = None
+        self._calls.run_in_turn(lambda: compat.run_update(self._llm, info, version, self._reset_caches, pausing), timeout_s)
 
     def reset_caches(self, timeout_s: float) -> None:
         """Forget everything computed from the weights that the engine had."""
@@ -284,6 +296,12 @@ class Engine:
     async def _shut_down(self) -> None:
         self._calls.cancel_requests()
         await compat.shut_down(self._llm, _CLOSE_S)
+
+
+def _heard(call: asyncio.Task[None]) -> None:
+    """Or asyncio would log a failure of it, where the sync has ended for another reason."""
+    if not call.cancelled():
+        call.exception()
 
 
 def _version(label: str) -> int | None:
