@@ -28,7 +28,7 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         staged_bytes: of ``bytes``, those that ``ipc`` read from a staging ring in GPU memory and not from the parameters.
         bytes_by_link, redundancy: of the plan, by link name and by destination; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
-        pause_s: until every engine stood still; runs beside ``begin_s`` and the first fills.
+        pause_s: until no engine could go on, those without requests unasked; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
         fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
         transfer_s: from all engines paused to the last commit.

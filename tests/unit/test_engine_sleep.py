@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from rlsync.engine.compat import engine as compat
@@ -15,7 +17,11 @@ class Sleeper:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.full = False
-        self.engine_core = self
+        self.engine_core = self.output_processor = self
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+
+    def has_unfinished_requests(self) -> bool:
+        return False
 
     async def sleep(self, level: int) -> None:
         if self.full:
