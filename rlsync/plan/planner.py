@@ -262,29 +262,46 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
     ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
     missing: list[str] = []
     crowds: dict[tuple[int, ...], _Crowd] = {}
-    # By identity of a list of ``origins``: those of a box that many take parts of are asked for often.
-    crowd_of: dict[int, _Crowd] = {}
     numbers: dict[Location | None, int] = {}
     places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
     locations = tuple(numbers)
     hosts = {None if p.location is None else p.location.host for p in givers.placements}
     all_are_far = None not in hosts and all(location is not None and location.host not in hosts for location in locations)
+    # By identity of a list of ``origins``, and of one of ``wanted``: the same ones are asked for often.
+    crowd_by_group: dict[int, _Crowd] = {}
+    appends_by_row: dict[int, list[Callable[[Way], None]]] = {}
+
+    def crowd_of(group: Sequence[_Origin]) -> _Crowd:
+        found = crowd_by_group.get(id(group))
+        if found is None:
+            who = tuple([source for source, _ in group])
+            if who not in crowds:
+                crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
+            found = crowd_by_group[id(group)] = crowds[who]
+        return found
+
+    def hand_out(piece: Piece, box: Box, group: Sequence[_Origin], nbytes: int, row: list[int]) -> None:
+        """Everybody of a row takes one box, from any who has it: all of these are equally far."""
+        positions = crowd_of(group).near(places[row[0]]).take(len(row), nbytes)
+        way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
+        appends = appends_by_row.get(id(row))
+        if appends is None:
+            appends = appends_by_row[id(row)] = [ways[destination].append for destination in row]
+        for append, way in zip(appends, map(way_of.__getitem__, positions), strict=True):
+            append(way)
+
     for nbytes, piece, row in wanted:
-        useful = list(origins.get(piece.tensor, {}).items())
+        boxes = origins.get(piece.tensor, {})
         # One box that has all of it is the usual case of experts, which are many.
-        is_inside = len(useful) == 1 and useful[0][0].contains(piece.box)
+        is_inside = len(boxes) == 1 and next(iter(boxes)).contains(piece.box)
+        if is_inside and all_are_far and nbytes // unit_bytes < 2:
+            hand_out(piece, piece.box, next(iter(boxes.values())), nbytes, row)
+            continue
+        useful = list(boxes.items())
         if not is_inside:
             useful = [(box, group) for box, group in useful if piece.box.intersect(box) is not None]
             useful.sort(key=lambda each: (each[0].start, each[0].stop))
-        present = []
-        for _, group in useful:
-            crowd = crowd_of.get(id(group))
-            if crowd is None:
-                who = tuple([source for source, _ in group])
-                if who not in crowds:
-                    crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
-                crowd = crowd_of[id(group)] = crowds[who]
-            present.append(crowd)
+        present = [crowd_of(group) for _, group in useful]
         taken, rest = ([(piece.box, 0)], []) if is_inside else cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
         # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
         overlap = not is_inside and sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(
@@ -294,12 +311,8 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
         cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
         chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
         if all_are_far and not overlap and len(chosen) == 1 and chosen[0][2] < 2:
-            # The usual case of large clusters on paper: everybody takes one box, from any who has it.
             ((box, index, _),) = chosen
-            group, positions = useful[index][1], present[index].near(places[row[0]]).take(len(row), nbytes)
-            way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
-            for destination, position in zip(row, positions, strict=True):
-                ways[destination].append(way_of[position])
+            hand_out(piece, box, useful[index][1], nbytes, row)
             if rest:
                 missing += [f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[d].holder}" for d in row]
             continue
