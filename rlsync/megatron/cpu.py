@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16 on a machine without CUDA: the substitutions that let the same program run on CPU and gloo.
+"""Megatron-Core on a machine without CUDA: the substitutions that let the same program run on CPU and gloo.
 
 Owns every change made to torch and Megatron for that purpose; nothing happens at import. Must not know models or
 parallel layouts. What is substituted, and why:

@@ -21,6 +21,8 @@ from rlsync.models.shards import PLANES
 
 # Keys of a parameter group that count or hold what training made; all others are options of the run.
 _TRAINED = ("params", "step")
+# What tells groups apart whatever rates a run gives them. Megatron-Core 0.19 finds the saved state of a group by its rates too.
+_IDENTIFYING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def optimizer_state(optimizer: MegatronOptimizer) -> Any:
@@ -51,6 +53,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
         scaler = getattr(part, "grad_scaler", None)
         if scaler is not None and part_state.get("grad_scaler", {}).keys() != scaler.state_dict().keys():
             part_state["grad_scaler"] = scaler.state_dict()
+        if not getattr(part, "is_stub_optimizer", False):
+            _take_over_options(_inner(part, part_state)["param_groups"], part.param_groups)
     optimizer.load_state_dict(state)
     separate_steps(optimizer)
     for group, options in zip(optimizer.param_groups, own, strict=True):
@@ -66,7 +70,7 @@ def check_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
         if getattr(part, "is_stub_optimizer", False):
             continue
         _typed(part_state.get("grad_scaler", {}), dict, "grad_scaler")
-        inner = part_state if isinstance(part, FP32Optimizer) else _typed(part_state["optimizer"], dict, "optimizer")
+        inner = _typed(_inner(part, part_state), dict, "optimizer")
         saved = [_typed(group, dict, "an entry of param_groups") for group in _typed(inner["param_groups"], list, "param_groups")]
         absent = {_identity(group) for group in part.param_groups} - {_identity(group) for group in saved}
         if absent:
@@ -87,8 +91,24 @@ def check_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
                 raise ValueError("fp32_from_fp16_params are of other shapes than those of this run")
 
 
+def _inner(part: MegatronOptimizer, part_state: Any) -> Any:
+    """The state of torch's optimizer in that of a part."""
+    return part_state if isinstance(part, FP32Optimizer) else part_state["optimizer"]
+
+
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(group[key] for key in param_group_identifier_keys)
+    return tuple(group[key] for key in _IDENTIFYING)
+
+
+def _take_over_options(saved: Sequence[dict[str, Any]], running: Sequence[Mapping[str, Any]]) -> None:
+    """Give saved groups what Megatron finds them by, from those of this run that they are."""
+    by_identity = {_identity(group): group for group in running}
+    for group in saved:
+        own = by_identity.get(_identity(group), group)
+        options = {key: own[key] for key in param_group_identifier_keys if key in own}
+        for key in param_group_identifier_keys:
+            group.pop(key, None)
+        group.update(options)
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:

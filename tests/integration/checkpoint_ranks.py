@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from rlsync.copy import writes
 from rlsync.copy.writes import HostMemory
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.layout.topology import Topology
+from rlsync.megatron import optimizer_state
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.optimizer_state import parameter_ranges
@@ -136,7 +138,12 @@ def resume(folder: str, topology: dict[str, int], root: str) -> None:
 
 
 def resume_with_other_options(folder: str, topology: dict[str, int], root: str, distributed: bool) -> None:
-    """A resumed optimizer has its own options and the saved state: its step is the one of the saved optimizer under those options."""
+    """A resumed optimizer has its own options and the saved state: its step is the one of the saved optimizer under those options.
+
+    Megatron-Core 0.19 finds the saved state of a group by its rates, as older ones are made to here.
+    """
+    for module in (import_module("megatron.core.optimizer.optimizer"), optimizer_state):
+        module.param_group_identifier_keys = tuple(sorted({"max_lr", "min_lr", *module.param_group_identifier_keys}))
     ddp = {"use_distributed_optimizer": distributed}
     before = OptimizerOptions(lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01)
     after = OptimizerOptions(lr=1e-4, adam_beta1=0.5, adam_beta2=0.75, adam_eps=1e-3, weight_decay=0.3)
