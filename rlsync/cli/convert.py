@@ -26,7 +26,7 @@ _AXES = {
     "first_stage_layers": "first_stage_layers", "last_stage_layers": "last_stage_layers",
 }  # fmt: skip
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FORMS = {"hf": "Hugging Face", "megatron": "Megatron"}
+_FORMS = {"hf": "Hugging Face", "megatron": "Megatron", "torch_dist": "Megatron's torch_dist"}
 # How often a line of progress is drawn.
 _DRAW_S = 0.2
 
@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face folder, global_step_N, actor folder, iter_XXXXXXX of Megatron, or a folder with adapters of one of them",
     )
     parser.add_argument("target", metavar="TO", type=Path, help="folder to write: not there, or empty")
-    parser.add_argument("--to", choices=_FORMS, help="form of TO; default: megatron from Hugging Face files or with a layout, else hf")
+    parser.add_argument(
+        "--to",
+        choices=_FORMS,
+        help="form of TO (torch_dist: whole tensors for Megatron under any layout); default: megatron from hf or with a layout, else hf",
+    )
     parser.add_argument("--adapter", metavar="DIR", type=Path, help="adapters of FROM: TO gets these in the place of its weights")
     parser.add_argument(
         "--merge-lora", action="store_true", help="TO gets the weights with the adapters merged, which are those of --adapter or FROM"
@@ -52,14 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in _AXES:
         layout.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N")
     layout.add_argument(
-        "--spec", choices=("local", "te"), help="names of the parameters: te with TransformerEngine; default: FROM's, or local"
+        "--spec",
+        choices=("local", "te"),
+        help="names of the parameters: te with TransformerEngine; default: FROM's, or local, in torch_dist te",
     )
     layout.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="as of the run that will load TO")
     parser.add_argument("--dtype", choices=(*DTYPES, *SHORT_DTYPES), help="of the weights in TO; default: FROM's")
     parser.add_argument("--model", type=Path, help="folder of the model, where FROM has no config.json, or is adapters of it")
     parser.add_argument("--workers", type=int, default=1, help="processes that copy")
     parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="memory of each of them, at least the largest tensor")
-    parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a Hugging Face file")
+    parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a file of hf or torch_dist")
     parser.add_argument(
         "--test-precision", action="store_true", help="then run rlsync compare on both sides, with its defaults in the dtype of TO"
     )
@@ -95,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         request = replace(request, form="megatron")
     if request.form == "hf" and (sizes or arguments.spec is not None):
         raise ConfigError("Hugging Face files have no layout: leave the sizes and --spec out, or say --to megatron")
+    if request.form == "torch_dist" and sizes:
+        raise ConfigError("torch_dist has whole tensors, which are loaded under any layout: leave the sizes out, or say --to megatron")
     if arguments.test_precision and (arguments.adapter is not None or arguments.merge_lora):
         raise ConfigError(
             "--test-precision compares FROM with TO, which have the same weights without adapters alone; run rlsync compare TO"
@@ -109,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         bar.end()
     if not ranks.is_first:
         return 0
-    said = _said(arguments.target, made, time.monotonic() - begin)
+    said = _said(arguments.target, request.form, made, time.monotonic() - begin)
     if not arguments.json:
         print(_line(said), flush=True)
     found = None
@@ -142,7 +150,7 @@ def _hf_side(request: Request) -> Path:
     raise ConfigError("--test-precision compares with transformers, and no side is of Hugging Face files; name some by --model")
 
 
-def _said(target: Path, made: Converted, seconds: float) -> dict[str, Any]:
+def _said(target: Path, form: str, made: Converted, seconds: float) -> dict[str, Any]:
     layout = getattr(made.output, "topology", None)
     return {
         "from": {
@@ -154,7 +162,7 @@ def _said(target: Path, made: Converted, seconds: float) -> dict[str, Any]:
         },
         "to": {
             "folder": str(target),
-            "form": "hf" if layout is None else "megatron",
+            "form": form,
             "layout": {} if layout is None else {option: getattr(layout, field) for option, field in _AXES.items()},
             "dtype": made.output.dtype,
             "files": made.num_files,

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,14 +31,16 @@ from rlsync import __version__
 from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
 from rlsync.convert.merging import Factors, FilePlan, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
-from rlsync.convert.sources import Form, Source, base_folder, holds_adapters, open_adapter, open_source
-from rlsync.convert.targets import AdapterFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
+from rlsync.convert.sources import Source, base_folder, holds_adapters, open_adapter, open_source
+from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import Flavour, check_config
 from rlsync.models.base_keys import DTYPES
 
+# Of what is written: Hugging Face files, Megatron's torch format, whose files are ranks', or its torch_dist, which has whole tensors.
+Form = Literal["hf", "megatron", "torch_dist"]
 BUCKET_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 5 * 2**30
 # Room beside what is written, for what a file system keeps for itself.
@@ -65,7 +68,7 @@ class Request:
         flavour: the spec that names Megatron's parameters; None: as in the source, of Hugging Face files "local".
         make_vocab_size_divisible_by: Megatron's vocabulary is padded to a multiple of this times TP.
         bucket_bytes: most bytes of a file that are copied before the journal says so, or the largest tensor.
-        max_shard_bytes: most bytes of a Hugging Face file, but for a tensor that is larger.
+        max_shard_bytes: most bytes of a Hugging Face file or one of torch_dist, but for a tensor that is larger.
     """
 
     source: Path
@@ -183,6 +186,11 @@ def prepare(request: Request) -> tuple[Source, Output]:
     findings = check_config(json.loads(source.config_text), request.topology)
     if findings:
         raise ConfigError("; ".join(findings))
+    if request.form == "torch_dist":
+        if source.adapters is not None:
+            raise ConfigError("torch_dist is written of weights; of adapters write Megatron's torch format, or merge them by --merge-lora")
+        flavour: Flavour = request.flavour or source.flavour or "te"
+        return source, DistributedFolder(source, dtype, flavour, request.make_vocab_size_divisible_by, request.max_shard_bytes)
     flavour = request.flavour or source.flavour or "local"
     if source.adapters is not None and flavour != "local":
         raise ConfigError("adapters stand beside Megatron's own layers alone, which spec local names; leave --spec te out")

@@ -7,27 +7,44 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adapter_config
 from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
+from rlsync.convert.filling import restricted_to
 from rlsync.convert.sources import Source
+from rlsync.convert.torch_dist import COMMON, CONFIG, CONFIG_CONTENT, METADATA, WRITTEN_FORM, placed_keys
 from rlsync.copy.files import shard_files, write_index, write_small_file
 from rlsync.errors import CheckpointError
-from rlsync.layout.geometry import DTYPE_BYTES, Placement, TensorSpec, whole_tensors
+from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import StoredTensor, encode_header
 from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import read_torch_file, write_checksums
 from rlsync.models import Flavour
 from rlsync.models.placement import megatron_placement
-from rlsync.models.shards import RANK_STATE_FILE, chunk_keys, local_names, weights_only_state
+from rlsync.models.shards import CHECKPOINT_VERSION, RANK_STATE_FILE, chunk_keys, local_names, weights_only_state
 from rlsync.models.stored import FileTensor, file_placement
+from rlsync.plan.buckets import grouped
+
+# Of the tensors in a file with several archives.
+_ALIGNMENT = 64
 
 
 class Target(Protocol):
@@ -214,7 +231,110 @@ class MegatronFolder:
         write_durably(folder / TRACKER, str(self.source.step))
 
 
-Output = HfFolder | AdapterFolder | MegatronFolder
+@dataclass(frozen=True, slots=True)
+class DistributedFile:
+    """One ``.distcp`` file of Megatron's ``torch_dist``: what torch.save writes of each tensor, one after the other."""
+
+    path: str
+    placement: Placement
+
+    def places(self) -> Iterator[tuple[BufferSpec, int, int]]:
+        """Of each buffer where in the file its archive begins and ends."""
+        end = 0
+        for buffer in self.placement.buffers:
+            head, tail = _around_elements(buffer.shape, buffer.dtype)
+            begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = begin + len(head) + buffer.size * DTYPE_BYTES[buffer.dtype] + len(tail)
+            yield buffer, begin, end
+
+    def create(self, file: Path) -> None:
+        with file.open("wb") as stream:
+            for buffer, begin, end in self.places():
+                head, tail = _around_elements(buffer.shape, buffer.dtype)
+                for at, content in ((begin, head), (end - len(tail), tail)):
+                    stream.seek(at)
+                    stream.write(content)
+
+    def stored(self, file: Path) -> Mapping[str, StoredTensor]:
+        found = {}
+        for buffer, begin, end in self.places():
+            head, tail = _around_elements(buffer.shape, buffer.dtype)
+            spec = TensorSpec(buffer.name, buffer.dtype, buffer.shape)
+            found[buffer.name] = StoredTensor(spec, file, begin + len(head), end - len(tail))
+        return found
+
+    def seal(self, file: Path) -> None:
+        for _, begin, end in self.places():
+            write_checksums(file, begin=begin, end=end)
+
+
+@cache
+def _around_elements(shape: tuple[int, ...], dtype: str) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind the elements of a tensor, their checksums zero."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "archive.pt"
+        with torch.serialization.skip_data():
+            torch.save(torch.empty(shape, dtype=getattr(torch, dtype)), path)
+        stored = read_torch_file(path).stored("")
+        with path.open("rb") as stream:
+            head = stream.read(stored.begin)
+            stream.seek(stored.end)
+            return head, stream.read()
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedFolder:
+    """A folder of Megatron's ``torch_dist``, which has whole tensors and is loaded under any layout.
+
+    Attributes:
+        flavour: the spec of the layers that will load it, which decides the keys of some norms.
+    """
+
+    source: Source
+    dtype: str
+    flavour: Flavour
+    make_vocab_size_divisible_by: int
+    max_shard_bytes: int
+
+    def targets(self) -> tuple[DistributedFile, ...]:
+        padded = self.source.model.padded_vocab(1, self.make_vocab_size_divisible_by)
+        whole = placed_keys(self.source.model, self.flavour, self.dtype, padded)
+        specs = [TensorSpec(b.name, b.dtype, b.shape) for b in whole.buffers]
+        groups = grouped(specs, {spec.name: {"file": spec.nbytes} for spec in specs}, {"file": self.max_shard_bytes})
+        folder = shards_folder(Path(), self.source.step)
+        names = {spec.name: (folder / f"__{number}_0.distcp").as_posix() for number, group in enumerate(groups) for spec in group}
+        return tuple(
+            DistributedFile(path, replace(restricted_to(whole, {name for name in names if names[name] == path}), holder=path))
+            for path in dict.fromkeys(names.values())
+        )
+
+    def finish(self, folder: Path) -> None:
+        """As of :class:`MegatronFolder`; ``metadata.json`` makes the shards complete."""
+        _write_model_files(self.source, folder, self.dtype)
+        shards = shards_folder(folder, self.source.step)
+        write_small_file(shards / METADATA, pickle.dumps(self._metadata()), durable=True)
+        common = {"iteration": self.source.step, "checkpoint_version": CHECKPOINT_VERSION, "content_metadata": WRITTEN_FORM}
+        with (shards / COMMON).open("wb") as stream:
+            torch.save(common, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_durably(shards / CONFIG, json.dumps(CONFIG_CONTENT))
+        write_durably(folder / TRACKER, str(self.source.step))
+
+    def _metadata(self) -> Metadata:
+        """Which key has which tensor, and where it is, as torch's distributed checkpoints say it."""
+        tensors: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for file in self.targets():
+            for buffer, begin, end in file.places():
+                first, size = torch.Size([0] * len(buffer.shape)), torch.Size(buffer.shape)
+                properties = TensorProperties(dtype=getattr(torch, buffer.dtype))
+                tensors[buffer.name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(first, size)])
+                places[MetadataIndex(buffer.name, first, 0)] = _StorageInfo(Path(file.path).name, begin, end - begin)
+        return Metadata(tensors, {name: (name,) for name in tensors}, places)
+
+
+Output = HfFolder | AdapterFolder | MegatronFolder | DistributedFolder
 
 
 def _write_model_files(source: Source, folder: Path, dtype: str) -> None:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from rlsync.errors import CheckpointError, PlacementError
 from rlsync.layout.geometry import Box, BufferSpec, Padding, Piece, Placement, box_in_buffer, contiguous_strides
 from rlsync.layout.safetensors import StoredTensor
 from rlsync.layout.torch_files import TensorView, read_torch_file, restricted
-from rlsync.models import Model
+from rlsync.models import Flavour, Model
 from rlsync.models.layouts import LocalLayout
 from rlsync.models.shards import EXTRA_STATE
-from rlsync.models.stacks import Bound
+from rlsync.models.stacks import Bound, Rule
 
 METADATA = ".metadata"
 # Says which format a folder has; written last.
 CONFIG = "metadata.json"
+COMMON = "common.pt"
 _FORMAT = "torch_dist"
+CONFIG_CONTENT = {"sharded_backend": _FORMAT, "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+# How keys are written here: numbers of layers stand in them, those of experts are first dims. Megatron-LM asks for what this says.
+WRITTEN_FORM = {"singleton_local_shards": False, "non_homogeneous_layers": True}
 # What optimizers are saved under.
 _OTHER_KEYS = re.compile(r"(chained_\d+\.)?optimizer\..*|rng_state.*|rerun_state.*|.*" + EXTRA_STATE + r".*")
 # Layers without TransformerEngine save their norms under the names that it has for them.
@@ -84,8 +89,43 @@ def placed_chunks(folder: Path, model: Model) -> tuple[Placement, Mapping[str, S
     return placement, stored, _step(folder)
 
 
+def placed_keys(model: Model, flavour: Flavour, dtype: str, padded_vocab: int) -> Placement:
+    """The parameters of a model under the keys that a save of ``WRITTEN_FORM`` has for them, whole; one buffer for each key.
+
+    ``flavour`` decides where the norms before experts are, which layers without TransformerEngine save under another name.
+    """
+    model = replace(model, dims={**model.dims, "padded_vocab": padded_vocab})
+    buffers: dict[str, BufferSpec] = {}
+    pieces: list[Piece] = []
+    padding: list[Padding] = []
+    layouts: dict[Rule, LocalLayout] = {}
+    for bound in model.parameters():
+        if bound.rule.pipelined_only:
+            continue
+        layout = layouts.get(bound.rule) or model.local_layout(bound, 0, 1)
+        layouts[bound.rule] = layout
+        key, number, count = _written_key(bound, flavour)
+        shape = layout.shape if count is None else (count, *layout.shape)
+        buffers.setdefault(key, BufferSpec(key, bound.stack.dtype or dtype, shape))
+        first = number * prod(layout.shape)
+        pieces += [Piece(bound.hf[p.source][0], p.box, key, first + p.offset, p.strides) for p in layout.parts]
+        padding += [Padding(key, first + p.offset, p.shape, p.strides) for p in layout.padding]
+    return Placement(_FORMAT, tuple(buffers.values()), tuple(pieces), tuple(padding))
+
+
+def _written_key(bound: Bound, flavour: Flavour) -> tuple[str, int, int | None]:
+    """The key of a parameter, its number among the experts in it, and how many these are; None of what is no expert's."""
+    rule, indices = bound.rule, bound.stack.indices
+    inner = _expert_key((rule.te or rule.megatron) if flavour == "te" else _NORMS.get(rule.megatron, rule.megatron))
+    key = bound.stack.megatron + inner
+    is_expert = bool(indices) and indices[-1].axis == "ep"
+    for index, number in zip(indices, bound.numbers, strict=True):
+        key = key.replace(f"{{{index.name}}}." if index.axis == "ep" else f"{{{index.name}}}", "" if index.axis == "ep" else str(number))
+    return key, bound.numbers[-1] if is_expert else 0, bound.copies if is_expert else None
+
+
 def _step(folder: Path) -> int:
-    common = folder / "common.pt"
+    common = folder / COMMON
     content = read_torch_file(common) if common.is_file() else {}
     step = content.get("iteration", 0) if isinstance(content, dict) else 0
     return step if isinstance(step, int) else 0

@@ -71,14 +71,17 @@ def tiny(tmp_path_factory) -> Path:
         *((family, PICTURES) for family in (*VISION_FAMILIES, *VISION_MOE_FAMILIES)),
     ],
 )
-def test_every_family_goes_through_three_layouts_and_back_bit_for_bit(family, layouts, tmp_path):
-    """Hugging Face -> Megatron -> Megatron -> Megatron -> Hugging Face; the files and what lies beside them are the first ones."""
+def test_every_family_goes_through_three_layouts_and_torch_dist_and_back_bit_for_bit(family, layouts, tmp_path):
+    """Hugging Face -> Megatron -> Megatron -> Megatron -> torch_dist -> Hugging Face; the files and what lies beside them are the first
+    ones."""
     save = save_tiny_vision_model if layouts is PICTURES else save_tiny_model
     before = folder = save(tmp_path / "hf", family)
     for number, sizes in enumerate(layouts):
         made = convert(request(folder, tmp_path / str(number), "megatron", sizes, make_vocab_size_divisible_by=1 + 7 * number))
         assert made.progress.done_bytes == made.progress.total_bytes
         folder = tmp_path / str(number)
+    convert(request(folder, tmp_path / "whole", "torch_dist", max_shard_bytes=2**18, flavour="te"))
+    folder = tmp_path / "whole"
     # Files of this family exist in two forms, and shards do not say which they came from.
     convert(request(folder, tmp_path / "back", "hf", model_folder=before if family in VISION_MOE_FAMILIES else None))
     assert same(tensors(before), tensors(tmp_path / "back"))
@@ -101,9 +104,11 @@ def test_files_are_those_of_megatron_in_every_form(tmp_path):
         converted = tmp_path / family / "converted"
         convert(request(folder, converted, "megatron", topology, make_vocab_size_divisible_by=more.get("divisor", 1)))
         out = str(tmp_path / family)
+        convert(request(folder, tmp_path / family / "whole", "torch_dist", flavour="local", max_shard_bytes=2**17))
         cases.append({"folder": str(folder), "converted": str(converted), "topology": topology, "overrides": overrides, "out": out, **more})
     adapted = [_adapted(tmp_path / f"adapted {family}", family, topology) for family, topology in ADAPTED.items()]
     run_ranks(4, RANKS, "write_and_read", cases=cases, adapted=adapted)
+    assert all(len(list((tmp_path / family / "whole").rglob("*.distcp"))) > 1 for family, *_ in wanted)
     for case in adapted:
         actor, base = Path(case["out"]), {"adapter": Path(case["adapter"]), "merge_lora": True}
         convert(request(actor, tmp_path / case["family"] / "adapter", "hf"))
