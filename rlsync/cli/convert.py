@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="memory of each of them, at least the largest tensor")
     parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a file of hf or torch_dist")
     parser.add_argument(
-        "--test-precision", action="store_true", help="then run rlsync compare on both sides, with its defaults in the dtype of TO"
+        "--test-precision",
+        action="store_true",
+        help="then run rlsync compare on both sides, on 2 rows of 32 random tokens, with a picture each where there may be",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
 
@@ -126,8 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
         from rlsync.convert.precision import compare_logits, random_batch
 
         batch = random_batch(made.source.model, rows=2, length=32, seed=0, pictures=int(made.source.model.vision is not None))
+        # So that prompts and what follows are told apart, as pictures and text are.
         found = compare_logits(
-            hf_folder, batch, weights=request.source if request.form == "hf" else request.target, dtype=made.output.dtype
+            hf_folder,
+            batch,
+            weights=request.source if request.form == "hf" else request.target,
+            dtype=made.output.dtype,
+            prompt_length=8,
         )
         said["precision"] = {"within": found.is_within, **asdict(found)}
         if not arguments.json:

@@ -79,8 +79,8 @@ def _load_adapters(case: dict[str, Any]) -> None:
     save_checkpoint(case["out"], bridge, models, step=STEP)
 
 
-def compare_precision(folder: str, pictures: str, changed: str, shards: str) -> None:
-    """``rlsync compare`` of equal weights, of shards, of a tower, and of weights of which one layer differs."""
+def compare_precision(folder: str, pictures: str, changed: str, shards: str, out: str) -> None:
+    """``rlsync compare`` of equal weights, of shards, of a tower, and of weights of which one layer differs; and a conversion's own."""
 
     def compared(*arguments: str) -> tuple[int, dict[str, Any]]:
         with redirect_stdout(StringIO()) as said:
@@ -94,6 +94,11 @@ def compare_precision(folder: str, pictures: str, changed: str, shards: str) -> 
         kinds = [row["positions"] for row in found["logits"]]
         assert kinds == ["all", "prompt", "response", *(["pictures", "text"] if arguments == [pictures] else [])]
         assert found["logits"][1]["count"] + found["logits"][2]["count"] == found["logits"][0]["count"] == 64
+    with redirect_stdout(StringIO()) as said:
+        assert main(["convert", pictures, out, "--tp", "2", "--test-precision", "--json"]) == 0
+    found = json.loads(said.getvalue())["precision"]
+    counts = {row["positions"]: row["count"] for row in found["logits"]}
+    assert found["within"] and counts == {"all": 64, "prompt": 16, "response": 48, "pictures": 8, "text": 56}, found
     code, found = compared(folder, "--weights", changed)
     assert code == 1 and not found["within"] and found["first_layer"] == "layer 2", found
     code, found = compared(folder, "--dtype", "bf16")

@@ -24,7 +24,7 @@ from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from tests.deadlines import HANG_S
 from tests.integration.conversions import ConvertingProcess, request, run, run_rank
 from tests.integration.test_convert_adapters import CASES, save_adapted
-from tests.models import FAMILIES, MOE_FAMILIES, save_tiny_model
+from tests.models import FAMILIES, MOE_FAMILIES, add_further_layer, save_tiny_model
 from tests.ranks import free_port, run_ranks
 from tests.vision_models import FAMILIES as VISION_FAMILIES
 from tests.vision_models import MOE_FAMILIES as VISION_MOE_FAMILIES
@@ -90,6 +90,23 @@ def test_every_family_goes_through_three_layouts_and_torch_dist_and_back_bit_for
     assert all((tmp_path / "back" / name).read_bytes() == (before / name).read_bytes() for name in names if name.endswith(".json"))
 
 
+@pytest.mark.parametrize("form", ["megatron", "torch_dist"])
+def test_layers_that_predict_further_tokens_come_back_from_the_folder_that_has_them(form, tmp_path):
+    """No shard has them; without that folder the way back is refused, and nothing is written."""
+    before = add_further_layer(save_tiny_model(tmp_path / "hf", "glm4_moe", num_hidden_layers=2))
+    convert(request(before, tmp_path / "shards", form, {"ep_size": 2, "dp_size": 2} if form == "megatron" else None))
+    with pytest.raises(CheckpointError, match=r"shards hold no model\.layers\.2\.\*, which the model has; name a folder"):
+        convert(request(tmp_path / "shards", tmp_path / "no", "hf"))
+    convert(request(tmp_path / "shards", tmp_path / "back", "hf", model_folder=before))
+    found = tensors(tmp_path / "back")
+    assert same(tensors(before), found) and sum(name.startswith("model.layers.2.") for name in found) == 4
+    # A cast is of what is trained: the others stay as they were, whatever they are.
+    convert(request(before, tmp_path / "half", "hf", dtype="bfloat16"))
+    half, further = tensors(tmp_path / "half"), {name: t for name, t in found.items() if name.startswith("model.layers.2.")}
+    assert same({name: half[name] for name in further}, further) and half["lm_head.weight"].dtype == torch.bfloat16
+    assert not (tmp_path / "no").exists()
+
+
 def test_files_are_those_of_megatron_in_every_form(tmp_path):
     """On real ranks: what rlsync saves, what Megatron-LM saves, and Megatron's dist_checkpointing; and ranks load what was converted."""
     wanted = (
@@ -148,7 +165,7 @@ def test_a_comparison_names_the_first_layer_that_differs_and_a_converted_model_c
     weights["model.layers.2.self_attn.q_proj.weight"] += 0.01
     (changed / "model.safetensors").unlink()
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
-    folders = {"folder": tiny, "pictures": pictures, "changed": changed, "shards": tmp_path / "shards"}
+    folders = {"folder": tiny, "pictures": pictures, "changed": changed, "shards": tmp_path / "shards", "out": tmp_path / "converted"}
     run_ranks(1, RANKS, "compare_precision", **{name: str(path) for name, path in folders.items()})
 
 
