@@ -39,6 +39,16 @@ class ColocationPlan:
     notes: tuple[str, ...] = ()
 
 
+def check_async(config: AnyConfig, mode: PlacementMode) -> None:
+    """Raise ConfigError where engines are to generate while the actor trains, on the same devices."""
+    if config.runner.async_steps and mode is PlacementMode.COLLOCATED:
+        raise ConfigError(
+            f"runner.async_steps ({config.runner.async_steps}) has engines generate while the actor trains, but "
+            "cluster.component_placement gives both the same devices, which one side has at a time; give actor and rollout devices of "
+            "their own, or set runner.async_steps to 0"
+        )
+
+
 def plan_colocation(config: AnyConfig, mode: PlacementMode, *, on_gpu: bool) -> ColocationPlan:
     """The plan for a configuration on these devices.
 

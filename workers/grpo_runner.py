@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from workers.problems import BadSamples, load_supervised
 from workers.resume import Beginning
 from workers.reward import unreadable_reference
 from workers.rollout import reshaping, sampling_arguments
+from workers.rollout_ahead import STATE, Batch, Rollout, RolloutAhead, outdated, restored, state_of
 from workers.routes import engine_routes, routing_metrics, routing_shape
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
@@ -55,6 +57,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._health = SyncHealth()
         # Of the version that the engines hold, where a validation has synced it and the next step has yet to generate with it.
         self._served: SyncReport | None = None
+        self._batch: Batch | None = None
+        self._ahead: RolloutAhead | None = None
 
     # Set-up.
 
@@ -81,6 +85,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._model.dims["vocab"])):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
         self._begin()
+        self._restore_ahead()
 
     @property
     def _model(self) -> Model:
@@ -91,7 +96,11 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return self._config.algorithm.n_minibatches
 
     def _data_state(self) -> Mapping[str, Any]:
-        return self._prepared.data.loader.state_dict()
+        """Behind the last trained step; with the samples of the next one, where they have been generated or are now."""
+        if self._ahead is None:
+            return self._prepared.data.loader.state_dict()
+        position, rollout = self._ahead.batch.position, self._settled({})
+        return position if rollout is None else {**position, STATE: state_of(rollout)}
 
     def _speeds(self, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
         return speed_metrics(metrics, seconds, self._group.num_devices)
@@ -136,18 +145,16 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
     # The loop.
 
     def _step(self, step: int, seconds: dict[str, float]) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """One step. Its rollouts come from weights of version ``step - 1``, the number of steps trained so far."""
+        """One step. Before it there are ``step - 1`` versions of the weights; its samples come from the last of them, or, generated ahead
+        of the step, from the one before."""
         algorithm, screen = self._config.algorithm, self._screen
-        with timed(seconds, "time/prepare_data"):
-            prompts = next(self._batches)
-            self._check_references(prompts)
-        report, samples = self._synced_rollout(prompts, step, seconds)
-        self._served = None
+        batch = self._drawn(step, seconds)
+        report, rollout = self._synced_rollout(batch.prompts, step, seconds)
+        self._served = self._ahead = None
         self._colocation.after_rollout()
-        screen.phase("reward")
-        with timed(seconds, "time/reward"):
-            samples = self._reward(prompts, samples)
-        samples = with_advantages(samples, algorithm.group_size, normalize=algorithm.normalize_advantages)
+        if self._config.runner.async_steps and step < self._total:
+            self._begin_ahead(self._drawn(step + 1, seconds))
+        samples = with_advantages(rollout.samples, algorithm.group_size, normalize=algorithm.normalize_advantages)
         replica_batches = ray.put(self._split(samples, step))
         screen.phase("log-probabilities")
         with timed(seconds, "time/actor/inference"):
@@ -157,22 +164,70 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         with timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", replica_batches)[0]
         seconds.update(self._colocation.take_seconds())
-        found = {**sample_metrics(samples, algorithm.group_size), **difference_metrics(differences), **routing, **report.metrics()}
+        found = {
+            **sample_metrics(samples, algorithm.group_size, step - 1),
+            **difference_metrics(differences),
+            **routing,
+            **report.metrics(),
+        }
         return {**found, **self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}, updates
 
-    def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, list[Sample]]:
-        """Sync and rollout of a step."""
-        return self._generated(step - 1, seconds, "rollout", lambda: self._rollout(prompts, step))
+    def _drawn(self, step: int, seconds: dict[str, float]) -> Batch:
+        """The prompts of a step, which are drawn once, in the order of the steps."""
+        if self._batch is None or self._batch.step != step:
+            with timed(seconds, "time/prepare_data"):
+                position = self._prepared.data.loader.state_dict()
+                self._batch = Batch(step, next(self._batches), position)
+                self._check_references(self._batch.prompts)
+        return self._batch
+
+    def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, Rollout]:
+        """Sync and rollout of a step. One that was begun ahead ends before the sync, which is for the next one then."""
+        ahead = self._settled(seconds)
+        report, rollout = self._generated(step - 1, seconds, "rollout", lambda: self._rollout(prompts, step) if ahead is None else ahead)
+        seconds.update(rollout.seconds)
+        return report, rollout
+
+    def _begin_ahead(self, batch: Batch) -> None:
+        """Begin the rollout of the next step with the weights that the engines have."""
+        self._ahead = RolloutAhead(batch, self._group.aside(lambda: self._rollout(batch.prompts, batch.step)))
+
+    def _settled(self, seconds: dict[str, float]) -> Rollout | None:
+        """The rollout that was begun ahead, once it has ended; None without one, and where engines were lost in it. Those are replaced, and
+        its prompts are generated for anew in their step."""
+        if self._ahead is None:
+            return None
+        self._screen.phase("rollout")
+        try:
+            with timed(seconds, "time/rollout_wait"):
+                return self._ahead.rollout.result()
+        except RlsyncError as error:
+            self._ahead = None
+            self._replace_lost_engines(error)
+            return None
+
+    def _restore_ahead(self) -> None:
+        """Take up the samples that a checkpoint has of the next step, with rewards by the settings of this run."""
+        beginning, position = self._prepared.beginning, self._prepared.position
+        if not self._config.runner.async_steps or position is None or STATE not in position:
+            return
+        step = beginning.step + 1
+        if changed := outdated(beginning):
+            self._screen.note(f"step {step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it")
+            return
+        batch, known = self._drawn(step, {}), Future[Rollout]()
+        saved = restored(position[STATE], batch.prompts)
+        known.set_result(replace(saved, samples=tuple(self._reward(batch.prompts, saved.samples))))
+        self._ahead = RolloutAhead(batch, known)
 
     def _generated(self, version: int, seconds: dict[str, float], name: str, generate: Callable[[], T]) -> tuple[SyncReport, T]:
         """What the engines generate with the weights of ``version``, after a sync to them; repeated from the sync on after lost engines
-        were replaced, up to ``rollout.max_engine_restarts``. ``name``: of the phase, for screen and seconds."""
+        were replaced, up to ``rollout.max_engine_restarts``. ``name``: of the phase, for the screen."""
         while True:
             try:
                 report = self._synced(version, seconds) if self._served is None else self._served
                 self._screen.phase(name)
-                with timed(seconds, f"time/{name}"):
-                    return report, generate()
+                return report, generate()
             except RlsyncError as error:
                 self._served = None
                 if isinstance(error, WeightSyncError):
@@ -196,6 +251,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             self._group.reset_caches()
             return groups
 
+        self._settled({})
         self._served, groups = self._generated(step, {}, "validation", generate)
         self._colocation.take_seconds()  # part of the validation's
         responses = [response for (response,) in groups]
@@ -215,8 +271,16 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._connected = False
         self._group.replace_engines(list(lost))
 
-    def _rollout(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
-        """``group_size`` samples of each prompt, adjacent; engines share the prompts."""
+    def _rollout(self, prompts: Sequence[Prompt], step: int) -> Rollout:
+        """``group_size`` samples of each prompt with their rewards; engines share the prompts."""
+        seconds: dict[str, float] = {}
+        with timed(seconds, "time/rollout"):
+            samples = self._samples(prompts, step)
+        with timed(seconds, "time/reward"):
+            samples = self._reward(prompts, samples)
+        return Rollout(tuple(samples), seconds)
+
+    def _samples(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
         sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
         groups = self._group.generate([p.for_engine() for p in prompts], sampling, self._seeds(len(prompts), step))
         samples = [

@@ -52,12 +52,13 @@ def rollout_metrics(
     }
 
 
-def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, float]:
-    """``rollout/*`` metrics of one step's samples; the samples of a group are adjacent."""
+def sample_metrics(samples: Sequence[Sample], group_size: int, version: int) -> dict[str, float]:
+    """``rollout/*`` metrics of one step's samples; the samples of a group are adjacent. ``version``: of the weights that train on them."""
     rewards = [s.reward for s in samples]
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     advantages = [s.advantage for s in samples if s.response_ids]
     tokens = [len(s.response_ids) for s in samples if s.response_ids]
+    lags = [version - s.version for s in samples if s.version is not None]
     return {
         **rollout_metrics(
             prompt_lengths=[len(s.prompt_ids) for s in samples],
@@ -67,6 +68,7 @@ def sample_metrics(samples: Sequence[Sample], group_size: int) -> dict[str, floa
         ),
         # A group whose rewards are all the same has advantages of zero, and gives no gradient.
         "rollout/fraction_of_groups_with_equal_rewards": sum(len(set(group)) == 1 for group in groups) / len(groups),
+        **({"rollout/version_lag": sum(lags) / len(lags)} if lags else {}),
         "perf/total_num_tokens": float(sum(s.length for s in samples)),
         "rollout/advantages_mean": sum(a * n for a, n in zip(advantages, tokens, strict=True)) / max(1, sum(tokens)),
         "rollout/advantages_max": max(advantages, default=0.0),

@@ -68,6 +68,7 @@ class Preparation:
     data: whose loader is positioned where the run continues.
     beginning: where the run continues.
     notes: what the user should know about model and data.
+    position: what the checkpoint has of the data, its position and what belongs to it; None in a fresh run.
     """
 
     hf_config: dict[str, Any]
@@ -76,6 +77,7 @@ class Preparation:
     data: PromptData
     beginning: Beginning
     notes: tuple[str, ...]
+    position: Mapping[str, Any] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -90,8 +92,9 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
     """
     notes, hf_config, tokenizer = prepare_model(config, beginning)
     data = (_pictures if config.data.has_pictures else _texts)(config, tokenizer)
-    notes += (*data.notes, *validation_notes(config, len(data.val_prompts)), *restore_position(data.loader, beginning))
-    return Preparation(hf_config, tokenizer, stop_ids(config, hf_config, tokenizer), data, beginning, notes)
+    position, position_notes = restore_position(data.loader, beginning)
+    notes += (*data.notes, *validation_notes(config, len(data.val_prompts)), *position_notes)
+    return Preparation(hf_config, tokenizer, stop_ids(config, hf_config, tokenizer), data, beginning, notes, position)
 
 
 def prepare_model(config: AnyConfig, beginning: Beginning) -> tuple[tuple[str, ...], dict[str, Any], Any]:
@@ -239,13 +242,14 @@ class Positioned(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def restore_position(loader: Positioned, beginning: Beginning) -> tuple[str, ...]:
-    """Let the loader continue where the run that is resumed was; a note where that is not known. Raises CheckpointError."""
+def restore_position(loader: Positioned, beginning: Beginning) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """Let the loader continue where the run that is resumed was; what the checkpoint has of the data, and a note where it has nothing.
+    Raises CheckpointError."""
     if beginning.resume is None:
-        return ()
+        return None, ()
     state = beginning.resume / DATA_STATE
     if not state.is_file():
-        return (f"warning: {state} is missing: the training data starts from the beginning",)
+        return None, (f"warning: {state} is missing: the training data starts from the beginning",)
     try:
         found = torch.load(state, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -256,7 +260,7 @@ def restore_position(loader: Positioned, beginning: Beginning) -> tuple[str, ...
     if not isinstance(found, dict) or not {"order", "handed_out"} <= found.keys():
         raise CheckpointError(f"{state} holds no data position; {_OTHERWISE}")
     loader.load_state_dict(found)
-    return ()
+    return found, ()
 
 
 def stop_ids(config: AnyConfig, hf_config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

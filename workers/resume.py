@@ -39,6 +39,7 @@ RULES: Mapping[str, Rule] = {
     "cluster": Rule.SILENT,
     "runner": Rule.SILENT,
     "runner.seq_length": Rule.HOLDS,
+    "runner.async_steps": Rule.HOLDS,
     "algorithm": Rule.HOLDS,
     "algorithm.training_batch_size_per_gpu": Rule.SILENT,
     "algorithm.logprob_forward_micro_batch_size": Rule.SILENT,

@@ -49,7 +49,7 @@ def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     """
     notes, hf_config, tokenizer = prepare_model(config, beginning)
     loader = open_loader(config, tokenizer)
-    notes += (*loader.notes, *restore_position(loader, beginning))
+    notes += (*loader.notes, *restore_position(loader, beginning)[1])
     questions: tuple[SftQuestion, ...] = ()
     if config.data.val_data_paths:
         held_out = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)

@@ -6,12 +6,14 @@ Owns their number and layout. Knows no step, data or reward.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -22,7 +24,7 @@ from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
-from workers.colocation import ActorPart, plan_colocation
+from workers.colocation import ActorPart, check_async, plan_colocation
 from workers.config import AnyConfig, actor_topology, validate_world
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
@@ -30,6 +32,7 @@ from workers.placement import components_of, resolve_placement
 from workers.remote import Call, Worker, collect, collect_answered
 from workers.rollout import RolloutEngine, engine_arguments
 
+T = TypeVar("T")
 _RANK_CLOSE_S = 5.0
 
 
@@ -45,6 +48,7 @@ class WorkerGroup:
         self._config, self._cluster, self._rank_class = config, cluster, rank_class
         self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices, components_of(config))
         self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
+        check_async(config, self._placement.mode)
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
@@ -56,6 +60,7 @@ class WorkerGroup:
             takes_pictures=model_of(read_hf_config(Path(config.model_path), config.model_key)).vision is not None,
         )
         self._num_replaced = 0
+        self._aside: list[Future[Any]] = []
 
     @property
     def description(self) -> str:
@@ -167,6 +172,20 @@ class WorkerGroup:
         ]
         return [group for answer in collect(calls) for group in answer]
 
+    def aside(self, call: Callable[[], T]) -> Future[T]:
+        """Run a call that waits for engines in a thread of its own; leaving the group waits for it, after the engines have ended."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="rlsync-aside", daemon=True).start()
+        self._aside = [known for known in (*self._aside, future) if not known.done()]
+        return future
+
     def answers(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
         """Completions of all prompts by each engine."""
         timeout_s = self._config.rollout.timeout_s
@@ -238,3 +257,4 @@ class WorkerGroup:
             ray.wait(ranks, num_returns=len(ranks), timeout=_RANK_CLOSE_S)
         if engines:
             ray.wait(engines, num_returns=len(engines), timeout=ENGINE_CLOSE_S)
+        wait(self._aside, ENGINE_STATE_S)

@@ -267,7 +267,7 @@ def test_a_summary_of_no_steps_still_says_where_results_are(tmp_path: Path) -> N
 
 def test_groups_with_equal_rewards_and_tokens_a_second_match_hand_computed_values() -> None:
     samples = [Sample((1, 2), (3,) * n, (), True, 0, reward=r) for n, r in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 1.0))]
-    found = sample_metrics(samples, 2)
+    found = sample_metrics(samples, 2, 3)
     assert (found["rollout/fraction_of_groups_with_equal_rewards"], found["perf/total_num_tokens"]) == (0.5, 18.0)
     speeds = speed_metrics(found, {"time/step": 3.0, "time/rollout": 2.0}, num_devices=2)
     assert speeds == {"perf/throughput": 3.0, "rollout/tokens_per_s": 5.0}

@@ -314,7 +314,7 @@ ABSENT: tuple[tuple[frozenset[str], str], ...] = (
     ),
     (
         frozenset({"async", "off_policy", "staleness"}),
-        "asynchronous rollouts are not supported; each step syncs, rolls out and trains in turn",
+        "runner.async_steps has rollouts one step ahead of training; more is not supported",
     ),
     (frozenset({"video", "videos", "audio"}), "text and pictures are read, no videos and no audio"),
     (

@@ -54,7 +54,11 @@ class AlgorithmConfig:
     calculate_entropy: bool = key(False, "report the entropy even when entropy_bonus is 0")
     normalize_advantages: bool = key(True, "whiten the advantages over all valid tokens of the step")
     early_stop_imp_ratio: float | None = key(None, "a micro-batch whose mean ratio exceeds this adds no gradient; null: off", above=0)
-    importance_sampling_fix: bool = key(False, "multiply advantages by the clamped ratio of recomputed to engine probability")
+    importance_sampling_fix: bool | None = key(
+        None,
+        "multiply advantages by the clamped ratio of recomputed to engine probability; null: where runner.async_steps is 1 and "
+        "log-probabilities are recomputed",
+    )
     importance_sampling_clip: float = key(10.0, "upper clamp of that ratio", above=0)
     sampling_params: SamplingConfig = key(SamplingConfig(), "")
 

@@ -354,14 +354,14 @@ def _derive_grpo(config: RunConfig) -> RunConfig:
         algorithm.sampling_params,
         max_new_tokens=_given(algorithm.sampling_params.max_new_tokens, runner.seq_length - config.data.max_prompt_length),
     )
-    need_both = algorithm.importance_sampling_fix
+    fix = _given(algorithm.importance_sampling_fix, runner.async_steps > 0 and algorithm.recompute_logprobs)
     samples = config.data.rollout_batch_size * algorithm.group_size
     return replace(
         config,
-        algorithm=replace(algorithm, sampling_params=sampling),
+        algorithm=replace(algorithm, sampling_params=sampling, importance_sampling_fix=fix),
         rollout=replace(
             rollout,
-            return_logprobs=need_both or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
+            return_logprobs=fix or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
             enable_return_routed_experts=_given(rollout.enable_return_routed_experts, actor.megatron.router_replay == "R3"),
         ),
         actor=replace(

@@ -282,6 +282,12 @@ class RunnerConfig:
     task_type: Task = key("reasoning", "kind of run: GRPO, or supervised fine-tuning; a script runs one kind")
     logger: LoggerConfig = key(LoggerConfig(), "")
     max_epochs: int = key(1, "passes over the training data", min=1)
+    async_steps: int = key(
+        0,
+        "reasoning: steps that rollouts are ahead of training. 1: while the actor trains on the samples of a step, engines generate those "
+        "of the next one with the weights before it, see docs/async.md; 0: in turn",
+        min=0, max=1,
+    )  # fmt: skip
     max_steps: int = key(-1, "stop after this many steps; negative: only max_epochs limits", bounds=ANY_NUMBER)
     val_check_interval: int = key(
         -1,

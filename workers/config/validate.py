@@ -207,6 +207,8 @@ def _sft(config: SftConfig) -> Iterator[str]:
             f"actor.megatron.ckpt_convertor.hf_model_path ({hf_path}) belongs to a reasoning run; SFT reads the model at "
             f"actor.model.model_path ({actor.model.model_path})"
         )
+    if config.runner.async_steps:
+        yield f"runner.async_steps ({config.runner.async_steps}) belongs to a reasoning run, which has rollouts; leave it out"
     if actor.enable_dp_load_balance:
         yield (
             "actor.enable_dp_load_balance=True is for the samples of a reasoning run; in an SFT run each rank reads its own share of the "
@@ -235,6 +237,11 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         yield "algorithm.recompute_logprobs or rollout.return_logprobs must be True"
     if algorithm.importance_sampling_fix and not algorithm.recompute_logprobs:
         yield "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True: it compares both log-probabilities"
+    if config.runner.async_steps and algorithm.recompute_logprobs and not algorithm.importance_sampling_fix:
+        yield (
+            f"runner.async_steps ({config.runner.async_steps}) trains on samples of older weights, which "
+            "algorithm.importance_sampling_fix=False takes for the actor's own; leave it out, or set algorithm.recompute_logprobs to False"
+        )
     replay, returns_routes = config.actor.megatron.router_replay, config.rollout.enable_return_routed_experts
     if replay == "R2" and not algorithm.recompute_logprobs:
         yield "actor.megatron.router_replay=R2 needs algorithm.recompute_logprobs=True: it replays the routes of that pass"

@@ -1,0 +1,208 @@
+"""Claims about rollouts one step ahead of training (``runner.async_steps``): the order of a run's phases, with a stand-in for ranks and
+engines that answers by the version it holds and the seed it is given, and refuses what would spoil real ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlsync.engine.handles import Completion
+from rlsync.errors import ConfigError, RlsyncError
+from rlsync.layout.topology import Topology
+from tests.deadlines import HANG_S
+from tests.unit.test_check import check, values
+from tests.unit.test_check import world as world  # the fixture
+from tests.unit.test_config import minimal
+from tests.unit.test_sft_config import minimal as sft_minimal
+from workers import grpo_runner
+from workers.config import RunConfig, load_config
+from workers.grpo_runner import GrpoRunner
+from workers.judges import ExactJudge
+from workers.preparation import prepare
+from workers.resume import DATA_STATE, Beginning
+from workers.rollout_ahead import STATE
+from workers.worker_group import WorkerGroup
+
+STEPS = 6
+FRESH = Beginning()
+
+
+class Group:
+    """Ranks and engines. Where rollouts go ahead, training ends when the next one has begun, and that one when training has.
+
+    Attributes:
+        trained: of each step, response and version of its samples, and their advantages.
+        syncs: versions in their order.
+    """
+
+    topology, num_devices, engine_ids = Topology(tp_size=2), 3, ("0",)
+    aside = WorkerGroup.aside
+
+    def __init__(self, version: int, steps_ahead: int, loses: Sequence[int] = ()) -> None:
+        """``steps_ahead``: trainings that have a rollout beside them; ``loses``: of those rollouts, which an engine does not survive."""
+        self.version, self.held, self.num_replaced = version, -1, 0
+        self.trained: list[list[tuple[tuple[int, ...], int | None, float]]] = []
+        self.syncs: list[int] = []
+        self._steps_ahead, self._loses, self._num_ahead = steps_ahead, loses, 0
+        self._aside: list[Future[Any]] = []
+        self._generates, self._trains = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_generating = False
+
+    def connect(self) -> None: ...
+
+    def generate(self, prompts: Sequence[Any], sampling: Mapping[str, Any], seeds: Sequence[int] | None) -> list[tuple[Completion, ...]]:
+        assert seeds is not None and self.held >= 0 and not self._is_generating
+        self._is_generating, held = True, self.held
+        try:
+            if threading.current_thread() is not threading.main_thread():
+                self._num_ahead += 1
+                self._generates.release()
+                assert self._trains.acquire(timeout=HANG_S), "the actor trains meanwhile"
+                if self._num_ahead in self._loses:
+                    raise RlsyncError("process 7 of engine 0 has ended")
+            return [
+                tuple(Completion((3 + (held * 5 + seed + i) % 9,), (-0.5,), "stop", held, held) for i in range(sampling["n"]))
+                for seed in seeds
+            ]
+        finally:
+            self._is_generating = False
+
+    def on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        if method == "sync":
+            assert not self._is_generating
+            (self.held,) = arguments
+            self.syncs.append(self.held)
+            return [SimpleNamespace(metrics=dict)]
+        if method == "train":
+            if self._steps_ahead:
+                self._steps_ahead -= 1
+                assert self._generates.acquire(timeout=HANG_S), "engines generate meanwhile"
+                self._trains.release()
+            ((batch,),) = arguments
+            self.trained.append([(s.response_ids, s.version, s.advantage) for s in batch.samples])
+            self.version += 1
+            return [[{}]]
+        return [None]
+
+    def lost_engines(self, error: RlsyncError) -> dict[int, str]:
+        return {0: str(error)}
+
+    def replace_engines(self, numbers: Sequence[int]) -> None:
+        self.held = -1
+        self.num_replaced += len(numbers)
+
+
+def config(world: Path, **sections: dict[str, Any]) -> RunConfig:
+    base = values(world)
+    runner = {**base["runner"], "async_steps": 1, "max_steps": STEPS}
+    sections = {"runner": runner, "reward": {"reward_type": "exact"}, **sections}
+    rollout = {**base["rollout"], "max_engine_restarts": 1}
+    return load_config(values(world, rollout=rollout, **sections))
+
+
+@pytest.fixture
+def begun(world, monkeypatch):
+    """A function that makes a runner whose processes have come up as they would at its first step, or behind a checkpoint's."""
+    monkeypatch.setattr(grpo_runner, "ray", SimpleNamespace(put=lambda value: value))
+
+    def begin(found: RunConfig, beginning: Beginning = FRESH, loses: Sequence[int] = ()) -> tuple[GrpoRunner, Group]:
+        runner = GrpoRunner(found)
+        runner._prepared = prepare(found, beginning)
+        runner._batches, runner._judge, runner._total = iter(runner._prepared.data.loader), ExactJudge(found.reward), STEPS
+        nothing = SimpleNamespace(before_sync=bool, after_sync=bool, after_rollout=bool, take_seconds=dict)
+        runner._colocation, runner.notes = nothing, []
+        runner._screen = SimpleNamespace(phase=lambda name: None, note=runner.notes.append, component=lambda *_: None)
+        runner._log = SimpleNamespace(show=lambda metrics: None)
+        group = Group(beginning.step, (STEPS - beginning.step - 1) * found.runner.async_steps, loses)
+        runner._group = group
+        runner._restore_ahead()
+        return runner, group
+
+    return begin
+
+
+def steps(runner: GrpoRunner, first: int, last: int) -> list[dict[str, float]]:
+    """Their metrics, but for seconds."""
+    found = [runner._step(step, {})[0] for step in range(first, last + 1)]
+    return [{name: value for name, value in metrics.items() if not name.startswith("time/")} for metrics in found]
+
+
+def test_engines_generate_a_step_ahead_with_the_weights_before_and_are_synced_between_rollouts(world, begun) -> None:
+    runner, group = begun(config(world))
+    lags = [metrics["rollout/version_lag"] for metrics in steps(runner, 1, STEPS)]
+    assert lags == [0, 1, 1, 1, 1, 1] and group.syncs == [0, 1, 2, 3, 4, 5]
+    assert [{version for _, version, _ in samples} for samples in group.trained] == [{0}, {0}, {1}, {2}, {3}, {4}]
+    in_turn, other = begun(config(world, runner={**values(world)["runner"], "async_steps": 0}))
+    assert [metrics["rollout/version_lag"] for metrics in steps(in_turn, 1, STEPS)] == [0] * 6
+    # Seeds are of steps: where versions are the same, samples are.
+    assert group.trained[0] == other.trained[0] and group.trained[1:] != other.trained[1:]
+
+
+def test_a_resumed_run_trains_on_the_samples_that_the_uninterrupted_one_had_under_way(world, begun, tmp_path) -> None:
+    whole, group = begun(config(world))
+    expected = steps(whole, 1, 3)
+    (tmp_path / DATA_STATE).parent.mkdir()
+    torch.save(whole._data_state(), tmp_path / DATA_STATE)
+    expected = steps(whole, 4, STEPS)
+    resumed, other = begun(config(world), Beginning(tmp_path, 3))
+    assert steps(resumed, 4, STEPS) == expected and other.trained == group.trained[3:]
+    # In turn it draws the same prompts, with the newest weights.
+    found = config(world, runner={**values(world)["runner"], "async_steps": 0})
+    in_turn, fresh = begun(found, Beginning(tmp_path, 3, changed=("runner.async_steps",)))
+    steps(in_turn, 4, STEPS)
+    assert [{version for _, version, _ in samples} for samples in fresh.trained] == [{3}, {4}, {5}] and in_turn.notes == []
+    # Nor are samples of other settings trained on.
+    changed = Beginning(tmp_path, 3, changed=("algorithm.sampling_params.temperature", "actor.optim.lr"))
+    runner, anew = begun(config(world), changed)
+    steps(runner, 4, STEPS)
+    assert {version for _, version, _ in anew.trained[0]} == {3}
+    assert runner.notes == [
+        "step 4 is generated anew: algorithm.sampling_params.temperature changed since the checkpoint, which has samples of it"
+    ]
+
+
+@pytest.mark.parametrize("saves", [False, True], ids=["found at the next step", "found by a checkpoint"])
+def test_a_rollout_that_an_engine_did_not_survive_is_repeated_with_the_newest_weights(world, begun, saves) -> None:
+    runner, group = begun(config(world), loses=[2])
+    steps(runner, 1, 2)
+    if saves:
+        state = runner._data_state()
+        assert STATE not in state and state["handed_out"] == 2 and group.num_replaced == 1
+    steps(runner, 3, STEPS)
+    assert [{version for _, version, _ in samples} for samples in group.trained] == [{0}, {0}, {2}, {2}, {3}, {4}]
+    assert group.num_replaced == 1 and group.syncs == [0, 1, 2, 3, 4, 5]
+    runner, group = begun(config(world), loses=[2, 3])
+    with pytest.raises(RlsyncError, match="process 7 of engine 0 has ended"):
+        steps(runner, 1, STEPS)
+    assert len(group.trained) == 3, "max_engine_restarts is 1"
+
+
+def test_samples_of_older_weights_are_corrected_or_compared_with_the_engines_probabilities() -> None:
+    ahead = {"runner": {"async_steps": 1}}
+    found = load_config(minimal(**ahead))
+    assert found.algorithm.importance_sampling_fix is True and found.rollout.return_logprobs is True
+    found = load_config(minimal(**ahead, algorithm={"recompute_logprobs": False}))
+    assert found.algorithm.importance_sampling_fix is False and found.rollout.return_logprobs is True
+    assert load_config(minimal()).algorithm.importance_sampling_fix is False
+    with pytest.raises(ConfigError, match=r"async_steps \(1\) trains on samples of older weights, which algorithm.importance_sampling_fix"):
+        load_config(minimal(**ahead, algorithm={"importance_sampling_fix": False}))
+    with pytest.raises(ConfigError, match=r"runner.async_steps \(1\) belongs to a reasoning run"):
+        load_config({**(sft := sft_minimal()), "runner": {**sft["runner"], "async_steps": 1}}, "sft")
+
+
+def test_devices_that_actor_and_engines_share_are_refused_before_anything_starts(world, monkeypatch) -> None:
+    runner = {**values(world)["runner"], "async_steps": 1}
+    shared = {"component_placement": {"actor,rollout,reward": "0-1"}}
+    report = check(world, monkeypatch, runner=runner, cluster=shared)
+    assert [text for about, text in report.findings] == [
+        "runner.async_steps (1) has engines generate while the actor trains, but cluster.component_placement gives both the same devices, "
+        "which one side has at a time; give actor and rollout devices of their own, or set runner.async_steps to 0"
+    ]
+    assert check(world, monkeypatch, runner=runner).findings == []
