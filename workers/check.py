@@ -22,7 +22,7 @@ from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from rlsync.models.stored import misfits
-from workers.colocation import check_async, plan_colocation
+from workers.colocation import check_overlap, plan_colocation
 from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
 from workers.judges import check_reward_function
 from workers.metrics_log import find_logger
@@ -122,7 +122,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     if resolved is None:
         return
     report.num_ranks = len(resolved.actor)
-    report.take("devices", check_async, config, resolved.mode)
+    report.take("devices", check_overlap, config, resolved.mode)
     engines = report.take("devices", resolved.engines, config.rollout.tensor_parallel_size)
     dp_size = report.take("devices", validate_world, config, len(resolved.actor))
     report.dp_size = dp_size or 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rlsync.errors import ConfigError
-from workers.config import AnyConfig
+from workers.config import AnyConfig, RunConfig
 from workers.placement import PlacementMode
 
 ActorPart = Literal["weights", "grads", "optimizer"]
@@ -39,14 +39,16 @@ class ColocationPlan:
     notes: tuple[str, ...] = ()
 
 
-def check_async(config: AnyConfig, mode: PlacementMode) -> None:
-    """Raise ConfigError where engines are to generate while the actor trains, on the same devices."""
-    if config.runner.async_steps and mode is PlacementMode.COLLOCATED:
-        raise ConfigError(
-            f"runner.async_steps ({config.runner.async_steps}) has engines generate while the actor trains, but "
-            "cluster.component_placement gives both the same devices, which one side has at a time; give actor and rollout devices of "
-            "their own, or set runner.async_steps to 0"
-        )
+def check_overlap(config: AnyConfig, mode: PlacementMode) -> None:
+    """Raise ConfigError where engines are to generate while the actor works, on the same devices."""
+    early = config.algorithm.early_scoring_prompts if isinstance(config, RunConfig) else 0
+    asked = {"runner.async_steps": (config.runner.async_steps, "trains"), "algorithm.early_scoring_prompts": (early, "scores")}
+    for name, (value, works) in asked.items():
+        if value and mode is PlacementMode.COLLOCATED:
+            raise ConfigError(
+                f"{name} ({value}) has engines generate while the actor {works}, but cluster.component_placement gives both the same "
+                f"devices, which one side has at a time; give actor and rollout devices of their own, or set {name} to 0"
+            )
 
 
 def plan_colocation(config: AnyConfig, mode: PlacementMode, *, on_gpu: bool) -> ColocationPlan:

@@ -88,7 +88,10 @@ class GrpoRank(ActorRank):
         known = [s.routes for s in samples if s.routes is not None]
         engine = known if self._config.rollout.enable_return_routed_experts else None
         self._routes = engine if replay == "R3" else None
-        if algorithm.recompute_logprobs:
+        scored = [s.old_logprobs for s in samples if s.old_logprobs is not None]
+        if len(scored) == len(samples):
+            self._old_logprobs = scored
+        elif algorithm.recompute_logprobs:
             self._old_logprobs, taken = self._score(batch, self._routing, self._routes)
             self._routes = taken if replay == "R2" else self._routes
             self._counts = self._count(taken, engine)
@@ -100,6 +103,20 @@ class GrpoRank(ActorRank):
         rows = zip(self._old_logprobs, samples, strict=True)
         flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
         return LogprobDifference(flat.sum().item(), flat.max().item() if flat.numel() else 0.0, flat.numel())
+
+    def score_early(self, batches: Sequence[ReplicaBatch]) -> tuple[list[Tensor] | None, RoutingCounts | None]:
+        """``old_logprobs`` of this replica's samples, which have no pass in ``score`` with them. Collective.
+
+        Returned on the first rank of each replica. Beside them what ``routing_counts`` says, of these samples.
+        """
+        at = self._topology.coordinates(self._rank)
+        samples = batches[at.dp_rank].samples
+        routes = [s.routes for s in samples if s.routes is not None]
+        engine = routes if self._config.rollout.enable_return_routed_experts else None
+        replayed = engine if self._config.actor.megatron.router_replay == "R3" else None
+        scored, taken = self._score(batches[at.dp_rank], self._routing, replayed)
+        counts = self._count(taken, engine) if at.tp_rank == 0 else None
+        return scored if (at.tp_rank, at.cp_rank, at.pp_rank) == (0, 0, 0) else None, counts
 
     def routing_counts(self) -> RoutingCounts | None:
         """Of the last ``score`` that recomputed log-probabilities, on the first tensor rank of each pipeline stage."""

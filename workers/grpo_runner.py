@@ -20,9 +20,10 @@ from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
 from workers.data import Prompt
+from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
-from workers.judges import MathJudge, Verdict, open_judge
-from workers.metrics import difference_metrics, sample_metrics, speed_metrics
+from workers.judges import Beside, MathJudge, Verdict, open_judge
+from workers.metrics import difference_metrics, idle_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import REWARDS
 from workers.picture_prompts import warm_start_examples
 from workers.preparation import Preparation, prepare
@@ -31,9 +32,9 @@ from workers.resume import Beginning
 from workers.reward import unreadable_reference
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_ahead import STATE, Batch, Rollout, RolloutAhead, outdated, restored, state_of
-from workers.routes import engine_routes, routing_metrics, routing_shape
+from workers.routes import RoutingCounts, engine_routes, routing_metrics, routing_shape
 from workers.runner import Runner, timed
-from workers.samples import ReplicaBatch, Sample, split_samples, with_advantages
+from workers.samples import ReplicaBatch, Sample, aligned, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
 from workers.sft_data import SftExample
 from workers.supervised import answered
@@ -57,6 +58,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._health = SyncHealth()
         # Of the version that the engines hold, where a validation has synced it and the next step has yet to generate with it.
         self._served: SyncReport | None = None
+        self._generating_s = 0.0
         self._batch: Batch | None = None
         self._ahead: RolloutAhead | None = None
 
@@ -99,11 +101,19 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         """Behind the last trained step; with the samples of the next one, where they have been generated or are now."""
         if self._ahead is None:
             return self._prepared.data.loader.state_dict()
-        position, rollout = self._ahead.batch.position, self._settled({})
-        return position if rollout is None else {**position, STATE: state_of(rollout)}
+        batch, rollout = self._ahead.batch, self._settled({})
+        return batch.position if rollout is None else {**batch.position, STATE: state_of(rollout, batch)}
 
     def _speeds(self, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
-        return speed_metrics(metrics, seconds, self._group.num_devices)
+        group = self._group
+        idle = idle_metrics(
+            step_s=seconds["time/step"],
+            actor_s=sum(seconds.get(f"time/actor/{name}", 0.0) for name in ("early_inference", "inference", "training")),
+            generating_s=self._generating_s,
+            sync_s=seconds.get("time/sync_weights", 0.0),
+            actor_share=None if group.num_actor_devices == group.num_devices else group.num_actor_devices / group.num_devices,
+        )
+        return {**speed_metrics(metrics, seconds, group.num_devices), **idle}
 
     def _validate_weights(self, check: WeightCheck) -> None:
         """Answers of the engines before and after a first sync must be equal."""
@@ -147,7 +157,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
     def _step(self, step: int, seconds: dict[str, float]) -> tuple[dict[str, float], list[dict[str, float]]]:
         """One step. Before it there are ``step - 1`` versions of the weights; its samples come from the last of them, or, generated ahead
         of the step, from the one before."""
-        algorithm, screen = self._config.algorithm, self._screen
+        algorithm, screen, begun_s = self._config.algorithm, self._screen, time.monotonic()
         batch = self._drawn(step, seconds)
         report, rollout = self._synced_rollout(batch.prompts, step, seconds)
         self._served = self._ahead = None
@@ -155,19 +165,21 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         if self._config.runner.async_steps and step < self._total:
             self._begin_ahead(self._drawn(step + 1, seconds))
         samples = with_advantages(rollout.samples, algorithm.group_size, normalize=algorithm.normalize_advantages)
-        replica_batches = ray.put(self._split(samples, step))
+        shuffle_seed = self._config.actor.seed + step if algorithm.shuffle_rollout else None
+        replica_batches = ray.put(self._dealt(samples, num_updates=algorithm.n_minibatches, shuffle_seed=shuffle_seed))
         screen.phase("log-probabilities")
         with timed(seconds, "time/actor/inference"):
             differences = self._on_ranks("score", replica_batches)
-            routing = routing_metrics(self._on_ranks("routing_counts")) if "num_experts" in self._model.dims else {}
+            counted = [*rollout.routing, *self._on_ranks("routing_counts")] if "num_experts" in self._model.dims else []
         screen.phase("training")
         with timed(seconds, "time/actor/training"):
             updates = self._on_ranks("train", replica_batches)[0]
         seconds.update(self._colocation.take_seconds())
+        self._generating_s = self._group.generating_s(begun_s, time.monotonic())
         found = {
             **sample_metrics(samples, algorithm.group_size, step - 1),
             **difference_metrics(differences),
-            **routing,
+            **routing_metrics(counted),
             **report.metrics(),
         }
         return {**found, **self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}, updates
@@ -211,13 +223,14 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         beginning, position = self._prepared.beginning, self._prepared.position
         if not self._config.runner.async_steps or position is None or STATE not in position:
             return
-        step = beginning.step + 1
-        if changed := outdated(beginning):
-            self._screen.note(f"step {step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it")
+        batch, known = self._drawn(beginning.step + 1, {}), Future[Rollout]()
+        if changed := outdated(position[STATE], batch, beginning):
+            self._screen.note(
+                f"step {batch.step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it"
+            )
             return
-        batch, known = self._drawn(step, {}), Future[Rollout]()
-        saved = restored(position[STATE], batch.prompts)
-        known.set_result(replace(saved, samples=tuple(self._reward(batch.prompts, saved.samples))))
+        groups, seconds = restored(position[STATE], batch.prompts)
+        known.set_result(Rollout(tuple(s for group in self._judged(batch.prompts, groups) for s in group), seconds))
         self._ahead = RolloutAhead(batch, known)
 
     def _generated(self, version: int, seconds: dict[str, float], name: str, generate: Callable[[], T]) -> tuple[SyncReport, T]:
@@ -272,25 +285,43 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._group.replace_engines(list(lost))
 
     def _rollout(self, prompts: Sequence[Prompt], step: int) -> Rollout:
-        """``group_size`` samples of each prompt with their rewards; engines share the prompts."""
+        """``group_size`` samples of each prompt, which engines share. What has ended gets its rewards while others are generated."""
+        groups: list[list[Sample]] = [[] for _ in prompts]
         seconds: dict[str, float] = {}
-        with timed(seconds, "time/rollout"):
-            samples = self._samples(prompts, step)
-        with timed(seconds, "time/reward"):
-            samples = self._reward(prompts, samples)
-        return Rollout(tuple(samples), seconds)
 
-    def _samples(self, prompts: Sequence[Prompt], step: int) -> list[Sample]:
-        sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
-        groups = self._group.generate([p.for_engine() for p in prompts], sampling, self._seeds(len(prompts), step))
-        samples = [
-            _sample(prompt, c, self._routes(prompt, c))
-            for prompt, group in zip(prompts, groups, strict=True)
-            for c in group * (self._config.algorithm.group_size // len(group))
-        ]
+        def judge(numbers: Sequence[int]) -> None:
+            for number, group in zip(numbers, self._judged([prompts[i] for i in numbers], [groups[i] for i in numbers]), strict=True):
+                groups[number] = group
+
+        def take(ended: Mapping[int, tuple[Completion, ...]]) -> None:
+            for number, completions in ended.items():
+                groups[number] = self._samples(prompts[number], completions)
+            judging.add(ended)
+            scoring.add(ended)
+
+        early = EarlyScores(groups, self._config.algorithm.early_scoring_prompts, self._score_early)
+        with Beside(judge) as judging, Beside(early.ended) as scoring:
+            with timed(seconds, "time/rollout"):
+                sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
+                self._group.generate([p.for_engine() for p in prompts], sampling, self._seeds(len(prompts), step), take)
+            with timed(seconds, "time/reward"):
+                judging.wait()
+            scoring.wait()
+        samples = early.attached()
+        if early.seconds:
+            seconds["time/actor/early_inference"] = early.seconds
         if self._config.rollout.print_outputs:
             self._screen.note(f"{self._decoded(samples[0].prompt_ids)} -> {self._decoded(samples[0].response_ids)}")
-        return samples
+        return Rollout(samples, seconds, tuple(early.counts))
+
+    def _score_early(self, samples: Sequence[Sample]) -> tuple[list[torch.Tensor], list[RoutingCounts | None]]:
+        batches = self._dealt(samples, num_updates=1, shuffle_seed=None)
+        answers = self._on_ranks("score_early", ray.put(batches))
+        return aligned(samples, batches, [scored for scored, _ in answers if scored is not None]), [counts for _, counts in answers]
+
+    def _samples(self, prompt: Prompt, group: tuple[Completion, ...]) -> list[Sample]:
+        """``group_size`` samples without rewards."""
+        return [_sample(prompt, c, self._routes(prompt, c)) for c in group * (self._config.algorithm.group_size // len(group))]
 
     def _routes(self, prompt: Prompt, completion: Completion) -> torch.Tensor | None:
         if not self._config.rollout.enable_return_routed_experts:
@@ -316,11 +347,13 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         draw = random.Random(f"rollout-{self._config.actor.seed}-{step}")
         return [draw.randrange(2**40) for _ in range(count)]
 
-    def _reward(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
-        size = self._config.algorithm.group_size
-        groups = [[sample.response_ids for sample in samples[i : i + size]] for i in range(0, len(samples), size)]
-        rewards = [verdict.reward for group in self._verdicts(prompts, groups) for verdict in group]
-        return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
+    def _judged(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+        """The samples of each prompt with their rewards."""
+        verdicts = self._verdicts(prompts, [[sample.response_ids for sample in group] for group in groups])
+        return [
+            [replace(sample, reward=verdict.reward) for sample, verdict in zip(group, found, strict=True)]
+            for group, found in zip(groups, verdicts, strict=True)
+        ]
 
     def _verdicts(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Verdict]]:
         """On the responses (token ids) to each prompt. Those that took too long are said."""
@@ -335,17 +368,18 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             )
         return verdicts
 
-    def _split(self, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
-        algorithm, runner, actor = self._config.algorithm, self._config.runner, self._config.actor
+    def _dealt(self, samples: Sequence[Sample], *, num_updates: int, shuffle_seed: int | None) -> list[ReplicaBatch]:
+        """The samples of a step, or some of them, as the actor's replicas take them."""
+        runner, actor = self._config.runner, self._config.actor
         assert actor.micro_batch_size is not None, "load_config derives it"
         return split_samples(
             samples,
             dp_size=self._group.topology.dp_size,
-            num_updates=algorithm.n_minibatches,
+            num_updates=num_updates,
             micro_batch_size=actor.micro_batch_size,
             max_tokens=runner.max_tokens_per_mbs if runner.enable_dynamic_batch_size else None,
             balance=actor.enable_dp_load_balance,
-            shuffle_seed=actor.seed + step if algorithm.shuffle_rollout else None,
+            shuffle_seed=shuffle_seed,
         )
 
     def _decoded(self, token_ids: Sequence[int]) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from rlsync.errors import ConfigError, RlsyncError
@@ -76,6 +78,40 @@ def open_judge(config: RewardConfig) -> Iterator[Judge]:
     check_reward_function(config.reward_type)
     with VerifierPool(config.num_processes, config.timeout_s, () if function is None else (str(function[0]), function[1])) as pool:
         yield MathJudge(config, pool) if function is None else FunctionJudge(config, pool)
+
+
+class Beside:
+    """A call in a thread of its own beside what hands in numbers, in the order of their coming: with all at once that have come since its
+    last one, so that they are judged side by side. A context manager, which waits for the call under way."""
+
+    def __init__(self, call: Callable[[Sequence[int]], None]) -> None:
+        self._call, self._thread = call, ThreadPoolExecutor(1, "rlsync-beside")
+        self._waiting: SimpleQueue[int] = SimpleQueue()
+        self._calls: list[Future[None]] = []
+
+    def add(self, numbers: Iterable[int]) -> None:
+        """Hand in. Raises what a call before raised."""
+        for number in numbers:
+            self._waiting.put(number)
+        for call in self._calls:
+            if call.done():
+                call.result()
+        self._calls.append(self._thread.submit(self._run))
+
+    def wait(self) -> None:
+        """Return when all that was handed in is done. Raises what a call raised."""
+        for call in self._calls:
+            call.result()
+
+    def _run(self) -> None:
+        if numbers := [self._waiting.get() for _ in range(self._waiting.qsize())]:
+            self._call(numbers)
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 class MathJudge:

@@ -85,6 +85,21 @@ def speed_metrics(metrics: Mapping[str, float], seconds: Mapping[str, float], nu
     }
 
 
+def idle_metrics(*, step_s: float, actor_s: float, generating_s: float, sync_s: float, actor_share: float | None) -> dict[str, float]:
+    """Shares of a step in which actor and engines had nothing to do, 0 to 1.
+
+    Args:
+        step_s: of the whole step.
+        actor_s: in which actor ranks score or train.
+        generating_s: in which an engine has prompts to answer, mean over the engines.
+        sync_s: in which both sync.
+        actor_share: of the devices; None where actor and engines have the same ones.
+    """
+    actor, engines = 1 - (actor_s + sync_s) / step_s, 1 - (generating_s + sync_s) / step_s
+    both = actor + engines - 1 + sync_s / step_s if actor_share is None else actor_share * actor + (1 - actor_share) * engines
+    return {"perf/idle": both, "perf/actor_idle": actor, "perf/engine_idle": engines}
+
+
 def difference_metrics(differences: Sequence[LogprobDifference | None]) -> Mapping[str, float]:
     """Differences over all replicas; empty where engines or actor gave no log-probabilities."""
     seen = [d for d in differences if d is not None]

@@ -36,6 +36,10 @@ class Worker:
         """Start a call; ``collect`` awaits it."""
         return Call(self, method, getattr(self.actor, method).remote(*arguments))
 
+    def stream(self, method: str, *arguments: Any) -> Call:
+        """Start a call of a generator; ``collect_streamed`` takes what it yields."""
+        return Call(self, method, getattr(self.actor, method).options(num_returns="streaming").remote(*arguments))
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -51,13 +55,45 @@ class WorkerDiedError(RlsyncError):
 
 
 def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda call: None) -> list[Any]:
-    """The results of all calls, in order; ``on_result`` is called for each result as it arrives.
+    """The results of all calls, in order; ``on_result`` is called for each result as it arrives. Raises as ``_follow``."""
+    results: dict[Any, Any] = {}
+
+    def take(call: Call) -> bool:
+        results[call.reference] = ray.get(call.reference)
+        on_result(call)
+        return True
+
+    _follow(calls, take)
+    return [results[call.reference] for call in calls]
+
+
+def collect_streamed(calls: Sequence[Call], on_items: Callable[[int, list[Any]], None]) -> None:
+    """Hand over what the calls of ``Worker.stream`` yield, as it arrives: the number of the call, and what has come of it since.
+    Raises as ``_follow``."""
+    numbers = {call.reference: number for number, call in enumerate(calls)}
+
+    def take(call: Call) -> bool:
+        items: list[Any] = []
+        has_ended = False
+        while not has_ended and (not items or ray.wait([call.reference], timeout=0)[0]):
+            try:
+                items.append(ray.get(next(call.reference)))
+            except StopIteration:
+                has_ended = True
+        if items:
+            on_items(numbers[call.reference], items)
+        return has_ended
+
+    _follow(calls, take)
+
+
+def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
+    """Call ``take`` for a call that has something to give, until it says of each that it has ended.
 
     Raises one error as soon as a call failed and the others had a moment to say more: a process that died comes before an
     error of ours, and that before any other, because ranks fail in many ways when one of them is lost.
     """
     pending = {call.reference: call for call in calls}
-    results: dict[Any, Any] = {}
     failures: list[RlsyncError] = []
     deadline = float("inf")
     while pending:
@@ -65,16 +101,16 @@ def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda ca
         done, _ = ray.wait(list(pending), num_returns=1, timeout=None if left == float("inf") else max(0.0, left))
         if not done:
             break
-        call = pending.pop(done[0])
+        call = pending[done[0]]
         try:
-            results[done[0]] = ray.get(done[0])
-            on_result(call)
+            if take(call):
+                del pending[done[0]]
         except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+            del pending[done[0]]
             failures.append(_translated(call, error))
             deadline = min(deadline, time.monotonic() + _SETTLE_S)
     if failures:
         raise min(failures, key=_how_far_from_the_cause)
-    return [results[call.reference] for call in calls]
 
 
 def collect_answered(calls: Sequence[Call], timeout_s: float) -> list[Any]:

@@ -41,6 +41,7 @@ RULES: Mapping[str, Rule] = {
     "runner.seq_length": Rule.HOLDS,
     "runner.async_steps": Rule.HOLDS,
     "algorithm": Rule.HOLDS,
+    "algorithm.early_scoring_prompts": Rule.SILENT,
     "algorithm.training_batch_size_per_gpu": Rule.SILENT,
     "algorithm.logprob_forward_micro_batch_size": Rule.SILENT,
     "rollout": Rule.SILENT,

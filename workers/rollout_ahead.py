@@ -5,6 +5,7 @@ Owns what of it outlives a step or a run. Knows no engine: who generates is a ca
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 
 from workers.data import Prompt
 from workers.resume import Beginning
+from workers.routes import RoutingCounts
 from workers.samples import Sample
 
 # Where a checkpoint's data position has the samples that lie behind it.
 STATE = "rollout_ahead"
-# Keys that decide what is drawn to a prompt: under another value of one, saved samples are not those that a run would draw.
-_DECIDE = ("algorithm.group_size", "algorithm.sampling_params.", "data.", "rollout.model.", "runner.seq_length")
+# Keys that decide, beside the prompt, what is drawn to it: under another value of one, saved samples are not those that a run would draw.
+_DECIDE = ("algorithm.group_size", "algorithm.sampling_params.", "runner.seq_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,12 @@ class Rollout:
     Attributes:
         samples: of each prompt ``group_size``, adjacent, with their rewards.
         seconds: of its phases, by metric.
+        routing: what ranks have said of the routing of samples that they have scored already.
     """
 
     samples: tuple[Sample, ...]
     seconds: Mapping[str, float]
+    routing: tuple[RoutingCounts | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,8 @@ class RolloutAhead:
     rollout: Future[Rollout]
 
 
-def state_of(rollout: Rollout) -> dict[str, Any]:
-    """A rollout without prompts and rewards, in containers that ``torch.load`` reads with ``weights_only``."""
+def state_of(rollout: Rollout, batch: Batch) -> dict[str, Any]:
+    """A rollout of these prompts, without them and rewards, in containers that ``torch.load`` reads with ``weights_only``."""
     samples = [
         {
             "response_ids": list(sample.response_ids),
@@ -66,29 +70,34 @@ def state_of(rollout: Rollout) -> dict[str, Any]:
         }
         for sample in rollout.samples
     ]
-    return {"samples": samples, "seconds": dict(rollout.seconds)}
+    return {"samples": samples, "seconds": dict(rollout.seconds), "prompts": _fingerprint(batch.prompts)}
 
 
-def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Rollout:
-    """The rollout of ``state_of`` with the prompts that it answers, without rewards."""
-    size = len(state["samples"]) // len(prompts)
-    samples = [
-        Sample(
-            prompt.token_ids,
-            tuple(sample["response_ids"]),
-            tuple(sample["engine_logprobs"]),
-            sample["finished"],
-            sample["version"],
-            routes=sample["routes"],
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
-        )
-        for i, sample in enumerate(state["samples"])
-        for prompt in (prompts[i // size],)
-    ]
-    return Rollout(tuple(samples), state["seconds"])
+def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], Mapping[str, float]]:
+    """Of ``state_of``: the samples of each of the prompts that they answer, without rewards, and the seconds."""
+    samples, size = state["samples"], len(state["samples"]) // len(prompts)
+    groups = [[_sample(saved, prompt) for saved in samples[i * size : (i + 1) * size]] for i, prompt in enumerate(prompts)]
+    return groups, state["seconds"]
 
 
-def outdated(beginning: Beginning) -> tuple[str, ...]:
-    """Keys for whose change since the checkpoint its samples cannot be trained on."""
-    return tuple(key for key in beginning.changed if key.startswith(_DECIDE) and not key.startswith("data.val_"))
+def _sample(saved: Mapping[str, Any], prompt: Prompt) -> Sample:
+    return Sample(
+        prompt.token_ids,
+        tuple(saved["response_ids"]),
+        tuple(saved["engine_logprobs"]),
+        saved["finished"],
+        saved["version"],
+        routes=saved["routes"],
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+    )
+
+
+def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning) -> tuple[str, ...]:
+    """What has changed since the checkpoint, so that its samples are not those of this run."""
+    keys = tuple(key for key in beginning.changed if key.startswith(_DECIDE))
+    return keys if state["prompts"] == _fingerprint(batch.prompts) else (*keys, "the prompts")
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    return hashlib.blake2b(repr([prompt.token_ids for prompt in prompts]).encode(), digest_size=16).hexdigest()

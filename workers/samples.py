@@ -71,6 +71,7 @@ class Sample:
         advantage: of the whole response; the same for each of its tokens.
         finished: ended by itself rather than by its length limit.
         version: of the weights that produced it.
+        old_logprobs: of its tokens by the actor that trains on it, (length,) float32; None where it has not been scored.
         routes: experts that its tokens went to in the engine, as ``engine_routes`` returns them; None where it was not asked.
     """
 
@@ -81,6 +82,7 @@ class Sample:
     version: int | None
     reward: float = 0.0
     advantage: float = 0.0
+    old_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
     routes: Tensor | None = field(default=None, compare=False, repr=False)
     pixel_values: Tensor | None = field(default=None, compare=False, repr=False)
     image_grid_thw: Tensor | None = field(default=None, compare=False, repr=False)
@@ -168,6 +170,12 @@ def split_samples(
     num_tokens = tuple(sum(len(samples[i].response_ids) for i in batch) for batch in batches)
     num_sequences = tuple(sum(1 for i in batch if samples[i].response_ids) for batch in batches)
     return [ReplicaBatch(tuple(mine), num_tokens, num_sequences) for mine in updates]
+
+
+def aligned(samples: Sequence[Sample], batches: Sequence[ReplicaBatch], found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What was found of each sample, in the order of ``samples``, from what each replica found of its batch's."""
+    by_sample = {id(s): value for batch, values in zip(batches, found, strict=True) for s, value in zip(batch.samples, values, strict=True)}
+    return [by_sample[id(sample)] for sample in samples]
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:

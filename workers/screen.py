@@ -45,7 +45,7 @@ _COURSES = (
 _VALIDATED: tuple[tuple[str, Callable[..., Any]], ...] = (("val/reward", max), ("val/loss", min), ("val/exact_match", max))
 _TIMES = (
     "time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training",
-    "time/training", "time/data_wait",
+    "time/rollout_wait", "time/training", "time/data_wait",
 )  # fmt: skip
 _MEMORY = (
     "perf/actor_host_memory_gb", "perf/engine_host_memory_gb", "perf/max_memory_allocated_gb", "perf/device_memory_gb",
@@ -160,6 +160,8 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
             rows.append((name, f"{sum(seconds) / len(seconds):.2f} s a step, {sum(seconds):.0f} s in all"))
     if seconds := values("time/validation"):
         rows.append(("time/validation", f"{sum(seconds) / len(seconds):.2f} s each, {sum(seconds):.0f} s in all"))
+    if idle := values("perf/idle"):
+        rows.append(("perf/idle", f"{sum(idle) / len(idle):.0%} of the devices' time"))
     if speeds := values("rollout/tokens_per_s"):
         rows.append(("rollout/tokens_per_s", f"{sum(speeds) / len(speeds):.0f}"))
     for name in _MEMORY:

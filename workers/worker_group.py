@@ -24,16 +24,34 @@ from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
-from workers.colocation import ActorPart, check_async, plan_colocation
+from workers.colocation import ActorPart, check_overlap, plan_colocation
 from workers.config import AnyConfig, actor_topology, validate_world
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
 from workers.placement import components_of, resolve_placement
-from workers.remote import Call, Worker, collect, collect_answered
+from workers.remote import Call, Worker, collect, collect_answered, collect_streamed
 from workers.rollout import RolloutEngine, engine_arguments
 
 T = TypeVar("T")
 _RANK_CLOSE_S = 5.0
+
+
+class _Round:
+    """The prompts that one engine answers in a call of ``generate``.
+
+    Attributes:
+        first: number of the first one.
+        num_left: without an answer yet.
+        ended_s: when the last answer came.
+    """
+
+    def __init__(self, begun_s: float, first: int, num_prompts: int) -> None:
+        self.begun_s, self.first, self.num_left, self.ended_s = begun_s, first, num_prompts, begun_s
+
+    def answered(self, count: int) -> None:
+        """So many more."""
+        if count:
+            self.num_left, self.ended_s = self.num_left - count, time.monotonic()
 
 
 class WorkerGroup:
@@ -48,7 +66,7 @@ class WorkerGroup:
         self._config, self._cluster, self._rank_class = config, cluster, rank_class
         self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices, components_of(config))
         self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
-        check_async(config, self._placement.mode)
+        check_overlap(config, self._placement.mode)
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
@@ -61,6 +79,8 @@ class WorkerGroup:
         )
         self._num_replaced = 0
         self._aside: list[Future[Any]] = []
+        self._rounds: list[_Round] = []
+        self._counted_s = 0.0
 
     @property
     def description(self) -> str:
@@ -161,16 +181,45 @@ class WorkerGroup:
         """Memory metrics, each the maximum over ranks, engines or devices; lost workers are left out."""
         return largest(collect_answered([worker.call("memory") for worker in (*self._ranks, *self._engines)], ENGINE_STATE_S))
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None) -> list[tuple[Completion, ...]]:
-        """Completions of all prompts, each by one engine; ``seeds`` has one seed per prompt."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Mapping[str, Any],
+        seeds: Sequence[int] | None,
+        on_groups: Callable[[Mapping[int, tuple[Completion, ...]]], None] = lambda groups: None,
+    ) -> list[tuple[Completion, ...]]:
+        """Completions of all prompts, each by one engine; ``seeds`` has one seed per prompt. ``on_groups`` is called with those that have
+        just ended, by the number of their prompt, while others are still under way."""
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
-        timeout_s = self._config.rollout.timeout_s
+        timeout_s, begun_s = self._config.rollout.timeout_s, time.monotonic()
         calls = [
-            engine.call("generate", prompts[a:b], sampling, None if seeds is None else seeds[a:b], timeout_s)
+            engine.stream("stream", prompts[a:b], sampling, None if seeds is None else seeds[a:b], timeout_s)
             for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
         ]
-        return [group for answer in collect(calls) for group in answer]
+        rounds = [_Round(begun_s, a, b - a) for a, b in pairwise(bounds)]
+        self._rounds = [known for known in self._rounds if known.num_left or known.ended_s > self._counted_s] + rounds
+        groups: dict[int, tuple[Completion, ...]] = {}
+
+        def take(number: int, items: list[Any]) -> None:
+            new = {rounds[number].first + i: group for pairs in items for i, group in pairs}
+            rounds[number].answered(len(new))
+            groups.update(new)
+            on_groups(new)
+
+        try:
+            collect_streamed(calls, take)
+        finally:
+            for each in rounds:
+                each.answered(each.num_left)
+        return [groups[number] for number in range(len(prompts))]
+
+    def generating_s(self, since_s: float, until_s: float) -> float:
+        """Seconds between two instants of ``time.monotonic`` in which an engine had prompts to answer, mean over the engines. What ended
+        before ``since_s`` is forgotten."""
+        self._counted_s = since_s
+        ends = ((known, until_s if known.num_left else min(until_s, known.ended_s)) for known in self._rounds)
+        return sum(max(0.0, end - max(since_s, known.begun_s)) for known, end in ends) / max(1, len(self._engines))
 
     def aside(self, call: Callable[[], T]) -> Future[T]:
         """Run a call that waits for engines in a thread of its own; leaving the group waits for it, after the engines have ended."""

@@ -20,8 +20,9 @@ from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import actor as actor_module
 from workers.config import RunConfig, actor_topology
+from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
-from workers.samples import ReplicaBatch, Sample, split_samples
+from workers.samples import ReplicaBatch, Sample, aligned, split_samples
 from workers.supervised import answered
 
 
@@ -39,24 +40,41 @@ def leave(actor: GrpoRank) -> None:
     destroy_parallel(keep_distributed=True)
 
 
-def batches(actor: GrpoRank, samples: Sequence[Sample], step: int) -> list[ReplicaBatch]:
+def batches(actor: GrpoRank, samples: Sequence[Sample], step: int, *, num_updates: int | None = None) -> list[ReplicaBatch]:
     config = actor._config
     return split_samples(
         samples,
         dp_size=actor._topology.dp_size,
-        num_updates=config.algorithm.n_minibatches,
+        num_updates=config.algorithm.n_minibatches if num_updates is None else num_updates,
         micro_batch_size=config.algorithm.training_batch_size_per_gpu,
         max_tokens=config.runner.max_tokens_per_mbs if config.runner.enable_dynamic_batch_size else None,
         balance=config.actor.enable_dp_load_balance,
-        shuffle_seed=config.actor.seed + step if config.algorithm.shuffle_rollout else None,
+        shuffle_seed=config.actor.seed + step if config.algorithm.shuffle_rollout and num_updates is None else None,
     )
+
+
+def scored_early(actor: GrpoRank, samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """With log-probabilities, where the configuration has them made before ``score``; as a run's driver does it."""
+    size = actor._config.algorithm.group_size
+
+    def score(some: Sequence[Sample]) -> tuple[list[torch.Tensor], list[None]]:
+        dealt = batches(actor, some, 0, num_updates=1)
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, actor.score_early(dealt))
+        return aligned(some, dealt, [scored for scored, _ in answers if scored is not None]), []
+
+    early = EarlyScores([samples[i : i + size] for i in range(0, len(samples), size)], actor._config.algorithm.early_scoring_prompts, score)
+    # Prompts end in another order than they were asked.
+    for number in reversed(range(len(samples) // size)):
+        early.ended([number])
+    return early.attached()
 
 
 def steps(actor: GrpoRank, samples: Sequence[Sample], which: Sequence[int]) -> list[list[dict[str, float]]]:
     """Score and train, once for each number of a step; metrics of every update."""
     done = []
     for step in which:
-        dealt = batches(actor, samples, step)
+        dealt = batches(actor, scored_early(actor, samples), step)
         actor.score(dealt)
         done.append(actor.train(dealt))
     return done

@@ -24,6 +24,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 KL = {"kl_beta": 0.3, "kl_penalty_type": "low_var_kl"}
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 40}
 SEEING_DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 80}
+EARLY = {"early_scoring_prompts": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -52,7 +53,7 @@ def train(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> Non
 
 
 def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
-    """One rank: every term of the loss, microbatches of one, two and all samples, and by tokens."""
+    """One rank: every term of the loss, microbatches of one, two and all samples, and by tokens; scored together, or prompt by prompt."""
     train(
         1, given,
         {},
@@ -62,7 +63,7 @@ def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
         {"algorithm": {**KL, "entropy_bonus": 0.02, "training_batch_size_per_gpu": 1}},
         {"algorithm": {**KL, "kl_penalty_type": "k1", "shuffle_rollout": True}},
         {"algorithm": {**KL, "kl_penalty_type": "k2"}},
-        {"algorithm": {"importance_sampling_fix": True, "importance_sampling_clip": 1.05}},
+        {"algorithm": {"importance_sampling_fix": True, "importance_sampling_clip": 1.05, "early_scoring_prompts": 2}},
         {"algorithm": {"recompute_logprobs": False, "clip_ratio_c": 3.0}},
         {"actor.lr_sched": {"lr_warmup_iters": 0}, "actor.optim": {"use_distributed_optimizer": False}},
     )  # fmt: skip
@@ -76,11 +77,11 @@ def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
         {**qwen2_5_vl, "actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "shuffle_rollout": True}},
         {**qwen3_vl, "actor.model": PP2, "runner": SEEING_DYNAMIC, "algorithm": {**KL}},
         {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
-        {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}, "algorithm": {**KL, "shuffle_rollout": True}},
+        {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
         {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}},
-        {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True}},
-        {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean"}},
+        {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
+        {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean", "early_scoring_prompts": 2}},
         {"actor.optim": {"use_distributed_optimizer": False}, "algorithm": {"recompute_logprobs": False}},
     )  # fmt: skip
 

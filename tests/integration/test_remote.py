@@ -6,18 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
 from ray._private import services
 
+from rlsync.engine.handles.ray import ENGINE_THREADS, EngineActor
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import HANG_S, SLACK, ended_before
 from workers.cluster import Cluster
-from workers.remote import Worker, WorkerDiedError, collect, collect_answered, keep_own_log
+from workers.remote import Worker, WorkerDiedError, collect, collect_answered, collect_streamed, keep_own_log
 
 # Joins a cluster and runs code in it.
 _CLIENT = """
@@ -48,6 +52,30 @@ class Rank:
     def die(self, after_s: float) -> None:
         time.sleep(after_s)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Answers:
+    """Stands in for an engine: gives an answer, the last prompt's first, and waits until it has been seen before it gives the next."""
+
+    def __init__(self) -> None:
+        self._seen = threading.Semaphore(0)
+
+    def seen(self) -> None:
+        self._seen.release()
+
+    def generate(self, prompts: Sequence[str], sampling: object, *, seeds: object, timeout_s: object, on_result: Any) -> None:
+        for number, prompt in reversed([*enumerate(prompts)]):
+            if prompt == "refuse":
+                raise CheckpointError("no answer")
+            if prompt == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            on_result(number, (prompt,))
+            assert self._seen.acquire(timeout=HANG_S)
+
+
+class Engine(EngineActor):
+    def __init__(self) -> None:
+        self._engine = Answers()
 
 
 # The processes of Ray that the first attempt to start it has left.
@@ -109,6 +137,28 @@ def test_a_dead_rank_is_named_although_another_complains_first_and_a_third_hangs
     with ended_before(HANG_S), died as caught:
         collect([ranks[1].call("break_down", 0.0), ranks[2].call("hang"), ranks[3].call("die", 0.5)])
     assert ranks[3].log in str(caught.value)
+
+
+def test_answers_arrive_while_others_are_still_generated_until_an_engine_fails(cluster):
+    engines = [cluster.launch(Engine, f"Engines:{i}", (i,), name=f"engine {i}", threads=ENGINE_THREADS) for i in range(2)]
+    arrived: list[list[tuple[int, tuple[str, ...]]]] = [[], []]
+
+    def take(number: int, items: list[Any]) -> None:
+        arrived[number] += [pair for pairs in items for pair in pairs]
+        collect([engines[number].call("call", "seen")])
+
+    def ask(*prompts: Sequence[str]) -> None:
+        calls = zip(engines, prompts, strict=True)
+        collect_streamed([engine.stream("stream", asked, {}, None, None) for engine, asked in calls], take)
+
+    ask(["a", "b", "c"], ["d"])
+    assert arrived == [[(2, ("c",)), (1, ("b",)), (0, ("a",))], [(0, ("d",))]]
+    ask([], [])
+    with pytest.raises(CheckpointError, match=r"^no answer$"):
+        ask(["e"], ["refuse", "f"])
+    with pytest.raises(WorkerDiedError, match=r"engine 0 .*ended during stream"):
+        ask(["die", "g"], ["h"])
+    assert arrived[0][3:] == [(0, ("e",)), (1, ("g",))] and arrived[1][1:] == [(1, ("f",)), (0, ("h",))]
 
 
 # Who may join.

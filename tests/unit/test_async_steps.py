@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from rlsync.engine.handles import Completion
 from rlsync.errors import ConfigError, RlsyncError
@@ -21,14 +22,14 @@ from tests.unit.test_check import check, values
 from tests.unit.test_check import world as world  # the fixture
 from tests.unit.test_config import minimal
 from tests.unit.test_sft_config import minimal as sft_minimal
-from workers import grpo_runner
-from workers.config import RunConfig, load_config
+from workers import grpo_runner, worker_group
+from workers.config import RunConfig, load_config, validate_world
 from workers.grpo_runner import GrpoRunner
-from workers.judges import ExactJudge
+from workers.judges import Beside, ExactJudge
 from workers.preparation import prepare
 from workers.resume import DATA_STATE, Beginning
 from workers.rollout_ahead import STATE
-from workers.worker_group import WorkerGroup
+from workers.worker_group import WorkerGroup, _Round
 
 STEPS = 6
 FRESH = Beginning()
@@ -40,6 +41,8 @@ class Group:
     Attributes:
         trained: of each step, response and version of its samples, and their advantages.
         syncs: versions in their order.
+        logprobs: of each step, those that its samples had before they were scored.
+        scores_early: prompts behind which engines go on only when the actor has scored.
     """
 
     topology, num_devices, engine_ids = Topology(tp_size=2), 3, ("0",)
@@ -50,14 +53,17 @@ class Group:
         self.version, self.held, self.num_replaced = version, -1, 0
         self.trained: list[list[tuple[tuple[int, ...], int | None, float]]] = []
         self.syncs: list[int] = []
+        self.logprobs: list[list[list[float] | None]] = []
+        self.scores_early: tuple[int, ...] = ()
         self._steps_ahead, self._loses, self._num_ahead = steps_ahead, loses, 0
         self._aside: list[Future[Any]] = []
         self._generates, self._trains = threading.Semaphore(0), threading.Semaphore(0)
+        self._scores = threading.Semaphore(0)
         self._is_generating = False
 
     def connect(self) -> None: ...
 
-    def generate(self, prompts: Sequence[Any], sampling: Mapping[str, Any], seeds: Sequence[int] | None) -> list[tuple[Completion, ...]]:
+    def generate(self, prompts: Sequence[Any], sampling: Mapping[str, Any], seeds: Sequence[int] | None, on_groups: Any) -> None:
         assert seeds is not None and self.held >= 0 and not self._is_generating
         self._is_generating, held = True, self.held
         try:
@@ -67,10 +73,11 @@ class Group:
                 assert self._trains.acquire(timeout=HANG_S), "the actor trains meanwhile"
                 if self._num_ahead in self._loses:
                     raise RlsyncError("process 7 of engine 0 has ended")
-            return [
-                tuple(Completion((3 + (held * 5 + seed + i) % 9,), (-0.5,), "stop", held, held) for i in range(sampling["n"]))
-                for seed in seeds
-            ]
+            for number, seed in reversed([*enumerate(seeds)]):
+                group = (Completion((3 + (held * 5 + seed + i) % 9,), (-0.5,), "stop", held, held) for i in range(sampling["n"]))
+                on_groups({number: tuple(group)})
+                if self.scores_early and number in self.scores_early:
+                    assert self._scores.acquire(timeout=HANG_S), "the actor scores meanwhile"
         finally:
             self._is_generating = False
 
@@ -80,6 +87,10 @@ class Group:
             (self.held,) = arguments
             self.syncs.append(self.held)
             return [SimpleNamespace(metrics=dict)]
+        if method == "score_early":
+            ((batch,),) = arguments
+            self._scores.release()
+            return [([torch.full((s.length,), float(s.response_ids[0])) for s in batch.samples], None), (None, None)]
         if method == "train":
             if self._steps_ahead:
                 self._steps_ahead -= 1
@@ -87,9 +98,13 @@ class Group:
                 self._trains.release()
             ((batch,),) = arguments
             self.trained.append([(s.response_ids, s.version, s.advantage) for s in batch.samples])
+            self.logprobs.append([None if s.old_logprobs is None else s.old_logprobs.tolist() for s in batch.samples])
             self.version += 1
             return [[{}]]
         return [None]
+
+    def generating_s(self, since_s: float, until_s: float) -> float:
+        return 0.0
 
     def lost_engines(self, error: RlsyncError) -> dict[int, str]:
         return {0: str(error)}
@@ -145,6 +160,19 @@ def test_engines_generate_a_step_ahead_with_the_weights_before_and_are_synced_be
     assert group.trained[0] == other.trained[0] and group.trained[1:] != other.trained[1:]
 
 
+def test_the_actor_scores_prompts_that_have_ended_while_engines_answer_others(world, begun) -> None:
+    """Of four prompts, the last of which ends first, two at a time."""
+    in_turn = {**values(world)["runner"], "async_steps": 0}
+    runner, group = begun(config(world, runner=in_turn, algorithm={"early_scoring_prompts": 2}))
+    group.scores_early = (2, 0)
+    metrics = steps(runner, 1, 2)
+    plain, other = begun(config(world, runner=in_turn))
+    assert steps(plain, 1, 2) == metrics and other.trained == group.trained and other.logprobs == [[None] * 8] * 2
+    # Each has its own, in the order of training.
+    scores = [[row[0] for row in step if row is not None] for step in group.logprobs]
+    assert scores == [[float(ids[0]) for ids, _, _ in samples] for samples in group.trained]
+
+
 def test_a_resumed_run_trains_on_the_samples_that_the_uninterrupted_one_had_under_way(world, begun, tmp_path) -> None:
     whole, group = begun(config(world))
     expected = steps(whole, 1, 3)
@@ -162,6 +190,13 @@ def test_a_resumed_run_trains_on_the_samples_that_the_uninterrupted_one_had_unde
     changed = Beginning(tmp_path, 3, changed=("algorithm.sampling_params.temperature", "actor.optim.lr"))
     runner, anew = begun(config(world), changed)
     steps(runner, 4, STEPS)
+    # Where their files lie is not among them.
+    moved, same = begun(config(world), Beginning(tmp_path, 3, changed=("data.train_data_paths", "rollout.model.model_path")))
+    assert steps(moved, 4, STEPS) == expected and same.trained == group.trained[3:] and moved.notes == []
+    state = torch.load(tmp_path / DATA_STATE, weights_only=True)
+    torch.save({**state, STATE: {**state[STATE], "prompts": "others"}}, tmp_path / DATA_STATE)
+    others, _ = begun(config(world), Beginning(tmp_path, 3))
+    assert others.notes == ["step 4 is generated anew: the prompts changed since the checkpoint, which has samples of it"]
     assert {version for _, version, _ in anew.trained[0]} == {3}
     assert runner.notes == [
         "step 4 is generated anew: algorithm.sampling_params.temperature changed since the checkpoint, which has samples of it"
@@ -182,6 +217,45 @@ def test_a_rollout_that_an_engine_did_not_survive_is_repeated_with_the_newest_we
     with pytest.raises(RlsyncError, match="process 7 of engine 0 has ended"):
         steps(runner, 1, STEPS)
     assert len(group.trained) == 3, "max_engine_restarts is 1"
+
+
+def test_an_engine_that_has_answered_its_own_prompts_is_idle_while_others_generate(monkeypatch) -> None:
+    """Of two rollouts the first ends within the step, the second goes on behind it."""
+    group = SimpleNamespace(
+        _engines=[None, None], _rounds=[_Round(100.0, 0, 2), _Round(100.0, 2, 2), _Round(108.0, 0, 2), _Round(108.0, 2, 2)]
+    )
+    for number, (at_s, count) in enumerate([(104.0, 2), (107.0, 2), (109.0, 1), (109.0, 2)]):
+        monkeypatch.setattr(worker_group.time, "monotonic", lambda at_s=at_s: at_s)
+        group._rounds[number].answered(count)
+    # Seconds 102 to 110: 2, 5, 2 and 1 of them.
+    assert WorkerGroup.generating_s(group, 102.0, 110.0) == (2 + 5 + 2 + 1) / 2
+    assert WorkerGroup.generating_s(group, 110.0, 112.0) == 1.0
+
+
+def test_numbers_that_come_during_a_call_are_taken_together_by_the_next_and_its_error_is_the_adders() -> None:
+    calls: list[list[int]] = []
+    first, gate = threading.Event(), threading.Event()
+
+    def call(numbers: Sequence[int]) -> None:
+        calls.append([*numbers])
+        first.set()
+        assert gate.wait(HANG_S)
+        if 9 in numbers:
+            raise ConfigError("nine")
+
+    with Beside(call) as beside:
+        beside.add([3])
+        assert first.wait(HANG_S)
+        beside.add([1, 4])
+        beside.add([2])
+        gate.set()
+        beside.wait()
+        assert calls == [[3], [1, 4, 2]]
+        beside.add([9])
+        with pytest.raises(ConfigError, match="nine"):
+            beside.wait()
+        with pytest.raises(ConfigError, match="nine"):
+            beside.add([5])
 
 
 def test_samples_of_older_weights_are_corrected_or_compared_with_the_engines_probabilities() -> None:
@@ -206,3 +280,25 @@ def test_devices_that_actor_and_engines_share_are_refused_before_anything_starts
         "which one side has at a time; give actor and rollout devices of their own, or set runner.async_steps to 0"
     ]
     assert check(world, monkeypatch, runner=runner).findings == []
+    report = check(world, monkeypatch, algorithm={"early_scoring_prompts": 2}, cluster=shared)
+    assert "algorithm.early_scoring_prompts (2) has engines generate while the actor scores, but" in report.findings[0][1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"algorithm": {"recompute_logprobs": False}}, "needs algorithm.recompute_logprobs=True"),
+        ({"data": {"rollout_batch_size": 5}}, r"data.rollout_batch_size \(5\) must be divisible by algorithm.early_scoring_prompts \(2\)"),
+        ({"runner": {"async_steps": 1}}, "with runner.async_steps it trains meanwhile"),
+        ({"actor": {"megatron": {"router_replay": "R2"}}}, "leaves no routes on the ranks, which actor.megatron.router_replay=R2 replays"),
+    ],
+)
+def test_early_scoring_is_refused_where_it_has_nothing_to_do_or_would_lose_something(sections, said) -> None:
+    found = OmegaConf.merge(minimal(algorithm={"early_scoring_prompts": 2}), sections)
+    with pytest.raises(ConfigError, match=said):
+        load_config(found)
+    ranks = load_config(minimal(algorithm={"early_scoring_prompts": 2, "group_size": 3}, cluster={"component_placement": {"actor": "0-3"}}))
+    with pytest.raises(
+        ConfigError, match=r"early_scoring_prompts x algorithm.group_size \(6\) must be divisible by the data-parallel size"
+    ):
+        validate_world(ranks, 4)

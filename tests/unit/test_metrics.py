@@ -25,7 +25,7 @@ from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
-from workers.metrics import device_memory_gb, host_memory_gb, largest, rollout_metrics, sample_metrics, speed_metrics
+from workers.metrics import device_memory_gb, host_memory_gb, idle_metrics, largest, rollout_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import MetricsLog, check_loggers, find_logger, read_metrics
 from workers.samples import Sample
 from workers.screen import Screen, summary_rows
@@ -271,6 +271,13 @@ def test_groups_with_equal_rewards_and_tokens_a_second_match_hand_computed_value
     assert (found["rollout/fraction_of_groups_with_equal_rewards"], found["perf/total_num_tokens"]) == (0.5, 18.0)
     speeds = speed_metrics(found, {"time/step": 3.0, "time/rollout": 2.0}, num_devices=2)
     assert speeds == {"perf/throughput": 3.0, "rollout/tokens_per_s": 5.0}
+
+
+def test_idle_shares_match_hand_computed_values() -> None:
+    """10 s, of which the actor works 4 and engines 5, and both sync 1: of 2 and of 6 devices, or of the same ones."""
+    parts = {"step_s": 10.0, "actor_s": 4.0, "generating_s": 5.0, "sync_s": 1.0}
+    assert idle_metrics(**parts, actor_share=0.25) == pytest.approx({"perf/idle": 0.425, "perf/actor_idle": 0.5, "perf/engine_idle": 0.4})
+    assert idle_metrics(**parts, actor_share=None)["perf/idle"] == pytest.approx(0.0)
 
 
 def test_memory_of_a_process_counts_its_children() -> None:

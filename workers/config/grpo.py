@@ -37,6 +37,12 @@ class AlgorithmConfig:
     training_batch_size_per_gpu: int = key(1, "samples in a training micro-batch of one data-parallel rank", min=1)
     logprob_forward_micro_batch_size: int = key(1, "samples in a micro-batch when log-probabilities are recomputed", min=1)
     recompute_logprobs: bool = key(True, "the actor computes the old log-probabilities; false: the engine's are used")
+    early_scoring_prompts: int = key(
+        0,
+        "the actor computes those of so many consecutive prompts as soon as all responses to them have ended, while engines generate "
+        "others; 0: all behind the rollout",
+        min=0,
+    )
     shuffle_rollout: bool = key(False, "shuffle the samples of a step over the mini-batches, seeded by actor.seed")
     loss_type: Literal["actor"] = key("actor", "the clipped policy loss")
     loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = key(

@@ -132,6 +132,9 @@ def _undealt_samples(config: RunConfig, dp_size: int) -> Iterator[str]:
     samples = config.data.rollout_batch_size * config.algorithm.group_size
     if samples % dp_size:
         yield f"data.rollout_batch_size x algorithm.group_size ({samples}) must be divisible by the data-parallel size ({dp_size})"
+    early = config.algorithm.early_scoring_prompts * config.algorithm.group_size
+    if early % dp_size:
+        yield f"algorithm.early_scoring_prompts x algorithm.group_size ({early}) must be divisible by the data-parallel size ({dp_size})"
     if config.warm_start is not None and config.warm_start.batch_size < dp_size:
         yield f"warm_start.batch_size ({config.warm_start.batch_size}) must be at least the data-parallel size ({dp_size})"
 
@@ -242,6 +245,7 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
             f"runner.async_steps ({config.runner.async_steps}) trains on samples of older weights, which "
             "algorithm.importance_sampling_fix=False takes for the actor's own; leave it out, or set algorithm.recompute_logprobs to False"
         )
+    yield from _early_scoring(config)
     replay, returns_routes = config.actor.megatron.router_replay, config.rollout.enable_return_routed_experts
     if replay == "R2" and not algorithm.recompute_logprobs:
         yield "actor.megatron.router_replay=R2 needs algorithm.recompute_logprobs=True: it replays the routes of that pass"
@@ -264,6 +268,21 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
     wrong, correct = config.reward.reward_min_val, config.reward.reward_max_val
     if wrong >= correct:
         yield f"reward.reward_min_val ({wrong}) must be less than reward.reward_max_val ({correct})"
+
+
+def _early_scoring(config: RunConfig) -> Iterator[str]:
+    early, prompts = config.algorithm.early_scoring_prompts, config.data.rollout_batch_size
+    if not early:
+        return
+    about = f"algorithm.early_scoring_prompts ({early})"
+    if not config.algorithm.recompute_logprobs:
+        yield f"{about} needs algorithm.recompute_logprobs=True, without which nothing is scored; set it to 0"
+    if prompts % early:
+        yield f"data.rollout_batch_size ({prompts}) must be divisible by algorithm.early_scoring_prompts ({early})"
+    if config.runner.async_steps:
+        yield f"{about} is for an actor that waits for the rollout, and with runner.async_steps it trains meanwhile; set one of them to 0"
+    if config.actor.megatron.router_replay == "R2":
+        yield f"{about} leaves no routes on the ranks, which actor.megatron.router_replay=R2 replays; set it to 0"
 
 
 def _batches(config: RunConfig) -> Iterator[str]:

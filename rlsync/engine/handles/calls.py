@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any, TypeVar
 
 from rlsync.errors import EngineDirtyError
@@ -177,16 +178,21 @@ class Calls:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run_requests(
-        self, requests: Iterable[Coroutine[Any, Any, T]], timeout_s: float | None, probe: Callable[[], Coroutine[Any, Any, Any]]
+        self,
+        requests: Iterable[Coroutine[Any, Any, T]],
+        timeout_s: float | None,
+        probe: Callable[[], Coroutine[Any, Any, Any]],
+        on_result: Callable[[int, T], None] | None = None,
     ) -> list[T]:
-        """The results of all requests, made side by side.
+        """The results of all requests, made side by side. ``on_result`` is called with the number of a request and its result when it
+        ends, in the thread of the loop.
 
         After ``timeout_s`` they are cancelled, and ``probe`` asks the engine for a sign of life: one that gives none has a
         stopped or stuck process, and becomes dirty, unless it is in a sync. Raises TimeoutError, or EngineDirtyError where the engine
         is dirty.
         """
         try:
-            return self.run(self._gather(requests), timeout_s)
+            return self.run(self._gather(requests, on_result), timeout_s)
         except TimeoutError as late:
             try:
                 self.run(probe(), _PROBE_S)
@@ -201,8 +207,15 @@ class Calls:
                 raise self._gate.refusal() from None
             raise
 
-    async def _gather(self, requests: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    async def _gather(self, requests: Iterable[Coroutine[Any, Any, T]], on_result: Callable[[int, T], None] | None) -> list[T]:
         tasks = [asyncio.ensure_future(request) for request in requests]
+
+        def ended(number: int, task: asyncio.Task[T]) -> None:
+            if on_result is not None and not task.cancelled() and task.exception() is None:
+                on_result(number, task.result())
+
+        for number, task in enumerate(tasks):
+            task.add_done_callback(partial(ended, number))
         self._requests.update(tasks)
         try:
             return list(await asyncio.gather(*tasks))

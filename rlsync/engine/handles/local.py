@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -103,6 +103,7 @@ class Engine:
         *,
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
+        on_result: Callable[[int, tuple[Completion, ...]], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
         """Continue every prompt, ``sampling["n"]`` times each; waits while a sync is going on.
 
@@ -110,6 +111,7 @@ class Engine:
             sampling: fields of ``vllm.SamplingParams``. Text is not made unless ``detokenize`` says so.
             seeds: of each prompt; what is drawn then depends on the seed alone and not on what was drawn before.
             timeout_s: bound of the whole call, or None.
+            on_result: called with the number of a prompt and its completions as soon as these have ended, in a thread of the engine.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
@@ -125,7 +127,7 @@ class Engine:
         params = [SamplingParams(**fields, **seed) for seed in seeded]
         inputs = [self._input(prompt) for prompt in prompts]
         requests = [self._generate_one(each, p) for each, p in zip(inputs, params, strict=True)]
-        return self._calls.run_requests(requests, timeout_s, probe=lambda: self._llm.is_paused())
+        return self._calls.run_requests(requests, timeout_s, lambda: self._llm.is_paused(), on_result)
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:
         """As vLLM takes it."""

@@ -7,7 +7,9 @@ handle needs no vLLM.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 from rlsync.engine import forking
@@ -61,6 +63,26 @@ class EngineActor:
         """As ``Engine.generate``."""
         with self.explained("generate"):
             return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
+    ) -> Iterator[list[tuple[int, tuple[Completion, ...]]]]:
+        """As ``Engine.generate``, but yields numbers of prompts with their completions as these end."""
+        ended: SimpleQueue[tuple[int, tuple[Completion, ...]] | None] = SimpleQueue()
+        with self.explained("generate"), ThreadPoolExecutor(1) as thread:
+            call = thread.submit(
+                self._engine.generate, prompts, sampling, seeds=seeds, timeout_s=timeout_s, on_result=lambda *pair: ended.put(pair)
+            )
+            call.add_done_callback(lambda _: ended.put(None))
+            is_over = False
+            while not is_over:
+                batch = [ended.get()]
+                while not ended.empty():
+                    batch.append(ended.get())
+                is_over = None in batch
+                if pairs := [pair for pair in batch if pair is not None]:
+                    yield pairs
+            call.result()
 
     def close(self) -> None:
         """End vLLM's processes."""
