@@ -98,7 +98,7 @@ class GrpoRank(ActorRank):
         else:
             self._old_logprobs = [_engine_row(s) for s in samples]
         self._reference_logprobs = None if self._reference is None else self._score_reference(batch)
-        if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or (at.tp_rank, at.pp_rank) != (0, 0):
+        if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or not at.leads_replica:
             return None
         rows = zip(self._old_logprobs, samples, strict=True)
         flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
@@ -119,9 +119,10 @@ class GrpoRank(ActorRank):
         return scored if (at.tp_rank, at.cp_rank, at.pp_rank) == (0, 0, 0) else None, counts
 
     def routing_counts(self) -> RoutingCounts | None:
-        """Of the last ``score`` that recomputed log-probabilities, on the first tensor rank of each pipeline stage."""
+        """Of the last ``score`` that recomputed log-probabilities, on the first tensor and context rank of each pipeline stage."""
         counts, self._counts = self._counts, None
-        return counts if self._topology.coordinates(self._rank).tp_rank == 0 else None
+        at = self._topology.coordinates(self._rank)
+        return counts if (at.tp_rank, at.cp_rank) == (0, 0) else None
 
     def _count(self, taken: Sequence[Tensor], engine: Sequence[Tensor] | None) -> RoutingCounts | None:
         return None if self._routing is None else routing_counts(taken, engine, self._routing.num_experts)

@@ -42,7 +42,7 @@ class SftRank(ActorRank):
     def __init__(self, config: SftConfig, topology: Topology) -> None:
         super().__init__(config, topology)
         at = topology.coordinates(self._rank)
-        self._dp_rank, self._reads = at.dp_rank, (at.tp_rank, at.pp_rank) == (0, 0)
+        self._dp_rank, self._reads = at.dp_rank, at.leads_replica
         self._loader: RowLoader[SftExample] | None = None
         self._batches: Iterator[list[SftExample]] | None = None
         self._held_out: ExampleSource[SftExample] | None = None

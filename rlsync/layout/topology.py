@@ -108,3 +108,8 @@ class Coordinates:
     pp_rank: int
     etp_rank: int
     ep_rank: int
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this is the first rank of its data-parallel replica."""
+        return (self.tp_rank, self.cp_rank, self.pp_rank) == (0, 0, 0)

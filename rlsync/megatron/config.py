@@ -112,6 +112,7 @@ def model_config(
         is_transformer_engine=is_transformer_engine,
     )
     transformer = _build(settings)
+    _check_context(transformer, is_transformer_engine=is_transformer_engine)
     if model.rope.yarn is not None and not is_latent:
         _multiply_rotations(transformer, model.rope.yarn.attention_factor)
     return ModelConfig(
@@ -224,6 +225,25 @@ def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:
     """
     attributes: Any = transformer
     attributes.yarn_rotary_scaling_factor, attributes.yarn_mscale, attributes.yarn_mscale_all_dim = math.e, 10 * (factor - 1), 0.0
+
+
+def _check_context(transformer: TransformerConfig, *, is_transformer_engine: bool) -> None:
+    """Raise ConfigError where attention under context parallelism would fail in the first pass."""
+    size, kind = transformer.context_parallel_size, transformer.cp_comm_type
+    if size == 1:
+        return
+    if kind not in (None, "p2p", "all_gather", "a2a"):
+        raise ConfigError(f"cp_comm_type is {kind!r}; use p2p, all_gather or a2a")
+    groups = transformer.num_query_groups // transformer.tensor_model_parallel_size
+    if kind == "a2a" and groups % size:
+        raise ConfigError(
+            f"cp_comm_type a2a deals key-value heads to context_parallel_size {size} ranks, and each tensor rank has {groups} of them; "
+            "use p2p"
+        )
+    if is_transformer_engine and transformer.params_dtype is torch.float32:
+        raise ConfigError(
+            f"TransformerEngine's attention does not compute fp32 under context_parallel_size {size}; use bf16, or the local spec"
+        )
 
 
 def _build(settings: Mapping[str, Any]) -> TransformerConfig:

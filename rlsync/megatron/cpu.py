@@ -6,7 +6,7 @@ parallel layouts. What is substituted, and why:
 - ``torch.cuda`` calls that ask for the current device, stream or random state are answered with the CPU's.
 - ``Tensor.cuda()`` returns the tensor; ``Tensor.type()`` without an argument names the CUDA type of the dtype, because the
   optimizers sort parameters by that string (``optimizer.py``, ``distrib_optimizer.py``, ``clip_grads.py``).
-- Modules of Megatron that write ``device="cuda"`` see a ``torch`` whose factories put those tensors on the CPU.
+- Modules of Megatron that write ``device="cuda"`` or ask for pinned memory see a ``torch`` whose factories put those tensors on the CPU.
 - Megatron's random state tracker swaps the CPU generator, so dropout and recomputation follow it.
 """
 
@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-# Modules that pass the literal device "cuda" to a factory of torch.
+# Modules that pass the literal device "cuda", or ``pin_memory``, to a factory of torch.
 _LITERAL_DEVICE_MODULES = (
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.grad_scaler",
@@ -71,7 +72,7 @@ class _Stream:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as seen by one Megatron module: factories read the device "cuda" as "cpu", all else is torch's own."""
+    """``torch`` as seen by one Megatron module: factories read the device "cuda" as "cpu" and pin nothing, all else is torch's own."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -82,6 +83,7 @@ def _on_cpu(factory: Any) -> Any:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

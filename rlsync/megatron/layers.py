@@ -19,8 +19,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.context import Share, share_of
 from rlsync.megatron.packing import PackedSequences
 from rlsync.megatron.parallel import compute_device
 
@@ -45,8 +47,9 @@ class RMSNorm(torch.nn.Module):
 class CausalAttention(MegatronModule):
     """Causal attention by ``scaled_dot_product_attention``; memory grows linearly in the sequence, where a kernel exists.
 
-    Full sequences only: no mask, no window, context_parallel_size 1. Padding belongs at the right, where causality keeps it away from the
-    tokens before it. Packed sequences are attended to one by one, which needs no mask of blocks either.
+    Full sequences only: no mask, no window. Padding belongs at the right, where causality keeps it away from the tokens before it. Packed
+    sequences are attended to one by one, which needs no mask of blocks either. Under context parallelism every rank gathers the keys and
+    values of all, where TransformerEngine's passes them around.
     """
 
     def __init__(
@@ -80,10 +83,10 @@ class CausalAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend. Collective over the CP group.
 
         Args:
-            query: (S, B, heads of this rank, head_dim).
+            query: (S, B, heads of this rank, head_dim), S being the positions that this rank has (``Share``).
             key: (S, B, key-value heads of this rank, head_dim).
             value: as ``key``; heads may have another size.
             attention_mask: None; so is ``attention_bias``.
@@ -94,25 +97,45 @@ class CausalAttention(MegatronModule):
         """
         assert attention_mask is None, "padding belongs at the right, where causality needs no mask"
         assert attention_bias is None
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, PackedSequences), "train_step packs"
+            query, key, value = query[:, None], key[:, None], value[:, None]
+            bounds = packed_seq_params.bounds
+        else:
+            bounds = (0, query.size(0) * self.config.context_parallel_size)
         if self.config.context_parallel_size > 1:
-            raise ConfigError("attention of the local spec needs context_parallel_size 1; TransformerEngine's can split the sequence")
-        if packed_seq_params is None:
-            return self._attend(query, key, value)
-        assert isinstance(packed_seq_params, PackedSequences), "train_step packs"
-        sequences = [slice(start, end) for start, end in pairwise(packed_seq_params.bounds)]
-        return torch.cat([self._attend(query[s, None], key[s, None], value[s, None])[:, 0] for s in sequences])
+            attended = self._attend_to_all(query, key, value, share_of(bounds))
+        else:
+            sequences = [slice(start, end) for start, end in pairwise(bounds)]
+            attended = [self._attend(query[s], key[s], value[s]) for s in sequences]
+        found = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return found if packed_seq_params is None else found[:, 0]
+
+    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, share: Share) -> list[Tensor]:
+        """Each chunk of this rank's to its sequence up to the end of the chunk."""
+        key, value = (share.gather(part, 0, sums_gradients=True) for part in (key, value))
+        attended, first = [], 0
+        for start, pair in zip(share.bounds, share.chunks(), strict=False):
+            for chunk in pair:
+                size, seen = chunk.stop - chunk.start, slice(start, chunk.stop)
+                attended.append(self._attend(query[first : first + size], key[seen], value[seen]))
+                first += size
+        return attended
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last of the positions whose keys and values are given ask."""
         repeats = query.size(2) // key.size(2)
         # A kernel for grouped heads exists for half precision on CUDA only; elsewhere asking for it means the quadratic fallback.
         if repeats > 1 and not (query.is_cuda and query.dtype is not torch.float32):
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        is_whole = query.size(2) == key.size(2)
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=None if is_whole else causal_lower_right(query.size(2), key.size(2)),
+            is_causal=is_whole,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.size(1) != key.size(1),

@@ -124,15 +124,23 @@ def is_first_replica() -> bool:
 
 
 def share_in_replica(batches: Sequence[Mapping[str, torch.Tensor]] | None) -> list[dict[str, torch.Tensor]]:
-    """The tensors of the first rank of a data-parallel replica (first tp_rank of the first stage), on each rank of it.
+    """The tensors of the first rank of a data-parallel replica (first tp_rank and cp_rank of the first stage), on each rank of it.
 
     Args:
         batches: named tensors on any device; None on the other ranks.
 
     Returns:
-        The same on this rank's device. Collective over the ranks of the replica, whose tensor and pipeline parallel group it uses.
+        The same on this rank's device. Collective over the ranks of the replica, whose context group and whose tensor and pipeline
+        parallel group it uses.
     """
-    group, source = parallel_state.get_model_parallel_group(), parallel_state.get_model_parallel_src_rank()
+    context, model = parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()
+    if dist.get_rank(model) == 0:
+        batches = _shared(batches, context, dist.get_process_group_ranks(context)[0])
+    return _shared(batches, model, parallel_state.get_model_parallel_src_rank())
+
+
+def _shared(batches: Sequence[Mapping[str, torch.Tensor]] | None, group: dist.ProcessGroup, source: int) -> list[dict[str, torch.Tensor]]:
+    """The tensors of one rank of a group on each of them. Collective over the group."""
     device = compute_device()
     layout: list[Any] = [None]
     if batches is not None:

@@ -109,14 +109,12 @@ def positions_of(tokens: Tensor, grid: Tensor | None, vision: Vision) -> Tensor:
     return positions
 
 
-def places_of(tokens: Tensor, vision: Vision, *, rank: int, ranks: int) -> tuple[Tensor, Tensor | None]:
-    """``places`` and ``rows`` of :class:`Pictures` for ``tokens`` (B, S) whose sequence is cut into ``ranks`` equal parts."""
-    b, s = (tokens == vision.image_token_id).nonzero().unbind(1)
-    if ranks == 1:
-        return s * tokens.size(0) + b, None
-    part = tokens.size(1) // ranks
-    rows = (s // part == rank).nonzero()[:, 0]
-    return (s[rows] - rank * part) * tokens.size(0) + b[rows], rows
+def places_of(tokens: Tensor, vision: Vision, held: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``places`` and ``rows`` of :class:`Pictures` for ``tokens`` (B, S), of whose positions a rank has those ``held`` (k,) int64."""
+    is_picture = tokens == vision.image_token_id
+    ordinals = is_picture.flatten().cumsum(0).view_as(tokens) - 1
+    b, s = is_picture[:, held].nonzero().unbind(1)
+    return s * tokens.size(0) + b, None if len(held) == tokens.size(1) else ordinals[b, held[s]]
 
 
 def axes_of_frequencies(sections: Sequence[int], *, interleaved: bool) -> tuple[int, ...]:

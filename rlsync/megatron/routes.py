@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.context import Share
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.packing import Packing
 from rlsync.models.moe import NO_ROUTE, sparse_layers
@@ -28,12 +29,14 @@ _MOST_EXPERTS = 2**15
 
 @dataclass(slots=True)
 class _Pass:
-    """One microbatch: its shape as the model gets it, its routes (rows, length, layers, topk) in that shape, or None, and its packing."""
+    """One microbatch: its shape as the model gets it, of all context-parallel ranks together, its routes (rows, length, layers, topk) in
+    that shape, or None, its packing, and what this rank has of it."""
 
     rows: int
     length: int
     given: Tensor | None
     packing: Packing | None
+    share: Share | None
     taken: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -87,21 +90,25 @@ class Routing:
             self._again, self._recomputes = {}, False
 
     @contextmanager
-    def microbatch(self, index: int, tokens: Tensor, given: Tensor | None, packing: Packing | None = None) -> Iterator[None]:
+    def microbatch(
+        self, index: int, tokens: Tensor, given: Tensor | None, packing: Packing | None = None, share: Share | None = None
+    ) -> Iterator[None]:
         """Around the forward pass of a microbatch through a chunk.
 
         Args:
             index: of the microbatch among those of this run.
-            tokens: (B, S) as the model gets them.
+            tokens: (B, S) as the model gets them on this rank.
             given: (at most B, at most S, num_layers, topk) experts to take, of integers; ``NO_ROUTE``, and what is not there, is live.
-            packing: of ``tokens``, where they are packed; ``given`` is padded all the same.
+            packing: of the tokens, where they are packed; ``given`` is padded all the same.
+            share: which of all tokens ``tokens`` are, under context parallelism; ``given`` is of all.
         """
         rows, length = tokens.shape
+        length = length if share is None else share.bounds[-1]
         if index not in self._passes:
             checked = None if given is None else self._checked(given)
             if checked is not None and packing is not None:
                 checked = packing.pack(checked, NO_ROUTE)
-            self._passes[index] = _Pass(rows, length, checked, packing)
+            self._passes[index] = _Pass(rows, length, checked, packing, share)
         self._current = self._passes[index]
         try:
             yield
@@ -111,7 +118,7 @@ class Routing:
     def taken(self, index: int, rows: int, length: int) -> Tensor:
         """Experts that the tokens of a microbatch went to: (rows, length, num_layers, topk) int16 on the CPU.
 
-        ``NO_ROUTE`` in layers of other pipeline stages. Collective over the TP group under sequence parallelism.
+        ``NO_ROUTE`` in layers of other pipeline stages. Collective over the CP group, and the TP group under sequence parallelism.
         """
         found, passed = torch.full((rows, length, self.num_layers, self.topk), NO_ROUTE, dtype=torch.int16), self._passes[index]
         for layer in self.layers:
@@ -153,6 +160,8 @@ class Routing:
         """(B, S, topk) -> (num_tokens, topk) in the order of this rank's router: along the sequence, then over rows."""
         rows, length = routes.shape[:2]
         padded = F.pad(routes, (0, 0, 0, passed.length - length, 0, passed.rows - rows), value=NO_ROUTE).transpose(0, 1)
+        if passed.share is not None:
+            padded = passed.share.own(padded, 0)
         if self._splits_sequence:
             padded = padded.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
         return padded.reshape(-1, self.topk)
@@ -164,7 +173,10 @@ class Routing:
             parts = [torch.empty_like(own) for _ in range(size)]
             torch.distributed.all_gather(parts, own, group=parallel_state.get_tensor_model_parallel_group())
             own = torch.cat(parts)
-        return own.view(passed.length, passed.rows, self.topk).transpose(0, 1)
+        own = own.view(-1, passed.rows, self.topk)
+        if passed.share is not None:
+            own = passed.share.gather(own.int(), 0, sums_gradients=False)
+        return own.transpose(0, 1)
 
 
 class _Router:

@@ -1,7 +1,7 @@
 """Passes over microbatches through Megatron's schedules: one optimizer step, or token scores without gradients.
 
-Works under any mix of tensor, sequence, pipeline (virtual, uneven) and data parallelism. Callers have right-padded sequences; models
-get them so, or packed, and those with a vision tower take pictures beside them.
+Works under any mix of tensor, sequence, context, pipeline (virtual, uneven) and data parallelism. Callers have right-padded sequences;
+models get them so, or packed, and those with a vision tower take pictures beside them.
 Must not know rewards, advantages or algorithms: the loss comes from the caller.
 """
 
@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, ge
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.context import Share, sequence_multiple, share_of, total_multiple
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.optimizer import rates_of_parts
 from rlsync.megatron.packing import LENGTHS, Packing, check_lengths, packing_refusal
@@ -44,7 +45,7 @@ ROUTES = "routes"
 
 
 class TokenLoss(Protocol):
-    """A caller's loss of one microbatch; runs on the last pipeline stage, with equal arguments on all its tp_ranks."""
+    """A caller's loss of one microbatch; runs on the last pipeline stage, with equal arguments on all its tp_ranks and cp_ranks."""
 
     def __call__(self, scores: TokenScores, microbatch: Microbatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the scalar loss, differentiable in ``scores``, and named scalars that may be summed."""
@@ -100,9 +101,9 @@ def train_step(
         models: chunks of this rank, wrapped in DistributedDataParallel.
         optimizer: of these chunks, from ``build_optimizer``.
         microbatches: each with ``tokens`` (B, S) int64, right-padded, and whatever the loss reads. Equal on the ranks of
-            one data-parallel replica; equally many on all replicas. With pictures also ``pixel_values`` (num_patches, patch_dim)
-            and ``image_grid_thw`` (num_images, 3) int64, in the order of rows and of appearance, both in host memory;
-            the loss does not get them.
+            one data-parallel replica, also where they share the sequences; equally many on all replicas. With pictures also
+            ``pixel_values`` (num_patches, patch_dim) and ``image_grid_thw`` (num_images, 3) int64, in the order of rows and of
+            appearance, both in host memory; the loss does not get them.
         loss: see ``TokenLoss``.
         scheduler: advanced by one when the step was not skipped.
         temperature: divides the logits that ``loss`` sees.
@@ -159,7 +160,7 @@ def token_scores(
     packing: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[TokenScores]:
-    """Log-probability and entropy of every token, without gradients. Collective over the TP and PP groups.
+    """Log-probability and entropy of every token, without gradients. Collective over the TP, CP and PP groups.
 
     Args:
         models: chunks of this rank, wrapped or bare.
@@ -194,11 +195,11 @@ def token_scores(
 def gathered_logits(models: Sequence[torch.nn.Module], microbatch: Microbatch) -> Tensor | None:
     """Logits (B, S, vocab_size) of a microbatch's tokens (B, S), gathered over the vocabulary; None before the last pipeline stage.
 
-    For comparisons with other implementations. Collective over the TP and PP groups.
+    For comparisons with other implementations. Collective over the TP, CP and PP groups.
     """
 
     def gather(passed: _Passed, _: None, logits: Tensor, non_loss_data: bool = True) -> Tensor:
-        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        whole = passed.whole(tensor_parallel.gather_from_tensor_model_parallel_region(logits))
         rows, length = microbatch["tokens"].shape
         return whole[:rows, :length, : passed.vocab_size]
 
@@ -222,9 +223,10 @@ class _Passed:
 
     Attributes:
         microbatch: the caller's, on the device, without its pictures.
-        tokens: as the model gets them, padded or packed.
+        tokens: as the model gets them on this rank, padded or packed.
         targets: for each of them the token that follows it in its sequence.
-        packing: how the caller's tokens lie in ``tokens``; None where these are padded.
+        packing: how the caller's tokens lie in the packed row; None where they are padded.
+        share: which of the padded or packed tokens this rank has; None without context parallelism.
         arguments: what the chunks take beside tokens.
         vocab_size: of the model, without padding.
         repeated: this pass fills up the schedule; its loss does not count.
@@ -235,17 +237,23 @@ class _Passed:
     tokens: Tensor
     targets: Tensor
     packing: Packing | None
+    share: Share | None
     arguments: Mapping[str, Any]
     vocab_size: int
     repeated: bool
     index: int
 
     def scores(self, scoring: Scoring) -> TokenScores:
-        """Of the caller's tokens, from what ``ScoringHead`` made of the targets."""
+        """Of the caller's tokens, from what ``ScoringHead`` made of the targets. Collective over the CP group."""
         assert scoring.found is not None, "the last chunk has passed"
         rows, length = self.microbatch["tokens"].shape
-        padded = scoring.found if self.packing is None else map(self.packing.unpack, scoring.found)
-        return TokenScores(*(F.pad(whole[:rows, : length - 1], (1, 0)) for whole in padded))
+        whole = map(self.whole, scoring.found)
+        padded = whole if self.packing is None else map(self.packing.unpack, whole)
+        return TokenScores(*(F.pad(each[:rows, : length - 1], (1, 0)) for each in padded))
+
+    def whole(self, found: Tensor) -> Tensor:
+        """(B, S of this rank, ...) -> (B, S, ...). All context-parallel ranks compute the same of it."""
+        return found if self.share is None else self.share.gather(found, 1, sums_gradients=False)
 
 
 def _run(
@@ -266,6 +274,8 @@ def _run(
     passes = _prepared(models, microbatches, packing=how is not None and how.packing)
     iterators = [iter(passes) for _ in models]
     rows, length = passes[0].tokens.shape
+    # The schedule divides by the ranks that share a sequence.
+    length *= parallel_state.get_context_parallel_world_size()
     with nullcontext() if routing is None else routing.run(with_gradients=not forward_only):
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_output, how, routing),
@@ -284,7 +294,7 @@ def _forward(
 ) -> tuple[Tensor, Callable[..., Any]]:
     passed, chunk = next(passes), unwrap(model)
     routes = passed.microbatch.get(ROUTES)
-    routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, routes, passed.packing)
+    routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, routes, passed.packing, passed.share)
     scored: AbstractContextManager[None] = nullcontext()
     scoring: Scoring | None = None
     if how is not None and chunk.post_process:
@@ -299,8 +309,8 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
     """Pad or pack each microbatch to a shape the ranks can divide, and fill up their number to what the schedule can take."""
     config, chunk = models[0].config, unwrap(models[0])
     _check(config, microbatches, packing=packing)
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    shapes = [(1, int(m[LENGTHS].sum())) if packing else tuple(m["tokens"].shape) for m in microbatches]
+    multiple, of_each = total_multiple(config), sequence_multiple(config)
+    shapes = [(1, int((-(-m[LENGTHS] // of_each) * of_each).sum())) if packing else tuple(m["tokens"].shape) for m in microbatches]
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
     device, passes = compute_device(), []
@@ -308,15 +318,20 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
         moved = {name: tensor.to(device) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
         tokens = microbatch["tokens"]
         length = -(-length // multiple) * multiple
-        packed = Packing.of(microbatch, total=length) if packing else None
+        packed = Packing.of(microbatch, total=length, multiple=of_each) if packing else None
         if packed is None:
             tokens = F.pad(tokens, (0, length - tokens.size(1), 0, rows - tokens.size(0)))
         given, targets = tokens, F.pad(tokens[:, 1:], (0, 1))
         if packed is not None:
             given, targets = packed.pack(tokens), packed.pack(targets)
-        arguments = _arguments(chunk, tokens, microbatch, packed)
+        share = share_of((0, length) if packed is None else packed.bounds) if config.context_parallel_size > 1 else None
+        if share is not None:
+            given, targets = share.own(given, 1), share.own(targets, 1)
+        arguments = _arguments(chunk, tokens, microbatch, packed, share)
         vocab_size = chunk.unpadded_vocab_size
-        passes.append(_Passed(moved, given.to(device), targets.to(device), packed, arguments, vocab_size, repeated=False, index=index))
+        passes.append(
+            _Passed(moved, given.to(device), targets.to(device), packed, share, arguments, vocab_size, repeated=False, index=index)
+        )
     last = passes[-1]
     filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
@@ -325,8 +340,6 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
 def _check(config: TransformerConfig, microbatches: Sequence[Microbatch], *, packing: bool) -> None:
     if not microbatches:
         raise ConfigError("a pass over the model needs at least one microbatch, on every data-parallel rank")
-    if config.context_parallel_size > 1:
-        raise ConfigError(f"passes over the model need context_parallel_size 1, not {config.context_parallel_size}")
     if packing:
         refusal = packing_refusal(config)
         if refusal is not None:
@@ -335,15 +348,16 @@ def _check(config: TransformerConfig, microbatches: Sequence[Microbatch], *, pac
             check_lengths(microbatch)
 
 
-def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch, packing: Packing | None) -> Mapping[str, Any]:
-    """What the chunks of this rank take beside ``tokens``, padded here."""
+def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch, packing: Packing | None, share: Share | None) -> Mapping[str, Any]:
+    """What the chunks of this rank take beside their tokens; ``tokens`` are all, padded."""
     device = compute_device()
-    packed = {} if packing is None else {"packed_seq_params": packing.sequences(device)}
+    packed = {} if packing is None else {"packed_seq_params": packing.sequences(device, is_shared=share is not None)}
     if isinstance(chunk, VisionLanguageModel):
-        return {**chunk.arguments(tokens, microbatch, packing), **packed}
+        return {**chunk.arguments(tokens, microbatch, packing, share), **packed}
     refuse_pictures(microbatch)
     positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
-    return {"position_ids": positions if packing is None else packing.pack(positions), **packed}
+    positions = positions if packing is None else packing.pack(positions)
+    return {"position_ids": positions if share is None else share.own(positions, 1), **packed}
 
 
 def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:

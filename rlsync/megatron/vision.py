@@ -22,6 +22,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from rlsync.megatron.config import VisionConfig
+from rlsync.megatron.context import Share
 from rlsync.megatron.packing import Packing
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import Pictures, check_pictures, places_of, positions_of
@@ -108,8 +109,11 @@ class VisionLanguageModel(GPTModel):
             assert len(taken) <= layers, f"deepstack_visual_indexes {taken} for a first chunk of {layers} layers"
             self.visual = _build_tower(vision, config)
 
-    def arguments(self, tokens: Tensor, microbatch: Mapping[str, Tensor], packing: Packing | None = None) -> dict[str, Any]:
-        """What ``forward`` takes beside ``tokens`` (B, S), or beside these packed, checked. Not collective.
+    def arguments(
+        self, tokens: Tensor, microbatch: Mapping[str, Tensor], packing: Packing | None = None, share: Share | None = None
+    ) -> dict[str, Any]:
+        """What ``forward`` takes beside ``tokens`` (B, S), or beside these packed, or beside what this rank has of them (``share``),
+        checked. Not collective.
 
         Raises:
             ConfigError: see ``check_pictures``.
@@ -119,16 +123,18 @@ class VisionLanguageModel(GPTModel):
         positions = positions_of(tokens, grid, self.vision)
         if packing is not None:
             tokens, positions = packing.pack(tokens), torch.stack([packing.pack(along) for along in positions])
+        elif share is not None:
+            # Of packed sequences attention takes the angles of all positions, and cuts them itself.
+            positions = share.own(positions, 2)
         arguments: dict[str, Any] = {"position_ids": positions.to(compute_device())}
         if grid is None or not self.pre_process:
             return arguments
-        is_cut = self.config.sequence_parallel
-        places, rows = places_of(
-            tokens,
-            self.vision,
-            rank=parallel_state.get_tensor_model_parallel_rank() if is_cut else 0,
-            ranks=self.config.tensor_model_parallel_size if is_cut else 1,
-        )
+        held = torch.arange(tokens.size(1))
+        if share is not None:
+            held = share.own(held, 0)
+        if self.config.sequence_parallel:
+            held = held.chunk(self.config.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
+        places, rows = places_of(tokens, self.vision, held)
         return {**arguments, "pictures": Pictures(microbatch["pixel_values"], grid, places, rows)}
 
     def forward(
@@ -137,8 +143,8 @@ class VisionLanguageModel(GPTModel):
         """As of GPTModel. Collective over the TP group, as its layers are.
 
         Args:
-            input_ids: (B, S) int64.
-            position_ids: (3, B, S) int64; without pictures also (B, S).
+            input_ids: (B, S) int64, under context parallelism those of this rank.
+            position_ids: (3, B, S) int64; without pictures also (B, S). Of packed sequences under context parallelism those of all ranks.
             attention_mask: None: padding belongs at the right.
             pictures: of this microbatch, from ``arguments``; not read behind the first stage.
             kwargs: of GPTModel.

@@ -1,4 +1,5 @@
-"""Packed sequences and chunked logits in bf16 on GPUs, under TransformerEngine's layers where it is installed: as padded and whole ones."""
+"""Packed sequences, chunked logits and sequences shared between GPUs in bf16, under TransformerEngine's layers where it is installed: as
+padded and whole ones."""
 
 from __future__ import annotations
 
@@ -57,3 +58,27 @@ def test_two_gpus_do_so(tmp_path):
         {"overrides": FUSED, "how": {"packing": True}, "topology": {"dp_size": 2}, "ddp": OVERLAPPED},
     ]
     run(2, folder, *cases)
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_that_share_sequences_compute_as_two_that_share_layers(tmp_path):
+    """Exchanged in every way that TransformerEngine has; the layers without it gather keys and values whatever is asked."""
+    folder = save_tiny_model(tmp_path / "hf", "qwen3", **SIZES)
+    whole, shared = {"beside": {"tp_size": 2}}, {"topology": {"cp_size": 2}}
+    cases = [
+        {**whole, **shared},
+        {**whole, **shared, "overrides": FUSED, "how": {"packing": True, "chunk_tokens": 64}, "ddp": OVERLAPPED},
+        {**whole, **shared, "overrides": {"cp_comm_type": "all_gather"}},
+        {**whole, **shared, "overrides": {"cp_comm_type": "a2a"}, "ddp": DISTRIBUTED},
+    ]
+    run(2, folder, *cases)
+
+
+@pytest.mark.gpu(4)
+def test_four_gpus_do_so(tmp_path):
+    folder = save_tiny_model(tmp_path / "hf", "qwen3", **SIZES)
+    cases = [
+        {"beside": {"tp_size": 2, "pp_size": 2}, "topology": {"tp_size": 2, "cp_size": 2}, "how": {"packing": True}},
+        {"beside": {"tp_size": 2, "pp_size": 2}, "topology": {"pp_size": 2, "cp_size": 2}, "how": {"packing": True}},
+    ]
+    run(4, folder, *cases)

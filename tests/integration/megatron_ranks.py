@@ -291,19 +291,21 @@ def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> No
 
 
 def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> None:
-    """In bf16: scores, loss and gradients under the switches of a case are those without, within what bf16 resolves: no farther from those
-    of float32 than the ones without are, and a little.
+    """In bf16: scores, loss and gradients under the switches and the layout of a case are those without, within what bf16 resolves: no
+    farther from those of float32 than the ones without are, and a little.
     """
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([200, 3, 70, 120, 16, 1, 90, 33])
     tokens = torch.randint(1, VOCAB_SIZE, (8, 200), generator=generator)
     weights = torch.rand(8, 200, generator=generator) * (torch.arange(200) < lengths[:, None]) / lengths.sum()
     for case in cases:
-        topology, found = {"topology": {}, **case}["topology"], []
-        asked = (case.get("overrides", {}), case.get("how", {}), case.get("ddp", {}), "bf16")
-        for overrides, how, ddp, precision in (({}, {}, {}, "fp32"), ({}, {}, {}, "bf16"), asked):
+        topology, found = case.get("topology", {}), []
+        nothing: tuple[dict[str, Any], ...] = ({}, {}, {})
+        asked, beside = tuple(case.get(name, {}) for name in ("overrides", "how", "ddp")), case.get("beside", topology)
+        ways = ((nothing, "fp32", beside), (nothing, "bf16", beside), (asked, "bf16", topology))
+        for (overrides, how, ddp), precision, layout in ways:
             kept = {"sequence_parallel": case.get("overrides", {}).get("sequence_parallel", False)}
-            options = {"cut": [4, 4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "precision": precision, "topology": topology}
+            options = {"cut": [4, 4], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "precision": precision, "topology": layout}
             actor = Actor(folder, {**options, "ddp": ddp, "overrides": {**kept, **overrides}})
             replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
             mine = [slice(replica, 4, replicas), slice(4 + replica, 8, replicas)]

@@ -76,9 +76,10 @@ def replay(cases: list[dict[str, Any]], expected: str) -> None:
 
 
 def balance(folder: str, expected: str) -> None:
-    """The balancing loss of a step is that of transformers' shares and choices, under EP and on two stages, whatever is replayed."""
-    wanted = torch.load(expected)
-    for topology in ({"dp_size": 2, "ep_size": 2}, {"pp_size": 2}):
+    """The balancing loss of a step is that of transformers' shares and choices, under EP, on two stages and where ranks share a sequence;
+    its gradient is the same there."""
+    wanted, norms = torch.load(expected), []
+    for topology in ({"dp_size": 2, "ep_size": 2}, {"pp_size": 2}, {"cp_size": 2, "ep_size": 2}):
         layout = Topology(**topology)
         initialize_parallel(layout, seed=5, timeout_s=300)
         bridge = AutoBridge.from_pretrained(folder)
@@ -87,12 +88,22 @@ def balance(folder: str, expected: str) -> None:
             models = bridge.get_model(folder, topology=layout, bf16=False, overrides=overrides)
             optimizer = build_optimizer(models, OptimizerOptions(lr=0.0, weight_decay=0.0, clip_grad=0.0))
             mine = [{name: m[name] for name in ("tokens", "weights")} for m in _microbatches(wanted, layout.dp_size)]
-            for _ in range(2):
-                found = train_step(models, optimizer, mine, loss).balancing
+            # Sequences that are shared are padded, which counts, but for the first.
+            shared, balances = mine[:1], wanted["balancing"]
+            batches = [shared, shared] if layout.cp_size > 1 else [mine, mine]
+            for batch in batches:
+                found = train_step(models, optimizer, batch, loss).balancing
                 assert list(found) == (["load_balancing_loss"] if weight else []), found
                 if weight:
-                    assert abs(found["load_balancing_loss"] - wanted["balancing"]) <= 1e-4, (topology, found, wanted["balancing"])
+                    theirs = balances[0] if batch is shared else sum(balances) / len(balances)
+                    assert abs(found["load_balancing_loss"] - theirs) <= 1e-4, (topology, found, theirs)
+            if layout.dp_size == 1:
+                weightless = [{**m, "weights": torch.zeros_like(m["weights"])} for m in shared]
+                norms.append(train_step(models, optimizer, weightless, loss).grad_norm)
         destroy_parallel(keep_distributed=True)
+    # On two stages and where two ranks share a sequence, with and without the weight of that loss.
+    assert norms[1] == norms[3] == 0 < norms[0], norms
+    assert abs(norms[2] - norms[0]) <= 1e-4 * norms[0], norms
     print("BALANCED", flush=True)
     destroy_parallel()
 

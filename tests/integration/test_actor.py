@@ -21,6 +21,7 @@ REPO = Path(__file__).resolve().parents[2]
 RANKS = "tests.integration.actor_ranks"
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 KL = {"kl_beta": 0.3, "kl_penalty_type": "low_var_kl"}
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 40}
 SEEING_DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 80}
@@ -81,6 +82,7 @@ def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
         {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}},
         {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
+        {"actor.model": CP2, "runner": {**DYNAMIC, "packing": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
         {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean", "early_scoring_prompts": 2}},
         {"actor.optim": {"use_distributed_optimizer": False}, "algorithm": {"recompute_logprobs": False}},
     )  # fmt: skip

@@ -39,7 +39,7 @@ def test_logits_and_tensors_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["glm4"], "topology": {"tp_size": 2, "pp_size": 2}, "overrides": {"sequence_parallel": True}},
         {**models["seed_oss"], "topology": {"tp_size": 2, "pp_size": 2}},
         {**models["smollm3"], "topology": {"tp_size": 2, "pp_size": 2, "vpp_size": 2}, "overrides": {"sequence_parallel": True}},
-        # No attention under context parallelism without TransformerEngine: its weights are held to HF's, not its logits.
+        # Its weights are held to HF's here, and its logits where models are trained.
         {**weights_only, "topology": {"tp_size": 2, "cp_size": 2}},
     ]
     outputs = run_ranks(4, "tests.integration.bridge_ranks", "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))

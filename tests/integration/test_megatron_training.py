@@ -60,16 +60,20 @@ def _case(model: str, cut: list[int], *, sequence_parallel: bool = False, ddp: d
     return {"model": model, "topology": topology, "cut": cut, "optimizer": OPTIMIZER, "ddp": ddp or {}, "overrides": overrides}
 
 
+def recomputing(*args: Any, **options: Any) -> dict[str, Any]:
+    case = _case(*args, **options)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {**case, "overrides": {**case["overrides"], **full}}
+
+
 def test_scores_over_a_split_vocabulary_equal_softmax():
     run_ranks(2, RANKS, "scores_equal_softmax", tp_size=2)
 
 
 def test_one_rank_trains_as_huggingface(models):
-    recomputing = _case("qwen2", [8])
-    recomputing["overrides"] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     cases = [
         _case("llama", [8]),
-        recomputing | PACKED,
+        recomputing("qwen2", [8]) | PACKED,
         _case("llama", [3, 5], ddp=DISTRIBUTED) | CHUNKED,
         _case("qwen3", [3, 5], ddp=DISTRIBUTED) | PACKED | CHUNKED,
     ]
@@ -89,6 +93,8 @@ def test_two_ranks_train_as_huggingface(models):
         _case("glm4", [4, 4], tp_size=2, sequence_parallel=True) | PACKED,
         _case("seed_oss", [4, 4], tp_size=2, sequence_parallel=True) | CHUNKED,
         _case("smollm3", [2, 6], pp_size=2) | PACKED | CHUNKED,
+        _case("qwen2", [3, 5], cp_size=2, ddp=OVERLAPPED) | CHUNKED,
+        recomputing("qwen3", [8], cp_size=2) | PACKED,
     ]
     _run(2, "train_as_huggingface", cases, models)
 
@@ -98,6 +104,10 @@ def test_four_ranks_train_as_huggingface(models):
         _case("llama", [4, 4], tp_size=2, pp_size=2, sequence_parallel=True),
         _case("qwen2", [2, 2], tp_size=2, dp_size=2, sequence_parallel=True, ddp=OVERLAPPED) | PACKED | CHUNKED,
         _case("qwen3", [3, 1], pp_size=2, vpp_size=2, dp_size=2, ddp=DISTRIBUTED) | PACKED,
+        _case("llama", [4, 4], tp_size=2, cp_size=2, sequence_parallel=True) | PACKED,
+        _case("qwen3", [3, 5], pp_size=2, cp_size=2, ddp=DISTRIBUTED),
+        _case("llama", [3, 3, 2], pp_size=2, vpp_size=2, cp_size=2) | PACKED,
+        _case("smollm3", [4], cp_size=2, dp_size=2, ddp=DISTRIBUTED),
     ]
     _run(4, "train_as_huggingface", cases, models)
 
@@ -115,6 +125,8 @@ def test_experts_train_as_huggingface(moe_models):
         # The rotary key of all heads gets gradients from those of both ranks.
         _case("deepseek_v3", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED) | PACKED | CHUNKED,
         _case("moonlight", [2, 2], dp_size=2, ep_size=2) | PACKED,
+        _case("qwen3_moe", [3, 5], cp_size=2, ep_size=2, ddp=DISTRIBUTED),
+        _case("deepseek_v3", [4, 4], cp_size=2) | PACKED,
     ]
     _run(2, "train_as_huggingface", cases, moe_models)
 
@@ -125,6 +137,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(models, tmp_path):
         _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
         _case("qwen2", [2, 2], dp_size=2, ddp=OVERLAPPED),
         _case("llama", [4, 4], pp_size=2, vpp_size=2, ddp=DISTRIBUTED),
+        _case("qwen2", [4, 4], cp_size=2, ddp=OVERLAPPED),
         {**_case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED), "precision": "bf16"},
         {**_case("llama", [8], tp_size=2, sequence_parallel=True), "precision": "bf16"},
         # Every step so far was skipped, so the optimizer has no state yet.

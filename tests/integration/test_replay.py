@@ -51,13 +51,14 @@ def forced(tmp_path_factory) -> tuple[str, str]:
 
 
 def balancing_loss(chosen, shares):
-    """Equations 4 to 6 of arXiv 2101.03961, for several experts a token; mean over sequences and layers."""
+    """Equations 4 to 6 of arXiv 2101.03961, for several experts a token: of each sequence the mean over layers."""
     losses = []
     for row, length in enumerate(LENGTHS):
+        losses.append(0.0)
         for place in range(len(SPARSE)):
             fraction = torch.bincount(chosen[row, :length, place].reshape(-1), minlength=NUM_EXPERTS) / (length * TOPK)
-            losses.append(NUM_EXPERTS * (fraction * shares[row, :length, place].mean(0)).sum().item())
-    return sum(losses) / len(losses)
+            losses[-1] += NUM_EXPERTS * (fraction * shares[row, :length, place].mean(0)).sum().item() / len(SPARSE)
+    return losses
 
 
 def passed(model, tokens, routes):
@@ -93,13 +94,14 @@ def passed(model, tokens, routes):
 
 
 def test_replayed_routes_give_the_scores_and_gradients_of_transformers_on_four_ranks(forced):
-    """EP, TP x EP with a split sequence, PP with a dense layer, VPP; recomputation of all layers and of some; two rows packed."""
+    """EP, TP x EP with a split sequence, PP with a dense layer, VPP; CP; recomputation of all layers and of some; two rows packed."""
     folder, expected = forced
     cases = [
         {"topology": {"dp_size": 4, "ep_size": 4}, "overrides": {}},
         {"topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": {**SP, **RECOMPUTED}},
         {"topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2}, "overrides": {**SP, **PARTLY}, "packing": True},
         {"topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}, "overrides": RECOMPUTED, "packing": True},
+        {"topology": {"tp_size": 2, "cp_size": 2, "ep_size": 2}, "overrides": {**SP, **RECOMPUTED}, "packing": True},
     ]
     outputs = run_ranks(4, RANKS, "replay", cases=[{**case, "folder": folder} for case in cases], expected=expected)
     assert outputs[0].count("REPLAYED") == len(cases)

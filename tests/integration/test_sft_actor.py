@@ -31,6 +31,7 @@ def test_steps_and_validation_equal_transformers_in_every_layout_however_the_bat
         {"runner": DYNAMIC, "actor.optim": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
         {"algorithm": {"loss_agg_func": "micro-batch-mean"}},
         {"actor.model": TP2},
+        {"actor.model": {"context_parallel_size": 2}, "runner": DYNAMIC},
         {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {"loss_agg_func": "micro-batch-mean"}},
     ]

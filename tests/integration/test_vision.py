@@ -56,7 +56,7 @@ def test_one_rank_computes_as_transformers(models):
 
 
 def test_two_ranks_compute_as_transformers(models):
-    """TP with and without sequence parallelism, PP even and uneven, DP where one replica has no pictures."""
+    """TP with and without sequence parallelism, PP even and uneven, DP where one replica has no pictures, CP."""
     cases = [
         {"model": "qwen2_5_vl-tied", "topology": {"tp_size": 2}, "cut": [2, 2, 4]},
         {"model": "qwen3_vl", "topology": {"tp_size": 2}, "cut": [1]},
@@ -82,6 +82,9 @@ def test_two_ranks_compute_as_transformers(models):
         {"model": "qwen3_vl_moe", "topology": {"tp_size": 2, "ep_size": 2}, "cut": [3, 5], "overrides": SEQUENCE},
         {"model": "qwen3_vl_moe", "topology": {"pp_size": 2}, "cut": [1, 2, 1, 2, 2], "packing": True},
         {"model": "qwen2_5_vl", "topology": {"dp_size": 2}, "cut": [1, 3]},
+        {"model": "qwen2_5_vl", "topology": {"cp_size": 2}, "cut": [1]},
+        {"model": "qwen3_vl", "topology": {"cp_size": 2}, "cut": [3, 5], "overrides": RECOMPUTE, "packing": True},
+        {"model": "qwen3_vl", "topology": {"cp_size": 2}, "cut": [2, 6], "lora": LORA},
         {"model": "qwen3_vl", "topology": {"dp_size": 2}, "cut": [2, 1, 1], "ddp": {"overlap_grad_reduce": True}, "packing": True},
         # Adapters of the language model, beside a tower that is frozen with all the rest.
         {"model": "qwen3_vl", "topology": {"tp_size": 2}, "cut": [2, 6], "overrides": {**SEQUENCE, **RECOMPUTE}, "lora": LORA},

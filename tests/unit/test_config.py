@@ -493,7 +493,11 @@ def test_where_initial_weights_may_come_from(
             {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}}},
             "differ, but weight_decay_incr_style is constant",
         ),
-        ({"actor": {"model": {"context_parallel_size": 2}}}, "actor.model.context_parallel_size (2) must be 1"),
+        ({"actor": {"model": {"cp_comm_type": "a2a"}}}, "actor.model.cp_comm_type needs actor.model.context_parallel_size > 1"),
+        (
+            {"actor": {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a"}}, "runner": {"packing": True}},
+            "actor.model.cp_comm_type=a2a takes no packed sequences",
+        ),
         ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
     ],
 )

@@ -1,13 +1,19 @@
-"""Claims about packed microbatches: where tokens go and come back to, and what is refused. Integers; no model."""
+"""Claims about packed and shared microbatches: where tokens go and come back to, and what is refused. Integers; no model."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.context import Share
 from rlsync.megatron.packing import Packing, check_lengths, packing_refusal
 
 TOKENS = torch.tensor([[1, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
@@ -38,6 +44,30 @@ def test_padding_behind_the_last_sequence_is_a_sequence_of_its_own() -> None:
     assert packing.unpack(torch.arange(10)[None], fill=9).tolist() == [[0, 1, 2, 9], [9] * 4, [3, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_ranks_share_sequences_as_megatron_cuts_them(size: int) -> None:
+    """Of one sequence its tokens, of several packed ones their positions; every token is on one rank."""
+    packing = Packing.of({"tokens": TOKENS, "lengths": torch.tensor([3, 0, 4])}, total=6 * size, multiple=2 * size)
+    assert packing.bounds == (0, 2 * size, 4 * size, 6 * size)
+    assert torch.equal(packing.unpack(packing.pack(TOKENS)), TOKENS)
+    whole, angles = torch.arange(2 * 4 * size).view(2, 4 * size), torch.arange(packing.total)
+    held = []
+    for rank in range(size):
+        with (
+            mock.patch.object(parallel_state, "get_context_parallel_world_size", return_value=size),
+            mock.patch.object(parallel_state, "get_context_parallel_rank", return_value=rank),
+        ):
+            wanted = get_batch_on_this_cp_rank({"tokens": whole})["tokens"]
+        assert torch.equal(Share((0, 4 * size), rank, size).own(whole, 1), wanted)
+        own = Share(packing.bounds, rank, size).own(angles, 0)
+        lengths = [(end - start) // size for start, end in pairwise(packing.bounds)]
+        parts = zip(own.split(lengths), packing.bounds, strict=False)
+        wanted = torch.cat([_get_thd_freqs_on_this_cp_rank(rank, size, part, angles, start) for part, start in parts])
+        assert torch.equal(own, wanted)
+        held += own.tolist()
+    assert sorted(held) == angles.tolist()
+
+
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [
@@ -58,5 +88,5 @@ def test_lengths_that_do_not_fit_are_refused(lengths: torch.Tensor | None, said:
     [("aux_loss", 0.1, False), ("seq_aux_loss", 0.0, False), ("seq_aux_loss", 0.1, True), (["aux_loss", "seq_aux_loss"], [0.1, 0.2], True)],
 )
 def test_sequences_that_are_balanced_one_by_one_are_not_packed(kinds: object, weights: object, refused: bool) -> None:
-    config = SimpleNamespace(num_moe_experts=8, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=weights)
+    config = SimpleNamespace(num_moe_experts=8, moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=weights, context_parallel_size=1)
     assert ("balances each sequence" in (packing_refusal(config) or "")) is refused  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.context import Share
 from rlsync.megatron.pictures import axes_of_frequencies, check_pictures, places_of, positions_of
 from rlsync.megatron.vision import MultimodalRotary, PatchProjection
 from rlsync.models import model_of
@@ -62,14 +63,17 @@ def test_parts_of_a_sequence_hold_its_picture_tokens_once():
     tokens = torch.nn.functional.pad(collated(rows)["tokens"], (0, 3))
     length = tokens.size(1) // 4 * 4
     tokens, vision = tokens[:, :length], _vision(config)
-    whole, everything = places_of(tokens, vision, rank=0, ranks=1)
+    whole, everything = places_of(tokens, vision, torch.arange(length))
     assert everything is None
     assert torch.equal(tokens.T.flatten()[whole], torch.full_like(whole, IMAGE))
-    found = [places_of(tokens, vision, rank=rank, ranks=4) for rank in range(4)]
-    joined = torch.cat([places + rank * (length // 4) * tokens.size(0) for rank, (places, _) in enumerate(found)])
-    order = torch.cat([rows for _, rows in found if rows is not None])
-    assert torch.equal(joined, whole[order])
-    assert sorted(order.tolist()) == list(range(len(whole)))
+    # In order, as tensor ranks cut a sequence, and from both ends, as context ranks do.
+    for parts in (torch.arange(length).chunk(4), [Share((0, length), rank, 2).own(torch.arange(length), 0) for rank in range(2)]):
+        found = [places_of(tokens, vision, held) for held in parts]
+        columns, rows_of = tokens.size(0), [torch.div(places, tokens.size(0), rounding_mode="floor") for places, _ in found]
+        joined = torch.cat([held[s] * columns + places % columns for held, s, (places, _) in zip(parts, rows_of, found, strict=True)])
+        order = torch.cat([rows for _, rows in found if rows is not None])
+        assert torch.equal(joined, whole[order])
+        assert sorted(order.tolist()) == list(range(len(whole)))
 
 
 def test_pictures_that_do_not_fit_are_refused():

@@ -39,7 +39,7 @@ class ActorModelConfig:
     tensor_model_parallel_size: int = key(1, "TP", min=1)
     pipeline_model_parallel_size: int = key(1, "PP", min=1)
     virtual_pipeline_model_parallel_size: int | None = key(None, "virtual stages per pipeline stage", min=1)
-    context_parallel_size: int = key(1, "CP", min=1)
+    context_parallel_size: int = key(1, "CP: ranks that share each sequence", min=1)
     expert_model_parallel_size: int = key(1, "EP", min=1)
     expert_tensor_parallel_size: int | None = key(None, "ETP; null: TP for dense models, 1 with experts", min=1)
     decoder_first_pipeline_num_layers: int | None = key(None, "layers of the first pipeline stage; null: even split", min=1)
@@ -55,6 +55,9 @@ class ActorModelConfig:
     recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
     recompute_num_layers: int | None = key(None, "with recompute_granularity full", min=1)
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = key(
+        None, "how TransformerEngine's attention exchanges keys and values under CP; null: p2p; layers without it gather them"
+    )
     apply_rope_fusion: bool | None = key(
         None, "fused rotary embedding (TransformerEngine); without it, packed sequences have each layer wait for the GPU"
     )

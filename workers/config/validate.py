@@ -322,11 +322,10 @@ def _actor(config: AnyConfig) -> Iterator[str]:
     etp, tp = model.expert_tensor_parallel_size, model.tensor_model_parallel_size
     if etp is not None and etp > tp and not actor.megatron.mbridge:
         yield f"actor.model.expert_tensor_parallel_size ({etp}) must be less than or equal to tensor_model_parallel_size ({tp})"
-    if model.context_parallel_size > 1:
-        yield (
-            f"actor.model.context_parallel_size ({model.context_parallel_size}) must be 1: training does not split sequences; for longer "
-            "ones raise actor.model.tensor_model_parallel_size with sequence_parallel=True, or set recompute_granularity"
-        )
+    if model.cp_comm_type is not None and model.context_parallel_size == 1:
+        yield "actor.model.cp_comm_type needs actor.model.context_parallel_size > 1"
+    if runner.packing == "on" and model.cp_comm_type not in (None, "p2p"):
+        yield f"actor.model.cp_comm_type={model.cp_comm_type} takes no packed sequences; set it to p2p, or runner.packing to False"
     if model.sequence_parallel and tp == 1:
         yield "actor.model.sequence_parallel=True needs actor.model.tensor_model_parallel_size > 1"
     if model.virtual_pipeline_model_parallel_size is not None and model.pipeline_model_parallel_size == 1:
