@@ -250,80 +250,107 @@ def holder_bytes_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mappi
 
 
 def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[tuple[list[Way], ...], list[str]]:
-    """Ways by destination, and what no source has.
+    """Ways by destination, and what no source has."""
+    matcher = _Matcher(givers, takers, _wanted(tensors, takers))
+    matcher.match_all()
+    return matcher.ways, sorted(matcher.missing)
+
+
+class _Matcher:
+    """Finds sources for everything that is wanted.
 
     The largest pieces come first, so that the small ones can even out. Destinations that want the same come after one another, because
     which boxes of whom cover it is found once for them all; each then takes the least loaded of those that are nearest to it.
+
+    Attributes:
+        ways: by destination.
+        missing: what no source has.
     """
-    origins, wanted = _origins(givers), _wanted(tensors, takers)
-    total_bytes = sum(nbytes * len(row) for nbytes, _, row in wanted)
-    unit_bytes = max(1, total_bytes // max(1, len(givers.placements) * _UNITS_PER_SOURCE))
-    loads = [0] * len(givers.placements)
-    ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
-    missing: list[str] = []
-    crowds: dict[tuple[int, ...], _Crowd] = {}
-    numbers: dict[Location | None, int] = {}
-    places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
-    locations = tuple(numbers)
-    hosts = {None if p.location is None else p.location.host for p in givers.placements}
-    all_are_far = None not in hosts and all(location is not None and location.host not in hosts for location in locations)
-    # By identity of a list of ``origins``, and of one of ``wanted``: the same ones are asked for often.
-    crowd_by_group: dict[int, _Crowd] = {}
-    appends_by_row: dict[int, list[Callable[[Way], None]]] = {}
 
-    def crowd_of(group: Sequence[_Origin]) -> _Crowd:
-        found = crowd_by_group.get(id(group))
-        if found is None:
-            who = tuple([source for source, _ in group])
-            if who not in crowds:
-                crowds[who] = _Crowd(who, [givers.placements[source].location for source in who], locations, loads)
-            found = crowd_by_group[id(group)] = crowds[who]
-        return found
+    def __init__(self, givers: _Holders, takers: _Holders, wanted: Sequence[tuple[int, Piece, list[int]]]) -> None:
+        self._givers, self._takers, self._wanted, self._origins = givers, takers, wanted, _origins(givers)
+        total_bytes = sum(nbytes * len(row) for nbytes, _, row in wanted)
+        self._unit_bytes = max(1, total_bytes // max(1, len(givers.placements) * _UNITS_PER_SOURCE))
+        self._loads = [0] * len(givers.placements)
+        numbers: dict[Location | None, int] = {}
+        self._places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
+        self._locations = tuple(numbers)
+        hosts = {None if p.location is None else p.location.host for p in givers.placements}
+        self._all_are_far = None not in hosts and all(at is not None and at.host not in hosts for at in self._locations)
+        self._crowds: dict[tuple[int, ...], _Crowd] = {}
+        # By identity of a list of ``_origins``, and of one of ``_wanted``: the same ones are asked for often.
+        self._crowd_by_group: dict[int, _Crowd] = {}
+        self._appends_by_row: dict[int, list[Callable[[Way], None]]] = {}
+        self.ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
+        self.missing: list[str] = []
 
-    def hand_out(piece: Piece, box: Box, group: Sequence[_Origin], nbytes: int, row: list[int]) -> None:
-        """Everybody of a row takes one box, from any who has it: all of these are equally far."""
-        positions = crowd_of(group).near(places[row[0]]).take(len(row), nbytes)
+    def match_all(self) -> None:
+        """Fill ``ways`` and ``missing``."""
+        unit_bytes, all_are_far = self._unit_bytes, self._all_are_far
+        for nbytes, piece, row in self._wanted:
+            boxes = self._origins.get(piece.tensor, {})
+            # One box that has all of it is the usual case of experts, which are many.
+            is_inside = len(boxes) == 1 and next(iter(boxes)).contains(piece.box)
+            if is_inside and all_are_far and nbytes // unit_bytes < 2:
+                self._hand_out(piece, piece.box, next(iter(boxes.values())), nbytes, row)
+            elif is_inside:
+                self._take_each(piece, list(boxes.items()), [(piece.box, 0)], nbytes, row, {})
+            else:
+                self._cover(piece, boxes, nbytes, row)
+
+    def _cover(self, piece: Piece, boxes: Mapping[Box, list[_Origin]], nbytes: int, row: list[int]) -> None:
+        """Have everybody of a row take a piece out of several boxes."""
+        useful = [(box, group) for box, group in boxes.items() if piece.box.intersect(box) is not None]
+        useful.sort(key=lambda each: (each[0].start, each[0].stop))
+        taken, rest = cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
+        # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
+        common_sizes = [common.size for box, _ in useful if (common := piece.box.intersect(box))]
+        overlap = sum(common_sizes) > sum(box.size for box, _ in taken)
+        cuts: _Cuts = {}
+        if overlap:
+            crowds = [self._crowd(group) for _, group in useful]
+            for destination in row:
+                order = sorted(range(len(useful)), key=lambda i: crowds[i].near(self._places[destination]).rating())
+                taken, _ = cover(piece.box, [(useful[i][0], i) for i in order])
+                self._take_each(piece, useful, taken, nbytes, [destination], cuts)
+        elif self._all_are_far and len(taken) == 1 and nbytes * taken[0][0].size // piece.box.size // self._unit_bytes < 2:
+            ((box, index),) = taken
+            self._hand_out(piece, box, useful[index][1], nbytes, row)
+        else:
+            self._take_each(piece, useful, taken, nbytes, row, cuts)
+        if rest:
+            said = ", ".join(map(str, rest))
+            self.missing += [f"{piece.tensor}{said} wanted by {self._takers.placements[d].holder}" for d in row]
+
+    def _hand_out(self, piece: Piece, box: Box, group: Sequence[_Origin], nbytes: int, row: list[int]) -> None:
+        """Have everybody of a row take one box, from any who has it: all of these are equally far. Most of large clusters on paper."""
+        positions = self._crowd(group).near(self._places[row[0]]).take(len(row), nbytes)
         way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
-        appends = appends_by_row.get(id(row))
+        appends = self._appends_by_row.get(id(row))
         if appends is None:
-            appends = appends_by_row[id(row)] = [ways[destination].append for destination in row]
+            appends = self._appends_by_row[id(row)] = [self.ways[destination].append for destination in row]
         for append, way in zip(appends, map(way_of.__getitem__, positions), strict=True):
             append(way)
 
-    for nbytes, piece, row in wanted:
-        boxes = origins.get(piece.tensor, {})
-        # One box that has all of it is the usual case of experts, which are many.
-        is_inside = len(boxes) == 1 and next(iter(boxes)).contains(piece.box)
-        if is_inside and all_are_far and nbytes // unit_bytes < 2:
-            hand_out(piece, piece.box, next(iter(boxes.values())), nbytes, row)
-            continue
-        useful = list(boxes.items())
-        if not is_inside:
-            useful = [(box, group) for box, group in useful if piece.box.intersect(box) is not None]
-            useful.sort(key=lambda each: (each[0].start, each[0].stop))
-        present = [crowd_of(group) for _, group in useful]
-        taken, rest = ([(piece.box, 0)], []) if is_inside else cover(piece.box, [(box, i) for i, (box, _) in enumerate(useful)])
-        # Where boxes overlap it matters which come first: for each destination those that are nearest to it and least loaded.
-        overlap = not is_inside and sum(common.size for box, _ in useful if (common := piece.box.intersect(box))) > sum(
-            box.size for box, _ in taken
-        )
-        # Ways and boxes are one object for all who take them, by which `rlsync.plan.outline` knows them again.
-        cuts: dict[tuple[Box, int, int], tuple[_Cut, ...]] = {}
-        chosen: list[tuple[Box, int, int]] = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
-        if all_are_far and not overlap and len(chosen) == 1 and chosen[0][2] < 2:
-            ((box, index, _),) = chosen
-            hand_out(piece, box, useful[index][1], nbytes, row)
-            if rest:
-                missing += [f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[d].holder}" for d in row]
-            continue
+    def _take_each(
+        self,
+        piece: Piece,
+        useful: Sequence[tuple[Box, list[_Origin]]],
+        taken: Sequence[tuple[Box, int]],
+        nbytes: int,
+        row: Sequence[int],
+        cuts: _Cuts,
+    ) -> None:
+        """Have everybody of a row take these boxes, each from the least loaded of the nearest, and large ones from several of them.
+
+        ``taken``: boxes and their places in ``useful``. ``cuts``: those of the piece found so far.
+        """
+        chosen = [(box, index, nbytes * box.size // piece.box.size // self._unit_bytes) for box, index in taken]
         for destination in row:
-            place, own = places[destination], ways[destination]
-            if overlap:
-                order = sorted(range(len(useful)), key=lambda i: present[i].near(place).rating())
-                taken, rest = cover(piece.box, [(useful[i][0], i) for i in order])
-                chosen = [(box, index, nbytes * box.size // piece.box.size // unit_bytes) for box, index in taken]
+            place, own = self._places[destination], self.ways[destination]
             for box, index, num_units in chosen:
-                near = present[index].near(place)
+                group = useful[index][1]
+                near = self._crowd(group).near(place)
                 key = box, index, 1 if num_units < 2 else min(num_units, len(near.members))
                 if key not in cuts:
                     cuts[key] = tuple(_Cut(part, nbytes * part.size // piece.box.size, {}) for part in _parted(box, key[2]))
@@ -331,11 +358,18 @@ def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) 
                     (position,) = near.take(1, cut.nbytes)
                     way = cut.ways.get(position)
                     if way is None:
-                        way = cut.ways[position] = piece, cut.box, useful[index][1][position]
+                        way = cut.ways[position] = piece, cut.box, group[position]
                     own.append(way)
-            if rest:
-                missing.append(f"{piece.tensor}{', '.join(map(str, rest))} wanted by {takers.placements[destination].holder}")
-    return ways, sorted(missing)
+
+    def _crowd(self, group: Sequence[_Origin]) -> _Crowd:
+        found = self._crowd_by_group.get(id(group))
+        if found is None:
+            who = tuple([source for source, _ in group])
+            if who not in self._crowds:
+                placements = self._givers.placements
+                self._crowds[who] = _Crowd(who, [placements[source].location for source in who], self._locations, self._loads)
+            found = self._crowd_by_group[id(group)] = self._crowds[who]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +379,11 @@ class _Cut:
     box: Box
     nbytes: int
     ways: dict[int, Way]
+
+
+# Of a piece, by a box of it, who gives that, and into how many it is parted. Ways and boxes are one object for all who take them, by which
+# `rlsync.plan.outline` knows them again.
+_Cuts = dict[tuple[Box, int, int], tuple[_Cut, ...]]
 
 
 def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, Piece, list[int]]]:
