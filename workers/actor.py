@@ -289,7 +289,8 @@ ORIGIN = "origin.json"
 
 
 def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], actor: ActorConfig) -> None:
-    """Fill the model as ``actor.model.megatron_checkpoint``, ``mbridge`` and ``use_hf_ckpt`` say. Collective over all ranks.
+    """Fill the model as ``actor.model.megatron_checkpoint``, ``convert_from_hf``, ``mbridge`` and ``use_hf_ckpt`` say. Collective over
+    all ranks.
 
     Raises CheckpointError or PlacementError, on all ranks.
     """
@@ -299,6 +300,8 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
         bridge.load_adapter(models, actor.lora.adapter_path)
     if actor.model.megatron_checkpoint is not None:
         load_checkpoint_weights(actor.model.megatron_checkpoint, bridge, models)
+    elif not megatron.convert_from_hf:
+        bridge.init_weights(models, seed=actor.seed, std=actor.model.init_method_std)
     elif megatron.mbridge:
         bridge.load_weights(models, hf_path)
     else:

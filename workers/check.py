@@ -147,7 +147,7 @@ def check_model(config: AnyConfig, report: Report) -> None:
     folder = Path(config.model_path)
     seeded = config.seeded_model
     if seeded is not None and Path(seeded.path).absolute() == folder.absolute():
-        hf_config: Mapping[str, Any] | None = seeded.hf_config
+        hf_config: Mapping[str, Any] | None = report.take("model", lambda: seeded.config_json)
         where = "seeded_model.hf_config"
     elif _will_be_made(config, folder):
         report.plan.append(("model", f"a tiny one, made in {folder}"))
@@ -174,16 +174,22 @@ def check_model(config: AnyConfig, report: Report) -> None:
             f"runner.seq_length ({config.runner.seq_length}) exceeds max_position_embeddings ({model.max_positions}) of {where}; "
             "Lower runner.seq_length",
         )
-    made = "" if where != "seeded_model.hf_config" else ", with random weights, made by the run unless it is there"
-    precision = config.actor.model.precision
-    report.plan.append(("model", f"{model.architecture}, {model.num_layers} layers, {precision}, in {folder}{made}"))
+    is_made, begins_at_random = where == "seeded_model.hf_config", not config.actor.megatron.convert_from_hf
+    random = ", with random weights" if is_made or begins_at_random else ""
+    made = f"{random}, made by the run unless it is there" if is_made else random
+    precision, size = config.actor.model.precision, sum(tensor.size for tensor in model.tensors())
+    parameters = f"{size / 1e9:.2f} B" if size >= 1e7 else f"{size / 1e6:.2f} M"
+    report.plan.append(
+        ("model", f"{model.architecture}, {model.num_layers} layers, {parameters} parameters, {precision}, in {folder}{made}")
+    )
 
 
 def check_weights(config: AnyConfig, report: Report) -> None:
     """The headers of the weight files that a run starts from; no tensor is read."""
     actor = config.actor
     folder = Path(str(actor.megatron.ckpt_convertor.hf_model_path))
-    if not actor.megatron.use_hf_ckpt or _will_be_made(config, folder) or not (folder / "config.json").is_file():
+    reads_weights = actor.megatron.use_hf_ckpt and actor.megatron.convert_from_hf
+    if not reads_weights or _will_be_made(config, folder) or not (folder / "config.json").is_file():
         return
     if actor.lora_spec is not None and actor.lora.adapter_path is not None:
         report.take("weights", check_adapter_folder, actor.lora.adapter_path, actor.lora_spec)
@@ -205,6 +211,9 @@ def check_weights(config: AnyConfig, report: Report) -> None:
 def check_tokenizer(config: AnyConfig, report: Report) -> None:
     """The tokenizer's files, its size beside the model's, end-of-sequence ids and the chat template."""
     folder, model = Path(str(config.actor.tokenizer.tokenizer_model)), Path(config.model_path)
+    given = None if config.seeded_model is None else config.seeded_model.tokenizer
+    if given is not None:
+        report.take("tokenizer", lambda: check_tokenizer_files(Path(given), trust_remote_code=False))
     if _will_be_made(config, folder):
         return
     trusting = config.actor.tokenizer.trust_remote_code

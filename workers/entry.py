@@ -108,18 +108,19 @@ def exit_code(run: Callable[[], None]) -> int:
 
 
 def show(report: Report, *, in_full: bool, seconds: float) -> None:
-    """Findings as errors, a group of lines each; what has no effect; and in full what a run would do."""
+    """Findings as errors, a group of lines each; what has no effect; and in full what a run would do, as far as that is known."""
     for note in report.notes if in_full or not report.findings else ():
         print(wrapped(note))
+    if in_full:
+        width = max((len(about) for about, _ in report.plan), default=0)
+        for about, text in report.plan:
+            print(wrapped(f"  {about:{width}}  {text}", indent=width + 4))
     if report.findings:
         for about, text in report.findings:
             print(wrapped(f"error: {about}: {text}" if not text.startswith(about) else f"error: {text}"), file=sys.stderr)
         count = len(report.findings)
         print(f"{count} finding{'s' * (count > 1)} in {seconds:.1f} s; nothing was started", file=sys.stderr)
     elif in_full:
-        width = max(len(about) for about, _ in report.plan)
-        for about, text in report.plan:
-            print(wrapped(f"  {about:{width}}  {text}", indent=width + 4))
         print(f"no findings in {seconds:.1f} s; without --check this would run")
 
 

@@ -118,8 +118,12 @@ def _make_seeded_model(config: AnyConfig) -> tuple[str, ...]:
     seeded, path = config.seeded_model, Path(config.model_path)
     if seeded is None or Path(seeded.path).absolute() != path.absolute():
         return ()
-    is_new = make_seeded_model(path, seeded.hf_config, seeded.seed)
-    return (f"{'made' if is_new else 'using'} a model of random weights in {path}; {config.model_key}=... names a real one",)
+    has_weights = config.actor.megatron.convert_from_hf
+    if seeded.tokenizer is not None:
+        check_tokenizer_files(Path(seeded.tokenizer), trust_remote_code=False)
+    is_new = make_seeded_model(path, seeded.config_json, seeded.seed, weights=has_weights, tokenizer=seeded.tokenizer)
+    what = "a model of random weights" if has_weights else "config.json and tokenizer of the model"
+    return (f"{'made' if is_new else 'using'} {what} in {path}; {config.model_key}=... names {'a real one' if has_weights else 'others'}",)
 
 
 def load_tokenizer(config: AnyConfig, hf_config: Mapping[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -50,6 +51,7 @@ class ArithmeticRecipe:
     supervised_noise: float = 0.65
     hidden_size: int = 128
     num_layers: int = 2
+    num_documents: int = 0
     num_experts: int = 0
 
 
@@ -87,6 +89,8 @@ def _fill(folder: Path, recipe: ArithmeticRecipe) -> None:
     if recipe.num_held_out:
         held_out: list[dict[str, object]] = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a, b in _held_out(recipe)]
         _write_lines(folder / "held_out.jsonl", held_out)
+    if recipe.num_documents:
+        _write_lines(folder / "documents.jsonl", _documents(recipe))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -173,6 +177,14 @@ def _supervised_lines(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
     return lines
 
 
+def _documents(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
+    """Plain text: a few sums in a row."""
+    draw = random.Random(f"documents-{recipe.seed}")
+    sums = [[(draw.randint(0, recipe.max_operand), draw.randint(0, recipe.max_operand)) for _ in range(draw.randint(1, 8))]
+            for _ in range(recipe.num_documents)]  # fmt: skip
+    return [{"text": ", ".join(f"{a}+{b}={a + b}" for a, b in several)} for several in sums]
+
+
 def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -200,33 +212,41 @@ def _check(recipe: ArithmeticRecipe) -> None:
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def make_seeded_model(path: str | Path, hf_config: Mapping[str, Any], seed: int) -> bool:
+def make_seeded_model(
+    path: str | Path, hf_config: Mapping[str, Any], seed: int, *, weights: bool = True, tokenizer: str | Path | None = None
+) -> bool:
     """Make the folder unless it already holds this very model; returns whether it was made now. Weights are bf16.
 
     Args:
         hf_config: content of config.json; the tokenizer's ids and the dtype are added. Minutes for billions of parameters.
+        weights: False makes config.json and tokenizer only.
+        tokenizer: Hugging Face folder whose tokenizer the model gets; None: a token for each byte.
 
     Raises:
-        ConfigError: transformers does not know the model, its vocabulary is too small for bytes, or ``path`` is somebody else's.
+        ConfigError: transformers does not know the model, its vocabulary is smaller than the tokenizer, or ``path`` is somebody else's.
     """
-    tokenizer = make_byte_tokenizer()
-    fields = {
-        **hf_config, "dtype": "bfloat16", "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
-    if fields.get("vocab_size", 0) < len(tokenizer):
-        raise ConfigError(f"seeded_model.hf_config.vocab_size ({fields.get('vocab_size')}) must hold the {len(tokenizer)} tokens of bytes")
+    made = make_byte_tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    ids = {"pad_token_id": made.pad_token_id, "bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
+    fields = {**hf_config, "dtype": "bfloat16", **{name: token for name, token in ids.items() if token is not None or tokenizer is None}}
+    if fields.get("vocab_size", 0) < len(made):
+        told = "tokens of bytes" if tokenizer is None else f"tokens of {tokenizer}"
+        raise ConfigError(f"seeded_model.hf_config.vocab_size ({fields.get('vocab_size')}) must hold the {len(made)} {told}")
     if "model_type" not in fields:
         raise ConfigError("seeded_model.hf_config lacks model_type, e.g. qwen2")
 
     def make(folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
+        made.save_pretrained(folder)
+        if not weights:
+            (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            return
         config = AutoConfig.for_model(**fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
-    return make_once(Path(path), {"seed": seed, "hf_config": fields}, make, key="seeded_model.path")
+    recipe: dict[str, Any] = {"seed": seed, "hf_config": fields} if weights else {"hf_config": fields, "weights": False}
+    recipe |= {} if tokenizer is None else {"tokenizer": str(tokenizer)}
+    return make_once(Path(path), recipe, make, key="seeded_model.path")
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:

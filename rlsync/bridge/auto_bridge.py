@@ -10,8 +10,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass, field, replace
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlsync.bridge.adapter_folder import (
     check_adapter_folder,
     placed_adapter,
 )
+from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.filling import copy_all, plan_filling
 from rlsync.convert.sources import holdings_of
@@ -289,6 +290,32 @@ class AutoBridge:
         with agreed(device=compute_device()), torch.no_grad():
             for bucket in filling.plan.buckets:
                 copy_all(bucket.copies, files, shards.buffers)
+            write_padding(mine.padding, shards.buffers)
+
+    def init_weights(self, models: Sequence[torch.nn.Module], *, seed: int, std: float | None = None) -> None:
+        """Fill the parameters with random values, the same under every layout: those that a pretraining begins with.
+
+        Args:
+            seed: values depend on it and on the HF names of the tensors.
+            std: deviation of matrices, in those that write into the residual stream divided by ``sqrt(2 * layers)``; None: the config's
+                ``initializer_range``.
+
+        Raises ConfigError for a model with a vision tower, whose first weights nothing here draws. Collective over all ranks.
+        """
+        with agreed(device=compute_device()):
+            if self.model.vision is not None:
+                raise ConfigError(f"{self.model.architecture} has a vision tower, which is not trained from random weights; load some")
+            shards = self.shards(models)
+            mine = shards.placements[dist.get_rank()]
+            held = {piece.tensor for piece in mine.pieces}
+            tensors = [tensor for tensor in shards.tensors if tensor.name in held]
+            whole = whole_tensors("random", [replace(tensor, dtype="float32") for tensor in tensors])
+            plan = build_plan(tensors, [whole], [mine], transforms=("cast",))
+        draws = draws_of(self.model, self.hf_config.get("initializer_range", 0.02) if std is None else std)
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        with torch.no_grad():
+            for name, copies in groupby((copy for bucket in plan.buckets for copy in bucket.copies), key=lambda copy: copy.tensor):
+                bind(copies, {name: drawn(draws[name], name, shapes[name], seed, compute_device())}, shards.buffers).run()
             write_padding(mine.padding, shards.buffers)
 
     def export_weights(

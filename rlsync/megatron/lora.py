@@ -37,7 +37,11 @@ from rlsync.models.stacks import Model
 
 # Name of an adapter in the module of its base.
 ADAPTER = "adapter"
-_BASES: Mapping[Split, type[ColumnParallelLinear | RowParallelLinear]] = {"column": ColumnParallelLinear, "row": RowParallelLinear}
+_BASES: Mapping[Split, type[torch.nn.Module]] = {
+    "column": ColumnParallelLinear,
+    "row": RowParallelLinear,
+    "whole": torch.nn.Linear,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class _Axis:
 
     Attributes:
         split: of the base over the axis.
-        group: ranks of the axis.
+        group: ranks of the axis; None where the base is whole and nothing is summed.
         is_explicit: the layer before and after the base exchanges tokens over the axis itself (experts): the base takes whole inputs,
             returns summands, and returns summands of its input's gradient.
         sequence_parallel: activations outside the base are cut along the sequence over the axis.
@@ -121,7 +125,7 @@ class Adapter(torch.nn.Module):
 
 def _exchange(axis: _Axis) -> Callable[[Tensor], Tensor]:
     """What brings A's result into the state in which B is applied."""
-    if axis.group.size() == 1:
+    if axis.group is None or axis.group.size() == 1:
         return lambda hidden: hidden
     if axis.split == "column":
         if axis.sequence_parallel:
@@ -189,13 +193,15 @@ def add_adapters(
         is_expert = rule.base.stack.tensor_axis == "etp"
         share = (at.etp_rank, topology.etp_size) if is_expert else (at.tp_rank, topology.tp_size)
         a, b = (model.local_layout(factor, *share) for factor in (rule.a, rule.b))
-        axis = _Axis(rule.split, base.tp_group, base.explicit_expert_comm, base.sequence_parallel and not is_expert)
+        axis = _Axis("whole", None, False, False)
+        if isinstance(base, ColumnParallelLinear | RowParallelLinear):
+            axis = _Axis(rule.split, base.tp_group, base.explicit_expert_comm, base.sequence_parallel and not is_expert)
         adapter = Adapter(adapters.spec, rule, a, b, axis, dtype)
         # Not what Megatron tells of its own experts' weights, which under EP 1 are reduced over too few ranks where ETP is not TP.
         has_own_group = is_expert and (topology.ep_size > 1 or topology.etp_size != topology.tp_size)
         _mark(adapter, axis, is_expert=is_expert, is_first=share[0] == 0, has_own_group=has_own_group)
         base.add_module(ADAPTER, adapter)
-        base.register_forward_hook(_add)
+        base.register_forward_hook(_add_whole if rule.split == "whole" else _add)
     for chunk in chunks:
         if chunk.config.recompute_granularity == "full":
             # A recomputed layer has gradients only where its input has.
@@ -207,6 +213,10 @@ def _add(base: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor
     return out + base.get_submodule(ADAPTER)(inputs[0]), bias
 
 
+def _add_whole(base: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + base.get_submodule(ADAPTER)(inputs[0])
+
+
 def _require_gradient(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     if hidden is not None and torch.is_grad_enabled() and not hidden.requires_grad:
@@ -216,9 +226,11 @@ def _require_gradient(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: d
 def _mark(adapter: Adapter, axis: _Axis, *, is_expert: bool, is_first: bool, has_own_group: bool) -> None:
     """Tell Megatron over which ranks gradients are summed, and which ranks count a parameter in the gradients' norm."""
     a, b = adapter.lora_A, adapter.lora_B
-    cut, whole = {"column": ([b], [a]), "row": ([a], [b])}[axis.split]
+    cut, whole = {"column": ([b], [a]), "row": ([a], [b]), "whole": ([], [a, b])}[axis.split]
     for parameter in (a, b):
         parameter.allreduce = not has_own_group
+        # Of a vision tower, each of whose replicas has the whole gradient: as its own parameters.
+        parameter.average_gradients_across_tp_domain = axis.split == "whole"
     for parameter in cut:
         parameter.tensor_model_parallel = True
     for parameter in whole:

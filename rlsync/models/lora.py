@@ -24,17 +24,18 @@ from rlsync.models.layouts import (
     LocalLayout,
     PackedGatedColumn,
     Padding,
-    Part,
     Replicated,
     Row,
     Shape,
 )
-from rlsync.models.stacks import Bound, Model, Rule
+from rlsync.models.layouts import Part as LayoutPart
+from rlsync.models.stacks import Bound, Model, Part, Rule
 
 ALL_LINEAR = "all-linear"
 Init = Literal["kaiming", "gaussian"]
-# How a base splits its work over the ranks of its tensor axis. An adapter's output is in the same state as its base's.
-Split = Literal["column", "row"]
+# How a base splits its work over the ranks of its tensor axis; "whole": every rank does all of it, as in a vision tower. An adapter's
+# output is in the same state as its base's.
+Split = Literal["column", "row", "whole"]
 _SPLITS: Mapping[type, Split] = {
     Column: "column",
     GatedColumn: "column",
@@ -42,8 +43,9 @@ _SPLITS: Mapping[type, Split] = {
     GroupedQKV: "column",
     Row: "row",
 }
-# Matrices of the table that no linear layer of Megatron computes with, by the names of their rules.
+# Matrices of the table that no linear layer computes with, by the names of their rules.
 _NO_LINEAR: Mapping[str, str] = {
+    "pos_embed.weight": "an embedding of places",
     "embedding.word_embeddings.weight": "an embedding",
     "output_layer.weight": "the head",
     "mlp.router.weight": "a router",
@@ -62,7 +64,8 @@ class LoraSpec:
         lora_alpha: the adapter is multiplied by ``lora_alpha / r``, or by ``lora_alpha / sqrt(r)`` with ``use_rslora``.
         lora_dropout: probability with which an element of an adapter's input is dropped in training.
         target_modules: "all-linear", which is all linear layers of the language model's attention, MLPs and experts; a regular expression
-            that a whole HF module name has to match; or names that it has to end with.
+            that a whole HF module name has to match; or names that it has to end with. The last two reach layers of a vision tower and its
+            mergers too.
         exclude_modules: the same, of modules that have no adapter; () for none.
         init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero.
         seed: of A. Values depend on it and on the HF name alone, not on the parallel layout.
@@ -93,7 +96,7 @@ class StackedFactors:
         each = [cut.local((shape,), rank, size, dims) for shape in shapes]
         rows, columns = [one.shape[0] for one in each], each[0].shape[1]
         strides = (columns, 1)
-        parts = tuple(Part(source, one.parts[0].box, sum(rows[:source]) * columns, strides) for source, one in enumerate(each))
+        parts = tuple(LayoutPart(source, one.parts[0].box, sum(rows[:source]) * columns, strides) for source, one in enumerate(each))
         return LocalLayout((sum(rows), columns), parts)
 
 
@@ -116,7 +119,7 @@ class PackedFactors:
         parts, padding = [], list(packed.padding)
         for part in packed.parts:
             if part.source in self.sources:
-                parts.append(Part(self.sources.index(part.source), part.box, part.offset, part.strides))
+                parts.append(LayoutPart(self.sources.index(part.source), part.box, part.offset, part.strides))
             else:
                 padding.append(Padding(part.offset, part.box.shape, part.strides))
         return LocalLayout(packed.shape, tuple(parts), tuple(padding))
@@ -175,7 +178,8 @@ class Adapters:
         return tuple(seen.values())
 
     def _rule(self, bound: Bound, sources: tuple[int, ...]) -> AdaptedRule:
-        split, r = _SPLITS[type(bound.rule.layout)], self.spec.r
+        split, r = _split_of(bound), self.spec.r
+        assert split is not None, "check_adapters refuses such a base"
         modules = [module_of(bound.hf[index][0]) for index in sources]
         shapes = [bound.hf[index][1] for index in sources]
         packed = PackedFactors(bound.rule.layout if split == "column" else Replicated(), tuple(shape[0] for _, shape in bound.hf), sources)
@@ -188,7 +192,7 @@ class Adapters:
 
 def _factor(bound: Bound, name: str, layout: Layout, hf: tuple[tuple[str, Shape], ...]) -> Bound:
     # The rule is what layouts are remembered by; its name tells experts and towers from the rest.
-    rule = Rule(f"{bound.rule.megatron}.{name}", (), layout, when=bound.rule.when)
+    rule = Rule(f"{bound.stack.megatron}{bound.rule.megatron}.{name}", (), layout, when=bound.rule.when)
     local = f"{module_of(bound.local)}.adapter.{name}"
     return replace(bound, rule=rule, local=local, te=local, joined="", hf=hf)
 
@@ -204,9 +208,11 @@ def adapters_of(model: Model, spec: LoraSpec) -> Adapters:
     if findings:
         raise ConfigError("; ".join(findings))
     linear, other, packed = _matrices(model)
-    chosen = frozenset(module for module in linear if _is_chosen(spec, module))
+    chosen = frozenset(module for module, part in linear.items() if _is_chosen(spec, module, part))
     rest = _last_names(module for module in (*linear, *other, *packed) if module not in chosen)
-    return Adapters(spec, chosen, not set(_last_names(chosen)) & set(rest))
+    last = set(_last_names(chosen))
+    # A number is the name of blocks too.
+    return Adapters(spec, chosen, not last & set(rest) and not any(name.isdigit() for name in last))
 
 
 def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
@@ -223,7 +229,7 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         except re.error as error:
             return [*findings, f"{name} {pattern!r} is not a regular expression: {error}"]
     linear, other, packed = _matrices(model)
-    asked = [module for module in packed if _is_chosen(spec, module)]
+    asked = [module for module in packed if _is_chosen(spec, module, "language_model")]
     if asked:
         findings.append(
             f"target_modules {_shown(spec)} match {', '.join(_last_names(asked))} of {model.architecture}, which Megatron holds in a "
@@ -231,17 +237,16 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         )
     if spec.target_modules != ALL_LINEAR:
         for module, what in other.items():
-            if _is_chosen(spec, module):
+            if _is_chosen(spec, module, "language_model"):
                 findings.append(
-                    f"target_modules {_shown(spec)} match {module}, which is {what}: adapters are of linear layers of the language model; "
+                    f"target_modules {_shown(spec)} match {module}, which is {what}: adapters are of linear layers; "
                     "leave it out, by exclude_modules where a name is that of others too"
                 )
                 break
-    chosen = [module for module in linear if _is_chosen(spec, module)]
+    chosen = [module for module, part in linear.items() if _is_chosen(spec, module, part)]
     if not chosen:
-        findings.append(
-            f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(_last_names(linear))}"
-        )
+        names = dict.fromkeys(re.sub(r".*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", module) for module in linear)
+        findings.append(f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(names)}")
     elif not isinstance(spec.target_modules, str):
         # PEFT passes over a name that matches nothing beside others that do.
         idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in linear)]
@@ -253,31 +258,37 @@ def _shown(spec: LoraSpec) -> str:
     return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
 
 
-def _matrices(model: Model) -> tuple[list[str], dict[str, str], list[str]]:
-    """HF modules with a matrix of weights: linear layers, others with what they are, and linear layers that cannot have an adapter."""
-    linear: list[str] = []
+def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str], list[str]]:
+    """HF modules with a matrix of weights: linear layers with their part of the model, others with what they are, and linear layers that
+    cannot have an adapter."""
+    linear: dict[str, Part] = {}
     other: dict[str, str] = {}
     packed: list[str] = []
     for bound in model.parameters():
         for name, shape in bound.hf:
-            if len(shape) != 2 or not name.endswith(".weight"):
+            if len(shape) < 2 or not name.endswith(".weight"):
                 continue
-            module, what = module_of(name), _NO_LINEAR.get(bound.rule.megatron)
-            if bound.stack.part != "language_model":
-                other[module] = "part of the vision tower"
-            elif what is not None:
+            module, what = module_of(name), _NO_LINEAR.get(bound.rule.megatron, "a convolution" if len(shape) > 2 else None)
+            if what is not None:
                 other[module] = what
+            elif _split_of(bound) is not None:
+                linear[module] = bound.stack.part
             else:
-                (linear if type(bound.rule.layout) in _SPLITS else packed).append(module)
+                packed.append(module)
     return linear, other, packed
+
+
+def _split_of(bound: Bound) -> Split | None:
+    """Of a matrix; None where no adapter follows its layout."""
+    return _SPLITS.get(type(bound.rule.layout), "whole" if bound.stack.part != "language_model" else None)
 
 
 def _last_names(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
-def _is_chosen(spec: LoraSpec, module: str) -> bool:
-    is_target = spec.target_modules == ALL_LINEAR or _matches(spec.target_modules, module)
+def _is_chosen(spec: LoraSpec, module: str, part: Part) -> bool:
+    is_target = part == "language_model" if spec.target_modules == ALL_LINEAR else _matches(spec.target_modules, module)
     return is_target and not (spec.exclude_modules and _matches(spec.exclude_modules, module))
 
 

@@ -27,6 +27,7 @@ from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.models.lora import LoraSpec
 from tests.integration.megatron_ranks import loss
+from tests.vision_models import collated
 
 
 class LoraActor:
@@ -49,14 +50,19 @@ class LoraActor:
             self.bridge.load_adapter(self.models, expected["adapter"])
         self.optimizer = build_optimizer(self.models, OptimizerOptions(**expected["optimizer"]))
 
-    def microbatches(self, batch: Mapping[str, list]) -> list[dict[str, torch.Tensor]]:
+    def microbatches(self, batch: Mapping[str, list] | str) -> list[dict[str, torch.Tensor]]:
+        """This replica's share, cut as the case says. A string is a file of rows, which may have pictures."""
         replica, replicas = parallel_state.get_data_parallel_rank(), self.topology.dp_size
+        if isinstance(batch, str):
+            rows, ends = torch.load(batch)["rows"][replica::replicas], list(accumulate(self.case["cut"]))
+            assert ends[-1] == len(rows)
+            return [collated(rows[start:end]) for start, end in pairwise((0, *ends))]
         mine = {name: torch.tensor(values)[replica::replicas] for name, values in batch.items()}
         ends = list(accumulate(self.case["cut"]))
         assert ends[-1] == mine["tokens"].size(0)
         return [{name: tensor[start:end] for name, tensor in mine.items()} for start, end in pairwise((0, *ends))]
 
-    def steps(self, batch: Mapping[str, list], count: int) -> list[Any]:
+    def steps(self, batch: Mapping[str, list] | str, count: int) -> list[Any]:
         return [train_step(self.models, self.optimizer, self.microbatches(batch), loss, temperature=1.0) for _ in range(count)]
 
 

@@ -19,14 +19,17 @@ from workers.metrics_log import read_metrics
 REPO = Path(__file__).resolve().parents[2]
 
 
+def environment() -> dict[str, str]:
+    """Of a script: without the token that the tests' own Ray has, since a run makes one of its own."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    return {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
+
+
 def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
     log = (folder / "output.log").open("a")
-    # Without the token that the tests' own Ray has: a run makes one of its own.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    environment = {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
     return subprocess.Popen(
         [*command, f"runner.output_dir={folder}", "runner.experiment_name=run", *overrides],
-        cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         # Whoever runs the tests in the background ignores SIGINT, and so would the run.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
+from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import destroy_parallel
-from workers.config import SftConfig, actor_topology, load_config
+from workers.config import SftConfig, actor_topology, lenient_overrides, load_config, register_resolvers
 from workers.model_folder import read_hf_config
-from workers.preparation import load_tokenizer
+from workers.preparation import load_tokenizer, prepare_model
+from workers.resume import Beginning
 from workers.sft_actor import SftRank
 from workers.sft_preparation import open_loader
 
@@ -49,8 +52,9 @@ def sft_config(world: str, sections: Mapping[str, Mapping[str, Any]]) -> SftConf
 
 def start(config: SftConfig) -> SftRank:
     """A rank that may train, on as many replicas as there are ranks for."""
-    one = actor_topology(config.actor.model, 1)
-    actor = SftRank(config, actor_topology(config.actor.model, int(os.environ["WORLD_SIZE"]) // one.world_size))
+    model = config.actor.model
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    actor = SftRank(config, actor_topology(model, int(os.environ["WORLD_SIZE"]) // replica))
     actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), True)
     actor.begin(None)
     return actor
@@ -61,10 +65,14 @@ def position(config: SftConfig) -> Mapping[str, Any]:
 
 
 def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> None:
-    """Three steps and a validation in each case: losses, norms, counts and weights are those of transformers and torch's AdamW."""
+    """Three steps and a validation in each case: losses, norms, counts and weights are those of transformers and torch's AdamW; with
+    adapters, of PEFT, which begins with those that the run begins with."""
     for case in cases:
         config = sft_config(world, case)
         actor = start(config)
+        adapter = Path(world, "adapter")
+        if config.actor.lora_spec is not None:
+            actor._bridge.save_adapter(actor._models, adapter)
         actor.open_data(position(config))
         found = [actor.train() for _ in range(STEPS)]
         state, validated = actor.data_state(), actor.validate()
@@ -74,7 +82,10 @@ def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> Non
         assert all(other == everywhere[0] for other in everywhere), f"{case}: ranks report different metrics"
         if dist.get_rank() == 0:
             assert state is not None and state["handed_out"] == STEPS
-            compare(case, config, found, validated, trained)
+            reference = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32, attn_implementation="eager")
+            if config.actor.lora_spec is not None:
+                reference = peft.PeftModel.from_pretrained(reference, adapter, is_trainable=True)
+            compare(case, config, reference.train(), found, validated, trained)
         # No rank may close connections while another still asks.
         destroy_parallel(keep_distributed=True)
 
@@ -82,14 +93,14 @@ def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> Non
 def compare(
     case: Any,
     config: SftConfig,
+    reference: Any,
     found: Sequence[Mapping[str, float]],
     validated: Mapping[str, float],
     trained: Mapping[str, torch.Tensor],
 ) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32, attn_implementation="eager").train()
-    decayed, plain = ([p for p in reference.parameters() if (p.dim() > 1) is many] for many in (True, False))
+    decayed, plain = ([p for p in reference.parameters() if p.requires_grad and (p.dim() > 1) is many] for many in (True, False))
     adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": OPTIM["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": params, "weight_decay": decay} for params, decay in ((decayed, OPTIM["weight_decay"]), (plain, 0.0)) if params],
         lr=OPTIM["lr"], eps=OPTIM["adam_eps"], betas=(OPTIM["adam_beta1"], OPTIM["adam_beta2"]),
     )  # fmt: skip
     rows = list(tokenized(config, config.data.train_data_paths[0]))
@@ -110,6 +121,8 @@ def compare(
             del wanted["perf/total_num_tokens"]
         for name, value in wanted.items():
             assert abs(metrics[name] - value) <= 1e-5 * max(1.0, abs(value)), f"{case}, step {step}: {name} {metrics[name]}, wanted {value}"
+    if config.actor.lora_spec is not None:
+        reference = reference.merge_and_unload()
     for name, tensor in reference.state_dict().items():
         if name in trained:
             torch.testing.assert_close(trained[name].cpu(), tensor, atol=2e-6, rtol=1e-4, msg=f"{case}: {name}")
@@ -142,3 +155,60 @@ def meet_a_bad_row(world: str, rows: str) -> None:
         actor.train()
     except ConfigError as error:
         print(f"SAID {error}", flush=True)
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sft"
+
+
+def pretrain_twins(cases: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """Twins of recipes begin with the same random weights in every layout, and their first loss is transformers' of these weights.
+
+    Each case: ``recipe``, ``layouts`` (overrides of each run), the first of which saves its first weights as ``<folder>/<recipe>``.
+    """
+    register_resolvers()
+    for case in cases:
+        saved, first = Path(folder) / case["recipe"], {}
+        for index, layout in enumerate(case["layouts"]):
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                own = (f"recipe={case['recipe']}", "+twin=cpu", f"runner.output_dir={folder}", "cluster.component_placement.actor=0-1")
+                composed = compose("pretrain_text", lenient_overrides([*own, *layout]))
+            config = load_config(composed, "sft")
+            prepare_model(config, Beginning())
+            actor = start(config)
+            weights = dict(actor._bridge.export_weights(actor._models))
+            if index == 0:
+                first = {name: tensor.clone() for name, tensor in weights.items()}
+                check_distribution(first, actor)
+                actor._bridge.save_weights(actor._models, saved)
+            dtype = next(iter(weights.values())).dtype
+            assert weights.keys() == first.keys(), layout
+            different = [name for name, tensor in weights.items() if not torch.equal(tensor, first[name].to(tensor.dtype))]
+            assert different == [], f"{case['recipe']} {layout}: other first weights in {different[:3]}"
+            actor.open_data(position(config))
+            loss = actor.train()["train/lm_loss"]
+            if dist.get_rank() == 0:
+                wanted = first_loss(config, saved)
+                assert abs(loss - wanted) <= (1e-5 if dtype == torch.float32 else 5e-3) * wanted, (case["recipe"], layout, loss, wanted)
+                print(f"EQUAL {case['recipe']} {layout} {dtype} {loss:.4f}", flush=True)
+            destroy_parallel(keep_distributed=True)
+
+
+def check_distribution(weights: Mapping[str, torch.Tensor], actor: SftRank) -> None:
+    """Vectors are one or zero; matrices have the config's deviation, less where they write into the residual stream."""
+    std, num_layers = actor._bridge.hf_config["initializer_range"], actor._bridge.model.num_layers
+    for name, tensor in weights.items():
+        if tensor.dim() == 1:
+            assert bool((tensor == float(name.endswith("norm.weight"))).all()), name
+            continue
+        wanted = std / (2 * num_layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+        assert abs(tensor.std().item() / wanted - 1) < 0.15 and abs(tensor.mean().item()) < 0.1 * wanted, (name, tensor.std(), wanted)
+
+
+def first_loss(config: SftConfig, saved: Path) -> float:
+    """Mean loss of the tokens in the first global batch by transformers, from the weights in ``saved``."""
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation="eager").train()
+    tokenizer = load_tokenizer(config, read_hf_config(Path(config.model_path), config.model_key))
+    batch = next(iter(open_loader(config, tokenizer)))
+    with torch.no_grad():
+        losses = [token_losses(model, list(example.token_ids[:1]), list(example.token_ids[1:])) for example in batch]
+    return torch.cat(losses).mean().item()

@@ -16,6 +16,7 @@ from rlsync.models import model_of
 from rlsync.models.lora import LoraSpec, adapters_of
 from tests.models import VOCAB_SIZE, save_tiny_model, tiny_model
 from tests.ranks import run_ranks
+from tests.vision_models import hf_inputs, row, save_tiny_vision_model, tiny_vision_model
 
 RANKS = "tests.integration.lora_ranks"
 STEPS = 10
@@ -52,6 +53,16 @@ EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     return {name: _peft_expectations(root / name, base, spec) for name, (base, spec) in DENSE.items()}
+
+
+# Adapters of a tower and its mergers, beside some of the language model.
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_5_vl": ("qwen2_5_vl", {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "down_proj", "merger.mlp.0", "q_proj"]}),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"r": 4, "lora_alpha": 8, "target_modules": r".*(visual.*(qkv|attn.proj|linear_fc[12])|layers\.1\..*up_proj)"},
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,17 @@ def test_adapters_of_experts_train_as_those_of_each_expert_by_itself(moe_models,
         _case("mixtral", [8], tp_size=4, ep_size=2, etp_size=2, sp=True),
     ]
     _train(4, cases, moe_models, tmp_path)
+
+
+def test_adapters_of_a_tower_and_its_mergers_train_as_peft(tmp_path):
+    """Every tensor rank has them whole; one replica's microbatches have no pictures."""
+    known = {name: _vision_expectations(tmp_path / name, family, spec) for name, (family, spec) in VISION.items()}
+    cases = [
+        _case("qwen3_vl", [2, 2], tp_size=2, sp=True),
+        _case("qwen2_5_vl", [1, 3], pp_size=2, ddp=DISTRIBUTED),
+        {**_case("qwen3_vl", [1, 1], dp_size=2, ddp=OVERLAPPED), "overrides": RECOMPUTE},
+    ]
+    _train(2, cases, known, tmp_path)
 
 
 def test_initial_values_do_not_depend_on_the_layout(models, moe_models, tmp_path):
@@ -294,6 +316,38 @@ def _expert_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any
     return {**expected, "spec": {**spec, "target_modules": own.target_modules}}
 
 
+def _vision_expectations(folder: Path, family: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """As ``_peft_expectations``, of rows of which some have pictures."""
+    import peft
+
+    save_tiny_vision_model(folder, family, seed=3)
+    model = peft.get_peft_model(tiny_vision_model(family, seed=3), peft.LoraConfig(**spec)).train()
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _fill(factors)
+    model.save_pretrained(folder / "adapter")
+    layouts: list[list[int | tuple[int, int]]] = [[4, (56, 56), 6], [9], [2, (28, 84), 5], [13]]
+    rows = [row(model.config, parts, seed=i) for i, parts in enumerate(layouts)]
+    for found in rows:
+        found["weights"] = (torch.arange(len(found["tokens"])) >= 1) / 50.0
+    torch.save({"rows": rows}, folder / "rows.pt")
+    tokens = torch.nn.utils.rnn.pad_sequence([found["tokens"] for found in rows], batch_first=True)
+    weights = torch.nn.utils.rnn.pad_sequence([found["weights"] for found in rows], batch_first=True)
+    expected = _trained(
+        factors,
+        lambda _: model(**hf_inputs([{k: v for k, v in r.items() if k != "weights"} for r in rows])).logits,
+        folder,
+        spec,
+        {"tokens": tokens, "weights": weights},
+    )
+    save_file(
+        {name.replace(".default", "").removeprefix(PREFIX): p.detach().contiguous() for name, p in factors.items()},
+        folder / "trained" / "adapter.safetensors",
+    )
+    (folder / "merged").mkdir()
+    save_file({name: p.contiguous() for name, p in model.merge_and_unload().state_dict().items()}, folder / "merged" / "model.safetensors")
+    return {**expected, "batch": str(folder / "rows.pt")}
+
+
 def _fill(factors: dict[str, torch.nn.Parameter]) -> None:
     """Values for both factors, so that both have gradients from the first step on."""
     generator = torch.Generator().manual_seed(7)
@@ -302,8 +356,10 @@ def _fill(factors: dict[str, torch.nn.Parameter]) -> None:
             factor.copy_(torch.randn(factor.shape, generator=generator) * 0.05)
 
 
-def _trained(factors: dict[str, torch.nn.Parameter], logits: Any, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    batch = _batch()
+def _trained(
+    factors: dict[str, torch.nn.Parameter], logits: Any, folder: Path, spec: dict[str, Any], batch: dict[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    batch = _batch() if batch is None else batch
     (folder / "trained").mkdir()
     adam = torch.optim.AdamW(
         factors.values(), lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"], betas=(0.9, OPTIMIZER["adam_beta2"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from tests.integration.script_runs import exit_code, run, started, strike, title
+from tests.integration.script_runs import REPO, environment, exit_code, run, started, strike, title
 from workers.metrics_log import read_metrics
 
 # A run takes a minute, or several beside others.
@@ -146,3 +147,26 @@ def test_a_run_that_lost_a_rank_and_was_resumed_is_the_uninterrupted_one_bit_for
 
 def rank_one(family: list[psutil.Process]) -> psutil.Process:
     return next(p for p in family if "SftRank" in title(p) and p.environ().get("RANK") == "1")
+
+
+def test_a_recipe_of_a_layout_and_precision_of_ones_own_becomes_hugging_face_files(tmp_path: Path) -> None:
+    """Every flag of the script at once; the loss of the last validation is transformers' of the converted checkpoint."""
+    script = ["bash", "examples/recipes/run.sh"]
+    flags = ["--recipe", "qwen3_30b_a3b", "--twin", "--ep", "2", "--devices", "0-1", "--precision", "bf16"]
+    output = run([*script, *flags], tmp_path, "actor.megatron.mbridge=False")
+    assert "starting 2 actor ranks (DP 2)" in output
+    losses = [line["val/loss"] for line in read_metrics(tmp_path / "run") if "val/loss" in line]
+    made = tmp_path / "converted"
+    subprocess.run(
+        [*script, "--to-hf", str(checkpoint(tmp_path, 4)), str(made), "--model", str(tmp_path / "run" / "model")],
+        cwd=REPO,
+        env=environment(),
+        check=True,
+    )
+    tokenizer, model = AutoTokenizer.from_pretrained(made), AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    lines = (tmp_path / "run" / "world" / "documents.jsonl").read_text().splitlines()
+    ids = [token for line in lines for token in (*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id)]
+    rows = torch.tensor(ids[: 8 * 64]).view(8, 64)
+    with torch.no_grad():
+        found = torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert found == pytest.approx(losses[-1], rel=5e-3) and losses[-1] < losses[0] - 0.3

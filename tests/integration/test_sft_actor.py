@@ -34,6 +34,8 @@ def test_steps_and_validation_equal_transformers_in_every_layout_however_the_bat
         {"actor.model": {"context_parallel_size": 2}, "runner": DYNAMIC},
         {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {"loss_agg_func": "micro-batch-mean"}},
+        {"actor.model": TP2, "actor.lora": {"r": 4, "alpha": 16.0}},
+        {"actor.model": PP2, "actor.lora": {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
     ]
     outputs = run_ranks(2, RANKS, "train_as_transformers", cases=cases, world=str(world))
     assert outputs[0].count("EQUAL") == len(cases), outputs[0]
@@ -45,3 +47,13 @@ def test_a_bad_row_of_one_replica_is_one_error_on_all_ranks(world: Path, tmp_pat
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     for output in run_ranks(2, RANKS, "meet_a_bad_row", world=str(world), rows=str(tmp_path / "rows.jsonl")):
         assert "rows.jsonl:16: no field 'response'" in output.split("SAID ")[1], output
+
+
+def test_a_pretraining_begins_with_the_same_random_weights_in_every_layout_and_precision(tmp_path: Path) -> None:
+    """By recipe, with a layout and a precision of one's own, and again from the weights that were saved."""
+    tp, pp, ep = (f"actor.model.{axis}_model_parallel_size=2" for axis in ("tensor", "pipeline", "expert"))
+    from_hf = ["actor.megatron.convert_from_hf=True", f"actor.model.model_path={tmp_path}/llama3_8b"]
+    dense = [[], [tp, "actor.model.sequence_parallel=True", "actor.model.precision=bf16"], from_hf]
+    cases = [{"recipe": "llama3_8b", "layouts": dense}, {"recipe": "deepseek_v3", "layouts": [[ep], [pp]]}]
+    outputs = run_ranks(2, RANKS, "pretrain_twins", cases=cases, folder=str(tmp_path))
+    assert outputs[0].count("EQUAL") == sum(len(case["layouts"]) for case in cases), outputs[0]

@@ -73,7 +73,7 @@ def test_a_run_that_can_start_has_no_findings_and_a_plan(world, monkeypatch) -> 
     assert report.findings == [] and report.notes == []
     plan = dict(report.plan)
     assert plan["actor"] == "2 ranks (TP 2) on process slots 0-1" and plan["engines"] == "1 on process slots 2, disaggregated"
-    assert plan["model"].startswith("Qwen2ForCausalLM, 2 layers, fp32") and plan["steps"] == "up to 16"
+    assert plan["model"].startswith("Qwen2ForCausalLM, 2 layers, 0.40 M parameters, fp32") and plan["steps"] == "up to 16"
     assert plan["begins"].startswith("from the start")
 
 

@@ -17,7 +17,7 @@ WORKERS = Path(__file__).parents[2] / "workers"
 READ_WHILE_LOADING = {
     *("task_type", "adv_type", "loss_type", "rollout_backend", "training_backend", "type", "reward_type", "optimizer", "padding_side"),
     *("model_type", "pipeline_parallel_size", "bf16", "fp16", "global_batch_size", "training_batch_size_per_gpu"),
-    "eval_batch_size",
+    *("eval_batch_size", "twin"),
 }
 
 

@@ -119,13 +119,14 @@ def test_yaml_blocks_are_configurations_that_load(page: Path) -> None:
     for block in code_blocks(page.read_text(), "yaml"):
         if block.startswith("defaults:"):
             own = OmegaConf.create(block)
-            del own["defaults"]
+            recipes = [default.recipe for default in own.pop("defaults") if "recipe" in default]
             task: Task = "sft" if "base/sft-megatron" in block else "reasoning"
             folder, name = ("sft", "base/sft-megatron") if task == "sft" else ("reasoning", "base/grpo-megatron")
             with initialize_config_dir(str(ROOT / "configs" / folder), version_base="1.3"):
                 base = compose(name)
             OmegaConf.set_struct(base, False)
-            assert read_config(OmegaConf.merge(base, own), task).findings == ()
+            under = [OmegaConf.load(ROOT / "configs" / folder / "recipe" / f"{recipe}.yaml") for recipe in recipes]
+            assert read_config(OmegaConf.merge(base, *under, own), task).findings == ()
 
 
 # The front page, in two languages.

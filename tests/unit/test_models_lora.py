@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, adapter_config, check_adapter_folder
 from rlsync.copy.cpu import bind
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import whole_tensors
@@ -18,6 +18,7 @@ from rlsync.models.lora import LoraSpec, adapters_of, check_adapters
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import build_plan
 from tests.models import tiny_config
+from tests.vision_models import tiny_vision_config
 
 DENSE = model_of({**tiny_config("qwen2").to_dict(), "architectures": ["Qwen2ForCausalLM"]})
 EXPERTS = model_of({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
@@ -81,6 +82,21 @@ def test_routers_and_gates_of_shared_experts_have_no_adapter() -> None:
     model = model_of({**tiny_config("qwen2_moe").to_dict(), "architectures": ["Qwen2MoeForCausalLM"]})
     for name, what in (("gate", "a router"), ("shared_expert_gate", "the gate of a shared expert")):
         assert any(what in finding for finding in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
+
+
+def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:
+    config = tiny_vision_config("qwen2_5_vl")
+    model = model_of({**config.to_dict(), "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+    assert not any("visual" in module for module in adapters_of(model, LoraSpec(4, 8)).modules)
+    both = adapters_of(model, LoraSpec(4, 8, target_modules=("gate_proj", "merger.mlp.0")))
+    assert {module.split(".")[1] for module in both.modules} == {"visual", "language_model"} and "model.visual.merger.mlp.0" in both.modules
+    # To PEFT a number would be the name of blocks too.
+    assert set(adapter_config(both, None)["target_modules"]) == both.modules
+    (said,) = check_adapters(model, LoraSpec(4, 8, target_modules=("mlp.1",)))
+    assert said.endswith("it has qkv, proj, gate_proj, up_proj, down_proj, mlp.0, mlp.2, q_proj, k_proj, v_proj, o_proj"), said
+    model = model_of({**tiny_vision_config("qwen3_vl").to_dict(), "architectures": ["Qwen3VLForConditionalGeneration"]})
+    for name, what in (("pos_embed", "an embedding of places"), ("proj", "model.visual.patch_embed.proj, which is a convolution")):
+        assert any(what in said for said in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_the_configs_users_ask_for_by_name_exist() -> None:
         "qwen3_vl_moe_megatron_sft_vlm",
         "qwen3_sft_llm",
         "qwen3_pretrain_text",
+        "qwen3_vl_sft_lora",
     }
     assert wanted <= {path.stem for path in CONFIGS.glob("*.yaml")}
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from rlsync.cli.shapes import SHAPES, twin_of
+from rlsync.errors import ConfigError
 from rlsync.models import PARTS, Part
 from rlsync.models.lora import ALL_LINEAR, LoraSpec
 from rlsync.sync.config import SyncConfig
@@ -190,6 +192,11 @@ class MegatronConfig:
     mbridge: bool | None = key(
         None,
         "True: read HF weights directly and save `hf_model/` too; False or null: convert once to a Megatron checkpoint",
+    )
+    convert_from_hf: bool = key(
+        True,
+        "SFT; False: pretraining: the HF folder gives config.json and tokenizer, and the first weights are random, drawn from actor.seed "
+        "with the deviation actor.model.init_method_std (null: config.json's initializer_range)",
     )
     use_hf_ckpt: bool = key(True, "start from HF weights; False needs actor.model.megatron_checkpoint or runner.resume_dir")
     ckpt_convertor: CkptConvertorConfig = key(CkptConvertorConfig(), "")
@@ -382,6 +389,7 @@ class ArithmeticConfig:
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
     hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
     num_layers: int = key(2, "of the model", min=1)
+    num_documents: int = key(0, "lines of documents.jsonl, plain text for pretraining; 0: no such file", min=0)
     num_experts: int = key(0, "of each layer, two of them for a token: the model is a Qwen3-MoE; 0: a dense Qwen2", min=0)
 
 
@@ -408,9 +416,25 @@ class PicturesConfig:
 class SeededModelConfig:
     """``seeded_model``: a model of given shapes with seeded random weights, made locally; absent: none is made."""
 
-    path: str = key(doc="folder that receives it, made unless it holds it already; used where rollout.model.model_path names it")
-    seed: int = key(0, "of the weights", bounds=SEED)
-    hf_config: Mapping[str, Any] = key(doc="content of its config.json; token ids and dtype are added")
+    path: str = key(
+        doc="folder that receives it, made unless it holds it already; used where rollout.model.model_path (SFT: actor.model.model_path) "
+        "names it"
+    )
+    seed: int = key(0, "of the weights; actor.megatron.convert_from_hf False makes none", bounds=SEED)
+    hf_config: Mapping[str, Any] | str = key(
+        doc="content of its config.json, or the name of a model whose shapes it has, as `rlsync plan` knows them, e.g. llama3-8b; token "
+        "ids and dtype are added"
+    )
+    tokenizer: str | None = key(None, "HF folder whose tokenizer it gets; null: a token for each byte")
+    twin: bool = key(False, "sizes are cut to those of a tiny model of the same architecture, to try a recipe on the CPU")
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        """Content of its config.json, without what its tokenizer adds. Raises ConfigError for a name that no shape has."""
+        shape = dict(self.hf_config) if isinstance(self.hf_config, Mapping) else SHAPES.get(self.hf_config)
+        if shape is None:
+            raise ConfigError(f"seeded_model.hf_config names {self.hf_config!r}; shapes are known of {', '.join(SHAPES)}")
+        return twin_of(shape) if self.twin else dict(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

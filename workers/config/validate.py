@@ -56,6 +56,11 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
             f"data.type {config.data.type} needs a vision-language model, and {config.model_path} holds {model.architecture}, which takes "
             "no pictures"
         )
+    if model.vision is not None and not config.actor.megatron.convert_from_hf:
+        found.append(
+            f"actor.megatron.convert_from_hf=False: {model.architecture} has a vision tower, which is not trained from random weights; set "
+            "it to True and name a folder with weights"
+        )
     spec = config.actor.lora_spec
     found += [] if spec is None else [f"actor.lora: {finding}" for finding in check_adapters(model, spec)]
     if config.has_engines:
@@ -313,6 +318,7 @@ def _engine(config: AnyConfig) -> Iterator[str]:
 def _actor(config: AnyConfig) -> Iterator[str]:
     actor, runner = config.actor, config.runner
     yield from _initial_weights(actor, resuming=runner.resume_dir is not None)
+    yield from _from_random(config)
     yield from _schedule(actor)
     yield from _lora(config)
     model, optim = actor.model, actor.optim
@@ -347,6 +353,21 @@ def _initial_weights(actor: ActorConfig, *, resuming: bool) -> Iterator[str]:
         yield "model.megatron_checkpoint is required if use_hf_ckpt is False"
 
 
+def _from_random(config: AnyConfig) -> Iterator[str]:
+    """A run that begins with random weights has none for anybody else."""
+    if config.actor.megatron.convert_from_hf:
+        return
+    name, actor = "actor.megatron.convert_from_hf=False", config.actor
+    if isinstance(config, RunConfig):
+        yield f"{name} belongs to SFT (runner.task_type: sft), whose data.type text is pretraining; a reasoning run begins with a model"
+    elif config.validation.generate:
+        yield f"{name} gives engines no weights to start with; set validation.generate to False"
+    if actor.lora.r:
+        yield f"{name} beside actor.lora, whose base is a model; leave one of them out"
+    if not actor.megatron.use_hf_ckpt:
+        yield f"{name} beside actor.megatron.use_hf_ckpt=False, which begins with a Megatron checkpoint; leave one of them out"
+
+
 def _lora(config: AnyConfig) -> Iterator[str]:
     actor, lora = config.actor, config.actor.lora
     if not lora.r:
@@ -358,7 +379,7 @@ def _lora(config: AnyConfig) -> Iterator[str]:
         yield f"{', '.join(actor.model.frozen)} beside actor.lora, which trains its adapters alone; leave one of them out"
     rates = [f"actor.optim.{name}" for name, part in PART_RATES.items() if part in actor.optim.part_lr]
     if rates:
-        yield f"{', '.join(rates)} beside actor.lora, whose adapters are of the language model; leave out one of them"
+        yield f"{', '.join(rates)} beside actor.lora, whose adapters all have one rate; leave out one of them"
     if not actor.megatron.mbridge or not actor.megatron.use_hf_ckpt or actor.model.megatron_checkpoint is not None:
         yield (
             "actor.lora needs actor.megatron.mbridge and use_hf_ckpt True and no actor.model.megatron_checkpoint: the base comes from a "
