@@ -1,7 +1,7 @@
 """Seconds to save a checkpoint at once and beside training, and to load it, beside plain reads and writes of as many bytes.
 
-``python -m benchmarks.checkpoint --folder DIR``: ranks on the CPU, with a Megatron Qwen2 of ``--layers`` layers of Qwen2.5-0.5B in bf16
-and a distributed optimizer. The floor writes and reads the bytes by as many processes side by side, each a file of its own; all writes
+``python -m benchmarks.checkpoint --folder DIR``: ranks, each with a GPU where there are some, with a Megatron model in bf16 and a
+distributed optimizer. The floor writes and reads the bytes by as many processes side by side, each a file of its own; all writes
 are on the disk when the clock stops. Every round is of new processes.
 """
 
@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import QWEN25_05B
+from rlsync.cli.shapes import SHAPES
 
 # Large pages as actor ranks have them.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "LOCAL_RANK": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "THP_MEM_ALLOC_ENABLE": "1"}
 _PIECE_BYTES = 2**25
 
 
@@ -98,7 +98,8 @@ def _forget(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--model", default="qwen2.5-0.5b", help="shapes, as of rlsync bench; weights are random")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--axes", type=json.loads, default={"dp_size": 2}, help="of the actor, as JSON")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
@@ -109,19 +110,20 @@ def main() -> None:
         print(json.dumps(measure(*arguments.child, arguments.axes)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        rounds = _rounds(Path(folder), arguments.layers, arguments.axes, arguments.rounds)
+        rounds = _rounds(Path(folder), arguments.model, arguments.layers, arguments.axes, arguments.rounds)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rounds, indent=1) + "\n")
     # Ranks leave a barrier together.
     print(", ".join(f"{name} {statistics.median(ranks[0][name] for ranks in rounds):.2f}" for name in rounds[0][0]))
 
 
-def _rounds(folder: Path, num_layers: int, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
+def _rounds(folder: Path, shapes: str, num_layers: int | None, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
     from rlsync.layout.topology import Topology
     from workers.synthetic import make_seeded_model
 
     model, out, world = folder / "model", folder / "checkpoint", Topology(**axes).world_size
-    make_seeded_model(model, {**QWEN25_05B, "num_hidden_layers": num_layers, "max_position_embeddings": 2048}, seed=0)
+    config = dict(SHAPES[shapes])
+    make_seeded_model(model, config if num_layers is None else {**config, "num_hidden_layers": num_layers}, seed=0)
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(axes), "--child", str(model), str(out)]
     rounds = []
     for _ in range(count):
@@ -137,7 +139,10 @@ def _run(command: Sequence[str], world: int) -> list[dict[str, float]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, **ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(world)]
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        for r in range(world)
+    ]
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
