@@ -22,9 +22,10 @@ from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from rlsync.models.stored import misfits
-from workers.colocation import check_overlap, plan_colocation
+from workers.colocation import ColocationPlan, check_overlap, plan_colocation
 from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
 from workers.judges import check_reward_function
+from workers.memory import PredictedMemory, misfits_of_memory, predict_memory, shown
 from workers.metrics_log import find_logger
 from workers.model_folder import (
     check_chat_template,
@@ -36,7 +37,7 @@ from workers.model_folder import (
     token_ids,
 )
 from workers.pictures import open_picture
-from workers.placement import ComponentPlacement, components_of, resolve_placement
+from workers.placement import ComponentPlacement, PlacementMode, components_of, resolve_placement
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
@@ -67,6 +68,9 @@ class Report:
         plan: (what it is about, what will happen).
         dp_size: of the actor, where the placement is known.
         num_ranks: actor ranks; None where the placement is not known.
+        colocation: what leaves the GPUs when, where that is known; ``shares_gpus``: engines are on those of the actor.
+        gpu_bytes: memory of the smallest GPU here, where there is one.
+        memory: of the fullest GPU of the actor, where it could be predicted.
     """
 
     config: AnyConfig | None
@@ -75,10 +79,20 @@ class Report:
     plan: list[tuple[str, str]] = field(default_factory=list)
     dp_size: int = 1
     num_ranks: int | None = None
+    colocation: ColocationPlan | None = None
+    shares_gpus: bool = False
+    gpu_bytes: int | None = None
+    memory: PredictedMemory | None = None
 
     def found(self, about: str, text: str) -> None:
         if text not in (known for _, known in self.findings):
             self.findings.append((about, text))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. ``memory`` is in bytes, of the fullest GPU of the actor; null where it could not be predicted."""
+        findings = [{"about": about, "text": text} for about, text in self.findings]
+        memory = None if self.memory is None else self.memory.as_dict()
+        return {"findings": findings, "notes": self.notes, "plan": dict(self.plan), "memory": memory}
 
     def take(self, about: str, check: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a call; where it raises one of our errors that is a finding, and the result None."""
@@ -111,6 +125,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     address, num_gpus = cluster_address(config.cluster.num_nodes), 0
     if address == LOCAL:
         num_gpus = count_gpus()
+        report.gpu_bytes = gpu_bytes() if num_gpus else None
     else:
         report.take("devices", check_listens, address)
         report.notes.append(f"nodes and devices are counted when Ray is joined at {address}")
@@ -130,6 +145,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     if address == LOCAL:
         colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
         report.notes += [] if colocation is None else colocation.notes
+        report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED
     if engines is not None and dp_size is not None and topology is not None:
         axes = (("TP", topology.tp_size), ("PP", topology.pp_size), ("CP", topology.cp_size), ("DP", topology.dp_size))
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
@@ -182,6 +198,32 @@ def check_model(config: AnyConfig, report: Report) -> None:
     report.plan.append(
         ("model", f"{model.architecture}, {model.num_layers} layers, {parameters} parameters, {precision}, in {folder}{made}")
     )
+
+
+def check_memory(config: AnyConfig, report: Report) -> None:
+    """What the actor's GPUs have to hold. Comes after devices and model, and asks only where they have no findings."""
+    seeded, folder = config.seeded_model, Path(config.model_path)
+    hf_config: Mapping[str, Any] | None = None
+    if seeded is not None and Path(seeded.path).absolute() == folder.absolute():
+        hf_config = seeded.hf_config
+    elif (folder / "config.json").is_file():
+        hf_config = report.take("model", read_hf_config, folder, config.model_key)
+    if hf_config is None or report.num_ranks is None or any(about in ("devices", "model") for about, _ in report.findings):
+        return
+    topology = actor_topology(config.actor.model, report.dp_size)
+    plan = report.colocation or ColocationPlan()
+    memory: PredictedMemory | None = report.take(
+        "memory",
+        lambda: predict_memory(config, hf_config, topology, plan, shared=report.shares_gpus, device=report.gpu_bytes),
+    )
+    if memory is not None:
+        report.memory = memory
+        report.plan.append(("memory", shown(memory)))
+        misfits = list(misfits_of_memory(config, memory))
+        for text in misfits:
+            report.found("memory", text)
+        if memory.is_close and not misfits:
+            report.notes.append(f"the actor may not fit on its GPUs: {shown(memory)}, and the prediction may be a tenth off")
 
 
 def check_weights(config: AnyConfig, report: Report) -> None:
@@ -388,6 +430,7 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
 GRPO_CHECKS: tuple[Check, ...] = (
     check_devices,
     check_model,
+    check_memory,
     check_weights,
     check_tokenizer,
     check_data,
@@ -396,25 +439,40 @@ GRPO_CHECKS: tuple[Check, ...] = (
     check_beginning,
 )
 SFT_CHECKS: tuple[Check, ...] = (
-    check_devices, check_model, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
+    check_devices, check_model, check_memory, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
 
 
 def count_gpus() -> int:
     """GPUs that this process may use, as NVML and CUDA_VISIBLE_DEVICES say; needs no torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(_gpus())
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+
+
+def gpu_bytes() -> int | None:
+    """Memory of the smallest GPU of this machine, or None where there is none, or none that says so."""
+    return min(filter(None, _gpus()), default=None)
+
+
+def _gpus() -> list[int]:
+    """Memory of each GPU of this machine."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return 0
+        return []
     if nvml.nvmlInit_v2() != 0:
-        return 0
-    count = ctypes.c_uint(0)
-    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        return []
+    count, found = ctypes.c_uint(0), []
+    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        count.value = 0
+    for index in range(count.value):
+        device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) == 0:
+            nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+        found.append(memory[0])
     nvml.nvmlShutdown()
-    if failed:
-        return 0
-    return count.value if visible is None else min(count.value, len([name for name in visible.split(",") if name.strip()]))
+    return found
 
 
 class _Asked:

@@ -5,6 +5,7 @@ The same for every runner: a script hands over its checks and what makes its run
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -33,6 +34,8 @@ from workers.config.foreign_keys import hint
 from workers.config.tasks import CONFIG_OF_TASK
 
 CHECK = "--check"
+# With it the findings, the plan and the memory are one JSON object.
+AS_JSON = "--json"
 
 
 def main(
@@ -41,12 +44,15 @@ def main(
     """Compose, check, and unless ``--check`` is among the arguments, run. Returns the exit code: 1 after an error that it explains.
 
     Args:
-        arguments: hydra's, in which ``key=value`` and ``+key=value`` both set a key; and ``--check``.
+        arguments: hydra's, in which ``key=value`` and ``+key=value`` both set a key; ``--check``, and ``--json`` with it.
         config_path, config_name: of the configuration where the arguments name none.
         task: the kind of run, which the configuration has to be of.
         run: called with the configuration where there are no findings; the place for slow imports.
     """
-    only_check = CHECK in arguments
+    only_check, as_json = CHECK in arguments, AS_JSON in arguments
+    if as_json and not only_check:
+        print(f"error: {AS_JSON} is the form of what {CHECK} finds; give both, or neither", file=sys.stderr)
+        return 1
     code = 0
 
     @hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
@@ -54,7 +60,10 @@ def main(
         nonlocal code
         began = time.monotonic()
         report = check_run(composed, checks, task)
-        show(report, in_full=only_check, seconds=time.monotonic() - began)
+        if as_json:
+            print(json.dumps(report.as_dict(), indent=1))
+        else:
+            show(report, in_full=only_check, seconds=time.monotonic() - began)
         if report.findings or report.config is None:
             code = 1
         elif not only_check:
@@ -64,7 +73,7 @@ def main(
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, where they are told in a line
     try:
-        sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument != CHECK])
+        sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument not in (CHECK, AS_JSON)])
         composed_main()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         print(wrapped(f"error: {misnamed_key(str(error), task) or error}"), file=sys.stderr)

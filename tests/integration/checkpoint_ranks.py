@@ -25,11 +25,12 @@ from rlsync.copy.writes import HostMemory
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron import optimizer_state
-from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
+from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters, iter_weights
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
-from rlsync.megatron.optimizer_state import parameter_ranges
+from rlsync.megatron.optimizer_state import distributed_parts, parameter_ranges
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step
+from rlsync.models.memory import TrainingOptions, training_memory
 
 
 class Trainer:
@@ -250,6 +251,20 @@ def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_memory_as_predicted(trainer: Trainer, case: Mapping[str, Any]) -> None:
+    """The bytes of weights, gradients and optimizer are those on paper, but for what aligns parameters in their buffers."""
+    options = TrainingOptions(dtype="float32", micro_batch_tokens=24, chunk_tokens=24, sequence_parallel="overrides" in case)
+    stage = trainer.topology.coordinates(dist.get_rank()).pp_rank
+    paper = training_memory(trainer.bridge.model, trainer.topology, options)[stage]
+    weights = {p.data_ptr(): p.nbytes for _, p in iter_weights(trainer.models)}
+    gradients = sum(b.grad_data.nbytes for model in trainer.models for b in (*model.buffers, *model.expert_parallel_buffers))
+    parts = distributed_parts(trainer.optimizer)
+    state = sum(t.nbytes for part in parts for each in part.optimizer.state.values() for t in each.values() if t.ndim)
+    padding = 4 * 128 * trainer.topology.world_size * len(weights)
+    for found, expected in ((sum(weights.values()), paper.weights), (gradients, paper.gradients), (state, paper.optimizer)):
+        assert abs(found - expected) <= padding and abs(found / expected - 1) < 0.1, (case, found, expected)
+
+
 def resume_elsewhere(cases: list[dict[str, Any]], root: str) -> None:
     """Two steps, save, a third; the same third step from the checkpoint under another layout; and from there back under the first."""
     for number, case in enumerate(cases):
@@ -263,6 +278,7 @@ def resume_elsewhere(cases: list[dict[str, Any]], root: str) -> None:
         first = Trainer(case["folder"], case["then"], overrides=case.get("overrides"))
         for _ in range(2):
             third(first)
+        assert_memory_as_predicted(first, case)
         first.save(roots[0])
         expected = third(first)
         moved = Trainer(case["folder"], case["now"], overrides=case.get("overrides"))

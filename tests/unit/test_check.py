@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from rlsync.cli.shapes import shape_of
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN3_VL
-from workers.check import GRPO_CHECKS, Report, check_run
+from workers.check import GRPO_CHECKS, Report, check_devices, check_memory, check_model, check_run
 from workers.config import RunConfig
 from workers.config.fields import dotted_keys
 from workers.resume import write_settings
@@ -341,6 +342,33 @@ def test_runs_that_would_fail_for_data_or_results_are_findings(own, monkeypatch)
     (own / "text.parquet").write_text("words")
     said = texts(check(own, monkeypatch, data={"train_data_paths": [str(own / "text.parquet")]}))
     assert "named as a Parquet file" in said and "skip" not in said
+
+
+def test_memory_of_an_actor_gpu_is_predicted_and_what_cannot_fit_is_a_finding_with_a_way_out(own, monkeypatch) -> None:
+    (own / "model/config.json").write_text(json.dumps(shape_of("qwen2.5-7b")))
+    monkeypatch.setattr("workers.check.gpu_bytes", lambda: 80 * 2**30)
+
+    def memory(**model: Any) -> Report:
+        runner = {"seq_length": 8192, "experiment_name": "run", "output_dir": str(own.parent / "results")}
+        sections = {"cluster": {"component_placement": {"actor": "0-1", "rollout,reward": "2"}}, "actor": {"model": model}}
+        return check_run({**values(own, runner=runner), **sections}, (check_devices, check_model, check_memory))
+
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 3)
+    report = memory(tensor_model_parallel_size=2)
+    assert [about for about, _ in report.findings] == ["memory"]
+    said = texts(report)
+    for part in ("cannot train", "80.0 GiB", "optimizer 42.6", "granularity to full", "sequence_parallel to True", "optimizer_cpu_offload"):
+        assert part in said, said
+    assert "lower algorithm.training_batch_size_per_gpu" not in said and "use_distributed_optimizer to" not in said
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    fits = memory(tensor_model_parallel_size=2, sequence_parallel=True, **again)
+    assert fits.findings == [] and "of the 80 of a GPU in training" in dict(fits.plan)["memory"]
+    found = json.loads(json.dumps(fits.as_dict()))["memory"]
+    assert found["rank"]["optimizer"] == pytest.approx(6 * 7615616512, rel=1e-3)
+    # Nearer than the estimate is: said, and not refused.
+    assert found["device"] == 80 * 2**30 < found["in_training"] < 88 * 2**30 and "may not fit" in " ".join(fits.notes)
+    monkeypatch.setattr("workers.check.gpu_bytes", lambda: None)
+    assert memory(tensor_model_parallel_size=2).findings == [], "without a GPU nothing is too much"
 
 
 def test_initial_weights_that_nothing_names_are_one_finding(world, monkeypatch) -> None:

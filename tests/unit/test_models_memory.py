@@ -1,0 +1,74 @@
+"""Claims about the memory of a training step on paper, held to steps that were measured on GPUs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlsync.cli.shapes import shape_of
+from rlsync.layout.topology import Topology
+from rlsync.models import model_of
+from rlsync.models.lora import LoraSpec
+from rlsync.models.memory import TrainingMemory, TrainingOptions, training_memory
+
+RAW = Path(__file__).resolve().parents[2] / "benchmarks/raw"
+CHUNK = 8192
+
+
+def memory(shape: str, topology: Topology = Topology(), **options) -> tuple[TrainingMemory, ...]:  # noqa: B008
+    given = {"micro_batch_tokens": 4096, "num_microbatches": 8, "chunk_tokens": CHUNK, **options}
+    return training_memory(model_of(shape_of(shape)), topology, TrainingOptions(**given))
+
+
+def test_a_measured_bench_took_what_was_predicted() -> None:
+    (bench,) = json.loads((RAW / "2026-11-29-1.5b-train-one-gpu.json").read_text()).values()
+    assert bench["layers"] == "te" and not bench["packing"] and bench["chunk_tokens"] is None
+    (found,) = memory(bench["model"], Topology(**bench["actor"]), micro_batch_tokens=sum(bench["microbatches"][0]))
+    assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.01)
+    assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.03)
+
+
+def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
+    """The 79 GiB of benchmarks/RESULTS.md, 2026-11-28, 7B under TP 2 with eight micro-batches."""
+    (found,) = memory("qwen2.5-7b", Topology(tp_size=2), sequence_parallel=True)
+    assert found.peak / 2**30 == pytest.approx(79, rel=0.03)
+
+
+def test_every_way_to_save_memory_saves_what_it_is_for() -> None:
+    (plain,), two = memory("qwen2.5-7b"), Topology(dp_size=2)
+    (cut,), (whole,) = memory("qwen2.5-7b", two), memory("qwen2.5-7b", two, distributed_optimizer=False)
+    assert cut.optimizer * 2 == plain.optimizer == whole.optimizer and cut.weights == plain.weights
+    (again,) = memory("qwen2.5-7b", recompute="full")
+    (first,) = memory("qwen2.5-7b", recompute="full", recompute_method="block", recompute_layers=14)
+    assert again.activations < plain.activations / 8 and again.activations < first.activations < plain.activations * 0.6
+    (fused,) = memory("qwen2.5-7b", fused_activation=True)
+    assert fused.activations < plain.activations * 0.75
+    (away,) = memory("qwen2.5-7b", offloaded=1.0)
+    assert away.optimizer == 0
+    (adapters,) = memory("qwen2.5-7b", lora=LoraSpec(16, 32.0))
+    assert adapters.gradients < plain.gradients / 50 and adapters.weights > plain.weights
+    (chunks,) = memory("qwen2.5-7b", micro_batch_tokens=4 * CHUNK)
+    assert chunks.logits < 2 * plain.logits * CHUNK / 4096
+
+
+def test_earlier_stages_keep_more_micro_batches_and_the_last_has_the_logits() -> None:
+    stages = memory("qwen2.5-7b", Topology(pp_size=4))
+    assert [stage.logits > 0 for stage in stages] == [False, False, False, True]
+    per_layer = stages[2].activations / 2
+    assert [round(stage.activations / per_layer) for stage in stages] == [4, 3, 2, 1]
+    (only,) = {replace(stage, activations=0) for stage in stages[1:3]}
+    assert only.weights < stages[0].weights
+    interleaved = memory("qwen2.5-7b", Topology(pp_size=2, vpp_size=2))
+    assert memory("qwen2.5-7b", Topology(pp_size=2))[0].activations < interleaved[0].activations
+
+
+def test_experts_are_cut_over_their_own_replicas() -> None:
+    (found,) = memory("qwen3-30b-a3b", Topology(dp_size=8, ep_size=4))
+    (one,) = memory("qwen3-30b-a3b")
+    experts = 48 * 128 * 3 * 2048 * 768
+    rest = one.weights // 2 - experts
+    assert found.weights == 2 * (rest + experts // 4)
+    assert found.optimizer == pytest.approx(12 * (rest / 8 + experts / 4 / 2), rel=1e-4)
