@@ -70,6 +70,7 @@ class Report:
         num_ranks: actor ranks; None where the placement is not known.
         colocation: what leaves the GPUs when, where that is known; ``shares_gpus``: engines are on those of the actor.
         gpu_bytes: memory of the smallest GPU here, where there is one.
+        hf_config: content of the model's config.json, where it has no findings.
         memory: of the fullest GPU of the actor, where it could be predicted.
     """
 
@@ -82,6 +83,7 @@ class Report:
     colocation: ColocationPlan | None = None
     shares_gpus: bool = False
     gpu_bytes: int | None = None
+    hf_config: Mapping[str, Any] | None = None
     memory: PredictedMemory | None = None
 
     def found(self, about: str, text: str) -> None:
@@ -177,7 +179,7 @@ def check_model(config: AnyConfig, report: Report) -> None:
         report.found("model", f"{where}: {text}")
     if findings:
         return
-    model = model_of(hf_config)
+    report.hf_config, model = hf_config, model_of(hf_config)
     before = len(report.findings)
     report.take("model", validate_model, config, hf_config)
     topology = report.take("model", actor_topology, config.actor.model, report.dp_size)
@@ -202,28 +204,20 @@ def check_model(config: AnyConfig, report: Report) -> None:
 
 def check_memory(config: AnyConfig, report: Report) -> None:
     """What the actor's GPUs have to hold. Comes after devices and model, and asks only where they have no findings."""
-    seeded, folder = config.seeded_model, Path(config.model_path)
-    hf_config: Mapping[str, Any] | None = None
-    if seeded is not None and Path(seeded.path).absolute() == folder.absolute():
-        hf_config = seeded.hf_config
-    elif (folder / "config.json").is_file():
-        hf_config = report.take("model", read_hf_config, folder, config.model_key)
+    hf_config, plan = report.hf_config, report.colocation or ColocationPlan()
     if hf_config is None or report.num_ranks is None or any(about in ("devices", "model") for about, _ in report.findings):
         return
     topology = actor_topology(config.actor.model, report.dp_size)
-    plan = report.colocation or ColocationPlan()
-    memory: PredictedMemory | None = report.take(
-        "memory",
-        lambda: predict_memory(config, hf_config, topology, plan, shared=report.shares_gpus, device=report.gpu_bytes),
+    report.memory = report.take(
+        "memory", lambda: predict_memory(config, hf_config, topology, plan, shared=report.shares_gpus, device=report.gpu_bytes)
     )
-    if memory is not None:
-        report.memory = memory
-        report.plan.append(("memory", shown(memory)))
-        misfits = list(misfits_of_memory(config, memory))
+    if report.memory is not None:
+        report.plan.append(("memory", shown(report.memory)))
+        misfits = list(misfits_of_memory(config, report.memory))
         for text in misfits:
             report.found("memory", text)
-        if memory.is_close and not misfits:
-            report.notes.append(f"the actor may not fit on its GPUs: {shown(memory)}, and the prediction may be a tenth off")
+        if report.memory.is_close and not misfits:
+            report.notes.append(f"the actor may not fit on its GPUs: {shown(report.memory)}, and the prediction may be a tenth off")
 
 
 def check_weights(config: AnyConfig, report: Report) -> None:

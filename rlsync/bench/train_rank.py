@@ -24,8 +24,9 @@ from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.model import DdpOptions
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
-from rlsync.megatron.scores import CHUNK_TOKENS, TokenScores
+from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.train import token_scores, train_step
+from rlsync.models.memory import CHUNK_TOKENS
 from rlsync.transport.collectives import gather_bytes
 
 _ROUNDS = 5

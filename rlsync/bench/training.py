@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from rlsync.bench.spec import BenchSpec
 from rlsync.errors import ConfigError
 from rlsync.models import Model, model_of
+from rlsync.models.memory import CHUNK_TOKENS, TrainingOptions, training_memory
 
 # Dense products of half precision in 10^12 operations a second, as the maker states them, by the device's name.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -192,9 +193,34 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
         "peak_tflops": peak,
         "train": rates(found.train_s, 3),
         "score": rates(found.score_s, 1),
-        "memory": {"held_bytes": max(r.held_bytes for r in found.ranks), "peak_bytes": max(r.peak_bytes for r in found.ranks)},
+        "memory": {
+            "held_bytes": max(r.held_bytes for r in found.ranks),
+            "peak_bytes": max(r.peak_bytes for r in found.ranks),
+            **predicted_memory(spec),
+        },
         "found": msgspec.to_builtins(found),
     }
+
+
+def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
+    """Of the rank that takes most, on paper: between steps, at most, and what takes it."""
+    switches = spec.switches
+    options = TrainingOptions(
+        grads_in_fp32=spec.ddp.get("grad_reduce_in_fp32", True),
+        distributed_optimizer=spec.ddp.get("use_distributed_optimizer", False),
+        offloaded=spec.optimizer.get("optimizer_offload_fraction", 0.0) if spec.optimizer.get("optimizer_cpu_offload") else 0.0,
+        micro_batch_tokens=max(sum(micro) if spec.packing else len(micro) * max(micro) for micro in spec.microbatches),
+        num_microbatches=len(spec.microbatches),
+        chunk_tokens=CHUNK_TOKENS if spec.chunk_tokens is None else spec.chunk_tokens,
+        sequence_parallel=bool(switches.get("sequence_parallel")),
+        fused_activation=bool(switches.get("bias_activation_fusion")),
+        recompute=switches.get("recompute_granularity") or "none",
+        recompute_method=switches.get("recompute_method") or "uniform",
+        recompute_layers=switches.get("recompute_num_layers") or 1,
+    )
+    fullest = max(training_memory(model_of(spec.config), spec.topology, options), key=lambda stage: stage.peak)
+    parts = {field.name: getattr(fullest, field.name) for field in fields(fullest)}
+    return {"predicted_held_bytes": fullest.kept, "predicted_peak_bytes": fullest.peak, "predicted_bytes": parts}
 
 
 _SHARES = ("share_of_matmul", "share_of_peak", "share_of_peak_with_embedding")
@@ -219,5 +245,6 @@ def show(whole: Mapping[str, Any]) -> None:
         shares = ["" if row[share] is None else f"{row[share]:.3f}" for share in _SHARES]
         table.add_row(name, *numbers, f"{row['tflops_per_rank']:.3g}", *shares)
     console.print(table)
-    held, most = (whole["memory"][name] / 2**30 for name in ("held_bytes", "peak_bytes"))
-    console.print(f"memory of a rank: {held:.1f} GiB between steps, at most {most:.1f} GiB")
+    memory = {name: value / 2**30 for name, value in whole["memory"].items() if name != "predicted_bytes"}
+    held, most = (f"{memory[name]:.2f} ({memory[f'predicted_{name}']:.2f} predicted)" for name in ("held_bytes", "peak_bytes"))
+    console.print(f"memory of a rank in GiB: {held} between steps, at most {most}")

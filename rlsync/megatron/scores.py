@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-# Tokens whose logits exist at once. With the 152,064 tokens of Qwen's vocabulary that is 2.5 GB in half precision on one tensor rank.
-CHUNK_TOKENS = 8192
+from rlsync.models.memory import CHUNK_TOKENS
+
 _PIECE_ELEMENTS = 64 * 2**20  # float32 temporaries of a piece of rows: 256 MiB each
 
 

@@ -34,9 +34,10 @@ from rlsync.megatron.packing import LENGTHS, Packing, check_lengths, packing_ref
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
 from rlsync.megatron.routes import Routing
-from rlsync.megatron.scores import CHUNK_TOKENS, Scoring, TokenScores
+from rlsync.megatron.scores import Scoring, TokenScores
 from rlsync.megatron.vision import VisionLanguageModel
 from rlsync.models import Part
+from rlsync.models.memory import CHUNK_TOKENS
 from rlsync.models.moe import sparse_layers
 
 Microbatch = Mapping[str, Tensor]

@@ -244,6 +244,9 @@ def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: 
     unknown = training.summary(made, training.TrainFound(train_s=[1.0], score_s=[1.0], losses=[1.0], ranks=other), {}, None)
     assert unknown["train"]["share_of_peak"] is None
     training.show(unknown)
+    memory = whole["memory"]
+    assert memory["peak_bytes"] == 7 and memory["predicted_held_bytes"] < memory["predicted_peak_bytes"]
+    assert memory["predicted_held_bytes"] == sum(memory["predicted_bytes"][part] for part in ("weights", "gradients", "optimizer"))
 
 
 @pytest.mark.parametrize(
