@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.paper import QWEN25_05B, QWEN25_7B
@@ -340,6 +340,7 @@ def test_the_nearest_source_is_chosen_and_bytes_are_counted_by_link():
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 50), st.integers(1, 40))
+@example([0, 10], 10, 3)  # the one that was taken is as loaded as the other, and is the first of equals
 def test_many_are_taken_at_once_as_one_after_another(loads: list[int], nbytes: int, count: int) -> None:
     """Of few sources and of many, equally loaded or not; the least loaded each time, the first of equals."""
     at_once, singly, expected = list(loads), list(loads), []
