@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from workers.picture_world import PictureRecipe, build_picture_world
+from workers.config.schema import PictureRecipe
+from workers.picture_world import build_picture_world
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
 from workers.row_loader import RowLoader

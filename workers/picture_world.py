@@ -10,7 +10,7 @@ import json
 import random
 import string
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from workers.config.schema import PictureRecipe
 from workers.synthetic import HEAD_DIM, check_width, decoder_sizes, make_once
 
 # As Qwen2.5-VL's tokenizer names them; the model's config.json holds their ids.
@@ -55,21 +56,6 @@ _SIDES = (56, 84)  # of pictures, in pixels; multiples of what becomes one featu
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRecipe:
-    """Everything the folder's content depends on: the ``pictures`` keys of the same names."""
-
-    seed: int = 0
-    num_train: int = 8192
-    num_held_out: int = 256
-    hidden_size: int = 128
-    num_layers: int = 2
-    vision_hidden_size: int = 128
-    vision_depth: int = 2
-    questions: tuple[str, ...] = tuple(_QUESTIONS)
-    supervised_noise: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class PictureWorld:
     """Paths of the parts."""
 
@@ -87,7 +73,8 @@ def build_picture_world(path: str | Path, recipe: PictureRecipe) -> PictureWorld
     for name in ("hidden_size", "vision_hidden_size"):
         check_width(f"pictures.{name}", getattr(recipe, name))
     folder = Path(path)
-    make_once(folder, {**asdict(recipe), "questions": list(recipe.questions)}, lambda empty: _fill(empty, recipe), key="pictures.path")
+    said = {f.name: getattr(recipe, f.name) for f in fields(PictureRecipe)}
+    make_once(folder, {**said, "questions": list(recipe.questions)}, lambda empty: _fill(empty, recipe), key="pictures.path")
     return PictureWorld(folder / "model", folder / "train.jsonl", folder / "held_out.jsonl")
 
 

@@ -29,13 +29,13 @@ from workers.model_folder import (
     token_ids,
 )
 from workers.picture_prompts import first_prompts, open_prompts, validation_prompts
-from workers.picture_world import PictureRecipe, build_picture_world
+from workers.picture_world import build_picture_world
 from workers.pictures import PictureProcessor, load_picture_processor
 from workers.problems import BadSamples, Problem, load_problems
 from workers.resume import DATA_STATE, Beginning, check_model
 from workers.reward import unreadable_reference, unreadable_references
 from workers.row_loader import RowLoader
-from workers.synthetic import ArithmeticRecipe, build_world, make_seeded_model
+from workers.synthetic import build_world, make_seeded_model
 from workers.validation import validates, validation_notes
 
 # Prompts of ``rollout.validate_weight``.
@@ -100,11 +100,9 @@ def prepare(config: RunConfig, beginning: Beginning) -> Preparation:
 def prepare_model(config: AnyConfig, beginning: Beginning) -> tuple[tuple[str, ...], dict[str, Any], Any]:
     """Notes, content of config.json and tokenizer, after making what the run makes itself. Raises ConfigError or CheckpointError."""
     if config.arithmetic is not None:
-        recipe = {name: getattr(config.arithmetic, name) for name in ArithmeticRecipe.__dataclass_fields__}
-        build_world(config.arithmetic.path, ArithmeticRecipe(**recipe))
+        build_world(config.arithmetic.path, config.arithmetic)
     if config.pictures is not None:
-        recipe = {name: getattr(config.pictures, name) for name in PictureRecipe.__dataclass_fields__}
-        build_picture_world(config.pictures.path, PictureRecipe(**recipe))
+        build_picture_world(config.pictures.path, config.pictures)
     notes = _make_seeded_model(config)
     hf_config = read_hf_config(Path(config.model_path), config.model_key)
     raise_all(f"config.json of {config.model_path}: {finding}" for finding in check_config(hf_config))

@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from rlsync.errors import ConfigError
+from workers.config.schema import ArithmeticRecipe
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
@@ -37,22 +38,6 @@ HEAD_DIM = 32
 _TOPK = 2
 # Of the folder, among what decides whether one that is there is this one: counts changes of the files in it.
 _FORM = 2
-
-
-@dataclass(frozen=True, slots=True)
-class ArithmeticRecipe:
-    """Everything the folder's content depends on: the ``arithmetic`` keys of the same names."""
-
-    seed: int = 0
-    max_operand: int = 4
-    num_problems: int = 2048
-    num_supervised: int = 4096
-    num_held_out: int = 0
-    supervised_noise: float = 0.65
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_documents: int = 0
-    num_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +59,12 @@ def build_world(path: str | Path, recipe: ArithmeticRecipe) -> ArithmeticWorld:
     _check(recipe)
     folder = Path(path)
     world = ArithmeticWorld(folder / "model", *(folder / f"{name}.jsonl" for name in ("train", "val", "supervised")))
-    make_once(folder, {**asdict(recipe), "form": _FORM}, lambda empty: _fill(empty, recipe), key="arithmetic.path")
+    make_once(
+        folder,
+        {**{f.name: getattr(recipe, f.name) for f in fields(ArithmeticRecipe)}, "form": _FORM},
+        lambda empty: _fill(empty, recipe),
+        key="arithmetic.path",
+    )
     return world
 
 

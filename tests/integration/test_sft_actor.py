@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from workers.synthetic import ArithmeticRecipe, build_world
+from workers.config.schema import ArithmeticRecipe
+from workers.synthetic import build_world
 
 RANKS = "tests.integration.sft_actor_ranks"
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 24}

@@ -18,8 +18,9 @@ from tests.unit.test_models_config import QWEN3_VL
 from workers.check import GRPO_CHECKS, Report, check_devices, check_memory, check_model, check_run
 from workers.config import RunConfig
 from workers.config.fields import dotted_keys
+from workers.config.schema import ArithmeticRecipe
 from workers.resume import write_settings
-from workers.synthetic import ArithmeticRecipe, build_world
+from workers.synthetic import build_world
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/reasoning/run_main_grpo_math.sh"

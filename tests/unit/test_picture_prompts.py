@@ -19,9 +19,10 @@ from tests.unit.test_config import minimal, shipped
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL
 from workers.check import GRPO_CHECKS, check_run
 from workers.config import RunConfig, load_config, validate_model
+from workers.config.schema import PictureRecipe
 from workers.data import Prompt
 from workers.picture_prompts import open_prompts, warm_start_examples
-from workers.picture_world import PictureRecipe, PictureWorld, build_picture_world
+from workers.picture_world import PictureWorld, build_picture_world
 from workers.pictures import PictureProcessor
 from workers.preparation import picture_processor, prepare
 from workers.resume import find_beginning

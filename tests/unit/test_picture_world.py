@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from rlsync.errors import ConfigError
 from rlsync.models import check_config, model_of
 from workers.config import SftConfig, load_config, register_resolvers
+from workers.config.schema import PictureRecipe
 from workers.contact_sheet import answered, draw_sheet
-from workers.picture_world import COLOURS, DIGITS, SHAPES, PictureRecipe, PictureWorld, build_picture_world, draw_picture
+from workers.picture_world import COLOURS, DIGITS, SHAPES, PictureWorld, build_picture_world, draw_picture
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
 from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer, ProcessorMixin
 from rlsync.errors import CheckpointError, ConfigError
 from tests.unit.test_models_config import QWEN2, QWEN3_VL
 from workers.config import RunConfig, load_config
+from workers.config.schema import ArithmeticRecipe
 from workers.model_folder import check_chat_template
 from workers.preparation import Preparation, load_tokenizer
 from workers.preparation import prepare as prepare_from
 from workers.resume import DATA_STATE, find_beginning
-from workers.synthetic import ArithmeticRecipe, build_world
+from workers.synthetic import build_world
 
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=64, num_supervised=8, supervised_noise=0.5, hidden_size=128, num_layers=1

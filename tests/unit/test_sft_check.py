@@ -14,7 +14,8 @@ from tests.unit.test_check import HEAVY, ROOT, texts
 from workers.check import SFT_CHECKS, Report, check_run
 from workers.config import SftConfig
 from workers.config.fields import dotted_keys
-from workers.synthetic import ArithmeticRecipe, build_world
+from workers.config.schema import ArithmeticRecipe
+from workers.synthetic import build_world
 
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=8, num_supervised=64, num_held_out=5, supervised_noise=0.0, hidden_size=64, num_layers=1

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from tests.unit.test_config import shipped
+from workers.config.schema import ArithmeticRecipe
 from workers.data import PromptDataset, PromptForm
 from workers.problems import load_problems
-from workers.synthetic import ArithmeticRecipe, build_world, make_byte_tokenizer, make_once, make_seeded_model, make_tokenizer
+from workers.synthetic import build_world, make_byte_tokenizer, make_once, make_seeded_model, make_tokenizer
 
 RECIPE = ArithmeticRecipe(num_problems=64, num_supervised=2000)
 

@@ -377,10 +377,9 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArithmeticConfig:
-    """``arithmetic``: the locally made model, tokenizer and problems of the CPU default; absent: none are made."""
+class ArithmeticRecipe:
+    """What the folder of ``ArithmeticConfig`` holds: the keys of ``arithmetic`` that its content depends on."""
 
-    path: str = key(doc="folder that receives model/, train.jsonl, val.jsonl and supervised.jsonl")
     seed: int = key(0, "of weights and problems", bounds=SEED)
     max_operand: int = key(4, "problems are a+b with both operands from 0 to this", min=1)
     num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition; val.jsonl has each problem once", min=1)
@@ -394,10 +393,16 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PicturesConfig:
-    """``pictures``: the locally made vision-language model and its drawn pictures with questions; absent: none are made."""
+class ArithmeticConfig(ArithmeticRecipe):
+    """``arithmetic``: the locally made model, tokenizer and problems of the CPU default; absent: none are made."""
 
-    path: str = key(doc="folder that receives model/, train.jsonl, held_out.jsonl, the pictures of both, and supervised.jsonl")
+    path: str = key(doc="folder that receives model/, train.jsonl, val.jsonl and supervised.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureRecipe:
+    """What the folder of ``PicturesConfig`` holds: the keys of ``pictures`` that its content depends on."""
+
     seed: int = key(0, "of weights, pictures and questions", bounds=SEED)
     num_train: int = key(8192, "rows of train.jsonl, each with a picture of its own", min=1)
     num_held_out: int = key(256, "rows of held_out.jsonl, of combinations of shape, colour and digit that train.jsonl lacks", min=1)
@@ -410,6 +415,13 @@ class PicturesConfig:
         0.0, "share of wrong answers in supervised.jsonl, the rows of train.jsonl once more; what GRPO has to unlearn; 0: no such file",
         min=0, below=1,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PicturesConfig(PictureRecipe):
+    """``pictures``: the locally made vision-language model and its drawn pictures with questions; absent: none are made."""
+
+    path: str = key(doc="folder that receives model/, train.jsonl, held_out.jsonl, the pictures of both, and supervised.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
