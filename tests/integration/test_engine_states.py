@@ -71,6 +71,9 @@ def engine():
     made._llm = SlowLLM()
     made._calls.start()
     yield made
+    # Threads that wait for these would keep a failed run from ending.
+    made._llm.stopped.set()
+    made._llm.gate.set()
     made._calls.stop()
 
 
