@@ -17,7 +17,8 @@ from tests.deadlines import HANG_S
 from tests.unit.test_sft_config import findings, minimal
 from workers.check import SFT_CHECKS, Report, check_run
 from workers.config import SftConfig, load_config, register_resolvers
-from workers.synthetic import ArithmeticRecipe, build_world
+from workers.config.schema import ArithmeticRecipe
+from workers.synthetic import build_world
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, SCRIPT = ROOT / "configs" / "sft", ROOT / "examples" / "recipes" / "run.sh"
