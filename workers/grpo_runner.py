@@ -160,6 +160,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         algorithm, screen, begun_s = self._config.algorithm, self._screen, time.monotonic()
         batch = self._drawn(step, seconds)
         report, rollout = self._synced_rollout(batch.prompts, step, seconds)
+        seconds.update(rollout.seconds)
         self._served = self._ahead = None
         self._colocation.after_rollout()
         if self._config.runner.async_steps and step < self._total:
@@ -196,9 +197,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
     def _synced_rollout(self, prompts: Sequence[Prompt], step: int, seconds: dict[str, float]) -> tuple[SyncReport, Rollout]:
         """Sync and rollout of a step. One that was begun ahead ends before the sync, which is for the next one then."""
         ahead = self._settled(seconds)
-        report, rollout = self._generated(step - 1, seconds, "rollout", lambda: self._rollout(prompts, step) if ahead is None else ahead)
-        seconds.update(rollout.seconds)
-        return report, rollout
+        return self._generated(step - 1, seconds, "rollout", lambda: self._rollout(prompts, step) if ahead is None else ahead)
 
     def _begin_ahead(self, batch: Batch) -> None:
         """Begin the rollout of the next step with the weights that the engines have."""

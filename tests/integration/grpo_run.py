@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
 class NeverSynced(GrpoRunner):
     """Engines answer with the weights that they read from ``rollout.model.model_path`` themselves (``rollout.validate_weight``)."""
 
-    def _synced_rollout(self, prompts: Any, step: int, seconds: dict[str, float]) -> tuple[Any, list[Any]]:
+    def _synced_rollout(self, prompts: Any, step: int, seconds: dict[str, float]) -> tuple[Any, Any]:
         self._colocation.before_sync()
         self._colocation.after_sync()
         return NoReport(), self._rollout(prompts, step)
@@ -52,7 +52,7 @@ class OtherPictures(WithoutSync):
 
     LAST_SYNCED = 9
 
-    def _rollout(self, prompts: Any, step: int) -> list[Any]:
+    def _rollout(self, prompts: Any, step: int) -> Any:
         shown = [*prompts[1:], prompts[0]] if step == self.LAST_SYNCED else prompts
         return super()._rollout([replace(prompt, images=other.images) for prompt, other in zip(prompts, shown, strict=True)], step)
 

@@ -18,6 +18,7 @@ from tests.integration.greedy import greedy
 from tests.integration.script_runs import engine_core, exit_code, run, started, strike
 from workers.metrics_log import read_metrics
 from workers.reward import VerifierPool
+from workers.rollout_ahead import STATE
 
 # A run takes a minute, or several beside others.
 pytestmark = pytest.mark.slow
@@ -28,6 +29,8 @@ SMALL = [
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
 ]  # fmt: skip
 SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh", *SMALL]
+# Half of the prompts are scored while engines may still answer others.
+EARLY = "algorithm.early_scoring_prompts=8"
 SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "actor/training/actor/grad_norm", "sync/version")
 VALIDATION = ("val/reward", "val/fraction_correct", "val/response_length", "val/fraction_of_samples_properly_ended", "val/num_problems")
 
@@ -52,7 +55,7 @@ def write_puzzles(folder: Path) -> str:
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """Eight steps with a checkpoint and a validation after the fourth and at the end, and a validation before the first."""
     folder = tmp_path_factory.mktemp("grpo")
-    return folder, run(SCRIPT, folder, "runner.max_steps=8", "runner.save_interval=4", write_puzzles(folder))
+    return folder, run(SCRIPT, folder, "runner.max_steps=8", "runner.save_interval=4", EARLY, write_puzzles(folder))
 
 
 def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
@@ -63,6 +66,8 @@ def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
     assert [line["sync/version"] for line in lines] == list(range(8))
     assert all(line["sync/bytes"] > 0 and line["sync/gb_per_s"] > 0 for line in lines)
+    assert all(line["time/actor/early_inference"] > 0 and line["rollout/version_lag"] == 0 for line in lines)
+    assert all(0 <= line[name] < 1 for line in lines for name in ("perf/idle", "perf/actor_idle", "perf/engine_idle"))
 
 
 def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
@@ -97,6 +102,24 @@ def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines) and blind["rollout/logprob_diff_mean"] > 0.1
     assert (first["step"], first["val/num_problems"]) == (0, 16) and blind["rollout/reward_scores"] < rewards[-1] - 0.3
     assert all(line["rollout/logprob_diff_mean"] > 1e-3 for line in unsynced[1:]), unsynced
+
+
+def test_rollouts_a_step_ahead_are_of_the_weights_before_and_raise_the_reward_too(finished, tmp_path):
+    """From a checkpoint of a run that did all in turn. One of this run's own has the samples of its next step, but for the last."""
+    run(
+        SCRIPT, tmp_path, resumable(finished[0], tmp_path), "runner.async_steps=1", "runner.max_steps=12", "runner.save_interval=11",
+        "runner.val_before_train=False", "data.val_data_paths=[]",
+    )  # fmt: skip
+    lines = read_metrics(tmp_path / "run")
+    assert [line["rollout/version_lag"] for line in lines] == [0] + [1] * 7
+    assert [line["sync/version"] for line in lines] == list(range(4, 12))
+    differences = [line["rollout/logprob_diff_mean"] for line in lines]
+    assert differences[0] <= 1e-3 < min(differences[1:]), "what one step changes is in them"
+    rewards = [line["rollout/reward_scores"] for line in lines]
+    assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
+    saved = [torch.load(tmp_path / f"run/checkpoints/global_step_{step}/data/data.pt", weights_only=True) for step in (11, 12)]
+    assert [state["handed_out"] for state in saved] == [11, 12] and STATE not in saved[1]
+    assert [sample["version"] for sample in saved[0][STATE]["samples"]] == [10] * 128
 
 
 # A reward function that says what it saw.
@@ -190,7 +213,7 @@ def test_results_are_where_users_look_for_them(finished):
 def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_with_the_next(finished, tmp_path):
     """Three claims on one run: the steps after a resume equal the uninterrupted ones, also those after an engine was lost and replaced
     where the configuration allows it, and an engine that may not be replaced is one clear error."""
-    options = resumable(finished[0], tmp_path), "runner.save_interval=4", "rollout.max_engine_restarts=1", write_puzzles(finished[0])
+    options = resumable(finished[0], tmp_path), "runner.save_interval=4", "rollout.max_engine_restarts=1", EARLY, write_puzzles(finished[0])
     with started(SCRIPT, tmp_path, "runner.max_steps=16", "+actor.megatron.mbridge=True", *options) as process:
         family = strike(process, tmp_path, 1, engine_core, signal.SIGKILL)
         family += strike(process, tmp_path, 4, engine_core, signal.SIGKILL)
