@@ -50,6 +50,28 @@ def test_an_engine_that_gives_no_sign_of_life_outside_a_sync_is_dirty(started: C
     assert gate.state == "dirty"
 
 
+def test_each_result_is_handed_over_when_its_request_ends(started: Calls) -> None:
+    seen: list[tuple[int, str]] = []
+
+    async def after(others: int, result: str) -> str:
+        while len(seen) < others:
+            await asyncio.sleep(0.001)
+        if result == "fails":
+            raise ZeroDivisionError
+        return result
+
+    def ask(*results: str) -> list[str]:
+        requests = [after(len(results) - 1 - number, result) for number, result in enumerate(results)]
+        return started.run_requests(requests, 10, lambda: asyncio.sleep(0), lambda number, result: seen.append((number, result)))
+
+    assert ask("last", "then", "first") == ["last", "then", "first"]
+    assert seen == [(2, "first"), (1, "then"), (0, "last")]
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):
+        ask("never", "fails", "first")
+    assert seen == [(2, "first")]
+
+
 def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_given_up(started: Calls) -> None:
     """A server's update is several requests: those of a failed sync do not come between those of the next."""
     happened: list[str] = []
