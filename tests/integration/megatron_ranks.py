@@ -323,7 +323,7 @@ def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> 
         ]
         print(f"{case}: from float32: log-probabilities {plain[0]:.1e}, with the switches {switched[0]:.1e}; losses, norms", end=" ")
         print([(f"{of_loss:.5f}", f"{of_norm:.4f}") for _, of_loss, of_norm in found], flush=True)
-        assert plain[0] < 0.05, (case, plain)
+        assert plain[0] < 0.1, (case, plain)
         for without, with_switches, least in zip(plain, switched, (1e-6, 0.002 * abs(loss_exact), 0.01 * norm_exact), strict=True):
             assert with_switches < 1.3 * without + least, (case, plain, switched)
         print(f"AGREED {case}", flush=True)

@@ -34,6 +34,7 @@ MEASURED = {
     # Measured after the constants of predictions were chosen.
     "2026-11-29-7b-disaggregated-2-gpus-local": ["ipc auto", "nccl auto"],
     "2026-11-29-7b-disaggregated-2-gpus-te": ["ipc auto", "nccl auto"],
+    "2026-11-29-7b-one-gpu-te": ["auto"],
     "2026-11-29-qwen3-30b-a3b-24-layers-one-gpu": ["auto"],
     "2026-11-29-qwen3-30b-a3b-32-layers-disaggregated": ["ipc", "nccl"],
     "2026-11-29-qwen3-30b-a3b-collocated-2-gpus": ["auto"],
