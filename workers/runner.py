@@ -234,14 +234,15 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         seconds: dict[str, float] = {}
         with timed(seconds, "time/step"):
             metrics, updates = self._step(step, seconds)
-        if self._unpublished is not None and (self._saves(step) or all(self._on_ranks("is_saved"))):
-            # One save at a time: the copies of all are in the same memory.
-            with timed(seconds, "time/save"):
-                self._publish()
-        if self._saves(step):
+        # One save at a time: the copies of all are in the same memory.
+        is_written = self._unpublished is not None and (self._saves(step) or all(self._on_ranks("is_saved")))
+        if is_written or self._saves(step):
             self._screen.phase("save")
             with timed(seconds, "time/save"):
-                self._save(step)
+                if is_written:
+                    self._publish()
+                if self._saves(step):
+                    self._save(step)
         validation = self._timed_validation(step) if self._validates(step) else {}
         speeds = self._speeds(metrics, seconds)
         self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
