@@ -125,20 +125,22 @@ def test_the_script_of_text_teaches_additions_without_an_engine(tmp_path: Path) 
     assert lines[-1]["val/loss"] < lines[0]["val/loss"] and "val/exact_match" not in lines[-1] and "engine" not in output
 
 
-def test_a_run_that_lost_a_rank_and_was_resumed_is_the_uninterrupted_one_bit_for_bit(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """No engine is started for either half, and the second has its pictures decoded ahead, which changes nothing for the training."""
-    shutil.copytree(finished[0] / "world", tmp_path / "world")
-    with started(SCRIPT, tmp_path, "runner.max_steps=3000") as process:
-        family = strike(process, tmp_path, LAST // 2 + 5, rank_one, signal.SIGKILL)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_can_be_resumed_when_it_has_lost_a_rank(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """No engine is started, and pictures are decoded ahead, which changes nothing for the training."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("output.log", f"global_step_{LAST}"))
+    resume = f"runner.resume_dir={checkpoint(tmp_path, LAST // 2)}"
+    with started(SCRIPT, tmp_path, "runner.max_steps=3000", "data.num_workers=1", resume) as process:
+        family = strike(process, tmp_path, LAST + 5, rank_one, signal.SIGKILL)
         assert not any("EngineCore" in title(p) for p in family)
         assert exit_code(process, family) == 1
     output = (tmp_path / "output.log").read_text()
     assert "error: actor rank 1" in output and "Traceback" not in output, output[-3000:]
-    resume = f"runner.resume_dir={checkpoint(tmp_path, LAST // 2)}"
-    came_to = max(line["step"] for line in read_metrics(tmp_path / "run"))
-    output = run(SCRIPT, tmp_path, f"runner.max_steps={LAST}", "data.num_workers=1", resume)
-    assert f"metrics of steps {LAST // 2 + 1} to {came_to}, which this run" in " ".join(output.split())
-    whole, resumed = read_metrics(finished[0] / "run"), read_metrics(tmp_path / "run")
+    assert f"metrics of steps {LAST // 2 + 1} to {LAST}, which this run" in " ".join(output.split())
+    checked = run(SCRIPT, tmp_path, "--check", "runner.max_steps=3000", "runner.resume_dir=auto")
+    assert any(f"after step {step} of {tmp_path}" in " ".join(checked.split()) for step in (LAST, LAST + 30, LAST + 60)), checked
+    whole, resumed = read_metrics(finished[0] / "run"), read_metrics(tmp_path / "run")[: LAST + 1]
     assert [line["step"] for line in resumed] == list(range(LAST + 1))
     assert [[line.get(name) for name in SAME] for line in resumed] == [[line.get(name) for name in SAME] for line in whole]
     wanted, found = (load_file(checkpoint(f, LAST) / "actor" / "hf_model" / "model.safetensors") for f in (finished[0], tmp_path))
