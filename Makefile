@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .NOTPARALLEL:
 export RLSYNC_DEV := 1
+# Tests start hundreds of processes, each of which would compile all sources of its own that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 SETUP := source scripts/bootstrap.sh
 # Folders that hold typed code.

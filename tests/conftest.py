@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -42,17 +44,19 @@ LONGEST = tuple(
     for name in (
         "integration/test_engine_sync",
         "integration/test_grpo",
-        "chaos/test_chaos",
-        "integration/test_http_engine",
-        "integration/test_pause_modes",
+        "integration/test_sft",
         "integration/test_oracle",
         "integration/test_bench",
-        "integration/test_gloo_hosts",
         "integration/test_actor",
-        "integration/test_sft",
-        "integration/test_sinks",
-        "integration/test_engine_state_hash",
-        "integration/test_recorder",
+        "integration/test_gloo_hosts",
+        "integration/test_own_trainer",
+        "chaos/test_chaos",
+        "integration/test_megatron_training",
+        "integration/test_lora",
+        "integration/test_http_engine",
+        "integration/test_picture_engines",
+        "integration/test_remote",
+        "integration/test_convert",
     )
 )
 
@@ -65,6 +69,22 @@ def _gpu_lack(count: int) -> str | None:
         return f"needs {count} CUDA device(s); torch {torch.__version__} sees none"
     seen = torch.cuda.device_count()
     return None if seen >= count else f"needs {count} CUDA devices; torch sees {seen}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports the modules of tests, with all that they import, of which nothing is garbage, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # Or extensions complain of what outlives the interpreter.
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

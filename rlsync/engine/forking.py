@@ -7,6 +7,7 @@ vLLM spawns them because of the number of OpenMP threads, which a forked process
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import threading
@@ -38,6 +39,8 @@ class ForkedProcess(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
+        # What was imported stays. Collections that look at it copy its pages, for more than a second in an engine's start.
+        gc.freeze()
         os.environ.clear()
         os.environ.update(self._environment)
         super().run()
@@ -53,9 +56,10 @@ class EngineProcess(ForkedProcess):
     preload: ClassVar[tuple[str, ...]] = ("rlsync.engine.compat.warm",)
 
     def run(self) -> None:
-        from rlsync.engine.compat.engine import fork_workers
+        from rlsync.engine.compat.engine import end_without_collection, fork_workers
 
         fork_workers()
+        end_without_collection()
         super().run()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import multiprocessing
 from collections.abc import Awaitable, Callable
@@ -95,6 +96,14 @@ def fork_workers() -> None:
     from vllm.v1.executor import multiproc_executor
 
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def end_without_collection() -> None:
+    """Make the engine's core that this process is, and its workers, leave what was imported out of their last collection of garbage.
+
+    vLLM unfreezes it for engines that end within a process that goes on; these processes end.
+    """
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
 
 
 def look_at_models_here() -> None:
