@@ -30,7 +30,7 @@ SCRIPT = [
     "cluster.component_placement.actor=0-1", "runner.max_epochs=100", "actor.global_batch_size=8", "actor.micro_batch_size=4",
     "actor.lr_sched.lr_warmup_iters=2", "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30",
     "data.val_data_paths=[${pictures.path}/held_out.jsonl,${pictures.path}/train.jsonl]", "data.val_data_size=40",
-    f"data.max_pixels={MAX_PIXELS}", "data.num_workers=0",
+    f"data.max_pixels={MAX_PIXELS}", "data.num_workers=0", "runner.keep_last_n=4",
 ]  # fmt: skip
 WITH_ENGINE = (
     "validation.generate=True",

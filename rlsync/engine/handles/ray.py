@@ -35,7 +35,8 @@ class EngineActor:
             # It imports vLLM while this process does.
             forking.EngineProcess.get_ready()
         # Here and not above: it imports vLLM, which only this process needs.
-        from rlsync.engine.handles.local import Engine
+        with forking.imports_without_collection():
+            from rlsync.engine.handles.local import Engine
 
         self._engine = Engine(engine_id, engine_args)
 
