@@ -115,17 +115,17 @@ class GrpoRank(ActorRank):
         engine = routes if self._config.rollout.enable_return_routed_experts else None
         replayed = engine if self._config.actor.megatron.router_replay == "R3" else None
         scored, taken = self._score(batches[at.dp_rank], self._routing, replayed)
-        counts = self._count(taken, engine) if at.tp_rank == 0 else None
-        return scored if (at.tp_rank, at.cp_rank, at.pp_rank) == (0, 0, 0) else None, counts
+        return scored if at.leads_replica else None, self._count(taken, engine)
 
     def routing_counts(self) -> RoutingCounts | None:
         """Of the last ``score`` that recomputed log-probabilities, on the first tensor and context rank of each pipeline stage."""
         counts, self._counts = self._counts, None
-        at = self._topology.coordinates(self._rank)
-        return counts if (at.tp_rank, at.cp_rank) == (0, 0) else None
+        return counts
 
     def _count(self, taken: Sequence[Tensor], engine: Sequence[Tensor] | None) -> RoutingCounts | None:
-        return None if self._routing is None else routing_counts(taken, engine, self._routing.num_experts)
+        at = self._topology.coordinates(self._rank)
+        is_first = (at.tp_rank, at.cp_rank) == (0, 0)
+        return routing_counts(taken, engine, self._routing.num_experts) if is_first and self._routing is not None else None
 
     def _score(
         self, batch: ReplicaBatch, routing: Routing | None, routes: Sequence[Tensor] | None = None
