@@ -234,7 +234,7 @@ def test_a_reward_function_sees_whole_rows_in_training_and_in_validation(adapted
     folder, _ = adapted
     lines = read_metrics(folder / "run")[:2]
     seen = [json.loads(line) for line in (folder / "seen.jsonl").read_text().splitlines()]
-    # In files' order within a step: 16 prompts with 8 responses each, then 2 with one.
+    # Of a step 16 prompts with 8 responses each, in the order in which these ended, then 2 with one.
     assert [len(rewards) for *_, rewards in seen[:36]] == 2 * ([8] * 16 + [1] * 2)
     for line, step in zip(lines, (seen[:18], seen[18:36]), strict=True):
         rewards, validation = [reward for *_, group in step[:16] for reward in group], [reward for *_, (reward,) in step[16:]]
