@@ -185,10 +185,11 @@ def _line(said: dict[str, Any]) -> str:
     what = f"adapters of {source['architecture']}" if source["holds"] == "adapters" else source["architecture"]
     what += " with adapters merged" if source["merged"] else ""
     sizes = ", ".join(f"{option} {size}" for option, size in target["layout"].items() if size not in (1, None))
+    files = "1 file" if target["files"] == 1 else f"{target['files']} files"
     resumed = f", {amount(said['resumed_bytes'])} of them by an earlier one that was stopped" if said["resumed_bytes"] else ""
     return (
         f"{target['folder']}: {what} from {_FORMS[source['form']]} files in {source['folder']} to "
-        f"{_FORMS[target['form']]} {f'({sizes})' if sizes else 'files'}, {target['dtype']}, {target['files']} files of weights, "
+        f"{_FORMS[target['form']]} {f'({sizes})' if sizes else 'files'}, {target['dtype']}, {files} of weights, "
         f"{amount(target['bytes'])} in {said['seconds']:.1f} s{resumed}"
     )
 

@@ -69,9 +69,8 @@ def _load_adapters(case: dict[str, Any]) -> None:
     topology = Topology(**case["topology"])
     initialize_parallel(topology, seed=1, timeout_s=300)
     bridge = AutoBridge.from_pretrained(case["folder"])
-    models = bridge.get_model(
-        case["folder"], topology=topology, bf16=False, wrap_with_ddp=False, lora=read_adapter_config(case["adapter"])
-    )  # fmt: skip
+    spec, overrides = read_adapter_config(case["adapter"]), {"sequence_parallel": topology.tp_size > 1}
+    models = bridge.get_model(case["folder"], topology=topology, bf16=False, wrap_with_ddp=False, lora=spec, overrides=overrides)
     load_checkpoint_weights(case["converted"], bridge, models)
     theirs = load_file(Path(case["adapter"], "adapter_model.safetensors"))
     exported = {f"base_model.model.{name}": tensor for name, tensor in bridge.export_adapter(models)}

@@ -38,8 +38,8 @@ EXPERTS = (
     {"ep_size": 4, "etp_size": 2, "tp_size": 2},
     {"pp_size": 2, "vpp_size": 2, "ep_size": 2},
 )
-# Of adapters, which expert ranks share as well.
-ADAPTED = {"qwen2": {"tp_size": 2, "pp_size": 2}, "qwen3_moe": {"dp_size": 4, "ep_size": 4}}
+# Of adapters, of dense layers and experts.
+ADAPTED = {"qwen3_moe": {"tp_size": 2, "pp_size": 2, "ep_size": 2}}
 PICTURES = ({"tp_size": 2}, {"pp_size": 2}, {"tp_size": 4, "pp_size": 2})
 WEIGHTS = ("*.safetensors", "iter_*/*/*.pt")
 
