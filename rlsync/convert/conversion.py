@@ -31,7 +31,7 @@ from rlsync import __version__
 from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
 from rlsync.convert.merging import Factors, FilePlan, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
-from rlsync.convert.sources import Source, base_folder, holds_adapters, open_adapter, open_source
+from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
 from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError
@@ -208,7 +208,7 @@ def source_of(request: Request) -> Source:
             raise ConfigError(f"{request.source} holds no adapters to merge; name their folder by --adapter")
         return open_source(request.source, request.model_folder)
     if not request.merge_lora:
-        return open_adapter(adapter, request.model_folder or base)
+        return open_adapter(adapter, request.model_folder or (None if base is None else model_folder_of(base)))
     if base is None:
         base = base_folder(open_adapter(adapter).base_name)
     if base is None:

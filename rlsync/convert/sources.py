@@ -224,6 +224,11 @@ def _weights_folder(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds none of {kinds}; a conversion or a save that was cut short has none either")
 
 
+def model_folder_of(folder: Path) -> Path:
+    """The folder with ``config.json`` of a checkpoint of any form. Raises as :func:`open_source`."""
+    return folder if (folder / CONFIG_NAME).is_file() else _model_folder(folder, _weights_folder(folder))
+
+
 def _model_folder(folder: Path, weights: Path) -> Path:
     beside = [weights, weights.parent, *(weights.parent / name for name in HF_FOLDER_NAMES)]
     for candidate in beside:

@@ -131,6 +131,8 @@ def test_files_are_those_of_megatron_in_every_form(tmp_path):
         convert(request(actor, tmp_path / case["family"] / "adapter", "hf"))
         assert same(tensors(tmp_path / case["family"] / "adapter"), tensors(case["adapter"]))
         convert(request(case["folder"], tmp_path / case["family"] / "merged", "hf", **base))
+        # A run's checkpoint says which model its adapters are of.
+        convert(request(actor, tmp_path / case["family"] / "anew", "megatron", {"ep_size": 2}, adapter=Path(case["adapter"])))
         assert same(tensors(tmp_path / case["family"] / "merged"), tensors(actor / "hf_model")), "not what ranks merge"
     for case in cases:
         out = Path(case["out"])
