@@ -158,6 +158,8 @@ def check_devices(config: AnyConfig, report: Report) -> None:
         size = config.rollout.tensor_parallel_size
         engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {_range(resolved.rollout)}"
         report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}"))
+        if config.runner.async_steps:
+            report.plan.append(("rollouts", "a step ahead of training"))
 
 
 def check_model(config: AnyConfig, report: Report) -> None:

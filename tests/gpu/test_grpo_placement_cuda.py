@@ -140,6 +140,21 @@ def test_a_disaggregated_run_agrees_as_fresh_engines_do(root):
     check_steps(run(root, "disaggregated", *DISAGGREGATED, "runner.save_interval=-1"), fresh_difference(root))
 
 
+def test_engines_generate_a_step_ahead_while_the_actor_trains(root):
+    """Only the first step's samples are of the weights that train on them. Sides work at once, which shows in their idle shares."""
+    lines = run(root, "ahead", *DISAGGREGATED, "runner.save_interval=-1", "runner.async_steps=1")
+    assert [line["rollout/version_lag"] for line in lines] == [0, 1, 1]
+    assert [line["sync/version"] for line in lines] == list(range(STEPS))
+    assert lines[0]["rollout/logprob_diff_mean"] <= OTHER_VERSION * fresh_difference(root)
+    for name in ("disaggregated", "ahead"):
+        shares = [
+            {part: round(line[f"perf/{part}"], 2) for part in ("idle", "actor_idle", "engine_idle")} for line in read_metrics(root / name)
+        ]
+        print(f"{name}: {shares}", flush=True)
+    both = lines[1]["time/rollout"] + lines[1]["time/actor/inference"] + lines[1]["time/actor/training"]
+    print(f"step 2: {lines[1]['time/step']:.2f} s, one after the other {both:.2f} s", flush=True)
+
+
 def test_without_a_sync_engines_and_actor_part(root):
     """The negative control: synced before the first step alone. A sleep would drop the weights, so the engines keep theirs."""
     lines = run(root, "unsynced", *DISAGGREGATED, "runner.save_interval=-1", fault="no-sync")

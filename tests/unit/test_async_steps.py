@@ -279,7 +279,8 @@ def test_devices_that_actor_and_engines_share_are_refused_before_anything_starts
         "runner.async_steps (1) has engines generate while the actor trains, but cluster.component_placement gives both the same devices, "
         "which one side has at a time; give actor and rollout devices of their own, or set runner.async_steps to 0"
     ]
-    assert check(world, monkeypatch, runner=runner).findings == []
+    report = check(world, monkeypatch, runner=runner)
+    assert report.findings == [] and dict(report.plan)["rollouts"].startswith("a step ahead of training")
     report = check(world, monkeypatch, algorithm={"early_scoring_prompts": 2}, cluster=shared)
     assert "algorithm.early_scoring_prompts (2) has engines generate while the actor scores, but" in report.findings[0][1]
 
