@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.bridge.source import MegatronSource
 from rlsync.copy.cpu import region
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.topology import Topology
@@ -88,6 +89,10 @@ def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, 
         merged = {name: tensor.cpu() for name, tensor in actor.bridge.export_weights(actor.models)}
         wanted = load_file(expected["merged"])
         assert merged.keys() == wanted.keys(), merged.keys() ^ wanted.keys()
+        source = MegatronSource(actor.bridge, actor.models)
+        adapted = {f"{name.rpartition('.lora_')[0]}.weight" for name in exported}
+        assert source.declared.transforms == dict.fromkeys(adapted, "merge"), "engines would get the base"
+        assert not source.frozen & adapted and source.frozen
         off = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
         assert off < 1e-4, f"{case}: merged weights differ by {off}"
         folder = Path(out_dir, f"{dist.get_world_size()}-{number}")
