@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from importlib import import_module
 
 import setproctitle
@@ -11,5 +14,8 @@ from rlsync.engine.forking import imports_without_collection
 with imports_without_collection():
     for name in ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
         import_module(name)
+if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
+    # Nothing is lost with that process; taking apart what it imported takes a second. Those that are forked from it do not come by here.
+    atexit.register(os._exit, 0)
 # The first call finds where a title has room, which is beside the environment as long as that is what the process began with.
 setproctitle.getproctitle()
