@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from rlsync.engine.compat.engine import core_processes
 from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import call_on_fill, read_folder
@@ -33,6 +35,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_answers")]
 
 def test_the_two_checkpoints_answer_differently(tiny_answers: dict[str, Answers]) -> None:
     assert not same(tiny_answers["a"], tiny_answers["b"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM starts processes on GPUs as it does without rlsync")
+def test_engines_on_cpu_are_forked_from_one_process_that_has_imported_vllm(tiny_engines: dict[str, Engine]) -> None:
+    cores = [psutil.Process(process.pid) for engine in tiny_engines.values() for process in core_processes(engine._llm)]
+    (parent,) = {core.parent() for core in cores}
+    assert parent is not None and parent != psutil.Process()
+    assert parent.create_time() < min(core.create_time() for core in cores)
 
 
 def test_a_synced_engine_answers_like_a_fresh_one(
