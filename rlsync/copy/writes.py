@@ -87,7 +87,11 @@ class DirectWrites:
             self._open[file] = os.open(file, os.O_WRONLY)
         with _naming(file):
             for start in range(0, data.numel(), _STEP_BYTES):
-                _write(self._open[file], begin + start, self._on_host(data[start : start + _STEP_BYTES]))
+                piece = self._on_host(data[start : start + _STEP_BYTES])
+                _write(self._open[file], begin + start, piece)
+                if self._durable:
+                    # Has Linux begin to write it, so that the disk works while more is copied; nobody reads it soon.
+                    os.posix_fadvise(self._open[file], begin + start, piece.numel(), os.POSIX_FADV_DONTNEED)
 
     def _on_host(self, data: torch.Tensor) -> torch.Tensor:
         if data.device.type == "cpu":
