@@ -38,6 +38,7 @@ def measure(model: Path, out: Path, axes: Mapping[str, int]) -> dict[str, float]
     from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
     from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+    from rlsync.megatron.optimizer_state import allocate_adam_state
     from rlsync.megatron.parallel import initialize_parallel
 
     topology = Topology(**axes)
@@ -46,6 +47,8 @@ def measure(model: Path, out: Path, axes: Mapping[str, int]) -> dict[str, float]
     models = bridge.get_model(model, topology=topology, bf16=True, ddp=DdpOptions(use_distributed_optimizer=True))
     optimizer = build_optimizer(models, OptimizerOptions(lr=1e-3))
     state: dict[str, Any] = {"optimizer": optimizer, "scheduler": build_scheduler(optimizer, SchedulerOptions(max_lr=1e-3))}
+    # As after a first step.
+    allocate_adam_state(optimizer)
     memory, found = HostMemory(), {}
 
     def timed(name: str, action: Callable[[], Any]) -> Any:
