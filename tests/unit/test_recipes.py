@@ -66,6 +66,7 @@ def test_a_recipe_is_a_run_that_can_start_with_its_price(name: str, text: Path) 
     plan = dict(report.plan)
     assert f" {RECIPES[name][0]} B parameters, bf16" in plan["model"] and "random weights" in plan["model"]
     assert plan["actor"].startswith(RECIPES[name][1])
+    assert report.memory is not None and 20e9 < report.memory.in_training < 80e9, "it is a recipe for GPUs of 80 GB"
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen3_235b_a22b", "deepseek_v3"])
