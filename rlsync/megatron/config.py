@@ -234,7 +234,7 @@ def _check_context(transformer: TransformerConfig, *, is_transformer_engine: boo
         return
     if kind not in (None, "p2p", "all_gather", "a2a"):
         raise ConfigError(f"cp_comm_type is {kind!r}; use p2p, all_gather or a2a")
-    groups = transformer.num_query_groups // transformer.tensor_model_parallel_size
+    groups = max(1, transformer.num_query_groups // transformer.tensor_model_parallel_size)
     if kind == "a2a" and groups % size:
         raise ConfigError(
             f"cp_comm_type a2a deals key-value heads to context_parallel_size {size} ranks, and each tensor rank has {groups} of them; "

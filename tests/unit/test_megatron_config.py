@@ -220,6 +220,25 @@ def test_sequence_parallel_with_one_tensor_rank_is_no_split():
     assert not config(overrides={"sequence_parallel": True}).transformer.sequence_parallel
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"is_transformer_engine": True}, "TransformerEngine's attention does not compute fp32 under context_parallel_size 2; use bf16"),
+        ({"overrides": {"cp_comm_type": "a2a"}, "tp_size": 2}, "a2a deals key-value heads to .* 2 ranks, and each tensor rank has 1 of"),
+        ({"overrides": {"cp_comm_type": "a2a"}, "tp_size": 4}, "each tensor rank has 1 of them; use p2p"),
+        ({"overrides": {"cp_comm_type": "a2a+p2p"}}, r"cp_comm_type is 'a2a\+p2p'; use p2p, all_gather or a2a"),
+    ],
+)
+def test_attention_that_would_fail_where_ranks_share_a_sequence_is_refused(options, said):
+    """Negative controls: without such ranks, in bf16, and where each rank gets a head."""
+    with pytest.raises(ConfigError, match=said):
+        config(cp_size=2, **options)
+    config(**options)
+    if "is_transformer_engine" in options:
+        config(cp_size=2, dtype=torch.bfloat16, **options)
+    config(cp_size=2, overrides={"cp_comm_type": "a2a"})
+
+
 def test_interleaved_pipelines_keep_to_one_shape():
     """Negative control: without virtual stages shapes may vary."""
     assert config(pp_size=2, overrides={"variable_seq_lengths": True}).transformer.variable_seq_lengths
