@@ -368,6 +368,10 @@ def test_memory_of_an_actor_gpu_is_predicted_and_what_cannot_fit_is_a_finding_wi
     assert found["rank"]["optimizer"] == pytest.approx(6 * 7615616512, rel=1e-3)
     # Nearer than the estimate is: said, and not refused.
     assert found["device"] == 80 * 2**30 < found["in_training"] < 88 * 2**30 and "may not fit" in " ".join(fits.notes)
+    shared = {"cluster": {"component_placement": {"actor,rollout,reward": "0-1"}}, "actor": {"model": {"tensor_model_parallel_size": 2}}}
+    shared |= {"runner": {"seq_length": 64, "experiment_name": "run", "output_dir": str(own.parent / "results")}}
+    beside = check_run({**values(own), **shared}, (check_devices, check_model, check_memory))
+    assert "set actor.offload_weight, actor.offload_grad, actor.offload_optimizer to True, or lower rollout.gpu_memory" in texts(beside)
     monkeypatch.setattr("workers.check.gpu_bytes", lambda: None)
     assert memory(tensor_model_parallel_size=2).findings == [], "without a GPU nothing is too much"
 
