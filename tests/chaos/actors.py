@@ -46,6 +46,8 @@ class Actors:
         self.process: BaseProcess = context.Process(target=serve, args=(other, self._folders), daemon=True)
         self.process.start()
         other.close()
+        # What it imports is no part of the connection that comes next, which has a deadline.
+        self.tell("read", next(iter(self._folders)))
 
     # Faults of rank 1.
 
@@ -73,8 +75,6 @@ class Actors:
             self.process.join()
             self.killed = False
             self._start()
-            # What it imports is no part of the connection that comes next, which has a deadline.
-            self.tell("read", next(iter(self._folders)))
 
     # Collective calls.
 
