@@ -31,6 +31,16 @@ def test_a_measured_bench_took_what_was_predicted() -> None:
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2"])
+def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str) -> None:
+    bench = json.loads((RAW / f"2026-11-29-{name}.json").read_text())
+    positions = max(sum(lengths) for lengths in bench["microbatches"])
+    switches = {"fused_activation": True, "sequence_parallel": bench["switches"].get("sequence_parallel", False)}
+    (found,) = {*memory(bench["model"], Topology(**bench["actor"]), micro_batch_tokens=positions, **switches)}
+    assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.01)
+    assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.06)
+
+
 def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
     """The 79 GiB of benchmarks/RESULTS.md, 2026-11-28, 7B under TP 2 with eight micro-batches."""
     (found,) = memory("qwen2.5-7b", Topology(tp_size=2), sequence_parallel=True)
