@@ -155,7 +155,7 @@ class ActorRank:
             self._syncer.close()
         device = compute_device()
         self._syncer = WeightSyncer(
-            MegatronSource(self._bridge, self._models, stable_memory=stable_memory),
+            MegatronSource(self._bridge, self._models, stable_memory=stable_memory, lora=self._config.weight_sync.lora),
             engines if self._rank == 0 else (),
             self._config.weight_sync,
             rank=self._rank,

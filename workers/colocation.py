@@ -65,7 +65,9 @@ def plan_colocation(config: AnyConfig, mode: PlacementMode, *, on_gpu: bool) -> 
     }
     parts = tuple(part for part, is_on in switches.items() if is_on)
     if on_gpu and config.has_engines and mode is PlacementMode.COLLOCATED:
-        return ColocationPlan(2 if wanted is None else wanted, parts)
+        # Level 2 drops the base of adapters too, which is sent once.
+        derived = 1 if config.weight_sync.lora == "adapter" else 2
+        return ColocationPlan(derived if wanted is None else wanted, parts)
     why = "actor and engines have GPUs of their own" if on_gpu else "there are no GPUs, and all memory is the host's"
     why = why if config.has_engines else "there are no engines to make room for"
     if wanted:

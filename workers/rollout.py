@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.models import Model
@@ -93,6 +94,8 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         wanted["mm_processor_kwargs"] = {name: value for name, value in limits.items() if value is not None} or None
     if rollout.enable_return_routed_experts:
         wanted["enable_return_routed_experts"] = True
+    if config.weight_sync.lora == "adapter":
+        wanted |= lora_arguments(config.actor.lora.r)
     if can_sleep:
         wanted["enable_sleep_mode"] = True
     if on_gpu:

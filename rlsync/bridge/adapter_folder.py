@@ -16,14 +16,12 @@ from typing import Any
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import Holding, read_checkpoint
-from rlsync.models.lora import A, AdaptedRule, Adapters, B, LoraSpec
+from rlsync.models.lora import PREFIX, A, AdaptedRule, Adapters, B, LoraSpec
 from rlsync.models.stacks import Model
 from rlsync.models.stored import FileTensor, differences, file_placement, stacked_tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What names in the file begin with: PEFT's wrapper around the model.
-PREFIX = "base_model.model."
 
 # Keys whose other values change what an adapter computes, with the values that do not. All others (of PEFT 0.21) say how an adapter
 # is begun, trained or stored, or are read below.

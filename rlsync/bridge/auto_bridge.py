@@ -21,7 +21,6 @@ import torch.distributed as dist
 from rlsync.bridge.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    PREFIX,
     adapter_config,
     check_adapter_folder,
     placed_adapter,
@@ -41,7 +40,7 @@ from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.lora import Adapter
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
-from rlsync.models.lora import module_of
+from rlsync.models.lora import PREFIX, module_of
 from rlsync.models.placement import megatron_placements
 from rlsync.models.stored import FileTensor, file_placement
 from rlsync.plan.planner import Bucket, Copy, Plan, build_plan

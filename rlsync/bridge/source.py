@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.coordinator.messages import AdapterFactors
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
-from rlsync.megatron.model import gather_parameters
+from rlsync.megatron.model import adapters_in, gather_parameters
+from rlsync.models.lora import B
+from rlsync.sync.config import LoraSync
 from rlsync.sync.source import Declared
 
 
 class MegatronSource:
     """The parameters of this actor rank, where they lie, and how they are made fresh. Adapters are added to the weights that are sent, in
-    fp32 and bucket by bucket; the base stays as it is.
+    fp32 and bucket by bucket, and the base stays as it is; or they are sent beside it, their B multiplied by their scaling in fp32.
 
     Attributes:
-        tensors: every HF tensor, in layer order, with the dtype of the parameters; the same on all ranks.
+        tensors: every HF tensor, in layer order, with the dtype of the parameters; with adapters beside it every factor after them, by its
+            name in PEFT without the prefix. The same on all ranks.
         placements: what each actor rank holds; index is the rank. The same on all ranks.
-        buffers: global name -> parameter or persistent buffer of this rank.
+        buffers: global name -> parameter or persistent buffer of this rank; factors only with adapters beside the base.
         rank: of this process among the actor ranks.
         stable_memory: whether the parameters stay in memory between syncs.
-        frozen: HF tensors whose parameters on this rank took no gradient when the source was made, and have no adapter.
-        declared: ``merge`` before every tensor that has an adapter.
+        frozen: HF tensors whose parameters on this rank took no gradient when the source was made, and into which no adapter is merged.
+        declared: ``merge`` before every tensor that has an adapter, or ``scale`` before every B.
     """
 
-    def __init__(self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True) -> None:
-        """Compare the models with the family's table. Not collective. Raises PlacementError.
+    def __init__(
+        self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True, lora: LoraSync = "merged"
+    ) -> None:
+        """Compare the models with the family's table. Not collective. Raises PlacementError, and ConfigError where adapters are to be sent
+        and the models have none.
 
         Args:
             stable_memory: False where parameters are offloaded between syncs: device memory that an engine has mapped would not be freed.
+            lora: ``adapter`` sends adapters beside their base, as ``weight_sync.lora`` says.
         """
         shards = bridge.shards(models)
         self._models, self.stable_memory = models, stable_memory
@@ -40,11 +49,16 @@ class MegatronSource:
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
-        adapters, buffers = shards.adapters, self.buffers
-        self.declared = Declared(dict.fromkeys(shards.adapted, "merge"), lambda name: adapters[name].merged(buffers[name].detach()))
+        adapters, merged = shards.adapters, shards.adapted
+        if lora == "adapter":
+            adapters, merged = {}, frozenset()
+            self._add_factors(bridge)
+        else:
+            buffers = self.buffers
+            self.declared = Declared(dict.fromkeys(merged, "merge"), lambda name: adapters[name].merged(buffers[name].detach()))
         idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
         pieces = self.placements[self.rank].pieces
-        trained = shards.adapted | {piece.tensor for piece in pieces if piece.buffer not in idle}
+        trained = merged | {piece.tensor for piece in pieces if piece.buffer not in idle}
         self.frozen = frozenset(piece.tensor for piece in pieces) - trained
         self._idle = tuple((name, self.buffers[name]) for name in sorted(idle))
         factors = {f"{weight} {name}": factor for weight, adapter in adapters.items() for name, factor in adapter.named_parameters()}
@@ -59,6 +73,23 @@ class MegatronSource:
             for attribute, tensor in table.items()
             if tensor is not None and id(tensor) in names
         ]
+
+    def _add_factors(self, bridge: AutoBridge) -> None:
+        """Send the factors of adapters beside all else."""
+        factors, adapters, first = bridge.adapter_shards(self._models), adapters_in(self._models), len(self.tensors)
+        assert adapters is not None, "adapter_shards raises without"
+        spec = adapters.spec
+        self.tensors += factors.tensors
+        self.placements = tuple(
+            replace(base, **{name: getattr(base, name) + getattr(more, name) for name in ("buffers", "pieces", "padding")})
+            for base, more in zip(self.placements, factors.placements, strict=True)
+        )
+        self.buffers = {**self.buffers, **factors.buffers}
+        scaled = [tensor.name for tensor in factors.tensors if tensor.name.endswith(B)] if spec.scaling != 1 else []
+        buffers, scaling = self.buffers, spec.scaling
+        self.declared = Declared(
+            dict.fromkeys(scaled, "scale"), lambda name: buffers[name].detach().float() * scaling, AdapterFactors(spec.r, first)
+        )
 
     def begin(self, version: int) -> None:
         """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.

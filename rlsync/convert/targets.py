@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adapter_config
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
 from rlsync.convert.filling import restricted_to
@@ -38,6 +38,7 @@ from rlsync.layout.safetensors import StoredTensor, encode_header
 from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import read_torch_file, write_checksums
 from rlsync.models import Flavour
+from rlsync.models.lora import PREFIX
 from rlsync.models.placement import megatron_placement
 from rlsync.models.shards import CHECKPOINT_VERSION, RANK_STATE_FILE, chunk_keys, local_names, weights_only_state
 from rlsync.models.stored import FileTensor, file_placement

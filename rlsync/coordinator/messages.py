@@ -35,6 +35,16 @@ class Sum(msgspec.Struct, frozen=True, array_like=True):
     value: int
 
 
+class AdapterFactors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Low-rank adapters among the tensors of a source: ``lora_A`` and ``lora_B`` of each adapted module, by their names in PEFT.
+
+    ``r`` is their rank, ``first`` the number of the first of them; all tensors from there on are factors. What an engine gets is scaled.
+    """
+
+    r: Count
+    first: Count
+
+
 # Bytes that one end of a transport sends to the other through the coordinator, which does not decode them.
 Opaque = bytes
 
@@ -256,10 +266,11 @@ class State(Message):
 
 
 class Manifest(Message):
-    """To a worker: all HF tensors of the source, in its order, and the configured sink."""
+    """To a worker: all HF tensors of the source, in its order, the configured sink, and which of the tensors are adapters."""
 
     tensors: tuple[TensorSpec, ...]
     sink: Name
+    adapter: AdapterFactors | None = None
 
 
 class Reports(Message):

@@ -18,6 +18,11 @@ def merge(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast(view, dtype)
 
 
+def scale(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The cast of a product: ``view`` is of the factor that its source has multiplied, in float32."""
+    return cast(view, dtype)
+
+
 def cast(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to nearest, as torch does it."""
     return view.to(dtype)

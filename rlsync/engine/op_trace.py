@@ -6,7 +6,8 @@ Knows storages and operators; knows neither the model nor what a loader writes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -50,8 +51,19 @@ class _Origin:
     rounded: torch.dtype | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Row-major memory of several of one size, one after the other, each with elements of one HF tensor."""
+
+    rows: tuple[_Origin, ...]
+
+    @property
+    def row_size(self) -> int:
+        return prod(self.rows[0].grid)
+
+
 class OpTrace:
-    """Origin of every storage that loaders make or receive.
+    """Origin of every storage that loaders make or receive, and numbers that they make without memory.
 
     ``read``: HF names whose elements were used. ``computed``: those of them of which not only plain copies were made, so that any
     element may have been used.
@@ -61,7 +73,8 @@ class OpTrace:
         self.read: set[str] = set()
         self.computed: set[str] = set()
         # None: computed. The tensor beside it keeps the storage, whose identity must not be used again.
-        self._known: dict[int, tuple[_Origin | None, torch.Tensor]] = {}
+        self._known: dict[int, tuple[_Origin | _Stack | None, torch.Tensor]] = {}
+        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}
         for name, tensor in sources.items():
             shape = tuple(tensor.shape)
             self._known[key_of(tensor)] = (_Origin(name, tensor.dtype, shape, 0, contiguous_strides(shape), None), tensor)
@@ -70,45 +83,57 @@ class OpTrace:
         """Whether it lies in an HF tensor or in memory that a loader made."""
         return key_of(tensor) in self._known
 
+    def number(self, tensor: torch.Tensor) -> float | None:
+        """What all elements of ``tensor`` are, where it was made of a number; None for any other."""
+        return self._numbers[key_of(tensor)][0] if key_of(tensor) in self._numbers else None
+
     def note_copied(self, tensor: torch.Tensor) -> None:
         """Mark ``tensor`` as read by a plain copy, which the recorder describes element by element."""
+        self.read.update(self._names(tensor))
+
+    def _names(self, tensor: torch.Tensor) -> list[str]:
+        """HF tensors that a tensor's memory is of."""
         origin, _ = self._known.get(key_of(tensor), (None, None))
-        if origin is not None:
-            self.read.add(origin.name)
+        return [] if origin is None else [row.name for row in (origin.rows if isinstance(origin, _Stack) else (origin,))]
 
     def note_computed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Mark these tensors as used by an operator other than a plain copy."""
         for tensor in _tensors((*args, *kwargs.values())):
-            origin, _ = self._known.get(key_of(tensor), (None, None))
-            if origin is not None:
-                self.read.add(origin.name)
-                self.computed.add(origin.name)
+            self.read.update(self._names(tensor))
+            self.computed.update(self._names(tensor))
 
     def parts(self, tensor: torch.Tensor, dtype: torch.dtype) -> list[SourcePart] | None:
         """Parts of ``tensor`` by HF tensor, or None where a cast of an HF tensor to ``dtype`` gives other values."""
         origin, _ = self._known.get(key_of(tensor), (None, None))
-        if origin is None or tensor.dtype != origin.dtype or origin.rounded not in (None, dtype):
+        shape, offset, strides = tuple(tensor.shape), int(tensor.storage_offset()), tensor.stride()
+        if isinstance(origin, _Stack):
+            return self._parts_of_rows(origin, tensor.dtype, dtype, shape, offset, strides)
+        return None if origin is None else _parts(origin, tensor.dtype, dtype, shape, offset, strides)
+
+    def _parts_of_rows(
+        self, stack: _Stack, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
+    ) -> list[SourcePart] | None:
+        """Of a view that has the rows along its first dim."""
+        size = stack.row_size
+        if not shape or (strides[0] != size and shape[0] > 1):
             return None
-        shape = tuple(tensor.shape)
-        found = split(shape, [Side(shape, 0, contiguous_strides(shape)), Side(origin.grid, int(tensor.storage_offset()), tensor.stride())])
-        if found is None:
+        row, inside = divmod(offset, size)
+        if inside + sum((n - 1) * step for n, step in zip(shape[1:], strides[1:], strict=True)) >= size:
             return None
-        return [
-            SourcePart(
-                start=part.sides[0].start,
-                dims=part.axes(0),
-                shape=part.shape,
-                name=origin.name,
-                offset=origin.offset + sum(i * s for i, s in zip(part.sides[1].start, origin.strides, strict=True)),
-                strides=tuple(origin.strides[axis] for axis in part.axes(1)),
-            )
-            for part in found
-        ]
+        found: list[SourcePart] = []
+        for i in range(shape[0]):
+            parts = _parts(stack.rows[row + i], held, dtype, shape[1:], inside, strides[1:])
+            if parts is None:
+                return None
+            found += (replace(p, start=(i, *p.start), dims=tuple(dim + 1 for dim in p.dims)) for p in parts)
+        return found
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
         """Execute an operator that writes into ``written``, none of them the model's tensors, and record its results."""
         if func in _COPIES:
             return self._copy(func, args, kwargs)
+        if func is _aten.stack.default and {"dim": 0, **dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}["dim"] == 0:
+            return self._stack(args[0])
         if not func.is_view:
             self.note_computed(args, kwargs)
         for tensor in written:
@@ -117,6 +142,9 @@ class OpTrace:
             # What has no memory cannot be copied into what has some; from now on the latter is computed anyway.
             return written[0] if func._schema.returns else None
         result = func(*args, **kwargs)
+        if func is _aten.scalar_tensor.default:
+            # What ``tensor[i] = number`` writes.
+            self._numbers[key_of(result)] = float(args[0]), result
         for tensor in _tensors([result]):
             if not func.is_view:
                 self._known.setdefault(key_of(tensor), (None, tensor))
@@ -134,10 +162,21 @@ class OpTrace:
         self._known[key_of(result)] = (origin, result)
         return result
 
+    def _stack(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Copies of equally shaped tensors, one after the other."""
+        result = _aten.stack.default(tensors)
+        rows = [self._composed(tensor, tensor.new_empty(tensor.shape)) for tensor in tensors]
+        if any(row is None for row in rows):
+            self.note_computed(tensors, {})
+        for tensor in tensors:
+            self.note_copied(tensor)
+        self._known[key_of(result)] = (None if None in rows else _Stack(tuple(row for row in rows if row is not None)), result)
+        return result
+
     def _composed(self, source: torch.Tensor, result: torch.Tensor) -> _Origin | None:
         """Origin of ``result``, a copy of ``source``: it must be dense, in any order of its dims."""
         origin, _ = self._known.get(key_of(source), (None, None))
-        if origin is None:
+        if origin is None or isinstance(origin, _Stack):
             return None
         exact = holds(result.dtype, origin.dtype)
         parts = self.parts(source, origin.rounded if exact and origin.rounded is not None else result.dtype)
@@ -153,6 +192,28 @@ class OpTrace:
             strides=tuple(strides.get(dim, 0) for dim in order),
             rounded=origin.rounded if exact else result.dtype,
         )
+
+
+def _parts(
+    origin: _Origin, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
+) -> list[SourcePart] | None:
+    """Of a view of one origin's memory, which holds elements of dtype ``held``."""
+    if held != origin.dtype or origin.rounded not in (None, dtype):
+        return None
+    found = split(shape, [Side(shape, 0, contiguous_strides(shape)), Side(origin.grid, offset, strides)])
+    if found is None:
+        return None
+    return [
+        SourcePart(
+            start=part.sides[0].start,
+            dims=part.axes(0),
+            shape=part.shape,
+            name=origin.name,
+            offset=origin.offset + sum(i * s for i, s in zip(part.sides[1].start, origin.strides, strict=True)),
+            strides=tuple(origin.strides[axis] for axis in part.axes(1)),
+        )
+        for part in found
+    ]
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -10,13 +10,14 @@ loads, and skips some unknown names in silence.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlsync.engine.compat import lora
 from rlsync.engine.compat.reload import load_weights, parameters_on_meta, quiet
 from rlsync.engine.op_trace import OpTrace, key_of
 from rlsync.layout.geometry import BufferSpec, TensorSpec
@@ -60,7 +61,7 @@ def record(model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
     aliases = _aliases(live)
     with parameters_on_meta(model), quiet():
         sources = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
-        targets = _Targets(model, live)
+        targets = _Targets(_tensors_of(model), live, [name for name, _ in model.named_parameters(remove_duplicate=False)])
         recorder, findings = _Recorder(targets, sources), list[str]()
         try:
             _load(model, recorder, sources)
@@ -83,6 +84,38 @@ def record(model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
         computed_names=frozenset(recorder.computed),
         unused_names=tuple(name for name in sources if name not in recorder.read and name not in named),
         findings=tuple(findings),
+    )
+
+
+def record_adapter(model: torch.nn.Module, tensors: Sequence[TensorSpec], r: int) -> Recording:
+    """Run vLLM's loading of an adapter of rank ``r`` and scaling 1, whose factors are ``tensors``, without memory.
+
+    Buffers are those of one slot, by the names of :func:`rlsync.engine.compat.lora.stacks`. Leaves the model as it was. Not collective.
+    """
+    with lora.one_slot_on_meta(model) as slot, quiet():
+        sources = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
+        recorder, findings = _Recorder(_Targets(slot, {}, slot), sources), tuple[str, ...]()
+        try:
+            with recorder:
+                lora.load(model, sources, r)
+        except Exception as error:
+            findings = (f"vLLM does not load these adapters: {type(error).__name__}: {' '.join(str(error).split())[:_ERROR_CHARS]}",)
+        written = {write.buffer for write in recorder.writes}
+        buffers = tuple(
+            BufferSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in slot.items()
+            if name in written
+        )
+    # What is cast and then left out, as factors of other workers' experts are, is not read.
+    read = {write.source for write in recorder.writes} | recorder.computed
+    return Recording(
+        buffers=buffers,
+        writes=tuple(recorder.writes),
+        aliases={},
+        read_names=tuple(name for name in sources if name in read),
+        computed_names=frozenset(recorder.computed),
+        unused_names=() if findings else tuple(name for name in sources if name not in read),
+        findings=findings,
     )
 
 
@@ -116,8 +149,7 @@ def _finding(name: str, tensor: torch.Tensor, error: Exception) -> str:
 class _Targets:
     """The tensors that loaders may write, by storage. Of several names for one memory the first one stands for all."""
 
-    def __init__(self, model: torch.nn.Module, live: Mapping[str, torch.Tensor]) -> None:
-        found = _tensors_of(model)
+    def __init__(self, found: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], parameters: Iterable[str]) -> None:
         names = [*(n for n in live if n in found), *(n for n in found if n not in live)]
         self.buffers: dict[str, torch.Tensor] = {}
         self._by_storage: dict[int, list[str]] = defaultdict(list)
@@ -131,7 +163,7 @@ class _Targets:
             self._names[name] = owner
             self.buffers.setdefault(owner, tensor)
             self._by_storage[key_of(tensor)].append(name)
-        self.parameters = {self._names[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.parameters = {self._names[name] for name in parameters}
         self._found = found
         self._kept = {name: (key_of(t), t.data) for name, t in found.items()}
 
@@ -235,9 +267,11 @@ class _Recorder(TorchDispatchMode):
             return
         buffer, offset = region
         shape, strides = tuple(target.shape), target.stride()
-        if not isinstance(source, torch.Tensor):
-            self.writes.append(Write(buffer, offset, shape, strides, value=source))
+        value = self._trace.number(source) if isinstance(source, torch.Tensor) else source
+        if value is not None:
+            self.writes.append(Write(buffer, offset, shape, strides, value=value))
             return
+        assert isinstance(source, torch.Tensor)
         parts = self._trace.parts(source, target.dtype)
         if parts is None:
             self._trace.note_computed((source,), {})

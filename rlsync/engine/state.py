@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rlsync.engine.compat import layers as compat_layers
+from rlsync.engine.compat import lora as compat_lora
 
 # (class, attribute) of state that may differ between engines with the same weights; * stands for any class.
 NOT_STATE = frozenset(
@@ -25,6 +26,13 @@ NOT_STATE = frozenset(
         ("*", "kv_sharing_target_layer"),
         ("*", "aot_compiled_fn"),  # example inputs of the compiler: not what it computes from
         ("CPUDNNLGEMMHandler", "handler_tensor"),  # an address; the kernel behind it is probed
+        ("*", "lora_manager"),  # which adapter is in which slot
+        ("*", "punica_wrapper"),  # which slot each token of the last batch asked for
+        # The same slots as those of the layer itself.
+        *(("MoELoRAContext", name) for name in compat_lora.EXPERT_STACKS),
+        ("FusedMoEWithLoRA", "lora_a_stacked"),
+        ("FusedMoEWithLoRA", "lora_b_stacked"),
+        ("VocabParallelEmbeddingWithLoRA", "lora_a_stacked_2d"),
     }
 )
 # Packages whose objects hold no weights: they are not entered, unless they are dataclasses.
@@ -36,11 +44,12 @@ _PROBE_ROWS = 256
 def state_hashes(model: torch.nn.Module) -> dict[str, str]:
     """Path -> hash of every tensor and every float that is reachable from ``model``, sorted by path.
 
+    Of slots for adapters those of the newest adapter count, and none where no slot has one.
     A tensor's hash covers dtype, shape, strides, the bytes it addresses, and which of the paths before it shares its memory. Weights
     inside an opaque kernel (oneDNN on CPU) have no bytes to read: such a linear layer has a path ending in ``#probe`` with the
     hash of what it makes of the unit vectors, which is every weight as the kernel uses it. Not collective.
     """
-    walk = _Walk()
+    walk = _Walk(compat_lora.newest_slot(model))
     with torch.no_grad():
         walk.visit("", model)
         for name, layer in model.named_modules():
@@ -58,7 +67,8 @@ def state_difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[
 class _Walk:
     """Depth first, names sorted: the order of a registry changes with every reload, and must not show."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int | None) -> None:
+        self._slot = slot
         self.hashes: dict[str, str] = {}
         self._seen: dict[int, Any] = {}
         self._storages: dict[int, str] = {}
@@ -71,8 +81,12 @@ class _Walk:
         elif id(value) not in self._seen:
             # Kept, so that no other object takes its identity.
             self._seen[id(value)] = value
+            slots = compat_lora.slots_of(value)
             for name, part in sorted(_parts(value), key=lambda row: row[0]):
-                self.visit(f"{path}.{name}".lstrip("."), part)
+                if name not in slots:
+                    self.visit(f"{path}.{name}".lstrip("."), part)
+                elif self._slot is not None:
+                    self.visit(f"{path}.{name}".lstrip("."), [tensor[self._slot] for tensor in slots[name]])
 
     def _tensor(self, path: str, tensor: torch.Tensor) -> str:
         digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}".encode(), digest_size=16)

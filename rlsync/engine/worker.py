@@ -14,7 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +22,11 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer, pid_domain
+from rlsync.engine.adapters import AdapterSlots
 from rlsync.engine.compat import engine as compat
-from rlsync.engine.compat import features, patches, reload
+from rlsync.engine.compat import features, lora, patches, reload
 from rlsync.engine.pull import MismatchError, Pull, Verifier
-from rlsync.engine.recorder import Recording, record
+from rlsync.engine.recorder import Recording, record, record_adapter
 from rlsync.engine.sinks import Sink
 from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.compare import CompareSink
@@ -33,7 +34,7 @@ from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError
-from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.layout.recorded import placement_of, tensors_as_read
 from rlsync.plan.packing import PackedPart, Segment
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
@@ -57,6 +58,7 @@ class InitInfo(WeightTransferInitInfo):
 
     ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
     that there may be, then with 1 to take buckets in and tell what they would change. The last two change nothing.
+    ``serves_adapters``: whether who drives this engine has its requests run on the adapters that a sync brings.
     """
 
     endpoint: str
@@ -66,14 +68,21 @@ class InitInfo(WeightTransferInitInfo):
     timeout_s: float
     purpose: str = "sync"
     attempt: int = 0
+    serves_adapters: bool = False
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then."""
+    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then.
+
+    Where adapters are synced: ``adapter_id`` is what vLLM calls those of this version, a number that was never used; ``adapters_in_use``
+    are those of requests in flight.
+    """
 
     version: int
     attempt: int
+    adapter_id: int = 0
+    adapters_in_use: Sequence[int] = ()
 
 
 class RlsyncTransferEngine(WeightTransferEngine):
@@ -95,6 +104,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._is_comparison = False
         # Whether all buckets land in the memory that the engine computes with.
         self._is_direct = False
+        self._adapters: AdapterSlots | None = None
+        self._syncs_adapters = False
         patches.apply()
         with compat.config_scope(vllm_config):
             patches.restore_constants(model, vllm_config)
@@ -124,14 +135,20 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._version = -1
         client = self._client = self._dial(init_info)
         try:
-            features.check(self.vllm_config)
             manifest = client.next(m.Manifest, 0, "the list of tensors")
+            adapter = manifest.adapter
+            r = None if adapter is None else adapter.r
+            features.check(self.vllm_config, features.against_adapters(self.vllm_config, r, serves_adapters=init_info.serves_adapters))
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
-            with compat.config_scope(self.vllm_config):
-                compare = init_info.purpose == "compare"
-                layout = record_layout(self.model, self.model_config, holder, manifest.tensors, manifest.sink, compare)
-            client.send(layout.record)
-            self._attach(layout, client.next(m.Assignment, 0, "this worker's assignment").worker)
+            self._syncs_adapters = adapter is not None
+            if adapter is not None and self._adapters is None:
+                self._adapters = AdapterSlots(self.model)
+            with lora.base_layers(self.model):
+                with compat.config_scope(self.vllm_config):
+                    compare = init_info.purpose == "compare"
+                    layout = record_layout(self.model, self.model_config, holder, manifest, compare, self._adapters)
+                client.send(layout.record)
+                self._attach(layout, client.next(m.Assignment, 0, "this worker's assignment").worker)
             client.send(m.Attached())
             self._prepare(client.next(m.Connected, 0, "all peers to connect").exports)
         except Exception as error:
@@ -198,7 +215,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             raise WeightSyncError(phase="begin", version=update_info.version, cause="this worker has no connection; call connect() first")
         client, sink, receiver, pull = self._client, self._sink, self._receiver, Pull(self._verifier, update_info.attempt)
         try:
-            with compat.config_scope(self.vllm_config):
+            with compat.config_scope(self.vllm_config), lora.base_layers(self.model):
                 client.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
@@ -215,12 +232,16 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     self._take_all(client, sink, receiver, pull, update_info.version)
                     with pull.timed("finalize"):
                         sink.close()
+                        if self._adapters is not None and self._syncs_adapters:
+                            self._adapters.fill(update_info.adapter_id, update_info.adapters_in_use)
                         self._synchronize()
                         receiving.close()
             client.send(m.Loaded(update_info.attempt, pull.times(sink.peak_extra_bytes + receiver.extra_bytes), tuple(sink.differences)))
             pull.phase, pull.bucket = "commit", None
             client.next(m.Commit, update_info.attempt, "the commit")
             self._version = update_info.version
+            if self._adapters is not None and self._syncs_adapters:
+                self._adapters.commit()
             compat.allow_answers(self.model)
             client.send(m.Committed(update_info.attempt))
             _log.debug("version %d: committed", update_info.version)
@@ -294,6 +315,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
     def finish_weight_update(self) -> None:
         """Nothing: the version was committed inside the update."""
 
+    def keep_adapters(self) -> None:
+        """Called when vLLM has ended an update, and with it forgotten every adapter: those of this worker's slots are still there."""
+        if self._adapters is not None:
+            self._adapters.register()
+
     def shutdown(self, *, with_goodbye: bool = True) -> None:
         """Leave the run: close the channel and the receiver. Idempotent."""
         if self._client is not None:
@@ -337,12 +363,20 @@ class RecordedLayout:
 
 
 def record_layout(
-    model: torch.nn.Module, model_config: Any, holder: str, tensors: Sequence[TensorSpec], requested: str, compare: bool = False
+    model: torch.nn.Module,
+    model_config: Any,
+    holder: str,
+    manifest: m.Manifest,
+    compare: bool = False,
+    adapters: AdapterSlots | None = None,
 ) -> RecordedLayout:
-    """Record where the model's own loaders write ``tensors``, and choose the sink that writes, or compares, them.
+    """Record where the model's own loaders write the tensors, and choose the sink that writes, or compares, them.
 
-    Leaves the model as it was. Raises ConfigError where the sink that is asked for by name cannot keep the model right.
+    Leaves the model as it was, and makes room beside it where the manifest has adapters. Raises ConfigError where the sink that is asked
+    for by name cannot keep the model right.
     """
+    requested = manifest.sink
+    tensors = manifest.tensors[: None if manifest.adapter is None else manifest.adapter.first]
     recording = record(model, tensors)
     placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
     missing = tuple(str(f) for f in findings if f.unwritten)
@@ -356,6 +390,17 @@ def record_layout(
         )
     choice = choose(model, [b.name for b in placement.buffers], recording.aliases, requested)
     used = sorted(set(choice.sinks.values()))
+    beside: Mapping[str, torch.Tensor] = {}
+    unused = recording.unused_names
+    if manifest.adapter is not None and not problems:
+        if computed or used == ["loaders"]:
+            problems = tuple(f"the base of adapters is not written in place: {why}" for why in (*computed, *choice.reasons))
+        else:
+            assert adapters is not None, "adapters have slots"
+            found, problems, more = _record_adapters(model, holder, manifest, adapters)
+            placement = replace(placement, **{n: getattr(placement, n) + getattr(found, n) for n in ("buffers", "pieces", "padding")})
+            beside, unused = adapters.staging, unused + more
+            used = sorted({*used, "direct"})
     if problems or computed or used == ["loaders"]:
         if computed and requested in ("direct", "layerwise"):
             problems += tuple(f"weight_sync.sink is {requested}, but: {f}" for f in computed)
@@ -363,9 +408,21 @@ def record_layout(
         undescribed = [f.buffer for f in findings]
         return _by_loaders(model, model_config, holder, tensors, recording, undescribed, problems, remark)
     return RecordedLayout(
-        m.Recorded(placement, "+".join(used), recording.unused_names),
-        lambda buckets: PlacedSink(model, model_config, buckets, placement.padding, choice.sinks),
+        m.Recorded(placement, "+".join(used), unused),
+        lambda buckets: PlacedSink(model, model_config, buckets, placement.padding, choice.sinks, beside),
     )
+
+
+def _record_adapters(
+    model: torch.nn.Module, holder: str, manifest: m.Manifest, adapters: AdapterSlots
+) -> tuple[Placement, tuple[str, ...], tuple[str, ...]]:
+    """Placement of the factors in what a sync writes beside the slots, findings, and names that vLLM does not load here."""
+    assert manifest.adapter is not None
+    factors = manifest.tensors[manifest.adapter.first :]
+    recording = record_adapter(model, factors, manifest.adapter.r)
+    placement, findings = placement_of(holder, factors, recording.buffers, recording.writes)
+    adapters.connect(placement.buffers, manifest.adapter.r)
+    return placement, (*recording.findings, *map(str, findings)), recording.unused_names
 
 
 def _by_loaders(

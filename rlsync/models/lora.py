@@ -51,6 +51,8 @@ _NO_LINEAR: Mapping[str, str] = {
     "mlp.router.weight": "a router",
     "mlp.shared_experts.gate_weight": "the gate of a shared expert",
 }
+# What names in PEFT's files begin with: its wrapper around the model. None of the names below has it.
+PREFIX = "base_model.model."
 # What follows the name of a module in that of its factors.
 A, B = ".lora_A.weight", ".lora_B.weight"
 

@@ -30,8 +30,14 @@ class Transform:
 
 
 # merge: low-rank adapters are added to the weight, and the sum is cast where dtypes differ.
+# scale: lora_B times the adapter's scaling, which engines do not apply.
 TRANSFORMS = {
-    row.name: row for row in (Transform("cast", FLOATS, FLOATS, is_fused=True), Transform("merge", FLOATS, FLOATS, is_declared=True))
+    row.name: row
+    for row in (
+        Transform("cast", FLOATS, FLOATS, is_fused=True),
+        Transform("merge", FLOATS, FLOATS, is_declared=True),
+        Transform("scale", FLOATS, FLOATS, is_declared=True),
+    )
 }
 
 

@@ -165,6 +165,9 @@ class Attempt:
         """Rank 0: pause each engine and begin its update. Nothing is written before the workers of all engines are inside theirs."""
         mode, timeout_s = self._link.config.pause_mode, self._timeout_s
         info = {"version": self._version, "attempt": self._attempt}
+        if self._source.declared.adapter is not None and self._without_frozen:
+            # The base stays what it is, and each version of adapters has keys of its own in every cache.
+            info["keeps_caches"] = True
         self._pending = {kind: {engine.engine_id for engine in self._engines} for kind in ("pause", "update")}
         for engine in self._engines:
             # The workers and the coordinator keep the deadlines of the phases inside an update.

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from rlsync.errors import ConfigError
 from rlsync.plan.transports import TRANSPORTS
-from rlsync.plan.verification import MODES
+from rlsync.plan.verification import MODES, OFF
 
+LoraSync = Literal["merged", "adapter"]
+LORA = ("merged", "adapter")
 SINKS = ("auto", "direct", "layerwise", "loaders")
 STAGING = ("auto", "always")
 # Nobody can dial these, and nothing should listen on networks that nobody named.
@@ -43,6 +45,8 @@ class SyncConfig:
             mapped, or leave between syncs and are on another GPU than their reader; ``always`` the ring.
         pause_mode: what happens to requests in flight: ``abort``, ``wait`` for them, or ``keep`` and go on with new weights.
         bind_host: address on which rank 0 listens for actor ranks and engine workers; those of other hosts have to reach it.
+        lora: how engines get low-rank adapters: ``merged`` into the weights, or ``adapter``: beside the base, which is sent once, in the
+            slots of engines that were started with ``enable_lora``. The source says the same.
     """
 
     bucket_bytes: int = _setting(
@@ -62,6 +66,9 @@ class SyncConfig:
     verify: Literal["off", "sampled", "full"] = _setting("sampled", "checksums of what was sent against what is held")
     pause_mode: Literal["abort", "wait", "keep"] = _setting("abort", "what happens to requests that run when a sync begins")
     bind_host: str = _setting("127.0.0.1", "address on which actor rank 0 listens; engines on other hosts must reach it")
+    lora: LoraSync = _setting(
+        "merged", "adapters of actor.lora: merged into the weights that are sent; or adapter: they alone are sent, beside the base"
+    )
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
@@ -78,6 +85,16 @@ class SyncConfig:
             ("transport", self.transport, ("auto", *TRANSPORTS)),
             ("staging", self.staging, STAGING),
             ("pause_mode", self.pause_mode, _PAUSE_MODES),
+            ("lora", self.lora, LORA),
         ):
             if value not in known:
                 raise ConfigError(f"weight_sync.{key} is {value!r}; known are {', '.join(known)}")
+        if self.lora == "adapter" and self.verify == OFF:
+            raise ConfigError(
+                "weight_sync.lora is adapter and verify is off: by checksums alone is it known that engines still have the base, which is "
+                "sent once; set verify to sampled"
+            )
+        if self.lora == "adapter" and self.sink == "loaders":
+            raise ConfigError(
+                "weight_sync.lora is adapter and sink is loaders, which takes whole checkpoints, without adapters; set sink to auto"
+            )

@@ -112,6 +112,9 @@ class WeightSyncer:
             raise ConfigError("WeightSyncer: rank 0 needs the handle of at least one engine")
         if broadcast is None and world_size > 1:
             raise ConfigError(f"WeightSyncer: {world_size} actor ranks need a broadcast to share the coordinator's address")
+        if (source.declared.adapter is not None) != (config.lora == "adapter"):
+            has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
+            raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
         self._source, self._config = source, config
         self._engines = tuple(engines) if rank == 0 else ()
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
@@ -197,7 +200,7 @@ class WeightSyncer:
             engines={engine.engine_id: engine.num_workers for engine in self._engines},
             digests=tuple(source_digest(tensors, placement) for placement in placements),
             timeout_s=self._config.timeout_s,
-            manifest=m.Manifest(tensors, self._config.sink),
+            manifest=m.Manifest(tensors, self._config.sink, self._source.declared.adapter),
         )
 
     def _dial(self, info: ConnectInfo) -> None:

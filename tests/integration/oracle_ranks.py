@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handles import PicturePrompt, Prompt
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
-from rlsync.errors import WeightSyncError
+from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
@@ -26,15 +27,22 @@ from rlsync.megatron.parallel import compute_device, destroy_parallel, initializ
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.models import Part
 from rlsync.models.lora import LoraSpec
+from rlsync.sync import SyncReport
+from rlsync.sync.config import LoraSync
 from rlsync.transport.collectives import gather_bytes
 from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
 from tests.inspection import inspect_engines
+from tests.integration.engine_source import call_on_fill
+from tests.integration.tiny_engines import await_tokens
 from tests.models import VOCAB_SIZE
 from tests.vision_models import IMAGE, VIDEO
 
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
 # An engine that takes pictures reads them with its tokenizer.
 SEEING = {"skip_tokenizer_init": False, "max_model_len": 256}
+# More than one block of the prefix cache, and a continuation that takes longer than a sync.
+LONG_PROMPT = [(7 * i) % 131 for i in range(150)]
+LONG = {"temperature": 0.0, "max_tokens": 340, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
 # A placeholder that is drawn has no picture, and an actor refuses it.
 SEEING_GREEDY = {**GREEDY, "logit_bias": {IMAGE: -100.0, VIDEO: -100.0}}
@@ -97,6 +105,8 @@ def compare(
     actor_overrides: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
     serves_adapters: bool = False,
+    lora_sync: LoraSync = "merged",
+    options: dict[str, Any] | None = None,
     fresh: bool = True,
     **config: Any,
 ) -> None:
@@ -105,14 +115,16 @@ def compare(
     ``gpus``: of each engine, as ``["0,1", "2,3"]``; by default there is one engine, on the GPU of rank 0.
     ``spec``: of the actor's layers, as ``rlsync.megatron.specs.block_spec`` knows them.
     ``sees``: whether the model takes pictures, with which it is then trained and asked. ``frozen``: its parts that are not trained.
-    ``lora``: of adapters, fields of ``LoraSpec``. ``serves_adapters``: whether vLLM's own adapters are asked as well.
+    ``lora``: of adapters, fields of ``LoraSpec``. ``serves_adapters``: whether vLLM's own adapters are asked as well. ``lora_sync``: how
+    engines get them. ``options``: of the engines.
     ``fresh``: False leaves out the one from the exported folder, so that the synced one is held to the actor alone.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
     places = [None] if gpus is None else gpus
+    options = {"enforce_eager": enforce_eager, **(SEEING if sees else {}), **(options or {})}
     synced = [
-        engine(f"synced {number}", folder, dtype, place, load_format="dummy", enforce_eager=enforce_eager, **(SEEING if sees else {}))
+        engine(f"synced {number}", folder, dtype, place, load_format="dummy", **options)
         for number, place in enumerate(places if dist.get_rank() == 0 else ())
     ]
     say("engines started")
@@ -130,9 +142,9 @@ def compare(
     )
     optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
     syncer = WeightSyncer(
-        MegatronSource(bridge, models),
+        source := MegatronSource(bridge, models, lora=lora_sync),
         synced,
-        SyncConfig(bucket_bytes=60_000, timeout_s=60, **config),
+        SyncConfig(bucket_bytes=60_000, timeout_s=60, lora=lora_sync, **config),
         rank=dist.get_rank(),
         world_size=made.world_size,
         broadcast=lambda payload: gather_bytes(payload, device=compute_device())[0],
@@ -146,13 +158,14 @@ def compare(
         pictures = pictured(folder)
         prompts, batch = pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
     before: list[list[Completion]] = [[] for _ in synced]
+    beside = BesideTheBase(bridge, models, source, syncer, synced) if lora_sync == "adapter" else None
     for version in range(3):
         if version:
             train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
-        report = syncer.sync(version)
+        report = syncer.sync(version) if beside is None else beside.sync(version)
         say(f"synced to version {version}")
         assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
-        assert (report.held_bytes > 0) == bool((frozen or lora) and version)
+        assert (report.held_bytes > 0) == bool((frozen or lora) and version > (beside is not None))
         answers = [ask(each, prompts) for each in synced]
         for mine, last in zip(answers, before, strict=True):
             assert [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
@@ -172,8 +185,7 @@ def compare(
         if not fresh:
             print(f"ORACLE of the actor {report.transport} {report.sinks}", flush=True)
             return
-        exported = Path(out_dir, "hf_model")
-        other = engine("fresh", str(exported), dtype, places[0], enforce_eager=enforce_eager, **(SEEING if sees else {}))
+        other = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], **options)
         worst = apart(other, held, before, prompts)
         other.close()
         # What the order of a sum over GPUs makes of half precision.
@@ -200,6 +212,58 @@ def apart(
         for engine_id in {engine_id for engine_id, _ in held}:
             assert state_difference(held[engine_id, worker], state) == (), engine_id
     return max(difference(one, expected) for one in answers)
+
+
+class BesideTheBase:
+    """Syncs of adapters alone.
+
+    The second sync fails once in the middle, and takes the base along when it is done again. A request goes through the third.
+    """
+
+    def __init__(self, bridge: AutoBridge, models, source: MegatronSource, syncer: WeightSyncer, engines: list[Engine]) -> None:
+        self._syncer, self._engines, self._pool = syncer, engines, ThreadPoolExecutor(1)
+        factors = source.tensors[len(source.tensors) - len(bridge.adapter_shards(models).tensors) :]
+        self._factor_bytes = sum(tensor.nbytes for tensor in factors)
+
+    def sync(self, version: int) -> SyncReport:
+        if version == 1:
+            self._fail()
+        wait_for_all()
+        if version == 2 and self._engines:
+            kept = self._begin_a_long_answer()
+        report = self._syncer.sync(version)
+        if version == 2 and self._engines:
+            assert not kept.done(), "the request has ended before the sync"
+            through = kept.result(120)[0][0]
+            assert (through.version, through.last_version, len(through.token_ids)) == (1, 1, LONG["max_tokens"])
+        # Parts of A that no worker has to itself are sent to each.
+        assert (self._factor_bytes <= report.bytes < 2 * self._factor_bytes) == (version == 2), report
+        return report
+
+    def _begin_a_long_answer(self) -> Future[Any]:
+        future = self._pool.submit(self._engines[0].generate, [LONG_PROMPT], LONG, timeout_s=120)
+        await_tokens(self._engines[0], 1)
+        return future
+
+    def _fail(self) -> None:
+        """In the middle of the last bucket; whoever runs on the version before is told."""
+        if self._engines:
+            lost = self._begin_a_long_answer()
+            call_on_fill(self._syncer, self._raise_in_the_last)
+        wait_for_all()
+        with pytest.raises(WeightSyncError, match="no more"):
+            self._syncer.sync(1)
+        assert {each.state for each in self._engines} <= {"dirty"}
+        if self._engines:
+            with pytest.raises(EngineDirtyError, match="no more"):
+                lost.result(60)
+            call_on_fill(self._syncer, lambda bucket: None)
+        wait_for_all()
+
+    def _raise_in_the_last(self, bucket: int) -> None:
+        connection = self._syncer._connection
+        if connection is not None and bucket == connection.num_buckets - 1:
+            raise RuntimeError("no more")
 
 
 def check_adapters_of_vllm(base: str, adapter: Path, answers: list[Completion]) -> None:

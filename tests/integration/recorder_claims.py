@@ -25,11 +25,14 @@ from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.recorder import Recording, record
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.recorded import tensors_as_read
+from tests.integration import recorder_adapters
 from tests.integration.recorder_models import Worker, differing, engine_config, executed, same_bits, start_ranks, virtual_rank
 from tests.integration.recorder_toys import COMPUTED, COPIES, SHAPE, Loader, Toy
 from tests.integration.recorder_trace import differences, trace_of
 
 HF = TensorSpec("hf", "float32", SHAPE)
+# Copies of which some elements of the tensor are left out.
+IN_PART = ("assigned rows", "assigned numbers", "part of a stack", "one row for all", "one element for all")
 # Buffers that no checkpoint fills: the attention's scales, the rotary cache, and the table of a rank's experts.
 NEVER_LOADED = frozenset({"_k_scale", "_v_scale", "_q_scale", "_prob_scale", "cos_sin_cache", "_expert_map"})
 
@@ -208,7 +211,7 @@ def check_copies(idiom: str) -> None:
     recording = record(toy, [HF])
     assert all(torch.equal(t, before[n]) for n, t in toy.state_dict(keep_vars=True).items())
     assert recording.read_names == ("hf",) and not recording.findings
-    assert check_partial(COPIES[idiom], recording) == (idiom in ("assigned rows", "one row for all", "one element for all"))
+    assert check_partial(COPIES[idiom], recording) == (idiom in IN_PART)
     buffers, findings = executed(recording, {"hf": tensor})
     names = {"weight", "bias", "table", "e_score_correction_bias"} if idiom == "every table" else {"weight"}
     assert set(buffers) == names
@@ -265,6 +268,10 @@ def one_rank(folders: dict[str, str], report: str) -> None:
     for name in folders:
         claims.run(f"placement {name}", lambda name=name: check_placement(packed(name), plain(name)))
         claims.run(f"trace {name}", lambda name=name: check_trace(packed(name)))
+    for rank in range(2):
+        claims.run(f"adapters of cut experts {rank}", functools.partial(recorder_adapters.check, tp_rank=rank, tp_size=2))
+        claims.run(f"adapters of shared experts {rank}", functools.partial(recorder_adapters.check, ep_rank=rank, ep_size=2))
+    claims.run("adapters of experts", recorder_adapters.check)
     claims.run("trace is seen", lambda: check_trace_sees(packed("qwen2")))
     claims.run("swapped", lambda: check_swapped(packed("llama"), plain("llama")))
     claims.run("computed", lambda: check_computed(packed("qwen2"), plain("qwen2")))

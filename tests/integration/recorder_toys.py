@@ -63,6 +63,17 @@ def _rows(toy: Toy, hf: torch.Tensor) -> None:
     toy.weight.data[1:3] = hf[2:]
 
 
+def _numbers_around_a_row(toy: Toy, hf: torch.Tensor) -> None:
+    # Python's number becomes a tensor without memory before the loader's write is seen.
+    toy.weight.data[:] = 5.0
+    toy.weight.data[1] = hf[2]
+
+
+def _part_of_a_stack(toy: Toy, hf: torch.Tensor) -> None:
+    toy.weight.data[:] = 0
+    toy.weight.data[1:, 2:5].copy_(torch.stack(list(hf))[:3, 3:])
+
+
 # The elements of the parameter are elements of the HF tensor: each must come out with the loader's own bits.
 COPIES: dict[str, Loader] = {
     "copy": lambda toy, hf: toy.weight.data.copy_(hf),
@@ -82,6 +93,9 @@ COPIES: dict[str, Loader] = {
     "one element for all": lambda toy, hf: toy.weight.data.fill_(hf[2, 3]),
     "foreach": lambda toy, hf: torch._foreach_copy_([toy.weight.data], [hf]),
     "assigned rows": _rows,
+    "assigned numbers": _numbers_around_a_row,
+    "stack": lambda toy, hf: toy.weight.data.copy_(torch.stack(list(hf))),
+    "part of a stack": _part_of_a_stack,
     "every table": _all_tables,
     "an unsqueezed shape": lambda toy, hf: toy.weight.data.unsqueeze(0).copy_(hf),
 }
@@ -130,7 +144,7 @@ def _changed_source(toy: Toy, hf: torch.Tensor) -> None:
 COMPUTED: dict[str, tuple[str, Loader]] = {
     "sum": ("weight", lambda toy, hf: toy.weight.data.copy_(hf + 1)),
     "cat": ("weight", _halves),
-    "stack": ("weight", lambda toy, hf: toy.weight.data.copy_(torch.stack(list(hf)))),
+    "stack along another dim": ("weight", lambda toy, hf: toy.weight.data.copy_(torch.stack(list(hf.t()), dim=1))),
     "exp": ("weight", lambda toy, hf: toy.weight.data.copy_(-torch.exp(hf.float()))),
     "changed later": ("weight", _changed_later),
     "changed source": ("weight", _changed_source),
@@ -143,7 +157,5 @@ COMPUTED: dict[str, tuple[str, Loader]] = {
     "live memory exchanged": ("bias", _live_exchanged),
     "live in place": ("bias", lambda toy, hf: toy.bias.data.add_(hf[0])),
     "live by index": ("bias", lambda toy, hf: toy.bias.data.index_copy_(0, torch.arange(6), hf[0])),
-    # Python's number becomes a tensor without memory before the loader's write is seen.
-    "a number assigned": ("weight", lambda toy, hf: toy.weight.data.__setitem__(slice(None), 5.0)),
     "out of another parameter": ("weight", lambda toy, hf: toy.weight.data.copy_(toy.bias.data.expand(SHAPE))),
 }

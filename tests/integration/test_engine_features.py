@@ -7,16 +7,18 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import vllm.config
-from vllm.config import CompilationConfig, LoRAConfig, SpeculativeConfig
+from vllm.config import CompilationConfig, SpeculativeConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from rlsync.engine.compat import features
-from rlsync.engine.compat.features import CONSIDERED, REFUSALS, check, refusals, unconsidered
+from rlsync.engine.compat.features import CONSIDERED, REFUSALS, against_adapters, check, refusals, unconsidered
 from rlsync.engine.handles import local
+from rlsync.engine.handles.adapters import MAX_LORA_RANKS, lora_arguments
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.tiny_engines import one_rank, start
@@ -49,7 +51,6 @@ def changed(config: Any, path: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "path", "remedy"),
     [
-        ({"enable_lora": True, "max_lora_rank": 8}, "lora_config", "without enable_lora"),
         ({"cpu_offload_gb": 1}, "offload_config.uva.cpu_offload_gb=1", "set cpu_offload_gb to 0"),
         ({"offload_group_size": 2}, "offload_config.prefetch.offload_group_size=2", "set offload_group_size to 0"),
         ({"load_format": "sharded_state"}, "load_config.load_format=sharded_state", "one of auto, dummy,"),
@@ -92,6 +93,47 @@ def test_what_a_cpu_engine_cannot_be_asked_for_is_refused_too(folder: Path, path
     assert found.startswith(path)
 
 
+LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "r", "serves", "words"),
+    [
+        ({}, None, True, ()),
+        (LORA, 8, True, ()),
+        (LORA, None, True, ("without enable_lora",)),
+        ({}, 8, True, ("enable_lora=True, max_loras=2, max_lora_rank=8",)),
+        (LORA, 9, True, ("max_lora_rank=8 is less than the adapters' rank 9; start the engine with max_lora_rank=16",)),
+        (LORA, 8, False, ("use Engine or RayEngine",)),
+        (
+            {**LORA, "max_loras": 1, "fully_sharded_loras": True, "enable_moe_shared_loras": True, "enable_mixed_moe_lora_format": True},
+            8, True, ("with max_loras=2", "without fully_sharded", "without enable_moe_shared", "without enable_mixed_moe"),
+        ),
+    ],
+)  # fmt: skip
+def test_engines_with_slots_take_adapters_and_all_others_weights(
+    folder: Path, arguments: dict[str, Any], r: int | None, serves: bool, words: tuple[str, ...]
+) -> None:
+    config = config_of(folder, **arguments)
+    assert refusals(config) == ()
+    found = against_adapters(config, r, serves_adapters=serves)
+    assert len(found) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True)), found
+
+
+def test_requests_with_pictures_have_no_adapters_of_their_own(folder: Path) -> None:
+    config = changed(config_of(folder, **LORA), "lora_config.default_mm_loras", {"image": "/nowhere"})
+    (found,) = against_adapters(config, 8, serves_adapters=True)
+    assert "without default_mm_loras" in found
+
+
+def test_ranks_that_slots_have_are_those_of_the_installed_vllm(folder: Path) -> None:
+    assert get_args(MaxLoRARanks) == MAX_LORA_RANKS
+    assert config_of(folder, **lora_arguments(9)).lora_config.max_lora_rank == 16
+    with pytest.raises(ConfigError, match="up to rank 512, these have 513"):
+        lora_arguments(513)
+
+
 @pytest.mark.parametrize(("method", "refused"), [("ngram", 0), ("suffix", 0), ("eagle3", 1), ("deepseek_mtp", 1), ("draft_model", 1)])
 def test_drafters_with_weights_are_refused_and_those_without_are_not(folder: Path, method: str, refused: int) -> None:
     config = config_of(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
@@ -102,9 +144,8 @@ def test_drafters_with_weights_are_refused_and_those_without_are_not(folder: Pat
 
 def test_every_finding_is_in_one_error(folder: Path) -> None:
     config = changed(config_of(folder, enable_lora=True, hf_overrides={"rope_theta": 7.0}), "parallel_config.enable_eplb", True)
-    assert isinstance(config.lora_config, LoRAConfig)
     with pytest.raises(ConfigError) as caught:
-        check(config)
+        check(config, against_adapters(config, None, serves_adapters=True))
     assert all(word in str(caught.value) for word in ("enable_eplb", "lora_config", "hf_overrides"))
 
 
@@ -146,15 +187,15 @@ def test_a_setting_that_nobody_considered_is_told_when_it_is_used(folder: Path, 
 @pytest.mark.slow
 def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``vllm serve`` comes by the second way. With the actor's weights it would be another model: the rope's base differs."""
-    wanted = {"enable_lora": True, "max_lora_rank": 8, "hf_overrides": {"rope_theta": 3.0}}
-    with pytest.raises(ConfigError, match=r"lora_config.*hf_overrides"):
+    wanted = {**LORA, "hf_overrides": {"rope_theta": 3.0}}
+    with pytest.raises(ConfigError, match="hf_overrides"):
         start("early", folder, **wanted)
     monkeypatch.setattr(local, "check_features", lambda config: None)
     engine = start("late", folder, **wanted)
     try:
         with (
             one_rank([engine], folder) as syncer,
-            pytest.raises(WeightSyncError, match=r"(?s)engine late.*lora_config.*hf_overrides") as caught,
+            pytest.raises(WeightSyncError, match=r"(?s)engine late.*hf_overrides.*lora_config") as caught,
         ):
             syncer.connect()
         assert caught.value.phase == "connect"

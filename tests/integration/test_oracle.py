@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlsync.engine.handles.adapters import lora_arguments
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import LATENT_SIZES, add_further_layer, save_tiny_model
 from tests.ranks import run_ranks
@@ -22,7 +23,18 @@ CASES = (
     # Their adapters alone are trained; engines get weights into which these are merged.
     ("qwen2", False, {"tp_size": 2}, LORA),
     ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}, LORA),
+    # The same beside a base that is sent once, to workers that each hold a part of them.
+    ("llama", True, {"tp_size": 2}, {**LORA, "lora_alpha": 10}),
 )
+# What engines get of adapters, by the number of the case; without a word, merged weights.
+BESIDE = {
+    len(CASES) - 1: {
+        "lora_sync": "adapter",
+        "pause_mode": "keep",
+        "fresh": False,
+        "options": {"tensor_parallel_size": 2, **lora_arguments(LORA["r"]), "max_model_len": 512},
+    }
+}
 # Engines that are held to their actor alone: that what vLLM computes with the weights is what Megatron does.
 BY_ACTOR = (("glm4", False, {"tp_size": 2}), ("seed_oss", False, {"pp_size": 2}), ("smollm3", True, {"tp_size": 2}))
 SIZES = {"deepseek_v3": LATENT_SIZES}
@@ -41,6 +53,7 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
             "ddp": OVERLAPPED if "dp_size" in topology else {},  # stale without a gather before each sync
             "lora": lora,
             "serves_adapters": lora is not None and family == "qwen2",
+            **BESIDE.get(number, {}),
         }
         for number, (family, tied, topology, lora) in enumerate(CASES)
     ]

@@ -101,6 +101,14 @@ def test_recording_leaves_no_trace_under_expert_parallelism(reports: Reports, mo
     reports.found("two", f"trace experts {model}")
 
 
+def test_adapters_of_experts_are_recorded_as_vllm_loads_them(reports: Reports) -> None:
+    """Whole, cut over two workers, and shared out to two."""
+    for claim in ("adapters of experts", "adapters of cut experts 0", "adapters of cut experts 1"):
+        assert reports.found("one", claim) == [[]]
+    mine, others = (reports.found("one", f"adapters of shared experts {rank}")[0] for rank in range(2))
+    assert mine and not set(mine) & set(others), "those of other workers' experts are not read"
+
+
 def test_a_trace_would_be_seen(reports: Reports) -> None:
     reports.found("one", "trace is seen")
 

@@ -69,6 +69,8 @@ def test_a_sync_after_a_failed_rollout_has_the_weights_again() -> None:
 
 
 def test_switches_decide_what_goes() -> None:
+    beside = load_config(minimal(actor={"lora": {"r": 4}, "megatron": {"mbridge": True}}, weight_sync={"lora": "adapter"}))
+    assert plan_colocation(beside, COLLOCATED, on_gpu=True).sleep_level == 1, "their base is sent once"
     only = plan(COLLOCATED, actor={"offload_optimizer": True}, sleep_level=1)
     assert only == ColocationPlan(1, ("optimizer",)) and Colocation(only, Devices()).alternate
     devices = Devices()

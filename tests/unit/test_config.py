@@ -103,6 +103,9 @@ def test_adapters_have_the_meaning_and_forms_of_pefts_keys() -> None:
         (["actor.lora.r=4", "actor.lora.target_modules=3"], "actor.lora.target_modules: expected"),
         (["actor.lora.rank=4"], "unknown key actor.lora.rank"),
         (["actor.model.lora_rank=4"], "it is actor.lora.r here"),
+        (["weight_sync.lora=adapter"], "weight_sync.lora=adapter without actor.lora.r"),
+        (["actor.lora.r=513", "weight_sync.lora=adapter"], r"actor.lora.r \(513\) is beyond the adapters that vLLM holds \(rank 512\)"),
+        (["actor.lora.r=4", "weight_sync.lora=adapter", "weight_sync.verify=off"], "verify is off: by checksums alone"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:

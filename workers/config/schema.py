@@ -98,7 +98,7 @@ PART_RATES: Mapping[str, Part] = {"vision_lr": "vision_model", "projection_lr": 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """``actor.lora``: low-rank adapters, which alone are trained then; engines are sent the weights with adapters merged."""
+    """``actor.lora``: low-rank adapters, which alone are trained then; ``weight_sync.lora`` says how engines get them."""
 
     r: int = key(0, "rank of the adapters (PEFT's r); 0: none, all weights are trained", min=0)
     alpha: float = key(32.0, "PEFT's lora_alpha: adapters are multiplied by alpha / r", above=0)
@@ -371,7 +371,7 @@ class RolloutConfig:
     sleep_level: Literal[0, 1, 2] | None = key(
         None,
         "what engines give back while the actor has their GPUs: 2: all; 1: weights wait in host memory; 0: nothing; "
-        "null: 2 where actor and engines share GPUs, else 0",
+        "null: 2 where actor and engines share GPUs (1 with weight_sync.lora adapter: 2 has the base sent again), else 0",
     )
     cuda_graph_max_bs: int | None = key(None, "largest batch captured in a CUDA graph; null: vLLM's default", min=0)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_for_engines, check_overrides, check_parts, model_of
@@ -374,7 +375,14 @@ def _lora(config: AnyConfig) -> Iterator[str]:
         given = [f"actor.lora.{f.name}" for f in fields(lora) if getattr(lora, f.name) != f.default]
         if given:
             yield f"{', '.join(given)} without actor.lora.r, the rank of the adapters: give it, or leave out actor.lora"
+        if config.weight_sync.lora != "merged":
+            yield f"weight_sync.lora={config.weight_sync.lora} without actor.lora.r: there are no adapters to send; give their rank"
         return
+    if config.weight_sync.lora == "adapter" and least_max_lora_rank(lora.r) is None:
+        yield (
+            f"actor.lora.r ({lora.r}) is beyond the adapters that vLLM holds (rank {MAX_LORA_RANKS[-1]}); lower it, or set "
+            "weight_sync.lora to merged"
+        )
     if actor.model.frozen:
         yield f"{', '.join(actor.model.frozen)} beside actor.lora, which trains its adapters alone; leave one of them out"
     rates = [f"actor.optim.{name}" for name, part in PART_RATES.items() if part in actor.optim.part_lr]

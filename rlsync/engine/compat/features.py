@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.platforms import current_platform
 
+from rlsync.engine.handles.adapters import least_max_lora_rank
 from rlsync.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -60,11 +61,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel_config.enable_fault_tolerance", bool,
         "lets an engine go on with fewer workers, and experts elsewhere, than were recorded at connect",
         "start the engine without enable_fault_tolerance",
-    ),
-    Refusal(
-        "lora_config", _is_set,
-        "wraps layers and keeps adapters of the former weights beside them, which no sync renews",
-        "start the engine without enable_lora, and sync merged weights",
     ),
     Refusal(
         "speculative_config.method", lambda method: method not in _DRAFTERS_WITHOUT_WEIGHTS,
@@ -125,9 +121,71 @@ REFUSALS: tuple[Refusal, ...] = (
 )  # fmt: skip
 
 
-def check(vllm_config: Any) -> None:
-    """Raise one ConfigError for all refused features of a configuration; warn of settings that are not in ``CONSIDERED``."""
-    found = refusals(vllm_config)
+# Of an engine that adapters are synced to.
+_LORA_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "lora_config.max_loras", lambda slots: slots < 2,
+        "has no second slot, into which a version goes while requests still run on the one before",
+        "start the engine with max_loras=2",
+    ),
+    Refusal(
+        "lora_config.fully_sharded_loras", bool,
+        "cuts adapters in a way that nobody has shown to come out right", "start the engine without fully_sharded_loras",
+    ),
+    Refusal(
+        "lora_config.enable_moe_shared_loras", bool,
+        "has one factor for all experts, and each has its own", "start the engine without enable_moe_shared_loras",
+    ),
+    Refusal(
+        "lora_config.enable_mixed_moe_lora_format", bool,
+        "holds adapters of experts in a way that nobody has shown to come out right",
+        "start the engine without enable_mixed_moe_lora_format",
+    ),
+    Refusal(
+        "lora_config.default_mm_loras", bool,
+        "has requests with pictures run on adapters of its own", "start the engine without default_mm_loras",
+    ),
+)  # fmt: skip
+
+
+def against_adapters(vllm_config: Any, r: int | None, *, serves_adapters: bool) -> tuple[str, ...]:
+    """Sentences where an engine has slots for adapters and gets none, or cannot take those that it gets; for ``check``.
+
+    Args:
+        r: rank of the adapters that are synced to it; None where its actor sends weights alone.
+        serves_adapters: whether its handle has requests run on them.
+    """
+    config = vllm_config.lora_config
+    if r is None and config is None:
+        return ()
+    if r is None:
+        return (
+            "lora_config wraps layers and keeps adapters of the former weights beside them, which a sync of weights does not renew; start "
+            "the engine without enable_lora, or sync adapters with weight_sync.lora=adapter",
+        )
+    if config is None:
+        return (
+            f"it has no slots for the adapters of rank {r} that weight_sync.lora=adapter sends; start it with enable_lora=True, "
+            f"max_loras=2, max_lora_rank={least_max_lora_rank(r)}, or sync merged weights with weight_sync.lora=merged",
+        )
+    found = list(_found(vllm_config, _LORA_REFUSALS))
+    if r > config.max_lora_rank:
+        found.append(
+            f"lora_config.max_lora_rank={config.max_lora_rank} is less than the adapters' rank {r}; start the engine with "
+            f"max_lora_rank={least_max_lora_rank(r)}"
+        )
+    if not serves_adapters:
+        found.append(
+            "its handle cannot have requests run on adapters that no folder holds, as one behind HTTP cannot; use Engine or RayEngine, or "
+            "sync merged weights with weight_sync.lora=merged"
+        )
+    return tuple(found)
+
+
+def check(vllm_config: Any, more: Sequence[str] = ()) -> None:
+    """Raise one ConfigError for all refused features of a configuration, and for ``more``, which the caller has found; warn of settings
+    that are not in ``CONSIDERED``."""
+    found = (*refusals(vllm_config), *more)
     if found:
         raise ConfigError("this engine cannot be synced: " + "; ".join(found))
     unknown = unconsidered(vllm_config)
@@ -140,13 +198,15 @@ def check(vllm_config: Any) -> None:
 
 def refusals(vllm_config: Any) -> tuple[str, ...]:
     """One sentence for each refused feature of a configuration."""
-    found = []
-    for row in REFUSALS:
+    return tuple(_found(vllm_config, REFUSALS))
+
+
+def _found(vllm_config: Any, rows: Iterable[Refusal]) -> Iterator[str]:
+    for row in rows:
         value = _value(vllm_config, row.path)
         if value is not None and row.asks(value):
             shown = "" if dataclasses.is_dataclass(value) or callable(value) else f"={value}"
-            found.append(f"{row.path}{shown} {row.reason}; {row.remedy}")
-    return tuple(found)
+            yield f"{row.path}{shown} {row.reason}; {row.remedy}"
 
 
 def unconsidered(vllm_config: Any) -> tuple[str, ...]:
@@ -181,7 +241,7 @@ def _names(*lines: str) -> frozenset[str]:
 # Owner, by path -> the names of its fields: refused above, honoured because of what is said, or without a bearing on weights.
 CONSIDERED: Mapping[str, frozenset[str]] = {
     "": _names(
-        # Below, or refused above.
+        # Below, or refused above; adapters are checked where it is known whether the actor sends any.
         "model_config parallel_config load_config offload_config lora_config speculative_config engram_config ec_transfer_config",
         # What `quantization` says and a quantised checkpoint says is in model_config; the object is made of it.
         "quant_config",

@@ -40,6 +40,8 @@ def platform_name() -> str:
 def layer_kind(layer: torch.nn.Module) -> LayerKind:
     """The kind of one layer as it stands."""
     method = getattr(layer, "quant_method", None)
+    # With enable_lora experts have one around the one that made their weights.
+    method = getattr(method, "old_quant_method", method)
     cls = type(layer if method is None else method)
     backend = getattr(method, "unquantized_backend", None)
     name = getattr(backend, "name", "")
@@ -58,7 +60,8 @@ def _holds_weights(function: Any) -> bool:
 
 def opaque_linear_width(layer: Any) -> int | None:
     """Number of inputs of a linear layer on CPU whose kernel hides its weights, or None for every other layer."""
-    if not current_platform.is_cpu() or not _holds_weights(getattr(layer, "cpu_linear", None)):
+    # Of itself: a layer that wraps another for adapters gives that one's.
+    if not current_platform.is_cpu() or not _holds_weights(vars(layer).get("cpu_linear")):
         return None
     return int(checkpoint_layout(layer)["weight"].shape[1])
 

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 def apply() -> None:
     """Apply the patches in this process; idempotent."""
     _begin_updates_anew()
+    _keep_adapters()
     _pack_experts_in_every_load()
 
 
@@ -67,6 +68,24 @@ def _begin_updates_anew() -> None:
 
     start_weight_update.patches = original  # type: ignore[attr-defined]
     Worker.start_weight_update = start_weight_update
+
+
+def _keep_adapters() -> None:
+    """Have a worker register the adapters that syncs have brought once more when an update has ended, with which it forgets them.
+
+    vLLM 0.28 and later forgets them, because an update may have changed the base under them. Workers of other backends are left alone.
+    """
+    original = Worker.finish_weight_update
+    if hasattr(original, "patches"):
+        return
+
+    def finish_weight_update(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.vllm_config.weight_transfer_config.backend == BACKEND:
+            self.weight_transfer_engine.keep_adapters()
+
+    finish_weight_update.patches = original  # type: ignore[attr-defined]
+    Worker.finish_weight_update = finish_weight_update
 
 
 def _pack_experts_in_every_load() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -17,8 +18,10 @@ import psutil
 
 from rlsync.engine import forking
 from rlsync.engine.compat import engine as compat
+from rlsync.engine.compat import lora
 from rlsync.engine.compat.features import check as check_features
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
+from rlsync.engine.handles.adapters import AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
@@ -34,7 +37,8 @@ class Engine:
     Args:
         engine_id: names the engine in errors and metrics.
         engine_args: fields of ``vllm.AsyncEngineArgs``; ``weight_transfer_config`` is added. ``load_format="dummy"`` starts
-            it dirty: it serves after its first sync.
+            it dirty: it serves after its first sync. With ``enable_lora`` it takes the adapters of ``weight_sync.lora=adapter``, and a
+            request runs to its end on those of the version that it began with.
     """
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
@@ -49,6 +53,7 @@ class Engine:
         self._numbers = itertools.count()
         # A pause that was sent to the engine and is waited for by the update that follows.
         self._pausing: asyncio.Task[None] | None = None
+        self._adapters: AdapterRequests | None = None
 
     @property
     def state(self) -> str:
@@ -89,6 +94,8 @@ class Engine:
         config = args.create_engine_config()
         # As its workers would at connect, before they start.
         check_features(config)
+        if config.lora_config is not None:
+            self._adapters = AdapterRequests(config.lora_config.max_loras)
         self._llm = AsyncLLM.from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
@@ -144,18 +151,30 @@ class Engine:
         return {"prompt_token_ids": list(token_ids), **({"multi_modal_data": {"image": list(pictures)}} if pictures else {})}
 
     async def _generate_one(self, prompt: dict[str, Any], params: Any) -> tuple[Completion, ...]:
+        if self._adapters is None:
+            return await self._stream(prompt, params, None)
+        async with self._adapters.running() as served:
+            return await self._stream(prompt, params, served)
+
+    async def _stream(self, prompt: dict[str, Any], params: Any, served: Served | None) -> tuple[Completion, ...]:
+        """One request to its end, on the adapters that are given."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         version, final = self._gate.version, None
         request_id = f"{self.engine_id}-{next(self._numbers)}"
+        adapter = lora.request(served.adapter_id, f"{self.engine_id} {served.adapter_id}") if served and served.adapter_id else None
         try:
-            async for output in self._llm.generate(prompt, params, request_id):
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=adapter):
                 final = output
         except EngineDeadError:
             self._gate.shut("a process of it has ended")
             raise
         assert final is not None and final.finished
-        return tuple(self._completion(o, version, final) for o in sorted(final.outputs, key=lambda o: o.index))
+        outputs = sorted(final.outputs, key=lambda o: o.index)
+        if served is not None:
+            # vLLM's labels are of the engine, which may serve another version by now.
+            return tuple(replace(self._completion(o, None, final), version=served.version, last_version=served.version) for o in outputs)
+        return tuple(self._completion(o, version, final) for o in outputs)
 
     def _completion(self, output: Any, version: int | None, request: Any = None) -> Completion:
         token_ids = tuple(output.token_ids)
@@ -171,6 +190,7 @@ class Engine:
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        init_info = {**init_info, "serves_adapters": self._adapters is not None}
         self._calls.run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
@@ -178,22 +198,41 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
-        self._calls.run(self._pause(mode), timeout_s)
+        self._calls.run(self._pause(mode, timeout_s), timeout_s)
 
-    async def _pause(self, mode: PauseMode) -> None:
+    async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
         """An engine without requests is not waited for: whatever is sent to it from here on finds it paused, and the update waits."""
+        limit_s = timeout_s / 2  # so that adapters say what they wait for, and not the deadline of the phase
+        if self._adapters is not None:
+            self._adapters.hold()
+            if mode != "abort":
+                # Requests that are kept, or wait in a queue, end on their own version, and none ends in a pause.
+                await self._adapters.make_room(limit_s)
         pausing = asyncio.ensure_future(compat.pause(self._llm, mode))
-        if not compat.pauses_at_once(self._llm):
-            await pausing
+        if compat.pauses_at_once(self._llm):
+            pausing.add_done_callback(_heard)
+            self._pausing = pausing
             return
-        pausing.add_done_callback(_heard)
-        self._pausing = pausing
+        await pausing
+        if self._adapters is not None:
+            await self._adapters.make_room(limit_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        info, version, pausing = update_info, str(update_info["version"]), self._pausing
-        self._pausing = None
-        self._calls.run_in_turn(lambda: compat.run_update(self._llm, info, version, self._reset_caches, pausing), timeout_s)
+        pausing, self._pausing = self._pausing, None
+        self._calls.run_in_turn(lambda: self._update(update_info, pausing), timeout_s)
+
+    async def _update(self, update_info: dict[str, Any], pausing: asyncio.Task[None] | None) -> None:
+        info = dict(update_info)
+        # What a version of adapters has computed has keys of its own; only a base that is sent leaves nothing of it true.
+        keeps_caches = info.pop("keeps_caches", False)
+        if self._adapters is not None:
+            info |= {"adapter_id": self._adapters.next_id(), "adapters_in_use": self._adapters.in_use()}
+        reset = self._keep_caches if keeps_caches else self._reset_caches
+        await compat.run_update(self._llm, info, str(info["version"]), reset, pausing)
+
+    async def _keep_caches(self) -> None:
+        """In the place of ``_reset_caches``."""
 
     def reset_caches(self, timeout_s: float) -> None:
         """Forget everything computed from the weights that the engine had."""
@@ -211,8 +250,13 @@ class Engine:
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
-        self._calls.run(self._llm.resume_generation(), timeout_s)
+        self._calls.run(self._resume(ticket, version), timeout_s)
+
+    async def _resume(self, ticket: int, version: int | None) -> None:
+        await self._llm.resume_generation()
         self._gate.commit(ticket, version)
+        if self._adapters is not None:
+            self._adapters.serve(version)
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
         self._gate.shut(reason, sync)

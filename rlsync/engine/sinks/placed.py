@@ -33,7 +33,8 @@ class PlacedSink:
     Args:
         buckets: for each bucket this worker's segments; together with ``padding`` they cover every buffer once.
         padding: elements that no segment brings; they are written in every sync, because sleep may have discarded them.
-        sinks: ``direct`` or ``layerwise`` for every buffer that occurs, as ``choose`` gave it.
+        sinks: ``direct`` or ``layerwise`` for every buffer that occurs in the model, as ``choose`` gave it.
+        beside: buffers beside the model, by name; they are written where they are.
     """
 
     def __init__(
@@ -43,14 +44,16 @@ class PlacedSink:
         buckets: tuple[tuple[Segment, ...], ...],
         padding: tuple[Padding, ...],
         sinks: Mapping[str, SinkName],
+        beside: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._model, self._model_config = model, model_config
         self._names = [tuple(dict.fromkeys(segment.buffer for segment in bucket)) for bucket in buckets]
         spans = _spans(self._names, padding)
-        unknown = sorted(spans.keys() - sinks.keys())
+        beside = beside or {}
+        unknown = sorted(spans.keys() - sinks.keys() - beside.keys())
         assert not unknown, f"no sink was chosen for {', '.join(unknown)}"
-        self._direct = DirectBuffers(model, (name for name in spans if sinks[name] == "direct"))
-        self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks[name] == "layerwise"}, padding)
+        self._direct = DirectBuffers(model, (name for name in spans if sinks.get(name) == "direct"), beside)
+        self._layerwise = LayerwiseBuffers(model, {name: span for name, span in spans.items() if sinks.get(name) == "layerwise"}, padding)
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         attention = [layer for _, layer in compat_layers.attention_layers(model)]
         self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
@@ -118,10 +121,14 @@ def _spans(buckets: Sequence[Sequence[str]], padding: Sequence[Padding]) -> dict
 
 
 class DirectBuffers:
-    """Live parameters and buffers by name, looked at each time: the engine may have got others in between."""
+    """Live parameters and buffers by name, looked at each time: the engine may have got others in between. Those of ``beside`` stay."""
 
-    def __init__(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, model: torch.nn.Module, names: Iterable[str], beside: Mapping[str, torch.Tensor]) -> None:
         self._owners = {name: owner(model, name) for name in names}
+        # A module whose buffers have dots in their names.
+        holder = torch.nn.Module()
+        holder._buffers.update(beside)
+        self._owners.update((name, (holder, name)) for name in beside)
         self._known: dict[tuple[str, ...], _Group] = {}
 
     def __contains__(self, name: str) -> bool:
