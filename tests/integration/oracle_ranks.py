@@ -117,7 +117,7 @@ def compare(
     ``sees``: whether the model takes pictures, with which it is then trained and asked. ``frozen``: its parts that are not trained.
     ``lora``: of adapters, fields of ``LoraSpec``. ``serves_adapters``: whether vLLM's own adapters are asked as well. ``lora_sync``: how
     engines get them. ``options``: of the engines.
-    ``fresh``: False leaves out the one from the exported folder, so that the synced one is held to the actor alone.
+    ``fresh``: False leaves out the one from the exported folder, so that the synced one is held to the actor, and to vLLM's adapters.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
@@ -182,6 +182,8 @@ def compare(
         held = inspect_engines(synced)
         for each in synced:
             each.close()
+        if serves_adapters:
+            check_adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), before[0])
         if not fresh:
             print(f"ORACLE of the actor {report.transport} {report.sinks}", flush=True)
             return
@@ -190,8 +192,6 @@ def compare(
         other.close()
         # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
-        if serves_adapters:
-            check_adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), before[0])
         print(f"ORACLE {worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
 
 
@@ -267,7 +267,7 @@ class BesideTheBase:
 
 
 def check_adapters_of_vllm(base: str, adapter: Path, answers: list[Completion]) -> None:
-    """An engine of vLLM alone answers with a saved adapter beside the base as synced ones do with merged weights, and without it else."""
+    """An engine of vLLM alone answers with a saved adapter beside the base as synced ones do, and without it else."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -32,6 +32,7 @@ BESIDE = {
         "lora_sync": "adapter",
         "pause_mode": "keep",
         "fresh": False,
+        "serves_adapters": True,
         "options": {"tensor_parallel_size": 2, **lora_arguments(LORA["r"]), "max_model_len": 512},
     }
 }

@@ -64,8 +64,8 @@ def test_what_goes_wrong_in_the_actor_arrives_as_it_was_raised(tmp_path: Path) -
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     try:
         arguments = {"model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
-        with pytest.raises(ConfigError, match=r"cannot be synced: lora_config"):
-            RayEngine.launch("refused", {**arguments, "enable_lora": True})
+        with pytest.raises(ConfigError, match=r"cannot be synced: offload_config"):
+            RayEngine.launch("refused", {**arguments, "cpu_offload_gb": 1})
         engine = RayEngine.launch("dirty", {**arguments, "load_format": "dummy"})
         assert (engine.num_workers, engine.state) == (1, "dirty")
         with pytest.raises(EngineDirtyError, match="load_format=dummy"):
