@@ -69,7 +69,7 @@ class Report:
         dp_size: of the actor, where the placement is known.
         num_ranks: actor ranks; None where the placement is not known.
         colocation: what leaves the GPUs when, where that is known; ``shares_gpus``: engines are on those of the actor.
-        gpu_bytes: memory of the smallest GPU here, where there is one.
+        gpu_bytes: memory of the largest GPU here, where there is one.
         hf_config: content of the model's config.json, where it has no findings.
         memory: of the fullest GPU of the actor, where it could be predicted.
     """
@@ -447,8 +447,11 @@ def count_gpus() -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of the smallest GPU of this machine, or None where there is none, or none that says so."""
-    return min(filter(None, _gpus()), default=None)
+    """Memory of the largest GPU of this machine, or None where there is none, or none that says so.
+
+    Of which ones a run may use, CUDA alone knows: what is refused fits on none.
+    """
+    return max(filter(None, _gpus()), default=None)
 
 
 def _gpus() -> list[int]:
