@@ -30,7 +30,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "rlsync/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "requirements/cpu.lock").write_text("absent-package==1.0\n")
+    (tmp_path / "requirements/cpu.lock").write_text("absent-package==1.0\nuv==0.13.9\n")
     return tmp_path
 
 
@@ -119,3 +119,21 @@ def test_sourcing_script_stops_where_set_up_fails(checkout: Path) -> None:
     )
     assert run.returncode != 0
     assert "reached" not in run.stdout
+
+
+def test_uv_is_given_pips_settings_the_strongest_of_each() -> None:
+    listed = (
+        ":env:.cert='/etc/ca.crt'\n:env:.find-links='/wheels'\nglobal.constraint='/c.txt'\nglobal.find-links='/weaker'\n"
+        "global.index-url='https://user:key=1@index/simple'\ninstall.extra-index-url='https://one/simple\\nhttps://two/simple'\n"
+        "global.extra-index-url='https://weaker/simple'\nglobal.no-index='false'\nfreeze.find-links='/other-command'\n"
+    )
+    command = [sys.executable, ROOT / "scripts/uv_options.py"]
+    options = subprocess.run(command, input=listed, capture_output=True, text=True, timeout=HANG_S, check=True).stdout.split()
+    pairs = sorted(zip(options[::2], options[1::2], strict=True))
+    assert pairs == [
+        ("--constraints", "/c.txt"),
+        ("--default-index", "https://user:key=1@index/simple"),
+        ("--find-links", "/wheels"),
+        ("--index", "https://one/simple"),
+        ("--index", "https://two/simple"),
+    ]
