@@ -38,7 +38,8 @@ from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
 from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
-from workers.metrics import device_memory_gb, host_memory_gb
+from workers.gpus import device_memory_gb
+from workers.metrics import host_memory_gb
 from workers.remote import keep_own_log
 
 

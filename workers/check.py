@@ -6,8 +6,6 @@ neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind ha
 
 from __future__ import annotations
 
-import ctypes
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from rlsync.models import check_config, model_of
 from rlsync.models.stored import misfits
 from workers.colocation import ColocationPlan, check_overlap, plan_colocation
 from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
+from workers.gpus import count_gpus, gpu_bytes
 from workers.judges import check_reward_function
 from workers.memory import PredictedMemory, misfits_of_memory, predict_memory, shown
 from workers.metrics_log import find_logger
@@ -437,41 +436,6 @@ GRPO_CHECKS: tuple[Check, ...] = (
 SFT_CHECKS: tuple[Check, ...] = (
     check_devices, check_model, check_memory, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
-
-
-def count_gpus() -> int:
-    """GPUs that this process may use, as NVML and CUDA_VISIBLE_DEVICES say; needs no torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(_gpus())
-    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
-
-
-def gpu_bytes() -> int | None:
-    """Memory of the largest GPU of this machine, or None where there is none, or none that says so.
-
-    Of which ones a run may use, CUDA alone knows: what is refused fits on none.
-    """
-    return max(filter(None, _gpus()), default=None)
-
-
-def _gpus() -> list[int]:
-    """Memory of each GPU of this machine."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
-        return []
-    count, found = ctypes.c_uint(0), []
-    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        count.value = 0
-    for index in range(count.value):
-        device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) == 0:
-            nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-        found.append(memory[0])
-    nvml.nvmlShutdown()
-    return found
 
 
 class _Asked:

@@ -1,11 +1,7 @@
-"""Numbers of a step: generation and reward of its samples, tokens per second, memory of the workers.
-
-Knows no process group and no file; asks NVML rather than torch for memory in use, so that it makes no CUDA context.
-"""
+"""Numbers of a step: generation and reward of its samples, tokens per second, memory of the workers. Knows no process group and no file."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,34 +126,6 @@ def host_memory_gb() -> float:
         except psutil.NoSuchProcess:  # ended since
             continue
     return total / _GB
-
-
-def device_memory_gb(visible: str | None = None) -> float | None:
-    """Used memory of the fullest visible GPU, by all processes, in 10^9 bytes; ``visible`` defaults to CUDA_VISIBLE_DEVICES.
-
-    None without GPUs and where NVML cannot be asked.
-    """
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible
-    if not names:
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except (ImportError, OSError, RuntimeError):
-        return None
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
-            for name in names.split(",")
-        ]
-        return max(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / _GB
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def largest(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -11,7 +11,8 @@ from rlsync.engine.handles.ray import EngineActor
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.models import Model
 from workers.config import AnyConfig, RunConfig
-from workers.metrics import device_memory_gb, host_memory_gb
+from workers.gpus import device_memory_gb
+from workers.metrics import host_memory_gb
 from workers.remote import first_error, keep_own_log, log_size, own_log
 
 # vLLM adds it to a logit; more it does not take.

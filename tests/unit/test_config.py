@@ -20,10 +20,7 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from rlsync.models import REFUSED_SWITCHES
-from rlsync.models.lora import LoraSpec
 from tests.deadlines import HANG_S
-from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
-from tests.unit.test_sft_config import minimal as sft_minimal
 from workers.config import (
     RunConfig,
     config_as_dict,
@@ -33,8 +30,6 @@ from workers.config import (
     load_config,
     read_config,
     register_resolvers,
-    validate_model,
-    validate_world,
 )
 from workers.config.fields import Bounds, bounds_of, dotted_keys, section_of
 from workers.config.foreign_keys import ABSENT, OTHER_NAMES, find_inert
@@ -76,81 +71,6 @@ def test_the_configs_users_ask_for_by_name_exist() -> None:
         "moonlight-16b-grpo-megatron",
         "qwen2.5-7b-grpo-lora-megatron",
     } <= set(SHIPPED)
-
-
-def test_adapters_have_the_meaning_and_forms_of_pefts_keys() -> None:
-    assert shipped("arithmetic-grpo-megatron").actor.lora_spec is None
-    lora = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[q_proj,v_proj]", "actor.lora.use_rslora=true")
-    assert lora.actor.lora_spec == LoraSpec(4, 32.0, target_modules=("q_proj", "v_proj"), use_rslora=True)
-    assert lora.actor.lora_spec.scaling == 16.0
-    pattern = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules='.*_proj'")
-    assert pattern.actor.lora_spec.target_modules == ".*_proj"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["actor.lora.alpha=8"], "actor.lora.alpha without actor.lora.r"),
-        (["actor.lora.r=4", "actor.model.freeze_vision_model=True"], "freeze_vision_model beside actor.lora"),
-        (["actor.lora.r=4", "actor.optim.vision_lr=1e-4"], "actor.optim.vision_lr beside actor.lora"),
-        (["actor.lora.r=4", "actor.megatron.mbridge=False"], "actor.lora needs actor.megatron.mbridge"),
-        (["actor.lora.r=4", "actor.spec_name=te_gpt"], "te_gpt beside actor.lora"),
-        (["actor.lora.r=4", "actor.model.moe_router_bias_update_rate=0.1"], "changes the base"),
-        (
-            ["actor.lora.r=4", "actor.lora.adapter_path=/x", "rollout.validate_weight=True"],
-            "validate_weight compares engines with the base",
-        ),
-        (["actor.lora.r=4", "actor.lora.target_modules=3"], "actor.lora.target_modules: expected"),
-        (["actor.lora.rank=4"], "unknown key actor.lora.rank"),
-        (["actor.model.lora_rank=4"], "it is actor.lora.r here"),
-        (["weight_sync.lora=adapter"], "weight_sync.lora=adapter without actor.lora.r"),
-        (["actor.lora.r=513", "weight_sync.lora=adapter"], r"actor.lora.r \(513\) is beyond the adapters that vLLM holds \(rank 512\)"),
-        (["actor.lora.r=4", "weight_sync.lora=adapter", "weight_sync.verify=off"], "verify is off: by checksums alone"),
-    ],
-)
-def test_adapters_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        shipped("arithmetic-grpo-megatron", *overrides)
-
-
-def test_adapters_that_match_no_layer_of_the_model_are_refused() -> None:
-    config = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[qkv]")
-    with pytest.raises(ConfigError, match=r"actor\.lora: target_modules qkv match no linear layer of Qwen2ForCausalLM"):
-        validate_model(config, QWEN2)
-
-
-@pytest.mark.parametrize("mode", ["off", "R2", "R3"])
-def test_router_replay_asks_the_engines_for_routes_where_it_needs_them(mode: str) -> None:
-    config = shipped("arithmetic-grpo-moe-megatron", f"actor.megatron.router_replay={mode}")
-    assert config.actor.megatron.router_replay == mode
-    assert config.rollout.enable_return_routed_experts is (mode == "R3")
-
-
-def test_router_replay_is_off_also_where_yaml_reads_a_bare_off_as_false() -> None:
-    assert shipped("arithmetic-grpo-moe-megatron", "actor.megatron.router_replay=false").actor.megatron.router_replay == "off"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["actor.megatron.router_replay=R2", "algorithm.recompute_logprobs=False"], "R2 needs algorithm.recompute_logprobs=True"),
-        (
-            ["actor.megatron.router_replay=R3", "rollout.enable_return_routed_experts=False"],
-            "R3 needs rollout.enable_return_routed_experts",
-        ),
-        (["actor.megatron.router_replay=R3", "rollout.vllm.enable_prefix_caching=False"], "needs rollout.vllm.enable_prefix_caching"),
-        (["actor.megatron.router_replay=R4"], "one of off, R2, R3"),
-    ],
-)
-def test_router_replay_that_cannot_be_is_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        shipped("arithmetic-grpo-moe-megatron", *overrides)
-
-
-def test_router_replay_of_a_model_without_experts_is_refused() -> None:
-    config = shipped("arithmetic-grpo-megatron", "actor.megatron.router_replay=R2")
-    with pytest.raises(ConfigError, match="router_replay=R2 is of models with experts"):
-        validate_model(config, QWEN2)
 
 
 @pytest.mark.parametrize("form", ["{}", "+{}", "++{}"])
@@ -404,112 +324,6 @@ def test_derived_keys_follow_their_sources() -> None:
     assert load_config(minimal(algorithm={"importance_sampling_fix": True})).rollout.return_logprobs is True
 
 
-HF_INIT_REFUSED = "model.megatron_checkpoint should be None if use_hf_ckpt is True"
-CHECKPOINT_NEEDED = "model.megatron_checkpoint is required if use_hf_ckpt is False"
-
-
-@pytest.mark.parametrize(
-    ("use_hf_ckpt", "checkpoint", "resume_dir", "message"),
-    [
-        (True, None, None, None),
-        (True, "/ckpt", None, HF_INIT_REFUSED),
-        (True, "/ckpt", "auto", HF_INIT_REFUSED),
-        (False, "/ckpt", None, None),
-        (False, None, None, CHECKPOINT_NEEDED),
-        (False, None, "/results/checkpoints/global_step_10", None),
-        (False, None, "auto", None),
-    ],
-)
-@pytest.mark.parametrize("mbridge", [True, False, None])
-def test_where_initial_weights_may_come_from(
-    use_hf_ckpt: bool, checkpoint: str | None, resume_dir: str | None, message: str | None, mbridge: bool | None
-) -> None:
-    values = minimal(
-        actor={"model": {"megatron_checkpoint": checkpoint}, "megatron": {"use_hf_ckpt": use_hf_ckpt, "mbridge": mbridge}},
-        runner={"resume_dir": resume_dir},
-    )
-    if message is None:
-        load_config(values)
-        return
-    with pytest.raises(ConfigError) as caught:
-        load_config(values)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"runner": {"seq_length": 8}}, "runner.seq_length (8) must be greater than data.max_prompt_length (8)"),
-        ({"runner": {"save_interval": 5, "val_check_interval": 2}}, "save_interval=5 must be divisible by val_check_interval=2"),
-        ({"algorithm": {"group_size": 1}}, "algorithm.group_size (1) must be greater than 1"),
-        (
-            {"algorithm": {"recompute_logprobs": False}, "rollout": {"return_logprobs": False}},
-            "algorithm.recompute_logprobs or rollout.return_logprobs must be True",
-        ),
-        ({"algorithm": {"n_minibatches": 3}}, "must be divisible by algorithm.n_minibatches (3)"),
-        ({"actor": {"global_batch_size": 7}}, "actor.global_batch_size (7) must be"),
-        ({"actor": {"lr_sched": {"lr_decay_style": "cosine"}}}, "lr_decay_style cosine needs start_weight_decay and end_weight_decay"),
-        ({"actor": {"lr_sched": {"start_weight_decay": 0.1, "end_weight_decay": 0.1}}}, "must be left out when lr_decay_style is constant"),
-        (
-            {"actor": {"lr_sched": {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}}},
-            "give lr_warmup_fraction or lr_warmup_iters, not both",
-        ),
-        ({"actor": {"optim": {"fp16": True}}}, "actor.optim.fp16=True contradicts actor.model.precision=bf16"),
-        ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
-        ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),
-        ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),
-        ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
-        ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
-        ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
-        (
-            {
-                "runner": {"packing": True},
-                "actor": {"model": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}},
-            },
-            "runner.packing=True packs sequences into one",
-        ),
-        ({"weight_sync": {"num_slots": 0}}, "weight_sync.num_slots (0) must be at least 1"),
-        ({"weight_sync": {"bind_host": "0.0.0.0"}}, "weight_sync.bind_host is '0.0.0.0', which is every address"),
-        ({"actor": {"optim": {"min_lr": 1.0}}}, "min_lr (1.0) must not exceed max_lr (1e-06)"),
-        ({"actor": {"lr_sched": {"lr_warmup_init": 1.0}}}, "lr_warmup_init (1.0) must not exceed max_lr (1e-06)"),
-        (
-            {"actor": {"lr_sched": {"lr_warmup_init": 1e-7}, "optim": {"vision_lr": 0.0}}},
-            "lr_warmup_init (1e-07) must not exceed actor.optim.vision_lr (0.0)",
-        ),
-        (
-            {"actor": {"lr_sched": {"lr_decay_style": "linear", "lr_warmup_iters": 10, "start_weight_decay": 0, "end_weight_decay": 0}}},
-            "the warm-up (10 steps) leaves nothing of lr_decay_iters (10)",
-        ),
-        (
-            {"actor": {"lr_sched": {"lr_decay_style": "linear", "lr_warmup_fraction": 1, "start_weight_decay": 0, "end_weight_decay": 0}}},
-            "the warm-up (10 steps) leaves nothing of lr_decay_iters (10)",
-        ),
-        (
-            {"actor": {"lr_sched": {"lr_decay_style": "WSD", "start_weight_decay": 0, "end_weight_decay": 0}}},
-            "WSD needs lr_wsd_decay_iters (None) from 1 to lr_decay_iters (10)",
-        ),
-        (
-            {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.2, "end_weight_decay": 0.1}}},
-            "end_weight_decay (0.1) must not be less than start_weight_decay (0.2)",
-        ),
-        (
-            {"actor": {"lr_sched": {"lr_decay_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}}},
-            "differ, but weight_decay_incr_style is constant",
-        ),
-        ({"actor": {"model": {"cp_comm_type": "a2a"}}}, "actor.model.cp_comm_type needs actor.model.context_parallel_size > 1"),
-        (
-            {"actor": {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a"}}, "runner": {"packing": True}},
-            "actor.model.cp_comm_type=a2a takes no packed sequences",
-        ),
-        ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
-    ],
-)
-def test_values_that_do_not_fit_together_are_refused(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(minimal(**sections))
-    assert message in str(caught.value)
-
-
 def test_sglang_blocks_are_accepted_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     sglang = {"attention_backend": "triton", "decode_log_interval": 500000, "use_torch_compile": False, "enable_ep_moe": True}
     with caplog.at_level(logging.WARNING):
@@ -558,102 +372,6 @@ def test_switches_of_megatron_without_a_part_in_a_step_are_refused_and_may_be_of
 
 def test_no_key_is_both_read_and_inert() -> None:
     assert [name for name in dotted_keys(RunConfig) if find_inert(name) is not None] == []
-
-
-EXPERTS = QWEN3_MOE | {"num_experts": 6}
-
-
-@pytest.mark.parametrize(
-    ("hf", "actor", "message"),
-    [
-        (QWEN2 | {"num_attention_heads": 14, "hidden_size": 112}, {}, None),
-        (QWEN2 | {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112}, {}, "7 attention heads cannot be divided by"),
-        (QWEN2 | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}, {}, "3 key-value heads and a tensor axis of 2"),
-        (QWEN2 | {"num_hidden_layers": 3}, {}, "3 layers"),
-        (QWEN2, {"expert_model_parallel_size": 2}, "Qwen2ForCausalLM has no experts"),
-        (EXPERTS, {"sequence_parallel": True, "expert_model_parallel_size": 2}, None),
-        (EXPERTS, {"sequence_parallel": True, "expert_model_parallel_size": 4}, "num_experts 6 cannot be divided by ep_size 4"),
-        (EXPERTS, {}, "actor.model.sequence_parallel must be True for a model with experts under tensor_model_parallel_size 2"),
-        (EXPERTS, {"tensor_model_parallel_size": 1}, None),
-    ],
-)
-def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], actor: dict[str, Any], message: str | None) -> None:
-    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, **actor}}))
-    if message is None:
-        validate_model(config, hf)
-        return
-    with pytest.raises(ConfigError) as caught:
-        validate_model(config, hf)
-    assert message in str(caught.value)
-
-
-def test_model_type_must_match_the_folder() -> None:
-    validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen2.5"}})), QWEN2)
-    with pytest.raises(ConfigError, match="model_type is qwen3"):
-        validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen3"}})), QWEN2)
-
-
-PARTS = ("freeze_language_model", "freeze_vision_model", "freeze_vision_projection")
-
-
-@pytest.mark.parametrize(
-    ("model", "optim", "hf", "message"),
-    [
-        ({"freeze_vision_model": True}, {}, QWEN2_5_VL, None),
-        ({"freeze_language_model": True, "freeze_vision_model": True}, {"projection_lr": 1e-4}, QWEN2_5_VL, None),
-        ({}, {"vision_lr": 0.0, "projection_lr": 1e-4}, QWEN3_VL, None),
-        ({"apply_rope_fusion": True}, {}, QWEN2_5_VL, None),
-        ({"apply_rope_fusion": True}, {}, QWEN2, None),
-        ({"apply_rope_fusion": False}, {}, QWEN3_VL, None),
-        ({"apply_rope_fusion": True}, {}, QWEN3_VL, "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error"),
-        ({"freeze_vision_model": True}, {}, QWEN2, "actor.model.freeze_vision_model: Qwen2ForCausalLM is a model of text"),
-        ({}, {"vision_lr": 1e-6}, QWEN2, "actor.optim.vision_lr: Qwen2ForCausalLM is a model of text"),
-        ({"moe_aux_loss_coeff": 0.01}, {}, QWEN3_MOE, None),
-        ({"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "none"}, {}, QWEN3_MOE, "set that to aux_loss"),
-        ({"moe_aux_loss_coeff": 0.01}, {}, QWEN2, "moe_aux_loss_coeff is 0.01, and Qwen2ForCausalLM has no experts"),
-        ({"moe_router_bias_update_rate": 0.001}, {}, QWEN3_MOE, "the routers of Qwen3MoeForCausalLM have no bias"),
-        ({"moe_router_bias_update_rate": 0.0}, {}, QWEN3_MOE, None),
-        (dict.fromkeys(PARTS, True), {}, QWEN3_VL, "freeze all of Qwen3VLForConditionalGeneration"),
-        ({"freeze_vision_model": True}, {"vision_lr": 1e-6}, QWEN3_VL, "actor.optim.vision_lr is a learning rate of what actor"),
-    ],
-)  # fmt: skip
-def test_what_a_model_does_not_take_is_refused_by_its_key(
-    model: dict[str, Any], optim: dict[str, Any], hf: dict[str, Any], message: str | None
-) -> None:
-    config = load_config(minimal(actor={"model": model, "optim": optim}))
-    if message is None:
-        validate_model(config, hf)
-        return
-    with pytest.raises(ConfigError) as caught:
-        validate_model(config, hf)
-    assert message in str(caught.value)
-
-
-def test_heads_that_the_engines_cannot_divide_are_refused() -> None:
-    config = load_config(minimal(rollout={"model": {"model_path": "/m"}, "tensor_parallel_size": 8}))
-    with pytest.raises(ConfigError, match=r"num_attention_heads \(4\) must be divisible by rollout.tensor_parallel_size \(8\)"):
-        validate_model(config, QWEN2)
-
-
-def test_a_key_that_engines_read_without_a_default_is_asked_for_where_there_are_engines() -> None:
-    """transformers leaves it out when it saves. Negative controls: the key, and a run without engines."""
-    config, sft = load_config(minimal()), load_config(sft_minimal(), "sft")
-    assert config.has_engines and not sft.has_engines
-    validate_model(sft, QWEN3_VL_MOE)
-    with pytest.raises(ConfigError, match=r"/model/config.json: text_config.norm_topk_prob is missing: transformers takes it for true"):
-        validate_model(config, QWEN3_VL_MOE)
-    validate_model(config, {**QWEN3_VL_MOE, "text_config": {**QWEN3_VL_MOE["text_config"], "norm_topk_prob": True}})
-
-
-def test_world_size_and_batches_must_divide() -> None:
-    config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2}}, algorithm={"training_batch_size_per_gpu": 4}))
-    assert validate_world(config, 4) == 2
-    with pytest.raises(ConfigError, match="TP x PP x CP = 2 must divide"):
-        validate_world(config, 3)
-    with pytest.raises(ConfigError, match=r"must be divisible by the data-parallel size \(3\)"):
-        validate_world(config, 6)
-    with pytest.raises(ConfigError, match=r"micro_batch_size x data-parallel size \(4 x 16\)"):
-        validate_world(config, 32)
 
 
 def test_the_table_lists_every_key_once_and_the_dict_round_trips() -> None:

@@ -25,7 +25,8 @@ from tests.ranks import free_port
 from tests.unit.test_config import shipped
 from workers.config import config_as_dict, load_config
 from workers.config.schema import LoggerConfig
-from workers.metrics import device_memory_gb, host_memory_gb, idle_metrics, largest, rollout_metrics, sample_metrics, speed_metrics
+from workers.gpus import count_gpus, device_memory_gb
+from workers.metrics import host_memory_gb, idle_metrics, largest, rollout_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import MetricsLog, check_loggers, find_logger, read_metrics
 from workers.samples import Sample
 from workers.screen import Screen, summary_rows
@@ -289,6 +290,16 @@ def test_memory_of_a_process_counts_its_children() -> None:
         child.communicate(b"\n")
     assert device_memory_gb("") is None
     assert largest([{"a": 1.0}, {"a": 3.0, "b": 2.0}]) == {"a": 3.0, "b": 2.0}
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("2", 1), ("0,3", 2), ("1,-1,2", 1), ("0,1,2,3,4", 4)])
+def test_gpus_are_counted_as_cuda_reads_the_names_of_visible_ones(visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.gpus._gpus", lambda: [80 * 2**30] * 4)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
 
 
 def fetched(port: int) -> dict[str, float]:

@@ -92,6 +92,13 @@ def test_a_yaml_of_the_other_kind_is_refused_with_the_script_that_runs_it() -> N
         ({"critic": {"use_critic_model": True}}, "critic.use_critic_model=True: supervised fine-tuning has no critic"),
         ({"trainer": {"per_device_train_batch_size": 4}}, "it is actor.micro_batch_size here"),
         ({"validation": {"generate": True}}, "validation.generate=True needs data.val_data_paths"),
+        ({"data": {"image_keys": ["image"]}}, "data.image_keys (('image',)) is for questions about pictures, which data.type llm has not"),
+        ({"data": {"type": "chat", "choice_key": "choices"}}, "data.choice_key (choices) is for questions about pictures"),
+        (
+            {"data": {"type": "text", "system_prompt": "x"}},
+            "data.system_prompt ('x') is for conversations, and data.type text has documents",
+        ),
+        ({"data": {"system_prompt": "x", "apply_chat_template": False}}, "data.system_prompt ('x') needs data.apply_chat_template=True"),
         ({"rollout": {"validate_weight": True}}, "rollout.validate_weight (True) belongs to a reasoning run"),
         ({"data": {"val_data_paths": ["b"], "eval_data_paths": ["c"]}}, "data.val_data_paths (['b']) and data.eval_data_paths (['c']) are"),
     ],

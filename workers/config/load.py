@@ -23,6 +23,7 @@ from workers.config.grpo import RunConfig
 from workers.config.schema import ActorConfig
 from workers.config.sft import SftConfig
 from workers.config.tasks import CONFIG_OF_TASK, AnyConfig
+from workers.config.unread_keys import unread_keys
 from workers.config.validate import broken_rules, raise_all
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ def read_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasonin
     # Rules between keys say nothing about values that are not there.
     is_exact = built.is_exact and not interpolated.dropped
     broken = list(broken_rules(config)) if config is not None and is_exact else []
+    if built.config is not None and config is not None:
+        inert += unread_keys(built.config, config)
     return Reading(config, (*interpolated.told_with(built.errors), *broken), tuple(inert))
 
 

@@ -73,7 +73,9 @@ class ActorModelConfig:
     use_cpu_initialization: bool | None = key(None, "initialise weights on the host")
     init_method_std: float | None = key(None, "standard deviation of fresh weights", above=0)
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] | None = key(None, "how tokens reach experts")
-    moe_router_load_balancing_type: str | None = key(None, "router load balancing, e.g. aux_loss or none")
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] | None = key(
+        None, "how the load of experts is balanced, with the weight moe_aux_loss_coeff; null: aux_loss"
+    )
     moe_router_pre_softmax: bool | None = key(None, "softmax before the top-k choice")
     moe_aux_loss_coeff: float | None = key(None, "weight of the load-balancing loss", min=0)
     moe_router_bias_update_rate: float | None = key(None, "step of the router's expert bias", min=0)

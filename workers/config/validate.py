@@ -33,7 +33,7 @@ def broken_rules(config: AnyConfig) -> Iterator[str]:
             yield from rules(config)
     else:
         yield from _sft(config)
-    for shared in (_runner, _actor, _engine, _pixels):
+    for shared in (_runner, _actor, _engine, _rows):
         yield from shared(config)
 
 
@@ -170,9 +170,6 @@ def _runner(config: AnyConfig) -> Iterator[str]:
 def _pictures(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.has_pictures:
-        for name in ("image_keys", "choice_key", "min_pixels", "max_pixels"):
-            if getattr(data, name) not in ((), None):
-                yield f"data.{name} ({getattr(data, name)}) is for questions about pictures, which data.type {data.type} has not; vlm has"
         return
     if not data.apply_chat_template:
         yield f"data.type {data.type} needs data.apply_chat_template=True: the chat template says where in a prompt a picture stands"
@@ -185,8 +182,24 @@ def _pictures(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _pixels(config: AnyConfig) -> Iterator[str]:
-    least, most = config.data.min_pixels, config.data.max_pixels
+def _rows(config: AnyConfig) -> Iterator[str]:
+    """Keys of ``data`` that rows of its type do not have, and pixels."""
+    data = config.data
+    takes = {
+        "choice_key": ("vlm", "vision_language"),
+        **dict.fromkeys(("image_keys", "min_pixels", "max_pixels"), ("vlm", "vision_language", "chat")),
+    }
+    for name, types in takes.items():
+        if getattr(data, name) not in ((), None) and data.type not in types:
+            yield f"data.{name} ({getattr(data, name)}) is for questions about pictures, which data.type {data.type} has not; vlm has"
+    if data.system_prompt is not None and data.type == "text":
+        yield f"data.system_prompt ({data.system_prompt!r}) is for conversations, and data.type text has documents; leave it out"
+    elif data.system_prompt is not None and not data.apply_chat_template:
+        yield (
+            f"data.system_prompt ({data.system_prompt!r}) needs data.apply_chat_template=True: the chat template says where in a prompt it "
+            "stands"
+        )
+    least, most = data.min_pixels, data.max_pixels
     if least is not None and most is not None and least > most:
         yield f"data.min_pixels ({least}) must not exceed data.max_pixels ({most})"
 
@@ -344,6 +357,24 @@ def _actor(config: AnyConfig) -> Iterator[str]:
         )
     if model.recompute_granularity == "full" and (model.recompute_method is None or model.recompute_num_layers is None):
         yield "actor.model.recompute_granularity=full needs recompute_method and recompute_num_layers"
+    if model.recompute_granularity == "selective" and model.recompute_num_layers is not None:
+        yield (
+            f"actor.model.recompute_num_layers ({model.recompute_num_layers}) is for recompute_granularity full, and selective takes all "
+            "layers; leave it out"
+        )
+    if (
+        model.moe_token_dispatcher_type == "allgather"
+        and model.pipeline_model_parallel_size > 1
+        and model.virtual_pipeline_model_parallel_size is None
+    ):
+        yield (
+            f"actor.model.moe_token_dispatcher_type=allgather takes microbatches of one length, and the stages of "
+            f"pipeline_model_parallel_size {model.pipeline_model_parallel_size} exchange theirs; set it to alltoall"
+        )
+    if optim.overlap_param_gather and not (optim.use_distributed_optimizer and optim.overlap_grad_reduce):
+        yield "actor.optim.overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce True"
+    if optim.use_precision_aware_optimizer and not optim.use_distributed_optimizer:
+        yield "actor.optim.use_precision_aware_optimizer=True needs use_distributed_optimizer=True"
 
 
 def _initial_weights(actor: ActorConfig, *, resuming: bool) -> Iterator[str]:
