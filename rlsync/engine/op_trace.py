@@ -75,6 +75,8 @@ class OpTrace:
         # None: computed. The tensor beside it keeps the storage, whose identity must not be used again.
         self._known: dict[int, tuple[_Origin | _Stack | None, torch.Tensor]] = {}
         self._numbers: dict[int, tuple[float, torch.Tensor]] = {}
+        # By grid, shape, offset and strides: experts and layers have the same views, thousands of times.
+        self._boxes: dict[tuple[Any, ...], list[_ViewBox] | None] = {}
         for name, tensor in sources.items():
             shape = tuple(tensor.shape)
             self._known[key_of(tensor)] = (_Origin(name, tensor.dtype, shape, 0, contiguous_strides(shape), None), tensor)
@@ -108,7 +110,7 @@ class OpTrace:
         shape, offset, strides = tuple(tensor.shape), int(tensor.storage_offset()), tensor.stride()
         if isinstance(origin, _Stack):
             return self._parts_of_rows(origin, tensor.dtype, dtype, shape, offset, strides)
-        return None if origin is None else _parts(origin, tensor.dtype, dtype, shape, offset, strides)
+        return None if origin is None else self._parts_of_origin(origin, tensor.dtype, dtype, shape, offset, strides)
 
     def _parts_of_rows(
         self, stack: _Stack, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
@@ -122,11 +124,35 @@ class OpTrace:
             return None
         found: list[SourcePart] = []
         for i in range(shape[0]):
-            parts = _parts(stack.rows[row + i], held, dtype, shape[1:], inside, strides[1:])
+            parts = self._parts_of_origin(stack.rows[row + i], held, dtype, shape[1:], inside, strides[1:])
             if parts is None:
                 return None
             found += (replace(p, start=(i, *p.start), dims=tuple(dim + 1 for dim in p.dims)) for p in parts)
         return found
+
+    def _parts_of_origin(
+        self, origin: _Origin, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
+    ) -> list[SourcePart] | None:
+        """Of a view of one origin's memory, which holds elements of dtype ``held``."""
+        if held != origin.dtype or origin.rounded not in (None, dtype):
+            return None
+        view = origin.grid, shape, offset, strides
+        if view not in self._boxes:
+            self._boxes[view] = _boxes(*view)
+        found = self._boxes[view]
+        if found is None:
+            return None
+        return [
+            SourcePart(
+                start=start,
+                dims=dims,
+                shape=extents,
+                name=origin.name,
+                offset=origin.offset + sum(i * s for i, s in zip(begin, origin.strides, strict=True)),
+                strides=tuple(origin.strides[axis] for axis in axes),
+            )
+            for start, dims, extents, begin, axes in found
+        ]
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
         """Execute an operator that writes into ``written``, none of them the model's tensors, and record its results."""
@@ -194,26 +220,17 @@ class OpTrace:
         )
 
 
-def _parts(
-    origin: _Origin, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
-) -> list[SourcePart] | None:
-    """Of a view of one origin's memory, which holds elements of dtype ``held``."""
-    if held != origin.dtype or origin.rounded not in (None, dtype):
-        return None
-    found = split(shape, [Side(shape, 0, contiguous_strides(shape)), Side(origin.grid, offset, strides)])
+_Numbers = tuple[int, ...]
+# Where a box of a view starts, its dims and extents; and in the memory where it starts, and its dims.
+_ViewBox = tuple[_Numbers, _Numbers, _Numbers, _Numbers, _Numbers]
+
+
+def _boxes(grid: _Numbers, shape: _Numbers, offset: int, strides: _Numbers) -> list[_ViewBox] | None:
+    """Boxes of a view of a row-major memory of shape ``grid``, or None where they would be too many."""
+    found = split(shape, [Side(shape, 0, contiguous_strides(shape)), Side(grid, offset, strides)])
     if found is None:
         return None
-    return [
-        SourcePart(
-            start=part.sides[0].start,
-            dims=part.axes(0),
-            shape=part.shape,
-            name=origin.name,
-            offset=origin.offset + sum(i * s for i, s in zip(part.sides[1].start, origin.strides, strict=True)),
-            strides=tuple(origin.strides[axis] for axis in part.axes(1)),
-        )
-        for part in found
-    ]
+    return [(part.sides[0].start, part.axes(0), part.shape, part.sides[1].start, part.axes(1)) for part in found]
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -215,8 +215,16 @@ class _Recorder(TorchDispatchMode):
             self._trace.note_computed((given,), {})
             self._compute(buffer)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiled code calls a loader; torch would else guard every operator against it, a fifth of a recording's time."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:
+            # Most of all: it writes nothing, and what it returns is known by its storage.
+            return func(*args, **kwargs)
         if func is _aten.copy_.default:
             return self._copy(args[0], args[1])
         if func is _aten._foreach_copy_.default:
@@ -236,14 +244,14 @@ class _Recorder(TorchDispatchMode):
         return self._trace.run(func, args, kwargs, written)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        if target.shape.numel() != source.shape.numel():
+        if target.numel() != source.numel():
             raise ValueError(f"{tuple(source.shape)} is copied into {tuple(target.shape)}")
         self._trace.note_copied(source)
         if self._targets.owner(target) is None:
             self._check_ours(target)
             self._trace.run(_aten.copy_.default, (target, source), {}, [target])
         else:
-            self._write(target, source.expand(target.shape))
+            self._write(target, source if source.shape == target.shape else source.expand(target.shape))
         return target
 
     def _fill(self, target: torch.Tensor, value: Any = 0.0) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rlsync.layout.geometry import FLOATS, Box, BufferSpec, Location, Padding, Piece, Placement, TensorSpec, contiguous_strides, cover
 from rlsync.layout.regions import Side, StridedRegion, split
@@ -66,15 +66,30 @@ def placement_of(
     pieces: list[Piece] = []
     padding: list[Padding] = []
     findings: list[Undescribed] = []
+    # The same in every layer, but for names.
+    described: dict[tuple[object, ...], _Described] = {}
     for buffer in buffers:
-        found = _describe(buffer, by_buffer[buffer.name], specs)
+        made = by_buffer[buffer.name]
+        alike = buffer.shape, buffer.dtype, *(_without_names(write, specs) for write in made)
+        found = described.get(alike) or _describe(buffer, made, specs)
         if isinstance(found, Undescribed):
             findings.append(found)
-        elif buffer.size:
+            continue
+        described[alike] = found
+        if buffer.size:
             kept.append(buffer)
-            pieces += found[0]
-            padding += found[1]
+            pieces += (Piece(str(made[i].source), p.box, buffer.name, p.offset, p.strides) for i, p in found[0])
+            padding += (replace(p, buffer=buffer.name) for p in found[1])
     return Placement(holder, tuple(kept), tuple(pieces), tuple(padding), location), tuple(findings)
+
+
+def _without_names(write: Write, specs: Mapping[str, TensorSpec]) -> tuple[object, ...]:
+    # 0.0 and -0.0 are equal.
+    here = write.offset, write.shape, write.strides, repr(write.value)
+    if write.source is None:
+        return here
+    tensor = specs[write.source]
+    return *here, tensor.shape, tensor.dtype, write.source_offset, write.source_strides
 
 
 def tensors_as_read(holder: str, tensors: Sequence[TensorSpec], writes: Sequence[Write], computed: Collection[str]) -> Placement:
@@ -115,14 +130,18 @@ def _boxes_read(tensor: TensorSpec, writes: Sequence[Write]) -> list[Box] | None
     return sorted((box for box, _ in taken), key=lambda box: box.start) if len(taken) <= MOST_BOXES_READ else None
 
 
-def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, TensorSpec]) -> tuple[list[Piece], list[Padding]] | Undescribed:
+# Pieces of a buffer, each with the number of the write that it is of, and its padding.
+_Described = tuple[list[tuple[int, Piece]], list[Padding]]
+
+
+def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: Mapping[str, TensorSpec]) -> _Described | Undescribed:
     """Pieces and padding of one buffer, or what is wrong with it."""
-    parts: list[tuple[Box, StridedRegion, Write]] = []
-    for write in writes:
+    parts: list[tuple[Box, StridedRegion, int]] = []
+    for number, write in enumerate(writes):
         found = _parts(buffer, write, specs)
         if isinstance(found, str):
             return Undescribed(buffer.name, found)
-        parts += ((part.box(0), part, write) for part in found)
+        parts += ((part.box(0), part, number) for part in found)
     # The last write is the first choice.
     parts.reverse()
     taken, rest = cover(Box.whole(buffer.shape), [(box, i) for i, (box, _, _) in enumerate(parts)])
@@ -130,12 +149,13 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
     if unwritten:
         text = f"{buffer.name} {buffer.shape}: nothing writes {unwritten} of its {buffer.size} elements, among them {rest[0]}"
         return Undescribed(buffer.name, text, unwritten)
-    pieces: list[Piece] = []
+    pieces: list[tuple[int, Piece]] = []
     padding: list[Padding] = []
     for box, i in sorted(taken, key=lambda row: row[0].start):
-        _, part, write = parts[i]
+        _, part, number = parts[i]
+        write = writes[number]
         if write.source is not None:
-            pieces.append(_piece(buffer, box, part, write.source))
+            pieces.append((number, _piece(buffer, box, part, write.source)))
         elif write.value is not None:
             padding.append(_padding(buffer, box, write.value))
         else:
@@ -146,7 +166,7 @@ def _describe(buffer: BufferSpec, writes: Sequence[Write], specs: dict[str, Tens
     return pieces, padding
 
 
-def _parts(buffer: BufferSpec, write: Write, specs: dict[str, TensorSpec]) -> list[StridedRegion] | str:
+def _parts(buffer: BufferSpec, write: Write, specs: Mapping[str, TensorSpec]) -> Sequence[StridedRegion] | str:
     """Boxes of a write; side 0 is the buffer, side 1 the tensor."""
     here = Side(buffer.shape, write.offset, write.strides)
     sides, what = [here], f"{buffer.name} {buffer.shape}"

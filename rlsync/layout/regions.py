@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from rlsync.layout.geometry import Box, collapse, contiguous_strides
 
 # More boxes than this are taken for a region that has none: a transpose flattened to single elements.
 MOST_REGIONS = 1 << 14
+# Regions of up to so many parts are kept: layers and experts have the same ones, thousands of times.
+_MOST_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +68,23 @@ class StridedRegion:
         return Box(start, tuple(stop))
 
 
-def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_REGIONS) -> list[StridedRegion] | None:
+def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_REGIONS) -> tuple[StridedRegion, ...] | None:
     """Parts that together are the region, each of its elements once, or None where that takes more than ``most`` parts.
 
     Every side must be inside its memory. An empty region has no parts.
     """
+    known = _few_parts(tuple(shape), tuple(sides), min(most, _MOST_KEPT))
+    return _split(shape, sides, most) if known is None and most > _MOST_KEPT else known
+
+
+@lru_cache(maxsize=4096)
+def _few_parts(shape: tuple[int, ...], sides: tuple[Side, ...], most: int) -> tuple[StridedRegion, ...] | None:
+    return _split(shape, sides, most)
+
+
+def _split(shape: Sequence[int], sides: Sequence[Side], most: int) -> tuple[StridedRegion, ...] | None:
     if not prod(shape):
-        return []
+        return ()
     order = sorted(range(len(shape)), key=lambda d: [-side.strides[d] for side in sides])
     dims, strides = collapse([shape[d] for d in order], *([side.strides[d] for d in order] for side in sides))
     waiting = [StridedRegion(dims, tuple(Side(side.grid, side.offset, steps) for side, steps in zip(sides, strides, strict=True)))]
@@ -85,7 +98,7 @@ def split(shape: Sequence[int], sides: Sequence[Side], most: int = MOST_REGIONS)
             return None
         else:
             waiting.extend(reversed(pieces))
-    return done
+    return tuple(done)
 
 
 def _cut(part: StridedRegion, most: int) -> list[StridedRegion] | None:
