@@ -193,7 +193,7 @@ def prepare(request: Request) -> tuple[Source, Output]:
         return source, DistributedFolder(source, dtype, flavour, request.make_vocab_size_divisible_by, request.max_shard_bytes)
     flavour = request.flavour or source.flavour or "local"
     if source.adapters is not None and flavour != "local":
-        raise ConfigError("adapters stand beside Megatron's own layers alone, which spec local names; leave --spec te out")
+        raise ConfigError("adapters are called as in spec local beside layers of either spec; leave --spec te out")
     return source, MegatronFolder(source, dtype, request.topology, flavour, request.make_vocab_size_divisible_by)
 
 

@@ -1,7 +1,8 @@
-"""Low-rank adapters beside Megatron's linear layers.
+"""Low-rank adapters beside linear layers of Megatron and of TransformerEngine.
 
-An adapter is a submodule of the layer that it adds to, so that names of the base stay what they are. Its output is in the same parallel
-state as the output of its base (one rank's columns, or one rank's summand), and its input's gradient in that of its base. Knows
+An adapter is a submodule of the layer that it adds to, so that names of the base stay what they are; those of grouped experts stand
+where they would beside experts one by one, so that names of adapters are the same under both specs. An adapter's output is in the same
+parallel state as the output of its base (one rank's columns, or one rank's summand), and its input's gradient in that of its base. Knows
 which ranks hold what from ``rlsync.models.lora``; must not know files.
 """
 
@@ -9,13 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -30,18 +35,16 @@ from torch import Tensor
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import compute_device
+from rlsync.megatron.versions import whole_linear
 from rlsync.models.layouts import LocalLayout
-from rlsync.models.lora import AdaptedRule, Adapters, LoraSpec, Split
+from rlsync.models.lora import AdaptedRule, Adapters, LoraSpec, Split, module_of
 from rlsync.models.placement import held_parameters
-from rlsync.models.stacks import Model
+from rlsync.models.stacks import ExpertModule, Flavour, Model
 
 # Name of an adapter in the module of its base.
 ADAPTER = "adapter"
-_BASES: Mapping[Split, type[torch.nn.Module]] = {
-    "column": ColumnParallelLinear,
-    "row": RowParallelLinear,
-    "whole": torch.nn.Linear,
-}  # fmt: skip
+# The weight of one of several experts in TransformerEngine's grouped layer.
+_GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12])\.weight(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class _Axis:
     Attributes:
         split: of the base over the axis.
         group: ranks of the axis; None where the base is whole and nothing is summed.
-        is_explicit: the layer before and after the base exchanges tokens over the axis itself (experts): the base takes whole inputs,
+        is_explicit: the layers before and after the base exchange tokens over the axis themselves (experts): the base takes whole inputs,
             returns summands, and returns summands of its input's gradient.
         sequence_parallel: activations outside the base are cut along the sequence over the axis.
     """
@@ -158,19 +161,23 @@ def initial_factor(spec: LoraSpec, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def add_adapters(
     chunks: Sequence[torch.nn.Module],
-    modules: Mapping[str, torch.nn.Module],
+    weights: Mapping[str, tuple[torch.nn.Module, str]],
     model: Model,
     adapters: Adapters,
     topology: Topology,
     rank: int,
     dtype: torch.dtype,
+    *,
+    flavour: Flavour,
+    experts: ExpertModule | None,
 ) -> None:
     """Freeze all that is there and add this rank's adapters. Not collective.
 
     Args:
         chunks: of the model on this rank, not yet wrapped.
-        modules: module of each weight on this rank, by the weight's global name.
+        weights: the chunk and the local name of each weight on this rank, by the weight's global name.
         dtype: of the factors.
+        flavour, experts: how weights are called, see ``Bound.name``.
 
     Raises:
         ConfigError: a base is a layer that adapters were not made for, or runs in a way that they do not follow.
@@ -181,40 +188,116 @@ def add_adapters(
             raise ConfigError(
                 "moe_shared_expert_overlap takes the sum over tensor ranks out of shared experts, and adapters do not; unset it"
             )
-    at = topology.coordinates(rank)
+    at, kinds = topology.coordinates(rank), _kinds(flavour)
+    grouped: dict[torch.nn.Module, dict[int, Adapter]] = {}
     for rule in adapters.rules(held_parameters(model, topology, rank)):
-        base = modules.get(rule.base.local)
-        if not isinstance(base, _BASES[rule.split]):
+        chunk, local = weights.get(rule.base.name(flavour, experts), (None, ""))
+        base = None if chunk is None else chunk.get_submodule(local.rpartition(".")[0])
+        add = next((add for kind, split, add in kinds if isinstance(base, kind) and split == rule.split), None)
+        if chunk is None or base is None or add is None:
             found = "of another name" if base is None else f"a {type(base).__name__}"
             raise ConfigError(
-                f"{rule.base.local} is {found} in this model, and adapters stand beside {_BASES[rule.split].__name__} only; build it with "
-                "spec local (actor.spec_name local_gpt)"
+                f"{rule.base.name(flavour, experts)} is {found} in this model, and adapters of a {rule.split} projection stand beside "
+                f"{', '.join(kind.__name__ for kind, split, _ in kinds if split == rule.split)} only"
             )
         is_expert = rule.base.stack.tensor_axis == "etp"
         share = (at.etp_rank, topology.etp_size) if is_expert else (at.tp_rank, topology.tp_size)
         a, b = (model.local_layout(factor, *share) for factor in (rule.a, rule.b))
-        axis = _Axis("whole", None, False, False)
-        if isinstance(base, ColumnParallelLinear | RowParallelLinear):
-            axis = _Axis(rule.split, base.tp_group, base.explicit_expert_comm, base.sequence_parallel and not is_expert)
+        in_tower = rule.base.stack.part != "language_model"
+        sequence_parallel = bool(chunk.config.sequence_parallel) and not in_tower
+        axis = _axis(rule.split, topology, is_expert=is_expert, sequence_parallel=sequence_parallel)
         adapter = Adapter(adapters.spec, rule, a, b, axis, dtype)
         # Not what Megatron tells of its own experts' weights, which under EP 1 are reduced over too few ranks where ETP is not TP.
         has_own_group = is_expert and (topology.ep_size > 1 or topology.etp_size != topology.tp_size)
-        _mark(adapter, axis, is_expert=is_expert, is_first=share[0] == 0, has_own_group=has_own_group)
-        base.add_module(ADAPTER, adapter)
-        base.register_forward_hook(_add_whole if rule.split == "whole" else _add)
+        _mark(adapter, axis, is_expert=is_expert, is_first=share[0] == 0, has_own_group=has_own_group, in_tower=in_tower)
+        _place(chunk, adapter_path(local), adapter)
+        if add is _add_after_norm:
+            base.return_layernorm_output = True
+        expert = _GROUPED.fullmatch(local)
+        if expert is None:
+            base.register_forward_hook(partial(add, adapter))
+        else:
+            grouped.setdefault(base, {})[int(expert[3])] = adapter
+    for base, of_experts in grouped.items():
+        base.register_forward_hook(partial(_add_to_groups, of_experts))
     for chunk in chunks:
         if chunk.config.recompute_granularity == "full":
             # A recomputed layer has gradients only where its input has.
             chunk.decoder.register_forward_pre_hook(_require_gradient, with_kwargs=True)
 
 
-def _add(base: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def adapter_path(weight: str) -> str:
+    """Where in a chunk the adapter of a weight is, by the weight's local name."""
+    expert = _GROUPED.fullmatch(weight)
+    owner = module_of(weight) if expert is None else f"{expert[1]}.local_experts.{expert[3]}.{expert[2]}"
+    return f"{owner}.{ADAPTER}"
+
+
+def _place(chunk: torch.nn.Module, path: str, adapter: Adapter) -> None:
+    owner, (*names, last) = chunk, path.split(".")
+    for name in names:
+        if name not in owner._modules:
+            owner.add_module(name, torch.nn.Module())
+        owner = owner.get_submodule(name)
+    owner.add_module(last, adapter)
+
+
+def _axis(split: Split, topology: Topology, *, is_expert: bool, sequence_parallel: bool) -> _Axis:
+    if is_expert:
+        is_explicit = topology.etp_size > 1 or topology.ep_size > 1
+        return _Axis(split, parallel_state.get_expert_tensor_parallel_group(), is_explicit, False)
+    group = None if split == "whole" else parallel_state.get_tensor_model_parallel_group()
+    return _Axis(split, group, False, sequence_parallel and topology.tp_size > 1)
+
+
+_Kind = tuple[type[torch.nn.Module], Split, Callable[..., Any]]
+
+
+def _kinds(flavour: Flavour) -> tuple[_Kind, ...]:
+    """Layers that can be a base under a spec, each with its split and the hook that adds an adapter; a class before those it is one of."""
+    tower: _Kind = (torch.nn.Linear, "whole", _add_to_plain)
+    if flavour == "local":
+        return (ColumnParallelLinear, "column", _add), (RowParallelLinear, "row", _add), (whole_linear(), "whole", _add), tower
+    # Without TransformerEngine the names of this module are not classes.
+    te = import_module("megatron.core.extensions.transformer_engine")
+    return (
+        (te.TELayerNormColumnParallelLinear, "column", _add_after_norm),
+        (te.TEColumnParallelLinear, "column", _add),
+        (te.TERowParallelLinear, "row", _add),
+        (te.TEColumnParallelGroupedLinear, "column", _add_to_groups),
+        (te.TERowParallelGroupedLinear, "row", _add_to_groups),
+        (te.TELinear, "whole", _add),
+        tower,
+    )
+
+
+# Hooks of a base: what it returns, and the adapter's output added to it.
+Pair = tuple[Tensor, Tensor | None]
+
+
+def _add(adapter: Adapter, base: torch.nn.Module, inputs: tuple[Tensor, ...], output: Pair) -> Pair:
     out, bias = output
-    return out + base.get_submodule(ADAPTER)(inputs[0]), bias
+    return out + adapter(inputs[0]), bias
 
 
-def _add_whole(base: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + base.get_submodule(ADAPTER)(inputs[0])
+def _add_to_plain(adapter: Adapter, base: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + adapter(inputs[0])
+
+
+def _add_after_norm(adapter: Adapter, base: Any, inputs: tuple[Tensor, ...], output: Any) -> Pair:
+    """Of a layer that norms its input first, and was told to return the normed one too: this rank's part of the sequence."""
+    if base.te_return_bias:
+        out, bias, normed = output
+    else:
+        (out, normed), bias = output
+    return out + adapter(normed), bias
+
+
+def _add_to_groups(adapters: Mapping[int, Adapter], base: torch.nn.Module, inputs: tuple[Tensor, list[int]], output: Pair) -> Pair:
+    """Of experts whose tokens lie one group after the other; some experts may have no adapter."""
+    (out, bias), (x, splits) = output, inputs
+    groups = zip(out.split(splits), x.split(splits), strict=True)
+    return torch.cat([rows + adapters[i](group) if i in adapters else rows for i, (rows, group) in enumerate(groups)]), bias
 
 
 def _require_gradient(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,14 +306,14 @@ def _require_gradient(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: d
         hidden.requires_grad_(True)
 
 
-def _mark(adapter: Adapter, axis: _Axis, *, is_expert: bool, is_first: bool, has_own_group: bool) -> None:
+def _mark(adapter: Adapter, axis: _Axis, *, is_expert: bool, is_first: bool, has_own_group: bool, in_tower: bool) -> None:
     """Tell Megatron over which ranks gradients are summed, and which ranks count a parameter in the gradients' norm."""
     a, b = adapter.lora_A, adapter.lora_B
     cut, whole = {"column": ([b], [a]), "row": ([a], [b]), "whole": ([], [a, b])}[axis.split]
     for parameter in (a, b):
         parameter.allreduce = not has_own_group
         # Of a vision tower, each of whose replicas has the whole gradient: as its own parameters.
-        parameter.average_gradients_across_tp_domain = axis.split == "whole"
+        parameter.average_gradients_across_tp_domain = in_tower
     for parameter in cut:
         parameter.tensor_model_parallel = True
     for parameter in whole:
@@ -242,11 +325,6 @@ def _mark(adapter: Adapter, axis: _Axis, *, is_expert: bool, is_first: bool, has
             parameter.sequence_parallel = True
 
 
-def adapter_modules(chunks: Sequence[torch.nn.Module]) -> Mapping[int, Adapter]:
-    """Adapters by the identity of the weight that they add to."""
-    return {
-        id(module.weight): module.get_submodule(ADAPTER)
-        for chunk in chunks
-        for module in chunk.modules()
-        if isinstance(getattr(module, ADAPTER, None), Adapter)
-    }
+def adapters_of_chunk(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Every adapter of a chunk by its path there."""
+    return ((path, module) for path, module in chunk.named_modules() if isinstance(module, Adapter))

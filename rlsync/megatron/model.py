@@ -30,7 +30,7 @@ from rlsync.errors import ConfigError, PlacementError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
-from rlsync.megatron.lora import ADAPTER, Adapter, adapter_modules, add_adapters
+from rlsync.megatron.lora import ADAPTER, Adapter, adapter_path, adapters_of_chunk, add_adapters
 from rlsync.megatron.overrides import SPEED_SWITCHES
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.scores import ScoringHead
@@ -91,7 +91,7 @@ def build_model(
             or before, but before ``build_optimizer``: it copies them.
         ddp: options of that wrapper.
         overrides: TransformerConfig fields by name, see ``model_config``.
-        spec: see ``block_spec``; with adapters ``auto`` is ``local``.
+        spec: see ``block_spec``.
         frozen: parts of a vision-language model that are not trained: they have no gradients and no optimizer state.
         lora: adapters, which alone are trained then. ``is_adapter`` tells their parameters from the base's, whose names stay.
 
@@ -109,8 +109,6 @@ def build_model(
             "Megatron's random state of the tensor-parallel ranks does not exist: call "
             "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) on every rank after the process groups were made"
         )
-    if lora is not None and spec == "auto":
-        spec = "local"
     config = model_config(
         hf_config,
         topology=topology,
@@ -135,8 +133,9 @@ def build_model(
     for chunk in chunks:
         chunk.adapters = adapters
     if adapters is not None:
-        modules = {name: unwrap(chunks[index]).get_submodule(local.rpartition(".")[0]) for index, local, name, _ in iter_parameters(chunks)}
-        add_adapters(chunks, modules, model, adapters, topology, dist.get_rank(), dtype)
+        weights = {name: (chunks[index], local) for index, local, name, _ in iter_parameters(chunks)}
+        flavour, experts = flavour_of(chunks), experts_of(chunks)
+        add_adapters(chunks, weights, model, adapters, topology, dist.get_rank(), dtype, flavour=flavour, experts=experts)
     return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
 
 
@@ -183,8 +182,9 @@ def adapters_in(models: Sequence[torch.nn.Module]) -> Adapters | None:
 
 def adapters_by_weight(models: Sequence[torch.nn.Module]) -> dict[str, Adapter]:
     """Adapters of this rank by the global name of the weight that they add to; empty where there are none."""
-    found = adapter_modules([unwrap(model) for model in models])
-    return {name: found[id(weight)] for _, _, name, weight in iter_parameters(models) if id(weight) in found}
+    found = [dict(adapters_of_chunk(unwrap(model))) for model in models]
+    paths = ((index, adapter_path(local), name) for index, local, name, _ in iter_parameters(models))
+    return {name: found[index][path] for index, path, name in paths if path in found[index]}
 
 
 def iter_weights(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

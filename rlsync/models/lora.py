@@ -20,6 +20,7 @@ from rlsync.models.layouts import (
     Column,
     GatedColumn,
     GroupedQKV,
+    HeadColumn,
     Layout,
     LocalLayout,
     PackedGatedColumn,
@@ -33,15 +34,17 @@ from rlsync.models.stacks import Bound, Model, Part, Rule
 
 ALL_LINEAR = "all-linear"
 Init = Literal["kaiming", "gaussian"]
-# How a base splits its work over the ranks of its tensor axis; "whole": every rank does all of it, as in a vision tower. An adapter's
-# output is in the same state as its base's.
+# How a base splits its work over the ranks of its tensor axis; "whole": every rank has all of it, as in a vision tower and of the
+# projections that compress in latent attention. An adapter's output is in the same state as its base's.
 Split = Literal["column", "row", "whole"]
 _SPLITS: Mapping[type, Split] = {
     Column: "column",
+    HeadColumn: "column",
     GatedColumn: "column",
     PackedGatedColumn: "column",
     GroupedQKV: "column",
     Row: "row",
+    Replicated: "whole",
 }
 # Matrices of the table that no linear layer computes with, by the names of their rules.
 _NO_LINEAR: Mapping[str, str] = {
@@ -180,8 +183,7 @@ class Adapters:
         return tuple(seen.values())
 
     def _rule(self, bound: Bound, sources: tuple[int, ...]) -> AdaptedRule:
-        split, r = _split_of(bound), self.spec.r
-        assert split is not None, "check_adapters refuses such a base"
+        split, r = _SPLITS[type(bound.rule.layout)], self.spec.r
         modules = [module_of(bound.hf[index][0]) for index in sources]
         shapes = [bound.hf[index][1] for index in sources]
         packed = PackedFactors(bound.rule.layout if split == "column" else Replicated(), tuple(shape[0] for _, shape in bound.hf), sources)
@@ -209,9 +211,9 @@ def adapters_of(model: Model, spec: LoraSpec) -> Adapters:
     findings = check_adapters(model, spec)
     if findings:
         raise ConfigError("; ".join(findings))
-    linear, other, packed = _matrices(model)
+    linear, other = _matrices(model)
     chosen = frozenset(module for module, part in linear.items() if _is_chosen(spec, module, part))
-    rest = _last_names(module for module in (*linear, *other, *packed) if module not in chosen)
+    rest = _last_names(module for module in (*linear, *other) if module not in chosen)
     last = set(_last_names(chosen))
     # A number is the name of blocks too.
     return Adapters(spec, chosen, not last & set(rest) and not any(name.isdigit() for name in last))
@@ -230,13 +232,7 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
             re.compile(pattern if isinstance(pattern, str) else "")
         except re.error as error:
             return [*findings, f"{name} {pattern!r} is not a regular expression: {error}"]
-    linear, other, packed = _matrices(model)
-    asked = [module for module in packed if _is_chosen(spec, module, "language_model")]
-    if asked:
-        findings.append(
-            f"target_modules {_shown(spec)} match {', '.join(_last_names(asked))} of {model.architecture}, which Megatron holds in a "
-            "way that adapters do not follow; leave them out by exclude_modules"
-        )
+    linear, other = _matrices(model)
     if spec.target_modules != ALL_LINEAR:
         for module, what in other.items():
             if _is_chosen(spec, module, "language_model"):
@@ -260,29 +256,20 @@ def _shown(spec: LoraSpec) -> str:
     return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
 
 
-def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str], list[str]]:
-    """HF modules with a matrix of weights: linear layers with their part of the model, others with what they are, and linear layers that
-    cannot have an adapter."""
+def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str]]:
+    """HF modules with a matrix of weights: linear layers with their part of the model, and others with what they are."""
     linear: dict[str, Part] = {}
     other: dict[str, str] = {}
-    packed: list[str] = []
     for bound in model.parameters():
         for name, shape in bound.hf:
             if len(shape) < 2 or not name.endswith(".weight"):
                 continue
             module, what = module_of(name), _NO_LINEAR.get(bound.rule.megatron, "a convolution" if len(shape) > 2 else None)
-            if what is not None:
-                other[module] = what
-            elif _split_of(bound) is not None:
+            if what is None:
                 linear[module] = bound.stack.part
             else:
-                packed.append(module)
-    return linear, other, packed
-
-
-def _split_of(bound: Bound) -> Split | None:
-    """Of a matrix; None where no adapter follows its layout."""
-    return _SPLITS.get(type(bound.rule.layout), "whole" if bound.stack.part != "language_model" else None)
+                other[module] = what
+    return linear, other
 
 
 def _last_names(modules: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from rlsync.bridge.source import MegatronSource
 from rlsync.copy.cpu import region
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.topology import Topology
+from rlsync.megatron import lora as megatron_lora
 from rlsync.megatron.model import DdpOptions, adapters_in, is_adapter, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
@@ -45,6 +46,7 @@ class LoraActor:
             bf16=case.get("precision") == "bf16",
             ddp=DdpOptions(**case.get("ddp", {})),
             overrides=case.get("overrides"),
+            spec=case.get("spec", "auto"),
             lora=LoraSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in expected["spec"].items()}),
         )
         if load_adapter:
@@ -168,6 +170,59 @@ def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapp
             assert names
             assert all(map(is_adapter, names)), f"{path} holds more than adapters"
         print(f"RESUMED {case['model']} {case['topology']}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def resume_beside_other_layers(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """A run beside TransformerEngine's layers goes on beside Megatron's own, from a checkpoint with the same names."""
+    for number, case in enumerate(cases):
+        expected, folder = models[case["model"]], Path(root, str(number))
+        actor = LoraActor({**case, "spec": "te"}, expected)
+        actor.steps(expected["batch"], 2)
+        save_checkpoint(folder, actor.bridge, actor.models, step=2, optimizer=actor.optimizer)
+        saved = {name: p.detach().clone() for _, _, name, p in iter_parameters(actor.models) if is_adapter(name)}
+        wanted = actor.steps(expected["batch"], 3)
+        destroy_parallel(keep_distributed=True)
+        resumed = LoraActor({**case, "spec": "local"}, expected, load_adapter=False)
+        load_checkpoint(folder, resumed.bridge, resumed.models, optimizer=resumed.optimizer)
+        found = {name: p.detach() for _, _, name, p in iter_parameters(resumed.models) if is_adapter(name)}
+        assert list(found) == list(saved), "adapters are not in the order in which their optimizer states are"
+        assert all(torch.equal(found[name], saved[name]) for name in saved)
+        for before, after in zip(wanted, resumed.steps(expected["batch"], 3), strict=True):
+            _close(after.metrics["loss"], before.metrics["loss"], 1e-4, f"{case}: loss of a step after the resume")
+            _close(after.grad_norm, before.grad_norm, 1e-4, f"{case}: gradient norm of a step after the resume")
+        print(f"RESUMED {case['model']} {case['topology']}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
+def differ_without_the_norm(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], out_dir: str) -> None:
+    """Adapters that are given what goes into a layer with a norm, and not what its norm makes of it, are not the reference's."""
+    normed = megatron_lora._add_after_norm
+    with pytest.MonkeyPatch.context() as patch:
+
+        def add(adapter: Any, base: Any, inputs: Any, output: Any) -> Any:
+            (out, _), bias = output if not base.te_return_bias else ((output[0], output[2]), output[1])
+            return normed(adapter, base, inputs, ((out, inputs[0]), bias) if not base.te_return_bias else (out, bias, inputs[0]))
+
+        patch.setattr(megatron_lora, "_add_after_norm", add)
+        for case in cases:
+            with pytest.raises(AssertionError, match="of step 0"):
+                train_as_reference([case], models, out_dir)
+            print("DIFFERED", flush=True)
+            destroy_parallel(keep_distributed=True)
+
+
+def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """In bf16 the first steps are the reference's within what bf16 rounds."""
+    for case in cases:
+        expected = models[case["model"]]
+        actor = LoraActor({**case, "precision": "bf16"}, expected)
+        results = actor.steps(expected["batch"], 3)
+        for step, result in enumerate(results):
+            _close(result.metrics["loss"], expected["losses"][step], 3e-2, f"{case}: loss of step {step}")
+            _close(result.grad_norm / expected["grad_norms"][step], 1.0, 5e-2, f"{case}: gradient norm of step {step}")
+        off = max(abs(result.metrics["loss"] - wanted) for result, wanted in zip(results, expected["losses"], strict=False))
+        print(f"AGREED {case['model']} {case['spec']} within {off:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
 
 

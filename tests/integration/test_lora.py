@@ -38,6 +38,10 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "glm4": ({"family": "glm4"}, {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[12]\..*proj"}),
+    "deepseek_v3": (
+        {"family": "deepseek_v3"},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    ),
 }
 EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
@@ -68,7 +72,7 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def moe_models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("moe")
-    return {name: _expert_expectations(root / name, base, spec) for name, (base, spec) in EXPERTS.items()}
+    return {name: expectations_without_peft(root / name, base, spec) for name, (base, spec) in EXPERTS.items()}
 
 
 def _case(
@@ -88,6 +92,7 @@ def test_one_rank_trains_as_peft(models, tmp_path):
         {**_case("qwen2", [3, 5]), "overrides": RECOMPUTE},
         _case("qwen3", [8], ddp=DISTRIBUTED),
         _case("glm4", [8]),
+        _case("deepseek_v3", [8]),
     ]
     _train(1, cases, models, tmp_path)
 
@@ -102,6 +107,7 @@ def test_two_ranks_train_as_peft(models, tmp_path):
         _case("qwen3", [2, 2], dp_size=2, ddp=OVERLAPPED),
         _case("glm4", [2, 6], pp_size=2),
         _case("glm4", [8], tp_size=2, sp=True),
+        _case("deepseek_v3", [8], tp_size=2, sp=True),
     ]
     _train(2, cases, models, tmp_path)
 
@@ -267,18 +273,25 @@ def _peft_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any])
     return expected
 
 
-def _expert_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """The same where PEFT has no adapters for each projection of an expert: products are added to the weights that transformers uses."""
+def expectations_without_peft(folder: Path, base: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """The same where PEFT is not installed, or has no adapters for each projection of an expert: products of factors are added to the
+    weights that transformers uses."""
     save_tiny_model(folder, seed=3, **base)
     model = tiny_model(seed=3, **base).train()
-    own = LoraSpec(**{**spec, "target_modules": tuple(spec["target_modules"]) if "target_modules" in spec else "all-linear"})
+    own = LoraSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()})
     table = model_of(json.loads((folder / "config.json").read_text()))
     adapters = adapters_of(table, own)
     factors = {t.name: torch.nn.Parameter(torch.zeros(t.shape)) for t in adapters.tensors(table, "float32")}
     _fill(factors)
     (folder / "adapter").mkdir()
     save_file({PREFIX + name: p.detach().clone() for name, p in factors.items()}, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": own.r, "lora_alpha": own.lora_alpha, "target_modules": sorted(adapters.modules)}
+    config = {
+        "peft_type": "LORA",
+        "r": own.r,
+        "lora_alpha": own.lora_alpha,
+        "use_rslora": own.use_rslora,
+        "target_modules": sorted(adapters.modules),
+    }
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     weights = dict(model.named_parameters())
 
@@ -313,7 +326,7 @@ def _expert_expectations(folder: Path, base: dict[str, Any], spec: dict[str, Any
         for name, tensor in merged().items():
             weights[name].copy_(tensor)
     model.save_pretrained(folder / "merged")
-    return {**expected, "spec": {**spec, "target_modules": own.target_modules}}
+    return expected
 
 
 def _vision_expectations(folder: Path, family: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,6 @@ def test_adapters_have_the_meaning_and_forms_of_pefts_keys() -> None:
         (["actor.lora.r=4", "actor.model.freeze_vision_model=True"], "freeze_vision_model beside actor.lora"),
         (["actor.lora.r=4", "actor.optim.vision_lr=1e-4"], "actor.optim.vision_lr beside actor.lora"),
         (["actor.lora.r=4", "actor.megatron.mbridge=False"], "actor.lora needs actor.megatron.mbridge"),
-        (["actor.lora.r=4", "actor.spec_name=te_gpt"], "te_gpt beside actor.lora"),
         (["actor.lora.r=4", "actor.model.moe_router_bias_update_rate=0.1"], "changes the base"),
         (
             ["actor.lora.r=4", "actor.lora.adapter_path=/x", "rollout.validate_weight=True"],

@@ -424,8 +424,6 @@ def _lora(config: AnyConfig) -> Iterator[str]:
             "actor.lora needs actor.megatron.mbridge and use_hf_ckpt True and no actor.model.megatron_checkpoint: the base comes from a "
             "Hugging Face folder, and Megatron checkpoints of such a run hold its adapters alone"
         )
-    if actor.spec_name == "te_gpt":
-        yield "actor.spec_name te_gpt beside actor.lora, whose adapters stand beside Megatron's own layers; set local_gpt or decoder_gpt"
     if actor.model.moe_router_bias_update_rate:
         yield "actor.model.moe_router_bias_update_rate changes the base, which actor.lora leaves as it is; leave one of them out"
     if config.rollout.validate_weight and lora.adapter_path is not None:
