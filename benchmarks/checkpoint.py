@@ -1,8 +1,9 @@
 """Seconds to save a checkpoint at once and beside training, and to load it, beside plain reads and writes of as many bytes.
 
-``python -m benchmarks.checkpoint --folder DIR``: ranks, each with a GPU where there are some, with a Megatron model in bf16 and a
-distributed optimizer. The floor writes and reads the bytes by as many processes side by side, each a file of its own; all writes
-are on the disk when the clock stops. Every round is of new processes.
+``python -m benchmarks.checkpoint --folder DIR``: ranks, each with a GPU where there are some, with a Megatron model in bf16 of random
+weights and a distributed optimizer. The floor writes and reads by as many processes side by side, each a file of its own, of a checkpoint's
+bytes or of ``_PLAIN_BYTES`` a rank, whose seconds then count as those of all. All writes are on the disk when the clock stops. Every round
+is of new processes; what a phase took is said at once, and the disk has one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from rlsync.cli.shapes import SHAPES
 # Large pages as actor ranks have them.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "THP_MEM_ALLOC_ENABLE": "1"}
 _PIECE_BYTES = 2**25
+_PLAIN_BYTES = 4 * 2**30
 
 
-def measure(model: Path, out: Path, axes: Mapping[str, int]) -> dict[str, float]:
+def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> dict[str, float]:
     """On one rank: seconds from barrier to barrier of each way, and GB that all ranks write. Collective."""
     import torch.distributed as dist
 
@@ -41,38 +43,55 @@ def measure(model: Path, out: Path, axes: Mapping[str, int]) -> dict[str, float]
     from rlsync.megatron.optimizer_state import allocate_adam_state
     from rlsync.megatron.parallel import initialize_parallel
 
-    topology = Topology(**axes)
-    initialize_parallel(topology, seed=1, timeout_s=600)
-    bridge = AutoBridge.from_pretrained(model)
-    models = bridge.get_model(model, topology=topology, bf16=True, ddp=DdpOptions(use_distributed_optimizer=True))
+    began = time.monotonic()
+    initialize_parallel(Topology(**axes), seed=1, timeout_s=600)
+    bridge = AutoBridge.from_config(config)
+    models = bridge.get_model(bf16=True, ddp=DdpOptions(use_distributed_optimizer=True))
     optimizer = build_optimizer(models, OptimizerOptions(lr=1e-3))
     state: dict[str, Any] = {"optimizer": optimizer, "scheduler": build_scheduler(optimizer, SchedulerOptions(max_lr=1e-3))}
     # As after a first step.
     allocate_adam_state(optimizer)
-    memory, found = HostMemory(), {}
+    memory, rank, found = HostMemory(), dist.get_rank(), {}
 
-    def timed(name: str, action: Callable[[], Any]) -> Any:
+    def say(name: str, value: float) -> None:
+        if rank == 0:
+            print(f"{name} {value:.2f}", file=sys.stderr, flush=True)
+
+    def timed(name: str, action: Callable[[], Any], scale: float = 1.0) -> Any:
         dist.barrier()
         began = time.monotonic()
         result = action()
         dist.barrier()
-        found[name] = time.monotonic() - began
+        found[name] = (time.monotonic() - began) * scale
+        say(name, found[name])
         return result
 
     def begin() -> Any:
         return begin_checkpoint(out / "deferred", bridge, models, step=1, memory=memory, **state)
 
+    def remove(path: Path) -> None:
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(path)
+
+    say("started_s", time.monotonic() - began)
     timed("save_s", lambda: save_checkpoint(out / "saved", bridge, models, step=1, **state))
     nbytes = sum(path.stat().st_size for path in (out / "saved").rglob("*") if path.is_file())
-    timed("first_deferred_s", begin).finish()
-    saving = timed("deferred_s", begin)
-    timed("written_s", saving.finish)
-    own, share = out / f"plain{dist.get_rank()}", nbytes // dist.get_world_size()
-    timed("plain_write_s", lambda: _write(own, share))
+    say("gb", nbytes / 1e9)
     _forget(out)
     timed("load_s", lambda: load_checkpoint(out / "saved", bridge, models, **state))
+    remove(out / "saved")
+    first = timed("first_deferred_s", begin)
+    timed("first_written_s", first.finish)
+    remove(out / "deferred")
+    saving = timed("deferred_s", begin)
+    timed("written_s", saving.finish)
+    remove(out / "deferred")
+    own, share = out / f"plain{rank}", nbytes // dist.get_world_size()
+    plain = min(share, _PLAIN_BYTES)
+    timed("plain_write_s", lambda: _write(own, plain), share / plain)
     _forget(out)
-    timed("plain_read_s", lambda: _read(own))
+    timed("plain_read_s", lambda: _read(own), share / plain)
     return {"gb": nbytes / 1e9, **found}
 
 
@@ -110,7 +129,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        print(json.dumps(measure(*arguments.child, arguments.axes)))
+        config, out = arguments.child
+        print(json.dumps(measure(json.loads(config.read_text()), out, arguments.axes)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rounds = _rounds(Path(folder), arguments.model, arguments.layers, arguments.axes, arguments.rounds)
@@ -122,11 +142,9 @@ def main() -> None:
 
 def _rounds(folder: Path, shapes: str, num_layers: int | None, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
     from rlsync.layout.topology import Topology
-    from workers.synthetic import make_seeded_model
 
-    model, out, world = folder / "model", folder / "checkpoint", Topology(**axes).world_size
-    config = dict(SHAPES[shapes])
-    make_seeded_model(model, config if num_layers is None else {**config, "num_hidden_layers": num_layers}, seed=0)
+    model, out, world = folder / "config.json", folder / "checkpoint", Topology(**axes).world_size
+    model.write_text(json.dumps({**SHAPES[shapes], **({} if num_layers is None else {"num_hidden_layers": num_layers})}))
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(axes), "--child", str(model), str(out)]
     rounds = []
     for _ in range(count):

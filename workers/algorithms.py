@@ -53,10 +53,10 @@ class Sums:
     terms: Mapping[str, Tensor]
 
     @staticmethod
-    def of(**pairs: tuple[Tensor | float, Tensor | float]) -> Sums:
-        return Sums(
-            {name: torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in pair]) for name, pair in pairs.items()}
-        )
+    def of(**pairs: tuple[Tensor, Tensor]) -> Sums:
+        """Of scalars on one device, where they stay: nothing waits for a GPU."""
+        values = torch.stack([value.detach().double() for pair in pairs.values() for value in pair])
+        return Sums(dict(zip(pairs, values.view(-1, 2), strict=True)))
 
     @staticmethod
     def total(parts: Iterable[Sums]) -> Sums:
@@ -238,14 +238,13 @@ def policy_loss(
         terms["kl_loss"] = sum_of(kl_penalty(logprobs, valid(reference_logprobs), options.kl_penalty_type))
         numerator = numerator + options.kl_beta * terms["kl_loss"]
     stopped = _exceeds(ratio, mask, options.early_stop_imp_ratio)
-    if stopped:
-        # Still a function of logprobs, because every rank must run the same backward.
-        numerator = 0.0 * logprobs.sum()
+    # A choice of the device: a host that asked for it would wait. Every rank runs the same backward pass in either case.
+    numerator = torch.where(stopped, 0.0, numerator)
     denominator = aggregation_denominator(mask, options.loss_agg_func)
     quotients = {name: (value, denominator) for name, value in {**terms, "final_loss": numerator}.items()}
     log_ratio = (logprobs - old_logprobs).detach()
     metrics = _token_metrics(ratio.detach(), clipped.detach(), dual, token_loss.detach(), log_ratio, mask)
-    stops = {"early_stopped": (torch.tensor(float(stopped)), torch.tensor(1.0))}
+    stops = {"early_stopped": (stopped, torch.ones_like(numerator))}
     return MicroBatchLoss(numerator=numerator, sums=Sums.of(**quotients, **metrics, **stops))
 
 
@@ -257,11 +256,11 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, options: PolicyLossOptions) -
     return log_ratio.exp()
 
 
-def _exceeds(ratio: Tensor, mask: Tensor, limit: float | None) -> bool:
-    """Whether the mean ratio over the micro-batch's valid tokens is above the limit."""
-    if limit is None or not mask.any():
-        return False
-    return bool(ratio.detach()[mask].mean() > limit)
+def _exceeds(ratio: Tensor, mask: Tensor, limit: float | None) -> Tensor:
+    """Whether the mean ratio over the micro-batch's valid tokens is above the limit: a scalar bool on their device."""
+    if limit is None:
+        return mask.new_zeros(())
+    return torch.where(mask, ratio.detach(), 0.0).sum() > limit * mask.sum()
 
 
 def _token_metrics(

@@ -26,7 +26,7 @@ from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference, part_rates
 from workers.routes import RoutingCounts, padded_routes, routing_counts
-from workers.samples import ReplicaBatch, Sample, collate, stacked
+from workers.samples import ReplicaBatch, Sample, collate, scoring_cuts, stacked
 from workers.sft_data import SftExample
 from workers.supervised import SupervisedObjective, num_targets
 
@@ -92,12 +92,12 @@ class GrpoRank(ActorRank):
         if len(scored) == len(samples):
             self._old_logprobs = scored
         elif algorithm.recompute_logprobs:
-            self._old_logprobs, taken = self._score(batch, self._routing, self._routes)
+            self._old_logprobs, taken = self._score(batches, self._routing, self._routes)
             self._routes = taken if replay == "R2" else self._routes
             self._counts = self._count(taken, engine)
         else:
             self._old_logprobs = [_engine_row(s) for s in samples]
-        self._reference_logprobs = None if self._reference is None else self._score_reference(batch)
+        self._reference_logprobs = None if self._reference is None else self._score_reference(batches)
         if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or not at.leads_replica:
             return None
         rows = zip(self._old_logprobs, samples, strict=True)
@@ -114,7 +114,7 @@ class GrpoRank(ActorRank):
         routes = [s.routes for s in samples if s.routes is not None]
         engine = routes if self._config.rollout.enable_return_routed_experts else None
         replayed = engine if self._config.actor.megatron.router_replay == "R3" else None
-        scored, taken = self._score(batches[at.dp_rank], self._routing, replayed)
+        scored, taken = self._score(batches, self._routing, replayed)
         return scored if at.leads_replica else None, self._count(taken, engine)
 
     def routing_counts(self) -> RoutingCounts | None:
@@ -128,36 +128,37 @@ class GrpoRank(ActorRank):
         return routing_counts(taken, engine, self._routing.num_experts) if is_first and self._routing is not None else None
 
     def _score(
-        self, batch: ReplicaBatch, routing: Routing | None, routes: Sequence[Tensor] | None = None
+        self, batches: Sequence[ReplicaBatch], routing: Routing | None, routes: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probability of every token of every sample, each (its length,) float32 on the CPU, and the routes that they took.
 
         With ``routes`` of each sample these are taken; the second list is empty without ``routing``.
         """
-        cuts = batch.cuts(
-            None if self._config.runner.enable_dynamic_batch_size else self._config.algorithm.logprob_forward_micro_batch_size
-        )
-        microbatches, first = [], 0
+        algorithm, replica = self._config.algorithm, self._topology.coordinates(self._rank).dp_rank
+        size = None if self._config.runner.enable_dynamic_batch_size else algorithm.logprob_forward_micro_batch_size
+        cuts = scoring_cuts(batches, size=size, max_tokens=algorithm.logprob_forward_max_tokens)[replica]
+        samples, microbatches = batches[replica].samples, []
         for cut in cuts:
-            microbatches.append(collate(cut))
+            microbatches.append(collate([samples[index] for index in cut]))
             if routes is not None:
-                microbatches[-1][ROUTES] = padded_routes(routes[first : first + len(cut)], microbatches[-1]["tokens"].size(1))
-            first += len(cut)
+                microbatches[-1][ROUTES] = padded_routes([routes[index] for index in cut], microbatches[-1]["tokens"].size(1))
         scored = token_scores(self._models, microbatches, temperature=self._temperature(), routing=routing, **self._passes)
+        found = [scores.log_probs.cpu() for scores in scored]
         taken = [] if routing is None else [routing.taken(i, *m["tokens"].shape) for i, m in enumerate(microbatches)]
-        places = [(index, row, sample.length) for index, cut in enumerate(cuts) for row, sample in enumerate(cut)]
+        places = {index: (number, row) for number, cut in enumerate(cuts) for row, index in enumerate(cut)}
+        rows = [(*places[index], sample.length) for index, sample in enumerate(samples)]
         return (
-            [scored[index].log_probs[row, :length].cpu() for index, row, length in places],
-            [taken[index][row, :length] for index, row, length in places] if taken else [],
+            [found[number][row, :length] for number, row, length in rows],
+            [taken[number][row, :length] for number, row, length in rows] if taken else [],
         )
 
-    def _score_reference(self, batch: ReplicaBatch) -> list[Tensor]:
+    def _score_reference(self, batches: Sequence[ReplicaBatch]) -> list[Tensor]:
         """``_score`` under the reference weights, which replace the current ones for the call, and by their own routes."""
         assert self._reference is not None
         current = self._weights()
         try:
             self._write(self._reference)
-            return self._score(batch, None)[0]
+            return self._score(batches, None)[0]
         finally:
             self._write(current)
 

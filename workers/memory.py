@@ -112,6 +112,7 @@ def training_options(config: AnyConfig, topology: Topology) -> TrainingOptions:
         frozen=frozenset(model.frozen.values()),
         lora=actor.lora_spec,
         micro_batch_tokens=samples * runner.seq_length if tokens is None else tokens,
+        scoring_tokens=_scoring_tokens(config, tokens),
         num_microbatches=max(1, per_rank // samples),
         chunk_tokens=model.logits_chunk_tokens,
         sequence_parallel=model.sequence_parallel,
@@ -127,6 +128,7 @@ def shown(memory: PredictedMemory) -> str:
     """A line for the plan of a run."""
     rank = memory.rank
     rows = [(name, getattr(rank, name)) for name in ("weights", "gradients", "optimizer", "activations", "logits")]
+    rows += [("scoring", rank.scoring)] if rank.scoring > rank.activations + rank.logits else []
     rows += [("sync", memory.sync_buffers), ("CUDA", memory.processes), ("engine", memory.engine_training)]
     said = ", ".join(f"{name} {nbytes / GIB:.3g}" for name, nbytes in rows if nbytes)
     where = f" of pipeline stage {memory.stage}" if memory.stage else ""
@@ -169,6 +171,8 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
         (rank.activations, model.recompute_granularity != "full", "set actor.model.recompute_granularity to full, with recompute_method "
          "uniform and recompute_num_layers 1"),
         (rank.activations, is_whole, "set actor.model.sequence_parallel to True"),
+        (rank.scoring, rank.scoring > rank.activations + rank.logits, "lower algorithm.logprob_forward_max_tokens or "
+         "logprob_forward_micro_batch_size"),
         (rank.logits, True, "lower actor.model.logits_chunk_tokens"),
         (rank.optimizer, not optim.optimizer_cpu_offload, "set actor.optim.optimizer_cpu_offload to True"),
         (rank.kept, True, "raise actor.model.tensor_model_parallel_size or pipeline_model_parallel_size"),
@@ -176,6 +180,15 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
     over = memory.in_training - (memory.device or 0)
     useful = [text for nbytes, is_open, text in choices if is_open and nbytes > over / 4]
     return f"Change one or more: {'; '.join(useful)}"
+
+
+def _scoring_tokens(config: AnyConfig, tokens: int | None) -> int:
+    """Positions of a micro-batch when log-probabilities are recomputed; ``tokens`` of one of training that is cut by tokens."""
+    if isinstance(config, SftConfig) or not (config.algorithm.recompute_logprobs or config.has_reference):
+        return 0
+    if config.algorithm.logprob_forward_max_tokens is not None:
+        return config.algorithm.logprob_forward_max_tokens
+    return config.algorithm.logprob_forward_micro_batch_size * config.runner.seq_length if tokens is None else tokens
 
 
 def _samples(config: AnyConfig) -> int:

@@ -44,6 +44,7 @@ RULES: Mapping[str, Rule] = {
     "algorithm.early_scoring_prompts": Rule.SILENT,
     "algorithm.training_batch_size_per_gpu": Rule.SILENT,
     "algorithm.logprob_forward_micro_batch_size": Rule.SILENT,
+    "algorithm.logprob_forward_max_tokens": Rule.SILENT,
     "rollout": Rule.SILENT,
     "rollout.model": Rule.HOLDS,
     "data": Rule.HOLDS,

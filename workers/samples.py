@@ -6,8 +6,9 @@ Pure torch and integers; knows no Ray and no Megatron.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -121,13 +122,6 @@ class ReplicaBatch:
         """All samples, in the order in which the updates see them."""
         return tuple(sample for update in self.updates for micro in update for sample in micro)
 
-    def cuts(self, size: int | None) -> tuple[tuple[Sample, ...], ...]:
-        """``samples`` in pieces of ``size``; with None, the microbatches."""
-        if size is None:
-            return tuple(micro for update in self.updates for micro in update)
-        samples = self.samples
-        return tuple(samples[i : i + size] for i in range(0, len(samples), size))
-
 
 def with_advantages(samples: Sequence[Sample], group_size: int, *, normalize: bool) -> list[Sample]:
     """Group-relative advantages, whitened over all response tokens of the step where asked. Groups lie next to each other."""
@@ -170,6 +164,24 @@ def split_samples(
     num_tokens = tuple(sum(len(samples[i].response_ids) for i in batch) for batch in batches)
     num_sequences = tuple(sum(1 for i in batch if samples[i].response_ids) for batch in batches)
     return [ReplicaBatch(tuple(mine), num_tokens, num_sequences) for mine in updates]
+
+
+def scoring_cuts(batches: Sequence[ReplicaBatch], *, size: int | None = None, max_tokens: int | None = None) -> list[list[list[int]]]:
+    """Microbatches of each replica when its samples are scored, as indices of its ``samples``; as many on every replica.
+
+    Args:
+        size: samples in a microbatch, where ``max_tokens`` is None; None for the microbatches of the updates.
+        max_tokens: most tokens of a microbatch. Scoring keeps nothing for a backward pass, and bears more of them than training.
+    """
+    if size is None and max_tokens is None:
+        return [_following(len(micro) for update in batch.updates for micro in update) for batch in batches]
+    return _cut([[sample.length for sample in batch.samples] for batch in batches], size or 1, max_tokens)
+
+
+def _following(sizes: Iterable[int]) -> list[list[int]]:
+    """Runs of indices of these sizes."""
+    ends = list(accumulate(sizes, initial=0))
+    return [list(range(*pair)) for pair in pairwise(ends)]
 
 
 def aligned(samples: Sequence[Sample], batches: Sequence[ReplicaBatch], found: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -61,7 +61,10 @@ class _Bench:
         )
         self._optimizer = build_optimizer(self._models, OptimizerOptions(**spec.optimizer))
         generator = torch.Generator().manual_seed(spec.seed)
-        self._microbatches = [_microbatch(lengths, spec.config["vocab_size"], generator) for lengths in spec.microbatches]
+        self._microbatches, self._scored = (
+            [_microbatch(lengths, spec.config["vocab_size"], generator) for lengths in cuts]
+            for cuts in (spec.microbatches, spec.score_microbatches)
+        )
         self._num_tokens = sum(sum(lengths) for lengths in spec.microbatches) * spec.topology.dp_size
         self._how: dict[str, Any] = {
             "packing": spec.packing,
@@ -100,7 +103,7 @@ class _Bench:
         self._losses.append(train_step(self._models, self._optimizer, self._microbatches, self._loss, **self._how).metrics["loss"])
 
     def _score(self) -> None:
-        token_scores(self._models, self._microbatches, **self._how)
+        token_scores(self._models, self._scored, **self._how)
 
     def _loss(self, scores: TokenScores, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         return -(scores.log_probs * microbatch["mask"]).sum() / self._num_tokens, {}

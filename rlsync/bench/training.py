@@ -45,7 +45,8 @@ class TrainSpec(BenchSpec):
     Attributes:
         switches: fields of Megatron's TransformerConfig by name.
         ddp, optimizer: fields of DdpOptions and of OptimizerOptions.
-        microbatches: lengths of the sequences of each microbatch, the same on every data-parallel replica.
+        microbatches: lengths of the sequences of each microbatch of a step, the same on every data-parallel replica.
+        score_microbatches: the same of a scoring pass.
         packing: sequences of a microbatch lie one after the other; else they are padded.
         chunk_tokens: positions of which logits exist at once; None for rlsync's own.
     """
@@ -54,6 +55,7 @@ class TrainSpec(BenchSpec):
     ddp: dict[str, Any]
     optimizer: dict[str, Any]
     microbatches: tuple[tuple[int, ...], ...]
+    score_microbatches: tuple[tuple[int, ...], ...]
     packing: bool
     chunk_tokens: int | None
 
@@ -101,13 +103,13 @@ def lengths_of(text: str, sequence_length: int, count: int, seed: int = 0) -> tu
     return tuple(found)
 
 
-def cut(lengths: Sequence[int], tokens: int, *, packing: bool) -> tuple[tuple[int, ...], ...]:
+def cut(lengths: Sequence[int], tokens: int, *, packing: bool, option: str = "--micro-batch-tokens") -> tuple[tuple[int, ...], ...]:
     """Sequences as microbatches of at most ``tokens`` positions: packed ones balanced by their sums, longest first, padded ones in order.
 
-    Raises ConfigError where a sequence alone is longer.
+    Raises ConfigError, which names the ``option``, where a sequence alone is longer.
     """
     if max(lengths) > tokens:
-        raise ConfigError(f"--micro-batch-tokens {tokens} is less than the longest sequence, {max(lengths)}")
+        raise ConfigError(f"{option} {tokens} is less than the longest sequence, {max(lengths)}")
     if not packing:
         cuts: list[list[int]] = []
         for length in lengths:
@@ -188,6 +190,7 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
         "tokens": replicas * sum(lengths),
         "positions": positions,
         "microbatches": [list(micro) for micro in spec.microbatches],
+        "score_microbatches": [list(micro) for micro in spec.score_microbatches],
         "flops": {"of": FLOPS, "forward": forward, "token": flops_of_token(model)},
         "matmul_tflops": floor,
         "peak_tflops": peak,
@@ -209,7 +212,8 @@ def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
         grads_in_fp32=spec.ddp.get("grad_reduce_in_fp32", True),
         distributed_optimizer=spec.ddp.get("use_distributed_optimizer", False),
         offloaded=spec.optimizer.get("optimizer_offload_fraction", 0.0) if spec.optimizer.get("optimizer_cpu_offload") else 0.0,
-        micro_batch_tokens=max(sum(micro) if spec.packing else len(micro) * max(micro) for micro in spec.microbatches),
+        micro_batch_tokens=_most_positions(spec.microbatches, packing=spec.packing),
+        scoring_tokens=_most_positions(spec.score_microbatches, packing=spec.packing),
         num_microbatches=len(spec.microbatches),
         chunk_tokens=CHUNK_TOKENS if spec.chunk_tokens is None else spec.chunk_tokens,
         sequence_parallel=bool(switches.get("sequence_parallel")),
@@ -221,6 +225,10 @@ def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
     fullest = max(training_memory(model_of(spec.config), spec.topology, options), key=lambda stage: stage.peak)
     parts = {field.name: getattr(fullest, field.name) for field in fields(fullest)}
     return {"predicted_held_bytes": fullest.kept, "predicted_peak_bytes": fullest.peak, "predicted_bytes": parts}
+
+
+def _most_positions(microbatches: Sequence[Sequence[int]], *, packing: bool) -> int:
+    return max(sum(micro) if packing else len(micro) * max(micro) for micro in microbatches)
 
 
 _SHARES = ("share_of_matmul", "share_of_peak", "share_of_peak_with_embedding")

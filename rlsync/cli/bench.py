@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=int, default=8, help="of a step, on each data-parallel replica")
     add("--lengths", default="equal", help="of the sequences: equal; spread, over two powers of ten; or numbers with commas, repeated")
     add("--micro-batch-tokens", type=int, help="most positions of a microbatch, padding counted; default: --sequence-length")
+    add("--score-micro-batch-tokens", type=int, help="the same of scoring passes; default: that of steps")
     add("--packing", action="store_true", help="runner.packing: sequences one after the other instead of padded")
     add("--chunk-tokens", type=int, help="actor.model.logits_chunk_tokens")
     add(
@@ -139,7 +140,9 @@ _OF_OPTIMIZER = ("optimizer_cpu_offload", "optimizer_offload_fraction", "use_pre
 
 def plan_training(arguments: argparse.Namespace, folder: Path) -> training.TrainSpec:
     """All that a bench of training will do. Raises ConfigError for what cannot be, before anything starts."""
-    _check_counts(arguments, "steps", "warmup", "sequences", "sequence-length", "micro-batch-tokens", "chunk-tokens")
+    _check_counts(
+        arguments, "steps", "warmup", "sequences", "sequence-length", "micro-batch-tokens", "score-micro-batch-tokens", "chunk-tokens"
+    )
     axes = sizes(arguments.actor, AXES, "--actor")
     config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     topology, devices = Topology(**axes), _devices()
@@ -160,6 +163,7 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         model_config(config, topology=topology, dtype=torch.bfloat16, overrides=given, is_transformer_engine=layers == "te")
     longest = arguments.sequence_length
     budget = longest if arguments.micro_batch_tokens is None else arguments.micro_batch_tokens
+    scored = budget if arguments.score_micro_batch_tokens is None else arguments.score_micro_batch_tokens
     lengths = training.lengths_of(arguments.lengths, longest, arguments.sequences)
     return training.TrainSpec(
         model=arguments.model,
@@ -171,6 +175,7 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         ddp=ddp,
         optimizer=optimizer,
         microbatches=training.cut(lengths, budget, packing=arguments.packing),
+        score_microbatches=training.cut(lengths, scored, packing=arguments.packing, option="--score-micro-batch-tokens"),
         packing=arguments.packing,
         chunk_tokens=arguments.chunk_tokens,
         steps=arguments.steps,
@@ -195,7 +200,17 @@ _OF_SYNCS = (
     "cuda_graphs",
     "timeout_s",
 )
-_OF_TRAINING = ("sequence_length", "sequences", "lengths", "micro_batch_tokens", "packing", "chunk_tokens", "set", "peak_tflops")
+_OF_TRAINING = (
+    "sequence_length",
+    "sequences",
+    "lengths",
+    "micro_batch_tokens",
+    "score_micro_batch_tokens",
+    "packing",
+    "chunk_tokens",
+    "set",
+    "peak_tflops",
+)
 
 
 def _check_kind(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from rlsync.megatron.parallel import to_device
 
 # Of a microbatch: how many tokens each row of ``tokens`` has.
 LENGTHS = "lengths"
@@ -36,6 +37,7 @@ class Packing:
         rows, length: B and S.
         places: (num_tokens,) int64, for each token in its order in the packed row ``b * S + s``.
         at: (num_tokens,) int64, where it lies in that row.
+        on_device: both once more, on ``compute_device``.
         total: tokens of the packed row; those behind the last sequence are padding, and a sequence of their own.
         bounds: where sequences begin and end in it, each with the padding at its end, from 0 to ``total``.
     """
@@ -44,6 +46,7 @@ class Packing:
     length: int
     places: Tensor
     at: Tensor
+    on_device: tuple[Tensor, Tensor]
     total: int
     bounds: tuple[int, ...]
 
@@ -55,23 +58,30 @@ class Packing:
         bounds = (0, *accumulate(-(-size // multiple) * multiple for _, size in sizes))
         places = torch.cat([torch.arange(row * length, row * length + size) for row, size in sizes])
         at = torch.cat([torch.arange(start, start + size) for start, (_, size) in zip(bounds, sizes, strict=False)])
-        return cls(rows, length, places, at, total, bounds if bounds[-1] == total else (*bounds, total))
+        on_device = to_device(places), to_device(at)
+        return cls(rows, length, places, at, on_device, total, bounds if bounds[-1] == total else (*bounds, total))
 
     def pack(self, padded: Tensor, fill: float = 0) -> Tensor:
         """(B, S, ...) -> (1, total, ...)."""
+        places, at = self._indices(padded.device)
         packed = padded.new_full((self.total, *padded.shape[2:]), fill)
-        packed[self.at.to(padded.device)] = padded.flatten(0, 1)[self.places.to(padded.device)]
+        packed[at] = padded.flatten(0, 1)[places]
         return packed[None]
 
     def unpack(self, packed: Tensor, fill: float = 0) -> Tensor:
         """(1, total, ...) -> (B, S, ...); differentiable, ``fill`` at padding."""
+        places, at = self._indices(packed.device)
         whole = packed.new_full((self.rows * self.length, *packed.shape[2:]), fill)
-        whole = whole.index_copy(0, self.places.to(packed.device), packed[0, self.at.to(packed.device)])
+        whole = whole.index_copy(0, places, packed[0, at])
         return whole.view(self.rows, self.length, *packed.shape[2:])
 
-    def sequences(self, device: torch.device, *, is_shared: bool = False) -> PackedSequences:
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``places`` and ``at`` on a device. A copy to a GPU at each use would wait for what the GPU was given before."""
+        return (self.places, self.at) if device.type == "cpu" else self.on_device
+
+    def sequences(self, *, is_shared: bool = False) -> PackedSequences:
         """What a GPTModel takes as ``packed_seq_params``: of whole sequences also where they are shared between context-parallel ranks."""
-        bounds = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+        bounds = to_device(torch.tensor(self.bounds, dtype=torch.int32))
         longest = max(end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
         return PackedSequences(
             qkv_format="thd",

@@ -118,6 +118,15 @@ def compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on ``compute_device``. A copy from host memory is enqueued there and not waited for; the original may be changed."""
+    device = compute_device()
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # From other memory than pinned the driver would wait for all that was enqueued before.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def is_first_replica() -> bool:
     """Whether this rank is the first of its data-parallel group, which writes for all."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0

@@ -98,17 +98,17 @@ class Routing:
         Args:
             index: of the microbatch among those of this run.
             tokens: (B, S) as the model gets them on this rank.
-            given: (at most B, at most S, num_layers, topk) experts to take, of integers; ``NO_ROUTE``, and what is not there, is live.
+            given: (at most B, at most S, num_layers, topk) experts to take, of integers, that ``check`` let pass; ``NO_ROUTE``, and what is
+                not there, is live.
             packing: of the tokens, where they are packed; ``given`` is padded all the same.
             share: which of all tokens ``tokens`` are, under context parallelism; ``given`` is of all.
         """
         rows, length = tokens.shape
         length = length if share is None else share.bounds[-1]
         if index not in self._passes:
-            checked = None if given is None else self._checked(given)
-            if checked is not None and packing is not None:
-                checked = packing.pack(checked, NO_ROUTE)
-            self._passes[index] = _Pass(rows, length, checked, packing, share)
+            if given is not None and packing is not None:
+                given = packing.pack(given, NO_ROUTE)
+            self._passes[index] = _Pass(rows, length, given, packing, share)
         self._current = self._passes[index]
         try:
             yield
@@ -128,7 +128,8 @@ class Routing:
             found[:, :, layer] = whole[:rows, :length]
         return found
 
-    def _checked(self, given: Tensor) -> Tensor:
+    def check(self, given: Tensor) -> None:
+        """Raise ConfigError where routes (B, S, layers with experts, topk) cannot be of this model. Waits for the GPU if they are there."""
         if given.shape[2:] != (self.num_layers, self.topk):
             raise ConfigError(
                 f"routes are of {given.size(2)} layers and {given.size(3)} experts a token; the model has {self.num_layers} layers with "
@@ -136,7 +137,6 @@ class Routing:
             )
         if given.numel() and not NO_ROUTE <= int(given.min()) <= int(given.max()) < self.num_experts:
             raise ConfigError(f"routes name experts {int(given.min())} to {int(given.max())}; the model has 0 to {self.num_experts - 1}")
-        return given
 
     def choose(self, layer: int, live: Tensor) -> Tensor:
         """The experts that this rank's tokens of a layer go to, (num_tokens, topk), given those that its router would choose."""

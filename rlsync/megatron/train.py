@@ -31,7 +31,7 @@ from rlsync.megatron.context import Share, sequence_multiple, share_of, total_mu
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.optimizer import rates_of_parts
 from rlsync.megatron.packing import LENGTHS, Packing, check_lengths, packing_refusal
-from rlsync.megatron.parallel import compute_device
+from rlsync.megatron.parallel import compute_device, to_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
 from rlsync.megatron.routes import Routing
 from rlsync.megatron.scores import Scoring, TokenScores
@@ -270,8 +270,11 @@ def _run(
 
     It is given the microbatch, what was found of its targets, and what the last chunk returns: logits where ``how`` is None.
     """
-    if routing is None and any(ROUTES in microbatch for microbatch in microbatches):
-        raise ConfigError("a microbatch has routes, which need the routing of the model to be taken")
+    for microbatch in microbatches:
+        if ROUTES in microbatch:
+            if routing is None:
+                raise ConfigError("a microbatch has routes, which need the routing of the model to be taken")
+            routing.check(microbatch[ROUTES])
     passes = _prepared(models, microbatches, packing=how is not None and how.packing)
     iterators = [iter(passes) for _ in models]
     rows, length = passes[0].tokens.shape
@@ -314,9 +317,9 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
     shapes = [(1, int((-(-m[LENGTHS] // of_each) * of_each).sum())) if packing else tuple(m["tokens"].shape) for m in microbatches]
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
         shapes = [tuple(max(sizes) for sizes in zip(*shapes, strict=True))] * len(shapes)
-    device, passes = compute_device(), []
+    passes = []
     for index, (microbatch, (rows, length)) in enumerate(zip(microbatches, shapes, strict=True)):
-        moved = {name: tensor.to(device) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
+        moved = {name: to_device(tensor) for name, tensor in microbatch.items() if name not in PICTURE_KEYS}
         tokens = microbatch["tokens"]
         length = -(-length // multiple) * multiple
         packed = Packing.of(microbatch, total=length, multiple=of_each) if packing else None
@@ -331,7 +334,7 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
         arguments = _arguments(chunk, tokens, microbatch, packed, share)
         vocab_size = chunk.unpadded_vocab_size
         passes.append(
-            _Passed(moved, given.to(device), targets.to(device), packed, share, arguments, vocab_size, repeated=False, index=index)
+            _Passed(moved, to_device(given), to_device(targets), packed, share, arguments, vocab_size, repeated=False, index=index)
         )
     last = passes[-1]
     filling = replace(last, repeated=True)
@@ -351,14 +354,13 @@ def _check(config: TransformerConfig, microbatches: Sequence[Microbatch], *, pac
 
 def _arguments(chunk: GPTModel, tokens: Tensor, microbatch: Microbatch, packing: Packing | None, share: Share | None) -> Mapping[str, Any]:
     """What the chunks of this rank take beside their tokens; ``tokens`` are all, padded."""
-    device = compute_device()
-    packed = {} if packing is None else {"packed_seq_params": packing.sequences(device, is_shared=share is not None)}
+    packed = {} if packing is None else {"packed_seq_params": packing.sequences(is_shared=share is not None)}
     if isinstance(chunk, VisionLanguageModel):
         return {**chunk.arguments(tokens, microbatch, packing, share), **packed}
     refuse_pictures(microbatch)
-    positions = torch.arange(tokens.size(1), device=device).expand_as(tokens)
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     positions = positions if packing is None else packing.pack(positions)
-    return {"position_ids": positions if share is None else share.own(positions, 1), **packed}
+    return {"position_ids": to_device(positions if share is None else share.own(positions, 1)), **packed}
 
 
 def _padded_count(models: Sequence[torch.nn.Module], count: int) -> int:
@@ -377,7 +379,7 @@ def _summed(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     sums = torch.zeros(len(names[0]), dtype=torch.float32, device=compute_device())
     if last_stage:
         for index, name in enumerate(names[0]):
-            sums[index] = sum(metrics[name].float() for metrics in collected if name in metrics)
+            sums[index] = torch.stack([metrics[name] for metrics in collected if name in metrics]).sum()
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     _broadcast_from_last_stage(sums)
     return dict(zip(names[0], sums.tolist(), strict=True))

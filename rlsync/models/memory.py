@@ -38,6 +38,7 @@ class TrainingOptions:
         frozen: parts of the model that are not trained.
         lora: adapters, which alone are trained then.
         micro_batch_tokens: positions of a micro-batch of one data-parallel replica, padding counted.
+        scoring_tokens: positions of a micro-batch that is scored without gradients; 0 where nothing is.
         num_microbatches: of an optimizer update on one replica.
         chunk_tokens: positions whose logits exist at once.
         sequence_parallel: Megatron's.
@@ -55,6 +56,7 @@ class TrainingOptions:
     frozen: Set[Part] = frozenset()
     lora: LoraSpec | None = None
     micro_batch_tokens: int
+    scoring_tokens: int = 0
     num_microbatches: int = 1
     chunk_tokens: int = CHUNK_TOKENS
     sequence_parallel: bool = False
@@ -73,6 +75,7 @@ class TrainingMemory:
         activations: kept for the backward pass by all micro-batches in flight.
         logits: of a chunk of tokens, their temporaries, and the gradient of the head.
         step: temporaries of the optimizer's step, when there are neither activations nor logits.
+        scoring: of a pass without gradients, at most: what a layer holds, and the logits.
     """
 
     weights: int
@@ -81,6 +84,7 @@ class TrainingMemory:
     activations: int
     logits: int
     step: int
+    scoring: int
 
     @property
     def kept(self) -> int:
@@ -90,7 +94,7 @@ class TrainingMemory:
     @property
     def peak(self) -> int:
         """In a step."""
-        return self.kept + max(self.activations + self.logits, self.step)
+        return self.kept + max(self.activations + self.logits, self.step, self.scoring)
 
 
 def training_memory(model: Model, topology: Topology, options: TrainingOptions) -> tuple[TrainingMemory, ...]:
@@ -115,6 +119,7 @@ def training_memory(model: Model, topology: Topology, options: TrainingOptions) 
                 activations=_activations(model, topology, stage, options),
                 logits=_logits(model, topology, options) if stage == topology.pp_size - 1 else 0,
                 step=round(step * (1 - options.offloaded)),
+                scoring=_scoring(model, topology, stage, options),
             )
         )
     return tuple(found)
@@ -161,9 +166,7 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
     """Of the most micro-batches that a stage has in flight."""
     tokens = -(-options.micro_batch_tokens // topology.cp_size)
     item = DTYPE_BYTES[options.dtype]
-    sparse = set(sparse_layers(model.num_layers, model.transformer["moe_layer_freq"])) if "num_experts" in model.dims else set()
-    chunks = [topology.layers_of(model.num_layers, stage, chunk) for chunk in range(topology.vpp_size)]
-    cost = [[_layer(model, topology, options, layer in sparse) for layer in chunk] for chunk in chunks]
+    cost = _layers(model, topology, stage, options)
     hidden = model.dims["hidden"] / (topology.tp_size if options.sequence_parallel else 1)
     kept = [_kept(layers, hidden, options) for layers in cost]
     working = max((max(layers) for layers in cost if layers), default=0.0) if options.recompute == "full" else 0.0
@@ -175,6 +178,29 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
         beside += 2 * hidden + model.dims["hidden"]
     in_flight = _in_flight(topology, stage, options.num_microbatches) / topology.vpp_size
     return round(tokens * item * (sum(kept) * in_flight + working + beside))
+
+
+def _layers(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> list[list[float]]:
+    """``_layer`` of each layer of each virtual chunk of a stage."""
+    sparse = set(sparse_layers(model.num_layers, model.transformer["moe_layer_freq"])) if "num_experts" in model.dims else set()
+    chunks = [topology.layers_of(model.num_layers, stage, chunk) for chunk in range(topology.vpp_size)]
+    return [[_layer(model, topology, options, layer in sparse) for layer in chunk] for chunk in chunks]
+
+
+def _scoring(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> int:
+    """Of a forward pass without gradients: all that a layer would keep, the hidden states around it, and on the last stage logits."""
+    tokens = -(-options.scoring_tokens // topology.cp_size)
+    if not tokens:
+        return 0
+    item, dims = DTYPE_BYTES[options.dtype], model.dims
+    layer = max((cost for chunk in _layers(model, topology, stage, options) for cost in chunk), default=0.0)
+    held = round(tokens * item * (layer + 2 * dims["hidden"]))
+    if stage != topology.pp_size - 1:
+        return held
+    rows = min(tokens, options.chunk_tokens)
+    columns = model.padded_vocab(topology.tp_size, options.make_vocab_size_divisible_by) // topology.tp_size
+    logits = tokens * item * 2 * dims["hidden"] + rows * columns * item + min(_PIECE_BYTES, 3 * 4 * rows * columns)
+    return max(held, logits)
 
 
 def _in_flight(topology: Topology, stage: int, num_microbatches: int) -> int:

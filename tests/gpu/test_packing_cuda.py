@@ -1,5 +1,5 @@
 """Packed sequences, chunked logits and sequences shared between GPUs in bf16, under TransformerEngine's layers where it is installed: as
-padded and whole ones."""
+padded and whole ones, and without more waits for the GPU."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def test_one_gpu_computes_the_same_of_packed_sequences_and_with_fused_kernels(tm
 def test_experts_and_latent_attention_do_so(tmp_path, family):
     folder = save_tiny_model(tmp_path / "hf", family, **(LATENT_SIZES if family == "moonlight" else SIZES))
     run(1, folder, {"how": {"packing": True, "chunk_tokens": 64}})
+
+
+@pytest.mark.gpu(1)
+def test_passes_wait_for_the_gpu_no_oftener_with_more_microbatches(tmp_path):
+    """Packed too, where an index that has to be copied for every microbatch would make the host wait."""
+    folder = save_tiny_model(tmp_path / "hf", "qwen2", tied=True, **SIZES)
+    hows = [{}, {"packing": True}]
+    (output,) = run_ranks(1, RANKS, "waits_do_not_grow_with_microbatches", hows=hows, folder=str(folder))
+    print(output)
+    assert output.count("ASKED NOTHING") == len(hows), output
 
 
 @pytest.mark.gpu(2)

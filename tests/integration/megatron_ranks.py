@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from rlsync.megatron.train import StepResult, token_scores, train_step
 from rlsync.models.lora import LoraSpec
 from tests.models import VOCAB_SIZE
 from tests.vision_models import collated
+from workers.algorithms import PolicyLossOptions
+from workers.grpo_actor import PolicyObjective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -327,6 +330,54 @@ def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> 
         for without, with_switches, least in zip(plain, switched, (1e-6, 0.002 * abs(loss_exact), 0.01 * norm_exact), strict=True):
             assert with_switches < 1.3 * without + least, (case, plain, switched)
         print(f"AGREED {case}", flush=True)
+
+
+def waits_do_not_grow_with_microbatches(hows: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """The host waits for the GPU as often in a step of six microbatches as in one of two, and never in a scoring pass.
+
+    Counted are the waits that torch knows of, of passes whose shapes have been seen, with the loss of GRPO.
+    """
+    generator, objective = torch.Generator().manual_seed(2), PolicyObjective(PolicyLossOptions(early_stop_imp_ratio=9.0), 100, True)
+    options = {"optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "precision": "bf16", "topology": {}, "overrides": {}}
+    actor = Actor(folder, {**options, "cut": [4], "ddp": {"use_distributed_optimizer": True}})
+    torch.use_deterministic_algorithms(False)
+    microbatches = []
+    for _ in range(6):
+        lengths = torch.randint(2, 65, (4,), generator=generator)
+        tokens = torch.randint(1, VOCAB_SIZE, (4, 64), generator=generator)
+        mask = (torch.arange(64) < lengths[:, None]) & (torch.arange(64) > 0)
+        of_each = {"old_logprobs": -5.0 * mask, "advantages": torch.randn(4, 1, generator=generator)}
+        microbatches.append({"tokens": tokens, "lengths": lengths, "mask": mask, **of_each})
+
+    def waits(action: Callable[..., Any], count: int) -> int:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                action(microbatches[:count])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found = [f"{entry.filename}:{entry.lineno}" for entry in said if "synchroniz" in str(entry.message)]
+        print(f"WAITS {action.__name__} of {count}: {len(found)} {sorted(set(found))}", flush=True)
+        return len(found)
+
+    for how in hows:
+
+        def train(given: Sequence[Mapping[str, torch.Tensor]]) -> None:
+            train_step(actor.models, actor.optimizer, given, objective, **how)  # noqa: B023
+
+        def score(given: Sequence[Mapping[str, torch.Tensor]]) -> None:
+            token_scores(actor.models, given, **how)  # noqa: B023
+
+        for _ in range(2):
+            train(microbatches)
+            score(microbatches)
+        torch.cuda.synchronize()
+        assert waits(score, 2) == waits(score, 6) == 0, how
+        assert 0 < waits(train, 2) == waits(train, 6), how
+        assert waits(lambda given: [m["tokens"].cuda().sum().item() for m in given], 6) >= 6, "control: it counts"
+        print(f"ASKED NOTHING {how}", flush=True)
+    destroy_parallel()
 
 
 class _Largest(TorchDispatchMode):

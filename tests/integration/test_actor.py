@@ -24,7 +24,9 @@ PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 KL = {"kl_beta": 0.3, "kl_penalty_type": "low_var_kl"}
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 40}
+PACKED = {**DYNAMIC, "packing": True}
 SEEING_DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 80}
+MANY = {"logprob_forward_max_tokens": 100}
 EARLY = {"early_scoring_prompts": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -60,7 +62,7 @@ def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
         {},
         {"algorithm": {"training_batch_size_per_gpu": 8, "n_minibatches": 1, "loss_agg_func": "seq-mean-token-sum"}},
         {"runner": DYNAMIC, "algorithm": {"loss_agg_func": "seq-mean-token-mean", "calculate_entropy": True}},
-        {"runner": {**DYNAMIC, "packing": True}, "actor.model": {"logits_chunk_tokens": 7}, "algorithm": {**KL, "entropy_bonus": 0.02}},
+        {"runner": PACKED, "actor.model": {"logits_chunk_tokens": 7}, "algorithm": {**KL, **MANY, "entropy_bonus": 0.02}},
         {"algorithm": {**KL, "entropy_bonus": 0.02, "training_batch_size_per_gpu": 1}},
         {"algorithm": {**KL, "kl_penalty_type": "k1", "shuffle_rollout": True}},
         {"algorithm": {**KL, "kl_penalty_type": "k2"}},
@@ -78,11 +80,11 @@ def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
         {**qwen2_5_vl, "actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "shuffle_rollout": True}},
         {**qwen3_vl, "actor.model": PP2, "runner": SEEING_DYNAMIC, "algorithm": {**KL}},
         {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
-        {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
+        {"actor.model": PP2, "runner": PACKED, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
         {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}},
-        {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
-        {"actor.model": CP2, "runner": {**DYNAMIC, "packing": True}, "algorithm": {**KL, "entropy_bonus": 0.02, **EARLY}},
+        {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, **MANY, **EARLY, "shuffle_rollout": True}},
+        {"actor.model": CP2, "runner": PACKED, "algorithm": {**KL, "entropy_bonus": 0.02, **EARLY}},
         {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean", "early_scoring_prompts": 2}},
         {"actor.optim": {"use_distributed_optimizer": False}, "algorithm": {"recompute_logprobs": False}},
     )  # fmt: skip

@@ -94,6 +94,7 @@ def test_a_bench_of_training_measures_packed_steps(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
     words = ["--model", "tiny", "--train", "--set", "overlap_grad_reduce=True", "--sequence-length", "64"]
     words += ["--lengths", "spread", "--sequences", "5", "--packing", "--chunk-tokens", "32", "--steps", "2", "--warmup", "1"]
+    words += ["--score-micro-batch-tokens", "128"]
     done = subprocess.run(
         [sys.executable, "-m", "rlsync.cli", "bench", *words, "--deadline-s", "700", "--out", str(tmp_path)],
         capture_output=True, text=True, timeout=HANG_S, env={**os.environ, "PYTHONPATH": path},
@@ -101,6 +102,7 @@ def test_a_bench_of_training_measures_packed_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["tokens"] == found["positions"] == sum(map(sum, found["microbatches"]))
+    assert len(found["score_microbatches"]) == 1 < len(found["microbatches"])
     assert len(found["found"]["train_s"]) == len(found["found"]["score_s"]) == 2
     assert len(found["found"]["ranks"]) == 1
     assert found["found"]["losses"][1] < found["found"]["losses"][0], "the same sequences, step after step"

@@ -256,6 +256,15 @@ def test_an_exploding_micro_batch_is_stopped_with_a_zero_gradient() -> None:
     assert calm.numerator.item() != 0.0 and calm.sums.means()["early_stopped"] == 0.0
 
 
+def test_the_loss_asks_a_gpu_for_nothing() -> None:
+    """A host that asks for a number waits for all that it enqueued. Tensors of the meta device have none to give."""
+    data = {name: value.to("meta") for name, value in batch().items()}
+    loss = loss_of(data, replace(OPTIONS, early_stop_imp_ratio=5.0, clip_ratio_c=3.0))
+    assert {value.device.type for value in (loss.numerator, *loss.sums.terms.values())} == {"meta"}
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.sums.means()
+
+
 def test_log_ratio_clamp_bounds_the_ratio() -> None:
     options = PolicyLossOptions(clip_log_ratio_min=-0.1, clip_log_ratio_max=0.1)
     one = torch.ones(1, 2)

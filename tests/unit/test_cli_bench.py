@@ -257,6 +257,7 @@ def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: 
         (["--set", "fused"], "--set 'fused': write NAME=VALUE"),
         (["--lengths", "5,9000"], "write equal, spread, or numbers from 2 to --sequence-length 4096"),
         (["--micro-batch-tokens", "100"], "--micro-batch-tokens 100 is less than the longest sequence, 4096"),
+        (["--score-micro-batch-tokens", "100"], "--score-micro-batch-tokens 100 is less than the longest sequence, 4096"),
         (["--sequences", "0"], "--sequences is 0; it must be at least 1"),
         (["--actor", "pp=3"], "4 layers cannot be split over pp_size 3"),
     ],

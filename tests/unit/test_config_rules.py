@@ -147,6 +147,7 @@ def test_where_initial_weights_may_come_from(
         ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
+        ({"algorithm": {"logprob_forward_max_tokens": 8}}, "algorithm.logprob_forward_max_tokens (8) must be at least runner.seq_length"),
         ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
         (
             {

@@ -38,7 +38,7 @@ def test_padding_behind_the_last_sequence_is_a_sequence_of_its_own() -> None:
     packing, _ = packed(10)
     assert packing.bounds == (0, 3, 7, 10)
     assert packing.pack(TOKENS, fill=-1).tolist() == [[1, 2, 3, 4, 5, 6, 7, -1, -1, -1]]
-    told = packing.sequences(torch.device("cpu"))
+    told = packing.sequences()
     assert (told.qkv_format, told.cu_seqlens_q.tolist(), told.cu_seqlens_q.dtype) == ("thd", [0, 3, 7, 10], torch.int32)
     assert (told.max_seqlen_q, told.max_seqlen_kv) == (4, 4)
     assert packing.unpack(torch.arange(10)[None], fill=9).tolist() == [[0, 1, 2, 9], [9] * 4, [3, 4, 5, 6]]

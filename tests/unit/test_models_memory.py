@@ -64,6 +64,13 @@ def test_every_way_to_save_memory_saves_what_it_is_for() -> None:
     assert chunks.logits < 2 * plain.logits * CHUNK / 4096
 
 
+def test_scored_micro_batches_count_where_they_take_more_than_trained_ones() -> None:
+    (trained,), (as_large,), (larger,) = (memory("qwen2.5-7b", scoring_tokens=tokens) for tokens in (0, 4 * 4096, 64 * 4096))
+    assert trained.peak == as_large.peak < larger.peak == larger.kept + larger.scoring
+    first, last = memory("qwen2.5-7b", Topology(pp_size=2), scoring_tokens=4096)
+    assert 0 < first.scoring < last.scoring, "logits are on the last stage"
+
+
 def test_earlier_stages_keep_more_micro_batches_and_the_last_has_the_logits() -> None:
     stages = memory("qwen2.5-7b", Topology(pp_size=4))
     assert [stage.logits > 0 for stage in stages] == [False, False, False, True]

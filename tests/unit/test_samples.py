@@ -18,6 +18,7 @@ from workers.samples import (
     collate,
     micro_batches_by_tokens,
     mini_batches,
+    scoring_cuts,
     split_by_length,
     split_samples,
     with_advantages,
@@ -99,8 +100,19 @@ def test_a_share_can_be_cut_anew_in_the_order_of_its_updates() -> None:
     (share,) = split_samples([sample(2, 2, number=i) for i in range(8)], dp_size=1, num_updates=2, micro_batch_size=3, shuffle_seed=4)
     order = [s.prompt_ids[0] for s in share.samples]
     assert [n for update in numbers(share) for micro in update for n in micro] == order
-    assert [[s.prompt_ids[0] for s in cut] for cut in share.cuts(5)] == [order[:5], order[5:]]
-    assert [len(cut) for cut in share.cuts(None)] == [3, 1, 3, 1]
+    assert scoring_cuts([share], size=5) == [[[0, 1, 2, 3, 4], [5, 6, 7]]]
+    assert scoring_cuts([share]) == [[[0, 1, 2], [3], [4, 5, 6], [7]]]
+
+
+def test_replicas_score_in_as_many_microbatches_whose_tokens_are_bounded() -> None:
+    """Passes of experts and gathered parameters are collective over replicas, and one has ten times the tokens of the other."""
+    samples = [sample(2, 38 if i < 4 else 2, number=i) for i in range(8)]
+    batches = split_samples(samples, dp_size=2, num_updates=1, micro_batch_size=1)
+    long, short = scoring_cuts(batches, max_tokens=80)
+    assert len(long) == len(short) == 2, "in place of four of one sample each"
+    for batch, cuts in zip(batches, (long, short), strict=True):
+        assert sorted(index for cut in cuts for index in cut) == list(range(4))
+        assert all(sum(batch.samples[index].length for index in cut) <= 80 for cut in cuts)
 
 
 def test_collate_puts_scores_where_their_tokens_are() -> None:

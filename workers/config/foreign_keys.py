@@ -202,6 +202,7 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "algorithm.training_batch_size_per_gpu",
     "log_prob_micro_batch_size_per_gpu": "algorithm.logprob_forward_micro_batch_size",
     "ppo_max_token_len_per_gpu": "runner.max_tokens_per_mbs",
+    "log_prob_max_token_len_per_gpu": "algorithm.logprob_forward_max_tokens",
     "use_dynamic_bsz": "runner.enable_dynamic_batch_size",
     "use_remove_padding": "runner.packing",
     "packing": "runner.packing",

@@ -149,6 +149,9 @@ def _grpo_lengths(config: RunConfig) -> Iterator[str]:
     runner = config.runner
     if runner.seq_length <= config.data.max_prompt_length:
         yield (f"runner.seq_length ({runner.seq_length}) must be greater than data.max_prompt_length ({config.data.max_prompt_length})")
+    scored = config.algorithm.logprob_forward_max_tokens
+    if scored is not None and scored < runner.seq_length:
+        yield f"algorithm.logprob_forward_max_tokens ({scored}) must be at least runner.seq_length ({runner.seq_length})"
     new = config.algorithm.sampling_params.max_new_tokens
     if new is not None and new > 0 and config.data.max_prompt_length + new > max(runner.seq_length, config.data.max_prompt_length + 1):
         yield (
