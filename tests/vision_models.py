@@ -45,8 +45,8 @@ def tiny_vision_config(family: str, *, tied: bool = False, **text: Any) -> Pretr
     """Config of a tiny model of ``family`` (one of FAMILIES or MOE_FAMILIES); ``text`` replaces fields of its language model."""
     if family == "qwen2_5_vl":
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-        # Windows of 2 x 2 tokens, so that pictures of a few tokens have several.
-        tower = {**_TOWER, "depth": 2, "window_size": 56, "fullatt_block_indexes": [1]}
+        # Windows of 2 x 2 tokens, so that pictures of a few tokens have several; and as in released models, columns that fill no tile.
+        tower = {**_TOWER, "depth": 2, "intermediate_size": 100, "window_size": 56, "fullatt_block_indexes": [1]}
         return Qwen2_5_VLConfig(
             text_config={**_TEXT, "rope_parameters": rope, **text}, vision_config=tower, tie_word_embeddings=tied, **_IDS
         )

@@ -7,13 +7,10 @@ backward passes (pipelines) and be computed again (recomputation).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -26,6 +23,7 @@ from rlsync.megatron.context import Share
 from rlsync.megatron.packing import Packing
 from rlsync.megatron.parallel import compute_device
 from rlsync.megatron.pictures import Pictures, check_pictures, places_of, positions_of
+from rlsync.megatron.tower import build_tower
 
 
 class MultimodalRotary(torch.nn.Module):
@@ -67,22 +65,6 @@ class PictureLayer(TransformerLayer):
         # Schedules that free outputs refuse views.
         hidden_states = make_viewless_tensor(added, requires_grad=added.requires_grad, keep_graph=True)
         return hidden_states, context if index + 1 < context.size(0) else None
-
-
-class PatchProjection(torch.nn.Module):
-    """A convolution whose patches do not overlap, with its parameters, as the matrix product that it is.
-
-    On one CPU core it takes a fifth to a twelfth of the time of torch's Conv3d in float32, and a ninetieth in bfloat16.
-    """
-
-    def __init__(self, convolution: torch.nn.Conv3d) -> None:
-        super().__init__()
-        assert convolution.kernel_size == convolution.stride, "patches overlap"
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(N, out_channels) of N patches, each of the shape of the kernel."""
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 class VisionLanguageModel(GPTModel):
@@ -181,66 +163,8 @@ class VisionLanguageModel(GPTModel):
         return Pictures(torch.zeros(side**2, self.vision.patch_dim), torch.tensor([[1, side, side]]), nowhere, nowhere)
 
 
-# "flash" in the name has transformers' towers hand over whole batches and the ends of their sequences, and not one sequence at a time.
-ATTENTION = "rlsync_flash_pictures"
-
-
-def attend_within_pictures(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None = None,
-    *,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a vision tower, in which a patch sees those of its picture or of its window, as transformers' AttentionInterface has it.
-
-    In half precision on a GPU it is one kernel for all sequences; elsewhere it is one call for each run of sequences that are equally
-    long. One call a sequence, as transformers' ``sdpa`` makes, leaves a GPU idle: a window has 64 patches. Not collective.
-
-    Args:
-        query, key, value: (1, heads, patches, head size).
-        attention_mask: None: nothing within a sequence is masked.
-        scaling: of the products of queries and keys.
-        cu_seq_lens_q: (sequences + 1,) int32, where sequences begin and the last one ends.
-        max_length_q: patches of the longest.
-
-    Returns:
-        (1, patches, heads, head size) in the dtype of ``query``, and None in the place of weights.
-    """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not torch.are_deterministic_algorithms_enabled():
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = cu_seq_lens_q.to(torch.int32)
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        found = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)
-        assert isinstance(found, Tensor)
-        return found[None], None
-    begin, done = 0, []
-    for length, group in itertools.groupby(cu_seq_lens_q.diff().tolist()):
-        end = begin + length * len(list(group))
-        # (sequences, heads, length, head size)
-        q, k, v = (tensor[0, :, begin:end].unflatten(1, (-1, length)).transpose(0, 1) for tensor in (query, key, value))
-        done.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-        begin = end
-    return torch.cat(done)[None], None
-
-
 def _build_tower(vision: VisionConfig, config: TransformerConfig) -> torch.nn.Module:
-    from transformers import AttentionInterface  # not at the top: text does without, and it takes a second
-
-    AttentionInterface.register(ATTENTION, attend_within_pictures)
-    module, name = vision.model.tower.split(":")
-    tower_class: Any = getattr(import_module(module), name)
-    with torch.device(compute_device()):
-        visual: Any = tower_class._from_config(vision.tower, dtype=config.params_dtype, attn_implementation="sdpa")
-    # Named when a tower is built, transformers would look for a package of that name.
-    visual.config._attn_implementation = ATTENTION
-    visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    visual = build_tower(vision.model.tower, vision.tower, dtype=config.params_dtype, device=compute_device())
     if config.recompute_granularity == "full":
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in visual.parameters():

@@ -8,10 +8,10 @@ import torch
 from rlsync.errors import ConfigError
 from rlsync.megatron.context import Share
 from rlsync.megatron.pictures import axes_of_frequencies, check_pictures, places_of, positions_of
-from rlsync.megatron.vision import MultimodalRotary, PatchProjection
+from rlsync.megatron.vision import MultimodalRotary
 from rlsync.models import model_of
 from rlsync.models.stacks import Vision
-from tests.vision_models import IMAGE, VIDEO, collated, hf_inputs, picture, processed, row, tiny_vision_config, tiny_vision_model
+from tests.vision_models import IMAGE, VIDEO, collated, hf_inputs, row, tiny_vision_config, tiny_vision_model
 
 ARCHITECTURES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
 BATCHES = {
@@ -107,14 +107,3 @@ def _vision(config) -> Vision:
     vision = model_of({**config.to_dict(), "architectures": [ARCHITECTURES[config.model_type]]}).vision
     assert vision is not None
     return vision
-
-
-def test_patches_are_projected_as_by_the_convolution(family):
-    """With its parameters, under its names."""
-    config = tiny_vision_config(family)
-    model = tiny_vision_model(family, num_hidden_layers=2).model.visual.patch_embed
-    patches, _ = processed(config, [picture(112, 84, seed=1), picture(56, 56, seed=2)])
-    names, convolved = list(model.state_dict()), model(patches)
-    model.proj = PatchProjection(model.proj)
-    assert list(model.state_dict()) == names
-    torch.testing.assert_close(model(patches), convolved, rtol=1e-5, atol=1e-4)
