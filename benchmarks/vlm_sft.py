@@ -37,9 +37,10 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int, int, bool], tuple[int, int
 }
 
 
-def make_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL's shapes, with the token ids of the tokenizer of drawn pictures."""
-    (hidden, ffn, layers, heads, groups, vocabulary, tied), (width, tower_ffn, depth, tower_heads) = SIZES[size]
+def make_config(size: str, tokenizer: Any, num_layers: int | None) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL's shapes, with ``num_layers`` language layers (None: all), and the token ids of the tokenizer of drawn pictures."""
+    (hidden, ffn, whole, heads, groups, vocabulary, tied), (width, tower_ffn, depth, tower_heads) = SIZES[size]
+    layers = whole if num_layers is None else num_layers
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for name, token in (
@@ -65,10 +66,10 @@ def make_config(size: str, tokenizer: Any) -> Qwen2_5_VLConfig:
     )  # fmt: skip
 
 
-def make_folder(folder: Path, size: str) -> Qwen2_5_VLConfig:
+def make_folder(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLConfig:
     """config.json, random bf16 weights, tokenizer and processor."""
     tokenizer = make_vision_tokenizer()
-    config = make_config(size, tokenizer)
+    config = make_config(size, tokenizer, num_layers)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -112,6 +113,7 @@ def flops_a_row(config: Qwen2_5_VLConfig, tokens: float, side: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="3b")
+    parser.add_argument("--num-layers", type=int, help="of the language model, where the whole has no room")
     parser.add_argument("--gpus", type=int, default=2, help="0: one process on the CPU")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--layers", choices=("te", "local"), default="te")
@@ -127,10 +129,11 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = a.folder or Path(name)
-        model, data = root / f"model-{a.size}", root / f"rows-{a.side}-{a.answer}"
+        model = root / f"model-{a.size}{'' if a.num_layers is None else f'-{a.num_layers}'}"
+        data = root / f"rows-{a.side}-{a.answer}"
         if not model.exists():
             began = time.monotonic()
-            make_folder(model, a.size)
+            make_folder(model, a.size, a.num_layers)
             print(f"model made in {time.monotonic() - began:.0f} s", flush=True)
         rows = data / "rows.jsonl" if data.exists() else make_rows(data, side=a.side, answer=a.answer, count=max(64, 2 * a.rows))
         found = _run(a, model, rows, Path(name))
@@ -189,7 +192,8 @@ def _run(a: argparse.Namespace, model: Path, rows: Path, root: Path) -> dict[str
     flops = a.rows * flops_a_row(config, tokens / a.rows, a.side)
     return {
         "command": " ".join(["python -m benchmarks.vlm_sft", *sys.argv[1:]]),
-        "size": a.size, "layers": a.layers, "gpus": a.gpus, "steps": len(lines), "step_s": step_s,
+        "size": a.size, "num_layers": config.text_config.num_hidden_layers,
+        "layers": a.layers, "gpus": a.gpus, "steps": len(lines), "step_s": step_s,
         "tokens_a_row": tokens / a.rows, "tokens_a_second": tokens / step_s, "tokens_a_second_and_gpu": tokens / step_s / max(1, a.gpus),
         "share_of_peak": flops / step_s / (max(1, a.gpus) * PEAK_FLOPS), "data_wait_share": median["time/data_wait"] / step_s,
         "syncs": syncs,
