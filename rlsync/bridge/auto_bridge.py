@@ -34,6 +34,7 @@ from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_f
 from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
+from rlsync.layout.safetensors import StoredTensor
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
@@ -86,6 +87,23 @@ class _Export:
     files: Mapping[str, FileTensor]
 
 
+@dataclass(frozen=True)
+class _Save:
+    """Content of the weight files of a save: tensors in ``held`` are copies of this rank's own parameters, others come by ``plan``.
+
+    Attributes:
+        specs: by file, all tensors in it.
+        files: by file, those that ranks have.
+        kept: those that no rank has, in the folder of the bridge.
+    """
+
+    specs: Mapping[str, Sequence[TensorSpec]]
+    files: Mapping[str, tuple[FileTensor, ...]]
+    held: Mapping[str, Sequence[Copy]]
+    kept: Mapping[str, StoredTensor]
+    plan: Plan
+
+
 class AutoBridge:
     """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`.
 
@@ -105,6 +123,7 @@ class AutoBridge:
         self._divisor = make_vocab_size_divisible_by
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
         self._export: tuple[tuple[Placement, ...], int, _Export] | None = None
+        self._save: tuple[tuple[Placement, ...], int, _Save] | None = None
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
@@ -386,35 +405,43 @@ class AutoBridge:
         writes = DirectWrites(durable=durable) if writes is None else writes
         with agreed(device=compute_device()):
             shards = self.shards(models)
-            per_rank = -(-sum(t.nbytes for t in shards.tensors) // dist.get_world_size())
-            stored, kept = self._form.file_tensors(self.model, shards.tensors), kept_tensors(self.model, self._folder)
-            held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
-            written = [file.spec for file in stored] + [entry.spec for entry in kept.values()]
-            specs = shard_files(written, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
-            files = {name: tuple(by_name[spec.name] for spec in group if spec.name in by_name) for name, group in specs.items()}
-            plan = build_plan(
-                _interleaved(files, shards.tensors, dist.get_world_size()),
-                shards.placements,
-                [file_placement(name, _without(group, held)) for name, group in files.items()],
-                bucket_bytes=EXPORT_BUCKET_BYTES,
-            )
+            save = self._planned_save(shards, max_shard_bytes)
             small_files = self._small_files(out_dir) if rank == 0 else ()
         megatron_model.gather_parameters(models)
         # Not before every rank has come so far: this removes the older weights.
         with agreed(device=compute_device()):
             if rank == 0:
                 prepare_folder(out_dir)
-        writer_ranks = [i % dist.get_world_size() for i in range(len(files))]
+        writer_ranks = [i % dist.get_world_size() for i in range(len(save.files))]
         buffers = _as_exported(shards)
-        exchange = Exchange(plan, buffers, device=compute_device(), destination_ranks=writer_ranks)
-        mine = {name: tensors for (name, tensors), writer in zip(files.items(), writer_ranks, strict=True) if writer == rank}
+        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=writer_ranks)
+        mine = [name for name, writer in zip(save.files, writer_ranks, strict=True) if writer == rank]
         with agreed(device=compute_device()):
-            writing = {name: specs[name] for name in mine}
-            _write_files(out_dir, writing, mine, MappedTensors(kept), len(files), exchange, plan, held, buffers, writes)
+            _write_files(out_dir, save, mine, exchange, buffers, writes)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
-                write_index(out_dir, specs, durable=durable)
+                write_index(out_dir, save.specs, durable=durable)
+
+    def _planned_save(self, shards: Shards, max_shard_bytes: int) -> _Save:
+        """What :meth:`save_weights` writes; the same for all calls with such shards, so made once: of 18,000 tensors it takes seconds."""
+        kept, made = kept_tensors(self.model, self._folder), self._save
+        if made is None or made[0] is not shards.placements or made[1] != max_shard_bytes or made[2].kept != kept:
+            num_writers = dist.get_world_size()
+            per_rank = -(-sum(t.nbytes for t in shards.tensors) // num_writers)
+            stored = self._form.file_tensors(self.model, shards.tensors)
+            held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
+            written = [file.spec for file in stored] + [entry.spec for entry in kept.values()]
+            specs = shard_files(written, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
+            files = {name: tuple(by_name[spec.name] for spec in group if spec.name in by_name) for name, group in specs.items()}
+            plan = build_plan(
+                _interleaved(files, shards.tensors, num_writers),
+                shards.placements,
+                [file_placement(name, _without(group, held)) for name, group in files.items()],
+                bucket_bytes=EXPORT_BUCKET_BYTES,
+            )
+            made = self._save = shards.placements, max_shard_bytes, _Save(specs, files, held, kept, plan)
+        return made[2]
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
         """What :meth:`save_weights` copies, as paths in the folder the bridge was made from."""
@@ -527,50 +554,41 @@ def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[Te
 
 
 def _write_files(
-    out_dir: Path,
-    writing: Mapping[str, Sequence[TensorSpec]],
-    mine: Mapping[str, Sequence[FileTensor]],
-    kept: MappedTensors,
-    num_files: int,
-    exchange: Exchange,
-    plan: Plan,
-    held: Mapping[str, Sequence[Copy]],
-    buffers: Mapping[str, torch.Tensor],
-    writes: Writes,
+    out_dir: Path, save: _Save, mine: Sequence[str], exchange: Exchange, buffers: Mapping[str, torch.Tensor], writes: Writes
 ) -> None:
-    """Write this rank's files: tensors in ``kept`` from there, those in ``held`` from its own ``buffers``, others as they arrive. A failed
-    write is raised at the end.
+    """Write the files ``mine``: tensors that are kept from where they are, those that every rank holds from this rank's ``buffers``, others
+    as they arrive. A failed write is raised at the end.
 
     Collective: a rank that cannot write still takes part, so that nobody waits for it.
     """
-    owner = {file.spec.name: name for name, group in mine.items() for file in group}
-    files = _by_tensor(file for group in mine.values() for file in group)
-    arriving = _Arriving(files, held)
+    owner = {file.spec.name: name for name in mine for file in save.files[name]}
+    files, kept = _by_tensor(file for name in mine for file in save.files[name]), MappedTensors(save.kept)
+    arriving = _Arriving(files, save.held)
     failure: OSError | None = None
     with ExitStack() as stack:
         writers: dict[str, FileWriter] = {}
         try:
-            for name, specs in writing.items():
-                writers[name] = stack.enter_context(FileWriter(out_dir / name, specs, writes))
+            for name in mine:
+                writers[name] = stack.enter_context(FileWriter(out_dir / name, save.specs[name], writes))
         except OSError as error:
             failure = error
-        for k, bucket in enumerate(plan.buckets):
+        for k, bucket in enumerate(save.plan.buckets):
             arriving.begin(bucket)
-            exchange.deliver(k, [arriving.buffers] * num_files)
+            exchange.deliver(k, [arriving.buffers] * len(save.files))
             for t in bucket.tensors:
                 if t.name not in files:
                     continue
                 stored = files[t.name].spec.name
-                complete = (stored, _in_place(t, held[t.name], buffers)) if t.name in held else arriving.completed(t)
+                complete = (stored, _in_place(t, save.held[t.name], buffers)) if t.name in save.held else arriving.completed(t)
                 try:
                     if complete is not None and failure is None:
                         writers[owner[stored]].write(stored, complete[1])
                 except OSError as error:
                     failure = error
         try:
-            for name, tensor in ((name, spec.name) for name, specs in writing.items() for spec in specs if spec.name in kept):
-                if failure is None:
-                    writers[name].write(tensor, kept[tensor])
+            for file, spec in ((name, spec) for name in mine for spec in save.specs[name]):
+                if failure is None and spec.name in kept:
+                    writers[file].write(spec.name, kept[spec.name])
         except OSError as error:
             failure = error
         if failure is not None:

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import_module(f"{__package__}.{name}").add_arguments(command)
         arguments = parser.parse_args(argv)
         logs.set_up()
+        if not sys.warnoptions:
+            # A dozen lines about fusions that a machine without GPUs lacks, where the command's own few are read.
+            warnings.filterwarnings("ignore", module=r"megatron\.")
         code: int = import_module(f"{__package__}.{arguments.command}").run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -301,6 +302,8 @@ def save_in_another_dtype(folder: str, nan_folder: str, out_dir: str) -> None:
     assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
     bridge.save_weights(models, out_dir, max_shard_bytes=60_000)
     bridge.save_weights(models, out_dir)
+    with patch("rlsync.bridge.auto_bridge.build_plan", side_effect=AssertionError("a second plan for the same files")):
+        bridge.save_weights(models, out_dir)
     Path(out_dir, "adapter.safetensors").touch()
     dist.barrier()
     with pytest.raises(RlsyncError, match=r"adapter\.safetensors"):
