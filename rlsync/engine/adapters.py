@@ -55,8 +55,9 @@ class AdapterSlots:
         if former is not None:
             lora.forget(self._model, former)
         torch._foreach_copy_([tensor[slot : slot + 1] for tensor in self._written], list(self.staging.values()))
-        # Each time: sleep may have left anything there.
-        torch._foreach_zero_([tensor[slot : slot + 1] for tensor in self._others])
+        if self._others:
+            # Each time: sleep may have left anything there.
+            torch._foreach_zero_([tensor[slot : slot + 1] for tensor in self._others])
         self._pending = slot, adapter_id
 
     def commit(self) -> None:

@@ -90,6 +90,12 @@ class Asked:
     def tell_pid(self) -> int:
         return os.getpid()
 
+    def load_adapter(self, folder: str, adapter_id: int) -> None:
+        """vLLM's own way of a PEFT folder into a slot."""
+        from vllm.lora.request import LoRARequest
+
+        self.model_runner.add_lora(LoRARequest("folder", adapter_id, folder))
+
 
 def addresses(engine: Engine) -> list[dict[str, int]]:
     """Of all parameters and buffers of each worker."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rlsync import AutoBridge, SyncConfig, WeightSyncer
 from rlsync.bridge.source import MegatronSource
 from rlsync.engine.handles import PicturePrompt, Prompt
+from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import EngineDirtyError, WeightSyncError
@@ -30,7 +31,7 @@ from rlsync.models.lora import LoraSpec
 from rlsync.sync import SyncReport
 from rlsync.sync.config import LoraSync
 from rlsync.transport.collectives import gather_bytes
-from tests.gpu.engines import KV_CACHE_BYTES, only_gpus
+from tests.gpu.engines import KV_CACHE_BYTES, Asked, only_gpus
 from tests.inspection import inspect_engines
 from tests.integration.engine_source import call_on_fill
 from tests.integration.tiny_engines import await_tokens
@@ -40,9 +41,8 @@ from tests.vision_models import IMAGE, VIDEO
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
 # An engine that takes pictures reads them with its tokenizer.
 SEEING = {"skip_tokenizer_init": False, "max_model_len": 256}
-# More than one block of the prefix cache, and a continuation that takes longer than a sync.
+# More than one block of the prefix cache.
 LONG_PROMPT = [(7 * i) % 131 for i in range(150)]
-LONG = {"temperature": 0.0, "max_tokens": 340, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "logprobs": 0}
 # A placeholder that is drawn has no picture, and an actor refuses it.
 SEEING_GREEDY = {**GREEDY, "logit_bias": {IMAGE: -100.0, VIDEO: -100.0}}
@@ -158,7 +158,7 @@ def compare(
         pictures = pictured(folder)
         prompts, batch = pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
     before: list[list[Completion]] = [[] for _ in synced]
-    beside = BesideTheBase(bridge, models, source, syncer, synced) if lora_sync == "adapter" else None
+    beside = BesideTheBase(bridge, models, source, syncer, synced, options) if lora_sync == "adapter" else None
     for version in range(3):
         if version:
             train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
@@ -172,6 +172,9 @@ def compare(
             assert all(a.version == version for a in mine)
         before = answers
         wait_for_all()
+    if beside is not None and options.get("enable_sleep_mode"):
+        beside.sleep(version)
+        assert [ask(each, prompts) for each in synced] == before
     bridge.save_weights(models, Path(out_dir, "hf_model"))
     if lora is not None:
         bridge.save_adapter(models, Path(out_dir, "hf_adapter"))
@@ -182,17 +185,18 @@ def compare(
         held = inspect_engines(synced)
         for each in synced:
             each.close()
+        worst = 0.0
         if serves_adapters:
-            check_adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), before[0])
-        if not fresh:
-            print(f"ORACLE of the actor {report.transport} {report.sinks}", flush=True)
-            return
-        other = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], **options)
-        worst = apart(other, held, before, prompts)
-        other.close()
+            with_slots = {**options, **lora_arguments(LoraSpec(**(lora or {})).r)}
+            other = adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), dtype, places[0], with_slots)
+            worst = apart(other, held if beside is not None else {}, before, prompts)
+        if fresh:
+            other = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], **options)
+            worst = max(worst, apart(other, held, before, prompts))
         # What the order of a sum over GPUs makes of half precision.
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
-        print(f"ORACLE {worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+        of = "" if fresh or serves_adapters else "of the actor "
+        print(f"ORACLE {of}{worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
 
 
 def pictured(folder: str) -> Any:
@@ -205,12 +209,13 @@ def pictured(folder: str) -> Any:
 def apart(
     fresh: Engine, held: dict[tuple[str, int], dict[str, str]], answers: list[list[Completion]], prompts: Sequence[Prompt] = PROMPTS
 ) -> float:
-    """How far answers of synced engines are from a fresh one's. What they hold, by engine and worker, is the same."""
+    """How far answers of synced engines are from a fresh one's, which is closed. What they hold, by engine and worker, is the same."""
     expected = ask(fresh, prompts)
     for (_, worker), state in inspect_engines([fresh]).items():
         assert len(state) > 20
         for engine_id in {engine_id for engine_id, _ in held}:
             assert state_difference(held[engine_id, worker], state) == (), engine_id
+    fresh.close()
     return max(difference(one, expected) for one in answers)
 
 
@@ -220,8 +225,12 @@ class BesideTheBase:
     The second sync fails once in the middle, and takes the base along when it is done again. A request goes through the third.
     """
 
-    def __init__(self, bridge: AutoBridge, models, source: MegatronSource, syncer: WeightSyncer, engines: list[Engine]) -> None:
+    def __init__(
+        self, bridge: AutoBridge, models, source: MegatronSource, syncer: WeightSyncer, engines: list[Engine], options: dict[str, Any]
+    ) -> None:
         self._syncer, self._engines, self._pool = syncer, engines, ThreadPoolExecutor(1)
+        # A continuation that takes longer than a sync.
+        self._num_tokens = options["max_model_len"] - len(LONG_PROMPT) - 2
         factors = source.tensors[len(source.tensors) - len(bridge.adapter_shards(models).tensors) :]
         self._factor_bytes = sum(tensor.nbytes for tensor in factors)
 
@@ -235,13 +244,26 @@ class BesideTheBase:
         if version == 2 and self._engines:
             assert not kept.done(), "the request has ended before the sync"
             through = kept.result(120)[0][0]
-            assert (through.version, through.last_version, len(through.token_ids)) == (1, 1, LONG["max_tokens"])
+            assert (through.version, through.last_version, len(through.token_ids)) == (1, 1, self._num_tokens)
         # Parts of A that no worker has to itself are sent to each.
         assert (self._factor_bytes <= report.bytes < 2 * self._factor_bytes) == (version == 2), report
         return report
 
+    def sleep(self, version: int) -> None:
+        """What sleep drops comes back: the base once, and adapters alone in the sync after it."""
+        for each in self._engines:
+            each.sleep(2, 60)
+            each.wake(["weights"], 60)
+        for times in (1, 2):
+            wait_for_all()
+            report = self._syncer.sync(version)
+            assert (report.bytes < 2 * self._factor_bytes) == (times == 2), report
+            for each in self._engines:
+                each.wake(["kv_cache"], 60)
+
     def _begin_a_long_answer(self) -> Future[Any]:
-        future = self._pool.submit(self._engines[0].generate, [LONG_PROMPT], LONG, timeout_s=120)
+        sampling = {"temperature": 0.0, "max_tokens": self._num_tokens, "ignore_eos": True}
+        future = self._pool.submit(self._engines[0].generate, [LONG_PROMPT], sampling, timeout_s=120)
         await_tokens(self._engines[0], 1)
         return future
 
@@ -266,23 +288,16 @@ class BesideTheBase:
             raise RuntimeError("no more")
 
 
-def check_adapters_of_vllm(base: str, adapter: Path, answers: list[Completion]) -> None:
-    """An engine of vLLM alone answers with a saved adapter beside the base as synced ones do, and without it else."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True}
-    llm = LLM(base, enable_lora=True, max_loras=1, max_lora_rank=8, enforce_eager=True, disable_log_stats=True, **options)
-    sampling = SamplingParams(detokenize=False, **{**GREEDY, "logprobs": None})
-
-    def ask_vllm(request: LoRARequest | None) -> list[tuple[int, ...]]:
-        rows = [llm.generate([{"prompt_token_ids": p}], sampling, use_tqdm=False, lora_request=request)[0] for p in PROMPTS]
-        return [tuple(row.outputs[0].token_ids) for row in rows]
-
-    wanted = [answer.token_ids for answer in answers]
-    assert ask_vllm(LoRARequest("adapter", 1, str(adapter))) == wanted
-    assert ask_vllm(None) != wanted
-    llm.llm_engine.engine_core.shutdown()
+def adapters_of_vllm(base: str, adapter: Path, dtype: str, gpus: str | None, options: dict[str, Any]) -> Engine:
+    """An engine started from the base, to which vLLM has loaded a PEFT folder, on which its requests run."""
+    made = engine("of vLLM", base, dtype, gpus, worker_extension_cls=f"{Asked.__module__}.{Asked.__name__}", **options)
+    without = ask(made)
+    requests = made._adapters
+    assert requests is not None, "it was started with slots"
+    made.call_workers("load_adapter", (str(adapter), requests.next_id()), 60)
+    requests.serve(0)
+    assert [a.token_ids for a in ask(made)] != [b.token_ids for b in without], "the adapter changes answers"
+    return made
 
 
 def say(text: str) -> None:

@@ -1,6 +1,6 @@
 """LoRA in a worker of vLLM: the layers that wrap others, the slots in which these hold adapters, and which adapter is in which slot.
 
-Private names of vLLM's ``lora`` package are here and nowhere else. Written against vLLM 0.32.0.
+Private names of vLLM's ``lora`` package are here and nowhere else. Written against vLLM 0.25.1 and 0.32.0.
 """
 
 from __future__ import annotations
@@ -64,21 +64,28 @@ def one_slot_on_meta(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]
 def load(model: Any, tensors: Mapping[str, torch.Tensor], r: int, *, device: str = "meta") -> None:
     """vLLM's own way of an adapter into slot 0: rank ``r``, scaling 1, factors on ``device`` by their names in PEFT."""
     manager = manager_of(model)
-    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     adapter = LoRAModel.from_lora_tensors(
         1,
         {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()},
         PEFTHelper(r=r, lora_alpha=r, target_modules=[]),
         device=device,
         dtype=manager.lora_config.lora_dtype,
-        # Names change, nothing is stacked by them.
-        weights_mapper=mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper,
+        weights_mapper=_renaming(model),
     )
     manager._create_merged_loras_inplace(adapter)
     for path, layer in manager.modules.items():
         factors = manager._get_lora_layer_weights(adapter, path)
         if factors is not None:
             layer.set_lora(0, factors.lora_a, factors.lora_b)
+
+
+def _renaming(model: Any) -> Any:
+    """vLLM's mapper of a model's names as it takes it for adapters: names change, and nothing is stacked by them. None without one."""
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    for variant in ("get_rename_mapper", "get_unstacked_mapper"):  # the latter before vLLM 0.32
+        if hasattr(mapper, variant):
+            return getattr(mapper, variant)()
+    return mapper
 
 
 @contextlib.contextmanager
@@ -127,6 +134,8 @@ def register(model: torch.nn.Module, adapters: Sequence[int | None], r: int) -> 
         manager._registered_adapters[adapter_id] = LoRAModel(adapter_id, r, {})
         manager._active_adapters[adapter_id] = None
         manager.lora_index_to_id[slot] = adapter_id
+        # vLLM 0.25 looks at slots again only where a batch asks for other adapters than the one before.
+        manager._last_mapping = None
 
 
 def newest_slot(model: torch.nn.Module) -> int | None:
