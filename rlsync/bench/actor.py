@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from rlsync.layout.geometry import whole_tensors
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.offload import ActorMemory
 from rlsync.megatron.parallel import compute_device, initialize_parallel
+from rlsync.models.lora import B
 from rlsync.plan.planner import build_plan
+from rlsync.sync.config import LoraSync
 from rlsync.transport.collectives import Exchange, gather_bytes
 
 _ALIGNMENT = 256
@@ -40,7 +44,8 @@ class Actor:
     """The model of this rank. Everything here is collective over the actor ranks unless it says otherwise.
 
     Attributes:
-        turned: whether the weights are the negatives of those it began with.
+        turned: whether the weights are the negatives of those it began with; those of each adapter's B where there are adapters.
+        sources: by what engines get; of an actor without adapters the merged one alone.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -50,8 +55,13 @@ class Actor:
         bridge = AutoBridge.from_config(spec.config)
         # Gradients are not looked at, and take as little as they can.
         ddp = DdpOptions(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
-        self._models = bridge.get_model(ddp=ddp, bf16=True, spec=spec.layers)
-        self.source = MegatronSource(bridge, self._models)
+        self._models = bridge.get_model(ddp=ddp, bf16=True, spec=spec.layers, lora=spec.lora)
+        self._bridge, self.source = bridge, MegatronSource(bridge, self._models)
+        self.sources: dict[LoraSync, MegatronSource] = {"merged": self.source}
+        self._turning: list[torch.Tensor] = [parameter for *_, parameter in iter_parameters(self._models)]
+        if spec.lora is not None:
+            self.sources["adapter"] = MegatronSource(bridge, self._models, lora="adapter")
+            self._turning = _drawn_b(self.sources["adapter"])
         self._memory = ActorMemory(self._models)
         self.turned = False
         self._gather: Exchange | None = None
@@ -65,8 +75,8 @@ class Actor:
     def turn(self) -> None:
         """Other weights: each the negative of what it was, so that turning twice gives the first ones back bit for bit."""
         with torch.no_grad():
-            for *_, parameter in iter_parameters(self._models):
-                parameter.data.neg_()
+            for tensor in self._turning:
+                tensor.data.neg_()
         self.turned = not self.turned
         self.settle()
 
@@ -75,6 +85,10 @@ class Actor:
         self._memory.offload("weights")
         self._memory.onload("weights")
         self.settle()
+
+    def save_adapter(self, folder: Path) -> None:
+        """In PEFT's form."""
+        self._bridge.save_adapter(self._models, folder)
 
     def settle(self) -> None:
         """All ranks, and what they gave their GPUs to do."""
@@ -115,6 +129,17 @@ class Actor:
             return True
         free = min(self.share(torch.cuda.mem_get_info(self.device)[0]))
         return bool(free > 1.2 * sum(t.nbytes for t in self.source.tensors) + 4 * 2**30)
+
+
+@torch.no_grad()
+def _drawn_b(source: MegatronSource) -> list[torch.Tensor]:
+    """Parameters of this rank that hold a B, which begin at zero, with random numbers: the same on ranks that hold the same."""
+    names = sorted({piece.buffer for piece in source.placements[source.rank].pieces if piece.tensor.endswith(B)})
+    for name in names:
+        tensor = source.buffers[name].data
+        generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
+        tensor.normal_(std=0.02, generator=generator)
+    return [source.buffers[name] for name in names]
 
 
 def synchronize(device: torch.device) -> None:

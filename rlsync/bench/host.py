@@ -1,4 +1,6 @@
-"""The process of one engine: ``python -m rlsync.bench.host SPEC INDEX``. Owns what the engine is started with."""
+"""The process of one engine: ``python -m rlsync.bench.host SPEC INDEX``, an index into ``Spec.hosts``. Owns what the engine is
+started with.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 
 from rlsync.bench import spec as specs
 from rlsync.bench.remote import serve
+from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.engine.plugin import watch_owner
+from rlsync.sync.config import LoraSync
 
 # Of an engine that answers a handful of short prompts at most: what is measured is its weights.
 _MAX_TOKENS = 512
@@ -24,7 +28,7 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
-def environment(spec: specs.Spec, engine: int) -> dict[str, str]:
+def environment(spec: specs.Spec, host: int) -> dict[str, str]:
     """Of the process, as whoever starts it sets it: torch and vLLM read it when they are imported. What the caller has set wins."""
     added = dict(_ENVIRONMENT)
     if not spec.cuda_graphs:
@@ -36,12 +40,14 @@ def environment(spec: specs.Spec, engine: int) -> dict[str, str]:
         added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     merged = {**added, **os.environ}
     if spec.on_gpu:
-        merged["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices[gpu] for gpu in spec.engine_gpus[engine])
+        merged["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices[gpu] for gpu in spec.engine_gpus[spec.hosts[host][1]])
     return merged
 
 
-def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None) -> dict[str, Any]:
-    """Fields of AsyncEngineArgs. ``weight_bytes``: of the whole model. ``gpu_bytes``: of one GPU, None on CPU."""
+def engine_arguments(spec: specs.Spec, lora: LoraSync, weight_bytes: int, gpu_bytes: int | None) -> dict[str, Any]:
+    """Fields of AsyncEngineArgs. ``lora``: what the engine takes. ``weight_bytes``: of the whole model, and of adapters in all places
+    where the engine has them. ``gpu_bytes``: of one GPU, None on CPU.
+    """
     arguments: dict[str, Any] = {
         "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
         "tensor_parallel_size": spec.engine_tp, "enable_expert_parallel": spec.engine_ep > 1,
@@ -49,6 +55,8 @@ def engine_arguments(spec: specs.Spec, weight_bytes: int, gpu_bytes: int | None)
         "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,
         "worker_extension_cls": "rlsync.bench.worker.PeerWorker",
     }  # fmt: skip
+    if lora == "adapter":
+        arguments |= lora_arguments(spec.lora_r)
     if gpu_bytes is not None:
         # With the cache's size given vLLM does not measure free memory, which the actor changes at the same time.
         needed = weight_bytes / spec.engine_tp * 1.1 + _KV_CACHE_BYTES + _BESIDE_BYTES
@@ -61,10 +69,16 @@ def main(path: str, index: str) -> None:
     spec = specs.read(path)
     from rlsync.engine.handles.local import Engine
     from rlsync.models import model_of
+    from rlsync.models.lora import adapters_of
 
     floors = json.loads(specs.await_file(spec.floors_path, spec.start_s))
-    weight_bytes = sum(tensor.nbytes for tensor in model_of(spec.config).tensors("bfloat16"))
-    engine = Engine(f"engine{index}", engine_arguments(spec, weight_bytes, floors["gpu_bytes"]))
+    model, lora = model_of(spec.config), spec.hosts[int(index)][0]
+    weight_bytes = sum(tensor.nbytes for tensor in model.tensors("bfloat16"))
+    if lora == "adapter":
+        assert spec.lora is not None
+        # Two slots, and what lands beside them.
+        weight_bytes += 3 * sum(tensor.nbytes for tensor in adapters_of(model, spec.lora).tensors(model, "bfloat16"))
+    engine = Engine(f"engine{index}", engine_arguments(spec, lora, weight_bytes, floors["gpu_bytes"]))
     engine.start()
     serve(engine, spec.socket(int(index)), spec.token)
 

@@ -9,9 +9,10 @@ import msgspec
 
 from rlsync.bench.actor import Actor, Clock
 from rlsync.bench.peers import WAYS, Fleet
-from rlsync.bench.spec import Case, Measured, Spec
+from rlsync.bench.spec import PEERS, Case, Measured, Spec
 from rlsync.errors import ConfigError, PlacementError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.sync.config import LoraSync
 
 # Phase of the bench -> seconds of SyncReport.
 PHASES = {
@@ -25,8 +26,8 @@ _LOOK_S = 0.05
 class Bench:
     """The two sides, and how a case is measured on them."""
 
-    def __init__(self, spec: Spec, actor: Actor, fleet: Fleet) -> None:
-        self._spec, self._actor, self._fleet = spec, actor, fleet
+    def __init__(self, spec: Spec, actor: Actor, fleets: Mapping[LoraSync, Fleet]) -> None:
+        self._spec, self._actor, self._fleets = spec, actor, fleets
         self._before: list[int] = []
 
     def warm_up(self) -> None:
@@ -34,16 +35,17 @@ class Bench:
         self._actor.turn()
         self._actor.turn()
         self._actor.share(None)
-        self._fingerprint()
+        for fleet in self._fleets.values():
+            fleet.call("bench_fingerprint")
 
     def sync(self, case: Case) -> Measured:
         """rlsync. What it refuses or fails at is in ``error``, on all ranks alike."""
-        found = Measured(name=case.name, kind="rlsync", settings=case.settings)
-        actor = self._actor
-        actor.source.stable_memory = not case.moves
+        found = Measured(name=case.name, kind="rlsync", lora=case.lora, settings=case.settings)
+        actor, source = self._actor, self._actor.sources[case.lora]
+        source.stable_memory = not case.moves
         syncer = WeightSyncer(
-            actor.source,
-            self._fleet.engines,
+            source,
+            self._fleets[case.lora].engines,
             SyncConfig(**case.settings),
             rank=actor.rank,
             world_size=actor.world_size,
@@ -69,20 +71,22 @@ class Bench:
 
     def peer(self, name: str) -> Measured:
         """Others. Their failures end the bench, as they are not known on all ranks."""
-        way = WAYS[name](self._actor, self._fleet, self._spec)
-        found = Measured(name=name, kind="peer", remark=way.remark)
+        lora = PEERS[name].lora
+        fleet = self._fleets[lora]
+        way = WAYS[name](self._actor, fleet, self._spec)
+        found = Measured(name=name, kind="peer", lora=lora, remark=way.remark)
         self._begin(found)
         way.connect()
         found.connect_s = time.monotonic() - found.begin_s
 
         def step(number: int) -> Step:
             clock = Clock()
-            self._fleet.each(lambda engine: engine.pause("abort", "", self._spec.timeout_s))
+            fleet.each(lambda engine: engine.pause("abort", "", self._spec.timeout_s))
             clock.lap("pause")
             way.transfer(clock)
-            self._fleet.each(lambda engine: engine.reset_caches(self._spec.timeout_s))
+            fleet.each(lambda engine: engine.reset_caches(self._spec.timeout_s))
             clock.lap("commit")
-            self._fleet.each(lambda engine: engine.resume(number, self._spec.timeout_s))
+            fleet.each(lambda engine: engine.resume(number, self._spec.timeout_s))
             clock.lap("resume")
             return clock.stop()
 
@@ -108,23 +112,21 @@ class Bench:
         for number in range(total, total + 2):
             self._actor.turn()
             step(number)
-            found.fingerprints.append(self._fingerprint())
-
-    def _fingerprint(self) -> str:
-        return " ".join(self._fleet.call("bench_fingerprint"))
+            found.fingerprints.append(" ".join(self._fleets[found.lora].call("bench_fingerprint")))
 
     def _begin(self, found: Measured) -> None:
         """Memory of this rank and, on rank 0, of the workers."""
+        fleet = self._fleets[found.lora]
         self._actor.settle()
-        self._fleet.call("bench_let_go")
-        self._before = [self._actor.memory(True), *self._fleet.call("bench_memory", True)]
+        fleet.call("bench_let_go")
+        self._before = [self._actor.memory(True), *fleet.call("bench_memory", True)]
         self._actor.settle()
         # For those who watch the driver's numbers.
         time.sleep(_LOOK_S)
         found.begin_s = time.monotonic()
 
     def _end(self, found: Measured) -> None:
-        after = [self._actor.memory(False), *self._fleet.call("bench_memory", False)]
+        after = [self._actor.memory(False), *self._fleets[found.lora].call("bench_memory", False)]
         more = [b - a for a, b in zip(self._before, after, strict=True)]
         ranks = self._actor.share(more[0])
         found.extra_torch_bytes = {"actor rank": max(ranks), "engine worker": max(more[1:], default=0)}

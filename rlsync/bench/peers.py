@@ -6,11 +6,13 @@ Every class here is collective over the actor ranks; rank 0 holds the engines.
 from __future__ import annotations
 
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -211,10 +213,38 @@ class VllmIpc(_Vllm):
         clock.lap("data")
 
 
+class VllmFolder:
+    """Adapters as vLLM takes them without a sync: the actor writes PEFT's folder into memory, and vLLM reads it under a new number."""
+
+    settling = 0
+
+    def __init__(self, actor: Actor, fleet: Fleet, spec: Spec) -> None:
+        self._actor, self._fleet = actor, fleet
+        self._folder = Path("/dev/shm", f"rlsync-bench-{spec.token[:12]}")
+        # Above those of any sync.
+        self._number = 10**6
+        self.remark = f"through {self._folder.parent}"
+
+    def connect(self) -> None:
+        """Nothing: the first transfer makes the folder."""
+
+    def transfer(self, clock: Clock) -> None:
+        self._actor.save_adapter(self._folder)
+        clock.lap("gather")
+        self._number += 1
+        self._fleet.call("bench_load_adapter", str(self._folder), self._number)
+        clock.lap("data")
+
+    def close(self) -> None:
+        if self._actor.rank == 0:
+            shutil.rmtree(self._folder)
+
+
 WAYS: dict[str, Callable[[Actor, Fleet, Spec], Way]] = {
     "gather-broadcast": GatherBroadcast,
     "vllm-nccl": VllmNccl,
     "vllm-ipc": VllmIpc,
+    "vllm-folder": VllmFolder,
 }
 
 

@@ -18,6 +18,7 @@ from rlsync.bench.peers import Fleet
 from rlsync.bench.remote import RemoteEngine
 from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.parallel import destroy_parallel
+from rlsync.sync.config import LoraSync
 
 
 def main(path: str) -> None:
@@ -31,19 +32,21 @@ def main(path: str) -> None:
     if any(name.startswith("vllm") for name in spec.peers):
         # Takes seconds, in which the engines start.
         import_module("rlsync.engine.compat.transfer")
-    engines = []
+    engines: dict[LoraSync, list[RemoteEngine]] = {lora: [] for lora, _ in spec.hosts}
     if actor.rank == 0:
-        engines = [RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.start_s) for i in range(spec.num_engines)]
+        for i, (lora, _) in enumerate(spec.hosts):
+            engines[lora].append(RemoteEngine(f"engine{i}", spec.socket(i), spec.token, spec.start_s))
         print(f"actor built in {built_s:.1f} s, engines there after {time.monotonic() - begin_s:.1f} s", flush=True)
-    fleet = Fleet(engines, spec.timeout_s)
-    bench = Bench(spec, actor, fleet)
+    fleets = {lora: Fleet(several, spec.timeout_s) for lora, several in engines.items()}
+    bench = Bench(spec, actor, fleets)
     bench.warm_up()
     found: list[specs.Measured] = []
     for measure, what in [*((bench.sync, case) for case in spec.cases), *((bench.peer, name) for name in spec.peers)]:
         found.append(measure(what))  # type: ignore[operator]
         if actor.rank == 0:
             specs.write_file(spec.outcome_path, msgspec.json.encode(found).decode())
-    fleet.each(RemoteEngine.close)
+    for fleet in fleets.values():
+        fleet.each(RemoteEngine.close)
     actor.settle()
     destroy_parallel()
 

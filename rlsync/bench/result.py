@@ -55,10 +55,10 @@ def summary(
     workers = work.workers(spec, floors)
     floor_s = work.floor_s(workers)
     cases = [_case(one, floor_s, memory.get(index)) for index, one in enumerate(found)]
-    # Both of the last syncs of all cases leave the same in the engines. One of them alone would not show what never arrives.
-    expected = next((one.fingerprints for one in found if one.fingerprints), [])
+    # Both of the last syncs of all cases leave the same in the same engines. One of them alone would not show what never arrives.
+    expected = {one.lora: one.fingerprints for one in reversed(found) if one.fingerprints}
     for case, one in zip(cases, found, strict=True):
-        case["right"] = len(set(one.fingerprints)) == 2 and one.fingerprints == expected
+        case["right"] = len(set(one.fingerprints)) == 2 and one.fingerprints == expected[one.lora]
     return {
         **machine,
         "model": spec.model,
@@ -68,6 +68,7 @@ def summary(
         "placement": spec.placement,
         "cuda_graphs": spec.cuda_graphs,
         "layers": spec.layers,
+        "lora_r": spec.lora_r,
         "steps": spec.steps,
         "warmup": spec.warmup,
         "floors": {**floors, "floor": work.FLOOR, "floor_s": floor_s},
@@ -80,7 +81,8 @@ def summary(
 
 def _case(one: Measured, floor_s: float, gpu_bytes: Mapping[str, int] | None) -> dict[str, Any]:
     case: dict[str, Any] = {
-        "name": one.name, "kind": one.kind, "remark": one.remark, "settings": one.settings, "error": one.error, "connect_s": one.connect_s,
+        "name": one.name, "kind": one.kind, "lora": one.lora, "remark": one.remark,
+        "settings": one.settings, "error": one.error, "connect_s": one.connect_s,
         "first_step": one.first, "steps": one.steps, "report": one.report,
         "extra_memory": {"torch": one.extra_torch_bytes, "gpu_bytes": gpu_bytes, "report_bytes": one.report.get("extra_bytes")},
     }  # fmt: skip
@@ -89,31 +91,34 @@ def _case(one: Measured, floor_s: float, gpu_bytes: Mapping[str, int] | None) ->
         for label, pick in (("median", statistics.median), ("p10", _tenth), ("p90", _ninetieth)):
             case[label] = {phase: pick([step[phase] for step in one.steps]) for phase in phases}
         median = case["median"]
-        case["data_over_floor"] = median["data"] / floor_s
-        case["whole_over_floor"] = median["whole"] / floor_s
-        case["whole_minus_floor_s"] = median["whole"] - floor_s
+        if one.lora == "merged":  # the floor is that of all weights
+            case["data_over_floor"] = median["data"] / floor_s
+            case["whole_over_floor"] = median["whole"] / floor_s
+            case["whole_minus_floor_s"] = median["whole"] - floor_s
     return case
 
 
 def _comparisons(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each case of rlsync with each peer: how many times as long the peer takes.
+    """Each case of rlsync with each peer on the same engines: how many times as long the peer takes. Cases that send adapters alone are
+    compared with those that send merged weights, too.
 
     ``transfer``: the peer's data phase, without what is listed as its gather, over rlsync's from the engines' update to the last
     worker's commit. ``with_gather``: the peer's gather added. ``whole``: from pause to resume.
     """
-    ours = [case for case in cases if case["kind"] == "rlsync" and case["steps"]]
-    peers = [case for case in cases if case["kind"] == "peer" and case["steps"]]
+    done = [case for case in cases if case["steps"]]
     rows = []
-    for case in ours:
-        for peer in peers:
-            mine, theirs = case["median"], peer["median"]
-            both = theirs["data"] + theirs.get("gather", 0.0)
+    for case in (case for case in done if case["kind"] == "rlsync"):
+        for other in done:
+            if (other["kind"], other["lora"]) != ("peer", case["lora"]) and (other["lora"], case["lora"]) != ("merged", "adapter"):
+                continue
+            mine, theirs = case["median"], other["median"]
+            data = theirs["data" if other["kind"] == "peer" else "transfer"]
             rows.append(
                 {
                     "case": case["name"],
-                    "peer": peer["name"],
-                    "transfer": theirs["data"] / mine["transfer"],
-                    "with_gather": both / mine["transfer"],
+                    "peer": other["name"],
+                    "transfer": data / mine["transfer"],
+                    "with_gather": (data + theirs.get("gather", 0.0)) / mine["transfer"],
                     "whole": theirs["whole"] / mine["whole"],
                 }
             )

@@ -44,7 +44,7 @@ def _times(result: Mapping[str, Any]) -> Table:
     table = Table(title=f"ms, median of {result['steps']} warm steps", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("case", "transport", "sink"):
         table.add_column(name, no_wrap=True)
-    for name in (*_PHASES, "p10-p90", "data/floor", "whole-floor", "redundancy", "extra MiB"):
+    for name in (*_PHASES, "p10-p90", "data/floor", "whole-floor", "MB", "redundancy", "extra MiB"):
         table.add_column(name, justify="right")
     for case in result["cases"]:
         report, median = case["report"], case.get("median", {})
@@ -55,7 +55,9 @@ def _times(result: Mapping[str, Any]) -> Table:
             continue
         phases = [_ms(median[phase]) if phase in median else "" for phase in _PHASES]
         spread = f"{_ms(case['p10']['whole'])}-{_ms(case['p90']['whole'])}"
-        ratios = [spread, f"{case['data_over_floor']:.2f}", _ms(case["whole_minus_floor_s"])]
+        has_floor = "data_over_floor" in case
+        ratios = [spread, *((f"{case['data_over_floor']:.2f}", _ms(case["whole_minus_floor_s"])) if has_floor else ("", ""))]
+        ratios.append(f"{report['bytes'] / 1e6:.1f}" if report else "")
         redundancy = f"{max(report['redundancy'].values()):.2f}" if report else ""
         table.add_row(name, *words, *phases, *ratios, redundancy, _extra(case["extra_memory"]))
     return table

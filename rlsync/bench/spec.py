@@ -17,7 +17,8 @@ import msgspec
 
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.layout.topology import Topology
-from rlsync.sync.config import SyncConfig
+from rlsync.models.lora import LoraSpec
+from rlsync.sync.config import LORA, LoraSync, SyncConfig
 
 PLACEMENTS = ("collocated", "disaggregated")
 Layers = Literal["local", "te"]
@@ -25,7 +26,10 @@ Layers = Literal["local", "te"]
 MOVED = "moved"
 MODES = {"params": "auto", "ring": "always", MOVED: "auto"}
 # Options whose every combination is a case, and their fields of SyncConfig.
-LISTS = {"transport": "transport", "sink": "sink", "mode": "staging", "bucket-bytes": "bucket_bytes", "num-slots": "num_slots"}
+LISTS = {
+    "transport": "transport", "sink": "sink", "mode": "staging", "bucket-bytes": "bucket_bytes", "num-slots": "num_slots",
+    "lora-sync": "lora",
+}  # fmt: skip
 _NUMBERS = ("bucket-bytes", "num-slots")
 _POLL_S = 0.02
 
@@ -36,10 +40,11 @@ SCENES = ("cpu", "collocated", "beside", "disaggregated")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A way that others sync, the SCENES where it can be, and why not elsewhere."""
+    """A way that others sync, the SCENES where it can be, and why not elsewhere. ``lora``: what it gives engines."""
 
     scenes: tuple[str, ...]
     why: str
+    lora: LoraSync = "merged"
 
 
 PEERS: Mapping[str, Peer] = {
@@ -48,6 +53,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "vllm-nccl": Peer(("disaggregated",), "vLLM's nccl backend puts actor rank 0 and all engine workers into one NCCL group"),
     "vllm-ipc": Peer(("collocated",), "vLLM's ipc backend wants an actor rank on the GPU of each engine worker"),
+    "vllm-folder": Peer(SCENES, "", "adapter"),
 }
 _SCENES_IN_WORDS = {
     "cpu": "without GPUs", "collocated": "collocated on GPUs", "disaggregated": "disaggregated on GPUs",
@@ -62,6 +68,11 @@ class Case:
     name: str
     settings: dict[str, Any]
     moves: bool = False
+
+    @property
+    def lora(self) -> LoraSync:
+        """What engines get, and therefore which of them: those with slots for adapters take nothing else."""
+        return self.settings.get("lora", "merged")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +121,7 @@ class Spec(BenchSpec):
         actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         timeout_s: of each phase of a sync and each call of an engine.
         peer_bucket_bytes: what a peer gathers at a time.
+        lora_r: rank of the actor's adapters, on all linear layers; 0 for none.
     """
 
     num_engines: int
@@ -124,13 +136,25 @@ class Spec(BenchSpec):
     cuda_graphs: bool
     token: str
     peer_bucket_bytes: int = 512 * 2**20
+    lora_r: int = 0
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """Scaled by a power of two, so that half precision rounds B the same before and after."""
+        return LoraSpec(self.lora_r, 2.0 * self.lora_r) if self.lora_r else None
+
+    @property
+    def hosts(self) -> tuple[tuple[LoraSync, int], ...]:
+        """What each process of an engine takes, and which engine it is: all of them once for each way that adapters are synced."""
+        used = {case.lora for case in self.cases} | {PEERS[name].lora for name in self.peers}
+        return tuple((lora, engine) for lora in LORA if lora in used for engine in range(self.num_engines))  # type: ignore[misc]
 
     @property
     def floors_path(self) -> Path:
         return Path(self.folder, "floors.json")
 
-    def socket(self, engine: int) -> str:
-        return str(Path(self.folder, f"engine-{engine}.sock"))
+    def socket(self, host: int) -> str:
+        return str(Path(self.folder, f"engine-{host}.sock"))
 
 
 class Measured(msgspec.Struct, kw_only=True):
@@ -145,11 +169,13 @@ class Measured(msgspec.Struct, kw_only=True):
         extra_torch_bytes: most that torch allocated in that time beyond what it had before, of an actor rank and of a worker.
         fingerprints: of all workers after each of two more steps, whose weights differ.
         report: SyncReport of the last step, of rlsync alone.
+        lora: what engines got, where the actor has adapters.
         error: why there are no steps.
     """
 
     name: str
     kind: str
+    lora: LoraSync = "merged"
     remark: str = ""
     settings: dict[str, Any] = {}
     connect_s: float = 0.0
@@ -232,17 +258,23 @@ def scene(placement: str, devices: Sequence[str], actor_gpus: Sequence[int], eng
     return "beside" if placement == "collocated" and alone else placement
 
 
-def peers(text: str | None, scene: str) -> tuple[str, ...]:
-    """Names of PEERS; None is all that can be in this scene, and ``none`` is none. Raises ConfigError for one that cannot be."""
-    possible = [name for name, peer in PEERS.items() if scene in peer.scenes]
+def peers(text: str | None, scene: str, *, lora: LoraSync = "merged") -> tuple[str, ...]:
+    """Names of PEERS; None is all that can be in this scene, and ``none`` is none. Raises ConfigError for one that cannot be.
+
+    ``lora``: ``adapter`` where the actor has adapters, of which others are given in their own way alone.
+    """
+    possible = [name for name, peer in PEERS.items() if scene in peer.scenes and peer.lora == lora]
     if text is None:
         return tuple(possible)
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in PEERS:
             raise ConfigError(f"--peers {name!r}: known are {', '.join(PEERS)}, or none")
+        peer = PEERS[name]
+        if peer.lora != lora:
+            needed = "needs --lora, a rank of adapters" if lora == "merged" else "syncs weights without the adapters of --lora"
+            raise ConfigError(f"--peers {name} {needed}; leave it out, or choose {', '.join(possible) or 'none'}")
         if name not in possible:
-            peer = PEERS[name]
             where = " or ".join(_SCENES_IN_WORDS[known] for known in peer.scenes)
             raise ConfigError(
                 f"--peers {name} works {where}, and this bench is {_SCENES_IN_WORDS[scene]}: {peer.why}; "

@@ -117,6 +117,16 @@ class PeerWorker:
         former = transfer.replace_engine(self, backend, self.bench_own)
         self.bench_own = former if backend is not None else None
 
+    # vllm-folder.
+
+    def bench_load_adapter(self, folder: str, adapter_id: int) -> None:
+        """vLLM's own way of a PEFT folder into a slot."""
+        from rlsync.engine.compat import lora
+
+        self.model_runner.add_lora(lora.request(adapter_id, str(adapter_id), folder))
+        if self.bench_on_gpu():
+            torch.cuda.current_stream(self.device).synchronize()
+
     # What it holds and used.
 
     def bench_let_go(self) -> None:
@@ -124,13 +134,19 @@ class PeerWorker:
         self.weight_transfer_engine.shutdown()
 
     def bench_fingerprint(self) -> str:
-        """Hash of the weights: on CPU of all state that the model computes from; on a GPU of checksums of its tensors, which is quick."""
+        """Hash of the weights: on CPU of all state that the model computes from; on a GPU of checksums of its tensors, which is quick.
+
+        Of slots for adapters that of the newest one.
+        """
         from rlsync.copy.checksum import checksums
+        from rlsync.engine.compat import lora
         from rlsync.engine.state import state_hashes
 
         model = self.bench_model()
         if self.bench_on_gpu():
             tensors = dict([*model.named_parameters(), *model.named_buffers()])
+            if (slot := lora.newest_slot(model)) is not None:
+                tensors |= {name: tensor[slot] for name, tensor in lora.stacks(model).items() if tensor.ndim > 1}
             found: list[Any] = sorted(zip(tensors, checksums(list(tensors.values())), strict=True))
         else:
             found = sorted(state_hashes(model).items())

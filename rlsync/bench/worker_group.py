@@ -67,7 +67,7 @@ class WorkerGroup:
             self._start_ranks("train_rank")
             return
         self._start("floors", [f"{_MODULES}.floors", self._path], self._visible(dict(os.environ)))
-        for index in range(self._spec.num_engines):
+        for index in range(len(self._spec.hosts)):
             environment = host.environment(self._spec, index)
             self._start(f"engine{index}", [f"{_MODULES}.host", self._path, str(index)], environment)
         self._start_ranks("rank")

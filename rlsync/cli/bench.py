@@ -19,9 +19,11 @@ from rlsync.bench import spec as specs
 from rlsync.bench import training, work
 from rlsync.cli.scene import AXES, ENGINES, sizes
 from rlsync.cli.shapes import SHAPES, shape_of
+from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
+from rlsync.sync.config import LORA
 
 # Of an engine whose data-parallel ranks are processes of their own there is no measurement.
 _ENGINES = {name: field for name, field in ENGINES.items() if name != "dp"}
@@ -43,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucket-bytes", help="weight_sync.bucket_bytes")
     add("--num-slots", help="weight_sync.num_slots")
     add("--verify", help="weight_sync.verify")
+    add("--lora", type=int, default=0, metavar="R", help="the actor has adapters of this rank on all linear layers")
+    add("--lora-sync", help="weight_sync.lora, with --lora; merged,adapter by default, each on engines of its own")
     add("--peers", help=f"of {', '.join(specs.PEERS)}; none; default: all that can be on this placement and device")
     add("--steps", type=int, default=10, help="measured steps of each case")
     add("--warmup", type=int, default=3, help="steps before them")
@@ -95,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     """All that the bench will do, and config.json in ``folder``. Raises ConfigError or PlacementError for what cannot be."""
     _check_counts(arguments, "steps", "warmup")
+    lora_sync = _check_lora(arguments)
     config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     axes = sizes(arguments.actor, AXES, "--actor")
     engines = {"tp_size": 1, "ep_size": 1, "num_engines": 1, **sizes(arguments.rollout, _ENGINES, "--rollout")}
@@ -111,10 +116,15 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
         engine_ep=engines["ep_size"],
         placement=arguments.placement,
         cases=specs.cases(
-            {option: getattr(arguments, option.replace("-", "_")) for option in specs.LISTS},
+            {**{option: getattr(arguments, option.replace("-", "_")) for option in specs.LISTS}, "lora-sync": lora_sync},
             {key: value for key, value in common.items() if value is not None},
         ),
-        peers=specs.peers(arguments.peers, specs.scene(arguments.placement, devices, actor_gpus, engine_gpus)),
+        peers=specs.peers(
+            arguments.peers,
+            specs.scene(arguments.placement, devices, actor_gpus, engine_gpus),
+            lora="adapter" if arguments.lora else "merged",
+        ),
+        lora_r=arguments.lora,
         steps=arguments.steps,
         warmup=arguments.warmup,
         timeout_s=arguments.timeout_s,
@@ -131,6 +141,17 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     work.lay_out(spec)
     (folder / "config.json").write_text(json.dumps(config))
     return spec
+
+
+def _check_lora(arguments: argparse.Namespace) -> str | None:
+    """What --lora-sync is, with its default. Raises ConfigError where there are no adapters, or engines do not hold such ones."""
+    if arguments.lora < 0 or (arguments.lora and least_max_lora_rank(arguments.lora) is None):
+        raise ConfigError(f"--lora is {arguments.lora}; give a rank up to {MAX_LORA_RANKS[-1]}, the most that engines hold, or 0 for none")
+    if arguments.lora:
+        return ",".join(LORA) if arguments.lora_sync is None else arguments.lora_sync
+    if arguments.lora_sync is not None:
+        raise ConfigError(f"--lora-sync {arguments.lora_sync} without --lora, the rank of the actor's adapters; give it")
+    return None
 
 
 # Fields that --set gives to another part than TransformerConfig.
@@ -196,6 +217,8 @@ _OF_SYNCS = (
     "bucket_bytes",
     "num_slots",
     "verify",
+    "lora",
+    "lora_sync",
     "peers",
     "cuda_graphs",
     "timeout_s",

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rlsync.bench import result, spec, training, work
+from rlsync.bench import host, result, spec, training, work
 from rlsync.bench.chart import draw
 from rlsync.bench.spec import Measured
 from rlsync.cli.bench import add_arguments, plan, plan_training, run
 from rlsync.cli.shapes import SHAPES
+from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.models import model_of
+from rlsync.sync.config import LORA
 from tests.models import tiny_model
 
 FLOORS = {
@@ -67,12 +69,31 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
         (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
         (["--peers", "vllm-nccl"], "--peers vllm-nccl works disaggregated on GPUs, and this bench is without GPUs"),
         (["--steps", "0"], "--steps is 0"),
+        (["--lora", "513"], "--lora is 513; give a rank up to 512"),
+        (["--lora-sync", "adapter"], "--lora-sync adapter without --lora"),
+        (["--lora", "8", "--lora-sync", "both"], "weight_sync.lora is 'both'; known are merged, adapter"),
+        (["--lora", "8", "--sink", "loaders"], "weight_sync.lora is adapter and sink is loaders"),
+        (["--lora", "8", "--peers", "gather-broadcast"], "syncs weights without the adapters of --lora; leave it out, or choose vllm-"),
+        (["--peers", "vllm-folder"], "--peers vllm-folder needs --lora"),
         (["--layers", "te"], "--layers te needs TransformerEngine and a CUDA device; install it, or use --layers local or auto"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
     with pytest.raises((ConfigError, PlacementError), match=said.replace("(", r"\(")):
         planned(tmp_path, *words)
+
+
+def test_merged_weights_and_adapters_go_to_engines_of_their_own(tmp_path: Path) -> None:
+    """On the same GPUs: those with slots for adapters take nothing else."""
+    made = on_gpus(planned(tmp_path, "--lora", "8", "--rollout", "engines=2"))
+    assert [(case.name, case.lora) for case in made.cases] == [("merged", "merged"), ("adapter", "adapter")]
+    assert made.hosts == (("merged", 0), ("merged", 1), ("adapter", 0), ("adapter", 1))
+    assert made.peers == ("vllm-folder",)
+    assert [host.environment(made, index)["CUDA_VISIBLE_DEVICES"] for index in range(4)] == ["0", "1", "0", "1"]
+    plain, slots = (host.engine_arguments(made, lora, 10**9, None) for lora in LORA)
+    assert slots == {**plain, **lora_arguments(8)}
+    alone = planned(tmp_path, "--lora", "8", "--lora-sync", "adapter")
+    assert alone.hosts == (("adapter", 0),) and planned(tmp_path).hosts == (("merged", 0),)
 
 
 def test_peers_are_those_that_can_be() -> None:
@@ -165,6 +186,18 @@ def test_summaries_are_quantiles_and_quotients(tmp_path: Path) -> None:
     expected = {"transfer": 0.03 / 0.06, "with_gather": 0.045 / 0.06, "whole": 7.0}
     assert whole["comparisons"] == [{"case": "auto", "peer": "other", **{k: pytest.approx(v) for k, v in expected.items()}}]
     assert ours["right"] and peer["right"]
+
+
+def test_adapters_are_held_to_what_vllm_loads_and_compared_with_merged_weights(tmp_path: Path) -> None:
+    merged, alone = measured("merged", "rlsync", 0.4), measured("adapter", "rlsync", 0.1, lora="adapter")
+    folder, wrong = (measured(name, "peer", 0.7, lora="adapter") for name in ("vllm-folder", "other"))
+    alone.fingerprints = folder.fingerprints = ["c", "d"]
+    whole = summed_up(tmp_path, merged, alone, folder, wrong)
+    assert [case["right"] for case in whole["cases"]] == [True, True, True, False]
+    assert ["data_over_floor" in case for case in whole["cases"]] == [True, False, False, False]
+    pairs = {(row["case"], row["peer"]): row for row in whole["comparisons"]}
+    assert pairs.keys() == {("adapter", "merged"), ("adapter", "vllm-folder"), ("adapter", "other")}
+    assert pairs["adapter", "merged"]["whole"] == pytest.approx(4) and pairs["adapter", "merged"]["transfer"] == 1
 
 
 def test_a_case_that_left_other_weights_is_not_right(tmp_path: Path) -> None:

@@ -151,8 +151,10 @@ def slots_of(value: Any) -> dict[str, tuple[torch.Tensor, ...]]:
     return {name: _each(held) for name, held in _stacks_of(value).items()} if is_layer else {}
 
 
-def request(adapter_id: int, name: str) -> Any:
-    """What a request says that is to run on an adapter. Its name is part of the keys of the prefix cache."""
+def request(adapter_id: int, name: str, folder: str | None = None) -> Any:
+    """What a request says that is to run on an adapter, which is in ``folder`` or has come by a sync. Its name is part of the keys of the
+    prefix cache.
+    """
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(name, adapter_id, f"{name}: it came by a sync, and is in no folder")
+    return LoRARequest(name, adapter_id, f"{name}: it came by a sync, and is in no folder" if folder is None else folder)
