@@ -43,6 +43,8 @@ from rlsync.models.stacks import ExpertModule, Flavour, Model
 
 # Name of an adapter in the module of its base.
 ADAPTER = "adapter"
+# Bytes at a multiple of which a row begins, for torch's grouped product.
+_ALIGNMENT = 16
 # The weight of one of several experts in TransformerEngine's grouped layer.
 _GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12])\.weight(\d+)")
 
@@ -90,7 +92,11 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the base's output; ``x`` is the base's input, (..., in) in the dtype of the parameters."""
-        axis, a, b = self._axis, self.lora_A, self.spread_b()
+        return self.added(x, self.lora_A, self.lora_B, F.linear)
+
+    def added(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The same of factors like this one's, which may be those of several experts; ``product(x, factor)`` applies one."""
+        axis = self._axis
         if self._spec.lora_dropout and self.training:
             with self._random_state():
                 x = F.dropout(x, self._spec.lora_dropout)
@@ -99,22 +105,22 @@ class Adapter(torch.nn.Module):
             a = copy_to_tensor_model_parallel_region(a, group=axis.group)
         if axis.is_explicit and axis.split == "row":
             b = copy_to_tensor_model_parallel_region(b, group=axis.group)
-        hidden = F.linear(x, a) * self._spec.scaling
+        hidden = product(x, a) * self._spec.scaling
         if not axis.is_explicit:
             hidden = _exchange(axis)(hidden)
-        return F.linear(hidden, b)
+        return product(hidden, self._spread(b))
 
-    def spread_b(self) -> Tensor:
-        """B with a block of columns for each projection, zero outside its own rows: (out, projections * r)."""
+    def _spread(self, b: Tensor) -> Tensor:
+        """B (..., out, r) with a block of columns for each projection, zero outside its own rows: (..., out, projections * r)."""
         if self._is_whole:
-            return self.lora_B
+            return b
         owners: Any = self._owners
-        return (self.lora_B.unsqueeze(1) * owners.unsqueeze(2)).flatten(1)
+        return (b.unsqueeze(-2) * owners.unsqueeze(-1)).flatten(-2)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """``weight`` of the base on this rank plus the adapter: computed in fp32, rounded once to the dtype of ``weight``."""
-        delta = self.spread_b().float() @ self.lora_A.float()
+        delta = self._spread(self.lora_B).float() @ self.lora_A.float()
         return delta.mul_(self._spec.scaling).add_(weight.float()).to(weight.dtype)
 
     def _random_state(self) -> AbstractContextManager[None]:
@@ -189,7 +195,7 @@ def add_adapters(
                 "moe_shared_expert_overlap takes the sum over tensor ranks out of shared experts, and adapters do not; unset it"
             )
     at, kinds = topology.coordinates(rank), _kinds(flavour)
-    grouped: dict[torch.nn.Module, dict[int, Adapter]] = {}
+    grouped: dict[torch.nn.Module, list[tuple[AdaptedRule, Adapter]]] = {}
     for rule in adapters.rules(held_parameters(model, topology, rank)):
         chunk, local = weights.get(rule.base.name(flavour, experts), (None, ""))
         base = None if chunk is None else chunk.get_submodule(local.rpartition(".")[0])
@@ -213,17 +219,26 @@ def add_adapters(
         _place(chunk, adapter_path(local), adapter)
         if add is _add_after_norm:
             base.return_layernorm_output = True
-        expert = _GROUPED.fullmatch(local)
-        if expert is None:
-            base.register_forward_hook(partial(add, adapter))
+        if add is _add_to_groups:
+            grouped.setdefault(base, []).append((rule, adapter))
         else:
-            grouped.setdefault(base, {})[int(expert[3])] = adapter
+            base.register_forward_hook(partial(add, adapter))
     for base, of_experts in grouped.items():
-        base.register_forward_hook(partial(_add_to_groups, of_experts))
+        _check_alike(base, [rule for rule, _ in of_experts])
+        base.register_forward_hook(partial(_add_to_groups, [adapter for _, adapter in of_experts]))
     for chunk in chunks:
         if chunk.config.recompute_granularity == "full":
             # A recomputed layer has gradients only where its input has.
             chunk.decoder.register_forward_pre_hook(_require_gradient, with_kwargs=True)
+
+
+def _check_alike(base: Any, rules: Sequence[AdaptedRule]) -> None:
+    if len(rules) != base.num_gemms or len({rule.sources for rule in rules}) > 1:
+        raise ConfigError(
+            f"{len(rules)} of {base.num_gemms} experts beside {rules[0].base.te} have adapters, or on different projections of theirs: in "
+            "TransformerEngine's grouped layers all have the same ones; choose experts alike in target_modules and exclude_modules, or "
+            "take Megatron's own layers (spec local, actor.spec_name local_gpt)"
+        )
 
 
 def adapter_path(weight: str) -> str:
@@ -293,11 +308,25 @@ def _add_after_norm(adapter: Adapter, base: Any, inputs: tuple[Tensor, ...], out
     return out + adapter(normed), bias
 
 
-def _add_to_groups(adapters: Mapping[int, Adapter], base: torch.nn.Module, inputs: tuple[Tensor, list[int]], output: Pair) -> Pair:
-    """Of experts whose tokens lie one group after the other; some experts may have no adapter."""
+def _add_to_groups(adapters: Sequence[Adapter], base: torch.nn.Module, inputs: tuple[Tensor, list[int]], output: Pair) -> Pair:
+    """Of experts whose tokens lie one group after the other."""
     (out, bias), (x, splits) = output, inputs
-    groups = zip(out.split(splits), x.split(splits), strict=True)
-    return torch.cat([rows + adapters[i](group) if i in adapters else rows for i, (rows, group) in enumerate(groups)]), bias
+    a, b = torch.stack([each.lora_A for each in adapters]), torch.stack([each.lora_B for each in adapters])
+    return out + adapters[0].added(x, a, b, partial(grouped_product, splits=splits)), bias
+
+
+def grouped_product(x: Tensor, factors: Tensor, splits: Sequence[int]) -> Tensor:
+    """Each expert's rows times its factor.
+
+    Args:
+        x: (rows, in), those of one expert after the other.
+        factors: (experts, out, in).
+        splits: rows of each expert; may be 0.
+    """
+    if any(size * x.element_size() % _ALIGNMENT for size in factors.shape[1:]):
+        return torch.cat([F.linear(rows, factor) for rows, factor in zip(x.split(splits), factors, strict=True)])
+    ends = torch.tensor(splits, device=x.device).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, factors.transpose(1, 2), offs=ends)
 
 
 def _require_gradient(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

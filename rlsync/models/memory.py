@@ -264,5 +264,6 @@ def _logits(model: Model, topology: Topology, options: TrainingOptions) -> int:
     item = DTYPE_BYTES[options.dtype]
     rows = min(tokens, options.chunk_tokens)
     pieces = min(_PIECE_BYTES, 3 * 4 * rows * columns)
-    of_head = columns * model.dims["hidden"] * item * (1 if tokens <= options.chunk_tokens else 2)
+    # Beside adapters the head is frozen.
+    of_head = 0 if options.lora is not None else columns * model.dims["hidden"] * item * (1 if tokens <= options.chunk_tokens else 2)
     return rows * columns * item + max(pieces, of_head + tokens * model.dims["hidden"] * item)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from rlsync.megatron.lora import grouped_product
 from tests.gpu.engines import LAYERS
 from tests.integration.test_lora import DENSE, EXPERTS, expectations_without_peft
 from tests.ranks import run_ranks
@@ -81,6 +83,28 @@ def test_a_run_goes_on_beside_other_layers(models, tmp_path, num_ranks):
     asked = cases(num_ranks, "te", ("qwen3", "qwen3_moe"))
     outputs = run_ranks(num_ranks, RANKS, "resume_beside_other_layers", cases=asked, models=models, root=str(tmp_path))
     assert outputs[0].count("RESUMED") == len(asked)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("splits", [(3, 0, 17, 1), (0, 0, 0, 0), (0, 40, 0, 0)])
+def test_products_of_all_experts_are_those_of_each(splits, rank):
+    """In bf16 too, where one kernel computes them all; one of rank 4 has no such kernel. Experts may have no tokens."""
+    x, factors = torch.randn(sum(splits), 48, device="cuda"), torch.randn(4, rank, 48, device="cuda")
+    upstream = torch.randn(sum(splits), rank, device="cuda")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        found = []
+        for product in (grouped_product, _one_by_one):
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, factors)]
+            out = product(*leaves, splits)
+            out.backward(upstream.to(dtype))
+            found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def _one_by_one(x, factors, splits):
+    return torch.cat([rows @ factor.t() for rows, factor in zip(x.split(splits), factors, strict=True)])
 
 
 @NEEDS_TE
