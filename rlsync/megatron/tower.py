@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,8 +90,14 @@ class _Turned(torch.autograd.Function):
 
 
 def _turn(qkv: Tensor, cosines: Tensor, sines: Tensor, num_heads: int) -> Tensor:
+    """In fp32, rounded once; by TransformerEngine's kernel where it is installed."""
     # (N, queries and keys, heads, head size)
     both = qkv.unflatten(1, (3, num_heads, -1))[:, :2]
+    if qkv.is_cuda and rope_utils.fused_apply_rotary_pos_emb is not None:
+        angles = torch.atan2(sines.float(), cosines.float())[:, None, None]
+        turned = rope_utils.fused_apply_rotary_pos_emb(both.flatten(1, 2)[:, None], angles)
+        both.copy_(turned[:, 0].unflatten(1, (2, num_heads)))
+        return qkv
     first, second = both.chunk(2, dim=-1)
     cosines, sines = (each[:, None, None, : first.size(-1)].float() for each in (cosines, sines))
     turned = first * cosines - second * sines
