@@ -31,7 +31,7 @@ from rlsync.megatron.model import DdpOptions, flavour_of, gather_parameters, ite
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.packing import packing_refusal
-from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, initialize_parallel
+from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.specs import SpecName
 from rlsync.megatron.state import STATE_FORMAT
 from rlsync.sync import SyncReport, WeightSyncer
@@ -109,6 +109,7 @@ class ActorRank:
         self._optimizer = build_optimizer(self._models, optimizer_options(actor, actor.optim.lr))
         self._scheduler = build_scheduler(self._optimizer, scheduler_options(actor))
         self._memory = ActorMemory(self._models, self._optimizer)
+        freeze_objects()
         if resume_folder is None:
             return None
         if actor.megatron.no_load_optim:

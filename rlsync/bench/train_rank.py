@@ -23,7 +23,7 @@ from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.model import DdpOptions
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
-from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
+from rlsync.megatron.parallel import compute_device, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.scores import TokenScores
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.models.memory import CHUNK_TOKENS
@@ -79,6 +79,8 @@ class _Bench:
         score_s: list[float] = []
         for number in range(self._spec.warmup + self._spec.steps):
             if number == self._spec.warmup:
+                # As an actor of a run does before its first step.
+                freeze_objects()
                 held = self._reset_peak()
             for seconds, step in ((train_s, self._train), (score_s, self._score)):
                 seconds.append(self._timed(step))

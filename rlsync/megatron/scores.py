@@ -20,7 +20,9 @@ from torch import Tensor
 
 from rlsync.models.memory import CHUNK_TOKENS
 
-_PIECE_ELEMENTS = 64 * 2**20  # float32 temporaries of a piece of rows: 256 MiB each
+# Of a piece of rows: float32 temporaries of 256 MiB each, and where compiled functions make none, offsets of 32 bits.
+_PIECE_ELEMENTS = 64 * 2**20
+_COMPILED_PIECE_ELEMENTS = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,8 @@ class _Columns:
 
     def _pieces(self, logits: Tensor) -> Sequence[slice]:
         """Slices over the rows; none when this rank holds padding columns only."""
-        return _slices(logits.size(0), max(1, _PIECE_ELEMENTS // self.used)) if self.used else ()
+        elements = _COMPILED_PIECE_ELEMENTS if logits.is_cuda else _PIECE_ELEMENTS
+        return _slices(logits.size(0), max(1, elements // self.used)) if self.used else ()
 
 
 def _fused(function: Callable[..., Any], rows: Tensor) -> Callable[..., Any]:

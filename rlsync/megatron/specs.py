@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from rlsync.errors import ConfigError
-from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm
+from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm, residual_add
 from rlsync.megatron.versions import LatentAttention, whole_linear
 from rlsync.models.moe import sparse_layers
 
@@ -72,6 +72,8 @@ def block_spec(
     assert not (normed_outputs and layer_class), "no known model has both"
     for layer in kinds.values():
         layer.module = layer_class or TransformerLayer
+        if not config.hidden_dropout and not config.add_bias_linear:
+            layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
         if config.multi_latent_attention:
             layer.submodules.self_attention.module = LatentAttention
         if normed_outputs:
