@@ -137,21 +137,25 @@ def score(prompts, responses, references, metadata):
 
 @pytest.fixture(scope="module")
 def adapted(finished, tmp_path_factory) -> tuple[Path, Path]:
-    """Eight steps of adapters alone, from the model of the fourth step on, which is given too; with rewards of a function."""
+    """Eight steps of adapters alone, which engines get beside the model of the fourth step, which is given too; with rewards of a function.
+
+    That engines answer with merged weights as with these is a claim of ``test_oracle``.
+    """
     folder = tmp_path_factory.mktemp("adapted")
     base = finished[0] / "run" / "checkpoints" / "global_step_4" / "actor" / "hf_model"
     (folder / "witness.py").write_text(WITNESS)
     (folder / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
     run(
-        SCRIPT, folder, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "actor.optim.lr=1e-2",
-        "runner.max_steps=8", "runner.save_interval=8", f"reward.reward_type={folder}/witness.py:score", "reward.reward_scale=4",
+        SCRIPT, folder, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "weight_sync.lora=adapter",
+        "actor.optim.lr=1e-2", "runner.max_steps=8", "runner.save_interval=8", f"reward.reward_type={folder}/witness.py:score",
+        "reward.reward_scale=4",
         f"data.val_data_paths=[{folder}/val.jsonl]", "runner.val_check_interval=1", "runner.val_before_train=False",
     )  # fmt: skip
     return folder, base
 
 
 def test_reward_rises_with_adapters_alone_and_engines_agree_with_the_actor(adapted):
-    """Engines get merged weights, which are those of PEFT's adapter beside the same base."""
+    """Engines get their base once; merged in a checkpoint, adapters are what PEFT makes of them beside it."""
     from peft import PeftModel
 
     folder, base = adapted
@@ -159,7 +163,8 @@ def test_reward_rises_with_adapters_alone_and_engines_agree_with_the_actor(adapt
     rewards = [line["rollout/reward_scores"] for line in lines]
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
     assert all(line["rollout/logprob_diff_mean"] <= 1e-3 for line in lines)
-    assert all(line["sync/held_bytes"] > 0 for line in lines[1:]), "embeddings and norms are sent once"
+    whole, *later = [(line["sync/bytes"], line["sync/held_bytes"]) for line in lines]
+    assert whole[1] == 0 and len(set(later)) == 1 and sum(later[0]) == whole[0] and later[0][0] < whole[0] / 2, (whole, later)
     actor = folder / "run" / "checkpoints" / "global_step_8" / "actor"
     adapter = load_file(actor / "hf_adapter" / "adapter_model.safetensors")
     shards = [
