@@ -55,7 +55,7 @@ class Bench:
         try:
             with syncer:
                 syncer.connect()
-                found.connect_s = time.monotonic() - found.begin_s
+                found.connect_s, found.connect = time.monotonic() - found.begin_s, syncer.connect_seconds
 
                 def step(number: int) -> Step:
                     if case.moves:
@@ -65,6 +65,11 @@ class Bench:
                     return _phases(report)
 
                 self._run(found, step)
+                syncer.close()
+                actor.settle()
+                begin_s = time.monotonic()
+                syncer.connect()
+                found.reconnect_s = time.monotonic() - begin_s
         except (ConfigError, PlacementError, WeightSyncError) as error:
             found.error = str(error)
         return found

@@ -62,7 +62,9 @@ class MegatronSource:
         self.frozen = frozenset(piece.tensor for piece in pieces) - trained
         self._idle = tuple((name, self.buffers[name]) for name in sorted(idle))
         factors = {f"{weight} {name}": factor for weight, adapter in adapters.items() for name, factor in adapter.named_parameters()}
-        self._sent = (*self.buffers.values(), *factors.values())
+        sent = (*self.buffers.values(), *factors.values())
+        # One of each memory: thousands of experts lie in a few buffers of the optimizer, and are offloaded with these.
+        self._sent = tuple({tensor.untyped_storage()._cdata: tensor for tensor in sent if tensor.numel()}.values())
         names = {id(buffer): name for name, buffer in (*self.buffers.items(), *factors.items())}
         # Where each tensor is looked up when the model computes; a sync has no time to walk the modules.
         self._places = [

@@ -6,6 +6,8 @@ the device makes of them in rlsync.copy.kernel. Knows no process group and opens
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -210,9 +212,35 @@ def _cupy() -> Any:
     return cupy
 
 
-@lru_cache
+def compile_ahead(device: torch.device) -> threading.Thread:
+    """Begin to compile the kernels for a device, which takes seconds on a machine that has not had them yet. Returns at once.
+
+    Whoever needs one before it is there waits for it, and hears what keeps it from being compiled: nothing is said of that here.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            index = _usable(device).index
+            for summed in (False, True):
+                _compiled(summed, index)
+
+    thread = threading.Thread(target=run, name="rlsync-compiler", daemon=True)
+    thread.start()
+    return thread
+
+
+_compiler = threading.Lock()
+
+
 def _compiled(summed: bool, device_index: int) -> Any:
-    """The kernel, loaded on a device. cupy keeps the machine code on disk."""
+    """The kernel, loaded on a device. Compiled once, whoever else asks for it meanwhile."""
+    with _compiler:
+        return _compiled_once(summed, device_index)
+
+
+@lru_cache
+def _compiled_once(summed: bool, device_index: int) -> Any:
+    """cupy keeps the machine code on disk."""
     cupy = _cupy()
     with heard_afterwards(), cupy.cuda.Device(device_index):
         compiled = cupy.RawKernel(kernel.source(), kernel.NAME, options=kernel.options(summed=summed))

@@ -87,6 +87,25 @@ def record(model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
     )
 
 
+class LastRecording:
+    """The last recording of one model, for connections after the first: what its loaders do with the same tensors does not change while
+    its layers, and the memory that they share, are the same."""
+
+    def __init__(self) -> None:
+        self._of: tuple[tuple[TensorSpec, ...], list[torch.nn.Module], dict[str, tuple[str, ...]]] | None = None
+        self._recording: Recording | None = None
+
+    def record(self, model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
+        """As the function ``record``, which is not run again where nothing has changed."""
+        now = tuple(tensors), list(model.modules()), _aliases(_tensors_of(model))
+        # On meta they are while a reload is under way, which ``record`` refuses.
+        if self._recording is None or self._of != now or any(p.is_meta for p in model.parameters()):
+            self._recording = record(model, tensors)
+            # A recording with findings is made again: whoever reads them may have mended the model.
+            self._of = None if self._recording.findings else now
+        return self._recording
+
+
 def record_adapter(model: torch.nn.Module, tensors: Sequence[TensorSpec], r: int) -> Recording:
     """Run vLLM's loading of an adapter of rank ``r`` and scaling 1, whose factors are ``tensors``, without memory.
 

@@ -22,11 +22,12 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer, pid_domain
+from rlsync.copy.cuda import compile_ahead
 from rlsync.engine.adapters import AdapterSlots
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat import features, lora, patches, reload
 from rlsync.engine.pull import MismatchError, Pull, Verifier
-from rlsync.engine.recorder import Recording, record, record_adapter
+from rlsync.engine.recorder import LastRecording, Recording, record, record_adapter
 from rlsync.engine.sinks import Sink
 from rlsync.engine.sinks.choice import choose, not_in_place
 from rlsync.engine.sinks.compare import CompareSink
@@ -106,6 +107,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._is_direct = False
         self._adapters: AdapterSlots | None = None
         self._syncs_adapters = False
+        self._last = LastRecording()
         patches.apply()
         with compat.config_scope(vllm_config):
             patches.restore_constants(model, vllm_config)
@@ -134,6 +136,9 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self.shutdown()
         self._version = -1
         client = self._client = self._dial(init_info)
+        if self.device.type == "cuda":
+            # While loaders are recorded and the actor plans.
+            compile_ahead(self.device)
         try:
             manifest = client.next(m.Manifest, 0, "the list of tensors")
             adapter = manifest.adapter
@@ -146,7 +151,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             with lora.base_layers(self.model):
                 with compat.config_scope(self.vllm_config):
                     compare = init_info.purpose == "compare"
-                    layout = record_layout(self.model, self.model_config, holder, manifest, compare, self._adapters)
+                    layout = record_layout(self.model, self.model_config, holder, manifest, compare, self._adapters, self._last.record)
                 client.send(layout.record)
                 self._attach(layout, client.next(m.Assignment, 0, "this worker's assignment").worker)
             client.send(m.Attached())
@@ -170,7 +175,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Compare in a second transfer engine, so that an existing connection stays usable."""
         if info.attempt == 0:
             twin = self._comparison = RlsyncTransferEngine(self.config, self.vllm_config, self.device, self.model)
-            twin._is_comparison = True
+            twin._is_comparison, twin._last = True, self._last
             twin._connect(info)
         elif self._comparison is not None:
             twin, self._comparison = self._comparison, None
@@ -369,6 +374,7 @@ def record_layout(
     manifest: m.Manifest,
     compare: bool = False,
     adapters: AdapterSlots | None = None,
+    recorded: Callable[[torch.nn.Module, Sequence[TensorSpec]], Recording] = record,
 ) -> RecordedLayout:
     """Record where the model's own loaders write the tensors, and choose the sink that writes, or compares, them.
 
@@ -377,7 +383,7 @@ def record_layout(
     """
     requested = manifest.sink
     tensors = manifest.tensors[: None if manifest.adapter is None else manifest.adapter.first]
-    recording = record(model, tensors)
+    recording = recorded(model, tensors)
     placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
     missing = tuple(str(f) for f in findings if f.unwritten)
     computed = tuple(str(f) for f in findings if not f.unwritten)

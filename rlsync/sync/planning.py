@@ -151,9 +151,8 @@ def plan_connection(
     plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
     num_frozen = sum(bucket.tensors[0].name in frozen for bucket in plan.buckets)
     moved, parts = traffic(plan), lay_out(plan)
-    given = [((d, r.source), r.nbytes) for row in parts for d, part in enumerate(row) for r in part.regions]
-    trained = [((d, r.source), r.nbytes) for row in parts[num_frozen:] for d, part in enumerate(row) for r in part.regions]
-    used_staging = staging & {way for way, _ in given}
+    given = [_given(row) for row in parts]
+    used_staging = staging & {way for row in given for way in row}
     _refuse_in_place(plan, transports, used_staging)
     return ConnectionPlan(
         plan,
@@ -167,13 +166,22 @@ def plan_connection(
         used_staging,
         # One bucket, whose messages both ends cut into steps.
         num_steps(moved, config.bucket_bytes) if in_place(transports, is_direct=is_direct) == "steps" else 1,
-        sum(nbytes for way, nbytes in given if way in staging),
+        sum(row[way] for row in given for way in used_staging & row.keys()),
         # Also with other sinks than direct: nobody waits for a slot.
         in_place(transports, is_direct=True) == "read" and not used_staging,
         num_frozen,
-        traffic(replace(plan, buckets=plan.buckets[num_frozen:])),
-        sum(nbytes for way, nbytes in trained if way in staging),
+        traffic(replace(plan, buckets=plan.buckets[num_frozen:])) if num_frozen else moved,
+        sum(row[way] for row in given[num_frozen:] for way in used_staging & row.keys()),
     )
+
+
+def _given(row: Sequence[PackedPart]) -> dict[tuple[int, int], int]:
+    """Of the parts of a bucket: bytes by destination and actor rank."""
+    found: dict[tuple[int, int], int] = defaultdict(int)
+    for destination, part in enumerate(row):
+        for r in part.regions:
+            found[destination, r.source] += r.nbytes
+    return found
 
 
 def frozen_tensors(tensors: Sequence[TensorSpec], placements: Sequence[Placement], reports: Reports) -> frozenset[str]:

@@ -25,6 +25,7 @@ from rlsync.coordinator.client import Peer, pid_domain, to_exception
 from rlsync.coordinator.roster import Expected, some
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
+from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
@@ -88,6 +89,8 @@ class WeightSyncer:
 
     Attributes:
         health: what failed so far and which engines are dirty; filled on rank 0.
+        connect_seconds: of the last ``connect``, on rank 0: ``record`` until all workers have said what they hold, ``plan``, ``attach``
+            until all have their ends of the transports and programs, ``prepare`` of this rank's own programs.
 
     Args:
         source: this rank's source.
@@ -129,6 +132,7 @@ class WeightSyncer:
         # Whether the last sync of this connection has committed, so that engines have all that is frozen unless they lost it.
         self._engines_hold_frozen = False
         self.health = SyncHealth()
+        self.connect_seconds: dict[str, float] = {}
 
     # Connect.
 
@@ -168,6 +172,7 @@ class WeightSyncer:
             self._world_size, len(plan.destination_of), len(self._engines), plan.nbytes / 1e9, plan.num_destinations,
             len(plan.parts), plan.transport, ", ".join(sorted(set(self._sinks))),
         )  # fmt: skip
+        _log.info("seconds to connect: %s", ", ".join(f"{what} {seconds:.2f}" for what, seconds in self.connect_seconds.items()))
         if plan.num_frozen:
             _log.info("%.3f GB of that are frozen, and sent again only to engines that have lost them", plan.frozen_bytes / 1e9)
         for name, routes in plan.routes(self._config.num_slots).items():
@@ -204,18 +209,24 @@ class WeightSyncer:
         )
 
     def _dial(self, info: ConnectInfo) -> None:
+        clock = _Laps()
         hello = info.hello(self._source, self._rank, self._world_size, _gpu_uuid())
         self._peer = Peer(info.endpoint, hello)
+        device = _device()
+        if device is not None:
+            compile_ahead(device)
         self._tasks = Tasks()
         for engine in self._engines:
             init_info = info.for_engine(engine.engine_id, self._config.timeout_s)
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, init_info, self._config.timeout_s + 2 * GRACE_S))
-        assignment = self._await_connected()
+        assignment = self._await_connected(clock)
+        clock.lap("attach")
         self._endpoints.seal()
-        device = _device()
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
         packer = Packer(assignment, self._source.buffers, list(self._endpoints.senders.values()), self._source.declared)
         packer.prepare()
+        clock.lap("prepare")
+        self.connect_seconds = clock.seconds
         self._connection = Connection(
             self._peer,
             assignment.num_buckets,
@@ -237,7 +248,7 @@ class WeightSyncer:
         (ring,) = senders if len(senders) == 1 else (None,)
         return copy_gb_per_s(ring.slots()[0]) if self._rank == 0 and isinstance(ring, RingSender) else None
 
-    def _await_connected(self) -> m.ActorAssignment:
+    def _await_connected(self, clock: _Laps) -> m.ActorAssignment:
         """This rank's assignment, when every peer has its own and every engine has answered."""
         assert self._peer is not None
         assignment, connected, began_s = None, False, time.monotonic()
@@ -257,9 +268,11 @@ class WeightSyncer:
                 reports = message if reports is None else reports.joined(message)
                 if len(reports.records) < len(reports.workers):
                     continue
+                clock.lap("record")
                 try:
                     for part in self._plan_connection(reports).parts():
                         self._peer.send(part)
+                    clock.lap("plan")
                 except Exception as error:
                     # An error on this rank is sent to all peers by the coordinator.
                     self._peer.send(m.Failed(0, "connect", describe(error)))
@@ -348,6 +361,18 @@ class WeightSyncer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Laps:
+    """Seconds by what they were spent on, one thing after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last_s = time.monotonic()
+
+    def lap(self, what: str) -> None:
+        now_s = time.monotonic()
+        self.seconds[what], self._last_s = now_s - self._last_s, now_s
 
 
 def _device() -> torch.device | None:

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import composed_weight_loader
 
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat import reload as compat_reload
-from rlsync.engine.recorder import Recording, record
+from rlsync.engine.recorder import LastRecording, Recording, record
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.recorded import tensors_as_read
 from tests.integration import recorder_adapters
@@ -254,6 +254,22 @@ def check_shared_live() -> None:
     assert layers[0].bias is layers[1].bias and layers[0].bias.weight_loader is online_process_loader
 
 
+def check_again() -> None:
+    """A worker that connects again does not run its loaders again, unless tensors, layers or the memory that they share are others."""
+    runs = []
+    toy = Toy(lambda toy, hf: (runs.append(hf.shape), toy.weight.data.copy_(hf)))
+    last = LastRecording()
+    first = last.record(toy, [HF])
+    assert last.record(toy, [HF]) is first and len(runs) == 1
+    last.record(toy, [replace(HF, dtype="bfloat16")])
+    assert len(runs) == 2
+    toy.add_module("other", Toy(lambda toy, hf: None))
+    found = last.record(toy, [HF])
+    assert len(runs) == 3 and len(found.buffers) > len(first.buffers)
+    toy.other.weight = toy.weight
+    assert last.record(toy, [HF]) is not found and len(runs) == 4
+
+
 def one_rank(folders: dict[str, str], report: str) -> None:
     claims = Claims(Path(report))
     start_ranks(engine_config(folders["qwen3_moe"]), 0, 1)
@@ -265,6 +281,7 @@ def one_rank(folders: dict[str, str], report: str) -> None:
         claims.run(f"computes: {idiom}", functools.partial(check_computations, idiom))
     claims.run("foreign", check_foreign)
     claims.run("shared live", check_shared_live)
+    claims.run("again", check_again)
     for name in folders:
         claims.run(f"placement {name}", lambda name=name: check_placement(packed(name), plain(name)))
         claims.run(f"trace {name}", lambda name=name: check_trace(packed(name)))

@@ -118,6 +118,10 @@ def test_recording_works_after_reloads_and_is_refused_during_one(reports: Report
     reports.found("one", f"reload {model}")
 
 
+def test_a_worker_that_connects_again_runs_its_loaders_only_where_something_has_changed(reports):
+    reports.found("one", "again")
+
+
 def test_a_loader_that_swaps_two_shards_is_seen(reports: Reports) -> None:
     reports.found("one", "swapped")
 
