@@ -86,6 +86,7 @@ class BenchSpec:
         folder: of this run: config.json, sockets, floors, results.
         devices: what CUDA_VISIBLE_DEVICES may name, in order; empty on CPU.
         start_s: until all processes are there.
+        lora_r: rank of the actor's adapters, on all linear layers; 0 for none.
     """
 
     model: str
@@ -98,10 +99,16 @@ class BenchSpec:
     folder: str
     devices: tuple[str, ...]
     seed: int = 0
+    lora_r: int = 0
 
     @property
     def topology(self) -> Topology:
         return Topology(**self.axes)
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """Scaled by a power of two, so that half precision rounds B the same before and after."""
+        return LoraSpec(self.lora_r, 2.0 * self.lora_r) if self.lora_r else None
 
     @property
     def on_gpu(self) -> bool:
@@ -121,7 +128,6 @@ class Spec(BenchSpec):
         actor_gpus, engine_gpus: indices into ``devices``, by actor rank, and by engine and worker rank.
         timeout_s: of each phase of a sync and each call of an engine.
         peer_bucket_bytes: what a peer gathers at a time.
-        lora_r: rank of the actor's adapters, on all linear layers; 0 for none.
     """
 
     num_engines: int
@@ -136,12 +142,6 @@ class Spec(BenchSpec):
     cuda_graphs: bool
     token: str
     peer_bucket_bytes: int = 512 * 2**20
-    lora_r: int = 0
-
-    @property
-    def lora(self) -> LoraSpec | None:
-        """Scaled by a power of two, so that half precision rounds B the same before and after."""
-        return LoraSpec(self.lora_r, 2.0 * self.lora_r) if self.lora_r else None
 
     @property
     def hosts(self) -> tuple[tuple[LoraSync, int], ...]:

@@ -57,7 +57,7 @@ class _Bench:
         self._device = compute_device()
         self._matmul = matmul_tflops(self._device, torch.bfloat16)
         self._models = AutoBridge.from_config(spec.config).get_model(
-            ddp=DdpOptions(**spec.ddp), bf16=True, spec=spec.layers, overrides=spec.switches
+            ddp=DdpOptions(**spec.ddp), bf16=True, spec=spec.layers, overrides=spec.switches, lora=spec.lora
         )
         self._optimizer = build_optimizer(self._models, OptimizerOptions(**spec.optimizer))
         generator = torch.Generator().manual_seed(spec.seed)

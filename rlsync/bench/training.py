@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from rich.table import Table
 from rlsync.bench.spec import BenchSpec
 from rlsync.errors import ConfigError
 from rlsync.models import Model, model_of
+from rlsync.models.lora import LoraSpec, adapters_of
 from rlsync.models.memory import CHUNK_TOKENS, TrainingOptions, training_memory
+from rlsync.models.stacks import Bound
 
 # Dense products of half precision in 10^12 operations a second, as the maker states them, by the device's name.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -34,7 +36,8 @@ _SPREAD = 100
 FLOPS = (
     "of a token 2 x the parameters of matrix products it takes part in (of its experts alone; the head, not the embedding) forward and "
     "twice that backward; of a sequence of n tokens layers x heads x (size of a key + size of a value) x n^2 forward, which is the causal "
-    "half, and twice that backward; padding and what is computed again do not count"
+    "half, and twice that backward; beside adapters the products of a frozen base count once backward, as their weights have no gradient; "
+    "padding and what is computed again do not count"
 )
 
 
@@ -130,8 +133,17 @@ def cut(lengths: Sequence[int], tokens: int, *, packing: bool, option: str = "--
 
 def flops_of_token(model: Model) -> int:
     """Of the matrix products with parameters, forward; see FLOPS."""
+    return _flops_of(model, model.parameters())
+
+
+def flops_of_adapters(model: Model, lora: LoraSpec) -> int:
+    """The same of the products with factors of adapters."""
+    return _flops_of(model, adapters_of(model, lora).parameters(model.parameters()))
+
+
+def _flops_of(model: Model, parameters: Iterable[Bound]) -> int:
     total = 0.0
-    for bound in model.parameters():
+    for bound in parameters:
         if bound.stack.part != "language_model" or bound.stack.stage == "first":
             continue
         share = 1.0
@@ -154,16 +166,20 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
     model, topology = model_of(spec.config), spec.topology
     lengths = [length for micro in spec.microbatches for length in micro]
     replicas, world = topology.dp_size, topology.world_size
-    forward = replicas * (sum(lengths) * flops_of_token(model) + sum(flops_of_attention(model, length) for length in lengths))
+    base = replicas * sum(lengths) * flops_of_token(model)
+    adapters = 0 if spec.lora is None else replicas * sum(lengths) * flops_of_adapters(model, spec.lora)
+    forward = base + adapters + replicas * sum(flops_of_attention(model, length) for length in lengths)
+    # Weights of a frozen base have no gradients.
+    step = 3 * forward - (0 if spec.lora is None else base)
     positions = replicas * sum(sum(micro) if spec.packing else len(micro) * max(micro) for micro in spec.microbatches)
     # As 6 x all parameters counts: a look-up in the embedding as if it were a product. One that is tied is the head's already.
     looked_up = 0 if model.tied else replicas * sum(lengths) * 2 * model.dims["vocab"] * model.dims["hidden"]
     peak = peak_tflops if peak_tflops is not None else PEAK_TFLOPS.get(found.ranks[0].device)
     floor = min(rank.matmul_tflops for rank in found.ranks)
 
-    def rates(seconds: Sequence[float], passes: int) -> dict[str, Any]:
+    def rates(seconds: Sequence[float], flops: int, embedding: int) -> dict[str, Any]:
         median = statistics.median(seconds)
-        tflops, with_embedding = (passes * flops / median / world / 1e12 for flops in (forward, forward + looked_up))
+        tflops, with_embedding = (count / median / world / 1e12 for count in (flops, flops + embedding))
         return {
             "median_s": median,
             "tokens_per_s": replicas * sum(lengths) / median,
@@ -183,6 +199,7 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
         "switches": spec.switches,
         "ddp": spec.ddp,
         "optimizer": spec.optimizer,
+        "lora_r": spec.lora_r,
         "packing": spec.packing,
         "chunk_tokens": spec.chunk_tokens,
         "warmup": spec.warmup,
@@ -194,8 +211,8 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
         "flops": {"of": FLOPS, "forward": forward, "token": flops_of_token(model)},
         "matmul_tflops": floor,
         "peak_tflops": peak,
-        "train": rates(found.train_s, 3),
-        "score": rates(found.score_s, 1),
+        "train": rates(found.train_s, step, looked_up * (3 if spec.lora is None else 2)),
+        "score": rates(found.score_s, forward, looked_up),
         "memory": {
             "held_bytes": max(r.held_bytes for r in found.ranks),
             "peak_bytes": max(r.peak_bytes for r in found.ranks),
@@ -212,6 +229,7 @@ def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
         grads_in_fp32=spec.ddp.get("grad_reduce_in_fp32", True),
         distributed_optimizer=spec.ddp.get("use_distributed_optimizer", False),
         offloaded=spec.optimizer.get("optimizer_offload_fraction", 0.0) if spec.optimizer.get("optimizer_cpu_offload") else 0.0,
+        lora=spec.lora,
         micro_batch_tokens=_most_positions(spec.microbatches, packing=spec.packing),
         scoring_tokens=_most_positions(spec.score_microbatches, packing=spec.packing),
         num_microbatches=len(spec.microbatches),
@@ -238,8 +256,9 @@ def show(whole: Mapping[str, Any]) -> None:
     """Print to standard output."""
     console = Console(highlight=False, width=140)
     peak = "" if whole["peak_tflops"] is None else f", {whole['peak_tflops']:g} by the maker"
+    adapters = f", adapters of rank {whole['lora_r']}" if whole["lora_r"] else ""
     console.print(
-        f"{whole['model']}, actor {whole['actor']}, layers {whole['layers']}, {'packed' if whole['packing'] else 'padded'}: "
+        f"{whole['model']}, actor {whole['actor']}, layers {whole['layers']}{adapters}, {'packed' if whole['packing'] else 'padded'}: "
         f"{whole['sequences']} sequences of {whole['tokens']} tokens in {whole['positions']} positions; "
         f"a plain matrix product {whole['matmul_tflops']:.3g} TFLOP/s{peak}",
         markup=False,

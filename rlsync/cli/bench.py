@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--deadline-s", type=float, default=1200.0, help="of the whole bench; then all processes are killed")
     add("--out", type=Path, default=Path("rlsync-bench"), help="folder for bench.json, bench.png and logs/")
     train = parser.add_argument_group("training", "with --train no engine is started, and of the above count only --model, --actor, "
-                                      "--steps, --warmup, --layers, --deadline-s and --out")  # fmt: skip
+                                      "--lora, --steps, --warmup, --layers, --deadline-s and --out")  # fmt: skip
     add = train.add_argument
     add("--train", action="store_true", help="optimizer steps and scoring passes of the actor instead of syncs")
     add("--sequence-length", type=int, default=4096, help="tokens of the longest sequence")
@@ -164,6 +164,7 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
     _check_counts(
         arguments, "steps", "warmup", "sequences", "sequence-length", "micro-batch-tokens", "score-micro-batch-tokens", "chunk-tokens"
     )
+    _check_lora(arguments)
     axes = sizes(arguments.actor, AXES, "--actor")
     config = {**shape_of(arguments.model), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     topology, devices = Topology(**axes), _devices()
@@ -198,6 +199,7 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         microbatches=training.cut(lengths, budget, packing=arguments.packing),
         score_microbatches=training.cut(lengths, scored, packing=arguments.packing, option="--score-micro-batch-tokens"),
         packing=arguments.packing,
+        lora_r=arguments.lora,
         chunk_tokens=arguments.chunk_tokens,
         steps=arguments.steps,
         warmup=arguments.warmup,
@@ -217,7 +219,6 @@ _OF_SYNCS = (
     "bucket_bytes",
     "num_slots",
     "verify",
-    "lora",
     "lora_sync",
     "peers",
     "cuda_graphs",

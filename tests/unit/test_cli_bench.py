@@ -277,6 +277,15 @@ def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: 
     unknown = training.summary(made, training.TrainFound(train_s=[1.0], score_s=[1.0], losses=[1.0], ranks=other), {}, None)
     assert unknown["train"]["share_of_peak"] is None
     training.show(unknown)
+    adapted = planned_training(
+        tmp_path, "--actor", "tp=2,dp=2", "--sequence-length", "64", "--sequences", "6", "--lengths", "64,16,20", "--lora", "8"
+    )
+    base, factors = (2 * 200 * n for n in (whole["flops"]["token"], training.flops_of_adapters(model_of(made.config), adapted.lora)))
+    assert 0 < factors < base / 2
+    beside = training.summary(adapted, found, {}, None)
+    flops = 3 * (forward + factors) - base
+    assert beside["train"]["tflops_per_rank"] == pytest.approx(flops / 2.0 / 4 / 1e12), "weights of a frozen base have no gradients"
+    assert beside["memory"]["predicted_held_bytes"] < whole["memory"]["predicted_held_bytes"] / 2
     memory = whole["memory"]
     assert memory["peak_bytes"] == 7 and memory["predicted_held_bytes"] < memory["predicted_peak_bytes"]
     assert memory["predicted_held_bytes"] == sum(memory["predicted_bytes"][part] for part in ("weights", "gradients", "optimizer"))
