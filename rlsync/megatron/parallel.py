@@ -125,7 +125,8 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     # From other memory than pinned the driver would wait for all that was enqueued before.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # An expanded tensor has no memory of its own that could be pinned.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def freeze_objects() -> None:
