@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=(*DTYPES, *SHORT_DTYPES), default="float32", help="of both models")
     parser.add_argument("--tolerance", type=float, help="share of the logits' norm; default 1e-4 in float32, 3e-2 in bfloat16")
     parser.add_argument("--tokens", type=Path, help="JSON file with a row of token ids, or rows of one length; default: random ones")
-    parser.add_argument("--rows", type=int, default=2, help="random rows")
-    parser.add_argument("--length", type=int, default=32, help="tokens of a random row")
+    parser.add_argument("--rows", type=int, help="random rows; default: 2")
+    parser.add_argument("--length", type=int, help="tokens of a random row; default: 32")
     parser.add_argument("--prompt-length", type=int, default=0, help="tokens of a row that are counted as its prompt, apart")
     parser.add_argument("--pictures", type=int, help="random pictures in each row; default: 1 of a model that takes them")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--seed", type=int, help="of what is random; default: 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -40,14 +40,18 @@ def run(arguments: argparse.Namespace) -> int:
     from rlsync.bridge.model_folder import read_config
     from rlsync.convert.precision import compare_logits, random_batch
 
-    for name in ("rows", "length"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
     model = model_of(read_config(arguments.folder)[1])
     if arguments.tokens is None:
-        pictures = (model.vision is not None) if arguments.pictures is None else arguments.pictures
-        batch = random_batch(model, rows=arguments.rows, length=arguments.length, seed=arguments.seed, pictures=int(pictures))
+        sizes = {"rows": 2, "length": 32, "seed": 0, "pictures": int(model.vision is not None)}
+        sizes |= {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
+        for name in ("rows", "length"):
+            if sizes[name] < 1:
+                raise ConfigError(f"--{name} is {sizes[name]}; it must be at least 1")
+        batch = random_batch(model, **sizes)
     else:
+        given = [f"--{name}" for name in ("rows", "length", "seed", "pictures") if getattr(arguments, name) is not None]
+        if given:
+            raise ConfigError(f"{', '.join(given)} are of random rows, and --tokens gives the rows; leave one of them out")
         batch = {"tokens": _tokens(arguments.tokens, model.dims["vocab"])}
     found = compare_logits(
         arguments.folder,

@@ -19,6 +19,7 @@ from rlsync.models.base_keys import DTYPES
 
 if TYPE_CHECKING:
     from rlsync.convert.conversion import Converted, Progress, Request
+    from rlsync.convert.precision import Precision
 
 # Options of the layout, and their fields of Topology.
 _AXES = {
@@ -60,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("local", "te"),
         help="names of the parameters: te with TransformerEngine; default: FROM's, or local, in torch_dist te",
     )
-    layout.add_argument("--make-vocab-size-divisible-by", type=int, default=1, metavar="N", help="as of the run that will load TO")
+    layout.add_argument("--make-vocab-size-divisible-by", type=int, metavar="N", help="as of the run that will load TO; default: 1")
     parser.add_argument("--dtype", choices=(*DTYPES, *SHORT_DTYPES), help="of the weights in TO; default: FROM's")
     parser.add_argument("--model", type=Path, help="folder of the model, where FROM has no config.json, or is adapters of it")
     parser.add_argument("--workers", type=int, default=1, help="processes that copy")
     parser.add_argument("--bucket-bytes", type=int, default=256 * 2**20, help="memory of each of them, at least the largest tensor")
-    parser.add_argument("--max-shard-bytes", type=int, default=5 * 2**30, help="most bytes of a file of hf or torch_dist")
+    parser.add_argument("--max-shard-bytes", type=int, help="most bytes of a file of hf or torch_dist; default: 5 GiB")
     parser.add_argument(
         "--test-precision",
         action="store_true",
@@ -77,38 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with progress on standard error where that is a terminal, and say what was made; of several processes of torchrun the first
     one does. Raises RlsyncError."""
-    from rlsync.convert.conversion import Request, convert, source_of
+    from rlsync.cli.compare import shown
+    from rlsync.convert.conversion import convert
     from rlsync.convert.ranks import Ranks
-    from rlsync.convert.sources import smallest_topology
 
-    for name in ("workers", "bucket_bytes", "max_shard_bytes", "make_vocab_size_divisible_by"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    sizes = {field: getattr(arguments, option) for option, field in _AXES.items() if getattr(arguments, option) is not None}
-    request = Request(
-        source=arguments.source,
-        target=arguments.target,
-        form=arguments.to or "hf",
-        model_folder=arguments.model,
-        topology=smallest_topology(**sizes),
-        dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
-        flavour=arguments.spec,
-        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
-        bucket_bytes=arguments.bucket_bytes,
-        max_shard_bytes=arguments.max_shard_bytes,
-        adapter=arguments.adapter,
-        merge_lora=arguments.merge_lora,
-    )
-    if arguments.to is None and (sizes or (not arguments.merge_lora and source_of(request).form == "hf")):
-        request = replace(request, form="megatron")
-    if request.form == "hf" and (sizes or arguments.spec is not None):
-        raise ConfigError("Hugging Face files have no layout: leave the sizes and --spec out, or say --to megatron")
-    if request.form == "torch_dist" and sizes:
-        raise ConfigError("torch_dist has whole tensors, which are loaded under any layout: leave the sizes out, or say --to megatron")
-    if arguments.test_precision and (arguments.adapter is not None or arguments.merge_lora):
-        raise ConfigError(
-            "--test-precision compares FROM with TO, which have the same weights without adapters alone; run rlsync compare TO"
-        )
+    request = _request(arguments)
     ranks = Ranks.from_environment()
     hf_folder = _hf_side(request) if arguments.test_precision else None
     begin = time.monotonic()
@@ -122,26 +96,66 @@ def run(arguments: argparse.Namespace) -> int:
     said = _said(arguments.target, request.form, made, time.monotonic() - begin)
     if not arguments.json:
         print(_line(said), flush=True)
-    found = None
-    if hf_folder is not None:
-        from rlsync.cli.compare import shown
-        from rlsync.convert.precision import compare_logits, random_batch
-
-        batch = random_batch(made.source.model, rows=2, length=32, seed=0, pictures=int(made.source.model.vision is not None))
-        # So that prompts and what follows are told apart, as pictures and text are.
-        found = compare_logits(
-            hf_folder,
-            batch,
-            weights=request.source if request.form == "hf" else request.target,
-            dtype=made.output.dtype,
-            prompt_length=8,
-        )
+    found = None if hf_folder is None else _precision(hf_folder, request, made)
+    if found is not None:
         said["precision"] = {"within": found.is_within, **asdict(found)}
         if not arguments.json:
             print(shown(found))
     if arguments.json:
         print(json.dumps(said))
     return 0 if found is None or found.is_within else 1
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    """What is to be converted into what. Raises ConfigError for options that say nothing about it."""
+    from rlsync.convert.conversion import Request, source_of
+    from rlsync.convert.sources import smallest_topology
+
+    for name in ("workers", "bucket_bytes", "max_shard_bytes", "make_vocab_size_divisible_by"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    sizes = {field: getattr(arguments, option) for option, field in _AXES.items() if getattr(arguments, option) is not None}
+    given = {name: getattr(arguments, name) for name in ("max_shard_bytes", "make_vocab_size_divisible_by")}
+    request = Request(
+        source=arguments.source,
+        target=arguments.target,
+        form=arguments.to or "hf",
+        model_folder=arguments.model,
+        topology=smallest_topology(**sizes),
+        dtype=SHORT_DTYPES.get(arguments.dtype, arguments.dtype),
+        flavour=arguments.spec,
+        bucket_bytes=arguments.bucket_bytes,
+        adapter=arguments.adapter,
+        merge_lora=arguments.merge_lora,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if arguments.to is None and (sizes or (not arguments.merge_lora and source_of(request).form == "hf")):
+        request = replace(request, form="megatron")
+    if request.form == "hf" and (sizes or arguments.spec is not None or arguments.make_vocab_size_divisible_by is not None):
+        raise ConfigError("Hugging Face files have no layout: leave its options out, or say --to megatron")
+    if request.form == "torch_dist" and sizes:
+        raise ConfigError("torch_dist has whole tensors, which are loaded under any layout: leave the sizes out, or say --to megatron")
+    if request.form == "megatron" and arguments.max_shard_bytes is not None:
+        raise ConfigError("--max-shard-bytes is of hf and torch_dist: Megatron's shards are a file for each rank; leave it out")
+    if arguments.test_precision and (arguments.adapter is not None or arguments.merge_lora):
+        raise ConfigError(
+            "--test-precision compares FROM with TO, which have the same weights without adapters alone; run rlsync compare TO"
+        )
+    return request
+
+
+def _precision(hf_folder: Path, request: Request, made: Converted) -> Precision:
+    """What ``rlsync compare`` says of both sides, on random tokens."""
+    from rlsync.convert.precision import compare_logits, random_batch
+
+    return compare_logits(
+        hf_folder,
+        random_batch(made.source.model, rows=2, length=32, seed=0, pictures=int(made.source.model.vision is not None)),
+        weights=request.source if request.form == "hf" else request.target,
+        dtype=made.output.dtype,
+        # So that prompts and what follows are told apart, as pictures and text are.
+        prompt_length=8,
+    )
 
 
 def _hf_side(request: Request) -> Path:

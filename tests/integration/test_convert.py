@@ -259,6 +259,8 @@ def test_the_command_chooses_the_form_and_says_what_it_made(tiny, tmp_path, caps
     assert main(["verify", str(tiny), str(tmp_path / "hf")]) == 0
     refused = {
         ("--to", "hf", "--tp", "2"): "Hugging Face files have no layout",
+        ("--to", "hf", "--make-vocab-size-divisible-by", "64"): "Hugging Face files have no layout",
+        ("--tp", "2", "--max-shard-bytes", "9"): "--max-shard-bytes is of hf and torch_dist",
         ("--tp", "3"): "4 attention heads cannot be divided by a tensor axis of 3",
         ("--workers", "0"): "--workers is 0; it must be at least 1",
         ("--ep", "2"): "Qwen3ForCausalLM has no experts, so it must be 1",

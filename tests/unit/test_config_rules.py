@@ -12,7 +12,7 @@ from rlsync.models.lora import LoraSpec
 from tests.unit.test_config import minimal, shipped
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
 from tests.unit.test_sft_config import minimal as sft_minimal
-from workers.config import RunConfig, SftConfig, load_config, read_config, validate_model, validate_world
+from workers.config import RunConfig, SftConfig, load_config, read_config, register_resolvers, validate_model, validate_world
 from workers.config.fields import dotted_keys
 from workers.config.unread_keys import IN_EVERY_RUN, IN_GRPO, IN_SFT, ReadWhere
 
@@ -190,6 +190,27 @@ def test_where_initial_weights_may_come_from(
             "actor.model.cp_comm_type=a2a takes no packed sequences",
         ),
         ({"algorithm": {"sampling_params": {"max_new_tokens": 25}}}, "must not exceed runner.seq_length (32)"),
+        ({"runner": {"val_before_train": True}}, "runner.val_before_train=True needs data.val_data_paths"),
+        (
+            {"algorithm": {"importance_sampling_fix": True, "recompute_logprobs": False}},
+            "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True",
+        ),
+        (
+            {"algorithm": {"clip_log_ratio_min": 1.0, "clip_log_ratio_max": 0.5}},
+            "algorithm.clip_log_ratio_min (1.0) must not exceed algorithm.clip_log_ratio_max (0.5)",
+        ),
+        (
+            {"algorithm": {"sampling_params": {"temperature": 0.0}}},
+            "algorithm.sampling_params.temperature (0.0) must be greater than 0; do_sample=False decodes greedily",
+        ),
+        ({"reward": {"reward_min_val": 1.0}}, "reward.reward_min_val (1.0) must be less than reward.reward_max_val (1.0)"),
+        ({"actor": {"micro_batch_size": 2}}, "actor.micro_batch_size (2) must equal algorithm.training_batch_size_per_gpu (1)"),
+        ({"actor": {"model": {"virtual_pipeline_model_parallel_size": 2}}}, "needs actor.model.pipeline_model_parallel_size > 1"),
+        ({"actor": {"model": {"recompute_granularity": "full"}}}, "full needs recompute_method and recompute_num_layers"),
+        ({"actor": {"megatron": {"convert_from_hf": False}}}, "actor.megatron.convert_from_hf=False belongs to SFT"),
+        ({"weight_sync": {"lora": "adapter", "sink": "loaders"}}, "weight_sync.lora is adapter and sink is loaders"),
+        ({"weight_sync": {"lora": "adapter", "verify": "off"}}, "weight_sync.lora is adapter and verify is off"),
+        ({"actor": {"model": {"precision": "${torch.dtype:int8}"}}}, "${torch.dtype:int8}: known names are float32"),
         ({"data": {"system_prompt": "Be brief."}}, "data.system_prompt ('Be brief.') needs data.apply_chat_template=True"),
         (
             {"actor": {"model": {"recompute_granularity": "selective", "recompute_num_layers": 2}}},
@@ -211,6 +232,7 @@ def test_where_initial_weights_may_come_from(
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(sections: dict[str, Any], message: str) -> None:
+    register_resolvers()
     with pytest.raises(ConfigError) as caught:
         load_config(minimal(**sections))
     assert message in str(caught.value)
@@ -310,6 +332,9 @@ def test_world_size_and_batches_must_divide() -> None:
         validate_world(config, 6)
     with pytest.raises(ConfigError, match=r"micro_batch_size x data-parallel size \(4 x 16\)"):
         validate_world(config, 32)
+    warm = load_config(minimal(warm_start={"data_paths": ["a"], "num_steps": 1, "batch_size": 1}))
+    with pytest.raises(ConfigError, match=r"warm_start.batch_size \(1\) must be at least the data-parallel size \(2\)"):
+        validate_world(warm, 2)
 
 
 def unread(*, sft: bool = False, **sections: Any) -> dict[str, str]:

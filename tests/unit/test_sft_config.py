@@ -99,6 +99,23 @@ def test_a_yaml_of_the_other_kind_is_refused_with_the_script_that_runs_it() -> N
             "data.system_prompt ('x') is for conversations, and data.type text has documents",
         ),
         ({"data": {"system_prompt": "x", "apply_chat_template": False}}, "data.system_prompt ('x') needs data.apply_chat_template=True"),
+        (
+            {"data": {"type": "text"}, "validation": {"generate": True}},
+            "validation.generate=True needs questions, and data.type text has none",
+        ),
+        (
+            {"actor": {"megatron": {"router_replay": "R2"}}},
+            "actor.megatron.router_replay and rollout.enable_return_routed_experts belong to",
+        ),
+        (
+            {"actor": {"megatron": {"convert_from_hf": False}}, "validation": {"generate": True}},
+            "actor.megatron.convert_from_hf=False gives engines no weights to start with",
+        ),
+        ({"actor": {"megatron": {"convert_from_hf": False}, "lora": {"r": 4}}}, "convert_from_hf=False beside actor.lora, whose base is a"),
+        (
+            {"actor": {"megatron": {"convert_from_hf": False, "use_hf_ckpt": False}}},
+            "convert_from_hf=False beside actor.megatron.use_hf_ckpt",
+        ),
         ({"rollout": {"validate_weight": True}}, "rollout.validate_weight (True) belongs to a reasoning run"),
         ({"data": {"val_data_paths": ["b"], "eval_data_paths": ["c"]}}, "data.val_data_paths (['b']) and data.eval_data_paths (['c']) are"),
     ],
