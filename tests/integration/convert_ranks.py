@@ -6,7 +6,7 @@ import argparse
 import enum
 import json
 import os
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -102,6 +102,9 @@ def compare_precision(folder: str, pictures: str, changed: str, shards: str, out
     assert code == 1 and not found["within"] and found["first_layer"] == "layer 2", found
     code, found = compared(folder, "--dtype", "bf16")
     assert code == 0 and found["dtype"] == "bfloat16" and found["logits"][0]["largest"] > 1e-3, found
+    with redirect_stderr(StringIO()) as said:
+        assert main(["compare", folder, "--tokens", out, "--rows", "3"]) == 1
+    assert "--rows are of random rows, and --tokens gives the rows" in said.getvalue()
 
 
 def _save_as_megatron_lm(folder: Path, models: list[torch.nn.Module], topology: Topology) -> None:
