@@ -30,6 +30,7 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.model import DdpOptions, flavour_of, gather_parameters, iter_parameters, unwrap
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
+from rlsync.megatron.optimizer_state import reload_main_parameters
 from rlsync.megatron.packing import packing_refusal
 from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.specs import SpecName
@@ -114,7 +115,7 @@ class ActorRank:
             return None
         if actor.megatron.no_load_optim:
             restored = load_checkpoint(resume_folder, self._bridge, self._models, random_state=random_state)
-            self._optimizer.reload_model_params()
+            reload_main_parameters(self._optimizer)
             return restored
         return load_checkpoint(
             resume_folder,

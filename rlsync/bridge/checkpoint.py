@@ -45,6 +45,7 @@ from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import (
     count_steps,
     distributed_parts,
+    reload_main_parameters,
     restore_shards,
     set_parameter_states,
 )
@@ -205,7 +206,7 @@ def load_checkpoint(
         return held
     bridge.load_weights(models, hf_folder(folder))
     if optimizer is not None:
-        optimizer.reload_model_params()
+        reload_main_parameters(optimizer)
     return held
 
 

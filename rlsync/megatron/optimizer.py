@@ -116,6 +116,8 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
         optimizer_cpu_offload=options.optimizer_cpu_offload,
         optimizer_offload_fraction=options.optimizer_offload_fraction,
         use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+        # Else main parameters would not be tensors that a checkpoint could hold, but what the weights lack of them.
+        store_param_remainders=False,
         log_num_zeros_in_grad=True,
     )
     overrides = {**get_standard_config_overrides(settings), **_overrides_by_part(models, options)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, param_group_identifier_keys
 from torch import Tensor
 
@@ -55,7 +56,15 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
             part_state["grad_scaler"] = scaler.state_dict()
         if not getattr(part, "is_stub_optimizer", False):
             _take_over_options(_inner(part, part_state)["param_groups"], part.param_groups)
-    optimizer.load_state_dict(state)
+    if any(isinstance(part.optimizer, HybridDeviceOptimizer) for part in distributed_parts(optimizer)):
+        for index, part in enumerate(parts):
+            part_state = state if len(parts) == 1 else state[index]
+            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, HybridDeviceOptimizer):
+                _load_counters(part, part_state)
+            else:
+                part.load_state_dict(part_state)
+    else:
+        optimizer.load_state_dict(state)
     separate_steps(optimizer)
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group.update(options)
@@ -256,7 +265,7 @@ def restore_shards(optimizer: MegatronOptimizer, states: Sequence[tuple[ShardedP
         for part in parts:
             stack.enter_context(_steps_aside(part))
         for shard, planes in states:
-            parts[shard.part]._set_main_param_and_optimizer_states(shard.parameter, planes)
+            _set_states(parts[shard.part], shard.parameter, planes)
 
 
 def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch.nn.Parameter], Mapping[str, Tensor]]) -> None:
@@ -272,7 +281,7 @@ def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch
             for parameter in part.model_param_gbuf_map:
                 shard = part._get_model_param_range_map(parameter)["param"]
                 states = {plane: state.reshape(-1)[shard.start : shard.end] for plane, state in state_of(parameter).items()}
-                part._set_main_param_and_optimizer_states(parameter, states)
+                _set_states(part, parameter, states)
 
 
 def count_steps(optimizer: MegatronOptimizer, steps: float, grad_scaler: Mapping[str, Any] | None) -> None:
@@ -309,10 +318,87 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
     for part in distributed_parts(optimizer):
         if part.optimizer is None or part.optimizer.state:
             continue
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            _allocate_on_host(part.optimizer)
+            continue
+        if part.config.use_precision_aware_optimizer:
+            # Megatron 0.16 calls this without what TransformerEngine 2.1 and later ask for.
+            for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
+                part.optimizer.initialize_state(parameter, part.config.store_param_remainders)
+            continue
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             for values in part.optimizer.state.values():
                 values["step"] = torch.tensor(0.0)
+
+
+def reload_main_parameters(optimizer: MegatronOptimizer) -> None:
+    """``optimizer.reload_model_params()``, also where Megatron 0.16 leaves out the main parameters: where Adam keeps them among its state,
+    or on the host. Not collective."""
+    optimizer.reload_model_params()
+    for part in distributed_parts(optimizer):
+        if not isinstance(part.optimizer, HybridDeviceOptimizer) and not (
+            part.config.use_precision_aware_optimizer and part.optimizer.state
+        ):
+            continue
+        with torch.no_grad():
+            for parameter in part.model_param_gbuf_map:
+                shard = part._get_model_param_range_map(parameter)["param"]
+                _set_states(part, parameter, {"param": parameter.detach().reshape(-1)[shard.start : shard.end].float()})
+
+
+def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, planes: Mapping[str, Tensor]) -> None:
+    """Megatron's setter, and what it should do for an optimizer whose parameters are copies on the host."""
+    if not isinstance(part.optimizer, HybridDeviceOptimizer):
+        part._set_main_param_and_optimizer_states(parameter, planes)
+        return
+    group, order = part.model_param_group_index_map[parameter]
+    main = part.optimizer.param_groups[group]["params"][order]
+    for plane, values in planes.items():
+        # Of a parameter on the host there are two: the one that is stepped there, and what it is copied to.
+        targets = (main, part.optimizer.param_to_inner_param[main]) if plane == "param" else (part.optimizer.state[main][plane],)
+        for target in targets:
+            target.data.copy_(values)
+
+
+def _allocate_on_host(optimizer: HybridDeviceOptimizer) -> None:
+    """Zeros as moments and counters, by a step that moves nothing: this optimizer makes its state in no other way."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if getattr(parameter, "decoupled_grad", parameter) is None:
+                # The step would take it for the gradient.
+                del parameter.decoupled_grad
+    optimizer.dummy_step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for inner in optimizer.sub_optimizers:
+        for group in inner.param_groups:
+            group.pop("step", None)
+        for values in inner.state.values():
+            for name in {"exp_avg", "exp_avg_sq", "step"} & values.keys():
+                values[name].zero_()
+
+
+def _load_counters(part: DistributedOptimizer, state: Mapping[str, Any]) -> None:
+    """What ``state_dict`` says beside options of an optimizer on the host: steps, and the loss scale. Megatron 0.16 would take in copies of
+    moments and parameters for those that are stepped."""
+    if not part.optimizer.state:
+        _allocate_on_host(part.optimizer)
+    for step in {group["step"] for group in state["optimizer"]["param_groups"] if group.get("step") is not None}:
+        for inner in part.optimizer.sub_optimizers:
+            counts = False
+            for values in inner.state.values():
+                if "step" in values:
+                    values["step"].fill_(step)
+                    counts = True
+            if not counts:
+                # TransformerEngine's Adam counts in its groups.
+                for group in inner.param_groups:
+                    group["step"] = int(step)
+    if part.grad_scaler is not None and "grad_scaler" in state:
+        part.grad_scaler.load_state_dict(state["grad_scaler"])
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:

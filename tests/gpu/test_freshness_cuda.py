@@ -33,6 +33,25 @@ def test_weights_of_the_precision_aware_optimizer_are_fresh_too(tmp_path):
     check([trained("qwen2", OVERLAPPED, dp_size=2, optimizer=each) for each in (precise, {**ON_HOST, **precise})], tmp_path)
 
 
+@pytest.mark.gpu(1)
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="the optimizer is TransformerEngine's")
+def test_optimizers_on_the_host_and_precision_aware_ones_step_and_resume_as_others_do(tmp_path):
+    """On one GPU: fresh weights, the steps of the plain optimizer, and a resume that goes on bit for bit."""
+    precise = {"use_precision_aware_optimizer": True}
+    options = [{}, precise, ON_HOST, {**ON_HOST, **precise}, {**ON_HOST, **precise, "optimizer_offload_fraction": 0.5}]
+    cases, models = [trained("qwen2", DISTRIBUTED, optimizer=each) for each in options], make_models(tmp_path)
+    (output,) = run_ranks(1, RANKS, "optimizers_agree", cases=cases, models=models)
+    print(output)
+    assert output.count("AGREED") == len(cases) - 1, output
+    (output,) = run_ranks(1, RANKS, "synced_weights_are_those_after_the_step", cases=cases[1:], models=models)
+    assert output.count("FRESH") == len(cases) - 1, output
+    for case in cases:
+        # Each in a process of its own, so that one says nothing about the next.
+        (output,) = run_ranks(1, "tests.integration.megatron_ranks", "resume_bitwise", cases=[case], models=models, root=str(tmp_path))
+        print(output)
+        assert output.count("RESUMED") == 1, output
+
+
 def check(cases: list[dict[str, Any]], tmp_path: Path) -> None:
     outputs = run_ranks(2, RANKS, "synced_weights_are_those_after_the_step", cases=cases, models=make_models(tmp_path))
     assert outputs[0].count("FRESH") == len(cases), outputs[0]

@@ -39,6 +39,26 @@ def synced_weights_are_those_after_the_step(cases: Sequence[Mapping[str, Any]], 
         destroy_parallel(keep_distributed=True)
 
 
+def optimizers_agree(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Three steps of each case move weights as those of the first case do: far closer to them than to where they began."""
+    found: list[tuple[list[float], torch.Tensor]] = []
+    for case in cases:
+        expected = models[case["model"]]
+        actor = Actor(expected["folder"], case)
+        began = torch.cat([weight.float().flatten() for weight in _copies(MegatronSource(actor.bridge, actor.models).buffers).values()])
+        losses = [result.metrics["loss"] for result in actor.steps(expected["batch"], 3)]
+        ended = torch.cat([main.flatten() for main in _computed(actor).values()]).float()
+        found.append((losses, ended))
+        destroy_parallel(keep_distributed=True)
+        (plain, moved), (ours, theirs) = found[0], found[-1]
+        apart, way = (theirs - moved).norm().item(), (moved - began).norm().item()
+        print(f"{case['optimizer']}: losses {ours} beside {plain}, weights {apart / way:.1e} of their way apart", flush=True)
+        assert all(abs(one - other) < 0.01 * abs(other) for one, other in zip(ours, plain, strict=True)), case
+        assert apart < 0.05 * way, case
+        if case is not cases[0]:
+            print(f"AGREED {case['optimizer']}", flush=True)
+
+
 def _computed(actor: Actor) -> Weights:
     """Whole weights out of the main parameters, wherever the optimizer keeps them and whichever replica holds each part."""
     optimizer, mains = actor.optimizer, {}
