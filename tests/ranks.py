@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from multiprocessing.process import BaseProcess
@@ -33,7 +35,10 @@ _WITH_MEGATRON = tuple(
     )
 )  # fmt: skip
 # These import vLLM, and Megatron or not, in the environment of ``ENGINE_ENV``, which vLLM reads when it is imported.
-_WITH_VLLM = tuple(f"tests.integration.{name}" for name in ("oracle_ranks", "paper_workers", "recorder_claims", "sink_engines"))
+_WITH_VLLM = (
+    *(f"tests.integration.{name}" for name in ("gloo_hosts", "oracle_ranks", "paper_workers", "recorder_claims", "sink_engines")),
+    "tests.chaos.campaign",
+)
 # So are engines of a session, from the same process.
 WITH_VLLM = (*EngineProcess.preload, *_WITH_VLLM)
 # A process that was forked from one that asked for GPUs has none.
@@ -118,6 +123,12 @@ class _MegatronRank(ForkedProcess):
 
 class _VllmRank(ForkedProcess):
     preload = WITH_VLLM
+
+
+def make_process(target: Callable[..., None], *arguments: Any, daemon: bool = True) -> BaseProcess:
+    """A process to be started, forked from the one that has imported vLLM where that can be. As a ``daemon`` it has no children."""
+    kind: Any = _VllmRank if _CAN_FORK else multiprocessing.get_context("spawn").Process
+    return kind(target=target, args=arguments, daemon=daemon)
 
 
 def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:

@@ -68,10 +68,11 @@ class EngineProcess(ForkedProcess):
     preload: ClassVar[tuple[str, ...]] = ("rlsync.engine.compat.warm",)
 
     def run(self) -> None:
-        from rlsync.engine.compat.engine import end_without_collection, fork_workers
+        from rlsync.engine.compat.engine import end_without_collection, fork_workers, wait_without_spinning
 
         fork_workers()
         end_without_collection()
+        wait_without_spinning()
         super().run()
 
 

@@ -16,6 +16,7 @@ from rlsync.engine.handles.local import Engine
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.chaos.rank import Ended, serve, timed
 from tests.integration.engine_source import FolderSource, read_folder
+from tests.ranks import make_process
 
 _READY_S = 300.0
 
@@ -41,9 +42,8 @@ class Actors:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self.process: BaseProcess = context.Process(target=serve, args=(other, self._folders), daemon=True)
+        self._pipe, other = multiprocessing.Pipe()
+        self.process: BaseProcess = make_process(serve, other, self._folders)
         self.process.start()
         other.close()
         # What it imports is no part of the connection that comes next, which has a deadline.

@@ -14,41 +14,45 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from tests.integration import hosts
 
 if TYPE_CHECKING:
     from tests.chaos.drawing import Draw
     from tests.chaos.runner import Runner, Step
 
-_INSIDE = "RLSYNC_CHAOS_INSIDE"
 _SHM_SIZE = "512m"
 # So many faults come one after another while an engine is missing.
 _PATIENCE = 5
 _OUTCOMES = ("refused", "committed", "started")
 
 
-def main() -> int:
-    """Returns 0 when every promise was kept."""
-    options = _options()
-    if _INSIDE not in os.environ:
-        _enter_namespaces()
+def run(words: Sequence[str]) -> None:
+    """``main`` as a rank of a test; ends with its exit code."""
+    sys.exit(main(words))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns 0 when every promise was kept. ``words``: of the command line, by default that of this process."""
+    options = _options(words)
+    has_own_shm = _enter_namespaces()
     from tests.chaos.leaks import adopt_orphans
     from tests.integration.engine_source import ENGINE_ENV
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **ENGINE_ENV}
     adopt_orphans()
     with TemporaryDirectory(prefix="chaos-") as folder:
-        return _run(options, Path(folder))
+        return _run(options, Path(folder), has_own_shm)
 
 
-def _options() -> argparse.Namespace:
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--faults", type=int, default=100, help="how many faults are caused")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="what is left to chance follows from it; now by default")
@@ -58,24 +62,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--engine-starts", type=int, help="leave out faults that cost more engines than this")
     parser.add_argument("--tp2", action="store_true", help="the second engine has two workers")
     parser.add_argument("--json", type=Path, help="write what happened to this file")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def _enter_namespaces() -> None:
-    """Go on in mount and pid namespaces of our own: a /dev/shm of 512 MiB, and the end of every process with this one."""
-    flags = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *(() if os.geteuid() == 0 else ("--map-root-user",))]
-    small = f"mount -t tmpfs -o size={_SHM_SIZE} tmpfs /dev/shm"
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, *flags, "sh", "-c", small], capture_output=True).returncode != 0:
-        print("no namespaces of our own here: 'full /dev/shm' is left out", flush=True)
-        os.environ[_INSIDE] = "shared"
-        return
-    os.environ[_INSIDE] = "own"
-    command = [sys.executable, "-m", "tests.chaos.campaign", *sys.argv[1:]]
-    os.execv(unshare, [unshare, *flags, "sh", "-c", f'{small} && exec "$@"', "sh", *command])
+def _enter_namespaces() -> bool:
+    """Go on in mount and pid namespaces of our own: a /dev/shm of 512 MiB, and the end of every process with this one. Whether we may."""
+    refusal = hosts.why_not(f"hosts.enter_namespaces(); hosts.mount_shm('{_SHM_SIZE}')")
+    if refusal is not None:
+        print(f"no namespaces of our own here, so that 'full /dev/shm' is left out: {refusal}", flush=True)
+        return False
+    hosts.enter_namespaces()
+    hosts.fork_here()
+    hosts.mount_shm(_SHM_SIZE)
+    return True
 
 
-def _run(options: argparse.Namespace, folder: Path) -> int:
+def _run(options: argparse.Namespace, folder: Path, has_own_shm: bool) -> int:
     from tests.chaos.runner import Runner, Step, Violation
     from tests.models import save_tiny_model
 
@@ -84,7 +86,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started_s:7.1f} s] {text}", flush=True)
 
-    chosen = _chosen(options)
+    chosen = _chosen(options, has_own_shm)
     say(f"seed {options.seed}: {len(chosen)} faults, deadline {options.timeout:g} s")
     folders = {letter: save_tiny_model(folder / letter, "qwen2", seed=seed) for letter, seed in (("a", 1), ("b", 2))}
     runner = Runner(folders, {"left": 1, "right": 2 if options.tp2 else 1}, options.timeout, options.slack, say)
@@ -115,12 +117,12 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     return 0 if violation is None else 1
 
 
-def _chosen(options: argparse.Namespace) -> list[Draw]:
+def _chosen(options: argparse.Namespace, has_own_shm: bool) -> list[Draw]:
     """The draws to go through. Those that need what this machine does not allow, or too many engines, are passed over."""
     from tests.chaos.drawing import draws
 
     def fits(draw: Draw) -> bool:
-        return os.environ[_INSIDE] == "own" or draw.fault.name != "full /dev/shm"
+        return has_own_shm or draw.fault.name != "full /dev/shm"
 
     if options.only is not None:
         return [next(d for d in draws(options.seed) if d.number == options.only)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import setproctitle
+
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
@@ -39,6 +41,8 @@ class Cursed(RuntimeError):
 
 def serve(pipe: Connection, folders: dict[str, str]) -> None:
     """Answer each ``(method, argument)`` with how it ended, until told to ``end`` or the other side is gone."""
+    # Or it would go by the name of the process that it was forked from, whose likes are no strays.
+    setproctitle.setproctitle("actor rank 1")
     source = FolderSource(read_folder(folders["a"]), rank=1, world_size=2)
     syncer: WeightSyncer | None = None
     settings: dict[str, Any] = {}

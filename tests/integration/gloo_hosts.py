@@ -1,4 +1,4 @@
-"""What happens between two hosts, told as facts: run as ``python -m tests.integration.gloo_hosts near RESULT FOLDER FOLDER``.
+"""What happens between two hosts, told as facts; ``near`` is the process of a rank.
 
 The near host has the actor and an engine; it starts the far one, which has an engine and shares nothing with it but a cable.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,6 +22,7 @@ from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration import far_engine, hosts
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.far_engine import FarEngine
+from tests.ranks import make_process
 
 NEAR, FAR = "10.77.0.1", "10.77.0.2"
 TIMEOUT_S = 8.0
@@ -40,10 +39,11 @@ def start(engine_id: str, folder: str) -> Engine:
     return engine
 
 
-def far(fd: str, folder: str) -> None:
+def far(pipe: Connection, folder: str) -> None:
     """The far host: waits for its end of the cable, starts its engine, and answers calls."""
+    hosts.enter_namespaces(*hosts.HOST)
+    hosts.fork_here()
     hosts.settle("far-host")
-    pipe = Connection(int(fd))
     assert pipe.recv() == "the cable is there"
     hosts.set_address("eth-far", FAR)
     engine = start("far", folder)
@@ -54,12 +54,14 @@ def far(fd: str, folder: str) -> None:
 
 def near(result: str, first: str, second: str) -> None:
     """The near host: sync both engines, cut the cable, mend it, stop and kill the far worker; writes the facts to ``result``."""
+    hosts.enter_namespaces(*hosts.HOST)
+    hosts.fork_here()
     hosts.settle("near-host")
-    here, there = socket.socketpair()
-    command = [*hosts.unshare_command(new_user=False), "-m", "tests.integration.gloo_hosts", "far", str(there.fileno()), first]
-    process = subprocess.Popen(command, pass_fds=[there.fileno()], stdout=sys.stderr)
+    pipe, there = Pipe()
+    process = make_process(far, there, first, daemon=False)
+    process.start()
     there.close()
-    pipe = Connection(here.detach())
+    assert process.pid is not None
     _until_elsewhere(process.pid)
     hosts.lay_cable("eth-near", "eth-far", process.pid)
     hosts.set_address("eth-near", NEAR)
@@ -75,7 +77,7 @@ def near(result: str, first: str, second: str) -> None:
     finally:
         engines[0].close()
         pipe.send(None)
-        process.wait(60)
+        process.join(60)
 
 
 def _until_elsewhere(pid: int) -> None:
@@ -184,7 +186,3 @@ def _refusal(engine: FarEngine) -> str:
 def _answers(engine: Any) -> list[Any]:
     answers: list[tuple[Completion, ...]] = engine.generate(PROMPTS, GREEDY)
     return [[asdict(c) for c in row] for row in answers]
-
-
-if __name__ == "__main__":
-    {"near": near, "far": far}[sys.argv[1]](*sys.argv[2:])

@@ -7,41 +7,93 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from tests.deadlines import HANG_S
 
-_UNSHARE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
+HOST = ("net", "uts")
+# From linux/sched.h, prctl.h and mount.h.
+_CLONE = {"mount": 0x20000, "uts": 0x4000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
+_PR_SET_PDEATHSIG = 1
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 # From linux/rtnetlink.h, if_link.h, if_addr.h and veth.h.
 _NEWLINK, _NEWADDR = 16, 20
 _REQUEST, _ACK, _CREATE, _EXCLUSIVE = 1, 4, 0x400, 0x200
 _IFNAME, _LINKINFO, _NET_NS_PID, _INFO_KIND, _INFO_DATA, _PEER, _ADDRESS, _LOCAL, _UP = 3, 18, 19, 1, 2, 1, 1, 2, 1
 
 
-def unshare_command(*, new_user: bool) -> list[str]:
-    """The command behind which a program runs on a host of its own; ``new_user`` where this process is not root."""
-    return [*_UNSHARE, *(("--user", "--map-root-user") if new_user else ()), sys.executable]
-
-
 def refusal() -> str | None:
     """Why the kernel (or the container's profile) allows no second host here, or None."""
-    program = "from tests.integration import hosts; hosts.settle('probe'); hosts.lay_cable('probe0', 'probe1', 1)"
-    command = [*unshare_command(new_user=os.geteuid() != 0), "-c", program]
+    return why_not("hosts.enter_namespaces(*hosts.HOST); hosts.settle('probe'); hosts.lay_cable('probe0', 'probe1', 1)")
+
+
+def why_not(attempt: str) -> str | None:
+    """Why a line of Python that uses this module fails in a process of its own, or None."""
+    command = [sys.executable, "-c", f"from tests.integration import hosts; {attempt}"]
     probe = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, cwd=Path(__file__).parents[2])
     return None if probe.returncode == 0 else (probe.stderr.strip().splitlines() or [f"exit {probe.returncode}"])[-1]
+
+
+def enter_namespaces(*kinds: str) -> None:
+    """Go on in namespaces of our own for mounts and processes, and for ``kinds`` of ``HOST``; as their root, where we are not root.
+
+    It is a child that goes on, with which all processes in these namespaces end; this process waits for it and ends as it does, and may
+    have one thread only. Raises OSError where the kernel refuses.
+    """
+    user, group = os.geteuid(), os.getegid()
+    flags = sum(_CLONE[kind] for kind in ("mount", "pid", *kinds, *(("user",) if user else ())))
+    _call("unshare", flags)
+    if user:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path("/proc/self", name).write_text(text)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    _call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    _call("mount", b"proc", b"/proc", b"proc", 0, None)
+
+
+def fork_here() -> None:
+    """Where this process was forked from a server outside of its namespaces: have its own, too, forked from one within, which is this."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_address is None:
+        return
+    address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    # Whoever was forked holds its other end, as this process does: when all have ended the server does, too.
+    alive_r, alive_w = os.pipe()
+    if os.fork() == 0:
+        os.close(alive_w)
+        try:
+            forkserver.main(listener.detach(), alive_r, [])
+        finally:
+            os._exit(0)
+    os.close(alive_r)
+    listener.close()
+    server._forkserver_address, server._forkserver_alive_fd = address, alive_w
 
 
 def settle(name: str) -> None:
     """Make the namespaces this process is in a host: a name, a loopback device, and a /dev/shm that nobody else sees."""
     socket.sethostname(name)
     set_link("lo", up=True)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=4g"):
-        raise OSError(ctypes.get_errno(), "mount /dev/shm")
+    mount_shm("4g")
+
+
+def mount_shm(size: str) -> None:
+    """Have a /dev/shm of that size of our own."""
+    _call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode())
 
 
 def lay_cable(here: str, there: str, pid: int) -> None:
@@ -83,6 +135,12 @@ def listeners() -> set[tuple[str, int]]:
             address, port = local.split(":")
             found.add((socket.inet_ntoa(struct.pack("<I", int(address, 16))), int(port, 16)))
     return found
+
+
+def _call(function: str, *arguments: int | bytes | None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, function)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{function}{arguments}: {os.strerror(ctypes.get_errno())}")
 
 
 def _interface(index: int = 0, flags: int = 0, change: int = 0) -> bytes:

@@ -6,18 +6,16 @@ One run of ``gloo_hosts`` makes all the facts.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.deadlines import HANG_S, SLACK
+from tests.deadlines import SLACK
 from tests.integration import hosts
 from tests.integration.engine_source import ENGINE_ENV
 from tests.integration.gloo_hosts import FAR, NEAR, TIMEOUT_S
 from tests.models import save_tiny_model
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +30,11 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("hosts")
     folders = [str(save_tiny_model(root / name, "qwen2", seed=seed)) for name, seed in (("first", 1), ("second", 2))]
     result = root / "facts.json"
-    command = [*hosts.unshare_command(new_user=os.geteuid() != 0), "-m", "tests.integration.gloo_hosts", "near", str(result), *folders]
-    # Without it vLLM asks the name of a host that no server knows.
-    environment = {**os.environ, **ENGINE_ENV, "VLLM_HOST_IP": "127.0.0.1"}
-    run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HANG_S)
-    assert run.returncode == 0, run.stderr[-6000:]
+    with pytest.MonkeyPatch.context() as patch:
+        # Without an address vLLM asks for that of a host that no server knows.
+        for name, value in {**ENGINE_ENV, "VLLM_HOST_IP": "127.0.0.1"}.items():
+            patch.setenv(name, value)
+        run_ranks(1, "tests.integration.gloo_hosts", "near", result=str(result), first=folders[0], second=folders[1])
     return json.loads(result.read_text())
 
 

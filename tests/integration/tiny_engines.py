@@ -25,6 +25,7 @@ from tests.deadlines import ended_before
 from tests.integration.engine_rank import serve
 from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
 from tests.models import save_tiny_model
+from tests.ranks import make_process
 
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -112,9 +113,8 @@ class TwoRanks:
 
     def __init__(self, engines: list[Engine], folder: Path, **settings: Any) -> None:
         settings = {**SETTINGS, "timeout_s": TIMEOUT_S, **settings}
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, str(folder), settings), daemon=True)
+        self.pipe, other = multiprocessing.Pipe()
+        self.process = make_process(serve, other, str(folder), settings)
         self.process.start()
         other.close()
         self.source = FolderSource(read_folder(folder), rank=0, world_size=2)

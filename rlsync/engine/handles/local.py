@@ -341,6 +341,9 @@ class Engine:
 
     async def _shut_down(self) -> None:
         self._calls.cancel_requests()
+        if self._processes.failure_reason() is not None:
+            # vLLM would wait for those that are stopped, and the others for them.
+            self._processes.kill()
         await compat.shut_down(self._llm, _CLOSE_S)
 
 
@@ -392,11 +395,15 @@ class Processes:
             return f"process {process.pid} of engine {self._engine_id} has ended"
         return None if self.seen else f"engine {self._engine_id} is not started"
 
-    def end(self, timeout_s: float) -> None:
-        """Kill processes that vLLM could not end, such as stopped ones, and remove the shared memory that they left."""
+    def kill(self) -> None:
+        """Kill all that live, stopped ones too."""
         for process in self.seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def end(self, timeout_s: float) -> None:
+        """Kill processes that vLLM could not end and remove the shared memory that they left."""
+        self.kill()
         psutil.wait_procs(self.seen, timeout=timeout_s)
         for segment in self._segments:
             with contextlib.suppress(FileNotFoundError):
