@@ -22,7 +22,8 @@ REPO = Path(__file__).resolve().parents[2]
 def environment() -> dict[str, str]:
     """Of a script: without the token that the tests' own Ray has, since a run makes one of its own."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    return {**own, "PYTHON": sys.executable, "PYTHONPATH": str(REPO)}
+    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**own, "PYTHON": sys.executable, "PYTHONPATH": path}
 
 
 def start(command: list[str], folder: Path, *overrides: str) -> subprocess.Popen:
