@@ -1,4 +1,4 @@
-"""Pictures on one GPU that actor and engine share: a frozen tower and engines that really sleep, and a GRPO run that is killed."""
+"""Pictures on one GPU that actor and engine share: a frozen tower and engines that really sleep, and a GRPO run that ends early."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlsync.engine.state import state_difference
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.gpu.engines import KV_CACHE_BYTES, start, state
-from tests.integration.script_runs import exit_code, run, started, strike
+from tests.integration.script_runs import engine_core, exit_code, run, started, strike
 from workers.metrics_log import read_metrics
 
 pytest.importorskip("torchvision", reason="transformers' processors need it")
@@ -76,7 +76,7 @@ def test_a_frozen_tower_is_sent_again_to_an_engine_whose_sleep_dropped_it_and_to
         engine.close()
 
 
-def test_a_run_on_pictures_that_is_killed_goes_on_where_it_was_saved_and_its_reward_rises(tmp_path):
+def test_a_run_on_pictures_that_loses_its_engine_goes_on_where_it_was_saved_and_its_reward_rises(tmp_path):
     """Actor and engine on one GPU, in bf16; the tower is frozen. Engines lose it before each step while they sleep at level 2, and keep it
     at level 1. In the ninth step, the control, they are shown other pictures than the actor is."""
     command = [
@@ -91,7 +91,7 @@ def test_a_run_on_pictures_that_is_killed_goes_on_where_it_was_saved_and_its_rew
         f"rollout.vllm.kv_cache_memory_bytes={KV_CACHE_BYTES}", "weight_sync.timeout_s=60",
     ]  # fmt: skip
     with started(command, tmp_path, *options, "runner.max_steps=3000", "rollout.sleep_level=2") as process:
-        exit_code(process, strike(process, tmp_path, 4, lambda family: family[0], signal.SIGKILL))
+        assert exit_code(process, strike(process, tmp_path, 4, engine_core, signal.SIGKILL)) == 1
     killed = read_metrics(tmp_path / "run")[:4]
     run(command, tmp_path, *options, "runner.max_steps=9", "rollout.sleep_level=1", "runner.resume_dir=auto")
     lines = read_metrics(tmp_path / "run")
