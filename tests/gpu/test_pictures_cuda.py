@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from rlsync.bridge.folder_source import FolderSource
 from rlsync.engine.state import state_difference
@@ -15,6 +16,9 @@ from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.gpu.engines import KV_CACHE_BYTES, start, state
 from tests.integration.script_runs import engine_core, exit_code, run, started, strike
+from tests.integration.test_vision import BATCHES, expectations
+from tests.ranks import run_ranks
+from tests.vision_models import FAMILIES, row, save_tiny_vision_model, tiny_vision_config
 from workers.metrics_log import read_metrics
 
 pytest.importorskip("torchvision", reason="transformers' processors need it")
@@ -25,6 +29,50 @@ TOWER = "model.visual."
 _CALL_S = 60.0
 # Mean difference of log-probabilities that bf16 kernels of two programs make.
 SAME, OTHER = 3e-2, 0.1
+
+
+@pytest.fixture
+def exact_products(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def test_a_gpu_computes_of_pictures_what_transformers_does_on_a_cpu(tmp_path, exact_products):
+    """Logits and the gradient of every parameter in fp32, by TransformerEngine's layers where they are installed."""
+    models = {family: expectations(tmp_path / family, family=family) for family in FAMILIES}
+    cases = [
+        {"model": "qwen2_5_vl", "topology": {}, "cut": [1]},
+        {"model": "qwen2_5_vl", "topology": {}, "cut": [3, 5]},
+        {"model": "qwen3_vl", "topology": {}, "cut": [2, 6]},
+    ]
+    outputs = run_ranks(1, "tests.integration.vision_ranks", "compute_as_huggingface", cases=cases, models=models)
+    print(*[line for line in outputs[0].splitlines() if line.startswith("COMPUTED")], sep="\n")
+    assert outputs[0].count("COMPUTED") == len(cases), outputs[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_with_pictures_are_computed_as_padded_ones(tmp_path, exact_products, family):
+    """In bf16, by the attention of TransformerEngine where it is installed."""
+    # Heads of 64, which flash and cuDNN attention take.
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    if family == "qwen3_vl":
+        rope |= {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
+        sizes["head_dim"] = 64
+    folder = save_tiny_vision_model(tmp_path / "hf", family, **sizes)
+    rows = [row(tiny_vision_config(family), parts, seed=seed) for seed, parts in enumerate(BATCHES["mixed"])]
+    share = 1 / sum(len(found["tokens"]) for found in rows)
+    torch.save({"rows": [{**found, "weights": torch.full((len(found["tokens"]),), share)} for found in rows]}, tmp_path / "rows.pt")
+    cases = [{"how": {"packing": True}}, {"how": {"packing": True, "chunk_tokens": 16}, "ddp": {"use_distributed_optimizer": True}}]
+    outputs = run_ranks(
+        1,
+        "tests.integration.megatron_ranks",
+        "agree_in_half_precision",
+        cases=cases,
+        folder=str(folder),
+        pictures=str(tmp_path / "rows.pt"),
+    )
+    print(outputs[0])
+    assert outputs[0].count("AGREED") == len(cases), outputs[0]
 
 
 def test_a_frozen_tower_is_sent_again_to_an_engine_whose_sleep_dropped_it_and_to_no_other(tmp_path, monkeypatch):

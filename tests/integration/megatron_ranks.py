@@ -293,10 +293,11 @@ def _close(ours: float | None, theirs: float, tolerance: float, what: str) -> No
     assert abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)), f"{what}: {ours}, expected {theirs}"
 
 
-def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> None:
+def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str, pictures: str | None = None) -> None:
     """In bf16: scores, loss and gradients under the switches and the layout of a case are those without, within what bf16 resolves: no
-    farther from those of float32 than the ones without are, and a little.
+    farther from those of float32 than the ones without are, and a little. ``pictures``: a file of eight rows that have some.
     """
+    seen = None if pictures is None else torch.load(pictures)["rows"]
     generator = torch.Generator().manual_seed(2)
     lengths = torch.tensor([200, 3, 70, 120, 16, 1, 90, 33])
     tokens = torch.randint(1, VOCAB_SIZE, (8, 200), generator=generator)
@@ -312,9 +313,12 @@ def agree_in_half_precision(cases: Sequence[Mapping[str, Any]], folder: str) -> 
             actor = Actor(folder, {**options, "ddp": ddp, "overrides": {**kept, **overrides}})
             replica, replicas = parallel_state.get_data_parallel_rank(), actor.topology.dp_size
             mine = [slice(replica, 4, replicas), slice(4 + replica, 8, replicas)]
-            microbatches = [{"tokens": tokens[rows], "weights": weights[rows], "lengths": lengths[rows]} for rows in mine]
+            microbatches = [
+                {"tokens": tokens[rows], "weights": weights[rows], "lengths": lengths[rows]} if seen is None else collated(seen[rows])
+                for rows in mine
+            ]
             scored = token_scores(actor.models, microbatches, **how)
-            counted = [torch.arange(200) < m["lengths"][:, None] for m in microbatches]
+            counted = [torch.arange(m["tokens"].size(1)) < m["lengths"][:, None] for m in microbatches]
             scores = torch.cat([s.log_probs.cpu()[c] for s, c in zip(scored, counted, strict=True)])
             result = train_step(actor.models, actor.optimizer, microbatches, loss, **how)
             found.append((scores, result.metrics["loss"], result.grad_norm))

@@ -40,7 +40,7 @@ BATCHES: dict[str, list[list[int | tuple[int, int]]]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    return {name: _expectations(root / name, **options) for name, options in OPTIONS.items()}
+    return {name: expectations(root / name, **options) for name, options in OPTIONS.items()}
 
 
 def test_one_rank_computes_as_transformers(models):
@@ -137,7 +137,7 @@ def _run(world_size: int, function: str, cases: list[dict], models: dict, module
     assert len(done) == len(cases), outputs[0]
 
 
-def _expectations(folder: Path, **options: Any) -> dict[str, Any]:
+def expectations(folder: Path, **options: Any) -> dict[str, Any]:
     """A saved model, and for each batch the file of its rows with HF's logits, loss and gradients."""
     save_tiny_vision_model(folder, seed=3, **options)
     model = tiny_vision_model(seed=3, **options).train()
