@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -143,7 +145,14 @@ def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str)
     warnings.simplefilter("ignore")
     faulthandler.enable()
     module, function, arguments = entry
-    getattr(import_module(module), function)(**json.loads(Path(arguments).read_text()))
+    try:
+        getattr(import_module(module), function)(**json.loads(Path(arguments).read_text()))
+    except BaseException:
+        traceback.print_exc()
+        # multiprocessing would wait for the engines that a failed rank has left open, and what closes them is called where an
+        # interpreter ends, which a forked process does not.
+        atexit._run_exitfuncs()
+        os._exit(1)
 
 
 def _collect(ranks: list[_Rank], logs: list[IO[str]], deadline: float) -> list[str]:
