@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from rlsync.engine.handles.local import Engine
-from rlsync.errors import EngineDirtyError
+from rlsync.errors import EngineDirtyError, RlsyncError
 
 
 class SlowLLM:
-    """``resume_generation`` waits for ``gate``, a pause for ``stopped``, which is set. It is its own core, and has no requests unless
-    ``is_busy``.
+    """``resume_generation`` waits for ``gate``, a pause for ``stopped`` and a reset of its cache for ``reset``, which are set. It is its
+    own core, and has no requests unless ``is_busy``.
 
     Attributes:
         asked: the calls of a sync, in the order in which the core gets them.
@@ -25,6 +25,8 @@ class SlowLLM:
     def __init__(self) -> None:
         self.gate, self.entered, self.stopped = threading.Event(), threading.Event(), threading.Event()
         self.stopped.set()
+        self.reset, self.can_reset = threading.Event(), True
+        self.reset.set()
         self.engine_core = self.output_processor = self
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(data_parallel_size=1),
@@ -58,9 +60,11 @@ class SlowLLM:
 
     async def reset_prefix_cache(self, **_: object) -> bool:
         self.asked.append("reset")
-        return True
+        await asyncio.to_thread(self.reset.wait)
+        return self.can_reset
 
     async def resume_generation(self) -> None:
+        self.asked.append("resume")
         self.entered.set()
         await asyncio.to_thread(self.gate.wait)
 
@@ -72,8 +76,8 @@ def engine():
     made._calls.start()
     yield made
     # Threads that wait for these would keep a failed run from ending.
-    made._llm.stopped.set()
-    made._llm.gate.set()
+    for event in (made._llm.stopped, made._llm.reset, made._llm.gate):
+        event.set()
     made._calls.stop()
 
 
@@ -124,6 +128,39 @@ def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(
         engine.pause("abort", "the next sync", 5)
         with pytest.raises(RuntimeError, match="a worker of it has ended"):
             engine.update_weights({"version": 4, "attempt": 2}, 5)
+
+
+def test_an_idle_engine_is_resumed_behind_the_rest_of_its_update_and_serves_after_both(engine):
+    """Workers have committed when the update returns; a cache that keeps what was computed before keeps the engine from serving."""
+    engine._llm.gate.set()
+    for version, can_reset in ((3, True), (4, False)):
+        engine._llm.asked.clear()
+        engine._llm.reset.clear()
+        engine._llm.can_reset = can_reset
+        engine.pause("abort", f"sync {version}", 5)
+        engine.update_weights({"version": version, "attempt": version}, 5)
+        with ThreadPoolExecutor(1) as pool:
+            resume = pool.submit(engine.resume, version, 5)
+            while "resume" not in engine._llm.asked:
+                time.sleep(0.01)
+            assert engine._llm.asked == ["pause", "start", "update", "finish", f"label {version}", "reset", "resume"]
+            assert not resume.done() and engine.state == "syncing"
+            engine._llm.reset.set()
+            if can_reset:
+                resume.result(5)
+                assert (engine.state, engine.version) == ("clean", 3)
+            else:
+                with pytest.raises(RlsyncError, match="could not reset its prefix cache"):
+                    resume.result(5)
+                assert engine.state == "syncing" and engine.version == 3
+
+
+def test_an_update_of_an_engine_with_requests_ends_when_their_keys_are_forgotten(engine):
+    engine._llm.is_busy = True
+    engine._llm.reset.clear()
+    engine.pause("abort", "a sync", 5)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
+        engine.update_weights({"version": 3, "attempt": 1}, 0.1)
 
 
 def test_an_engine_with_requests_is_paused_before_anything_else_is_asked_of_it(engine):

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import inspect
 import multiprocessing
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -169,11 +169,11 @@ async def run_update(
     weight_version: str,
     reset_caches: Callable[[], Awaitable[None]],
     pausing: asyncio.Future[None] | None = None,
-) -> None:
+) -> asyncio.Future[None]:
     """One complete weight update of a paused engine: start, update, finish, the version's label, and ``reset_caches``.
 
     All calls are made at once. The engine's core takes them one after another in this order, whatever becomes of this coroutine and of
-    the calls before: no session stays open.
+    the calls before: no session stays open. Returns when the workers have the update, with what waits for the calls behind it.
 
     Args:
         pausing: a pause that was sent before and not waited for; see ``pauses_at_once``.
@@ -193,17 +193,37 @@ async def run_update(
             reset_caches(),
         )
     ]
+    ending: asyncio.Future[None] | None = None
     try:
         await update
-        await asyncio.gather(*rest, *([] if pausing is None else [pausing]))
+        if pausing is not None:
+            await pausing
+        ending = asyncio.ensure_future(_ended(calls, rest))
     except Exception as error:
         # The next update finds a core that is through with this one.
         await asyncio.wait(calls, timeout=_FINISH_S)
         raise error from (start.exception() if start.done() else None)
     finally:
-        for call in calls:
-            if not call.cancel() and not call.cancelled():
-                call.exception()  # or asyncio would log it as one that nobody has heard of
+        if ending is None:
+            _let_go(calls)
+    return ending
+
+
+async def _ended(calls: Sequence[asyncio.Future[Any]], rest: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait for the calls behind an update; what one of them raises is raised when all have ended."""
+    try:
+        await asyncio.gather(*rest)
+    except Exception:
+        await asyncio.wait(calls, timeout=_FINISH_S)
+        raise
+    finally:
+        _let_go(calls)
+
+
+def _let_go(calls: Iterable[asyncio.Future[Any]]) -> None:
+    for call in calls:
+        if not call.cancel() and not call.cancelled():
+            call.exception()  # or asyncio would log it as one that nobody has heard of
 
 
 def sampled_by(output: Any) -> tuple[str, str] | None:

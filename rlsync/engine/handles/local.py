@@ -53,6 +53,8 @@ class Engine:
         self._numbers = itertools.count()
         # A pause that was sent to the engine and is waited for by the update that follows.
         self._pausing: asyncio.Task[None] | None = None
+        # The rest of an update that the workers have committed, waited for by the resume that follows.
+        self._ending: asyncio.Future[None] | None = None
         self._adapters: AdapterRequests | None = None
 
     @property
@@ -219,7 +221,7 @@ class Engine:
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        pausing, self._pausing = self._pausing, None
+        pausing, self._pausing, self._ending = self._pausing, None, None
         self._calls.run_in_turn(lambda: self._update(update_info, pausing), timeout_s)
 
     async def _update(self, update_info: dict[str, Any], pausing: asyncio.Task[None] | None) -> None:
@@ -229,7 +231,13 @@ class Engine:
         if self._adapters is not None:
             info |= {"adapter_id": self._adapters.next_id(), "adapters_in_use": self._adapters.in_use()}
         reset = self._keep_caches if keeps_caches else self._reset_caches
-        await compat.run_update(self._llm, info, str(info["version"]), reset, pausing)
+        ending = await compat.run_update(self._llm, info, str(info["version"]), reset, pausing)
+        if pausing is None:
+            await ending
+        else:
+            # No request is in the engine: its core has the rest of the update before the resume, which waits for both.
+            ending.add_done_callback(_heard)
+            self._ending = ending
 
     async def _keep_caches(self) -> None:
         """In the place of ``_reset_caches``."""
@@ -250,10 +258,11 @@ class Engine:
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
-        self._calls.run(self._resume(ticket, version), timeout_s)
+        ending, self._ending = self._ending, None
+        self._calls.run(self._resume(ticket, version, ending), timeout_s)
 
-    async def _resume(self, ticket: int, version: int | None) -> None:
-        await self._llm.resume_generation()
+    async def _resume(self, ticket: int, version: int | None, ending: asyncio.Future[None] | None) -> None:
+        await asyncio.gather(self._llm.resume_generation(), *([] if ending is None else [ending]))
         self._gate.commit(ticket, version)
         if self._adapters is not None:
             self._adapters.serve(version)
@@ -347,7 +356,7 @@ class Engine:
         await compat.shut_down(self._llm, _CLOSE_S)
 
 
-def _heard(call: asyncio.Task[None]) -> None:
+def _heard(call: asyncio.Future[None]) -> None:
     """Or asyncio would log a failure of it, where the sync has ended for another reason."""
     if not call.cancelled():
         call.exception()
