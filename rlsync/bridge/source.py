@@ -55,7 +55,9 @@ class MegatronSource:
             self._add_factors(bridge)
         else:
             buffers = self.buffers
-            self.declared = Declared(dict.fromkeys(merged, "merge"), lambda name: adapters[name].merged(buffers[name].detach()))
+            self.declared = Declared(
+                dict.fromkeys(merged, "merge"), lambda names: [adapters[name].merged(buffers[name].detach()) for name in names]
+            )
         idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
         pieces = self.placements[self.rank].pieces
         trained = merged | {piece.tensor for piece in pieces if piece.buffer not in idle}
@@ -90,7 +92,9 @@ class MegatronSource:
         scaled = [tensor.name for tensor in factors.tensors if tensor.name.endswith(B)] if spec.scaling != 1 else []
         buffers, scaling = self.buffers, spec.scaling
         self.declared = Declared(
-            dict.fromkeys(scaled, "scale"), lambda name: buffers[name].detach().float() * scaling, AdapterFactors(spec.r, first)
+            dict.fromkeys(scaled, "scale"),
+            lambda names: _scaled([buffers[name].detach() for name in names], scaling),
+            AdapterFactors(spec.r, first),
         )
 
     def begin(self, version: int) -> None:
@@ -112,3 +116,12 @@ class MegatronSource:
                 "make a new source and connect again"
             )
         gather_parameters(self._models, self._sent)
+
+
+def _scaled(factors: list[torch.Tensor], scaling: float) -> list[torch.Tensor]:
+    """Products in fp32: of thousands of experts by a few launches."""
+    products = torch.empty(sum(factor.numel() for factor in factors), dtype=torch.float32, device=factors[0].device)
+    parts = [part.view(f.shape) for part, f in zip(products.split([f.numel() for f in factors]), factors, strict=True)]
+    torch._foreach_copy_(parts, factors)
+    products.mul_(scaling)
+    return parts

@@ -72,7 +72,9 @@ class Verifier:
         # Of frozen buckets, as they landed.
         self._landed: dict[int, Sequence[int]] = {}
         self._sums = Sums()
-        self._rounds = [_by_round(part.regions, assignment.verify) for part in assignment.parts]
+        self._rounds = [
+            _by_round(part.regions, assignment.verify, is_frozen=bucket < self.num_frozen) for bucket, part in enumerate(assignment.parts)
+        ]
 
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Make ready to verify a bucket in these buffers."""
@@ -104,11 +106,11 @@ class Verifier:
         return lambda number: [region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in rounds[number]]
 
 
-def _by_round(regions: Sequence[Region], mode: str) -> dict[int, list[Region]]:
-    """Regions that are ever verified, by the round that they are in."""
+def _by_round(regions: Sequence[Region], mode: str, *, is_frozen: bool) -> dict[int, list[Region]]:
+    """Regions that are ever verified, by the round that they are in: one where all of them are verified each time."""
     found: dict[int, list[Region]] = defaultdict(list)
     for r in regions if num_rounds(mode) else ():
-        found[round_of(mode, r.number)].append(r)
+        found[0 if is_frozen else round_of(mode, r.number)].append(r)
     return dict(found)
 
 

@@ -47,13 +47,15 @@ class _Program(Protocol):
 class _Computing:
     """Regions whose transform is not fused into a copy: computed in each sync, and copied to their places."""
 
-    def __init__(self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Region], torch.Tensor]) -> None:
-        self._regions, self._compute = regions, compute
+    def __init__(
+        self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Sequence[Region]], Sequence[torch.Tensor]]
+    ) -> None:
+        self._places, self._regions = [place for place, _ in regions], [r for _, r in regions]
+        self._nbytes, self._compute = sum(place.nbytes for place in self._places), compute
 
     def run(self) -> int:
-        for place, r in self._regions:
-            place.copy_(self._compute(r))
-        return sum(place.nbytes for place, _ in self._regions)
+        torch._foreach_copy_(self._places, list(self._compute(self._regions)))
+        return self._nbytes
 
 
 # Destination and source.
@@ -142,7 +144,7 @@ class Packer:
                     computed.append((place, r))
                 else:
                     fused.append((place, self._view(r)))
-            self._programs[index, step] = (*_bind(fused), *([_Computing(computed, self._transformed)] if computed else []))
+            self._programs[index, step] = (*_bind(fused), *([_Computing(computed, self._all_transformed)] if computed else []))
         return self._programs[index, step]
 
     def prepare(self) -> None:
@@ -182,9 +184,15 @@ class Packer:
         rounds: dict[int, _Round] = defaultdict(lambda: _Round([], []))
         for sender in self._senders if num_rounds(self._verify) else ():
             for destination, r in sender.gives(bucket):
-                found = rounds[round_of(self._verify, r.number)]
+                # What is frozen is verified whole, and takes one launch for it.
+                found = rounds[0 if bucket < self._num_frozen else round_of(self._verify, r.number)]
                 (found.transformed if r.transform else found.same).append((destination, r))
         return dict(rounds)
+
+    def _all_transformed(self, regions: Sequence[Region]) -> list[torch.Tensor]:
+        """The elements of several regions; those that are declared may be in the dtype of their computation, from which copies cast."""
+        self._compute([r.source_buffer for r in regions if TRANSFORMS[r.transform].is_declared])
+        return [self._view(r) if TRANSFORMS[r.transform].is_declared else self._transformed(r) for r in regions]
 
     def _transformed(self, r: Region) -> torch.Tensor:
         """The elements of a region as they arrive."""
@@ -192,14 +200,17 @@ class Packer:
 
     def _view(self, r: Region) -> torch.Tensor:
         is_declared = bool(r.transform) and TRANSFORMS[r.transform].is_declared
-        buffer = self._compute(r.source_buffer) if is_declared else self._buffers[r.source_buffer]
+        if is_declared:
+            self._compute([r.source_buffer])
+        buffer = (self._computed if is_declared else self._buffers)[r.source_buffer]
         return region(buffer, r.source_offset, r.shape, r.source_strides)
 
-    def _compute(self, name: str) -> torch.Tensor:
-        if name not in self._computed:
+    def _compute(self, names: Sequence[str]) -> None:
+        """Have what the source declares of these buffers, once for a bucket."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._computed]
+        if missing:
             assert self._declared.compute is not None, "what declares transforms computes them"
-            self._computed[name] = self._declared.compute(name)
-        return self._computed[name]
+            self._computed.update(zip(missing, self._declared.compute(missing), strict=True))
 
 
 def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:

@@ -20,14 +20,14 @@ class Declared:
 
     Attributes:
         transforms: rows of ``rlsync.plan.transforms`` by HF tensor; the same on all ranks.
-        compute: gives for a buffer of this rank, by name, a new tensor of its shape, out of which such tensors are taken.
+        compute: gives for buffers of this rank, by name, new contiguous tensors of their shapes, out of which such tensors are taken.
             Called once for each bucket that has some of them; not collective.
         adapter: which of the tensors are low-rank adapters that engines hold beside the others, for ``weight_sync.lora=adapter``; the
             same on all ranks. None: engines know of none.
     """
 
     transforms: Mapping[str, str] = field(default_factory=dict)
-    compute: Callable[[str], torch.Tensor] | None = None
+    compute: Callable[[Sequence[str]], Sequence[torch.Tensor]] | None = None
     adapter: AdapterFactors | None = None
 
 

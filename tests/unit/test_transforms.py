@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -86,9 +88,9 @@ def test_what_a_source_declares_is_computed_once_a_bucket_and_sent(monkeypatch: 
     values = {"w": torch.randn(6, 10), "norm": torch.randn(10)}
     merged, calls, pack, sums = values["w"] + 1, [], Packer.pack, {}
 
-    def compute(name: str) -> torch.Tensor:
-        calls.append(name)
-        return values[name] + 1
+    def compute(names: Sequence[str]) -> list[torch.Tensor]:
+        calls.extend(names)
+        return [values[name] + 1 for name in names]
 
     def kept(self: Packer, bucket: int, turn: int) -> object:
         self._declared = Declared({"w": "merge"}, compute)
