@@ -148,7 +148,10 @@ def check_devices(config: AnyConfig, report: Report) -> None:
         report.notes += [] if colocation is None else colocation.notes
         report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED
     if engines is not None and dp_size is not None and topology is not None:
-        axes = (("TP", topology.tp_size), ("PP", topology.pp_size), ("CP", topology.cp_size), ("DP", topology.dp_size))
+        axes = (
+            ("TP", topology.tp_size), ("PP", topology.pp_size), ("VPP", topology.vpp_size), ("CP", topology.cp_size),
+            ("DP", topology.dp_size), ("EP", topology.ep_size), ("ETP", topology.etp_size),
+        )  # fmt: skip
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
         kind = "process slots" if address == LOCAL and not num_gpus else "GPUs"
         report.plan.append(("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {_range(resolved.actor)}"))

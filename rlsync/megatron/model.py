@@ -41,6 +41,7 @@ from rlsync.models import ExpertModule, Flavour, Part, check_parts, model_of
 from rlsync.models.deepseek_v3 import LATENT_EPSILON
 from rlsync.models.lora import Adapters, LoraSpec, adapters_of
 from rlsync.models.rope import Llama3Scaling, Rope, YarnScaling
+from rlsync.models.stacks import Model
 
 _LOG = logging.getLogger(__name__)
 _LAYER_LISTS = ("decoder.layers.",)
@@ -103,12 +104,7 @@ def build_model(
             groups; Megatron's random state was not seeded; or adapters do not fit the model (``check_adapters``), or its layers.
     """
     enable_cpu()
-    _check_topology(topology)
-    if not get_cuda_rng_tracker().is_initialized():
-        raise ConfigError(
-            "Megatron's random state of the tensor-parallel ranks does not exist: call "
-            "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) on every rank after the process groups were made"
-        )
+    _check_process(topology)
     config = model_config(
         hf_config,
         topology=topology,
@@ -130,13 +126,18 @@ def build_model(
     chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
     for parameter, part in parts_of_parameters(chunks):
         parameter.requires_grad_(part not in frozen)
+    _adapt(chunks, adapters, model, topology, dtype)
+    return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
+
+
+def _adapt(chunks: Sequence[MegatronModule], adapters: Adapters | None, model: Model, topology: Topology, dtype: torch.dtype) -> None:
+    """Have the chunks know their adapters, and add those of this rank."""
     for chunk in chunks:
         chunk.adapters = adapters
     if adapters is not None:
         weights = {name: (chunks[index], local) for index, local, name, _ in iter_parameters(chunks)}
         flavour, experts = flavour_of(chunks), experts_of(chunks)
         add_adapters(chunks, weights, model, adapters, topology, dist.get_rank(), dtype, flavour=flavour, experts=experts)
-    return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -269,7 +270,8 @@ class _Numbers:
         return name if found is None else f"{found[1]}{self._first_expert + int(found[2])}{found[3]}"
 
 
-def _check_topology(topology: Topology) -> None:
+def _check_process(topology: Topology) -> None:
+    """Raise ConfigError where Megatron's groups are of another layout, or its random state was not seeded."""
     running = current_topology()
     names = ("tp_size", "pp_size", "vpp_size", "cp_size", "dp_size", "ep_size", "etp_size")
     different = [name for name in names if getattr(topology, name) != getattr(running, name)]
@@ -277,6 +279,11 @@ def _check_topology(topology: Topology) -> None:
         raise ConfigError(
             "the topology differs from Megatron's process groups: "
             + ", ".join(f"{name} {getattr(topology, name)} asked, {getattr(running, name)} running" for name in different)
+        )
+    if not get_cuda_rng_tracker().is_initialized():
+        raise ConfigError(
+            "Megatron's random state of the tensor-parallel ranks does not exist: call "
+            "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) on every rank after the process groups were made"
         )
 
 

@@ -29,10 +29,10 @@ RECIPES = {
     "qwen2.5_7b": (7.62, "8 ranks (TP 2 DP 4)"),
     "qwen2.5_72b": (72.71, "64 ranks (TP 8 PP 4 DP 2)"),
     "qwen3_8b": (8.19, "8 ranks (TP 2 DP 4)"),
-    "qwen3_30b_a3b": (30.53, "16 ranks (DP 16)"),
-    "qwen3_235b_a22b": (235.09, "128 ranks (TP 2 PP 8 DP 8)"),
-    "moonlight_16b": (15.96, "8 ranks (DP 8)"),
-    "deepseek_v3": (671.03, "256 ranks (PP 16 DP 16)"),
+    "qwen3_30b_a3b": (30.53, "16 ranks (DP 16 EP 8)"),
+    "qwen3_235b_a22b": (235.09, "128 ranks (TP 2 PP 8 DP 8 EP 8)"),
+    "moonlight_16b": (15.96, "8 ranks (DP 8 EP 8)"),
+    "deepseek_v3": (671.03, "256 ranks (PP 16 DP 16 EP 16)"),
 }
 
 
