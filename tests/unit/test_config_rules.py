@@ -363,6 +363,12 @@ def test_a_key_that_another_key_switches_off_is_told_with_that_key() -> None:
         "algorithm": {"kl_beta": 0.1, "sampling_params": {"do_sample": True}},
         "runner": {"enable_dynamic_batch_size": True, "save_interval": 1},
     }
+    many = {"logprob_forward_max_tokens": 64}
+    why = "algorithm.logprob_forward_max_tokens is 64"
+    assert unread(algorithm={**many, "logprob_forward_micro_batch_size": 2}) == {"algorithm.logprob_forward_micro_batch_size": why}
+    why = "algorithm.recompute_logprobs is False"
+    engines = {"recompute_logprobs": False}
+    assert unread(algorithm={**many, **engines}, rollout={"return_logprobs": True}) == {"algorithm.logprob_forward_max_tokens": why}
     given["actor"].pop("lr_sched")
     assert unread(**OmegaConf.to_container(OmegaConf.merge(given, switched_on))) == {}  # type: ignore[arg-type]
 

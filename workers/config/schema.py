@@ -138,7 +138,9 @@ class OptimConfig:
     loss_scale: float | None = key(None, "static fp16 loss scale; null: dynamic", above=0)
     optimizer_cpu_offload: bool = key(False, "keep optimizer state and step on the host")
     optimizer_offload_fraction: float = key(1.0, "with optimizer_cpu_offload", min=0, max=1)
-    use_precision_aware_optimizer: bool = key(False, "optimizer state in lower precision")
+    use_precision_aware_optimizer: bool = key(
+        False, "main parameters and moments are kept by TransformerEngine's Adam, in float32; needs use_distributed_optimizer"
+    )
 
     @property
     def part_lr(self) -> dict[Part, float]:

@@ -87,6 +87,16 @@ IN_GRPO = (
         lambda c: not c.runner.enable_dynamic_batch_size,
     ),
     ReadWhere(
+        ("algorithm.logprob_forward_micro_batch_size",),
+        "algorithm.logprob_forward_max_tokens",
+        lambda c: c.algorithm.logprob_forward_max_tokens is None,
+    ),
+    ReadWhere(
+        ("algorithm.logprob_forward_max_tokens",),
+        "algorithm.recompute_logprobs",
+        lambda c: c.algorithm.recompute_logprobs or c.has_reference,
+    ),
+    ReadWhere(
         (f"{_SAMPLING}.temperature", f"{_SAMPLING}.top_k", f"{_SAMPLING}.top_p", f"{_SAMPLING}.seeded"),
         f"{_SAMPLING}.do_sample",
         lambda c: c.algorithm.sampling_params.do_sample,
