@@ -16,6 +16,7 @@ from rlsync.engine.compat import engine as compat
 from rlsync.engine.handles.local import Engine
 from tests.chaos.answers import Reference, ask, same
 from tests.chaos.leaks import Leaks, alive, listening, mapped, tree
+from tests.integration.engine_source import NUM_BLOCKS
 
 START_S = 600.0
 _ANSWER_S = 60.0
@@ -59,7 +60,7 @@ class Standing:
 def started(engine_id: str, folder: Path, tp_size: int, **changes: Any) -> Standing:
     """Start an engine on CPU and take down what belongs to it."""
     args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
-    args |= {"enforce_eager": True, "max_num_seqs": 8, "tensor_parallel_size": tp_size}
+    args |= {"enforce_eager": True, "max_num_seqs": 8, "num_gpu_blocks_override": NUM_BLOCKS, "tensor_parallel_size": tp_size}
     engine = Engine(engine_id, args | changes)
     engine.start()
     (process,) = compat.core_processes(engine._llm)

@@ -20,12 +20,12 @@ from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration import far_engine, hosts
-from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
+from tests.integration.engine_source import NUM_BLOCKS, FolderSource, call_on_fill, read_folder
 from tests.integration.far_engine import FarEngine
 from tests.ranks import make_process
 
 NEAR, FAR = "10.77.0.1", "10.77.0.2"
-TIMEOUT_S = 8.0
+TIMEOUT_S = 5.0
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 
@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 
 def start(engine_id: str, folder: str) -> Engine:
     args = {"model": folder, "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
-    engine = Engine(engine_id, {**args, "max_num_seqs": 8})
+    engine = Engine(engine_id, {**args, "max_num_seqs": 8, "num_gpu_blocks_override": NUM_BLOCKS})
     engine.start()
     return engine
 

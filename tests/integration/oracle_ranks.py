@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from rlsync.sync.config import LoraSync
 from rlsync.transport.collectives import gather_bytes
 from tests.gpu.engines import KV_CACHE_BYTES, Asked, only_gpus
 from tests.inspection import inspect_engines
-from tests.integration.engine_source import call_on_fill
+from tests.integration.engine_source import NUM_BLOCKS, call_on_fill
 from tests.integration.tiny_engines import await_tokens
 from tests.models import VOCAB_SIZE
 from tests.vision_models import IMAGE, VIDEO
@@ -52,6 +53,8 @@ def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **option
     """On ``gpus``, as ``"0,1"``, with a worker on each; by default on the first that this rank sees."""
     if torch.cuda.is_available():
         options = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, **options}
+    else:
+        options = {"num_gpu_blocks_override": NUM_BLOCKS, **options}
     if gpus is not None:
         options["tensor_parallel_size"] = len(gpus.split(","))
     made = Engine(
@@ -75,6 +78,8 @@ def compare_each(cases: list[dict[str, Any]]) -> None:
     """One case after the other, on ranks that start once for all."""
     for number, case in enumerate(cases):
         if number:
+            # Groups of models that are still referred to keep their threads, which wake up a hundred times a second.
+            gc.collect()
             destroy_parallel(keep_distributed=True)
         compare(**case)
     wait_for_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,21 +14,28 @@ import pytest
 from rlsync.engine.handles.local import shared_segments
 from rlsync.engine.plugin import _OWNER_VARIABLE, declare_owner
 from tests.deadlines import HANG_S
+from tests.integration import owned_engine
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
+from tests.ranks import make_process
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path: Path) -> None:
+def test_the_processes_of_an_engine_end_with_the_owner_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are forked from a server that outlives it, as are those of runs on CPU."""
+    for name, value in ENGINE_ENV.items():
+        monkeypatch.setenv(name, value)
     folder = save_tiny_model(tmp_path / "model", "llama", tied=True)
-    command = [sys.executable, "-m", "tests.integration.owned_engine", str(folder)]
-    process = psutil.Popen(command, env=os.environ | ENGINE_ENV, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "started\n"
-    children = process.children(recursive=True)
+    pipe, other = multiprocessing.Pipe()
+    process = make_process(owned_engine.main, other, str(folder), daemon=False)
+    process.start()
+    other.close()
+    assert pipe.poll(HANG_S)
+    children = [psutil.Process(pid) for pid in pipe.recv()]
     mapped = {m.path for child in children for m in child.memory_maps() if m.path.startswith("/dev/shm/")} | shared_segments(children)
     process.kill()
-    process.wait()
+    process.join()
     _, alive = psutil.wait_procs(children, timeout=HANG_S)
     for child in alive:
         child.kill()

@@ -67,7 +67,7 @@ def test_a_wrong_token_is_refused(tiny_engines: dict[str, Engine], tiny_folders:
 def test_a_missing_worker_is_named(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_engines["a"], "num_workers", 2)
     with pytest.raises(WeightSyncError, match=r"engine a worker 1, which has not dialled in"):
-        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=TIMEOUT_S).connect()
+        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=2.0).connect()
 
 
 def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(

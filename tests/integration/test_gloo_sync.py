@@ -20,11 +20,9 @@ from rlsync.engine.handles.local import Engine
 from rlsync.errors import WeightSyncError
 from tests.deadlines import ended_before, ended_by
 from tests.integration.engine_source import call_on_fill, read_folder
-from tests.integration.tiny_engines import GREEDY, PROMPTS, TwoRanks, assert_refuses, same, transformers_answers, worker_of
+from tests.integration.tiny_engines import GREEDY, PROMPTS, TIMEOUT_S, TwoRanks, assert_refuses, same, transformers_answers, worker_of
 
 pytestmark = pytest.mark.slow
-
-TIMEOUT_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def engines(tiny_engines: dict[str, Engine]) -> dict[str, Engine]:
 @pytest.fixture
 def two_ranks(engines: dict[str, Engine], folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]) -> Callable[..., TwoRanks]:
     def make(*names: str, **settings: Any) -> TwoRanks:
-        settings = {"transport": "gloo", "timeout_s": TIMEOUT_S, "verify": "full", **settings}
+        settings = {"transport": "gloo", "verify": "full", **settings}
         made = two_ranks([engines[name] for name in names], folders["b"], **settings)
         made.connect()
         return made

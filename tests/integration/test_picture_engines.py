@@ -20,7 +20,7 @@ from rlsync.engine.state import state_difference
 from rlsync.errors import ConfigError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.inspection import inspect_engines
-from tests.integration.engine_source import ENGINE_ENV
+from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS
 from tests.integration.greedy import same
 
 pytest.importorskip("torchvision", reason="transformers' processors need it; make setup installs it")
@@ -69,7 +69,7 @@ def engines(folders: dict[tuple[str, str], Path]) -> Iterator[dict[tuple[str, st
     """Engines of both families, started from ``a`` and from ``b``; and one of Qwen2.5-VL that was started without weights."""
     args: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 4, "disable_log_stats": True}
     # Prompts with a large picture are longer than a block of the prefix cache.
-    args |= {"block_size": 32, "enable_prefix_caching": True}
+    args |= {"block_size": 32, "num_gpu_blocks_override": NUM_BLOCKS, "enable_prefix_caching": True}
 
     def start(family: str, name: str) -> Engine:
         source = {"model": str(folders[family, "a" if name == "dummy" else name]), "load_format": "dummy" if name == "dummy" else "auto"}

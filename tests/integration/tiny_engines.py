@@ -23,7 +23,7 @@ from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_before
 from tests.integration.engine_rank import serve
-from tests.integration.engine_source import ENGINE_ENV, FolderSource, call_on_fill, read_folder
+from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource, call_on_fill, read_folder
 from tests.models import save_tiny_model
 from tests.ranks import make_process
 
@@ -31,7 +31,7 @@ PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 SETTINGS: dict[str, Any] = {"bucket_bytes": 100_000}
 LOGPROB_TOLERANCE = 1e-4
-TIMEOUT_S = 8.0
+TIMEOUT_S = 5.0
 
 Answers = list[tuple[Completion, ...]]
 
@@ -47,6 +47,8 @@ def start(engine_id: str, folder: Path, **changes: Any) -> Engine:
     args |= {"enforce_eager": True, "max_num_seqs": 8}
     if torch.cuda.is_available():
         args["gpu_memory_utilization"] = 0.1
+    else:
+        args["num_gpu_blocks_override"] = NUM_BLOCKS
     engine = Engine(engine_id, args | changes)
     engine.start()
     return engine
