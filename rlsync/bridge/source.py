@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.coordinator.messages import AdapterFactors
-from rlsync.errors import PlacementError
+from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.megatron.model import adapters_in, gather_parameters
-from rlsync.models.lora import B
+from rlsync.models.lora import B, check_beside_base
 from rlsync.sync.config import LoraSync
 from rlsync.sync.source import Declared
 
@@ -37,7 +37,7 @@ class MegatronSource:
         self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True, lora: LoraSync = "merged"
     ) -> None:
         """Compare the models with the family's table. Not collective. Raises PlacementError, and ConfigError where adapters are to be sent
-        and the models have none.
+        and the models have none, or some that engines would leave out.
 
         Args:
             stable_memory: False where parameters are offloaded between syncs: device memory that an engine has mapped would not be freed.
@@ -82,6 +82,8 @@ class MegatronSource:
         """Send the factors of adapters beside all else."""
         factors, adapters, first = bridge.adapter_shards(self._models), adapters_in(self._models), len(self.tensors)
         assert adapters is not None, "adapter_shards raises without"
+        if findings := check_beside_base(bridge.model, adapters):
+            raise ConfigError("; ".join(findings))
         spec = adapters.spec
         self.tensors += factors.tensors
         self.placements = tuple(

@@ -54,6 +54,8 @@ _NO_LINEAR: Mapping[str, str] = {
     "mlp.router.weight": "a router",
     "mlp.shared_experts.gate_weight": "the gate of a shared expert",
 }
+# Rules of matrices of which engines compute with products that they made of the weight alone.
+_ABSORBED = frozenset({"self_attention.linear_kv_up_proj.weight"})
 # What names in PEFT's files begin with: its wrapper around the model. None of the names below has it.
 PREFIX = "base_model.model."
 # What follows the name of a module in that of its factors.
@@ -250,6 +252,23 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in linear)]
         findings += [f"target_modules name {name}, which no linear layer of {model.architecture} is called" for name in idle]
     return findings
+
+
+def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
+    """What engines would leave out of adapters that are sent beside their base, in words; empty where nothing is."""
+    absorbed = [
+        module
+        for bound in model.parameters()
+        if bound.rule.megatron in _ABSORBED
+        for module in (module_of(name) for name, _ in bound.hf)
+        if module in adapters.modules
+    ]
+    if not absorbed:
+        return []
+    return [
+        f"{len(absorbed)} layers have adapters of {_last_names(absorbed)[0]}, as {absorbed[0]}: engines of latent attention answer from "
+        "products of its weight alone, and would leave them out; exclude it (exclude_modules), or sync merged weights (weight_sync.lora merged)"
+    ]
 
 
 def _shown(spec: LoraSpec) -> str:

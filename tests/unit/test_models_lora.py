@@ -14,7 +14,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.lora import LoraSpec, adapters_of, check_adapters
+from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import build_plan
 from tests.models import tiny_config
@@ -117,3 +117,13 @@ def test_a_folder_of_another_adapter_is_refused_by_name(tmp_path, change: dict[s
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**config, **change}))
     with pytest.raises(ConfigError, match=said):
         check_adapter_folder(tmp_path, LoraSpec(4, 8.0))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "moonlight"])
+def test_adapters_that_engines_of_latent_attention_would_leave_out_are_not_sent_beside_the_base(family: str) -> None:
+    model = model_of({**tiny_config(family).to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
+    all_linear, others = (adapters_of(model, LoraSpec(4, 8, exclude_modules=names)) for names in ((), ("kv_b_proj",)))
+    (said,) = check_beside_base(model, all_linear)
+    assert "adapters of kv_b_proj" in said and "weight_sync.lora merged" in said
+    assert check_beside_base(model, others) == check_beside_base(DENSE, adapters_of(DENSE, LoraSpec(4, 8))) == []
+    assert {"kv_a_proj_with_mqa", "o_proj"} < {name.rpartition(".")[2] for name in others.modules}
