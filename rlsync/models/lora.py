@@ -267,7 +267,7 @@ def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
         return []
     return [
         f"{len(absorbed)} layers have adapters of {_last_names(absorbed)[0]}, as {absorbed[0]}: engines of latent attention answer from "
-        "products of its weight alone, and would leave them out; exclude it (exclude_modules), or sync merged weights (weight_sync.lora merged)"
+        "products of its weight alone, and would leave them out; name it in exclude_modules, or set weight_sync.lora to merged"
     ]
 
 

@@ -124,6 +124,6 @@ def test_adapters_that_engines_of_latent_attention_would_leave_out_are_not_sent_
     model = model_of({**tiny_config(family).to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
     all_linear, others = (adapters_of(model, LoraSpec(4, 8, exclude_modules=names)) for names in ((), ("kv_b_proj",)))
     (said,) = check_beside_base(model, all_linear)
-    assert "adapters of kv_b_proj" in said and "weight_sync.lora merged" in said
+    assert "adapters of kv_b_proj" in said and "weight_sync.lora to merged" in said
     assert check_beside_base(model, others) == check_beside_base(DENSE, adapters_of(DENSE, LoraSpec(4, 8))) == []
     assert {"kv_a_proj_with_mqa", "o_proj"} < {name.rpartition(".")[2] for name in others.modules}
