@@ -83,6 +83,12 @@ def check_tokenizer_files(folder: Path, *, trust_remote_code: bool) -> None:
         read_json_object(folder / "tokenizer.json")
 
 
+def named(tokenizer: Any) -> str:
+    """A tokenizer and, where it was made from one, its folder, for messages."""
+    folder = getattr(tokenizer, "name_or_path", "")
+    return f"the tokenizer of {folder}" if folder else "the tokenizer"
+
+
 def check_tokenizer_size(num_tokens: int, vocab_size: Any, folder: Path) -> None:
     """Raise ConfigError where a tokenizer, its added tokens left out, has ids that a model has no row for."""
     if isinstance(vocab_size, int) and num_tokens > vocab_size:

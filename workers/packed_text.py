@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlsync.errors import ConfigError
+from workers.model_folder import named
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
 from workers.row_loader import Drawn, LeftOut
@@ -55,7 +56,9 @@ class PackedDocuments:
         self, files: RowFiles, form: RowForm, tokenizer: Any, length: int, *, on_bad_sample: OnBadSample, index: Path | None = None
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no eos_token, which tells where a document ends")
+            raise ConfigError(
+                f"{named(tokenizer)} has no eos_token, which tells where a document ends; name one in its tokenizer_config.json"
+            )
         self._files, self._form, self._tokenizer, self._length = files, form, tokenizer, length
         self._kept: OrderedDict[int, list[int]] = OrderedDict()
         self._counts = self._read_counts(index)

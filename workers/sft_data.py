@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from workers.model_folder import named
 from workers.pictures import Patches, PictureProcessor, open_picture
 from workers.problems import OnBadSample
 from workers.row_files import BadRow, RowFiles
@@ -100,7 +101,10 @@ class ExampleEncoder:
     def __init__(self, tokenizer: Any, form: ExampleForm, pictures: PictureProcessor | None = None) -> None:
         self._tokenizer, self._form, self._pictures = tokenizer, form, pictures
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError("supervised fine-tuning needs a fast tokenizer, which says where in the text a token stands (tokenizer.json)")
+            raise ConfigError(
+                f"{named(tokenizer)} is no fast one, which says where in the text a token stands, as supervised fine-tuning needs it; add "
+                "tokenizer.json to its folder, and leave actor.tokenizer.use_fast True"
+            )
         template = getattr(tokenizer, "chat_template", None)
         if form.apply_chat_template and template is None:
             raise ConfigError(
@@ -108,7 +112,7 @@ class ExampleEncoder:
                 "or set data.apply_chat_template to False"
             )
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no eos_token; an answer could not end")
+            raise ConfigError(f"{named(tokenizer)} has no eos_token, with which an answer ends; name one in its tokenizer_config.json")
         self._has_marks = isinstance(template, str) and _GENERATION_MARK.search(template) is not None
         self._turn_end = self._find_turn_end() if form.apply_chat_template else ""
 

@@ -35,7 +35,9 @@ class Topology:
             if getattr(self, name) < 1:
                 raise ConfigError(f"topology: {name} is {getattr(self, name)}; it must be at least 1")
         if self.vpp_size > 1 and self.pp_size == 1:
-            raise ConfigError("topology: vpp_size > 1 needs pp_size > 1; virtual stages interleave pipeline stages")
+            raise ConfigError(
+                f"topology: vpp_size {self.vpp_size} needs a pp_size above 1, which is 1: virtual stages interleave pipeline stages"
+            )
         per_stage = self.tp_size * self.cp_size * self.dp_size
         if per_stage % (self.ep_size * self.etp_size):
             raise ConfigError(f"topology: ep_size x etp_size = {self.ep_size * self.etp_size} must divide tp x cp x dp = {per_stage}")
@@ -79,7 +81,10 @@ class Topology:
             stage: count for stage, count in ((0, self.first_stage_layers), (self.pp_size - 1, self.last_stage_layers)) if count is not None
         }
         if fixed and self.pp_size == 1:
-            raise ConfigError("topology: first_stage_layers / last_stage_layers need pp_size > 1")
+            raise ConfigError(
+                f"topology: first_stage_layers {self.first_stage_layers} and last_stage_layers {self.last_stage_layers} need a pp_size "
+                "above 1, which is 1"
+            )
         middle_layers, middle_stages = num_layers - sum(fixed.values()), self.pp_size - len(fixed)
         if middle_layers < 0 or (middle_stages == 0 and middle_layers) or (middle_stages and middle_layers % middle_stages):
             raise ConfigError(

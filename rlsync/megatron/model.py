@@ -401,7 +401,10 @@ def _wrap(chunks: Sequence[MegatronModule], options: DdpOptions, *, dtype: torch
     if settings["check_for_nan_in_grad"] is None:
         settings["check_for_nan_in_grad"] = dtype is not torch.float16
     if options.overlap_param_gather and not (options.use_distributed_optimizer and options.overlap_grad_reduce):
-        raise ConfigError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
+        raise ConfigError(
+            f"overlap_param_gather needs use_distributed_optimizer ({options.use_distributed_optimizer}) and overlap_grad_reduce "
+            f"({options.overlap_grad_reduce}); set both to True"
+        )
     config = DistributedDataParallelConfig(**settings)
     return [
         # Later chunks of an interleaved pipeline finish their gradients early, where small buckets would not overlap.

@@ -97,7 +97,9 @@ def check_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:
                 for groups in (part_state["fp32_from_fp16_params"], part.fp32_from_float16_groups)
             )
             if masters_then != masters_now:
-                raise ValueError("fp32_from_fp16_params are of other shapes than those of this run")
+                pairs = zip(masters_then, masters_now, strict=False)
+                then, now = next(((a, b) for a, b in pairs if a != b), (masters_then, masters_now))
+                raise ValueError(f"fp32_from_fp16_params has a group of shapes {then}, and this run has {now} in its place")
 
 
 def _inner(part: MegatronOptimizer, part_state: Any) -> Any:

@@ -430,6 +430,10 @@ def test_deepstack_needs_its_layers_on_the_first_stage():
     assert check_config(QWEN3_VL, Topology(pp_size=1)) == []
     assert check_config(QWEN3_VL, Topology(pp_size=2, first_stage_layers=3, last_stage_layers=1)) == []
     assert check_config(QWEN2_5_VL, Topology(pp_size=4)) == []
+    (finding,) = check_config(QWEN2_5_VL, Topology(first_stage_layers=1))
+    assert finding == "topology: first_stage_layers 1 and last_stage_layers None need a pp_size above 1, which is 1"
+    with pytest.raises(ConfigError, match="topology: vpp_size 2 needs a pp_size above 1, which is 1"):
+        Topology(vpp_size=2)
     (finding,) = check_config(QWEN3_VL, Topology(pp_size=2, vpp_size=2))
     assert "the first virtual chunk of the first pipeline stage holds 1 of 4 layers" in finding
     (finding,) = check_config(with_key(QWEN3_VL, "text_config.num_hidden_layers", 2))

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,11 @@ def test_what_cannot_be_learned_is_refused() -> None:
         example(TURNS, "{{ raise_exception('only users') }}")
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         ExampleEncoder(with_template(None), ExampleForm(8))  # type: ignore[arg-type]
+    endless, slow = (SimpleNamespace(is_fast=is_fast, chat_template="", eos_token_id=None, name_or_path="/m") for is_fast in (True, False))
+    with pytest.raises(ConfigError, match="the tokenizer of /m has no eos_token, with which an answer ends"):
+        ExampleEncoder(endless, ExampleForm(8, apply_chat_template=False))
+    with pytest.raises(ConfigError, match="the tokenizer of /m is no fast one"):
+        ExampleEncoder(slow, ExampleForm(8))
 
 
 def test_pictures_of_any_size_become_what_transformers_processor_makes(
