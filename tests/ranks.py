@@ -24,8 +24,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, Protocol
 
-from rlsync.engine.forking import EngineProcess, ForkedProcess
+from rlsync.engine.forking import ForkedProcess
 from tests.deadlines import HANG_S
+from workers.forked_workers import ForkedEngine, ForkedRank
 
 REPO = Path(__file__).resolve().parents[1]
 # Ranks of these modules import Megatron and not vLLM. They are forked from one process that has done so.
@@ -41,10 +42,10 @@ _WITH_VLLM = (
     *(f"tests.integration.{name}" for name in ("gloo_hosts", "oracle_ranks", "paper_workers", "recorder_claims", "sink_engines")),
     "tests.chaos.campaign",
 )
-# So are engines of a session, from the same process.
-WITH_VLLM = (*EngineProcess.preload, *_WITH_VLLM)
+# So are engines of a session, and the processes of whole runs, from the same process.
+WITH_VLLM = (*ForkedEngine.preload, *ForkedRank.preload, "workers.entry", "workers.preparation", *_WITH_VLLM)
 # A process that was forked from one that asked for GPUs has none.
-_CAN_FORK = shutil.which("nvidia-smi") is None
+CAN_FORK = shutil.which("nvidia-smi") is None
 _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(sys.argv[1]), sys.argv[2])(**json.load(open(sys.argv[3])))"
 
 
@@ -64,7 +65,7 @@ def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float =
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
     }  # fmt: skip
-    start = _fork if _CAN_FORK and module in (*_WITH_MEGATRON, *_WITH_VLLM) else _execute
+    start = _fork if CAN_FORK and module in (*_WITH_MEGATRON, *_WITH_VLLM) else _execute
     with ExitStack() as stack:
         arguments = stack.enter_context(NamedTemporaryFile("w", suffix=".json"))
         json.dump(kwargs, arguments)
@@ -94,10 +95,12 @@ def _execute(entry: tuple[str, str, str], environment: dict[str, str], log: IO[s
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=REPO)
 
 
-class _Forked:
+class Forked:
+    """As a Popen."""
+
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
-        self.kill, self.wait = process.kill, process.join
+        self.kill = process.kill
 
     @property
     def pid(self) -> int:
@@ -111,12 +114,19 @@ class _Forked:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if timeout is not None and self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
 
 def _fork(entry: tuple[str, str, str], environment: dict[str, str], log: IO[str]) -> _Rank:
     kind = _MegatronRank if entry[0] in _WITH_MEGATRON else _VllmRank
     process = kind(target=_be_rank, args=(entry, environment, log.name))
     process.start()
-    return _Forked(process)
+    return Forked(process)
 
 
 class _MegatronRank(ForkedProcess):
@@ -129,11 +139,12 @@ class _VllmRank(ForkedProcess):
 
 def make_process(target: Callable[..., None], *arguments: Any, daemon: bool = True) -> BaseProcess:
     """A process to be started, forked from the one that has imported vLLM where that can be. As a ``daemon`` it has no children."""
-    kind: Any = _VllmRank if _CAN_FORK else multiprocessing.get_context("spawn").Process
+    kind: Any = _VllmRank if CAN_FORK else multiprocessing.get_context("spawn").Process
     return kind(target=target, args=arguments, daemon=daemon)
 
 
-def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:
+def begin_anew(environment: dict[str, str], log: str) -> None:
+    """In a process that was forked: as if it had been started in the repository, with an environment and a file for its output."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(REPO)
@@ -142,6 +153,10 @@ def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str)
         for number in numbers:
             os.dup2(opened, number)
         os.close(opened)
+
+
+def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str) -> None:
+    begin_anew(environment, log)
     warnings.simplefilter("ignore")
     faulthandler.enable()
     module, function, arguments = entry

@@ -41,7 +41,7 @@ from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
 from workers.gpus import device_memory_gb
 from workers.metrics import host_memory_gb
-from workers.remote import keep_own_log
+from workers.worker_logs import keep_own_log
 
 
 class ActorRank:

@@ -20,8 +20,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError, RlsyncError
+from workers.forked_workers import CPU_ENVIRONMENT, ForkedWorker, Forks, may_fork
 from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
-from workers.remote import LOG_VARIABLE, Worker
+from workers.remote import Worker
+from workers.worker_logs import LOG_VARIABLE
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +33,6 @@ _LOCAL_CPUS = 64
 # How often Ray is started here before it counts as not coming up.
 _ATTEMPTS = 3
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
-_CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _start_here(options: Mapping[str, Any]) -> None:
@@ -73,6 +74,8 @@ class Cluster:
     log_folder: Path | None = None
     _nodes: list[dict[str, Any]] = field(default_factory=list)
     _workers: list[Worker] = field(default_factory=list)
+    # None where workers are not forked.
+    _forks: dict[type[ForkedWorker], Forks] | None = None
 
     @classmethod
     def start(cls, num_nodes: int = 1, *, log_folder: Path | None = None) -> Cluster:
@@ -112,7 +115,7 @@ class Cluster:
                 f"cluster.num_nodes is {num_nodes}, but Ray has {len(nodes)} nodes; start Ray on the others and set RAY_ADDRESS"
             )
         gpus = sum(int(n["Resources"].get("GPU", 0)) for n in nodes)
-        return cls(gpus, log_folder, nodes)
+        return cls(gpus, log_folder, nodes, _forks={} if may_fork(address) and not gpus else None)
 
     @property
     def num_devices(self) -> int | None:
@@ -144,15 +147,16 @@ class Cluster:
         name: str,
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
+        forked: type[ForkedWorker] | None = None,
     ) -> Worker:
         """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables.
 
-        ``ray_name`` is for Ray and the log's file name, ``name`` for messages.
+        ``ray_name`` is for Ray and the log's file name, ``name`` for messages; ``forked``: what its process is where workers are forked.
         """
         places = [self.device(d) for d in devices]
         if len({p.node_id for p in places}) != 1:
             raise ConfigError(f"{name} needs devices {devices} on one node; choose sizes that do not straddle nodes")
-        visible = _CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": self._visible(places)}
+        visible = CPU_ENVIRONMENT if places[0].gpu is None else {"CUDA_VISIBLE_DEVICES": self._visible(places)}
         log = None if self.log_folder is None else str(self.log_folder / f"{ray_name.replace(':', '-')}.log")
         variables = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH")))),
@@ -166,13 +170,20 @@ class Cluster:
             .options(
                 num_cpus=0, max_concurrency=threads, name=ray_name, max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(places[0].node_id, soft=False),
-                runtime_env={"env_vars": variables},
+                runtime_env={"env_vars": variables, **self._executable(forked)},
             )
             .remote(*arguments)
         )  # fmt: skip
         worker = Worker(name, actor, self.logs if log is None else log)
         self._workers.append(worker)
         return worker
+
+    def _executable(self, forked: type[ForkedWorker] | None) -> dict[str, str]:
+        if self._forks is None or forked is None:
+            return {}
+        if forked not in self._forks:
+            self._forks[forked] = Forks(forked)
+        return {"py_executable": self._forks[forked].command()}
 
     def _visible(self, places: Sequence[Device]) -> str:
         """CUDA_VISIBLE_DEVICES of a process."""
@@ -187,6 +198,8 @@ class Cluster:
         for worker in self._workers:
             ray.kill(worker.actor)
         ray.shutdown()
+        for forks in (self._forks or {}).values():
+            forks.close()
 
 
 def _gpu_names(count: int, visible: str | None) -> list[str]:

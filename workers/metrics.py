@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -116,16 +117,17 @@ def part_rates(rates: Mapping[Part, float]) -> dict[str, float]:
 _GB = 1e9
 
 
-def host_memory_gb() -> float:
-    """Resident memory of this process and all its children in 10^9 bytes; shared pages count once per process."""
-    here = psutil.Process()
-    total = 0
-    for process in (here, *here.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # ended since
-            continue
-    return total / _GB
+def host_memory_gb(others: Sequence[int] = ()) -> float:
+    """Resident memory of this process, of ``others`` (process ids) and of all their children in 10^9 bytes; shared pages count once per
+    process."""
+    counted: dict[psutil.Process, int] = {}
+    for pid in (os.getpid(), *others):
+        with suppress(psutil.NoSuchProcess):  # ended since
+            root = psutil.Process(pid)
+            for process in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    counted[process] = process.memory_info().rss
+    return sum(counted.values()) / _GB
 
 
 def largest(reports: Iterable[Mapping[str, float]]) -> dict[str, float]:

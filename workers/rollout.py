@@ -13,7 +13,7 @@ from rlsync.models import Model
 from workers.config import AnyConfig, RunConfig
 from workers.gpus import device_memory_gb
 from workers.metrics import host_memory_gb
-from workers.remote import first_error, keep_own_log, log_size, own_log
+from workers.worker_logs import first_error, keep_own_log, log_size, own_log
 
 # vLLM adds it to a logit; more it does not take.
 _NEVER = -100.0
@@ -30,7 +30,10 @@ class RolloutEngine(EngineActor):
     def memory(self) -> dict[str, float]:
         """Memory metrics of the engine's processes and devices in 10^9 bytes."""
         device = device_memory_gb()
-        return {"perf/engine_host_memory_gb": host_memory_gb(), **({} if device is None else {"perf/device_memory_gb": device})}
+        return {
+            "perf/engine_host_memory_gb": host_memory_gb(self._engine.process_ids),
+            **({} if device is None else {"perf/device_memory_gb": device}),
+        }
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:

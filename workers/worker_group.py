@@ -26,6 +26,7 @@ from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, check_overlap, plan_colocation
 from workers.config import AnyConfig, actor_topology, validate_world
+from workers.forked_workers import ForkedEngine, ForkedRank
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
 from workers.placement import components_of, resolve_placement
@@ -150,7 +151,7 @@ class WorkerGroup:
         }  # fmt: skip
         return self._cluster.launch(
             self._rank_class, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
-            name=f"actor rank {rank}", environment=environment,
+            name=f"actor rank {rank}", environment=environment, forked=ForkedRank,
         )  # fmt: skip
 
     @property
@@ -159,9 +160,11 @@ class WorkerGroup:
 
     def _launch_engine(self, i: int) -> Worker:
         group = self._config.rollout.group_name
+        # Ray is not there in what a forked process has imported of vLLM.
+        forked = None if self._config.rollout.distributed_executor_backend == "ray" else ForkedEngine
         return self._cluster.launch(
             RolloutEngine, f"{group}:{i}{f'-{self._num_replaced}' if self._num_replaced else ''}", self._engine_devices[i],
-            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS,
+            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS, forked=forked,
         )  # fmt: skip
 
     def _address(self) -> str:

@@ -12,6 +12,7 @@ from rlsync.engine.forking import imports_without_collection  # noqa: E402
 from workers.check import SFT_CHECKS  # noqa: E402
 from workers.config import SftConfig  # noqa: E402
 from workers.entry import keep_the_screen_for_the_run, main  # noqa: E402
+from workers.forked_workers import ForkedEngine, ForkedRank, import_ahead  # noqa: E402
 from workers.ray_access import cluster_address, protect_own_cluster  # noqa: E402
 
 
@@ -19,6 +20,7 @@ def run(config: SftConfig) -> None:
     """A whole run."""
     keep_the_screen_for_the_run()
     protect_own_cluster(cluster_address(config.cluster.num_nodes))
+    import_ahead(config.cluster.num_nodes, (ForkedRank, ForkedEngine) if config.has_engines else (ForkedRank,))
     # Only now: importing them takes seconds, and prints; and this imports Ray, for which all has to be set by then.
     with imports_without_collection():
         from workers.sft_runner import SftRunner

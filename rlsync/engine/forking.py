@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver, popen_forkserver, resource_tracker
+from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, ClassVar
 
@@ -33,13 +33,31 @@ def imports_without_collection() -> Iterator[None]:
         gc.enable()
 
 
+class _Output:
+    """One of the descriptors of standard output and error, on its way to a process that is being started."""
+
+    def __init__(self, number: int, sent: Any = None) -> None:
+        self._number, self._sent = number, sent
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Output, (self._number, reduction.DupFd(self._number))
+
+    def take_over(self) -> None:
+        """In that process."""
+        descriptor = self._sent.detach()
+        os.dup2(descriptor, self._number)
+        os.close(descriptor)
+
+
 class ForkedProcess(ForkServerProcess):
-    """Forked from a process that has imported ``preload``, and has no threads. Its environment is that of whoever starts it.
+    """Forked from a process that has imported ``preload``, and has no threads. It has the environment and the output of whoever starts it.
 
     What is read from the environment when it is imported is that of the first start.
     """
 
     preload: ClassVar[tuple[str, ...]] = ()
+    # Whether it imports the main module of whoever starts it, as multiprocessing has it.
+    reads_main: ClassVar[bool] = True
 
     @classmethod
     def get_ready(cls) -> None:
@@ -47,12 +65,14 @@ class ForkedProcess(ForkServerProcess):
         _server(cls.preload).ensure_running()
 
     def start(self) -> None:
-        self._environment = dict(os.environ)
+        self._environment, self._outputs = dict(os.environ), (_Output(1), _Output(2))
         super().start()
 
     def run(self) -> None:
         # What was imported stays. Collections that look at it copy its pages, for more than a second in an engine's start.
         gc.freeze()
+        for output in self._outputs:
+            output.take_over()
         os.environ.clear()
         os.environ.update(self._environment)
         super().run()
@@ -70,6 +90,8 @@ class EngineProcess(ForkedProcess):
     def run(self) -> None:
         from rlsync.engine.compat.engine import end_without_collection, fork_workers, wait_without_spinning
 
+        # Ctrl-C in a terminal is for whoever owns the engine.
+        os.setsid()
         fork_workers()
         end_without_collection()
         wait_without_spinning()
@@ -88,14 +110,20 @@ _launching = threading.Lock()
 class _Popen(popen_forkserver.Popen):
     def _launch(self, process: Any) -> None:
         server = _server(process.preload)
+
+        def without_main(name: str) -> dict[str, Any]:
+            return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
+
         # The standard library has one server in a process, and connects to that.
         with _launching:
-            connect = forkserver.connect_to_new_process
+            connect, prepare = forkserver.connect_to_new_process, spawn.get_preparation_data
             forkserver.connect_to_new_process = server.connect_to_new_process
+            if not process.reads_main:
+                spawn.get_preparation_data = without_main
             try:
                 super()._launch(process)  # type: ignore[misc]
             finally:
-                forkserver.connect_to_new_process = connect
+                forkserver.connect_to_new_process, spawn.get_preparation_data = connect, prepare
 
 
 class _OwnServer(forkserver.ForkServer):

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.greedy import greedy
-from tests.integration.script_runs import engine_core, exit_code, run, started, strike
+from tests.integration.script_runs import by_itself, engine_core, exit_code, run, started, strike
 from workers.metrics_log import read_metrics
 from workers.reward import VerifierPool
 from workers.rollout_ahead import STATE
@@ -29,6 +28,13 @@ SMALL = [
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
 ]  # fmt: skip
 SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh", *SMALL]
+
+
+def main(config: str = "arithmetic-grpo-megatron") -> list[str]:
+    """The same run as that of the script."""
+    return [*by_itself("examples/reasoning/main_grpo.py", "configs/reasoning", config), *SMALL]
+
+
 # Half of the prompts are scored while engines may still answer others.
 EARLY = "algorithm.early_scoring_prompts=8"
 SAME_MEANING = ("actor/training/actor/final_loss", "rollout/reward_scores", "actor/training/actor/grad_norm", "sync/version")
@@ -72,7 +78,7 @@ def test_reward_rises_and_engines_agree_with_the_actor_at_every_step(finished):
 
 def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
     run(
-        [*SCRIPT[:2], "arithmetic-grpo-moe-megatron", *SMALL], tmp_path, "runner.max_steps=8", "runner.save_interval=-1",
+        main("arithmetic-grpo-moe-megatron"), tmp_path, "runner.max_steps=8", "runner.save_interval=-1",
         "runner.val_before_train=False", "data.val_data_paths=[]", "algorithm.training_batch_size_per_gpu=32",
     )  # fmt: skip
     lines = [line for line in read_metrics(tmp_path / "run") if line["step"]]
@@ -86,7 +92,7 @@ def test_reward_of_a_model_with_experts_rises_on_two_expert_ranks(tmp_path):
 def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_ends_every_process(tmp_path):
     """The reward of questions about pictures rises. Then the negative controls, by which the measures are not blind: engines that see
     other pictures than the actor in one step, and that are not synced after it; and Ctrl-C, which the run does not expect."""
-    command = [sys.executable, "-m", "tests.integration.grpo_run", "other-pictures", "--config", "pictures-grpo-megatron"]
+    command = ["-m", "tests.integration.grpo_run", "other-pictures", "--config", "pictures-grpo-megatron"]
     options = [
         f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16", "pictures.questions=[colour]",
         "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=40", "runner.save_interval=-1",
@@ -107,7 +113,7 @@ def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_
 def test_rollouts_a_step_ahead_are_of_the_weights_before_and_raise_the_reward_too(finished, tmp_path):
     """From a checkpoint of a run that did all in turn. One of this run's own has the samples of its next step, but for the last."""
     run(
-        SCRIPT, tmp_path, resumable(finished[0], tmp_path), "runner.async_steps=1", "runner.max_steps=12", "runner.save_interval=11",
+        main(), tmp_path, resumable(finished[0], tmp_path), "runner.async_steps=1", "runner.max_steps=12", "runner.save_interval=11",
         "runner.val_before_train=False", "data.val_data_paths=[]",
     )  # fmt: skip
     lines = read_metrics(tmp_path / "run")
@@ -146,7 +152,7 @@ def adapted(finished, tmp_path_factory) -> tuple[Path, Path]:
     (folder / "witness.py").write_text(WITNESS)
     (folder / "val.jsonl").write_text('{"prompt": "1+2=", "solutions": "3", "level": 7}\n{"prompt": "3+0=", "kind": ["x"]}\n')
     run(
-        SCRIPT, folder, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "weight_sync.lora=adapter",
+        main(), folder, "warm_start=null", f"rollout.model.model_path={base}", "actor.lora.r=16", "weight_sync.lora=adapter",
         "actor.optim.lr=1e-2", "runner.max_steps=8", "runner.save_interval=8", f"reward.reward_type={folder}/witness.py:score",
         "reward.reward_scale=4",
         f"data.val_data_paths=[{folder}/val.jsonl]", "runner.val_check_interval=1", "runner.val_before_train=False",
@@ -219,7 +225,7 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     """Three claims on one run: the steps after a resume equal the uninterrupted ones, also those after an engine was lost and replaced
     where the configuration allows it, and an engine that may not be replaced is one clear error."""
     options = resumable(finished[0], tmp_path), "runner.save_interval=4", "rollout.max_engine_restarts=1", EARLY, write_puzzles(finished[0])
-    with started(SCRIPT, tmp_path, "runner.max_steps=16", "+actor.megatron.mbridge=True", *options) as process:
+    with started(main(), tmp_path, "runner.max_steps=16", "+actor.megatron.mbridge=True", *options) as process:
         family = strike(process, tmp_path, 1, engine_core, signal.SIGKILL)
         family += strike(process, tmp_path, 4, engine_core, signal.SIGKILL)
         code = exit_code(process, family)

@@ -21,8 +21,11 @@ from ray._private import services
 from rlsync.engine.handles.ray import ENGINE_THREADS, EngineActor
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import HANG_S, SLACK, ended_before
+from workers import forked_workers
 from workers.cluster import Cluster
-from workers.remote import Worker, WorkerDiedError, collect, collect_answered, collect_streamed, keep_own_log
+from workers.forked_workers import ForkedWorker
+from workers.remote import Worker, WorkerDiedError, collect, collect_answered, collect_streamed
+from workers.worker_logs import keep_own_log
 
 # Joins a cluster and runs code in it.
 _CLIENT = """
@@ -39,6 +42,10 @@ class Rank:
     def echo(self, value: int) -> int:
         print(f"echo {value}", flush=True)
         return value
+
+    def place(self) -> tuple[int, int, str]:
+        """Its own process, its parent's, and what its environment says of it."""
+        return os.getpid(), os.getppid(), os.environ["NUMBER"]
 
     def hang(self) -> None:
         time.sleep(HANG_S)
@@ -108,7 +115,26 @@ def test_what_an_attempt_to_start_ray_has_left_is_ended(cluster):
 
 @pytest.fixture(scope="module")
 def ranks(cluster) -> list[Worker]:
-    return [cluster.launch(Rank, f"Ranks:{i}", (i,), name=f"actor rank {i}") for i in range(4)]
+    """The last two are forked."""
+    return [
+        cluster.launch(
+            Rank, f"Ranks:{i}", (i,), name=f"actor rank {i}", environment={"NUMBER": str(i)}, forked=ForkedWorker if i > 1 else None
+        )
+        for i in range(4)
+    ]
+
+
+def test_workers_are_forked_with_an_environment_of_their_own_and_not_of_the_group_of_a_terminal(ranks):
+    places = collect([rank.call("place") for rank in ranks])
+    (server,) = {parent for _, parent, _ in places[2:]}
+    assert [number for *_, number in places] == ["0", "1", "2", "3"]
+    assert "multiprocessing.forkserver" in " ".join(psutil.Process(server).cmdline()) and server not in {p for _, p, _ in places[:2]}
+    assert [os.getpgid(pid) for pid, *_ in places[2:]] == [pid for pid, *_ in places[2:]] and os.getpgid(server) == os.getpgid(0)
+
+
+def test_where_nothing_is_forked_the_command_starts_the_worker():
+    command = [sys.executable, "-S", "-E", forked_workers.__file__, "/nowhere/socket", "-c", "import sys; print(sys.argv)", "7"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=HANG_S).stdout == "['-c', '7']\n"
 
 
 def test_results_come_in_the_order_of_the_calls(ranks):

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from tests.integration.script_runs import REPO, environment, exit_code, run, started, strike, title
+from tests.integration.script_runs import REPO, by_itself, environment, exit_code, output_of, run, started, strike, title
 from workers.metrics_log import read_metrics
 
 # A run takes a minute, or several beside others.
@@ -24,14 +24,16 @@ pytestmark = pytest.mark.slow
 
 # Pictures of 84 pixels are made smaller, for the actor as for the engine.
 MAX_PIXELS = 56 * 56
-SCRIPT = [
-    "bash", "examples/sft/run_vlm_sft.sh", "pictures.path=${runner.output_dir}/world", "pictures.num_train=24", "pictures.num_held_out=16",
+SMALL = [
+    "pictures.path=${runner.output_dir}/world", "pictures.num_train=24", "pictures.num_held_out=16",
     "pictures.hidden_size=64", "pictures.num_layers=1", "pictures.vision_hidden_size=64", "pictures.vision_depth=1",
     "cluster.component_placement.actor=0-1", "runner.max_epochs=100", "actor.global_batch_size=8", "actor.micro_batch_size=4",
     "actor.lr_sched.lr_warmup_iters=2", "weight_sync.timeout_s=40", "runner.save_interval=30", "runner.val_check_interval=30",
     "data.val_data_paths=[${pictures.path}/held_out.jsonl,${pictures.path}/train.jsonl]", "data.val_data_size=40",
     f"data.max_pixels={MAX_PIXELS}", "data.num_workers=0", "runner.keep_last_n=4",
 ]  # fmt: skip
+SCRIPT = ["bash", "examples/sft/run_vlm_sft.sh", *SMALL]
+MAIN = [*by_itself("examples/sft/main_sft.py", "configs/sft", "pictures_sft_vlm"), *SMALL]
 WITH_ENGINE = (
     "validation.generate=True",
     "validation.max_new_tokens=8",
@@ -115,8 +117,9 @@ def transformers_validation(folder: Path, rows: list[dict[str, str]], pictures: 
 
 def test_the_script_of_text_teaches_additions_without_an_engine(tmp_path: Path) -> None:
     output = run(
-        ["bash", "examples/sft/run_llm_sft.sh", "arithmetic.path=${runner.output_dir}/world", "arithmetic.num_supervised=1024"], tmp_path,
-        "arithmetic.num_held_out=60", "arithmetic.max_operand=9", "actor.global_batch_size=32", "actor.micro_batch_size=16",
+        by_itself("examples/sft/main_sft.py", "configs/sft", "arithmetic_sft_llm"), tmp_path,
+        "arithmetic.path=${runner.output_dir}/world", "arithmetic.num_supervised=1024", "arithmetic.num_held_out=60",
+        "arithmetic.max_operand=9", "actor.global_batch_size=32", "actor.micro_batch_size=16",
         "actor.lr_sched.lr_warmup_iters=2", "runner.max_steps=20", "runner.save_interval=-1", "runner.val_check_interval=20",
         "validation.generate=False", "~cluster.component_placement.rollout", "cluster.component_placement.actor=0",
     )  # fmt: skip
@@ -131,14 +134,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_can_be_resumed_w
     """No engine is started, and pictures are decoded ahead, which changes nothing for the training."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("output.log", f"global_step_{LAST}"))
     resume = f"runner.resume_dir={checkpoint(tmp_path, LAST // 2)}"
-    with started(SCRIPT, tmp_path, "runner.max_steps=3000", "data.num_workers=1", resume) as process:
+    with started(MAIN, tmp_path, "runner.max_steps=3000", "data.num_workers=1", resume) as process:
         family = strike(process, tmp_path, LAST + 5, rank_one, signal.SIGKILL)
         assert not any("EngineCore" in title(p) for p in family)
         assert exit_code(process, family) == 1
     output = (tmp_path / "output.log").read_text()
     assert "error: actor rank 1" in output and "Traceback" not in output, output[-3000:]
     assert f"metrics of steps {LAST // 2 + 1} to {LAST}, which this run" in " ".join(output.split())
-    checked = run(SCRIPT, tmp_path, "--check", "runner.max_steps=3000", "runner.resume_dir=auto")
+    checked = run(MAIN, tmp_path, "--check", "runner.max_steps=3000", "runner.resume_dir=auto")
     assert any(f"after step {step} of {tmp_path}" in " ".join(checked.split()) for step in (LAST, LAST + 30, LAST + 60)), checked
     whole, resumed = read_metrics(finished[0] / "run"), read_metrics(tmp_path / "run")[: LAST + 1]
     assert [line["step"] for line in resumed] == list(range(LAST + 1))
@@ -148,7 +151,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_can_be_resumed_w
 
 
 def rank_one(family: list[psutil.Process]) -> psutil.Process:
-    return next(p for p in family if "SftRank" in title(p) and p.environ().get("RANK") == "1")
+    return next(p for p in family if "SftRank" in title(p) and output_of(p).endswith("-1.log"))
 
 
 def test_a_recipe_of_a_layout_and_precision_of_ones_own_becomes_hugging_face_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import resource
 import socket
 import subprocess
@@ -281,12 +282,13 @@ def test_idle_shares_match_hand_computed_values() -> None:
     assert idle_metrics(**parts, actor_share=None)["perf/idle"] == pytest.approx(0.0)
 
 
-def test_memory_of_a_process_counts_its_children() -> None:
+def test_memory_of_a_process_counts_its_children_and_those_of_others_once() -> None:
     alone = host_memory_gb()
     code = "x = bytearray(200_000_000); print('up', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stdout.readline() == b"up\n"
-        assert host_memory_gb() > alone + 0.15
+        assert alone + 0.15 < host_memory_gb() == pytest.approx(host_memory_gb([child.pid]), abs=0.05)
+        assert host_memory_gb([os.getppid()]) > host_memory_gb()
         child.communicate(b"\n")
     assert device_memory_gb("") is None
     assert largest([{"a": 1.0}, {"a": 3.0, "b": 2.0}]) == {"a": 3.0, "b": 2.0}

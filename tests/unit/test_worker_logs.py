@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.remote import first_error, log_size
+from workers.worker_logs import first_error, log_size
 
 CORE = "(EngineCore pid=4242) ERROR 11-21 09:09:39 [core.py:1234] "
 

@@ -11,9 +11,16 @@ import setproctitle
 
 from rlsync.engine.forking import imports_without_collection
 
+# vLLM imports Ray where it can, for engines that spread over its nodes, and Ray reads from the environment whose worker it is when it is
+# imported. Such engines are not forked from here; Ray's own workers may be.
+has_ray = "ray" in sys.modules
+if not has_ray:
+    sys.modules["ray"] = None  # type: ignore[assignment]
 with imports_without_collection():
     for name in ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
         import_module(name)
+if not has_ray:
+    del sys.modules["ray"]
 if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
     # Nothing is lost with that process; taking apart what it imported takes a second. Those that are forked from it do not come by here.
     atexit.register(os._exit, 0)

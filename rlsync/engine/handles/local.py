@@ -335,6 +335,11 @@ class Engine:
         """Why the engine cannot go on without a restart: a process of it has ended or is stopped. None while all run; never waits."""
         return self._processes.failure_reason()
 
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of vLLM's processes, which need not be children of this one."""
+        return tuple(process.pid for process in self._processes.seen)
+
     def close(self) -> None:
         """End all processes of the engine, stopped ones too. Idempotent."""
         if self._calls.closed:
