@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, Protocol
 
-from rlsync.engine.forking import ForkedProcess
+from rlsync.engine.forking import ForkedProcess, set_environment
 from tests.deadlines import HANG_S
 from workers.forked_workers import ForkedEngine, ForkedRank
 
@@ -145,8 +145,7 @@ def make_process(target: Callable[..., None], *arguments: Any, daemon: bool = Tr
 
 def begin_anew(environment: dict[str, str], log: str) -> None:
     """In a process that was forked: as if it had been started in the repository, with an environment and a file for its output."""
-    os.environ.clear()
-    os.environ.update(environment)
+    set_environment(environment)
     os.chdir(REPO)
     for name, flags, numbers in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
         opened = os.open(name, flags)

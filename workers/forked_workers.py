@@ -45,7 +45,7 @@ from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import ClassVar  # noqa: E402
 
-from rlsync.engine.forking import EngineProcess, ForkedProcess  # noqa: E402
+from rlsync.engine.forking import EngineProcess, ForkedProcess, set_environment  # noqa: E402
 from workers.ray_access import LOCAL, cluster_address  # noqa: E402
 
 CPU_ENVIRONMENT: Mapping[str, str] = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
@@ -147,8 +147,7 @@ def _be_worker(connection: socket.socket) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    os.environ.clear()
-    os.environ.update(asked["environment"])
+    set_environment(asked["environment"])
     os.chdir(asked["folder"])
     if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
         # OpenMP has read that of the process which it was imported in.
@@ -165,8 +164,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        set_environment(before)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, ClassVar
@@ -31,6 +31,13 @@ def imports_without_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Give this process these variables and no others. Those that it has stay where they are: a process's title is written beside them."""
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in variables.items() if os.environ.get(name) != value})
 
 
 class _Output:
@@ -73,8 +80,7 @@ class ForkedProcess(ForkServerProcess):
         gc.freeze()
         for output in self._outputs:
             output.take_over()
-        os.environ.clear()
-        os.environ.update(self._environment)
+        set_environment(self._environment)
         super().run()
 
     @staticmethod

@@ -124,11 +124,12 @@ def ranks(cluster) -> list[Worker]:
     ]
 
 
-def test_workers_are_forked_with_an_environment_of_their_own_and_not_of_the_group_of_a_terminal(ranks):
+def test_workers_are_forked_with_environment_and_title_of_their_own_and_not_of_the_group_of_a_terminal(ranks):
     places = collect([rank.call("place") for rank in ranks])
     (server,) = {parent for _, parent, _ in places[2:]}
     assert [number for *_, number in places] == ["0", "1", "2", "3"]
     assert "multiprocessing.forkserver" in " ".join(psutil.Process(server).cmdline()) and server not in {p for _, p, _ in places[:2]}
+    assert all(psutil.Process(pid).cmdline()[0].startswith("ray::") for pid, *_ in places)
     assert [os.getpgid(pid) for pid, *_ in places[2:]] == [pid for pid, *_ in places[2:]] and os.getpgid(server) == os.getpgid(0)
 
 

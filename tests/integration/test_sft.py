@@ -151,7 +151,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_can_be_resumed_w
 
 
 def rank_one(family: list[psutil.Process]) -> psutil.Process:
-    return next(p for p in family if "SftRank" in title(p) and output_of(p).endswith("-1.log"))
+    return next(p for p in family if output_of(p).endswith("ActorGroup-1.log"))
 
 
 def test_a_recipe_of_a_layout_and_precision_of_ones_own_becomes_hugging_face_files(tmp_path: Path) -> None:
