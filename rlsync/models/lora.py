@@ -255,7 +255,31 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
 
 
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
-    """What engines would leave out of adapters that are sent beside their base, in words; empty where nothing is."""
+    """What engines would leave out of adapters that are sent beside their base, or not take, in words; empty where nothing is."""
+    findings = [_of_towers(model, adapters), _of_parts_of_experts(model, adapters), _of_absorbed(model, adapters)]
+    return [f"{finding}, or set weight_sync.lora to merged" for finding in findings if finding is not None]
+
+
+def _of_towers(model: Model, adapters: Adapters) -> str | None:
+    linear, _ = _matrices(model)
+    found = [module for module, part in linear.items() if part != "language_model" and module in adapters.modules]
+    return f"{found[0]} has an adapter: slots of engines are for the language model; name it in exclude_modules" if found else None
+
+
+def _of_parts_of_experts(model: Model, adapters: Adapters) -> str | None:
+    experts: dict[tuple[int, ...], list[str]] = {}
+    for bound in model.parameters():
+        if bound.joined:
+            experts.setdefault(bound.numbers, []).extend(module_of(name) for name, _ in bound.hf)
+    for modules in experts.values():
+        chosen = [module for module in modules if module in adapters.modules]
+        if chosen and len(chosen) < len(modules):
+            without = ", ".join(_last_names(module for module in modules if module not in chosen))
+            return f"{chosen[0]} has an adapter: engines take those of all projections of an expert or none; add {without}"
+    return None
+
+
+def _of_absorbed(model: Model, adapters: Adapters) -> str | None:
     absorbed = [
         module
         for bound in model.parameters()
@@ -264,11 +288,11 @@ def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
         if module in adapters.modules
     ]
     if not absorbed:
-        return []
-    return [
+        return None
+    return (
         f"{len(absorbed)} layers have adapters of {_last_names(absorbed)[0]}, as {absorbed[0]}: engines of latent attention answer from "
-        "products of its weight alone, and would leave them out; name it in exclude_modules, or set weight_sync.lora to merged"
-    ]
+        "products of its weight alone, and would leave them out; name it in exclude_modules"
+    )
 
 
 def _shown(spec: LoraSpec) -> str:

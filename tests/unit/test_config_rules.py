@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from rlsync.errors import ConfigError
 from rlsync.models.lora import LoraSpec
+from tests.models import tiny_config
 from tests.unit.test_config import minimal, shipped
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
 from tests.unit.test_sft_config import minimal as sft_minimal
@@ -55,6 +56,14 @@ def test_adapters_that_match_no_layer_of_the_model_are_refused() -> None:
     config = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[qkv]")
     with pytest.raises(ConfigError, match=r"actor\.lora: target_modules qkv match no linear layer of Qwen2ForCausalLM"):
         validate_model(config, QWEN2)
+
+
+def test_adapters_that_engines_do_not_hold_beside_their_base_are_refused() -> None:
+    experts = {**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
+    partial = ("actor.lora.r=4", "actor.lora.target_modules=[gate_proj]")
+    validate_model(shipped("arithmetic-grpo-moe-megatron", *partial), experts)
+    with pytest.raises(ConfigError, match=r"actor.lora: .*gate_proj has an adapter: .* add up_proj, down_proj, or set weight_sync"):
+        validate_model(shipped("arithmetic-grpo-moe-megatron", *partial, "weight_sync.lora=adapter"), experts)
 
 
 @pytest.mark.parametrize("mode", ["off", "R2", "R3"])

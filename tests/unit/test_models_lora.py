@@ -119,6 +119,19 @@ def test_a_folder_of_another_adapter_is_refused_by_name(tmp_path, change: dict[s
         check_adapter_folder(tmp_path, LoraSpec(4, 8.0))
 
 
+def test_beside_the_base_go_adapters_of_whole_experts_and_of_language_models_alone() -> None:
+    vision = model_of({**tiny_vision_config("qwen2_5_vl").to_dict(), "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+
+    def found(model: Any, *targets: str) -> list[str]:
+        return check_beside_base(model, adapters_of(model, LoraSpec(4, 8, target_modules=targets or "all-linear")))
+
+    assert found(EXPERTS) == found(EXPERTS, "q_proj", "o_proj") == found(vision) == []
+    (said,) = found(EXPERTS, "q_proj", "gate_proj", "down_proj")
+    assert "experts.0.gate_proj has an adapter" in said and "add up_proj, or set weight_sync.lora to merged" in said
+    (said,) = found(vision, "q_proj", "attn.qkv")
+    assert "blocks.0.attn.qkv has an adapter" in said and "name it in exclude_modules" in said
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "moonlight"])
 def test_adapters_that_engines_of_latent_attention_would_leave_out_are_not_sent_beside_the_base(family: str) -> None:
     model = model_of({**tiny_config(family).to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
