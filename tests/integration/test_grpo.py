@@ -52,7 +52,7 @@ def write_puzzles(folder: Path) -> str:
     """Prompts that no training taught, so that what a model says to them is another thing after every few steps; the option to validate
     with them."""
     draw = random.Random(0)
-    rows = [{"prompt": "".join(draw.choices("0123456789+=", k=5)), "solutions": str(draw.randint(0, 8))} for _ in range(150)]
+    rows = [{"prompt": "".join(draw.choices("0123456789+=", k=5)), "solutions": str(draw.randint(0, 8))} for _ in range(60)]
     (folder / "puzzles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.val_data_paths=[{folder}/puzzles.jsonl]"
 

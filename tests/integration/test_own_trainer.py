@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -18,9 +19,16 @@ from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
 from tests.deadlines import HANG_S
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
-from tests.ranks import REPO
+from tests.ranks import CAN_FORK, REPO, WITH_VLLM
+from workers.forked_workers import ForkedWorker, Forks
 
 NUM_TOKENS = 8
+
+
+class ForkedOwner(ForkedWorker):
+    """Of an engine."""
+
+    preload = WITH_VLLM
 
 
 def greedy(folder: Path) -> tuple[int, ...]:
@@ -61,8 +69,16 @@ def test_what_goes_wrong_in_the_actor_arrives_as_it_was_raised(tmp_path: Path) -
 
     folder = save_tiny_model(tmp_path / "hf", "qwen2", seed=1)
     variables = {**ENGINE_ENV, "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
-    try:
+    with contextlib.ExitStack() as stack:
+        executable = {}
+        if CAN_FORK:
+            forks = Forks(ForkedOwner)
+            stack.callback(forks.close)
+            executable = {"py_executable": forks.command()}
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables, **executable}
+        )  # fmt: skip
+        stack.callback(ray.shutdown)
         arguments = {"model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
         with pytest.raises(ConfigError, match=r"cannot be synced: offload_config"):
             RayEngine.launch("refused", {**arguments, "cpu_offload_gb": 1})
@@ -74,5 +90,3 @@ def test_what_goes_wrong_in_the_actor_arrives_as_it_was_raised(tmp_path: Path) -
         with pytest.raises(RlsyncError, match="the Ray actor of engine dirty is gone"):
             ask_until_gone(engine)
         engine.close()
-    finally:
-        ray.shutdown()
