@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from rlsync.errors import PlacementError, RlsyncError
 from rlsync.transport.collectives import agreed, gather_bytes
+from tests.deadlines import HANG_S
 
 CPU = torch.device("cpu")
 
@@ -35,3 +40,11 @@ def enter(failure: Exception) -> None:
     with agreed(device=CPU):
         if dist.get_rank() == 1:
             raise failure
+
+
+def fail_beside_a_process() -> None:
+    """With a child that is ended where an interpreter ends, as vLLM ends those of an engine."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(HANG_S,))
+    child.start()
+    weakref.finalize(child, child.kill)
+    raise RuntimeError("it was this")
