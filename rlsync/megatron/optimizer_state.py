@@ -372,7 +372,9 @@ def _allocate_on_host(optimizer: HybridDeviceOptimizer) -> None:
             if getattr(parameter, "decoupled_grad", parameter) is None:
                 # The step would take it for the gradient.
                 del parameter.decoupled_grad
-    optimizer.dummy_step()
+    # It draws gradients.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        optimizer.dummy_step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for inner in optimizer.sub_optimizers:

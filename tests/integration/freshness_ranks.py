@@ -45,9 +45,9 @@ def optimizers_agree(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Ma
     for case in cases:
         expected = models[case["model"]]
         actor = Actor(expected["folder"], case)
-        began = torch.cat([weight.float().flatten() for weight in _copies(MegatronSource(actor.bridge, actor.models).buffers).values()])
+        began = _flat(_copies(MegatronSource(actor.bridge, actor.models).buffers))
         losses = [result.metrics["loss"] for result in actor.steps(expected["batch"], 3)]
-        ended = torch.cat([main.flatten() for main in _computed(actor).values()]).float()
+        ended = _flat(_computed(actor))
         found.append((losses, ended))
         destroy_parallel(keep_distributed=True)
         (plain, moved), (ours, theirs) = found[0], found[-1]
@@ -92,6 +92,10 @@ def _shards(part: DistributedOptimizer) -> list[tuple[torch.nn.Parameter, torch.
                 main = inner.state[inner.param_groups[index]["params"][order]]["master_param"]
             found.append((parameter, main, part._get_model_param_range_map(parameter)["param"].start))
     return found
+
+
+def _flat(weights: Weights) -> torch.Tensor:
+    return torch.cat([weights[name].float().flatten() for name in sorted(weights)])
 
 
 def _copies(buffers: Mapping[str, torch.Tensor]) -> Weights:

@@ -361,7 +361,7 @@ def waits_do_not_grow_with_microbatches(hows: Sequence[Mapping[str, Any]], folde
                 action(microbatches[:count])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        found = [f"{entry.filename}:{entry.lineno}" for entry in said if "synchroniz" in str(entry.message)]
+        found = [f"{entry.filename}:{entry.lineno}" for entry in said if "called a synchronizing CUDA" in str(entry.message)]
         print(f"WAITS {action.__name__} of {count}: {len(found)} {sorted(set(found))}", flush=True)
         return len(found)
 
