@@ -89,18 +89,16 @@ class ForkedProcess(ForkServerProcess):
 
 
 class EngineProcess(ForkedProcess):
-    """An engine's core, which forks its workers."""
+    """An engine's core."""
 
     preload: ClassVar[tuple[str, ...]] = ("rlsync.engine.compat.warm",)
 
     def run(self) -> None:
-        from rlsync.engine.compat.engine import end_without_collection, fork_workers, wait_without_spinning
+        from rlsync.engine.compat.engine import end_without_collection
 
         # Ctrl-C in a terminal is for whoever owns the engine.
         os.setsid()
-        fork_workers()
         end_without_collection()
-        wait_without_spinning()
         super().run()
 
 

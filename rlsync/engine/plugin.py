@@ -24,14 +24,19 @@ _GRACE_S = 5.0
 def register() -> None:
     """Register the backend of ``weight_transfer_config={"backend": "rlsync"}``, set up logging, and end this process with its owner.
 
-    Idempotent. vLLM imports ``rlsync.engine.worker`` when a model is loaded.
+    Where engines on CPU are forked, cores fork their workers, those of ``vllm serve`` too. Idempotent. vLLM imports
+    ``rlsync.engine.worker`` when a model is loaded.
     """
     from rlsync import logs
-    from rlsync.engine.compat.engine import register_backend
+    from rlsync.engine import forking
+    from rlsync.engine.compat import engine as compat
 
     logs.set_up()
     watch_owner()
-    register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")
+    compat.register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")
+    if forking.is_asked_for() and compat.runs_on_cpu():
+        compat.fork_workers()
+        compat.wait_without_spinning()
 
 
 def declare_owner() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import inspect
 import multiprocessing
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -92,7 +93,7 @@ def start_cores_with(context: Callable[[], BaseContext]) -> None:
 
 
 def fork_workers() -> None:
-    """Make the engine's core that this process is fork its workers."""
+    """Make the engine's core that this process is, if it is one, fork its workers. Idempotent."""
     from vllm.v1.executor import multiproc_executor
 
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
@@ -111,17 +112,15 @@ def wait_without_spinning() -> None:
 
     vLLM polls for a second after each message before it waits to be notified: between the steps of a request, and through every sync.
     Processes that share few processors take from each other what they poll with. Until the first message all is as vLLM has it, because
-    a notification is lost before a reader has subscribed.
+    a notification is lost before a reader has subscribed. Idempotent.
     """
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-    record = SpinCondition.record_read
+    SpinCondition.record_read = _record_read  # type: ignore[method-assign]
 
-    def record_read(self: Any) -> None:
-        self.busy_loop_s = 0.001
-        record(self)
 
-    SpinCondition.record_read = record_read  # type: ignore[method-assign]
+def _record_read(condition: Any) -> None:
+    condition.busy_loop_s, condition.last_read = 0.001, time.monotonic()
 
 
 def look_at_models_here() -> None:
