@@ -164,7 +164,8 @@ def _be_rank(entry: tuple[str, str, str], environment: dict[str, str], log: str)
     except BaseException:
         traceback.print_exc()
         # multiprocessing would wait for the engines that a failed rank has left open, and what closes them is called where an
-        # interpreter ends, which a forked process does not.
+        # interpreter ends, which a forked process does not. One that ends the process, as of one with vLLM, would say that all is well.
+        atexit.unregister(os._exit)
         atexit._run_exitfuncs()
         os._exit(1)
 

@@ -179,7 +179,7 @@ def compare(
         wait_for_all()
     if beside is not None and options.get("enable_sleep_mode"):
         beside.sleep(version)
-        assert [ask(each, prompts) for each in synced] == before
+        assert all(difference(ask(each, prompts), last) <= 2e-2 for each, last in zip(synced, before, strict=True))
     bridge.save_weights(models, Path(out_dir, "hf_model"))
     if lora is not None:
         bridge.save_adapter(models, Path(out_dir, "hf_adapter"))
@@ -261,7 +261,7 @@ class BesideTheBase:
             each.wake(["weights"], 60)
         for times in (1, 2):
             wait_for_all()
-            report = self._syncer.sync(version)
+            report = self._syncer.sync(version + times)
             assert (report.bytes < 2 * self._factor_bytes) == (times == 2), report
             for each in self._engines:
                 each.wake(["kv_cache"], 60)

@@ -73,7 +73,7 @@ def _begin_updates_anew() -> None:
 def _keep_adapters() -> None:
     """Have a worker register the adapters that syncs have brought once more when an update has ended, with which it forgets them.
 
-    vLLM 0.28 and later forgets them, because an update may have changed the base under them. Workers of other backends are left alone.
+    vLLM 0.28 and later forgets them, because an update may have changed the base under them. Transfer engines of others are left alone.
     """
     original = Worker.finish_weight_update
     if hasattr(original, "patches"):
@@ -81,8 +81,10 @@ def _keep_adapters() -> None:
 
     def finish_weight_update(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.vllm_config.weight_transfer_config.backend == BACKEND:
-            self.weight_transfer_engine.keep_adapters()
+        # A bench puts engines of vLLM's own in the place of rlsync's.
+        keep = getattr(self.weight_transfer_engine, "keep_adapters", None)
+        if keep is not None:
+            keep()
 
     finish_weight_update.patches = original  # type: ignore[attr-defined]
     Worker.finish_weight_update = finish_weight_update
