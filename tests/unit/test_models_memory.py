@@ -41,6 +41,15 @@ def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.06)
 
 
+def test_adapters_of_a_frozen_base_took_what_was_predicted() -> None:
+    bench = json.loads((RAW / "2026-11-29-7b-lora-32k-train-one-gpu.json").read_text())
+    assert (bench["microbatches"], bench["lora_r"], bench["switches"]["recompute_method"]) == ([[32768]], 32, "uniform")
+    lora, fused = LoraSpec(32, 64.0), bench["switches"]["bias_activation_fusion"]
+    (found,) = memory(bench["model"], micro_batch_tokens=32768, num_microbatches=1, lora=lora, fused_activation=fused, recompute="full")
+    assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.02)
+    assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.02)
+
+
 def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
     """The 79 GiB of benchmarks/RESULTS.md, 2026-11-28, 7B under TP 2 with eight micro-batches."""
     (found,) = memory("qwen2.5-7b", Topology(tp_size=2), sequence_parallel=True)
