@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
+import os
 import time
 import weakref
 
@@ -43,7 +45,8 @@ def enter(failure: Exception) -> None:
 
 
 def fail_beside_a_process() -> None:
-    """With a child that is ended where an interpreter ends, as vLLM ends those of an engine."""
+    """With a child that is ended where an interpreter ends, as vLLM ends those of an engine, and then the process, as with vLLM."""
+    atexit.register(os._exit, 0)
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(HANG_S,))
     child.start()
     weakref.finalize(child, child.kill)
