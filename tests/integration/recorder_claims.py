@@ -266,8 +266,11 @@ def check_again() -> None:
     toy.add_module("other", Toy(lambda toy, hf: None))
     found = last.record(toy, [HF])
     assert len(runs) == 3 and len(found.buffers) > len(first.buffers)
+    toy.add_module("other", Toy(lambda toy, hf: None))
+    found = last.record(toy, [HF])
+    assert len(runs) == 4, "another layer of the same names"
     toy.other.weight = toy.weight
-    assert last.record(toy, [HF]) is not found and len(runs) == 4
+    assert last.record(toy, [HF]) is not found and len(runs) == 5
 
 
 def one_rank(folders: dict[str, str], report: str) -> None:

@@ -49,6 +49,45 @@ def executed(tensors: dict[str, torch.Tensor], placement: Placement) -> dict[str
     return buffers
 
 
+def test_buffers_that_are_alike_but_for_one_number_are_told_apart():
+    """Layers are described once where they are alike but for names."""
+    tensors = {name: random_tensor((4, 2), dtype, seed) for seed, (name, dtype) in enumerate((("t", "float32"), ("u", "bfloat16")))}
+    halves, rows = (slice(0, 2), slice(2, 4)), (tensors["t"][:2], tensors["t"][2:])
+    wanted, writes, buffers = {}, [], []
+
+    def add(name: str, dtype: str, *parts: tuple[slice, torch.Tensor, str]) -> None:
+        wanted[name] = torch.full((4, 2), 9.0, dtype=dtype_of(dtype))
+        buffers.append(BufferSpec(name, dtype, (4, 2)))
+        for half, source, tensor in parts:
+            wanted[name][half] = source
+            writes.append(write_of(name, wanted[name][half], (tensor, source)))
+
+    add("plain", "float32", (halves[0], rows[0], "t"), (halves[1], rows[1], "t"))
+    add("other order", "float32", (halves[1], rows[0], "t"), (halves[0], rows[1], "t"))
+    add("other rows", "float32", (halves[0], rows[1], "t"), (halves[1], rows[0], "t"))
+    add("other strides", "float32", (halves[0], rows[0].t(), "t"), (halves[1], rows[1], "t"))
+    add("other dtype", "bfloat16", (halves[0], rows[0], "t"), (halves[1], rows[1], "t"))
+    add("other tensor", "float32", (halves[0], tensors["u"][:2], "u"), (halves[1], rows[1], "t"))
+    for name, value in (("zero", 0.0), ("negative zero", -0.0)):
+        wanted[name] = torch.full((4, 2), value)
+        buffers.append(BufferSpec(name, "float32", (4, 2)))
+        writes.append(write_of(name, wanted[name], value=value))
+    wanted["turned"] = wanted["plain"].clone()
+    wanted["turned"][:2] = rows[0].t()
+    buffers.append(BufferSpec("turned", "float32", (4, 2)))
+    writes += [write_of("turned", wanted["turned"][:2].t(), ("t", rows[0])), write_of("turned", wanted["turned"][2:], ("t", rows[1]))]
+    specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()]
+    # No casts: of integers into a buffer, and of floating-point numbers into one of integers.
+    specs.append(TensorSpec("integers", "int64", (4, 2)))
+    for name, dtype, tensor in (("of integers", "float32", "integers"), ("into integers", "int64", "t")):
+        buffers.append(BufferSpec(name, dtype, (4, 2)))
+        writes += [replace(write, buffer=name, source=tensor) for write in writes[:2]]
+    placement, findings = placement_of("worker", specs, buffers, writes)
+    found = executed(tensors, placement)
+    assert [finding.buffer for finding in findings] == ["of integers", "into integers"] and list(found) == list(wanted)
+    assert [name for name, t in found.items() if not torch.equal(t.view(torch.uint8), wanted[name].view(torch.uint8))] == []
+
+
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
