@@ -35,8 +35,9 @@ _OUTCOMES = ("refused", "committed", "started")
 
 
 def run(words: Sequence[str]) -> None:
-    """``main`` as a rank of a test; ends with its exit code."""
-    sys.exit(main(words))
+    """``main`` as a rank of a test; ends with its exit code where that is not 0."""
+    if code := main(words):
+        sys.exit(code)
 
 
 def main(words: Sequence[str] | None = None) -> int:
