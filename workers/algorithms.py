@@ -10,7 +10,7 @@ may be added in any grouping, so the result does not depend on how the samples w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,24 +57,6 @@ class Sums:
         """Of scalars on one device, where they stay: nothing waits for a GPU."""
         values = torch.stack([value.detach().double() for pair in pairs.values() for value in pair])
         return Sums(dict(zip(pairs, values.view(-1, 2), strict=True)))
-
-    @staticmethod
-    def total(parts: Iterable[Sums]) -> Sums:
-        """Sum over micro-batches or ranks. All parts have the same names."""
-        first, *rest = parts
-        terms = dict(first.terms)
-        for part in rest:
-            assert part.terms.keys() == terms.keys(), "parts of one total come from one loss function"
-            terms = {name: value + part.terms[name] for name, value in terms.items()}
-        return Sums(terms)
-
-    def flat(self) -> Tensor:
-        """Float64 (2 x len(terms),), names in sorted order: what a sum all-reduce over data-parallel ranks takes."""
-        return torch.cat([self.terms[name] for name in sorted(self.terms)])
-
-    def from_flat(self, values: Tensor) -> Sums:
-        """The inverse of ``flat`` for the same names."""
-        return Sums(dict(zip(sorted(self.terms), values.double().cpu().view(-1, 2), strict=True)))
 
     def means(self) -> dict[str, float]:
         """Each quotient; 0.0 where nothing was counted."""
