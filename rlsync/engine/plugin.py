@@ -36,7 +36,6 @@ def register() -> None:
     compat.register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")
     if forking.is_asked_for() and compat.runs_on_cpu():
         compat.fork_workers()
-        compat.wait_without_spinning()
 
 
 def declare_owner() -> None:

@@ -25,7 +25,7 @@ from tests.integration.far_engine import FarEngine
 from tests.ranks import make_process
 
 NEAR, FAR = "10.77.0.1", "10.77.0.2"
-TIMEOUT_S = 5.0
+TIMEOUT_S = 8.0
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 

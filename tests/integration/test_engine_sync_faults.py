@@ -67,7 +67,7 @@ def test_a_wrong_token_is_refused(tiny_engines: dict[str, Engine], tiny_folders:
 def test_a_missing_worker_is_named(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_engines["a"], "num_workers", 2)
     with pytest.raises(WeightSyncError, match=r"engine a worker 1, which has not dialled in"):
-        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=2.0).connect()
+        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=4.0).connect()
 
 
 def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
@@ -104,7 +104,7 @@ def test_workers_leave_a_sync_whose_coordinator_is_gone(
     tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
     """As when actor rank 0 is killed: a worker that went on waiting would block its engine for ever."""
-    with one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=2.0) as syncer:
+    with one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=4.0) as syncer:
         syncer.connect()
         call_on_fill(syncer, lambda bucket: syncer._server._stop.set() if bucket == 1 else None)
         with pytest.raises(WeightSyncError, match="nothing was heard from the coordinator"):
@@ -147,7 +147,7 @@ def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
 ) -> None:
     """A failed sync leaves its caller before its calls to vLLM are over, and vLLM has one session of an engine's weights."""
     engine = tiny_engines["a"]
-    with one_rank([engine], tiny_folders["b"], timeout_s=2.0) as syncer:
+    with one_rank([engine], tiny_folders["b"], timeout_s=4.0) as syncer:
         syncer.connect()
         syncer.sync(1)
     info = {"version": 2, "attempt": 1}

@@ -31,7 +31,7 @@ PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 SETTINGS: dict[str, Any] = {"bucket_bytes": 100_000}
 LOGPROB_TOLERANCE = 1e-4
-TIMEOUT_S = 5.0
+TIMEOUT_S = 8.0
 
 Answers = list[tuple[Completion, ...]]
 

@@ -107,22 +107,6 @@ def end_without_collection() -> None:
     gc.unfreeze = lambda: None  # type: ignore[assignment]
 
 
-def wait_without_spinning() -> None:
-    """Make the engine's core that this process is, and its workers, wait for each other's messages without keeping a processor busy.
-
-    vLLM polls for a second after each message before it waits to be notified: between the steps of a request, and through every sync.
-    Processes that share few processors take from each other what they poll with. Until the first message all is as vLLM has it, because
-    a notification is lost before a reader has subscribed. Idempotent.
-    """
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    SpinCondition.record_read = _record_read  # type: ignore[method-assign]
-
-
-def _record_read(condition: Any) -> None:
-    condition.busy_loop_s, condition.last_read = 0.001, time.monotonic()
-
-
 def look_at_models_here() -> None:
     """Make vLLM import a model's class in this process to ask what it can do. Idempotent.
 
