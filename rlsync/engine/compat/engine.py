@@ -7,7 +7,6 @@ import contextlib
 import gc
 import inspect
 import multiprocessing
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
