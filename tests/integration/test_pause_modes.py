@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 # Two more than the engine runs at once: these wait in its queue when the pause comes.
 NUM_RUNNING = 4
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,), (77, 8, 8), (42, 17), (99, 98, 97))
-NUM_TOKENS = 120
+NUM_TOKENS = 400
 LONG = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 8}
 # More than three blocks of the prefix cache.

@@ -40,7 +40,7 @@ def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> N
 def test_an_engine_that_takes_pictures_has_its_tokenizer_and_the_limits_of_pixels_of_the_actor() -> None:
     """vLLM makes no processor without one."""
     assert arguments(on_gpu=False)["skip_tokenizer_init"] is True
-    config = load_config(minimal_sft(data={"max_pixels": 3136}), "sft")
+    config = load_config(minimal_sft(data={"type": "vlm", "max_pixels": 3136}), "sft")
     taken = engine_arguments(config, on_gpu=False, takes_pictures=True)
     assert (taken["skip_tokenizer_init"], taken["mm_processor_kwargs"]) == (False, {"max_pixels": 3136})
     assert "mm_processor_kwargs" not in engine_arguments(load_config(minimal_sft(), "sft"), on_gpu=False, takes_pictures=True)
