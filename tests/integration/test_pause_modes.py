@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -91,9 +92,14 @@ class Rollout:
         self.source.take(b.tensors)
 
     def through_a_sync(self) -> tuple[list[Completion], SyncReport]:
-        future = self.pool.submit(self.engine.generate, PROMPTS, LONG, timeout_s=60)
-        await_tokens(self.engine, NUM_RUNNING)
-        report = self.syncer.sync(2)
+        # A collection of all that a session's tests have left can take longer than the requests.
+        gc.disable()
+        try:
+            future = self.pool.submit(self.engine.generate, PROMPTS, LONG, timeout_s=60)
+            await_tokens(self.engine, NUM_RUNNING)
+            report = self.syncer.sync(2)
+        finally:
+            gc.enable()
         return [completion for (completion,) in future.result(60)], report
 
 
