@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,10 @@ def same(found: Answers, wanted: Answers) -> bool:
     )
 
 
-def await_tokens(engine: Engine, num_requests: int) -> None:
-    """Return when that many requests have a first token and not their last."""
+def await_tokens(engine: Engine, num_requests: int, requests: Future[Any] | None = None) -> None:
+    """Return when that many requests have a first token and not their last, or all ``requests`` have ended."""
     deadline_s = time.monotonic() + 120
-    while True:
+    while requests is None or not requests.done():
         states = list(engine._llm.output_processor.request_states.values())
         if sum(state.detokenizer.num_output_tokens() > 0 for state in states) >= num_requests:
             return
