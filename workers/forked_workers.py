@@ -141,8 +141,8 @@ def _be_worker(connection: socket.socket) -> None:
             text += more
         connection.sendall(b"+")
     asked = json.loads(text)
-    # As Ray has it: Ctrl-C in a terminal is for the run alone.
-    os.setsid()
+    # As Ray has it: Ctrl-C in a terminal is for the run alone. A session of its own would be a share of the processors of its own.
+    os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

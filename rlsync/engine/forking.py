@@ -96,8 +96,9 @@ class EngineProcess(ForkedProcess):
     def run(self) -> None:
         from rlsync.engine.compat.engine import end_without_collection
 
-        # Ctrl-C in a terminal is for whoever owns the engine.
-        os.setsid()
+        # Ctrl-C in a terminal is for whoever owns the engine. No session of its own: Linux shares processors out between sessions
+        # (sched_autogroup), so that engines which poll would leave their owner one share of many.
+        os.setpgid(0, 0)
         end_without_collection()
         super().run()
 
