@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError, RlsyncError
-from workers.forked_workers import CPU_ENVIRONMENT, ForkedWorker, Forks, may_fork
+from workers.forked_workers import CPU_ENVIRONMENT, NAME_VARIABLE, ForkedWorker, Forks, may_fork
 from workers.ray_access import LOCAL, check_answers, cluster_address, is_protected
 from workers.remote import Worker
 from workers.worker_logs import LOG_VARIABLE
@@ -162,6 +163,7 @@ class Cluster:
             "PYTHONPATH": os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH")))),
             "TOKENIZERS_PARALLELISM": "false",
             **({} if log is None else {LOG_VARIABLE: log}),
+            NAME_VARIABLE: ray_name,
             **visible,
             **({} if environment is None else environment),
         }
@@ -174,7 +176,9 @@ class Cluster:
             )
             .remote(*arguments)
         )  # fmt: skip
-        worker = Worker(name, actor, self.logs if log is None else log)
+        forks = None if forked is None else (self._forks or {}).get(forked)
+        ended = {} if forks is None else {"ended": partial(forks.ended, ray_name)}
+        worker = Worker(name, actor, self.logs if log is None else log, **ended)
         self._workers.append(worker)
         return worker
 

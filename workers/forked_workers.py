@@ -47,7 +47,10 @@ from typing import ClassVar  # noqa: E402
 
 from rlsync.engine.forking import EngineProcess, ForkedProcess, set_environment  # noqa: E402
 from workers.ray_access import LOCAL, cluster_address  # noqa: E402
+from workers.worker_logs import last_lines  # noqa: E402
 
+# Name of a worker among those of its run, in its environment.
+NAME_VARIABLE = "RLSYNC_WORKER_NAME"
 CPU_ENVIRONMENT: Mapping[str, str] = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
 _IMPORTS_S = 300.0
 
@@ -57,9 +60,9 @@ class ForkedWorker(ForkedProcess):
 
     reads_main: ClassVar[bool] = False
 
-    def __init__(self, connection: socket.socket | None = None) -> None:
-        """Without a connection to the program in whose place it is, it ends at once."""
-        super().__init__(target=None if connection is None else _be_worker, args=(connection,))
+    def __init__(self, connection: socket.socket | None = None, folder: Path | None = None) -> None:
+        """Without a connection to the program in whose place it is, it ends at once; ``folder`` takes its name and its first output."""
+        super().__init__(target=None if connection is None else _be_worker, args=(connection, folder))
 
 
 class ForkedRank(ForkedWorker):
@@ -105,6 +108,17 @@ class Forks:
         self._is_ready.wait(_IMPORTS_S)
         return shlex.join([sys.executable, "-S", "-E", __file__, str(self._folder / "socket")])
 
+    def ended(self, name: str) -> str | None:
+        """How the process of the worker with this ``NAME_VARIABLE`` ended, and its last lines; None while it runs, and where none was
+        forked. Ray learns of a process that ends before it has reported there only after minutes."""
+        for worker in tuple(self._forked):
+            named = self._folder / f"{worker.pid}.name"
+            if worker.exitcode is not None and named.is_file() and named.read_text() == name:
+                code = worker.exitcode
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                return f"process {worker.pid} ended ({how}){last_lines(self._folder / f'{worker.pid}.log')}"
+        return None
+
     def close(self) -> None:
         """End the workers that were forked. Idempotent."""
         with contextlib.suppress(OSError):
@@ -123,17 +137,17 @@ class Forks:
                 ready.join()
         finally:
             self._is_ready.set()
-        # Ends with an OSError when the listener is closed.
-        with contextlib.suppress(OSError, EOFError):
+        # Ends with an OSError when the listener is closed, or when nothing can be forked any more: programs then become the workers.
+        with self._listener, contextlib.suppress(OSError, EOFError):
             while True:
                 connection, _ = self._listener.accept()
                 with connection:
-                    worker = self._kind(connection)
+                    worker = self._kind(connection, self._folder)
                     worker.start()
                     self._forked.append(worker)
 
 
-def _be_worker(connection: socket.socket) -> None:
+def _be_worker(connection: socket.socket, folder: Path) -> None:
     """Runs in the forked process: become the worker that the program at the other end was to be."""
     with connection:
         text, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
@@ -144,8 +158,12 @@ def _be_worker(connection: socket.socket) -> None:
     # As Ray has it: Ctrl-C in a terminal is for the run alone. A session of its own would be a share of the processors of its own.
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    for number, stream in enumerate(streams):
+    # Until Ray, or the worker, gives it a log.
+    (folder / f"{os.getpid()}.name").write_text(asked["environment"].get(NAME_VARIABLE, ""))
+    first_log = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number, stream in enumerate((*streams[:2], first_log)):
         os.dup2(stream, number)
+    for stream in (*streams, first_log):
         os.close(stream)
     set_environment(asked["environment"])
     os.chdir(asked["folder"])

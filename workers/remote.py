@@ -10,23 +10,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from rlsync.errors import RlsyncError
+from workers.worker_logs import last_lines
 
 # After a failure the others get this long to say more: a rank whose peer died often speaks before Ray notices the death.
 _SETTLE_S = 5.0
+# How often it is looked whether processes have ended of which Ray would not say so.
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A Ray actor with its name for errors and the path of its log."""
+    """A Ray actor with its name for errors and the path of its log.
+
+    Attributes:
+        ended: how its process ended, where that can be known without Ray; None while it runs, and where it cannot.
+    """
 
     name: str
     actor: Any
     log: str
+    ended: Callable[[], str | None] = lambda: None
 
     def call(self, method: str, *arguments: Any) -> Call:
         """Start a call; ``collect`` awaits it."""
@@ -92,11 +101,18 @@ def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
     pending = {call.reference: call for call in calls}
     failures: list[RlsyncError] = []
     deadline = float("inf")
+    ended_s: dict[Any, float] = {}
     while pending:
         left = deadline - time.monotonic()
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=None if left == float("inf") else max(0.0, left))
-        if not done:
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left), _LOOK_S))
+        if not done and left <= _LOOK_S:
             break
+        if not done:
+            unnoticed = _unnoticed_ends(pending, ended_s)
+            if unnoticed:
+                failures += unnoticed
+                deadline = min(deadline, time.monotonic())
+            continue
         call = pending[done[0]]
         try:
             if take(call):
@@ -107,6 +123,18 @@ def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
             deadline = min(deadline, time.monotonic() + _SETTLE_S)
     if failures:
         raise min(failures, key=_how_far_from_the_cause)
+
+
+def _unnoticed_ends(pending: dict[Any, Call], ended_s: dict[Any, float]) -> list[RlsyncError]:
+    """What to raise of calls whose processes ended ``_SETTLE_S`` ago, taken from ``pending``: Ray, which knows more, has not said so.
+    ``ended_s`` keeps when each was seen to have ended."""
+    found: list[RlsyncError] = []
+    for reference, call in tuple(pending.items()):
+        how, now = call.worker.ended(), time.monotonic()
+        if how is not None and now - ended_s.setdefault(reference, now) >= _SETTLE_S:
+            del pending[reference]
+            found.append(WorkerDiedError(f"{call.worker.name} did not come up for {call.method}: its {how}\nits log: {call.worker.log}"))
+    return found
 
 
 def collect_answered(calls: Sequence[Call], timeout_s: float) -> list[Any]:
@@ -135,7 +163,12 @@ def _translated(call: Call, error: ray.exceptions.RayError) -> RlsyncError:
         return RlsyncError(f"{worker.name} could not be created: {error}\nits log: {worker.log}")
     number = re.search(r"pid: (\d+)", str(error))
     process = "" if number is None else f" (process {number[1]})"
-    return WorkerDiedError(f"{worker.name}{process} ended during {call.method}: killed, out of memory, or crashed; its log: {worker.log}")
+    log = Path(worker.log)
+    if number is not None and log.is_dir():
+        log = next(log.glob(f"worker-*-{number[1]}.err"), log)  # as Ray names it
+    return WorkerDiedError(
+        f"{worker.name}{process} ended during {call.method}: killed, out of memory, or crashed; its log: {log}{last_lines(log)}"
+    )
 
 
 def _how_far_from_the_cause(error: RlsyncError) -> int:

@@ -14,6 +14,8 @@ LOG_VARIABLE = "RLSYNC_WORKER_LOG"
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s+)?(?:ERROR [^\]]*\]\s?)?")
 # "ValueError: text", or the bare name of an error that says nothing.
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception)(?:: .+)?")
+# The end of a log that is looked at for its last lines.
+_LAST_BYTES = 4096
 # These only say that something above them failed.
 _POINTS_ELSEWHERE = ("root cause above", "See stack trace", "Engine core initialization failed", "WorkerProc initialization failed")
 
@@ -41,6 +43,16 @@ def own_log() -> Path:
 def log_size(path: Path) -> int:
     """Bytes of a log so far; 0 for what is not a file."""
     return path.stat().st_size if path.is_file() else 0
+
+
+def last_lines(path: Path, count: int = 8) -> str:
+    """The end of a log, indented below a line of its own, for the end of a message; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(max(0, log_size(path) - _LAST_BYTES))
+        lines = stream.read().decode(errors="replace").split("\n")
+    return "".join(f"\n    {line}" for line in [line for line in lines if line.strip()][-count:])
 
 
 def first_error(path: Path, since: int = 0) -> str | None:

@@ -164,7 +164,16 @@ def test_a_dead_rank_is_named_although_another_complains_first_and_a_third_hangs
     died = pytest.raises(WorkerDiedError, match=r"actor rank 3 \(process \d+\) ended during die")
     with ended_before(HANG_S), died as caught:
         collect([ranks[1].call("break_down", 0.0), ranks[2].call("hang"), ranks[3].call("die", 0.5)])
-    assert ranks[3].log in str(caught.value)
+    assert f"its log: {ranks[3].log}\n    echo 3" in str(caught.value)
+
+
+def test_a_forked_worker_that_ends_before_ray_hears_of_it_is_told_with_its_last_lines(cluster, ranks):
+    """Ray itself would say after minutes that an actor was not created."""
+    unable = {"RAY_NUM_REDIS_GET_RETRIES": "many"}  # ends the import of Ray
+    worker = cluster.launch(Rank, "Unable", (0,), name="actor rank 9", environment=unable, forked=ForkedWorker)
+    with pytest.raises(WorkerDiedError, match=r"actor rank 9 did not come up for echo: its process \d+ ended \(exit code 1\)\n") as caught:
+        collect([worker.call("echo", 1), ranks[0].call("echo", 1)])
+    assert "    ValueError: invalid literal for int() with base 10: 'many'" in str(caught.value).splitlines()
 
 
 def test_answers_arrive_while_others_are_still_generated_until_an_engine_fails(cluster):
