@@ -6,6 +6,7 @@ neither torch, transformers, Ray, vLLM nor Megatron. A runner of another kind ha
 
 from __future__ import annotations
 
+import importlib.util
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,17 @@ from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from rlsync.models.stored import misfits
 from workers.colocation import ColocationPlan, check_overlap, plan_colocation
-from workers.config import AnyConfig, RunConfig, SftConfig, Task, actor_topology, read_config, validate_model, validate_world
+from workers.config import (
+    AnyConfig,
+    RunConfig,
+    SftConfig,
+    Task,
+    actor_topology,
+    read_config,
+    validate_machine,
+    validate_model,
+    validate_world,
+)
 from workers.gpus import count_gpus, gpu_bytes
 from workers.judges import check_reward_function
 from workers.memory import PredictedMemory, misfits_of_memory, predict_memory, shown
@@ -144,6 +155,8 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     report.dp_size = dp_size or 1
     topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
+        has_library = importlib.util.find_spec("transformer_engine") is not None
+        report.take("devices", lambda: validate_machine(config, on_gpu=num_gpus > 0, has_transformer_engine=has_library))
         colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
         report.notes += [] if colocation is None else colocation.notes
         report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED

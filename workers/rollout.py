@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.engine.handles.ray import EngineActor
-from rlsync.errors import ConfigError, RlsyncError
+from rlsync.errors import RlsyncError
 from rlsync.models import Model
 from workers.config import AnyConfig, RunConfig
 from workers.gpus import device_memory_gb
@@ -56,20 +56,10 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
     """Fields of ``vllm.AsyncEngineArgs`` for the engines of a run; null keys are left to vLLM.
 
     ``can_sleep`` puts their memory where it can be given back; ``takes_pictures``: the model does, for which vLLM needs the tokenizer.
-    Raises ConfigError for what vLLM cannot do without GPUs.
     """
     rollout, vllm = config.rollout, config.rollout.vllm
-    # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
+    # As validate_machine says.
     no_chunks = not on_gpu and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded
-    if no_chunks and vllm.enable_chunked_prefill:
-        raise ConfigError(
-            "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
-        )
-    if rollout.enable_return_routed_experts and not on_gpu:
-        raise ConfigError(
-            "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "
-            "by its second model runner alone, which needs Triton; R2 does without"
-        )
     assert rollout.model.precision is not None, "load_config derives it"
     wanted: dict[str, Any] = {
         "model": rollout.model.model_path,

@@ -25,7 +25,7 @@ from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, check_overlap, plan_colocation
-from workers.config import AnyConfig, actor_topology, validate_world
+from workers.config import AnyConfig, actor_topology, validate_machine, validate_world
 from workers.forked_workers import ForkedEngine, ForkedRank
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
@@ -68,6 +68,7 @@ class WorkerGroup:
         self._placement = resolve_placement(config.cluster.component_placement, cluster.num_devices, components_of(config))
         self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
         check_overlap(config, self._placement.mode)
+        validate_machine(config, on_gpu=cluster.num_gpus > 0)
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []

@@ -100,7 +100,7 @@ def model_config(
     if is_latent:
         structure |= _latent_rotations(model.rope)
     settings = {**_defaults(topology), **structure, **_parallel(topology), **_precision(dtype)}
-    findings = check_overrides(model, overrides or {})
+    findings = check_overrides(model, overrides or {}, topology)
     if findings:
         raise ConfigError("; ".join(findings))
     settings |= checked_overrides(
@@ -229,18 +229,8 @@ def _multiply_rotations(transformer: TransformerConfig, factor: float) -> None:
 
 def _check_context(transformer: TransformerConfig, *, is_transformer_engine: bool) -> None:
     """Raise ConfigError where attention under context parallelism would fail in the first pass."""
-    size, kind = transformer.context_parallel_size, transformer.cp_comm_type
-    if size == 1:
-        return
-    if kind not in (None, "p2p", "all_gather", "a2a"):
-        raise ConfigError(f"cp_comm_type is {kind!r}; use p2p, all_gather or a2a")
-    groups = max(1, transformer.num_query_groups // transformer.tensor_model_parallel_size)
-    if kind == "a2a" and groups % size:
-        raise ConfigError(
-            f"cp_comm_type a2a deals key-value heads to context_parallel_size {size} ranks, and each tensor rank has {groups} of them; "
-            "use p2p"
-        )
-    if is_transformer_engine and transformer.params_dtype is torch.float32:
+    size = transformer.context_parallel_size
+    if size > 1 and is_transformer_engine and transformer.params_dtype is torch.float32:
         raise ConfigError(
             f"TransformerEngine's attention does not compute fp32 under context_parallel_size {size}; use bf16, or the local spec"
         )

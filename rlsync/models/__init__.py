@@ -124,13 +124,22 @@ REFUSED_SWITCHES: Mapping[str, str] = {
 }
 
 
-def check_overrides(model: Model, overrides: Mapping[str, Any]) -> list[str]:
-    """Switches of Megatron's TransformerConfig, by name, that would compute another model, or that this model would ignore."""
+def check_overrides(model: Model, overrides: Mapping[str, Any], topology: Topology) -> list[str]:
+    """Switches of Megatron's TransformerConfig, by name, that would compute another model, or that this model would ignore, or that do
+    not fit a layout."""
     findings = [f"{name} cannot be switched on: {why}; leave it out" for name, why in REFUSED_SWITCHES.items() if overrides.get(name)]
     if model.rope.mrope_interleaved and overrides.get("apply_rope_fusion"):
         findings.append(
             "apply_rope_fusion must be False for Qwen3 VL SFT, the Mrope answer is Error: fused kernels know no interleaved positions of "
             "three dimensions; leave it out or set it to False"
+        )
+    kind, groups = overrides.get("cp_comm_type"), max(1, model.dims.get("num_groups", model.dims["num_heads"]) // topology.tp_size)
+    if topology.cp_size > 1 and kind not in (None, "p2p", "all_gather", "a2a"):
+        findings.append(f"cp_comm_type is {kind!r}; use p2p, all_gather or a2a")
+    elif topology.cp_size > 1 and kind == "a2a" and groups % topology.cp_size:
+        findings.append(
+            f"cp_comm_type a2a deals key-value heads to context_parallel_size {topology.cp_size} ranks, and each tensor rank has "
+            f"{groups} of them; use p2p"
         )
     weight = overrides.get("moe_aux_loss_coeff")
     if weight and "num_experts" not in model.dims:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -220,6 +222,43 @@ def test_placement_without_enough_gpus_is_a_finding_and_a_cluster_is_counted_lat
         report = check(world, monkeypatch, cluster=everything)
         assert report.findings == [] and f"counted when Ray is joined at {address}" in report.notes[0]
     assert f"RAY_ADDRESS={address}: nothing answers there" in texts(check(world, monkeypatch, cluster=everything))
+
+
+# Of runs on this machine: GPUs and TransformerEngine that it has, sections, and what is found; nothing where GPUs are enough.
+_ASKED_OF_MACHINES = [
+    (0, False, {"actor": {"spec_name": "te_gpt"}}, "spec_name te_gpt is TransformerEngine's layers, which need GPUs"),
+    (6, False, {"actor": {"spec_name": "te_gpt"}}, "spec_name te_gpt needs TransformerEngine, which is not installed here"),
+    (6, True, {"actor": {"spec_name": "te_gpt"}}, ""),
+    (0, False, {"actor": {"optim": {"optimizer_cpu_offload": True}}}, "optimizer_cpu_offload=True .* there are none"),
+    (6, False, {"actor": {"optim": {"optimizer_cpu_offload": True}}}, ""),
+    (0, True, {"actor": {"optim": {"use_precision_aware_optimizer": True}}}, "use_precision_aware_optimizer=True needs GPUs"),
+    (6, False, {"actor": {"optim": {"use_precision_aware_optimizer": True}}}, "use_precision_aware_optimizer=True needs TransformerEngine"),
+    (0, False, {"actor": {"megatron": {"distributed_backend": "nccl"}}}, "distributed_backend nccl needs GPUs"),
+    (0, False, {"weight_sync": {"transport": "ipc"}}, "weight_sync.transport ipc is between GPUs"),
+    (6, False, {"weight_sync": {"transport": "ipc"}}, ""),
+    (0, False, {"rollout": {"vllm": {"enable_chunked_prefill": True}}}, "enable_chunked_prefill=True ends vLLM on CPU .* set one of them"),
+    (6, False, {"rollout": {"vllm": {"enable_chunked_prefill": True}}}, ""),
+    (0, False, {"rollout": {"enable_return_routed_experts": True}}, "router_replay=R3 needs, is of engines on GPUs.*R2 does without"),
+    (6, True, {"actor": {"model": {"context_parallel_size": 2}}}, "precision fp32 under context_parallel_size 2"),
+    (6, True, {"actor": {"model": {"context_parallel_size": 2}, "spec_name": "local_gpt"}}, ""),
+    (
+        0,
+        False,
+        {"actor": {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a", "tensor_model_parallel_size": 2}}},
+        "a2a deals .* 2 ranks, and each .* has 1 of them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("num_gpus", "has_library", "asked", "found"), _ASKED_OF_MACHINES)
+def test_what_this_machine_has_not_is_found_before_anything_starts(world, monkeypatch, num_gpus, has_library, asked, found) -> None:
+    find, library = importlib.util.find_spec, object() if has_library else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *others: library if name == "transformer_engine" else find(name, *others))
+    placed = {"component_placement": {"actor": "0-3", "rollout,reward": "4-5"}}
+    model = {"precision": "fp32", "tensor_model_parallel_size": 1, **asked.get("actor", {}).get("model", {})}
+    asked = {**asked, "actor": {**asked.get("actor", {}), "model": model}}
+    report = check(world, monkeypatch, num_gpus=num_gpus, cluster=placed, **asked)
+    assert re.search(found, texts(report)) if found else texts(report) == ""
 
 
 def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from workers.config.load import Reading, config_as_dict, lenient_overrides, load
 from workers.config.schema import ActorConfig, ArithmeticConfig, RolloutConfig, RunnerConfig
 from workers.config.sft import SftAlgorithmConfig, SftConfig, SftDataConfig, ValidationConfig
 from workers.config.tasks import AnyConfig, KeyDescription, config_table, describe_config
-from workers.config.validate import actor_topology, validate, validate_model, validate_world
+from workers.config.validate import actor_topology, validate, validate_machine, validate_model, validate_world
 
 __all__ = [
     "ActorConfig",
@@ -44,6 +44,7 @@ __all__ = [
     "read_config",
     "register_resolvers",
     "validate",
+    "validate_machine",
     "validate_model",
     "validate_world",
 ]

@@ -49,9 +49,10 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     """
     actor, model = config.actor.model, model_of(hf_config)
     rates = {name: part for name, part in PART_RATES.items() if part in config.actor.optim.part_lr}
-    found = check_config(hf_config, actor_topology(actor))
+    topology = actor_topology(actor)
+    found = check_config(hf_config, topology)
     found += check_parts(model, actor.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
-    found += [f"actor.model: {finding}" for finding in check_overrides(model, actor.transformer_overrides())]
+    found += [f"actor.model: {finding}" for finding in check_overrides(model, actor.transformer_overrides(), topology)]
     if isinstance(config, RunConfig) and config.data.has_pictures and model.vision is None:
         found.append(
             f"data.type {config.data.type} needs a vision-language model, and {config.model_path} holds {model.architecture}, which takes "
@@ -135,6 +136,60 @@ def validate_world(config: AnyConfig, actor_world_size: int) -> int:
         )
     raise_all(found)
     return dp_size
+
+
+def validate_machine(config: AnyConfig, *, on_gpu: bool, has_transformer_engine: bool | None = None) -> None:
+    """Raise ConfigError for what needs GPUs, or TransformerEngine on them, where there is none.
+
+    ``has_transformer_engine`` None: not known, as of the nodes of a cluster; a rank then finds out when it has started.
+    """
+    raise_all(_asks_for_gpus(config) if not on_gpu else _asks_for_transformer_engine(config, has_transformer_engine))
+
+
+def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
+    actor, rollout = config.actor, config.rollout
+    if actor.spec_name == "te_gpt":
+        yield "actor.spec_name te_gpt is TransformerEngine's layers, which need GPUs, and there are none; set it to decoder_gpt"
+    if actor.optim.optimizer_cpu_offload:
+        yield (
+            "actor.optim.optimizer_cpu_offload=True moves the optimizer's state from GPUs to the host, and there are none; set it to False"
+        )
+    if actor.optim.use_precision_aware_optimizer:
+        yield "actor.optim.use_precision_aware_optimizer=True needs GPUs with TransformerEngine, and there are none; set it to False"
+    if actor.megatron.distributed_backend == "nccl":
+        yield "actor.megatron.distributed_backend nccl needs GPUs, and there are none; set it to null, which is gloo then"
+    if not config.has_engines:
+        return
+    if config.weight_sync.transport in ("ipc", "nccl"):
+        yield f"weight_sync.transport {config.weight_sync.transport} is between GPUs, and there are none; set it to auto"
+    # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
+    if rollout.vllm.enable_chunked_prefill and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded:
+        yield (
+            "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
+        )
+    if rollout.enable_return_routed_experts:
+        yield (
+            "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "
+            "by its second model runner alone, which needs Triton; R2 does without"
+        )
+
+
+def _asks_for_transformer_engine(config: AnyConfig, is_here: bool | None) -> Iterator[str]:
+    actor = config.actor
+    if is_here is False:
+        asked = {
+            "actor.spec_name te_gpt": (actor.spec_name == "te_gpt", "decoder_gpt"),
+            "actor.optim.use_precision_aware_optimizer=True": (actor.optim.use_precision_aware_optimizer, "False"),
+        }
+        for key, (is_set, otherwise) in asked.items():
+            if is_set:
+                yield f"{key} needs TransformerEngine, which is not installed here; install transformer_engine, or set it to {otherwise}"
+    size = actor.model.context_parallel_size
+    if is_here and actor.spec_name != "local_gpt" and actor.model.precision == "fp32" and size > 1:
+        yield (
+            f"actor.model.precision fp32 under context_parallel_size {size}: TransformerEngine's attention does not compute it; set it to "
+            "bf16, or actor.spec_name to local_gpt"
+        )
 
 
 def _undealt_samples(config: RunConfig, dp_size: int) -> Iterator[str]:
