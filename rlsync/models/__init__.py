@@ -7,6 +7,7 @@ a test.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ from rlsync.models.qwen3_vl_moe import QWEN3_VL_MOE
 from rlsync.models.rope import ROPE_KEYS, Rope, misfit_of_rope, read_rope
 from rlsync.models.seed_oss import SEED_OSS
 from rlsync.models.smollm3 import SMOLLM3
-from rlsync.models.stacks import PARTS, ExpertModule, Family, Flavour, Model, Part, Vision
+from rlsync.models.stacks import FEATURE_FIELDS, PARTS, ExpertModule, Family, Flavour, Model, Part, Vision
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GLM4),
@@ -205,7 +206,7 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
     findings += wrong
     if findings:
         return None, findings
-    findings = family.contradictions(values, text)
+    findings = _as_in_the_file(family, family.contradictions(values, text))
     if findings or rope is None:
         return None, findings
     dims = family.dims(values)
@@ -214,20 +215,30 @@ def _read(hf_config: Any, topology: Topology | None) -> tuple[Model | None, list
         return None, findings
     dtype = next((config[key] for config in (hf_config, text) for key in ("dtype", "torch_dtype") if config.get(key)), "float32")
     tables = [family.keys, *(section.keys for section in family.sections if not section.prefix)]
-    fields = {key.field: values[key_name] for table in tables for key_name, key in table.items() if key.field}
+    fields = {key.field: values[key.meaning or key_name] for table in tables for key_name, key in table.items() if key.field}
+    features = family.features(values)
+    switched = {field: True for feature, field in FEATURE_FIELDS.items() if feature in features}
     model = Model(
         family=family,
         architecture=name,
         values=values,
         dims=dims,
-        features=family.features(values),
+        features=features,
         dtype=str(dtype).removeprefix("torch."),
         max_positions=values["max_position_embeddings"],
         rope=rope,
-        transformer={**fields, **family.transformer(values, dims)},
+        transformer={**fields, **family.transformer(values, dims), **switched},
         vision=None if family.vision is None else family.vision(values, hf_config["vision_config"]),
     )
     return model, [] if topology is None else indivisible(model, topology)
+
+
+def _as_in_the_file(family: Family, findings: list[str]) -> list[str]:
+    """Findings with keys by the names that config.json has for them."""
+    for name, key in family.known_keys.items():
+        if key.meaning:
+            findings = [re.sub(rf"\b{key.meaning}\b", name, finding) for finding in findings]
+    return findings
 
 
 def _read_rope(family: Family, hf_config: HFConfig, text: HFConfig, max_positions: int | None) -> tuple[Rope | None, list[str]]:

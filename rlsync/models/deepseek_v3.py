@@ -48,7 +48,6 @@ _KEYS: Mapping[str, Key] = {
     "v_head_dim": size("v_head_dim", default=128),
     "qk_head_dim": size(is_nullable=True),
     "rope_interleave": only(True, default=True, why="Megatron turns neighbouring dimensions; released models have them so"),
-    "sliding_window": unsupported("attention within a window is not supported; no released model has one"),
     "attention_bias": unsupported("Megatron's latent attention has no bias; released models have none"),
     "scoring_func": _stated("sigmoid", "score by softmax"),
     "topk_method": _stated("noaux_tc", "leave out the routers' bias"),

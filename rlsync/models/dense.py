@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsync.models.base_keys import BASE_KEYS
-from rlsync.models.keys import HFConfig, Key, flag, is_whole, number, only, shown, size
+from rlsync.models.keys import HFConfig, Key, flag, is_whole, number, only, shown, size, unsupported
 from rlsync.models.layouts import GatedColumn, GroupedQKV, Replicated, Row, VocabPadded
 from rlsync.models.stacks import HFTensor, Index, Rule, Stack
 
@@ -30,6 +30,7 @@ DENSE_KEYS: Mapping[str, Key] = {
         "no other kind of attention is supported",
         is_nullable=True,
     ),
+    "sliding_window": unsupported("attention within a window is not supported"),
 }
 
 

@@ -16,8 +16,8 @@ from rlsync.models.dense import (
     dense_transformer,
     layer_stack,
 )
-from rlsync.models.keys import Key, flag, number, size, unsupported
-from rlsync.models.layouts import PackedGatedColumn, Replicated
+from rlsync.models.keys import Key, flag, number, size
+from rlsync.models.layouts import Fused, GatedColumn, Replicated
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family, HFTensor, Rule
 
@@ -28,21 +28,20 @@ _KEYS: Mapping[str, Key] = {
     "max_position_embeddings": size(default=131072),
     "rms_norm_eps": number("layernorm_epsilon", default=1.5625e-07),
     "attention_bias": flag(default=True),
-    "sliding_window": unsupported("attention within a window is not supported; no released GLM-4 has one"),
 }
 _BEFORE_MLP, _, _DOWN = MLP
 _NORM = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
 _LAYER = (
     *ATTENTION,
     _BEFORE_MLP,
-    Rule("mlp.linear_fc1.weight", (HFTensor("mlp.gate_up_proj.weight", "gate_up", "hidden"),), PackedGatedColumn()),
+    Rule(
+        "mlp.linear_fc1.weight",
+        (HFTensor("mlp.gate_up_proj.weight", "ffn + ffn", "hidden"),),
+        Fused(GatedColumn(), ("ffn", "ffn")),
+    ),
     _DOWN,
     *(Rule(name, (HFTensor(name, "hidden"),), Replicated()) for name in _NORM),
 )
-
-
-def _dims(values: Mapping[str, Any]) -> dict[str, int]:
-    return {**dense_dims(values), "gate_up": 2 * values["intermediate_size"]}
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:
@@ -50,7 +49,7 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"add_qkv_bias": values["attention_bias"], "rotary_interleaved": True}
+    return dense_transformer(values, dims) | {"rotary_interleaved": True}
 
 
 GLM4 = Family(
@@ -58,7 +57,7 @@ GLM4 = Family(
     model_type="glm4",
     keys=_KEYS,
     rope=RopeKind(partial=0.5),
-    dims=_dims,
+    dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
     transformer=_transformer,

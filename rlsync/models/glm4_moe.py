@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsync.models.dense import DENSE_KEYS, dense_contradictions, dense_dims, dense_features, dense_transformer
-from rlsync.models.keys import HFConfig, Key, flag, number, size, unsupported
+from rlsync.models.keys import HFConfig, Key, flag, number, size
 from rlsync.models.moe import SIGMOID_KEYS, further_layers, sigmoid_contradictions, sigmoid_dims, sigmoid_stacks, sigmoid_transformer
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family
@@ -19,7 +19,6 @@ _KEYS: Mapping[str, Key] = {
     "rms_norm_eps": number("layernorm_epsilon", default=1e-5),
     "attention_bias": flag(default=False),
     "use_qk_norm": flag(default=False),
-    "sliding_window": unsupported("attention within a window is not supported; no released GLM-4.5 has one"),
 }
 
 
@@ -37,8 +36,7 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    switches = {"add_qkv_bias": values["attention_bias"], "qk_layernorm": values["use_qk_norm"]}
-    return dense_transformer(values, dims) | sigmoid_transformer(values, dims) | switches
+    return dense_transformer(values, dims) | sigmoid_transformer(values, dims)
 
 
 GLM4_MOE = Family(

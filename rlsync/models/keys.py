@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 HFConfig = Mapping[str, Any]
@@ -29,6 +29,7 @@ class Key:
         is_honoured: the value is read; False for keys that are only checked.
         engines_need: vLLM does not start where the key is missing, and transformers has a default for it.
         field: the TransformerConfig field of Megatron that takes the value as it is, or "".
+        meaning: what the tables of other families call the key, and under which name its value is found; "" for its own name.
     """
 
     accepts: Callable[[Any], bool]
@@ -40,6 +41,7 @@ class Key:
     is_honoured: bool = True
     engines_need: bool = False
     field: str = ""
+    meaning: str = ""
 
 
 def is_whole(value: Any) -> bool:
@@ -103,6 +105,17 @@ def read_elsewhere(reader: str, *keys: str) -> dict[str, Key]:
     return dict.fromkeys(keys, Key(lambda _: True, why=f"read by {reader}", is_nullable=True, is_honoured=False))
 
 
+def renamed_keys(keys: Mapping[str, Key], names: Mapping[str, str]) -> dict[str, Key]:
+    """A table in which some keys are called otherwise (the name in ``keys`` -> that in config.json); values keep the names of ``keys``.
+
+    Raises ValueError for a name that ``keys`` lacks.
+    """
+    absent = names.keys() - keys.keys()
+    if absent:
+        raise ValueError(f"renamed_keys: the table has no {', '.join(sorted(absent))}; a name of the table comes before that of the file")
+    return {names.get(name, name): replace(key, meaning=name) if name in names else key for name, key in keys.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """A config of a part of the model, which lies inside a config.json as an object.
@@ -150,7 +163,7 @@ def read_section(section: Section, outer: Mapping[str, Key], config: HFConfig, o
 
 
 def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str, where: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Values of the honoured keys, defaults in place of missing ones, and what is wrong with the others.
+    """Values of the honoured keys by their meanings, defaults in place of missing ones, and what is wrong with the others.
 
     ``owner`` is whom findings name as the reader of the key, ``where`` stands before its name. A refused key has no value.
     """
@@ -162,12 +175,12 @@ def read_keys(table: Mapping[str, Key], config: HFConfig, owner: str, where: str
             if key.is_required:
                 findings.append(f"{where}{name} is missing; {owner} needs it: {key.wanted}" + (f" ({key.why})" if key.why else ""))
             elif key.is_honoured:
-                values[name] = None if name in config else key.default
+                values[key.meaning or name] = None if name in config else key.default
         elif not key.accepts(value):
             reason = f": {key.why}" if key.why else ""
             findings.append(f"{where}{name} is {shown(value)}; for {owner} it must be {key.wanted}{reason}")
         elif key.is_honoured:
-            values[name] = value
+            values[key.meaning or name] = value
     return values, findings
 
 

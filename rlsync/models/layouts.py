@@ -138,23 +138,6 @@ class GatedColumn:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedGatedColumn:
-    """The same where one HF tensor has the rows of gate, then those of up."""
-
-    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
-        (shape,) = shapes
-        half = _rows(shape, _divided(shape[0], 2, "dim 0"))
-        gated = GatedColumn().local((half, half), rank, size, dims)
-
-        def in_one(part: Part) -> Part:
-            above = (part.source * half[0], *(0 for _ in shape[1:]))
-            start, stop = (tuple(map(sum, zip(above, corner, strict=True))) for corner in (part.box.start, part.box.stop))
-            return Part(0, Box(start, stop), part.offset, part.strides)
-
-        return LocalLayout(gated.shape, tuple(map(in_one, gated.parts)))
-
-
-@dataclass(frozen=True, slots=True)
 class GroupedQKV:
     """(q, k, v) packed per query group: ``[q heads of the group | k head | v head]``, then split evenly over dim 0.
 
@@ -185,6 +168,37 @@ class GroupedQKV:
                 box = Box((hf, *(0 for _ in tail)), (hf + last - first, *tail))
                 parts.append(Part(source, box, (first - rank * rows) * strides[0], strides))
         return LocalLayout(local, tuple(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Another layout whose HF tensors are the rows of a single one, each below another.
+
+    Attributes:
+        layout: of the tensors by themselves.
+        rows: the dim that counts the rows of each, in the order in which ``layout`` expects them.
+        order: which of them is the first in the single tensor, which the second, ...; () where that is the order of ``layout``.
+    """
+
+    layout: Layout
+    rows: tuple[str, ...]
+    order: tuple[int, ...] = ()
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        (shape,) = shapes
+        heights = [dims[name] for name in self.rows]
+        if sum(heights) != shape[0]:
+            raise PlacementError(f"{' + '.join(self.rows)} are {sum(heights)} rows, and the tensor has {shape[0]}")
+        above, first = 0, [0] * len(heights)
+        for source in self.order or range(len(heights)):
+            first[source], above = above, above + heights[source]
+        split = self.layout.local([_rows(shape, height) for height in heights], rank, size, dims)
+
+        def in_one(part: Part) -> Part:
+            start, stop = ((first[part.source] + corner[0], *corner[1:]) for corner in (part.box.start, part.box.stop))
+            return Part(0, Box(start, stop), part.offset, part.strides)
+
+        return LocalLayout(split.shape, tuple(map(in_one, split.parts)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import TensorSpec
 from rlsync.models.layouts import (
     Column,
+    Fused,
     GatedColumn,
     GroupedQKV,
     HeadColumn,
     Layout,
     LocalLayout,
-    PackedGatedColumn,
     Padding,
     Replicated,
     Row,
@@ -41,7 +41,6 @@ _SPLITS: Mapping[type, Split] = {
     Column: "column",
     HeadColumn: "column",
     GatedColumn: "column",
-    PackedGatedColumn: "column",
     GroupedQKV: "column",
     Row: "row",
     Replicated: "whole",
@@ -185,7 +184,7 @@ class Adapters:
         return tuple(seen.values())
 
     def _rule(self, bound: Bound, sources: tuple[int, ...]) -> AdaptedRule:
-        split, r = _SPLITS[type(bound.rule.layout)], self.spec.r
+        split, r = _split(bound.rule.layout), self.spec.r
         modules = [module_of(bound.hf[index][0]) for index in sources]
         shapes = [bound.hf[index][1] for index in sources]
         packed = PackedFactors(bound.rule.layout if split == "column" else Replicated(), tuple(shape[0] for _, shape in bound.hf), sources)
@@ -194,6 +193,10 @@ class Adapters:
         return AdaptedRule(
             bound, _factor(bound, "lora_A", StackedFactors(split == "row"), a), _factor(bound, "lora_B", packed, b), split, sources
         )
+
+
+def _split(layout: Layout) -> Split:
+    return _split(layout.layout) if isinstance(layout, Fused) else _SPLITS[type(layout)]
 
 
 def _factor(bound: Bound, name: str, layout: Layout, hf: tuple[tuple[str, Shape], ...]) -> Bound:

@@ -19,7 +19,6 @@ _KEYS: Mapping[str, Key] = {
     "rms_norm_eps": number("layernorm_epsilon", default=1e-5),
     "num_local_experts": size(default=8),
     "num_experts_per_tok": size("moe_router_topk", default=2),
-    "sliding_window": unsupported("attention within a window is not supported; released Mixtral models have null"),
     "router_jitter_noise": unsupported("the actor routes without noise; set it to 0.0", default=0.0),
 }
 

@@ -32,7 +32,8 @@ SPARSE_KEYS: Mapping[str, Key] = {
         is_nullable=True,
     ),
 }
-# Of routers that score by a sigmoid and choose with a bias, as DeepSeek-V3's. Defaults that differ are in the families' tables.
+# Of routers that score by a sigmoid and choose with a bias, as DeepSeek-V3's. Defaults that differ are in the families' tables, and a
+# family may lack the keys of groups (n_group, topk_group) and of first layers without experts: it then has neither.
 SIGMOID_KEYS: Mapping[str, Key] = {
     **ROUTING_KEYS,
     "num_experts_per_tok": size("moe_router_topk", default=8),
@@ -108,7 +109,7 @@ def sparse_layers(num_layers: int, moe_layer_freq: int | Sequence[int]) -> tuple
 
 def follows_dense_layers(model: Model, layer: int) -> bool:
     """Whether a layer routes to experts, by ``first_k_dense_replace``: the first ones do not."""
-    return layer >= int(model.values["first_k_dense_replace"])
+    return layer >= int(model.values.get("first_k_dense_replace", 0))
 
 
 def is_before_experts(model: Model, layer: int) -> bool:
@@ -118,7 +119,11 @@ def is_before_experts(model: Model, layer: int) -> bool:
 def sigmoid_dims(values: Mapping[str, Any]) -> dict[str, int]:
     """Named sizes of the experts of a model with ``SIGMOID_KEYS``, beside those of its decoder. Shared experts are one MLP."""
     expert_ffn = values["moe_intermediate_size"]
-    return {"num_experts": values["n_routed_experts"], "expert_ffn": expert_ffn, "shared_ffn": values["n_shared_experts"] * expert_ffn}
+    return {
+        "num_experts": values["n_routed_experts"],
+        "expert_ffn": expert_ffn,
+        "shared_ffn": values["n_shared_experts"] * expert_ffn,
+    }
 
 
 def further_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -130,8 +135,8 @@ def further_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def sigmoid_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     """What is wrong between keys of ``SIGMOID_KEYS``, or makes Megatron choose other experts than transformers."""
-    experts, chosen, groups, taken = (values[name] for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"))
-    first, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
+    experts, chosen, layers = (values[name] for name in ("n_routed_experts", "num_experts_per_tok", "num_hidden_layers"))
+    groups, taken, first = values.get("n_group", 1), values.get("topk_group", 1), values.get("first_k_dense_replace", 0)
     findings = too_few_experts(values, experts)
     further = [config.get(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     if None not in further and further[0] != further[1]:
@@ -156,8 +161,7 @@ def sigmoid_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[
 
 def sigmoid_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
     """Fields of Megatron-Core's TransformerConfig: sigmoid scores in fp32, chosen with a bias, within groups where not all are taken."""
-    groups, taken = values["n_group"], values["topk_group"]
-    first = values["first_k_dense_replace"]
+    groups, taken, first = values.get("n_group", 1), values.get("topk_group", 1), values.get("first_k_dense_replace", 0)
     return {
         "num_moe_experts": dims["num_experts"],
         "moe_ffn_hidden_size": dims["expert_ffn"],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement, contiguous_strides
-from rlsync.models.layouts import Column, GatedColumn, Layout, LocalLayout, PackedGatedColumn, Part, Replicated, Row, Shape, VocabPadded
+from rlsync.models.layouts import Column, Fused, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
 from rlsync.models.stacks import Model
 
 # vLLM pads the vocabulary to a multiple of this, whatever the number of ranks (``DEFAULT_VOCAB_PADDING_SIZE``).
@@ -200,7 +200,7 @@ _TABLE = (
     _same(f"{_LAYER}self_attn.q_norm.weight", Replicated()),
     _same(f"{_LAYER}self_attn.k_norm.weight", Replicated()),
     *_mlp("mlp."),
-    _same(f"{_LAYER}mlp.gate_up_proj.weight", PackedGatedColumn()),
+    _same(f"{_LAYER}mlp.gate_up_proj.weight", Fused(GatedColumn(), ("ffn", "ffn"))),
     _same(f"{_LAYER}mlp.gate.weight", Replicated(), dtype="float32", family="glm4_moe"),
     *(_same(f"{_LAYER}{block}gate.weight", Replicated()) for block in ("mlp.", "block_sparse_moe.")),
     _same(f"{_LAYER}mlp.gate.e_score_correction_bias", Replicated(), dtype="float32"),

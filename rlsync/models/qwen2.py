@@ -27,10 +27,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qkv_bias"}
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"add_qkv_bias": True}
-
-
 QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     model_type="qwen2",
@@ -38,6 +34,6 @@ QWEN2 = Family(
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=dense_transformer,
     stacks=DENSE_STACKS,
 )

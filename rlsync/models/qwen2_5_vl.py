@@ -60,10 +60,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features({**values, "tie_word_embeddings": tied}) | {"qkv_bias"}
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"add_qkv_bias": True}
-
-
 QWEN2_5_VL = vision_family(
     "Qwen2_5_VLForConditionalGeneration",
     "qwen2_5_vl",
@@ -76,7 +72,7 @@ QWEN2_5_VL = vision_family(
     dims=_dims,
     contradictions=_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=dense_transformer,
     stacks=(
         tower_stack(whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch")),
         tower_stack(

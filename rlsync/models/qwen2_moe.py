@@ -49,7 +49,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
     return expert_transformer(values, dims) | {
-        "add_qkv_bias": values["qkv_bias"],
         "moe_shared_expert_intermediate_size": dims["shared_ffn"],
         "moe_shared_expert_gate": True,
     }

@@ -21,10 +21,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qk_norm"}
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"qk_layernorm": True}
-
-
 QWEN3 = Family(
     architectures=("Qwen3ForCausalLM",),
     model_type="qwen3",
@@ -32,6 +28,6 @@ QWEN3 = Family(
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=dense_transformer,
     stacks=DENSE_STACKS,
 )

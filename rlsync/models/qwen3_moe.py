@@ -43,10 +43,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qk_norm"}
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return expert_transformer(values, dims) | {"qk_layernorm": True}
-
-
 QWEN3_MOE = Family(
     architectures=("Qwen3MoeForCausalLM",),
     model_type="qwen3_moe",
@@ -54,6 +50,6 @@ QWEN3_MOE = Family(
     dims=_dims,
     contradictions=_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=expert_transformer,
     stacks=expert_stacks(),
 )

@@ -72,10 +72,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | {"qk_norm"}
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"qk_layernorm": True}
-
-
 QWEN3_TOWER_STACKS = (
     tower_stack(
         whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch"),
@@ -120,6 +116,6 @@ QWEN3_VL = vision_family(
     dims=_dims,
     contradictions=_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=dense_transformer,
     stacks=(*QWEN3_TOWER_STACKS, *dense_stacks("model.language_model.")),
 )

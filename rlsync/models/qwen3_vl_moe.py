@@ -42,7 +42,7 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return expert_transformer({**values, "norm_topk_prob": True}, dims) | {"qk_layernorm": True}
+    return expert_transformer({**values, "norm_topk_prob": True}, dims)
 
 
 QWEN3_VL_MOE = vision_family(

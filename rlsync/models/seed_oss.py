@@ -19,7 +19,6 @@ _KEYS: Mapping[str, Key] = {
     "attention_bias": flag(default=True),
     "attention_out_bias": unsupported(_BIAS, default=False),
     "mlp_bias": unsupported(_BIAS, default=False),
-    "sliding_window": unsupported("attention within a window is not supported"),
     # Released files have 0.1.
     **harmless("of transformers' own training step; the actor trains without dropout", "attention_dropout", "residual_dropout"),
 }
@@ -29,10 +28,6 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features(values) | ({"qkv_bias"} if values["attention_bias"] else set())
 
 
-def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
-    return dense_transformer(values, dims) | {"add_qkv_bias": values["attention_bias"]}
-
-
 SEED_OSS = Family(
     architectures=("SeedOssForCausalLM",),
     model_type="seed_oss",
@@ -40,6 +35,6 @@ SEED_OSS = Family(
     dims=dense_dims,
     contradictions=dense_contradictions,
     features=_features,
-    transformer=_transformer,
+    transformer=dense_transformer,
     stacks=DENSE_STACKS,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from typing import Any, Literal, get_args
 
@@ -31,13 +31,16 @@ ExpertModule = Literal["SequentialMLP", "TEGroupedMLP", "GroupedMLP"]
 Part = Literal["language_model", "vision_model", "vision_projection"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+# Features of a family that Megatron is told by a field of its TransformerConfig, too.
+FEATURE_FIELDS: Mapping[str, str] = {"qkv_bias": "add_qkv_bias", "qk_norm": "qk_layernorm"}
+
 # HF names that old checkpoints carry, and that neither transformers nor vLLM loads.
 NEVER_LOADED = (r".*\.rotary(_pos)?_emb\.inv_freq", r".*\.rotary_emb\.(cos|sin)_cached")
 
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """HF name template and its shape as names of dims, as ``HFTensor("lm_head.weight", "vocab", "hidden")``."""
+    """HF name template and its shape as names of dims, numbers or sums of such, as ``HFTensor("lm_head.weight", "vocab", "hidden")``."""
 
     template: str
     dims: tuple[str, ...]
@@ -149,6 +152,32 @@ class Stack:
         return local, te, joined
 
 
+def renamed(stacks: Iterable[Stack], names: Mapping[str, str]) -> tuple[Stack, ...]:
+    """Stacks whose HF names are called otherwise: parts of names (whole words between dots) -> what stands in their place.
+
+    The longest part that begins at a word is the one that counts: ``{"model.layers": "transformer.blocks", "model": "transformer"}``.
+    Raises ValueError for a part that no name has.
+    """
+    pattern = re.compile(rf"(?<![^.])({'|'.join(re.escape(part) for part in sorted(names, key=len, reverse=True))})(?![^.])")
+    found: set[str] = set()
+
+    def name(template: str) -> str:
+        found.update(pattern.findall(template))
+        return pattern.sub(lambda part: names[part[0]], template)
+
+    def rule_of(rule: Rule, hf: str) -> Rule:
+        return replace(rule, hf=tuple(HFTensor(name(hf + tensor.template), *tensor.dims) for tensor in rule.hf))
+
+    def stack_of(stack: Stack) -> Stack:
+        stacked = stack.stacked and replace(stack.stacked, tensors=tuple(map(name, stack.stacked.tensors)))
+        return replace(stack, rules=tuple(rule_of(rule, stack.hf) for rule in stack.rules), hf="", stacked=stacked)
+
+    made = tuple(map(stack_of, stacks))
+    if names.keys() - found:
+        raise ValueError(f"renamed: no HF name of the stacks has {', '.join(sorted(names.keys() - found))} between dots")
+    return made
+
+
 # The numbers of every index of a stack that somebody holds, or None where the stack is not theirs.
 Shares = Callable[[Stack], Sequence[Sequence[int]] | None]
 
@@ -219,7 +248,8 @@ class Family:
         dims: values of the honoured keys -> named sizes (``hidden``, ``vocab``, ``q``, ``kv``, ``num_heads`` ...).
         contradictions: values and config -> what is wrong between keys that are right by themselves.
         features: values of the honoured keys -> names that the ``when`` of a rule refers to.
-        transformer: values and sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``).
+        transformer: values and sizes -> fields of Megatron's TransformerConfig beside those that take a key as it is (``Key.field``) and
+            those of the features (``FEATURE_FIELDS``).
         stacks: the table. Stacks that follow one another and have the same stage and first index are walked layer by layer.
         ignored: patterns of HF names that old checkpoints carry and nobody loads.
         kept: values -> what HF names begin with of tensors that are neither trained nor synced, and lie in every saved folder as they
@@ -336,12 +366,12 @@ class Model:
     def _bind(self, rule: Rule, stack: Stack, numbers: tuple[int, ...]) -> Bound:
         placed = dict(zip((index.name for index in stack.indices), numbers, strict=True))
         local, te, joined = stack.names(rule, placed)
-        hf = tuple(
-            ((stack.hf + tensor.template).format(**placed), tuple(int(d) if d.isdigit() else self.dims[d] for d in tensor.dims))
-            for tensor in rule.hf
-        )
+        hf = tuple(((stack.hf + tensor.template).format(**placed), tuple(map(self._size, tensor.dims))) for tensor in rule.hf)
         copies = self.dims[stack.indices[-1].count] if stack.indices else 1
         return Bound(rule, stack, local, te, joined, hf, numbers, copies)
+
+    def _size(self, dim: str) -> int:
+        return sum(int(name) if name.isdigit() else self.dims[name] for name in dim.split(" + "))
 
     def tower_parts(self) -> dict[str, Part]:
         """Parameters outside the language model, by Megatron name: which part they belong to. Empty for a model of text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(mode
         {"tp_size": 2, "ep_size": 2},
         {"pp_size": 2},
     )
-    cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(MOE_FAMILIES, topologies, strict=True)]
+    cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(MOE_FAMILIES, cycle(topologies))]
     for case in cases:
         names = load_file(Path(case["folder"], "model.safetensors"))
         assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in name for name in names)

@@ -13,11 +13,11 @@ from rlsync.copy.cpu import bind
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
-from rlsync.models import model_of
+from rlsync.models import FAMILIES, model_of
 from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import build_plan
-from tests.models import tiny_config
+from tests.models import DENSE_FAMILIES, MOE_FAMILIES, tiny_config
 from tests.vision_models import tiny_vision_config
 
 DENSE = model_of({**tiny_config("qwen2").to_dict(), "architectures": ["Qwen2ForCausalLM"]})
@@ -50,6 +50,19 @@ def test_factors_survive_any_layout(model: Any, topology: Topology, targets: Any
         for copy in bucket.copies:
             bind([copy], held[copy.source], found).run()
     assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES + MOE_FAMILIES)
+def test_every_linear_layer_of_every_family_is_cut_as_its_base(family: str) -> None:
+    """Under TP 2 the product of its factors on a rank has the shape of the weight there: every layout is known to adapters."""
+    config = tiny_config(family).to_dict()
+    architecture = next(known.architectures[0] for known in FAMILIES if known.model_type == config["model_type"])
+    model = model_of({**config, "architectures": [architecture]})
+    adapters = adapters_of(model, LoraSpec(3, 6))
+    for rule in adapters.rules(model.parameters()):
+        base, b = (model.local_layout(bound, 1, 2).shape for bound in (rule.base, rule.b))
+        a = model.local_layout(rule.a, 1, 2).shape
+        assert (b[0], a[1]) == base, rule.base.local
 
 
 def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> None:

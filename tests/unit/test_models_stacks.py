@@ -13,13 +13,14 @@ from rlsync.copy.cpu import bind, write_padding
 from rlsync.errors import PlacementError
 from rlsync.layout.geometry import Placement, whole_tensors
 from rlsync.layout.topology import Topology
-from rlsync.models import check_config, model_of
-from rlsync.models.dense import DENSE_STACKS
-from rlsync.models.layouts import Column, GatedColumn, GroupedQKV, Replicated, Row
+from rlsync.models import check_config, model_of, unread_keys
+from rlsync.models.dense import ATTENTION, DENSE_STACKS, MLP, decoder_stacks, layer_stack
+from rlsync.models.keys import renamed_keys
+from rlsync.models.layouts import Column, Fused, GatedColumn, GroupedQKV, Replicated, Row
 from rlsync.models.llama import LLAMA
 from rlsync.models.placement import held_parameters, indivisible, megatron_placements
 from rlsync.models.rope import Rope
-from rlsync.models.stacks import HFTensor, Index, Model, Rule, Stack
+from rlsync.models.stacks import Family, HFTensor, Index, Model, Rule, Stack, renamed
 from rlsync.plan.planner import build_plan
 
 EMBEDDING, _, HEAD = DENSE_STACKS
@@ -257,6 +258,84 @@ def test_tensors_come_layer_by_layer():
 def test_what_an_axis_cannot_divide_is_said_by_name(dims, axes, said):
     model, topology = made_up(**dims), Topology(**axes)
     assert any(said in finding for finding in indivisible(model, topology)), indivisible(model, topology)
+
+
+# A llama by other names, whose keys, values and queries are the rows of one tensor, in this order.
+NAMES = {
+    "model.embed_tokens": "stem.wte", "model.layers": "stem.blocks", "model": "stem", "input_layernorm": "norm_1",
+    "post_attention_layernorm": "norm_2", "self_attn.kvq_proj": "mixer.kvq", "self_attn.o_proj": "mixer.out", "mlp.gate_proj": "ffn.w1",
+    "mlp.up_proj": "ffn.w3", "mlp.down_proj": "ffn.w2",
+}  # fmt: skip
+KEYS = {"num_key_value_heads": "kv_heads", "intermediate_size": "ffn_size"}
+
+
+def other_llama() -> Family:
+    kvq = Rule(
+        "self_attention.linear_qkv.weight",
+        (HFTensor("self_attn.kvq_proj.weight", "kv + kv + q", "hidden"),),
+        Fused(GroupedQKV(), ("q", "kv", "kv"), order=(1, 2, 0)),
+    )
+    layer = tuple(kvq if rule.megatron == kvq.megatron else rule for rule in ATTENTION + MLP)
+    return dataclasses.replace(
+        LLAMA,
+        architectures=("OtherForCausalLM",),
+        model_type="other",
+        keys=renamed_keys(LLAMA.keys, KEYS),
+        stacks=renamed(decoder_stacks(layer_stack(layer)), NAMES),
+    )
+
+
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+OTHER_CONFIG = {KEYS.get(key, key): value for key, value in LLAMA_CONFIG.items()} | {"architectures": ["OtherForCausalLM"]}
+
+
+@pytest.mark.parametrize("axes", [{}, {"tp_size": 2}, {"tp_size": 4}, {"tp_size": 2, "pp_size": 2}], ids=str)
+def test_a_family_by_other_names_and_with_fused_tensors_is_a_table(monkeypatch, axes):
+    """It fills ranks with the same bits as Llama. Negative control: rows in another order do not."""
+    monkeypatch.setattr("rlsync.models.FAMILIES", (LLAMA, other_llama()))
+    llama, other, topology = model_of(LLAMA_CONFIG), model_of(OTHER_CONFIG), Topology(**axes)
+    assert other.values == llama.values and other.transformer == llama.transformer
+    theirs, ours, in_llamas_order = random_tensors(llama), {}, {}
+    for tensor in other.tensors():
+        if tensor.name.endswith(".mixer.kvq.weight"):
+            q, k, v = (
+                theirs[tensor.name.replace("stem.blocks", "model.layers").replace("mixer.kvq", f"self_attn.{x}_proj")] for x in "qkv"
+            )
+            ours[tensor.name], in_llamas_order[tensor.name] = torch.cat([k, v, q]), torch.cat([q, k, v])
+        else:
+            name = tensor.name
+            for before, after in NAMES.items():
+                name = name.replace(f"{after}.", f"{before}.")
+            ours[tensor.name] = in_llamas_order[tensor.name] = theirs[name]
+    wanted = loaded(llama, megatron_placements(llama, topology), theirs)
+    found, mistaken = (loaded(other, megatron_placements(other, topology), tensors) for tensors in (ours, in_llamas_order))
+    for rank, buffers in enumerate(wanted):
+        assert buffers.keys() == found[rank].keys()
+        assert all(torch.equal(found[rank][name], tensor) for name, tensor in buffers.items())
+    assert any(not torch.equal(mistaken[rank][name], tensor) for rank, buffers in enumerate(wanted) for name, tensor in buffers.items())
+
+
+def test_what_is_wrong_with_renamed_keys_is_said_by_the_names_in_the_file(monkeypatch):
+    monkeypatch.setattr("rlsync.models.FAMILIES", (other_llama(),))
+    assert check_config({**OTHER_CONFIG, "kv_heads": 3}) == ["num_attention_heads 4 is not a multiple of kv_heads 3"]
+    (finding,) = check_config({**OTHER_CONFIG, "ffn_size": "24"})
+    assert finding.startswith('ffn_size is "24"; for OtherForCausalLM it must be a whole number')
+    assert unread_keys({**OTHER_CONFIG, "intermediate_size": 24}) == ("intermediate_size",)
+
+
+def test_a_slip_in_a_table_of_names_is_said():
+    with pytest.raises(ValueError, match=r"no HF name of the stacks has self_attn\.out_proj between dots"):
+        renamed(DENSE_STACKS, {"self_attn.out_proj": "mixer.out", "self_attn": "mixer"})
+    with pytest.raises(ValueError, match="the table has no kv_heads"):
+        renamed_keys(LLAMA.keys, {"kv_heads": "num_key_value_heads"})
+
+
+def test_a_fused_tensor_has_the_rows_of_its_parts():
+    with pytest.raises(PlacementError, match="ffn \\+ ffn are 48 rows, and the tensor has 40"):
+        Fused(GatedColumn(), ("ffn", "ffn")).local([(40, 16)], 0, 2, {"ffn": 24})
 
 
 def test_a_model_without_experts_takes_no_expert_axis():
