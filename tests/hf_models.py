@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.models import FAMILIES, MOE_FAMILIES, VOCAB_SIZE, tiny_model
+from tests.models import FAMILIES, MOE_FAMILIES, STACKED_FAMILIES, VOCAB_SIZE, tiny_model
 
 # KV heads: fewer than the largest tensor axis of the tests (4), one alone, and as many as query heads.
 MODELS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
 MOE_MODELS: dict[str, dict[str, Any]] = {
     **{family: {"family": family, "tied": False} for family in MOE_FAMILIES},
     "qwen3_moe-tied": {"family": "qwen3_moe", "tied": True},
-    **{f"{family}-stacked": {"family": family, "stacked": True} for family in MOE_FAMILIES},
+    **{f"{family}-stacked": {"family": family, "stacked": True} for family in STACKED_FAMILIES},
 }
 
 

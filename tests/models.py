@@ -79,7 +79,9 @@ _LATENT_YARN = {
 }  # fmt: skip
 # Kernels of vLLM's latent attention are made for these.
 LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "moonlight")
+# Those whose modules hold the experts of a layer in two tensors, as all of transformers 5 do, and all that have experts.
+STACKED_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3", "moonlight")
+MOE_FAMILIES = STACKED_FAMILIES
 
 
 def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> PretrainedConfig:

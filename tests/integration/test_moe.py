@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.hf_models import make_models
-from tests.models import MOE_FAMILIES, add_further_layer
+from tests.models import MOE_FAMILIES, STACKED_FAMILIES, add_further_layer
 from tests.ranks import run_ranks
 
 RANKS = "tests.integration.bridge_ranks"
@@ -20,7 +20,7 @@ UNEVEN = {"first_stage_layers": 1, "last_stage_layers": 3}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict]:
-    names = (*MOE_FAMILIES, "qwen3_moe-tied", *(f"{family}-stacked" for family in MOE_FAMILIES))
+    names = (*MOE_FAMILIES, "qwen3_moe-tied", *(f"{family}-stacked" for family in STACKED_FAMILIES))
     return make_models(tmp_path_factory.mktemp("hf"), names)
 
 
@@ -56,7 +56,7 @@ def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(mode
         {"tp_size": 2, "ep_size": 2},
         {"pp_size": 2},
     )
-    cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(MOE_FAMILIES, cycle(topologies))]
+    cases = [{**models[f"{family}-stacked"], "topology": axes} for family, axes in zip(STACKED_FAMILIES, cycle(topologies))]
     for case in cases:
         names = load_file(Path(case["folder"], "model.safetensors"))
         assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in name for name in names)

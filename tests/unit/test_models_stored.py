@@ -15,7 +15,7 @@ from rlsync.layout.geometry import whole_tensors
 from rlsync.models import Model, model_of
 from rlsync.models.stored import default_form, file_placement, form_of, misfits
 from rlsync.plan.planner import build_plan
-from tests.models import MOE_FAMILIES, tiny_model
+from tests.models import STACKED_FAMILIES, tiny_model
 from tests.vision_models import tiny_vision_model
 
 Tensors = dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ def transposed(stored: Tensors) -> Tensors:
     return {name: t.transpose(1, 2).contiguous() if ".mlp.experts." in name else t for name, t in stored.items()}
 
 
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", [*STACKED_FAMILIES, "qwen3_vl_moe"])
 def test_stacked_experts_are_those_that_transformers_saves_one_by_one(family, tmp_path):
     """The stacked form is the modules', the other one what transformers' own conversion writes for released models."""
     model, stored = made(family)
