@@ -130,7 +130,10 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.d
     config = tiny_config(family, tied=tied, **changes)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # what no initialisation of the classes fills is NaN then
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    torch.use_deterministic_algorithms(was_deterministic)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -144,8 +147,10 @@ def tiny_model(family: str, *, tied: bool = False, seed: int = 0, dtype: torch.d
                 buffer.normal_(std=0.1)
         # A wrong name or place of one whose elements are all the same would go unnoticed.
         for tensor in model.state_dict().values():
-            if tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
-                tensor.add_(torch.empty_like(tensor).uniform_(-0.5, 0.5) if tensor.any() else torch.empty_like(tensor).normal_(std=0.1))
+            if tensor.isnan().any() or not tensor.any():
+                tensor.normal_(std=0.1)
+            elif tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
+                tensor.add_(torch.empty_like(tensor).uniform_(-0.5, 0.5))
     torch.random.set_rng_state(state)
     return model.to(dtype).eval()
 

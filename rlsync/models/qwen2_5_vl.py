@@ -26,7 +26,7 @@ _TEXT: Mapping[str, Key] = {
     "num_key_value_heads": size(default=8, is_nullable=True),
     "rms_norm_eps": number("layernorm_epsilon", default=1e-5),
 }
-_TOWER: Mapping[str, Key] = {
+QWEN2_5_TOWER_KEYS: Mapping[str, Key] = {
     "hidden_act": only("silu", default="silu"),
     "patch_size": size(default=14),
     "window_size": size(default=112),
@@ -60,39 +60,40 @@ def _features(values: Mapping[str, Any]) -> frozenset[str]:
     return dense_features({**values, "tie_word_embeddings": tied}) | {"qkv_bias"}
 
 
+QWEN2_5_TOWER_STACKS = (
+    tower_stack(whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch")),
+    tower_stack(
+        whole("norm1.weight", "vision"),
+        whole("norm2.weight", "vision"),
+        *linear("attn.qkv", "vision_qkv", "vision"),
+        *linear("attn.proj", "vision", "vision"),
+        *linear("mlp.gate_proj", "vision_ffn", "vision"),
+        *linear("mlp.up_proj", "vision_ffn", "vision"),
+        *linear("mlp.down_proj", "vision", "vision_ffn"),
+        within="blocks.{block}.",
+        index=BLOCKS,
+    ),
+    tower_stack(
+        whole("ln_q.weight", "vision"),
+        *linear("mlp.0", "merged", "merged"),
+        *linear("mlp.2", "hidden", "merged"),
+        within="merger.",
+        part="vision_projection",
+    ),
+)
+
 QWEN2_5_VL = vision_family(
     "Qwen2_5_VLForConditionalGeneration",
     "qwen2_5_vl",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
     decoder=QWEN2_KEYS,
     text=_TEXT,
-    tower=_TOWER,
+    tower=QWEN2_5_TOWER_KEYS,
     may_be_flat=True,
     rope=RopeKind(theta=1e6, mrope="blocks"),
     dims=_dims,
     contradictions=_contradictions,
     features=_features,
     transformer=dense_transformer,
-    stacks=(
-        tower_stack(whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch")),
-        tower_stack(
-            whole("norm1.weight", "vision"),
-            whole("norm2.weight", "vision"),
-            *linear("attn.qkv", "vision_qkv", "vision"),
-            *linear("attn.proj", "vision", "vision"),
-            *linear("mlp.gate_proj", "vision_ffn", "vision"),
-            *linear("mlp.up_proj", "vision_ffn", "vision"),
-            *linear("mlp.down_proj", "vision", "vision_ffn"),
-            within="blocks.{block}.",
-            index=BLOCKS,
-        ),
-        tower_stack(
-            whole("ln_q.weight", "vision"),
-            *linear("mlp.0", "merged", "merged"),
-            *linear("mlp.2", "hidden", "merged"),
-            within="merger.",
-            part="vision_projection",
-        ),
-        *dense_stacks("model.language_model."),
-    ),
+    stacks=(*QWEN2_5_TOWER_STACKS, *dense_stacks("model.language_model.")),
 )
