@@ -38,7 +38,7 @@ from rlsync.layout.safetensors import StoredTensor
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
-from rlsync.megatron.lora import Adapter
+from rlsync.megatron.lora import Adapter, merged
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import PREFIX, module_of
@@ -459,7 +459,8 @@ class AutoBridge:
 
 def _as_exported(shards: Shards) -> Mapping[str, torch.Tensor]:
     """The buffers of this rank with adapters added; takes the memory of the weights that have one."""
-    return {name: shards.adapters[name].merged(b.detach()) if name in shards.adapters else b for name, b in shards.buffers.items()}
+    names = list(shards.adapters)
+    return {**shards.buffers, **dict(zip(names, merged(list(shards.adapters.values()), [shards.buffers[n] for n in names]), strict=True))}
 
 
 def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:

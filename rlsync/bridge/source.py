@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.coordinator.messages import AdapterFactors
+from rlsync.copy.places import in_turns
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
+from rlsync.megatron.lora import merged
 from rlsync.megatron.model import adapters_in, gather_parameters
 from rlsync.models.lora import B, check_beside_base
 from rlsync.sync.config import LoraSync
@@ -49,18 +52,18 @@ class MegatronSource:
         self.tensors: tuple[TensorSpec, ...] = shards.tensors
         self.placements: tuple[Placement, ...] = shards.placements
         self.buffers: Mapping[str, torch.Tensor] = shards.buffers
-        adapters, merged = shards.adapters, shards.adapted
+        adapters, adapted = shards.adapters, shards.adapted
         if lora == "adapter":
-            adapters, merged = {}, frozenset()
+            adapters, adapted = {}, frozenset()
             self._add_factors(bridge)
         else:
             buffers = self.buffers
             self.declared = Declared(
-                dict.fromkeys(merged, "merge"), lambda names: [adapters[name].merged(buffers[name].detach()) for name in names]
+                dict.fromkeys(adapted, "merge"), lambda names: merged([adapters[name] for name in names], [buffers[name] for name in names])
             )
         idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
         pieces = self.placements[self.rank].pieces
-        trained = merged | {piece.tensor for piece in pieces if piece.buffer not in idle}
+        trained = adapted | {piece.tensor for piece in pieces if piece.buffer not in idle}
         self.frozen = frozenset(piece.tensor for piece in pieces) - trained
         self._idle = tuple((name, self.buffers[name]) for name in sorted(idle))
         factors = {f"{weight} {name}": factor for weight, adapter in adapters.items() for name, factor in adapter.named_parameters()}
@@ -111,7 +114,8 @@ class MegatronSource:
                 f"{len(trained)} parameters were frozen at connect() and are trained now, among them {trained[0]}; "
                 "make a new source and connect again"
             )
-        replaced = [name for table, attribute, name, parameter in self._places if table.get(attribute) is not parameter]
+        looked_up = chain.from_iterable(in_turns(self._places))
+        replaced = [name for table, attribute, name, parameter in looked_up if table.get(attribute) is not parameter]
         if replaced:
             raise PlacementError(
                 f"{len(replaced)} parameters or buffers are other objects than at connect(), among them {replaced[0]}; "

@@ -78,10 +78,9 @@ class Factors:
         self._read: list[MappedTensors] = filling.open()
 
     def add(self, base: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """``base``, the fp32 elements of a piece, and the adapter of its tensor there, as ``Adapter.merged`` of live models has it."""
+        """``base``, the fp32 elements of a piece, and the adapter of its tensor there, as ``merged`` of live models has it."""
         module, (rows, columns) = module_of(piece.tensor), map(slice, piece.box.start, piece.box.stop)
-        delta = self._whole(f"{module}{B}")[rows] @ self._whole(f"{module}{A}")[:, columns]
-        return delta.mul_(self._scaling).add_(base)
+        return base.addmm_(self._whole(f"{module}{B}")[rows], self._whole(f"{module}{A}")[:, columns], alpha=self._scaling)
 
     def let_pages_go(self) -> None:
         for mapped in self._read:

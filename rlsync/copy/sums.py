@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from rlsync.copy.checksum import checksums
 from rlsync.copy.cuda import CudaCopyProgram, strided
+from rlsync.copy.places import Place
 from rlsync.copy.tables import moves_of
 
 # Views of one round of those that belong to a key.
 Views = Callable[[int], Sequence[torch.Tensor]]
-# Address and bytes of each piece of memory that views are in.
-Place = Sequence[tuple[int, int]]
-
-
-def place_of(tensors: Iterable[torch.Tensor]) -> Place:
-    """Current addresses and sizes of tensors."""
-    return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
 class Begun:

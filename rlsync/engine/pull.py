@@ -15,7 +15,8 @@ import torch
 
 from rlsync.coordinator import messages as m
 from rlsync.copy.cpu import region
-from rlsync.copy.sums import Begun, Sums, Views, place_of
+from rlsync.copy.places import place_of
+from rlsync.copy.sums import Begun, Sums, Views
 from rlsync.errors import RlsyncError
 from rlsync.plan.packing import Region
 from rlsync.plan.verification import num_rounds, round_of, rounds_in

@@ -133,6 +133,10 @@ class RlsyncTransferEngine(WeightTransferEngine):
             _log.exception("this worker leaves the sync; the last worker of the engine raises")
 
     def _connect(self, init_info: InitInfo) -> None:
+        former, self._receiver = self._receiver, None
+        if former is not None:
+            # Its group takes its time to end; nothing is written here before that has been waited for.
+            former.abandon()
         self.shutdown()
         self._version = -1
         client = self._client = self._dial(init_info)
@@ -153,12 +157,17 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     compare = init_info.purpose == "compare"
                     layout = record_layout(self.model, self.model_config, holder, manifest, compare, self._adapters, self._last.record)
                 client.send(layout.record)
-                self._attach(layout, client.next(m.Assignment, 0, "this worker's assignment").worker)
+                assignment = client.next(m.Assignment, 0, "this worker's assignment").worker
+                if former is not None:
+                    former.close()
+                self._attach(layout, assignment)
             client.send(m.Attached())
             self._prepare(client.next(m.Connected, 0, "all peers to connect").exports)
         except Exception as error:
             if not isinstance(error, WeightSyncError):
                 client.report_failure(error, 0, "connect")
+            if former is not None:
+                former.close()
             self.shutdown()
             raise
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ from rlsync.models.stacks import ExpertModule, Flavour, Model
 ADAPTER = "adapter"
 # Bytes at a multiple of which a row begins, for torch's grouped product.
 _ALIGNMENT = 16
+# Elements of weights that are merged at once: their fp32 takes 256 MiB.
+_MERGED_TOGETHER = 2**26
 # The weight of one of several experts in TransformerEngine's grouped layer.
 _GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12])\.weight(\d+)")
 
@@ -87,6 +90,8 @@ class Adapter(torch.nn.Module):
                 drawn = initial_factor(spec, name, shape)[tuple(map(slice, part.box.start, part.box.stop))]
                 self.lora_A[part.source * spec.r : (part.source + 1) * spec.r].copy_(drawn)
         owners = _owners(b, len(rule.sources), spec.r, dtype)
+        # Equal for adapters that are computed in the same way.
+        self._likeness = a.shape, b.shape, tuple((part.offset, part.box.shape[0], part.source) for part in b.parts)
         self._is_whole = owners.size(1) == 1 and bool(owners.all())
         self.register_buffer("_owners", owners.to(device), persistent=False)
 
@@ -117,12 +122,6 @@ class Adapter(torch.nn.Module):
         owners: Any = self._owners
         return (b.unsqueeze(-2) * owners.unsqueeze(-1)).flatten(-2)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """``weight`` of the base on this rank plus the adapter: computed in fp32, rounded once to the dtype of ``weight``."""
-        delta = self._spread(self.lora_B).float() @ self.lora_A.float()
-        return delta.mul_(self._spec.scaling).add_(weight.float()).to(weight.dtype)
-
     def _random_state(self) -> AbstractContextManager[None]:
         """Ranks that hold the same activations drop the same elements; those with others draw their own."""
         axis = self._axis
@@ -130,6 +129,41 @@ class Adapter(torch.nn.Module):
             return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
         is_own = axis.split == "row" or axis.sequence_parallel
         return get_cuda_rng_tracker().fork() if is_own and not axis.is_explicit else nullcontext()
+
+
+@torch.no_grad()
+def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each weight of a base on this rank plus its adapter: computed in fp32, and rounded once to the dtype of the weight.
+
+    Adapters that are alike, as those of hundreds of experts, are computed together but for the product of their factors: what one makes
+    of its weight does not depend, bit for bit, on those beside it. Takes the memory of the results, and ``_MERGED_TOGETHER`` elements or
+    one weight in fp32. Not collective.
+    """
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        alike[adapter._likeness, weight.shape, weight.dtype, weight.device].append(index)
+    found: dict[int, Tensor] = {}
+    for group in alike.values():
+        at_once = max(1, _MERGED_TOGETHER // weights[group[0]].numel())
+        for chunk in (group[i : i + at_once] for i in range(0, len(group), at_once)):
+            found.update(zip(chunk, _merged_alike([adapters[i] for i in chunk], [weights[i] for i in chunk]), strict=True))
+    return [found[index] for index in range(len(adapters))]
+
+
+def _merged_alike(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    first, sums = adapters[0], _stacked(weights)
+    a, b = _stacked([each.lora_A for each in adapters]), first._spread(_stacked([each.lora_B for each in adapters]))
+    # Not one batched product: which kernel makes it, and so its rounding, may go by the size of the batch.
+    for total, one_a, one_b in zip(sums.unbind(), a.unbind(), b.unbind(), strict=True):
+        total.addmm_(one_b, one_a, alpha=first._spec.scaling)
+    return sums.to(weights[0].dtype).unbind()
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Copies of tensors of one shape, in fp32: (tensors, ...)."""
+    made = torch.empty((len(tensors), *tensors[0].shape), dtype=torch.float32, device=tensors[0].device)
+    torch._foreach_copy_(list(made.unbind()), list(tensors))
+    return made
 
 
 def _exchange(axis: _Axis) -> Callable[[Tensor], Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rlsync.coordinator.messages import ActorAssignment, WorkerAssignment
+from rlsync.copy.places import Places
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import ConnectionPlan
 from rlsync.transport.ends import Hosted, Hosting, Local, Sender, transport
@@ -38,14 +39,14 @@ class Endpoints:
         self,
         assignment: ActorAssignment,
         timeout_s: float,
-        buffers: Mapping[str, torch.Tensor],
+        places: Places,
         *,
         stable_memory: bool,
         device: torch.device | None,
     ) -> Callable[[], dict[str, bytes]]:
         """Make this rank's senders. What is returned waits for the other members of groups, and says what this rank exports."""
         for name, end in assignment.ends.items():
-            local = Local(buffers, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon)
+            local = Local(places, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon)
             self.senders[name] = transport(name).make_sender(end, local)
         return lambda: join(self.senders, 0)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from rlsync.coordinator.messages import ActorAssignment, Sum
-from rlsync.copy.checksum import checksums
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided
-from rlsync.copy.sums import Sums, Views, place_of
+from rlsync.copy.places import Places, place_of
+from rlsync.copy.sums import Sums, Views
 from rlsync.copy.tables import Move, moves_of
 from rlsync.copy.transforms import transformed
 from rlsync.errors import PlacementError
@@ -68,41 +68,40 @@ class Packer:
     Copy programs are made once for each step of a sender, and follow parameters that move; memory of senders does not move.
 
     Args:
-        buffers: memory of this rank's placement.
+        places: of the memory of this rank's placement.
         declared: transforms of its source.
     """
 
     def __init__(
         self,
         assignment: ActorAssignment,
-        buffers: Mapping[str, torch.Tensor],
+        places: Places,
         senders: Sequence[Sender],
         declared: Declared = Declared(),  # noqa: B008 (frozen, and empty)
     ) -> None:
-        self._verify, self._buffers, self._senders = assignment.verify, buffers, senders
+        self._verify, self._places, self._buffers, self._senders = assignment.verify, places, places.buffers, senders
         self._declared = declared
         # What the source computed for the bucket that is packed, by buffer: its tensors go to several places, and are summed up.
         self._computed: dict[str, torch.Tensor] = {}
         self._num_frozen = assignment.num_frozen
         # By sender and step.
         self._programs: dict[tuple[int, int], tuple[_Program, ...]] = {}
-        self._sums = Sums()
+        # Of regions that arrive as they are, and of those that are computed for each sync.
+        self._sums, self._sums_of_made = Sums(), Sums()
         self._rounds = [self._by_round(bucket) for bucket in range(assignment.num_buckets)]
-        self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in buffers.items()}
-        self._place = place_of(buffers.values())
-        self._tensors = tuple(buffers.values())
-        self._unmoved = [address for address, _ in self._place], [nbytes for _, nbytes in self._place]
+        self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._buffers.items()}
+        places.look()
+        # What programs read.
+        self._place, self._generation = places.place, places.generation
 
     def check(self) -> None:
         """Find the parameters' current addresses. Raises PlacementError where shapes, dtypes or memory have changed since connect."""
         if any(tensor.is_cuda for tensor in self._buffers.values()):
             # They may have been written on any stream of this process, and others read them.
             torch.cuda.synchronize()
-        # Thousands of experts, in every sync: two lists cost a third of what their pairs do.
-        now = [t.data_ptr() for t in self._tensors], [t.nbytes for t in self._tensors]
-        if now == self._unmoved:
+        self._places.look()
+        if self._places.generation == self._generation:
             return
-        place = place_of(self._tensors)
         changed = [
             f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
             for name, t in self._buffers.items()
@@ -112,8 +111,9 @@ class Packer:
             raise PlacementError(
                 f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
             )
+        place = self._places.place
         moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self._place, place, strict=True))
-        self._place, self._unmoved = place, now
+        self._place, self._generation = place, self._places.generation
         self._follow(moves)
 
     def pack(self, bucket: int, turn: int, without_frozen: bool = False) -> Packed:
@@ -172,8 +172,10 @@ class Packer:
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
         values = self._sums.begin(bucket, rounds, self._place, self._views(bucket)).values()
-        # A transform makes new memory each time, to which nothing can be bound.
-        values += checksums([self._transformed(r) for _, r in made])
+        for number in rounds:
+            arriving = self._arriving([r for _, r in self._rounds[bucket][number].transformed])
+            # An allocator gives a sync the memory that it gave the one before, more often than not.
+            values += self._sums_of_made.begin(bucket, [number], place_of(arriving), _given(arriving)).values()
         return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *made), values, strict=True))
 
     def _views(self, bucket: int) -> Views:
@@ -189,19 +191,33 @@ class Packer:
                 (found.transformed if r.transform else found.same).append((destination, r))
         return dict(rounds)
 
-    def _all_transformed(self, regions: Sequence[Region]) -> list[torch.Tensor]:
-        """The elements of several regions; those that are declared may be in the dtype of their computation, from which copies cast."""
-        self._compute([r.source_buffer for r in regions if TRANSFORMS[r.transform].is_declared])
-        return [self._view(r) if TRANSFORMS[r.transform].is_declared else self._transformed(r) for r in regions]
+    def _arriving(self, regions: Sequence[Region]) -> list[torch.Tensor]:
+        """The elements of several regions as they arrive; casts of thousands are a few launches."""
+        found = self._all_transformed(regions)
+        casts: dict[torch.dtype, list[int]] = defaultdict(list)
+        for index, (view, r) in enumerate(zip(found, regions, strict=True)):
+            if view.dtype != (dtype := getattr(torch, r.dtype)):
+                casts[dtype].append(index)
+        for dtype, group in casts.items():
+            views = [found[index] for index in group]
+            made = torch.empty(sum(view.numel() for view in views), dtype=dtype, device=views[0].device)
+            parts = [part.view(v.shape) for part, v in zip(made.split([v.numel() for v in views]), views, strict=True)]
+            torch._foreach_copy_(parts, views)
+            for index, part in zip(group, parts, strict=True):
+                found[index] = part
+        return found
 
-    def _transformed(self, r: Region) -> torch.Tensor:
-        """The elements of a region as they arrive."""
-        return transformed(self._view(r), r.transform, getattr(torch, r.dtype))
+    def _all_transformed(self, regions: Sequence[Region]) -> list[torch.Tensor]:
+        """The elements of several regions; those of a transform that copies compute may be in the dtype that they are copied from."""
+        self._compute([r.source_buffer for r in regions if TRANSFORMS[r.transform].is_declared])
+        return [
+            self._view(r) if (row := TRANSFORMS[r.transform]).is_declared or row.is_fused
+            else transformed(self._view(r), r.transform, getattr(torch, r.dtype))
+            for r in regions
+        ]  # fmt: skip
 
     def _view(self, r: Region) -> torch.Tensor:
         is_declared = bool(r.transform) and TRANSFORMS[r.transform].is_declared
-        if is_declared:
-            self._compute([r.source_buffer])
         buffer = (self._computed if is_declared else self._buffers)[r.source_buffer]
         return region(buffer, r.source_offset, r.shape, r.source_strides)
 
@@ -211,6 +227,10 @@ class Packer:
         if missing:
             assert self._declared.compute is not None, "what declares transforms computes them"
             self._computed.update(zip(missing, self._declared.compute(missing), strict=True))
+
+
+def _given(views: Sequence[torch.Tensor]) -> Views:
+    return lambda number: views
 
 
 def _bind(given: Iterable[_Pair]) -> tuple[_Program, ...]:

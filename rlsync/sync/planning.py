@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -38,6 +39,7 @@ class ConnectionPlan:
         is_read_in_place: whether all bytes are copied once, from parameter to parameter.
         num_frozen: buckets, the first ones, that hold what no actor rank trains; frozen_bytes: theirs, as ``nbytes``.
         trained_traffic, trained_staged_bytes: of the other buckets.
+        inputs: all that ``plan``, ``parts`` and ``traffic`` were made of.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class ConnectionPlan:
     num_frozen: int = 0
     trained_traffic: Traffic = Traffic({}, {}, {}, {})
     trained_staged_bytes: int = 0
+    inputs: tuple[Any, ...] = ()
 
     @property
     def frozen_bytes(self) -> int:
@@ -123,10 +126,13 @@ def plan_connection(
     reports: Reports,
     config: SyncConfig,
     declared: Mapping[str, str] | None = None,
+    last: ConnectionPlan | None = None,
 ) -> ConnectionPlan:
     """Plan a connection. Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker.
 
-    ``declared``: transforms by tensor that the sources declare, see ``rlsync.sync.source.Declared``.
+    Args:
+        declared: transforms by tensor that the sources declare, see ``rlsync.sync.source.Declared``.
+        last: a former plan. What is to be copied is taken from it where both sides hold what they held then, in the same places.
     """
     declared = declared or {}
     chosen = choose_transports(reports, config.transport)
@@ -144,13 +150,19 @@ def plan_connection(
         return fills_buckets(used, is_direct=is_direct, staged=(destination, rank) in staging)
 
     frozen = frozen_tensors(tensors, placements, reports)
-    plan = build_plan(
-        tensors, located, destinations,
-        bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS), frozen=frozen, declared=declared,
+    inputs = (
+        tuple(tensors), tuple(located), tuple(destinations), config.bucket_bytes, transports, staging, is_direct, frozen, dict(declared),
     )  # fmt: skip
-    plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
+    if last is not None and last.inputs == inputs:
+        plan, moved, parts = last.plan, last.traffic, last.parts
+    else:
+        plan = build_plan(
+            tensors, located, destinations,
+            bucket_bytes=config.bucket_bytes, takes_room=takes_room, transforms=tuple(TRANSFORMS), frozen=frozen, declared=declared,
+        )  # fmt: skip
+        plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.copies))
+        moved, parts = traffic(plan), lay_out(plan)
     num_frozen = sum(bucket.tensors[0].name in frozen for bucket in plan.buckets)
-    moved, parts = traffic(plan), lay_out(plan)
     given = [_given(row) for row in parts]
     used_staging = staging & {way for row in given for way in row}
     _refuse_in_place(plan, transports, used_staging)
@@ -172,6 +184,7 @@ def plan_connection(
         num_frozen,
         traffic(replace(plan, buckets=plan.buckets[num_frozen:])) if num_frozen else moved,
         sum(row[way] for row in given[num_frozen:] for way in used_staging & row.keys()),
+        inputs,
     )
 
 

@@ -26,6 +26,7 @@ from rlsync.coordinator.roster import Expected, some
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.copy.cuda import compile_ahead
+from rlsync.copy.places import Places
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
@@ -44,6 +45,8 @@ from rlsync.transport.tasks import Lane, Tasks
 
 _log = logging.getLogger(__name__)
 
+# Calls of this rank's own while it connects; others are those of engines, by their ids.
+_JOIN, _PREPARE = object(), object()
 # Patience for a call of a failed sync that is about to end.
 _LAST_CALL_S = 0.5
 
@@ -90,7 +93,7 @@ class WeightSyncer:
     Attributes:
         health: what failed so far and which engines are dirty; filled on rank 0.
         connect_seconds: of the last ``connect``, on rank 0: ``record`` until all workers have said what they hold, ``plan``, ``attach``
-            until all have their ends of the transports and programs, ``prepare`` of this rank's own programs.
+            until all have their ends of the transports and engines their programs, ``prepare`` until this rank has its own, too.
 
     Args:
         source: this rank's source.
@@ -127,6 +130,8 @@ class WeightSyncer:
         self._tasks = Tasks()
         self._connection: Connection | None = None
         self._plan: ConnectionPlan | None = None
+        # Also after ``close``, for the next connection.
+        self._last_plan: ConnectionPlan | None = None
         self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
         # Whether the last sync of this connection has committed, so that engines have all that is frozen unless they lost it.
@@ -219,13 +224,10 @@ class WeightSyncer:
         for engine in self._engines:
             init_info = info.for_engine(engine.engine_id, self._config.timeout_s)
             self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, init_info, self._config.timeout_s + 2 * GRACE_S))
-        assignment = self._await_connected(clock)
-        clock.lap("attach")
+        assignment, packer = self._await_connected(clock, device)
+        clock.lap("prepare")
         self._endpoints.seal()
         lane = Lane(lambda: None if device is None else torch.cuda.set_device(device))
-        packer = Packer(assignment, self._source.buffers, list(self._endpoints.senders.values()), self._source.declared)
-        packer.prepare()
-        clock.lap("prepare")
         self.connect_seconds = clock.seconds
         self._connection = Connection(
             self._peer,
@@ -248,18 +250,22 @@ class WeightSyncer:
         (ring,) = senders if len(senders) == 1 else (None,)
         return copy_gb_per_s(ring.slots()[0]) if self._rank == 0 and isinstance(ring, RingSender) else None
 
-    def _await_connected(self, clock: _Laps) -> m.ActorAssignment:
-        """This rank's assignment, when every peer has its own and every engine has answered."""
+    def _await_connected(self, clock: _Laps, device: torch.device | None) -> tuple[m.ActorAssignment, Packer]:
+        """This rank's assignment and its programs, when every peer has its own and every engine has answered."""
         assert self._peer is not None
-        assignment, connected, began_s = None, False, time.monotonic()
+        assignment, packer, failure, connected, began_s = None, None, None, False, time.monotonic()
         reports: m.Reports | None = None
-        while not connected:
+        while not connected or (packer is None and failure is None):
             message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
-                if outcome.key is None and outcome.error is None:
-                    self._peer.send(m.Attached(outcome.result))
-                elif outcome.key is None and outcome.error is not None:
+                if outcome.error is not None and outcome.key in (_JOIN, _PREPARE):
                     self._peer.send(m.Failed(0, "connect", describe(outcome.error), engine=blamed(outcome.error)))
+                    # Comes back as the error of all, unless all were connected before.
+                    failure = outcome.error
+                elif outcome.key is _JOIN:
+                    self._peer.send(m.Attached(outcome.result))
+                elif outcome.key is _PREPARE:
+                    packer = outcome.result
                 elif outcome.error is not None:
                     self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
                 else:
@@ -280,24 +286,42 @@ class WeightSyncer:
                 assignment = message.actor
                 assert assignment is not None
                 try:
-                    source, timeout_s = self._source, self._config.timeout_s
-                    enter = self._endpoints.attach(
-                        assignment, timeout_s, source.buffers, stable_memory=source.stable_memory, device=_device()
-                    )
-                    self._tasks.spawn(None, enter)
+                    self._attach(assignment, device)
                 except Exception as error:
                     self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Connected):
                 connected = True
-        assert assignment is not None
-        return assignment
+                clock.lap("attach")
+        if failure is not None:
+            raise failure
+        assert assignment is not None and packer is not None
+        return assignment, packer
+
+    def _attach(self, assignment: m.ActorAssignment, device: torch.device | None) -> None:
+        """Make this rank's senders, and in a thread have them join and bind what they send, while workers bind what they take."""
+        source, places = self._source, Places(self._source.buffers)
+        timeout_s = self._config.timeout_s
+        join = self._endpoints.attach(assignment, timeout_s, places, stable_memory=source.stable_memory, device=device)
+        senders = list(self._endpoints.senders.values())
+
+        def prepare() -> Packer:
+            if device is not None:
+                torch.cuda.set_device(device)
+            packer = Packer(assignment, places, senders, source.declared)
+            packer.prepare()
+            return packer
+
+        self._tasks.spawn(_JOIN, join, (_PREPARE, prepare))
 
     def _plan_connection(self, reports: m.Reports) -> m.Planned:
         """Rank 0: plan the connection, and open what its transports need."""
         for hello, record in zip(reports.workers, reports.records, strict=True):
             if record.remark:
                 _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
-        self._plan = plan_connection(self._source.tensors, self._source.placements, reports, self._config, self._source.declared.transforms)
+        source = self._source
+        self._plan = self._last_plan = plan_connection(
+            source.tensors, source.placements, reports, self._config, source.declared.transforms, self._last_plan
+        )
         self._sinks = tuple(record.sink for record in reports.records)
         return m.Planned(*self._endpoints.host(self._plan, self._config))
 

@@ -17,6 +17,7 @@ import torch
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.coordinator.roster import Member, some
 from rlsync.copy.cpu import CopyProgram, region
+from rlsync.copy.places import Places
 from rlsync.plan.packing import PackedPart, Region, Segment
 from rlsync.plan.transports import TRANSPORTS
 
@@ -171,7 +172,7 @@ class Local:
     """What a sender needs of its process.
 
     Attributes:
-        buffers: memory of this rank's placement.
+        places: of the memory of this rank's placement; looked at before each call of ``join`` but the first.
         stable_memory: whether it stays allocated between syncs.
         device: the GPU of this process, or None where it has touched none.
         hosted: the resource that this process has opened for the transport, on rank 0.
@@ -179,7 +180,7 @@ class Local:
             idempotent and not block.
     """
 
-    buffers: Buffers
+    places: Places
     stable_memory: bool
     timeout_s: float
     device: torch.device | None

@@ -19,6 +19,7 @@ import torch
 
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.copy.places import Places
 from rlsync.copy.tables import Strided, moves_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES
@@ -140,7 +141,7 @@ def _stage(routes: Routes, row: Sequence[PackedPart]) -> tuple[dict[tuple[int, i
 def make_sender(end: bytes, local: Local) -> IpcSender:
     assert local.device is not None, "a rank without a device exports nothing"
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    return IpcSender(decoded, local.buffers, stable_memory=local.stable_memory, device=local.device)
+    return IpcSender(decoded, local.places, stable_memory=local.stable_memory, device=local.device)
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> IpcReceiver:
@@ -163,9 +164,9 @@ def memory_of(buffers: Buffers, *, stable_memory: bool) -> Memory:
 class IpcSender:
     """An actor rank's end: exports its parameters, and stages in a ring the regions that are not read in place."""
 
-    def __init__(self, end: SenderEnd, buffers: Buffers, *, stable_memory: bool, device: torch.device) -> None:
+    def __init__(self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device) -> None:
         self._end, self._device = end, device
-        self._exporter = IpcExporter(end, buffers, stable_memory=stable_memory, device=device)
+        self._exporter = IpcExporter(end, places, stable_memory=stable_memory, device=device)
         self._has_joined = False
 
     def join(self, group: int) -> bytes | None:
@@ -203,19 +204,21 @@ class IpcExporter:
 
     Args:
         end: names the buffers that are read in place, and the size of staging slots.
-        buffers: memory of this rank's placement.
+        places: of the memory of this rank's placement.
         stable_memory: whether the buffers stay allocated between syncs.
         device: on which the buffers are, and the staging ring, where there is one.
     """
 
-    def __init__(self, end: SenderEnd, buffers: Buffers, *, stable_memory: bool, device: torch.device) -> None:
+    def __init__(self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device) -> None:
         names = dict.fromkeys(r.source_buffer for row in end.in_place for part in row for r in part.regions)
-        self._buffers = {name: buffers[name] for name in names}
+        self._places, self._buffers = places, {name: places.buffers[name] for name in names}
         self._stable_memory, self._device = stable_memory, device
         self._stage: ExportableMemory | None = None
         if end.stage_bytes:
             self._stage = ExportableMemory(end.num_slots * end.stage_bytes, device)
         self._stage_bytes = end.stage_bytes
+        # What the last export says: of which generation of places, and of them which addresses.
+        self._generation = 0
         self._addresses: list[int] = []
         # By number of an allocation, an address in it.
         self._firsts: dict[int, int] = {}
@@ -232,36 +235,48 @@ class IpcExporter:
             raise PlacementError(
                 f"{len(gone)} of {len(self._buffers)} parameters are not in device memory, among them {gone[0]}: onload them before sync()"
             )
-        self._addresses = self._find()
-        self._firsts = {allocation_number(address): address for address in self._addresses}
-        unmappable = [address for address in self._firsts.values() if not can_be_exported(address)]
+        self._places.look()
+        addresses = self._find()
+        firsts = {allocation_number(address): address for address in addresses}
+        unmappable = [address for address in firsts.values() if not can_be_exported(address)]
         if unmappable:
             # Staging is decided at connect, for all ranks: a parameter that was to be read in place cannot be staged later.
-            name = next(name for name, t in self._buffers.items() if t.data_ptr() == unmappable[0])
+            name = next(name for name, address in zip(self._buffers, addresses, strict=True) if address == unmappable[0])
             raise PlacementError(
                 f"parameter {name} has moved into memory that other processes cannot map (expandable segments, a memory saver); "
                 "close() and connect() anew to read it through a staging ring, or set weight_sync.staging=always"
             )
-        exported = [*self._firsts.values(), *([] if self._stage is None else [self._stage.address])]
-        return IpcExport(
+        exported = [*firsts.values(), *([] if self._stage is None else [self._stage.address])]
+        export = IpcExport(
             tuple(allocation_of(address, self._device) for address in exported),
-            {name: ExportedBuffer(t.data_ptr(), t.nbytes, str(t.dtype).removeprefix("torch.")) for name, t in self._buffers.items()},
+            {
+                name: ExportedBuffer(address, t.nbytes, str(t.dtype).removeprefix("torch."))
+                for (name, t), address in zip(self._buffers.items(), addresses, strict=True)
+            },
             0 if self._stage is None else self._stage.address,
             self._stage_bytes,
             self._stable_memory,
         )
+        # Not before: what has raised is done again in the next sync.
+        self._generation, self._addresses, self._firsts = self._places.generation, addresses, firsts
+        return export
 
     def renewed(self) -> IpcExport | None:
-        """The current export, or None where no memory has moved since the last one.
+        """The current export, or None where no memory has moved since the last one. Goes by the last look at the places.
 
         The generation of the memory is the addresses of the buffers, and the driver's numbers of the allocations that they are in:
         one that was freed and taken again at the same address has another number.
         """
-        same = self._find() == self._addresses and all(allocation_number(a) == number for number, a in self._firsts.items())
+        if self._places.generation != self._generation:
+            if self._find() != self._addresses:
+                return self.export()
+            self._generation = self._places.generation
+        same = all(allocation_number(address) == number for number, address in self._firsts.items())
         return None if same else self.export()
 
     def _find(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._buffers.values()]
+        found = self._places.by_name()
+        return [found[name][0] for name in self._buffers]
 
     def close(self) -> None:
         """Give the staging ring back. Every reader has let go of it, or its process has ended. Idempotent."""

@@ -10,7 +10,8 @@ import torch
 from rlsync.copy.checksum import checksum, checksums
 from rlsync.copy.cpu import CopyProgram
 from rlsync.copy.cuda import CudaCopyProgram, strided
-from rlsync.copy.sums import Sums, place_of
+from rlsync.copy.places import place_of
+from rlsync.copy.sums import Sums
 from rlsync.copy.tables import Move, Strided
 from rlsync.errors import PlacementError
 from tests.copy_pairs import Pairs, draw_pairs, give

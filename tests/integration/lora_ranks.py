@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
@@ -23,7 +24,7 @@ from rlsync.copy.cpu import region
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.topology import Topology
 from rlsync.megatron import lora as megatron_lora
-from rlsync.megatron.model import DdpOptions, adapters_in, is_adapter, iter_parameters
+from rlsync.megatron.model import DdpOptions, adapters_by_weight, adapters_in, is_adapter, iter_parameters
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
@@ -95,6 +96,7 @@ def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, 
         adapted = {f"{name.rpartition('.lora_')[0]}.weight" for name in exported}
         assert source.declared.transforms == dict.fromkeys(adapted, "merge"), "engines would get the base"
         assert not source.frozen & adapted and source.frozen
+        check_merging(actor, source)
         off = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
         assert off < 1e-4, f"{case}: merged weights differ by {off}"
         folder = Path(out_dir, f"{dist.get_world_size()}-{number}")
@@ -104,6 +106,32 @@ def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, 
         assert all(torch.equal(written[f"base_model.model.{name}"], tensor) for name, tensor in exported.items())
         print(f"TRAINED {case['model']} {case['topology']} adapters within {worst:.1e}, merged within {off:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
+
+
+def check_merging(actor: LoraActor, source: MegatronSource) -> None:
+    """What an adapter makes of its weight does not depend on those that are merged beside it, bit for bit; and those that are alike, as
+    hundreds of experts, take a product each and little else."""
+    adapters, compute = adapters_by_weight(actor.models), source.declared.compute
+    assert compute is not None
+    with Operations() as together:
+        merged = dict(zip(adapters, compute(list(adapters)), strict=True))
+    for names in ([name] for name in reversed(adapters)):
+        assert torch.equal(compute(names)[0], merged[names[0]]), names
+        assert merged[names[0]].dtype == source.buffers[names[0]].dtype
+    kinds = {(merged[name].shape, each.lora_A.shape, each.lora_B.shape) for name, each in adapters.items()}
+    assert together.count <= len(adapters) + 8 * len(kinds), f"{together.count} for {len(adapters)} adapters of {len(kinds)} kinds"
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that compute: on a GPU each would be a launch, or several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func is not torch.ops.aten.empty.memory_format
+        return func(*args, **(kwargs or {}))
 
 
 def draw_alike(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], out_dir: str) -> None:

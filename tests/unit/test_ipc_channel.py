@@ -7,13 +7,17 @@ same of the real thing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rlsync.copy import sums
+from rlsync.copy.places import Places
+from rlsync.sync.source import Declared
+from rlsync.transport import ipc
 from rlsync.transport.ipc import IpcExporter
 from tests import standin_gpu
 from tests.standin_gpu import Driver, GpuTensor, Memory
@@ -44,6 +48,28 @@ class GpuNumbers(Numbers):
             before.free()
 
 
+class Computed(GpuNumbers):
+    """Its numbers are computed in each sync, into memory of theirs from byte ``computed_at`` on; what lies in the halves is less by 1."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.computed_at, self._room = 0, Memory(self._driver, 4096)
+        self.declared = Declared(dict.fromkeys((t.name for t in self.tensors), "merge"), self._compute)
+
+    def begin(self, version: int) -> None:
+        super().begin(version)
+        for half in self.buffers.values():
+            half.sub_(1.0)
+
+    def _compute(self, names: Sequence[str]) -> list[torch.Tensor]:
+        found, cursor = [], self.computed_at
+        for half in (self.buffers[name] for name in names):
+            found.append(self._room.tensor[cursor : cursor + half.nbytes].view(torch.float32))
+            found[-1].copy_(half + 1.0)
+            cursor += half.nbytes + 64
+        return found
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return standin_gpu.install(monkeypatch)
@@ -66,9 +92,9 @@ Connect = Callable[..., Actors]
 def connect(driver: Driver, engine: ThreadEngine) -> Iterator[Connect]:
     made: list[Actors] = []
 
-    def connected(*, stays: bool, **config: Any) -> Actors:
+    def connected(*, stays: bool, numbers: type[GpuNumbers] = GpuNumbers, **config: Any) -> Actors:
         settings = {"verify": "full", "transport": "ipc", **config}
-        made.append(Actors([engine], lambda rank, size: GpuNumbers(driver, rank, size, stays=stays), **settings))
+        made.append(Actors([engine], lambda rank, size: numbers(driver, rank, size, stays=stays), **settings))
         made[-1].connect()
         return made[-1]
 
@@ -143,6 +169,21 @@ def test_memory_that_moves_unsaid_is_found_out_and_the_next_sync_is_right(
     assert holds(engine, 3)
 
 
+def test_memory_that_nobody_can_map_is_refused_in_every_sync_until_it_leaves(
+    connect: Connect, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors = connect(stays=True)
+    actors.sync(1)
+    for source in actors.sources:
+        source.move()
+    with monkeypatch.context() as patched:
+        patched.setattr(ipc, "can_be_exported", lambda address: False)
+        for _ in range(2):
+            assert "other processes cannot map" in actors.failure(lambda s: s.sync(2)).cause
+    actors.sync(3)
+    assert holds(engine, 3)
+
+
 @pytest.mark.parametrize("stays", [True, False])
 def test_the_sync_after_a_failed_one_is_right_in_the_same_connection(connect: Connect, engine: ThreadEngine, stays: bool) -> None:
     actors, tries = connect(stays=stays), itertools.count()
@@ -158,6 +199,49 @@ def test_the_sync_after_a_failed_one_is_right_in_the_same_connection(connect: Co
             source.move()
         actors.sync(version)
         assert holds(engine, version)
+
+
+def test_what_a_source_computes_is_summed_by_programs_that_follow_its_memory(
+    connect: Connect, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound in the first sync, once for each bucket and rank; anew only where memory moved by no multiple of what a thread moves."""
+    bound: list[object] = []
+
+    class Counted(sums.CudaCopyProgram):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            bound.append(self)
+
+    monkeypatch.setattr(sums, "CudaCopyProgram", Counted)
+    actors = connect(stays=True, numbers=Computed)
+    for version, at, num_bound in ((1, 0, 2 * len(SIZES)), (2, 0, 0), (3, 64, 0), (4, 68, 2 * len(SIZES))):
+        for source in actors.sources:
+            source.computed_at = at
+        bound.clear()
+        report = actors.sync(version)
+        assert holds(engine, version)
+        assert (report.staged_bytes, len(bound)) == (2 * NBYTES, num_bound), version
+    engine.on_hold = lambda worker, weights: weights["w2"].neg_()
+    assert "verified regions are not what was sent" in actors.failure(lambda s: s.sync(5)).cause
+
+
+def test_a_sync_looks_at_each_buffer_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs, checksums and exports together, on each of two ranks; where something has moved its export looks again."""
+    looks: list[Places] = []
+    look = Places.look
+
+    def counted(self: Places) -> None:
+        looks.append(self)
+        look(self)
+
+    actors = connect(stays=True)
+    monkeypatch.setattr(Places, "look", counted)
+    for version, moves, num_looks in ((1, False, 2), (2, True, 4), (3, False, 2)):
+        for source in actors.sources if moves else ():
+            source.move()
+        looks.clear()
+        actors.sync(version)
+        assert len(looks) == num_looks, version
 
 
 def test_a_flipped_bit_is_found_in_place_and_in_the_ring(connect: Connect, engine: ThreadEngine) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_in
 
 from rlsync.coordinator.messages import ActorHello, Recorded, Reports, WorkerHello
 from rlsync.coordinator.roster import ExportRegistry
@@ -36,16 +38,44 @@ def worker(number: int, place: str, pid: int | None = None) -> WorkerHello:
 
 
 def planned(
-    actors: Sequence[str], workers: Sequence[str], memory: Sequence[str] = ("stable", "stable"), sink: str = "direct", **config: Any
+    actors: Sequence[str],
+    workers: Sequence[str],
+    memory: Sequence[str] = ("stable", "stable"),
+    sink: str = "direct",
+    dtype: str = "bfloat16",
+    declared: Mapping[str, str] | None = None,
+    frozen: tuple[tuple[int, int], ...] = (),
+    last: ConnectionPlan | None = None,
+    **config: Any,
 ) -> ConnectionPlan:
-    """Two actor ranks, replicas of each other, and workers that hold everything; each is given by its host and GPU."""
+    """Two actor ranks, replicas of each other, and workers that hold everything in ``dtype``; each is given by its host and GPU."""
+    held = [replace(tensor, dtype=dtype) for tensor in TENSORS]
     reports = Reports(
-        tuple(actor(rank, place, kind) for rank, (place, kind) in enumerate(zip(actors, memory, strict=True))),
+        tuple(replace_in(actor(rank, *each), frozen=frozen) for rank, each in enumerate(zip(actors, memory, strict=True))),
         tuple(worker(number, place) for number, place in enumerate(workers)),
-        tuple(Recorded(whole_tensors(f"worker {number}", TENSORS), sink) for number in range(len(workers))),
+        tuple(Recorded(whole_tensors(f"worker {number}", held), sink) for number in range(len(workers))),
     )
     placements = [whole_tensors(f"actor {rank}", TENSORS) for rank in range(2)]
-    return plan_connection(TENSORS, placements, reports, SyncConfig(**{"bucket_bytes": NBYTES // 2, **config}))
+    return plan_connection(TENSORS, placements, reports, SyncConfig(**{"bucket_bytes": NBYTES // 2, **config}), declared, last)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": ("a2", "a1")}, {"transport": "nccl"}, {"workers": ("a2",)}, {"actors": ("a1", "a0")},
+        {"memory": ("stable", "device")}, {"sink": "layerwise"}, {"dtype": "float32"}, {"declared": {"w3": "merge"}},
+        {"frozen": ((0, 8),)}, {"staging": "always"}, {"bucket_bytes": NBYTES // 4},
+    ],
+)  # fmt: skip
+def test_a_connection_like_the_one_before_takes_its_plan_and_any_other_is_planned(change):
+    before = {"actors": ("a0", "a1"), "workers": ("a2", "a3"), "sink": "direct" if "sink" in change else "layerwise"}
+    # What is declared is staged, whatever the configuration says.
+    before["staging"] = "always" if "declared" in change else "auto"
+    last = planned(**before)
+    again = planned(**before, last=last)
+    assert again == last and again.plan is last.plan and again.parts is last.parts
+    other = planned(**{**before, **change}, last=last)
+    assert other == planned(**{**before, **change}) and other != last and other.plan is not last.plan
 
 
 def test_workers_of_the_actors_host_read_the_replica_on_their_own_gpu_in_place_and_in_one_bucket():
