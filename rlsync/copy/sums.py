@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,24 @@ from rlsync.copy.tables import moves_of
 
 # Views of one round of those that belong to a key.
 Views = Callable[[int], Sequence[torch.Tensor]]
+
+
+@dataclass(slots=True)
+class Bound:
+    """A program, and the memory that its sources lie in, which it does not keep alive."""
+
+    place: Place
+    program: CudaCopyProgram
+
+    def follows(self, place: Place) -> bool:
+        """Whether the program reads the same pieces of memory where they are now; if not, it is to be made anew."""
+        if self.place != place:
+            moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self.place, place, strict=True))
+            if moves is None:
+                return False
+            self.program.move_sources(moves)
+            self.place = place
+        return True
 
 
 class Begun:
@@ -33,7 +52,7 @@ class Sums:
     """
 
     def __init__(self) -> None:
-        self._bound: dict[tuple[Hashable, int], tuple[Place, CudaCopyProgram]] = {}
+        self._bound: dict[tuple[Hashable, int], Bound] = {}
 
     def prepare(self, key: Hashable, rounds: Sequence[int], place: Place, views: Views) -> None:
         """Bind the programs of these rounds, which the first ``begin`` would otherwise do."""
@@ -59,18 +78,11 @@ class Sums:
     def _program(self, key: Hashable, number: int, place: Place, views: Views) -> CudaCopyProgram | Sequence[torch.Tensor]:
         """On CUDA a program, elsewhere the views themselves."""
         known = self._bound.get((key, number))
-        if known is not None:
-            before, program = known
-            if before == place:
-                return program
-            moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(before, place, strict=True))
-            if moves is not None:
-                program.move_sources(moves)
-                self._bound[key, number] = place, program
-                return program
+        if known is not None and known.follows(place):
+            return known.program
         made = views(number)
         if not made or not made[0].is_cuda:
             return made
         program = CudaCopyProgram([(None, strided(view)) for view in made], device=made[0].device, summed=True)
-        self._bound[key, number] = place, program
+        self._bound[key, number] = Bound(place, program)
         return program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from rlsync.coordinator.messages import ActorAssignment, Sum
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided
 from rlsync.copy.places import Places, place_of
-from rlsync.copy.sums import Sums, Views
+from rlsync.copy.sums import Bound, Sums, Views
 from rlsync.copy.tables import Move, moves_of
 from rlsync.copy.transforms import transformed
 from rlsync.errors import PlacementError
@@ -44,22 +44,50 @@ class _Program(Protocol):
     def run(self) -> int: ...
 
 
-class _Computing:
-    """Regions whose transform is not fused into a copy: computed in each sync, and copied to their places."""
+# Destination and source.
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
-    def __init__(
-        self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Sequence[Region]], Sequence[torch.Tensor]]
-    ) -> None:
+
+class _Transforming:
+    """Regions of a transform that is a function of one region and is not fused into a copy: computed in each sync, and copied."""
+
+    def __init__(self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Region], torch.Tensor]) -> None:
         self._places, self._regions = [place for place, _ in regions], [r for _, r in regions]
         self._nbytes, self._compute = sum(place.nbytes for place in self._places), compute
 
     def run(self) -> int:
-        torch._foreach_copy_(self._places, list(self._compute(self._regions)))
+        torch._foreach_copy_(self._places, [self._compute(r) for r in self._regions])
         return self._nbytes
 
 
-# Destination and source.
-_Pair = tuple[torch.Tensor, torch.Tensor]
+class _Declared:
+    """Regions of buffers that the source computes in each sync, copied to their places, and cast where dtypes differ. On CUDA by a program:
+    an allocator gives a sync the memory that it gave the one before, more often than not."""
+
+    def __init__(
+        self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
+    ) -> None:
+        self._regions, self._compute = regions, compute
+        self._names = tuple(dict.fromkeys(r.source_buffer for _, r in regions))
+        self._nbytes = sum(place.nbytes for place, _ in regions)
+        self._bound: Bound | None = None
+
+    def run(self) -> int:
+        computed = self._compute(self._names)
+        if not self._regions[0][0].is_cuda:
+            return CopyProgram(self._pairs(computed)).run()
+        where = place_of(computed[name] for name in self._names)
+        if self._bound is None or not self._bound.follows(where):
+            pairs = [(place, strided(view)) for place, view in self._pairs(computed)]
+            self._bound = Bound(where, CudaCopyProgram(pairs, device=pairs[0][0].device))
+        return self._bound.program.run()
+
+    def _pairs(self, computed: Mapping[str, torch.Tensor]) -> list[_Pair]:
+        return [(place, _region_of(computed[r.source_buffer], r)) for place, r in self._regions]
+
+
+def _region_of(buffer: torch.Tensor, r: Region) -> torch.Tensor:
+    return region(buffer, r.source_offset, r.shape, r.source_strides)
 
 
 class Packer:
@@ -138,13 +166,19 @@ class Packer:
         """The programs that write a step of a sender."""
         if (index, step) not in self._programs:
             fused: list[_Pair] = []
-            computed: list[tuple[torch.Tensor, Region]] = []
+            declared: list[tuple[torch.Tensor, Region]] = []
+            others: list[tuple[torch.Tensor, Region]] = []
             for r, place in self._senders[index].places(step):
-                if r.transform and not TRANSFORMS[r.transform].is_fused:
-                    computed.append((place, r))
+                if _is_declared(r):
+                    declared.append((place, r))
+                elif r.transform and not TRANSFORMS[r.transform].is_fused:
+                    others.append((place, r))
                 else:
                     fused.append((place, self._view(r)))
-            self._programs[index, step] = (*_bind(fused), *([_Computing(computed, self._all_transformed)] if computed else []))
+            programs = list(_bind(fused))
+            programs += [_Declared(declared, self._compute)] if declared else []
+            programs += [_Transforming(others, self._transformed)] if others else []
+            self._programs[index, step] = tuple(programs)
         return self._programs[index, step]
 
     def prepare(self) -> None:
@@ -159,11 +193,13 @@ class Packer:
     def _follow(self, moves: Sequence[Move] | None) -> None:
         """Let programs read the parameters' current addresses. Programs that cannot follow are made anew at their next use."""
         for key, programs in list(self._programs.items()):
-            if moves is None or not all(isinstance(program, CudaCopyProgram) for program in programs):
+            # What is computed lies elsewhere.
+            reading = [program for program in programs if not isinstance(program, _Declared)]
+            if reading and (moves is None or not all(isinstance(program, CudaCopyProgram) for program in reading)):
                 del self._programs[key]
                 continue
-            for program in programs:
-                assert isinstance(program, CudaCopyProgram)
+            for program in reading:
+                assert isinstance(program, CudaCopyProgram) and moves is not None
                 program.move_sources(moves)
 
     def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
@@ -209,24 +245,26 @@ class Packer:
 
     def _all_transformed(self, regions: Sequence[Region]) -> list[torch.Tensor]:
         """The elements of several regions; those of a transform that copies compute may be in the dtype that they are copied from."""
-        self._compute([r.source_buffer for r in regions if TRANSFORMS[r.transform].is_declared])
-        return [
-            self._view(r) if (row := TRANSFORMS[r.transform]).is_declared or row.is_fused
-            else transformed(self._view(r), r.transform, getattr(torch, r.dtype))
-            for r in regions
-        ]  # fmt: skip
+        self._compute([r.source_buffer for r in regions if _is_declared(r)])
+        return [self._view(r) if _is_declared(r) or TRANSFORMS[r.transform].is_fused else self._transformed(r) for r in regions]
+
+    def _transformed(self, r: Region) -> torch.Tensor:
+        return transformed(self._view(r), r.transform, getattr(torch, r.dtype))
 
     def _view(self, r: Region) -> torch.Tensor:
-        is_declared = bool(r.transform) and TRANSFORMS[r.transform].is_declared
-        buffer = (self._computed if is_declared else self._buffers)[r.source_buffer]
-        return region(buffer, r.source_offset, r.shape, r.source_strides)
+        return _region_of((self._computed if _is_declared(r) else self._buffers)[r.source_buffer], r)
 
-    def _compute(self, names: Sequence[str]) -> None:
-        """Have what the source declares of these buffers, once for a bucket."""
+    def _compute(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        """What the source declares of these buffers, computed once for a bucket."""
         missing = [name for name in dict.fromkeys(names) if name not in self._computed]
         if missing:
             assert self._declared.compute is not None, "what declares transforms computes them"
             self._computed.update(zip(missing, self._declared.compute(missing), strict=True))
+        return self._computed
+
+
+def _is_declared(r: Region) -> bool:
+    return bool(r.transform) and TRANSFORMS[r.transform].is_declared
 
 
 def _given(views: Sequence[torch.Tensor]) -> Views:

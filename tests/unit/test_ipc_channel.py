@@ -16,6 +16,7 @@ import torch
 
 from rlsync.copy import sums
 from rlsync.copy.places import Places
+from rlsync.sync import packer
 from rlsync.sync.source import Declared
 from rlsync.transport import ipc
 from rlsync.transport.ipc import IpcExporter
@@ -201,28 +202,35 @@ def test_the_sync_after_a_failed_one_is_right_in_the_same_connection(connect: Co
         assert holds(engine, version)
 
 
-def test_what_a_source_computes_is_summed_by_programs_that_follow_its_memory(
+def test_what_a_source_computes_is_sent_and_summed_by_programs_that_follow_its_memory(
     connect: Connect, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bound in the first sync, once for each bucket and rank; anew only where memory moved by no multiple of what a thread moves."""
-    bound: list[object] = []
+    """Bound in the first sync, one each for each bucket and rank; anew only where memory moved by no multiple of what a thread moves."""
+    bound: dict[str, int] = {}
 
-    class Counted(sums.CudaCopyProgram):
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            bound.append(self)
+    def counting(module: Any) -> type:
+        class Counted(module.CudaCopyProgram):
+            def __init__(self, *arguments: Any, **named: Any) -> None:
+                super().__init__(*arguments, **named)
+                bound[module.__name__] = bound.get(module.__name__, 0) + 1
 
-    monkeypatch.setattr(sums, "CudaCopyProgram", Counted)
+        return Counted
+
+    for module in (sums, packer):
+        monkeypatch.setattr(module, "CudaCopyProgram", counting(module))
     actors = connect(stays=True, numbers=Computed)
-    for version, at, num_bound in ((1, 0, 2 * len(SIZES)), (2, 0, 0), (3, 64, 0), (4, 68, 2 * len(SIZES))):
+    for version, at, is_anew in ((1, 0, True), (2, 0, False), (3, 64, False), (4, 68, True), (5, 68, False)):
         for source in actors.sources:
             source.computed_at = at
+            if version == 5:
+                source.move(4)
         bound.clear()
         report = actors.sync(version)
         assert holds(engine, version)
-        assert (report.staged_bytes, len(bound)) == (2 * NBYTES, num_bound), version
+        assert report.staged_bytes == 2 * NBYTES
+        assert bound == (dict.fromkeys((sums.__name__, packer.__name__), 2 * len(SIZES)) if is_anew else {}), version
     engine.on_hold = lambda worker, weights: weights["w2"].neg_()
-    assert "verified regions are not what was sent" in actors.failure(lambda s: s.sync(5)).cause
+    assert "verified regions are not what was sent" in actors.failure(lambda s: s.sync(6)).cause
 
 
 def test_a_sync_looks_at_each_buffer_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
