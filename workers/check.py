@@ -16,10 +16,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlsync.bridge.adapter_folder import check_adapter_folder
+from rlsync.bridge.adapter_folder import check_adapter_folder, placed_adapter
 from rlsync.errors import RlsyncError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
+from rlsync.models.lora import adapters_of, check_adapters
+from rlsync.models.stacks import Model
 from rlsync.models.stored import misfits
 from workers.colocation import ColocationPlan, check_overlap, plan_colocation
 from workers.config import (
@@ -244,13 +246,12 @@ def check_weights(config: AnyConfig, report: Report) -> None:
     reads_weights = actor.megatron.use_hf_ckpt and actor.megatron.convert_from_hf
     if not reads_weights or _will_be_made(config, folder) or not (folder / "config.json").is_file():
         return
-    if actor.lora_spec is not None and actor.lora.adapter_path is not None:
-        report.take("weights", check_adapter_folder, actor.lora.adapter_path, actor.lora_spec)
     stored = report.take("weights", read_checkpoint, folder)
     hf_config = report.take("model", read_hf_config, folder, config.model_key)
-    if stored is None or hf_config is None or check_config(hf_config):
+    model = None if hf_config is None or check_config(hf_config) else model_of(hf_config)
+    _check_adapter(config, model, report)
+    if stored is None or model is None:
         return
-    model = model_of(hf_config)
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
     kept = sum(model.is_kept(name) for name in stored)
@@ -259,6 +260,17 @@ def check_weights(config: AnyConfig, report: Report) -> None:
         report.notes.append(text)
     for text in misfits(model, shapes):
         report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
+
+
+def _check_adapter(config: AnyConfig, model: Model | None, report: Report) -> None:
+    """The folder of adapters that a run begins with: what they compute, and for a model whether all of them are there and no others."""
+    spec, folder = config.actor.lora_spec, config.actor.lora.adapter_path
+    if spec is None or folder is None:
+        return
+    findings = len(report.findings)
+    report.take("weights", check_adapter_folder, folder, spec)
+    if model is not None and len(report.findings) == findings and not check_adapters(model, spec):
+        report.take("weights", placed_adapter, model, adapters_of(model, spec), Path(folder))
 
 
 def check_tokenizer(config: AnyConfig, report: Report) -> None:

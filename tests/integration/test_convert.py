@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlsync import models
 from rlsync.cli import main
 from rlsync.convert import conversion
 from rlsync.convert.conversion import convert
@@ -24,11 +25,11 @@ from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from tests.deadlines import HANG_S
 from tests.integration.conversions import ConvertingProcess, request, run, run_rank
 from tests.integration.test_convert_adapters import CASES, save_adapted
-from tests.models import DENSE_FAMILIES, MOE_FAMILIES, add_further_layer, save_tiny_model
+from tests.models import DENSE_FAMILIES, MOE_FAMILIES, add_further_layer, save_tiny_model, tiny_config
 from tests.ranks import free_port, run_ranks
 from tests.vision_models import FAMILIES as VISION_FAMILIES
 from tests.vision_models import MOE_FAMILIES as VISION_MOE_FAMILIES
-from tests.vision_models import save_tiny_vision_model
+from tests.vision_models import save_tiny_vision_model, tiny_vision_config
 
 RANKS = "tests.integration.convert_ranks"
 SP = {"sequence_parallel": True}
@@ -63,12 +64,20 @@ def tiny(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "hf", "qwen3", tied=True)
 
 
+WITH_PICTURES = (*VISION_FAMILIES, *VISION_MOE_FAMILIES)
+
+
+def test_no_family_is_left_out():
+    made = [*(tiny_config(name) for name in (*DENSE_FAMILIES, *MOE_FAMILIES)), *(tiny_vision_config(name) for name in WITH_PICTURES)]
+    assert {config.model_type for config in made} == {family.model_type for family in models.FAMILIES}
+
+
 @pytest.mark.parametrize(
     ("family", "layouts"),
     [
         *((family, DENSE) for family in DENSE_FAMILIES),
         *((family, EXPERTS) for family in MOE_FAMILIES),
-        *((family, PICTURES) for family in (*VISION_FAMILIES, *VISION_MOE_FAMILIES)),
+        *((family, PICTURES) for family in WITH_PICTURES),
     ],
 )
 def test_every_family_goes_through_three_layouts_and_torch_dist_and_back_bit_for_bit(family, layouts, tmp_path):

@@ -110,13 +110,13 @@ def test_adapters_go_to_shards_of_two_layouts_and_back_bit_for_bit(adapted, tmp_
     if family in OURS:
         convert(request(base, tmp_path / "merged", "hf", adapter=tmp_path / "back", merge_lora=True))
         assert apart(tensors(tmp_path / "merged"), tensors(base / "merged")) < 1e-6
-        return
-    assert apart(found, tensors(base / "adapter")) == 0.0
+    else:
+        assert apart(found, tensors(base / "adapter")) == 0.0
     import peft
 
     model = (tiny_vision_model if "vl" in family else tiny_model)(family)
-    save_as_base(peft.PeftModel.from_pretrained(model, tmp_path / "back").merge_and_unload(), tmp_path / "merged")
-    assert apart(tensors(tmp_path / "merged"), tensors(base / "merged")) == 0.0
+    save_as_base(peft.PeftModel.from_pretrained(model, tmp_path / "back").merge_and_unload(), tmp_path / "by peft")
+    assert apart(tensors(tmp_path / "by peft"), tensors(base / "merged")) <= (1e-6 if family in OURS else 0.0)
 
 
 def test_several_workers_merge_into_the_same_files(adapted, tmp_path):

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlsync.cli.shapes import shape_of
+from rlsync.models import model_of
+from rlsync.models.lora import PREFIX, LoraSpec, adapters_of
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN3_VL
 from workers.check import GRPO_CHECKS, Report, check_devices, check_memory, check_model, check_run
@@ -173,6 +177,33 @@ def test_adapters_are_checked_against_the_model_and_their_folder(own, monkeypatc
     found = texts(check(own, monkeypatch, actor={"lora": lora, "megatron": {"mbridge": True}}))
     assert "actor.lora: target_modules name gate, which no linear layer of Qwen2ForCausalLM is called" in found
     assert f"{own}/adapter/adapter_config.json cannot be read" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "drop", "words"),
+    [
+        ({}, "", ""),
+        ({"use_dora": True}, "", "adapter_config.json: use_dora is True; only False or None is supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "", "rank_pattern is {'q_proj': 2}"),
+        ({"r": 8}, "", "holds another adapter than this run's: r 8 there, 4 here"),
+        ({}, "layers.1.self_attn.q_proj.lora_B.weight", "adapters asked for: missing 1 tensors: model.layers.1.self_attn.q_proj.lora_B"),
+        ({}, "adapter_model.safetensors", "no *.safetensors file"),
+    ],
+)
+def test_a_folder_of_other_adapters_is_a_finding(own, monkeypatch, config: dict[str, Any], drop: str, words: str) -> None:
+    """Each of its keys and tensors, before anything starts; the whole one has no finding."""
+    spec = LoraSpec(4, 32.0, target_modules=("q_proj",))
+    model = model_of(json.loads((own / "model/config.json").read_text()))
+    tensors = {f"{PREFIX}{t.name}": torch.zeros(t.shape) for t in adapters_of(model, spec).tensors(model, "float32")}
+    (own / "adapter").mkdir()
+    save_file({name: t for name, t in tensors.items() if not drop or drop not in name}, own / "adapter/adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "target_modules": ["q_proj"], **config}
+    (own / "adapter/adapter_config.json").write_text(json.dumps(content))
+    if drop.endswith(".safetensors"):
+        (own / "adapter" / drop).unlink()
+    lora = {"r": 4, "adapter_path": str(own / "adapter"), "target_modules": ["q_proj"]}
+    found = texts(check(own, monkeypatch, actor={"lora": lora, "megatron": {"mbridge": True}}))
+    assert (words in found) if words else "adapter" not in found
 
 
 def test_a_vision_language_model_is_checked_before_anything_starts(own, monkeypatch) -> None:
