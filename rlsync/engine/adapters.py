@@ -25,6 +25,8 @@ class AdapterSlots:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._adapters: list[int | None] = [None] * len(lora.manager_of(model).lora_index_to_id)
+        # How vLLM calls adapters that go by another number here.
+        self._names: dict[int, int] = {}
         self._r = 0
         self._written: list[torch.Tensor] = []
         self._others: list[torch.Tensor] = []
@@ -41,19 +43,21 @@ class AdapterSlots:
         self._others = [tensor for name, tensor in held.items() if name not in self.staging]
 
     def fill(self, adapter_id: int, in_use: Collection[int]) -> None:
-        """Copy what has landed into a slot, for adapter ``adapter_id``, which was never used. ``in_use``: adapters of requests in flight.
+        """Copy what has landed into a slot, for adapter ``adapter_id``, a number greater than all before.
 
-        Raises RlsyncError where each slot has such an adapter.
+        ``in_use`` are adapters of requests in flight. It goes into an empty slot, or that of the oldest adapter: a request that was
+        cancelled may be in the engine for a moment still. Raises RlsyncError where each slot has an adapter in use.
         """
-        slot = next((slot for slot, adapter in enumerate(self._adapters) if adapter is None or adapter not in in_use), None)
-        if slot is None:
+        free = [slot for slot, adapter in enumerate(self._adapters) if adapter is None or adapter not in in_use]
+        if not free:
             raise RlsyncError(
                 f"all {len(self._adapters)} slots hold adapters of requests that still run ({', '.join(map(str, self._adapters))}); "
                 "start the engine with more max_loras, or sync with pause_mode abort"
             )
+        slot = min(free, key=lambda free_slot: self._adapters[free_slot] or 0)
         former, self._adapters[slot] = self._adapters[slot], None
         if former is not None:
-            lora.forget(self._model, former)
+            lora.forget(self._model, self._names.pop(former, former))
         torch._foreach_copy_([tensor[slot : slot + 1] for tensor in self._written], list(self.staging.values()))
         if self._others:
             # Each time: sleep may have left anything there.
@@ -67,6 +71,14 @@ class AdapterSlots:
         self._adapters[slot], self._pending = adapter_id, None
         self.register()
 
+    def rename(self, adapter_id: int, name: int) -> None:
+        """Have vLLM call adapter ``adapter_id`` by the number ``name``. Raises RlsyncError where no slot has it."""
+        if adapter_id not in self._adapters:
+            raise RlsyncError(f"no slot holds adapter {adapter_id}; there are {', '.join(map(str, self._adapters))}")
+        lora.forget(self._model, self._names.get(adapter_id, adapter_id))
+        self._names[adapter_id] = name
+        self.register()
+
     def register(self) -> None:
         """Tell vLLM of all slots; again where it has forgotten them, as it does at the end of every update of weights. Idempotent."""
-        lora.register(self._model, self._adapters, self._r)
+        lora.register(self._model, [None if held is None else self._names.get(held, held) for held in self._adapters], self._r)

@@ -76,8 +76,8 @@ class InitInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then.
 
-    Where adapters are synced: ``adapter_id`` is what vLLM calls those of this version, a number that was never used; ``adapters_in_use``
-    are those of requests in flight.
+    Where adapters are synced: ``adapter_id`` is what vLLM calls those of this version, until a server gives them a number of its own: one
+    that is greater than all before. ``adapters_in_use`` are those of requests in flight.
     """
 
     version: int
@@ -333,6 +333,22 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Called when vLLM has ended an update, and with it forgotten every adapter: those of this worker's slots are still there."""
         if self._adapters is not None:
             self._adapters.register()
+
+    def find_adapter(self, lora_request: Any) -> bool:
+        """Called when vLLM is to load adapters: whether a sync has brought them. vLLM calls them by the request's number from now on.
+
+        Raises RlsyncError where no slot has them, and for those of a folder, which would take a slot from a version.
+        """
+        number = lora.synced_number(lora_request)
+        if number is None and not self._syncs_adapters:
+            return False
+        with self._raising_once():
+            if number is None or self._adapters is None:
+                raise RlsyncError(
+                    f"{lora_request.lora_path!r} does not come by a sync, as adapters of this engine do; load it into another engine"
+                )
+            self._adapters.rename(number, lora_request.lora_int_id)
+        return True
 
     def shutdown(self, *, with_goodbye: bool = True) -> None:
         """Leave the run: close the channel and the receiver. Idempotent."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from rlsync.coordinator.messages import AdapterFactors
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.sync import WeightSyncer
 from rlsync.sync.packer import Packed
@@ -55,6 +56,19 @@ class FolderSource:
         """Other values for the same tensors, in the same memory."""
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[name])
+
+
+class AdapterSource(FolderSource):
+    """Adapters of rank ``r`` beside a frozen base: ``factors`` by their names in PEFT, without its prefix, and scaled."""
+
+    def __init__(self, base: dict[str, torch.Tensor], factors: dict[str, torch.Tensor], r: int) -> None:
+        super().__init__(base | factors)
+        self.frozen, self.declared = frozenset(base), Declared(adapter=AdapterFactors(r, len(base)))
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Other values for these tensors, in the same memory."""
+        for name, tensor in tensors.items():
+            self.buffers[name].copy_(tensor)
 
 
 def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:

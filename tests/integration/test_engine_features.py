@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,7 +105,7 @@ LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
         (LORA, None, True, ("without enable_lora",)),
         ({}, 8, True, ("enable_lora=True, max_loras=2, max_lora_rank=8",)),
         (LORA, 9, True, ("max_lora_rank=8 is less than the adapters' rank 9; start the engine with max_lora_rank=16",)),
-        (LORA, 8, False, ("use Engine or RayEngine",)),
+        (LORA, 8, False, ("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",)),
         (
             {**LORA, "max_loras": 1, "fully_sharded_loras": True, "enable_moe_shared_loras": True, "enable_mixed_moe_lora_format": True},
             8, True, ("with max_loras=2", "without fully_sharded", "without enable_moe_shared", "without enable_mixed_moe"),
@@ -121,10 +122,19 @@ def test_engines_with_slots_take_adapters_and_all_others_weights(
     assert all(word in sentence for word, sentence in zip(words, found, strict=True)), found
 
 
-def test_requests_with_pictures_have_no_adapters_of_their_own(folder: Path) -> None:
-    config = changed(config_of(folder, **LORA), "lora_config.default_mm_loras", {"image": "/nowhere"})
-    (found,) = against_adapters(config, 8, serves_adapters=True)
-    assert "without default_mm_loras" in found
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("lora_config.default_mm_loras", {"image": "/nowhere"}, "without default_mm_loras"),
+        ("parallel_config._api_process_count", 2, "several processes that take requests.* with --api-server-count=1"),
+    ],
+)
+def test_all_requests_run_on_the_adapters_of_their_version(folder: Path, path: str, value: Any, words: str) -> None:
+    """Not on those of pictures, nor on the base for a process of a server that has not heard of them."""
+    config = config_of(folder, **LORA)
+    assert against_adapters(config, 8, serves_adapters=True) == ()
+    (found,) = against_adapters(changed(config, path, value), 8, serves_adapters=True)
+    assert re.search(words, found)
 
 
 def test_ranks_that_slots_have_are_those_of_the_installed_vllm(folder: Path) -> None:

@@ -10,23 +10,25 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from rlsync.cli import main
 from rlsync.engine.handles import PicturePrompt
+from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.engine.handles.http import HttpEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from tests.integration.doomed_actor import BUCKET_BYTES, start_doomed_actor
-from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
+from tests.integration.engine_source import NUM_BLOCKS, AdapterSource, FolderSource, call_on_fill, read_folder
 from tests.integration.greedy import greedy, same
 from tests.integration.served_engine import API_KEY, SERVE_S, serve
 from tests.models import save_tiny_model
@@ -40,6 +42,12 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 LONG_PROMPT = tuple((7 * i) % 131 for i in range(100))
 BLOCK_SIZE = 32
 NUM_RUNNING = 4
+SERVING: dict[str, Any] = {
+    "dtype": "float32", "max_model_len": 512, "max_num_seqs": NUM_RUNNING, "num_gpu_blocks_override": NUM_BLOCKS, "enforce_eager": True,
+    "skip_tokenizer_init": True, "uvicorn_log_level": "warning",
+    # The worker is in the process of the core, as on GPUs. Else both poll.
+    "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +61,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def url(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": NUM_RUNNING, "block_size": BLOCK_SIZE}
-    options["uvicorn_log_level"] = "warning"
     scratch = tmp_path_factory.mktemp("server")
-    with serve(folders["a"], scratch, skip_tokenizer_init=True, enforce_eager=True, api_key=API_KEY, **options) as (url, process):
-        try:
-            HttpEngine(url, engine_id="served", timeout_s=SERVE_S).close()
-        except RlsyncError as error:
-            pytest.fail(f"{error}; it is {process.status()}; its log ends with: {(scratch / 'serve.log').read_text()[-4000:]}")
+    with serve(folders["a"], scratch, api_key=API_KEY, block_size=BLOCK_SIZE, **SERVING) as (url, process):
+        await_start(url, process, scratch)
         yield url
+
+
+def await_start(url: str, process: psutil.Process, scratch: Path) -> None:
+    try:
+        HttpEngine(url, engine_id="served", timeout_s=SERVE_S).close()
+    except RlsyncError as error:
+        pytest.fail(f"{error}; it is {process.status()}; its log ends with: {(scratch / 'serve.log').read_text()[-4000:]}")
 
 
 @pytest.fixture
@@ -84,7 +94,8 @@ def ask(url: str, method: str, path: str, body: Any = None, timeout_s: float = 3
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data=data, headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-        return json.loads(answer.read() or b"{}")
+        text = answer.read() or b"{}"
+        return json.loads(text) if text.startswith(b"{") else text.decode()
 
 
 def complete(url: str, prompt: tuple[int, ...], timeout_s: float = 30.0, **fields: Any) -> dict[str, Any]:
@@ -95,15 +106,18 @@ def complete(url: str, prompt: tuple[int, ...], timeout_s: float = 30.0, **field
 
 def await_requests(url: str, *, running: int, waiting: int) -> None:
     """Return when the server says that so many requests run and so many wait in its queue."""
-    wanted, deadline_s = {"running": running, "waiting": waiting}, time.monotonic() + 60
-    while True:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        found = {name: sum(map(float, re.findall(rf"^vllm:num_requests_{name}{{.*}} (.*)$", text, re.MULTILINE))) for name in wanted}
-        if found == wanted:
-            return
-        assert time.monotonic() < deadline_s, (found, text)
+    deadline_s = time.monotonic() + 60
+    while (found := requests_of(url)) != {"running": running, "waiting": waiting}:
+        assert time.monotonic() < deadline_s, found
         time.sleep(0.01)
+
+
+def requests_of(url: str) -> dict[str, float]:
+    """How many run and how many wait, as the server says."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    pattern = r"^vllm:num_requests_{}{{.*}} (.*)$"
+    return {name: sum(map(float, re.findall(pattern.format(name), text, re.MULTILINE))) for name in ("running", "waiting")}
 
 
 def answers_like(engine: HttpEngine, folder: Path) -> bool:
@@ -343,6 +357,164 @@ def test_verify_tells_what_a_server_holds_unlike_a_folder_and_changes_nothing(
     assert "serves no committed version, so it cannot be compared" in capsys.readouterr().err
     assert ask(url, "GET", "/is_paused") == {"is_paused": True}, "it is not let go"
     ask(url, "POST", "/resume")
+
+
+# Of the server to which adapters are synced beside their base.
+R = 4
+ADAPTED = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+NUM_LONG = 64
+
+
+@pytest.fixture(scope="module")
+def adapted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Url of a server with slots for adapters and the routes by which requests come to them."""
+    scratch = tmp_path_factory.mktemp("adapted")
+    variables, options = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, SERVING | lora_arguments(R)
+    with serve(folders["a"], scratch, variables=variables, is_forked=True, **options) as (url, process):
+        await_start(url, process, scratch)
+        yield url
+
+
+def factors(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Of adapters on a part of what vLLM packs, large enough to change answers."""
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(ADAPTED):
+            made[f"{module}.lora_A.weight"] = torch.randn(R, weight.shape[1], generator=random) / weight.shape[1] ** 0.5
+            made[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], R, generator=random) / 4
+    return made
+
+
+def merged(folder: Path, adapters: dict[str, torch.Tensor], into: Path) -> Path:
+    """The checkpoint in ``folder`` with adapters added, for transformers."""
+    tensors = read_folder(folder)
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + adapters[f"{module}.lora_B.weight"] @ a
+    shutil.copytree(folder, into)
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    return into
+
+
+def peft_folder(folder: Path, adapters: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": tensor for name, tensor in adapters.items()}, folder / "adapter_model.safetensors")
+    targets = [module.rpartition(".")[2] for module in ADAPTED]
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": R, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def models_of(url: str) -> list[str]:
+    return [model["id"] for model in ask(url, "GET", "/v1/models")["data"]]
+
+
+def begun(url: str, pool: ThreadPoolExecutor, generate: Callable[[], Any]) -> Future[Any]:
+    """A request that has tokens and stands still, because somebody has paused the server."""
+    for _ in range(8):
+        future = pool.submit(generate)
+        while not future.done() and not requests_of(url)["running"]:
+            time.sleep(0.01)
+        ask(url, "POST", "/pause?mode=keep&clear_cache=false")
+        if not future.done():
+            return future
+        ask(url, "POST", "/resume")
+    raise AssertionError("requests ended before they could be looked at")
+
+
+def test_adapters_alone_are_synced_to_a_server_and_requests_end_on_the_version_that_they_began_with(
+    adapted: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The base comes once, and again after a sync that failed; each version is a model of the server, and of those there is one."""
+    base = read_folder(folders["b"])
+    adapters = {version: factors(base, version) for version in range(1, 5)}
+    wanted = {version: merged(folders["b"], made, tmp_path / str(version)) for version, made in adapters.items()}
+    factor_bytes = sum(tensor.nbytes for tensor in adapters[1].values())
+    engine = HttpEngine(adapted, engine_id="adapted")
+    source = AdapterSource(base, adapters[1], R)
+    config = SyncConfig(lora="adapter", pause_mode="keep", bucket_bytes=BUCKET_BYTES, timeout_s=60.0)
+    long = {**GREEDY, "max_tokens": NUM_LONG}
+    with WeightSyncer(source, [engine], config) as syncer, ThreadPoolExecutor(2) as pool:
+        ask(adapted, "POST", "/v1/load_lora_adapter", {"lora_name": "own", "lora_path": str(peft_folder(tmp_path / "own", adapters[2]))})
+        with pytest.raises(WeightSyncError, match=r"its server has adapters of its own \(own\)"):
+            syncer.connect()
+        ask(adapted, "POST", "/v1/unload_lora_adapter", {"lora_name": "own"})
+        syncer.connect()
+        assert syncer.sync(1).bytes > 2 * factor_bytes
+        assert answers_like(engine, wanted[1])
+        (_, first) = models_of(adapted)
+        assert (
+            tuple(complete(adapted, PROMPTS[0], model=first, temperature=0, max_tokens=12)["token_ids"])
+            == greedy(wanted[1], PROMPTS[0], 12).token_ids
+        )
+        assert (
+            tuple(complete(adapted, PROMPTS[0], temperature=0, max_tokens=12)["token_ids"])
+            == greedy(folders["b"], PROMPTS[0], 12).token_ids
+        )
+
+        mine = begun(adapted, pool, lambda: engine.generate([LONG_PROMPT], long))
+        source.take(adapters[2])
+        report = syncer.sync(2)
+        assert (report.bytes, report.held_bytes > 0) == (factor_bytes, True)
+        ((through,),) = mine.result(60)
+        assert (through.version, through.last_version) == (1, 1)
+        assert same(through, greedy(wanted[1], LONG_PROMPT, NUM_LONG))
+        assert answers_like(engine, wanted[2]) and not answers_like(engine, wanted[1])
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            complete(adapted, PROMPTS[0], model=first)
+
+        source.take(adapters[3])
+        syncer.sync(3)
+        (_, third) = models_of(adapted)
+        # This handle does not know of it, and its slot is the first.
+        theirs = begun(adapted, pool, lambda: complete(adapted, LONG_PROMPT, 120, model=third, temperature=0, max_tokens=NUM_LONG))
+        source.take(adapters[4])
+        assert syncer._connection is not None
+        last = syncer._connection.num_buckets - 1
+        call_on_fill(syncer, lambda bucket: 1 // 0 if bucket == last else None)
+        with pytest.raises(WeightSyncError, match="by zero"):
+            syncer.sync(4)
+        with pytest.raises(EngineDirtyError, match="by zero"):
+            engine.generate(PROMPTS, GREEDY)
+        call_on_fill(syncer, lambda bucket: None)
+        assert syncer.sync(4).bytes > 2 * factor_bytes
+        assert tuple(theirs.result(60)["token_ids"]) == greedy(wanted[3], LONG_PROMPT, NUM_LONG).token_ids
+        assert answers_like(engine, wanted[4])
+
+        with pytest.raises(urllib.error.HTTPError, match="500") as refused:
+            ask(adapted, "POST", "/v1/load_lora_adapter", {"lora_name": "other", "lora_path": str(tmp_path)})
+        assert "load it into another engine" in refused.value.read().decode()
+        # As after a restart, where vLLM keeps no label of its weights.
+        ask(adapted, "POST", "/v1/unload_lora_adapter", {"lora_name": models_of(adapted)[1]})
+        with pytest.raises(EngineDirtyError, match="its server was started again, or somebody unloaded its adapters"):
+            engine.generate(PROMPTS[:1], GREEDY)
+        syncer.sync(5)
+    engine.close()
+    # An actor that was started again finds what the one before has left.
+    (_, left) = models_of(adapted)
+    late = HttpEngine(adapted, engine_id="late")
+    with WeightSyncer(AdapterSource(base, adapters[4], R), [late], config) as syncer:
+        syncer.connect()
+        for version in (1, 2):
+            syncer.sync(version)
+            assert answers_like(late, wanted[4])
+            (_, now) = models_of(adapted)
+            assert now != left
+    with pytest.raises(WeightSyncError, match=r"sync adapters with weight_sync\.lora=adapter"):
+        connected(late, folders["b"])
+    late.close()
+
+
+def test_a_server_without_slots_for_adapters_is_refused(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
+    base = read_folder(folders["b"])
+    with pytest.raises(WeightSyncError, match=r"no slots for the adapters of rank 4 .* start it with enable_lora=True"):
+        WeightSyncer(AdapterSource(base, factors(base, 1), R), [engine], SyncConfig(lora="adapter", timeout_s=30.0)).connect()
+    syncer, _ = connected(engine, folders["b"])
+    with syncer:
+        syncer.sync(1)
 
 
 def test_a_server_that_somebody_resumes_after_a_failed_sync_gives_no_answer(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:

@@ -142,6 +142,11 @@ _LORA_REFUSALS: tuple[Refusal, ...] = (
         "start the engine without enable_mixed_moe_lora_format",
     ),
     Refusal(
+        "parallel_config._api_process_count", lambda count: count > 1,
+        "has several processes that take requests, and a version of adapters is made known to one of them",
+        "start the server with --api-server-count=1",
+    ),
+    Refusal(
         "lora_config.default_mm_loras", bool,
         "has requests with pictures run on adapters of its own", "start the engine without default_mm_loras",
     ),
@@ -176,8 +181,8 @@ def against_adapters(vllm_config: Any, r: int | None, *, serves_adapters: bool) 
         )
     if not serves_adapters:
         found.append(
-            "its handle cannot have requests run on adapters that no folder holds, as one behind HTTP cannot; use Engine or RayEngine, or "
-            "sync merged weights with weight_sync.lora=merged"
+            "its server has no routes by which requests come to adapters; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or sync merged "
+            "weights with weight_sync.lora=merged"
         )
     return tuple(found)
 

@@ -14,6 +14,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
+from rlsync.engine.handles.adapters import SYNCED_PATH
 from rlsync.models.lora import PREFIX
 
 # Of wrapping layers: attributes whose tensors have a slot in each row, of experts and of all others.
@@ -149,6 +150,12 @@ def slots_of(value: Any) -> dict[str, tuple[torch.Tensor, ...]]:
     """Tensors whose rows are slots, by the name of the attribute that holds them; of what is no wrapping layer, none."""
     is_layer = isinstance(value, BaseLayerWithLoRA) and "lora_a_stacked" in vars(value)
     return {name: _each(held) for name, held in _stacks_of(value).items()} if is_layer else {}
+
+
+def synced_number(lora_request: Any) -> int | None:
+    """The number of adapters that a sync has brought, from the path that a server was told for them; None for a folder."""
+    scheme, _, number = lora_request.lora_path.partition(":")
+    return int(number) if f"{scheme}:" == SYNCED_PATH and number.isdecimal() else None
 
 
 def request(adapter_id: int, name: str, folder: str | None = None) -> Any:

@@ -27,6 +27,7 @@ def apply() -> None:
     """Apply the patches in this process; idempotent."""
     _begin_updates_anew()
     _keep_adapters()
+    _find_adapters_in_slots()
     _pack_experts_in_every_load()
 
 
@@ -88,6 +89,23 @@ def _keep_adapters() -> None:
 
     finish_weight_update.patches = original  # type: ignore[attr-defined]
     Worker.finish_weight_update = finish_weight_update
+
+
+def _find_adapters_in_slots() -> None:
+    """Have a worker that is to load adapters which a sync has brought find them in its slots, under the number that its server gives them.
+
+    The routes of a server name adapters by a folder alone. Transfer engines of others are left alone.
+    """
+    original = Worker.add_lora
+    if hasattr(original, "patches"):
+        return
+
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        find = getattr(self.weight_transfer_engine, "find_adapter", None)
+        return bool((find is not None and find(lora_request)) or original(self, lora_request))
+
+    add_lora.patches = original  # type: ignore[attr-defined]
+    Worker.add_lora = add_lora
 
 
 def _pack_experts_in_every_load() -> None:

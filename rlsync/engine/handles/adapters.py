@@ -17,6 +17,10 @@ from rlsync.errors import ConfigError, RlsyncError
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
+# Stands in the place of a folder's path for adapters that a sync has brought; their number follows.
+SYNCED_PATH = "rlsync:"
+
+
 def least_max_lora_rank(r: int) -> int | None:
     """The least ``max_lora_rank`` for adapters of rank ``r``; None where there is none."""
     return next((rank for rank in MAX_LORA_RANKS if rank >= r), None)
@@ -48,11 +52,12 @@ class AdapterRequests:
 
     Args:
         num_slots: how many versions an engine holds at a time.
+        after: the greatest number that may have been used before, by another handle of the engine.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, *, after: int = 0) -> None:
         self._num_slots = num_slots
-        self._served, self._next = Served(), 0
+        self._served, self._next = Served(), after
         self._is_pending = False
         self._running: Counter[int] = Counter()
         self._ended = asyncio.Condition()
@@ -91,6 +96,10 @@ class AdapterRequests:
                 f"requests of {len(self.in_use())} versions still run after {timeout_s:g} s, and the engine holds {self._num_slots} at a "
                 "time; start it with more max_loras, or sync with pause_mode abort"
             ) from None
+
+    def serves(self, served: Served) -> bool:
+        """Whether new requests run on this, and no sync is going on."""
+        return self._open.is_set() and self._served == served
 
     def in_use(self) -> list[int]:
         """Adapters of requests in flight."""

@@ -22,6 +22,7 @@ import aiohttp
 from packaging.version import InvalidVersion, Version
 
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
+from rlsync.engine.handles.adapters import SYNCED_PATH, AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -71,6 +72,9 @@ _ROUTES = {
     "prefix_cache": ("POST", "/reset_prefix_cache?reset_running_requests=true&reset_external=true"),
     "mm_cache": ("POST", "/reset_mm_cache"),
     "encoder_cache": ("POST", "/reset_encoder_cache"),
+    "models": ("GET", "/v1/models"),
+    "load_adapter": ("POST", "/v1/load_lora_adapter"),
+    "unload_adapter": ("POST", "/v1/unload_lora_adapter"),
 }
 _MAX_REQUESTS = 512
 _ERROR_CHARS = 4000
@@ -82,6 +86,9 @@ class HttpEngine:
 
     The server cannot refuse by itself. What keeps it from answering with weights of no committed version is that it is paused before
     the first byte and stays so until the sync is complete. A server found paused when the handle is made is ``dirty``.
+
+    A server with ``--enable-lora`` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 takes the adapters of ``weight_sync.lora=adapter``. Each version
+    is a model of the server with a name of its own, on which the requests of this handle run that begin while it is served.
 
     Args:
         url: ``http://host:port`` of the server.
@@ -106,6 +113,7 @@ class HttpEngine:
         self._calls = Calls(self._gate)
         self._may_answer = True  # for all that this handle has told the server
         self._cleanup: Future[None] | None = None
+        self._adapters: AdapterRequests | None = None
         self._calls.start()
         try:
             self._calls.run(self._connect(timeout_s, may_start_later), None)
@@ -127,10 +135,15 @@ class HttpEngine:
         server = self._server
         self.vllm_version = await server.open(timeout_s, may_start_later)
         self.num_workers = int((await server.ask("world_size", timeout_s))["world_size"])
+        info = await server.ask("config", timeout_s)
+        config, environment = info["vllm_config"], info.get("vllm_env", {})
+        if config.get("lora_config") is not None and environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            # Numbers of a handle of before, to this server, were less.
+            self._adapters = AdapterRequests(config["lora_config"]["max_loras"], after=time.time_ns() // 1000)
         if (await server.ask("is_paused", timeout_s))["is_paused"]:
             self._may_answer = False
             self._gate.shut("its server is paused: a sync of it did not complete, or somebody paused it")
-        elif (await server.ask("config", timeout_s))["vllm_config"]["load_config"]["load_format"] == "dummy":
+        elif config["load_config"]["load_format"] == "dummy":
             self.mark_dirty("its server was started with load_format=dummy and has had no sync")
         else:
             self._gate.open()
@@ -174,16 +187,29 @@ class HttpEngine:
             # When it is there again, it may be with the weights of its start.
             self.mark_dirty(str(error))
             raise
+        except NoModelError as error:
+            self.mark_dirty(f"its server was started again, or somebody unloaded its adapters: {error}")
+            raise self._gate.refusal() from None
 
     async def _generate_one(self, prompt: Sequence[int], fields: Mapping[str, Any]) -> tuple[Completion, ...]:
-        version = self._gate.version
         body = {"prompt": list(prompt), "return_token_ids": True, "return_tokens_as_token_ids": True, **fields}
-        answer = await self._server.ask("generate", None, body=body)
-        return tuple(self._completion(c, version) for c in sorted(answer["choices"], key=lambda c: c["index"]))
+        if self._adapters is None:
+            version = self._gate.version
+            choices = await self._choices(body)
+            return tuple(_completion(choice, version, self._gate.version) for choice in choices)
+        while True:
+            async with self._adapters.running() as served:
+                try:
+                    choices = await self._choices(body | ({"model": _model_of(served)} if served.adapter_id else {}))
+                    return tuple(_completion(choice, served.version, served.version) for choice in choices)
+                except NoModelError:
+                    # It came to the server when a sync had unloaded its version already: it begins on the next.
+                    if self._adapters.serves(served):
+                        raise
 
-    def _completion(self, choice: Mapping[str, Any], version: int | None) -> Completion:
-        logprobs = () if choice["logprobs"] is None else tuple(choice["logprobs"]["token_logprobs"])
-        return Completion(tuple(choice["token_ids"]), logprobs, choice["finish_reason"], version, self._gate.version)
+    async def _choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = await self._server.ask("generate", None, body=body)
+        return sorted(answer["choices"], key=lambda choice: choice["index"])
 
     def _check_label(self, timeout_s: float | None) -> None:
         """Detect a server that was restarted behind the same address, and so has the weights of its start."""
@@ -199,25 +225,49 @@ class HttpEngine:
     # EngineHandle.
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        self._run("init", timeout_s, body={"init_info": init_info})
+        if self._adapters is not None and (own := self._own_adapters(timeout_s)):
+            raise ConfigError(
+                f"engine {self.engine_id}: its server has adapters of its own ({', '.join(own)}), which take slots from those of a sync; "
+                "start it without --lora-modules, or unload them"
+            )
+        self._run("init", timeout_s, body={"init_info": {**init_info, "serves_adapters": self._adapters is not None}})
+
+    def _own_adapters(self, timeout_s: float) -> list[str]:
+        models = self._run("models", timeout_s)["data"]
+        return [model["id"] for model in models if model.get("parent") and not str(model["root"]).startswith(SYNCED_PATH)]
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
-        # Requests that came to a paused server wait for its next complete sync; abort would end them unanswered.
-        is_paused = self._run("is_paused", timeout_s)["is_paused"]
-        self._run("pause", timeout_s, query=f"?mode={'keep' if is_paused else mode}&clear_cache=false")
+        self._calls.run(self._pause(mode, timeout_s), timeout_s)
         self._may_answer = False
+
+    async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
+        limit_s = timeout_s / 2  # so that adapters say what they wait for, and not the deadline of the phase
+        if self._adapters is not None:
+            self._adapters.hold()
+            if mode != "abort":
+                # Requests that are kept, or wait in a queue, end on their own version, and none ends in a pause.
+                await self._adapters.make_room(limit_s)
+        # Requests that came to a paused server wait for its next complete sync; abort would end them unanswered.
+        is_paused = (await self._server.ask("is_paused", timeout_s))["is_paused"]
+        await self._server.ask("pause", timeout_s, query=f"?mode={'keep' if is_paused else mode}&clear_cache=false")
+        if self._adapters is not None:
+            await self._adapters.make_room(limit_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
         self._calls.run_in_turn(lambda: self._update(update_info, timeout_s), timeout_s)
 
     async def _update(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        server = self._server
+        server, info = self._server, dict(update_info)
+        # What a version of adapters has computed has keys of its own; only a base that is sent leaves nothing of it true.
+        keeps_caches = info.pop("keeps_caches", False)
+        if self._adapters is not None:
+            info |= {"adapter_id": self._adapters.next_id(), "adapters_in_use": self._adapters.in_use()}
         await server.ask("start", timeout_s)
         try:
-            await server.ask("update", timeout_s, body={"update_info": update_info})
+            await server.ask("update", timeout_s, body={"update_info": info})
         except RlsyncError:
             # A worker that committed while another failed has the update open still.
             await self._finish_quietly()
@@ -227,7 +277,21 @@ class HttpEngine:
             self._may_answer = True
             cause = "was resumed by somebody in the midst of a sync; what it answered since may come from weights of two versions"
             raise RlsyncError(f"{server.name} {cause}")
-        await self._reset_caches(timeout_s)
+        if self._adapters is not None:
+            await self._name_adapters(Served(info["adapter_id"], info["version"]), timeout_s)
+        if not keeps_caches:
+            await self._reset_caches(timeout_s)
+
+    async def _name_adapters(self, served: Served, timeout_s: float) -> None:
+        """Make the adapters of a version a model of the server, and those of other versions no longer.
+
+        No client begins a request on the latter from here on. Those that run end on it: its slot is that of the version after the next.
+        """
+        server, name = self._server, _model_of(served)
+        await server.ask("load_adapter", timeout_s, body={"lora_name": name, "lora_path": f"{SYNCED_PATH}{served.adapter_id}"})
+        for model in (await server.ask("models", timeout_s))["data"]:
+            if str(model["root"]).startswith(SYNCED_PATH) and model["id"] != name:
+                await server.ask("unload_adapter", timeout_s, body={"lora_name": model["id"]})
 
     async def _finish_quietly(self) -> None:
         try:
@@ -244,8 +308,13 @@ class HttpEngine:
     def resume(self, version: int | None, timeout_s: float) -> None:
         ticket = self._gate.ticket()
         self._may_answer = True
-        self._run("resume", timeout_s)
+        self._calls.run(self._resume(ticket, version, timeout_s), timeout_s)
+
+    async def _resume(self, ticket: int, version: int | None, timeout_s: float) -> None:
+        await self._server.ask("resume", timeout_s)
         self._gate.commit(ticket, version)
+        if self._adapters is not None:
+            self._adapters.serve(version)
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
         """Refuse to generate, for this reason, until a complete sync. A server that may still answer others is paused for it."""
@@ -279,8 +348,22 @@ class HttpEngine:
         return self._calls.run(self._server.ask(route, timeout_s, **what), timeout_s)
 
 
+def _model_of(served: Served) -> str:
+    """How the server calls the adapters of a version. The number is part of it, because a version that failed comes again."""
+    return f"rlsync-{served.version}-{served.adapter_id}"
+
+
+def _completion(choice: Mapping[str, Any], version: int | None, last_version: int | None) -> Completion:
+    logprobs = () if choice["logprobs"] is None else tuple(choice["logprobs"]["token_logprobs"])
+    return Completion(tuple(choice["token_ids"]), logprobs, choice["finish_reason"], version, last_version)
+
+
 class UnreachableError(RlsyncError):
     """No server answers at this address."""
+
+
+class NoModelError(RlsyncError):
+    """The server has no model of the name that a request asks for."""
 
 
 class Server:
@@ -337,7 +420,8 @@ class Server:
     async def ask(self, route: str, timeout_s: float | None, *, body: Any = None, query: str = "") -> dict[str, Any]:
         """The JSON object that a route answers, or an empty one.
 
-        Raises RlsyncError with what the server says, ConfigError where it lacks the route, UnreachableError, TimeoutError.
+        Raises RlsyncError with what the server says, NoModelError where it lacks what is asked for, ConfigError where it lacks the route,
+        UnreachableError, TimeoutError.
         """
         method, path = _ROUTES[route]
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -350,11 +434,13 @@ class Server:
             raise TimeoutError(f"{self.name} did not answer {method} {path} within {timeout_s:g} s") from None
         except aiohttp.ClientError as error:
             raise UnreachableError(f"{self.name} cannot be reached for {method} {path}: {_reason(error)}") from None
+        if response.status == 404 and "json" in response.content_type and "error" in json.loads(text):
+            raise NoModelError(f"{self.name} answered {method} {path} with 404: {self._said(text)}")
         if response.status == 404:
             raise ConfigError(f"{self.name} has no route {path}; start it with: {_START}")
         if response.status != 200:
             raise RlsyncError(f"{self.name} answered {method} {path} with {response.status}: {self._said(text)}")
-        return json.loads(text) if text else {}
+        return json.loads(text) if "json" in response.content_type else {}
 
     async def close(self) -> None:
         """Close the connections. Idempotent."""
