@@ -431,7 +431,7 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
         return
     report.plan += [("resume", note.strip()) for note in beginning.notes]
     state = None if beginning.resume is None else beginning.resume / DATA_STATE
-    if state is not None and state.is_file() and not zipfile.is_zipfile(state):
+    if state is not None and state.is_file() and _is_damaged(state):
         report.found("resume", f"{state} cannot be read; resume from an older checkpoint, or remove it to start the data anew")
     model_path = Path(config.model_path)
     if (model_path / "config.json").is_file():
@@ -464,6 +464,15 @@ GRPO_CHECKS: tuple[Check, ...] = (
 SFT_CHECKS: tuple[Check, ...] = (
     check_devices, check_model, check_memory, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
+
+
+def _is_damaged(archive: Path) -> bool:
+    """Whether a file of ``torch.save`` is not what was written, by its own sums, at which torch does not look."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return content.testzip() is not None
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return True
 
 
 class _Asked:

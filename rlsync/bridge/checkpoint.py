@@ -4,6 +4,7 @@
         actor/hf_model/                               for transformers and vLLM
         actor/hf_adapter/                             of models with adapters: these alone, for PEFT and vLLM
         actor/iter_XXXXXXX/mp_rank_TT[_PPP]/          Megatron's own shards: weights, optimizer, scheduler, random state
+        actor/iter_XXXXXXX/checksums.json             CRC-32 of what was written to these
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
 
@@ -12,6 +13,7 @@ Owns the order of writing; names and completeness are ``checkpoint_folder``'s, t
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint_folder import (
     ADAPTER_FOLDER,
+    CHECKSUMS,
     HF_FOLDER,
     TRACKER,
     Restored,
@@ -37,9 +40,9 @@ from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_t
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
-from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes, Written, damage
 from rlsync.errors import CheckpointError
-from rlsync.layout.torch_files import TensorView
+from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import (
@@ -61,7 +64,7 @@ from rlsync.megatron.state import (
 )
 from rlsync.models.shards import PADDED_VOCABULARY
 from rlsync.plan.planner import Copy
-from rlsync.transport.collectives import agreed
+from rlsync.transport.collectives import agreed, gather_bytes
 
 
 def save_checkpoint(
@@ -80,9 +83,9 @@ def save_checkpoint(
     gathered but what a Hugging Face tensor needs. ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank
     is raised on all.
     """
-    with DirectWrites() as writes:
+    with DirectWrites(summed=shards_folder(Path(folder), step)) as writes:
         _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
-    _complete(Path(folder), step)
+    _complete(Path(folder), step, writes.written)
 
 
 class DeferredSave:
@@ -102,7 +105,7 @@ class DeferredSave:
         """
         with agreed(device=compute_device()):
             self._writes.wait()
-        _complete(self._folder, self._step)
+        _complete(self._folder, self._step, self._writes.written)
 
 
 def begin_checkpoint(
@@ -120,7 +123,7 @@ def begin_checkpoint(
 
     ``memory`` takes the bytes that this rank writes, and is free for another save after ``finish``. Collective over all ranks.
     """
-    writes = DeferredWrites(memory)
+    writes = DeferredWrites(memory, summed=shards_folder(Path(folder), step))
     _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
     writes.start()
     return DeferredSave(Path(folder), step, writes)
@@ -155,10 +158,45 @@ def _put(
             put_shards(folders.__getitem__, optimizer, writes)
 
 
-def _complete(folder: Path, step: int) -> None:
+def _complete(folder: Path, step: int, written: Sequence[Written]) -> None:
+    """Write the sums of what all ranks have written, then the tracker. Collective over all ranks."""
+    shards = shards_folder(folder, step)
+    mine = [(str(one.file.relative_to(shards)), one.begin, one.end, one.crc) for one in written]
+    gathered = gather_bytes(json.dumps(mine).encode(), device=compute_device())
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
+            sums = sorted(one for payload in gathered for one in json.loads(payload))
+            write_durably(shards / CHECKSUMS, json.dumps(sums))
             write_durably(folder / TRACKER, str(step))
+
+
+def _check_sums(shards: Path) -> None:
+    """Raise CheckpointError, on every rank, where shards are no longer what was written. Ranks share the reading. Collective over all.
+
+    Shards without sums, which other trainers and ``rlsync convert`` write, are taken as they are.
+    """
+    path = shards / CHECKSUMS
+    with agreed(device=compute_device()):
+        if not path.is_file():
+            return
+        try:
+            sums = [Written(shards / file, begin, end, crc) for file, begin, end, crc in json.loads(path.read_bytes())]
+            rank, num_ranks = dist.get_rank(), dist.get_world_size()
+            for file in sorted({one.file for one in sums})[rank::num_ranks]:
+                # The file's own sums are of all that is no tensor.
+                read_torch_file(file)
+            found = damage(sums[rank::num_ranks])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); resume from an older checkpoint") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or shards}: cannot be read ({error.strerror}); resume from an older checkpoint"
+            ) from error
+        if found:
+            more = f" (and {len(found) - 1} other places)" if len(found) > 1 else ""
+            raise CheckpointError(
+                f"{found[0]}{more}; resume from an older checkpoint, or remove {path} where the shards were changed on purpose"
+            )
 
 
 def load_checkpoint(
@@ -177,8 +215,8 @@ def load_checkpoint(
     Shards of another layout are cut anew, those of a distributed optimizer as well; random states then stay as they are. A folder without
     Megatron shards gives its HF weights alone; the result says so. Models with adapters are restored onto the base that they were made
     with, which has been loaded before. Raises CheckpointError, on every rank before anything changes, for an incomplete folder; for
-    another layout where the optimizer is not distributed, or was not, or the models have adapters; and for one without shards where the
-    models have adapters.
+    shards that are no longer what was written; for another layout where the optimizer is not distributed, or was not, or the models have
+    adapters; and for one without shards where the models have adapters.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
@@ -191,6 +229,7 @@ def load_checkpoint(
         if held.moved and has_adapters:
             raise CheckpointError(f"{shards} was saved under another layout, and adapters are not cut anew; resume under the saved layout")
     if held.moved:
+        _check_sums(shards)
         _load_moved(shards, bridge, models, optimizer, scheduler)
         return held
     if held.complete:
@@ -199,6 +238,7 @@ def load_checkpoint(
         parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "random_state": random_state}
         with agreed(device=compute_device()):
             state, kept = read_rank_state(mine, models, folder_of=folders.__getitem__, **parts)
+        _check_sums(shards)
         with agreed(device=compute_device()):
             restore_rank_state(state, models, source=str(mine), **parts)
             if optimizer is not None:
@@ -287,6 +327,8 @@ def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequ
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
         shards, has_adapters = shards_folder(folder, held.step), adapters_in(models) is not None
+    _check_sums(shards)
+    with agreed(device=compute_device()):
         if has_adapters:
             load_rank_weights(shards / rank_folder(topology, dist.get_rank()), models)
     if not has_adapters:

@@ -1,7 +1,7 @@
 """Files of ``torch.save`` whose tensors are written later, in place, by several processes.
 
 CRCs of the tensors in them are not right, as of files that torch writes without any (``torch.serialization.set_crc32_options``); torch
-looks at none.
+looks at none. What was written is summed up in :mod:`rlsync.copy.writes`.
 """
 
 from __future__ import annotations

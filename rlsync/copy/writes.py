@@ -1,4 +1,5 @@
-"""Bytes of tensors on their way to places in files: written at once, or copied to host memory first and written by a thread.
+"""Bytes of tensors on their way to places in files: written at once, or copied to host memory first and written by a thread; and whether
+files still hold what was written to them.
 
 Several processes may write into one file, each its own places. Knows no format of a file; knows no process group.
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +24,39 @@ from rlsync.errors import CheckpointError
 _PIECE_BYTES = 256 * 2**20
 # What is copied from a device, and then written, at a time.
 _STEP_BYTES = 32 * 2**20
+# More bytes are summed up by another thread while they are written.
+_ASIDE_BYTES = 2**20
+# Threads of a process that sum up what files hold.
+_READERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes ``[begin, end)`` of a file, and the CRC-32 of what was written there."""
+
+    file: Path
+    begin: int
+    end: int
+    crc: int
+
+    def damage(self) -> str | None:
+        """What of them is no longer as it was written. Raises OSError."""
+        crc, at = 0, self.begin
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(at)
+            while at < self.end and (content := stream.read(min(_STEP_BYTES, self.end - at))):
+                crc, at = zlib.crc32(content, crc), at + len(content)
+        if at < self.end:
+            return f"{self.file} ends at byte {at}, and was written to byte {self.end}"
+        if crc != self.crc:
+            return f"{self.file}: bytes {self.begin} to {self.end} have CRC-32 {crc:08x}, and were written with {self.crc:08x}"
+        return None
+
+
+def damage(written: Sequence[Written]) -> list[str]:
+    """What files hold otherwise than it was written, in the order of ``written``. Reads all of it. Raises OSError."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        return [found for found in readers.map(Written.damage, written) if found is not None]
 
 
 class HostMemory:
@@ -75,10 +111,16 @@ class Writes(Protocol):
 
 
 class DirectWrites:
-    """Writes at once. ``durable`` False leaves it to the system when the disk gets a file."""
+    """Writes at once. ``durable`` False leaves it to the system when the disk gets a file.
 
-    def __init__(self, *, durable: bool = True) -> None:
-        self._durable = durable
+    Attributes:
+        written: what was put into files below ``summed``; without that nothing is summed up.
+    """
+
+    def __init__(self, *, durable: bool = True, summed: Path | None = None) -> None:
+        self._durable, self._summed = durable, summed
+        self.written: list[Written] = []
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint sums")
         self._open: dict[Path, int] = {}
         self._step: torch.Tensor | None = None
 
@@ -88,10 +130,19 @@ class DirectWrites:
         with _naming(file):
             for start in range(0, data.numel(), _STEP_BYTES):
                 piece = self._on_host(data[start : start + _STEP_BYTES])
-                _write(self._open[file], begin + start, piece)
+                self._write(file, begin + start, piece)
                 if self._durable:
                     # Has Linux begin to write it, so that the disk works while more is copied; nobody reads it soon.
                     os.posix_fadvise(self._open[file], begin + start, piece.numel(), os.POSIX_FADV_DONTNEED)
+
+    def _write(self, file: Path, begin: int, piece: torch.Tensor) -> None:
+        if self._summed is None or not file.is_relative_to(self._summed):
+            _write(self._open[file], begin, piece)
+            return
+        content = piece.numpy().data
+        crc = self._aside.submit(zlib.crc32, content) if len(content) > _ASIDE_BYTES else None
+        _write(self._open[file], begin, piece)
+        self.written.append(Written(file, begin, begin + len(content), zlib.crc32(content) if crc is None else crc.result()))
 
     def _on_host(self, data: torch.Tensor) -> torch.Tensor:
         if data.device.type == "cpu":
@@ -125,6 +176,7 @@ class DirectWrites:
         """Close what a failure left open."""
         for file in tuple(self._open):
             self.discard(file)
+        self._aside.shutdown()
 
 
 @dataclass(slots=True)
@@ -141,10 +193,15 @@ class DeferredWrites:
 
     Args:
         memory: as large as what is put; it must not be used by others until the thread is done.
+        summed: as of :class:`DirectWrites`.
+
+    Attributes:
+        written: as of :class:`DirectWrites`, when the thread is done.
     """
 
-    def __init__(self, memory: HostMemory) -> None:
-        self._memory, self._size = memory, 0
+    def __init__(self, memory: HostMemory, *, summed: Path | None = None) -> None:
+        self._memory, self._size, self._summed = memory, 0, summed
+        self.written: list[Written] = []
         self._open: dict[Path, _Job] = {}
         self._jobs: list[_Job] = []
         self._failure: Exception | None = None
@@ -174,13 +231,14 @@ class DeferredWrites:
 
     def _run(self) -> None:
         try:
-            with DirectWrites() as direct:
+            with DirectWrites(summed=self._summed) as direct:
                 for job in self._jobs:
                     for begin, offset, nbytes in job.pieces:
                         for piece in self._memory.spans(offset, nbytes):
                             direct.put(job.file, begin, piece)
                             begin += piece.numel()
                     direct.close(job.file, job.becomes)
+            self.written = direct.written
         except Exception as error:  # whoever waits is told
             self._failure = error
 

@@ -40,7 +40,7 @@ def said(output: str):
 def test_layout_is_the_documented_one(saved):
     actor = saved[0] / "global_step_2" / "actor"
     assert (actor / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert {p.name for p in (actor / "iter_0000002").iterdir()} == {"mp_rank_00", "mp_rank_01"}
+    assert {p.name for p in (actor / "iter_0000002").iterdir()} == {"mp_rank_00", "mp_rank_01", "checksums.json"}
     assert {p.name for p in (actor / "iter_0000002" / "mp_rank_01").iterdir()} == {"model_optim_rng.pt", "distrib_optim.pt"}
     assert (actor / "hf_model" / "config.json").exists() and (actor / "hf_model" / "model.safetensors").exists()
 
@@ -156,6 +156,12 @@ def test_whatever_is_damaged_or_foreign_is_named_on_all_ranks_before_anything_ch
     for kind, (file, content, words) in damaged.items():
         roots[kind], expected[kind] = str(shutil.copytree(saved[0], tmp_path / kind)), words
         torch.save(content, Path(roots[kind]) / file)
+    for file, begin, _, crc in json.loads((saved[0] / shards / "checksums.json").read_text())[::20]:
+        kind = f"a bit of byte {begin} of {file}"
+        roots[kind], expected[kind] = str(shutil.copytree(saved[0], tmp_path / kind.replace("/", " "))), f"were written with {crc:08x}"
+        content = bytearray((Path(roots[kind]) / shards / file).read_bytes())
+        content[begin] ^= 1
+        (Path(roots[kind]) / shards / file).write_bytes(content)
     chance = random.Random(0)
     for number in range(12):
         root = Path(shutil.copytree(saved[0], tmp_path / f"noise {number}"))

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +344,13 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
     assert "was saved by 4 actor ranks without a distributed optimizer, and cluster.component_placement gives this run 2" in said
     (folder / "run.json").unlink()
     (folder / "data").mkdir()
-    (folder / "data/data.pt").write_bytes(b"cut")
-    assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
+    with zipfile.ZipFile(folder / "data/data.pt", "w") as archive:
+        archive.writestr("data/data.pkl", "whole")
+    assert "data.pt" not in texts(check(own, monkeypatch, runner=auto))
+    damaged = (folder / "data/data.pt").read_bytes().replace(b"whole", b"whale")
+    for content in (b"cut", damaged):
+        (folder / "data/data.pt").write_bytes(content)
+        assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
 
 
 @pytest.mark.parametrize("argument", ["data=/a.jsonl", "actor=3"])

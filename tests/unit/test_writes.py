@@ -10,7 +10,7 @@ import torch
 
 from rlsync.copy import writes
 from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tensors_in
-from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, share_of
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Written, damage, share_of
 from rlsync.errors import CheckpointError
 
 CONTENT = {
@@ -36,13 +36,15 @@ def test_parts_are_equal_and_together_all(seed: int) -> None:
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_file_of_torch_that_two_write_into_is_what_torch_would_have_written(tmp_path, monkeypatch, deferred: bool) -> None:
     monkeypatch.setattr(writes, "_PIECE_BYTES", 1000)  # pieces of host memory end within tensors
+    monkeypatch.setattr(writes, "_ASIDE_BYTES", 500)
+    written: list[Written] = []
     file = tmp_path / "x.pt"
     create_torch_file(file, CONTENT)
     assert torch.load(file, weights_only=True)["model"]["a"].eq(0).all()
     places, tensors = places_of(file), dict(tensors_in(CONTENT))
     assert list(places) == list(tensors)
     for part in range(2):
-        writer = DeferredWrites(HostMemory()) if deferred else DirectWrites()
+        writer = DeferredWrites(HostMemory(), summed=tmp_path) if deferred else DirectWrites(summed=tmp_path)
         for index, begin, end in share_of([bytes_of(tensor).numel() for tensor in tensors.values()], part, 2):
             where = list(tensors)[index]
             writer.put(file, places[where].begin + begin, bytes_of(tensors[where])[begin:end])
@@ -50,10 +52,18 @@ def test_a_file_of_torch_that_two_write_into_is_what_torch_would_have_written(tm
         if isinstance(writer, DeferredWrites):
             writer.start()
             assert writer.wait()
+        written += writer.written
     loaded = torch.load(file, weights_only=True)
     for (_, expected), (_, found) in zip(tensors_in(CONTENT), tensors_in(loaded), strict=True):
         assert expected.dtype == found.dtype and torch.equal(expected, found)
     assert loaded["steps"][1][1:] == ("text", 5)
+    assert damage(written) == [] and sum(one.end - one.begin for one in written) == sum(bytes_of(t).numel() for t in tensors.values())
+    whole = file.read_bytes()
+    for one in written:
+        file.write_bytes(whole[: one.end - 1] + bytes([whole[one.end - 1] ^ 128]) + whole[one.end :])
+        assert damage(written) == [one.damage()] and f"were written with {one.crc:08x}" in str(one.damage())
+    file.write_bytes(whole[: written[-1].end - 1])
+    assert damage(written[-1:]) == [f"{file} ends at byte {written[-1].end - 1}, and was written to byte {written[-1].end}"]
 
 
 def test_what_is_put_may_change_before_it_is_written(tmp_path) -> None:
