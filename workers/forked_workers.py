@@ -45,6 +45,8 @@ from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import ClassVar  # noqa: E402
 
+import psutil  # noqa: E402
+
 from rlsync.engine.forking import EngineProcess, ForkedProcess, set_environment  # noqa: E402
 from workers.ray_access import LOCAL, cluster_address  # noqa: E402
 from workers.worker_logs import last_lines  # noqa: E402
@@ -96,7 +98,7 @@ class Forks:
     def __init__(self, kind: type[ForkedWorker]) -> None:
         self._kind = kind
         self._folder = Path(tempfile.mkdtemp(prefix="rlsync-forks-"))
-        self._forked: list[ForkedWorker] = []
+        self._forked: list[tuple[ForkedWorker, psutil.Process | None]] = []
         self._is_ready = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._folder / "socket"))
@@ -111,10 +113,11 @@ class Forks:
     def ended(self, name: str) -> str | None:
         """How the process of the worker with this ``NAME_VARIABLE`` ended, and its last lines; None while it runs, and where none was
         forked. Ray learns of a process that ends before it has reported there only after minutes."""
-        for worker in tuple(self._forked):
-            named = self._folder / f"{worker.pid}.name"
-            if worker.exitcode is not None and named.is_file() and named.read_text() == name:
-                code = worker.exitcode
+        for worker, process in tuple(self._forked):
+            named, code = self._folder / f"{worker.pid}.name", worker.exitcode
+            # Without the process that it was forked from there is a code, too.
+            has_ended = code is not None and (process is None or not process.is_running())
+            if code is not None and has_ended and named.is_file() and named.read_text() == name:
                 how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 return f"process {worker.pid} ended ({how}){last_lines(self._folder / f'{worker.pid}.log')}"
         return None
@@ -125,8 +128,11 @@ class Forks:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        for worker in self._forked:
-            worker.kill()
+        for worker, process in self._forked:
+            # Not by its number, which may be another's by now: a run takes days.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process is not None:
+                    process.kill()
             worker.join()
 
     def _serve(self) -> None:
@@ -144,7 +150,14 @@ class Forks:
                 with connection:
                     worker = self._kind(connection, self._folder)
                     worker.start()
-                    self._forked.append(worker)
+                    self._forked.append((worker, _process(worker.pid)))
+
+
+def _process(pid: int | None) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _be_worker(connection: socket.socket, folder: Path) -> None:
