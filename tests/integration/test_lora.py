@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlsync.bridge.adapter_folder import adapter_config
 from rlsync.megatron.lora import initial_factor
 from rlsync.models import model_of
 from rlsync.models.lora import LoraSpec, adapters_of
@@ -196,6 +198,36 @@ def test_peft_loads_what_was_saved(models, tmp_path):
     wanted = load_file(models["qwen3"]["merged"])
     found = loaded.state_dict()
     assert max((found[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "left_out"),
+    [
+        ("mixtral", "all-linear", None),
+        ("deepseek_v3", r".*(q_b_proj|mlp\.experts\..*)", None),
+        ("glm4_moe", "all-linear", r".*(layers\.0\.mlp|shared_experts)\..*"),
+        ("qwen2_moe", "all-linear", r".*mlp\.experts\..*"),
+    ],
+)
+def test_peft_reads_the_adapters_of_experts_that_are_saved_but_for_what_it_leaves_out(tmp_path, family, targets, left_out):
+    """It stacks those of experts itself, and says nothing of what it drops: docs/lora.md names it."""
+    import peft
+
+    save_tiny_model(tmp_path, family)
+    model, spec = model_of(json.loads((tmp_path / "config.json").read_text())), LoraSpec(4, 8, target_modules=targets)
+    adapters = adapters_of(model, spec)
+    factors = {tensor.name: torch.nn.Parameter(torch.zeros(tensor.shape)) for tensor in adapters.tensors(model, "float32")}
+    _fill(factors)
+    (tmp_path / "adapter").mkdir()
+    save_file({PREFIX + name: factor.detach() for name, factor in factors.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config(adapters, str(tmp_path))))
+    peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    base, found = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for module in adapters.modules:
+        wanted = base[f"{module}.weight"]
+        if left_out is None or not re.fullmatch(left_out, module):
+            wanted = wanted + spec.scaling * factors[f"{module}.lora_B.weight"].detach() @ factors[f"{module}.lora_A.weight"].detach()
+        assert (found[f"{module}.weight"] - wanted).abs().max() < 1e-6, module
 
 
 @pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("down_proj",)])
