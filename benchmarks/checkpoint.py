@@ -35,7 +35,7 @@ def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> di
     import torch.distributed as dist
 
     from rlsync import AutoBridge
-    from rlsync.bridge.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
+    from rlsync.bridge.checkpoint import begin_checkpoint, load_checkpoint, prepare_saves, save_checkpoint
     from rlsync.copy.writes import HostMemory
     from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
@@ -81,6 +81,8 @@ def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> di
     _forget(out)
     timed("load_s", lambda: load_checkpoint(out / "saved", bridge, models, **state))
     remove(out / "saved")
+    # As ranks of a run do at their start.
+    timed("prepared_s", lambda: prepare_saves(bridge, models, memory, saves_optimizer=True))
     first = timed("first_deferred_s", begin)
     timed("first_written_s", first.finish)
     remove(out / "deferred")

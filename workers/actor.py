@@ -20,7 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge.auto_bridge import AutoBridge
-from rlsync.bridge.checkpoint import DeferredSave, begin_checkpoint, load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.bridge.checkpoint import (
+    DeferredSave,
+    begin_checkpoint,
+    load_checkpoint,
+    load_checkpoint_weights,
+    prepare_saves,
+    save_checkpoint,
+)
 from rlsync.bridge.checkpoint_folder import TRACKER, Restored
 from rlsync.bridge.source import MegatronSource
 from rlsync.copy.writes import HostMemory
@@ -98,6 +105,9 @@ class ActorRank:
         if load_initial or actor.lora_spec is not None:
             load_initial_weights(self._bridge, self._models, actor)
         self._memory = ActorMemory(self._models)
+        if actor.megatron.async_save and self._config.runner.save_interval > 0:
+            # Here, where engines are still starting, and not before the first save, which training would wait for.
+            prepare_saves(self._saved_bridge, self._models, self._save_memory, saves_optimizer=not actor.megatron.no_save_optim)
 
     def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
         """Create optimizer and schedule, and load the checkpoint to resume, if any. Collective.
@@ -191,11 +201,15 @@ class ActorRank:
         parts: dict[str, Any] = {"step": step}
         if not megatron.no_save_optim:
             parts |= {"optimizer": self._optimizer, "scheduler": self._scheduler}
-        bridge = self._bridge if megatron.mbridge else None
         if megatron.async_save:
-            self._saving = begin_checkpoint(folder, bridge, self._models, memory=self._save_memory, **parts)
+            self._saving = begin_checkpoint(folder, self._saved_bridge, self._models, memory=self._save_memory, **parts)
         else:
-            save_checkpoint(folder, bridge, self._models, **parts)
+            save_checkpoint(folder, self._saved_bridge, self._models, **parts)
+
+    @property
+    def _saved_bridge(self) -> AutoBridge | None:
+        """What writes the HF weights of a checkpoint; None where it has none."""
+        return self._bridge if self._config.actor.megatron.mbridge else None
 
     def is_saved(self) -> bool:
         """Whether the disk has this rank's part of the save that was begun. Raises CheckpointError where it cannot be written."""

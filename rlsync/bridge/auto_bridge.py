@@ -53,6 +53,8 @@ _LOG = logging.getLogger(__name__)
 EXPORT_BUCKET_BYTES = 256 * 2**20
 # A saved model is cut into smaller files than this only where that is asked for.
 LEAST_SHARD_BYTES = 256 * 2**20
+# Most bytes of a file, where a caller says nothing else.
+_FILE_BYTES = 5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -375,12 +377,18 @@ class AutoBridge:
             self._export = shards.placements, bucket_bytes, _Export(held, plan, _by_tensor(files))
         return self._export[2]
 
+    def plan_save(self, models: Sequence[torch.nn.Module]) -> int:
+        """Plan ahead what :meth:`save_weights` with files of its default size does, which takes seconds of thousands of tensors; the bytes of
+        tensors that this rank will write. Not collective."""
+        save = self._planned_save(self.shards(models), _FILE_BYTES)
+        return sum(spec.nbytes for name in _files_of(dist.get_rank(), save) for spec in save.specs[name])
+
     def save_weights(
         self,
         models: Sequence[torch.nn.Module],
         out_dir: str | Path,
         *,
-        max_shard_bytes: int = 5 * 2**30,
+        max_shard_bytes: int = _FILE_BYTES,
         durable: bool = False,
         writes: Writes | None = None,
     ) -> None:
@@ -412,12 +420,10 @@ class AutoBridge:
         with agreed(device=compute_device()):
             if rank == 0:
                 prepare_folder(out_dir)
-        writer_ranks = [i % dist.get_world_size() for i in range(len(save.files))]
         buffers = _as_exported(shards)
-        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=writer_ranks)
-        mine = [name for name, writer in zip(save.files, writer_ranks, strict=True) if writer == rank]
+        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=_writer_ranks(save))
         with agreed(device=compute_device()):
-            _write_files(out_dir, save, mine, exchange, buffers, writes)
+            _write_files(out_dir, save, _files_of(rank, save), exchange, buffers, writes)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
@@ -455,6 +461,15 @@ class AutoBridge:
         if self._folder is not None:
             copy_files(self._folder, files, out_dir, durable=durable)
         write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
+
+
+def _writer_ranks(save: _Save) -> list[int]:
+    """Of each file, the rank that writes it."""
+    return [i % dist.get_world_size() for i in range(len(save.files))]
+
+
+def _files_of(rank: int, save: _Save) -> list[str]:
+    return [name for name, writer in zip(save.files, _writer_ranks(save), strict=True) if writer == rank]
 
 
 def _as_exported(shards: Shards) -> Mapping[str, torch.Tensor]:

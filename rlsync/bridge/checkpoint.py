@@ -54,6 +54,7 @@ from rlsync.megatron.optimizer_state import (
 )
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import (
+    bytes_of_state,
     create_rank_files,
     load_rank_weights,
     put_rank_state,
@@ -106,6 +107,18 @@ class DeferredSave:
         with agreed(device=compute_device()):
             self._writes.wait()
         _complete(self._folder, self._step, self._writes.written)
+
+
+def prepare_saves(bridge: AutoBridge | None, models: Sequence[torch.nn.Module], memory: HostMemory, *, saves_optimizer: bool) -> None:
+    """Have what a first :func:`begin_checkpoint` would wait for: the plan of the HF weights, and in ``memory`` about as many bytes as this
+    rank writes. Pinned memory takes 0.4 s a GB.
+
+    ``models`` as the optimizer will get them, which need not exist yet. Not collective.
+    """
+    topology = current_topology(models)
+    folders = [rank_folder(topology, rank) for rank in range(topology.world_size)]
+    planned = 0 if bridge is None else bridge.plan_save(models)
+    memory.reserve(planned + bytes_of_state(models, parts=folders.count(folders[dist.get_rank()]), has_optimizer=saves_optimizer))
 
 
 def begin_checkpoint(

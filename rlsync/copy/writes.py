@@ -68,6 +68,11 @@ class HostMemory:
     def __init__(self) -> None:
         self._pieces: list[torch.Tensor] = []
 
+    def reserve(self, nbytes: int) -> None:
+        """Take memory for ``nbytes`` bytes now, so that nobody waits for it later; pinned memory takes long to be had."""
+        for _ in self.spans(0, nbytes):
+            pass
+
     def write(self, offset: int, source: torch.Tensor) -> None:
         """Take in the bytes ``source``, 1-D uint8 on any device."""
         done = 0

@@ -23,7 +23,7 @@ from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tens
 from rlsync.copy.writes import Writes, share_of
 from rlsync.errors import CheckpointError
 from rlsync.layout.torch_files import read_torch_file
-from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, unwrap
+from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, iter_weights, unwrap
 from rlsync.megatron.optimizer_state import (
     ShardedParameter,
     check_optimizer_state,
@@ -46,6 +46,7 @@ from rlsync.models.shards import (
     DISTRIBUTED_OPTIMIZER_FILE,
     EXTRA_STATE,
     PADDED_VOCABULARY,
+    PLANES,
     RANK_STATE_FILE,
     chunk_keys,
     weights_only_state,
@@ -99,6 +100,34 @@ def put_shards(folder_of: Callable[[int], Path], optimizer: MegatronOptimizer, w
             writes.put(file, places[plane].begin + shard.begin * state.itemsize, bytes_of(state))
     for file in contents:
         writes.close(file)
+
+
+def bytes_of_state(models: Sequence[torch.nn.Module], *, parts: int, has_optimizer: bool) -> int:
+    """About what ``put_rank_state`` and ``put_shards`` will write of this rank, by the sizes of chunks whose optimizer need not exist yet.
+    Not collective.
+
+    Args:
+        parts: ranks that share the folder of this rank.
+        has_optimizer: whether the optimizer will be saved, too: main parameters and moments in float32.
+    """
+    is_distributed, alone = has_optimizer and models[0].ddp_config.use_distributed_optimizer, adapters_in(models) is not None
+    shared = sum(tensor.nbytes for name, tensor in iter_weights(models) if is_adapter(name) or not alone)
+    own = 0
+    for *_, parameter in iter_parameters(models):
+        plane = parameter.numel() * torch.float32.itemsize if has_optimizer and parameter.requires_grad else 0
+        if is_distributed:
+            own += len(PLANES) * plane // _replicas_of(parameter)
+        else:
+            # Without one, parameters in float32 are the main ones.
+            shared += (len(PLANES) - (parameter.dtype is torch.float32)) * plane
+    return shared // parts + own
+
+
+def _replicas_of(parameter: torch.nn.Parameter) -> int:
+    """Ranks that have a parameter's state of a distributed optimizer between them; Megatron marks experts by ``allreduce``."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_world_size()
 
 
 def read_rank_state(

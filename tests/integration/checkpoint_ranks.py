@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -86,6 +87,21 @@ class Trainer:
         staged, memory = self.staged(root), HostMemory()
         return staged, checkpoints.begin_checkpoint(staged / "actor", self.bridge, self.models, memory=memory, **self.state())
 
+    def assert_a_save_finds_its_memory(self, root: str) -> None:
+        """A deferred save writes into ``root`` what was taken ahead, but for counters and random states."""
+        memory = HostMemory()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writes, "_PIECE_BYTES", 2**10)
+            checkpoints.prepare_saves(self.bridge, self.models, memory, saves_optimizer=True)
+            ahead = torch.tensor(len(memory._pieces) * writes._PIECE_BYTES)
+            saving = checkpoints.begin_checkpoint(root, self.bridge, self.models, memory=memory, **self.state())
+            written = torch.tensor(saving._writes._size)
+            saving.finish()
+        # Of the ranks together: tensors as small as these are written by the first rank of a folder alone.
+        dist.all_reduce(ahead)
+        dist.all_reduce(written)
+        assert abs(ahead - written) < 0.02 * written, (int(ahead), int(written))
+
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
@@ -122,6 +138,7 @@ def train_and_save(folder: str, topology: dict[str, int], root: str) -> None:
     assert deferred.is_written()
     writes.DirectWrites.put = write
     trainer.publish(staged)
+    trainer.assert_a_save_finds_its_memory(f"{root}/ahead")
     restored = trainer.load(checkpoint_folder.latest_checkpoint(root))
     assert restored == checkpoint_folder.Restored(2, complete=True)
     assert [trainer.train(), trainer.train()] == after, "the steps after a resume differ"
@@ -152,6 +169,7 @@ def resume_with_other_options(folder: str, topology: dict[str, int], root: str, 
     trainer = Trainer(folder, topology, ddp=ddp, optimizer=before, scheduler=SchedulerOptions(max_lr=1e-2, lr_decay_iters=10, **decay))
     trainer.train(), trainer.train()
     trainer.save(root)
+    trainer.assert_a_save_finds_its_memory(f"{root}/ahead")
     for group in trainer.optimizer.param_groups:
         group.update(betas=(0.5, 0.75), eps=1e-3, weight_decay=0.3 * group["wd_mult"], lr=1e-4 * (1 - 2 / 4))
     trainer.scheduler.step = lambda increment: None
@@ -178,6 +196,8 @@ def resume_with_another_loss_scale(folder: str, topology: dict[str, int], root: 
         saved = Trainer(folder, topology, fp16=True, ddp=ddp, optimizer=before)
         saved.train()
         saved.save(root)
+        if distributed:  # else there are no moments where a step was skipped
+            saved.assert_a_save_finds_its_memory(f"{root}/ahead")
         resumed = Trainer(folder, topology, fp16=True, ddp=ddp, optimizer=OptimizerOptions(lr=1e-3, loss_scale=now))
         resumed.load(checkpoint_folder.latest_checkpoint(root))
         return resumed.optimizer.get_loss_scale().item()
@@ -280,6 +300,7 @@ def resume_elsewhere(cases: list[dict[str, Any]], root: str) -> None:
             third(first)
         assert_memory_as_predicted(first, case)
         first.save(roots[0])
+        first.assert_a_save_finds_its_memory(str(Path(root, f"{number}-ahead")))
         expected = third(first)
         moved = Trainer(case["folder"], case["now"], overrides=case.get("overrides"))
         assert moved.load(checkpoint_folder.latest_checkpoint(roots[0])) == checkpoint_folder.Restored(2, complete=True, moved=True)
