@@ -378,8 +378,10 @@ class AutoBridge:
         return self._export[2]
 
     def plan_save(self, models: Sequence[torch.nn.Module]) -> int:
-        """Plan ahead what :meth:`save_weights` with files of its default size does, which takes seconds of thousands of tensors; the bytes of
-        tensors that this rank will write. Not collective."""
+        """Plan ahead what :meth:`save_weights` with files of its default size does, which takes seconds of thousands of tensors.
+
+        Returns the bytes of tensors that this rank will write. Not collective.
+        """
         save = self._planned_save(self.shards(models), _FILE_BYTES)
         return sum(spec.nbytes for name in _files_of(dist.get_rank(), save) for spec in save.specs[name])
 
