@@ -33,7 +33,7 @@ protect_own_cluster(LOCAL)
 # One process imports vLLM for engines and for ranks, which are forked from it.
 EngineProcess.preload = WITH_VLLM
 
-# Files that share fixtures of a session with another one, in whose lane they run, after it.
+# Files that share fixtures of a session with another one, in whose lane they run, after it and in this order: they cost it engines.
 SHARED = {
     "tests/integration/test_engine_sync_faults.py": "tests/integration/test_engine_sync.py",
     "tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py",
@@ -91,7 +91,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first. ``@pytest.mark.gpu`` or ``@pytest.mark.gpu(2)``: the number of CUDA devices the test needs, 1 by default."""
     places = {file: place for place, file in enumerate(LONGEST)}
     files = [item.nodeid.partition("::")[0] for item in items]
-    order = sorted(range(len(items)), key=lambda i: places.get(SHARED.get(files[i], files[i]), len(LONGEST)))
+    shared = {file: place for place, file in enumerate(SHARED)}
+
+    def place_of(i: int) -> tuple[int, int]:
+        return places.get(SHARED.get(files[i], files[i]), len(LONGEST)), shared.get(files[i], -1)
+
+    order = sorted(range(len(items)), key=place_of)
     items[:] = [items[i] for i in order]
     for item in items:
         marker = item.get_closest_marker("gpu")

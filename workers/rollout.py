@@ -75,6 +75,7 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         "max_model_len": config.runner.seq_length,
         "max_num_seqs": rollout.max_running_requests,
         "max_num_batched_tokens": vllm.max_num_batched_tokens,
+        "num_gpu_blocks_override": vllm.num_gpu_blocks_override,
         "enable_prefix_caching": vllm.enable_prefix_caching,
         "enable_chunked_prefill": False if no_chunks else vllm.enable_chunked_prefill,
         "disable_log_stats": rollout.disable_log_stats,

@@ -20,6 +20,8 @@ from rlsync.sync.config import LoraSync
 _MAX_TOKENS = 512
 _MAX_REQUESTS = 8
 _KV_CACHE_BYTES = 2**30
+# As many as those requests fill where a block holds 16 tokens; on CPU it holds more.
+_NUM_CPU_BLOCKS = _MAX_REQUESTS * _MAX_TOKENS // 16
 # CUDA context, activations, and the buffers that vLLM makes at start.
 _BESIDE_BYTES = 6 * 2**30
 _ENVIRONMENT = {
@@ -61,6 +63,9 @@ def engine_arguments(spec: specs.Spec, lora: LoraSync, weight_bytes: int, gpu_by
         # With the cache's size given vLLM does not measure free memory, which the actor changes at the same time.
         needed = weight_bytes / spec.engine_tp * 1.1 + _KV_CACHE_BYTES + _BESIDE_BYTES
         arguments |= {"kv_cache_memory_bytes": _KV_CACHE_BYTES, "gpu_memory_utilization": min(0.9, max(0.05, needed / gpu_bytes))}
+    else:
+        # vLLM writes zeros to all of the cache, on CPU to a GiB at least.
+        arguments["num_gpu_blocks_override"] = _NUM_CPU_BLOCKS
     return arguments
 
 

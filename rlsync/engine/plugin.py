@@ -36,6 +36,7 @@ def register() -> None:
     compat.register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")
     if forking.is_asked_for() and compat.runs_on_cpu():
         compat.fork_workers()
+        compat.sleep_between_looks()
 
 
 def declare_owner() -> None:

@@ -28,7 +28,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES, Padding, TensorSpec
 from rlsync.plan.packing import Segment
 from rlsync.transport.ends import PackedArrival
-from tests.integration.engine_source import read_folder
+from tests.integration.engine_source import NUM_BLOCKS, read_folder
 from tests.integration.sink_models import save_case
 from tests.models import VOCAB_SIZE
 
@@ -43,6 +43,7 @@ class Started:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self._options = {"dtype": dtype, "max_model_len": 64, "max_num_seqs": 8, "skip_tokenizer_init": True, "enforce_eager": True}
+        self._options["num_gpu_blocks_override"] = NUM_BLOCKS
         self.llm = LLM(str(folder), disable_log_stats=True, **self._options)
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.model, self.model_config, self.vllm_config = runner.model, runner.model_config, runner.vllm_config

@@ -27,6 +27,7 @@ from tests.integration.tiny_engines import (
     one_rank,
     same,
     transformers_answers,
+    worker_of,
 )  # fmt: skip
 
 # The first test waits for all engines to start.
@@ -98,13 +99,17 @@ def test_a_sync_leaves_no_weight_update_open_and_ends_one_that_is(
     if name not in tiny_engines:
         pytest.skip("tensor parallelism needs two GPUs")
     engine, folder = tiny_engines[name], tiny_folders["b" if name == "a" else "llama"]
-    with one_rank([engine], folder, timeout_s=20.0) as syncer:
+    with one_rank([engine], folder) as syncer:
         syncer.connect()
         engine.pause("abort", "a sync", 10)
         with pytest.raises(Exception, match="joined attempt 98, which the actor has not started"):
             engine.update_weights({"version": 1, "attempt": 98}, 10)
+        # The call cannot be over before it is given up.
+        worker = worker_of(engine)
+        worker.suspend()
         with pytest.raises(TimeoutError):
-            engine.update_weights({"version": 1, "attempt": 99}, 1e-3)
+            engine.update_weights({"version": 1, "attempt": 99}, 0.1)
+        worker.resume()
         syncer.sync(1)
         wanted = engine.generate(PROMPTS, GREEDY)
         # Workers that refused to begin another one would leave their executor with answers that it takes for others.
@@ -128,7 +133,7 @@ def test_ranks_fill_side_by_side_and_the_first_exception_is_everybodys(
     ranks.connect()
     ranks.sync(1)
     assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
-    ranks.tell("curse", True)
+    ranks.tell("fault", ("curse", 2))
     error, answer = ranks.both("sync", 2)
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
@@ -136,7 +141,7 @@ def test_ranks_fill_side_by_side_and_the_first_exception_is_everybodys(
     assert "the second is cursed" in error.cause
     for name in ("a", "b"):
         assert_refuses(tiny_engines[name], "the second is cursed")
-    ranks.tell("curse", False)
+    ranks.tell("no fault")
     ranks.sync(2)
     for name in ("a", "b"):
         assert same(tiny_engines[name].generate(PROMPTS, GREEDY), tiny_answers["b"])

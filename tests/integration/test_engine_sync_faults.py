@@ -6,7 +6,6 @@ Tests share engines; each leaves its own clean or says that the next sync heals 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from rlsync.sync.packer import Packed
 from rlsync.transport.shm import RingSender
-from tests.deadlines import ended_before, ended_by
+from tests.deadlines import ended_before
 from tests.integration.engine_source import FolderSource, call_on_fill, read_folder
 from tests.integration.tiny_engines import (
     GREEDY,
@@ -30,7 +29,9 @@ from tests.integration.tiny_engines import (
     Answers,
     TwoRanks,
     assert_refuses,
+    is_stopped,
     one_rank,
+    passed_deadline,
     same,
     worker_of,
 )  # fmt: skip
@@ -66,8 +67,9 @@ def test_a_wrong_token_is_refused(tiny_engines: dict[str, Engine], tiny_folders:
 
 def test_a_missing_worker_is_named(tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_engines["a"], "num_workers", 2)
-    with pytest.raises(WeightSyncError, match=r"engine a worker 1, which has not dialled in"):
-        one_rank([tiny_engines["a"]], tiny_folders["b"], timeout_s=4.0).connect()
+    missing = pytest.raises(WeightSyncError, match=r"from engine a worker 1, which has not dialled in")
+    with passed_deadline("engine a worker 1"), missing:
+        one_rank([tiny_engines["a"]], tiny_folders["b"]).connect()
 
 
 def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
@@ -75,15 +77,9 @@ def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
 ) -> None:
     ranks = two_ranks([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"])
     ranks.connect()
-    call_on_fill(ranks.syncer, lambda bucket: os.kill(ranks.process.pid, signal.SIGSTOP) if bucket == 1 else None)
-    ranks.pipe.send(("sync", 1))
-    with ended_by(TIMEOUT_S), pytest.raises(WeightSyncError, match="actor rank 1") as raised:
-        ranks.syncer.sync(1)
-    assert raised.value.bucket is not None
+    assert ranks.stop_in_sync(1, at=1).bucket == 1
     for name in ("a", "b"):
         assert_refuses(tiny_engines[name], "actor rank 1")
-    os.kill(ranks.process.pid, signal.SIGCONT)
-    assert ranks.answer() == ("error", str(raised.value))
     ranks.close()
     again = two_ranks([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"])
     again.connect()
@@ -94,7 +90,7 @@ def test_a_stopped_filler_is_found_by_the_deadline_and_a_new_connection_heals(
 def test_a_killed_filler_is_found_at_once(
     tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks([tiny_engines["a"]], tiny_folders["b"], timeout_s=60.0)
+    ranks = two_ranks([tiny_engines["a"]], tiny_folders["b"])
     ranks.connect()
     ranks.kill_in_sync(1, at=1)
     assert_refuses(tiny_engines["a"], "actor rank 1")
@@ -177,7 +173,7 @@ def test_a_killed_worker_is_found_at_once(tiny_engines: dict[str, Engine], tiny_
     with one_rank([tiny_engines["a"], tiny_engines["b"]], tiny_folders["b"]) as syncer:
         syncer.connect()
         call_on_fill(syncer, lambda bucket: worker_of(tiny_engines["a"]).kill() if bucket == 1 else None)
-        with ended_before(60.0), pytest.raises(WeightSyncError) as raised:
+        with ended_before(TIMEOUT_S), pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "a"
     for name in ("a", "b"):
@@ -190,11 +186,11 @@ def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(
     worker = worker_of(tiny_engines["b"])
     processes = [*tiny_engines["a"]._processes.seen, *tiny_engines["b"]._processes.seen]
     segments = shared_segments(processes)
-    with one_rank([tiny_engines["b"]], tiny_folders["b"], timeout_s=TIMEOUT_S) as syncer:
+    with one_rank([tiny_engines["b"]], tiny_folders["b"]) as syncer:
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
         call_on_fill(syncer, lambda bucket: worker.suspend() if bucket == 2 else None)
-        with pytest.raises(WeightSyncError) as raised:
+        with passed_deadline("engine b worker 0", lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "b"
     assert_refuses(tiny_engines["b"], "engine b worker 0")

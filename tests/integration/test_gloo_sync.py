@@ -6,7 +6,6 @@ The engine ``tp2`` has two workers, each of which takes its share of every tenso
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,18 @@ from rlsync.engine.handles.local import Engine
 from rlsync.errors import WeightSyncError
 from tests.deadlines import ended_before, ended_by
 from tests.integration.engine_source import call_on_fill, read_folder
-from tests.integration.tiny_engines import GREEDY, PROMPTS, TIMEOUT_S, TwoRanks, assert_refuses, same, transformers_answers, worker_of
+from tests.integration.tiny_engines import (
+    GREEDY,
+    PROMPTS,
+    TIMEOUT_S,
+    TwoRanks,
+    assert_refuses,
+    is_stopped,
+    passed_deadline,
+    same,
+    transformers_answers,
+    worker_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -85,14 +95,14 @@ def test_an_exception_of_one_rank_costs_one_sync(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
     ranks = two_ranks("llama", "tp2")
-    ranks.tell("curse", True)
+    ranks.tell("fault", ("curse", 2))
     error, answer = ranks.both("sync", 1)
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))
     assert (error.phase, error.bucket) == ("transfer", 2)
     for engine in engines.values():
         assert_refuses(engine, "the second is cursed")
-    ranks.tell("curse", False)
+    ranks.tell("no fault")
     ranks.sync(1)
     assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
 
@@ -102,15 +112,10 @@ def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks], bucket: int
 ) -> None:
     ranks = two_ranks("llama", "tp2")
-    call_on_fill(ranks.syncer, lambda at: os.kill(ranks.process.pid, signal.SIGSTOP) if at == bucket else None)
-    ranks.pipe.send(("sync", 1))
-    with ended_by(TIMEOUT_S), pytest.raises(WeightSyncError, match="actor rank 1") as raised:
-        ranks.syncer.sync(1)
+    ranks.stop_in_sync(1, at=bucket)
     for engine in engines.values():
         assert_refuses(engine, "actor rank 1")
-    os.kill(ranks.process.pid, signal.SIGCONT)
-    assert ranks.answer() == ("error", str(raised.value))
-    call_on_fill(ranks.syncer, lambda at: None)
+    ranks.tell("no fault")
     ranks.sync(1)
     assert all(same(answers(engine), wanted["b"]) for engine in engines.values())
 
@@ -118,7 +123,7 @@ def test_a_stopped_rank_is_found_by_the_deadline_and_the_next_sync_is_right(
 def test_a_killed_rank_is_found_at_once_and_a_new_connection_heals(
     engines: dict[str, Engine], wanted: dict[str, Any], two_ranks: Callable[..., TwoRanks]
 ) -> None:
-    ranks = two_ranks("llama", "tp2", timeout_s=60.0)
+    ranks = two_ranks("llama", "tp2")
     ranks.kill_in_sync(1, at=2)
     for engine in engines.values():
         assert_refuses(engine, "actor rank 1")
@@ -159,7 +164,7 @@ def test_a_stopped_worker_is_found_by_the_deadline(
     ranks = two_ranks("llama", "tp2")
     worker = worker_of(engines["llama"])
     call_on_fill(ranks.syncer, lambda at: worker.suspend() if at == 2 else None)
-    with ended_by(TIMEOUT_S):
+    with passed_deadline("engine llama worker 0", lambda: is_stopped(worker)):
         error, answer = ranks.both("sync", 1)
     worker.resume()
     assert isinstance(error, WeightSyncError)
@@ -173,10 +178,10 @@ def test_a_killed_worker_is_found_at_once_and_nothing_is_left_behind(
     engines: dict[str, Engine], tiny_engines: dict[str, Engine], two_ranks: Callable[..., TwoRanks]
 ) -> None:
     """No engine of the session is needed after it."""
-    ranks = two_ranks("llama", "tp2", timeout_s=60.0)
+    ranks = two_ranks("llama", "tp2")
     worker = worker_of(engines["tp2"])
     call_on_fill(ranks.syncer, lambda at: worker.kill() if at == 2 else None)
-    with ended_before(60.0):
+    with ended_before(TIMEOUT_S):
         error, answer = ranks.both("sync", 1)
     assert isinstance(error, WeightSyncError)
     assert answer == ("error", str(error))

@@ -26,6 +26,8 @@ SMALL = [
     "arithmetic.path=${runner.output_dir}/world",
     "arithmetic.num_problems=256", "arithmetic.num_supervised=1024", "data.rollout_batch_size=16", "algorithm.group_size=8",
     "warm_start.num_steps=100", "algorithm.training_batch_size_per_gpu=64", "weight_sync.timeout_s=40",
+    # Or each engine writes zeros to a GiB.
+    "rollout.vllm.num_gpu_blocks_override=256",
 ]  # fmt: skip
 SCRIPT = ["bash", "examples/reasoning/run_main_grpo_math.sh", *SMALL]
 
@@ -96,7 +98,7 @@ def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_
     options = [
         f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16", "pictures.questions=[colour]",
         "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=40", "runner.save_interval=-1",
-        "runner.val_check_interval=-1", "data.num_workers=0", "weight_sync.timeout_s=40",
+        "runner.val_check_interval=-1", "data.num_workers=0", "weight_sync.timeout_s=40", "rollout.vllm.num_gpu_blocks_override=256",
     ]  # fmt: skip
     with started(command, tmp_path, *options) as process:
         assert exit_code(process, strike(process, tmp_path, 13, lambda family: family[0], signal.SIGINT)) == 130

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.errors import ConfigError, EngineDirtyError, RlsyncError
 from tests.deadlines import HANG_S
-from tests.integration.engine_source import ENGINE_ENV
+from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS
 from tests.models import save_tiny_model
 from tests.ranks import CAN_FORK, REPO, WITH_VLLM
 from workers.forked_workers import ForkedWorker, Forks
@@ -80,6 +80,7 @@ def test_what_goes_wrong_in_the_actor_arrives_as_it_was_raised(tmp_path: Path) -
         )  # fmt: skip
         stack.callback(ray.shutdown)
         arguments = {"model": str(folder), "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True}
+        arguments["num_gpu_blocks_override"] = NUM_BLOCKS
         with pytest.raises(ConfigError, match=r"cannot be synced: offload_config"):
             RayEngine.launch("refused", {**arguments, "cpu_offload_gb": 1})
         engine = RayEngine.launch("dirty", {**arguments, "load_format": "dummy"})

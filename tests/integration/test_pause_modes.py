@@ -20,7 +20,7 @@ from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_by
 from tests.integration.audio_model import AUDIO_PROMPT, SAMPLING_RATE, read_audio_model, save_audio_model, save_language_model, sound
-from tests.integration.engine_source import ENGINE_ENV, FolderSource
+from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource
 from tests.integration.greedy import close, greedy, same
 from tests.integration.tiny_engines import await_tokens
 
@@ -74,7 +74,7 @@ def engine(a: Checkpoint) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
-        made = Engine("e", args | {"limit_mm_per_prompt": {"audio": 1}})
+        made = Engine("e", args | {"limit_mm_per_prompt": {"audio": 1}, "num_gpu_blocks_override": 4 * NUM_BLOCKS})
         made.start()
         yield made
         made.close()

@@ -39,6 +39,7 @@ WITH_ENGINE = (
     "validation.max_new_tokens=8",
     "cluster.component_placement.rollout=2",
     "rollout.enforce_eager=True",
+    "rollout.vllm.num_gpu_blocks_override=256",
 )
 # What a resumed run has to the last bit.
 SAME = ("train/loss", "train/lm_loss", "train/grad_norm", "train/learning_rate", "train/num_tokens", "val/loss")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.deadlines import ended_before
 from tests.integration.engine_rank import serve
-from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource, call_on_fill, read_folder
+from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource, read_folder
 from tests.models import save_tiny_model
 from tests.ranks import make_process
 
@@ -31,7 +32,8 @@ PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 SETTINGS: dict[str, Any] = {"bucket_bytes": 100_000}
 LOGPROB_TOLERANCE = 1e-4
-TIMEOUT_S = 8.0
+# Of each phase of a sync, of which none takes a tenth, also on a busy machine.
+TIMEOUT_S = 60.0
 
 Answers = list[tuple[Completion, ...]]
 
@@ -107,7 +109,38 @@ def transformers_answers(folder: Path) -> Answers:
 
 
 def one_rank(engines: list[Engine], folder: Path, **settings: Any) -> WeightSyncer:
-    return WeightSyncer(FolderSource(read_folder(folder)), engines, SyncConfig(**{**SETTINGS, "timeout_s": 60.0, **settings}))
+    return WeightSyncer(FolderSource(read_folder(folder)), engines, SyncConfig(**{**SETTINGS, "timeout_s": TIMEOUT_S, **settings}))
+
+
+@contextlib.contextmanager
+def passed_deadline(who: str, has_failed: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Within, the deadline of a phase has passed as soon as ``who`` alone is waited for and ``has_failed``; and so one has.
+
+    A test neither waits for its seconds, nor gives too few of them to what goes before.
+    """
+    expire, passed = Coordinator.expire, False
+
+    def look(coordinator: Coordinator, now: float) -> None:
+        nonlocal passed
+        roster, sync, phase = coordinator._roster, coordinator._sync, coordinator.phase
+        if coordinator.deadline is not None and has_failed():
+            if phase == "connect":
+                waited_for = [words for _, words in roster.absent()]
+            else:
+                assert sync is not None
+                waited_for = [str(member) for member, _ in sync.stragglers(phase, roster.actors(), roster.workers())]
+            if len(waited_for) == 1 and waited_for[0].startswith(who):
+                now, passed = coordinator.deadline, True
+        expire(coordinator, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "expire", look)
+        yield
+    assert passed, f"no deadline passed for {who}"
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    return process.status() == psutil.STATUS_STOPPED
 
 
 class TwoRanks:
@@ -154,11 +187,22 @@ class TwoRanks:
         return report
 
     def kill_in_sync(self, version: int, at: int) -> None:
-        """Rank 1 is killed while rank 0 fills bucket ``at``; the sync, whose deadline is 60 s, fails with its name before that."""
-        call_on_fill(self.syncer, lambda bucket: self.process.kill() if bucket == at else None)
+        """Rank 1 is killed before it fills bucket ``at``; the sync fails with its name before its deadline."""
+        self.tell("fault", ("kill", at))
         self.pipe.send(("sync", version))
-        with ended_before(60.0), pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
+        with ended_before(TIMEOUT_S), pytest.raises(WeightSyncError, match=r"the process of actor rank 1 .* has ended"):
             self.syncer.sync(version)
+
+    def stop_in_sync(self, version: int, at: int) -> WeightSyncError:
+        """Rank 1 stops before it fills bucket ``at``, the deadline passes, and it goes on: the error that both ranks raise."""
+        self.tell("fault", ("stop", at))
+        self.pipe.send(("sync", version))
+        process = psutil.Process(self.process.pid)
+        with passed_deadline("actor rank 1", lambda: is_stopped(process)), pytest.raises(WeightSyncError, match="actor rank 1") as raised:
+            self.syncer.sync(version)
+        process.resume()
+        assert self.answer() == ("error", str(raised.value))
+        return raised.value
 
     def close(self) -> None:
         self.syncer.close()

@@ -30,6 +30,9 @@ def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> N
     named = {"kv_cache_memory_bytes": 2**33}
     assert arguments(on_gpu=True, vllm=named)["kv_cache_memory_bytes"] == 2**33
     assert "kv_cache_memory_bytes" not in {**arguments(on_gpu=True), **arguments(on_gpu=False, vllm=named)}
+    blocks = {"num_gpu_blocks_override": 64}
+    assert all(arguments(on_gpu=on_gpu, vllm=blocks).items() >= blocks.items() for on_gpu in (True, False))
+    assert "num_gpu_blocks_override" not in arguments(on_gpu=False)
 
 
 def test_an_engine_that_takes_pictures_has_its_tokenizer_and_the_limits_of_pixels_of_the_actor() -> None:
