@@ -17,13 +17,13 @@ from rlsync.engine.compat.engine import core_processes
 from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import call_on_fill, read_folder
+from tests.integration.held_requests import hold
 from tests.integration.tiny_engines import (
     GREEDY,
     PROMPTS,
     Answers,
     TwoRanks,
     assert_refuses,
-    await_tokens,
     one_rank,
     same,
     transformers_answers,
@@ -151,13 +151,12 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
     tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
     engine = tiny_engines["a"]
-    long = {**GREEDY, "max_tokens": 120}
+    long = {**GREEDY, "max_tokens": 40}
     with one_rank([engine], tiny_folders["a"], pause_mode="keep") as syncer, ThreadPoolExecutor(2) as pool:
         syncer.connect()
         syncer.sync(1)
         syncer._source.take(read_folder(tiny_folders["b"]))  # type: ignore[attr-defined]
-        kept = pool.submit(engine.generate, PROMPTS, long)
-        await_tokens(engine, len(PROMPTS))
+        kept = hold(engine, len(PROMPTS), len(PROMPTS), lambda: pool.submit(engine.generate, PROMPTS, long))
         asked = threading.Event()
 
         def ask(bucket: int) -> None:
@@ -170,7 +169,7 @@ def test_requests_wait_for_a_sync_and_kept_ones_go_on_with_the_new_weights(
         syncer.sync(2)
         assert same(waiting[0].result(60), tiny_answers["b"])
         (first, *_), *_ = kept.result(60)
-        assert (first.version, first.last_version, len(first.token_ids)) == (1, 2, 120)
+        assert (first.version, first.last_version, len(first.token_ids)) == (1, 2, 40)
 
 
 def test_waiting_for_other_engines_is_not_counted_as_waiting_for_buckets(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,26 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
-from tests.deadlines import ended_by
+from tests.deadlines import HANG_S, ended_by
 from tests.integration.audio_model import AUDIO_PROMPT, SAMPLING_RATE, read_audio_model, save_audio_model, save_language_model, sound
 from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource
 from tests.integration.greedy import close, greedy, same
-from tests.integration.tiny_engines import await_tokens
+from tests.integration.held_requests import EXTENSION, hold
+from tests.integration.tiny_engines import is_stopped, passed_deadline, worker_of
 
 pytestmark = pytest.mark.slow
 
 # Two more than the engine runs at once: these wait in its queue when the pause comes.
 NUM_RUNNING = 4
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,), (77, 8, 8), (42, 17), (99, 98, 97))
-NUM_TOKENS = 400
-_ATTEMPTS = 4
+NUM_TOKENS = 40
 LONG = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 8}
 # More than three blocks of the prefix cache.
@@ -74,7 +72,8 @@ def engine(a: Checkpoint) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENV.items():
             patch.setenv(name, value)
-        made = Engine("e", args | {"limit_mm_per_prompt": {"audio": 1}, "num_gpu_blocks_override": 4 * NUM_BLOCKS})
+        args |= {"num_gpu_blocks_override": 4 * NUM_BLOCKS, "worker_extension_cls": EXTENSION}
+        made = Engine("e", args | {"limit_mm_per_prompt": {"audio": 1}})
         made.start()
         yield made
         made.close()
@@ -84,36 +83,20 @@ class Rollout:
     """An engine at version 1 with the weights of a, requests in flight, and a sync to those of b."""
 
     def __init__(self, engine: Engine, a: Checkpoint, b: Checkpoint, pool: ThreadPoolExecutor, **settings: Any) -> None:
-        self.engine, self.pool, self.checkpoints = engine, pool, (a, b)
+        self.engine, self.pool = engine, pool
         self.source = FolderSource(a.tensors)
         self.config = SyncConfig(**{"bucket_bytes": BUCKET_BYTES, "timeout_s": 30.0, **settings})
-        self._begin()
-
-    def _begin(self) -> None:
-        a, b = self.checkpoints
         self.source.take(a.tensors)
         self.syncer = WeightSyncer(self.source, [self.engine], self.config)
         self.syncer.connect()
         self.syncer.sync(1)
         self.source.take(b.tensors)
 
-    def through_a_sync(self) -> tuple[list[Completion], SyncReport]:
-        """On a busy machine this process may get no processor before all requests have ended: then they met no sync, and begin anew.
-
-        A pause that lets queued requests run to their end does so each time, and is what the last time tells.
-        """
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                self.syncer.close()
-                self._begin()
-            future = self.pool.submit(self.engine.generate, PROMPTS, LONG, timeout_s=60)
-            await_tokens(self.engine, NUM_RUNNING, future)
-            report = self.syncer.sync(2)
-            completions = [completion for (completion,) in future.result(60)]
-            last = completions[-1]
-            if (last.version, len(last.token_ids)) != (1, NUM_TOKENS):
-                break
-        return completions, report
+    def through_a_sync(self, **held: float) -> tuple[list[Completion], SyncReport]:
+        """What becomes of the requests that ``hold`` holds until the sync's pause."""
+        future = hold(self.engine, NUM_RUNNING, len(PROMPTS), lambda: self.pool.submit(self.engine.generate, PROMPTS, LONG), **held)
+        report = self.syncer.sync(2)
+        return [completion for (completion,) in future.result(60)], report
 
 
 @pytest.fixture
@@ -153,14 +136,12 @@ def test_abort_ends_requests_with_the_tokens_they_have(rollout: Callable[..., Ro
 def test_wait_lets_running_requests_end_and_queued_ones_begin_with_the_new_weights(
     rollout: Callable[..., Rollout], a: Checkpoint, b: Checkpoint
 ) -> None:
-    started_s = time.monotonic()
-    completions, report = rollout(pause_mode="wait").through_a_sync()
-    taken_s = time.monotonic() - started_s
+    completions, report = rollout(pause_mode="wait").through_a_sync(pause_s=1.0)
     assert versions(completions) == [(1, 1)] * NUM_RUNNING + [(2, 2)] * (len(PROMPTS) - NUM_RUNNING)
     for i, (completion, prompt) in enumerate(zip(completions, PROMPTS, strict=True)):
         assert same(completion, greedy((a if i < NUM_RUNNING else b).text, prompt, NUM_TOKENS))
     # Waiting is no transfer.
-    assert report.transfer_s < report.pause_s < taken_s
+    assert report.pause_s > 1.0
     assert report.pause_s + report.transfer_s + report.commit_s + report.resume_s <= report.seconds
 
 
@@ -232,8 +213,7 @@ def test_what_the_encoder_made_of_a_sound_survives_no_commit(
     """Measured by the same sound under a key that no cache has seen. A request that is kept hears it again, too."""
     made = rollout(pause_mode=mode)
     before = hear(engine, f"{mode}-1")
-    kept = made.pool.submit(hear, engine, f"{mode}-1", NUM_TOKENS)
-    await_tokens(engine, 1)
+    kept = hold(engine, 1, 1, lambda: made.pool.submit(hear, engine, f"{mode}-1", NUM_TOKENS))
     made.syncer.sync(2)
     after = hear(engine, f"{mode}-1")
     assert same(after, hear(engine, f"{mode}-2"))
@@ -260,14 +240,15 @@ def test_without_a_reset_the_encoder_cache_would_survive(
 
 
 def test_waiting_for_requests_is_bounded_by_the_deadline_of_a_phase(rollout: Callable[..., Rollout], engine: Engine) -> None:
-    made = rollout(pause_mode="wait", timeout_s=2.0)
-    future = made.pool.submit(engine.generate, PROMPTS[:NUM_RUNNING], {**LONG, "max_tokens": 1000})
-    await_tokens(engine, NUM_RUNNING)
-    with pytest.raises(WeightSyncError) as raised:
+    made, worker = rollout(pause_mode="wait"), worker_of(engine)
+    asked = PROMPTS[:NUM_RUNNING]
+    future = hold(engine, len(asked), len(asked), lambda: made.pool.submit(engine.generate, asked, LONG), pause_s=HANG_S)
+    with passed_deadline("engine e worker 0", lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
         made.syncer.sync(2)
     with pytest.raises(EngineDirtyError):
         future.result(60)
     assert engine.state == "dirty", raised.value
+    worker.resume()
     made.syncer.sync(2)
     assert engine.state == "clean"
 
@@ -275,7 +256,7 @@ def test_waiting_for_requests_is_bounded_by_the_deadline_of_a_phase(rollout: Cal
 def test_a_rollout_past_its_deadline_ends_and_costs_a_live_engine_nothing(engine: Engine) -> None:
     state = engine.state, engine.version
     with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
-        engine.generate(PROMPTS, LONG, timeout_s=0.2)
+        engine.generate(PROMPTS, {**LONG, "max_tokens": 900}, timeout_s=0.2)
     assert (engine.state, engine.version) == state
     assert len(engine.generate(PROMPTS[:1], SHORT, timeout_s=30)[0][0].token_ids) == 8
 
@@ -284,14 +265,10 @@ def test_a_rollout_past_its_deadline_ends_and_costs_a_live_engine_nothing(engine
 
 
 def test_a_rollout_on_a_stopped_worker_ends_at_its_deadline_and_leaves_the_engine_dirty(engine: Engine) -> None:
-    core = psutil.Process(engine._llm.engine_core.resources.engine_manager.processes[0].pid)
-    worker = core.children(recursive=True)[0]
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(engine.generate, PROMPTS, {**LONG, "max_tokens": 900}, timeout_s=3)
-        await_tokens(engine, NUM_RUNNING)
-        worker.suspend()
-        with ended_by(3.0), pytest.raises(EngineDirtyError, match=r"did not end within 3 s.*no sign of life"):
-            future.result()
+    worker = worker_of(engine)
+    worker.suspend()
+    with ended_by(1.0), pytest.raises(EngineDirtyError, match=r"did not end within 1 s.*no sign of life"):
+        engine.generate(PROMPTS, LONG, timeout_s=1)
     assert engine.state == "dirty"
     with pytest.raises(EngineDirtyError, match="no sign of life"):
         engine.generate(PROMPTS, SHORT)
