@@ -42,23 +42,28 @@ class StopsItself:
 
 def hold(engine: Engine, num_running: int, num_requests: int, ask: Callable[[], Any], *, pause_s: float = 0.0) -> Any:
     """Have ``ask`` send so many requests; returns what it does when ``num_running`` of them have ``NUM_STEPS`` tokens and the worker of
-    the engine is stopped. It goes on ``pause_s`` after the next call, a pause, has been sent to the engine, or when it is resumed.
+    the engine is stopped. It goes on ``pause_s`` after a pause has been sent to the engine, or when it is resumed.
     """
+    from vllm.v1.engine import EngineCoreRequestType
+
+    # vLLM asks its workers something before the first request of all.
+    engine.generate(((1,),), {"max_tokens": 1})
     client, worker, sent = engine._llm.engine_core, worker_of(engine), 0
     engine.call_workers("stop_with", (num_running,), 60)
     send = client._send_input_message
 
-    async def count(*arguments: Any) -> Any:
+    async def watch(message: Any, core: Any) -> Any:
         nonlocal sent
-        await send(*arguments)
-        sent += 1
-        if sent > num_requests:
+        await send(message, core)
+        kind, *parts = message
+        sent += kind == EngineCoreRequestType.ADD.value
+        if any(b"pause_scheduler" in part for part in parts):
             del client._send_input_message
             asyncio.get_running_loop().call_later(pause_s, worker.resume)
 
     # So that the first request is not at its end before the last one comes.
     worker.suspend()
-    client._send_input_message = count
+    client._send_input_message = watch
     asked = ask()
     _await(lambda: sent == num_requests)
     worker.resume()
