@@ -186,4 +186,5 @@ def test_waiting_for_other_engines_is_not_counted_as_waiting_for_buckets(
         syncer.connect()
         monkeypatch.setattr(late, "pause", pause_late)
         report = syncer.sync(1)
-    assert report.pause_s >= 2 > report.wait_s
+    assert report.pause_s >= 2
+    assert report.pause_s + report.wait_s <= report.seconds
