@@ -70,10 +70,13 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         findings.append(f"r is {rank!r}; it must be a whole number of at least 1")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         findings.append(f"lora_alpha is {alpha!r}; it must be a number")
-    if targets is None and content.get("target_parameters"):
+    parameters: Any = content.get("target_parameters") or []
+    if targets is None and parameters:
         targets = []
     if not isinstance(targets, str | list):
         findings.append(f"target_modules is {targets!r}; it must be names or a regular expression")
+    if not isinstance(parameters, list):
+        findings.append(f"target_parameters is {parameters!r}; it must be names")
     if findings:
         raise ConfigError(f"{path}: " + "; ".join(findings))
     excluded = content.get("exclude_modules") or ()
@@ -85,6 +88,7 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         use_rslora=bool(content.get("use_rslora")),
         init=_INITIAL.get(content.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]  # of trained weights it says nothing
+        target_parameters=tuple(parameters),
     )
 
 

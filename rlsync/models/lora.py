@@ -31,6 +31,7 @@ from rlsync.models.layouts import (
 )
 from rlsync.models.layouts import Part as LayoutPart
 from rlsync.models.stacks import Bound, Model, Part, Rule
+from rlsync.models.stored import stacked_tensor
 
 ALL_LINEAR = "all-linear"
 Init = Literal["kaiming", "gaussian"]
@@ -75,6 +76,8 @@ class LoraSpec:
         exclude_modules: the same, of modules that have no adapter; () for none.
         init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero.
         seed: of A. Values depend on it and on the HF name alone, not on the parallel layout.
+        target_parameters: names that parameters with a weight of each expert have to end with, such as "mlp.experts.gate_up_proj"; every
+            projection of every expert in them has an adapter.
     """
 
     r: int
@@ -85,6 +88,7 @@ class LoraSpec:
     use_rslora: bool = False
     init: Init = "kaiming"
     seed: int = 0
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
@@ -217,7 +221,7 @@ def adapters_of(model: Model, spec: LoraSpec) -> Adapters:
     if findings:
         raise ConfigError("; ".join(findings))
     linear, other = _matrices(model)
-    chosen = frozenset(module for module, part in linear.items() if _is_chosen(spec, module, part))
+    chosen = frozenset(_chosen(model, spec, linear))
     rest = _last_names(module for module in (*linear, *other) if module not in chosen)
     last = set(_last_names(chosen))
     # A number is the name of blocks too.
@@ -246,15 +250,16 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
                     "leave it out, by exclude_modules where a name is that of others too"
                 )
                 break
-    chosen = [module for module, part in linear.items() if _is_chosen(spec, module, part)]
-    if not chosen:
+    if not _chosen(model, spec, linear):
         names = dict.fromkeys(re.sub(r".*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", module) for module in linear)
         findings.append(f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(names)}")
     elif not isinstance(spec.target_modules, str):
         # PEFT passes over a name that matches nothing beside others that do.
         idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in linear)]
         findings += [f"target_modules name {name}, which no linear layer of {model.architecture} is called" for name in idle]
-    return findings
+    stacked = set(_stacked(model).values()) if spec.target_parameters else set()
+    idle = [name for name in spec.target_parameters if not any(_ends_with(parameter, name) for parameter in stacked)]
+    return findings + [f"target_parameters name {name}, which no stacked experts of {model.architecture} are called" for name in idle]
 
 
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
@@ -299,7 +304,7 @@ def _of_absorbed(model: Model, adapters: Adapters) -> str | None:
 
 
 def _shown(spec: LoraSpec) -> str:
-    return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
+    return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join((*spec.target_modules, *spec.target_parameters))
 
 
 def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str]]:
@@ -320,6 +325,22 @@ def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str]]:
 
 def _last_names(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+
+
+def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part]) -> list[str]:
+    """Those of the linear layers that have an adapter."""
+    stacked = _stacked(model) if spec.target_parameters else {}
+    return [
+        module
+        for module, part in linear.items()
+        if _is_chosen(spec, module, part) or _matches(spec.target_parameters, stacked.get(module, ""))
+    ]
+
+
+def _stacked(model: Model) -> dict[str, str]:
+    """By the module of each projection of an expert, the parameter of transformers that has it beside those of all other experts."""
+    experts = (bound for bound in model.parameters() if bound.stack.stacked is not None)
+    return {module_of(name): stacked_tensor(bound, None)[0] for bound in experts for name, _ in bound.hf}
 
 
 def _is_chosen(spec: LoraSpec, module: str, part: Part) -> bool:

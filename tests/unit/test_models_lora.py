@@ -82,6 +82,7 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
         ({"target_modules": ".*", "exclude_modules": ("lm_head",)}, "match model.embed_tokens, which is an embedding"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"exclude_modules": r".*_proj"}, "match no linear layer"),
+        ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no stacked experts of Qwen2ForCausalLM"),
         ({"lora_dropout": 1.0}, "it is a probability below 1"),
         ({"r": 0}, "must be at least 1"),
     ],
@@ -89,6 +90,11 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
 def test_a_spec_that_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
     findings = check_adapters(DENSE, LoraSpec(**{"r": 4, "lora_alpha": 8, **fields}))
     assert len([finding for finding in findings if said in finding]) == 1, findings
+
+
+def test_a_stacked_parameter_is_that_projection_of_every_expert() -> None:
+    found = adapters_of(EXPERTS, LoraSpec(4, 8, target_modules=(), target_parameters=("mlp.experts.gate_up_proj",))).modules
+    assert found == adapters_of(EXPERTS, LoraSpec(4, 8, target_modules=r".*experts\.\d+\.(gate|up)_proj")).modules
 
 
 def test_routers_and_gates_of_shared_experts_have_no_adapter() -> None:
