@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from tests.integration.tiny_engines import await_tokens
 from tests.models import VOCAB_SIZE
 from tests.vision_models import IMAGE, VIDEO
 
+# Syncs of a case.
+VERSIONS = 3
 PROMPTS = [[5, 17, 99, 3], [130, 2, 64], [7] * 12, [50]]
 # An engine that takes pictures reads them with its tokenizer.
 SEEING = {"skip_tokenizer_init": False, "max_model_len": 256}
@@ -162,23 +164,16 @@ def compare(
     if sees:
         pictures = pictured(folder)
         prompts, batch = pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
-    before: list[list[Completion]] = [[] for _ in synced]
     beside = BesideTheBase(bridge, models, source, syncer, synced, options) if lora_sync == "adapter" else None
-    for version in range(3):
-        if version:
-            train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {}))
-        report = syncer.sync(version) if beside is None else beside.sync(version)
-        say(f"synced to version {version}")
-        assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
-        assert (report.held_bytes > 0) == bool((frozen or lora) and version > (beside is not None))
-        answers = [ask(each, prompts) for each in synced]
-        for mine, last in zip(answers, before, strict=True):
-            assert [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
-            assert all(a.version == version for a in mine)
-        before = answers
-        wait_for_all()
+    first_held = (1 if beside is None else 2) if frozen or lora else VERSIONS
+    report, before = synced_answers(
+        lambda: train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {})),
+        syncer.sync if beside is None else beside.sync,
+        lambda: [ask(each, prompts) for each in synced],
+        first_held,
+    )
     if beside is not None and options.get("enable_sleep_mode"):
-        beside.sleep(version)
+        beside.sleep(VERSIONS - 1)
         assert all(difference(ask(each, prompts), last) <= 2e-2 for each, last in zip(synced, before, strict=True))
     bridge.save_weights(models, Path(out_dir, "hf_model"))
     if lora is not None:
@@ -202,6 +197,29 @@ def compare(
         assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
         of = "" if fresh or serves_adapters else "of the actor "
         print(f"ORACLE {of}{worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+
+
+def synced_answers(
+    train: Callable[[], object], sync: Callable[[int], SyncReport], answer: Callable[[], list[list[Completion]]], first_held: int
+) -> tuple[SyncReport, list[list[Completion]]]:
+    """Syncs of a changing actor: the last report, and the last answers of each engine. Engines hold a part of the weights that is not sent
+    again from version ``first_held`` on. Collective."""
+    before: list[list[Completion]] | None = None
+    for version in range(VERSIONS):
+        if version:
+            train()
+        report = sync(version)
+        say(f"synced to version {version}")
+        assert (report.num_buckets > 3 or report.transport == "ipc") and report.bytes > 0
+        assert (report.held_bytes > 0) == (version >= first_held)
+        answers = answer()
+        for mine, last in zip(answers, answers if before is None else before, strict=True):
+            assert before is None or [a.token_ids for a in mine] != [b.token_ids for b in last], "the weights changed, the answers did not"
+            assert all(a.version == version for a in mine)
+        before = answers
+        wait_for_all()
+    assert before is not None
+    return report, before
 
 
 def pictured(folder: str) -> Any:
