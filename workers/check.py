@@ -157,8 +157,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     report.dp_size = dp_size or 1
     topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
-        has_library = importlib.util.find_spec("transformer_engine") is not None
-        report.take("devices", lambda: validate_machine(config, on_gpu=num_gpus > 0, has_transformer_engine=has_library))
+        report.take("devices", lambda: validate_machine(config, on_gpu=num_gpus > 0, is_installed=_is_installed))
         colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
         report.notes += [] if colocation is None else colocation.notes
         report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED
@@ -464,6 +463,10 @@ GRPO_CHECKS: tuple[Check, ...] = (
 SFT_CHECKS: tuple[Check, ...] = (
     check_devices, check_model, check_memory, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
 )  # fmt: skip
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _is_damaged(archive: Path) -> bool:

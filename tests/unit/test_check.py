@@ -256,15 +256,19 @@ def test_placement_without_enough_gpus_is_a_finding_and_a_cluster_is_counted_lat
     assert f"RAY_ADDRESS={address}: nothing answers there" in texts(check(world, monkeypatch, cluster=everything))
 
 
+FLEX = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}
 # Of runs on this machine: GPUs and TransformerEngine that it has, sections, and what is found; nothing where GPUs are enough.
 _ASKED_OF_MACHINES = [
     (0, False, {"actor": {"spec_name": "te_gpt"}}, "spec_name te_gpt is TransformerEngine's layers, which need GPUs"),
-    (6, False, {"actor": {"spec_name": "te_gpt"}}, "spec_name te_gpt needs TransformerEngine, which is not installed here"),
+    (6, False, {"actor": {"spec_name": "te_gpt"}}, "spec_name te_gpt needs the package transformer_engine, which is not"),
     (6, True, {"actor": {"spec_name": "te_gpt"}}, ""),
     (0, False, {"actor": {"optim": {"optimizer_cpu_offload": True}}}, "optimizer_cpu_offload=True .* there are none"),
     (6, False, {"actor": {"optim": {"optimizer_cpu_offload": True}}}, ""),
     (0, True, {"actor": {"optim": {"use_precision_aware_optimizer": True}}}, "use_precision_aware_optimizer=True needs GPUs"),
-    (6, False, {"actor": {"optim": {"use_precision_aware_optimizer": True}}}, "use_precision_aware_optimizer=True needs TransformerEngine"),
+    (6, False, {"actor": {"optim": {"use_precision_aware_optimizer": True}}}, "use_precision_aware_optimizer=True needs the package"),
+    (0, False, {"actor": {"model": FLEX}}, "dispatcher_type flex is DeepEP's, which needs GPUs"),
+    (6, False, {"actor": {"model": FLEX}}, "dispatcher_type flex needs the package deep_ep"),
+    (6, True, {"actor": {"model": {**FLEX, "expert_model_parallel_size": 1}}}, "flex sends tokens to experts of other ranks"),
     (0, False, {"actor": {"megatron": {"distributed_backend": "nccl"}}}, "distributed_backend nccl needs GPUs"),
     (0, False, {"weight_sync": {"transport": "ipc"}}, "weight_sync.transport ipc is between GPUs"),
     (6, False, {"weight_sync": {"transport": "ipc"}}, ""),
@@ -285,7 +289,7 @@ _ASKED_OF_MACHINES = [
 @pytest.mark.parametrize(("num_gpus", "has_library", "asked", "found"), _ASKED_OF_MACHINES)
 def test_what_this_machine_has_not_is_found_before_anything_starts(world, monkeypatch, num_gpus, has_library, asked, found) -> None:
     find, library = importlib.util.find_spec, object() if has_library else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *others: library if name == "transformer_engine" else find(name, *others))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: library if name in ("transformer_engine", "deep_ep") else find(name))
     placed = {"component_placement": {"actor": "0-3", "rollout,reward": "4-5"}}
     model = {"precision": "fp32", "tensor_model_parallel_size": 1, **asked.get("actor", {}).get("model", {})}
     asked = {**asked, "actor": {**asked.get("actor", {}), "model": model}}

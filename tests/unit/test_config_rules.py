@@ -230,6 +230,10 @@ def test_where_initial_weights_may_come_from(
             "pipeline_model_parallel_size 2 exchange theirs; set it to alltoall",
         ),
         (
+            {"actor": {"model": {"moe_token_dispatcher_type": "allgather", "variable_seq_lengths": True}}},
+            "the stages of variable_seq_lengths=True exchange theirs",
+        ),
+        (
             {"actor": {"model": {"moe_router_load_balancing_type": "sinkhorn"}}},
             "expected one of aux_loss, seq_aux_loss, global_aux_loss, none",
         ),
@@ -300,6 +304,8 @@ PARTS = ("freeze_language_model", "freeze_vision_model", "freeze_vision_projecti
         ({"moe_aux_loss_coeff": 0.01}, {}, QWEN2, "moe_aux_loss_coeff is 0.01, and Qwen2ForCausalLM has no experts"),
         ({"moe_router_bias_update_rate": 0.001}, {}, QWEN3_MOE, "the routers of Qwen3MoeForCausalLM have no bias"),
         ({"moe_router_bias_update_rate": 0.0}, {}, QWEN3_MOE, None),
+        ({"moe_router_pre_softmax": False}, {}, QWEN3_MOE, "moe_router_pre_softmax=False contradicts True, which config.json of "),
+        ({"moe_router_pre_softmax": True}, {}, QWEN3_MOE, None),
         (dict.fromkeys(PARTS, True), {}, QWEN3_VL, "freeze all of Qwen3VLForConditionalGeneration"),
         ({"freeze_vision_model": True}, {"vision_lr": 1e-6}, QWEN3_VL, "actor.optim.vision_lr is a learning rate of what actor"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -52,6 +52,11 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
     topology = actor_topology(actor)
     found = check_config(hf_config, topology)
     found += check_parts(model, actor.frozen, {f"actor.optim.{name}": part for name, part in rates.items()})
+    found += [
+        f"actor.model.{name}={value} contradicts {model.transformer[name]}, which config.json of {config.model_path} decides; leave it out"
+        for name, value in actor.transformer_overrides().items()
+        if name in model.transformer and value != model.transformer[name]
+    ]
     found += [f"actor.model: {finding}" for finding in check_overrides(model, actor.transformer_overrides(), topology)]
     if isinstance(config, RunConfig) and config.data.has_pictures and model.vision is None:
         found.append(
@@ -138,12 +143,15 @@ def validate_world(config: AnyConfig, actor_world_size: int) -> int:
     return dp_size
 
 
-def validate_machine(config: AnyConfig, *, on_gpu: bool, has_transformer_engine: bool | None = None) -> None:
-    """Raise ConfigError for what needs GPUs, or TransformerEngine on them, where there is none.
+def validate_machine(config: AnyConfig, *, on_gpu: bool, is_installed: Callable[[str], bool] | None = None) -> None:
+    """Raise ConfigError for what needs GPUs, or packages beside them, where there are none.
 
-    ``has_transformer_engine`` None: not known, as of the nodes of a cluster; a rank then finds out when it has started.
+    ``is_installed`` None: that of packages is not known, as on the nodes of a cluster; a rank then finds out when it has started.
     """
-    raise_all(_asks_for_gpus(config) if not on_gpu else _asks_for_transformer_engine(config, has_transformer_engine))
+    if not on_gpu:
+        raise_all(_asks_for_gpus(config))
+    elif is_installed is not None:
+        raise_all(_asks_for_packages(config, is_installed))
 
 
 def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
@@ -156,6 +164,8 @@ def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
         )
     if actor.optim.use_precision_aware_optimizer:
         yield "actor.optim.use_precision_aware_optimizer=True needs GPUs with TransformerEngine, and there are none; set it to False"
+    if actor.model.moe_token_dispatcher_type == "flex":
+        yield "actor.model.moe_token_dispatcher_type flex is DeepEP's, which needs GPUs, and there are none; set it to alltoall"
     if actor.megatron.distributed_backend == "nccl":
         yield "actor.megatron.distributed_backend nccl needs GPUs, and there are none; set it to null, which is gloo then"
     if not config.has_engines:
@@ -174,18 +184,18 @@ def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
         )
 
 
-def _asks_for_transformer_engine(config: AnyConfig, is_here: bool | None) -> Iterator[str]:
+def _asks_for_packages(config: AnyConfig, is_installed: Callable[[str], bool]) -> Iterator[str]:
     actor = config.actor
-    if is_here is False:
-        asked = {
-            "actor.spec_name te_gpt": (actor.spec_name == "te_gpt", "decoder_gpt"),
-            "actor.optim.use_precision_aware_optimizer=True": (actor.optim.use_precision_aware_optimizer, "False"),
-        }
-        for key, (is_set, otherwise) in asked.items():
-            if is_set:
-                yield f"{key} needs TransformerEngine, which is not installed here; install transformer_engine, or set it to {otherwise}"
+    asked = (
+        ("actor.spec_name te_gpt", actor.spec_name == "te_gpt", "transformer_engine", "decoder_gpt"),
+        ("actor.optim.use_precision_aware_optimizer=True", actor.optim.use_precision_aware_optimizer, "transformer_engine", "False"),
+        ("actor.model.moe_token_dispatcher_type flex", actor.model.moe_token_dispatcher_type == "flex", "deep_ep", "alltoall"),
+    )
+    for key, is_set, package, otherwise in asked:
+        if is_set and not is_installed(package):
+            yield f"{key} needs the package {package}, which is not installed here; install it, or set the key to {otherwise}"
     size = actor.model.context_parallel_size
-    if is_here and actor.spec_name != "local_gpt" and actor.model.precision == "fp32" and size > 1:
+    if is_installed("transformer_engine") and actor.spec_name != "local_gpt" and actor.model.precision == "fp32" and size > 1:
         yield (
             f"actor.model.precision fp32 under context_parallel_size {size}: TransformerEngine's attention does not compute it; set it to "
             "bf16, or actor.spec_name to local_gpt"
@@ -423,14 +433,21 @@ def _actor(config: AnyConfig) -> Iterator[str]:
             f"actor.model.recompute_num_layers ({model.recompute_num_layers}) is for recompute_granularity full, and selective takes all "
             "layers; leave it out"
         )
+    stages = model.pipeline_model_parallel_size
+    exchanges = "variable_seq_lengths=True" if model.variable_seq_lengths else f"pipeline_model_parallel_size {stages}"
     if (
         model.moe_token_dispatcher_type == "allgather"
-        and model.pipeline_model_parallel_size > 1
+        and (stages > 1 or model.variable_seq_lengths)
         and model.virtual_pipeline_model_parallel_size is None
     ):
         yield (
-            f"actor.model.moe_token_dispatcher_type=allgather takes microbatches of one length, and the stages of "
-            f"pipeline_model_parallel_size {model.pipeline_model_parallel_size} exchange theirs; set it to alltoall"
+            f"actor.model.moe_token_dispatcher_type=allgather takes microbatches of one length, and the stages of {exchanges} exchange "
+            "theirs; set it to alltoall"
+        )
+    if model.moe_token_dispatcher_type == "flex" and model.expert_model_parallel_size * (etp or 1) == 1:
+        yield (
+            "actor.model.moe_token_dispatcher_type=flex sends tokens to experts of other ranks, and expert_model_parallel_size and "
+            "expert_tensor_parallel_size are 1; set it to alltoall"
         )
     if optim.overlap_param_gather and not (optim.use_distributed_optimizer and optim.overlap_grad_reduce):
         yield "actor.optim.overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce True"
