@@ -91,7 +91,7 @@ class Trainer:
         """A deferred save writes into ``root`` what was taken ahead, but for counters and random states."""
         memory = HostMemory()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writes, "_PIECE_BYTES", 2**10)
+            patch.setattr(writes, "_PIECE_BYTES", 2**13)
             checkpoints.prepare_saves(self.bridge, self.models, memory, saves_optimizer=True)
             ahead = torch.tensor(len(memory._pieces) * writes._PIECE_BYTES)
             saving = checkpoints.begin_checkpoint(root, self.bridge, self.models, memory=memory, **self.state())
