@@ -83,7 +83,7 @@ def _case(one: Measured, floor_s: float, gpu_bytes: Mapping[str, int] | None) ->
     case: dict[str, Any] = {
         "name": one.name, "kind": one.kind, "lora": one.lora, "remark": one.remark,
         "settings": one.settings, "error": one.error, "connect_s": one.connect_s,
-        "connect": one.connect, "reconnect_s": one.reconnect_s,
+        "connect": one.connect, "reconnect_s": one.reconnect_s, "reconnect": one.reconnect,
         "first_step": one.first, "steps": one.steps, "report": one.report,
         "extra_memory": {"torch": one.extra_torch_bytes, "gpu_bytes": gpu_bytes, "report_bytes": one.report.get("extra_bytes")},
     }  # fmt: skip

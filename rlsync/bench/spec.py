@@ -163,7 +163,7 @@ class Measured(msgspec.Struct, kw_only=True):
     Attributes:
         kind: ``rlsync`` or ``peer``.
         connect_s: until the first step could begin. connect: its parts, of rlsync alone, as ``WeightSyncer.connect_seconds``.
-        reconnect_s: of rlsync, until the same peers were connected again, after all steps.
+        reconnect_s: of rlsync, until the same peers were connected again, after all steps. reconnect: its parts.
         first: the first step, which allocates what later ones use again.
         steps: seconds by phase of the measured steps, in order.
         begin_s, end_s: from before the connection to after the last measured step, by the monotonic clock that all processes share.
@@ -182,6 +182,7 @@ class Measured(msgspec.Struct, kw_only=True):
     connect_s: float = 0.0
     connect: dict[str, float] = {}
     reconnect_s: float = 0.0
+    reconnect: dict[str, float] = {}
     first: dict[str, float] = {}
     steps: list[dict[str, float]] = []
     begin_s: float = 0.0

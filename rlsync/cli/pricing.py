@@ -6,11 +6,9 @@ collected instead of raised.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +17,7 @@ from rlsync.cli.prediction import Prediction, predicted, unpredictable
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
+from rlsync.plan.collection import without_collection
 from rlsync.plan.links import LINK_NAMES, link_class, num_steps
 from rlsync.plan.outline import Outline, outline, outlined
 from rlsync.plan.packing import lay_out
@@ -119,19 +118,7 @@ class Quote:
     price: Price | None = None
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Plans are millions of tuples, and none of them are in cycles: to look for some takes longer than to plan."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_without_collection()
+@without_collection()
 def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
     try:
@@ -149,7 +136,7 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     return price_of(str(config["architectures"][0]), sides, settings)
 
 
-@_without_collection()
+@without_collection()
 def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bool = True) -> Quote:
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.perf_counter()

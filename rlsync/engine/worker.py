@@ -37,6 +37,7 @@ from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.layout.recorded import placement_of, tensors_as_read
+from rlsync.plan.collection import without_collection
 from rlsync.plan.packing import PackedPart, Segment
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
 from rlsync.transport.shm import shm_domain
@@ -132,6 +133,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 raise
             _log.exception("this worker leaves the sync; the last worker of the engine raises")
 
+    @without_collection()
     def _connect(self, init_info: InitInfo) -> None:
         former, self._receiver = self._receiver, None
         if former is not None:

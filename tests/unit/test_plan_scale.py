@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks.paper import experts, sides
 from rlsync.layout.geometry import Box
+from rlsync.plan.collection import without_collection
 from rlsync.plan.planner import build_plan
 from tests.deadlines import HANG_S
 
@@ -53,3 +55,18 @@ def test_work_grows_with_the_pieces_and_not_with_their_pairs(monkeypatch, expert
     assert small > 0
     assert calls_per_piece(2, 64) < 2 * small, "eight times the experts"
     assert calls_per_piece(16, 8) < 2 * small, "eight times the layers"
+
+
+def test_cycles_are_collected_again_after_plans_also_after_one_that_fails():
+    assert gc.isenabled(), "tests run with collection"
+
+    @without_collection()
+    def fail() -> None:
+        with without_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled(), "another one goes on"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert gc.isenabled()
