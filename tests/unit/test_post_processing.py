@@ -22,6 +22,7 @@ class Toy(torch.nn.Module):
         self.register_buffer("scale", torch.zeros(()))
         self.weight = torch.nn.Parameter(torch.arange(4.0))
         self.impl = SimpleNamespace(sinks=None, depth=SimpleNamespace(held=None))
+        self.projection = torch.nn.Linear(3, 4, bias=False)
         self.process, self.runs, self.kv_cache = process, [], torch.zeros(2)
 
     def finish(self) -> None:
@@ -59,6 +60,57 @@ def test_constants_rest_from_the_second_run_and_are_still_written() -> None:
     assert [float(layer.scale) for layer in layers] == [1.0, 1.0]
 
 
+def absorbs(layer: Toy) -> None:
+    """As latent attention does: views of another layer's weight, and scales."""
+    layer.scale.fill_(1.0)
+    first, second = layer.projection.weight.to(torch.float32).T.view(3, 2, 2).split([1, 1], dim=-1)
+    layer.absorbed, layer.impl.sinks = first.transpose(0, 1), second.permute(1, 2, 0)
+
+
+def absorbing(*, with_projection: bool = True) -> tuple[Toy, PostProcessingCache]:
+    layer = Toy(absorbs)
+    parts = (layer, layer.impl, *([layer.projection] if with_projection else []))
+    layer.finish()
+    return layer, PostProcessingCache([layer], lambda layer: parts, ("kv_cache",))
+
+
+def is_absorbed(layer: Toy) -> bool:
+    weight = layer.projection.weight.T.view(3, 2, 2)
+    return torch.equal(layer.absorbed, weight[..., :1].transpose(0, 1)) and torch.equal(layer.impl.sinks, weight[..., 1:].permute(1, 2, 0))
+
+
+def test_views_of_a_weight_rest_and_show_what_is_written_to_it() -> None:
+    layer, held = absorbing()
+    run(held)
+    assert held.num_skipped == 1
+    with torch.no_grad():
+        layer.projection.weight.mul_(2.0)
+    layer.scale.fill_(7.0)
+    run(held, 3)
+    assert len(layer.runs) == 2 and is_absorbed(layer) and float(layer.scale) == 1.0
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_views_are_taken_again_of_a_weight_that_is_another_or_has_moved(is_moved: bool) -> None:
+    layer, held = absorbing()
+    run(held)
+    other = torch.nn.Parameter(torch.randn(4, 3))
+    if is_moved:
+        layer.projection.weight.data = other.data
+    else:
+        layer.projection.weight = other
+    assert not is_absorbed(layer)
+    run(held)
+    assert is_absorbed(layer)
+
+
+def test_views_of_what_no_part_has_are_taken_every_time() -> None:
+    """Nobody would see that it was replaced, although an attribute of the layer is a view of the same memory."""
+    layer, held = absorbing(with_projection=False)
+    run(held, 3)
+    assert (held.num_skipped, len(layer.runs)) == (0, 4)
+
+
 def test_constants_of_a_layer_that_rests_since_a_run_that_failed_are_still_written() -> None:
     plain, other = Toy(lambda layer: layer.scale.fill_(1.0)), Toy(reads_weight)
     held = finishing(plain, other)
@@ -92,6 +144,10 @@ def adds(layer: Toy) -> None:
     layer.scale.zero_().add_(1.0)
 
 
+def copies_a_view(layer: Toy) -> None:
+    layer.impl.sinks = layer.weight.view(2, 2).T.contiguous()
+
+
 def draws(layer: Toy) -> None:
     layer.scale.copy_(torch.rand(()))
 
@@ -118,7 +174,19 @@ def renews(layer: Toy) -> None:
 
 @pytest.mark.parametrize(
     "process",
-    [reads_weight, makes_of_weight, asks_weight, adds, draws, writes_a_view, writes_elsewhere, keeps_elsewhere, counts, renews],
+    [
+        reads_weight,
+        makes_of_weight,
+        asks_weight,
+        copies_a_view,
+        adds,
+        draws,
+        writes_a_view,
+        writes_elsewhere,
+        keeps_elsewhere,
+        counts,
+        renews,
+    ],
     ids=lambda process: process.__name__,
 )
 def test_what_depends_on_anything_runs_every_time(process: Callable[[Toy], None]) -> None:

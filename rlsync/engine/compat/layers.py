@@ -234,8 +234,9 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def attention_parts(layer: Any) -> tuple[Any, ...]:
-    """An attention layer and the objects whose attributes its post-processing can change."""
-    return tuple(part for part in (layer, getattr(layer, "impl", None), getattr(layer, "quant_method", None)) if hasattr(part, "__dict__"))
+    """An attention layer, the objects whose attributes its post-processing can change, and the one whose weight MLA takes views of."""
+    found = (layer, *(getattr(layer, name, None) for name in ("impl", "quant_method", "kv_b_proj")))
+    return tuple(part for part in found if hasattr(part, "__dict__"))
 
 
 def finish_attention(layer: Any, model_config: Any) -> None:

@@ -32,8 +32,9 @@ class PostProcessingCache:
     """Post-processing of a fixed number of layers.
 
     A layer is skipped when its last run read no tensor that existed before, left every attribute as it was, and wrote nothing but
-    constants into tensors that are attributes. While all its attributes are still the same objects, only these constants are written
-    again, because sleep may have discarded them. Otherwise the layer runs, and is traced.
+    constants into tensors that are attributes. To take views of parameters and buffers is not to read them: views show what is written to
+    these later. While all its attributes are still the same objects, and those parameters where they were, only the constants are
+    written again, because sleep may have discarded them. Otherwise the layer runs, and is traced.
 
     Args:
         layers: in the order in which they are post-processed.
@@ -58,7 +59,7 @@ class PostProcessingCache:
         """Post-process every layer by ``process``, or write the constants that this would write."""
         for number, layer in enumerate(self._layers):
             known = self._cached[number]
-            if known is None or not known.attributes.are_untouched():
+            if known is None or not known.is_current():
                 found = self._cached[number] = self._trace(layer, process)
                 # Remembered, because a run that ends in an error leaves it to the next one to write what is skipped since.
                 self._changed = self._changed or found is not known
@@ -70,7 +71,7 @@ class PostProcessingCache:
 
     def _trace(self, layer: Any, process: Callable[[Any], None]) -> _Cached | None:
         """Run the layer. What the next run has to write, or None where the layer has to run again."""
-        before = self._attributes(layer)
+        before, weights = self._attributes(layer), self._weights(layer)
         with _Trace() as trace:
             process(layer)
         after = self._attributes(layer)
@@ -78,7 +79,18 @@ class PostProcessingCache:
         written = {id(tensor): tensor for tensor in trace.written}
         if trace.reads or not written.keys() <= owned or trace.leaves_others_than(owned) or not after.repeat(before):
             return None
-        return _Cached(after, tuple((target, target.clone()) for target in written.values()))
+        # Those that the run has left there: an attribute that it sets may itself be a view of what is gone.
+        left = {id(tensor) for tensor in self._weights(layer)}
+        viewed = [tensor for tensor in weights if id(tensor) in left and _memory(tensor) in trace.viewed]
+        if not trace.viewed <= {_memory(tensor) for tensor in viewed}:
+            return None
+        places = tuple((tensor, tensor.data_ptr()) for tensor in viewed)
+        return _Cached(after, tuple((target, target.clone()) for target in written.values()), places)
+
+    def _weights(self, layer: Any) -> list[torch.Tensor]:
+        """Parameters and buffers of the parts that are modules."""
+        modules = [part for part in self._parts(layer) if isinstance(part, torch.nn.Module)]
+        return [t for module in modules for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
 
     def _attributes(self, layer: Any) -> _Attributes:
         tables: list[dict[str, Any]] = []
@@ -116,10 +128,14 @@ class _Attributes:
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
-    """A layer as its last run left it, and the tensors that it wrote, each with its value."""
+    """A layer as its last run left it; tensors that it wrote, with their values; and those that it took views of, with their addresses."""
 
     attributes: _Attributes
     constants: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    viewed: tuple[tuple[torch.Tensor, int], ...]
+
+    def is_current(self) -> bool:
+        return self.attributes.are_untouched() and all(tensor.data_ptr() == address for tensor, address in self.viewed)
 
 
 class _Trace(TorchDispatchMode):
@@ -128,11 +144,13 @@ class _Trace(TorchDispatchMode):
     Attributes:
         reads: whether one depends on a tensor that there was before, or on chance.
         written: tensors that there were before and that were given other values.
+        viewed: memory of tensors that there were before, of which views were taken.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads = False
+        self.viewed: set[int] = set()
         self.written: list[torch.Tensor] = []
         # Kept until the end, so that no other tensor takes the identity of one that is gone.
         self._made: dict[int, torch.Tensor] = {}
@@ -145,6 +163,10 @@ class _Trace(TorchDispatchMode):
         old = [] if func is _BIRTH else [t for t in given if id(t) not in self._made]
         if func in _OVERWRITES and old and old[0] is given[0]:
             self.written.append(old.pop(0))
+        if func.is_view and old:
+            # What it gives counts as old too: nobody has made it.
+            self.viewed |= {_memory(tensor) for tensor in old}
+            return result
         self.reads = bool(old) or torch.Tag.nondeterministic_seeded in func.tags
         if self.reads:
             # There is nothing left to prove, and intermediate results of weights may be large.
@@ -159,6 +181,11 @@ class _Trace(TorchDispatchMode):
         left = [weakref.ref(tensor) for number, tensor in self._made.items() if number not in owned]
         self._made.clear()
         return any(reference() is not None for reference in left)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The same for all views of one piece of memory."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _equal(value: Any, former: Any) -> bool:
