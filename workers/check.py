@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -474,7 +475,8 @@ def _is_damaged(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as content:
             return content.testzip() is not None
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError):
+        # What zipfile makes of a flipped bit: another way to compress, a password that is asked for, a name that is no text.
         return True
 
 

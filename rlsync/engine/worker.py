@@ -139,8 +139,16 @@ class RlsyncTransferEngine(WeightTransferEngine):
         if former is not None:
             # Its group takes its time to end; nothing is written here before that has been waited for.
             former.abandon()
-        self.shutdown()
-        self._version = -1
+        try:
+            self.shutdown()
+            self._version = -1
+            self._meet(init_info, former)
+        finally:
+            if former is not None:
+                former.close()
+
+    def _meet(self, init_info: InitInfo, former: Receiver | None) -> None:
+        """Connect, and close ``former`` before anything can be written."""
         client = self._client = self._dial(init_info)
         if self.device.type == "cuda":
             # While loaders are recorded and the actor plans.
@@ -168,8 +176,6 @@ class RlsyncTransferEngine(WeightTransferEngine):
         except Exception as error:
             if not isinstance(error, WeightSyncError):
                 client.report_failure(error, 0, "connect")
-            if former is not None:
-                former.close()
             self.shutdown()
             raise
 

@@ -108,12 +108,18 @@ def read_elsewhere(reader: str, *keys: str) -> dict[str, Key]:
 def renamed_keys(keys: Mapping[str, Key], names: Mapping[str, str]) -> dict[str, Key]:
     """A table in which some keys are called otherwise (the name in ``keys`` -> that in config.json); values keep the names of ``keys``.
 
-    Raises ValueError for a name that ``keys`` lacks.
+    Raises ValueError for a name that ``keys`` lacks, and for one that two keys would have.
     """
     absent = names.keys() - keys.keys()
     if absent:
         raise ValueError(f"renamed_keys: the table has no {', '.join(sorted(absent))}; a name of the table comes before that of the file")
-    return {names.get(name, name): replace(key, meaning=name) if name in names else key for name, key in keys.items()}
+    made: dict[str, Key] = {}
+    for name, key in keys.items():
+        called = names.get(name, name)
+        if called in made:
+            raise ValueError(f"renamed_keys: two keys of the table would be called {called}; rename the other one, or leave it out")
+        made[called] = replace(key, meaning=key.meaning or name) if name in names else key
+    return made
 
 
 @dataclass(frozen=True, slots=True)

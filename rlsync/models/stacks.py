@@ -156,14 +156,18 @@ def renamed(stacks: Iterable[Stack], names: Mapping[str, str]) -> tuple[Stack, .
     """Stacks whose HF names are called otherwise: parts of names (whole words between dots) -> what stands in their place.
 
     The longest part that begins at a word is the one that counts: ``{"model.layers": "transformer.blocks", "model": "transformer"}``.
-    Raises ValueError for a part that no name has.
+    Raises ValueError for a part that no name has, and for a name that two tensors would have.
     """
     pattern = re.compile(rf"(?<![^.])({'|'.join(re.escape(part) for part in sorted(names, key=len, reverse=True))})(?![^.])")
     found: set[str] = set()
+    before: dict[str, str] = {}
 
     def name(template: str) -> str:
         found.update(pattern.findall(template))
-        return pattern.sub(lambda part: names[part[0]], template)
+        made = pattern.sub(lambda part: names[part[0]], template)
+        if before.setdefault(made, template) != template:
+            raise ValueError(f"renamed: {before[made]} and {template} would both be called {made}")
+        return made
 
     def rule_of(rule: Rule, hf: str) -> Rule:
         return replace(rule, hf=tuple(HFTensor(name(hf + tensor.template), *tensor.dims) for tensor in rule.hf))

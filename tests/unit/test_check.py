@@ -351,8 +351,11 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
     with zipfile.ZipFile(folder / "data/data.pt", "w") as archive:
         archive.writestr("data/data.pkl", "whole")
     assert "data.pt" not in texts(check(own, monkeypatch, runner=auto))
-    damaged = (folder / "data/data.pt").read_bytes().replace(b"whole", b"whale")
-    for content in (b"cut", damaged):
+    whole = (folder / "data/data.pt").read_bytes()
+    # Flags of its entry in the directory of the archive: now it asks for a password.
+    flags = whole.index(b"PK\x01\x02") + 8
+    asking = whole[:flags] + bytes([whole[flags] ^ 1]) + whole[flags + 1 :]
+    for content in (b"cut", whole.replace(b"whole", b"whale"), asking):
         (folder / "data/data.pt").write_bytes(content)
         assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
 

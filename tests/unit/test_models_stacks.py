@@ -331,6 +331,16 @@ def test_a_slip_in_a_table_of_names_is_said():
         renamed(DENSE_STACKS, {"self_attn.out_proj": "mixer.out", "self_attn": "mixer"})
     with pytest.raises(ValueError, match="the table has no kv_heads"):
         renamed_keys(LLAMA.keys, {"kv_heads": "num_key_value_heads"})
+    with pytest.raises(ValueError, match="two keys of the table would be called intermediate_size"):
+        renamed_keys(LLAMA.keys, {"hidden_size": "intermediate_size"})
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight and .*self_attn\.k_proj\.weight would both be called"):
+        renamed(DENSE_STACKS, {"q_proj": "k_proj"})
+
+
+def test_keys_that_are_renamed_twice_keep_their_meaning():
+    once = renamed_keys(LLAMA.keys, {"hidden_size": "width", "vocab_size": "words"})
+    twice = renamed_keys(once, {"width": "d_model"})
+    assert {name: key.meaning for name, key in twice.items() if key.meaning} == {"d_model": "hidden_size", "words": "vocab_size"}
 
 
 def test_a_fused_tensor_has_the_rows_of_its_parts():
