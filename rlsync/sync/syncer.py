@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -257,8 +258,15 @@ class WeightSyncer:
         assert self._peer is not None
         assignment, packer, failure, connected, began_s = None, None, None, False, time.monotonic()
         reports: m.Reports | None = None
+        preparing: threading.Thread | None = None
         while not connected or (packer is None and failure is None):
-            message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
+            if connected:
+                # Work of this rank alone, which no deadline is for: a kernel may have to be compiled.
+                assert preparing is not None, "nobody is connected without an assignment"
+                preparing.join()
+                message = None
+            else:
+                message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 if outcome.error is not None and outcome.key in (_JOIN, _PREPARE):
                     self._peer.send(m.Failed(0, "connect", describe(outcome.error), engine=blamed(outcome.error)))
@@ -288,7 +296,7 @@ class WeightSyncer:
                 assignment = message.actor
                 assert assignment is not None
                 try:
-                    self._attach(assignment, device)
+                    preparing = self._attach(assignment, device)
                 except Exception as error:
                     self._peer.send(m.Failed(0, "connect", describe(error)))
             elif isinstance(message, m.Connected):
@@ -299,7 +307,7 @@ class WeightSyncer:
         assert assignment is not None and packer is not None
         return assignment, packer
 
-    def _attach(self, assignment: m.ActorAssignment, device: torch.device | None) -> None:
+    def _attach(self, assignment: m.ActorAssignment, device: torch.device | None) -> threading.Thread:
         """Make this rank's senders, and in a thread have them join and bind what they send, while workers bind what they take."""
         source, places = self._source, Places(self._source.buffers)
         timeout_s = self._config.timeout_s
@@ -313,7 +321,7 @@ class WeightSyncer:
             packer.prepare()
             return packer
 
-        self._tasks.spawn(_JOIN, join, (_PREPARE, prepare))
+        return self._tasks.spawn(_JOIN, join, (_PREPARE, prepare))
 
     def _plan_connection(self, reports: m.Reports) -> m.Planned:
         """Rank 0: plan the connection, and open what its transports need."""

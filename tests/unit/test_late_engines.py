@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rlsync.sync.packer import Packer
 from tests.thread_actors import Actors
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
@@ -48,3 +49,17 @@ def test_an_engine_whose_workers_connect_and_whose_core_is_stuck_is_no_connectio
     error = Actors(engines).failure(lambda syncer: syncer.connect())
     assert (error.engine, error.phase) == ("right", "connect")
     assert "engine right, whose workers are connected, but whose init_weight_transfer has not returned" in error.cause
+
+
+def test_a_rank_that_cannot_bind_what_it_sends_says_so_to_all_while_an_engine_still_connects(
+    stuck: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ThreadEngine("late")
+    hang_in(engine, "init_weight_transfer", stuck)
+
+    def fail(packer: Packer) -> None:
+        raise ZeroDivisionError("cursed")
+
+    monkeypatch.setattr(Packer, "prepare", fail)
+    error = Actors([engine]).failure(lambda syncer: syncer.connect())
+    assert error.phase == "connect" and "actor rank" in error.cause and "cursed" in error.cause
