@@ -13,11 +13,11 @@ TYPED := $(wildcard rlsync workers)
 LANES ?= $(if $(shell command -v nvidia-smi),0,2)
 IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder
 
-.PHONY: docs help setup test test-unit test-busy test-all chaos lint format
+.PHONY: docs help setup test test-unit test-busy test-all chaos lint static format
 
 help:
 	@echo "make setup      make or complete .venv"
-	@echo "make test       lint, then all tests; those that need GPUs say so and skip where there are none"
+	@echo "make test       ruff and mypy, then all tests; those that need GPUs say so and skip where there are none"
 	@echo "make test-unit  the tests that need no process group, vLLM or Ray: a minute"
 	@echo "make test-busy  the same beside two busy loops on every core: what then fails, fails on a busy machine"
 	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
@@ -28,7 +28,7 @@ help:
 setup:
 	@$(SETUP); echo "ready: $$PYTHON"
 
-test: lint test-all
+test: static test-all
 
 test-unit:
 	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) tests/unit
@@ -47,10 +47,13 @@ SEED ?= 0
 chaos:
 	@$(SETUP); "$$PYTHON" -m tests.chaos.campaign --faults $(FAULTS) --seed $(SEED)
 
-lint:
+# What is said of the sources without running any.
+static:
 	@$(SETUP); "$$PYTHON" -m ruff check .
 	@$(SETUP); "$$PYTHON" -m ruff format --check .
-	@$(SETUP); "$$PYTHON" -m mypy $(TYPED)
+	@$(SETUP); MYPY_NUM_WORKERS=2 "$$PYTHON" -m mypy $(TYPED)
+
+lint: static
 	@$(SETUP); "$$PYTHON" -m pytest -q tests/unit/test_layering.py
 
 format:
