@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -493,19 +494,44 @@ def test_adapters_alone_are_synced_to_a_server_and_requests_end_on_the_version_t
             engine.generate(PROMPTS[:1], GREEDY)
         syncer.sync(5)
     engine.close()
-    # An actor that was started again finds what the one before has left.
-    (_, left) = models_of(adapted)
-    late = HttpEngine(adapted, engine_id="late")
-    with WeightSyncer(AdapterSource(base, adapters[4], R), [late], config) as syncer:
+
+
+def test_an_actor_that_was_started_again_names_its_versions_anew_and_a_late_request_begins_on_the_next(
+    adapted: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor before has left a version. The request comes to the server when its version is no model of it any more."""
+    base, left, is_sent = read_folder(folders["b"]), models_of(adapted)[1:], threading.Event()
+    adapters = {version: factors(base, 10 + version) for version in (1, 2)}
+    engine, source = HttpEngine(adapted, engine_id="late"), AdapterSource(base, adapters[1], R)
+    choices = engine._choices
+
+    async def choose_late(body: dict[str, Any]) -> list[dict[str, Any]]:
+        while not is_sent.is_set():
+            await asyncio.sleep(0.01)
+        return await choices(body)
+
+    config = SyncConfig(lora="adapter", pause_mode="keep", bucket_bytes=BUCKET_BYTES, timeout_s=60.0)
+    with WeightSyncer(source, [engine], config) as syncer, ThreadPoolExecutor(1) as pool:
         syncer.connect()
-        for version in (1, 2):
-            syncer.sync(version)
-            assert answers_like(late, wanted[4])
-            (_, now) = models_of(adapted)
-            assert now != left
+        syncer.sync(1)
+        monkeypatch.setattr(engine, "_choices", choose_late)
+        late = pool.submit(engine.generate, PROMPTS[:1], GREEDY)
+        deadline_s = time.monotonic() + 60
+        while engine._adapters is None or not engine._adapters.in_use():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        source.take(adapters[2])
+        syncer.sync(2)
+        is_sent.set()
+        ((completion,),) = late.result(60)
+        wanted = merged(folders["b"], adapters[2], tmp_path / "wanted")
+        assert completion.version == 2 and same(completion, greedy(wanted, PROMPTS[0], 12))
+        assert answers_like(engine, wanted)
+        (_, now) = models_of(adapted)
+        assert now not in left
     with pytest.raises(WeightSyncError, match=r"sync adapters with weight_sync\.lora=adapter"):
-        connected(late, folders["b"])
-    late.close()
+        connected(engine, folders["b"])
+    engine.close()
 
 
 def test_a_server_without_slots_for_adapters_is_refused(url: str, engine: HttpEngine, folders: dict[str, Path]) -> None:
