@@ -233,19 +233,6 @@ def test_what_a_source_computes_is_sent_and_summed_by_programs_that_follow_its_m
     assert "verified regions are not what was sent" in actors.failure(lambda s: s.sync(6)).cause
 
 
-def test_the_same_peers_connect_again_by_the_same_plan(connect: Connect, engine: ThreadEngine) -> None:
-    actors = connect(stays=True)
-    actors.sync(1)
-    first = actors.syncers[0]._plan
-    for syncer in actors.syncers:
-        syncer.close()
-    actors.connect()
-    second = actors.syncers[0]._plan
-    assert first is not None and second is not None and second.plan is first.plan
-    actors.sync(2)
-    assert holds(engine, 2)
-
-
 def test_a_sync_looks_at_each_buffer_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """For programs, checksums and exports together, on each of two ranks; where something has moved its export looks again."""
     looks: list[Places] = []

@@ -1,4 +1,4 @@
-"""Claims about engines whose workers do their part while a call to the engine does not return: they are named, on all ranks."""
+"""Claims about peers that are late or come again: engines whose calls do not return are named on all ranks, and plans are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from rlsync.sync.packer import Packer
-from tests.thread_actors import Actors
+from tests.thread_actors import Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 
@@ -63,3 +63,19 @@ def test_a_rank_that_cannot_bind_what_it_sends_says_so_to_all_while_an_engine_st
     monkeypatch.setattr(Packer, "prepare", fail)
     error = Actors([engine]).failure(lambda syncer: syncer.connect())
     assert error.phase == "connect" and "actor rank" in error.cause and "cursed" in error.cause
+
+
+def test_the_same_peers_connect_again_by_the_same_plan() -> None:
+    engine = ThreadEngine("again")
+    actors = Actors([engine])
+    actors.connect()
+    actors.sync(1)
+    first = actors.syncers[0]._plan
+    actors.close()
+    actors.there.clear()
+    actors.connect()
+    second = actors.syncers[0]._plan
+    assert first is not None and second is not None and second.plan is first.plan
+    actors.sync(2)
+    assert holds(engine, 2)
+    actors.close()
