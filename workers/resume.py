@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint
+from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
 from rlsync.errors import CheckpointError, ConfigError
 from workers.config import AnyConfig, SftConfig, config_as_dict
 
@@ -265,9 +265,9 @@ def check_ranks(beginning: Beginning, num_ranks: int) -> None:
 
 
 def write_settings(folder: Path, config: AnyConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
-    """Record the settings of the run in a checkpoint."""
+    """Record the settings of the run in a checkpoint; the disk has them when this returns."""
     settings = {"config": config_as_dict(config), "hf_config": dict(hf_config), "actor_ranks": num_ranks}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_durably(folder / SETTINGS, json.dumps(settings, indent=1))
 
 
 def _read_settings(folder: Path) -> Mapping[str, Any] | None:

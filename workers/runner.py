@@ -5,6 +5,7 @@ Owns their order. A kind of run (``grpo_runner``, ``sft_runner``) says what is p
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -275,7 +276,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
             staged = stage_checkpoint(root, step)
             self._on_ranks("save", str(staged / "actor"), step)
             (staged / DATA_STATE).parent.mkdir()
-            torch.save(self._data_state(), staged / DATA_STATE)
+            save_durably(self._data_state(), staged / DATA_STATE)
             write_settings(staged, self._config, self._prepared.hf_config, self._group.topology.world_size)
         self._unpublished = step, staged
         if not self._config.actor.megatron.async_save:
@@ -303,6 +304,14 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
 
     def _on_ranks(self, method: str, *arguments: object) -> list:
         return self._group.on_ranks(method, *arguments)
+
+
+def save_durably(content: Any, path: Path) -> None:
+    """``torch.save``; the disk has the file when this returns, as the name of its checkpoint is there soon."""
+    with path.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def _is_moved(shards: Path, tp_size: int, pp_size: int, ep_size: int) -> bool:
 def write_durably(path: Path, text: str) -> None:
     """Write a small file that is there as a whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
+    with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

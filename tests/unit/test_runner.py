@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,3 +96,16 @@ def test_what_cannot_be_written_ends_the_run_after_the_step_under_way(tmp_path, 
         run.train()
     assert len(run.seen) == at
     assert run.notes == [f"checkpoint {2 if at < 5 else 4} is not complete; those before it are"]
+
+
+def test_the_disk_has_what_the_driver_writes_before_a_checkpoint_has_its_name(tmp_path, monkeypatch) -> None:
+    """A machine that loses power keeps the name, which is on the disk, and not what is not."""
+    happened: list[str] = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (happened.append(f"{Path(new).name}"), rename(old, new)))
+    Steps(tmp_path, Ranks(), {}).train()
+    until = [happened.index(f"global_step_{step}") for step in (2, 4, 5)]
+    for step, end in zip((2, 4, 5), until, strict=True):
+        kept = [Path(path).name.removesuffix(".partial") for path in happened[:end] if f".global_step_{step}.partial" in path]
+        assert sorted(kept) == ["data.pt", "run.json"]
