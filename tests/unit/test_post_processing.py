@@ -197,6 +197,21 @@ def test_what_depends_on_anything_runs_every_time(process: Callable[[Toy], None]
     assert (held.num_skipped, len(layer.runs)) == (0, 5)
 
 
+def reshapes(layer: Toy) -> None:
+    layer.impl.sinks = layer.projection.weight.T.reshape(12)
+
+
+@pytest.mark.parametrize("process", [reshapes, copies_a_view, makes_of_weight], ids=lambda process: process.__name__)
+def test_copies_that_could_have_been_views_are_made_every_time(process: Callable[[Toy], None]) -> None:
+    """In inference mode operations come as they were called, and by their declarations these give views."""
+    layer = Toy(process)
+    parts = (layer, layer.impl, layer.projection)
+    held = PostProcessingCache([layer], lambda layer: parts, ("kv_cache",))
+    with torch.inference_mode():
+        run(held, 3)
+    assert (held.num_skipped, len(layer.runs)) == (0, 3)
+
+
 def set_float(layer: Toy) -> None:
     layer.scale_float = 0.5
 

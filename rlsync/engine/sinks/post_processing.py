@@ -164,9 +164,11 @@ class _Trace(TorchDispatchMode):
         if func in _OVERWRITES and old and old[0] is given[0]:
             self.written.append(old.pop(0))
         if func.is_view and old:
-            # What it gives counts as old too: nobody has made it.
-            self.viewed |= {_memory(tensor) for tensor in old}
-            return result
+            # Some copy where they must, as reshape and contiguous do. What a view gives counts as old too: nobody has made it.
+            memory = {_memory(tensor) for tensor in old}
+            if all(_memory(leaf) in memory for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+                self.viewed |= memory
+                return result
         self.reads = bool(old) or torch.Tag.nondeterministic_seeded in func.tags
         if self.reads:
             # There is nothing left to prove, and intermediate results of weights may be large.
