@@ -39,6 +39,7 @@ from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.layout.recorded import placement_of, tensors_as_read
 from rlsync.plan.collection import without_collection
 from rlsync.plan.packing import PackedPart, Segment
+from rlsync.plan.transports import TRANSPORTS
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
 from rlsync.transport.shm import shm_domain
 
@@ -135,9 +136,12 @@ class RlsyncTransferEngine(WeightTransferEngine):
 
     @without_collection()
     def _connect(self, init_info: InitInfo) -> None:
-        former, self._receiver = self._receiver, None
+        former: Receiver | None = None
+        if self._assignment is not None and TRANSPORTS[self._assignment.transport].is_grouped:
+            # Its group takes its time to end; nothing is written here before that has been waited for. Mapped memory, which may be a
+            # whole actor's, goes at once.
+            former, self._receiver = self._receiver, None
         if former is not None:
-            # Its group takes its time to end; nothing is written here before that has been waited for.
             former.abandon()
         try:
             self.shutdown()

@@ -43,6 +43,17 @@ def test_a_request_runs_on_what_was_served_when_it_began_and_no_number_comes_twi
         assert await first == Served(1, 7)
         assert await waiting == Served(3, 7)
         assert requests.in_use() == []
+        # The next sync begins before what waited has had its turn.
+        requests.hold()
+        late = asyncio.create_task(request(requests, end))
+        await asyncio.sleep(0)
+        requests.serve(7)
+        requests.hold()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert (late.done(), requests.in_use()) == (False, [])
+        requests.serve(7)
+        assert await late == Served(3, 7)
         # An engine that was paused for something else serves what it has.
         requests.hold()
         requests.serve(7)

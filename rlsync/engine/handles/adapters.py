@@ -68,7 +68,9 @@ class AdapterRequests:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Served]:
         """Around one request: what it runs on. Waits while a sync is going on."""
-        await self._open.wait()
+        while not self._open.is_set():
+            # Another sync may have begun before this task had its turn.
+            await self._open.wait()
         served = self._served
         self._running[served.adapter_id] += 1
         try:
