@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -39,13 +39,11 @@ class Written:
     end: int
     crc: int
 
-    def damage(self) -> str | None:
-        """What of them is no longer as it was written. Raises OSError."""
+    def damage(self, descriptor: int) -> str | None:
+        """What of them is no longer as it was written, in the file that is open. Raises OSError."""
         crc, at = 0, self.begin
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(at)
-            while at < self.end and (content := stream.read(min(_STEP_BYTES, self.end - at))):
-                crc, at = zlib.crc32(content, crc), at + len(content)
+        while at < self.end and (content := os.pread(descriptor, min(_STEP_BYTES, self.end - at), at)):
+            crc, at = zlib.crc32(content, crc), at + len(content)
         if at < self.end:
             return f"{self.file} ends at byte {at}, and was written to byte {self.end}"
         if crc != self.crc:
@@ -55,8 +53,10 @@ class Written:
 
 def damage(written: Sequence[Written]) -> list[str]:
     """What files hold otherwise than it was written, in the order of ``written``. Reads all of it. Raises OSError."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        return [found for found in readers.map(Written.damage, written) if found is not None]
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in {one.file for one in written}}
+        readers = stack.enter_context(ThreadPoolExecutor(_READERS))
+        return [found for found in readers.map(lambda one: one.damage(opened[one.file]), written) if found is not None]
 
 
 class HostMemory:
