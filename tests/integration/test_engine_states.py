@@ -82,52 +82,52 @@ def engine():
 
 
 def test_a_resume_that_outlives_its_sync_does_not_clean_a_dirty_engine(engine):
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     failures: list[BaseException] = []
 
     def resume() -> None:
         try:
-            engine.resume(7, 5)
+            engine.resume(7, 60)
         except EngineDirtyError as error:
             failures.append(error)
 
     late = threading.Thread(target=resume)
     late.start()
-    assert engine._llm.entered.wait(5)
+    assert engine._llm.entered.wait(60)
     engine.mark_dirty("the deadline passed")
     engine._llm.gate.set()
-    late.join(5)
+    late.join(60)
     assert engine.state == "dirty" and engine.version is None and "the deadline passed" in str(failures[0])
 
 
 def test_a_pause_that_comes_behind_the_failure_of_its_sync_does_not_begin_it(engine):
     engine.mark_dirty("a process of it has ended", "a sync")
     with pytest.raises(EngineDirtyError, match="a process of it has ended"):
-        engine.pause("abort", "a sync", 5)
+        engine.pause("abort", "a sync", 60)
     assert engine.state == "dirty"
     engine.mark_dirty("for another reason")
     with pytest.raises(EngineDirtyError, match="for another reason"):
-        engine.pause("abort", "a sync", 5)
-    engine.pause("abort", "the next sync", 5)
+        engine.pause("abort", "a sync", 60)
+    engine.pause("abort", "the next sync", 60)
     assert engine.state == "syncing"
 
 
 def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(engine):
     """The core has all calls of a sync in their order before it has answered the first; a pause that fails, fails the update."""
     engine._llm.stopped.clear()
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     with ThreadPoolExecutor(1) as pool:
-        update = pool.submit(engine.update_weights, {"version": 3, "attempt": 1}, 5)
+        update = pool.submit(engine.update_weights, {"version": 3, "attempt": 1}, 60)
         while "reset" not in engine._llm.asked:
             time.sleep(0.01)
         assert engine._llm.asked == ["pause", "start", "update", "finish", "label 3", "reset"]
         assert not update.done()
         engine._llm.stopped.set()
-        update.result(5)
+        update.result(60)
         engine._llm.pause_error = RuntimeError("a worker of it has ended")
-        engine.pause("abort", "the next sync", 5)
+        engine.pause("abort", "the next sync", 60)
         with pytest.raises(RuntimeError, match="a worker of it has ended"):
-            engine.update_weights({"version": 4, "attempt": 2}, 5)
+            engine.update_weights({"version": 4, "attempt": 2}, 60)
 
 
 def test_an_idle_engine_is_resumed_behind_the_rest_of_its_update_and_serves_after_both(engine):
@@ -137,28 +137,28 @@ def test_an_idle_engine_is_resumed_behind_the_rest_of_its_update_and_serves_afte
         engine._llm.asked.clear()
         engine._llm.reset.clear()
         engine._llm.can_reset = can_reset
-        engine.pause("abort", f"sync {version}", 5)
-        engine.update_weights({"version": version, "attempt": version}, 5)
+        engine.pause("abort", f"sync {version}", 60)
+        engine.update_weights({"version": version, "attempt": version}, 60)
         with ThreadPoolExecutor(1) as pool:
-            resume = pool.submit(engine.resume, version, 5)
+            resume = pool.submit(engine.resume, version, 60)
             while "resume" not in engine._llm.asked:
                 time.sleep(0.01)
             assert engine._llm.asked == ["pause", "start", "update", "finish", f"label {version}", "reset", "resume"]
             assert not resume.done() and engine.state == "syncing"
             engine._llm.reset.set()
             if can_reset:
-                resume.result(5)
+                resume.result(60)
                 assert (engine.state, engine.version) == ("clean", 3)
             else:
                 with pytest.raises(RlsyncError, match="could not reset its prefix cache"):
-                    resume.result(5)
+                    resume.result(60)
                 assert engine.state == "syncing" and engine.version == 3
 
 
 def test_an_update_of_an_engine_with_requests_ends_when_their_keys_are_forgotten(engine):
     engine._llm.is_busy = True
     engine._llm.reset.clear()
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
         engine.update_weights({"version": 3, "attempt": 1}, 0.1)
 
@@ -175,13 +175,13 @@ def test_a_resume_of_an_engine_that_is_not_syncing_is_refused(engine):
     engine.mark_dirty("its sync failed")
     engine._llm.gate.set()
     with pytest.raises(EngineDirtyError, match="its sync failed"):
-        engine.resume(7, 5)
+        engine.resume(7, 60)
 
 
 def test_a_resume_in_time_makes_it_clean(engine):
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     engine._llm.gate.set()
-    engine.resume(7, 5)
+    engine.resume(7, 60)
     assert (engine.state, engine.version) == ("clean", 7)
 
 
@@ -189,9 +189,9 @@ def test_an_engine_that_is_closed_in_the_midst_of_a_sync_is_not_made_to_serve_by
     engine._llm.gate.set()
     engine._gate.close("it is closed")
     with pytest.raises(EngineDirtyError, match="it is closed"):
-        engine.pause("abort", "a sync", 5)
+        engine.pause("abort", "a sync", 60)
     with pytest.raises(EngineDirtyError, match="it is closed"):
-        engine.resume(7, 5)
+        engine.resume(7, 60)
     engine.mark_dirty("its sync failed")
     with pytest.raises(EngineDirtyError, match="it is closed"):
         engine.generate([[1]], {})
@@ -204,7 +204,7 @@ def test_marking_a_closed_engine_dirty_says_nothing(engine):
 
 
 def test_a_request_waits_for_a_sync_no_longer_than_it_was_given(engine):
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     with pytest.raises(TimeoutError, match=r"engine e was still in a sync after 0\.1 s"):
         engine.generate([[1]], {}, timeout_s=0.1)
     assert engine.state == "syncing"
@@ -218,7 +218,7 @@ def test_a_sync_that_nobody_hears_of_again_counts_as_failed(engine):
 
 
 def test_a_call_that_is_never_answered_ends_with_its_loop(engine):
-    engine.pause("abort", "a sync", 5)
+    engine.pause("abort", "a sync", 60)
     with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
         engine._calls.run(asyncio.sleep(60), 0.1)
     never = engine._calls.spawn(asyncio.sleep(60))

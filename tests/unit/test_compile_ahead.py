@@ -22,7 +22,7 @@ def test_who_needs_a_kernel_that_is_being_compiled_waits_for_it(monkeypatch):
 
         def compile(self) -> None:
             begun.set()
-            assert goes_on.wait(10)
+            assert goes_on.wait(60)
             compiled.append(self.options)
 
     cupy = SimpleNamespace(RawKernel=RawKernel, cuda=SimpleNamespace(Device=lambda index: contextlib.nullcontext()))
@@ -31,10 +31,10 @@ def test_who_needs_a_kernel_that_is_being_compiled_waits_for_it(monkeypatch):
     cuda._compiled_once.cache_clear()
     try:
         ahead = cuda.compile_ahead(torch.device("cuda"))
-        assert begun.wait(10)
+        assert begun.wait(60)
         threading.Timer(0.05, goes_on.set).start()
         kernels = [cuda._compiled(summed, 3) for summed in (False, True)]
-        ahead.join(10)
+        ahead.join(60)
         assert [kernel.options for kernel in kernels] == compiled and len(compiled) == 2
     finally:
         cuda._compiled_once.cache_clear()
@@ -46,6 +46,6 @@ def test_what_keeps_a_kernel_from_being_compiled_is_told_to_who_needs_it(monkeyp
 
     monkeypatch.setattr(cuda, "_cupy", missing)
     monkeypatch.setattr(cuda, "_usable", lambda device: torch.device("cuda", 3))
-    cuda.compile_ahead(torch.device("cuda")).join(10)
+    cuda.compile_ahead(torch.device("cuda")).join(60)
     with pytest.raises(ConfigError, match="need cupy"):
         cuda._compiled(False, 3)

@@ -91,5 +91,5 @@ def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_
     with pytest.raises(TimeoutError, match=r"within 1 s"):
         started.run_in_turn(lambda: update("stuck", 60), 1.0)
     started.run_in_turn(lambda: update("last", 0), 10)
-    left.join(10)
+    left.join(60)
     assert happened == [f"{name} {what}" for name in ("failed", "next", "stuck", "last") for what in ("begins", "ends")]
