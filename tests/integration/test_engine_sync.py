@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from vllm.distributed.device_communicators import shm_broadcast
 
-from rlsync.engine.compat.engine import core_processes
+from rlsync.engine.compat.engine import core_processes, sleep_between_looks
 from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, WeightSyncError
 from tests.integration.engine_source import call_on_fill, read_folder
@@ -44,6 +46,17 @@ def test_engines_on_cpu_are_forked_from_one_process_that_has_imported_vllm(tiny_
     (parent,) = {core.parent() for core in cores}
     assert parent is not None and parent != psutil.Process()
     assert parent.create_time() < min(core.create_time() for core in cores)
+
+
+def test_processes_of_engines_on_cpu_sleep_between_looks_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM yields instead, and looks again at once. In this process, as in theirs."""
+    monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)
+    sleep_between_looks()
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    just_read = SimpleNamespace(is_reader=True, busy_loop_s=3600, last_read=time.monotonic())
+    shm_broadcast.SpinCondition.wait(just_read)
+    assert len(slept) == 1 and 0 < slept[0] < 0.001
 
 
 def test_a_synced_engine_answers_like_a_fresh_one(
