@@ -40,7 +40,7 @@ from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_t
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
-from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes, Written, damage
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes, Written, check_sums, read_sums
 from rlsync.errors import CheckpointError
 from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
@@ -192,24 +192,11 @@ def _check_sums(shards: Path) -> None:
     with agreed(device=compute_device()):
         if not path.is_file():
             return
-        try:
-            sums = [Written(shards / file, begin, end, crc) for file, begin, end, crc in json.loads(path.read_bytes())]
-            rank, num_ranks = dist.get_rank(), dist.get_world_size()
-            for file in sorted({one.file for one in sums})[rank::num_ranks]:
-                # The file's own sums are of all that is no tensor.
-                read_torch_file(file)
-            found = damage(sums[rank::num_ranks])
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); resume from an older checkpoint") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or shards}: cannot be read ({error.strerror}); resume from an older checkpoint"
-            ) from error
-        if found:
-            more = f" (and {len(found) - 1} other places)" if len(found) > 1 else ""
-            raise CheckpointError(
-                f"{found[0]}{more}; resume from an older checkpoint, or remove {path} where the shards were changed on purpose"
-            )
+        sums, rank, num_ranks = read_sums(path), dist.get_rank(), dist.get_world_size()
+        check_sums(sums[rank::num_ranks], path)
+        for file in sorted({one.file for one in sums})[rank::num_ranks]:
+            # The file's own sums are of all that is no tensor.
+            read_torch_file(file)
 
 
 def load_checkpoint(

@@ -28,12 +28,13 @@ from typing import Literal
 import torch
 
 from rlsync import __version__
-from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
+from rlsync.bridge.checkpoint_folder import CHECKSUMS, sync_folder, write_durably
 from rlsync.convert.merging import Factors, FilePlan, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
 from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
 from rlsync.copy.files import MappedTensors
+from rlsync.copy.writes import check_sums, read_sums
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import Flavour, check_config
@@ -114,7 +115,8 @@ def convert(
     they return when the target is there.
 
     Raises, before a tensor is copied: what ``open_source`` raises; ConfigError for a layout that does not fit the model; CheckpointError
-    where the target is there, another conversion is writing it, or the disk has too little room. What one rank raises is raised on all.
+    where the target is there, another conversion is writing it, the disk has too little room, or Megatron's shards are no longer what a run
+    wrote. What one rank raises is raised on all.
     """
     ranks = Ranks.alone() if ranks is None else ranks
     with ranks.together(), ExitStack() as stack:
@@ -125,6 +127,7 @@ def convert(
         factors = None if source.merged is None else Factors(source.merged)
         identity = _identity(request, source)
         ranks.same("request", identity)
+        _check_sums(source, ranks)
         if ranks.is_first:
             _check_target(request.target)
             _make_files(stack.enter_context(_working_folder(request.target)), targets, identity)
@@ -153,6 +156,16 @@ def convert(
             _end(output, targets, plans, journal, request.target)
         ranks.leave()
     return Converted(source, output, len(targets), progress)
+
+
+def _check_sums(source: Source, ranks: Ranks) -> None:
+    """Raise CheckpointError where Megatron's shards are no longer what the run wrote. Shards without sums are taken as they are."""
+    path, files = source.folder / CHECKSUMS, set(source.files())
+    if source.form == "megatron" and path.is_file():
+        sums = [one for one in read_sums(path) if one.file in files]
+        check_sums(sums[ranks.rank :: ranks.size], path)
+    if source.merged is not None:
+        _check_sums(source.merged, ranks)
 
 
 def _end(output: Output, targets: Sequence[Target], plans: Sequence[FilePlan], journal: Journal, target: Path) -> None:

@@ -6,6 +6,7 @@ Several processes may write into one file, each its own places. Knows no format 
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import zlib
@@ -57,6 +58,31 @@ def damage(written: Sequence[Written]) -> list[str]:
         opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in {one.file for one in written}}
         readers = stack.enter_context(ThreadPoolExecutor(_READERS))
         return [found for found in readers.map(lambda one: one.damage(opened[one.file]), written) if found is not None]
+
+
+def read_sums(path: Path) -> list[Written]:
+    """What was written to files, which ``path`` names from its folder on. Raises CheckpointError."""
+    try:
+        return [Written(path.parent / file, int(begin), int(end), int(crc)) for file, begin, end, crc in json.loads(path.read_bytes())]
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); take an older checkpoint") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def check_sums(written: Sequence[Written], path: Path) -> None:
+    """Raise CheckpointError where files are no longer what was written, as ``path`` says it. Reads all of it."""
+    try:
+        found = damage(written)
+    except OSError as error:
+        raise _unreadable(path.parent, error) from error
+    if found:
+        more = f" (and {len(found) - 1} other places)" if len(found) > 1 else ""
+        raise CheckpointError(f"{found[0]}{more}; take an older checkpoint, or remove {path} where the files were changed on purpose")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); take an older checkpoint")
 
 
 class HostMemory:
