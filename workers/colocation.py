@@ -40,7 +40,12 @@ class ColocationPlan:
 
 
 def check_overlap(config: AnyConfig, mode: PlacementMode) -> None:
-    """Raise ConfigError where engines are to generate while the actor works, on the same devices."""
+    """Raise ConfigError for what actor and engines cannot do on the same devices: work at a time, or send each other messages by NCCL."""
+    if mode is PlacementMode.COLLOCATED and config.has_engines and config.weight_sync.transport == "nccl":
+        raise ConfigError(
+            "weight_sync.transport nccl takes one process on each GPU, but cluster.component_placement gives actor and rollout the same "
+            "devices; set it to auto, or give them devices of their own"
+        )
     early = config.algorithm.early_scoring_prompts if isinstance(config, RunConfig) else 0
     asked = {"runner.async_steps": (config.runner.async_steps, "trains"), "algorithm.early_scoring_prompts": (early, "scores")}
     for name, (value, works) in asked.items():

@@ -246,6 +246,8 @@ def test_placement_without_enough_gpus_is_a_finding_and_a_cluster_is_counted_lat
     everything = {"component_placement": {"actor,rollout,reward": "all"}}
     assert "`all` needs GPUs, and there are none" in texts(check(world, monkeypatch, cluster=everything))
     assert check(world, monkeypatch, num_gpus=2, cluster=everything).findings == []
+    nccl = check(world, monkeypatch, num_gpus=2, cluster=everything, weight_sync={"transport": "nccl"})
+    assert "weight_sync.transport nccl takes one process on each GPU" in texts(nccl)
     eight = {"component_placement": {"actor": "0-1", "rollout,reward": "2-7"}}
     assert "device 7 does not exist; the cluster has 4" in texts(check(world, monkeypatch, num_gpus=4, cluster=eight))
     with socket.create_server(("127.0.0.1", 0)) as listening:
