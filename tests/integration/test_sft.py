@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -155,8 +156,11 @@ def rank_one(family: list[psutil.Process]) -> psutil.Process:
     return next(p for p in family if output_of(p).endswith("ActorGroup-1.log"))
 
 
-def test_a_recipe_of_a_layout_and_precision_of_ones_own_becomes_hugging_face_files(tmp_path: Path) -> None:
-    """Every flag of the script at once; the loss of the last validation is transformers' of the converted checkpoint."""
+def test_each_way_to_pretrain_runs(tmp_path: Path) -> None:
+    """A recipe with a layout and a precision of one's own becomes Hugging Face files, with which the recipe goes on; and a plain configuration.
+
+    The loss of the recipe's last validation is transformers' of the converted checkpoint, and that of the first one of who goes on.
+    """
     script = ["bash", "examples/recipes/run.sh"]
     flags = ["--recipe", "qwen3_30b_a3b", "--twin", "--ep", "2", "--devices", "0-1", "--precision", "bf16"]
     output = run([*script, *flags], tmp_path, "actor.megatron.mbridge=False")
@@ -176,3 +180,8 @@ def test_a_recipe_of_a_layout_and_precision_of_ones_own_becomes_hugging_face_fil
     with torch.no_grad():
         found = torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
     assert found == pytest.approx(losses[-1], rel=5e-3) and losses[-1] < losses[0] - 0.3
+    for way, first in ((["--recipe", "qwen3_30b_a3b", "--twin", "--hf", str(made)], found), (["--plain"], math.log(512))):
+        folder = tmp_path / way[0].strip("-")
+        run([*script, *way], folder, "runner.max_steps=2", "runner.val_check_interval=2", "runner.save_interval=-1", "data.val_data_size=8")
+        before, after = (line["val/loss"] for line in read_metrics(folder / "run") if "val/loss" in line)
+        assert before == pytest.approx(first, rel=5e-3 if "--hf" in way else 2e-2) and after != before

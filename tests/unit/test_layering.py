@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -205,6 +208,19 @@ def test_allowed_imports_are_not_found(tmp_path: Path, path: str, source: str) -
     file.parent.mkdir(parents=True)
     file.write_text(source)
     assert violations(tmp_path) == []
+
+
+def test_every_foreign_module_is_of_a_declared_package() -> None:
+    """Not of one that another package happens to bring. What is not installed here, as CUDA's packages, is not looked at."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(package for extra in ("cpu", "cuda", "runner", "parquet") for package in extras[extra])]
+    declared = {re.split(r"[^a-z0-9-]", package)[0] for package in asked}
+    sources = [path for top in ("rlsync", "workers", "examples") for path in (ROOT / top).rglob("*.py")]
+    imported = {name.split(".")[0] for path in sources for _, name in imported_modules(path.read_text(encoding="utf-8"), "m", False)}
+    brought_by = packages_distributions()
+    undeclared = {name: brought_by[name] for name in imported & brought_by.keys() if not declared & {d.lower() for d in brought_by[name]}}
+    assert {name: found for name, found in undeclared.items() if unit_of(name) is None} == {}
 
 
 def test_pure_layers_and_the_protocol_load_no_framework() -> None:
