@@ -157,7 +157,7 @@ def rank_one(family: list[psutil.Process]) -> psutil.Process:
 
 
 def test_each_way_to_pretrain_runs(tmp_path: Path) -> None:
-    """A recipe with a layout and a precision of one's own becomes Hugging Face files, with which the recipe goes on; and a plain configuration.
+    """A recipe, with a layout and a precision of one's own, becomes Hugging Face files and goes on with them; and a plain configuration.
 
     The loss of the recipe's last validation is transformers' of the converted checkpoint, and that of the first one of who goes on.
     """

@@ -219,7 +219,11 @@ def test_every_foreign_module_is_of_a_declared_package() -> None:
     sources = [path for top in ("rlsync", "workers", "examples") for path in (ROOT / top).rglob("*.py")]
     imported = {name.split(".")[0] for path in sources for _, name in imported_modules(path.read_text(encoding="utf-8"), "m", False)}
     brought_by = packages_distributions()
-    undeclared = {name: brought_by[name] for name in imported & brought_by.keys() if not declared & {d.lower() for d in brought_by[name]}}
+    undeclared = {
+        name: brought_by[name]
+        for name in imported & brought_by.keys()
+        if not declared & {d.lower().replace("_", "-") for d in brought_by[name]}
+    }
     assert {name: found for name, found in undeclared.items() if unit_of(name) is None} == {}
 
 
