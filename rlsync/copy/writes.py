@@ -12,8 +12,9 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -53,11 +54,17 @@ class Written:
 
 
 def damage(written: Sequence[Written]) -> list[str]:
-    """What files hold otherwise than it was written, in the order of ``written``. Reads all of it. Raises OSError."""
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in {one.file for one in written}}
-        readers = stack.enter_context(ThreadPoolExecutor(_READERS))
-        return [found for found in readers.map(lambda one: one.damage(opened[one.file]), written) if found is not None]
+    """What files hold otherwise than it was written, file by file. Reads all of it. Raises OSError."""
+    pieces: dict[Path, list[Written]] = {}
+    for one in written:
+        pieces.setdefault(one.file, []).append(one)
+    found: list[str | None] = []
+    with ThreadPoolExecutor(_READERS) as readers:
+        # One is open at a time: a checkpoint may have more than a process may open.
+        for file, own in pieces.items():
+            with file.open("rb", buffering=0) as stream:
+                found += readers.map(Written.damage, own, repeat(stream.fileno()))
+    return [text for text in found if text is not None]
 
 
 def read_sums(path: Path) -> list[Written]:

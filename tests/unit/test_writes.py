@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
+import zlib
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,19 @@ def test_a_file_of_torch_that_two_write_into_is_what_torch_would_have_written(tm
         assert damage(written) == damage([one]) and f"were written with {one.crc:08x}" in damage([one])[0]
     file.write_bytes(whole[: written[-1].end - 1])
     assert damage(written[-1:]) == [f"{file} ends at byte {written[-1].end - 1}, and was written to byte {written[-1].end}"]
+
+
+def test_sums_of_more_files_than_a_process_may_open_are_compared(tmp_path) -> None:
+    written = []
+    for number in range(64):
+        (tmp_path / str(number)).write_bytes(b"12345678")
+        written += [Written(tmp_path / str(number), begin, begin + 4, zlib.crc32(b"12345678"[begin : begin + 4])) for begin in (0, 4)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 16, hard))
+    try:
+        assert damage(written) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_is_put_may_change_before_it_is_written(tmp_path) -> None:
