@@ -75,7 +75,9 @@ def test_sums_of_more_files_than_a_process_may_open_are_compared(tmp_path) -> No
         (tmp_path / str(number)).write_bytes(b"12345678")
         written += [Written(tmp_path / str(number), begin, begin + 4, zlib.crc32(b"12345678"[begin : begin + 4])) for begin in (0, 4)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 16, hard))
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    free = [number for number in range(max(taken) + 33) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[31] + 1, hard))
     try:
         assert damage(written) == []
     finally:
