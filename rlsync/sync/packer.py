@@ -67,23 +67,24 @@ class _Declared:
     def __init__(
         self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
     ) -> None:
-        self._regions, self._compute = regions, compute
-        self._names = tuple(dict.fromkeys(r.source_buffer for _, r in regions))
-        self._nbytes = sum(place.nbytes for place, _ in regions)
+        self._places, self._regions, self._compute = [place for place, _ in regions], [r for _, r in regions], compute
+        self._names = tuple(dict.fromkeys(r.source_buffer for r in self._regions))
+        self._nbytes = sum(place.nbytes for place in self._places)
         self._bound: Bound | None = None
 
     def run(self) -> int:
         computed = self._compute(self._names)
-        if not self._regions[0][0].is_cuda:
-            return CopyProgram(self._pairs(computed)).run()
+        if not self._places[0].is_cuda:
+            torch._foreach_copy_(self._places, self._views(computed))
+            return self._nbytes
         where = place_of(computed[name] for name in self._names)
         if self._bound is None or not self._bound.follows(where):
-            pairs = [(place, strided(view)) for place, view in self._pairs(computed)]
-            self._bound = Bound(where, CudaCopyProgram(pairs, device=pairs[0][0].device))
+            pairs = zip(self._places, map(strided, self._views(computed)), strict=True)
+            self._bound = Bound(where, CudaCopyProgram(pairs, device=self._places[0].device))
         return self._bound.program.run()
 
-    def _pairs(self, computed: Mapping[str, torch.Tensor]) -> list[_Pair]:
-        return [(place, _region_of(computed[r.source_buffer], r)) for place, r in self._regions]
+    def _views(self, computed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [_region_of(computed[r.source_buffer], r) for r in self._regions]
 
 
 def _region_of(buffer: torch.Tensor, r: Region) -> torch.Tensor:
