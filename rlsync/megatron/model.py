@@ -32,6 +32,7 @@ from rlsync.megatron.config import ModelConfig, model_config
 from rlsync.megatron.cpu import enable_cpu
 from rlsync.megatron.lora import ADAPTER, Adapter, adapter_path, adapters_of_chunk, add_adapters
 from rlsync.megatron.overrides import SPEED_SWITCHES
+from rlsync.megatron.packing import rotate_packed_on_device
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.specs import SpecName, block_spec, builds_transformer_engine, fuses_norms
@@ -104,6 +105,7 @@ def build_model(
             groups; Megatron's random state was not seeded; or adapters do not fit the model (``check_adapters``), or its layers.
     """
     enable_cpu()
+    rotate_packed_on_device()
     _check_process(topology)
     config = model_config(
         hf_config,

@@ -27,7 +27,11 @@ _IDENTIFYING = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def optimizer_state(optimizer: MegatronOptimizer) -> Any:
-    """``optimizer.state_dict()``, also of a pipeline stage on which nothing is trained. Not collective."""
+    """``optimizer.state_dict()``, also of a pipeline stage on which nothing is trained. Not collective.
+
+    Without the classes that an optimizer on the host names in its groups of parameters: they are the run's own, and no file of tensors
+    and numbers can hold them.
+    """
     allocate_adam_state(optimizer)
     inner = [part.optimizer for part in distributed_parts(optimizer)]
     idle: list[Any] = [each.state for each in inner if isinstance(each, torch.optim.Adam | torch.optim.AdamW) and not each.state]
@@ -35,10 +39,19 @@ def optimizer_state(optimizer: MegatronOptimizer) -> Any:
         # Megatron 0.16 asserts that some parameter has a step counter.
         state["nothing"] = {"step": torch.tensor(0.0)}
     try:
-        return optimizer.state_dict()
+        found = optimizer.state_dict()
     finally:
         for state in idle:
             state.clear()
+    parts = _parts(optimizer)
+    for part, part_state in zip(parts, [found] if len(parts) == 1 else found, strict=True):
+        if not getattr(part, "is_stub_optimizer", False):
+            inner = _inner(part, part_state)
+            # New ones, because the dictionaries may be the optimizer's own.
+            inner["param_groups"] = [
+                {key: value for key, value in group.items() if not isinstance(value, type)} for group in inner["param_groups"]
+            ]
+    return found
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: Any) -> None:

@@ -5,18 +5,22 @@ Owns what attention and rotary embedding are told of it, and what refuses it. Mu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import to_device
+from rlsync.megatron.versions import waits_for_packed_bounds
 
 # Of a microbatch: how many tokens each row of ``tokens`` has.
 LENGTHS = "lengths"
@@ -95,6 +99,52 @@ class Packing:
             max_seqlen_kv=longest,
             bounds=self.bounds,
         )
+
+
+class PackedRotations:
+    """Rotary embedding of packed sequences on their device alone, in place of Megatron's ``_apply_rotary_pos_emb_thd``, with its arguments.
+
+    Megatron's has the host wait for the GPU twice in each call, to cut the row into sequences, until a release in which it asks for
+    ``max_seqlen``. The angles of a row are gathered once for all layers.
+    """
+
+    def __init__(self) -> None:
+        self._angles = WeakTensorKeyDictionary()
+
+    def __call__(
+        self, t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *options: Any, cp_group: torch.distributed.ProcessGroup, **more: Any
+    ) -> Tensor:
+        """``t``: (tokens of this rank, heads, head_dim); ``cu_seqlens``: (sequences + 1,) int32, of whole sequences; ``freqs``: angles of
+        positions within a sequence, or of each token of the whole row, (positions, 1, 1, rotary_dim). Returns what is like ``t``."""
+        known = self._angles.get(freqs)
+        if known is None or known[0]() is not cu_seqlens:
+            places = places_of_packed(len(t), cu_seqlens, cp_group.size(), cp_group.rank(), within=len(freqs) != len(t) * cp_group.size())
+            known = self._angles[freqs] = weakref.ref(cu_seqlens), freqs[places]
+        return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], known[1], *options, **more)[:, 0]
+
+
+def places_of_packed(num_tokens: int, cu_seqlens: Tensor, cp_size: int, cp_rank: int, *, within: bool) -> Tensor:
+    """Where the tokens of a context-parallel rank, which has two slices of each packed sequence, lie: (num_tokens,) of integers.
+
+    Args:
+        cu_seqlens: (sequences + 1,) of integers, on any device: bounds of the whole sequences, multiples of ``2 * cp_size`` where that is
+            not 2.
+        within: places count from the beginning of the sequence, not from that of the row.
+    """
+    bounds = cu_seqlens // cp_size
+    at = torch.arange(num_tokens, device=cu_seqlens.device, dtype=bounds.dtype)
+    sequence = torch.searchsorted(bounds, at, right=True) - 1
+    places = at - bounds[sequence]
+    if cp_size > 1:
+        half = (bounds[sequence + 1] - bounds[sequence]) // 2
+        places = places + torch.where(places < half, cp_rank * half, (2 * (cp_size - 1) - cp_rank) * half)
+    return places if within else places + cu_seqlens[sequence]
+
+
+def rotate_packed_on_device() -> None:
+    """Put ``PackedRotations`` in the place of Megatron's, in this process, where this release's waits. Idempotent."""
+    if waits_for_packed_bounds():
+        rope_utils._apply_rotary_pos_emb_thd = PackedRotations()
 
 
 def check_lengths(microbatch: Mapping[str, Any]) -> None:

@@ -6,9 +6,11 @@ is what it has.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -56,3 +58,12 @@ def whole_linear() -> type[Linear]:
     if multi_latent_attention.Linear is None:
         multi_latent_attention.Linear = Linear
     return Linear
+
+
+def waits_for_packed_bounds() -> bool:
+    """Whether Megatron's own rotary embedding of packed sequences copies their bounds to the host in each call.
+
+    Releases whose embedding asks for ``max_seqlen`` compute on the device alone.
+    """
+    rotate = rope_utils._apply_rotary_pos_emb_thd
+    return inspect.isfunction(rotate) and "max_seqlen" not in inspect.signature(rotate).parameters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from typing import Any
 
 import pytest
@@ -128,7 +127,7 @@ def test_a_run_on_pictures_that_loses_its_engine_goes_on_where_it_was_saved_and_
     """Actor and engine on one GPU, in bf16; the tower is frozen. Engines lose it before each step while they sleep at level 2, and keep it
     at level 1. In the ninth step, the control, they are shown other pictures than the actor is."""
     command = [
-        sys.executable, "-m", "tests.integration.grpo_run", "other-pictures", "--placement", json.dumps({"actor,rollout,reward": "0"}),
+        "-m", "tests.integration.grpo_run", "other-pictures", "--placement", json.dumps({"actor,rollout,reward": "0"}),
         "--config", "pictures-grpo-megatron",
     ]  # fmt: skip
     options = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
@@ -9,12 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.context import Share
-from rlsync.megatron.packing import Packing, check_lengths, packing_refusal
+from rlsync.megatron.packing import PackedRotations, Packing, check_lengths, packing_refusal
 
 TOKENS = torch.tensor([[1, 2, 3, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
 
@@ -66,6 +68,25 @@ def test_context_ranks_share_sequences_as_megatron_cuts_them(size: int) -> None:
         assert torch.equal(own, wanted)
         held += own.tolist()
     assert sorted(held) == angles.tolist()
+
+
+@pytest.mark.parametrize("of_each_token", [False, True], ids=["positions", "tokens"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_packed_rotations_are_megatrons(size: int, of_each_token: bool) -> None:
+    """Bit for bit, of sequences of several lengths, with and without angles of the row's tokens, and again with another row's bounds."""
+    spec = importlib.util.find_spec(rope_utils.__name__)
+    assert spec is not None and spec.loader is not None
+    megatron = importlib.util.module_from_spec(spec)  # one that nothing has been put in place of
+    spec.loader.exec_module(megatron)
+    theirs, freqs = megatron._apply_rotary_pos_emb_thd, torch.randn(24 * size if of_each_token else 12 * size, 1, 1, 8)
+    for rank in range(size):
+        ours, group = PackedRotations(), SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
+        for bounds in ((0, 2, 12, 24), (0, 10, 12, 24), (0, 12, 24)):
+            cu_seqlens = torch.tensor(bounds, dtype=torch.int32) * size
+            for options in ({}, {"rotary_interleaved": True, "mscale": 1.25}, {"multi_latent_attention": True}):
+                t = torch.randn(24, 3, 10)
+                turned = [rotate(t, cu_seqlens, freqs, **options, cp_group=group) for rotate in (ours, theirs)]
+                assert torch.equal(*turned), (bounds, rank, options)
 
 
 @pytest.mark.parametrize(

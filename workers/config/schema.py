@@ -60,9 +60,7 @@ class ActorModelConfig:
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = key(
         None, "how TransformerEngine's attention exchanges keys and values under CP; null: p2p; layers without it gather them"
     )
-    apply_rope_fusion: bool | None = key(
-        None, "fused rotary embedding (TransformerEngine); without it, packed sequences have each layer wait for the GPU"
-    )
+    apply_rope_fusion: bool | None = key(None, "fused rotary embedding (TransformerEngine)")
     bias_activation_fusion: bool | None = key(None, "fuse bias and activation")
     bias_dropout_fusion: bool | None = key(None, "fuse bias and dropout")
     gradient_accumulation_fusion: bool | None = key(None, "accumulate weight gradients in the GEMM (TransformerEngine or Apex)")

@@ -1,0 +1,232 @@
+"""Everything of this repository that takes GPUs, as rows of one table: tests that share GPUs, and measurements that have theirs alone.
+
+``python -m benchmarks.on_gpus --seconds 570 --out DIR`` runs rows in their order while there is time, and ends what is not over by then.
+``--rows 'transports,experts@1:deepseek or moonlight,train-7b'`` takes those, in that order; of files of tests those that the words choose,
+on as many GPUs as ``@`` says. DIR keeps a log a row, what benches write, and ``passed``: rows that passed are not run again by the next
+call, unless ``--again`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from rlsync.cli.shapes import SHAPES
+
+# Tests on a GPU at once: engines take a share of its memory each, and processes a core.
+_SHARING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A command, where ``{out}`` is the row's folder and ``{configs}`` one of config.json files of models with fewer layers."""
+
+    command: str
+    num_gpus: int
+    limit_s: float = 400
+    # Beside other rows on its GPUs.
+    shares: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def _tests(files: str, num_gpus: int) -> Row:
+    # Where float32 is compared, products must be of float32.
+    return Row(f"pytest -sv {files}", num_gpus, limit_s=900, shares=True, environment={"NVIDIA_TF32_OVERRIDE": "0"})
+
+
+def _files(*names: str) -> str:
+    return " ".join(f"tests/gpu/test_{name}.py" for name in names)
+
+
+_FUSED = (
+    "--set apply_rope_fusion=True --set bias_activation_fusion=True --set bias_dropout_fusion=True --set gradient_accumulation_fusion=True"
+)
+_BENCH = "rlsync bench --out {out} --model"
+_TRAIN_7B = f"{_BENCH} qwen2.5-7b --train --layers te --actor tp=2 --sequences 8 --steps 4 --warmup 2 --set sequence_parallel=True {_FUSED}"
+_SPREAD = f"{_BENCH} qwen2.5-1.5b --train --layers te --sequences 64 --lengths spread --sequence-length 4096 --steps 4 --warmup 2 {_FUSED}"
+_RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
+_STEPS = "benchmarks.grpo_steps --out {out}/found.json"
+_KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
+_STAYS = "actor.offload_weight=False actor.offload_grad=False actor.offload_optimizer=False"
+_ONE_CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+ROWS: dict[str, Row] = {
+    # Tests.
+    "transports": _tests(_files("ipc_sync"), 2),
+    "messages": _tests(_files("nccl_sync", "nccl_communicators"), 2),
+    "adapters": _tests(_files("adapters_cuda"), 2),
+    "lora": _tests(_files("lora_cuda"), 2),
+    "packing": _tests(_files("packing_cuda"), 2),
+    "freshness": _tests(_files("freshness_cuda", "offload_cuda"), 2),
+    "pictures": _tests(_files("pictures_cuda"), 1),
+    "sinks": _tests(_files("sinks_cuda", "copy_cuda"), 2),
+    "experts": _tests(_files("families_cuda"), 2),
+    "engines": _tests(_files("engines_cuda"), 2),
+    "oracle": _tests(_files("engine_cuda"), 2),
+    "logits": _tests(_files("bridge_nccl"), 2),
+    "replay": _tests(_files("router_replay_cuda"), 1),
+    "placement": _tests(_files("grpo_placement_cuda"), 2),
+    "faults": Row(f"pytest -sv {_files('faults_cuda')}", 2),
+    "peers": Row(f"pytest -sv {_files('bench_cuda')}", 2),
+    # Syncs.
+    "sync-7b": Row(f"{_BENCH} qwen2.5-7b --actor tp=1 --rollout tp=1 --steps 10 --peers none", 1),
+    "sync-30b": Row(f"{_BENCH} qwen3-30b-a3b --actor tp=2,ep=2 --rollout tp=2 --steps 5 --peers none", 2),
+    "sync-30b-apart": Row(
+        f"{_BENCH} {{configs}}/qwen3-30b-a3b-32.json --placement disaggregated --transport ipc,nccl "
+        "--steps 3 --warmup 2 --peers vllm-nccl",
+        2,
+    ),
+    "sync-moonlight": Row(f"{_BENCH} moonlight-16b --actor tp=1,dp=2,ep=2 --rollout tp=2 --steps 4 --warmup 2 --peers none", 2),
+    "lora-7b": Row(f"{_BENCH} qwen2.5-7b --lora 32 --steps 10 --warmup 3", 1),
+    "lora-30b": Row(f"{_BENCH} {{configs}}/qwen3-30b-a3b-16.json --lora 32 --steps 5 --warmup 2", 1),
+    # Training.
+    "train-7b": Row(_TRAIN_7B, 2),
+    "train-7b-one-connection": Row(_TRAIN_7B, 2, environment=_ONE_CONNECTION),
+    "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),
+    "packed-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768 --packing", 1),
+    "long-7b": Row(
+        f"{_BENCH} qwen2.5-7b --train --layers te --actor cp=2 --sequence-length 131072 --sequences 1 --steps 2 --warmup 1 "
+        f"--chunk-tokens 4096 {_FUSED} {_RECOMPUTED}",
+        2,
+    ),
+    "vlm-7b": Row("benchmarks.vlm_sft --size 7b --tp 2 --rows 16 --micro 4 --steps 4 --out {out}/found.json data.num_workers=8", 2),
+    "steps-apart": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT}", 2),
+    "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
+    "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
+    "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --answer 256 --prompts 32 {_STAYS} {_KEPT}", 2),
+    "saves": Row("benchmarks.checkpoint --model qwen2.5-1.5b --rounds 2 --folder {out} --json {out}/found.json", 2),
+}  # fmt: skip
+_LAYERS = {"qwen3-30b-a3b": (16, 32)}
+
+
+@dataclass(slots=True)
+class Running:
+    """A row at work."""
+
+    name: str
+    row: Row
+    gpus: tuple[int, ...]
+    process: subprocess.Popen[bytes]
+    began_s: float
+
+
+def _gpus_for(row: Row, num_gpus: int, running: list[Running]) -> tuple[int, ...] | None:
+    """Devices that the row may start on now: those with the fewest rows."""
+    rows = {gpu: [one.row for one in running if gpu in one.gpus] for gpu in range(num_gpus)}
+    free = [
+        gpu for gpu, others in rows.items()
+        if not others or (row.shares and len(others) < _SHARING and all(other.shares for other in others))
+    ]  # fmt: skip
+    chosen = sorted(free, key=lambda gpu: len(rows[gpu]))[: row.num_gpus]
+    return tuple(sorted(chosen)) if len(chosen) == row.num_gpus else None
+
+
+def _row(name: str) -> Row:
+    """The row of ``NAME``, ``NAME:WORDS``, ``NAME@GPUS`` or ``NAME@GPUS:WORDS``. Raises KeyError and ValueError."""
+    place, _, words = name.partition(":")
+    base, _, count = place.partition("@")
+    row = ROWS[base]
+    command = f"{row.command} -k {shlex.quote(words)}" if words else row.command
+    return replace(row, command=command, num_gpus=int(count) if count else row.num_gpus)
+
+
+def _start(name: str, row: Row, gpus: tuple[int, ...], out: Path, configs: Path) -> Running:
+    folder = out / _file_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **row.environment, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1"}
+    environment |= {"RLSYNC_RUNS_DIR": str(out / "runs")}
+    words = row.command.format(out=folder, configs=configs)
+    with (out / f"{_file_name(name)}.log").open("wb") as log:
+        # A group of its own, so that all of it can be ended.
+        process = subprocess.Popen(
+            f"exec {sys.executable} -m {words}", shell=True, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Running(name, row, gpus, process, time.monotonic())
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name)
+
+
+def _end(one: Running) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(one.process.pid, number)
+        except ProcessLookupError:
+            return
+        time.sleep(1)
+
+
+def run(names: list[str], seconds: float, out: Path, num_gpus: int) -> bool:
+    """Whether all passed. A row waits for GPUs; while one waits for GPUs of its own, no later one starts."""
+    configs = out / "configs"
+    configs.mkdir(parents=True, exist_ok=True)
+    for model, depths in _LAYERS.items():
+        for depth in depths:
+            (configs / f"{model}-{depth}.json").write_text(json.dumps({**SHAPES[model], "num_hidden_layers": depth}))
+    deadline_s = time.monotonic() + seconds
+    waiting, running, failed = list(names), list[Running](), list[str]()
+
+    def ended(one: Running, how: str) -> None:
+        took_s = time.monotonic() - one.began_s
+        print(f"{how:8} {took_s:5.0f} s  {one.name} on {one.gpus}", flush=True)
+        (failed.append(one.name) if how != "passed" else (out / "passed" / _file_name(one.name)).touch())
+
+    while waiting or running:
+        now_s = time.monotonic()
+        for one in list(running):
+            code = one.process.poll()
+            late = now_s > min(deadline_s, one.began_s + one.row.limit_s)
+            if code is None and not late:
+                continue
+            _end(one)
+            running.remove(one)
+            ended(one, "no time" if code is None else "passed" if code == 0 else "failed")
+        if now_s > deadline_s:
+            break
+        while waiting:
+            row = _row(waiting[0])
+            gpus = _gpus_for(row, num_gpus, running)
+            if gpus is None:
+                break
+            running.append(_start(waiting.pop(0), row, gpus, out, configs))
+        time.sleep(0.5)
+    for name in waiting:
+        print(f"unstarted        {name}", flush=True)
+    return not failed and not waiting
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", help=f"of {', '.join(ROWS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--out", type=Path, default=Path("on-gpus"))
+    parser.add_argument("--again", action="store_true", help="also rows that passed before")
+    a = parser.parse_args()
+    names = list(ROWS) if a.rows is None else a.rows.split(",")
+    if unknown := [name for name in names if re.split("[:@]", name)[0] not in ROWS]:
+        parser.error(f"no such rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    num_gpus = torch.cuda.device_count()
+    for name in names:
+        if (wanted := _row(name).num_gpus) > num_gpus:
+            parser.error(f"{name} takes {wanted} GPUs, and there are {num_gpus}; leave it out with --rows")
+    (a.out / "passed").mkdir(parents=True, exist_ok=True)
+    if not a.again:
+        names = [name for name in names if not (a.out / "passed" / _file_name(name)).exists()]
+    return 0 if run(names, a.seconds, a.out.resolve(), num_gpus) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
