@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rlsync.cli.shapes import SHAPES
+from rlsync.layout.topology import Topology
+from rlsync.megatron.environment import rank_environment
 
-# Large pages as actor ranks have them.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "THP_MEM_ALLOC_ENABLE": "1"}
 _PIECE_BYTES = 2**25
 _PLAIN_BYTES = 4 * 2**30
 
@@ -37,7 +37,6 @@ def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> di
     from rlsync import AutoBridge
     from rlsync.bridge.checkpoint import begin_checkpoint, load_checkpoint, prepare_saves, save_checkpoint
     from rlsync.copy.writes import HostMemory
-    from rlsync.layout.topology import Topology
     from rlsync.megatron.model import DdpOptions
     from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
     from rlsync.megatron.optimizer_state import allocate_adam_state
@@ -143,25 +142,25 @@ def main() -> None:
 
 
 def _rounds(folder: Path, shapes: str, num_layers: int | None, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
-    from rlsync.layout.topology import Topology
-
-    model, out, world = folder / "config.json", folder / "checkpoint", Topology(**axes).world_size
+    model, out, topology = folder / "config.json", folder / "checkpoint", Topology(**axes)
     model.write_text(json.dumps({**SHAPES[shapes], **({} if num_layers is None else {"num_hidden_layers": num_layers})}))
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(axes), "--child", str(model), str(out)]
     rounds = []
     for _ in range(count):
         out.mkdir()
-        rounds.append(_run(command, world))
+        rounds.append(_run(command, topology))
         shutil.rmtree(out)
     return rounds
 
 
-def _run(command: Sequence[str], world: int) -> list[dict[str, float]]:
+def _run(command: Sequence[str], topology: Topology) -> list[dict[str, float]]:
     """What each rank prints."""
+    world = topology.world_size
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, **ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    shared = {**os.environ, **rank_environment(topology), "PYTHONWARNINGS": "ignore"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     ranks = [
         subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
         for r in range(world)

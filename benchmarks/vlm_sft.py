@@ -76,6 +76,9 @@ def make_folder(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLCo
         model = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
+    del model
+    # The run wants all of a GPU's memory.
+    torch.cuda.empty_cache()
     tokenizer.save_pretrained(folder)
     settings = {**image_settings(), "min_pixels": 28 * 28, "max_pixels": 1280 * 28 * 28}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))

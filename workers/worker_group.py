@@ -5,7 +5,6 @@ Owns their number and layout. Knows no step, data or reward.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from rlsync.engine.handles import Completion, Prompt
 from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
+from rlsync.megatron.environment import rank_environment
 from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
@@ -145,11 +145,7 @@ class WorkerGroup:
 
     def _launch_rank(self, rank: int) -> Worker:
         world_size, device = self.topology.world_size, self._placement.actor[rank]
-        environment = {
-            "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1",
-            # Large pages for tensors of the host: what a checkpoint gathers there is several times the model.
-            "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
-        }  # fmt: skip
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", **rank_environment(self.topology)}
         return self._cluster.launch(
             self._rank_class, f"{self._config.actor.group_name}:{rank}", (device,), self._config, self.topology,
             name=f"actor rank {rank}", environment=environment, forked=ForkedRank,

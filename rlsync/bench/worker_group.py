@@ -19,6 +19,7 @@ from rlsync.bench.spec import Spec
 from rlsync.bench.training import TrainSpec
 from rlsync.engine.plugin import declare_owner
 from rlsync.errors import RlsyncError
+from rlsync.megatron.environment import rank_environment
 
 _POLL_S = 0.05
 # The others of a process that failed say more when they have a moment to notice.
@@ -78,6 +79,7 @@ class WorkerGroup:
             port = str(listener.getsockname()[1])
         size = self._spec.topology.world_size
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        common |= rank_environment(self._spec.topology)
         for rank in range(size):
             environment = self._visible({**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             self._start(f"actor{rank}", [f"{_MODULES}.{module}", self._path], environment)
