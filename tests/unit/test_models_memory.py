@@ -31,7 +31,7 @@ def test_a_measured_bench_took_what_was_predicted() -> None:
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2"])
+@pytest.mark.parametrize("name", ["1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2", "7b-train-tp2-one-connection"])
 def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str) -> None:
     bench = json.loads((RAW / f"2026-11-29-{name}.json").read_text())
     positions = max(sum(lengths) for lengths in bench["microbatches"])
