@@ -30,6 +30,7 @@ from rlsync.bridge.checkpoint import (
 )
 from rlsync.bridge.checkpoint_folder import TRACKER, Restored
 from rlsync.bridge.source import MegatronSource
+from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.writes import HostMemory
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.errors import ConfigError
@@ -83,6 +84,9 @@ class ActorRank:
             timeout_s=actor.megatron.distributed_timeout_minutes * 60,
             backend=actor.megatron.distributed_backend,
         )
+        # While the model is built, because a machine that never had the kernels takes 10 seconds to compile them. Engines of this host find
+        # them on its disk.
+        compile_ahead(compute_device())
         path = actor.megatron.ckpt_convertor.hf_model_path
         assert path is not None, "load_config derives it"
         self._bridge = AutoBridge.from_pretrained(path, make_vocab_size_divisible_by=actor.model.make_vocab_size_divisible_by)

@@ -17,6 +17,7 @@ from rlsync.bench.spec import Spec
 from rlsync.bench.worker import Row, allocated_bytes, views
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.source import MegatronSource
+from rlsync.copy.cuda import compile_ahead
 from rlsync.layout.geometry import whole_tensors
 from rlsync.megatron.model import DdpOptions, iter_parameters
 from rlsync.megatron.offload import ActorMemory
@@ -52,6 +53,8 @@ class Actor:
         # Ranks wait here for rank 0, which waits for engines to start.
         initialize_parallel(spec.topology, seed=spec.seed, timeout_s=spec.start_s)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), compute_device()
+        # As the actor ranks of a run do.
+        compile_ahead(self.device)
         bridge = AutoBridge.from_config(spec.config)
         # Gradients are not looked at, and take as little as they can.
         ddp = DdpOptions(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
