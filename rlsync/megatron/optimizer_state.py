@@ -165,12 +165,26 @@ def _ranges(buffer: Any) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedOrder:
+    """Which parameter lies where in the flat tensors of a ``distrib_optim.pt``: for each part and gradient buffer of the optimizer that was
+    saved, its parameters in order.
+
+    Attributes:
+        ranges: ``parameter_ranges`` of that optimizer, in elements.
+        names: its ``parameter_names``; None where a checkpoint has none, so that only the order of parameters tells them apart.
+    """
+
+    ranges: Sequence[Sequence[Sequence[tuple[int, int]]]]
+    names: Sequence[Sequence[Sequence[str]]] | None
+
+
+@dataclass(frozen=True, slots=True)
 class ShardedParameter:
     """What this rank keeps of the state of one parameter.
 
     Attributes:
         part: of the optimizer, its number.
-        buffer: of gradients, its number in the part.
+        buffer: the number of the flat tensors in the part, which are one for each buffer of gradients.
         begin: the element of the buffer's flat tensors in ``distrib_optim.pt`` at which this rank's shard begins.
         end: the element after its last.
     """
@@ -183,23 +197,71 @@ class ShardedParameter:
 
 
 def sharded_parameters(
-    optimizer: MegatronOptimizer, ranges: Sequence[Sequence[Sequence[tuple[int, int]]]] | None = None
+    optimizer: MegatronOptimizer, places: Sequence[Mapping[int, tuple[int, int]]] | None = None
 ) -> list[ShardedParameter]:
     """What this rank keeps of a distributed optimizer; nothing of others. Not collective.
 
     Args:
-        ranges: where parameters begin in the flat tensors, as ``parameter_ranges`` gave them to whoever wrote these; by default those of
-            ``optimizer``, which may have other buckets.
+        places: for each part, by ``id`` of a parameter: the number of the flat tensors that it lies in, and the element at which it begins;
+            by default those of ``optimizer``.
     """
     found = []
-    for index, (part, part_ranges) in enumerate(zip(distributed_parts(optimizer), ranges or parameter_ranges(optimizer), strict=True)):
-        begins = [
-            {id(parameter): begin for parameter, (begin, _) in zip(buffer.param_index_map, buffer_ranges, strict=True)}
-            for buffer, buffer_ranges in zip(part.buffers, part_ranges, strict=True)
-        ]
-        for parameter, (buffer, *_) in part.model_param_gbuf_map.items():
-            shard, begin = part._get_model_param_range_map(parameter)["param"], begins[buffer][id(parameter)]
+    places = _places_by_order(optimizer, parameter_ranges(optimizer)) if places is None else places
+    for index, (part, begins) in enumerate(zip(distributed_parts(optimizer), places, strict=True)):
+        for parameter in part.model_param_gbuf_map:
+            shard, (buffer, begin) = part._get_model_param_range_map(parameter)["param"], begins[id(parameter)]
             found.append(ShardedParameter(parameter, index, buffer, begin + shard.start, begin + shard.end))
+    return found
+
+
+def _places_by_order(
+    optimizer: MegatronOptimizer, ranges: Sequence[Sequence[Sequence[tuple[int, int]]]]
+) -> list[dict[int, tuple[int, int]]]:
+    """``places`` of ``sharded_parameters``, where parameters lie in the order of this run."""
+    return [
+        {
+            id(parameter): (index, begin)
+            for index, (buffer, buffer_ranges) in enumerate(zip(part.buffers, part_ranges, strict=True))
+            for parameter, (begin, _) in zip(buffer.param_index_map, buffer_ranges, strict=True)
+        }
+        for part, part_ranges in zip(distributed_parts(optimizer), ranges, strict=True)
+    ]
+
+
+def _places_by_name(
+    optimizer: MegatronOptimizer, saved: SavedOrder, names: Mapping[int, str], source: str
+) -> list[dict[int, tuple[int, int]]]:
+    """``places`` of ``sharded_parameters``, where parameters lie in whatever order, and in whichever buffer of their part.
+
+    Raises CheckpointError with the names of all parameters that are missing, doubled, unexpected or of another size.
+    """
+    assert saved.names is not None
+    found: list[dict[int, tuple[int, int]]] = []
+    findings: list[str] = []
+    for index, (part, part_names) in enumerate(zip(distributed_parts(optimizer), parameter_names(optimizer, names), strict=True)):
+        stored: dict[str, tuple[int, int, int]] = {}
+        for number, (buffer_names, ranges) in enumerate(zip(saved.names[index], saved.ranges[index], strict=True)):
+            for name, (begin, end) in zip(buffer_names, ranges, strict=True):
+                if name in stored:
+                    findings.append(f"{name} is doubled")
+                stored[name] = number, begin, end
+        live = {
+            name: parameter
+            for buffer, buffer_names in zip(part.buffers, part_names, strict=True)
+            for parameter, name in zip(buffer.param_index_map, buffer_names, strict=True)
+        }
+        findings += [f"{name} is missing" for name in live if name not in stored]
+        findings += [f"{name} is unexpected" for name in stored if name not in live]
+        begins = {}
+        for name, parameter in live.items():
+            number, begin, end = stored.get(name, (0, 0, parameter.numel()))
+            if end - begin != parameter.numel():
+                findings.append(f"{name}: expected {parameter.numel()} elements, got {end - begin}")
+            begins[id(parameter)] = number, begin
+        found.append(begins)
+    if findings:
+        listed = "; ".join(findings)
+        raise CheckpointError(f"{source} holds optimizer state of other parameters than this run's: {listed}; load weights alone")
     return found
 
 
@@ -231,29 +293,29 @@ def distributed_optimizer_content(optimizer: MegatronOptimizer) -> list[Any] | N
 
 
 def saved_states(
-    states: Mapping[int, Sequence[Any]],
-    saved: Sequence[Sequence[Sequence[tuple[int, int]]]],
-    optimizer: MegatronOptimizer,
-    source: str,
+    states: Mapping[int, Sequence[Any]], saved: SavedOrder, optimizer: MegatronOptimizer, names: Mapping[int, str], source: str
 ) -> list[tuple[ShardedParameter, dict[str, Tensor]]]:
     """Each of PLANES of everything that this rank keeps, as views of what files hold. Not collective.
 
     Args:
         states: by part of the optimizer, the content of the ``distrib_optim.pt`` that has it.
-        saved: ``parameter_ranges`` of whoever wrote it; the optimizer may have other buckets.
+        saved: where parameters lie in it; the optimizer may have other buckets and, where there are names, another order of parameters.
+        names: of this run's parameters, by ``id``, as in ``saved``.
 
     Raises CheckpointError where they are of other parameters, and what damaged content raises.
     """
-    running = parameter_ranges(optimizer)
-    sizes_then, sizes_now = ([[[end - start for start, end in ranges] for ranges in part] for part in side] for side in (saved, running))
-    counts = {len(content) for content in states.values()} - {len(running)}
-    if sizes_then != sizes_now or counts:
+    ranges = saved.ranges, parameter_ranges(optimizer)
+    sizes_then, sizes_now = ([[[end - begin for begin, end in buffer] for buffer in part] for part in side] for side in ranges)
+    counts = {len(content) for content in (*states.values(), sizes_then)} - {len(sizes_now)}
+    if counts or (saved.names is None and sizes_then != sizes_now):
         raise CheckpointError(
-            f"{source} holds optimizer state of {min(counts, default=len(running))} parts, of parameters that "
-            f"{'are' if sizes_then == sizes_now else 'are not'} those of this run, which has {len(running)} parts; load weights alone"
+            f"{source} holds optimizer state of {min(counts, default=len(sizes_now))} parts, of parameters that "
+            f"{'are' if sizes_then == sizes_now else 'are not'} those of this run, which has {len(sizes_now)} parts; load weights alone"
         )
+    by_order = saved.names is None
+    places = _places_by_order(optimizer, saved.ranges) if by_order else _places_by_name(optimizer, saved, names, source)
     found = []
-    for shard in sharded_parameters(optimizer, saved):
+    for shard in sharded_parameters(optimizer, places):
         (content,) = states[shard.part][shard.part][shard.buffer].values()
         # Not a slice, which would be shorter than it should be where the tensor is.
         views = {plane: content[plane].narrow(0, shard.begin, shard.end - shard.begin) for plane in PLANES}

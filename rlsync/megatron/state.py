@@ -25,6 +25,7 @@ from rlsync.errors import CheckpointError
 from rlsync.layout.torch_files import read_torch_file
 from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, iter_weights, unwrap
 from rlsync.megatron.optimizer_state import (
+    SavedOrder,
     ShardedParameter,
     check_optimizer_state,
     distributed_optimizer_content,
@@ -177,7 +178,9 @@ def read_rank_state(
     source = ", ".join(map(str, sorted(contents)))
     try:
         by_part = {index: contents[path] for index, path in files.items()}
-        return state, saved_states(by_part, _section(state, "parameter_ranges", str(folder)), optimizer, source)
+        # Older checkpoints have no names.
+        saved = SavedOrder(_section(state, "parameter_ranges", str(folder)), state.get("parameter_names"))
+        return state, saved_states(by_part, saved, optimizer, _names(models), source)
     except _DAMAGED as error:
         raise CheckpointError(f"{source} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from error
 
@@ -217,7 +220,7 @@ def rank_state(
     if optimizer is not None:
         state["optimizer"] = optimizer_state(optimizer)
         state["parameter_ranges"] = parameter_ranges(optimizer)
-        state["parameter_names"] = parameter_names(optimizer, {id(p): name for _, _, name, p in iter_parameters(models)})
+        state["parameter_names"] = parameter_names(optimizer, _names(models))
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state
@@ -256,6 +259,11 @@ def restore_rank_state(
     except _DAMAGED as error:
         raise _unfit(source, error) from error
     return int(state["iteration"])
+
+
+def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
+    """Global names of parameters, by ``id``."""
+    return {id(parameter): name for _, _, name, parameter in iter_parameters(models)}
 
 
 def _own_random_state(state: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
@@ -153,6 +154,30 @@ def resume(folder: str, topology: dict[str, int], root: str) -> None:
     trainer = Trainer(folder, topology)
     assert trainer.load(checkpoint_folder.latest_checkpoint(root)).complete
     print("SAID " + json.dumps([trainer.train(), trainer.train()]), flush=True)
+
+
+def resume_in_another_order(folder: str, topology: dict[str, int], root: str) -> None:
+    """As a release of the model's code that registers queries' norms after keys': moments are those that a run in the saved order gets."""
+    expected, orders = {}, []
+    for swaps in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if swaps:
+                made = SelfAttention.__init__
+
+                def reordered(self: SelfAttention, *arguments: Any, made: Any = made, **options: Any) -> None:
+                    made(self, *arguments, **options)
+                    self._modules["q_layernorm"] = self._modules.pop("q_layernorm")
+
+                patch.setattr(SelfAttention, "__init__", reordered)
+            trainer = Trainer(folder, topology)
+        trainer.load(checkpoint_folder.latest_checkpoint(root))
+        orders.append([name for _, _, name, _ in iter_parameters(trainer.models)])
+        found = moments(trainer)
+        expected = expected or found
+        assert found.keys() == expected.keys()
+        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not different, different
+    print("SAID " + json.dumps("another order" if orders[0] != orders[1] else "the same order"), flush=True)
 
 
 def resume_with_other_options(folder: str, topology: dict[str, int], root: str, distributed: bool) -> None:

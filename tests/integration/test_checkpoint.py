@@ -58,6 +58,42 @@ def test_resumed_steps_equal_the_uninterrupted_ones_bitwise(model, saved):
     assert said(outputs[0]) == losses
 
 
+def test_moments_go_to_parameters_by_name_where_another_release_ordered_them_otherwise(model, saved, tmp_path):
+    """Two parameters of one size change places in the saved state. Without names that cannot be seen: the steps after are others."""
+    root, losses = saved
+    swapped, nameless = (Path(shutil.copytree(root, tmp_path / name)) for name in ("swapped", "nameless"))
+    for copy in (swapped, nameless):
+        (copy / "global_step_2/actor/iter_0000002/checksums.json").unlink()
+        for folder in copy.glob("global_step_2/actor/iter_*/mp_rank_*"):
+            swap_queries_and_keys(folder, keep_names=copy is swapped)
+    assert said(run_ranks(2, RANKS, "resume", folder=model, topology=TP2, root=str(swapped))[0]) == losses
+    assert said(run_ranks(2, RANKS, "resume", folder=model, topology=TP2, root=str(nameless))[0]) != losses
+
+
+def swap_queries_and_keys(folder: Path, *, keep_names: bool) -> None:
+    """In the optimizer state of a rank, the norms of the first layer's queries and keys, with their names and numbers."""
+    state, content = (torch.load(folder / file, weights_only=True) for file in ("model_optim_rng.pt", "distrib_optim.pt"))
+    (names,), (ranges,) = state["parameter_names"][0], state["parameter_ranges"][0]
+    places = [names.index(f"decoder.layers.0.self_attention.{which}_layernorm.weight") for which in "qk"]
+    names[places[0]], names[places[1]] = names[places[1]], names[places[0]]
+    for plane in ("param", "exp_avg", "exp_avg_sq"):
+        (tensors,) = content[0][0].values()
+        first, second = (tensors[plane][slice(*ranges[place])] for place in places)
+        assert len(first) == len(second) and not torch.equal(first, second)
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+    if not keep_names:
+        del state["parameter_names"]
+    torch.save(state, folder / "model_optim_rng.pt")
+    torch.save(content, folder / "distrib_optim.pt")
+
+
+def test_moments_stay_with_their_parameter_where_modules_are_registered_in_another_order(model, saved):
+    for output in run_ranks(2, RANKS, "resume_in_another_order", folder=model, topology=TP2, root=str(saved[0])):
+        assert said(output) == "another order"
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_a_resumed_optimizer_holds_its_own_options_and_the_saved_state(model, tmp_path, distributed):
     run_ranks(
@@ -130,10 +166,18 @@ def test_whatever_is_damaged_or_foreign_is_named_on_all_ranks_before_anything_ch
     shards = Path("global_step_2/actor/iter_0000002")
     state_file, optimizer_file = (shards / "mp_rank_01" / name for name in ("model_optim_rng.pt", "distrib_optim.pt"))
     state = torch.load(saved[0] / state_file, weights_only=True)
+    ((names,),) = state["parameter_names"]
+    first, second = names[:2]
+    renamed, twice, mixed = ([[[*begin, *names[2:]]]] for begin in ([f"{first}.other", second], [second, second], [second, first]))
     damaged = {
         "a list": (state_file, [1, 2], "holds a list, expected a dict"),
         "no step": (state_file, {k: v for k, v in state.items() if k != "iteration"}, "holds no 'iteration'"),
         "no ranges": (state_file, {k: v for k, v in state.items() if k != "parameter_ranges"}, "holds no 'parameter_ranges'"),
+        "names of others": (state_file, {**state, "parameter_names": renamed}, f"{first} is missing; {first}.other is unexpected"),
+        "a name twice": (state_file, {**state, "parameter_names": twice}, f"{second} is doubled; {first} is missing"),
+        "other sizes": (state_file, {**state, "parameter_names": mixed}, f"{first}: expected"),
+        "too few names": (state_file, {**state, "parameter_names": [[names[1:]]]}, "does not hold what model_optim_rng.pt says"),
+        "names of nothing": (state_file, {**state, "parameter_names": 1}, "does not hold what model_optim_rng.pt says"),
         "a step of words": (state_file, {**state, "iteration": "2"}, "holds 'iteration' as a str, expected a int"),
         "a model of numbers": (state_file, {**state, "model": {"a": 1}}, "something else than tensors by name"),
         "options of nothing": (state_file, {**state, "options": None}, "holds 'options' as a NoneType, expected a dict"),
