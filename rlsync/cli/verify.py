@@ -201,11 +201,14 @@ def _against_engine(folder: Path, url: str, timeout_s: float, bind_host: str) ->
         found = compare_engines(source, [engine], SyncConfig(timeout_s=timeout_s, bind_host=bind_host))
     finally:
         engine.close()
-    return report(source.tensors, folder, url, found)
+    return report(source.tensors, folder, url, found, has_adapter_slots=engine.has_adapter_slots)
 
 
-def report(tensors: Sequence[object], folder: Path, url: str, found: Sequence[Sequence[str]]) -> tuple[list[str], dict[str, Any]]:
-    """What workers hold unlike a folder, by worker: lines for people and an object for programs."""
+def report(
+    tensors: Sequence[object], folder: Path, url: str, found: Sequence[Sequence[str]], *, has_adapter_slots: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """What workers hold unlike a folder, by worker: lines for people and an object for programs. Of an engine with slots for adapters the
+    base was compared, and both say so."""
     from rlsync.bridge.folder_source import layer_order
 
     ordered = [sorted(paths, key=layer_order) for paths in found]
@@ -217,9 +220,10 @@ def report(tensors: Sequence[object], folder: Path, url: str, found: Sequence[Se
             lines.append(f"worker {worker}: {f'{module}, by what it makes of a fixed input' if kind == PROBE else path}")
     verdict = f"{len(lines)} {'tensor of the engine differs' if len(lines) == 1 else 'tensors of the engine differ'}" if lines else "equal"
     closing = f"{verdict}: {len(tensors)} tensors in {folder}; {len(found)} workers of {url}"
-    return [*lines, closing], {
+    base = ", of whose weights the base was compared and not the adapters in its slots" if has_adapter_slots else ""
+    return [*lines, f"{closing}{base}"], {
         "verdict": "different" if lines else "equal",
         "first": {"folder": str(folder), "tensors": len(tensors)},
-        "second": {"engine": url, "workers": len(found)},
+        "second": {"engine": url, "workers": len(found), "compared": "base" if has_adapter_slots else "all"},
         "differences": [{"worker": worker, "tensor": path} for worker, paths in enumerate(ordered) for path in paths],
     }

@@ -60,7 +60,8 @@ class InitInfo(WeightTransferInitInfo):
     """Where to dial, and as whom. ``timeout_s`` bounds every phase.
 
     ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
-    that there may be, then with 1 to take buckets in and tell what they would change. The last two change nothing.
+    that there may be, then with 1 to take buckets in and tell what they would change: of an engine with slots for adapters, in its base.
+    The last two change nothing.
     ``serves_adapters``: whether who drives this engine has its requests run on the adapters that a sync brings.
     """
 
@@ -159,16 +160,17 @@ class RlsyncTransferEngine(WeightTransferEngine):
             compile_ahead(self.device)
         try:
             manifest = client.next(m.Manifest, 0, "the list of tensors")
-            adapter = manifest.adapter
+            adapter, compare = manifest.adapter, init_info.purpose == "compare"
             r = None if adapter is None else adapter.r
-            features.check(self.vllm_config, features.against_adapters(self.vllm_config, r, serves_adapters=init_info.serves_adapters))
+            # What lies beside a base that is compared is left as it is.
+            unfit = () if compare else features.against_adapters(self.vllm_config, r, serves_adapters=init_info.serves_adapters)
+            features.check(self.vllm_config, unfit)
             holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
             self._syncs_adapters = adapter is not None
             if adapter is not None and self._adapters is None:
                 self._adapters = AdapterSlots(self.model)
             with lora.base_layers(self.model):
                 with compat.config_scope(self.vllm_config):
-                    compare = init_info.purpose == "compare"
                     layout = record_layout(self.model, self.model_config, holder, manifest, compare, self._adapters, self._last.record)
                 client.send(layout.record)
                 assignment = client.next(m.Assignment, 0, "this worker's assignment").worker

@@ -440,6 +440,7 @@ def test_adapters_alone_are_synced_to_a_server_and_requests_end_on_the_version_t
     long = {**GREEDY, "max_tokens": NUM_LONG}
     with WeightSyncer(source, [engine], config) as syncer, ThreadPoolExecutor(2) as pool:
         ask(adapted, "POST", "/v1/load_lora_adapter", {"lora_name": "own", "lora_path": str(peft_folder(tmp_path / "own", adapters[2]))})
+        assert main(["verify", str(folders["a"]), "--engine", adapted]) == 0
         with pytest.raises(WeightSyncError, match=r"its server has adapters of its own \(own\)"):
             syncer.connect()
         ask(adapted, "POST", "/v1/unload_lora_adapter", {"lora_name": "own"})
@@ -531,6 +532,30 @@ def test_an_actor_that_was_started_again_names_its_versions_anew_and_a_late_requ
         assert now not in left
     with pytest.raises(WeightSyncError, match=r"sync adapters with weight_sync\.lora=adapter"):
         connected(engine, folders["b"])
+    engine.close()
+
+
+def test_verify_compares_the_base_of_a_server_with_slots_and_says_so(
+    adapted: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters stay where they are. The checkpoint with adapters merged is another base."""
+    base = read_folder(folders["b"])
+    adapters = factors(base, 7)
+    engine, wanted = HttpEngine(adapted, engine_id="verified"), merged(folders["b"], adapters, tmp_path / "wanted")
+    with WeightSyncer(AdapterSource(base, adapters, R), [engine], SyncConfig(lora="adapter", bucket_bytes=BUCKET_BYTES)) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+        assert main(["verify", str(folders["b"]), "--engine", adapted]) == 0
+        beside = ", of whose weights the base was compared and not the adapters in its slots"
+        assert capsys.readouterr().out.splitlines() == [f"equal: 51 tensors in {folders['b']}; 1 workers of {adapted}{beside}"]
+        assert main(["verify", str(wanted), "--engine", adapted, "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["second"]["compared"] == "base"
+        modules = {difference["tensor"].removesuffix(".#probe").partition(".layers.")[2][2:] for difference in found["differences"]}
+        assert modules == {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+        assert answers_like(engine, wanted)
+        syncer.sync(2)
+        assert answers_like(engine, wanted)
     engine.close()
 
 

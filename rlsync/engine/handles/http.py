@@ -100,6 +100,7 @@ class HttpEngine:
     Attributes:
         num_workers: of the server, data-parallel replicas included.
         vllm_version: of the server.
+        has_adapter_slots: whether it was started with ``--enable-lora``.
 
     Raises ConfigError where the server cannot be driven, and RlsyncError or TimeoutError where it does not answer in time.
     """
@@ -107,7 +108,7 @@ class HttpEngine:
     def __init__(
         self, url: str, *, engine_id: str, api_key: str | None = None, timeout_s: float = 60.0, may_start_later: bool = True
     ) -> None:
-        self.engine_id, self.num_workers, self.vllm_version = engine_id, 0, ""
+        self.engine_id, self.num_workers, self.vllm_version, self.has_adapter_slots = engine_id, 0, "", False
         self._server = Server(f"engine {engine_id}", url, api_key)
         self._gate = Gate(engine_id, "it is not connected")
         self._calls = Calls(self._gate)
@@ -137,7 +138,8 @@ class HttpEngine:
         self.num_workers = int((await server.ask("world_size", timeout_s))["world_size"])
         info = await server.ask("config", timeout_s)
         config, environment = info["vllm_config"], info.get("vllm_env", {})
-        if config.get("lora_config") is not None and environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        self.has_adapter_slots = config.get("lora_config") is not None
+        if self.has_adapter_slots and environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             # Numbers of a handle of before, to this server, were less.
             self._adapters = AdapterRequests(config["lora_config"]["max_loras"], after=time.time_ns() // 1000)
         if (await server.ask("is_paused", timeout_s))["is_paused"]:
@@ -225,7 +227,8 @@ class HttpEngine:
     # EngineHandle.
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        if self._adapters is not None and (own := self._own_adapters(timeout_s)):
+        takes_slots = self._adapters is not None and init_info.get("purpose") != "compare"
+        if takes_slots and (own := self._own_adapters(timeout_s)):
             raise ConfigError(
                 f"engine {self.engine_id}: its server has adapters of its own ({', '.join(own)}), which take slots from those of a sync; "
                 "start it without --lora-modules, or unload them"
