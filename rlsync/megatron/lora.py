@@ -95,9 +95,13 @@ class Adapter(torch.nn.Module):
         self._is_whole = owners.size(1) == 1 and bool(owners.all())
         self.register_buffer("_owners", owners.to(device), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to the base's output; ``x`` is the base's input, (..., in) in the dtype of the parameters."""
-        return self.added(x, self.lora_A, self.lora_B, F.linear)
+    def forward(self, x: Tensor | None) -> Any:
+        """What is added to the base's output; ``x`` is the base's input, (..., in) in the dtype of the parameters.
+
+        For None ``(lora_A, lora_B)``, which whoever computes several adapters at once asks for by a call: what runs before a call has
+        waited for them, as data-parallel ranks gather parameters while the forward pass is under way.
+        """
+        return (self.lora_A, self.lora_B) if x is None else self.added(x, self.lora_A, self.lora_B, F.linear)
 
     def added(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The same of factors like this one's, which may be those of several experts; ``product(x, factor)`` applies one."""
@@ -345,7 +349,7 @@ def _add_after_norm(adapter: Adapter, base: Any, inputs: tuple[Tensor, ...], out
 def _add_to_groups(adapters: Sequence[Adapter], base: torch.nn.Module, inputs: tuple[Tensor, list[int]], output: Pair) -> Pair:
     """Of experts whose tokens lie one group after the other."""
     (out, bias), (x, splits) = output, inputs
-    a, b = torch.stack([each.lora_A for each in adapters]), torch.stack([each.lora_B for each in adapters])
+    a, b = map(torch.stack, zip(*(adapter(None) for adapter in adapters), strict=True))
     return out + adapters[0].added(x, a, b, partial(grouped_product, splits=splits)), bias
 
 

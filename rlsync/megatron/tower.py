@@ -138,6 +138,28 @@ def attend_within_pictures(query: Tensor, key: Tensor, value: Tensor, ends: Tens
     return torch.cat(done)
 
 
+class FilledLinear(torch.nn.Linear):
+    """A linear layer, with its parameters, that takes and gives columns of zeros beside its own.
+
+    It is called, and no other module reads its parameters, because hooks before the call have waited for them: data-parallel ranks gather
+    them while the forward pass is under way.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, hidden: Tensor, columns: int | None = None) -> Tensor:
+        """(..., in_features and columns of anything) -> (..., ``columns``), by default out_features; the rest are zeros."""
+        beside = hidden.size(-1) - self.in_features, (self.out_features if columns is None else columns) - self.out_features
+        if not any(beside):
+            return F.linear(hidden, self.weight, self.bias)
+        weight = F.pad(self.weight, (0, beside[0], 0, beside[1]))
+        return F.linear(hidden, weight, None if self.bias is None else F.pad(self.bias, (0, beside[1])))
+
+
 class GatedNetwork(torch.nn.Module):
     """A gated feed-forward network, with its parameters, whose inner products have columns of zeros beside theirs, up to a whole tile.
 
@@ -149,19 +171,17 @@ class GatedNetwork(torch.nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = network.gate_proj, network.up_proj, network.down_proj, network.act_fn
+        layers = network.gate_proj, network.up_proj, network.down_proj
+        self.gate_proj, self.up_proj, self.down_proj = map(FilledLinear, layers)
+        self.act_fn = network.act_fn
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        if any(each._forward_hooks for each in (self.gate_proj, self.up_proj, self.down_proj)):
-            # Adapters add to what these return.
-            return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
-        more = -self.gate_proj.out_features % _TILE
-        gate, up = (
-            F.linear(hidden, F.pad(each.weight, (0, 0, 0, more)), None if each.bias is None else F.pad(each.bias, (0, more)))
-            for each in (self.gate_proj, self.up_proj)
-        )
-        return F.linear(self.act_fn(gate) * up, F.pad(self.down_proj.weight, (0, more)), self.down_proj.bias)
+        columns = self.gate_proj.out_features
+        # Adapters add to what the layers return.
+        if not any(each._forward_hooks for each in (self.gate_proj, self.up_proj, self.down_proj)):
+            columns += -columns % _TILE
+        return self.down_proj(self.act_fn(self.gate_proj(hidden, columns)) * self.up_proj(hidden, columns))
 
 
 class RootMeanSquareNorm(torch.nn.Module):

@@ -90,6 +90,11 @@ class VisionLanguageModel(GPTModel):
             taken, layers = vision.model.deepstack_visual_indexes, len(self.decoder.layers)
             assert len(taken) <= layers, f"deepstack_visual_indexes {taken} for a first chunk of {layers} layers"
             self.visual = _build_tower(vision, config)
+            # Parameters are gathered ahead of the forward pass in the order of registration: the decoder comes after the tower.
+            for name in [name for name, _ in self.named_children() if name not in ("embedding", "visual")]:
+                module = getattr(self, name)
+                delattr(self, name)
+                self.add_module(name, module)
 
     def arguments(
         self, tokens: Tensor, microbatch: Mapping[str, Tensor], packing: Packing | None = None, share: Share | None = None

@@ -38,6 +38,8 @@ CASES: dict[int, list[tuple[str, list[int], dict[str, int], dict[str, Any]]]] = 
         ("qwen3", [2, 2], {"dp_size": 2}, OVERLAPPED),
         ("deepseek_v3", [8], {"tp_size": 2}, SP),
         ("qwen3_moe", [4], {"dp_size": 2, "ep_size": 2}, DISTRIBUTED),
+        # Adapters of grouped experts are computed together, and each waits for what other ranks have of it.
+        ("qwen3_moe", [2, 2], {"dp_size": 2}, OVERLAPPED),
         ("qwen3_moe", [4, 4], {"tp_size": 2, "ep_size": 2}, SP),
         ("qwen2_moe", [4, 4], {"tp_size": 2, "etp_size": 2}, SP),
         ("mixtral", [8], {"tp_size": 2}, SP),

@@ -20,7 +20,7 @@ def compute_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[s
     for case in cases:
         expected = models[case["model"]]
         actor = Actor(expected["folder"], {**case, "optimizer": {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0}})
-        worst = [0.0, 0.0]
+        worst, uncalled = [0.0, 0.0], _watched(actor)
         for name, path in expected["batches"].items():
             batch = torch.load(path)
             if len(batch["rows"]) != sum(case["cut"]) * actor.topology.dp_size:
@@ -28,8 +28,20 @@ def compute_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[s
             worst[0] = max(worst[0], _check_logits(actor, actor.microbatches(path), batch, name))
             check = _check_adapter_gradients if "lora" in case else _check_gradients
             worst[1] = max(worst[1], check(actor, actor.microbatches(path), batch, name))
+        assert not uncalled, f"{case}: parameters of modules that were not called, whose gathers nothing waits for: {sorted(uncalled)}"
         print(f"COMPUTED {case['model']} {case['topology']} logits {worst[0]:.1e} gradients {worst[1]:.1e}", flush=True)
         destroy_parallel(keep_distributed=True)
+
+
+def _watched(actor: Actor) -> set[str]:
+    """Names of modules that have parameters of their own that are trained, and have not been called yet."""
+    uncalled: set[str] = set()
+    for chunk in actor.models:
+        for name, module in chunk.named_modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                uncalled.add(name)
+                module.register_forward_pre_hook(lambda *_, name=name: uncalled.discard(name))
+    return uncalled
 
 
 def _check_logits(actor: Actor, microbatches: Sequence[Microbatch], batch: Mapping[str, Any], name: str) -> float:
