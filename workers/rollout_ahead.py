@@ -70,7 +70,8 @@ def state_of(rollout: Rollout, batch: Batch) -> dict[str, Any]:
         }
         for sample in rollout.samples
     ]
-    return {"samples": samples, "seconds": dict(rollout.seconds), "prompts": _fingerprint(batch.prompts)}
+    seen = {"prompts": _fingerprint(batch.prompts), "pictures": _fingerprint_of_pictures(batch.prompts)}
+    return {"samples": samples, "seconds": dict(rollout.seconds), **seen}
 
 
 def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], Mapping[str, float]]:
@@ -96,8 +97,23 @@ def _sample(saved: Mapping[str, Any], prompt: Prompt) -> Sample:
 def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning) -> tuple[str, ...]:
     """What has changed since the checkpoint, so that its samples are not those of this run."""
     keys = tuple(key for key in beginning.changed if key.startswith(_DECIDE))
-    return keys if state["prompts"] == _fingerprint(batch.prompts) else (*keys, "the prompts")
+    if state["prompts"] != _fingerprint(batch.prompts):
+        return (*keys, "the prompts")
+    return keys if state.get("pictures") == _fingerprint_of_pictures(batch.prompts) else (*keys, "pictures of the prompts")
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Of tokens, among which a picture is a placeholder as often as it has features."""
     return hashlib.blake2b(repr([prompt.token_ids for prompt in prompts]).encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint_of_pictures(prompts: Sequence[Prompt]) -> str | None:
+    """Of what engines are shown, from which patches of several times the bytes are made. None where no prompt has pictures."""
+    if not any(prompt.images for prompt in prompts):
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(repr([(image.mode, image.size) for image in prompt.images]).encode())
+        for image in prompt.images:
+            digest.update(image.tobytes())
+    return digest.hexdigest()

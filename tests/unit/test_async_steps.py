@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from rlsync.engine.handles import Completion
 from rlsync.errors import ConfigError, RlsyncError
@@ -24,11 +25,12 @@ from tests.unit.test_config import minimal
 from tests.unit.test_sft_config import minimal as sft_minimal
 from workers import grpo_runner, worker_group
 from workers.config import RunConfig, load_config, validate_world
+from workers.data import Prompt
 from workers.grpo_runner import GrpoRunner
 from workers.judges import Beside, ExactJudge
 from workers.preparation import prepare
 from workers.resume import DATA_STATE, Beginning
-from workers.rollout_ahead import STATE
+from workers.rollout_ahead import STATE, Batch, Rollout, outdated, state_of
 from workers.worker_group import WorkerGroup, _Round
 
 STEPS = 6
@@ -198,9 +200,28 @@ def test_a_resumed_run_trains_on_the_samples_that_the_uninterrupted_one_had_unde
     others, _ = begun(config(world), Beginning(tmp_path, 3))
     assert others.notes == ["step 4 is generated anew: the prompts changed since the checkpoint, which has samples of it"]
     assert {version for _, version, _ in anew.trained[0]} == {3}
+    assert STATE in state and state[STATE]["pictures"] is None
     assert runner.notes == [
         "step 4 is generated anew: algorithm.sampling_params.temperature changed since the checkpoint, which has samples of it"
     ]
+
+
+def test_samples_of_other_pictures_under_the_same_tokens_are_not_those_of_a_resumed_run() -> None:
+    """One pixel of one picture, a picture of the other question, and a picture more."""
+    red, blue = (Image.new("RGB", (4, 6), colour) for colour in ("red", "blue"))
+    spotted = red.copy()
+    spotted.putpixel((3, 5), (255, 0, 1))
+
+    def batch(*pictures: tuple[Image.Image, ...]) -> Batch:
+        prompts = [Prompt(-1, "what", (5, 6), ("red",), engine_ids=(5,), images=images) for images in pictures]
+        return Batch(4, prompts, {})
+
+    state = state_of(Rollout((), {}), batch((red,), (blue,)))
+    assert outdated(state, batch((red.copy(),), (blue.copy(),)), FRESH) == ()
+    for others in (((spotted,), (blue,)), ((blue,), (red,)), ((red, blue), ()), ((red.transpose(Image.Transpose.ROTATE_90),), (blue,))):
+        assert outdated(state, batch(*others), FRESH) == ("pictures of the prompts",)
+    # What does not say which pictures it was drawn to.
+    assert outdated({key: value for key, value in state.items() if key != "pictures"}, batch((red,), (blue,)), FRESH) != ()
 
 
 @pytest.mark.parametrize("saves", [False, True], ids=["found at the next step", "found by a checkpoint"])
