@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlsync.cli.lines import wrapped
 from rlsync.errors import ConfigError, RlsyncError
-from workers.check import Check, Report, check_run
+from workers.check import check_run
+from workers.check_report import Check, Report
 from workers.config import Task, lenient_overrides, register_resolvers
 from workers.config.fields import dotted_keys
 from workers.config.foreign_keys import hint

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,27 @@ from rlsync.bridge.adapter_folder import (
     check_adapter_folder,
     placed_adapter,
 )
+from rlsync.bridge.full_tensors import (
+    Arriving,
+    Export,
+    Save,
+    empty_tensor,
+    files_of,
+    in_place,
+    plan_export,
+    plan_save,
+    write_files,
+    writer_ranks,
+)
 from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.filling import copy_all, plan_filling
 from rlsync.convert.sources import holdings_of
-from rlsync.copy.cpu import bind, region, write_padding
-from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, shard_files, write_index, write_small_file
+from rlsync.copy.cpu import bind, write_padding
+from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_index, write_small_file
 from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
-from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, contiguous_strides, whole_tensors
-from rlsync.layout.safetensors import StoredTensor
+from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
@@ -43,16 +52,13 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import PREFIX, module_of
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stored import FileTensor, file_placement
-from rlsync.plan.planner import Bucket, Copy, Plan, build_plan
+from rlsync.plan.planner import build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
 _LOG = logging.getLogger(__name__)
 
 # Largest message memory of an export on one rank.
 EXPORT_BUCKET_BYTES = 256 * 2**20
-# A saved model is cut into smaller files than this only where that is asked for.
-LEAST_SHARD_BYTES = 256 * 2**20
 # Most bytes of a file, where a caller says nothing else.
 _FILE_BYTES = 5 * 2**30
 
@@ -77,35 +83,6 @@ class Shards:
     adapted: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class _Export:
-    """How this rank comes by full tensors: by copies from its own parameters where every rank holds all of them, else by a plan.
-
-    ``files`` has for each tensor of the table that of the files it belongs to.
-    """
-
-    held: Mapping[str, Sequence[Copy]]
-    plan: Plan
-    files: Mapping[str, FileTensor]
-
-
-@dataclass(frozen=True)
-class _Save:
-    """Content of the weight files of a save: tensors in ``held`` are copies of this rank's own parameters, others come by ``plan``.
-
-    Attributes:
-        specs: by file, all tensors in it.
-        files: by file, those that ranks have.
-        kept: those that no rank has, in the folder of the bridge.
-    """
-
-    specs: Mapping[str, Sequence[TensorSpec]]
-    files: Mapping[str, tuple[FileTensor, ...]]
-    held: Mapping[str, Sequence[Copy]]
-    kept: Mapping[str, StoredTensor]
-    plan: Plan
-
-
 class AutoBridge:
     """Bridge between one HF model and its Megatron shards. Build with :meth:`from_pretrained` or :meth:`from_config`.
 
@@ -124,8 +101,8 @@ class AutoBridge:
         self._config_text = json.dumps(self.hf_config, indent=2, default=str) + "\n" if text is None else text
         self._divisor = make_vocab_size_divisible_by
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
-        self._export: tuple[tuple[Placement, ...], int, _Export] | None = None
-        self._save: tuple[tuple[Placement, ...], int, _Save] | None = None
+        self._export: tuple[tuple[Placement, ...], int, Export] | None = None
+        self._save: tuple[tuple[Placement, ...], int, Save] | None = None
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
@@ -357,24 +334,21 @@ class AutoBridge:
         megatron_model.gather_parameters(models)
         buffers = _as_exported(shards)
         exchange = Exchange(export.plan, buffers, device=compute_device())
-        arriving = _Arriving(export.files, export.held)
+        arriving = Arriving(export.files, export.held)
         for k, bucket in enumerate(export.plan.buckets):
             if arriving.begin(bucket):
                 exchange.deliver(k, [arriving.buffers])
             for tensor in bucket.tensors:
                 if tensor.name in export.held:
-                    yield export.files[tensor.name].spec.name, _in_place(tensor, export.held[tensor.name], buffers)
+                    yield export.files[tensor.name].spec.name, in_place(tensor, export.held[tensor.name], buffers)
                 elif (complete := arriving.completed(tensor)) is not None:
                     yield complete
 
-    def _planned_export(self, shards: Shards, bucket_bytes: int) -> _Export:
+    def _planned_export(self, shards: Shards, bucket_bytes: int) -> Export:
         """How :meth:`export_weights` comes by its tensors; the same for all calls with such shards, so made once."""
         if self._export is None or self._export[0] is not shards.placements or self._export[1] != bucket_bytes:
             files = self._form.file_tensors(self.model, shards.tensors)
-            held = _held_everywhere(shards, files)
-            gathered = file_placement("export", _without(files, held))
-            plan = build_plan(shards.tensors, shards.placements, [gathered], bucket_bytes=bucket_bytes)
-            self._export = shards.placements, bucket_bytes, _Export(held, plan, _by_tensor(files))
+            self._export = shards.placements, bucket_bytes, plan_export(shards.tensors, shards.placements, files, bucket_bytes)
         return self._export[2]
 
     def plan_save(self, models: Sequence[torch.nn.Module]) -> int:
@@ -383,7 +357,7 @@ class AutoBridge:
         Returns the bytes of tensors that this rank will write. Not collective.
         """
         save = self._planned_save(self.shards(models), _FILE_BYTES)
-        return sum(spec.nbytes for name in _files_of(dist.get_rank(), save) for spec in save.specs[name])
+        return sum(spec.nbytes for name in files_of(dist.get_rank(), save) for spec in save.specs[name])
 
     def save_weights(
         self,
@@ -423,32 +397,21 @@ class AutoBridge:
             if rank == 0:
                 prepare_folder(out_dir)
         buffers = _as_exported(shards)
-        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=_writer_ranks(save))
+        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=writer_ranks(save))
         with agreed(device=compute_device()):
-            _write_files(out_dir, save, _files_of(rank, save), exchange, buffers, writes)
+            write_files(out_dir, save, files_of(rank, save), exchange, buffers, writes)
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)
                 write_index(out_dir, save.specs, durable=durable)
 
-    def _planned_save(self, shards: Shards, max_shard_bytes: int) -> _Save:
+    def _planned_save(self, shards: Shards, max_shard_bytes: int) -> Save:
         """What :meth:`save_weights` writes; the same for all calls with such shards, so made once: of 18,000 tensors it takes seconds."""
         kept, made = kept_tensors(self.model, self._folder), self._save
         if made is None or made[0] is not shards.placements or made[1] != max_shard_bytes or made[2].kept != kept:
-            num_writers = dist.get_world_size()
-            per_rank = -(-sum(t.nbytes for t in shards.tensors) // num_writers)
             stored = self._form.file_tensors(self.model, shards.tensors)
-            held, by_name = _held_everywhere(shards, stored), {file.spec.name: file for file in stored}
-            written = [file.spec for file in stored] + [entry.spec for entry in kept.values()]
-            specs = shard_files(written, min(max_shard_bytes, max(per_rank, LEAST_SHARD_BYTES)))
-            files = {name: tuple(by_name[spec.name] for spec in group if spec.name in by_name) for name, group in specs.items()}
-            plan = build_plan(
-                _interleaved(files, shards.tensors, num_writers),
-                shards.placements,
-                [file_placement(name, _without(group, held)) for name, group in files.items()],
-                bucket_bytes=EXPORT_BUCKET_BYTES,
-            )
-            made = self._save = shards.placements, max_shard_bytes, _Save(specs, files, held, kept, plan)
+            save = plan_save(shards.tensors, shards.placements, stored, kept, max_shard_bytes, EXPORT_BUCKET_BYTES)
+            made = self._save = shards.placements, max_shard_bytes, save
         return made[2]
 
     def _small_files(self, out_dir: Path) -> tuple[Path, ...]:
@@ -463,15 +426,6 @@ class AutoBridge:
         if self._folder is not None:
             copy_files(self._folder, files, out_dir, durable=durable)
         write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
-
-
-def _writer_ranks(save: _Save) -> list[int]:
-    """Of each file, the rank that writes it."""
-    return [i % dist.get_world_size() for i in range(len(save.files))]
-
-
-def _files_of(rank: int, save: _Save) -> list[str]:
-    return [name for name, writer in zip(save.files, _writer_ranks(save), strict=True) if writer == rank]
 
 
 def _as_exported(shards: Shards) -> Mapping[str, torch.Tensor]:
@@ -500,119 +454,3 @@ def _declared_shapes(buffer: BufferSpec) -> tuple[tuple[int, ...], ...]:
         return (buffer.shape,)
     experts, rows, columns = buffer.shape
     return buffer.shape, (rows, experts * columns), (experts * rows, columns)
-
-
-class _Arriving:
-    """Tensors of files that are being put together from those of the table, bucket by bucket."""
-
-    def __init__(self, files: Mapping[str, FileTensor], held: Mapping[str, Sequence[Copy]]) -> None:
-        self._files, self._held = files, held
-        self._missing = {file.spec.name: len(file.pieces) for file in files.values()}
-        self.buffers: dict[str, torch.Tensor] = {}
-
-    def begin(self, bucket: Bucket) -> bool:
-        """Make room for what a bucket brings; False where it brings nothing here."""
-        specs = [self._files[t.name].spec for t in bucket.tensors if t.name in self._files and t.name not in self._held]
-        for spec in specs:
-            if spec.name not in self.buffers:
-                self.buffers[spec.name] = empty_tensor(spec)
-        return bool(specs)
-
-    def completed(self, tensor: TensorSpec) -> tuple[str, torch.Tensor] | None:
-        """Name and content of the tensor of a file whose last part ``tensor`` is, which came with the last bucket."""
-        name = self._files[tensor.name].spec.name
-        self._missing[name] -= 1
-        return None if self._missing[name] else (name, self.buffers.pop(name))
-
-
-def _by_tensor(files: Iterable[FileTensor]) -> dict[str, FileTensor]:
-    return {piece.tensor: file for file in files for piece in file.pieces}
-
-
-def _without(files: Iterable[FileTensor], held: Mapping[str, Sequence[Copy]]) -> list[FileTensor]:
-    return [file for file in files if file.pieces[0].tensor not in held]
-
-
-def _held_everywhere(shards: Shards, files: Sequence[FileTensor]) -> dict[str, list[Copy]]:
-    """Tensors that are tensors of files, and of which every rank has all elements: by name the copies that make one of this rank's
-    parameters."""
-    names = {file.pieces[0].tensor for file in files if len(file.pieces) == 1}
-    for placement in shards.placements:
-        sizes: Counter[str] = Counter()
-        for name, box in {(piece.tensor, piece.box) for piece in placement.pieces}:
-            sizes[name] += box.size
-        names &= {t.name for t in shards.tensors if sizes[t.name] == t.size}
-    held: dict[str, list[Copy]] = {name: [] for name in names}
-    here = whole_tensors("here", [t for t in shards.tensors if t.name in names])
-    for bucket in build_plan(shards.tensors, [shards.placements[dist.get_rank()]], [here]).buckets:
-        for copy in bucket.copies:
-            held[copy.tensor].append(copy)
-    return held
-
-
-def _in_place(tensor: TensorSpec, copies: Sequence[Copy], buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A tensor out of the buffers that hold it: a view where it lies in order in one of them, else new."""
-    (first, *others) = copies
-    if not others and first.source_strides in ((), (1,)):
-        return region(buffers[first.source_buffer], first.source_offset, tensor.shape, contiguous_strides(tensor.shape))
-    whole = empty_tensor(tensor)
-    bind(copies, buffers, {tensor.name: whole}).run()
-    return whole
-
-
-def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[TensorSpec], num_writers: int) -> tuple[TensorSpec, ...]:
-    """Tensors of the table in an order in which every writer always has something to do: round by round, one file per writer."""
-    specs = {tensor.name: tensor for tensor in tensors}
-    groups = [[specs[piece.tensor] for file in group for piece in file.pieces] for group in files.values()]
-    order: list[TensorSpec] = []
-    for begin in range(0, len(groups), num_writers):
-        for row in zip_longest(*groups[begin : begin + num_writers]):
-            order.extend(t for t in row if t is not None)
-    return tuple(order)
-
-
-def _write_files(
-    out_dir: Path, save: _Save, mine: Sequence[str], exchange: Exchange, buffers: Mapping[str, torch.Tensor], writes: Writes
-) -> None:
-    """Write the files ``mine``: tensors that are kept from where they are, those that every rank holds from this rank's ``buffers``, others
-    as they arrive. A failed write is raised at the end.
-
-    Collective: a rank that cannot write still takes part, so that nobody waits for it.
-    """
-    owner = {file.spec.name: name for name in mine for file in save.files[name]}
-    files, kept = _by_tensor(file for name in mine for file in save.files[name]), MappedTensors(save.kept)
-    arriving = _Arriving(files, save.held)
-    failure: OSError | None = None
-    with ExitStack() as stack:
-        writers: dict[str, FileWriter] = {}
-        try:
-            for name in mine:
-                writers[name] = stack.enter_context(FileWriter(out_dir / name, save.specs[name], writes))
-        except OSError as error:
-            failure = error
-        for k, bucket in enumerate(save.plan.buckets):
-            arriving.begin(bucket)
-            exchange.deliver(k, [arriving.buffers] * len(save.files))
-            for t in bucket.tensors:
-                if t.name not in files:
-                    continue
-                stored = files[t.name].spec.name
-                complete = (stored, _in_place(t, save.held[t.name], buffers)) if t.name in save.held else arriving.completed(t)
-                try:
-                    if complete is not None and failure is None:
-                        writers[owner[stored]].write(stored, complete[1])
-                except OSError as error:
-                    failure = error
-        try:
-            for file, spec in ((name, spec) for name in mine for spec in save.specs[name]):
-                if failure is None and spec.name in kept:
-                    writers[file].write(spec.name, kept[spec.name])
-        except OSError as error:
-            failure = error
-        if failure is not None:
-            raise CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})") from failure
-
-
-def empty_tensor(spec: TensorSpec) -> torch.Tensor:
-    """Uninitialised tensor of a spec on the compute device."""
-    return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=compute_device())

@@ -302,7 +302,7 @@ def save_in_another_dtype(folder: str, nan_folder: str, out_dir: str) -> None:
     assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
     bridge.save_weights(models, out_dir, max_shard_bytes=60_000)
     bridge.save_weights(models, out_dir)
-    with patch("rlsync.bridge.auto_bridge.build_plan", side_effect=AssertionError("a second plan for the same files")):
+    with patch("rlsync.bridge.full_tensors.build_plan", side_effect=AssertionError("a second plan for the same files")):
         bridge.save_weights(models, out_dir)
     Path(out_dir, "adapter.safetensors").touch()
     dist.barrier()

@@ -22,7 +22,8 @@ from rlsync.models import model_of
 from rlsync.models.lora import PREFIX, LoraSpec, adapters_of
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN3_VL
-from workers.check import GRPO_CHECKS, Report, check_devices, check_memory, check_model, check_run
+from workers.check import GRPO_CHECKS, check_devices, check_memory, check_model, check_run
+from workers.check_report import Report
 from workers.config import RunConfig
 from workers.config.fields import dotted_keys
 from workers.config.schema import ArithmeticRecipe

@@ -15,7 +15,8 @@ from rlsync.errors import ConfigError
 from rlsync.models import check_config, model_of
 from tests.deadlines import HANG_S
 from tests.unit.test_sft_config import findings, minimal
-from workers.check import SFT_CHECKS, Report, check_run
+from workers.check import SFT_CHECKS, check_run
+from workers.check_report import Report
 from workers.config import SftConfig, load_config, register_resolvers
 from workers.config.schema import ArithmeticRecipe
 from workers.synthetic import build_world

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.unit.test_check import HEAVY, ROOT, texts
-from workers.check import SFT_CHECKS, Report, check_run
+from workers.check import SFT_CHECKS, check_run
+from workers.check_report import Report
 from workers.config import SftConfig
 from workers.config.fields import dotted_keys
 from workers.config.schema import ArithmeticRecipe

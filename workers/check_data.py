@@ -1,0 +1,260 @@
+"""What the data files of a run tell before it starts: their first rows as text, pictures and tokens, and how many steps they make.
+
+The run reads the rest. Imports neither torch, transformers, Ray, vLLM nor Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from workers.check_report import Report, will_be_made
+from workers.config import AnyConfig, RunConfig, SftConfig
+from workers.model_folder import check_tokenizer_size, read_hf_config, text_config
+from workers.pictures import open_picture
+from workers.problems import BadSamples, Problem, load_problems, load_supervised
+from workers.reward import unreadable_reference, unreadable_references
+from workers.row_files import BadRow, RowFiles, find_files
+from workers.sft_rows import Conversation, check_row, conversation, picture_problem, row_form
+from workers.validation import validates, validation_notes
+
+_FIRST_ROWS = 200
+# Rows of each file whose pictures are opened.
+_FIRST_PICTURES = 8
+# Lines are counted for the number of steps where a file is not larger than this.
+_MAX_COUNTED_BYTES = 2**28
+# An array is read as a whole, for which there is no time where a file is larger than this.
+_MAX_ARRAY_BYTES = 2**26
+
+
+def check_data(config: RunConfig, report: Report) -> None:
+    """Data files and their first rows, as far as those tell; the run reads the rest."""
+    data, bad = config.data, BadSamples()
+    report.notes += validation_notes(config, _num_rows(data.val_data_paths, data.val_data_size))
+    steps = (_check_picture_rows if data.has_pictures else _check_problems)(config, bad, report)
+    form = f"{data.rollout_batch_size} prompts x {config.algorithm.group_size} samples a step"
+    report.plan.append(("data", f"{form} from {', '.join(data.train_data_paths)}"))
+    if validates(config):
+        report.plan.append(("validation", _validation_plan(config)))
+    report.plan.append(
+        ("steps", "as many as the data has" if steps is None else f"{steps}" if steps == config.runner.max_steps else f"up to {steps}")
+    )
+
+
+def _check_problems(config: RunConfig, bad: BadSamples, report: Report) -> int | None:
+    """Text problems; most steps that they make, where that is known."""
+    data = config.data
+    problems: list[Problem] = []
+    for path in (*data.train_data_paths, *data.val_data_paths):
+        file = Path(path)
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > _MAX_ARRAY_BYTES:
+            report.notes.append(f"{path} is read by the run: an array of that size takes too long here")
+        elif not will_be_made(config, file):
+            problems += report.take("data", lambda path=path: _first_problems(config, path, bad)) or []
+    unreadable = _Asked(problems, config)
+    if config.warm_start is not None:
+        for path in config.warm_start.data_paths:
+            if not will_be_made(config, Path(path)):
+                report.take("data", load_supervised, [path], _FIRST_ROWS)
+    _check_prompts(config, problems, bad, report)
+    for problem in unreadable.problems():
+        bad.add(problem.where, unreadable_reference(problem.answers[0]))
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    steps = _num_steps(config)
+    _check_enough(config, problems, bad, steps, report)
+    return steps
+
+
+def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> int | None:
+    """Questions about pictures; most steps that they make, where that is known."""
+    data, form = config.data, row_form(config.data)
+    problems: list[Problem] = []
+
+    def look(content: Any, where: str) -> Sequence[Any]:
+        found = picture_problem(content, form, metadata=config.reward.takes_metadata)
+        problems.append(Problem("", found.answers, where))
+        return found.images
+
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    _check_rows(config, data.val_data_paths, look, bad, report)
+    if config.warm_start is not None:
+        _check_rows(config, config.warm_start.data_paths, lambda content, where: conversation(content, form).images, bad, report)
+    for problem in _Asked(problems, config).problems():
+        bad.add(problem.where, unreadable_reference(problem.answers[0]))
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    num_rows = num_rows if num_rows is None or data.data_size is None else min(num_rows, data.data_size)
+    return _steps_of(num_rows, data.rollout_batch_size, "data.rollout_batch_size", config, report)
+
+
+def check_sft_data(config: SftConfig, report: Report) -> None:
+    """Data files of supervised fine-tuning and the first rows of each, as far as those tell; the run reads the rest."""
+    data, bad, form = config.data, BadSamples(), row_form(config.data)
+
+    def look(content: Any, where: str) -> Sequence[Any]:
+        found = check_row(content, form)
+        return found.images if isinstance(found, Conversation) else ()
+
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    _check_rows(config, data.val_data_paths, look, bad, report)
+    report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    batch = config.actor.global_batch_size or 1
+    # Documents are packed.
+    steps = _steps_of(None if data.type == "text" else num_rows, batch, "actor.global_batch_size", config, report)
+    report.plan.append(("data", f"{batch} examples a step from {', '.join(data.train_data_paths)}"))
+    report.plan.append(("steps", "as many as the data has" if steps is None else f"{steps}"))
+    if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
+        answers = ", and answers of the engines" if config.validation.generate else ""
+        report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
+
+
+def _check_rows(
+    config: AnyConfig, paths: Sequence[str], look: Callable[[Any, str], Sequence[Any]], bad: BadSamples, report: Report
+) -> int | None:
+    """Rows of some files together, where that can be known, after a look at the first of each: ``look`` gets a row's content and what to
+    call the row, and returns references to its pictures, or raises BadRow."""
+    num_rows: int | None = 0
+    for path in paths:
+        files = None if will_be_made(config, Path(path)) else report.take("data", find_files, [path])
+        if files is not None and sum(file.stat().st_size for file in files if file.suffix != ".parquet") > _MAX_COUNTED_BYTES:
+            report.notes.append(f"{path} is read by the run: files of that size take too long here")
+            files = None
+        rows: RowFiles | None = None if files is None else report.take("data", RowFiles, [path])
+        for row in range(0 if rows is None else min(_FIRST_ROWS, len(rows))):
+            assert rows is not None
+            where, content = rows.read(row)
+            try:
+                pictures = look(content, where)
+                for reference in pictures if row < _FIRST_PICTURES else ():
+                    open_picture(reference, rows.folder(row))
+            except BadRow as reason:
+                bad.add(where, str(reason))
+        num_rows = None if num_rows is None or rows is None else num_rows + len(rows)
+    return num_rows
+
+
+def _steps_of(num_rows: int | None, batch: int, key: str, config: AnyConfig, report: Report) -> int | None:
+    """Most steps that so many rows make; None where that is not known before they are read. Too few rows are a finding."""
+    most, paths = config.runner.max_steps, config.data.train_data_paths
+    if num_rows is not None and num_rows < batch and most != 0 and not report.findings:
+        report.found("data", f"Train dataloader is empty! {', '.join(paths)}: {num_rows} rows, fewer than {key} ({batch})")
+    steps = None if num_rows is None else config.runner.max_epochs * (num_rows // batch)
+    return steps if most < 0 else most if steps is None else min(most, steps)
+
+
+class _Asked:
+    """References that are being tried while other checks go on: math-verify takes a second to be imported."""
+
+    def __init__(self, problems: Sequence[Problem], config: RunConfig) -> None:
+        self._problems = problems
+        references = [answer for problem in problems for answer in problem.answers] if config.reward.reward_type == "math" else []
+        self._pool = ThreadPoolExecutor(1)
+        self._asked = self._pool.submit(unreadable_references, references, num_processes=1, timeout_s=config.reward.timeout_s)
+
+    def problems(self) -> Iterator[Problem]:
+        """Those that no response could ever solve."""
+        unreadable = self._asked.result()
+        self._pool.shutdown()
+        return (problem for problem in self._problems if unreadable and unreadable.issuperset(problem.answers))
+
+
+def _first_problems(config: RunConfig, path: str, bad: BadSamples) -> list[Problem]:
+    data = config.data
+    return load_problems(
+        [path],
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key,
+        data_size=data.data_size,
+        bad=bad,
+        rows_per_file=_FIRST_ROWS,
+        metadata=config.reward.takes_metadata,
+    )
+
+
+def _check_enough(config: RunConfig, problems: Sequence[Problem], bad: BadSamples, steps: int | None, report: Report) -> None:
+    """Whether the training files hold a batch."""
+    data = config.data
+    files = [Path(path) for path in data.train_data_paths]
+    starts, names = tuple(map(str, files)), ", ".join(data.train_data_paths)
+    lost = {where for where, _ in bad.found if where.startswith(starts)}
+    left = {problem.where for problem in problems if problem.where.startswith(starts)} - lost
+    # With fewer rows than are looked at, these are all.
+    are_all_known = len(lost) < _FIRST_ROWS and all(file.is_file() and file.stat().st_size <= _MAX_ARRAY_BYTES for file in files)
+    if data.on_bad_sample == "skip" and lost and not left and are_all_known:
+        report.found("data", f"all rows of {names} are bad samples, which data.on_bad_sample=skip leaves out: nothing is left to train on")
+    elif left and steps == 0 and config.runner.max_steps != 0:
+        report.found(
+            "data",
+            f"Train dataloader is empty! {names}: fewer problems than data.rollout_batch_size ({data.rollout_batch_size}); "
+            "lower it, or give more problems",
+        )
+
+
+def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSamples, report: Report) -> None:
+    """What the tokenizer makes of the first prompts that are text."""
+    texts = [problem for problem in problems if isinstance(problem.prompt, str)]
+    if len(texts) < len(problems) and not config.data.apply_chat_template:
+        where = next(problem.where for problem in problems if not isinstance(problem.prompt, str))
+        report.found("data", f"{where}: a prompt is a message list: set data.apply_chat_template=True")
+    path = Path(str(config.actor.tokenizer.tokenizer_model)) / "tokenizer.json"
+    if not texts or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        report.found("tokenizer", f"no tokenizer can be made from {path}: {error}")
+        return
+    hf_path = Path(config.model_path)
+    if (hf_path / "config.json").is_file():
+        hf_config = report.take("model", read_hf_config, hf_path, config.model_key) or {}
+        size = tokenizer.get_vocab_size(with_added_tokens=False)
+        report.take("tokenizer", check_tokenizer_size, size, text_config(hf_config).get("vocab_size"), path.parent)
+    tokenizer.no_truncation()
+    encoded = tokenizer.encode_batch([f"{problem.prompt}{config.data.prompt_suffix}" for problem in texts], add_special_tokens=False)
+    rows = [encoding.ids for encoding in encoded]
+    if not any(rows):
+        report.found("tokenizer", "the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
+        return
+    for problem, row in zip(texts, rows, strict=True):
+        if not row:
+            bad.add(problem.where, f"the prompt {str(problem.prompt)[:40]!r} has no tokens")
+    shortest, limit = min(map(len, rows)), config.data.max_prompt_length
+    if shortest > limit and config.data.filter_prompt_by_length:
+        report.found(
+            "data",
+            f"all of the first {len(rows)} prompts are longer than data.max_prompt_length ({limit}); the shortest has {shortest} tokens",
+        )
+
+
+def _num_steps(config: RunConfig) -> int | None:
+    """Most steps that a run can have, or None where that is not known before the data is read."""
+    most, data = config.runner.max_steps, config.data
+    rows = _num_rows(data.train_data_paths, data.data_size)
+    if rows is None:
+        return most if most >= 0 else None
+    steps = config.runner.max_epochs * (rows // data.rollout_batch_size)
+    return steps if most < 0 else min(most, steps)
+
+
+def _num_rows(names: Sequence[str], most: int | None) -> int | None:
+    """Rows that a run takes from some data files, or None where that is not known before it reads them."""
+    paths = [Path(name) for name in names]
+    if not all(path.is_file() and path.suffix not in (".json", ".parquet") and path.stat().st_size <= _MAX_COUNTED_BYTES for path in paths):
+        return None
+    rows = 0
+    for path in paths:
+        with path.open("rb") as stream:
+            rows += sum(1 for line in stream if line.strip())
+    return rows if most is None else min(rows, most)
+
+
+def _validation_plan(config: RunConfig) -> str:
+    data, runner = config.data, config.runner
+    first = ["before the first step"] if runner.val_before_train else []
+    every = ["after every step" if runner.val_check_interval == 1 else f"every {runner.val_check_interval} steps and after the last"]
+    when = " and ".join(first + (every if runner.val_check_interval > 0 else []))
+    limit = "" if data.val_data_size is None else f"the first {data.val_data_size} problems of "
+    return f"{when}: one greedy response to {limit or 'each problem of '}{', '.join(data.val_data_paths)}"
