@@ -223,7 +223,9 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         if not self._config.runner.async_steps or position is None or STATE not in position:
             return
         batch, known = self._drawn(beginning.step + 1, {}), Future[Rollout]()
-        if changed := outdated(position[STATE], batch, beginning):
+        rollout = self._config.rollout
+        asked = {"logprobs": bool(rollout.return_logprobs), "routes": bool(rollout.enable_return_routed_experts)}
+        if changed := outdated(position[STATE], batch, beginning, **asked):
             self._screen.note(
                 f"step {batch.step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it"
             )

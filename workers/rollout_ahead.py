@@ -9,7 +9,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+import numpy as np
+import torch
 
 from workers.data import Prompt
 from workers.resume import Beginning
@@ -19,7 +23,7 @@ from workers.samples import Sample
 # Where a checkpoint's data position has the samples that lie behind it.
 STATE = "rollout_ahead"
 # Keys that decide, beside the prompt, what is drawn to it: under another value of one, saved samples are not those that a run would draw.
-_DECIDE = ("algorithm.group_size", "algorithm.sampling_params.", "runner.seq_length")
+_DECIDE = ("algorithm.group_size", "algorithm.sampling_params.", "runner.seq_length", "actor.seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,47 +63,74 @@ class RolloutAhead:
 
 
 def state_of(rollout: Rollout, batch: Batch) -> dict[str, Any]:
-    """A rollout of these prompts, without them and rewards, in containers that ``torch.load`` reads with ``weights_only``."""
-    samples = [
-        {
-            "response_ids": list(sample.response_ids),
-            "engine_logprobs": list(sample.engine_logprobs),
-            "finished": sample.finished,
-            "version": sample.version,
-            "routes": sample.routes,
-        }
-        for sample in rollout.samples
-    ]
+    """A rollout of these prompts, without them and rewards, as ``torch.load`` reads it with ``weights_only``: numbers of all samples in one
+    tensor each, because a step may have 10^8 tokens."""
+    samples = rollout.samples
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    numbers = [sample.engine_logprobs for sample in samples]
+    saved = {
+        "lengths": torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.int64),
+        "response_ids": torch.from_numpy(np.fromiter(chain.from_iterable(sample.response_ids for sample in samples), np.int32, tokens)),
+        # As engines said them, so that a resumed run computes the same.
+        "engine_logprobs": torch.from_numpy(np.fromiter(chain.from_iterable(numbers), np.float64, sum(map(len, numbers)))),
+        "finished": [sample.finished for sample in samples],
+        "versions": [sample.version for sample in samples],
+        "routes": [sample.routes for sample in samples],
+    }
     seen = {"prompts": _fingerprint(batch.prompts), "pictures": _fingerprint_of_pictures(batch.prompts)}
-    return {"samples": samples, "seconds": dict(rollout.seconds), **seen}
+    return {"samples": saved, "seconds": dict(rollout.seconds), **seen}
 
 
 def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], Mapping[str, float]]:
     """Of ``state_of``: the samples of each of the prompts that they answer, without rewards, and the seconds."""
-    samples, size = state["samples"], len(state["samples"]) // len(prompts)
-    groups = [[_sample(saved, prompt) for saved in samples[i * size : (i + 1) * size]] for i, prompt in enumerate(prompts)]
-    return groups, state["seconds"]
-
-
-def _sample(saved: Mapping[str, Any], prompt: Prompt) -> Sample:
-    return Sample(
-        prompt.token_ids,
-        tuple(saved["response_ids"]),
-        tuple(saved["engine_logprobs"]),
+    saved = state["samples"]
+    lengths, count = saved["lengths"].tolist(), len(saved["lengths"])
+    has_logprobs = len(saved["engine_logprobs"]) > 0
+    of_each = zip(
+        (prompt for prompt in prompts for _ in range(count // len(prompts))),
+        saved["response_ids"].split(lengths),
+        saved["engine_logprobs"].split(lengths) if has_logprobs else [saved["engine_logprobs"]] * count,
         saved["finished"],
-        saved["version"],
-        routes=saved["routes"],
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
+        saved["versions"],
+        saved["routes"],
+        strict=True,
     )
+    samples = [
+        Sample(
+            prompt.token_ids,
+            tuple(response.tolist()),
+            tuple(logprobs.tolist()),
+            finished,
+            version,
+            routes=routes,
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+        )
+        for prompt, response, logprobs, finished, version, routes in of_each
+    ]
+    size = count // len(prompts)
+    return [samples[i : i + size] for i in range(0, count, size)], state["seconds"]
 
 
-def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning) -> tuple[str, ...]:
-    """What has changed since the checkpoint, so that its samples are not those of this run."""
-    keys = tuple(key for key in beginning.changed if key.startswith(_DECIDE))
+def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning, *, logprobs: bool, routes: bool) -> tuple[str, ...]:
+    """What has changed since the checkpoint, so that its samples are not those of this run.
+
+    Args:
+        logprobs: engines of this run return log-probabilities of their samples.
+        routes: engines of this run return routes.
+    """
+    saved, changed = state["samples"], [key for key in beginning.changed if key.startswith(_DECIDE)]
+    if not isinstance(saved, Mapping):
+        return (*changed, "how samples are saved")
+    if logprobs != (len(saved["engine_logprobs"]) > 0) and len(saved["response_ids"]):
+        changed.append("rollout.return_logprobs")
+    if any(routes != (sample is not None) for sample in saved["routes"]):
+        changed.append("rollout.enable_return_routed_experts")
     if state["prompts"] != _fingerprint(batch.prompts):
-        return (*keys, "the prompts")
-    return keys if state.get("pictures") == _fingerprint_of_pictures(batch.prompts) else (*keys, "pictures of the prompts")
+        changed.append("the prompts")
+    elif state.get("pictures") != _fingerprint_of_pictures(batch.prompts):
+        changed.append("pictures of the prompts")
+    return tuple(changed)
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -16,7 +16,6 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import to_device
@@ -109,18 +108,18 @@ class PackedRotations:
     """
 
     def __init__(self) -> None:
-        self._angles = WeakTensorKeyDictionary()
+        # One row's: Megatron keeps angles of many lengths for good.
+        self._of: tuple[weakref.ref[Tensor], weakref.ref[Tensor], Tensor] | None = None
 
     def __call__(
         self, t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *options: Any, cp_group: torch.distributed.ProcessGroup, **more: Any
     ) -> Tensor:
         """``t``: (tokens of this rank, heads, head_dim); ``cu_seqlens``: (sequences + 1,) int32, of whole sequences; ``freqs``: angles of
         positions within a sequence, or of each token of the whole row, (positions, 1, 1, rotary_dim). Returns what is like ``t``."""
-        known = self._angles.get(freqs)
-        if known is None or known[0]() is not cu_seqlens:
+        if self._of is None or self._of[0]() is not freqs or self._of[1]() is not cu_seqlens:
             places = places_of_packed(len(t), cu_seqlens, cp_group.size(), cp_group.rank(), within=len(freqs) != len(t) * cp_group.size())
-            known = self._angles[freqs] = weakref.ref(cu_seqlens), freqs[places]
-        return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], known[1], *options, **more)[:, 0]
+            self._of = weakref.ref(freqs), weakref.ref(cu_seqlens), freqs[places]
+        return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], self._of[2], *options, **more)[:, 0]
 
 
 def places_of_packed(num_tokens: int, cu_seqlens: Tensor, cp_size: int, cp_rank: int, *, within: bool) -> Tensor:

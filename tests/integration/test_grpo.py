@@ -127,7 +127,7 @@ def test_rollouts_a_step_ahead_are_of_the_weights_before_and_raise_the_reward_to
     assert sum(rewards[-2:]) / 2 - sum(rewards[:2]) / 2 >= 0.1, rewards
     saved = [torch.load(tmp_path / f"run/checkpoints/global_step_{step}/data/data.pt", weights_only=True) for step in (11, 12)]
     assert [state["handed_out"] for state in saved] == [11, 12] and STATE not in saved[1]
-    assert [sample["version"] for sample in saved[0][STATE]["samples"]] == [10] * 128
+    assert saved[0][STATE]["samples"]["versions"] == [10] * 128
 
 
 # A reward function that says what it saw.

@@ -3,6 +3,7 @@ engines that answers by the version it holds and the seed it is given, and refus
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -30,7 +31,8 @@ from workers.grpo_runner import GrpoRunner
 from workers.judges import Beside, ExactJudge
 from workers.preparation import prepare
 from workers.resume import DATA_STATE, Beginning
-from workers.rollout_ahead import STATE, Batch, Rollout, outdated, state_of
+from workers.rollout_ahead import STATE, Batch, Rollout, outdated, restored, state_of
+from workers.samples import Sample
 from workers.worker_group import WorkerGroup, _Round
 
 STEPS = 6
@@ -216,12 +218,38 @@ def test_samples_of_other_pictures_under_the_same_tokens_are_not_those_of_a_resu
         prompts = [Prompt(-1, "what", (5, 6), ("red",), engine_ids=(5,), images=images) for images in pictures]
         return Batch(4, prompts, {})
 
-    state = state_of(Rollout((), {}), batch((red,), (blue,)))
-    assert outdated(state, batch((red.copy(),), (blue.copy(),)), FRESH) == ()
+    state, asked = state_of(Rollout((), {}), batch((red,), (blue,))), {"logprobs": True, "routes": False}
+    assert outdated(state, batch((red.copy(),), (blue.copy(),)), FRESH, **asked) == ()
     for others in (((spotted,), (blue,)), ((blue,), (red,)), ((red, blue), ()), ((red.transpose(Image.Transpose.ROTATE_90),), (blue,))):
-        assert outdated(state, batch(*others), FRESH) == ("pictures of the prompts",)
+        assert outdated(state, batch(*others), FRESH, **asked) == ("pictures of the prompts",)
     # What does not say which pictures it was drawn to.
-    assert outdated({key: value for key, value in state.items() if key != "pictures"}, batch((red,), (blue,)), FRESH) != ()
+    bare = {key: value for key, value in state.items() if key != "pictures"}
+    assert outdated(bare, batch((red,), (blue,)), FRESH, **asked) != ()
+
+
+def test_saved_samples_come_back_bit_for_bit_and_are_asked_for_what_a_run_needs_of_them(tmp_path: Path) -> None:
+    """An empty response among them; log-probabilities are float64, routes are those of the samples that have some."""
+    prompts = [Prompt(i, "what", (5, 6 + i), ("1",), engine_ids=(5, 6 + i)) for i in range(2)]
+    batch, draw = Batch(4, prompts, {}), random.Random(0)
+
+    def drawn(prompt: Prompt, size: int, *, logprobs: bool = True, routes: bool = False) -> Sample:
+        found = tuple(draw.uniform(-9, 0) for _ in range(size)) if logprobs else ()
+        ids = tuple(draw.randrange(2**20) for _ in range(size))
+        return Sample(prompt.token_ids, ids, found, size > 2, 3, routes=torch.arange(size) if routes else None)
+
+    for logprobs, routes in ((True, False), (False, False), (True, True)):
+        samples = [drawn(prompts[i // 3], size, logprobs=logprobs, routes=routes) for i, size in enumerate((3, 0, 7, 1, 2, 5))]
+        torch.save(state_of(Rollout(tuple(samples), {"time/rollout": 1.5}), batch), tmp_path / "state")
+        state = torch.load(tmp_path / "state", weights_only=True)
+        groups, seconds = restored(state, prompts)
+        assert [sample for group in groups for sample in group] == samples and seconds == {"time/rollout": 1.5}
+        assert [len(group) for group in groups] == [3, 3]
+        for ours, theirs in zip(groups[0] + groups[1], samples, strict=True):
+            assert (ours.routes is None) != routes and (not routes or torch.equal(ours.routes, theirs.routes))
+        assert outdated(state, batch, FRESH, logprobs=logprobs, routes=routes) == ()
+        assert outdated(state, batch, FRESH, logprobs=not logprobs, routes=routes) == ("rollout.return_logprobs",)
+        assert outdated(state, batch, FRESH, logprobs=logprobs, routes=not routes) == ("rollout.enable_return_routed_experts",)
+    assert outdated({**state, "samples": [{"version": 3}]}, batch, FRESH, logprobs=True, routes=True) == ("how samples are saved",)
 
 
 @pytest.mark.parametrize("saves", [False, True], ids=["found at the next step", "found by a checkpoint"])
