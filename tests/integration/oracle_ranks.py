@@ -23,7 +23,7 @@ from rlsync.engine.handles.local import Completion, Engine
 from rlsync.engine.state import state_difference
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, unwrap
+from rlsync.megatron.model import DdpOptions, adapters_in, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, initialize_parallel
 from rlsync.megatron.train import token_scores, train_step
@@ -130,73 +130,99 @@ def compare(
     initialize_parallel(made, seed=1, timeout_s=300)
     places = [None] if gpus is None else gpus
     options = {"enforce_eager": enforce_eager, **(SEEING if sees else {}), **(options or {})}
+    synced = started(folder, dtype, places, options)
+    bridge, models = built(folder, made, dtype, ddp, lora, spec=spec, frozen=frozen, overrides=actor_overrides)
+    optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
+    source = MegatronSource(bridge, models, lora=lora_sync)
+    syncer = connected(source, synced, SyncConfig(bucket_bytes=60_000, timeout_s=60, lora=lora_sync, **config), made.world_size)
+    check_replaced_parameters_are_refused(models, syncer)
+    prompts, batch = questions(folder, sees=sees)
+    beside = BesideTheBase(bridge, models, source, syncer, synced, options) if lora_sync == "adapter" else None
+    report, before = synced_answers(
+        lambda: train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {})),
+        syncer.sync if beside is None else beside.sync,
+        lambda: [ask(each, prompts) for each in synced],
+        first_held=(1 if beside is None else 2) if frozen or lora else VERSIONS,
+    )
+    if beside is not None and options.get("enable_sleep_mode"):
+        beside.sleep(VERSIONS - 1)
+        assert all(difference(ask(each, prompts), last) <= 2e-2 for each, last in zip(synced, before, strict=True))
+    save(bridge, models, Path(out_dir))
+    if dtype == "float32":
+        check_against_actor(models, before[0] if before else [], prompts, folder if sees else None)
+    syncer.close()
+    if not synced:
+        return
+    held, worst = stopped(synced), 0.0
+    if serves_adapters:
+        slots = {**options, **lora_arguments(LoraSpec(**(lora or {})).r)}
+        other = adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), dtype, places[0], slots)
+        worst = apart(other, held if beside is not None else {}, before, prompts)
+    if fresh:
+        other = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], **options)
+        worst = max(worst, apart(other, held, before, prompts))
+    # What the order of a sum over GPUs makes of half precision.
+    assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
+    of = "" if fresh or serves_adapters else "of the actor "
+    print(f"ORACLE {of}{worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+
+
+def started(folder: str, dtype: str, places: Sequence[str | None], options: dict[str, Any]) -> list[Engine]:
+    """Engines of rank 0 without weights, one at each of the places; none on other ranks. Collective."""
     synced = [
         engine(f"synced {number}", folder, dtype, place, load_format="dummy", **options)
         for number, place in enumerate(places if dist.get_rank() == 0 else ())
     ]
     say("engines started")
     wait_for_all()
+    return synced
+
+
+def built(
+    folder: str, topology: Topology, dtype: str, ddp: dict[str, Any] | None, lora: dict[str, Any] | None, **options: Any
+) -> tuple[AutoBridge, Sequence[torch.nn.Module]]:
+    """An actor with the weights of a folder; ``options`` are those of ``AutoBridge.get_model``. Collective."""
     bridge = AutoBridge.from_pretrained(folder)
-    models = bridge.get_model(
-        folder,
-        topology=made,
-        bf16=dtype == "bfloat16",
-        ddp=DdpOptions(**(ddp or {})),
-        spec=spec,
-        frozen=frozen,
-        overrides=actor_overrides,
-        lora=None if lora is None else LoraSpec(**lora),
-    )
-    optimizer = build_optimizer(models, OptimizerOptions(lr=0.02))
+    adapters, wrapped = None if lora is None else LoraSpec(**lora), DdpOptions(**(ddp or {}))
+    return bridge, bridge.get_model(folder, topology=topology, bf16=dtype == "bfloat16", ddp=wrapped, lora=adapters, **options)
+
+
+def connected(source: MegatronSource, engines: Sequence[Engine], config: SyncConfig, world_size: int) -> WeightSyncer:
+    """Collective."""
     syncer = WeightSyncer(
-        source := MegatronSource(bridge, models, lora=lora_sync),
-        synced,
-        SyncConfig(bucket_bytes=60_000, timeout_s=60, lora=lora_sync, **config),
+        source,
+        engines,
+        config,
         rank=dist.get_rank(),
-        world_size=made.world_size,
+        world_size=world_size,
         broadcast=lambda payload: gather_bytes(payload, device=compute_device())[0],
     )
     syncer.connect()
     say("connected")
-    check_replaced_parameters_are_refused(models, syncer)
-    batch = {"tokens": torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))}
-    prompts: Sequence[Prompt] = PROMPTS
+    return syncer
+
+
+def questions(folder: str, *, sees: bool) -> tuple[Sequence[Prompt], dict[str, torch.Tensor]]:
+    """What engines are asked, and what the actor is trained with; both with pictures where the model ``sees``."""
     if sees:
         pictures = pictured(folder)
-        prompts, batch = pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
-    beside = BesideTheBase(bridge, models, source, syncer, synced, options) if lora_sync == "adapter" else None
-    first_held = (1 if beside is None else 2) if frozen or lora else VERSIONS
-    report, before = synced_answers(
-        lambda: train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {})),
-        syncer.sync if beside is None else beside.sync,
-        lambda: [ask(each, prompts) for each in synced],
-        first_held,
-    )
-    if beside is not None and options.get("enable_sleep_mode"):
-        beside.sleep(VERSIONS - 1)
-        assert all(difference(ask(each, prompts), last) <= 2e-2 for each, last in zip(synced, before, strict=True))
-    bridge.save_weights(models, Path(out_dir, "hf_model"))
-    if lora is not None:
-        bridge.save_adapter(models, Path(out_dir, "hf_adapter"))
-    if dtype == "float32":
-        check_against_actor(models, before[0] if before else [], prompts, folder if sees else None)
-    syncer.close()
-    if synced:
-        held = inspect_engines(synced)
-        for each in synced:
-            each.close()
-        worst = 0.0
-        if serves_adapters:
-            with_slots = {**options, **lora_arguments(LoraSpec(**(lora or {})).r)}
-            other = adapters_of_vllm(folder, Path(out_dir, "hf_adapter"), dtype, places[0], with_slots)
-            worst = apart(other, held if beside is not None else {}, before, prompts)
-        if fresh:
-            other = engine("fresh", str(Path(out_dir, "hf_model")), dtype, places[0], **options)
-            worst = max(worst, apart(other, held, before, prompts))
-        # What the order of a sum over GPUs makes of half precision.
-        assert worst <= (1e-4 if dtype == "float32" else 2e-2), worst
-        of = "" if fresh or serves_adapters else "of the actor "
-        print(f"ORACLE {of}{worst:.1e} {spec} {report.transport} {report.sinks} {report.bytes_by_link} {report.seconds:.3f} s", flush=True)
+        return pictures.PROMPTS, pictures.microbatch(folder, pictures.PROMPTS)
+    return PROMPTS, {"tokens": torch.randint(0, VOCAB_SIZE, (4, 20), generator=torch.Generator().manual_seed(0))}
+
+
+def save(bridge: AutoBridge, models: Sequence[torch.nn.Module], out_dir: Path) -> None:
+    """The folders that other engines start from. Collective."""
+    bridge.save_weights(models, out_dir / "hf_model")
+    if adapters_in(models) is not None:
+        bridge.save_adapter(models, out_dir / "hf_adapter")
+
+
+def stopped(engines: Sequence[Engine]) -> dict[tuple[str, int], dict[str, str]]:
+    """What engines held, by engine and worker, before they were closed."""
+    held = inspect_engines(engines)
+    for each in engines:
+        each.close()
+    return held
 
 
 def synced_answers(
