@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from rlsync.bridge.checkpoint_folder import publish_checkpoint, set_aside_later, stage_checkpoint
+from rlsync.bridge.checkpoint_folder import publish_checkpoint, remove_remains, set_aside_later, stage_checkpoint
 from rlsync.cli.lines import wrapped
 from rlsync.errors import CheckpointError, RlsyncError
 from rlsync.sync import SyncReport
@@ -186,6 +186,8 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         )  # fmt: skip
         for note in log.notes:
             self._screen.note(note)
+        if remains := remove_remains(self._results.path / "checkpoints"):
+            self._screen.note(f"removed what killed saves had left: {', '.join(path.name for path in remains)}")
         for path in set_aside_later(self._results.path / "checkpoints", start_step):
             self._screen.note(f"a checkpoint of a step that this run repeats is set aside: {path}")
         return log

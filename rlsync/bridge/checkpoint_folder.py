@@ -188,6 +188,18 @@ def latest_checkpoint(root: Path | str) -> Path | None:
     return found[-1] if found else None
 
 
+def remove_remains(root: Path | str) -> list[Path]:
+    """Remove what killed saves have left in ``root``: unfinished checkpoints, and those that were being removed. Returns their paths.
+
+    For whoever is the only one to write checkpoints there.
+    """
+    _recover_replaced(Path(root))
+    remains = [path for end in ("partial", "removed", "replaced") for path in sorted(Path(root).glob(f".global_step_*.{end}"))]
+    for path in remains:
+        shutil.rmtree(path)
+    return remains
+
+
 def _recover_replaced(root: Path) -> None:
     """Give a checkpoint its name back that a kill in the middle of its replacement left without one."""
     for path in root.glob(".global_step_*.replaced"):

@@ -14,6 +14,7 @@ from rlsync.bridge.checkpoint_folder import (
     publish_checkpoint,
     rank_folder,
     rank_writer,
+    remove_remains,
     set_aside_later,
     stage_checkpoint,
     tracked_step,
@@ -29,6 +30,21 @@ def staged(root: Path, step: int, *, complete: bool = True, content: str = "") -
     if complete:
         (folder / "actor" / "latest_checkpointed_iteration.txt").write_text(str(step))
     return folder
+
+
+def test_what_killed_saves_left_is_removed_and_nothing_else(tmp_path):
+    for step in (1, 2, 3):
+        publish_checkpoint(staged(tmp_path, step))
+    os.rename(tmp_path / "global_step_3", tmp_path / ".global_step_3.replaced")  # killed between the two renames
+    kept = [tmp_path / ".global_step_9.superseded", *complete_checkpoints(tmp_path), tmp_path / "global_step_3"]
+    kept[0].mkdir()
+    remains = [staged(tmp_path, 4), staged(tmp_path, 5, complete=False)]
+    for path in (tmp_path / ".global_step_0.removed", tmp_path / ".global_step_2.replaced"):
+        (path / "actor").mkdir(parents=True)
+        remains.append(path)
+    assert sorted(remove_remains(tmp_path)) == sorted(remains)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert remove_remains(tmp_path) == [] and remove_remains(tmp_path / "none") == []
 
 
 def test_newest_counts_by_step_and_not_by_name_or_time(tmp_path):
