@@ -3,12 +3,13 @@
 ``python -m benchmarks.on_gpus --seconds 570 --out DIR`` runs rows in their order while there is time, and ends what is not over by then.
 ``--rows 'transports,experts@1:deepseek or moonlight,train-7b'`` takes those, in that order; of files of tests those that the words choose,
 on as many GPUs as ``@`` says. DIR keeps a log a row, what benches write, and ``passed``: rows that passed are not run again by the next
-call, unless ``--again`` is given.
+call of the same program, unless ``--again`` is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -19,12 +20,14 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from rlsync.cli.shapes import SHAPES
 
+_ROOT = Path(__file__).resolve().parents[1]
 # Tests on a GPU at once: engines take a share of its memory each, and processes a core.
 _SHARING = 8
 
@@ -121,6 +124,10 @@ class Running:
     process: subprocess.Popen[bytes]
     began_s: float
 
+    @property
+    def is_over(self) -> bool:
+        return self.process.poll() is not None or time.monotonic() > self.began_s + self.row.limit_s
+
 
 def _gpus_for(row: Row, num_gpus: int, running: list[Running]) -> tuple[int, ...] | None:
     """Devices that the row may start on now: those with the fewest rows."""
@@ -177,35 +184,47 @@ def run(names: list[str], seconds: float, out: Path, num_gpus: int) -> bool:
         for depth in depths:
             (configs / f"{model}-{depth}.json").write_text(json.dumps({**SHAPES[model], "num_hidden_layers": depth}))
     deadline_s = time.monotonic() + seconds
-    waiting, running, failed = list(names), list[Running](), list[str]()
-
-    def ended(one: Running, how: str) -> None:
-        took_s = time.monotonic() - one.began_s
-        print(f"{how:8} {took_s:5.0f} s  {one.name} on {one.gpus}", flush=True)
-        (failed.append(one.name) if how != "passed" else (out / "passed" / _file_name(one.name)).touch())
-
-    while waiting or running:
-        now_s = time.monotonic()
-        for one in list(running):
-            code = one.process.poll()
-            late = now_s > min(deadline_s, one.began_s + one.row.limit_s)
-            if code is None and not late:
-                continue
-            _end(one)
-            running.remove(one)
-            ended(one, "no time" if code is None else "passed" if code == 0 else "failed")
-        if now_s > deadline_s:
-            break
-        while waiting:
-            row = _row(waiting[0])
-            gpus = _gpus_for(row, num_gpus, running)
-            if gpus is None:
-                break
-            running.append(_start(waiting.pop(0), row, gpus, out, configs))
-        time.sleep(0.5)
+    waiting, running, is_right = list(names), list[Running](), True
+    try:
+        while (waiting or running) and time.monotonic() < deadline_s:
+            for one in [one for one in running if one.is_over]:
+                running.remove(one)
+                is_right &= _ended(one, out)
+            while waiting and (gpus := _gpus_for(row := _row(waiting[0]), num_gpus, running)) is not None:
+                running.append(_start(waiting.pop(0), row, gpus, out, configs))
+            time.sleep(0.5)
+    finally:
+        # Also where the user interrupts: rows are sessions of their own.
+        for one in running:
+            is_right &= _ended(one, out)
     for name in waiting:
         print(f"unstarted        {name}", flush=True)
-    return not failed and not waiting
+    return is_right and not waiting
+
+
+def _ended(one: Running, out: Path) -> bool:
+    """Whether a row has passed, which its mark says from then on. Ends it where it has not ended by itself."""
+    code = one.process.poll()
+    _end(one)
+    how = "no time" if code is None else "passed" if code == 0 else "failed"
+    print(f"{how:8} {time.monotonic() - one.began_s:5.0f} s  {one.name} on {one.gpus}", flush=True)
+    if code == 0:
+        _mark(one.name, out).write_text(_sources())
+    return code == 0
+
+
+def _mark(name: str, out: Path) -> Path:
+    return out / "passed" / _file_name(name)
+
+
+@cache
+def _sources() -> str:
+    """A digest of the program: what passed before it was changed has not passed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for top in ("rlsync", "workers", "benchmarks", "tests", "configs") for path in (_ROOT / top).rglob("*.[py]*")):
+        if path.suffix in (".py", ".yaml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def main() -> int:
@@ -224,7 +243,7 @@ def main() -> int:
             parser.error(f"{name} takes {wanted} GPUs, and there are {num_gpus}; leave it out with --rows")
     (a.out / "passed").mkdir(parents=True, exist_ok=True)
     if not a.again:
-        names = [name for name in names if not (a.out / "passed" / _file_name(name)).exists()]
+        names = [name for name in names if not (mark := _mark(name, a.out)).exists() or mark.read_text() != _sources()]
     return 0 if run(names, a.seconds, a.out.resolve(), num_gpus) else 1
 
 
