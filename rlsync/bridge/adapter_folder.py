@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
@@ -45,7 +45,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "velora_config": (None,),
 }
-_INITIAL = {True: "kaiming", None: "kaiming", "gaussian": "gaussian"}
+# Of trained factors the others of these say nothing. PEFT's further ways (pissa, olora, corda, loftq, ...) change the base, or how factors
+# are trained.
+_INITIAL: Mapping[Any, Literal["kaiming", "gaussian"]] = {
+    True: "kaiming", False: "kaiming", None: "kaiming", "gaussian": "gaussian", "eva": "kaiming", "orthogonal": "kaiming",
+}  # fmt: skip
 
 
 def read_adapter_config(folder: Path | str) -> LoraSpec:
@@ -70,6 +74,12 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         findings.append(f"r is {rank!r}; it must be a whole number of at least 1")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         findings.append(f"lora_alpha is {alpha!r}; it must be a number")
+    initial: Any = content.get("init_lora_weights")
+    if not isinstance(initial, bool | str | None) or initial not in _INITIAL:
+        findings.append(
+            f"init_lora_weights is {initial!r}; only {', '.join(map(repr, _INITIAL))} leave the base as it is: where PEFT changed it, save "
+            "the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
     parameters: Any = content.get("target_parameters") or []
     if targets is None and parameters:
         targets = []
@@ -87,7 +97,7 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         use_rslora=bool(content.get("use_rslora")),
-        init=_INITIAL.get(content.get("init_lora_weights"), "kaiming"),  # type: ignore[arg-type]  # of trained weights it says nothing
+        init=_INITIAL[initial],
         target_parameters=tuple(parameters),
     )
 

@@ -118,11 +118,16 @@ def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:
         assert any(what in said for said in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
 
 
+ADAPTING_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "use_dora is True"),
+        # PEFT takes their factors out of the base when it loads them.
+        *(({"init_lora_weights": name}, f"init_lora_weights is '{name}'; only True, .* leave the base as it is") for name in ADAPTING_BASE),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"r": 8}, "r 8 there, 4 here"),
