@@ -317,8 +317,6 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
     """
     hf_path, megatron = actor.megatron.ckpt_convertor.hf_model_path, actor.megatron
     assert hf_path is not None, "load_config derives it"
-    if actor.lora.adapter_path is not None:
-        bridge.load_adapter(models, actor.lora.adapter_path)
     if actor.model.megatron_checkpoint is not None:
         load_checkpoint_weights(actor.model.megatron_checkpoint, bridge, models)
     elif not megatron.convert_from_hf:
@@ -330,6 +328,9 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
         converted = Path(megatron.ckpt_convertor.save_path).absolute()
         _convert_once(bridge, models, Path(hf_path), converted)
         load_checkpoint_weights(converted, bridge, models)
+    if actor.lora.adapter_path is not None:
+        # After the base, with which weights that lie beside adapters are compared.
+        bridge.load_adapter(models, actor.lora.adapter_path)
 
 
 def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:

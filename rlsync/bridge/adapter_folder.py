@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
-from rlsync.layout.safetensors import Holding, read_checkpoint
+from rlsync.layout.safetensors import Holding, StoredTensor, read_checkpoint
 from rlsync.models.lora import PREFIX, A, AdaptedRule, Adapters, B, LoraSpec
 from rlsync.models.stacks import Model
 from rlsync.models.stored import FileTensor, differences, file_placement, stacked_tensor
@@ -178,13 +180,39 @@ def placed_adapter(model: Model, adapters: Adapters, folder: Path) -> Holding:
 
     Raises CheckpointError for a missing or damaged file, PlacementError with every missing, unexpected and wrongly shaped tensor at once.
     """
-    stored = {name.removeprefix(PREFIX): tensor for name, tensor in read_checkpoint(folder).items()}
+    copies = _names_of_copies(adapters)
+    stored = {name: tensor for name, tensor in _stored(folder).items() if name not in copies}
     factors = stored_factors(model, adapters, stored)
     findings = differences({factor.name: factor.shape for factor in factors}, {name: t.spec.shape for name, t in stored.items()})
     if findings:
         raise PlacementError(f"{folder} does not hold the adapters asked for: " + "; ".join(findings))
     held = [replace(f.file, spec=replace(f.file.spec, dtype=stored[f.name].spec.dtype)) for f in factors]
     return Holding(file_placement(str(folder), held), {factor.file.spec.name: stored[factor.name] for factor in factors})
+
+
+def base_copies(adapters: Adapters, folder: Path) -> dict[str, StoredTensor]:
+    """Weights of the base in the file of an adapter folder, by their names in the base: PEFT saves those of embeddings and heads beside
+    their adapters. Reads its header only; raises as ``placed_adapter`` of the file."""
+    names = _names_of_copies(adapters)
+    return {names[name]: tensor for name, tensor in _stored(folder).items() if name in names}
+
+
+def _names_of_copies(adapters: Adapters) -> dict[str, str]:
+    return {f"{module}.base_layer.weight": f"{module}.weight" for module in adapters.modules}
+
+
+def check_base_copy(copy: torch.Tensor, held: torch.Tensor, name: str, folder: Path) -> None:
+    """Raise ConfigError where a weight that lies beside adapters, or a part of it, is not the one that they are added to here. In the
+    coarser of both dtypes: the base that PEFT has loaded may have been rounded."""
+    if copy.shape != held.shape or not (torch.equal(copy.to(held.dtype), held) or torch.equal(held.to(copy.dtype), copy)):
+        raise ConfigError(
+            f"{folder} holds another {name} beside its adapters than the base they are added to: PEFT would put it into the base. Take "
+            "the base that the adapters were trained on, or save them with save_embedding_layers=False if theirs is not wanted"
+        )
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in read_checkpoint(folder).items()}
 
 
 def stored_factors(model: Model, adapters: Adapters, names: Collection[str]) -> list[StoredFactor]:

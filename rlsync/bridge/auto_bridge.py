@@ -20,7 +20,9 @@ from rlsync.bridge.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_config,
+    base_copies,
     check_adapter_folder,
+    check_base_copy,
     placed_adapter,
 )
 from rlsync.bridge.full_tensors import (
@@ -39,7 +41,7 @@ from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.filling import copy_all, plan_filling
 from rlsync.convert.sources import holdings_of
-from rlsync.copy.cpu import bind, write_padding
+from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_index, write_small_file
 from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
@@ -200,7 +202,8 @@ class AutoBridge:
         return Shards(topology, adapters.tensors(self.model, dtype), live, placements)
 
     def load_adapter(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
-        """Fill the adapters from a folder of PEFT's form. Call it before ``build_optimizer``.
+        """Fill the adapters from a folder of PEFT's form. Call it before ``build_optimizer``, and after the base has its weights: PEFT
+        saves those of embeddings and heads beside their adapters, and they must be the base's.
 
         Raises on every rank, before anything changes: CheckpointError (missing or truncated files), ConfigError (another rank or scaling,
         or what is not supported), PlacementError (missing, unexpected and wrongly shaped tensors at once). Collective over all ranks.
@@ -216,10 +219,22 @@ class AutoBridge:
             plan = build_plan(shards.tensors, [stored.placement], [mine], transforms=("cast",))
             files = MappedTensors(stored.stored)
             files.open()
+            self._check_base_copies(models, MappedTensors(base_copies(adapters, folder)), folder)
         with agreed(device=compute_device()), torch.no_grad():
             for bucket in plan.buckets:
                 bind(bucket.copies, files, shards.buffers).run()
             write_padding(mine.padding, shards.buffers)
+
+    def _check_base_copies(self, models: Sequence[torch.nn.Module], copies: Mapping[str, torch.Tensor], folder: Path) -> None:
+        """Raise ConfigError where this rank holds something else of these HF tensors."""
+        if not copies:
+            return
+        shards = self.shards(models)
+        for piece in shards.placements[dist.get_rank()].pieces:
+            if piece.tensor in copies:
+                held = region(shards.buffers[piece.buffer].detach(), piece.offset, piece.box.shape, piece.strides).cpu()
+                copy = copies[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]
+                check_base_copy(copy, held, piece.tensor, folder)
 
     def export_adapter(self, models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every factor of the adapters once, by its HF name as in PEFT without its prefix, on every rank: new tensors, in the dtype

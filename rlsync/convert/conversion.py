@@ -28,8 +28,9 @@ from typing import Literal
 import torch
 
 from rlsync import __version__
+from rlsync.bridge.adapter_folder import base_copies
 from rlsync.bridge.checkpoint_folder import CHECKSUMS, sync_folder, write_durably
-from rlsync.convert.merging import Factors, FilePlan, fill_bucket, plan_file
+from rlsync.convert.merging import Factors, FilePlan, check_base, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
 from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
@@ -125,6 +126,8 @@ def convert(
         # All of them, so that what is wrong is found before anything is written.
         plans = [plan_file(source, target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
         factors = None if source.merged is None else Factors(source.merged)
+        if ranks.is_first:
+            _check_base(request, source)
         identity = _identity(request, source)
         ranks.same("request", identity)
         _check_sums(source, ranks)
@@ -166,6 +169,25 @@ def _check_sums(source: Source, ranks: Ranks) -> None:
         check_sums(sums[ranks.rank :: ranks.size], path)
     if source.merged is not None:
         _check_sums(source.merged, ranks)
+
+
+def _check_base(request: Request, source: Source) -> None:
+    """Raise ConfigError where weights that lie beside adapters are not the base's, or there is no base to compare them with."""
+    adapters = source if source.merged is None else source.merged
+    if adapters.adapters is not None and adapters.form == "hf" and base_copies(adapters.adapters, adapters.folder):
+        check_base(adapters, source if source.merged is not None else _base_of(request, adapters))
+
+
+def _base_of(request: Request, adapters: Source) -> Source:
+    """The weights that adapters are of which are converted alone."""
+    beside = None if request.adapter is None else request.source
+    for folder in (beside, request.model_folder, base_folder(adapters.base_name)):
+        if folder is not None and (any(folder.glob("*.safetensors")) or folder == beside):
+            return open_source(folder, request.model_folder)
+    raise ConfigError(
+        f"{adapters.folder} holds weights of the base beside its adapters, and there is no base to compare them with: name its folder by "
+        "--model, or save the adapters with save_embedding_layers=False"
+    )
 
 
 def _end(output: Output, targets: Sequence[Target], plans: Sequence[FilePlan], journal: Journal, target: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rlsync.bridge.adapter_folder import base_copies, check_base_copy
 from rlsync.convert.filling import Filling, copy_all, plan_filling
 from rlsync.convert.sources import Source
 from rlsync.copy.cpu import region
@@ -90,6 +91,20 @@ class Factors:
         factor = torch.empty(self._shapes[name], dtype=torch.float32)
         copy_all(self._copies[name], self._read, {name: factor})
         return factor
+
+
+def check_base(adapters: Source, base: Source) -> None:
+    """Raise ConfigError where weights that lie beside adapters, in a folder of PEFT, are others than the base's."""
+    assert adapters.adapters is not None, "only of adapters"
+    copies = base_copies(adapters.adapters, adapters.folder)
+    wanted = [replace(tensor, dtype="float32") for tensor in base.tensors() if tensor.name in copies]
+    filling = plan_filling(base.tensors(), base.holdings, whole_tensors("base", wanted))
+    read, saved = filling.open(), MappedTensors(copies)
+    for tensor in wanted:
+        held = torch.empty(tensor.shape, dtype=torch.float32)
+        mine = (copy for bucket in filling.plan.buckets for copy in bucket.copies if copy.tensor == tensor.name)
+        copy_all(mine, read, {tensor.name: held})
+        check_base_copy(saved[tensor.name], held, tensor.name, adapters.folder)
 
 
 def fill_bucket(plan: FilePlan, number: int, read: Sequence[MappedTensors], written: MappedTensors, factors: Factors | None) -> None:

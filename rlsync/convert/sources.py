@@ -389,9 +389,9 @@ def _placed(
     model: Model, topology: Topology, rank: int, views: Mapping[str, TensorView], where: str, adapters: Adapters | None
 ) -> tuple[Placement, list[str]]:
     """The placement of one rank with the dtypes of its file, and the shapes that are not those of the table."""
-    vocabulary = views.get("embedding.word_embeddings.weight") or views.get("output_layer.weight")
     # As many rows as this rank has, whatever they were a multiple of.
-    divisor = vocabulary.shape[0] if vocabulary is not None and vocabulary.shape else 1
+    names = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.adapter.lora_B")
+    divisor = next((views[name].shape[0] for name in names if name in views and views[name].shape), 1)
     expected = megatron_placement(model, topology, rank, make_vocab_size_divisible_by=divisor, adapters=adapters)
     findings = [
         f"{where}: {buffer.name} has shape {views[buffer.name].shape}, expected {buffer.shape}"

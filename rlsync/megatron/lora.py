@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -36,6 +37,7 @@ from torch import Tensor
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import compute_device
+from rlsync.megatron.scores import ScoringHead
 from rlsync.megatron.versions import whole_linear
 from rlsync.models.layouts import LocalLayout
 from rlsync.models.lora import AdaptedRule, Adapters, LoraSpec, Split, module_of
@@ -105,6 +107,10 @@ class Adapter(torch.nn.Module):
 
     def added(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The same of factors like this one's, which may be those of several experts; ``product(x, factor)`` applies one."""
+        return product(*self.factored(x, a, b, product))
+
+    def factored(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What is added is the product of these: A's results (..., projections * r), in the state in which B is applied, and B."""
         axis = self._axis
         if self._spec.lora_dropout and self.training:
             with self._random_state():
@@ -117,7 +123,7 @@ class Adapter(torch.nn.Module):
         hidden = product(x, a) * self._spec.scaling
         if not axis.is_explicit:
             hidden = _exchange(axis)(hidden)
-        return product(hidden, self._spread(b))
+        return hidden, self._spread(b)
 
     def _spread(self, b: Tensor) -> Tensor:
         """B (..., out, r) with a block of columns for each projection, zero outside its own rows: (..., out, projections * r)."""
@@ -133,6 +139,15 @@ class Adapter(torch.nn.Module):
             return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
         is_own = axis.split == "row" or axis.sequence_parallel
         return get_cuda_rng_tracker().fork() if is_own and not axis.is_explicit else nullcontext()
+
+
+class HeadAdapter(Adapter):
+    """Of the output layer, which makes logits of a few positions at a time and adds to them there: its B has rows of the vocabulary."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # the output layer multiplies them
+        """``x`` (S, B, H), under sequence parallelism this rank's part -> A's results (S, B, r) of all positions, and B (vocabulary of
+        this rank, r). Collective over the TP group."""
+        return self.factored(x, self.lora_A, self.lora_B, F.linear)
 
 
 @torch.no_grad()
@@ -204,8 +219,8 @@ def initial_factor(spec: LoraSpec, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def add_adapters(
-    chunks: Sequence[torch.nn.Module],
-    weights: Mapping[str, tuple[torch.nn.Module, str]],
+    chunks: Sequence[GPTModel],
+    weights: Mapping[str, tuple[GPTModel, str]],
     model: Model,
     adapters: Adapters,
     topology: Topology,
@@ -233,16 +248,17 @@ def add_adapters(
                 "moe_shared_expert_overlap takes the sum over tensor ranks out of shared experts, and adapters do not; unset it"
             )
     at, kinds = topology.coordinates(rank), _kinds(flavour)
+    model = replace(model, dims={**model.dims, "padded_vocab": chunks[0].vocab_size})
     grouped: dict[torch.nn.Module, list[tuple[AdaptedRule, Adapter]]] = {}
     for rule in adapters.rules(held_parameters(model, topology, rank)):
         chunk, local = weights.get(rule.base.name(flavour, experts), (None, ""))
         base = None if chunk is None else chunk.get_submodule(local.rpartition(".")[0])
-        add = next((add for kind, split, add in kinds if isinstance(base, kind) and split == rule.split), None)
-        if chunk is None or base is None or add is None:
+        kind = next((kind for kind in kinds if isinstance(base, kind.base) and kind.split == rule.split), None)
+        if chunk is None or base is None or kind is None:
             found = "of another name" if base is None else f"a {type(base).__name__}"
             raise ConfigError(
                 f"{rule.base.name(flavour, experts)} is {found} in this model, and adapters of a {rule.split} projection stand beside "
-                f"{', '.join(kind.__name__ for kind, split, _ in kinds if split == rule.split)} only"
+                f"{', '.join(kind.base.__name__ for kind in kinds if kind.split == rule.split)} only"
             )
         is_expert = rule.base.stack.tensor_axis == "etp"
         share = (at.etp_rank, topology.etp_size) if is_expert else (at.tp_rank, topology.tp_size)
@@ -250,17 +266,17 @@ def add_adapters(
         in_tower = rule.base.stack.part != "language_model"
         sequence_parallel = bool(chunk.config.sequence_parallel) and not in_tower
         axis = _axis(rule.split, topology, is_expert=is_expert, sequence_parallel=sequence_parallel)
-        adapter = Adapter(adapters.spec, rule, a, b, axis, dtype)
+        adapter = kind.adapter(adapters.spec, rule, a, b, axis, dtype)
         # Not what Megatron tells of its own experts' weights, which under EP 1 are reduced over too few ranks where ETP is not TP.
         has_own_group = is_expert and (topology.ep_size > 1 or topology.etp_size != topology.tp_size)
         _mark(adapter, axis, is_expert=is_expert, is_first=share[0] == 0, has_own_group=has_own_group, in_tower=in_tower)
         _place(chunk, adapter_path(local), adapter)
-        if add is _add_after_norm:
+        if kind.add is _add_after_norm:
             base.return_layernorm_output = True
-        if add is _add_to_groups:
+        if kind.add is _add_to_groups:
             grouped.setdefault(base, []).append((rule, adapter))
-        else:
-            base.register_forward_hook(partial(add, adapter))
+        elif kind.add is not None:
+            base.register_forward_hook(partial(kind.add, adapter))
     for base, of_experts in grouped.items():
         _check_alike(base, [rule for rule, _ in of_experts])
         base.register_forward_hook(partial(_add_to_groups, [adapter for _, adapter in of_experts]))
@@ -303,23 +319,44 @@ def _axis(split: Split, topology: Topology, *, is_expert: bool, sequence_paralle
     return _Axis(split, group, False, sequence_parallel and topology.tp_size > 1)
 
 
-_Kind = tuple[type[torch.nn.Module], Split, Callable[..., Any]]
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Layers that can be a base.
+
+    Attributes:
+        base: their class.
+        split: of what they compute.
+        add: a hook of theirs that adds an adapter's output; None where the layer does so itself.
+        adapter: class of their adapters.
+    """
+
+    base: type[torch.nn.Module]
+    split: Split
+    add: Callable[..., Any] | None
+    adapter: type[Adapter] = Adapter
 
 
 def _kinds(flavour: Flavour) -> tuple[_Kind, ...]:
-    """Layers that can be a base under a spec, each with its split and the hook that adds an adapter; a class before those it is one of."""
-    tower: _Kind = (torch.nn.Linear, "whole", _add_to_plain)
+    """Layers that can be a base under a spec, a class before those it is one of."""
+    head, tower = _Kind(ScoringHead, "column", None, HeadAdapter), _Kind(torch.nn.Linear, "whole", _add_to_plain)
     if flavour == "local":
-        return (ColumnParallelLinear, "column", _add), (RowParallelLinear, "row", _add), (whole_linear(), "whole", _add), tower
+        return (
+            head,
+            _Kind(ColumnParallelLinear, "column", _add),
+            _Kind(RowParallelLinear, "row", _add),
+            _Kind(whole_linear(), "whole", _add),
+            tower,
+        )
     # Without TransformerEngine the names of this module are not classes.
     te = import_module("megatron.core.extensions.transformer_engine")
     return (
-        (te.TELayerNormColumnParallelLinear, "column", _add_after_norm),
-        (te.TEColumnParallelLinear, "column", _add),
-        (te.TERowParallelLinear, "row", _add),
-        (te.TEColumnParallelGroupedLinear, "column", _add_to_groups),
-        (te.TERowParallelGroupedLinear, "row", _add_to_groups),
-        (te.TELinear, "whole", _add),
+        head,
+        _Kind(te.TELayerNormColumnParallelLinear, "column", _add_after_norm),
+        _Kind(te.TEColumnParallelLinear, "column", _add),
+        _Kind(te.TERowParallelLinear, "row", _add),
+        _Kind(te.TEColumnParallelGroupedLinear, "column", _add_to_groups),
+        _Kind(te.TERowParallelGroupedLinear, "row", _add_to_groups),
+        _Kind(te.TELinear, "whole", _add),
         tower,
     )
 

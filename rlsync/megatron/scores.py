@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rlsync.models.memory import CHUNK_TOKENS
 
@@ -65,7 +66,8 @@ class Scoring:
 class ScoringHead(tensor_parallel.ColumnParallelLinear):
     """The output layer of a GPTModel. Within ``scoring`` a forward pass scores tokens in place of giving logits.
 
-    It has to be this layer's own forward pass: Megatron waits for a layer's gathered parameters in a hook of it.
+    It has to be this layer's own forward pass: Megatron waits for a layer's gathered parameters in a hook of it. A submodule ``adapter``
+    makes of hidden states what ``score_hidden`` takes for one, with rows (S, B).
     """
 
     _scoring: Scoring | None = None
@@ -87,20 +89,37 @@ class ScoringHead(tensor_parallel.ColumnParallelLinear):
         Differentiable in hidden states (S, B, H), of which each tensor rank has its part under sequence parallelism, and in the weight.
         Collective over the TP group.
         """
+        adapter = getattr(self, "adapter", None)
+        found = None if adapter is None else adapter(input_)
         if self._scoring is None:
-            logits: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
-            return logits
+            return self._logits(input_, weight, runtime_gather_output, found)
         if self.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(input_)
-        scores = score_hidden(hidden.flatten(0, 1), self.weight if weight is None else weight, self._scoring)
+        added = None if found is None else (found[0].flatten(0, 1), found[1])
+        scores = score_hidden(hidden.flatten(0, 1), self.weight if weight is None else weight, self._scoring, added)
         log_probs, entropy, likeliest = (each.view(hidden.shape[:2]).t() for each in scores)
         self._scoring.found = log_probs, entropy, likeliest
         return log_probs.detach().t()[..., None], None
 
+    def _logits(
+        self, input_: Tensor, weight: Tensor | None, runtime_gather_output: bool | None, adapter: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As of ColumnParallelLinear, with what an adapter adds on each rank before ranks gather them."""
+        logits: Tensor
+        if adapter is None:
+            logits, bias = super().forward(input_, weight, runtime_gather_output)
+            return logits, bias
+        logits, bias = super().forward(input_, weight, False)
+        logits = logits + linear(*adapter)
+        is_gathered = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits) if is_gathered else logits, bias
 
-def score_hidden(hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+
+def score_hidden(
+    hidden: Tensor, weight: Tensor, scoring: Scoring, adapter: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability and entropy, (S x B,) float32, and whether the target is likeliest. Collective over the TP group.
 
     Args:
@@ -108,8 +127,11 @@ def score_hidden(hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tens
         weight: (padded vocabulary / tp_size, H), of the same dtype. A gradient buffer of Megatron that it has takes the gradient of all
             chunks but the last, which comes as any gradient does.
         scoring: with targets (B, S).
+        adapter: (S x B, r) and (padded vocabulary / tp_size, r), whose product is added to the logits. The second may have a gradient
+            buffer as the weight has.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _VocabularyParallelScores.apply(hidden, weight, scoring)
+    low, b = (None, None) if adapter is None else adapter
+    found: tuple[Tensor, Tensor, Tensor] = _VocabularyParallelScores.apply(hidden, weight, low, b, scoring)
     return found
 
 
@@ -117,7 +139,9 @@ class _VocabularyParallelScores(torch.autograd.Function):
     """Positions are treated in chunks, and the logits of a chunk in pieces, which bounds memory whatever they are."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, low: Tensor | None, b: Tensor | None, scoring: Scoring
+    ) -> tuple[Tensor, Tensor, Tensor]:
         group, targets = parallel_state.get_tensor_model_parallel_group(), scoring.targets.t().reshape(-1)
         width = weight.size(0)
         start = dist.get_rank(group) * width
@@ -127,7 +151,7 @@ class _VocabularyParallelScores(torch.autograd.Function):
         sums = torch.zeros(3, hidden.size(0), dtype=torch.float32, device=hidden.device)
         logits = hidden.new_empty(0)
         for chunk in chunks:
-            logits = hidden[chunk] @ weight.t()
+            logits = _logits(hidden, weight, low, b, chunk)
             columns.add_up(logits, targets[chunk], peak[chunk], sums[:, chunk])
         own_peak = peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -140,23 +164,25 @@ class _VocabularyParallelScores(torch.autograd.Function):
         log_sum = sums[0].log()
         entropy = log_sum - sums[1] / sums[0]
         ctx.columns, ctx.chunks, ctx.is_spent = columns, chunks, False
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.main_grads = getattr(weight, "main_grad", None), getattr(b, "main_grad", None)
         normaliser = peak + log_sum * scoring.temperature
-        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy, *([logits] if len(chunks) == 1 else []))
+        ctx.save_for_backward(hidden, weight, low, b, targets, normaliser, entropy, *([logits] if len(chunks) == 1 else []))
         ctx.set_materialize_grads(False)
         likeliest = sums[2] >= peak
         ctx.mark_non_differentiable(likeliest)
         return (sums[2] - peak) / scoring.temperature - log_sum, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         assert not ctx.is_spent, "logits were overwritten by their gradient"
         ctx.is_spent = True
-        hidden, weight, targets, normaliser, entropy, *kept = ctx.saved_tensors
+        hidden, weight, low, b, targets, normaliser, entropy, *kept = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_low = torch.empty_like(low) if ctx.needs_input_grad[2] else None
         of_weight: Tensor | None = None
+        of_b: Tensor | None = None
         for chunk in ctx.chunks:
-            logits = kept[0] if kept else hidden[chunk] @ weight.t()
+            logits = kept[0] if kept else _logits(hidden, weight, low, b, chunk)
             ctx.columns.to_gradient(
                 logits,
                 targets[chunk],
@@ -168,8 +194,19 @@ class _VocabularyParallelScores(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[chunk])
             if ctx.needs_input_grad[1]:
-                of_weight = _summed_gradient(logits.t() @ hidden[chunk], of_weight, ctx.main_grad)
-        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None
+                of_weight = _summed_gradient(logits.t() @ hidden[chunk], of_weight, ctx.main_grads[0])
+            if of_low is not None:
+                torch.mm(logits, b, out=of_low[chunk])
+            if ctx.needs_input_grad[3]:
+                of_b = _summed_gradient(logits.t() @ low[chunk], of_b, ctx.main_grads[1])
+        of_weight, of_b = (None if found is None else found.to(weight.dtype) for found in (of_weight, of_b))
+        return of_hidden, of_weight, of_low, of_b, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, low: Tensor | None, b: Tensor | None, chunk: slice) -> Tensor:
+    """Of a chunk of positions, on this rank's columns of the vocabulary."""
+    logits = hidden[chunk] @ weight.t()
+    return logits if low is None or b is None else logits.addmm_(low[chunk], b.t())
 
 
 def _summed_gradient(found: Tensor, before: Tensor | None, main_grad: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from rlsync.models.layouts import (
     Replicated,
     Row,
     Shape,
+    VocabPadded,
 )
 from rlsync.models.layouts import Part as LayoutPart
 from rlsync.models.stacks import Bound, Model, Part, Rule
@@ -45,15 +46,22 @@ _SPLITS: Mapping[type, Split] = {
     GroupedQKV: "column",
     Row: "row",
     Replicated: "whole",
+    VocabPadded: "column",
 }
-# Matrices of the table that no linear layer computes with, by the names of their rules.
-_NO_LINEAR: Mapping[str, str] = {
+# Matrices of the table that have no adapter, by the names of their rules.
+_NO_ADAPTER: Mapping[str, str] = {
     "pos_embed.weight": "an embedding of places",
     "embedding.word_embeddings.weight": "an embedding",
-    "output_layer.weight": "the head",
     "mlp.router.weight": "a router",
     "mlp.shared_experts.gate_weight": "the gate of a shared expert",
 }
+# Those that have one where they are named, and not as a part of "all-linear".
+_HEAD = "output_layer.weight"
+_WHERE_NAMED = frozenset({_HEAD})
+_TIED = (
+    "tied: head and embedding are one weight, and an adapter of one of them, merged, would change both; untie them (tie_word_embeddings "
+    "false in config.json, and both weights in the files), or leave both out"
+)
 # Rules of matrices of which engines compute with products that they made of the weight alone.
 _ABSORBED = frozenset({"self_attention.linear_kv_up_proj.weight"})
 # What names in PEFT's files begin with: its wrapper around the model. None of the names below has it.
@@ -72,7 +80,7 @@ class LoraSpec:
         lora_dropout: probability with which an element of an adapter's input is dropped in training.
         target_modules: "all-linear", which is all linear layers of the language model's attention, MLPs and experts; a regular expression
             that a whole HF module name has to match; or names that it has to end with. The last two reach layers of a vision tower and its
-            mergers too.
+            mergers, and the head of a model in which it is a weight of its own.
         exclude_modules: the same, of modules that have no adapter; () for none.
         init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero.
         seed: of A. Values depend on it and on the HF name alone, not on the parallel layout.
@@ -246,8 +254,8 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         for module, what in other.items():
             if _is_chosen(spec, module, "language_model"):
                 findings.append(
-                    f"target_modules {_shown(spec)} match {module}, which is {what}: adapters are of linear layers; "
-                    "leave it out, by exclude_modules where a name is that of others too"
+                    f"target_modules {_shown(spec)} match {module}, which is {what}; it has no adapter: leave it out, by exclude_modules "
+                    "where a name is that of others too"
                 )
                 break
     if not _chosen(model, spec, linear):
@@ -255,7 +263,7 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         findings.append(f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(names)}")
     elif not isinstance(spec.target_modules, str):
         # PEFT passes over a name that matches nothing beside others that do.
-        idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in linear)]
+        idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in (*linear, *other))]
         findings += [f"target_modules name {name}, which no linear layer of {model.architecture} is called" for name in idle]
     stacked = set(_stacked(model).values()) if spec.target_parameters else set()
     idle = [name for name in spec.target_parameters if not any(_ends_with(parameter, name) for parameter in stacked)]
@@ -264,13 +272,23 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
 
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
     """What engines would leave out of adapters that are sent beside their base, or not take, in words; empty where nothing is."""
-    findings = [_of_towers(model, adapters), _of_parts_of_experts(model, adapters), _of_absorbed(model, adapters)]
+    findings = [
+        _of_head(model, adapters),
+        _of_towers(model, adapters),
+        _of_parts_of_experts(model, adapters),
+        _of_absorbed(model, adapters),
+    ]
     return [f"{finding}, or set weight_sync.lora to merged" for finding in findings if finding is not None]
+
+
+def _of_head(model: Model, adapters: Adapters) -> str | None:
+    found = [module for module, part in _matrices(model)[0].items() if part is None and module in adapters.modules]
+    return f"{found[0]} has an adapter: slots of engines are for layers of the decoder; leave it out" if found else None
 
 
 def _of_towers(model: Model, adapters: Adapters) -> str | None:
     linear, _ = _matrices(model)
-    found = [module for module, part in linear.items() if part != "language_model" and module in adapters.modules]
+    found = [module for module, part in linear.items() if part not in ("language_model", None) and module in adapters.modules]
     return f"{found[0]} has an adapter: slots of engines are for the language model; name it in exclude_modules" if found else None
 
 
@@ -307,28 +325,40 @@ def _shown(spec: LoraSpec) -> str:
     return spec.target_modules if isinstance(spec.target_modules, str) else ", ".join((*spec.target_modules, *spec.target_parameters))
 
 
-def _matrices(model: Model) -> tuple[dict[str, Part], dict[str, str]]:
-    """HF modules with a matrix of weights: linear layers with their part of the model, and others with what they are."""
-    linear: dict[str, Part] = {}
+def _matrices(model: Model) -> tuple[dict[str, Part | None], dict[str, str]]:
+    """HF modules with a matrix of weights: those that can have an adapter with the part of the model that "all-linear" reaches them in,
+    None where it does not; and others with what they are."""
+    chosen: dict[str, Part | None] = {}
     other: dict[str, str] = {}
     for bound in model.parameters():
         for name, shape in bound.hf:
             if len(shape) < 2 or not name.endswith(".weight"):
                 continue
-            module, what = module_of(name), _NO_LINEAR.get(bound.rule.megatron, "a convolution" if len(shape) > 2 else None)
+            module, what = module_of(name), _NO_ADAPTER.get(bound.rule.megatron, "a convolution" if len(shape) > 2 else None)
+            if model.tied and bound.rule.megatron == _HEAD:
+                continue
             if what is None:
-                linear[module] = bound.stack.part
+                chosen[module] = None if bound.rule.megatron in _WHERE_NAMED else bound.stack.part
             else:
                 other[module] = what
-    return linear, other
+    return chosen, {**other, **dict.fromkeys(_tied_heads(model), _TIED)}
+
+
+def _tied_heads(model: Model) -> Iterator[str]:
+    """The module that transformers has for the head of a model in which it is no weight of its own."""
+    if model.tied:
+        for stack in model.family.stacks:
+            yield from (
+                module_of(stack.hf + rule.hf[0].template) for rule in stack.rules if rule.megatron == _HEAD and rule.when == "untied"
+            )
 
 
 def _last_names(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
-def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part]) -> list[str]:
-    """Those of the linear layers that have an adapter."""
+def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part | None]) -> list[str]:
+    """Those of the modules that can have an adapter which have one."""
     stacked = _stacked(model) if spec.target_parameters else {}
     return [
         module
@@ -343,7 +373,7 @@ def _stacked(model: Model) -> dict[str, str]:
     return {module_of(name): stacked_tensor(bound, None)[0] for bound in experts for name, _ in bound.hf}
 
 
-def _is_chosen(spec: LoraSpec, module: str, part: Part) -> bool:
+def _is_chosen(spec: LoraSpec, module: str, part: Part | None) -> bool:
     is_target = part == "language_model" if spec.target_modules == ALL_LINEAR else _matches(spec.target_modules, module)
     return is_target and not (spec.exclude_modules and _matches(spec.exclude_modules, module))
 

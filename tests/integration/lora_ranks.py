@@ -67,7 +67,8 @@ class LoraActor:
         return [{name: tensor[start:end] for name, tensor in mine.items()} for start, end in pairwise((0, *ends))]
 
     def steps(self, batch: Mapping[str, list] | str, count: int) -> list[Any]:
-        return [train_step(self.models, self.optimizer, self.microbatches(batch), loss, temperature=1.0) for _ in range(count)]
+        chunk = {"chunk_tokens": self.case["chunk_tokens"]} if "chunk_tokens" in self.case else {}
+        return [train_step(self.models, self.optimizer, self.microbatches(batch), loss, temperature=1.0, **chunk) for _ in range(count)]
 
 
 def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], out_dir: str) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlsync.cli import main
 from rlsync.convert.conversion import convert
+from rlsync.errors import ConfigError
 from tests.integration.conversions import request
 from tests.models import save_tiny_model, tiny_model
 from tests.vision_models import save_tiny_vision_model, tiny_vision_model
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         {"ep_size": 4, "etp_size": 2, "tp_size": 2},
     ),
+    "qwen3": ({"r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "o_proj"]}, {"tp_size": 2}),
     "qwen2_5_vl": ({"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*(q|o)_proj"}, {"tp_size": 2}),
 }
 # Of which PEFT has one tensor for all experts, and folders of ours one for each.
@@ -108,12 +110,34 @@ def test_adapters_go_to_shards_of_two_layouts_and_back_bit_for_bit(adapted, tmp_
         convert(request(base, tmp_path / "merged", "hf", adapter=tmp_path / "back", merge_lora=True))
         assert apart(tensors(tmp_path / "merged"), tensors(base / "merged")) < 1e-6
     else:
-        assert apart(found, tensors(base / "adapter")) == 0.0
+        assert apart(found, {name: t for name, t in tensors(base / "adapter").items() if ".base_layer." not in name}) == 0.0
     import peft
 
     model = (tiny_vision_model if "vl" in family else tiny_model)(family)
     save_as_base(peft.PeftModel.from_pretrained(model, tmp_path / "back").merge_and_unload(), tmp_path / "by peft")
     assert apart(tensors(tmp_path / "by peft"), tensors(base / "merged")) <= (1e-6 if family in STACKED else 0.0)
+
+
+def test_weights_that_peft_saved_beside_adapters_are_the_bases(adapted, tmp_path):
+    """A base that is another is refused, and so are copies that nothing is there to compare with."""
+    folder = Path(shutil.copytree(adapted["qwen3"] / "adapter", tmp_path / "adapter"))
+    saved = tensors(folder)
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert torch.equal(saved[copy], tensors(adapted["qwen3"])["lm_head.weight"])
+    save_file({**saved, copy: saved[copy].bfloat16()}, folder / "adapter_model.safetensors")
+    convert(request(adapted["qwen3"], tmp_path / "rounded", "hf", adapter=folder, merge_lora=True))
+    save_file({**saved, copy: saved[copy] + 0.01}, folder / "adapter_model.safetensors")
+    for number, options in enumerate([{"merge_lora": True}, {}]):
+        with pytest.raises(ConfigError, match=r"holds another lm_head\.weight beside its adapters"):
+            convert(request(adapted["qwen3"], tmp_path / f"{number}", "hf", adapter=folder, **options))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text((adapted["qwen3"] / "config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(alone)})
+    )
+    with pytest.raises(ConfigError, match="no base to compare them with"):
+        convert(request(folder, tmp_path / "none", "hf"))
 
 
 def test_several_workers_merge_into_the_same_files(adapted, tmp_path):

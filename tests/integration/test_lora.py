@@ -45,6 +45,10 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
     ),
 }
+# Adapters of layers that have one where they are named.
+NAMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "head": ({"family": "qwen2"}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
+}
 EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
     "qwen2_moe": ({"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]}, {"r": 4, "lora_alpha": 8}),
@@ -59,6 +63,12 @@ EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     return {name: _peft_expectations(root / name, base, spec) for name, (base, spec) in DENSE.items()}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("named")
+    return {name: _peft_expectations(root / name, base, spec) for name, (base, spec) in NAMED.items()}
 
 
 # Adapters of a tower and its mergers, beside some of the language model.
@@ -119,6 +129,26 @@ def test_four_ranks_train_as_peft(models, tmp_path):
         _case("qwen2", [2, 2], tp_size=2, dp_size=2, sp=True, ddp=OVERLAPPED),
     ]
     _train(4, cases, models, tmp_path)
+
+
+def test_what_is_named_trains_as_peft(named, tmp_path):
+    """Over a vocabulary that tensor ranks pad, and a head that scores a few positions at a time."""
+    _train(1, [{**_case("head", [8]), "chunk_tokens": 50}], named, tmp_path)
+    cases = [
+        _case("head", [8], tp_size=2),
+        {**_case("head", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED), "chunk_tokens": 30},
+        _case("head", [2, 6], pp_size=2),
+        _case("head", [2, 2], dp_size=2, ddp=OVERLAPPED),
+    ]
+    _train(2, cases, named, tmp_path)
+    import peft
+
+    for name, (base, _) in NAMED.items():
+        # Of the first case of each, under TP 2.
+        folder = next(tmp_path / f"2-{number}" for number, case in enumerate(cases) if case["model"] == name)
+        loaded = peft.PeftModel.from_pretrained(tiny_model(seed=3, **base), folder).merge_and_unload().state_dict()
+        wanted = load_file(named[name]["merged"])
+        assert max((loaded[key] - tensor).abs().max().item() for key, tensor in wanted.items()) < 1e-4
 
 
 def test_adapters_of_experts_train_as_those_of_each_expert_by_itself(moe_models, tmp_path):
@@ -250,7 +280,7 @@ def test_adapters_of_stacked_experts_are_read_as_pefts(tmp_path, parameters):
     assert "LOADED" in outputs[0]
 
 
-def test_foreign_adapters_and_checkpoints_without_any_are_refused(models, tmp_path):
+def test_foreign_adapters_and_checkpoints_without_any_are_refused(models, named, tmp_path):
     origin = Path(models["llama"]["adapter"])
     changes = {
         "use_dora": ({"use_dora": True}, "ConfigError: use_dora is True"),
@@ -279,6 +309,12 @@ def test_foreign_adapters_and_checkpoints_without_any_are_refused(models, tmp_pa
     (tmp_path / "empty").mkdir()
     foreign[str(tmp_path / "empty")] = "CheckpointError: adapter_config.json cannot be read"
     run_ranks(1, RANKS, "refuse", models={"llama": models["llama"]}, foreign=foreign, root=str(tmp_path / "saved"))
+    folder = shutil.copytree(named["head"]["adapter"], tmp_path / "other base")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"{PREFIX}lm_head.base_layer.weight"][-1, -1] += 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+    foreign = {str(folder): "ConfigError: holds another lm_head.weight beside its adapters"}
+    run_ranks(1, RANKS, "refuse", models={"head": named["head"]}, foreign=foreign, root=str(tmp_path / "saved"))
 
 
 def _train(world_size: int, cases: list[dict], models: dict, out_dir: Path) -> None:

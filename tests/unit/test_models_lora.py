@@ -33,7 +33,7 @@ EXPERTS = model_of({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwe
         (EXPERTS, Topology(tp_size=2, ep_size=2, etp_size=2, dp_size=2)),
     ],
 )
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "up_proj"), r".*layers\.1\..*(k|down)_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "up_proj"), r".*layers\.1\..*(k|down)_proj", ("lm_head", "o_proj")])
 def test_factors_survive_any_layout(model: Any, topology: Topology, targets: Any) -> None:
     """From whole factors to ranks and back; the plans are proven complete, and B's rows of projections without adapter are padding."""
     adapters = adapters_of(model, LoraSpec(3, 6, target_modules=targets))
@@ -78,8 +78,7 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
         ({"target_modules": ("q_porj",)}, "match no linear layer of Qwen2ForCausalLM; it has q_proj, k_proj"),
         ({"target_modules": "q_proj"}, "match no linear layer"),  # a regular expression, which a whole name has to match
         ({"target_modules": ("q_proj", "qkv_proj")}, "name qkv_proj, which no linear layer"),
-        ({"target_modules": ("lm_head", "q_proj")}, "match lm_head, which is the head"),
-        ({"target_modules": ".*", "exclude_modules": ("lm_head",)}, "match model.embed_tokens, which is an embedding"),
+        ({"target_modules": ("embed_tokens", "q_proj")}, "match model.embed_tokens, which is an embedding"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"exclude_modules": r".*_proj"}, "match no linear layer"),
         ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no stacked experts of Qwen2ForCausalLM"),
@@ -90,6 +89,18 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
 def test_a_spec_that_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
     findings = check_adapters(DENSE, LoraSpec(**{"r": 4, "lora_alpha": 8, **fields}))
     assert len([finding for finding in findings if said in finding]) == 1, findings
+
+
+def test_the_head_has_an_adapter_where_it_is_named_and_is_no_other_weight() -> None:
+    named = adapters_of(DENSE, LoraSpec(4, 8, target_modules=("lm_head", "q_proj")))
+    assert "lm_head" in named.modules and adapter_config(named, None)["target_modules"] == ["lm_head", "q_proj"]
+    assert "lm_head" in adapters_of(DENSE, LoraSpec(4, 8, target_modules=".*(lm_head|_proj)")).modules
+    (said,) = check_beside_base(DENSE, named)
+    assert said.startswith("lm_head has an adapter") and "weight_sync.lora to merged" in said
+    tied = model_of({**tiny_config("qwen2", tied=True).to_dict(), "architectures": ["Qwen2ForCausalLM"]})
+    for targets in (("lm_head", "q_proj"), ".*(lm_head|_proj)"):
+        (said,) = check_adapters(tied, LoraSpec(4, 8, target_modules=targets))
+        assert "match lm_head, which is tied: head and embedding are one weight" in said
 
 
 def test_a_stacked_parameter_is_that_projection_of_every_expert() -> None:
@@ -106,13 +117,13 @@ def test_routers_and_gates_of_shared_experts_have_no_adapter() -> None:
 def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:
     config = tiny_vision_config("qwen2_5_vl")
     model = model_of({**config.to_dict(), "architectures": ["Qwen2_5_VLForConditionalGeneration"]})
-    assert not any("visual" in module for module in adapters_of(model, LoraSpec(4, 8)).modules)
+    assert not any("visual" in module or module == "lm_head" for module in adapters_of(model, LoraSpec(4, 8)).modules)
     both = adapters_of(model, LoraSpec(4, 8, target_modules=("gate_proj", "merger.mlp.0")))
     assert {module.split(".")[1] for module in both.modules} == {"visual", "language_model"} and "model.visual.merger.mlp.0" in both.modules
     # To PEFT a number would be the name of blocks too.
     assert set(adapter_config(both, None)["target_modules"]) == both.modules
     (said,) = check_adapters(model, LoraSpec(4, 8, target_modules=("mlp.1",)))
-    assert said.endswith("it has qkv, proj, gate_proj, up_proj, down_proj, mlp.0, mlp.2, q_proj, k_proj, v_proj, o_proj"), said
+    assert said.endswith("it has qkv, proj, gate_proj, up_proj, down_proj, mlp.0, mlp.2, q_proj, k_proj, v_proj, o_proj, lm_head"), said
     model = model_of({**tiny_vision_config("qwen3_vl").to_dict(), "architectures": ["Qwen3VLForConditionalGeneration"]})
     for name, what in (("pos_embed", "an embedding of places"), ("proj", "model.visual.patch_embed.proj, which is a convolution")):
         assert any(what in said for said in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
