@@ -13,7 +13,7 @@ from rlsync.convert.sources import Source
 from rlsync.copy.cpu import region
 from rlsync.copy.files import MappedTensors
 from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, Piece, Placement, contiguous_strides, whole_tensors
-from rlsync.models.lora import A, B, module_of
+from rlsync.models.lora import EMBEDDING_A, EMBEDDING_B, A, B, module_of
 from rlsync.plan.planner import Bucket, Copy
 
 
@@ -81,7 +81,11 @@ class Factors:
     def add(self, base: torch.Tensor, piece: Piece) -> torch.Tensor:
         """``base``, the fp32 elements of a piece, and the adapter of its tensor there, as ``merged`` of live models has it."""
         module, (rows, columns) = module_of(piece.tensor), map(slice, piece.box.start, piece.box.stop)
-        return base.addmm_(self._whole(f"{module}{B}")[rows], self._whole(f"{module}{A}")[:, columns], alpha=self._scaling)
+        left, right = f"{module}{B}", f"{module}{A}"
+        if left not in self._shapes:
+            into, out = self._whole(f"{module}{EMBEDDING_A}"), self._whole(f"{module}{EMBEDDING_B}")
+            return base.addmm_(into.t()[rows], out.t()[:, columns], alpha=self._scaling)
+        return base.addmm_(self._whole(left)[rows], self._whole(right)[:, columns], alpha=self._scaling)
 
     def let_pages_go(self) -> None:
         for mapped in self._read:

@@ -390,8 +390,9 @@ def _placed(
 ) -> tuple[Placement, list[str]]:
     """The placement of one rank with the dtypes of its file, and the shapes that are not those of the table."""
     # As many rows as this rank has, whatever they were a multiple of.
-    names = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.adapter.lora_B")
-    divisor = next((views[name].shape[0] for name in names if name in views and views[name].shape), 1)
+    rows = {"embedding.word_embeddings.weight": 0, "output_layer.weight": 0, "output_layer.adapter.lora_B": 0}
+    rows["embedding.word_embeddings.adapter.lora_A"] = 1
+    divisor = next((views[name].shape[dim] for name, dim in rows.items() if name in views and len(views[name].shape) == 2), 1)
     expected = megatron_placement(model, topology, rank, make_vocab_size_divisible_by=divisor, adapters=adapters)
     findings = [
         f"{where}: {buffer.name} has shape {views[buffer.name].shape}, expected {buffer.shape}"

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -86,16 +86,24 @@ class Adapter(torch.nn.Module):
         device = compute_device()
         self.lora_A = torch.nn.Parameter(torch.zeros(a.shape, dtype=dtype, device=device))
         self.lora_B = torch.nn.Parameter(torch.zeros(b.shape, dtype=dtype, device=device))
-        with torch.no_grad():
-            for part in a.parts:
-                name, shape = rule.a.hf[part.source]
-                drawn = initial_factor(spec, name, shape)[tuple(map(slice, part.box.start, part.box.stop))]
-                self.lora_A[part.source * spec.r : (part.source + 1) * spec.r].copy_(drawn)
+        self._draw(rule, a)
         owners = _owners(b, len(rule.sources), spec.r, dtype)
         # Equal for adapters that are computed in the same way.
         self._likeness = a.shape, b.shape, tuple((part.offset, part.box.shape[0], part.source) for part in b.parts)
         self._is_whole = owners.size(1) == 1 and bool(owners.all())
         self.register_buffer("_owners", owners.to(device), persistent=False)
+
+    @torch.no_grad()
+    def _draw(self, rule: AdaptedRule, a: LocalLayout) -> None:
+        """First values; all are zero so far."""
+        for part in a.parts:
+            name, shape = rule.a.hf[part.source]
+            drawn = initial_factor(self._spec, name, shape)[tuple(map(slice, part.box.start, part.box.stop))]
+            self.lora_A[part.source * self._spec.r : (part.source + 1) * self._spec.r].copy_(drawn)
+
+    def product_of(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Of factors like this one's, (..., rows, columns): what multiplied and scaled is added to the weight when they are merged."""
+        return self._spread(b), a
 
     def forward(self, x: Tensor | None) -> Any:
         """What is added to the base's output; ``x`` is the base's input, (..., in) in the dtype of the parameters.
@@ -150,6 +158,36 @@ class HeadAdapter(Adapter):
         return self.factored(x, self.lora_A, self.lora_B, F.linear)
 
 
+class EmbeddingAdapter(Adapter):
+    """Of an embedding that is cut over the vocabulary: of a token A's column, which one tensor rank has, and B makes of it what is added.
+
+    Parameters:
+        lora_A: (r, rows of the vocabulary on this rank).
+        lora_B: (hidden, r).
+    """
+
+    def _draw(self, rule: AdaptedRule, a: LocalLayout) -> None:
+        """B, and A stays at zero: as PEFT has it, whatever ``init`` says."""
+        ((name, shape),) = rule.b.hf
+        with torch.no_grad():
+            self.lora_B.copy_(torch.empty(shape).normal_(generator=_generator(self._spec, name)))
+
+    def product_of(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.transpose(-1, -2), b.transpose(-1, -2)
+
+    def forward(self, column: Tensor, here: Tensor) -> Tensor:  # type: ignore[override]  # of tokens, and not of activations
+        """What is added to the embeddings (B, S, H) of tokens, or to this rank's part (S / tp_size, B, H) of them under sequence
+        parallelism. Collective over the TP group.
+
+        Args:
+            column: (B, S) int64, of each token in this rank's part of the vocabulary.
+            here: (B, S) bool, whether it is in it.
+        """
+        # As an index, whose gradient does not depend on the order in which a GPU adds.
+        hidden = self.lora_A.t()[column] * here[..., None] * self._spec.scaling
+        return F.linear(_exchange(self._axis)(hidden.transpose(0, 1).contiguous() if self._axis.sequence_parallel else hidden), self.lora_B)
+
+
 @torch.no_grad()
 def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tensor]:
     """Each weight of a base on this rank plus its adapter: computed in fp32, and rounded once to the dtype of the weight.
@@ -171,10 +209,10 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tenso
 
 def _merged_alike(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> Sequence[Tensor]:
     first, sums = adapters[0], _stacked(weights)
-    a, b = _stacked([each.lora_A for each in adapters]), first._spread(_stacked([each.lora_B for each in adapters]))
+    left, right = first.product_of(_stacked([each.lora_A for each in adapters]), _stacked([each.lora_B for each in adapters]))
     # Not one batched product: which kernel makes it, and so its rounding, may go by the size of the batch.
-    for total, one_a, one_b in zip(sums.unbind(), a.unbind(), b.unbind(), strict=True):
-        total.addmm_(one_b, one_a, alpha=first._spec.scaling)
+    for total, one_left, one_right in zip(sums.unbind(), left.unbind(), right.unbind(), strict=True):
+        total.addmm_(one_left, one_right, alpha=first._spec.scaling)
     return sums.to(weights[0].dtype).unbind()
 
 
@@ -209,13 +247,17 @@ def _owners(b: LocalLayout, projections: int, r: int, dtype: torch.dtype) -> Ten
 
 def initial_factor(spec: LoraSpec, name: str, shape: tuple[int, ...]) -> Tensor:
     """The whole ``lora_A`` of a projection by its HF name: fp32, the same under every parallel layout."""
-    seed = hashlib.sha256(f"{spec.seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+    generator = _generator(spec, name)
     if spec.init == "gaussian":
         return torch.empty(shape).normal_(std=1 / spec.r, generator=generator)
     # torch's kaiming_uniform_ with a = sqrt(5), which PEFT calls.
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _generator(spec: LoraSpec, name: str) -> torch.Generator:
+    seed = hashlib.sha256(f"{spec.seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
 
 
 def add_adapters(
@@ -264,7 +306,8 @@ def add_adapters(
         share = (at.etp_rank, topology.etp_size) if is_expert else (at.tp_rank, topology.tp_size)
         a, b = (model.local_layout(factor, *share) for factor in (rule.a, rule.b))
         in_tower = rule.base.stack.part != "language_model"
-        sequence_parallel = bool(chunk.config.sequence_parallel) and not in_tower
+        # An embedding may leave it to others to cut the sequence.
+        sequence_parallel = bool(getattr(base, "reduce_scatter_embeddings", chunk.config.sequence_parallel)) and not in_tower
         axis = _axis(rule.split, topology, is_expert=is_expert, sequence_parallel=sequence_parallel)
         adapter = kind.adapter(adapters.spec, rule, a, b, axis, dtype)
         # Not what Megatron tells of its own experts' weights, which under EP 1 are reduced over too few ranks where ETP is not TP.
@@ -338,10 +381,14 @@ class _Kind:
 
 def _kinds(flavour: Flavour) -> tuple[_Kind, ...]:
     """Layers that can be a base under a spec, a class before those it is one of."""
-    head, tower = _Kind(ScoringHead, "column", None, HeadAdapter), _Kind(torch.nn.Linear, "whole", _add_to_plain)
+    tower = _Kind(torch.nn.Linear, "whole", _add_to_plain)
+    named = (
+        _Kind(ScoringHead, "column", None, HeadAdapter),
+        _Kind(VocabParallelEmbedding, "row", _add_to_embedding, EmbeddingAdapter),
+    )
     if flavour == "local":
         return (
-            head,
+            *named,
             _Kind(ColumnParallelLinear, "column", _add),
             _Kind(RowParallelLinear, "row", _add),
             _Kind(whole_linear(), "whole", _add),
@@ -350,7 +397,7 @@ def _kinds(flavour: Flavour) -> tuple[_Kind, ...]:
     # Without TransformerEngine the names of this module are not classes.
     te = import_module("megatron.core.extensions.transformer_engine")
     return (
-        head,
+        *named,
         _Kind(te.TELayerNormColumnParallelLinear, "column", _add_after_norm),
         _Kind(te.TEColumnParallelLinear, "column", _add),
         _Kind(te.TERowParallelLinear, "row", _add),
@@ -372,6 +419,12 @@ def _add(adapter: Adapter, base: torch.nn.Module, inputs: tuple[Tensor, ...], ou
 
 def _add_to_plain(adapter: Adapter, base: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + adapter(inputs[0])
+
+
+def _add_to_embedding(adapter: EmbeddingAdapter, base: VocabParallelEmbedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    column = inputs[0] - base.vocab_start_index
+    here = (column >= 0) & (column < base.num_embeddings_per_partition)
+    return output + adapter(torch.where(here, column, 0), here)
 
 
 def _add_after_norm(adapter: Adapter, base: Any, inputs: tuple[Tensor, ...], output: Any) -> Pair:

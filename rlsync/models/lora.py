@@ -4,6 +4,9 @@ Coordinates are PEFT's: every adapted HF projection (out, in) has ``lora_A`` (r,
 ``scaling * lora_B @ lora_A``. A Megatron parameter that packs several projections has one parameter of each kind: their A one below the
 other, their B packed as the weight is. A factor is cut where its base is cut: columns of A by a row-parallel base, rows of B by a
 column-parallel one.
+
+An embedding (vocabulary, hidden) has ``lora_embedding_A`` (r, vocabulary) and ``lora_embedding_B`` (hidden, r), and adds the transpose of
+``scaling * B @ A``: it is a row-parallel layer whose inputs are tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlsync.errors import ConfigError
-from rlsync.layout.geometry import TensorSpec
+from rlsync.layout.geometry import Box, TensorSpec
 from rlsync.models.layouts import (
     Column,
     Fused,
@@ -51,13 +54,12 @@ _SPLITS: Mapping[type, Split] = {
 # Matrices of the table that have no adapter, by the names of their rules.
 _NO_ADAPTER: Mapping[str, str] = {
     "pos_embed.weight": "an embedding of places",
-    "embedding.word_embeddings.weight": "an embedding",
     "mlp.router.weight": "a router",
     "mlp.shared_experts.gate_weight": "the gate of a shared expert",
 }
 # Those that have one where they are named, and not as a part of "all-linear".
-_HEAD = "output_layer.weight"
-_WHERE_NAMED = frozenset({_HEAD})
+EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_WHERE_NAMED = frozenset({EMBEDDING, _HEAD})
 _TIED = (
     "tied: head and embedding are one weight, and an adapter of one of them, merged, would change both; untie them (tie_word_embeddings "
     "false in config.json, and both weights in the files), or leave both out"
@@ -68,6 +70,7 @@ _ABSORBED = frozenset({"self_attention.linear_kv_up_proj.weight"})
 PREFIX = "base_model.model."
 # What follows the name of a module in that of its factors.
 A, B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,11 @@ class LoraSpec:
         lora_dropout: probability with which an element of an adapter's input is dropped in training.
         target_modules: "all-linear", which is all linear layers of the language model's attention, MLPs and experts; a regular expression
             that a whole HF module name has to match; or names that it has to end with. The last two reach layers of a vision tower and its
-            mergers, and the head of a model in which it is a weight of its own.
+            mergers, and embedding and head of a model in which they are two weights.
         exclude_modules: the same, of modules that have no adapter; () for none.
-        init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero.
-        seed: of A. Values depend on it and on the HF name alone, not on the parallel layout.
+        init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero. Of an embedding A begins at
+            zero, and B with deviation 1.
+        seed: of what does not begin at zero. Values depend on it and on the HF name alone, not on the parallel layout.
         target_parameters: names that parameters with a weight of each expert have to end with, such as "mlp.experts.gate_up_proj"; every
             projection of every expert in them has an adapter.
     """
@@ -116,6 +120,18 @@ class StackedFactors:
         strides = (columns, 1)
         parts = tuple(LayoutPart(source, one.parts[0].box, sum(rows[:source]) * columns, strides) for source, one in enumerate(each))
         return LocalLayout((sum(rows), columns), parts)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFactor:
+    """``lora_embedding_A`` (r, vocabulary): the columns of this rank's rows of the embedding, padded as these are."""
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        ((r, vocabulary),) = shapes
+        rows = VocabPadded().local(((vocabulary, 1),), rank, size, dims)
+        strides = (rows.shape[0], 1)
+        parts = tuple(LayoutPart(0, Box((0, p.box.start[0]), (r, p.box.stop[0])), p.offset, strides) for p in rows.parts)
+        return LocalLayout((r, rows.shape[0]), parts, tuple(Padding(p.offset, (r, p.shape[0]), strides) for p in rows.padding))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +212,8 @@ class Adapters:
         return tuple(seen.values())
 
     def _rule(self, bound: Bound, sources: tuple[int, ...]) -> AdaptedRule:
+        if bound.rule.megatron == EMBEDDING:
+            return self._rule_of_embedding(bound)
         split, r = _split(bound.rule.layout), self.spec.r
         modules = [module_of(bound.hf[index][0]) for index in sources]
         shapes = [bound.hf[index][1] for index in sources]
@@ -205,6 +223,13 @@ class Adapters:
         return AdaptedRule(
             bound, _factor(bound, "lora_A", StackedFactors(split == "row"), a), _factor(bound, "lora_B", packed, b), split, sources
         )
+
+    def _rule_of_embedding(self, bound: Bound) -> AdaptedRule:
+        ((name, (vocabulary, hidden)),) = bound.hf
+        module, r = module_of(name), self.spec.r
+        a = _factor(bound, "lora_A", EmbeddingFactor(), ((f"{module}{EMBEDDING_A}", (r, vocabulary)),))
+        b = _factor(bound, "lora_B", PackedFactors(Replicated(), (hidden,), (0,)), ((f"{module}{EMBEDDING_B}", (hidden, r)),))
+        return AdaptedRule(bound, a, b, "row", (0,))
 
 
 def _split(layout: Layout) -> Split:
@@ -259,8 +284,13 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
                 )
                 break
     if not _chosen(model, spec, linear):
-        names = dict.fromkeys(re.sub(r".*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", module) for module in linear)
-        findings.append(f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(names)}")
+        names: dict[bool, dict[str, None]] = {True: {}, False: {}}
+        for module, part in linear.items():
+            names[part is None].setdefault(re.sub(r".*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", module))
+        also = f", and where they are named {', '.join(names[True])}" if names[True] else ""
+        findings.append(
+            f"target_modules {_shown(spec)} match no linear layer of {model.architecture}; it has {', '.join(names[False])}{also}"
+        )
     elif not isinstance(spec.target_modules, str):
         # PEFT passes over a name that matches nothing beside others that do.
         idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in (*linear, *other))]
@@ -273,7 +303,7 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
     """What engines would leave out of adapters that are sent beside their base, or not take, in words; empty where nothing is."""
     findings = [
-        _of_head(model, adapters),
+        _of_named(model, adapters),
         _of_towers(model, adapters),
         _of_parts_of_experts(model, adapters),
         _of_absorbed(model, adapters),
@@ -281,7 +311,7 @@ def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
     return [f"{finding}, or set weight_sync.lora to merged" for finding in findings if finding is not None]
 
 
-def _of_head(model: Model, adapters: Adapters) -> str | None:
+def _of_named(model: Model, adapters: Adapters) -> str | None:
     found = [module for module, part in _matrices(model)[0].items() if part is None and module in adapters.modules]
     return f"{found[0]} has an adapter: slots of engines are for layers of the decoder; leave it out" if found else None
 
@@ -335,8 +365,8 @@ def _matrices(model: Model) -> tuple[dict[str, Part | None], dict[str, str]]:
             if len(shape) < 2 or not name.endswith(".weight"):
                 continue
             module, what = module_of(name), _NO_ADAPTER.get(bound.rule.megatron, "a convolution" if len(shape) > 2 else None)
-            if model.tied and bound.rule.megatron == _HEAD:
-                continue
+            if model.tied and bound.rule.megatron in (EMBEDDING, _HEAD):
+                what = _TIED
             if what is None:
                 chosen[module] = None if bound.rule.megatron in _WHERE_NAMED else bound.stack.part
             else:

@@ -48,6 +48,8 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # Adapters of layers that have one where they are named.
 NAMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head": ({"family": "qwen2"}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ({"family": "llama"}, {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj"]}),
+    "both": ({"family": "qwen3"}, {"r": 3, "lora_alpha": 6, "use_rslora": True, "target_modules": ["embed_tokens", "lm_head"]}),
 }
 EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
@@ -73,10 +75,13 @@ def named(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 # Adapters of a tower and its mergers, beside some of the language model.
 VISION: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2_5_vl": ("qwen2_5_vl", {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "down_proj", "merger.mlp.0", "q_proj"]}),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "down_proj", "merger.mlp.0", "q_proj", "embed_tokens", "lm_head"]},
+    ),
     "qwen3_vl": (
         "qwen3_vl",
-        {"r": 4, "lora_alpha": 8, "target_modules": r".*(visual.*(qkv|attn.proj|linear_fc[12])|layers\.1\..*up_proj)"},
+        {"r": 4, "lora_alpha": 8, "target_modules": r".*(visual.*(qkv|attn.proj|linear_fc[12])|layers\.1\..*up_proj|embed_tokens)"},
     ),
 }
 
@@ -138,7 +143,11 @@ def test_what_is_named_trains_as_peft(named, tmp_path):
         _case("head", [8], tp_size=2),
         {**_case("head", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED), "chunk_tokens": 30},
         _case("head", [2, 6], pp_size=2),
-        _case("head", [2, 2], dp_size=2, ddp=OVERLAPPED),
+        _case("both", [2, 2], dp_size=2, ddp=OVERLAPPED),
+        _case("embedding", [8], tp_size=2),
+        _case("embedding", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED),
+        {**_case("both", [8], tp_size=2, sp=True), "overrides": {**RECOMPUTE, "sequence_parallel": True}},
+        {**_case("both", [2, 6], pp_size=2), "chunk_tokens": 30},
     ]
     _train(2, cases, named, tmp_path)
     import peft
@@ -180,41 +189,47 @@ def test_adapters_of_a_tower_and_its_mergers_train_as_peft(tmp_path):
     _train(2, cases, known, tmp_path)
 
 
-def test_initial_values_do_not_depend_on_the_layout(models, moe_models, tmp_path):
+def test_initial_values_do_not_depend_on_the_layout(models, moe_models, named, tmp_path):
     dense = [
         _case("llama", [8], tp_size=2),
         _case("llama", [8], pp_size=2, vpp_size=2),
         _case("qwen3_moe", [8], tp_size=2, etp_size=2, sp=True),
+        _case("both", [8], tp_size=2, sp=True),
     ]
-    known = models | moe_models
+    known = models | moe_models | named
     run_ranks(2, RANKS, "draw_alike", cases=dense, models=known, out_dir=str(tmp_path))
-    run_ranks(1, RANKS, "draw_alike", cases=[_case("llama", [8]), _case("qwen3_moe", [8])], models=known, out_dir=str(tmp_path))
-    for model in ("llama", "qwen3_moe"):
+    alone = [_case(model, [8]) for model in ("llama", "qwen3_moe", "both")]
+    run_ranks(1, RANKS, "draw_alike", cases=alone, models=known, out_dir=str(tmp_path))
+    for model in ("llama", "qwen3_moe", "both"):
         first, *others = [torch.load(path) for path in sorted(tmp_path.glob(f"{model}-*.pt"))]
         assert others
         assert all(torch.equal(first[name], other[name]) for other in others for name in first)
-        assert all((tensor == 0).all() == name.endswith("lora_B.weight") for name, tensor in first.items())
+        assert all((tensor == 0).all() == name.endswith(("lora_B.weight", "lora_embedding_A")) for name, tensor in first.items())
+        assert all(abs(tensor.std() - 1) < 0.2 for name, tensor in first.items() if name.endswith("lora_embedding_B"))
 
 
-def test_dropout_is_alike_where_factors_are(models, moe_models):
+def test_dropout_is_alike_where_factors_are(models, moe_models, named):
     cases = [
         _case("llama", [8], tp_size=2),
         _case("llama", [8], tp_size=2, sp=True),
         _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sp=True),
         _case("mixtral", [8], tp_size=2, etp_size=2, sp=True),
         _case("llama", [4], dp_size=2),
+        _case("both", [8], tp_size=2),
+        _case("both", [8], tp_size=2, sp=True),
     ]
-    outputs = run_ranks(2, RANKS, "drop_alike", cases=cases, models=models | moe_models)
+    outputs = run_ranks(2, RANKS, "drop_alike", cases=cases, models=models | moe_models | named)
     assert outputs[0].count("DROPPED") == len(cases)
 
 
-def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(models, moe_models, tmp_path):
+def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(models, moe_models, named, tmp_path):
     cases = [
         _case("llama", [4], dp_size=2, ddp=OVERLAPPED, precision="bf16"),
         _case("qwen2", [8], tp_size=2, sp=True),
         _case("qwen3_moe", [4], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+        _case("both", [8], tp_size=2, sp=True),
     ]
-    outputs = run_ranks(2, RANKS, "resume_bitwise", cases=cases, models=models | moe_models, root=str(tmp_path))
+    outputs = run_ranks(2, RANKS, "resume_bitwise", cases=cases, models=models | moe_models | named, root=str(tmp_path))
     assert outputs[0].count("RESUMED") == len(cases)
 
 

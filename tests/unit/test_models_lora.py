@@ -33,7 +33,9 @@ EXPERTS = model_of({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwe
         (EXPERTS, Topology(tp_size=2, ep_size=2, etp_size=2, dp_size=2)),
     ],
 )
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "up_proj"), r".*layers\.1\..*(k|down)_proj", ("lm_head", "o_proj")])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "v_proj", "up_proj"), r".*layers\.1\..*(k|down)_proj", ("lm_head", "embed_tokens")]
+)
 def test_factors_survive_any_layout(model: Any, topology: Topology, targets: Any) -> None:
     """From whole factors to ranks and back; the plans are proven complete, and B's rows of projections without adapter are padding."""
     adapters = adapters_of(model, LoraSpec(3, 6, target_modules=targets))
@@ -78,7 +80,6 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
         ({"target_modules": ("q_porj",)}, "match no linear layer of Qwen2ForCausalLM; it has q_proj, k_proj"),
         ({"target_modules": "q_proj"}, "match no linear layer"),  # a regular expression, which a whole name has to match
         ({"target_modules": ("q_proj", "qkv_proj")}, "name qkv_proj, which no linear layer"),
-        ({"target_modules": ("embed_tokens", "q_proj")}, "match model.embed_tokens, which is an embedding"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"exclude_modules": r".*_proj"}, "match no linear layer"),
         ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no stacked experts of Qwen2ForCausalLM"),
@@ -91,16 +92,19 @@ def test_a_spec_that_cannot_be_is_refused_by_name(fields: dict[str, Any], said: 
     assert len([finding for finding in findings if said in finding]) == 1, findings
 
 
-def test_the_head_has_an_adapter_where_it_is_named_and_is_no_other_weight() -> None:
-    named = adapters_of(DENSE, LoraSpec(4, 8, target_modules=("lm_head", "q_proj")))
-    assert "lm_head" in named.modules and adapter_config(named, None)["target_modules"] == ["lm_head", "q_proj"]
-    assert "lm_head" in adapters_of(DENSE, LoraSpec(4, 8, target_modules=".*(lm_head|_proj)")).modules
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_head_and_embedding_have_an_adapter_where_they_are_named_and_are_two_weights(name: str) -> None:
+    named = adapters_of(DENSE, LoraSpec(4, 8, target_modules=(name, "q_proj")))
+    (module,) = (module for module in named.modules if module.endswith(name))
+    assert adapter_config(named, None)["target_modules"] == [name, "q_proj"]
+    assert module in adapters_of(DENSE, LoraSpec(4, 8, target_modules=f".*({name}|_proj)")).modules
+    assert module not in adapters_of(DENSE, LoraSpec(4, 8)).modules
     (said,) = check_beside_base(DENSE, named)
-    assert said.startswith("lm_head has an adapter") and "weight_sync.lora to merged" in said
+    assert said.startswith(f"{module} has an adapter") and "weight_sync.lora to merged" in said
     tied = model_of({**tiny_config("qwen2", tied=True).to_dict(), "architectures": ["Qwen2ForCausalLM"]})
-    for targets in (("lm_head", "q_proj"), ".*(lm_head|_proj)"):
+    for targets in ((name, "q_proj"), f".*({name}|_proj)"):
         (said,) = check_adapters(tied, LoraSpec(4, 8, target_modules=targets))
-        assert "match lm_head, which is tied: head and embedding are one weight" in said
+        assert f"match {module}, which is tied: head and embedding are one weight" in said
 
 
 def test_a_stacked_parameter_is_that_projection_of_every_expert() -> None:
@@ -123,7 +127,10 @@ def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:
     # To PEFT a number would be the name of blocks too.
     assert set(adapter_config(both, None)["target_modules"]) == both.modules
     (said,) = check_adapters(model, LoraSpec(4, 8, target_modules=("mlp.1",)))
-    assert said.endswith("it has qkv, proj, gate_proj, up_proj, down_proj, mlp.0, mlp.2, q_proj, k_proj, v_proj, o_proj, lm_head"), said
+    assert said.endswith(
+        "it has qkv, proj, gate_proj, up_proj, down_proj, mlp.0, mlp.2, q_proj, k_proj, v_proj, o_proj, "
+        "and where they are named embed_tokens, lm_head"
+    ), said
     model = model_of({**tiny_vision_config("qwen3_vl").to_dict(), "architectures": ["Qwen3VLForConditionalGeneration"]})
     for name, what in (("pos_embed", "an embedding of places"), ("proj", "model.visual.patch_embed.proj, which is a convolution")):
         assert any(what in said for said in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))

@@ -107,10 +107,10 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = key(
         ALL_LINEAR,
         "layers with an adapter, by their Hugging Face names: all-linear (attention, MLPs and experts of the language model), a list of "
-        "last parts of names, or a regular expression for whole names",
+        "last parts of names, or a regular expression for whole names; the last two reach embed_tokens and lm_head too",
     )
     exclude_modules: str | tuple[str, ...] = key((), "layers without, of those; a list or a regular expression")
-    init: Literal["kaiming", "gaussian"] = key("kaiming", "first values of A; B begins at zero")
+    init: Literal["kaiming", "gaussian"] = key("kaiming", "first values of A; B begins at zero (of embeddings: A at zero, and B normal)")
     adapter_path: str | None = key(None, "PEFT folder with the adapters to begin with; null: fresh ones")
 
 
