@@ -35,7 +35,7 @@ from rlsync.copy.writes import HostMemory
 from rlsync.engine.handles.ray import RayEngine
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
-from rlsync.megatron.model import DdpOptions, flavour_of, gather_parameters, iter_parameters, unwrap
+from rlsync.megatron.model import DdpOptions, flavour_of, gather_parameters, iter_weights, unwrap
 from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.optimizer_state import reload_main_parameters
@@ -189,15 +189,17 @@ class ActorRank:
     # Weights and checkpoints.
 
     def _weights(self) -> dict[str, Tensor]:
-        """Copies of what this rank trains in host memory. Collective over the DP group."""
+        """Copies in host memory of all that steps change on this rank, by global name. Collective over the DP group."""
         gather_parameters(self._models)
-        return {name: p.detach().to("cpu", copy=True) for _, _, name, p in iter_parameters(self._models) if p.requires_grad}
+        # Buffers too: that of a router's bias is in no optimizer, and Megatron moves it in each step.
+        moved = ((name, t) for name, t in iter_weights(self._models) if t.requires_grad or not isinstance(t, torch.nn.Parameter))
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in moved}
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
-        for _, _, name, parameter in iter_parameters(self._models):
+        for name, tensor in iter_weights(self._models):
             if name in weights:
-                parameter.copy_(weights[name])
+                tensor.copy_(weights[name])
 
     def save(self, folder: str, step: int) -> None:
         """Write an ``actor/`` folder; with ``actor.megatron.async_save`` only begin to: ``finish_save`` makes it complete. Collective."""

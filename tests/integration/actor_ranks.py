@@ -250,6 +250,27 @@ def warm_start(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
         leave(actor)
 
 
+def keep_reference(case: Mapping[str, Any], folder: str, samples: str) -> None:
+    """Steps that move routers' biases leave the reference's log-probabilities at the first ones, bit for bit; and scoring by the reference
+    leaves the weights and biases of the steps as they are."""
+    mine = read_samples(samples)
+    actor = start(run_config(folder, case))
+    actor.begin(None)
+    first = {name: tensor for name, tensor in weights(actor).items() if name.endswith("e_score_correction_bias")}
+    assert first, "the model has no biases"
+    references = []
+    for step in (1, 2):
+        dealt, before = batches(actor, mine, step), _digest(weights(actor))
+        actor.score(dealt)
+        assert _digest(weights(actor)) == before, f"step {step}: scoring by the reference changed the weights"
+        references.append(torch.cat(actor._reference_logprobs))
+        actor.train(dealt)
+    moved = [not torch.equal(weights(actor)[name], bias) for name, bias in first.items()]
+    assert all(moved), f"control: biases moved: {moved}"
+    assert torch.equal(*references), f"the reference moved by up to {(references[0] - references[1]).abs().max():.2e}"
+    leave(actor)
+
+
 def stop_early(folder: str, samples: str) -> None:
     """A microbatch whose mean ratio is above the limit adds nothing; the others go on."""
     mine = read_samples(samples)

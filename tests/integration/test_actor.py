@@ -122,6 +122,12 @@ def test_grpo_starts_from_the_warm_started_weights(given):
     assert outputs[0].count("WARM") == len(cases), outputs[0]
 
 
+def test_the_reference_of_the_kl_term_is_the_first_policy_where_routers_have_a_bias(tmp_path):
+    biased = {"moe_router_bias_update_rate": 0.3}
+    moonlight = sampled(save_tiny_model(tmp_path / "moonlight", "moonlight", num_hidden_layers=2))
+    run_ranks(2, RANKS, "keep_reference", case={"algorithm": KL, "actor.model": biased, "actor.optim": OVERLAPPED}, **moonlight)
+
+
 def test_a_microbatch_far_off_the_old_policy_adds_nothing(given):
     run_ranks(1, RANKS, "stop_early", **given)
 
