@@ -336,14 +336,19 @@ def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], 
 
 
 def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:
-    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done.
+    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done. Collective over all ranks.
 
-    Repeated where it was interrupted, where anything that it was made from has changed, and where another ``STATE_FORMAT`` wrote it.
+    Repeated where it was interrupted, where anything that it was made from has changed, and where another ``STATE_FORMAT`` wrote it. Rank 0
+    decides for all: copies of ``hf_folder`` on disks of other nodes have other times.
     """
-    origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
-    if _origin_of(converted) == origin:
+    origin: dict[str, Any] = {}
+    is_done = False
+    with agreed(device=compute_device()):
+        if dist.get_rank() == 0:
+            origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
+            is_done = _origin_of(converted) == origin
+    if gather_bytes(b"done" if is_done else b"", device=compute_device())[0]:
         return
-    dist.barrier()  # nobody removes what another still looks at
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
             (converted / ORIGIN).unlink(missing_ok=True)

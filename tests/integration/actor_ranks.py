@@ -145,6 +145,20 @@ def begin_with(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
     say(found)
 
 
+def convert_own_copies(case: Mapping[str, Any], folders: Sequence[str]) -> None:
+    """Ranks that each have the HF files in a folder of their own convert once, and all take that conversion the next time."""
+    written = []
+    for _ in range(2):
+        config = run_config(folders[int(os.environ["RANK"])], case)
+        actor = start(config)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, _digest(weights(actor)))
+        assert len(set(found)) == 1, f"ranks have different weights: {found}"
+        written.append(Path(config.actor.megatron.ckpt_convertor.save_path, actor_module.ORIGIN).stat().st_mtime_ns)
+        leave(actor)
+    assert written[0] == written[1], "converted twice"
+
+
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     whole = hashlib.sha256()
     for name in sorted(tensors):

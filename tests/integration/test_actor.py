@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,14 @@ def test_initial_weights_are_the_same_from_every_source_and_converted_once(given
     replicas, layout = begin(2, given, named, {**once, "actor.model": TP2, "folder": other})
     assert replicas["digest"] == layout["digest"] == changed["digest"]
     assert layout["converted"], "each layout needs a conversion of its own"
+
+
+def test_copies_of_the_weights_with_other_times_are_converted_once(given, tmp_path):
+    """Nodes that each have the HF files on their own disk."""
+    copies = [str(shutil.copytree(given["folder"], tmp_path / f"node-{rank}", copy_function=shutil.copy)) for rank in range(2)]
+    megatron = {"mbridge": False, "distributed_timeout_minutes": 0.5}
+    case = {"actor.megatron": megatron, "actor.megatron.ckpt_convertor": {"save_path": str(tmp_path / "converted")}}
+    run_ranks(2, RANKS, "convert_own_copies", case=case, folders=copies)
 
 
 def test_a_conversion_of_another_padding_or_another_build_is_made_anew(given, tmp_path):
