@@ -152,14 +152,13 @@ def check_model(config: AnyConfig, report: Report) -> None:
 
 
 def check_memory(config: AnyConfig, report: Report) -> None:
-    """What the actor's GPUs have to hold. Comes after devices and model, and asks only where they have no findings."""
+    """What the actor's GPUs have to hold. Comes after devices, model and data, and asks only where the first two have no findings."""
     hf_config, plan = report.hf_config, report.colocation or ColocationPlan()
     if hf_config is None or report.num_ranks is None or any(about in ("devices", "model") for about, _ in report.findings):
         return
     topology = actor_topology(config.actor.model, report.dp_size)
-    report.memory = report.take(
-        "memory", lambda: predict_memory(config, hf_config, topology, plan, shared=report.shares_gpus, device=report.gpu_bytes)
-    )
+    seen: dict[str, Any] = {"pictures": report.picture_sizes, "shared": report.shares_gpus, "device": report.gpu_bytes}
+    report.memory = report.take("memory", lambda: predict_memory(config, hf_config, topology, plan, **seen))
     if report.memory is not None:
         report.plan.append(("memory", shown(report.memory)))
         misfits = list(misfits_of_memory(config, report.memory))
@@ -167,6 +166,8 @@ def check_memory(config: AnyConfig, report: Report) -> None:
             report.found("memory", text)
         if report.memory.is_close and not misfits:
             report.notes.append(f"the actor may not fit on its GPUs: {shown(report.memory)}, and the prediction may be a tenth off")
+        if report.gpu_bytes is not None and not report.picture_sizes and model_of(hf_config).vision is not None:
+            report.notes.append("the predicted memory is without activations of pictures: no training row that has some was looked at")
 
 
 def check_weights(config: AnyConfig, report: Report) -> None:
@@ -269,16 +270,16 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
 GRPO_CHECKS: tuple[Check, ...] = (
     check_devices,
     check_model,
-    check_memory,
     check_weights,
     check_tokenizer,
     check_data,
+    check_memory,
     check_reward,
     check_loggers,
     check_beginning,
 )
 SFT_CHECKS: tuple[Check, ...] = (
-    check_devices, check_model, check_memory, check_weights, check_tokenizer, check_sft_data, check_loggers, check_beginning,
+    check_devices, check_model, check_weights, check_tokenizer, check_sft_data, check_memory, check_loggers, check_beginning,
 )  # fmt: skip
 
 

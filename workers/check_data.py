@@ -13,7 +13,7 @@ from typing import Any
 from workers.check_report import Report, will_be_made
 from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.model_folder import check_tokenizer_size, read_hf_config, text_config
-from workers.pictures import open_picture
+from workers.pictures import PictureSizes, open_picture
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.reward import unreadable_reference, unreadable_references
 from workers.row_files import BadRow, RowFiles, find_files
@@ -77,7 +77,7 @@ def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> i
         problems.append(Problem("", found.answers, where))
         return found.images
 
-    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report, report.picture_sizes)
     _check_rows(config, data.val_data_paths, look, bad, report)
     if config.warm_start is not None:
         _check_rows(config, config.warm_start.data_paths, lambda content, where: conversation(content, form).images, bad, report)
@@ -96,7 +96,7 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
         found = check_row(content, form)
         return found.images if isinstance(found, Conversation) else ()
 
-    num_rows = _check_rows(config, data.train_data_paths, look, bad, report)
+    num_rows = _check_rows(config, data.train_data_paths, look, bad, report, report.picture_sizes)
     _check_rows(config, data.val_data_paths, look, bad, report)
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
     batch = config.actor.global_batch_size or 1
@@ -110,10 +110,15 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
 
 
 def _check_rows(
-    config: AnyConfig, paths: Sequence[str], look: Callable[[Any, str], Sequence[Any]], bad: BadSamples, report: Report
+    config: AnyConfig,
+    paths: Sequence[str],
+    look: Callable[[Any, str], Sequence[Any]],
+    bad: BadSamples,
+    report: Report,
+    sizes: list[PictureSizes] | None = None,
 ) -> int | None:
     """Rows of some files together, where that can be known, after a look at the first of each: ``look`` gets a row's content and what to
-    call the row, and returns references to its pictures, or raises BadRow."""
+    call the row, and returns references to its pictures, or raises BadRow. ``sizes`` gets the sizes of pictures that were opened."""
     num_rows: int | None = 0
     for path in paths:
         files = None if will_be_made(config, Path(path)) else report.take("data", find_files, [path])
@@ -126,8 +131,9 @@ def _check_rows(
             where, content = rows.read(row)
             try:
                 pictures = look(content, where)
-                for reference in pictures if row < _FIRST_PICTURES else ():
-                    open_picture(reference, rows.folder(row))
+                opened = [open_picture(reference, rows.folder(row)).size for reference in pictures if row < _FIRST_PICTURES]
+                if opened and sizes is not None:
+                    sizes.append(tuple(opened))
             except BadRow as reason:
                 bad.add(where, str(reason))
         num_rows = None if num_rows is None or rows is None else num_rows + len(rows)

@@ -14,6 +14,7 @@ from rlsync.errors import RlsyncError
 from workers.colocation import ColocationPlan
 from workers.config import AnyConfig
 from workers.memory import PredictedMemory
+from workers.pictures import PictureSizes
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Report:
         colocation: what leaves the GPUs when, where that is known; ``shares_gpus``: engines are on those of the actor.
         gpu_bytes: memory of the largest GPU here, where there is one.
         hf_config: content of the model's config.json, where it has no findings.
+        picture_sizes: of each of the first training rows, width and height of its pictures in pixels.
         memory: of the fullest GPU of the actor, where it could be predicted.
     """
 
@@ -43,6 +45,7 @@ class Report:
     shares_gpus: bool = False
     gpu_bytes: int | None = None
     hf_config: Mapping[str, Any] | None = None
+    picture_sizes: list[PictureSizes] = field(default_factory=list)
     memory: PredictedMemory | None = None
 
     def found(self, about: str, text: str) -> None:

@@ -1,20 +1,23 @@
 """Memory of the actor's GPUs on paper: what a run takes of them in training and beside a rollout, and what to change where it cannot fit.
 
-Reads configuration and ``config.json`` alone. ``rlsync.models.memory`` counts what a rank of the actor takes; engines take what they are
-told to.
+Reads configuration, ``config.json`` and the limits of an image processor alone. ``rlsync.models.memory`` counts what a rank of the actor
+takes; engines take what they are told to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.models.memory import TrainingMemory, TrainingOptions, training_memory
+from rlsync.models.stacks import Model
 from workers.colocation import ColocationPlan
 from workers.config import AnyConfig, SftConfig
+from workers.pictures import PictureSizes, read_picture_limits
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GIB = 2**30
@@ -65,17 +68,25 @@ class PredictedMemory:
 
 
 def predict_memory(
-    config: AnyConfig, hf_config: Mapping[str, Any], topology: Topology, plan: ColocationPlan, *, shared: bool, device: int | None
+    config: AnyConfig,
+    hf_config: Mapping[str, Any],
+    topology: Topology,
+    plan: ColocationPlan,
+    *,
+    pictures: Sequence[PictureSizes] = (),
+    shared: bool,
+    device: int | None,
 ) -> PredictedMemory:
     """The fullest GPU of the actor in this layout.
 
     Args:
         plan: what leaves the GPUs at which phase.
+        pictures: of rows of the data, the fullest of which stands for all.
         shared: engines are on the actor's GPUs.
         device: bytes of a GPU, where that is known.
     """
     model, actor = model_of(hf_config), config.actor
-    options = training_options(config, topology)
+    options = training_options(config, topology, row_patches=_row_patches(config, model, pictures))
     stages = training_memory(model, topology, options)
     stage = max(range(len(stages)), key=lambda index: stages[index].peak)
     rank = stages[stage]
@@ -98,12 +109,24 @@ def predict_memory(
     )
 
 
-def training_options(config: AnyConfig, topology: Topology) -> TrainingOptions:
-    """What of a configuration decides the memory of a step."""
+def _row_patches(config: AnyConfig, model: Model, pictures: Sequence[PictureSizes]) -> int:
+    """Patches of the row that has most, of which no more are trained on than a sequence has features of."""
+    if model.vision is None or not pictures:
+        return 0
+    limits = read_picture_limits(Path(config.model_path), min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+    most = max(sum(map(limits.pixels, sizes)) for sizes in pictures)
+    return min(round(most / model.vision.patch_size**2), config.runner.seq_length * model.vision.spatial_merge_size**2)
+
+
+def training_options(config: AnyConfig, topology: Topology, *, row_patches: int = 0) -> TrainingOptions:
+    """What of a configuration, and of pictures in rows of its data, decides the memory of a step."""
     actor, model, runner = config.actor, config.actor.model, config.runner
     samples = _samples(config)
     tokens = runner.max_tokens_per_mbs if runner.enable_dynamic_batch_size else None
     per_rank = (actor.global_batch_size or 1) // topology.dp_size
+    trained, scored = samples * runner.seq_length if tokens is None else tokens, _scoring_tokens(config, tokens)
+    # As many rows as have room, all of them as long as rows may be.
+    trained_rows, scored_rows = (max(1, count // runner.seq_length) if count else 0 for count in (trained, scored))
     return TrainingOptions(
         dtype=_DTYPES[model.precision],
         grads_in_fp32=actor.megatron.accumulate_allreduce_grads_in_fp32,
@@ -111,8 +134,10 @@ def training_options(config: AnyConfig, topology: Topology) -> TrainingOptions:
         offloaded=actor.optim.optimizer_offload_fraction if actor.optim.optimizer_cpu_offload else 0.0,
         frozen=frozenset(model.frozen.values()),
         lora=actor.lora_spec,
-        micro_batch_tokens=samples * runner.seq_length if tokens is None else tokens,
-        scoring_tokens=_scoring_tokens(config, tokens),
+        micro_batch_tokens=trained,
+        micro_batch_patches=trained_rows * row_patches,
+        scoring_tokens=scored,
+        scoring_patches=scored_rows * row_patches,
         num_microbatches=max(1, per_rank // samples),
         chunk_tokens=model.logits_chunk_tokens,
         sequence_parallel=model.sequence_parallel,
@@ -127,8 +152,8 @@ def training_options(config: AnyConfig, topology: Topology) -> TrainingOptions:
 def shown(memory: PredictedMemory) -> str:
     """A line for the plan of a run."""
     rank = memory.rank
-    rows = [(name, getattr(rank, name)) for name in ("weights", "gradients", "optimizer", "activations", "logits")]
-    rows += [("scoring", rank.scoring)] if rank.scoring > rank.activations + rank.logits else []
+    rows = [(name, getattr(rank, name)) for name in ("weights", "gradients", "optimizer", "activations", "pictures", "logits")]
+    rows += [("scoring", rank.scoring)] if rank.scoring > rank.passes else []
     rows += [("sync", memory.sync_buffers), ("CUDA", memory.processes), ("engine", memory.engine_training)]
     said = ", ".join(f"{name} {nbytes / GIB:.3g}" for name, nbytes in rows if nbytes)
     where = f" of pipeline stage {memory.stage}" if memory.stage else ""
@@ -167,11 +192,12 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
     choices = [
         (memory.engine_training, memory.engine_training > 0, "set rollout.sleep_level to 2"),
         (rank.optimizer, not optim.use_distributed_optimizer, "set actor.optim.use_distributed_optimizer to True"),
-        (rank.activations, not dynamic and _samples(config) > 1, f"lower {batch}"),
-        (rank.activations, model.recompute_granularity != "full", "set actor.model.recompute_granularity to full, with recompute_method "
-         "uniform and recompute_num_layers 1"),
+        (rank.activations + rank.pictures, not dynamic and _samples(config) > 1, f"lower {batch}"),
+        (rank.pictures, True, "lower data.max_pixels"),
+        (rank.activations + rank.pictures, model.recompute_granularity != "full",
+         "set actor.model.recompute_granularity to full, with recompute_method uniform and recompute_num_layers 1"),
         (rank.activations, is_whole, "set actor.model.sequence_parallel to True"),
-        (rank.scoring, rank.scoring > rank.activations + rank.logits, "lower algorithm.logprob_forward_max_tokens or "
+        (rank.scoring, rank.scoring > rank.passes, "lower algorithm.logprob_forward_max_tokens or "
          "logprob_forward_micro_batch_size"),
         (rank.logits, True, "lower actor.model.logits_chunk_tokens"),
         (rank.optimizer, not optim.optimizer_cpu_offload, "set actor.optim.optimizer_cpu_offload to True"),

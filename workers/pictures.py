@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,40 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+# Width and height of each picture of a row, in pixels.
+PictureSizes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureLimits:
+    """Pixels between which an image processor of Qwen2-VL's kind keeps a picture."""
+
+    least: int
+    most: int
+
+    def pixels(self, size: tuple[int, int]) -> int:
+        """Of a picture as a tower sees it, but for the rounding of its sides to whole squares of patches."""
+        return min(max(size[0] * size[1], self.least), self.most)
+
+
+def read_picture_limits(folder: Path, *, min_pixels: int | None, max_pixels: int | None) -> PictureLimits:
+    """Limits of a model folder's image processor, which ``min_pixels`` and ``max_pixels`` replace; those of transformers' class where the
+    folder says none that can be read."""
+    said: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found = content.get("image_processor", content) if isinstance(content, dict) else {}
+        size = found.get("size") if isinstance(found, dict) else None
+        edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} if isinstance(size, dict) else {}
+        said |= {key: value for key, value in edges.items() if isinstance(value, int)}
+        said |= {key: value for key, value in (found.items() if isinstance(found, dict) else ()) if isinstance(value, int)}
+    least, most = (said.get(key, default) for key, default in (("min_pixels", 56 * 56), ("max_pixels", 1280 * 28 * 28)))
+    return PictureLimits(least if min_pixels is None else min_pixels, most if max_pixels is None else max_pixels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Memory that a rank of the actor takes in a training step, on paper: exact for what is kept between steps, an estimate for the rest.
 
 Estimates are of half precision on a GPU. What layers keep for the backward pass follows the tensors that Megatron-Core's layers save; held
-to measured steps by ``tests/unit/test_models_memory.py``. Towers for pictures count with their parameters alone.
+to measured steps by ``tests/unit/test_models_memory.py``. What a vision tower keeps follows ``rlsync.megatron.tower``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
-from rlsync.models.lora import LoraSpec, adapters_of
+from rlsync.models.lora import LoraSpec, adapters_of, module_of
 from rlsync.models.moe import sparse_layers
 from rlsync.models.placement import held_parameters, megatron_placement
 from rlsync.models.stacks import Model, Part
@@ -38,7 +38,8 @@ class TrainingOptions:
         frozen: parts of the model that are not trained.
         lora: adapters, which alone are trained then.
         micro_batch_tokens: positions of a micro-batch of one data-parallel replica, padding counted.
-        scoring_tokens: positions of a micro-batch that is scored without gradients; 0 where nothing is.
+        micro_batch_patches: patches of the pictures of such a micro-batch, before a tower merges them.
+        scoring_tokens: positions of a micro-batch that is scored without gradients; 0 where nothing is. ``scoring_patches``: its patches.
         num_microbatches: of an optimizer update on one replica.
         chunk_tokens: positions whose logits exist at once.
         sequence_parallel: Megatron's.
@@ -56,7 +57,9 @@ class TrainingOptions:
     frozen: Set[Part] = frozenset()
     lora: LoraSpec | None = None
     micro_batch_tokens: int
+    micro_batch_patches: int = 0
     scoring_tokens: int = 0
+    scoring_patches: int = 0
     num_microbatches: int = 1
     chunk_tokens: int = CHUNK_TOKENS
     sequence_parallel: bool = False
@@ -72,7 +75,8 @@ class TrainingMemory:
     """Bytes of one rank. Exact, but for the padding of buffers: ``weights``, ``gradients``, ``optimizer``. Estimates:
 
     Attributes:
-        activations: kept for the backward pass by all micro-batches in flight.
+        activations: kept for the backward pass by all micro-batches in flight, in the language model.
+        pictures: the same in a vision tower, which is whole on each tensor- and context-parallel rank of the first stage.
         logits: of a chunk of tokens, their temporaries, and the gradient of the head.
         step: temporaries of the optimizer's step, when there are neither activations nor logits.
         scoring: of a pass without gradients, at most: what a layer holds, and the logits.
@@ -82,6 +86,7 @@ class TrainingMemory:
     gradients: int
     optimizer: int
     activations: int
+    pictures: int
     logits: int
     step: int
     scoring: int
@@ -94,7 +99,12 @@ class TrainingMemory:
     @property
     def peak(self) -> int:
         """In a step."""
-        return self.kept + max(self.activations + self.logits, self.step, self.scoring)
+        return self.kept + max(self.passes, self.step, self.scoring)
+
+    @property
+    def passes(self) -> int:
+        """Beside that, in the forward and backward passes of a step."""
+        return self.activations + self.pictures + self.logits
 
 
 def training_memory(model: Model, topology: Topology, options: TrainingOptions) -> tuple[TrainingMemory, ...]:
@@ -117,6 +127,7 @@ def training_memory(model: Model, topology: Topology, options: TrainingOptions) 
                 gradients=trained * gradient_item,
                 optimizer=resident,
                 activations=_activations(model, topology, stage, options),
+                pictures=0 if stage else _pictures(model, topology, rank, options),
                 logits=_logits(model, topology, options) if stage == topology.pp_size - 1 else 0,
                 step=round(step * (1 - options.offloaded)),
                 scoring=_scoring(model, topology, stage, options),
@@ -180,6 +191,40 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
     return round(tokens * item * (sum(kept) * in_flight + working + beside))
 
 
+def _pictures(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> int:
+    """Of the first stage. Blocks that are not trained keep nothing, and neither does what comes before the first trained part."""
+    parts, patches, again = _trained_parts(model, topology, rank, options), options.micro_batch_patches, options.recompute == "full"
+    if model.vision is None or not parts & {"vision_model", "vision_projection"}:
+        return 0
+    hidden, block = model.dims["vision"], _block(model)
+    # A merger's input, what its norm gives, its inner product and the activation of that: a square of patches is a row of them.
+    kept = 4.0 * hidden * (1 + len(model.vision.deepstack_visual_indexes))
+    if "vision_model" in parts:
+        kept += model.vision.patch_dim + model.dims["num_blocks"] * (hidden if again else block)
+    working = block if again and "vision_model" in parts else 0.0
+    in_flight = -(-_in_flight(topology, 0, options.num_microbatches) // topology.vpp_size)
+    return round(patches * DTYPE_BYTES[options.dtype] * (kept * in_flight + working))
+
+
+def _block(model: Model) -> float:
+    """Elements a patch that a block of a vision tower keeps for its backward pass."""
+    stacks = [stack for stack in model.family.stacks if stack.part == "vision_model"]
+    # A gated network has two.
+    inner = sum(tensor.dims[0] == "vision_ffn" and len(tensor.dims) == 2 for s in stacks for rule in s.rules for tensor in rule.hf)
+    # Inputs of both norms and what they give, queries, keys and values, what attention gives; the inner products, and as many of what is
+    # made of them: an activation, and in a gated network what it is multiplied to.
+    return 8 * model.dims["vision"] + 2 * inner * model.dims["vision_ffn"]
+
+
+def _trained_parts(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> Set[Part]:
+    """Parts of the model of which a rank trains parameters, or adapters on them."""
+    held = held_parameters(model, topology, rank)
+    if options.lora is None:
+        return {bound.stack.part for bound in held} - options.frozen
+    modules = adapters_of(model, options.lora).modules
+    return {bound.stack.part for bound in held if any(module_of(name) in modules for name, _ in bound.hf)}
+
+
 def _layers(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> list[list[float]]:
     """``_layer`` of each layer of each virtual chunk of a stage."""
     sparse = set(sparse_layers(model.num_layers, model.transformer["moe_layer_freq"])) if "num_experts" in model.dims else set()
@@ -188,13 +233,16 @@ def _layers(model: Model, topology: Topology, stage: int, options: TrainingOptio
 
 
 def _scoring(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> int:
-    """Of a forward pass without gradients: all that a layer would keep, the hidden states around it, and on the last stage logits."""
+    """Of a forward pass without gradients: all that a layer or a block of a tower would keep, the hidden states around it, and on the last
+    stage logits."""
     tokens = -(-options.scoring_tokens // topology.cp_size)
     if not tokens:
         return 0
     item, dims = DTYPE_BYTES[options.dtype], model.dims
     layer = max((cost for chunk in _layers(model, topology, stage, options) for cost in chunk), default=0.0)
     held = round(tokens * item * (layer + 2 * dims["hidden"]))
+    if stage == 0 and model.vision is not None:
+        held = max(held, round(options.scoring_patches * item * (_block(model) + 2 * dims["vision"])))
     if stage != topology.pp_size - 1:
         return held
     rows = min(tokens, options.chunk_tokens)

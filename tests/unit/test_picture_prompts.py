@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,20 @@ from transformers import AutoTokenizer
 
 from rlsync.engine.handles import PicturePrompt
 from rlsync.errors import CheckpointError, ConfigError
+from rlsync.layout.topology import Topology
+from rlsync.models import model_of
+from rlsync.models.memory import training_memory
 from tests.unit.test_config import minimal, shipped
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL
 from workers.check import GRPO_CHECKS, check_run
 from workers.config import RunConfig, load_config, validate_model
 from workers.config.schema import PictureRecipe
 from workers.data import Prompt
+from workers.memory import training_options
+from workers.model_folder import read_hf_config
 from workers.picture_prompts import open_prompts, warm_start_examples
 from workers.picture_world import PictureWorld, build_picture_world
-from workers.pictures import PictureProcessor
+from workers.pictures import PictureProcessor, load_picture_processor, read_picture_limits
 from workers.preparation import picture_processor, prepare
 from workers.resume import find_beginning
 from workers.rollout import engine_arguments
@@ -289,6 +295,50 @@ def test_a_check_says_what_is_wrong_with_rows_pictures_and_warm_start_before_any
     assert "Train dataloader is empty! " in texts(lambda sections: sections["data"].update(train_data_paths=rows))[0]
     warm = {"data_paths": written(world, "warm.jsonl", {"prompt": "1+1=", "response": "2"}), "num_steps": 1}
     assert "warm.jsonl:1: no field 'question'" in texts(lambda sections: sections.update(warm_start=warm))[0]
+
+
+def test_a_check_counts_what_a_tower_keeps_of_the_largest_pictures_of_the_first_rows(
+    world: PictureWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a micro-batch of such rows, as transformers' own processor cuts them."""
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
+    good = json.loads(world.train_path.read_text().splitlines()[0])
+    Image.new("RGB", (112, 168)).save(world.train_path.parent / "tall.png")
+    paths = written(world, "sizes.jsonl", good, {**good, "image": "tall.png"}, *[good] * 6)
+
+    def pictures_of(**limits: int) -> tuple[int, int]:
+        sections = values(world, data={**values(world)["data"], "train_data_paths": paths, **limits})
+        found, report = load_config(sections), check_run(sections, GRPO_CHECKS)
+        assert report.memory is not None, report.findings
+        patches = len(processor_of(found)([Image.open(world.train_path.parent / "tall.png")]).pixel_values)
+        options = training_options(found, Topology(), row_patches=patches)
+        assert options.micro_batch_patches == patches * found.algorithm.training_batch_size_per_gpu
+        (rank,) = training_memory(model_of(read_hf_config(world.model_path, "actor.model.model_path")), Topology(), options)
+        return report.memory.rank.pictures, rank.pictures
+
+    found, expected = pictures_of()
+    assert found == expected > 0
+    reduced, expected = pictures_of(max_pixels=56 * 84)
+    assert reduced == expected < found / 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"min_pixels": 28 * 28 * 9},
+        {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}},
+        {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}, "max_pixels": 28 * 28 * 800},
+    ],
+)
+def test_limits_of_an_image_processor_are_those_that_transformers_reads(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **settings}))
+    for given in ({"min_pixels": None, "max_pixels": None}, {"min_pixels": 28 * 28 * 2, "max_pixels": 28 * 28 * 400}):
+        theirs, ours = load_picture_processor(tmp_path, 5, **given), read_picture_limits(tmp_path, **given)
+        assert (ours.least, ours.most) == (theirs.image_processor.size["shortest_edge"], theirs.image_processor.size["longest_edge"])
+        for size in ((900, 600), (3000, 2000), (640, 480)):
+            patches = len(theirs([Image.new("RGB", size)]).pixel_values)
+            assert ours.pixels(size) / 14**2 == pytest.approx(patches, rel=0.1), size
 
 
 def test_a_prompt_without_pictures_is_asked_as_text() -> None:

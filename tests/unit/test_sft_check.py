@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from benchmarks.vlm_sft import make_config
 from tests.unit.test_check import HEAVY, ROOT, texts
-from workers.check import SFT_CHECKS, check_run
+from workers.check import SFT_CHECKS, check_devices, check_memory, check_model, check_run
+from workers.check_data import check_sft_data
 from workers.check_report import Report
 from workers.config import SftConfig
 from workers.config.fields import dotted_keys
 from workers.config.schema import ArithmeticRecipe
+from workers.picture_world import make_vision_tokenizer
 from workers.synthetic import build_world
 
 RECIPE = ArithmeticRecipe(
@@ -47,6 +51,41 @@ def values(world: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 def check(world: Path, **sections: dict[str, Any]) -> Report:
     return check_run(values(world, **sections), SFT_CHECKS, "sft")
+
+
+def test_memory_counts_pictures_and_says_which_keys_lower_what_they_take(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5-VL-7B's shapes under TP 2, four rows with a picture of 1,024 features and 246 tokens of text each."""
+    config = make_config("7b", make_vision_tokenizer(), None).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    Image.new("RGB", (896, 896)).save(tmp_path / "grey.png")
+    row = {"question": "What?", "image": "grey.png", "answer": "Grey."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+    (tmp_path / "text.jsonl").write_text(f"{json.dumps(row | {'image': None})}\n" * 16)
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 2)
+
+    def memory(gib: float, file: str = "rows.jsonl", **model: Any) -> Report:
+        monkeypatch.setattr("workers.check.gpu_bytes", lambda: int(gib * 2**30))
+        data = {"type": "vlm", "train_data_paths": [str(tmp_path / file)], "prompt_key": "question", "answer_key": "answer"}
+        model = {"model_path": str(tmp_path / "model"), "precision": "bf16", "tensor_model_parallel_size": 2, **model}
+        sections = values(
+            world,
+            runner={**values(world)["runner"], "seq_length": 1270},
+            data={**data, "image_keys": ["image"], "max_pixels": 1280 * 28 * 28, "apply_chat_template": True},
+            actor={"model": model, "micro_batch_size": 4, "global_batch_size": 16, "optim": {"bf16": True}},
+        )
+        return check_run(sections, (check_devices, check_model, check_sft_data, check_memory), "sft")
+
+    report = memory(139.8)
+    assert report.findings == [] and "pictures 23.6, logits" in dict(report.plan)["memory"], (report.findings, report.plan)
+    (found,) = (text for about, text in memory(80).findings if about == "memory")
+    assert "the actor cannot train in this memory" in found
+    assert "lower actor.micro_batch_size; lower data.max_pixels; " in found
+    assert [note for note in memory(139.8, "text.jsonl").notes if "without activations of pictures" in note]
+    frozen = {"freeze_vision_model": True, "freeze_vision_projection": True}
+    assert "pictures" not in dict(memory(139.8, **frozen).plan)["memory"]
 
 
 def test_a_run_that_can_start_has_no_findings_and_a_plan(world: Path) -> None:
