@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import Holding, StoredTensor, read_checkpoint
@@ -199,16 +197,6 @@ def base_copies(adapters: Adapters, folder: Path) -> dict[str, StoredTensor]:
 
 def _names_of_copies(adapters: Adapters) -> dict[str, str]:
     return {f"{module}.base_layer.weight": f"{module}.weight" for module in adapters.modules}
-
-
-def check_base_copy(copy: torch.Tensor, held: torch.Tensor, name: str, folder: Path) -> None:
-    """Raise ConfigError where a weight that lies beside adapters, or a part of it, is not the one that they are added to here. In the
-    coarser of both dtypes: the base that PEFT has loaded may have been rounded."""
-    if copy.shape != held.shape or not (torch.equal(copy.to(held.dtype), held) or torch.equal(held.to(copy.dtype), copy)):
-        raise ConfigError(
-            f"{folder} holds another {name} beside its adapters than the base they are added to: PEFT would put it into the base. Take "
-            "the base that the adapters were trained on, or save them with save_embedding_layers=False if theirs is not wanted"
-        )
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:

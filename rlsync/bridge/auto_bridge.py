@@ -22,7 +22,6 @@ from rlsync.bridge.adapter_folder import (
     adapter_config,
     base_copies,
     check_adapter_folder,
-    check_base_copy,
     placed_adapter,
 )
 from rlsync.bridge.full_tensors import (
@@ -40,6 +39,7 @@ from rlsync.bridge.full_tensors import (
 from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.filling import copy_all, plan_filling
+from rlsync.convert.merging import check_base_copy
 from rlsync.convert.sources import holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_index, write_small_file

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from rlsync.bridge.adapter_folder import base_copies, check_base_copy
+from rlsync.bridge.adapter_folder import base_copies
 from rlsync.convert.filling import Filling, copy_all, plan_filling
 from rlsync.convert.sources import Source
 from rlsync.copy.cpu import region
 from rlsync.copy.files import MappedTensors
+from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, Piece, Placement, contiguous_strides, whole_tensors
 from rlsync.models.lora import EMBEDDING_A, EMBEDDING_B, A, B, module_of
 from rlsync.plan.planner import Bucket, Copy
@@ -109,6 +111,16 @@ def check_base(adapters: Source, base: Source) -> None:
         mine = (copy for bucket in filling.plan.buckets for copy in bucket.copies if copy.tensor == tensor.name)
         copy_all(mine, read, {tensor.name: held})
         check_base_copy(saved[tensor.name], held, tensor.name, adapters.folder)
+
+
+def check_base_copy(copy: torch.Tensor, held: torch.Tensor, name: str, folder: Path) -> None:
+    """Raise ConfigError where a weight that lies beside adapters, or a part of it, is not the one that they are added to here. In the
+    coarser of both dtypes: the base that PEFT has loaded may have been rounded."""
+    if copy.shape != held.shape or not (torch.equal(copy.to(held.dtype), held) or torch.equal(held.to(copy.dtype), copy)):
+        raise ConfigError(
+            f"{folder} holds another {name} beside its adapters than the base they are added to: PEFT would put it into the base. Take "
+            "the base that the adapters were trained on, or save them with save_embedding_layers=False if theirs is not wanted"
+        )
 
 
 def fill_bucket(plan: FilePlan, number: int, read: Sequence[MappedTensors], written: MappedTensors, factors: Factors | None) -> None:
