@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -37,26 +37,48 @@ class Worker:
     log: str
     ended: Callable[[], str | None] = lambda: None
 
-    def call(self, method: str, *arguments: Any) -> Call:
-        """Start a call; ``collect`` awaits it."""
-        return Call(self, method, getattr(self.actor, method).remote(*arguments))
+    def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Call:
+        """Start a call; ``collect`` awaits it, at most ``timeout_s`` from now."""
+        return Call(self, method, getattr(self.actor, method).remote(*arguments), timeout_s)
 
-    def stream(self, method: str, *arguments: Any) -> Call:
-        """Start a call of a generator; ``collect_streamed`` takes what it yields."""
-        return Call(self, method, getattr(self.actor, method).options(num_returns="streaming").remote(*arguments))
+    def stream(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Call:
+        """Start a call of a generator; ``collect_streamed`` takes what it yields, until it has ended, at most ``timeout_s`` from now."""
+        return Call(self, method, getattr(self.actor, method).options(num_returns="streaming").remote(*arguments), timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A pending call."""
+    """A pending call.
+
+    Attributes:
+        timeout_s: seconds after ``begun_s``, an instant of ``time.monotonic``, at which it counts as unanswered; None for a call without
+            a deadline.
+    """
 
     worker: Worker
     method: str
     reference: Any
+    timeout_s: float | None = None
+    begun_s: float = field(default_factory=time.monotonic)
 
 
 class WorkerDiedError(RlsyncError):
     """A worker process is gone."""
+
+
+class WorkerSilentError(RlsyncError):
+    """A worker process did not answer a call in time: it is stopped or stuck, as calls with a deadline end by themselves before.
+
+    Attributes:
+        worker: its name.
+    """
+
+    def __init__(self, message: str, worker: str) -> None:
+        super().__init__(message)
+        self.worker = worker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return WorkerSilentError, (str(self), self.worker)
 
 
 def collect(calls: Sequence[Call], on_result: Callable[[Call], None] = lambda call: None) -> list[Any]:
@@ -96,7 +118,8 @@ def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
     """Call ``take`` for a call that has something to give, until it says of each that it has ended.
 
     Raises one error as soon as a call failed and the others had a moment to say more: a process that died comes before an
-    error of ours, and that before any other, because ranks fail in many ways when one of them is lost.
+    error of ours, and that before any other, because ranks fail in many ways when one of them is lost. A call whose deadline has passed
+    has failed too.
     """
     pending = {call.reference: call for call in calls}
     failures: list[RlsyncError] = []
@@ -107,6 +130,10 @@ def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
         done, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left), _LOOK_S))
         if not done and left <= _LOOK_S:
             break
+        silent = _unanswered(pending)
+        if silent:
+            failures += silent
+            deadline = min(deadline, time.monotonic() + _SETTLE_S)
         if not done:
             unnoticed = _unnoticed_ends(pending, ended_s)
             if unnoticed:
@@ -123,6 +150,23 @@ def _follow(calls: Sequence[Call], take: Callable[[Call], bool]) -> None:
             deadline = min(deadline, time.monotonic() + _SETTLE_S)
     if failures:
         raise min(failures, key=_how_far_from_the_cause)
+
+
+def _unanswered(pending: dict[Any, Call]) -> list[RlsyncError]:
+    """What to raise of calls whose deadlines have passed, taken from ``pending``; not of one whose answer waits to be taken."""
+    found: list[RlsyncError] = []
+    for reference, call in tuple(pending.items()):
+        late = call.timeout_s is not None and time.monotonic() - call.begun_s >= call.timeout_s
+        if late and not ray.wait([reference], timeout=0)[0]:
+            del pending[reference]
+            found.append(
+                WorkerSilentError(
+                    f"{call.worker.name} did not answer {call.method} within {call.timeout_s:g} s: its process is stopped or stuck\n"
+                    f"its log: {call.worker.log}",
+                    call.worker.name,
+                )
+            )
+    return found
 
 
 def _unnoticed_ends(pending: dict[Any, Call], ended_s: dict[Any, float]) -> list[RlsyncError]:

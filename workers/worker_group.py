@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import ray
 
 from rlsync.engine.handles import Completion, Prompt
-from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
+from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_GRACE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.environment import rank_environment
@@ -30,7 +30,7 @@ from workers.forked_workers import ForkedEngine, ForkedRank
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
 from workers.placement import components_of, resolve_placement
-from workers.remote import Call, Worker, collect, collect_answered, collect_streamed
+from workers.remote import Call, Worker, WorkerSilentError, collect, collect_answered, collect_streamed
 from workers.rollout import RolloutEngine, engine_arguments
 
 T = TypeVar("T")
@@ -193,8 +193,9 @@ class WorkerGroup:
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
         timeout_s, begun_s = self._config.rollout.timeout_s, time.monotonic()
+        limit_s = timeout_s + ENGINE_GRACE_S
         calls = [
-            engine.stream("stream", prompts[a:b], sampling, None if seeds is None else seeds[a:b], timeout_s)
+            engine.stream("stream", prompts[a:b], sampling, None if seeds is None else seeds[a:b], timeout_s, timeout_s=limit_s)
             for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
         ]
         rounds = [_Round(begun_s, a, b - a) for a, b in pairwise(bounds)]
@@ -238,7 +239,8 @@ class WorkerGroup:
     def answers(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> list[list[tuple[Completion, ...]]]:
         """Completions of all prompts by each engine."""
         timeout_s = self._config.rollout.timeout_s
-        return collect([engine.call("generate", prompts, sampling, None, timeout_s) for engine in self._engines])
+        limit_s = timeout_s + ENGINE_GRACE_S
+        return collect([engine.call("generate", prompts, sampling, None, timeout_s, timeout_s=limit_s) for engine in self._engines])
 
     # Memory, where actor and engines share GPUs.
 
@@ -264,7 +266,8 @@ class WorkerGroup:
 
     def _on_engines(self, method: str, *arguments: Any) -> None:
         timeout_s = self._config.weight_sync.timeout_s
-        collect([engine.call("call", method, *arguments, timeout_s) for engine in self._engines])
+        limit_s = timeout_s + ENGINE_GRACE_S
+        collect([engine.call("call", method, *arguments, timeout_s, timeout_s=limit_s) for engine in self._engines])
 
     # Lost engines.
 
@@ -277,6 +280,8 @@ class WorkerGroup:
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as lost_actor:
                 reason = f"the Ray actor of engine {i} does not answer: {type(lost_actor).__name__}"
             if reason is None and isinstance(error, WeightSyncError) and error.engine == str(i):
+                reason = str(error)
+            if reason is None and isinstance(error, WorkerSilentError) and error.worker == engine.name:
                 reason = str(error)
             if reason is not None:
                 lost[i] = reason

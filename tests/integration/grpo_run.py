@@ -6,6 +6,8 @@ python -m tests.integration.grpo_run FAULT [--placement JSON] [--config NAME] ke
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from workers.entry import exit_code
 from workers.ray_access import cluster_address, protect_own_cluster
 
 protect_own_cluster(cluster_address(1))
+
+import ray  # noqa: E402
 
 from workers.grpo_runner import GrpoRunner  # noqa: E402 (imports Ray)
 
@@ -64,6 +68,18 @@ class SavedOnce(GrpoRunner):
         return step < self._total and super()._saves(step)
 
 
+class StoppedEngines(GrpoRunner):
+    """The process that owns engine 0 is stopped when the rollouts of steps 2 and 3 begin, and once more in none of their repetitions."""
+
+    _to_stop = (2, 3)
+
+    def _rollout(self, prompts: Any, step: int) -> Any:
+        if step in self._to_stop:
+            self._to_stop = tuple(later for later in self._to_stop if later != step)
+            os.kill(ray.get(self._group._engines[0].actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGSTOP)
+        return super()._rollout(prompts, step)
+
+
 class NoReport:
     """Of no sync."""
 
@@ -73,6 +89,7 @@ class NoReport:
 
 RUNNERS = {
     "none": GrpoRunner, "no-sync": WithoutSync, "never-synced": NeverSynced, "saved-once": SavedOnce, "other-pictures": OtherPictures,
+    "stopped-engines": StoppedEngines,
 }  # fmt: skip
 
 if __name__ == "__main__":

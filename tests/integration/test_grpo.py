@@ -243,6 +243,23 @@ def test_a_resumed_run_replaces_the_engine_it_may_lose_goes_on_alike_and_ends_wi
     assert [resumed[-1][name] for name in VALIDATION] == [whole[-1][name] for name in VALIDATION]
 
 
+def test_an_engine_whose_owner_is_stopped_in_a_rollout_is_replaced_and_the_next_one_ends_the_run(tmp_path):
+    """No deadline inside an engine's process can act while that process is stopped: the run's own has to."""
+    options = [
+        *SMALL, "warm_start=null", "runner.max_steps=4", "runner.save_interval=-1", "runner.val_before_train=False",
+        "data.val_data_paths=[]", "rollout.max_engine_restarts=1", "rollout.timeout_s=20",
+    ]  # fmt: skip
+    with started(["-m", "tests.integration.grpo_run", "stopped-engines"], tmp_path, *options) as process:
+        family = strike(process, tmp_path, 2, lambda family: family[0], signal.SIGCONT)
+        code = exit_code(process, family)
+    output = (tmp_path / "output.log").read_text()
+    silent = "engine 0 did not answer stream within 40 s: its process is stopped or stuck"
+    assert output.count("replacing an engine: the Ray actor of engine 0 does not answer") == 1
+    assert code == 1 and output.count("error: ") == 1 and silent in " ".join(output.split("error: ")[1].split()), output[-4000:]
+    assert "Traceback" not in output, output[-4000:]
+    assert [line["rollout/engine_restarts"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+
+
 def test_a_reward_function_sees_whole_rows_in_training_and_in_validation(adapted):
     folder, _ = adapted
     lines = read_metrics(folder / "run")[:2]

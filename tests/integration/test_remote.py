@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.deadlines import HANG_S, SLACK, ended_before
 from workers import forked_workers
 from workers.cluster import Cluster
 from workers.forked_workers import ForkedWorker
-from workers.remote import Worker, WorkerDiedError, collect, collect_answered, collect_streamed
+from workers.remote import Worker, WorkerDiedError, WorkerSilentError, collect, collect_answered, collect_streamed
 from workers.worker_logs import keep_own_log
 
 # Joins a cluster and runs code in it.
@@ -84,6 +85,28 @@ class Answers:
 class Engine(EngineActor):
     def __init__(self) -> None:
         self._engine = Answers()
+
+
+class StoppedEngine:
+    """Stands in for an engine's actor whose process is stopped, as by a debugger or a lock that native code holds."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def stop_while_streaming(self) -> Iterator[str]:
+        yield "begun"
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        yield "went on"
+
+    def go_on_streaming(self, count: int) -> Iterator[int]:
+        for number in range(count):
+            yield number
+            time.sleep(0.5)
+
+    def die(self) -> None:
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # The processes of Ray that the first attempt to start it has left.
@@ -197,6 +220,25 @@ def test_answers_arrive_while_others_are_still_generated_until_an_engine_fails(c
     with pytest.raises(WorkerDiedError, match=r"engine 0 .*ended during stream"):
         ask(["die", "g"], ["h"])
     assert arrived[0][3:] == [(0, ("e",)), (1, ("g",))] and arrived[1][1:] == [(1, ("f",)), (0, ("h",))]
+
+
+def test_a_call_whose_process_is_stopped_ends_at_its_deadline_and_one_that_is_answered_does_not(cluster):
+    """Of a process that only waits longer than its deadline nothing is said before, and the others may still speak."""
+    stopped, at_work = (cluster.launch(StoppedEngine, f"Stopped:{i}", (i,), name=f"engine {i}", threads=ENGINE_THREADS) for i in range(2))
+    pids = collect([stopped.call("pid", timeout_s=HANG_S), at_work.call("pid", timeout_s=HANG_S)])
+    silent = r"^engine 0 did not answer {} within 2 s: its process is stopped or stuck\nits log: "
+    arrived: list[list[Any]] = [[], []]
+    calls = [stopped.stream("stop_while_streaming", timeout_s=2.0), at_work.stream("go_on_streaming", 8, timeout_s=HANG_S)]
+    with ended_before(HANG_S), pytest.raises(WorkerSilentError, match=silent.format("stop_while_streaming")) as caught:
+        collect_streamed(calls, lambda number, items: arrived[number].extend(items))
+    assert caught.value.worker == "engine 0" and pickle.loads(pickle.dumps(caught.value)).worker == "engine 0"
+    assert arrived[0] == ["begun"] and arrived[1] == [*range(8)]
+    with ended_before(HANG_S), pytest.raises(WorkerSilentError, match=silent.format("pid")):
+        collect([stopped.call("pid", timeout_s=2.0), at_work.call("pid", timeout_s=HANG_S)])
+    with ended_before(HANG_S), pytest.raises(WorkerDiedError, match=r"engine 1 .*ended during die"):
+        collect([stopped.call("pid", timeout_s=2.0), at_work.call("die", timeout_s=HANG_S)])
+    ray.kill(stopped.actor)
+    assert psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=HANG_S)[1] == []
 
 
 # Who may join.

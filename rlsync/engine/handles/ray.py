@@ -21,6 +21,9 @@ ENGINE_THREADS = 8
 # For an actor to say how it is, and to end: vLLM gets two times 15 s itself.
 ENGINE_STATE_S = 10.0
 ENGINE_CLOSE_S = 40.0
+# Calls end by themselves at their own deadline, one that generates after it has waited for a sign of life. An actor that has still not
+# answered so much later is stopped or stuck.
+ENGINE_GRACE_S = 20.0
 
 
 class EngineActor:
@@ -143,9 +146,10 @@ class RayEngine:
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """As ``Engine.generate``, which bounds itself."""
+        """As ``Engine.generate``, which bounds itself; TimeoutError ``ENGINE_GRACE_S`` after that where the actor does not answer."""
+        limit_s = None if timeout_s is None else timeout_s + ENGINE_GRACE_S
         answers: list[tuple[Completion, ...]] = self._answer(
-            "generate", self.actor.generate.remote(prompts, sampling, seeds, timeout_s), None
+            "generate", self.actor.generate.remote(prompts, sampling, seeds, timeout_s), limit_s
         )
         return answers
 
