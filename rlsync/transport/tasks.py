@@ -101,6 +101,9 @@ class Lane:
     def __init__(self, prepare: Callable[[], None], name: str = "rlsync-packer") -> None:
         self._prepare = prepare
         self._calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None] = queue.SimpleQueue()
+        # Calls that were submitted and have not ended. With ``_idle``, which says whether there are none, it changes under the lock: a
+        # queue that was empty a moment ago may have a call by now.
+        self._num_pending = 0
         self._idle = threading.Event()
         self._idle.set()
         self._lock = threading.Lock()
@@ -108,7 +111,9 @@ class Lane:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, tasks: Tasks, key: Any, call: Callable[[], Any]) -> None:
-        self._idle.clear()
+        with self._lock:
+            self._num_pending += 1
+            self._idle.clear()
         self._calls.put((tasks, key, call))
 
     def forget(self, tasks: Tasks, patience_s: float) -> None:
@@ -133,6 +138,8 @@ class Lane:
                 is_forgotten = self._forgotten is not None and self._forgotten() is tasks
             if not is_forgotten:
                 tasks.run(key, call)
-            if self._calls.empty():
-                self._idle.set()
+            with self._lock:
+                self._num_pending -= 1
+                if self._num_pending == 0:
+                    self._idle.set()
             del tasks, item, call

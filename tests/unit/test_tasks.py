@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable
@@ -101,6 +102,40 @@ def test_a_lane_begins_nothing_that_was_forgotten_and_goes_on_with_the_next() ->
     assert lane.wait_idle(60.0)
     assert ran == ["next"]
     assert [outcome.key for outcome in former.finished()] == ["running"]
+    lane.stop()
+
+
+class SetLate(threading.Event):
+    """Calls ``before_set`` once before it is set."""
+
+    before_set: Callable[[], None] | None = None
+
+    def set(self) -> None:
+        if self.before_set is not None:
+            before, self.before_set = self.before_set, None
+            before()
+        super().set()
+
+
+def test_a_lane_is_not_idle_with_a_call_that_was_submitted_as_the_last_one_ended() -> None:
+    """Slots of a call that may still run would be handed to the next sync."""
+    lane, tasks, gate = Lane(lambda: None), Tasks(), threading.Event()
+    submits = threading.Thread(target=lambda: lane.submit(tasks, "next", gate.wait), daemon=True)
+    lane._idle = idle = SetLate()
+    idle.set()
+
+    def submit_meanwhile() -> None:
+        submits.start()
+        submits.join(0.5)
+
+    idle.before_set = submit_meanwhile
+    lane.submit(tasks, "last", lambda: None)
+    while submits.ident is None:
+        time.sleep(0.01)
+    submits.join(60)
+    assert not lane.wait_idle(0.5)
+    gate.set()
+    assert lane.wait_idle(60)
     lane.stop()
 
 
