@@ -407,14 +407,17 @@ class AutoBridge:
             save = self._planned_save(shards, max_shard_bytes)
             small_files = self._small_files(out_dir) if rank == 0 else ()
         megatron_model.gather_parameters(models)
+        with agreed(device=compute_device()):
+            buffers = _as_exported(shards)
+            exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=writer_ranks(save))
         # Not before every rank has come so far: this removes the older weights.
         with agreed(device=compute_device()):
             if rank == 0:
                 prepare_folder(out_dir)
-        buffers = _as_exported(shards)
-        exchange = Exchange(save.plan, buffers, device=compute_device(), destination_ranks=writer_ranks(save))
+        failure = write_files(out_dir, save, files_of(rank, save), exchange, buffers, writes)
         with agreed(device=compute_device()):
-            write_files(out_dir, save, files_of(rank, save), exchange, buffers, writes)
+            if failure is not None:
+                raise failure
         with agreed(device=compute_device()):
             if rank == 0:
                 self._write_small_files(out_dir, small_files, shards.tensors[0].dtype, durable=durable)

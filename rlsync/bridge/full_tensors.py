@@ -7,8 +7,8 @@ Plans between placements, and what executes them. Knows neither live models nor 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -185,23 +185,20 @@ def _interleaved(files: Mapping[str, Sequence[FileTensor]], tensors: Sequence[Te
 
 def write_files(
     out_dir: Path, save: Save, mine: Sequence[str], exchange: Exchange, buffers: Mapping[str, torch.Tensor], writes: Writes
-) -> None:
+) -> Exception | None:
     """Write the files ``mine``: tensors that are kept from where they are, those that every rank holds from this rank's ``buffers``, others
-    as they arrive. A failed write is raised at the end.
+    as they arrive.
 
-    Collective: a rank that cannot write still takes part, so that nobody waits for it.
+    Collective: a rank that cannot write still takes part, so that nobody waits for it, and has no files then. Returns why it could not,
+    for the caller to raise on all ranks; None where all is written. Raises at once what keeps it from taking part.
     """
     owner = {file.spec.name: name for name in mine for file in save.files[name]}
     files, kept = _by_tensor(file for name in mine for file in save.files[name]), MappedTensors(save.kept)
-    arriving = Arriving(files, save.held)
-    failure: OSError | None = None
+    arriving, writers, failures = Arriving(files, save.held), dict[str, FileWriter](), list[Exception]()
     with ExitStack() as stack:
-        writers: dict[str, FileWriter] = {}
-        try:
+        with _failing(failures):
             for name in mine:
                 writers[name] = stack.enter_context(FileWriter(out_dir / name, save.specs[name], writes))
-        except OSError as error:
-            failure = error
         for k, bucket in enumerate(save.plan.buckets):
             arriving.begin(bucket)
             exchange.deliver(k, [arriving.buffers] * len(save.files))
@@ -209,20 +206,38 @@ def write_files(
                 if t.name not in files:
                     continue
                 stored = files[t.name].spec.name
-                complete = (stored, in_place(t, save.held[t.name], buffers)) if t.name in save.held else arriving.completed(t)
-                try:
-                    if complete is not None and failure is None:
-                        writers[owner[stored]].write(stored, complete[1])
-                except OSError as error:
-                    failure = error
-        try:
+                complete = None if t.name in save.held else arriving.completed(t)
+                with _failing(failures):
+                    if t.name in save.held and not failures:
+                        complete = stored, in_place(t, save.held[t.name], buffers)
+                    if complete is not None and not failures:
+                        writers[owner[stored]].write(*complete)
+        with _failing(failures):
             for file, spec in ((name, spec) for name in mine for spec in save.specs[name]):
-                if failure is None and spec.name in kept:
+                if spec.name in kept and not failures:
                     writers[file].write(spec.name, kept[spec.name])
-        except OSError as error:
-            failure = error
-        if failure is not None:
-            raise CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})") from failure
+        # Leaving the writers gives files their names, or removes them after a failure.
+        with _failing(failures), stack.pop_all():
+            if failures:
+                raise failures[0]
+    return _explained(failures[0], out_dir) if failures else None
+
+
+@contextmanager
+def _failing(failures: list[Exception]) -> Iterator[None]:
+    """Keep what the block fails with, whatever it is, where this rank has to go on for the sake of others."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+
+
+def _explained(failure: Exception, out_dir: Path) -> Exception:
+    if not isinstance(failure, OSError):
+        return failure
+    explained = CheckpointError(f"{failure.filename or out_dir}: cannot be written ({failure.strerror})")
+    explained.__cause__ = failure
+    return explained
 
 
 def empty_tensor(spec: TensorSpec) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 from copy import copy
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from safetensors.torch import load_file
 
 from rlsync import AutoBridge
+from rlsync.bridge import auto_bridge
+from rlsync.copy.writes import DeferredWrites, HostMemory
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, RlsyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import flavour_of, iter_parameters
@@ -326,6 +329,36 @@ def fail_to_save_on_one_rank(folder: str, out_dir: str) -> None:
     dist.barrier()
     assert {path.name: path.read_bytes() for path in Path(out_dir).iterdir()} == before
     destroy_parallel()
+
+
+def run_out_of_host_memory_on_one_rank(folder: str, out_dir: str) -> None:
+    """A rank that gets no memory for the copies of its files takes part in the exchange to its end; all ranks hear of it, and no file of
+    its own is left."""
+    initialize_parallel(Topology(tp_size=2), seed=1, timeout_s=20)
+    bridge = AutoBridge.from_pretrained(folder)
+    models = bridge.get_model(folder, bf16=False, wrap_with_ddp=False)
+    rank = dist.get_rank()
+    # Many exchanges follow the failure.
+    with patch.object(auto_bridge, "EXPORT_BUCKET_BYTES", 20_000), pytest.raises(RlsyncError if rank == 0 else RuntimeError) as caught:
+        save_within(200 * 2**20 if rank == 1 else None, bridge, models, out_dir)
+    assert "can't allocate memory" in str(caught.value) and (rank == 1 or "rank 1: RuntimeError" in str(caught.value)), caught.value
+    dist.barrier()
+    assert len({path.stem for path in Path(out_dir).glob("model-*")}) > 2, "control: rank 0 has written several files"
+    written = {bool(int(path.name[6:11]) % 2) for path in Path(out_dir).glob("model-*.safetensors*")}
+    assert written == {True}, "rank 1 left files"
+    bridge.save_weights(models, out_dir)
+    destroy_parallel()
+
+
+def save_within(more_bytes: int | None, bridge: AutoBridge, models: list[torch.nn.Module], out_dir: str) -> None:
+    """Begin to save into host memory, of which a piece takes 256 MiB, while this process may take so many more bytes."""
+    limit, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    if more_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, limit[1]))
+    try:
+        bridge.save_weights(models, out_dir, max_shard_bytes=60_000, writes=DeferredWrites(HostMemory()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def export_without_moving(folder: str) -> None:

@@ -173,6 +173,16 @@ def test_a_save_that_one_rank_cannot_begin_leaves_the_older_weights(models, tmp_
     )
 
 
+def test_a_rank_without_memory_to_save_with_fails_on_all_ranks_and_lets_none_wait(models, tmp_path):
+    run_ranks(
+        2,
+        "tests.integration.bridge_ranks",
+        "run_out_of_host_memory_on_one_rank",
+        folder=models["qwen2"]["folder"],
+        out_dir=str(tmp_path / "out"),
+    )
+
+
 def test_a_saved_folder_says_its_own_dtype_and_the_loaded_one_is_never_written_over(models, tmp_path):
     """A NaN in both copies of a tied embedding does not make them differ; the head that was stored is the embedding."""
     from transformers import AutoModelForCausalLM
