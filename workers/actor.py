@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from rlsync.megatron.specs import SpecName
 from rlsync.megatron.state import STATE_FORMAT
 from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
+from rlsync.transport.rendezvous import Rendezvous
 from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
 from workers.gpus import device_memory_gb
@@ -63,26 +64,33 @@ class ActorRank:
         self._config, self._topology = config, topology
         self._rank = int(os.environ["RANK"])
         self._syncer: WeightSyncer | None = None
+        self._rendezvous: Rendezvous | None = None
         # Kept from save to save: pinned memory takes long to be had.
         self._save_memory = HostMemory()
         self._saving: DeferredSave | None = None
 
-    def port(self) -> int:
-        """A free port on this rank's host for the process group; called on rank 0."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def listen(self, address: str, port: int = 0) -> int:
+        """Listen at ``address``, and nowhere else, for the ranks of the process group; called on rank 0, before ``setup``. Returns the
+        port, which is of the system's choice unless one is given. Raises ConfigError where the address is not one of this rank's host."""
+        try:
+            self._rendezvous = Rendezvous(address, self._timeout_s, port)
+        except OSError as error:
+            raise ConfigError(
+                f"actor rank 0 cannot listen at {address}, where the other ranks would look for it: {error.strerror}; start Ray there with "
+                "a --node-ip-address that is one of the node's own"
+            ) from error
+        return self._rendezvous.port
 
     def setup(self, address: str, port: int, load_initial: bool) -> None:
         """Create process groups and model; ``load_initial`` loads the initial weights, which the base of adapters is in any case.
-        Collective."""
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        Collective; the ranks meet where rank 0 listens."""
         actor = self._config.actor
         initialize_parallel(
             self._topology,
             seed=actor.seed,
-            timeout_s=actor.megatron.distributed_timeout_minutes * 60,
+            timeout_s=self._timeout_s,
             backend=actor.megatron.distributed_backend,
+            store=None if dist.is_initialized() else self._store(address, port),
         )
         # While the model is built, because a machine that never had the kernels takes 10 seconds to compile them. Engines of this host find
         # them on its disk.
@@ -112,6 +120,18 @@ class ActorRank:
         if actor.megatron.async_save and self._config.runner.save_interval > 0:
             # Here, where engines are still starting, and not before the first save, which training would wait for.
             prepare_saves(self._saved_bridge, self._models, self._save_memory, saves_optimizer=not actor.megatron.no_save_optim)
+
+    def _store(self, address: str, port: int) -> dist.Store:
+        """Where the ranks of the process group find each other. torch's own would listen on every address of the host."""
+        if self._rank == 0:
+            assert self._rendezvous is not None, "listen first"
+            return self._rendezvous.store
+        return dist.TCPStore(address, port, None, False, timedelta(seconds=self._timeout_s), wait_for_workers=False)
+
+    @property
+    def _timeout_s(self) -> float:
+        """Of a collective."""
+        return self._config.actor.megatron.distributed_timeout_minutes * 60
 
     def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:
         """Create optimizer and schedule, and load the checkpoint to resume, if any. Collective.

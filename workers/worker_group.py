@@ -132,8 +132,9 @@ class WorkerGroup:
         if engines_first is not None:
             self._hold(collect(starting, on_result=up))
             engines_first()
-        (port,) = collect([self._ranks[0].call("port")])
-        setups = [rank.call("setup", self._address(), port, load_initial) for rank in self._ranks]
+        address = self._address()
+        (port,) = collect([self._ranks[0].call("listen", address)])
+        setups = [rank.call("setup", address, port, load_initial) for rank in self._ranks]
         if engines_first is not None:
             collect(setups, on_result=up)
         else:

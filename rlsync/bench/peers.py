@@ -10,18 +10,17 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.distributed import TCPStore
 
 from rlsync.bench.actor import Actor, Bucket, Clock, synchronize
 from rlsync.bench.remote import RemoteEngine
 from rlsync.bench.spec import Spec
 from rlsync.bench.worker import broadcast, join_group, leave_group
+from rlsync.transport.rendezvous import Rendezvous
 
 _HOST = "127.0.0.1"
 _PACKED_BYTES = 2**30
@@ -89,16 +88,16 @@ class GatherBroadcast:
         self._actor, self._fleet, self._timeout_s = actor, fleet, spec.timeout_s
         self._shared = spec.on_gpu and spec.placement == "collocated"
         self._group: Any = None
-        self._store: TCPStore | None = None
+        self._rendezvous: Rendezvous | None = None
         self.remark = "by CUDA IPC" if self._shared else f"by {'NCCL' if spec.on_gpu else 'gloo'}"
 
     def connect(self) -> None:
         if self._shared or self._actor.rank != 0:
             return
         size = 1 + self._fleet.num_workers
-        store = self._store = TCPStore(_HOST, 0, None, True, timedelta(seconds=self._timeout_s), wait_for_workers=False)
-        joining = self._fleet.join("bench_join", lambda offset: (_HOST, store.port, 1 + offset, size, self._timeout_s))
-        self._group = join_group(store, 0, size, self._timeout_s, on_gpu=self._actor.device.type == "cuda")
+        met = self._rendezvous = Rendezvous(_HOST, self._timeout_s)
+        joining = self._fleet.join("bench_join", lambda offset: (_HOST, met.port, 1 + offset, size, self._timeout_s))
+        self._group = join_group(met.store, 0, size, self._timeout_s, on_gpu=self._actor.device.type == "cuda")
         self._fleet.end(joining)
 
     def transfer(self, clock: Clock) -> None:
@@ -134,7 +133,7 @@ class GatherBroadcast:
     def close(self) -> None:
         self._fleet.call("bench_leave")
         leave_group(self._group)
-        self._group = self._store = None
+        self._group = self._rendezvous = None
 
 
 class _Vllm:

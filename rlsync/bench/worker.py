@@ -12,13 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 # (name, dtype, shape, offset in bytes) of a tensor in a bucket.
 Row = Sequence[Any]
 
 
-def join_group(store: TCPStore, rank: int, size: int, timeout_s: float, *, on_gpu: bool) -> Any:
+def join_group(store: Store, rank: int, size: int, timeout_s: float, *, on_gpu: bool) -> Any:
     """A process group of the actor's rank 0 and all engine workers, beside the default groups. Collective over its members."""
     room, limit = PrefixStore("gather-broadcast", store), timedelta(seconds=timeout_s)
     if on_gpu:

@@ -22,10 +22,13 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.cpu import enable_cpu
 
 
-def initialize_parallel(topology: Topology, *, seed: int, timeout_s: float, backend: str | None = None) -> None:
+def initialize_parallel(
+    topology: Topology, *, seed: int, timeout_s: float, backend: str | None = None, store: dist.Store | None = None
+) -> None:
     """Create torch.distributed (unless it exists), Megatron's process groups, and the random state of this rank.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Collective over all ranks.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and, without ``store``, MASTER_ADDR and MASTER_PORT as torchrun sets them. Collective over all
+    ranks.
     Without CUDA this process is prepared for CPU and gloo first (``enable_cpu``).
 
     Args:
@@ -34,13 +37,14 @@ def initialize_parallel(topology: Topology, *, seed: int, timeout_s: float, back
             all ranks of one pipeline stage; stages differ, as in Megatron.
         timeout_s: deadline of each collective.
         backend: of torch.distributed; by default nccl with CUDA, else gloo.
+        store: where ranks find each other; by default torch's own at MASTER_PORT, which rank 0 listens for on every address it has.
 
     Raises:
         ConfigError: the topology does not fit the number of ranks, or Megatron's groups exist already.
     """
     on_cpu = enable_cpu()
     if not dist.is_initialized():
-        _initialize_distributed(backend if backend is not None else ("gloo" if on_cpu else "nccl"), timeout_s=timeout_s)
+        _initialize_distributed(backend if backend is not None else ("gloo" if on_cpu else "nccl"), store, timeout_s=timeout_s)
     if dist.get_world_size() != topology.world_size:
         raise ConfigError(
             f"topology {topology} is made for {topology.world_size} ranks, but {dist.get_world_size()} are running: "
@@ -179,8 +183,9 @@ def _shared(batches: Sequence[Mapping[str, torch.Tensor]] | None, group: dist.Pr
     return shared
 
 
-def _initialize_distributed(backend: str, *, timeout_s: float) -> None:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+def _initialize_distributed(backend: str, store: dist.Store | None, *, timeout_s: float) -> None:
+    address = ("MASTER_ADDR", "MASTER_PORT") if store is None else ()
+    missing = [name for name in ("RANK", "WORLD_SIZE", *address) if name not in os.environ]
     if missing:
         raise ConfigError(
             f"cannot join a process group: the environment lacks {', '.join(missing)}; start with torchrun, "
@@ -188,7 +193,9 @@ def _initialize_distributed(backend: str, *, timeout_s: float) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # What torch reads itself is said by -1.
+    rank, world_size = (-1, -1) if store is None else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=world_size)
 
 
 def _seed_all(seed: int) -> None:

@@ -48,18 +48,21 @@ class Rendezvous:
     """The store through which members find each other, on ``bind_host`` and no other address. Lives until it is dropped.
 
     Attributes:
-        host, port: where it listens; the port is of the system's choice.
+        host, port: where it listens; the port is of the system's choice, unless one is given.
+        store: this process's own connection to it.
+
+    Raises OSError where this host cannot listen there.
     """
 
-    def __init__(self, bind_host: str, timeout_s: float) -> None:
+    def __init__(self, bind_host: str, timeout_s: float, port: int = 0) -> None:
         self.host = bind_host
         family = socket.getaddrinfo(bind_host, None)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind((bind_host, 0))
+        listener.bind((bind_host, port))
         listener.listen(128)
         self.port: int = listener.getsockname()[1]
         # torch's own listener would be bound to every address.
-        self._store = TCPStore(
+        self.store: Store = TCPStore(
             bind_host, self.port, None, True, seconds(timeout_s), wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
@@ -68,7 +71,7 @@ class Rendezvous:
 
     def close(self) -> None:
         """Give it up; there is no call to end a store."""
-        del self._store
+        del self.store
 
 
 def enter(info: GroupInfo, number: int, limit_s: float) -> Store:

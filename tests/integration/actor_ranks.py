@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import actor as actor_module
+from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
@@ -31,8 +33,37 @@ def start(config: RunConfig, *, load_initial: bool = True) -> GrpoRank:
     one = actor_topology(config.actor.model, 1)
     topology: Topology = actor_topology(config.actor.model, int(os.environ["WORLD_SIZE"]) // one.world_size)
     actor = GrpoRank(config, topology)
-    actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), load_initial)
+    set_up(actor, load_initial)
     return actor
+
+
+def set_up(actor: ActorRank, load_initial: bool = True) -> None:
+    """As a run's driver has it done; the port is known before, and process groups of an actor before are gone on with."""
+    port = int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] == "0" and not dist.is_initialized():
+        assert actor.listen("127.0.0.1", port) == port
+    actor.setup("127.0.0.1", port, load_initial)
+
+
+def meet(folder: str) -> None:
+    """Where this process listens at the port of the process group's store; before, rank 0 is refused an address that is not its host's."""
+    config = run_config(folder, {})
+    if os.environ["RANK"] == "0":
+        stranger = GrpoRank(config, actor_topology(config.actor.model, int(os.environ["WORLD_SIZE"])))
+        try:
+            stranger.listen("192.0.2.1")
+            raise AssertionError("an address that is kept for documentation is this host's")
+        except ConfigError as error:
+            refusal = str(error)
+        assert stranger.listen("127.0.0.1") not in (0, int(os.environ["MASTER_PORT"])), "without a port the system chooses"
+    actor = start(config)
+    mine = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    met = [at.ip for at in mine if at.port == int(os.environ["MASTER_PORT"])]
+    if os.environ["RANK"] == "0":
+        say({"refusal": refusal, "listens": met})
+    else:
+        assert met == []
+    leave(actor)
 
 
 def leave(actor: GrpoRank) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from rlsync.megatron.parallel import compute_device, destroy_parallel, initializ
 from rlsync.megatron.routes import Routing
 from rlsync.megatron.train import token_scores, train_step
 from rlsync.models.moe import NO_ROUTE
-from tests.integration.actor_ranks import batches, leave
+from tests.integration.actor_ranks import batches, leave, set_up
 from tests.integration.actor_reference import run_config
 from tests.integration.megatron_ranks import loss
 from workers.config import actor_topology
@@ -138,7 +137,7 @@ def grpo(folder: str, expected: str) -> None:
         }  # fmt: skip
         config = run_config(folder, sections)
         actor = GrpoRank(config, actor_topology(config.actor.model))
-        actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), True)
+        set_up(actor)
         actor.begin(None)
         dealt = batches(actor, samples, 1)
         difference = actor.score(dealt)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import destroy_parallel
+from tests.integration.actor_ranks import set_up
 from workers.config import SftConfig, actor_topology, lenient_overrides, load_config, register_resolvers
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer, prepare_model
@@ -55,7 +56,7 @@ def start(config: SftConfig) -> SftRank:
     model = config.actor.model
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     actor = SftRank(config, actor_topology(model, int(os.environ["WORLD_SIZE"]) // replica))
-    actor.setup("127.0.0.1", int(os.environ["MASTER_PORT"]), True)
+    set_up(actor)
     actor.begin(None)
     return actor
 

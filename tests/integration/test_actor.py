@@ -179,6 +179,13 @@ def test_a_conversion_of_another_padding_or_another_build_is_made_anew(given, tm
     assert renewed["converted"] and renewed["digest"] == first["digest"]
 
 
+def test_ranks_meet_at_the_address_that_is_named_and_nobody_listens_elsewhere(given):
+    """torch's own store for MASTER_ADDR=127.0.0.1 would listen on every address of the host."""
+    found = said(run_ranks(2, RANKS, "meet", folder=given["folder"])[0])
+    assert found["listens"] == ["127.0.0.1"]
+    assert found["refusal"].startswith("actor rank 0 cannot listen at 192.0.2.1, where the other ranks would look for it: ")
+
+
 def test_a_rank_comes_up_without_asking_for_a_gpu():
     """Ranks come up while engines on the same GPUs measure what these have left; so nothing may touch one before ``setup``."""
     lines = (
