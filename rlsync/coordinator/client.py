@@ -21,6 +21,9 @@ _LINGER_MS = 1000
 _LAST_LOOK_S = 0.5
 # A poll that ends this much too late means that the process was stopped, not slow.
 _OVERSLEPT_S = 0.1
+# Between two syncs nothing is sent, maybe for hours. Probes of an idle connection keep firewalls and NAT from forgetting it, which they
+# may do after a few minutes; unanswered, they end it within two minutes, and zmq dials again.
+_PROBED_AFTER_S, _PROBED_EVERY_S, _NUM_PROBES = 60, 15, 4
 
 
 class Peer:
@@ -41,6 +44,7 @@ class Peer:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        keep_alive(self._socket)
         self._socket.connect(endpoint)
         self.heard_s = time.monotonic()
         self.send(hello)
@@ -100,6 +104,15 @@ class Peer:
     def close(self) -> None:
         """Close the socket; queued messages still leave, while the process lives. Idempotent."""
         self._socket.close()
+
+
+def keep_alive(socket: zmq.Socket[bytes]) -> None:
+    """Have the kernel probe connections of a socket that is not yet bound or connected. Not zmq's heartbeat, which a stopped process
+    (SIGSTOP) does not answer: its messages of the meantime would be lost with its connection."""
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _PROBED_AFTER_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _PROBED_EVERY_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, _NUM_PROBES)
 
 
 def to_exception(error: m.Error) -> WeightSyncError:

@@ -16,7 +16,7 @@ from typing import Protocol
 import zmq
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.client import pid_domain
+from rlsync.coordinator.client import keep_alive, pid_domain
 from rlsync.errors import ConfigError
 
 _TICK_MS = 200
@@ -55,6 +55,10 @@ class CoordinatorServer:
         # Nothing is dropped towards a slow peer: the volume of a sync is a few small messages per bucket.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        # A peer whose connection the network has dropped dials again under its identity while this end may still take the former for
+        # alive. Without this zmq keeps the former, and swallows all that comes by the new one.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        keep_alive(self._socket)
         port: int = self._socket.bind_to_random_port(f"tcp://{bind_host}")
         self.endpoint = f"tcp://{bind_host}:{port}"
         self._stop = threading.Event()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from urllib.parse import urlsplit
 
 import pytest
 import zmq
 
 from rlsync.coordinator import messages as m
+from rlsync.coordinator.client import Peer
+from rlsync.coordinator.server import CoordinatorServer
 from tests.deadlines import HANG_S
 
+HELLO = m.ActorHello("", "", 0, 1, "", "", "", 1, None, "")
 REPO = Path(__file__).resolve().parents[2]
 # Waits for a message for as long as it is told, and says what came.
 WAITING = """
@@ -48,3 +57,81 @@ def test_a_process_that_was_stopped_beyond_its_deadline_hears_what_was_said_mean
         for process in waiting:
             process.send_signal(signal.SIGCONT)
         assert [process.communicate(timeout=HANG_S)[0].strip() for process in waiting] == ["Finished" if said else "TimeoutError"] * 3
+
+
+class Hearing:
+    """Served by a real server: counts what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: SimpleQueue[bytes] = SimpleQueue()
+
+    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+        self.heard.put(raw)
+
+    def lose(self, identity: bytes) -> None: ...
+
+    def expire(self, now: float) -> None: ...
+
+    def fail(self, cause: str) -> None: ...
+
+    def process_of(self, identity: bytes) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[CoordinatorServer, Hearing]]:
+    served, server = Hearing(), CoordinatorServer("127.0.0.1", 1)
+    server.start(served)
+    yield server, served
+    server.stop()
+
+
+def test_a_connection_that_the_network_dropped_on_one_side_is_replaced(server: tuple[CoordinatorServer, Hearing]) -> None:
+    """As by a NAT that forgets an idle one: the peer is reset, and the coordinator's end is never told."""
+    (address, port), legs = urlsplit(server[0].endpoint).netloc.split(":"), list[socket.socket]()
+    middle = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = middle.accept()[0], socket.create_connection((address, int(port)))
+                legs.extend((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    peer = Peer(f"tcp://127.0.0.1:{middle.getsockname()[1]}", HELLO)
+    try:
+        assert server[1].heard.get(timeout=HANG_S) == m.encode(HELLO)
+        legs[0].shutdown(socket.SHUT_RDWR)
+        deadline_s = time.monotonic() + HANG_S
+        while len(legs) < 4:
+            assert time.monotonic() < deadline_s, "the peer dials again"
+            time.sleep(0.05)
+        peer.send(m.Joined(1, 1))
+        assert server[1].heard.get(timeout=10) == m.encode(m.Joined(1, 1))
+    finally:
+        peer.close()
+        for leg in (middle, *legs):
+            leg.close()
+
+
+def test_the_kernel_probes_both_ends_of_an_idle_connection(server: tuple[CoordinatorServer, Hearing]) -> None:
+    peer = Peer(server[0].endpoint, HELLO)
+    server[1].heard.get(timeout=HANG_S)
+    port, deadline_s = f":{int(server[0].endpoint.rsplit(':', 1)[1]):04X}", time.monotonic() + 10
+    while True:
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        # Local and remote address, state (01: established), queues, and the timer that runs (02: keepalive), with what is left of it.
+        timers = [row[5] for row in rows if (row[1].endswith(port) or row[2].endswith(port)) and row[3] == "01"]
+        if len(timers) == 2 and all(timer.startswith("02:") for timer in timers):
+            break
+        assert time.monotonic() < deadline_s, timers
+        time.sleep(0.1)
+    # In hundredths of a second: within the few minutes after which firewalls forget a connection.
+    assert all(int(timer[3:], 16) <= 6100 for timer in timers), timers
+    peer.close()
