@@ -47,6 +47,7 @@ class Driver:
     Attributes:
         mapped: what has been opened and not closed, by address: number and bytes.
         opened: numbers of allocations, in the order in which they were opened.
+        freed: numbers of allocations, in the order in which they were given back, and whether somebody mapped them then.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class Driver:
         self._taken: dict[int, tuple[int, int, int]] = {}
         self.mapped: dict[int, tuple[int, int]] = {}
         self.opened: list[int] = []
+        self.freed: list[tuple[int, bool]] = []
 
     def take(self, nbytes: int) -> int:
         """Address of a new allocation."""
@@ -68,7 +70,8 @@ class Driver:
     def give_back(self, address: int) -> None:
         """What is mapped elsewhere stays there."""
         with self._lock:
-            fd, nbytes, _ = self._taken.pop(address)
+            fd, nbytes, number = self._taken.pop(address)
+            self.freed.append((number, number in {mapped for mapped, _ in self.mapped.values()}))
         _LIBC.munmap(address, nbytes)
         os.close(fd)
 

@@ -19,6 +19,7 @@ from rlsync.errors import WeightSyncError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.plan.packing import PackedPart
 from rlsync.transport.ends import Arrival, PackedArrival, Receiver, make_receiver
+from rlsync.transport.ipc import IpcReceiver
 from rlsync.transport.shm import shm_domain
 
 TIMEOUT_S = 3.0
@@ -73,6 +74,9 @@ class ThreadEngine:
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         info = self.change_info(dict(init_info))
+        for former in self._receivers:
+            if isinstance(former, IpcReceiver):
+                former.close()  # before it dials, as a worker of vLLM does
         place = (info["token"], info["run_id"], info["engine_id"], 0)
         about = (self.workers, self.host, self.domain, self.pid_domain, 1)
         self._peers = [Peer(info["endpoint"], m.WorkerHello(*place, i, *about, self.gpus[i], "none")) for i in range(self.workers)]

@@ -188,11 +188,15 @@ class ActorRank:
         Args:
             stable_memory: whether the weights are never offloaded, so that engines may keep them mapped.
         """
+        # A new one: ``begin`` may have given the parameters other memory.
+        source = MegatronSource(self._bridge, self._models, stable_memory=stable_memory, lora=self._config.weight_sync.lora)
         if self._syncer is not None:
             self._syncer.close()
+            self._syncer.connect(engines, source)
+            return
         device = compute_device()
         self._syncer = WeightSyncer(
-            MegatronSource(self._bridge, self._models, stable_memory=stable_memory, lora=self._config.weight_sync.lora),
+            source,
             engines if self._rank == 0 else (),
             self._config.weight_sync,
             rank=self._rank,
@@ -252,7 +256,6 @@ class ActorRank:
         """Close the connection and the process groups. Idempotent."""
         if self._syncer is not None:
             self._syncer.close()
-            self._syncer = None
         if dist.is_initialized():
             destroy_parallel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -25,6 +26,9 @@ class Endpoints:
         self.hosted: dict[str, Hosted] = {}
         self.senders: dict[str, Sender] = {}
         self._on_abandon: list[Callable[[], None]] = []
+        self._on_next: list[Callable[[], None]] = []
+        # Where no connection follows; at the end of the process it goes by itself.
+        weakref.finalize(self, _call_all, self._on_next).atexit = False
 
     def host(self, plan: ConnectionPlan, config: SyncConfig) -> tuple[tuple[ActorAssignment, ...], tuple[WorkerAssignment, ...]]:
         """Rank 0: open what the plan's transports attach to; returns everybody's assignment."""
@@ -44,9 +48,11 @@ class Endpoints:
         stable_memory: bool,
         device: torch.device | None,
     ) -> Callable[[], dict[str, bytes]]:
-        """Make this rank's senders. What is returned waits for the other members of groups, and says what this rank exports."""
+        """Make this rank's senders, when all workers have dialed in. What is returned waits for the other members of groups, and says what
+        this rank exports."""
+        _call_all(self._on_next)
         for name, end in assignment.ends.items():
-            local = Local(places, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon)
+            local = Local(places, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon, self._on_next)
             self.senders[name] = transport(name).make_sender(end, local)
         return lambda: join(self.senders, 0)
 
@@ -61,11 +67,17 @@ class Endpoints:
             call()
 
     def close(self) -> None:
-        """Leave for good. Idempotent."""
+        """Leave for good; memory that workers may still map is given back by the next ``attach``, or with this object. Idempotent."""
         ends: Sequence[Sender | Hosted] = (*self.senders.values(), *self.hosted.values())
         self.senders, self.hosted, self._on_abandon = {}, {}, []
         for end in ends:
             end.close()
+
+
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    """Call each of them, once."""
+    while calls:
+        calls.pop()()
 
 
 def join(senders: Mapping[str, Sender], group: int) -> dict[str, bytes]:

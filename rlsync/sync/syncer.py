@@ -120,10 +120,7 @@ class WeightSyncer:
             raise ConfigError("WeightSyncer: rank 0 needs the handle of at least one engine")
         if broadcast is None and world_size > 1:
             raise ConfigError(f"WeightSyncer: {world_size} actor ranks need a broadcast to share the coordinator's address")
-        if (source.declared.adapter is not None) != (config.lora == "adapter"):
-            has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
-            raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
-        self._source, self._config = source, config
+        self._source, self._config = _fitting(source, config), config
         self._engines = tuple(engines) if rank == 0 else ()
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
         self._peer: Peer | None = None
@@ -143,7 +140,7 @@ class WeightSyncer:
 
     # Connect.
 
-    def connect(self, engines: Sequence[EngineHandle] | None = None) -> None:
+    def connect(self, engines: Sequence[EngineHandle] | None = None, source: Source | None = None) -> None:
         """Let all workers and ranks dial in, record what the workers hold, and plan. Collective over the actor ranks.
 
         May be called again after ``close``, with other engines where some were restarted or added: versions then start over,
@@ -151,11 +148,14 @@ class WeightSyncer:
 
         Args:
             engines: new handles, on rank 0; None keeps the former ones.
+            source: of this rank from now on, as where parameters are other objects than before; None keeps the former one.
         """
-        if engines is not None and self._rank == 0 and self._peer is None:
-            self._engines = tuple(engines)
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
+        if engines is not None and self._rank == 0:
+            self._engines = tuple(engines)
+        if source is not None:
+            self._source = _fitting(source, self._config)
         info = self._listen() if self._rank == 0 else ConnectInfo()
         if self._broadcast is not None:
             info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
@@ -379,7 +379,10 @@ class WeightSyncer:
         return has_frozen and self._engines_hold_frozen and all(engine.state == "clean" for engine in self._engines)
 
     def close(self) -> None:
-        """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody."""
+        """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody.
+
+        A staging ring in GPU memory stays until the workers have connected again, or until this object goes: they map it until then.
+        """
         if self._peer is not None:
             self._peer.send(m.Goodbye())
             self._peer.close()
@@ -395,6 +398,14 @@ class WeightSyncer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _fitting(source: Source, config: SyncConfig) -> Source:
+    """The source. Raises ConfigError where it sends other things than ``config`` says."""
+    if (source.declared.adapter is not None) != (config.lora == "adapter"):
+        has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
+        raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
+    return source
 
 
 class _Laps:

@@ -178,6 +178,8 @@ class Local:
         hosted: the resource that this process has opened for the transport, on rank 0.
         on_abandon: a sender whose calls may wait adds what releases them. It is called after a failed sync, from any thread, and must be
             idempotent and not block.
+        on_next: a sender that is closed adds what gives back memory which workers may still map. It is called when all workers of the next
+            connection are there, which have unmapped what they had by then.
     """
 
     places: Places
@@ -186,6 +188,7 @@ class Local:
     device: torch.device | None
     hosted: Hosted | None
     on_abandon: list[Callable[[], None]]
+    on_next: list[Callable[[], None]]
 
 
 class Transport(Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -141,7 +141,7 @@ def _stage(routes: Routes, row: Sequence[PackedPart]) -> tuple[dict[tuple[int, i
 def make_sender(end: bytes, local: Local) -> IpcSender:
     assert local.device is not None, "a rank without a device exports nothing"
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    return IpcSender(decoded, local.places, stable_memory=local.stable_memory, device=local.device)
+    return IpcSender(decoded, local.places, stable_memory=local.stable_memory, device=local.device, on_next=local.on_next)
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> IpcReceiver:
@@ -164,8 +164,10 @@ def memory_of(buffers: Buffers, *, stable_memory: bool) -> Memory:
 class IpcSender:
     """An actor rank's end: exports its parameters, and stages in a ring the regions that are not read in place."""
 
-    def __init__(self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device) -> None:
-        self._end, self._device = end, device
+    def __init__(
+        self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device, on_next: list[Callable[[], None]]
+    ) -> None:
+        self._end, self._device, self._on_next = end, device, on_next
         self._exporter = IpcExporter(end, places, stable_memory=stable_memory, device=device)
         self._has_joined = False
 
@@ -195,8 +197,11 @@ class IpcSender:
             torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
-        """Give the staging ring back. Every reader has let go of it, or its process has ended."""
-        self._exporter.close()
+        """Let go of the parameters, and have the staging ring given back later: what CUDA does is undefined where memory is freed while
+        others map it. They hold it as long as that, so that it costs nothing to keep it here."""
+        ring = self._exporter.close()
+        if ring is not None:
+            self._on_next.append(ring.free)
 
 
 class IpcExporter:
@@ -278,11 +283,10 @@ class IpcExporter:
         found = self._places.by_name()
         return [found[name][0] for name in self._buffers]
 
-    def close(self) -> None:
-        """Give the staging ring back. Every reader has let go of it, or its process has ended. Idempotent."""
-        if self._stage is not None:
-            self._stage.free()
-        self._stage, self._buffers = None, {}
+    def close(self) -> ExportableMemory | None:
+        """Let go of everything. Returns the staging ring, which is the caller's to free when every reader has unmapped it. Idempotent."""
+        ring, self._stage, self._buffers = self._stage, None, {}
+        return ring
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import pytest
 from rlsync.coordinator import messages as m
 from rlsync.errors import ConfigError
 from rlsync.sync import SyncConfig
-from tests.thread_actors import SIZES, Actors, holds
+from tests.thread_actors import SIZES, Actors, Numbers, holds
 from tests.thread_engines import ThreadEngine
 
 
@@ -165,6 +165,20 @@ def test_an_engine_is_added_by_a_new_connection_and_gets_the_present_version(act
     report = actors.sync(4)
     assert all(holds(engine, 4) for engine in (*engines, added))
     assert set(report.engine_s) == {"e0", "e1", "e2"}
+
+
+def test_a_new_connection_may_be_of_a_new_source(actors: Actors, engines: list[ThreadEngine]) -> None:
+    actors.sync(1)
+    actors.close()
+    actors.there.clear()
+    before, actors.sources = actors.sources, [Numbers(rank, 2) for rank in range(2)]
+    assert actors.both(lambda s: s.connect(source=actors.sources[s._rank])) == [None, None]
+    for source in before:
+        source.begin(7)
+    actors.sync(2)
+    assert all(holds(engine, 2) for engine in engines)
+    taken = [half for source in before for half in source.buffers.values()]
+    assert all(float(half[0]) >= 7000.0 for half in taken), "the former source is not asked"
 
 
 @pytest.mark.parametrize(

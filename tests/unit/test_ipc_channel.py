@@ -154,6 +154,27 @@ def test_rings_take_turns(connect: Connect, engine: ThreadEngine, stays: bool) -
     assert (report.staged_bytes, report.num_buckets) == (2 * NBYTES, len(SIZES))
 
 
+def test_rings_are_freed_when_nobody_maps_them_before_the_next_ones_are_taken(
+    connect: Connect, driver: Driver, engine: ThreadEngine
+) -> None:
+    """CUDA leaves open what happens otherwise; and two rings at once may be more than a GPU has room for."""
+    actors = connect(stays=True, staging="always")
+    rings: list[int] = []
+    for turn in range(3):
+        actors.sync(1)
+        assert holds(engine, 1)
+        former, rings = rings, sorted({number for number, _ in driver.mapped.values()})
+        assert len(rings) == 2 and sorted(driver.freed) == [(number, False) for number in former]
+        driver.freed.clear()
+        actors.close()
+        assert driver.freed == [], "workers map them until they connect again"
+        if turn < 2:
+            actors.there.clear()
+            actors.connect()
+    del actors.syncers[:]
+    assert {number for number, _ in driver.freed} == set(rings), "no connection follows"
+
+
 def test_memory_that_moves_unsaid_is_found_out_and_the_next_sync_is_right(
     connect: Connect, engine: ThreadEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

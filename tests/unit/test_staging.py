@@ -47,7 +47,7 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, ver
     packers = []
     for end, buffers in zip(ends.actors, sources, strict=True):
         places = Places(buffers)
-        sender = shm.make_sender(end, Local(places, True, 1.0, None, ring, []))
+        sender = shm.make_sender(end, Local(places, True, 1.0, None, ring, [], []))
         packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), places, [sender]))
     slots = [ring.slot(i) for i in range(num_slots)]
     for slot in slots:
