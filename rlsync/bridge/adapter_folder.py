@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import Holding, StoredTensor, read_checkpoint
-from rlsync.models.lora import PREFIX, A, AdaptedRule, Adapters, B, LoraSpec
+from rlsync.models.lora import PREFIX, A, AdaptedRule, Adapters, B, LoraSpec, module_of
 from rlsync.models.stacks import Model
 from rlsync.models.stored import FileTensor, differences, file_placement, stacked_tensor
 
@@ -122,10 +122,8 @@ def _config_of(folder: Path | str) -> dict[str, Any]:
 def adapter_config(adapters: Adapters, base_model: str | None) -> dict[str, Any]:
     """Content of ``adapter_config.json``, for PEFT and vLLM. Targets are full names of the adapted modules where not all linear layers of
     the model that transformers builds have an adapter, so that nobody has to read the spec's words as it was read here."""
-    spec = adapters.spec
-    names = (
-        sorted({module.rpartition(".")[2] for module in adapters.modules}) if adapters.are_all_of_their_names else sorted(adapters.modules)
-    )
+    spec, modules = adapters.spec, adapters.modules - adapters.routers.keys()
+    names = sorted({module.rpartition(".")[2] for module in modules} if adapters.are_all_of_their_names else modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -139,6 +137,7 @@ def adapter_config(adapters: Adapters, base_model: str | None) -> dict[str, Any]
         "fan_in_fan_out": False,
         "init_lora_weights": True if spec.init == "kaiming" else spec.init,
         "target_modules": names,
+        "target_parameters": sorted(adapters.routers.values()) or None,
         "exclude_modules": None,
         "modules_to_save": None,
         "rank_pattern": {},
@@ -179,7 +178,10 @@ def placed_adapter(model: Model, adapters: Adapters, folder: Path) -> Holding:
     Raises CheckpointError for a missing or damaged file, PlacementError with every missing, unexpected and wrongly shaped tensor at once.
     """
     copies = _names_of_copies(adapters)
-    stored = {name: tensor for name, tensor in _stored(folder).items() if name not in copies}
+    # A router may be called otherwise in transformers than in released files.
+    called = {module_of(parameter): module for module, parameter in adapters.routers.items()}
+    ours = {f"{there}{factor}": f"{module}{factor}" for there, module in called.items() for factor in (A, B)}
+    stored = {ours.get(name, name): tensor for name, tensor in _stored(folder).items() if name not in copies}
     factors = stored_factors(model, adapters, stored)
     findings = differences({factor.name: factor.shape for factor in factors}, {name: t.spec.shape for name, t in stored.items()})
     if findings:

@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from rlsync.errors import ConfigError
@@ -188,6 +189,22 @@ class EmbeddingAdapter(Adapter):
         return F.linear(_exchange(self._axis)(hidden.transpose(0, 1).contiguous() if self._axis.sequence_parallel else hidden), self.lora_B)
 
 
+class RouterAdapter(Adapter):
+    """Of a router, in the dtype of its logits."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        """What is added to the logits (..., experts) of ``x`` (..., hidden). Not collective."""
+        return self.added(x.to(dtype), self.lora_A.to(dtype), self.lora_B.to(dtype), F.linear)
+
+
+class AdaptedRouter(TopKRouter):
+    """A router with an adapter: what it chooses from is no output of its own, to which a hook could add."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        logits: Tensor = super().gating(input)
+        return logits + self.adapter(input, logits.dtype)
+
+
 @torch.no_grad()
 def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tensor]:
     """Each weight of a base on this rank plus its adapter: computed in fp32, and rounded once to the dtype of the weight.
@@ -318,6 +335,8 @@ def add_adapters(
             base.return_layernorm_output = True
         if kind.add is _add_to_groups:
             grouped.setdefault(base, []).append((rule, adapter))
+        elif kind.adapter is RouterAdapter:
+            base.__class__ = AdaptedRouter
         elif kind.add is not None:
             base.register_forward_hook(partial(kind.add, adapter))
     for base, of_experts in grouped.items():
@@ -385,6 +404,7 @@ def _kinds(flavour: Flavour) -> tuple[_Kind, ...]:
     named = (
         _Kind(ScoringHead, "column", None, HeadAdapter),
         _Kind(VocabParallelEmbedding, "row", _add_to_embedding, EmbeddingAdapter),
+        _Kind(TopKRouter, "whole", None, RouterAdapter),
     )
     if flavour == "local":
         return (

@@ -54,12 +54,11 @@ _SPLITS: Mapping[type, Split] = {
 # Matrices of the table that have no adapter, by the names of their rules.
 _NO_ADAPTER: Mapping[str, str] = {
     "pos_embed.weight": "an embedding of places",
-    "mlp.router.weight": "a router",
     "mlp.shared_experts.gate_weight": "the gate of a shared expert",
 }
 # Those that have one where they are named, and not as a part of "all-linear".
-EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-_WHERE_NAMED = frozenset({EMBEDDING, _HEAD})
+EMBEDDING, _HEAD, _ROUTER = "embedding.word_embeddings.weight", "output_layer.weight", "mlp.router.weight"
+_WHERE_NAMED = frozenset({EMBEDDING, _HEAD, _ROUTER})
 _TIED = (
     "tied: head and embedding are one weight, and an adapter of one of them, merged, would change both; untie them (tie_word_embeddings "
     "false in config.json, and both weights in the files), or leave both out"
@@ -83,13 +82,13 @@ class LoraSpec:
         lora_dropout: probability with which an element of an adapter's input is dropped in training.
         target_modules: "all-linear", which is all linear layers of the language model's attention, MLPs and experts; a regular expression
             that a whole HF module name has to match; or names that it has to end with. The last two reach layers of a vision tower and its
-            mergers, and embedding and head of a model in which they are two weights.
+            mergers, routers, and embedding and head of a model in which they are two weights.
         exclude_modules: the same, of modules that have no adapter; () for none.
         init: of A: "kaiming" (uniform, as PEFT's True) or "gaussian" (deviation 1 / r). B begins at zero. Of an embedding A begins at
             zero, and B with deviation 1.
         seed: of what does not begin at zero. Values depend on it and on the HF name alone, not on the parallel layout.
-        target_parameters: names that parameters with a weight of each expert have to end with, such as "mlp.experts.gate_up_proj"; every
-            projection of every expert in them has an adapter.
+        target_parameters: names that parameters of transformers have to end with: those with a weight of each expert, such as
+            "mlp.experts.gate_up_proj", of which every projection of every expert has an adapter, and routers, "mlp.gate.weight".
     """
 
     r: int
@@ -183,12 +182,14 @@ class Adapters:
 
     Attributes:
         modules: HF names of the modules that have an adapter.
-        are_all_of_their_names: whether no other matrix of the model has the last name of one of them.
+        are_all_of_their_names: whether no other matrix of the model has the last name of one of them, but for ``routers``.
+        routers: of routers among the modules, the parameter of transformers that PEFT adapts in their place.
     """
 
     spec: LoraSpec
     modules: frozenset[str]
     are_all_of_their_names: bool
+    routers: Mapping[str, str]
 
     def rules(self, parameters: Iterable[Bound]) -> Iterator[AdaptedRule]:
         """The factors of those parameters that have some, in their order."""
@@ -256,9 +257,10 @@ def adapters_of(model: Model, spec: LoraSpec) -> Adapters:
     linear, other = _matrices(model)
     chosen = frozenset(_chosen(model, spec, linear))
     rest = _last_names(module for module in (*linear, *other) if module not in chosen)
-    last = set(_last_names(chosen))
+    routers = {module: name for module, name in router_parameters(model).items() if module in chosen}
+    last = set(_last_names(chosen - routers.keys()))
     # A number is the name of blocks too.
-    return Adapters(spec, chosen, not last & set(rest) and not any(name.isdigit() for name in last))
+    return Adapters(spec, chosen, not last & set(rest) and not any(name.isdigit() for name in last), routers)
 
 
 def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
@@ -295,9 +297,13 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
         # PEFT passes over a name that matches nothing beside others that do.
         idle = [name for name in spec.target_modules if not any(_ends_with(module, name) for module in (*linear, *other))]
         findings += [f"target_modules name {name}, which no linear layer of {model.architecture} is called" for name in idle]
-    stacked = set(_stacked(model).values()) if spec.target_parameters else set()
-    idle = [name for name in spec.target_parameters if not any(_ends_with(parameter, name) for parameter in stacked)]
-    return findings + [f"target_parameters name {name}, which no stacked experts of {model.architecture} are called" for name in idle]
+    named = set(_parameters(model).values()) if spec.target_parameters else set()
+    idle = [name for name in spec.target_parameters if not any(_ends_with(parameter, name) for parameter in named)]
+    findings += [f"target_parameters name {name}, which no experts or routers of {model.architecture} are called" for name in idle]
+    routers = [module for module in _chosen(model, spec, linear) if module in router_parameters(model)]
+    if routers and spec.lora_dropout:
+        findings.append(f"lora_dropout is {spec.lora_dropout}, and {routers[0]} is a router, whose adapter has none in PEFT: set it to 0")
+    return findings
 
 
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
@@ -313,7 +319,7 @@ def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
 
 def _of_named(model: Model, adapters: Adapters) -> str | None:
     found = [module for module, part in _matrices(model)[0].items() if part is None and module in adapters.modules]
-    return f"{found[0]} has an adapter: slots of engines are for layers of the decoder; leave it out" if found else None
+    return f"{found[0]} has an adapter, for which engines have no slot; leave it out" if found else None
 
 
 def _of_towers(model: Model, adapters: Adapters) -> str | None:
@@ -389,18 +395,33 @@ def _last_names(modules: Iterable[str]) -> list[str]:
 
 def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part | None]) -> list[str]:
     """Those of the modules that can have an adapter which have one."""
-    stacked = _stacked(model) if spec.target_parameters else {}
+    parameters = _parameters(model) if spec.target_parameters else {}
     return [
         module
         for module, part in linear.items()
-        if _is_chosen(spec, module, part) or _matches(spec.target_parameters, stacked.get(module, ""))
+        if _is_chosen(spec, module, part) or _matches(spec.target_parameters, parameters.get(module, ""))
     ]
 
 
-def _stacked(model: Model) -> dict[str, str]:
-    """By the module of each projection of an expert, the parameter of transformers that has it beside those of all other experts."""
+def _parameters(model: Model) -> dict[str, str]:
+    """By the module of a router, and of each projection of an expert, the parameter of transformers that is it, or has it beside those of
+    all other experts."""
     experts = (bound for bound in model.parameters() if bound.stack.stacked is not None)
-    return {module_of(name): stacked_tensor(bound, None)[0] for bound in experts for name, _ in bound.hf}
+    return router_parameters(model) | {module_of(name): stacked_tensor(bound, None)[0] for bound in experts for name, _ in bound.hf}
+
+
+def router_parameters(model: Model) -> dict[str, str]:
+    """By the module of a router in files, the parameter that transformers has for it: its modules are no linear layers."""
+    renamed = [pair for stack in model.family.stacks if stack.stacked is not None for pair in stack.stacked.renamed]
+    found = {}
+    for bound in model.parameters():
+        if bound.rule.megatron == _ROUTER:
+            ((name, _),) = bound.hf
+            parameter = name
+            for before, after in renamed:
+                parameter = parameter.replace(before, after)
+            found[module_of(name)] = parameter
+    return found
 
 
 def _is_chosen(spec: LoraSpec, module: str, part: Part | None) -> bool:

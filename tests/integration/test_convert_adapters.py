@@ -27,11 +27,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         {"ep_size": 4, "etp_size": 2, "tp_size": 2},
     ),
+    "mixtral": ({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}, {"tp_size": 2}),
     "qwen3": ({"r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "embed_tokens", "o_proj"]}, {"tp_size": 2}),
     "qwen2_5_vl": ({"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*((q|o)_proj|embed_tokens)"}, {"tp_size": 2}),
 }
-# Of which PEFT has one tensor for all experts, and folders of ours one for each.
-STACKED = frozenset({"qwen3_moe"})
+# Of which PEFT has one tensor for all experts, and folders of ours one for each; or other names for routers.
+STACKED = frozenset({"qwen3_moe", "mixtral"})
 
 
 def save_adapted(folder: Path, family: str, spec: dict[str, Any]) -> Path:

@@ -50,6 +50,14 @@ NAMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head": ({"family": "qwen2"}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
     "embedding": ({"family": "llama"}, {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj"]}),
     "both": ({"family": "qwen3"}, {"r": 3, "lora_alpha": 6, "use_rslora": True, "target_modules": ["embed_tokens", "lm_head"]}),
+    "router": (
+        {"family": "qwen3_moe", "num_hidden_layers": 2},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "sigmoid router": (
+        {"family": "glm4_moe", "num_hidden_layers": 2},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"], "target_parameters": ["mlp.gate.weight"]},
+    ),
 }
 EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
@@ -138,7 +146,7 @@ def test_four_ranks_train_as_peft(models, tmp_path):
 
 def test_what_is_named_trains_as_peft(named, tmp_path):
     """Over a vocabulary that tensor ranks pad, and a head that scores a few positions at a time."""
-    _train(1, [{**_case("head", [8]), "chunk_tokens": 50}], named, tmp_path)
+    _train(1, [{**_case("head", [8]), "chunk_tokens": 50}, _case("router", [8])], named, tmp_path)
     cases = [
         _case("head", [8], tp_size=2),
         {**_case("head", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED), "chunk_tokens": 30},
@@ -148,6 +156,9 @@ def test_what_is_named_trains_as_peft(named, tmp_path):
         _case("embedding", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED),
         {**_case("both", [8], tp_size=2, sp=True), "overrides": {**RECOMPUTE, "sequence_parallel": True}},
         {**_case("both", [2, 6], pp_size=2), "chunk_tokens": 30},
+        _case("router", [3, 5], tp_size=2, sp=True, ddp=DISTRIBUTED),
+        _case("router", [4], dp_size=2, ep_size=2, ddp=OVERLAPPED),
+        _case("sigmoid router", [8], tp_size=2, ep_size=2, sp=True),
     ]
     _train(2, cases, named, tmp_path)
     import peft
@@ -155,8 +166,8 @@ def test_what_is_named_trains_as_peft(named, tmp_path):
     for name, (base, _) in NAMED.items():
         # Of the first case of each, under TP 2.
         folder = next(tmp_path / f"2-{number}" for number, case in enumerate(cases) if case["model"] == name)
-        loaded = peft.PeftModel.from_pretrained(tiny_model(seed=3, **base), folder).merge_and_unload().state_dict()
-        wanted = load_file(named[name]["merged"])
+        peft.PeftModel.from_pretrained(tiny_model(seed=3, **base), folder).merge_and_unload().save_pretrained(tmp_path / name)
+        loaded, wanted = load_file(tmp_path / name / "model.safetensors"), load_file(named[name]["merged"])
         assert max((loaded[key] - tensor).abs().max().item() for key, tensor in wanted.items()) < 1e-4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
         ({"target_modules": ("q_proj", "qkv_proj")}, "name qkv_proj, which no linear layer"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"exclude_modules": r".*_proj"}, "match no linear layer"),
-        ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no stacked experts of Qwen2ForCausalLM"),
+        ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no experts or routers of Qwen2ForCausalLM"),
         ({"lora_dropout": 1.0}, "it is a probability below 1"),
         ({"r": 0}, "must be at least 1"),
     ],
@@ -112,10 +113,28 @@ def test_a_stacked_parameter_is_that_projection_of_every_expert() -> None:
     assert found == adapters_of(EXPERTS, LoraSpec(4, 8, target_modules=r".*experts\.\d+\.(gate|up)_proj")).modules
 
 
-def test_routers_and_gates_of_shared_experts_have_no_adapter() -> None:
+def test_routers_have_an_adapter_where_they_are_named_and_gates_of_shared_experts_have_none() -> None:
     model = model_of({**tiny_config("qwen2_moe").to_dict(), "architectures": ["Qwen2MoeForCausalLM"]})
-    for name, what in (("gate", "a router"), ("shared_expert_gate", "the gate of a shared expert")):
-        assert any(what in finding for finding in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
+    (said, _) = check_adapters(model, LoraSpec(4, 8, target_modules=("shared_expert_gate",)))
+    assert "model.layers.0.mlp.shared_expert_gate, which is the gate of a shared expert" in said
+    routers = adapters_of(model, LoraSpec(4, 8, target_modules=("gate",)))
+    assert routers.modules == {f"model.layers.{layer}.mlp.gate" for layer in (0, 2, 3)}, "layer 1 has no experts"
+    by_parameter = LoraSpec(4, 8, target_modules=("q_proj",), target_parameters=("gate.weight",))
+    both = adapters_of(model, by_parameter)
+    assert both.modules == routers.modules | {f"model.layers.{layer}.self_attn.q_proj" for layer in range(model.num_layers)}
+    assert not routers.modules & adapters_of(model, LoraSpec(4, 8)).modules
+    said = adapter_config(both, None)
+    assert said["target_modules"] == ["q_proj"] and said["target_parameters"] == sorted(f"{module}.weight" for module in routers.modules)
+    (said,) = check_adapters(model, replace(by_parameter, lora_dropout=0.1))
+    assert "lora_dropout is 0.1" in said and "mlp.gate is a router" in said
+    (said,) = check_beside_base(model, both)
+    assert "mlp.gate has an adapter, for which engines have no slot" in said
+    # transformers has another name for it than released files.
+    mixtral = model_of({**tiny_config("mixtral").to_dict(), "architectures": ["MixtralForCausalLM"]})
+    named = adapters_of(mixtral, replace(by_parameter, target_parameters=("mlp.gate.weight",)))
+    assert "model.layers.0.block_sparse_moe.gate" in named.modules and named.routers == {
+        module: module.replace("block_sparse_moe", "mlp") + ".weight" for module in named.modules if module.endswith("gate")
+    }
 
 
 def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:

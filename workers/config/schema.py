@@ -107,7 +107,7 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = key(
         ALL_LINEAR,
         "layers with an adapter, by their Hugging Face names: all-linear (attention, MLPs and experts of the language model), a list of "
-        "last parts of names, or a regular expression for whole names; the last two reach embed_tokens and lm_head too",
+        "last parts of names, or a regular expression for whole names; the last two reach embed_tokens, lm_head and routers too",
     )
     exclude_modules: str | tuple[str, ...] = key((), "layers without, of those; a list or a regular expression")
     init: Literal["kaiming", "gaussian"] = key("kaiming", "first values of A; B begins at zero (of embeddings: A at zero, and B normal)")
