@@ -22,6 +22,10 @@ class CheckpointError(RlsyncError):
     """A checkpoint on disk is incomplete, truncated or not what its index says."""
 
 
+class GradientError(RlsyncError):
+    """Gradients of a step are not finite. The optimizer has changed no weight by them."""
+
+
 class WeightSyncError(RlsyncError):
     """A sync did not commit. Raised with the same fields on every actor rank and reported by every engine.
 

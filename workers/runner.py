@@ -17,7 +17,7 @@ import torch
 
 from rlsync.bridge.checkpoint_folder import publish_checkpoint, remove_remains, set_aside_later, stage_checkpoint
 from rlsync.cli.lines import wrapped
-from rlsync.errors import CheckpointError, RlsyncError
+from rlsync.errors import CheckpointError, GradientError, RlsyncError
 from rlsync.sync import SyncReport
 from workers.actor import ActorRank
 from workers.cluster import Cluster
@@ -235,8 +235,11 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
     def _whole_step(self, step: int, log: MetricsLog) -> None:
         """One step with its checkpoint and its validation, if due, and its line in all logs."""
         seconds: dict[str, float] = {}
-        with timed(seconds, "time/step"):
-            metrics, updates = self._step(step, seconds)
+        try:
+            with timed(seconds, "time/step"):
+                metrics, updates = self._step(step, seconds)
+        except GradientError as error:
+            raise GradientError(f"step {step}: {error}") from error
         # One save at a time: the copies of all are in the same memory.
         is_written = self._unpublished is not None and (self._saves(step) or all(self._on_ranks("is_saved")))
         if is_written or self._saves(step):

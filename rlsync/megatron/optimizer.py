@@ -6,6 +6,7 @@ know losses, data or files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +14,19 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_te_version
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, GradientError
 from rlsync.megatron.model import parts_of_parameters
 from rlsync.megatron.parallel import compute_device
 from rlsync.models import PARTS, Part
@@ -76,6 +84,33 @@ class SchedulerOptions:
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
 
 
+# What to do about gradients that are not finite.
+AFTER_NAN = (
+    "no weight was changed by them; go on from the last checkpoint, and where they come back, lower the learning rate, or compute in a "
+    "wider precision, or look for what is odd in the data of that step"
+)
+
+
+class FiniteSteps(ChainedOptimizer):
+    """Megatron's optimizers of a rank, stepped together and by finite gradients only.
+
+    Where a loss is scaled, in fp16, Megatron skips a step that overflowed before it takes this norm. In bf16 and fp32 it looks at nothing,
+    and one nan would become all weights.
+    """
+
+    def get_grad_norm(self) -> float:
+        """L2 norm of the whole gradient before clipping. Collective over all ranks.
+
+        Megatron brings it to the host to clip by, before weights change, so a look at it costs no further wait.
+
+        Raises GradientError, on every rank, where it is not finite.
+        """
+        norm = float(super().get_grad_norm())
+        if not math.isfinite(norm):
+            raise GradientError(f"the norm of the gradients is {norm}: {AFTER_NAN}")
+        return norm
+
+
 def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions) -> MegatronOptimizer:
     """The optimizer of these chunks, connected to them. Collective over all ranks.
 
@@ -121,7 +156,8 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
         log_num_zeros_in_grad=True,
     )
     overrides = {**get_standard_config_overrides(settings), **_overrides_by_part(models, options)}
-    optimizer = get_megatron_optimizer(settings, list(models), overrides)
+    made = get_megatron_optimizer(settings, list(models), overrides)
+    optimizer = FiniteSteps(made.chained_optimizers if isinstance(made, ChainedOptimizer) else [made])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:

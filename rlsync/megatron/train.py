@@ -26,10 +26,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, GradientError
 from rlsync.megatron.context import Share, sequence_multiple, share_of, total_multiple
 from rlsync.megatron.model import unwrap
-from rlsync.megatron.optimizer import rates_of_parts
+from rlsync.megatron.optimizer import AFTER_NAN, rates_of_parts
 from rlsync.megatron.packing import LENGTHS, Packing, check_lengths, packing_refusal
 from rlsync.megatron.parallel import compute_device, to_device
 from rlsync.megatron.pictures import PICTURE_KEYS, refuse_pictures
@@ -117,6 +117,8 @@ def train_step(
         ConfigError: no microbatch, routes without ``routing`` or of another model, pictures that its tokens have no room for, or packing
             without ``lengths`` or of a model whose sequences cannot be packed (``packing_refusal``); nothing has changed then. Not on all
             ranks where replicas differ in it.
+        GradientError: a gradient is not finite; no weight has changed. On every rank, but where ``DdpOptions.check_for_nan_in_grad`` has a
+            rank look at its own before they are reduced: there on the ranks whose are not, and others wait for these in vain.
     """
     _set_training(models, True)
     for model in models:
@@ -135,7 +137,8 @@ def train_step(
 
     clear_aux_losses_tracker()
     how = _How(temperature, chunk_tokens, packing)
-    collected = _run(models, microbatches, differentiate, how, forward_only=False, routing=routing)
+    with _own_gradients():
+        collected = _run(models, microbatches, differentiate, how, forward_only=False, routing=routing)
     balancing = _balancing(models, _padded_count(models, len(microbatches)))
     updated, grad_norm, num_zeros = optimizer.step()
     if updated and scheduler is not None:
@@ -149,6 +152,17 @@ def train_step(
         skipped=not updated,
         balancing=balancing,
     )
+
+
+@contextmanager
+def _own_gradients() -> Iterator[None]:
+    """Have what DistributedDataParallel says of this rank's gradients, where it looks at them, be an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "in local grad norm for bucket" not in str(error):
+            raise
+        raise GradientError(f"gradients of actor rank {dist.get_rank()} are not finite before they are reduced: {AFTER_NAN}") from error
 
 
 @torch.no_grad()

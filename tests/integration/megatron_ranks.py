@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, save_checkpoint
 from rlsync.bridge.checkpoint_folder import Restored
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, GradientError
 from rlsync.layout.topology import Topology
 from rlsync.megatron import scores as scores_module
 from rlsync.megatron.model import DdpOptions, gather_parameters, iter_parameters
@@ -261,6 +264,46 @@ def train_in_half_precision(cases: Sequence[Mapping[str, Any]], models: Mapping[
         assert case["scale"][0] <= results[-1].loss_scale <= case["scale"][1], f"{case}: loss scale {results[-1].loss_scale}"
         print(f"TRAINED {case['precision']}", flush=True)
         destroy_parallel(keep_distributed=True)
+
+
+def stop_before_a_nan(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """A nan or an infinity in the loss of one replica ends the step on all ranks: weights, moments and schedule stay, and the next step
+    goes on as if nothing had been."""
+    for case in cases:
+        batch, found = models[case["model"]]["batch"], []
+        for bad in (None, math.nan, math.inf):
+            actor = Actor(models[case["model"]]["folder"], case)
+            actor.steps(batch, 1)
+            before, microbatches = actor.digest(), actor.microbatches(batch)
+            if bad is not None:
+                is_bad = parallel_state.get_data_parallel_rank() == actor.topology.dp_size - 1
+                with pytest.raises(GradientError, match=r"the norm of the gradients is (nan|inf): no weight was changed"):
+                    train_step(
+                        actor.models, actor.optimizer, microbatches, partial(spoilt, bad if is_bad else 1.0), scheduler=actor.scheduler
+                    )
+                assert actor.digest() == before, f"{case}: a step by {bad} changed the weights"
+                assert actor.scheduler.num_steps == 1
+            found.append((actor.steps(batch, 1), actor.digest()))
+            destroy_parallel(keep_distributed=True)
+        assert found[0] == found[1] == found[2], f"{case}: {found}"
+        print(f"TRAINED {case['precision']} until a nan", flush=True)
+
+
+def name_the_rank_of_a_nan(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """By default a rank looks at its own gradients before others have them."""
+    case = {"topology": {}, "cut": [8], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
+    for overlap in (False, True):
+        actor = Actor(models["qwen2"]["folder"], {**case, "ddp": {"overlap_grad_reduce": overlap}})
+        before, microbatches = actor.digest(), actor.microbatches(models["qwen2"]["batch"])
+        with pytest.raises(GradientError, match="gradients of actor rank 0 are not finite before they are reduced: no weight was changed"):
+            train_step(actor.models, actor.optimizer, microbatches, partial(spoilt, math.nan), scheduler=actor.scheduler)
+        assert actor.digest() == before
+        destroy_parallel(keep_distributed=True)
+
+
+def spoilt(factor: float, scores: TokenScores, microbatch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    value, metrics = loss(scores, microbatch)
+    return value * factor, metrics
 
 
 def gather_before_reading(models: Mapping[str, Mapping[str, Any]]) -> None:

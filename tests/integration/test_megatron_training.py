@@ -177,6 +177,21 @@ def test_half_precision_lowers_the_loss(models):
     _run(1, "train_in_half_precision", cases, models)
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing(models):
+    """Also where nothing is clipped, and where each rank has a shard of the gradients."""
+    unchecked = {"check_for_nan_in_grad": False}
+    cases = [
+        {**_case("qwen2", [4], ddp=unchecked, dp_size=2), "precision": "fp32", "optimizer": {**OPTIMIZER, "clip_grad": 0.0}},
+        {**_case("qwen2", [4], ddp={**OVERLAPPED, **unchecked}, dp_size=2), "precision": "bf16"},
+        {**_case("qwen2", [8], ddp=unchecked, tp_size=2), "precision": "bf16"},
+    ]
+    _run(2, "stop_before_a_nan", cases, models)
+
+
+def test_the_rank_whose_gradients_are_not_finite_is_named(models):
+    run_ranks(1, RANKS, "name_the_rank_of_a_nan", models=models)
+
+
 def test_parameters_are_stale_until_gathered(models):
     run_ranks(2, RANKS, "gather_before_reading", models=models)
 

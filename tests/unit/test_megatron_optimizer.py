@@ -9,6 +9,8 @@ import torch
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
+from workers.actor import ddp_options
+from workers.config.schema import ActorConfig, MegatronConfig
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -21,3 +23,10 @@ def test_state_cannot_leave_a_gpu_that_is_not_there() -> None:
 def test_the_optimizer_of_an_absent_library_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="use_precision_aware_optimizer is TransformerEngine's, which is not installed"):
         build_optimizer([], OptimizerOptions(lr=1e-3, use_precision_aware_optimizer=True))
+
+
+def test_whether_ranks_look_at_their_gradients_is_by_default_as_megatron_has_it_for_the_precision() -> None:
+    """A value here would be one for all precisions."""
+    assert ddp_options(ActorConfig()).check_for_nan_in_grad is None
+    asked = MegatronConfig(check_for_nan_in_loss_and_grad=False)
+    assert ddp_options(ActorConfig(megatron=asked)).check_for_nan_in_grad is False

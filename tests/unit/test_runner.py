@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlsync.bridge.checkpoint_folder import TRACKER, complete_checkpoints
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, GradientError
 from workers.config import load_config
 from workers.runner import Runner
 
@@ -96,6 +96,19 @@ def test_what_cannot_be_written_ends_the_run_after_the_step_under_way(tmp_path, 
         run.train()
     assert len(run.seen) == at
     assert run.notes == [f"checkpoint {2 if at < 5 else 4} is not complete; those before it are"]
+
+
+def test_gradients_that_are_not_finite_end_the_run_with_the_number_of_the_step_and_nothing_of_it_is_saved(tmp_path) -> None:
+    def fail() -> None:
+        raise GradientError("the norm of the gradients is nan")
+
+    ranks = Ranks()
+    ranks.written = [True, True]
+    run = Steps(tmp_path, ranks, {4: fail})
+    with pytest.raises(GradientError, match=r"^step 4: the norm of the gradients is nan"):
+        run.train()
+    assert ranks.calls.count("save") == 1
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["global_step_2"]
 
 
 def test_the_disk_has_what_the_driver_writes_before_a_checkpoint_has_its_name(tmp_path, monkeypatch) -> None:
