@@ -151,6 +151,11 @@ def test_where_initial_weights_may_come_from(
             "give lr_warmup_fraction or lr_warmup_iters, not both",
         ),
         ({"actor": {"optim": {"fp16": True}}}, "actor.optim.fp16=True contradicts actor.model.precision=bf16"),
+        (
+            {"actor": {"megatron": {"check_for_nan_in_loss_and_grad": True}, "model": {"precision": "fp16"}}},
+            "check_for_nan_in_loss_and_grad=True ends a run at the first gradient that overflows, and the loss scaling of "
+            "actor.model.precision=fp16",
+        ),
         ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
         ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),
         ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),

@@ -410,6 +410,11 @@ def _actor(config: AnyConfig) -> Iterator[str]:
     for flag, precision in ((optim.bf16, "bf16"), (optim.fp16, "fp16")):
         if flag and model.precision != precision:
             yield f"actor.optim.{precision}=True contradicts actor.model.precision={model.precision}"
+    if model.precision == "fp16" and actor.megatron.check_for_nan_in_loss_and_grad:
+        yield (
+            "actor.megatron.check_for_nan_in_loss_and_grad=True ends a run at the first gradient that overflows, and the loss scaling of "
+            "actor.model.precision=fp16 lets gradients overflow and skips such a step; leave it out"
+        )
     etp, tp = model.expert_tensor_parallel_size, model.tensor_model_parallel_size
     if etp is not None and etp > tp and not actor.megatron.mbridge:
         yield f"actor.model.expert_tensor_parallel_size ({etp}) must be less than or equal to tensor_model_parallel_size ({tp})"
