@@ -311,20 +311,21 @@ class Connected(Message):
 class Writable(Message):
     """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages.
 
-    ``without_frozen``: of frozen buckets checksums alone are due.
+    ``without_frozen``: of frozen buckets checksums alone are due. ``verifies_all``: checksums of all regions are due, whosever turn it is.
     """
 
     attempt: Count
     buckets_writable: Count
     group: Count = 0
     without_frozen: bool = False
+    verifies_all: bool = False
 
 
 class Ready(Message):
     """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's regions that were not sent before.
 
     ``group`` is the number of the group that carries messages. ``exports`` are those renewed since ``Connected``. ``without_frozen``:
-    frozen buckets bring checksums alone.
+    frozen buckets bring checksums alone. ``verifies_all``: all regions are verified, whosever turn it is.
     """
 
     attempt: Count
@@ -333,6 +334,7 @@ class Ready(Message):
     group: Count = 0
     exports: tuple[RankExport, ...] = ()
     without_frozen: bool = False
+    verifies_all: bool = False
 
 
 class Commit(Message):

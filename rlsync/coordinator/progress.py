@@ -25,6 +25,7 @@ class Progress:
         buckets_writable: buckets whose slot is free, those already filled included.
         told: destination -> checksums of its regions, in the order in which their buckets became ready.
         answered: engine -> the last call that its handle has returned from.
+        verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
         without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
     """
 
@@ -34,6 +35,7 @@ class Progress:
     num_slots: int
     group: int = 0
     regroups: bool = False
+    verifies_all: bool = False
     started: set[bytes] = field(default_factory=set)
     filled: dict[bytes, int] = field(default_factory=dict)
     joined: dict[bytes, int] = field(default_factory=dict)

@@ -172,7 +172,9 @@ class Coordinator:
         lost = [str(p) for p in self._members.values() if p.lost]
         connecting, failed = self._connecting, self._failure is not None
         group = 0 if self._sync is None else self._sync.group + failed
-        self._sync = Progress(message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed)
+        self._sync = Progress(
+            message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed, verifies_all=failed
+        )
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
@@ -427,14 +429,17 @@ class Transferring:
     def tell_writable(self, sync: Progress, actors: Iterable[bytes]) -> None:
         """Say which slots are free."""
         for identity in actors:
-            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, bool(sync.without_frozen)))
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, bool(sync.without_frozen), sync.verifies_all))
 
     def tell_ready(self, sync: Progress) -> None:
         """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""
         for identity in sync.joined:
             sums = sync.untold(identity, self._connecting.destinations[identity])
             exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
-            self._send(identity, m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports, bool(sync.without_frozen)))
+            self._send(
+                identity,
+                m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports, bool(sync.without_frozen), sync.verifies_all),
+            )
 
     def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
         """An actor rank has filled a bucket. Returns whether more buckets are ready now."""

@@ -19,7 +19,7 @@ from rlsync.copy.places import place_of
 from rlsync.copy.sums import Begun, Sums, Views
 from rlsync.errors import RlsyncError
 from rlsync.plan.packing import Region
-from rlsync.plan.verification import num_rounds, round_of, rounds_in
+from rlsync.plan.verification import num_rounds, round_of, rounds_in, turn_of
 
 
 class MismatchError(RlsyncError):
@@ -81,14 +81,13 @@ class Verifier:
         """Make ready to verify a bucket in these buffers."""
         self._sums.prepare(bucket, list(self._rounds[bucket]), place_of(buffers.values()), self._views(bucket, buffers))
 
-    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], attempt: int) -> Check:
-        """Checksum the regions that this attempt verifies, in ``buffers``; on CUDA enqueued on the current stream."""
-        rounds, chosen = self._chosen(bucket, attempt)
+    def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
+        """Checksum the regions whose turn it is, in ``buffers``; on CUDA enqueued on the current stream."""
+        rounds, chosen = self._chosen(bucket, turn)
         return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
 
-    def _chosen(self, bucket: int, attempt: int) -> tuple[list[int], list[Region]]:
-        turn = 1 if bucket < self.num_frozen else attempt
-        rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
+    def _chosen(self, bucket: int, turn: int) -> tuple[list[int], list[Region]]:
+        rounds = [number for number in rounds_in(self._verify, 1 if bucket < self.num_frozen else turn) if number in self._rounds[bucket]]
         return rounds, [r for number in rounds for r in self._rounds[bucket][number]]
 
     def held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> Check:
@@ -123,13 +122,14 @@ class Pull:
         buckets_ready: buckets that may be pulled.
         group: number of the group that carries messages.
         without_frozen: whether frozen buckets bring checksums alone.
+        turn: of the regions that are verified; see ``rlsync.plan.verification``.
         exports: new exports of actor ranks that the receiver has not seen yet.
     """
 
     def __init__(self, verifier: Verifier, attempt: int) -> None:
         self.attempt = attempt
         self.phase, self.bucket = "begin", None
-        self.buckets_ready, self.group, self.without_frozen = -1, 0, False
+        self.buckets_ready, self.group, self.without_frozen, self.turn = -1, 0, False, attempt
         self._verifier = verifier
         self.exports: tuple[m.RankExport, ...] = ()
         self._sums: dict[int, int] = {}
@@ -142,13 +142,14 @@ class Pull:
     def hear(self, ready: m.Ready) -> None:
         """Update the progress of the actor's side from a message of the coordinator."""
         self.buckets_ready, self.group, self.without_frozen = ready.buckets_ready, ready.group, ready.without_frozen
+        self.turn = turn_of(self.attempt, verifies_all=ready.verifies_all)
         self._sums.update((s.region, s.value) for s in ready.sums)
         self.exports += ready.exports
 
     def verify(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Checksum the bucket in ``buffers``; on CUDA the kernels are only enqueued on the current stream."""
         with self.timed("verify"):
-            self._checks.append(self._verifier.begin(bucket, buffers, self.attempt))
+            self._checks.append(self._verifier.begin(bucket, buffers, self.turn))
 
     def verify_held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> None:
         """Checksum a frozen bucket that is not sent; see ``Verifier.held``."""

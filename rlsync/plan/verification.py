@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 OFF, SAMPLED, FULL = MODES = ("off", "sampled", "full")
-# ``sampled`` verifies every region in the first sync of a connection and at least once in this many consecutive ones.
+# ``sampled`` verifies every region in the first sync of a connection, in each that follows one that did not commit, and at least once in
+# this many consecutive ones.
 SAMPLE_PERIOD = 16
 
 
@@ -20,5 +21,10 @@ def round_of(mode: str, number: int) -> int:
 
 
 def rounds_in(mode: str, turn: int) -> Sequence[int]:
-    """Rounds whose turn it is in the ``turn``-th sync of a connection, counted from 1."""
+    """Rounds whose turn it is, counted from 1, which is everybody's."""
     return (turn % SAMPLE_PERIOD,) if mode == SAMPLED and turn != 1 else range(num_rounds(mode))
+
+
+def turn_of(attempt: int, *, verifies_all: bool) -> int:
+    """The turn of the ``attempt``-th sync of a connection. ``verifies_all``: the one before did not commit."""
+    return 1 if verifies_all else attempt

@@ -14,6 +14,7 @@ from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.plan.verification import turn_of
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints, join
 from rlsync.sync.packer import Packer
@@ -74,7 +75,7 @@ class Attempt:
         self._source, self._engines, self._peer = connection.source, connection.engines, connection.peer
         self._timeout_s = connection.config.timeout_s
         self._packed, self._writable, self._group = 0, 0, 0
-        self._without_frozen = without_frozen
+        self._without_frozen, self._verifies_all = without_frozen, False
         # One call of this rank's own at a time: begin, join, then bucket after bucket.
         self._is_busy, self._has_joined = True, False
         self._pending: dict[str, set[str]] = {}
@@ -110,6 +111,7 @@ class Attempt:
                     self._take(outcome)
             elif isinstance(message, m.Writable):
                 self._writable, self._group, self._without_frozen = message.buckets_writable, message.group, message.without_frozen
+                self._verifies_all = message.verifies_all
                 _log.debug("version %d: %d buckets may be filled", self._version, self._writable)
             elif isinstance(message, m.AllCommitted):
                 self._committed, self._marks["committed"] = message, time.monotonic()
@@ -156,8 +158,8 @@ class Attempt:
             return
         self._is_busy = True
         if self._has_joined:
-            without = self._without_frozen
-            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, self._attempt, without))
+            without, turn = self._without_frozen, turn_of(self._attempt, verifies_all=self._verifies_all)
+            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, turn, without))
         else:
             self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
 

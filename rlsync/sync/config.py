@@ -37,7 +37,8 @@ class SyncConfig:
         sink: how workers take bytes in: ``direct`` into the live parameters, ``layerwise`` through vLLM's post-processing,
             ``loaders`` as HF tensors through vLLM's own loaders. ``auto`` is the first that is right for each module.
         verify: which regions are summed up where they come from and where they end: ``off``, ``full``, or ``sampled``: all in
-            the first sync, and each at least once in ``rlsync.plan.verification.SAMPLE_PERIOD`` consecutive ones.
+            the first sync and in each after one that failed, and each region at least once in
+            ``rlsync.plan.verification.SAMPLE_PERIOD`` consecutive ones.
         transport: how bytes get to the workers: ``ipc`` out of the actor's GPU memory, which workers of its host map; ``shm``
             through shared memory; ``nccl`` as messages from GPU to GPU, no two of them the same; ``gloo`` as messages through
             host memory. ``auto`` is for each worker the first of these that reaches it. See ``rlsync.plan.transports``.

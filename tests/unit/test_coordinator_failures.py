@@ -132,7 +132,7 @@ def test_late_answers_to_a_failed_sync_are_no_answers_to_the_next() -> None:
     run.begin(attempt=2)
     run.tell("a0", m.Filled(1, 0, 8))
     run.tell("a1", m.Filled(2, 0, 8))
-    assert run.last("w0") == m.Ready(2, 0, group=1)
+    assert run.last("w0") == m.Ready(2, 0, group=1, verifies_all=True)
 
 
 def test_a_failed_sync_takes_its_group_along_and_a_complete_one_keeps_it() -> None:
@@ -143,6 +143,18 @@ def test_a_failed_sync_takes_its_group_along_and_a_complete_one_keeps_it() -> No
             assert run.last(peer).group == group
         if outcome == "failed":
             run.tell("w1", m.Failed(attempt, "transfer", "boom"))
+        else:
+            run.transfer(attempt)
+            run.finish(attempt)
+
+
+def test_whoever_sums_up_is_told_to_look_at_everything_in_syncs_that_follow_one_that_did_not_commit() -> None:
+    run = Run()
+    for attempt, outcome, verifies_all in ((1, "failed", False), (2, "failed", True), (3, "complete", True), (4, "complete", False)):
+        run.begin(version=attempt, attempt=attempt)
+        assert [run.last(peer).verifies_all for peer in ("a0", "a1", "w0", "w1")] == [verifies_all] * 4
+        if outcome == "failed":
+            run.tell("w1", m.Failed(attempt, "verify", "boom"))
         else:
             run.transfer(attempt)
             run.finish(attempt)
