@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsync.models.dense import DENSE_KEYS, dense_contradictions, dense_features, dense_transformer
 from rlsync.models.keys import HFConfig, Key, number, size, unsupported
-from rlsync.models.moe import ROUTING_KEYS, expert_dims, expert_stacks, too_few_experts
+from rlsync.models.moe import ROUTING_KEYS, SOFTMAX_ROUTING, expert_dims, expert_stacks, too_few_experts
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family, in_every_layer
 
@@ -33,7 +33,13 @@ def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
     # The softmax over the chosen experts is what transformers' softmax, cut and divided by its sum, comes to.
-    return dense_transformer(values, dims) | {"num_moe_experts": dims["num_experts"], "moe_ffn_hidden_size": dims["expert_ffn"]}
+    return {
+        **dense_transformer(values, dims),
+        **SOFTMAX_ROUTING,
+        "num_moe_experts": dims["num_experts"],
+        "moe_ffn_hidden_size": dims["expert_ffn"],
+        "moe_layer_freq": [1] * dims["num_layers"],
+    }
 
 
 MIXTRAL = Family(

@@ -52,6 +52,23 @@ SIGMOID_KEYS: Mapping[str, Key] = {
 }
 
 
+# Fields of Megatron-Core's TransformerConfig that have its defaults in every family. They are written out: what a family does not state, a
+# user's override could change, and the actor would train another model than engines serve.
+_WHOLE_ROUTING: Mapping[str, Any] = {"moe_input_jitter_eps": None, "moe_expert_capacity_factor": None}
+# Routing by a softmax over the chosen experts' logits, and no shared expert.
+SOFTMAX_ROUTING: Mapping[str, Any] = {
+    **_WHOLE_ROUTING,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+}
+
+
 def has_experts(model: Model, layer: int) -> bool:
     """Whether a layer of a Qwen model routes to experts, by ``mlp_only_layers`` and ``decoder_sparse_step``."""
     return _is_sparse(model.values, layer)
@@ -93,7 +110,9 @@ def expert_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> di
     Megatron's softmax over the chosen experts equals transformers' softmax over all, cut and divided by its sum; with pre-softmax it is
     not divided (``megatron/core/transformer/moe/moe_utils.py``).
     """
-    return dense_transformer(values, dims) | {
+    return {
+        **dense_transformer(values, dims),
+        **SOFTMAX_ROUTING,
         "num_moe_experts": dims["num_experts"],
         "moe_ffn_hidden_size": dims["expert_ffn"],
         "moe_layer_freq": [int(_is_sparse(values, layer)) for layer in range(dims["num_layers"])],
@@ -163,11 +182,14 @@ def sigmoid_transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> d
     """Fields of Megatron-Core's TransformerConfig: sigmoid scores in fp32, chosen with a bias, within groups where not all are taken."""
     groups, taken, first = values.get("n_group", 1), values.get("topk_group", 1), values.get("first_k_dense_replace", 0)
     return {
+        **_WHOLE_ROUTING,
         "num_moe_experts": dims["num_experts"],
         "moe_ffn_hidden_size": dims["expert_ffn"],
         "moe_shared_expert_intermediate_size": dims["shared_ffn"],
+        "moe_shared_expert_gate": False,
         "moe_layer_freq": [int(layer >= first) for layer in range(dims["num_layers"])],
         "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
         "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",
         "moe_router_num_groups": groups if taken < groups else None,

@@ -11,7 +11,7 @@ from rlsync.errors import ConfigError
 from rlsync.models.lora import LoraSpec
 from tests.models import tiny_config
 from tests.unit.test_config import minimal, shipped
-from tests.unit.test_models_config import QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
+from tests.unit.test_models_config import DEEPSEEK_V3, GLM4_MOE, MIXTRAL, QWEN2, QWEN2_5_VL, QWEN3_MOE, QWEN3_VL, QWEN3_VL_MOE
 from tests.unit.test_sft_config import minimal as sft_minimal
 from workers.config import RunConfig, SftConfig, load_config, read_config, register_resolvers, validate_model, validate_world
 from workers.config.fields import dotted_keys
@@ -311,6 +311,10 @@ PARTS = ("freeze_language_model", "freeze_vision_model", "freeze_vision_projecti
         ({"moe_router_bias_update_rate": 0.0}, {}, QWEN3_MOE, None),
         ({"moe_router_pre_softmax": False}, {}, QWEN3_MOE, "moe_router_pre_softmax=False contradicts True, which config.json of "),
         ({"moe_router_pre_softmax": True}, {}, QWEN3_MOE, None),
+        ({"moe_router_pre_softmax": True}, {}, MIXTRAL, "moe_router_pre_softmax=True contradicts False, which config.json of "),
+        ({"moe_router_pre_softmax": True}, {}, DEEPSEEK_V3, "moe_router_pre_softmax=True contradicts False, which config.json of "),
+        ({"moe_router_pre_softmax": True}, {}, GLM4_MOE, "moe_router_pre_softmax=True contradicts False, which config.json of "),
+        ({"moe_router_pre_softmax": False}, {}, MIXTRAL, None),
         (dict.fromkeys(PARTS, True), {}, QWEN3_VL, "freeze all of Qwen3VLForConditionalGeneration"),
         ({"freeze_vision_model": True}, {"vision_lr": 1e-6}, QWEN3_VL, "actor.optim.vision_lr is a learning rate of what actor"),
     ],

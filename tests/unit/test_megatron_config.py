@@ -177,6 +177,22 @@ def test_overrides_that_contradict_are_refused(overrides, said):
         config(overrides=overrides)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_router_pre_softmax", True),
+        ("moe_router_topk_scaling_factor", 2.0),
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_input_jitter_eps", 0.1),
+    ],
+)
+def test_an_override_of_how_mixtral_routes_is_refused(name, value):
+    hf = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    with pytest.raises(ConfigError, match=f"{name}={value!r} contradicts .*, which config.json decides"):
+        config(hf, overrides={name: value})
+    assert config(hf).transformer.moe_layer_freq == [1, 1, 1, 1]
+
+
 def test_an_override_that_agrees_is_accepted():
     assert config(overrides={"num_layers": 4, "normalization": "RMSNorm", "bf16": False}).transformer.num_layers == 4
 

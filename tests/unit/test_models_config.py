@@ -592,3 +592,18 @@ def test_checking_imports_plain_python_only():
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert not loaded & {"torch", "transformers", "megatron", "numpy", "vllm"}
+
+
+# Fields of Megatron-Core's TransformerConfig that decide what a layer with experts computes, whatever is beside them.
+ROUTING = (
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk", "moe_input_jitter_eps",
+    "moe_expert_capacity_factor",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("hf", [hf for hf in ALL if "num_experts" in model_of(hf).dims], ids=lambda hf: hf["model_type"])
+def test_families_with_experts_state_all_that_routes(hf: dict[str, Any]) -> None:
+    # An override is compared with what a family states, and passes where it states nothing.
+    assert set(ROUTING) <= set(model_of(hf).transformer)
