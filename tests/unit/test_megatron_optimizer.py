@@ -25,8 +25,8 @@ def test_the_optimizer_of_an_absent_library_is_refused_by_name() -> None:
         build_optimizer([], OptimizerOptions(lr=1e-3, use_precision_aware_optimizer=True))
 
 
-def test_whether_ranks_look_at_their_gradients_is_by_default_as_megatron_has_it_for_the_precision() -> None:
-    """A value here would be one for all precisions."""
-    assert ddp_options(ActorConfig()).check_for_nan_in_grad is None
-    asked = MegatronConfig(check_for_nan_in_loss_and_grad=False)
-    assert ddp_options(ActorConfig(megatron=asked)).check_for_nan_in_grad is False
+def test_ranks_look_at_their_own_gradients_where_they_are_asked_to() -> None:
+    """Of one that finds them not finite the others would hear by the deadline of a collective alone; the norm is the same on all."""
+    assert ddp_options(ActorConfig()).check_for_nan_in_grad is False
+    asked = MegatronConfig(check_for_nan_in_loss_and_grad=True)
+    assert ddp_options(ActorConfig(megatron=asked)).check_for_nan_in_grad is True

@@ -206,10 +206,10 @@ class MegatronConfig:
     distributed_timeout_minutes: float = key(30.0, "deadline of a collective", above=0)
     ddp_bucket_size: int | None = key(None, "elements in a gradient bucket; null: Megatron's default", min=1)
     accumulate_allreduce_grads_in_fp32: bool = key(True, "accumulate and reduce gradients in fp32")
-    check_for_nan_in_loss_and_grad: bool | None = key(
-        None,
-        "a rank looks at its gradients before they are reduced, and says that it was there that they were not finite; null: with bf16 and "
-        "fp32. False saves a wait for the GPU for each bucket of gradients; a norm that is not finite ends a run in any case",
+    check_for_nan_in_loss_and_grad: bool = key(
+        False,
+        "each rank looks at its gradients before they are reduced, and says that it was there that they were not finite: a wait for the GPU "
+        "for each bucket of gradients. A norm that is not finite ends a run in any case, before it changes weights",
     )
     router_replay: Literal["off", "R2", "R3"] = key(
         "off",
