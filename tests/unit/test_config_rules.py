@@ -162,6 +162,12 @@ def test_where_initial_weights_may_come_from(
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
         ({"algorithm": {"logprob_forward_max_tokens": 8}}, "algorithm.logprob_forward_max_tokens (8) must be at least runner.seq_length"),
+        (
+            {"algorithm": {"sampling_params": {"max_new_tokens": 4, "min_new_tokens": 5}}},
+            "algorithm.sampling_params.min_new_tokens (5) must not exceed max_new_tokens (4), which is runner.seq_length - ",
+        ),
+        # The longest response that is derived where none is set.
+        ({"algorithm": {"sampling_params": {"min_new_tokens": 100000}}}, "min_new_tokens (100000) must not exceed max_new_tokens ("),
         ({"runner": {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 8}}, "runner.max_tokens_per_mbs (8) must be at least"),
         (
             {

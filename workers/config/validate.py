@@ -226,6 +226,12 @@ def _grpo_lengths(config: RunConfig) -> Iterator[str]:
             f"data.max_prompt_length ({config.data.max_prompt_length}) + algorithm.sampling_params.max_new_tokens ({new}) "
             f"must not exceed runner.seq_length ({runner.seq_length})"
         )
+    least = config.algorithm.sampling_params.min_new_tokens
+    if new is not None and 0 < new < least:
+        yield (
+            f"algorithm.sampling_params.min_new_tokens ({least}) must not exceed max_new_tokens ({new}), which is runner.seq_length - "
+            "data.max_prompt_length unless it is set"
+        )
 
 
 def _runner(config: AnyConfig) -> Iterator[str]:
