@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import IO
 
 from rlsync.errors import ConfigError
-from workers.config import AnyConfig
+from workers.config import AnyConfig, RunConfig
+from workers.judges import function_of
 from workers.resume import run_folder
 
 METRICS_FILE = "metrics.jsonl"
@@ -176,10 +177,12 @@ def _holds_lines(path: Path) -> bool:
 def _inputs(config: AnyConfig, resume: Path | None) -> Sequence[Path]:
     """Input files and folders that the run does not make itself."""
     made = [Path(section.path).absolute() for section in (config.arithmetic, config.pictures, config.seeded_model) if section is not None]
-    actor = config.actor
+    actor, seeded = config.actor, config.seeded_model
+    function = function_of(config.reward.reward_type) if isinstance(config, RunConfig) else None
     named = [
         config.model_path, actor.tokenizer.tokenizer_model, actor.megatron.ckpt_convertor.hf_model_path,
-        actor.model.megatron_checkpoint, *config.data_paths,
+        actor.model.megatron_checkpoint, actor.lora.adapter_path, None if seeded is None else seeded.tokenizer,
+        None if function is None else function[0], *config.data_paths,
     ]  # fmt: skip
     paths = [Path(name).absolute() for name in named if name is not None] + ([] if resume is None else [resume])
     return [path for path in paths if not any(path.is_relative_to(folder) for folder in made)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlsync.errors import ConfigError
+from tests.unit.test_models_config import QWEN2
 from tests.unit.test_preparation import TP2_SHARDS, checkpoint, config, world  # noqa: F401
+from workers.config.schema import SeededModelConfig
 from workers.results import ResultsFolder
 
 
@@ -66,6 +70,19 @@ def test_a_run_that_reads_the_earlier_run_s_files_is_refused(world, tmp_path) ->
     with pytest.raises(ConfigError, match=r"holds an earlier run.*reads .*hf_model in it; set another runner\.experiment_name"):
         ResultsFolder(values, None)
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize("read", ["actor/hf_adapter", "tokenizer", "reward.py"])
+def test_adapters_tokenizers_and_reward_functions_are_files_that_a_run_reads(world, tmp_path, read) -> None:  # noqa: F811
+    named = used(tmp_path) / read
+    values = config(world, tmp_path, actor={"lora": {"r": 4, "adapter_path": str(named) if "adapter" in read else None}})
+    if read == "tokenizer":
+        values = replace(values, seeded_model=SeededModelConfig(path=str(tmp_path / "made"), hf_config=QWEN2, tokenizer=str(named)))
+    elif read == "reward.py":
+        values = replace(values, reward=replace(values.reward, reward_type=f"{named}:score"))
+    with pytest.raises(ConfigError, match=f"holds an earlier run.*reads {re.escape(str(named))} in it"):
+        ResultsFolder(values, None)
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
 def test_metrics_of_another_run_under_a_log_path_of_its_own_are_refused(world, tmp_path) -> None:  # noqa: F811
