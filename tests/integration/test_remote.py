@@ -19,7 +19,8 @@ import pytest
 import ray
 from ray._private import services
 
-from rlsync.engine.handles.ray import ENGINE_THREADS, EngineActor
+from rlsync.engine.handles import ray as ray_handles
+from rlsync.engine.handles.ray import ENGINE_THREADS, EngineActor, RayEngine
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import HANG_S, SLACK, ended_before
 from workers import forked_workers
@@ -98,6 +99,9 @@ class StoppedEngine:
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGSTOP)
         yield "went on"
+
+    def generate(self, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def go_on_streaming(self, count: int) -> Iterator[int]:
         for number in range(count):
@@ -239,6 +243,16 @@ def test_a_call_whose_process_is_stopped_ends_at_its_deadline_and_one_that_is_an
         collect([stopped.call("pid", timeout_s=2.0), at_work.call("die", timeout_s=HANG_S)])
     ray.kill(stopped.actor)
     assert psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=HANG_S)[1] == []
+
+
+def test_a_handle_does_not_wait_for_ever_for_an_actor_that_is_stopped(cluster, monkeypatch):
+    stopped = cluster.launch(StoppedEngine, "Stopped:2", (0,), name="engine 2", threads=ENGINE_THREADS)
+    pid = ray.get(stopped.actor.pid.remote())
+    monkeypatch.setattr(ray_handles, "ENGINE_GRACE_S", 1.5)
+    with ended_before(HANG_S), pytest.raises(TimeoutError, match=r"^engine 2 did not answer generate within 2 s$"):
+        RayEngine("2", 1, stopped.actor).generate(["a"], {}, timeout_s=0.5)
+    ray.kill(stopped.actor)
+    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=HANG_S)[1] == []
 
 
 # Who may join.
