@@ -12,6 +12,8 @@ from tests.ranks import run_ranks
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Adapters on some of the projections that a parameter packs, and on experts.
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")}
+# And on what has one only where it is named.
+NAMED = {**LORA, "target_modules": (*LORA["target_modules"], "lm_head", "embed_tokens", "gate")}
 # Family, whether its head is tied, the layout of the actor, and its adapters.
 CASES = (
     ("llama", False, {"tp_size": 2}, None),
@@ -22,7 +24,7 @@ CASES = (
     ("deepseek_v3", False, {"dp_size": 2, "ep_size": 2}, None),  # engines keep products of projections beside them
     # Their adapters alone are trained; engines get weights into which these are merged.
     ("qwen2", False, {"tp_size": 2}, LORA),
-    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}, LORA),
+    ("qwen3_moe", False, {"dp_size": 2, "ep_size": 2}, NAMED),
     # The same beside a base that is sent once, to workers that each hold a part of them.
     ("llama", True, {"tp_size": 2}, {**LORA, "lora_alpha": 10}),
 )
