@@ -20,8 +20,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rlsync.errors import ConfigError, RlsyncError
@@ -246,14 +247,41 @@ def unreadable_reference(answer: str) -> str:
 
 
 _NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-# A number and what it is a number of: one to three words of at least three letters, which single letters (variables) and cm are not.
-_COUNTED = re.compile(rf"(?P<number>{_NUMBER})\s+(?P<unit>[A-Za-z]{{3,}}(?:[ -][A-Za-z]{{3,}}){{0,2}})")
+# A number, a fraction or a mixed number, and the words behind it.
+_SPOKEN = re.compile(
+    rf"(?P<mixed>[-+]?\d+)\s+(?:and\s+)?(?P<above>\d+)/(?P<below>[1-9]\d*)(?P<of_mixed>(?:[\s-]+[A-Za-z]+)*)"
+    rf"|(?P<number>{_NUMBER}(?:/[1-9]\d*)?)(?P<of_number>(?:[\s-]+[A-Za-z]+)*)"
+)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
+_TEXT = re.compile(r"\\(?:text|mathrm|textrm|textbf|mbox)\s*\{([^{}]*)\}")
+_SPACE = re.compile(r"\\[ ,;:!]|~|\s+")
+_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _MATHEMATICAL = frozenset(
     (
         *("sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "pow", "mod", "max", "min", "abs", "lim", "inf", "infinity"),
-        *("degrees", "percent", "and", "times", "plus", "minus", "over", "divided", "by"),
+        *("degrees", "percent", "and", "times", "by"),
     )
 )
+_MAGNITUDES = MappingProxyType(
+    {
+        "dozen": 12, "dozens": 12, "hundred": 10**2, "hundreds": 10**2, "thousand": 10**3, "thousands": 10**3, "lakh": 10**5,
+        "million": 10**6, "millions": 10**6, "crore": 10**7, "billion": 10**9, "billions": 10**9, "trillion": 10**12, "trillions": 10**12,
+    }
+)  # fmt: skip
+# What changes a number, or is a factor of it, instead of saying what is counted. Seconds and roots are counted more often than not.
+_NO_UNITS = frozenset(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty
+    thirty forty fifty sixty seventy eighty ninety tens score gross quadrillion mil mln bln mio mrd
+    half halves third thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths
+    tenth tenths eleventh elevenths twelfth twelfths fifteenth fifteenths sixteenth sixteenths twentieth twentieths hundredth hundredths
+    thousandth thousandths millionth millionths
+    root choose factorial power exponent over plus minus divided modulo base binary octal hexadecimal twice thrice
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda omicron rho sigma tau upsilon phi chi psi omega
+    """.split()  # noqa: SIM905 (as a list they would be a screen long)
+)
+# Operators right behind a number, and units behind another one: metres squared.
+_POWERS = frozenset(("squared", "cubed"))
 _PERCENT = re.compile(rf"(?P<number>{_NUMBER})\s*(?:\\?%|percent)")
 _DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _SIGNS = str.maketrans(
@@ -270,22 +298,66 @@ _PLAIN = re.compile(rf"{_NUMBER}|[-+]?\d+/[1-9]\d*|\\frac\{{[\d.]+\}}\{{[1-9]\d*
 def reference_forms(answer: str) -> tuple[str, ...]:
     """Texts, each to be read between the braces of ``\\boxed{}``, any of which a correct response equals.
 
-    An answer that has a box of its own is that box's. ``50%`` is the text as responses box it, and the value 50/100.
+    An answer that has a box of its own is that box's. ``50%`` is the text as responses box it, and the value 50/100. None for a number
+    with words that change it otherwise than ``spoken`` knows: math-verify takes them for a unit or for products of letters.
     """
     if "\\boxed" in answer:
-        return (answer,)
+        boxes = _BOX.findall(answer)
+        forms = spoken(boxes[-1]) if boxes else None
+        return (answer,) if forms is None else forms
     text = _bare(answer)
     if (match := _PERCENT.fullmatch(text)) is not None:
         number = match["number"].replace(",", "")
         return (rf"{number}\%", f"{number}%", rf"\frac{{{number}}}{{100}}")
-    if (match := _COUNTED.fullmatch(text)) is not None and not _MATHEMATICAL & set(re.split(r"[ -]", match["unit"].lower())):
-        return (match["number"],)
-    return (text,)
+    forms = spoken(text)
+    return (text,) if forms is None else forms
+
+
+def spoken(text: str) -> tuple[str, ...] | None:
+    """The value of a number that has words behind it, or is a mixed one: ``5 million dollars`` and ``1 1/2``, which math-verify reads as 5
+    and 1. Empty where the words make it something else (``2 thirds``, ``10 choose two``); None for any other text.
+
+    Words that are not known are a unit, if there are one to three of at least three letters, which single letters (variables) are not.
+    """
+    plain = _SPACE.sub(" ", _TEXT.sub(r" \1 ", text)).strip()
+    words = [word.lower() for word in _WORD.findall(plain)]
+    match = _SPOKEN.fullmatch(plain)
+    if match is None:
+        has_number = any(character.isdigit() for character in plain)
+        return () if has_number and not (_NO_UNITS | _POWERS | _MAGNITUDES.keys()).isdisjoint(words) else None
+    words = [word.lower() for word in _WORD.findall(match["of_mixed"] or match["of_number"] or "")]
+    num_magnitudes = next((i for i, word in enumerate(words) if word not in _MAGNITUDES), len(words))
+    unit, is_mixed = words[num_magnitudes:], match["mixed"] is not None
+    if not (_NO_UNITS | _MAGNITUDES.keys()).isdisjoint(unit) or (unit and unit[0] in _POWERS):
+        return ()
+    is_unit = len(unit) <= 3 and all(len(word) >= 3 for word in unit) and _MATHEMATICAL.isdisjoint(unit)
+    if not is_mixed and num_magnitudes == 0:
+        return (match["number"],) if unit and is_unit else None
+    if not is_unit or (is_mixed and int(match["above"]) >= int(match["below"])):
+        return ()
+    value = Fraction(match["number"].replace(",", "")) if not is_mixed else _mixed(match)
+    for word in words[:num_magnitudes]:
+        value *= _MAGNITUDES[word]
+    sign = "-" if value < 0 else ""
+    return (f"{value}" if value.denominator == 1 else rf"{sign}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}",)
+
+
+def _mixed(match: re.Match[str]) -> Fraction:
+    whole, part = match["mixed"], Fraction(int(match["above"]), int(match["below"]))
+    return Fraction(whole) - part if whole.startswith("-") else Fraction(whole) + part
+
+
+def with_spoken_value(response: str) -> str:
+    """A response that begins with its last box, with the value of a ``spoken`` number in it, as a reference answer of that text has."""
+    match = _BOX.match(response)
+    forms = None if match is None else spoken(match[1])
+    return rf"\boxed{{{forms[0]}}}" if forms else response
 
 
 def is_plain(answer: str) -> bool:
     """Whether math-verify reads an answer for certain. The others have to be tried."""
-    return _PLAIN.fullmatch(reference_forms(answer)[-1]) is not None
+    forms = reference_forms(answer)
+    return bool(forms) and _PLAIN.fullmatch(forms[-1]) is not None
 
 
 def _bare(answer: str) -> str:

@@ -57,10 +57,10 @@ def is_correct(response: str, answers: list[str]) -> bool:
     """
     from math_verify import parse, verify
 
-    from workers.reward import reference_forms
+    from workers.reward import reference_forms, with_spoken_value
 
     # From the last box on: several boxes would be read as a set of answers.
-    found = parse(response[max(0, response.rfind("\\boxed")) :], parsing_timeout=None)
+    found = parse(with_spoken_value(response[max(0, response.rfind("\\boxed")) :]), parsing_timeout=None)
     forms = [form for answer in answers for form in reference_forms(answer)]
     return any(verify(parse(_boxed(form), parsing_timeout=None), found, timeout_seconds=None) for form in forms)
 

@@ -65,6 +65,35 @@ def test_references_are_read_as_data_sets_write_them(pool: VerifierPool) -> None
     assert pool.check([r"\boxed{6}"] * len(REFERENCES), [[answer] for answer, _ in REFERENCES]) == [False] * len(REFERENCES)
 
 
+# Numbers with words that change them: what is right, and what math-verify would take them for.
+SPOKEN = [
+    ("5 million", r"\boxed{5000000}", r"\boxed{5}"), ("5 million", r"\boxed{5\text{ million}}", r"\boxed{5}"),
+    (r"5\text{ million}", r"\boxed{5000000}", r"\boxed{5}"), (r"\boxed{5\text{ million}}", r"\boxed{5000000}", r"\boxed{5}"),
+    ("2.5 million dollars", r"\boxed{2500000}", r"\boxed{2.5}"), ("2 hundred thousand", r"\boxed{200000}", r"\boxed{2}"),
+    ("3 dozen", r"\boxed{36}", r"\boxed{3}"), ("1 1/2", r"\boxed{1.5}", r"\boxed{1}"), ("-1 1/2", r"\boxed{-1.5}", r"\boxed{-0.5}"),
+    ("1 1/2", r"\boxed{1 1/2}", r"\boxed{1}"), ("1 and 1/2 cups", r"\boxed{\frac{3}{2}}", r"\boxed{1}"),
+    ("1/2 cup", r"\boxed{0.5}", r"\boxed{1}"),
+    ("12 meters squared", r"\boxed{12}", r"\boxed{144}"), ("3 seconds", r"\boxed{3}", r"\boxed{2}"),
+]  # fmt: skip
+
+
+def test_words_that_change_a_number_are_part_of_its_value(pool: VerifierPool) -> None:
+    assert pool.check([right for _, right, _ in SPOKEN], [[answer] for answer, _, _ in SPOKEN]) == [True] * len(SPOKEN)
+    assert pool.check([wrong for _, _, wrong in SPOKEN], [[answer] for answer, _, _ in SPOKEN]) == [False] * len(SPOKEN)
+    assert unreadable_references([answer for answer, _, _ in SPOKEN], num_processes=1, timeout_s=TIMEOUT_S) == set()
+
+
+def test_words_that_are_neither_unit_nor_magnitude_make_a_reference_unreadable(pool: VerifierPool) -> None:
+    """math-verify reads products of letters, or drops what it does not know."""
+    refused = ["2 thirds", "3 squared", "3 cubed", "10 choose two", "10 choose 2", "5 factorial", "2 theta", "2 root three", "5 and a half",
+               "10 over 3",
+               "3 half dozen", "2-thirds", "1 3/2", r"2\text{ thirds}", "x = 5 million", "101 base two", r"5 million\%"]  # fmt: skip
+    assert unreadable_references(refused, num_processes=1, timeout_s=TIMEOUT_S) == set(refused)
+    assert pool.check([r"\boxed{2}", r"\boxed{3}"], [["2 thirds"], ["3 squared"]]) == [False, False]
+    read = [r"2\theta", r"\frac{1}{2}", r"1 \frac{1}{2}", "two thirds", "12 square meters", "60 miles per hour", "7 cm", "x = 5"]
+    assert unreadable_references(read, num_processes=1, timeout_s=TIMEOUT_S) == set()
+
+
 def test_references_that_nothing_can_equal_are_found(pool: VerifierPool) -> None:
     unreadable = [r"\sqrt{2", "$", ".", "-", "𝔸"]
     readable = [answer for answer, _ in REFERENCES]
