@@ -7,6 +7,8 @@ each document has is found out once and kept beside the run, so that where an ex
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -61,7 +63,10 @@ class PackedDocuments:
             )
         self._files, self._form, self._tokenizer, self._length = files, form, tokenizer, length
         self._kept: OrderedDict[int, list[int]] = OrderedDict()
-        self._counts = self._read_counts(index)
+        self._fingerprint = f"{files.fingerprint()}-{_digest_of_cut(form, tokenizer)}"
+        path = None if index is None else index / f"tokens-{self._fingerprint}.npy"
+        known = None if path is None else self._read_counts(path)
+        self._counts = self._count() if known is None else known
         bad = BadSamples()
         for row in np.flatnonzero(self._counts == 0)[:100].tolist():
             where, content = files.read(row)
@@ -70,6 +75,8 @@ class PackedDocuments:
             except BadRow as reason:
                 bad.add(where, str(reason))
         self.notes = bad.settle(on_bad_sample)
+        if path is not None and known is None:
+            self._write_counts(path)
         self.num_tokens = int(self._counts.sum())
         self.num_items = self.num_tokens // length
         if self.num_items == 0:
@@ -83,17 +90,20 @@ class PackedDocuments:
         token_ids: list[int] = []
         for piece in item:
             try:
-                token_ids += self._tokens(piece.row)[piece.begin : piece.end]
+                found = self._tokens(piece.row)
             except BadRow as reason:
                 return Drawn(None, (LeftOut(self._files.where(piece.row), str(reason), too_long=False),))
+            if len(found) != self._counts[piece.row]:
+                reason = f"the document has {len(found)} tokens, and had {self._counts[piece.row]} when it was counted"
+                return Drawn(None, (LeftOut(self._files.where(piece.row), reason, too_long=False),))
+            token_ids += found[piece.begin : piece.end]
         first, last = self._files.where(item[0].row), self._files.where(item[-1].row)
-        if len(token_ids) != self._length:
-            return Drawn(None, (LeftOut(first, "the document has other tokens than when it was counted", too_long=False),))
         where = first if first == last else f"{first} to {last}"
         return Drawn(SftExample(tuple(token_ids), (False,) + (True,) * (self._length - 1), None, None, where))
 
     def fingerprint(self) -> str:
-        return self._files.fingerprint()
+        """Hash of the files' content, and of what of it is tokenised and how: a position counts tokens."""
+        return self._fingerprint
 
     def _tokens(self, row: int) -> list[int]:
         if row in self._kept:
@@ -108,24 +118,21 @@ class PackedDocuments:
         end = self._tokenizer.eos_token_id
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in self._tokenizer(texts)["input_ids"]] if texts else []
 
-    def _read_counts(self, index: Path | None) -> Integers:
-        """Tokens of each document; 0 for those that cannot be used."""
-        if index is None:
-            return self._count()
-        vocabulary = len(self._tokenizer)
-        path = index / f"tokens-{self._files.fingerprint()}-{vocabulary}.npy"
-        if path.is_file():
-            found: Integers = np.load(path)
-            if found.shape == (len(self._files),):
-                return found
-        counts = self._count()
-        index.mkdir(parents=True, exist_ok=True)
+    def _read_counts(self, path: Path) -> Integers | None:
+        """Tokens of each document as an earlier process counted them."""
+        if not path.is_file():
+            return None
+        found: Integers = np.load(path)
+        return found if found.shape == (len(self._files),) else None
+
+    def _write_counts(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, counts)
+        np.save(partial, self._counts)
         partial.rename(path)
-        return counts
 
     def _count(self) -> Integers:
+        """Tokens of each document; 0 for those that cannot be used."""
         counts = np.zeros(len(self._files), np.int64)
         for first in range(0, len(self._files), _AT_ONCE):
             rows, texts = [], []
@@ -137,6 +144,18 @@ class PackedDocuments:
                     continue
             counts[rows] = [len(ids) for ids in self._tokenized(texts)]
         return counts
+
+
+def _digest_of_cut(form: RowForm, tokenizer: Any) -> str:
+    """Of all that decides which tokens a row becomes: its field, the tokenizer and what ends a document."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        how: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        # The library sets these two by each call, for which they are not asked here.
+        how = {name: value for name, value in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+    cut = json.dumps([form.prompt_key, tokenizer.eos_token_id, how])
+    return hashlib.blake2b(cut.encode(), digest_size=8).hexdigest()
 
 
 class _Cuts(Sequence[tuple[Piece, ...]]):

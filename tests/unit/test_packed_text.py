@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from rlsync.errors import ConfigError
 from workers.packed_text import PackedDocuments
@@ -64,6 +66,43 @@ def test_documents_are_counted_once_for_all_processes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(PackedDocuments, "_count", lambda self: pytest.fail("counted again"))
     assert list(RowLoader(source(path, index=tmp_path / "index"), 4)) == whole
     assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+def test_counts_are_those_of_the_field_and_of_the_tokenizer(tmp_path: Path) -> None:
+    """A count of others would cut documents short."""
+    path, index = tmp_path / "a.jsonl", tmp_path / "index"
+    path.write_text("".join(json.dumps({"text": "1" * (20 + row), "short": "2", "long": "3" * 70}) + "\n" for row in range(8)))
+    counted = {key: _of_field(str(path), key, index) for key in ("short", "text", "long")}
+    assert {key: found.num_tokens for key, found in counted.items()} == {"short": 16, "text": 8 * 21 + 28, "long": 8 * 71}
+    pairs = make_tokenizer()
+    pairs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")  # an unknown token for two characters
+    assert len(pairs) == len(TOKENIZER)
+    cut = _of_field(str(path), "text", index, pairs)
+    assert cut.num_tokens == sum((20 + row + 1) // 2 + 1 for row in range(8))
+    assert len({found.fingerprint() for found in (*counted.values(), cut)}) == 4, "a position in one is none in another"
+    pairs("1" * 9, truncation=True, max_length=3)
+    assert _of_field(str(path), "text", index, pairs).fingerprint() == cut.fingerprint(), "what a call set for itself"
+
+
+def _of_field(path: str, key: str, index: Path, tokenizer: Any = TOKENIZER) -> PackedDocuments:
+    return PackedDocuments(RowFiles([path]), RowForm("text", key, "answer"), tokenizer, 16, on_bad_sample="error", index=index)
+
+
+def test_counts_of_documents_that_end_the_run_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no field 'txt'"):
+        _of_field(documents(tmp_path), "txt", tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_document_that_has_other_tokens_than_when_it_was_counted_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = source(documents(tmp_path))
+    item = found.items(0, shuffle=False, seed=0)[0]
+    tokenized = PackedDocuments._tokenized
+    monkeypatch.setattr(PackedDocuments, "_tokenized", lambda self, texts: tokenized(self, [text + "1" for text in texts]))
+    [left_out] = found.draw(item).left_out
+    assert (
+        re.fullmatch(r"the document has (\d+) tokens, and had (\d+) when it was counted", left_out.reason) and "a.jsonl:1" in left_out.where
+    )
 
 
 def test_documents_that_cannot_be_used_are_named_before_anything_starts(tmp_path: Path) -> None:
