@@ -148,11 +148,13 @@ class Cluster:
         name: str,
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
+        groups: Mapping[str, int] | None = None,
         forked: type[ForkedWorker] | None = None,
     ) -> Worker:
         """Start a Ray actor that sees exactly ``devices`` (all on one node), with extra environment variables.
 
-        ``ray_name`` is for Ray and the log's file name, ``name`` for messages; ``forked``: what its process is where workers are forked.
+        ``ray_name`` is for Ray and the log's file name, ``name`` for messages; ``groups``: threads of its concurrency
+        groups, beside ``threads``; ``forked``: what its process is where workers are forked.
         """
         places = [self.device(d) for d in devices]
         if len({p.node_id for p in places}) != 1:
@@ -168,7 +170,7 @@ class Cluster:
             **({} if environment is None else environment),
         }
         actor = (
-            ray.remote(actor_class)
+            ray.remote(concurrency_groups=groups)(actor_class)
             .options(
                 num_cpus=0, max_concurrency=threads, name=ray_name, max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(places[0].node_id, soft=False),

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import ray
 
 from rlsync.engine.handles import Completion, Prompt
-from rlsync.engine.handles.ray import ENGINE_CLOSE_S, ENGINE_GRACE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
+from rlsync.engine.handles.ray import CONTROL_GROUP, ENGINE_CLOSE_S, ENGINE_GRACE_S, ENGINE_STATE_S, ENGINE_THREADS, RayEngine
 from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.environment import rank_environment
@@ -162,7 +162,7 @@ class WorkerGroup:
         forked = None if self._config.rollout.distributed_executor_backend == "ray" else ForkedEngine
         return self._cluster.launch(
             RolloutEngine, f"{group}:{i}{f'-{self._num_replaced}' if self._num_replaced else ''}", self._engine_devices[i],
-            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS, forked=forked,
+            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS, groups=CONTROL_GROUP, forked=forked,
         )  # fmt: skip
 
     def _address(self) -> str:

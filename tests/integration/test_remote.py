@@ -20,7 +20,8 @@ import ray
 from ray._private import services
 
 from rlsync.engine.handles import ray as ray_handles
-from rlsync.engine.handles.ray import ENGINE_THREADS, EngineActor, RayEngine
+from rlsync.engine.handles.calls import Gate
+from rlsync.engine.handles.ray import CONTROL_GROUP, ENGINE_THREADS, EngineActor, RayEngine
 from rlsync.errors import CheckpointError, RlsyncError
 from tests.deadlines import HANG_S, SLACK, ended_before
 from workers import forked_workers
@@ -86,6 +87,33 @@ class Answers:
 class Engine(EngineActor):
     def __init__(self) -> None:
         self._engine = Answers()
+
+
+class Gated:
+    """Stands in for an engine that is nothing but its gate."""
+
+    def __init__(self) -> None:
+        self._gate = Gate("engine 0", "it is not started")
+        self._gate.open()
+
+    @property
+    def state(self) -> str:
+        return self._gate.state
+
+    def generate(self, prompts: Sequence[str], sampling: object, *, seeds: object, timeout_s: float | None) -> list[str]:
+        self._gate.wait(timeout_s)
+        return [f"{prompt} by {self._gate.version}" for prompt in prompts]
+
+    def pause(self, mode: str, sync: str, timeout_s: float) -> None:
+        self._gate.begin_sync(sync, timeout_s)
+
+    def resume(self, version: int, timeout_s: float) -> None:
+        self._gate.commit(self._gate.ticket(), version)
+
+
+class GatedEngine(EngineActor):
+    def __init__(self) -> None:
+        self._engine = Gated()
 
 
 class StoppedEngine:
@@ -224,6 +252,18 @@ def test_answers_arrive_while_others_are_still_generated_until_an_engine_fails(c
     with pytest.raises(WorkerDiedError, match=r"engine 0 .*ended during stream"):
         ask(["die", "g"], ["h"])
     assert arrived[0][3:] == [(0, ("e",)), (1, ("g",))] and arrived[1][1:] == [(1, ("f",)), (0, ("h",))]
+
+
+def test_calls_that_wait_for_the_end_of_a_sync_do_not_keep_it_from_ending_however_many_they_are(cluster):
+    worker = cluster.launch(GatedEngine, "Gated:0", (0,), name="engine 0", threads=ENGINE_THREADS, groups=CONTROL_GROUP)
+    engine = RayEngine("engine 0", 1, worker.actor)
+    engine.pause("abort", "the sync", HANG_S)
+    waiting = [worker.call("generate", ["a"], {}, None, HANG_S) for _ in range(3 * ENGINE_THREADS)]
+    time.sleep(1)  # so that those that Ray has threads for are at the gate
+    with ended_before(HANG_S):
+        assert engine.state == "syncing"
+        engine.resume(7, 10.0)
+        assert collect(waiting) == [["a by 7"]] * len(waiting)
 
 
 def test_a_call_whose_process_is_stopped_ends_at_its_deadline_and_one_that_is_answered_does_not(cluster):

@@ -16,8 +16,12 @@ from rlsync.engine import forking
 from rlsync.engine.handles import Completion, PauseMode, Prompt
 from rlsync.errors import RlsyncError
 
-# Threads of the Ray actor: a call that generates must not keep a sync from pausing the engine.
+# Threads of the Ray actor, in which calls generate: no more at once, as others wait.
 ENGINE_THREADS = 8
+# And its threads for all else, of a concurrency group of their own: calls that generate wait for the end of a sync, and would otherwise
+# keep the sync from coming to that end. An argument of ray.remote, as Ray takes groups with a class alone.
+_CONTROL = "control"
+CONTROL_GROUP = {_CONTROL: 8}
 # For an actor to say how it is, and to end: vLLM gets two times 15 s itself.
 ENGINE_STATE_S = 10.0
 ENGINE_CLOSE_S = 40.0
@@ -104,7 +108,8 @@ class RayEngine:
     Args:
         engine_id: names the engine in errors and metrics.
         num_workers: as ``EngineActor.start`` returned it.
-        actor: Ray's handle of the actor, which has ``ENGINE_THREADS`` threads.
+        actor: Ray's handle of the actor, which has ``ENGINE_THREADS`` threads, and whose class was given to
+            ``ray.remote(concurrency_groups=CONTROL_GROUP)``: Ray ends the process of one that was not at the first call.
     """
 
     def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
@@ -124,7 +129,8 @@ class RayEngine:
         """
         import ray
 
-        made = ray.remote(EngineActor).options(**{"num_cpus": 0, "max_concurrency": ENGINE_THREADS, **options})
+        actor_class = ray.remote(concurrency_groups=CONTROL_GROUP)(EngineActor)
+        made = actor_class.options(**{"num_cpus": 0, "max_concurrency": ENGINE_THREADS, **options})
         engine = cls(engine_id, 0, made.remote(engine_id, dict(engine_args)))
         try:
             engine.num_workers = engine._answer("start", engine.actor.start.remote(), timeout_s)
@@ -136,7 +142,7 @@ class RayEngine:
     @property
     def state(self) -> str:
         """As the engine's own handle knows it."""
-        return str(self._answer("state", self.actor.state.remote(), ENGINE_STATE_S))
+        return str(self._answer("state", self._begin("state"), ENGINE_STATE_S))
 
     def generate(
         self,
@@ -168,17 +174,21 @@ class RayEngine:
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
         # Not awaited: the actor may be the one that is gone.
-        self.actor.call.remote("mark_dirty", reason, sync)
+        self._begin("call", "mark_dirty", reason, sync)
 
     def close(self) -> None:
         """End the engine's processes and the actor, by force where they do not end. Idempotent."""
         import ray
 
-        ray.wait([self.actor.close.remote()], timeout=ENGINE_CLOSE_S)
+        ray.wait([self._begin("close")], timeout=ENGINE_CLOSE_S)
         ray.kill(self.actor, no_restart=True)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
-        self._answer(method, self.actor.call.remote(method, *arguments, timeout_s), timeout_s)
+        self._answer(method, self._begin("call", method, *arguments, timeout_s), timeout_s)
+
+    def _begin(self, method: str, *arguments: Any) -> Any:
+        """Start a call of the actor that waits for none that generates."""
+        return getattr(self.actor, method).options(concurrency_group=_CONTROL).remote(*arguments)
 
     def _answer(self, method: str, reference: Any, timeout_s: float | None) -> Any:
         """Result of a call. Raises the actor's exception, TimeoutError, or RlsyncError where the actor is gone."""
