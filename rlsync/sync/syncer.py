@@ -351,9 +351,9 @@ class WeightSyncer:
         # New tasks, so that a call left over from a failed sync does not answer in this one.
         self._tasks = Tasks()
         name = secrets.token_hex(8)
-        without_frozen = self._may_pass_over_frozen()
-        self._engines_hold_frozen = False
         try:
+            without_frozen = self._may_pass_over_frozen()
+            self._engines_hold_frozen = False
             report = Attempt(self._connection, self._tasks, self._attempt, version, name, without_frozen=without_frozen).run()
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
@@ -376,7 +376,7 @@ class WeightSyncer:
         Checksums notice what a handle does not know of, such as a server that somebody else put to sleep; without any all is sent.
         """
         has_frozen = self._plan is not None and self._plan.num_frozen > 0 and self._config.verify != OFF
-        return has_frozen and self._engines_hold_frozen and all(engine.state == "clean" for engine in self._engines)
+        return has_frozen and self._engines_hold_frozen and all(_is_clean(engine) for engine in self._engines)
 
     def close(self) -> None:
         """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody.
@@ -406,6 +406,15 @@ def _fitting(source: Source, config: SyncConfig) -> Source:
         has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
         raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
     return source
+
+
+def _is_clean(engine: EngineHandle) -> bool:
+    """Whether an engine says so. One that cannot be asked is lost, maybe with its process: its pause tells all ranks why, and in time."""
+    try:
+        return engine.state == "clean"
+    except Exception as error:
+        _log.warning("engine %s did not say whether it holds what is frozen, which is sent to it again: %s", engine.engine_id, error)
+        return False
 
 
 class _Laps:

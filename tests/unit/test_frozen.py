@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from rlsync.coordinator.messages import ActorHello, Recorded, Reports
+from rlsync.errors import RlsyncError
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.sync import syncer
 from rlsync.sync.planning import frozen_tensors
 from rlsync.sync.source import ranges_of
 from rlsync.transport import gloo, nccl
 from tests import standin_gpu
+from tests.deadlines import ended_before
 from tests.thread_actors import SIZES, Actors, Numbers, tensor
 from tests.thread_engines import ThreadEngine
 from tests.unit.test_ipc_channel import GpuNumbers
@@ -141,6 +143,27 @@ def test_checksums_find_what_a_handle_does_not_know_of_and_the_next_sync_heals_i
         error = actors.failure(lambda s: s.sync(s._version + 2))
         assert error.phase in ("verify", "transfer") and "w1.weight in w1.weight" in error.cause
         assert actors.sync(actors.syncers[0]._version + 3).held_bytes == 0
+
+
+def test_an_engine_that_cannot_even_be_asked_is_the_same_error_on_all_ranks_and_gets_all_of_it_when_it_is_back(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose process is gone."""
+    actors, (engine,) = made()
+    actors.sync(1)
+
+    def gone(*_: Any) -> Any:
+        raise RlsyncError("its process is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadEngine, "state", property(gone))
+        patch.setattr(engine, "pause", gone)
+        with ended_before(TIMEOUT_S):
+            error = actors.failure(lambda s: s.sync(2))
+    assert (error.engine, error.phase) == (engine.engine_id, "pause") and "its process is gone" in error.cause
+    assert engine.dirty and actors.syncers[0].health.dirty == {engine.engine_id}
+    assert actors.sync(3).held_bytes == 0 and holds(engine, 3)
+    assert actors.sync(4).held_bytes > 0
 
 
 def test_without_checksums_or_with_nothing_frozen_all_is_sent_every_time(made: Callable[..., Made]) -> None:
