@@ -71,6 +71,20 @@ def test_level_2_is_dirty_until_weights_are_awake_and_synced_and_answers_only_wi
     assert engine._llm.calls == ["sleep 2", "wake weights", "wake kv_cache"]
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_one_that_is_awake_but_for_its_cache_sleeps_again(engine, level):
+    """As where the step after a sync fails before the engine answers: its weights are on the GPU that the actor trains on."""
+    engine.sleep(level, 5)
+    engine.wake(["weights"], 5)
+    engine.sleep(level, 5)
+    assert engine._llm.calls == [f"sleep {level}", "wake weights", f"sleep {level}"]
+    assert engine.state == ("clean" if level == 1 else "dirty")
+    with pytest.raises(ConfigError, match="sleeps without its weights"):
+        engine.pause("abort", "a sync", 5)
+    engine.wake(["weights", "kv_cache"], 5)
+    assert engine._llm.calls[3:] == ["wake weights kv_cache"]
+
+
 def test_level_1_keeps_the_weights(engine):
     engine.sleep(1, 5)
     with pytest.raises(ConfigError, match="sleeps without its weights and kv_cache"):

@@ -276,7 +276,8 @@ class Engine:
     def sleep(self, level: int, timeout_s: float) -> None:
         """Give device memory back: level 1 keeps the weights in host memory, level 2 drops them and makes the engine dirty.
 
-        Requests under way are aborted. Does nothing where it sleeps already. Raises ConfigError where the platform cannot (CPU), or
+        Requests under way are aborted. Does nothing where its weights sleep already; one that is awake but for its KV cache gives the
+        weights back again. Raises ConfigError where the platform cannot (CPU), or
         the engine was not started with ``enable_sleep_mode``; RlsyncError where it could not: the engine is lost then, as some of its
         workers may have let their memory go.
         """
@@ -286,7 +287,7 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id}: this platform has no sleep mode; leave the engine awake during training")
         if not self._args.get("enable_sleep_mode"):
             raise ConfigError(f"engine {self.engine_id} was started without enable_sleep_mode=True, so that its memory cannot go")
-        if self._asleep:
+        if "weights" in self._asleep:
             return
         if level == 2:
             # Before, because what fails in the middle leaves nothing to answer with either.
