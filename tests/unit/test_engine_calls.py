@@ -50,6 +50,22 @@ def test_an_engine_that_gives_no_sign_of_life_outside_a_sync_is_dirty(started: C
     assert gate.state == "dirty"
 
 
+def test_requests_that_were_let_in_before_their_engine_became_dirty_are_not_made_after(started: Calls, gate: Gate) -> None:
+    """A thread may rest between the two for as long as the machine has other things to do."""
+    asked: list[str] = []
+
+    async def answer() -> str:
+        asked.append("the engine")
+        return "from weights of no version"
+
+    gate.wait()
+    gate.shut("its sync failed")
+    started.end_requests()
+    with pytest.raises(EngineDirtyError, match="its sync failed"):
+        started.run_requests([answer()], 60, lambda: asyncio.sleep(0))
+    assert asked == []
+
+
 def test_each_result_is_handed_over_when_its_request_ends(started: Calls) -> None:
     seen: list[tuple[int, str]] = []
 

@@ -218,6 +218,9 @@ class Calls:
             task.add_done_callback(partial(ended, number))
         self._requests.update(tasks)
         try:
+            # It may have become dirty since the caller was let in, and what ends requests then has found none of these.
+            if self._gate.state == "dirty":
+                raise self._gate.refusal()
             return list(await asyncio.gather(*tasks))
         except asyncio.CancelledError:
             if self._gate.state == "dirty":
