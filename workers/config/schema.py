@@ -208,8 +208,8 @@ class MegatronConfig:
     accumulate_allreduce_grads_in_fp32: bool = key(True, "accumulate and reduce gradients in fp32")
     check_for_nan_in_loss_and_grad: bool = key(
         False,
-        "each rank looks at its gradients before they are reduced, and says that it was there that they were not finite: a wait for the GPU "
-        "for each bucket of gradients. A norm that is not finite ends a run in any case, before it changes weights",
+        "each rank looks at its gradients before they are reduced, and says that it was there that they were not finite: a wait for the "
+        "GPU for each bucket of gradients. A norm that is not finite ends a run in any case, before it changes weights",
     )
     router_replay: Literal["off", "R2", "R3"] = key(
         "off",
