@@ -94,8 +94,8 @@ class PackedDocuments:
             except BadRow as reason:
                 return Drawn(None, (LeftOut(self._files.where(piece.row), str(reason), too_long=False),))
             if len(found) != self._counts[piece.row]:
-                reason = f"the document has {len(found)} tokens, and had {self._counts[piece.row]} when it was counted"
-                return Drawn(None, (LeftOut(self._files.where(piece.row), reason, too_long=False),))
+                changed = f"the document has {len(found)} tokens, and had {self._counts[piece.row]} when it was counted"
+                return Drawn(None, (LeftOut(self._files.where(piece.row), changed, too_long=False),))
             token_ids += found[piece.begin : piece.end]
         first, last = self._files.where(item[0].row), self._files.where(item[-1].row)
         where = first if first == last else f"{first} to {last}"
