@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rlsync.engine.handles import PicturePrompt
 from rlsync.engine.handles import Prompt as EnginePrompt
 from rlsync.errors import ConfigError
+from workers.model_folder import unknown_token
 from workers.problems import BadSamples, Problem
 from workers.row_loader import check_position
 
@@ -78,10 +79,19 @@ class PromptDataset(Dataset[Prompt]):
     """Tokenised problems. ``num_too_long`` of them were dropped, or cut, because of their length.
 
     A problem that the chat template refuses, or that has no tokens, is added to ``bad``; without ``bad`` it is an error.
-    Raises ConfigError where the form and the tokenizer do not fit together.
+    ``vocab_size``: of the model, which has no other tokens; None: unknown.
+    Raises ConfigError where the form, the tokenizer and the model do not fit together.
     """
 
-    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm, bad: BadSamples | None = None) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+        form: PromptForm,
+        bad: BadSamples | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
         if form.apply_chat_template and getattr(tokenizer, "chat_template", "") is None:
             raise ConfigError(
                 "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
@@ -93,6 +103,8 @@ class PromptDataset(Dataset[Prompt]):
         if rendered and not any(ids):
             raise ConfigError("the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
         for (problem, text), row in zip(rendered, ids, strict=True):
+            if (reason := unknown_token(row, tokenizer, vocab_size)) is not None:
+                raise ConfigError(f"{problem.where}: {reason}")
             if not row:
                 taken.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
         if bad is None:

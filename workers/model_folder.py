@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsync.errors import ConfigError
+from rlsync.models import model_of
 
 # Sets of files, each of which is enough to make a tokenizer from. Without any of them transformers makes an empty one, silently.
 _TOKENIZER_FILES: tuple[tuple[str, ...], ...] = (
@@ -45,6 +46,11 @@ def read_hf_config(folder: Path, key: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{key} {folder} holds no config.json; it must be a local Hugging Face folder")
     return read_json_object(folder / "config.json")
+
+
+def read_vocab_size(folder: Path, key: str) -> int:
+    """Tokens that the model of a folder has embeddings of. Raises ConfigError; ``key`` names the folder there."""
+    return model_of(read_hf_config(folder, key)).dims["vocab"]
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -95,6 +101,19 @@ def check_tokenizer_size(num_tokens: int, vocab_size: Any, folder: Path) -> None
         raise ConfigError(
             f"the tokenizer of {folder} has {num_tokens} tokens, config.json's vocab_size is {vocab_size}: they belong to different models"
         )
+
+
+def unknown_token(token_ids: Sequence[int], tokenizer: Any, vocab_size: int | None) -> str | None:
+    """What is wrong with tokens of which a model has no embedding, such as added ones; None where it has them all, or ``vocab_size`` is
+    None. The model itself would not say it: a rank gives zeros for ids that others have, and padded rows have no meaning."""
+    if vocab_size is None or max(token_ids, default=0) < vocab_size:
+        return None
+    token_id = next(token_id for token_id in token_ids if token_id >= vocab_size)
+    return (
+        f"{named(tokenizer)} makes the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id {token_id} of it, and the model's "
+        f"vocab_size is {vocab_size}; resize the model's embedding (resize_token_embeddings of transformers), or name the model's own "
+        "tokenizer in actor.tokenizer.tokenizer_model"
+    )
 
 
 def processor_template(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlsync.errors import ConfigError
-from workers.model_folder import named
+from workers.model_folder import named, unknown_token
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
 from workers.row_loader import Drawn, LeftOut
@@ -45,6 +45,7 @@ class PackedDocuments:
     Args:
         index: folder that keeps the number of tokens of each document, for the other processes of the run and for a resume; None: each
             process counts them.
+        vocab_size: of the model: a document with other tokens cannot be used; None: unknown.
 
     Attributes:
         notes: on documents that were left out.
@@ -55,15 +56,23 @@ class PackedDocuments:
     """
 
     def __init__(
-        self, files: RowFiles, form: RowForm, tokenizer: Any, length: int, *, on_bad_sample: OnBadSample, index: Path | None = None
+        self,
+        files: RowFiles,
+        form: RowForm,
+        tokenizer: Any,
+        length: int,
+        *,
+        on_bad_sample: OnBadSample,
+        index: Path | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"{named(tokenizer)} has no eos_token, which tells where a document ends; name one in its tokenizer_config.json"
             )
-        self._files, self._form, self._tokenizer, self._length = files, form, tokenizer, length
+        self._files, self._form, self._tokenizer, self._length, self._vocab_size = files, form, tokenizer, length, vocab_size
         self._kept: OrderedDict[int, list[int]] = OrderedDict()
-        self._fingerprint = f"{files.fingerprint()}-{_digest_of_cut(form, tokenizer)}"
+        self._fingerprint = f"{files.fingerprint()}-{_digest_of_cut(form, tokenizer, vocab_size)}"
         path = None if index is None else index / f"tokens-{self._fingerprint}.npy"
         known = None if path is None else self._read_counts(path)
         self._counts = self._count() if known is None else known
@@ -71,7 +80,7 @@ class PackedDocuments:
         for row in np.flatnonzero(self._counts == 0)[:100].tolist():
             where, content = files.read(row)
             try:
-                document(content, form)
+                self._tokens_of(content)
             except BadRow as reason:
                 bad.add(where, str(reason))
         self.notes = bad.settle(on_bad_sample)
@@ -109,10 +118,17 @@ class PackedDocuments:
         if row in self._kept:
             self._kept.move_to_end(row)
         else:
-            self._kept[row] = self._tokenized([document(self._files.read(row)[1], self._form)])[0]
+            self._kept[row] = self._tokens_of(self._files.read(row)[1])
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return self._kept[row]
+
+    def _tokens_of(self, content: Any) -> list[int]:
+        """Of a row's content. Raises BadRow."""
+        [token_ids] = self._tokenized([document(content, self._form)])
+        if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
+            raise BadRow(reason)
+        return token_ids
 
     def _tokenized(self, texts: list[str]) -> list[list[int]]:
         end = self._tokenizer.eos_token_id
@@ -142,19 +158,20 @@ class PackedDocuments:
                     rows.append(row)
                 except BadRow:
                     continue
-            counts[rows] = [len(ids) for ids in self._tokenized(texts)]
+            vocab_size = self._vocab_size
+            counts[rows] = [len(ids) if vocab_size is None or max(ids) < vocab_size else 0 for ids in self._tokenized(texts)]
         return counts
 
 
-def _digest_of_cut(form: RowForm, tokenizer: Any) -> str:
-    """Of all that decides which tokens a row becomes: its field, the tokenizer and what ends a document."""
+def _digest_of_cut(form: RowForm, tokenizer: Any, vocab_size: int | None) -> str:
+    """Of all that decides which tokens a row becomes: its field, the tokenizer, what ends a document and which tokens may be in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         how: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:
         # The library sets these two by each call, for which they are not asked here.
         how = {name: value for name, value in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
-    cut = json.dumps([form.prompt_key, tokenizer.eos_token_id, how])
+    cut = json.dumps([form.prompt_key, tokenizer.eos_token_id, vocab_size, how])
     return hashlib.blake2b(cut.encode(), digest_size=8).hexdigest()
 
 

@@ -17,6 +17,7 @@ from rlsync.errors import ConfigError
 from workers.config import RunConfig
 from workers.config.grpo import WarmStartConfig
 from workers.data import Prompt
+from workers.model_folder import read_vocab_size, unknown_token
 from workers.pictures import PictureProcessor, open_picture
 from workers.problems import BadSamples
 from workers.row_files import BadRow, RowFiles
@@ -62,12 +63,16 @@ class PicturePrompts(RowSource[Prompt]):
         )
         self._data, self._form, self._has_metadata = data, row_form(data), config.reward.takes_metadata
         self._tokenizer, self._pictures = tokenizer, pictures
+        self._vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
 
     def encode(self, content: Any, where: str, folder: Path) -> Prompt:
-        """The prompt of a row's content. Raises BadRow, also for pictures that cannot be read, or TooLong."""
+        """The prompt of a row's content. Raises BadRow, also for pictures that cannot be read and tokens that the model does not
+        know, or TooLong."""
         problem = picture_problem(content, self._form, suffix=self._data.prompt_suffix, metadata=self._has_metadata)
         text = self._rendered(problem)
         engine_ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if (reason := unknown_token(engine_ids, self._tokenizer, self._vocab_size)) is not None:
+            raise BadRow(reason)
         images = tuple(open_picture(image, folder) for image in problem.images)
         patches = self._pictures(images) if images else None
         repeats = self._pictures.repeats(engine_ids, () if patches is None else patches.num_features)
@@ -147,7 +152,8 @@ def validation_prompts(config: RunConfig, tokenizer: Any, pictures: PictureProce
 def warm_start_examples(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, pictures: PictureProcessor) -> Iterator[list[SftExample]]:
     """The examples of each step of a warm start, whose rows have questions, pictures and answers as those of the training. Raises
     ConfigError, while iterating also for a row that cannot be used, unless ``data.on_bad_sample`` skips it."""
-    encode = ExampleEncoder(tokenizer, ExampleForm(max_length=config.runner.seq_length), pictures)
+    vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
+    encode = ExampleEncoder(tokenizer, ExampleForm(max_length=config.runner.seq_length), pictures, vocab_size=vocab_size)
     on = config.data.on_bad_sample
     source = RowExamples(RowFiles(warm.data_paths), row_form(config.data), encode, on_bad_sample=on, on_too_long="skip")
     per_epoch = source.num_items // warm.batch_size

@@ -25,6 +25,7 @@ from workers.model_folder import (
     processor_template,
     read_generation_config,
     read_hf_config,
+    read_vocab_size,
     text_config,
     token_ids,
 )
@@ -204,7 +205,7 @@ def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSa
         system_prompt=data.system_prompt,
         prompt_suffix=data.prompt_suffix,
     )
-    return PromptDataset(problems, tokenizer, form, bad)
+    return PromptDataset(problems, tokenizer, form, bad, vocab_size=read_vocab_size(Path(config.model_path), config.model_key))
 
 
 def load_readable_problems(config: RunConfig, paths: Sequence[str], bad: BadSamples, *, data_size: int | None = None) -> list[Problem]:

@@ -17,7 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from rlsync.errors import ConfigError
-from workers.model_folder import named
+from workers.model_folder import named, unknown_token
 from workers.pictures import Patches, PictureProcessor, open_picture
 from workers.problems import OnBadSample
 from workers.row_files import BadRow, RowFiles
@@ -94,12 +94,17 @@ class ExampleEncoder:
     What is learned of a conversation: for each turn of the assistant that is, all that follows the template's prompt for it, up to and
     with what ends the turn (not the white space after it). A template with ``{% generation %}`` marks says it itself.
 
+    Args:
+        vocab_size: of the model: a row with other tokens is a bad one; None: unknown.
+
     Raises:
         ConfigError: the form and the tokenizer do not fit together.
     """
 
-    def __init__(self, tokenizer: Any, form: ExampleForm, pictures: PictureProcessor | None = None) -> None:
-        self._tokenizer, self._form, self._pictures = tokenizer, form, pictures
+    def __init__(
+        self, tokenizer: Any, form: ExampleForm, pictures: PictureProcessor | None = None, *, vocab_size: int | None = None
+    ) -> None:
+        self._tokenizer, self._form, self._pictures, self._vocab_size = tokenizer, form, pictures, vocab_size
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"{named(tokenizer)} is no fast one, which says where in the text a token stands, as supervised fine-tuning needs it; add "
@@ -124,10 +129,13 @@ class ExampleEncoder:
             folder: from which relative paths of pictures are meant.
 
         Raises:
-            BadRow: the template refuses the conversation, a picture cannot be read, or nothing would be learned.
+            BadRow: the template refuses the conversation, a picture cannot be read, the model does not know a token, or nothing would be
+                learned.
             TooLong: it has more tokens than ``max_length``.
         """
         token_ids, mask = self._rendered(found) if self._form.apply_chat_template else self._plain(found)
+        if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
+            raise BadRow(reason)
         patches = self._patches(found, folder)
         if patches is not None or self._pictures is not None:
             token_ids, mask = self._with_features(token_ids, mask, () if patches is None else patches.num_features)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlsync.errors import ConfigError
 from workers.config import SftConfig
+from workers.model_folder import read_vocab_size
 from workers.packed_text import PackedDocuments
 from workers.preparation import picture_processor, prepare_model, restore_position, stop_ids
 from workers.resume import Beginning, run_folder
@@ -78,13 +80,21 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
         apply_chat_template=data.apply_chat_template,
         train_on_generation_prompt=data.train_on_generation_prompt,
     )
+    vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
     if data.type == "text":
-        index = run_folder(config) / "tokens"
-        return PackedDocuments(RowFiles(paths), row_form(data), tokenizer, form.max_length, on_bad_sample=data.on_bad_sample, index=index)
+        return PackedDocuments(
+            RowFiles(paths),
+            row_form(data),
+            tokenizer,
+            form.max_length,
+            on_bad_sample=data.on_bad_sample,
+            index=run_folder(config) / "tokens",
+            vocab_size=vocab_size,
+        )
     return RowExamples(
         RowFiles(paths),
         row_form(data),
-        ExampleEncoder(tokenizer, form, picture_processor(config)),
+        ExampleEncoder(tokenizer, form, picture_processor(config), vocab_size=vocab_size),
         on_bad_sample=data.on_bad_sample if substitutes else "error",
         on_too_long=data.on_too_long if substitutes else "error",
     )

@@ -105,6 +105,22 @@ def test_a_document_that_has_other_tokens_than_when_it_was_counted_is_not_cut(tm
     )
 
 
+def test_a_document_with_a_token_that_the_model_does_not_have_is_a_bad_one(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "1" * 40}) + "\n" + json.dumps({"text": "1<new>2"}) + "\n")
+    given = {"vocab_size": len(TOKENIZER), "index": tmp_path / "index"}
+
+    def of(on_bad_sample: Any, **given: Any) -> PackedDocuments:
+        return PackedDocuments(RowFiles([str(path)]), TEXT, tokenizer, 16, on_bad_sample=on_bad_sample, **given)
+
+    with pytest.raises(ConfigError, match=rf"a\.jsonl:2: .*'<new>' of id {len(TOKENIZER)} .*vocab_size is {len(TOKENIZER)}; resize"):
+        of("error", **given)
+    assert of("skip", **given).num_tokens == 41
+    assert of("error", **{**given, "vocab_size": len(tokenizer)}).num_tokens == 41 + 4, "a resized model"
+
+
 def test_documents_that_cannot_be_used_are_named_before_anything_starts(tmp_path: Path) -> None:
     path = documents(tmp_path)
     with Path(path).open("a") as stream:

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, ProcessorMixin
 
 from rlsync.errors import CheckpointError, ConfigError
 from tests.unit.test_models_config import QWEN2, QWEN3_VL
-from workers.config import RunConfig, load_config
+from workers.config import RunConfig, SftConfig, load_config
 from workers.config.schema import ArithmeticRecipe
 from workers.model_folder import check_chat_template
 from workers.preparation import Preparation, load_tokenizer
 from workers.preparation import prepare as prepare_from
 from workers.resume import DATA_STATE, find_beginning
+from workers.sft_preparation import open_loader
 from workers.synthetic import build_world
 
 RECIPE = ArithmeticRecipe(
@@ -187,6 +188,43 @@ def test_a_tokenizer_of_another_model_is_refused(world, tmp_path) -> None:
     (model / "config.json").write_text(json.dumps({**held, "vocab_size": 4}))
     with pytest.raises(ConfigError, match="vocab_size is 4: they belong to different models"):
         prepare(with_model(world, tmp_path, model))
+
+
+@pytest.mark.parametrize("kind", ["llm", "text", "grpo"])
+def test_an_added_token_that_the_model_has_no_embedding_of_is_named_before_a_run(world, tmp_path, kind) -> None:
+    """It has the id of a padded row, or, under tensor parallelism, none: nobody says so later."""
+    model = copied_model(world, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    vocab_size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    held = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**held, "vocab_size": vocab_size}))
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1+<new>=", "response": "1", "solutions": "1"}\n' * 8)
+
+    def start() -> None:
+        if kind == "grpo":
+            prepare(with_model(world, tmp_path, model, data={"train_data_paths": [str(data)]}))
+        else:
+            next(iter(open_loader(supervised(model, data, tmp_path, kind), tokenizer)))
+
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl:\d: .*'<new>' of id {vocab_size} .*vocab_size is {vocab_size}; resize"):
+        start()
+
+
+def supervised(model: Path, data: Path, root: Path, kind: str) -> SftConfig:
+    values: dict[str, Any] = {
+        "cluster": {"component_placement": {"actor": "0"}},
+        "runner": {"task_type": "sft", "seq_length": 16, "experiment_name": "run", "output_dir": str(root)},
+        "data": {"type": kind, "train_data_paths": [str(data)], "prompt_key": "prompt", "apply_chat_template": False},
+        "actor": {"model": {"model_path": str(model)}, "micro_batch_size": 1, "global_batch_size": 1},
+    }
+    if kind == "llm":
+        values["data"] |= {"answer_key": "response"}
+    found = load_config(values, "sft")
+    assert isinstance(found, SftConfig)
+    return found
 
 
 def test_bad_rows_end_a_run_or_are_left_out_and_said(world, tmp_path) -> None:

@@ -71,6 +71,16 @@ def example(turns: list[dict[str, Any]], template: str = TEMPLATE, images: Any =
     return encode(conversation({"messages": turns, "images": images}, CHAT), "a row", folder)
 
 
+def test_a_row_with_a_token_that_the_model_does_not_have_is_a_bad_one() -> None:
+    tokenizer = with_template(TEMPLATE)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    row = conversation({"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "<new>"}], "images": None}, CHAT)
+    with pytest.raises(BadRow, match=rf"'<new>' of id {size} of it, and the model's vocab_size is {size}; resize the model's embedding"):
+        ExampleEncoder(tokenizer, ExampleForm(64), vocab_size=size)(row, "a row", Path())
+    assert size in ExampleEncoder(tokenizer, ExampleForm(64), vocab_size=size + 1)(row, "a row", Path()).token_ids
+
+
 def learned(found: SftExample) -> list[str]:
     """Each stretch of tokens in the loss, as text."""
     pieces: list[list[int]] = [[]]
