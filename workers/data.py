@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -20,8 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rlsync.engine.handles import PicturePrompt
 from rlsync.engine.handles import Prompt as EnginePrompt
 from rlsync.errors import ConfigError
+from workers.chat_template import render
 from workers.model_folder import unknown_token
 from workers.problems import BadSamples, Problem
+from workers.row_files import BadRow
 from workers.row_loader import check_position
 
 
@@ -145,9 +146,9 @@ def _render(problem: Problem, tokenizer: Tokenizer, form: PromptForm, bad: BadSa
             raise ConfigError(f"{problem.where}: a prompt is a message list: set data.apply_chat_template=True")
         return problem.prompt + form.prompt_suffix
     try:
-        return tokenizer.apply_chat_template(chat_messages(problem, form), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        bad.add(problem.where, f"the chat template refuses it: {error}")
+        return render(tokenizer, chat_messages(problem, form), add_generation_prompt=True)
+    except BadRow as reason:
+        bad.add(problem.where, str(reason))
         return None
 
 

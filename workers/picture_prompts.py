@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from rlsync.errors import ConfigError
+from workers.chat_template import render
 from workers.config import RunConfig
 from workers.config.grpo import WarmStartConfig
 from workers.data import Prompt
@@ -23,7 +22,7 @@ from workers.problems import BadSamples
 from workers.row_files import BadRow, RowFiles
 from workers.row_loader import RowLoader, RowSource, TooLong
 from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample
-from workers.sft_rows import PictureProblem, picture_problem, row_form
+from workers.sft_rows import picture_problem, row_form
 
 
 class PicturePrompts(RowSource[Prompt]):
@@ -69,7 +68,7 @@ class PicturePrompts(RowSource[Prompt]):
         """The prompt of a row's content. Raises BadRow, also for pictures that cannot be read and tokens that the model does not
         know, or TooLong."""
         problem = picture_problem(content, self._form, suffix=self._data.prompt_suffix, metadata=self._has_metadata)
-        text = self._rendered(problem)
+        text = render(self._tokenizer, [message.as_template_input() for message in problem.messages], add_generation_prompt=True)
         engine_ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if (reason := unknown_token(engine_ids, self._tokenizer, self._vocab_size)) is not None:
             raise BadRow(reason)
@@ -86,15 +85,6 @@ class PicturePrompts(RowSource[Prompt]):
             return prompt
         pixels, grid = patches.pixel_values, patches.image_grid_thw
         return replace(prompt, engine_ids=tuple(engine_ids), images=images, pixel_values=pixels, image_grid_thw=grid)
-
-    def _rendered(self, problem: PictureProblem) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [message.as_template_input() for message in problem.messages], tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
-        return text
 
 
 def open_prompts(config: RunConfig, tokenizer: Any, pictures: PictureProcessor) -> tuple[RowLoader[Prompt], PicturePrompts]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 
 from rlsync.errors import ConfigError
+from workers.chat_template import TEMPLATE_ERRORS, refusal, render
 from workers.model_folder import named, unknown_token
 from workers.pictures import Patches, PictureProcessor, open_picture
 from workers.problems import OnBadSample
@@ -133,6 +133,8 @@ class ExampleEncoder:
                 learned.
             TooLong: it has more tokens than ``max_length``.
         """
+        if found.images and self._pictures is None:  # templates of text models fail at pictures in ways of their own
+            raise BadRow(f"it has {len(found.images)} pictures, and the model takes none")
         token_ids, mask = self._rendered(found) if self._form.apply_chat_template else self._plain(found)
         if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
             raise BadRow(reason)
@@ -161,10 +163,8 @@ class ExampleEncoder:
         return SftQuestion(tuple(prompt_ids), images, asked, found.answer, where)
 
     def _patches(self, found: Conversation, folder: Path) -> Patches | None:
-        if not found.images:
+        if not found.images or self._pictures is None:
             return None
-        if self._pictures is None:
-            raise BadRow(f"it has {len(found.images)} pictures, and the model takes none")
         return self._pictures([open_picture(reference, folder) for reference in found.images])
 
     def _with_features(self, token_ids: list[int], mask: list[bool], counts: Sequence[int]) -> tuple[list[int], list[bool]]:
@@ -241,18 +241,14 @@ class ExampleEncoder:
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
             )
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
+        except TEMPLATE_ERRORS as error:
+            raise refusal(error) from None
         if len(spans) != len(turns):
             raise BadRow(f"the chat template marks {len(spans)} generations in {len(turns)} turns of the assistant")
         return text, [tuple(span) for span, turn in zip(spans, turns, strict=True) if turn.in_loss]
 
     def _render(self, inputs: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            rendered: str = self._tokenizer.apply_chat_template(list(inputs), tokenize=False, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
-        return rendered
+        return render(self._tokenizer, inputs, add_generation_prompt=add_generation_prompt)
 
 
 class RowExamples(RowSource[SftExample]):

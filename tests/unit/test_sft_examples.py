@@ -71,6 +71,39 @@ def example(turns: list[dict[str, Any]], template: str = TEMPLATE, images: Any =
     return encode(conversation({"messages": turns, "images": images}, CHAT), "a row", folder)
 
 
+@pytest.mark.parametrize("fails", ["{{ 'a' + message.content }}", "{{ message.content.x.y }}", "{{ message.content[0] * 'a' }}"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_whatever_a_template_fails_with_is_why_a_row_is_left_out(fails: str, marked: bool, processor: PictureProcessor) -> None:
+    """Templates of text models take content for a string."""
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, {"role": "assistant", "content": "yes"}]
+    template = "{% for message in messages %}" + fails + ("{% generation %}x{% endgeneration %}" if marked else "") + "{% endfor %}"
+    images = [{"bytes": as_bytes(picture(28, 28))}]
+    with pytest.raises(BadRow, match="the chat template refuses it: "):
+        example(turns, template, images=images, pictures=processor)
+    with pytest.raises(BadRow, match="it has 1 pictures, and the model takes none"):
+        example(turns, template, images=images)
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "damage"),
+    [
+        ("JPEG", b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x07"),  # TypeError where the picture is turned
+        ("JPEG", b"\x01\x1a\x00\x05", b"\x01\x03\x00\x05"),  # struct.error there
+        ("TIFF", b"\x11\x01\x04\x00", b"\x11\x01\x0c\x00"),  # TypeError where it is read
+    ],
+)
+def test_whatever_pillow_fails_with_is_why_a_picture_cannot_be_read(tmp_path: Path, form: str, content: bytes, damage: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.5
+    held = io.BytesIO()
+    picture(30, 40).save(held, form, **({"exif": exif} if form == "JPEG" else {}))
+    assert held.getvalue().count(content) == 1
+    open_picture(held.getvalue(), tmp_path)
+    (tmp_path / "damaged").write_bytes(held.getvalue().replace(content, damage))
+    with pytest.raises(BadRow, match=r"picture .*damaged cannot be read: "):
+        open_picture("damaged", tmp_path)
+
+
 def test_a_row_with_a_token_that_the_model_does_not_have_is_a_bad_one() -> None:
     tokenizer = with_template(TEMPLATE)
     size = len(tokenizer)
