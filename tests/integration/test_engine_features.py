@@ -12,9 +12,13 @@ from typing import Any, get_args
 
 import pytest
 import vllm.config
-from vllm.config import CompilationConfig, SpeculativeConfig
+from vllm.config import CompilationConfig, KVTransferConfig, SpeculativeConfig
 from vllm.config.lora import MaxLoRARanks
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from rlsync.engine.compat import features
 from rlsync.engine.compat.features import CONSIDERED, REFUSALS, against_adapters, check, refusals, unconsidered
@@ -49,6 +53,23 @@ def changed(config: Any, path: str, value: Any) -> Any:
     return config
 
 
+def kv(connector: str, **extra: Any) -> dict[str, Any]:
+    """Arguments of an engine that keeps keys and values elsewhere too."""
+    transfer = KVTransferConfig(kv_connector=connector, kv_role="kv_both", kv_connector_extra_config={"cpu_bytes_to_use": 10**6, **extra})
+    return {"kv_transfer_config": transfer}
+
+
+@pytest.mark.parametrize("connector", ["OffloadingConnector", "SimpleCPUOffloadConnector"])
+def test_connectors_that_forget_when_vllm_resets_them_are_taken_and_only_these(folder: Path, connector: str) -> None:
+    """Those that inherit vLLM's default do nothing, which the scheduler counts as success."""
+    assert refusals(config_of(folder, **kv(connector))) == ()
+    made = KVConnectorFactory.get_connector_class(kv(connector)["kv_transfer_config"])
+    assert made.reset_cache is not KVConnectorBase_V1.reset_cache
+    assert ExampleConnector.reset_cache is KVConnectorBase_V1.reset_cache
+    scheduler = SimpleNamespace(connector=ExampleConnector.__new__(ExampleConnector), log_stats=False)
+    assert Scheduler.reset_connector_cache(scheduler) is True, "or vLLM says itself that nothing was forgotten"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "path", "remedy"),
     [
@@ -59,6 +80,10 @@ def changed(config: Any, path: str, value: Any) -> Any:
         ({"compilation_config": {"inductor_compile_config": {"max_autotune": True}}}, "max_autotune=True", "set max_autotune to False"),
         ({"compilation_config": {"inductor_compile_config": {"freezing": True}}}, "freezing=True", "set freezing to False"),
         ({"quantization": "int8_per_channel_weight_only", "dtype": "bfloat16"}, "model_config.quantization=", "unquantised"),
+        (kv("ExampleConnector"), "kv_connector=ExampleConnector", "or with OffloadingConnector or SimpleCPUOffloadConnector"),
+        (kv("LMCacheConnectorV1"), "kv_connector=LMCacheConnectorV1", "without kv_transfer_config"),
+        (kv("MultiConnector"), "kv_connector=MultiConnector", "without kv_transfer_config"),
+        (kv("OffloadingConnector", spec_name="TieringOffloadingSpec", secondary_tiers=[]), "TieringOffloadingSpec", "CPUOffloadingSpec"),
         ({"runner": "pooling", "convert": "embed"}, "model_config.runner_type=pooling", "runner=generate"),
     ],
 )  # fmt: skip
@@ -85,6 +110,7 @@ def test_what_vllm_can_be_asked_for_and_a_sync_would_get_wrong_is_refused(
         ("ec_transfer_config", SimpleNamespace()),
         ("cache_config.calculate_kv_scales", True),  # vLLM 0.25
         ("cache_config.cpu_offload_gb", 1.0),
+        ("kv_transfer_config", KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")),
     ],
 )
 def test_what_a_cpu_engine_cannot_be_asked_for_is_refused_too(folder: Path, path: str, value: Any) -> None:
@@ -177,7 +203,10 @@ def test_every_refusal_names_a_setting_that_was_considered() -> None:
     for row in REFUSALS:
         owner, _, name = row.path.rpartition(".")
         derived = {"model_config.runner_type": "runner", "speculative_config.method": "speculative_config"}
-        if owner == "compilation_config.inductor_compile_config":
+        if owner.startswith("kv_transfer_config"):
+            # One of the caches, whose own fields say what is kept where; none of them changes a weight.
+            assert row.path.split(".")[1] in {f.name for f in dataclasses.fields(KVTransferConfig)}, row.path
+        elif owner == "compilation_config.inductor_compile_config":
             assert isinstance(CompilationConfig().inductor_compile_config, dict)
         elif row.path in derived:
             assert derived[row.path] in CONSIDERED["" if owner == "speculative_config" else owner]

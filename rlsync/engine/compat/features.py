@@ -25,6 +25,10 @@ _log = logging.getLogger(__name__)
 _LOAD_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy", "runai_streamer"})
 # Methods that draft from the tokens so far and have no weights.
 _DRAFTERS_WITHOUT_WEIGHTS = frozenset({"ngram", "ngram_gpu", "suffix"})
+# Connectors that forget all keys and values when the prefix cache is reset. vLLM takes one that cannot for one that did.
+_RESET_CONNECTORS = frozenset({"OffloadingConnector", "SimpleCPUOffloadConnector"})
+# And where the first of them keeps these. Tiers behind host memory (TieringOffloadingSpec) keep what they have.
+_RESET_OFFLOADING = frozenset({"CPUOffloadingSpec"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ def _is_set(value: Any) -> bool:
 _MOVED_EXPERTS = "moves logical experts to other slots and ranks while the engine runs, and a sync writes those recorded at connect"
 _ON_HOST = "keeps weights in host memory, from where the engine copies them in its own time: what is written on the GPU may be overwritten"
 _OTHER_MODEL = "lets the engine compute from another configuration than config.json, from which the actor is built"
+_OLD_KEYS = "may bring keys and values back that former weights have computed: no commit makes it forget them"
 _IN_CONFIG_JSON = "write the values into the config.json of the folder that actor and engine share"
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -90,6 +95,17 @@ REFUSALS: tuple[Refusal, ...] = (
         "ec_transfer_config", _is_set,
         "takes encoder outputs from other instances, which may have computed them from former weights",
         "start the engine without ec_transfer_config",
+    ),
+    Refusal(
+        "kv_transfer_config.kv_connector", lambda name: name not in _RESET_CONNECTORS, _OLD_KEYS,
+        f"start the engine without kv_transfer_config and kv_offloading_backend, or with {' or '.join(sorted(_RESET_CONNECTORS))}",
+    ),
+    Refusal(
+        "kv_transfer_config.kv_connector_extra_config.spec_name", lambda name: name not in _RESET_OFFLOADING, _OLD_KEYS,
+        f"offload with spec_name {' or '.join(sorted(_RESET_OFFLOADING))}, which is the default",
+    ),
+    Refusal(
+        "kv_transfer_config.kv_connector_module_path", _is_set, _OLD_KEYS, "start the engine without kv_connector_module_path",
     ),
     Refusal(
         "load_config.load_format", lambda name: str(name) not in _LOAD_FORMATS,
@@ -252,7 +268,7 @@ CONSIDERED: Mapping[str, frozenset[str]] = {
         "quant_config",
         # Kernels and compiled graphs: each layer is judged by what it holds and computes with, and graphs keep its addresses.
         "kernel_config compilation_config attention_config mamba_config optimization_level performance_mode",
-        # Caches: forgotten after every commit, those behind a connector too.
+        # Caches: forgotten after every commit, or, behind a connector that does not forget, refused.
         "cache_config kv_transfer_config kv_events_config ec_manager_config",
         "weight_transfer_config device_config",
         "scheduler_config aux_output_config watermark_config diffusion_config structured_outputs_config observability_config",
