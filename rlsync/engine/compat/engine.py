@@ -63,21 +63,29 @@ def gpu_uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+# What vLLM's runners call a model's logits by; the second with ``enable_batch_sharded_sampling``, each rank for requests of its own.
+LOGITS = ("compute_logits", "compute_logits_local")
+
+
 def forbid_answers(model: torch.nn.Module, reason: str) -> None:
     """Make the model raise instead of giving logits, until ``allow_answers``: being paused is all else that keeps it from answering.
 
-    Logits are computed outside CUDA graphs, so that captured graphs are no way around.
+    Logits are computed outside CUDA graphs, so that captured graphs are no way around. A model that lacks one of the ways to them is not
+    given it: vLLM asks a model which it has.
     """
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"this engine refuses to answer: {reason}; sync it completely or restart it")
 
-    model.compute_logits = refuse  # type: ignore[assignment]
+    for name in LOGITS:
+        if hasattr(model, name):
+            setattr(model, name, refuse)
 
 
 def allow_answers(model: torch.nn.Module) -> None:
     """Let the model answer again. Idempotent."""
-    vars(model).pop("compute_logits", None)
+    for name in LOGITS:
+        vars(model).pop(name, None)
 
 
 # Processes on CPU.
