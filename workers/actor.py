@@ -50,6 +50,7 @@ from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
 from workers.gpus import device_memory_gb
 from workers.metrics import host_memory_gb
+from workers.samples import Padding
 from workers.worker_logs import keep_own_log
 
 
@@ -120,6 +121,13 @@ class ActorRank:
         if actor.megatron.async_save and self._config.runner.save_interval > 0:
             # Here, where engines are still starting, and not before the first save, which training would wait for.
             prepare_saves(self._saved_bridge, self._models, self._save_memory, saves_optimizer=not actor.megatron.no_save_optim)
+
+    def padding(self) -> Padding:
+        """Of the micro-batches that go through this rank's chunks; the same on all ranks."""
+        if self._passes["packing"]:
+            return "none"
+        config = unwrap(self._models[0]).config
+        return "all" if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths else "each"
 
     def _store(self, address: str, port: int) -> dist.Store:
         """Where the ranks of the process group find each other. torch's own would listen on every address of the host."""

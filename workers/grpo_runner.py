@@ -34,7 +34,7 @@ from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_ahead import STATE, Batch, Rollout, RolloutAhead, outdated, restored, state_of
 from workers.routes import RoutingCounts, engine_routes, routing_metrics, routing_shape
 from workers.runner import Runner, timed
-from workers.samples import ReplicaBatch, Sample, aligned, split_samples, with_advantages
+from workers.samples import ReplicaBatch, Sample, TokenBudget, aligned, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
 from workers.sft_data import SftExample
 from workers.supervised import answered
@@ -61,6 +61,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         self._generating_s = 0.0
         self._batch: Batch | None = None
         self._ahead: RolloutAhead | None = None
+        # Of micro-batches of training that are cut by tokens.
+        self._budget: TokenBudget | None = None
 
     # Set-up.
 
@@ -80,6 +82,11 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         check = WeightCheck(group, prepared, config.rollout.model.model_path) if config.rollout.validate_weight and fresh else None
 
         self._start_workers(load_initial=needs_initial, engines_up=check.before if check is not None else lambda: None)
+        if config.runner.enable_dynamic_batch_size:
+            most = config.runner.max_tokens_per_mbs
+            assert most is not None, "load_config derives it"
+            # Whether sequences are packed is decided by the layers that ranks have.
+            self._budget = TokenBudget(most, self._on_ranks("padding")[0])
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
@@ -371,14 +378,14 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def _dealt(self, samples: Sequence[Sample], *, num_updates: int, shuffle_seed: int | None) -> list[ReplicaBatch]:
         """The samples of a step, or some of them, as the actor's replicas take them."""
-        runner, actor = self._config.runner, self._config.actor
+        actor = self._config.actor
         assert actor.micro_batch_size is not None, "load_config derives it"
         return split_samples(
             samples,
             dp_size=self._group.topology.dp_size,
             num_updates=num_updates,
             micro_batch_size=actor.micro_batch_size,
-            max_tokens=runner.max_tokens_per_mbs if runner.enable_dynamic_batch_size else None,
+            budget=self._budget,
             balance=actor.enable_dp_load_balance,
             shuffle_seed=shuffle_seed,
         )

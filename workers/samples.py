@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from rlsync.errors import ConfigError
 from workers.algorithms import group_advantages, moments, whiten
 
 PAD_ID = 0  # never read: padded positions are masked
+
+# Of the micro-batches of a pass. "none": their sequences are packed, and a micro-batch has the positions of its tokens. "each": rows are
+# padded to the longest of their micro-batch. "all": all micro-batches are padded to one shape, as pipelines of fixed shapes need.
+Padding = Literal["none", "each", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """What bounds a micro-batch: it has at most ``max_positions`` positions, padded ones among them as ``padding`` says, before lengths
+    are rounded up to what tensor and context ranks can divide."""
+
+    max_positions: int
+    padding: Padding
 
 
 class TokenRow(Protocol):
@@ -141,7 +154,7 @@ def split_samples(
     dp_size: int,
     num_updates: int,
     micro_batch_size: int,
-    max_tokens: int | None = None,
+    budget: TokenBudget | None = None,
     balance: bool = False,
     shuffle_seed: int | None = None,
 ) -> list[ReplicaBatch]:
@@ -149,7 +162,7 @@ def split_samples(
 
     Args:
         num_updates: optimizer updates of the step; samples are cut into as many equal mini-batches.
-        micro_batch_size: samples in a microbatch, unless ``max_tokens`` bounds its tokens instead.
+        micro_batch_size: samples in a microbatch, unless ``budget`` bounds its positions instead.
         balance: split by length, so that replicas get about the same number of tokens.
         shuffle_seed: shuffle the samples over the mini-batches; None keeps their order.
     """
@@ -158,7 +171,7 @@ def split_samples(
     for batch in batches:
         lengths = [samples[i].length for i in batch]
         hands = split_by_length(lengths, dp_size) if balance else _in_order(len(batch), dp_size)
-        cuts = _cut([[lengths[i] for i in hand] for hand in hands], micro_batch_size, max_tokens)
+        cuts = _cut([[lengths[i] for i in hand] for hand in hands], micro_batch_size, budget)
         for replica, (hand, cut) in enumerate(zip(hands, cuts, strict=True)):
             updates[replica].append(tuple(tuple(samples[batch[hand[i]]] for i in micro) for micro in cut))
     num_tokens = tuple(sum(len(samples[i].response_ids) for i in batch) for batch in batches)
@@ -166,16 +179,16 @@ def split_samples(
     return [ReplicaBatch(tuple(mine), num_tokens, num_sequences) for mine in updates]
 
 
-def scoring_cuts(batches: Sequence[ReplicaBatch], *, size: int | None = None, max_tokens: int | None = None) -> list[list[list[int]]]:
+def scoring_cuts(batches: Sequence[ReplicaBatch], *, size: int | None = None, budget: TokenBudget | None = None) -> list[list[list[int]]]:
     """Microbatches of each replica when its samples are scored, as indices of its ``samples``; as many on every replica.
 
     Args:
-        size: samples in a microbatch, where ``max_tokens`` is None; None for the microbatches of the updates.
-        max_tokens: most tokens of a microbatch. Scoring keeps nothing for a backward pass, and bears more of them than training.
+        size: samples in a microbatch, where ``budget`` is None; None for the microbatches of the updates.
+        budget: of a microbatch. Scoring keeps nothing for a backward pass, and bears a larger one than training.
     """
-    if size is None and max_tokens is None:
+    if size is None and budget is None:
         return [_following(len(micro) for update in batch.updates for micro in update) for batch in batches]
-    return _cut([[sample.length for sample in batch.samples] for batch in batches], size or 1, max_tokens)
+    return _cut([[sample.length for sample in batch.samples] for batch in batches], size or 1, budget)
 
 
 def _following(sizes: Iterable[int]) -> list[list[int]]:
@@ -207,16 +220,16 @@ def _in_order(count: int, dp_size: int) -> list[list[int]]:
     return [list(range(rank * size, (rank + 1) * size)) for rank in range(dp_size)]
 
 
-def _cut(lengths: list[list[int]], micro_batch_size: int, max_tokens: int | None) -> list[list[list[int]]]:
+def _cut(lengths: list[list[int]], micro_batch_size: int, budget: TokenBudget | None) -> list[list[list[int]]]:
     """Microbatches of each replica, the same number on all replicas, whose passes are collective."""
-    if max_tokens is None:
+    if budget is None:
         return [
             [list(range(i, min(i + micro_batch_size, len(mine)))) for i in range(0, len(mine), micro_batch_size)]
             for mine in lengths
         ]  # fmt: skip
     count = 1
     while True:
-        cuts = [micro_batches_by_tokens(mine, max_tokens, min_batches=count) for mine in lengths]
+        cuts = [micro_batches_by_tokens(mine, budget, min_batches=count) for mine in lengths]
         most = max(map(len, cuts))
         if all(len(cut) == most for cut in cuts):
             return cuts
@@ -247,8 +260,9 @@ def split_by_length(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
-def micro_batches_by_tokens(lengths: Sequence[int], max_tokens: int, *, min_batches: int = 1, multiple_of: int = 1) -> list[list[int]]:
-    """Micro-batches whose token sums stay within ``max_tokens``, as few and as even as a greedy split makes them.
+def micro_batches_by_tokens(lengths: Sequence[int], budget: TokenBudget, *, min_batches: int = 1, multiple_of: int = 1) -> list[list[int]]:
+    """Micro-batches whose positions stay within ``budget``, few and even: with padding as few as there can be, of sequences of like
+    length; without as few and as even as a greedy split makes them.
 
     Args:
         lengths: tokens of each sample (prompt and response).
@@ -263,20 +277,49 @@ def micro_batches_by_tokens(lengths: Sequence[int], max_tokens: int, *, min_batc
     """
     if not lengths:
         raise ConfigError("no samples to cut into micro-batches")
-    longest = max(range(len(lengths)), key=lambda i: lengths[i])
-    if lengths[longest] > max_tokens:
-        raise ConfigError(f"sample {longest} has {lengths[longest]} tokens, more than runner.max_tokens_per_mbs ({max_tokens})")
-    count = max(min_batches, -(-sum(lengths) // max_tokens))
+    longest, most = max(range(len(lengths)), key=lambda i: lengths[i]), budget.max_positions
+    if lengths[longest] > most:
+        raise ConfigError(f"sample {longest} has {lengths[longest]} tokens, more than runner.max_tokens_per_mbs ({most})")
+    # With padding the fewest that there can be; without, fewer than can be found perhaps.
+    fewest = -(-sum(lengths) // most) if budget.padding == "none" else len(_padded_runs(lengths, most, budget.padding))
+    count = max(min_batches, fewest)
     while True:
         count = -(-count // multiple_of) * multiple_of
         if count > len(lengths):
             raise ConfigError(
                 f"{len(lengths)} samples cannot fill {count} micro-batches (a multiple of {multiple_of}, at least {min_batches})"
             )
+        if budget.padding != "none":
+            return _even_runs(lengths, most, count, budget.padding)
         batches = _spread(lengths, count)
-        if max(sum(lengths[i] for i in batch) for batch in batches) <= max_tokens:
+        if max(sum(lengths[i] for i in batch) for batch in batches) <= most:
             return batches
         count += 1
+
+
+def _padded_runs(lengths: Sequence[int], most: int, padding: Padding) -> list[list[int]]:
+    """Longest first, the fewest runs whose rows times their longest, or the longest of all, are at most ``most``."""
+    order, runs = _longest_first(lengths), []  # type: list[int], list[list[int]]
+    while order:
+        rows = most // lengths[order[0]] if padding == "each" or not runs else len(runs[0])
+        runs.append(order[:rows])
+        order = order[rows:]
+    return runs
+
+
+def _even_runs(lengths: Sequence[int], most: int, count: int, padding: Padding) -> list[list[int]]:
+    """``count`` runs of ``_padded_runs``, at least as many as ``most`` makes, whose largest has as few positions as can be."""
+    low, high = max(lengths), most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_padded_runs(lengths, middle, padding)) <= count else (middle + 1, high)
+    runs = _padded_runs(lengths, low, padding)
+    while len(runs) < count:
+        # No bound gives this number: one more run from the one with most positions.
+        largest = max((run for run in runs if len(run) > 1), key=lambda run: len(run) * lengths[run[0]])
+        at, half = runs.index(largest), len(largest) // 2
+        runs[at : at + 1] = [largest[:half], largest[half:]]
+    return [sorted(run) for run in runs]
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from workers.metrics import part_rates
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
 from workers.row_loader import ExampleSource, RowLoader
-from workers.samples import PAD_ID, micro_batches_by_tokens, stacked
+from workers.samples import PAD_ID, TokenBudget, micro_batches_by_tokens, stacked
 from workers.sft_data import SftExample
 from workers.sft_preparation import example_source, num_val_examples, open_loader, val_examples
 from workers.supervised import SupervisedObjective, num_targets
@@ -107,14 +107,15 @@ class SftRank(ActorRank):
         return share_in_replica([stacked(cut) for cut in cuts] if self._reads else None)
 
     def _cut_by_tokens(self, examples: Sequence[SftExample]) -> list[list[SftExample]]:
-        """Cuts of at most ``runner.max_tokens_per_mbs`` tokens, as many as the replica that needs most of them has. Collective."""
+        """Cuts of at most ``runner.max_tokens_per_mbs`` positions, as many as the replica that needs most of them has. Collective."""
         most = self._config.runner.max_tokens_per_mbs
         assert most is not None, "load_config derives it"
+        budget = TokenBudget(most, self.padding())
         lengths, count, cuts = [example.length for example in examples], 1, []
         while True:
             with agreed(device=compute_device()):
                 if self._reads:
-                    cuts = micro_batches_by_tokens(lengths, most, min_batches=count)
+                    cuts = micro_batches_by_tokens(lengths, budget, min_batches=count)
             found = torch.tensor([len(cuts), -len(cuts) if self._reads else -(2**31)], device=compute_device())
             dist.all_reduce(found, dist.ReduceOp.MAX)
             count = int(found[0])

@@ -24,7 +24,7 @@ from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
-from workers.samples import ReplicaBatch, Sample, aligned, split_samples
+from workers.samples import ReplicaBatch, Sample, TokenBudget, aligned, split_samples
 from workers.supervised import answered
 
 
@@ -73,12 +73,13 @@ def leave(actor: GrpoRank) -> None:
 
 def batches(actor: GrpoRank, samples: Sequence[Sample], step: int, *, num_updates: int | None = None) -> list[ReplicaBatch]:
     config = actor._config
+    most = config.runner.max_tokens_per_mbs if config.runner.enable_dynamic_batch_size else None
     return split_samples(
         samples,
         dp_size=actor._topology.dp_size,
         num_updates=config.algorithm.n_minibatches if num_updates is None else num_updates,
         micro_batch_size=config.algorithm.training_batch_size_per_gpu,
-        max_tokens=config.runner.max_tokens_per_mbs if config.runner.enable_dynamic_batch_size else None,
+        budget=None if most is None else TokenBudget(most, actor.padding()),
         balance=config.actor.enable_dp_load_balance,
         shuffle_seed=config.actor.seed + step if config.algorithm.shuffle_rollout and num_updates is None else None,
     )

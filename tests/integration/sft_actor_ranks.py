@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.parallel import destroy_parallel
+from rlsync.megatron.train import _prepared
 from tests.integration.actor_ranks import set_up
 from workers.config import SftConfig, actor_topology, lenient_overrides, load_config, register_resolvers
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer, prepare_model
 from workers.resume import Beginning
 from workers.sft_actor import SftRank
+from workers.sft_data import SftExample
 from workers.sft_preparation import open_loader
 
 STEPS, BATCH, MICRO = 3, 8, 2
@@ -76,6 +78,7 @@ def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> Non
             actor._bridge.save_adapter(actor._models, adapter)
         actor.open_data(position(config))
         found = [actor.train() for _ in range(STEPS)]
+        check_positions(actor, config)
         state, validated = actor.data_state(), actor.validate()
         trained = dict(actor._bridge.export_weights(actor._models))
         everywhere: list[Any] = [None] * dist.get_world_size()
@@ -89,6 +92,23 @@ def train_as_transformers(cases: Sequence[Mapping[str, Any]], world: str) -> Non
             compare(case, config, reference.train(), found, validated, trained)
         # No rank may close connections while another still asks.
         destroy_parallel(keep_distributed=True)
+
+
+def check_positions(actor: SftRank, config: SftConfig) -> None:
+    """Micro-batches of the rows with which the data begins, cut by tokens, go through the model within the budget. Collective."""
+    rows = [SftExample(ids, mask, None, None, "a row") for ids, mask in unequal_rows(config.actor.global_batch_size)]
+    if not config.runner.enable_dynamic_batch_size:
+        return
+    microbatches = actor._microbatches(rows)
+    assert sum(len(m["tokens"]) for m in microbatches) == len(rows)
+    positions = [p.tokens.numel() for p in _prepared(actor._models, microbatches, packing=actor._passes["packing"])]
+    assert max(positions) * config.actor.model.context_parallel_size <= config.runner.max_tokens_per_mbs, positions
+
+
+def unequal_rows(count: int) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Tokens and loss masks: a long row and short ones, all of lengths that ranks can divide."""
+    lengths = [16, *[4] * (count - 1)]
+    return [((1,) * length, (False, *(True,) * (length - 1))) for length in lengths]
 
 
 def compare(

@@ -34,6 +34,7 @@ def test_steps_and_validation_equal_transformers_in_every_layout_however_the_bat
         {"actor.model": TP2},
         {"actor.model": {"context_parallel_size": 2}, "runner": DYNAMIC},
         {"actor.model": PP2, "runner": {**DYNAMIC, "packing": True}},
+        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "runner": DYNAMIC},
         {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {"loss_agg_func": "micro-batch-mean"}},
         {"actor.model": TP2, "actor.lora": {"r": 4, "alpha": 16.0}},
         {"actor.model": PP2, "actor.lora": {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}},

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from rlsync.errors import ConfigError
 from workers.algorithms import group_advantages
 from workers.samples import (
+    Padding,
     ReplicaBatch,
     Sample,
+    TokenBudget,
     collate,
     micro_batches_by_tokens,
     mini_batches,
@@ -47,12 +49,14 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=4, 
 @settings(max_examples=60, deadline=None)
 @given(
     groups=st.lists(LENGTHS, min_size=2, max_size=6), dp_size=st.sampled_from([1, 2, 4]), balance=st.booleans(),
-    max_tokens=st.one_of(st.none(), st.integers(15, 40)), seed=st.one_of(st.none(), st.integers(0, 9)),
+    max_tokens=st.one_of(st.none(), st.integers(15, 40)), padding=st.sampled_from(["none", "each", "all"]),
+    seed=st.one_of(st.none(), st.integers(0, 9)),
 )  # fmt: skip
-def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, seed) -> None:
+def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, padding, seed) -> None:
     samples = [sample(p, r, number=i) for i, (p, r) in enumerate(pair for group in groups for pair in group)]
     batches = split_samples(
-        samples, dp_size=dp_size, num_updates=1, micro_batch_size=3, max_tokens=max_tokens, balance=balance, shuffle_seed=seed
+        samples, dp_size=dp_size, num_updates=1, micro_batch_size=3, balance=balance, shuffle_seed=seed,
+        budget=None if max_tokens is None else TokenBudget(max_tokens, padding),
     )  # fmt: skip
     dealt = Counter(n for share in batches for update in numbers(share) for micro in update for n in micro)
     assert dealt == Counter(range(len(samples)))
@@ -62,7 +66,16 @@ def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, bala
     assert batches[0].num_tokens == (sum(len(s.response_ids) for s in samples),)
     assert batches[0].num_sequences == (sum(1 for s in samples if s.response_ids),)
     if max_tokens is not None:
-        assert all(sum(s.length for s in micro) <= max_tokens for share in batches for update in share.updates for micro in update)
+        updates = [update for share in batches for update in share.updates]
+        assert all(n <= max_tokens for update in updates for n in positions([[s.length for s in micro] for micro in update], padding))
+
+
+def positions(batches: Sequence[Sequence[int]], padding: str) -> list[int]:
+    """Positions of micro-batches with samples of these lengths."""
+    if padding == "none":
+        return [sum(lengths) for lengths in batches]
+    longest = max(max(lengths) for lengths in batches)
+    return [len(lengths) * (longest if padding == "all" else max(lengths)) for lengths in batches]
 
 
 def test_the_deal_keeps_the_order_without_balance_and_shuffling() -> None:
@@ -108,11 +121,14 @@ def test_replicas_score_in_as_many_microbatches_whose_tokens_are_bounded() -> No
     """Passes of experts and gathered parameters are collective over replicas, and one has ten times the tokens of the other."""
     samples = [sample(2, 38 if i < 4 else 2, number=i) for i in range(8)]
     batches = split_samples(samples, dp_size=2, num_updates=1, micro_batch_size=1)
-    long, short = scoring_cuts(batches, max_tokens=80)
+    long, short = scoring_cuts(batches, budget=TokenBudget(80, "none"))
     assert len(long) == len(short) == 2, "in place of four of one sample each"
     for batch, cuts in zip(batches, (long, short), strict=True):
         assert sorted(index for cut in cuts for index in cut) == list(range(4))
         assert all(sum(batch.samples[index].length for index in cut) <= 80 for cut in cuts)
+    # Sorted by length for padding, and still indices of the samples as they lie.
+    batches = split_samples([sample(2, n, number=n) for n in (1, 38, 2, 37, 3, 36, 4, 35)], dp_size=1, num_updates=1, micro_batch_size=1)
+    assert scoring_cuts(batches, budget=TokenBudget(80, "each")) == [[[1, 3], [5, 7], [0, 2, 4, 6]]]
 
 
 def test_collate_puts_scores_where_their_tokens_are() -> None:
@@ -142,36 +158,52 @@ TOKEN_COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
 @settings(max_examples=100, deadline=None)
-@given(TOKEN_COUNTS, st.integers(50, 200), st.integers(1, 3))
-def test_micro_batches_hold_every_sample_once_within_the_budget(lengths: list[int], max_tokens: int, minimum: int) -> None:
-    minimum = min(minimum, len(lengths))
-    batches = micro_batches_by_tokens(lengths, max_tokens, min_batches=minimum)
+@given(TOKEN_COUNTS, st.integers(50, 200), st.integers(1, 3), st.sampled_from(["none", "each", "all"]))
+def test_micro_batches_hold_every_sample_once_within_the_budget(lengths: list[int], most: int, minimum: int, padding: Padding) -> None:
+    minimum, budget = min(minimum, len(lengths)), TokenBudget(most, padding)
+    batches = micro_batches_by_tokens(lengths, budget, min_batches=minimum)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(batch and sum(lengths[i] for i in batch) <= max_tokens for batch in batches)
+    assert all(batches) and max(positions([[lengths[i] for i in batch] for batch in batches], padding)) <= most
     assert len(batches) >= minimum
-    assert batches == micro_batches_by_tokens(lengths, max_tokens, min_batches=minimum)
+    assert batches == micro_batches_by_tokens(lengths, budget, min_batches=minimum)
+    # As many as are asked, which another replica may need; else none would ever agree.
+    more = min(len(batches) + 1, len(lengths))
+    if padding != "none":
+        assert len(micro_batches_by_tokens(lengths, budget, min_batches=more)) == more
 
 
 def test_micro_batches_are_few_and_even() -> None:
-    batches = micro_batches_by_tokens([8, 1, 7, 2, 6, 3, 5, 4], 18)
-    assert [sum([8, 1, 7, 2, 6, 3, 5, 4][i] for i in batch) for batch in batches] == [18, 18]
+    lengths = [8, 1, 7, 2, 6, 3, 5, 4]
+    batches = micro_batches_by_tokens(lengths, TokenBudget(18, "none"))
+    assert [sum(lengths[i] for i in batch) for batch in batches] == [18, 18]
+    # 8 7 | 6 5 | 4 3 2 1 with each padded to its longest, where 18 positions would also bear 6 5 4.
+    assert micro_batches_by_tokens(lengths, TokenBudget(18, "each")) == [[0, 2], [4, 6], [1, 3, 5, 7]]
+    assert micro_batches_by_tokens(lengths, TokenBudget(18, "all")) == [[0, 2], [4, 6], [5, 7], [1, 3]]
+
+
+def test_one_long_sequence_does_not_pad_many_short_ones_to_its_length() -> None:
+    lengths = [4096, *[100] * 40]
+    assert len(micro_batches_by_tokens(lengths, TokenBudget(8192, "none"))) == 1
+    assert micro_batches_by_tokens(lengths, TokenBudget(8192, "each")) == [[0], list(range(1, 41))]
+    assert len(micro_batches_by_tokens(lengths, TokenBudget(8192, "all"))) == 21
 
 
 def test_micro_batch_count_is_a_multiple_where_the_schedule_wants_it() -> None:
-    assert len(micro_batches_by_tokens([5] * 8, 15, multiple_of=4)) == 4
+    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, "none"), multiple_of=4)) == 4
+    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, "each"), multiple_of=4)) == 4
 
 
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([3, 9], {"max_tokens": 8}, "sample 1 has 9 tokens, more than runner.max_tokens_per_mbs"),
-        ([3, 3], {"max_tokens": 8, "min_batches": 3}, "2 samples cannot fill 3 micro-batches"),
-        ([], {"max_tokens": 8}, "no samples"),
+        ([3, 9], {}, "sample 1 has 9 tokens, more than runner.max_tokens_per_mbs"),
+        ([3, 3], {"min_batches": 3}, "2 samples cannot fill 3 micro-batches"),
+        ([], {}, "no samples"),
     ],
 )
 def test_impossible_budgets_are_refused(lengths: list[int], options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        micro_batches_by_tokens(lengths, **options)
+        micro_batches_by_tokens(lengths, TokenBudget(8, "none"), **options)
 
 
 def test_dealing_by_length_evens_tokens_and_keeps_counts_equal() -> None:

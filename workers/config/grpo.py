@@ -38,8 +38,9 @@ class AlgorithmConfig:
     logprob_forward_micro_batch_size: int = key(1, "samples in a micro-batch when log-probabilities are recomputed", min=1)
     logprob_forward_max_tokens: int | None = key(
         None,
-        "most tokens in such a micro-batch, in place of that number of samples, and of runner.max_tokens_per_mbs; passes without gradients "
-        "keep nothing, and are fastest with many times the tokens of a training micro-batch; at least runner.seq_length; null: off",
+        "most tokens in such a micro-batch, padding included, in place of that number of samples, and of runner.max_tokens_per_mbs; passes "
+        "without gradients keep nothing, and are fastest with many times the tokens of a training micro-batch; at least runner.seq_length; "
+        "null: off",
         min=1,
     )
     recompute_logprobs: bool = key(True, "the actor computes the old log-probabilities; false: the engine's are used")
