@@ -66,7 +66,7 @@ class MetricsLog:
             config: ``runner.logger``, with ``log_path`` and ``experiment_name`` derived.
             resolved: the whole configuration as plain containers, written to ``config.yaml`` and given to loggers.
             plot: drawn when the log is closed.
-            n_minibatches: optimizer updates per step; loggers number those, not the steps.
+            n_minibatches: optimizer updates per step; loggers number those from 1, not the steps. What is known before them is at 0.
             start_step: step a resumed run continues after; lines of later steps move to ``metrics.<n>.jsonl``, and another
                 ``config.yaml`` to ``config.yaml.<n>``.
 
@@ -86,7 +86,9 @@ class MetricsLog:
         try:
             # TensorBoard last: its writer changes what is shown of an earlier run, and only the others may fail for want of a network.
             for name in sorted(config.logger_backends, key="tensorboard".__eq__):
-                self._loggers.append(_open_logger(name, config, self.folder, resolved, start_step * n_minibatches))
+                self._loggers.append(
+                    _open_logger(name, config, self.folder, resolved, start_step * n_minibatches + 1 if start_step else None)
+                )
         except BaseException:
             for logger in self._loggers:
                 logger.close()
@@ -116,7 +118,8 @@ class MetricsLog:
             step: 1 for the first step; 0 for what is known before it.
             metrics: names to numbers.
             training: metrics of each optimizer update without the prefix ``actor/training/``. ``metrics.jsonl`` gets
-                their mean; loggers get each one at index ``(step - 1) * n_minibatches + i``.
+                their mean; loggers get each one at index ``(step - 1) * n_minibatches + i + 1``, and ``metrics`` at the last of these,
+                ``step * n_minibatches``: each index once and in order, as some loggers merge what comes to one twice.
 
         Returns:
             The object written, without ``step``.
@@ -126,11 +129,12 @@ class MetricsLog:
         record = {"step": step, **{name: _json_number(value) for name, value in written.items()}}
         self._history.append(record)
         self._append(json.dumps(record) + "\n")
-        index = max(0, step - 1) * self._n_minibatches
+        last = step * self._n_minibatches
+        by_index = dict(enumerate(updates, start=last - self._n_minibatches + 1))
+        by_index[last] = {**by_index.get(last, {}), **metrics}
         for logger in self._loggers:
-            logger.log(metrics, index)
-            for offset, update in enumerate(updates):
-                logger.log(update, index + offset)
+            for index, numbers in by_index.items():
+                logger.log(numbers, index)
         return written
 
     def show(self, metrics: Mapping[str, float]) -> None:
@@ -232,11 +236,11 @@ def draw(history: Sequence[Mapping[str, Any]], plot: Plot, path: Path) -> None:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, first_index: int) -> None:
+    def __init__(self, folder: Path, purge_index: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # What a resumed run repeats is hidden then; the events stay in their files.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_index if first_index else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_index)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -307,10 +311,10 @@ def _missing(name: str, reason: str) -> ConfigError:
     return ConfigError(f"runner.logger.logger_backends names {name}, which cannot be imported ({reason}): pip install {name}, or remove it")
 
 
-def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], first_index: int) -> MetricsLogger:
+def _open_logger(name: str, config: LoggerConfig, folder: Path, resolved: Mapping[str, Any], purge_index: int | None) -> MetricsLogger:
     module = _import_logger(name)
     if name == "tensorboard":
-        return _TensorBoard(folder, first_index)
+        return _TensorBoard(folder, purge_index)
     return (_Wandb if name == "wandb" else _Swanlab)(module, config, folder, resolved)
 
 

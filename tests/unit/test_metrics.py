@@ -138,12 +138,18 @@ def test_tensorboard_numbers_optimizer_updates(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsLog(logger_config(tmp_path, "tensorboard"), {}, n_minibatches=2) as log:
-        for step in (1, 2):
+        log.log(0, {"val/reward": -1.0})
+        for step in (1, 2, 3):
             log.log(step, {"time/step": 1.0}, training=[{"actor/lr": 10.0 * step}, {"actor/lr": 10.0 * step + 1}])
+    # What a resumed run repeats is hidden, and nothing else.
+    with MetricsLog(logger_config(tmp_path, "tensorboard"), {}, n_minibatches=2, start_step=2) as log:
+        log.log(3, {"time/step": 2.0}, training=[{"actor/lr": 35.0}, {"actor/lr": 36.0}])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("actor/training/actor/lr")] == [(0, 10.0), (1, 11.0), (2, 20.0), (3, 21.0)]
-    assert [e.step for e in events.Scalars("time/step")] == [0, 2]
+    rates = [(e.step, e.value) for e in events.Scalars("actor/training/actor/lr")]
+    assert rates == [(1, 10.0), (2, 11.0), (3, 20.0), (4, 21.0), (5, 35.0), (6, 36.0)]
+    assert [(e.step, e.value) for e in events.Scalars("time/step")] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+    assert [e.step for e in events.Scalars("val/reward")] == [0]
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])
@@ -180,11 +186,14 @@ def test_named_loggers_receive_every_number(tmp_path: Path, monkeypatch: pytest.
     for name, service in services.items():
         monkeypatch.setitem(sys.modules, name, service)
     with MetricsLog(logger_config(tmp_path, "wandb", "swanlab"), {"runner": {"logger_backends": ("wandb",)}}) as log:
+        log.log(0, {"val/reward": -1.0})
         log.log(1, {"time/step": 1.0}, training=[{"actor/lr": 2.0}])
     for service in services.values():
         assert [kind for kind, _ in service.seen] == ["init", "log", "log", "finish"]
         assert service.seen[0][1]["project"] == "rlsync" and service.seen[0][1]["config"] == {"runner": {"logger_backends": ["wandb"]}}
-        assert service.seen[2][1] == ({"actor/training/actor/lr": 2.0}, 0)
+        # Each index once: wandb merges what it is given for one twice, and drops what comes to an earlier one.
+        assert service.seen[1][1] == ({"val/reward": -1.0}, 0)
+        assert service.seen[2][1] == ({"actor/training/actor/lr": 2.0, "time/step": 1.0}, 1)
 
 
 def test_rollout_metrics_match_hand_computed_values() -> None:
@@ -317,7 +326,7 @@ def test_prometheus_is_shown_the_latest_numbers(tmp_path: Path) -> None:
         log.log(1, {"sync/gb_per_s": 1.5, "rollout/reward_scores": math.nan}, training=[{"actor/lr": 1.0}, {"actor/lr": 3.0}])
         log.log(2, {"sync/gb_per_s": 2.5}, training=[{"actor/lr": 5.0}])
         numbers = fetched(port)
-        assert (numbers["rlsync_sync_gb_per_s"], numbers["rlsync_actor_training_actor_lr"], numbers["rlsync_logged_step"]) == (2.5, 5.0, 2)
+        assert (numbers["rlsync_sync_gb_per_s"], numbers["rlsync_actor_training_actor_lr"], numbers["rlsync_logged_step"]) == (2.5, 5.0, 4)
         assert math.isnan(numbers["rlsync_rollout_reward_scores"]), "the last that was reported"
         log.show({"sync/engines_dirty": 2})
         assert fetched(port)["rlsync_sync_engines_dirty"] == 2
