@@ -197,9 +197,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
     def _compare(self, info: InitInfo) -> None:
         """Compare in a second transfer engine, so that an existing connection stays usable."""
         if info.attempt == 0:
-            twin = self._comparison = RlsyncTransferEngine(self.config, self.vllm_config, self.device, self.model)
+            self._leave_comparison()
+            twin = RlsyncTransferEngine(self.config, self.vllm_config, self.device, self.model)
             twin._is_comparison, twin._last = True, self._last
             twin._connect(info)
+            self._comparison = twin
         elif self._comparison is not None:
             twin, self._comparison = self._comparison, None
             try:
@@ -207,6 +209,12 @@ class RlsyncTransferEngine(WeightTransferEngine):
             finally:
                 # The other side goes on to let the engine go, and has no use for a goodbye.
                 twin.shutdown(with_goodbye=False)
+
+    def _leave_comparison(self) -> None:
+        """End one whose other side connected and went on no further: it would keep its memory and its connection."""
+        twin, self._comparison = self._comparison, None
+        if twin is not None:
+            twin.shutdown()
 
     def _attach(self, layout: RecordedLayout, assignment: m.WorkerAssignment) -> None:
         assert self._client is not None
@@ -365,7 +373,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
         return True
 
     def shutdown(self, *, with_goodbye: bool = True) -> None:
-        """Leave the run: close the channel and the receiver. Idempotent."""
+        """Leave the run: close the channel and the receiver, those of a comparison too. Idempotent."""
+        self._leave_comparison()
         if self._client is not None:
             if with_goodbye:
                 self._client.send(m.Goodbye())

@@ -17,6 +17,7 @@ import torch
 from rlsync.engine.handles.local import Engine, shared_segments
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
+from rlsync.sync.comparison import _Compared
 from rlsync.sync.packer import Packed
 from rlsync.transport.shm import RingSender
 from tests.deadlines import ended_before
@@ -136,6 +137,36 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
         packer.pack = pack  # type: ignore[method-assign]
         syncer.sync(1)
     assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
+
+
+def test_a_comparison_that_goes_no_further_than_to_connect_is_left_when_another_one_or_an_actor_comes(
+    tiny_engines: dict[str, Engine], tiny_folders: dict[str, Path]
+) -> None:
+    """As of a ``rlsync verify`` that was killed. It leaves the connection beside it alone."""
+    engine = tiny_engines["a"]
+
+    def num_rings() -> int:
+        """Rings of actors, or of those who compare, that the engine's processes map."""
+        mapped = (entry.path for pid in engine.process_ids for entry in psutil.Process(pid).memory_maps(grouped=False))
+        return sum(Path(path).name.startswith("rlsync-ring-") for path in mapped)
+
+    def compare_half() -> None:
+        source = FolderSource(read_folder(tiny_folders["b"]))
+        with WeightSyncer(source, [_Compared(engine)], SyncConfig(**SETTINGS, timeout_s=TIMEOUT_S)) as comparing:
+            comparing.connect()
+
+    with one_rank([engine], tiny_folders["b"]) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+        assert num_rings() == 1
+        for _ in range(2):
+            compare_half()
+            assert num_rings() == 2
+        syncer.sync(2)
+    with one_rank([engine], tiny_folders["b"]) as syncer:
+        syncer.connect()
+        assert num_rings() == 1
+        syncer.sync(1)
 
 
 def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
