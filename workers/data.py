@@ -93,29 +93,16 @@ class PromptDataset(Dataset[Prompt]):
         *,
         vocab_size: int | None = None,
     ) -> None:
-        if form.apply_chat_template and getattr(tokenizer, "chat_template", "") is None:
-            raise ConfigError(
-                "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
-                "or set data.apply_chat_template to False"
-            )
         taken = BadSamples() if bad is None else bad
-        rendered = [(problem, text) for problem in problems if (text := _render(problem, tokenizer, form, taken)) is not None]
-        ids = _tokenize([text for _, text in rendered], tokenizer, chat=form.apply_chat_template)
-        if rendered and not any(ids):
-            raise ConfigError("the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
-        for (problem, text), row in zip(rendered, ids, strict=True):
-            if (reason := unknown_token(row, tokenizer, vocab_size)) is not None:
-                raise ConfigError(f"{problem.where}: {reason}")
-            if not row:
-                taken.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
+        found = tokenized(problems, tokenizer, form, taken, vocab_size=vocab_size)
         if bad is None:
             taken.settle("error")
         limit = form.max_prompt_length
-        self.num_too_long = sum(len(row) > limit for row in ids)
-        kept = [i for i, row in enumerate(ids) if row and (len(row) <= limit or not form.filter_prompt_by_length)]
+        self.num_too_long = sum(len(row) > limit for _, _, row in found)
+        kept = [one for one in found if len(one[2]) <= limit or not form.filter_prompt_by_length]
         self._prompts = tuple(
-            Prompt(index, rendered[i][1], tuple(ids[i][-limit:]), rendered[i][0].answers, rendered[i][0].where, rendered[i][0].metadata)
-            for index, i in enumerate(kept)
+            Prompt(index, text, tuple(row[-limit:]), problem.answers, problem.where, problem.metadata)
+            for index, (problem, text, row) in enumerate(kept)
         )
 
     def __len__(self) -> int:
@@ -130,6 +117,28 @@ class PromptDataset(Dataset[Prompt]):
         for prompt in self._prompts:
             content.update(repr((prompt.token_ids, prompt.answers, *([prompt.metadata] if prompt.metadata else []))).encode())
         return content.hexdigest()
+
+
+def tokenized(
+    problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm, bad: BadSamples, *, vocab_size: int | None
+) -> list[tuple[Problem, str, list[int]]]:
+    """Problems with their prompts as text and as tokens, of whatever length. Those that the chat template refuses, or that have no
+    tokens, go to ``bad``. Raises ConfigError where form, tokenizer and model do not fit together."""
+    if form.apply_chat_template and getattr(tokenizer, "chat_template", "") is None:
+        raise ConfigError(
+            "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
+            "or set data.apply_chat_template to False"
+        )
+    rendered = [(problem, text) for problem in problems if (text := _render(problem, tokenizer, form, bad)) is not None]
+    ids = _tokenize([text for _, text in rendered], tokenizer, chat=form.apply_chat_template)
+    if rendered and not any(ids):
+        raise ConfigError("the tokenizer makes no token of any prompt; its files are incomplete, or those of another model")
+    for (problem, text), row in zip(rendered, ids, strict=True):
+        if (reason := unknown_token(row, tokenizer, vocab_size)) is not None:
+            raise ConfigError(f"{problem.where}: {reason}")
+        if not row:
+            bad.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
+    return [(problem, text, row) for (problem, text), row in zip(rendered, ids, strict=True) if row]
 
 
 def chat_messages(problem: Problem, form: PromptForm) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,16 +54,20 @@ class GrpoRank(ActorRank):
     def warm_start(self, steps: Sequence[Sequence[SftExample]], lr: float) -> list[float]:
         """Supervised steps on these examples. Returns the losses. Collective.
 
-        Every replica takes its part of each step's examples. The optimizer is one of its own, which goes on in the next call and ends
-        with ``begin``.
+        Every replica takes its part of each step's examples, in microbatches of ``algorithm.training_batch_size_per_gpu``. The optimizer
+        is one of its own, which goes on in the next call and ends with ``begin``.
         """
         if self._warm_optimizer is None:
             self._warm_optimizer = build_optimizer(self._models, optimizer_options(self._config.actor, lr))
         optimizer = self._warm_optimizer
-        dp_rank, losses = self._topology.coordinates(self._rank).dp_rank, []
+        dp_rank, dp_size, losses = self._topology.coordinates(self._rank).dp_rank, self._topology.dp_size, []
+        size = self._config.algorithm.training_batch_size_per_gpu
         for examples in steps:
-            mine = stacked(examples[dp_rank :: self._topology.dp_size])
-            result = train_step(self._models, optimizer, [mine], SupervisedObjective(num_targets(examples)), **self._passes)
+            mine = list(examples[dp_rank::dp_size])
+            if len(mine) * dp_size < len(examples):  # replicas have equally many microbatches
+                mine.append(replace(mine[-1], loss_mask=(False,) * mine[-1].length))
+            microbatches = [stacked(mine[i : i + size]) for i in range(0, len(mine), size)]
+            result = train_step(self._models, optimizer, microbatches, SupervisedObjective(num_targets(examples)), **self._passes)
             losses.append(result.metrics["loss"])
         gather_parameters(self._models)
         return losses

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -19,14 +20,15 @@ from rlsync.models import Model, model_of
 from rlsync.sync import SyncReport
 from rlsync.sync.report import SyncHealth
 from workers.config import RunConfig, WarmStartConfig
-from workers.data import Prompt
+from workers.data import Prompt, tokenized
 from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
 from workers.judges import Beside, MathJudge, Verdict, open_judge
 from workers.metrics import difference_metrics, idle_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import REWARDS
+from workers.model_folder import read_vocab_size, unknown_token
 from workers.picture_prompts import warm_start_examples
-from workers.preparation import Preparation, prepare
+from workers.preparation import Preparation, prepare, prompt_form
 from workers.problems import BadSamples, load_supervised
 from workers.resume import Beginning
 from workers.reward import unreadable_reference
@@ -137,27 +139,15 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         """The supervised steps of ``warm_start``."""
         self._screen.phase("warm start")
         began = time.monotonic()
-        # Pictures of all steps would be held at once.
-        steps = [self._text_examples(warm)] if self._prepared.data.pictures is None else ([step] for step in self._picture_examples(warm))
+        config, tokenizer, pictures = self._config, self._prepared.tokenizer, self._prepared.data.pictures
+        steps: Iterable[list[list[SftExample]]]
+        if pictures is None:
+            steps = [warm_start_texts(config, warm, tokenizer, self._prepared.stop_ids[:1])]
+        else:  # one by one, because pictures of all steps would be held at once
+            steps = ([step] for step in warm_start_examples(config, warm, tokenizer, pictures))
         losses = [loss for given in steps for loss in self._on_ranks("warm_start", ray.put(given), warm.lr)[0]]
         took = time.monotonic() - began
         self._screen.component("warm start", took, f"{warm.num_steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-
-    def _text_examples(self, warm: WarmStartConfig) -> list[list[SftExample]]:
-        """The examples of each step of a warm start."""
-        tokenizer, end = self._prepared.tokenizer, self._prepared.stop_ids[:1]
-        examples = [
-            answered(tuple(tokenizer(prompt)["input_ids"]), tuple(tokenizer(response)["input_ids"]) + end)
-            for prompt, response in load_supervised(warm.data_paths)
-        ]
-        order = torch.Generator().manual_seed(self._config.actor.seed)
-        picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
-        return [[examples[i] for i in pick] for pick in picks]
-
-    def _picture_examples(self, warm: WarmStartConfig) -> Iterator[list[SftExample]]:
-        pictures = self._prepared.data.pictures
-        assert pictures is not None, "of data with pictures"
-        return warm_start_examples(self._config, warm, self._prepared.tokenizer, pictures)
 
     # The loop.
 
@@ -392,6 +382,23 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
         return repr(self._prepared.tokenizer.decode(list(token_ids)))
+
+
+def warm_start_texts(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, end: tuple[int, ...]) -> list[list[SftExample]]:
+    """The examples of each step of a warm start by text: prompts as rollouts have them, and behind each its response and ``end``.
+    Raises ConfigError, by file and line of a row that cannot be used."""
+    bad, vocab_size = BadSamples(), read_vocab_size(Path(config.model_path), config.model_key)
+    prompts = tokenized(load_supervised(warm.data_paths), tokenizer, prompt_form(config), bad, vocab_size=vocab_size)
+    examples = []
+    for problem, _, prompt_ids in prompts:
+        response_ids = tokenizer(problem.answers[0], add_special_tokens=False)["input_ids"]
+        if (reason := unknown_token(response_ids, tokenizer, vocab_size)) is not None:
+            bad.add(problem.where, reason)
+        examples.append(answered(tuple(prompt_ids), (*response_ids, *end), problem.where))
+    bad.settle("error", way_out=False)
+    order = torch.Generator().manual_seed(config.actor.seed)
+    picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
+    return [[examples[i] for i in pick] for pick in picks]
 
 
 def _sample(prompt: Prompt, completion: Completion, routes: torch.Tensor | None) -> Sample:

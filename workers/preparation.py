@@ -196,16 +196,21 @@ def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Pr
 
 
 def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
-    data = config.data
     problems = load_readable_problems(config, paths, bad, data_size=data_size)
-    form = PromptForm(
+    vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
+    return PromptDataset(problems, tokenizer, prompt_form(config), bad, vocab_size=vocab_size)
+
+
+def prompt_form(config: RunConfig) -> PromptForm:
+    """How the problems of a run become prompts."""
+    data = config.data
+    return PromptForm(
         max_prompt_length=data.max_prompt_length,
         filter_prompt_by_length=data.filter_prompt_by_length,
         apply_chat_template=data.apply_chat_template,
         system_prompt=data.system_prompt,
         prompt_suffix=data.prompt_suffix,
     )
-    return PromptDataset(problems, tokenizer, form, bad, vocab_size=read_vocab_size(Path(config.model_path), config.model_key))
 
 
 def load_readable_problems(config: RunConfig, paths: Sequence[str], bad: BadSamples, *, data_size: int | None = None) -> list[Problem]:

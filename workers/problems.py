@@ -106,9 +106,11 @@ def load_problems(
     return problems
 
 
-def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> list[tuple[str, str]]:
-    """(prompt, response) of each row of JSONL or JSON files with these two fields; ConfigError names file and line of what has not."""
-    found, bad = [], BadSamples()
+def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> list[Problem]:
+    """Problems whose only answer is the response, of JSONL or JSON files with fields ``prompt`` and ``response``; ConfigError names file
+    and line of what has not."""
+    found: list[Problem] = []
+    bad = BadSamples()
     for path in paths:
         for where, row in islice(_rows(Path(path)), rows_per_file):
             try:
@@ -116,7 +118,7 @@ def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> l
                     raise row
                 if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "response")):
                     raise _Bad("needs the fields 'prompt' and 'response' with strings")
-                found.append((_text(row["prompt"], "prompt"), _text(row["response"], "response")))
+                found.append(Problem(_text(row["prompt"], "prompt"), (_text(row["response"], "response"),), where))
             except _Bad as reason:
                 bad.add(where, str(reason))
     bad.settle("error", way_out=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
+from rlsync.megatron.train import train_step
 from tests.integration.actor_reference import Reference, read_samples, run_config
 from workers import actor as actor_module
+from workers import grpo_actor
 from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
@@ -294,6 +297,26 @@ def warm_start(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
         assert all(update["actor/update_success"] == 1.0 for update in updates), updates
         print(f"WARM {json.dumps(case)} {losses[0]:.3f} -> {losses[-1]:.3f}, kl {kl}", flush=True)
         leave(actor)
+
+
+def warm_start_cuts(folder: str, samples: str) -> None:
+    """Microbatches of a warm start are as large as those of the training, and its losses do not depend on them, nor on examples that
+    cannot be dealt evenly."""
+    examples, found, sizes = [[answered(s.prompt_ids, s.response_ids) for s in read_samples(samples)][:7]] * 2, [], []
+
+    def counted(models: Any, optimizer: Any, microbatches: Any, *args: Any, **given: Any) -> Any:
+        sizes.append([len(micro["tokens"]) for micro in microbatches])
+        return train_step(models, optimizer, microbatches, *args, **given)
+
+    grpo_actor.train_step = counted
+    for size in (8, 3, 1):
+        actor = start(run_config(folder, {"algorithm": {"training_batch_size_per_gpu": size}}))
+        found.append(actor.warm_start(examples, 1e-2))
+        leave(actor)
+    grpo_actor.train_step = train_step
+    assert sizes == [[4]] * 2 + [[3, 1]] * 2 + [[1, 1, 1, 1]] * 2, sizes
+    assert all(math.isclose(loss, first, rel_tol=1e-5) for losses in found for loss, first in zip(losses, found[0], strict=True)), found
+    print("CUT", flush=True)
 
 
 def keep_reference(case: Mapping[str, Any], folder: str, samples: str) -> None:

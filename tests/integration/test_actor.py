@@ -111,6 +111,11 @@ def test_checkpoints_without_optimizer_are_resumed_where_asked_and_refused_where
     assert "optimizer" in said(output) and "no_load_optim" in said(output)
 
 
+def test_a_warm_start_is_cut_as_the_training_is(given):
+    outputs = run_ranks(2, RANKS, "warm_start_cuts", **given)
+    assert all("CUT" in output for output in outputs)
+
+
 def test_grpo_starts_from_the_warm_started_weights(given):
     """Also the float32 copies of half-precision optimizers, and the KL reference."""
     cases = [

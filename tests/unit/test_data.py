@@ -154,7 +154,7 @@ def test_bad_rows_are_left_out_and_counted_where_asked_or_named_together(tmp_pat
 
 
 def test_supervised_rows_need_both_texts(tmp_path: Path) -> None:
-    assert load_supervised([written(tmp_path / "a.jsonl", {"prompt": "1+1=", "response": "2"})]) == [("1+1=", "2")]
+    assert load_supervised([written(tmp_path / "a.jsonl", {"prompt": "1+1=", "response": "2"})]) == [Problem("1+1=", ("2",))]
     with pytest.raises(ConfigError, match=r"b\.jsonl:1: needs the fields 'prompt' and 'response'"):
         load_supervised([written(tmp_path / "b.jsonl", {"prompt": "1+1="})])
 
