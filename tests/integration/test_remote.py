@@ -265,6 +265,15 @@ def test_calls_that_wait_for_the_end_of_a_sync_do_not_keep_it_from_ending_howeve
         assert collect(waiting) == [["a by 7"]] * len(waiting)
 
 
+def test_an_engine_whose_actor_was_made_without_the_group_of_its_control_calls_is_told_how_to_make_it(cluster):
+    """Ray ends its process, and says nothing of the group to whoever called."""
+    worker = cluster.launch(GatedEngine, "Gated:1", (0,), name="engine 1", threads=ENGINE_THREADS)
+    with pytest.raises(
+        RlsyncError, match=r"(?s)Ray actor of engine engine 1 is gone: .*; if .* ray\.remote\(concurrency_groups=CONTROL_GROUP\)"
+    ):
+        RayEngine("engine 1", 1, worker.actor).pause("abort", "the sync", HANG_S)
+
+
 def test_a_call_whose_process_is_stopped_ends_at_its_deadline_and_one_that_is_answered_does_not(cluster):
     """What it said before has arrived; a process that has died meanwhile is named before it."""
     stopped, at_work = (cluster.launch(StoppedEngine, f"Stopped:{i}", (i,), name=f"engine {i}", threads=ENGINE_THREADS) for i in range(2))

@@ -102,6 +102,10 @@ class EngineActor:
         yield
 
 
+class ActorGoneError(RlsyncError):
+    """The Ray actor of an engine has ended."""
+
+
 class RayEngine:
     """An ``EngineHandle`` on an ``EngineActor``; can be sent to other Ray actors.
 
@@ -115,6 +119,8 @@ class RayEngine:
     def __init__(self, engine_id: str, num_workers: int, actor: Any) -> None:
         self.engine_id, self.num_workers, self.actor = engine_id, num_workers, actor
         self.version: int | None = None
+        # Whether a call of the control group has been answered, so that the actor has the group.
+        self._has_group = False
 
     @classmethod
     def launch(cls, engine_id: str, engine_args: Mapping[str, Any], *, timeout_s: float = 600.0, **options: Any) -> RayEngine:
@@ -142,7 +148,7 @@ class RayEngine:
     @property
     def state(self) -> str:
         """As the engine's own handle knows it."""
-        return str(self._answer("state", self._begin("state"), ENGINE_STATE_S))
+        return str(self._control("state", ENGINE_STATE_S, "state"))
 
     def generate(
         self,
@@ -184,7 +190,21 @@ class RayEngine:
         ray.kill(self.actor, no_restart=True)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> None:
-        self._answer(method, self._begin("call", method, *arguments, timeout_s), timeout_s)
+        self._control(method, timeout_s, "call", method, *arguments, timeout_s)
+
+    def _control(self, what: str, timeout_s: float, method: str, *arguments: Any) -> Any:
+        """Result of a call that waits for none that generates; raises as ``_answer``."""
+        try:
+            answer = self._answer(what, self._begin(method, *arguments), timeout_s)
+        except ActorGoneError as error:
+            if self._has_group:
+                raise
+            raise ActorGoneError(
+                f"{error}; if its class was not given to ray.remote(concurrency_groups=CONTROL_GROUP) of rlsync.engine.handles.ray, Ray "
+                "has ended it at this call"
+            ) from None
+        self._has_group = True
+        return answer
 
     def _begin(self, method: str, *arguments: Any) -> Any:
         """Start a call of the actor that waits for none that generates."""
@@ -199,7 +219,7 @@ class RayEngine:
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError(f"engine {self.engine_id} did not answer {method} within {timeout_s:g} s") from None
         except ray.exceptions.RayActorError as error:
-            raise RlsyncError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
+            raise ActorGoneError(f"the Ray actor of engine {self.engine_id} is gone: {error}") from None
         except ray.exceptions.RayTaskError as error:
             # Not as_instanceof_cause(): its text is Ray's, with ours somewhere inside.
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
