@@ -99,11 +99,17 @@ class PromptDataset(Dataset[Prompt]):
             taken.settle("error")
         limit = form.max_prompt_length
         self.num_too_long = sum(len(row) > limit for _, _, row in found)
+        self._num_prompts, self._form = len(found), form
         kept = [one for one in found if len(one[2]) <= limit or not form.filter_prompt_by_length]
         self._prompts = tuple(
             Prompt(index, text, tuple(row[-limit:]), problem.answers, problem.where, problem.metadata)
             for index, (problem, text, row) in enumerate(kept)
         )
+
+    def notes(self, key: str) -> tuple[str, ...]:
+        """What a user should know of the prompts that are too long; ``key`` names their files."""
+        is_cut = not self._form.filter_prompt_by_length
+        return too_long_notes(key, self.num_too_long, self._num_prompts, self._form.max_prompt_length, is_cut=is_cut)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -139,6 +145,14 @@ def tokenized(
         if not row:
             bad.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
     return [(problem, text, row) for (problem, text), row in zip(rendered, ids, strict=True) if row]
+
+
+def too_long_notes(key: str, num_too_long: int, num_prompts: int, most: int, *, is_cut: bool = False) -> tuple[str, ...]:
+    """What a user should know of so many prompts of more than ``most`` tokens, in the files that ``key`` names; nothing of none."""
+    if not num_too_long:
+        return ()
+    become = "are cut to their last tokens" if is_cut else "are left out"
+    return (f"{num_too_long} of {num_prompts} prompts of {key} are longer than data.max_prompt_length ({most}) and {become}",)
 
 
 def chat_messages(problem: Problem, form: PromptForm) -> list[dict[str, str]]:

@@ -35,6 +35,7 @@ from workers.reward import unreadable_reference
 from workers.rollout import reshaping, sampling_arguments
 from workers.rollout_ahead import STATE, Batch, Rollout, RolloutAhead, outdated, restored, state_of
 from workers.routes import RoutingCounts, engine_routes, routing_metrics, routing_shape
+from workers.row_loader import RowLoader
 from workers.runner import Runner, timed
 from workers.samples import ReplicaBatch, Sample, TokenBudget, aligned, split_samples, with_advantages
 from workers.screen import GRPO_COLUMNS
@@ -178,9 +179,15 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             **sample_metrics(samples, algorithm.group_size, step - 1),
             **difference_metrics(differences),
             **routing_metrics(counted),
+            **self._left_out(),
             **report.metrics(),
         }
         return {**found, **self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}, updates
+
+    def _left_out(self) -> dict[str, float]:
+        """Of rows that are read when their turn comes; the notes at the start say it of others."""
+        loader = self._prepared.data.loader
+        return {name: float(count) for name, count in loader.take_left_out().items()} if isinstance(loader, RowLoader) else {}
 
     def _drawn(self, step: int, seconds: dict[str, float]) -> Batch:
         """The prompts of a step, which are drawn once, in the order of the steps."""

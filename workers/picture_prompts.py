@@ -15,7 +15,7 @@ from rlsync.errors import ConfigError
 from workers.chat_template import render
 from workers.config import RunConfig
 from workers.config.grpo import WarmStartConfig
-from workers.data import Prompt
+from workers.data import Prompt, too_long_notes
 from workers.model_folder import read_vocab_size, unknown_token
 from workers.pictures import PictureProcessor, open_picture
 from workers.problems import BadSamples
@@ -115,9 +115,11 @@ def first_prompts(source: PicturePrompts, most: int) -> Iterator[Prompt]:
     return islice((_for_engines(prompt) for prompt in found if prompt is not None), most)
 
 
-def validation_prompts(config: RunConfig, tokenizer: Any, pictures: PictureProcessor, bad: BadSamples) -> tuple[Prompt, ...]:
+def validation_prompts(
+    config: RunConfig, tokenizer: Any, pictures: PictureProcessor, bad: BadSamples
+) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     """The prompts of all validation rows, for engines alone: without patches. Rows that cannot be used go to ``bad``; those that are
-    too long are left out. Raises ConfigError where none remains."""
+    too long are left out, which a note says. Raises ConfigError where none remains."""
     data = config.data
     source = PicturePrompts(config, data.val_data_paths, tokenizer, pictures, substitutes=False, most=data.val_data_size)
     found, num_too_long, num_bad = [], 0, 0
@@ -136,7 +138,8 @@ def validation_prompts(config: RunConfig, tokenizer: Any, pictures: PictureProce
             f"no validation problem remains of data.val_data_paths: {num_too_long} were longer than data.max_prompt_length "
             f"({data.max_prompt_length}), {num_bad} were bad samples"
         )
-    return tuple(found)
+    notes = too_long_notes("data.val_data_paths", num_too_long, len(found) + num_too_long, data.max_prompt_length)
+    return tuple(found), notes
 
 
 def warm_start_examples(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, pictures: PictureProcessor) -> Iterator[list[SftExample]]:

@@ -154,9 +154,9 @@ def picture_processor(config: AnyConfig) -> PictureProcessor | None:
 def _texts(config: RunConfig, tokenizer: Any) -> PromptData:
     """Text problems, all of which are read now."""
     data, bad = config.data, BadSamples()
-    val_prompts = _val_prompts(config, tokenizer, bad)
+    val_prompts, val_notes = _val_prompts(config, tokenizer, bad)
     dataset = _dataset(config, data.train_data_paths, tokenizer, bad, data_size=data.data_size)
-    notes = bad.settle(data.on_bad_sample)
+    notes = (*bad.settle(data.on_bad_sample), *dataset.notes("data.train_data_paths"), *val_notes)
     loader = PromptLoader(
         dataset, data.rollout_batch_size, num_epochs=config.runner.max_epochs, shuffle=data.shuffle, seed=data.seed,
         num_workers=data.num_workers,
@@ -169,9 +169,9 @@ def _pictures(config: RunConfig, tokenizer: Any) -> PromptData:
     """Questions about pictures: those of the validation are read now, the others when their turn comes."""
     pictures, bad = picture_processor(config), BadSamples()
     assert pictures is not None, "validate_model refuses such a model"
-    val_prompts = validation_prompts(config, tokenizer, pictures, bad) if config.data.val_data_paths else ()
+    val_prompts, val_notes = validation_prompts(config, tokenizer, pictures, bad) if config.data.val_data_paths else ((), ())
     val_prompts = tuple(_readable(val_prompts, config, bad))
-    notes = bad.settle(config.data.on_bad_sample)
+    notes = (*bad.settle(config.data.on_bad_sample), *val_notes)
     loader, source = open_prompts(config, tokenizer, pictures)
     first = tuple(first_prompts(source, _num_first(config)))
     return PromptData(loader, first, val_prompts if validates(config) else (), pictures, notes)
@@ -181,10 +181,11 @@ def _num_first(config: RunConfig) -> int:
     return NUM_COMPARED_PROMPTS if config.rollout.validate_weight else 0
 
 
-def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Prompt, ...]:
+def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    """The prompts of the validation, and notes on what was left out of them for its length."""
     data = config.data
     if not data.val_data_paths:
-        return ()
+        return (), ()
     found = len(bad.found)
     dataset = _dataset(config, data.val_data_paths, tokenizer, bad, data_size=data.val_data_size)
     if len(dataset) == 0 and (len(bad.found) == found or data.on_bad_sample == "skip"):
@@ -192,7 +193,7 @@ def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[Pr
             f"no validation problem remains of data.val_data_paths: {dataset.num_too_long} were longer than data.max_prompt_length "
             f"({data.max_prompt_length}), {len(bad.found) - found} were bad samples"
         )
-    return tuple(dataset[i] for i in range(len(dataset)))
+    return tuple(dataset[i] for i in range(len(dataset))), dataset.notes("data.val_data_paths")
 
 
 def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlsync.errors import CheckpointError, ConfigError
-from workers.problems import BadSamples, OnBadSample
+from workers.problems import OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
 
 # Rows tried in the place of one that is left out. So many in a row that cannot be used are no accident.
@@ -28,6 +28,9 @@ _NUM_SUBSTITUTES = 32
 _NEIGHBOURHOOD = 1024
 # Examples that a loader process hands over at once: each time costs a millisecond, and more of large pictures would fill its memory.
 _HANDED_OVER = 16
+
+# Metrics of ``RowLoader.take_left_out``.
+LEFT_OUT = ("data/left_out_bad", "data/left_out_too_long")
 
 # What a row becomes.
 T = TypeVar("T")
@@ -285,7 +288,7 @@ class RowLoader(Generic[T]):
         )
         self._handed_out = 0
         self._drawn: Iterator[list[Drawn[T]]] | None = None
-        self._left_out = {False: BadSamples(), True: BadSamples()}
+        self._num_left_out = {False: 0, True: 0}
 
     @property
     def batches_per_epoch(self) -> int:
@@ -296,15 +299,11 @@ class RowLoader(Generic[T]):
         """What the user should know about the data."""
         return self._source.notes
 
-    @property
-    def num_bad(self) -> int:
-        """Rows of this share that were left out so far because they cannot be used."""
-        return len(self._left_out[False].found)
-
-    @property
-    def num_too_long(self) -> int:
-        """Rows of this share that were left out so far because of their length."""
-        return len(self._left_out[True].found)
+    def take_left_out(self) -> dict[str, int]:
+        """Metrics: rows of this share that were left out since the last call, because they cannot be used and because of their length.
+        Others were in their place."""
+        taken, self._num_left_out = self._num_left_out, {False: 0, True: 0}
+        return dict(zip(LEFT_OUT, (taken[False], taken[True]), strict=True))
 
     def __len__(self) -> int:
         return self._order.num_batches
@@ -353,7 +352,7 @@ class RowLoader(Generic[T]):
 
     def _taken(self, drawn: Drawn[T]) -> T:
         for row in drawn.left_out:
-            self._left_out[row.too_long].add(row.where, row.reason)
+            self._num_left_out[row.too_long] += 1
         if drawn.example is None:
             last = drawn.left_out[-1]
             tried = f" ({len(drawn.left_out)} rows were tried)" if len(drawn.left_out) > 1 else ""

@@ -23,7 +23,7 @@ from workers.config import SftConfig
 from workers.metrics import part_rates
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
-from workers.row_loader import ExampleSource, RowLoader
+from workers.row_loader import LEFT_OUT, ExampleSource, RowLoader
 from workers.samples import PAD_ID, TokenBudget, micro_batches_by_tokens, stacked
 from workers.sft_data import SftExample
 from workers.sft_preparation import example_source, num_val_examples, open_loader, val_examples
@@ -78,12 +78,14 @@ class SftRank(ActorRank):
         """
         began = time.monotonic()
         examples: list[SftExample] = []
+        left_out: Mapping[str, int] = dict.fromkeys(LEFT_OUT, 0)
         with agreed(device=compute_device()):
-            if self._batches is not None:
+            if self._batches is not None and self._loader is not None:
                 examples = next(self._batches)
+                left_out = self._loader.take_left_out()
         waited = time.monotonic() - began
         microbatches = self._microbatches(examples)
-        counts = self._summed(num_targets(examples), sum(example.length for example in examples), len(examples))
+        counts = self._summed(num_targets(examples), sum(example.length for example in examples), *(left_out[name] for name in LEFT_OUT))
         num_tokens = int(counts[0])
         per_microbatch = self._config.algorithm.loss_agg_func == "micro-batch-mean"
         objective = SupervisedObjective(num_tokens, len(microbatches) * self._topology.dp_size if per_microbatch else None)
@@ -92,6 +94,7 @@ class SftRank(ActorRank):
             **step_metrics(result),
             "train/num_tokens": float(num_tokens),
             "perf/total_num_tokens": counts[1],
+            **dict(zip(LEFT_OUT, counts[2:], strict=True)),
             "time/data_wait": waited,
             "time/training": time.monotonic() - began - waited,
         }

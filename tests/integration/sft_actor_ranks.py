@@ -22,6 +22,7 @@ from workers.config import SftConfig, actor_topology, lenient_overrides, load_co
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer, prepare_model
 from workers.resume import Beginning
+from workers.row_loader import LEFT_OUT
 from workers.sft_actor import SftRank
 from workers.sft_data import SftExample
 from workers.sft_preparation import open_loader
@@ -176,6 +177,14 @@ def meet_a_bad_row(world: str, rows: str) -> None:
         actor.train()
     except ConfigError as error:
         print(f"SAID {error}", flush=True)
+
+
+def leave_rows_out(world: str, rows: str) -> None:
+    """Rows that replicas leave out are counted together, on every rank, in the step that had others in their place."""
+    config = sft_config(world, {"data": {"train_data_paths": [rows], "on_bad_sample": "skip", "on_too_long": "skip"}})
+    actor = start(config)
+    actor.open_data(position(config))
+    print(f"SAID {json.dumps([[value for name, value in actor.train().items() if name in LEFT_OUT] for _ in range(3)])}", flush=True)
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sft"

@@ -51,6 +51,15 @@ def test_a_bad_row_of_one_replica_is_one_error_on_all_ranks(world: Path, tmp_pat
         assert "rows.jsonl:16: no field 'response'" in output.split("SAID ")[1], output
 
 
+def test_rows_that_replicas_leave_out_are_counted_together_in_their_step(world: Path, tmp_path: Path) -> None:
+    rows = (world / "supervised.jsonl").read_text().splitlines()[:24]
+    rows[10] = json.dumps({"prompt": "1+1=", "response": "2" * 64})  # the first replica's in the second step
+    rows[15] = json.dumps({"prompt": "1+1="})  # the second one's
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    for output in run_ranks(2, RANKS, "leave_rows_out", world=str(world), rows=str(tmp_path / "rows.jsonl")):
+        assert json.loads(output.split("SAID ")[1].splitlines()[0]) == [[0, 0], [1, 1], [0, 0]], output
+
+
 def test_a_pretraining_begins_with_the_same_random_weights_in_every_layout_and_precision(tmp_path: Path) -> None:
     """By recipe, with a layout and a precision of one's own, and again from the weights that were saved."""
     tp, pp, ep = (f"actor.model.{axis}_model_parallel_size=2" for axis in ("tensor", "pipeline", "expert"))

@@ -3,6 +3,7 @@ engines that answers by the version it holds and the seed it is given, and refus
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,15 +24,19 @@ from tests.deadlines import HANG_S
 from tests.unit.test_check import check, values
 from tests.unit.test_check import world as world  # the fixture
 from tests.unit.test_config import minimal
+from tests.unit.test_picture_prompts import RECIPE, written
+from tests.unit.test_picture_prompts import values as picture_values
 from tests.unit.test_sft_config import minimal as sft_minimal
 from workers import grpo_runner, worker_group
 from workers.config import RunConfig, load_config, validate_world
 from workers.data import Prompt
 from workers.grpo_runner import GrpoRunner
 from workers.judges import Beside, ExactJudge
+from workers.picture_world import build_picture_world
 from workers.preparation import prepare
 from workers.resume import DATA_STATE, Beginning
 from workers.rollout_ahead import STATE, Batch, Rollout, outdated, restored, state_of
+from workers.row_loader import LEFT_OUT
 from workers.samples import Sample
 from workers.worker_group import WorkerGroup, _Round
 
@@ -162,6 +167,23 @@ def test_engines_generate_a_step_ahead_with_the_weights_before_and_are_synced_be
     assert [metrics["rollout/version_lag"] for metrics in steps(in_turn, 1, STEPS)] == [0] * 6
     # Seeds are of steps: where versions are the same, samples are.
     assert group.trained[0] == other.trained[0] and group.trained[1:] != other.trained[1:]
+
+
+def test_rows_that_are_left_out_are_counted_in_their_step(tmp_path, begun) -> None:
+    world = build_picture_world(tmp_path / "world", RECIPE)
+    good = [json.loads(line) for line in world.train_path.read_text().splitlines()[:6]]
+    rows = written(world, "left_out.jsonl", *good, {**good[0], "image": "gone.png"}, {**good[0], "question": "Which?" * 20})
+    data = {"train_data_paths": rows, "rollout_batch_size": 8, "on_bad_sample": "skip", "shuffle": False}
+    sections = picture_values(world, data=data, algorithm={"recompute_logprobs": True}, rollout={"max_engine_restarts": 1})
+    sections["runner"] |= {"max_epochs": STEPS, "max_steps": STEPS}
+    runner, _ = begun(load_config(sections))
+    counted = [[metrics[name] for name in LEFT_OUT] for metrics in steps(runner, 1, 2)]
+    loader = prepare(load_config(sections), FRESH).data.loader
+    read, expected = iter(loader), []
+    for _ in counted:
+        next(read)
+        expected.append([*loader.take_left_out().values()])
+    assert counted == expected and all(bad and too_long for bad, too_long in counted)
 
 
 def test_the_actor_scores_prompts_that_have_ended_while_engines_answer_others(world, begun) -> None:

@@ -246,6 +246,21 @@ def test_bad_rows_end_a_run_or_are_left_out_and_said(world, tmp_path) -> None:
     )
 
 
+def test_prompts_that_are_too_long_are_counted_in_a_note_of_their_files(world, tmp_path) -> None:
+    long = json.dumps({"prompt": "1+1+1+1+1+1=", "solutions": ["6"]})
+    lines = (world / "train.jsonl").read_text().splitlines()
+    for name, count in (("train", 3), ("held_out", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, *[long] * count]))
+    data = {"train_data_paths": [str(tmp_path / "train.jsonl")], "val_data_paths": [str(tmp_path / "held_out.jsonl")]}
+    runner = {"seq_length": 16, "experiment_name": "run", "output_dir": str(tmp_path), "val_before_train": True}
+    for filtered, become in ((True, "are left out"), (False, "are cut to their last tokens")):
+        prepared = prepare(config(world, tmp_path, runner=runner, data={**data, "filter_prompt_by_length": filtered}))
+        assert prepared.notes == (
+            f"3 of 67 prompts of data.train_data_paths are longer than data.max_prompt_length (8) and {become}",
+            f"2 of 66 prompts of data.val_data_paths are longer than data.max_prompt_length (8) and {become}",
+        )
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04cut"])
 def test_a_broken_data_position_is_named(world, tmp_path, content) -> None:
     state = checkpoint(tmp_path, 3, *TP2_SHARDS) / DATA_STATE

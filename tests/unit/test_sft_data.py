@@ -88,7 +88,8 @@ def test_a_bad_row_ends_the_run_by_file_and_row_or_is_replaced_and_counted(tmp_p
         list(RowLoader(source(path), 3, num_workers=num_workers))
     loader = RowLoader(source(path, skip=True), 3, num_workers=num_workers)
     batches = list(loader)
-    assert [len(batch) for batch in batches] == [3, 3, 3] and loader.num_bad == 1
+    assert [len(batch) for batch in batches] == [3, 3, 3]
+    assert loader.take_left_out() == {"data/left_out_bad": 1, "data/left_out_too_long": 0} and not any(loader.take_left_out().values())
     assert all(example.where != f"{path}:4" for batch in batches for example in batch)
 
 
@@ -121,7 +122,8 @@ def test_pictures_come_from_other_processes_as_they_were_made(tmp_path: Path, nu
     here, there = (RowLoader(rows, 11, num_epochs=2, num_workers=count) for count in (0, num_workers))
     wanted, found = ([[seen(example) for example in batch] for batch in loader] for loader in (here, there))
     assert found == wanted and [len(batch) for batch in wanted] == [11] * 6
-    assert here.num_bad == there.num_bad > 0
+    left_out = here.take_left_out()
+    assert there.take_left_out() == left_out and left_out["data/left_out_bad"] > 0
     assert {example[4] if example[4] is None else example[4][1][0] for batch in found for example in batch} == {None, 1, 2}
 
 
