@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def start_ranks(config: Any, rank: int, world_size: int) -> None:
     if current_platform.is_cpu():
         import vllm.v1.worker.cpu.shm  # noqa: F401  # makes the loader's calls to torch.accelerator do nothing
 
+        # Where the processor has AVX-512 ranks talk through shared memory of this name, which vLLM's workers set themselves.
+        os.environ["VLLM_DIST_IDENT"] = os.environ["MASTER_PORT"]
     with set_current_vllm_config(config):
         parallel_state.init_distributed_environment(world_size, rank, "env://", rank, backend=current_platform.dist_backend)
         parallel_state.ensure_model_parallel_initialized(world_size, 1)

@@ -126,6 +126,7 @@ class StoppedEngine:
         yield "begun"
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)  # another thread may be the one that takes the signal
         yield "went on"
 
     def generate(self, *arguments: object) -> None:
