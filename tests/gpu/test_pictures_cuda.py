@@ -82,6 +82,8 @@ def test_a_frozen_tower_is_sent_again_to_an_engine_whose_sleep_dropped_it_and_to
     folder = save_vision_folder(tmp_path / "hf", "qwen2_5_vl")
     source = FolderSource(folder)
     source.frozen = frozenset(t.name for t in source.tensors if t.name.startswith(TOWER))
+    # Initializes CUDA's driver in this process, of which torch says nothing: an engine forked from it would have no GPU.
+    torch.ones(1, requires_grad=True).backward()
     engine = start(
         "sees", folder, "0", dtype="bfloat16", max_model_len=256, enforce_eager=True, enable_sleep_mode=True, skip_tokenizer_init=False
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import inspect
 import multiprocessing
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from multiprocessing.context import BaseContext
@@ -21,7 +23,7 @@ from vllm.platforms import current_platform
 # Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
 SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
 
-
+_CUDA_ERROR_NOT_INITIALIZED = 3
 _FINISH_S = 5.0
 # A tenth of what a step of a tiny model takes on CPU; a look takes about a twentieth of it.
 _NAP_S = 0.00025
@@ -100,6 +102,19 @@ def start_cores_with(context: Callable[[], BaseContext]) -> None:
     from vllm.v1.engine import utils
 
     utils.get_mp_context = context
+
+
+def spawn_where_forks_have_no_gpu() -> None:
+    """Make engines of this process spawn their cores where its CUDA driver is initialized, which no process forked from it can be again.
+
+    vLLM asks torch, which does not know of all that initializes the driver: a backward pass on the CPU does, as it counts the devices.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    if driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _CUDA_ERROR_NOT_INITIALIZED:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
 def fork_workers() -> None:

@@ -92,6 +92,8 @@ class Engine:
             compat.look_at_models_here()
             if forking.is_asked_for():
                 compat.start_cores_with(forking.EngineContext)
+        else:
+            compat.spawn_where_forks_have_no_gpu()
         args = AsyncEngineArgs(**self._args, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
         config = args.create_engine_config()
         # As its workers would at connect, before they start.
