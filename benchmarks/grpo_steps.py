@@ -17,9 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vlm_sft import REPOSITORY, SIZES, make_folder, make_rows
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.vlm_sft import REPOSITORY, SIZES, make_folder, make_rows, save_random_model
 from rlsync.cli.shapes import SHAPES
 from workers.metrics_log import read_metrics
+from workers.synthetic import make_byte_tokenizer
 
 _PICTURES = "qwen2.5-vl-"
 # The first steps compile, capture and connect.
@@ -27,8 +30,12 @@ _WARM = 2
 
 
 def text_overrides(a: argparse.Namespace, root: Path) -> list[str]:
-    """A model of ``a.model``'s shapes that the run makes itself, and problems of GSM8K's form."""
-    shape = [f"++seeded_model.hf_config.{key}={json.dumps(value)}" for key, value in SHAPES[a.model].items()]
+    """A folder of ``a.model``'s shapes with a token for each byte, and problems of GSM8K's form."""
+    tokenizer = make_byte_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(**{**SHAPES[a.model], **ids, **json.loads(a.shape)})
+    save_random_model(lambda: AutoModelForCausalLM.from_config(config), root / "model")
+    tokenizer.save_pretrained(root / "model")
     problems = root / "problems.jsonl"
     draw = random.Random(0)
     with problems.open("w") as file:
@@ -37,7 +44,7 @@ def text_overrides(a: argparse.Namespace, root: Path) -> list[str]:
             row = {"question": f"Ann has {x} apples and buys {y} more. How many has she?", "answer": f"{x} + {y}\n#### {x + y}"}
             file.write(json.dumps(row) + "\n")
     return [
-        "--config-name", "qwen2.5-1.5b-grpo-megatron", *shape, f"seeded_model.path={root}/model", f"data.train_data_paths=[{problems}]",
+        "--config-name", "qwen2.5-1.5b-grpo-megatron", f"rollout.model.model_path={root}/model", f"data.train_data_paths=[{problems}]",
         "data.prompt_key=question", "data.answer_key=answer",
         "algorithm.training_batch_size_per_gpu=8", "algorithm.logprob_forward_micro_batch_size=8",
         "actor.model.precision=bf16", "actor.optim.fp16=null", "actor.optim.loss_scale=null",
@@ -59,6 +66,7 @@ def picture_overrides(a: argparse.Namespace, root: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=(*SHAPES, *(_PICTURES + size for size in SIZES)), default="qwen2.5-1.5b")
+    parser.add_argument("--shape", default="{}", help="JSON with other values of the model's config.json, as of a smaller one")
     parser.add_argument("--actor", default="0", help="cluster.component_placement of the actor, as 0-1")
     parser.add_argument("--rollout", default="0", help="of the engines")
     parser.add_argument("--tp", type=int, default=1, help="of the actor")

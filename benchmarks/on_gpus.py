@@ -57,13 +57,16 @@ _FUSED = (
     "--set apply_rope_fusion=True --set bias_activation_fusion=True --set bias_dropout_fusion=True --set gradient_accumulation_fusion=True"
 )
 _BENCH = "rlsync bench --out {out} --model"
-_TRAIN_7B = f"{_BENCH} qwen2.5-7b --train --layers te --actor tp=2 --sequences 8 --steps 4 --warmup 2 --set sequence_parallel=True {_FUSED}"
+_TRAIN_7B = (
+    f"{_BENCH} qwen2.5-7b --train --layers te --actor tp=2 --sequences 8 --score-micro-batch-tokens 32768 --steps 4 --warmup 2 --profile "
+    f"--set sequence_parallel=True {_FUSED}"
+)
 _SPREAD = f"{_BENCH} qwen2.5-1.5b --train --layers te --sequences 64 --lengths spread --sequence-length 4096 --steps 4 --warmup 2 {_FUSED}"
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
-_STEPS = "benchmarks.grpo_steps --out {out}/found.json"
+_STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --out {out}/found.json"
+_PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --micro 2 --steps 4 data.num_workers=8"
 _KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
 _STAYS = "actor.offload_weight=False actor.offload_grad=False actor.offload_optimizer=False"
-_ONE_CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 ROWS: dict[str, Row] = {
     # Tests.
@@ -96,7 +99,6 @@ ROWS: dict[str, Row] = {
     "lora-30b": Row(f"{_BENCH} {{configs}}/qwen3-30b-a3b-16.json --lora 32 --steps 5 --warmup 2", 1),
     # Training.
     "train-7b": Row(_TRAIN_7B, 2),
-    "train-7b-one-connection": Row(_TRAIN_7B, 2, environment=_ONE_CONNECTION),
     "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),
     "packed-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768 --packing", 1),
     "long-7b": Row(
@@ -104,11 +106,12 @@ ROWS: dict[str, Row] = {
         f"--chunk-tokens 4096 {_FUSED} {_RECOMPUTED}",
         2,
     ),
-    "vlm-7b": Row("benchmarks.vlm_sft --size 7b --tp 2 --rows 16 --micro 4 --steps 4 --out {out}/found.json data.num_workers=8", 2),
+    "vlm-3b": Row(f"{_PICTURES} --size 3b", 2),
+    "vlm-7b": Row(f"{_PICTURES} --size 7b --engine 0", 2),
     "steps-apart": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT}", 2),
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
-    "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --answer 256 --prompts 32 {_STAYS} {_KEPT}", 2),
+    "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
     "saves": Row("benchmarks.checkpoint --model qwen2.5-1.5b --rounds 2 --folder {out} --json {out}/found.json", 2),
 }  # fmt: skip
 _LAYERS = {"qwen3-30b-a3b": (16, 32)}

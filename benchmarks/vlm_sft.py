@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,24 @@ def make_config(size: str, tokenizer: Any, num_layers: int | None) -> Qwen2_5_VL
     )  # fmt: skip
 
 
-def make_folder(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLConfig:
-    """config.json, random bf16 weights, tokenizer and processor."""
-    tokenizer = make_vision_tokenizer()
-    config = make_config(size, tokenizer, num_layers)
+def save_random_model(make: Callable[[], Any], folder: Path) -> None:
+    """A model of transformers with random bf16 weights, made on a GPU where there is one: a CPU takes a minute for billions of them."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = make()
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     del model
     # The run wants all of a GPU's memory.
     torch.cuda.empty_cache()
+
+
+def make_folder(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLConfig:
+    """config.json, random bf16 weights, tokenizer and processor."""
+    tokenizer = make_vision_tokenizer()
+    config = make_config(size, tokenizer, num_layers)
+    save_random_model(lambda: Qwen2_5_VLForConditionalGeneration(config), folder)
     tokenizer.save_pretrained(folder)
     settings = {**image_settings(), "min_pixels": 28 * 28, "max_pixels": 1280 * 28 * 28}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlsync.bench import training
 from rlsync.bench.actor import synchronize
+from rlsync.bench.profile import Profile, profiled
 from rlsync.bench.spec import write_file
 from rlsync.bench.training import RankFound, TrainFound, TrainSpec
 from rlsync.bridge.auto_bridge import AutoBridge
@@ -86,8 +87,22 @@ class _Bench:
                 seconds.append(self._timed(step))
         own = RankFound(device=self._name(), matmul_tflops=self._matmul, held_bytes=held, peak_bytes=self._peak())
         ranks = [msgspec.json.decode(said, type=RankFound) for said in gather_bytes(msgspec.json.encode(own), device=self._device)]
-        first = self._spec.warmup
-        return TrainFound(train_s=train_s[first:], score_s=score_s[first:], losses=self._losses[first:], ranks=ranks)
+        first, measured = self._spec.warmup, len(self._losses)
+        profiles = self._profile() if self._spec.profile else {}
+        return TrainFound(
+            train_s=train_s[first:], score_s=score_s[first:], losses=self._losses[first:measured], ranks=ranks, profiles=profiles
+        )
+
+    def _profile(self) -> dict[str, Profile]:
+        """Of rank 0 alone, with whom the others compute."""
+        found = {}
+        for name, step in (("train", self._train), ("score", self._score)):
+            self._settle()
+            if dist.get_rank() == 0:
+                found[name] = profiled(step)
+            else:
+                step()
+        return found
 
     def _timed(self, step: Callable[[], None]) -> float:
         self._settle()

@@ -17,6 +17,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from rlsync.bench.profile import KINDS, Profile
 from rlsync.bench.spec import BenchSpec
 from rlsync.errors import ConfigError
 from rlsync.models import Model, model_of
@@ -52,6 +53,7 @@ class TrainSpec(BenchSpec):
         score_microbatches: the same of a scoring pass.
         packing: sequences of a microbatch lie one after the other; else they are padded.
         chunk_tokens: positions of which logits exist at once; None for rlsync's own.
+        profile: one more step and one more scoring pass, of which rank 0 says what its GPU does.
     """
 
     switches: dict[str, Any]
@@ -61,6 +63,7 @@ class TrainSpec(BenchSpec):
     score_microbatches: tuple[tuple[int, ...], ...]
     packing: bool
     chunk_tokens: int | None
+    profile: bool
 
 
 class RankFound(msgspec.Struct, kw_only=True):
@@ -73,12 +76,13 @@ class RankFound(msgspec.Struct, kw_only=True):
 
 
 class TrainFound(msgspec.Struct, kw_only=True):
-    """What came out: seconds of each measured step from barrier to barrier, and each rank's part."""
+    """What came out: seconds of each measured step from barrier to barrier, each rank's part, and rank 0's profiles: "train", "score"."""
 
     train_s: list[float]
     score_s: list[float]
     losses: list[float]
     ranks: list[RankFound]
+    profiles: dict[str, Profile] = {}
 
 
 def read(path: str | Path) -> TrainSpec:
@@ -272,6 +276,19 @@ def show(whole: Mapping[str, Any]) -> None:
         shares = ["" if row[share] is None else f"{row[share]:.3f}" for share in _SHARES]
         table.add_row(name, *numbers, f"{row['tflops_per_rank']:.3g}", *shares)
     console.print(table)
+    _show_profiles(console, whole["found"]["profiles"])
     memory = {name: value / 2**30 for name, value in whole["memory"].items() if name != "predicted_bytes"}
     held, most = (f"{memory[name]:.2f} ({memory[f'predicted_{name}']:.2f} predicted)" for name in ("held_bytes", "peak_bytes"))
     console.print(f"memory of a rank in GiB: {held} between steps, at most {most}")
+
+
+def _show_profiles(console: Console, profiles: Mapping[str, Any]) -> None:
+    if not profiles:
+        return
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="ms of one pass on the GPU of rank 0", title_justify="left")
+    for name in ("", "whole", "nothing at work", "communication alone", *KINDS):
+        table.add_column(name, justify="right")
+    for name, found in profiles.items():
+        seconds = [found["seconds"], found["seconds"] - found["busy_s"], found["exposed_communication_s"], *found["kinds"].values()]
+        table.add_row(name, *(f"{1e3 * one:.1f}" for one in seconds))
+    console.print(table)

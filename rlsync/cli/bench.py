@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-micro-batch-tokens", type=int, help="the same of scoring passes; default: that of steps")
     add("--packing", action="store_true", help="runner.packing: sequences one after the other instead of padded")
     add("--chunk-tokens", type=int, help="actor.model.logits_chunk_tokens")
+    add("--profile", action="store_true", help="say of one more step and pass what the GPU of rank 0 does in it, by kinds of kernels")
     add(
         "--set",
         action="append",
@@ -170,6 +171,8 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
     topology, devices = Topology(**axes), _devices()
     if devices and topology.world_size > len(devices):
         raise ConfigError(f"--actor {arguments.actor} needs {topology.world_size} GPUs, and {len(devices)} are visible; make it smaller")
+    if arguments.profile and not devices:
+        raise ConfigError("--profile says what a GPU does, and no GPU is visible; leave it out")
     model, given = model_of(config, topology), _settings(arguments.set)
     if model.vision is not None:
         raise ConfigError(f"--train has sequences of text, and {model.architecture} takes pictures; take the model of its language part")
@@ -201,6 +204,7 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         packing=arguments.packing,
         lora_r=arguments.lora,
         chunk_tokens=arguments.chunk_tokens,
+        profile=arguments.profile,
         steps=arguments.steps,
         warmup=arguments.warmup,
         start_s=arguments.deadline_s,
@@ -232,6 +236,7 @@ _OF_TRAINING = (
     "score_micro_batch_tokens",
     "packing",
     "chunk_tokens",
+    "profile",
     "set",
     "peak_tflops",
 )

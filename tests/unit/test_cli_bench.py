@@ -302,6 +302,7 @@ def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: 
         (["--score-micro-batch-tokens", "100"], "--score-micro-batch-tokens 100 is less than the longest sequence, 4096"),
         (["--sequences", "0"], "--sequences is 0; it must be at least 1"),
         (["--actor", "pp=3"], "4 layers cannot be split over pp_size 3"),
+        (["--profile"], "--profile says what a GPU does, and no GPU is visible"),
     ],
 )
 def test_training_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
