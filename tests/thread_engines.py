@@ -157,6 +157,8 @@ class ThreadEngine:
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
                 pass
             peer.send(m.Committed(attempt))
+            while not isinstance(peer.receive(attempt, deadline), m.Serve):
+                pass
         except BaseException as error:
             if not isinstance(error, WeightSyncError):
                 phase = "verify" if isinstance(error, MismatchError) else "transfer"

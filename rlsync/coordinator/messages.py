@@ -233,7 +233,7 @@ class Loaded(Message):
 
 
 class Committed(Message):
-    """The worker has declared the version."""
+    """The worker has declared the version, and stays inside its update until ``Serve``."""
 
     attempt: Count
 
@@ -312,6 +312,7 @@ class Writable(Message):
     """Buckets ``[0, buckets_writable)`` may be filled. ``group`` is the number of the group that carries messages.
 
     ``without_frozen``: of frozen buckets checksums alone are due. ``verifies_all``: checksums of all regions are due, whosever turn it is.
+    ``all_joined``: every worker is inside its update, so that no engine goes on.
     """
 
     attempt: Count
@@ -319,6 +320,7 @@ class Writable(Message):
     group: Count = 0
     without_frozen: bool = False
     verifies_all: bool = False
+    all_joined: bool = False
 
 
 class Ready(Message):
@@ -342,6 +344,12 @@ class Commit(Message):
 
     attempt: Count
     version: int
+
+
+class Serve(Message):
+    """To a worker that has committed: every worker of every engine has, and its engine may answer from the version."""
+
+    attempt: Count
 
 
 class AllCommitted(Message):
@@ -378,7 +386,7 @@ FromPeer = (
     WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Exported | Filled | Joined | Done | Loaded | Committed
     | Finish | Failed | Goodbye | State
 )  # fmt: skip
-FromCoordinator = Manifest | Reports | Assignment | Connected | Writable | Ready | Commit | AllCommitted | Finished | Error
+FromCoordinator = Manifest | Reports | Assignment | Connected | Writable | Ready | Commit | Serve | AllCommitted | Finished | Error
 
 M = TypeVar("M")
 

@@ -27,6 +27,7 @@ class Progress:
         answered: engine -> the last call that its handle has returned from.
         verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
         without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
+        all_joined: whether every actor rank has started and every worker has joined.
     """
 
     attempt: int
@@ -47,6 +48,7 @@ class Progress:
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     without_frozen: bool | None = None
+    all_joined: bool = False
     # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
     _packed: list[int] = field(init=False)
     _taken: list[int] = field(init=False)

@@ -217,9 +217,9 @@ class Coordinator:
     def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
         sync = self._current(message.attempt)
         if sync is not None and self._transferring.hold(sync, peer, message):
-            self._enter("commit", now)
             for worker in self._roster.workers():
                 self._send(worker.identity, m.Commit(sync.attempt, sync.version))
+            self._enter("commit", now)
 
     def _on_committed(self, peer: Member, message: m.Committed, now: float) -> None:
         sync = self._current(message.attempt)
@@ -227,7 +227,9 @@ class Coordinator:
             return
         sync.committed.add(peer.identity)
         if len(sync.committed) == len(self._roster.workers()):
-            self._enter("resume", now)
+            self.phase, self.deadline = "resume", now + self._expected.timeout_s
+            for worker in self._roster.workers():
+                self._send(worker.identity, m.Serve(sync.attempt))
             loaded = [sync.loaded[p.identity] for p in self._roster.workers()]
             done = m.AllCommitted(sync.attempt, tuple(x.times for x in loaded), tuple(x.differences for x in loaded))
             for identity in sync.started:
@@ -262,13 +264,14 @@ class Coordinator:
         return sync if sync is not None and sync.attempt == attempt and self.phase not in ("idle", "failed") else None
 
     def _enter(self, phase: str, now: float) -> None:
-        """Start a phase's deadline, and with a message the ones that the peers keep themselves."""
+        """Start a phase's deadline, and with a message the ones that the peers keep themselves. Workers hear first: they are waited for."""
         sync = self._sync
         assert sync is not None
         self.phase, self.deadline = phase, now + self._expected.timeout_s
-        self._transferring.tell_writable(sync, sync.started)
         if phase == "transfer":
+            sync.all_joined = True
             self._transferring.tell_ready(sync)
+        self._transferring.tell_writable(sync, sync.started)
 
     def _fail(self, cause: str, peer: Member | None) -> None:
         self._spread(_found(cause, peer, self.phase, self._sync))
@@ -429,7 +432,8 @@ class Transferring:
     def tell_writable(self, sync: Progress, actors: Iterable[bytes]) -> None:
         """Say which slots are free."""
         for identity in actors:
-            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, bool(sync.without_frozen), sync.verifies_all))
+            without = bool(sync.without_frozen)
+            self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, without, sync.verifies_all, sync.all_joined))
 
     def tell_ready(self, sync: Progress) -> None:
         """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""

@@ -242,7 +242,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Nothing: the reload begins when the actor's side is known to be there."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Take part in one sync, up to and including its commit. The model has the version, or gives no answers until it has one."""
+        """Take part in one sync, until every worker of every engine has committed. The model has the version, or gives no answers until
+        it has one."""
         with self._raising_once():
             self._receive(update_info)
 
@@ -278,8 +279,10 @@ class RlsyncTransferEngine(WeightTransferEngine):
             self._version = update_info.version
             if self._adapters is not None and self._syncs_adapters:
                 self._adapters.commit()
-            compat.allow_answers(self.model)
             client.send(m.Committed(update_info.attempt))
+            # Whoever drives the engine resumes it as soon as this returns, and no engine serves before all have committed.
+            client.next(m.Serve, update_info.attempt, "all workers to commit")
+            compat.allow_answers(self.model)
             _log.debug("version %d: committed", update_info.version)
         except BaseException as error:
             reported = client.error_meanwhile(pull.attempt) if isinstance(error, ConnectionError) else None

@@ -18,7 +18,7 @@ FROM_PEER = (
 FROM_COORDINATOR = (
     MANIFEST, m.Assignment(actor=ACTOR_ASSIGNMENT), m.Assignment(worker=WORKER_ASSIGNMENT), m.Connected(), m.Writable(1, 2),
     m.Ready(1, 2, (m.Sum(0, 1, 2),)),
-    m.Commit(1, 1), m.AllCommitted(1, (TIMES,)), m.Finished(1, b"report"), m.Error(attempt=1, phase="transfer", cause="boom"),
+    m.Commit(1, 1), m.Serve(1), m.AllCommitted(1, (TIMES,)), m.Finished(1, b"report"), m.Error(attempt=1, phase="transfer", cause="boom"),
 )  # fmt: skip
 
 

@@ -66,9 +66,9 @@ def test_a_slot_is_writable_again_when_every_worker_is_done_with_it() -> None:
     for rank in range(2):
         run.tell(f"a{rank}", m.Filled(1, 0, 8))
     run.tell("w0", m.Done(1, 0))
-    assert run.last("a0") == m.Writable(1, 2)
+    assert run.last("a0") == m.Writable(1, 2, all_joined=True)
     run.tell("w1", m.Done(1, 0))
-    assert run.last("a0") == run.last("a1") == m.Writable(1, 3)
+    assert run.last("a0") == run.last("a1") == m.Writable(1, 3, all_joined=True)
 
 
 def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
@@ -81,7 +81,9 @@ def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
     run.tell("w1", m.Loaded(1, other))
     assert run.last("w0") == run.last("w1") == m.Commit(1, 1)
     run.tell("w0", m.Committed(1))
+    assert run.last("w0") == m.Commit(1, 1), "an engine may not serve before the workers of all have committed"
     run.tell("w1", m.Committed(1))
+    assert run.last("w0") == run.last("w1") == m.Serve(1)
     assert run.last("a0") == m.AllCommitted(1, (TIMES, other), ((), ()))
     run.tell("a0", m.Finish(1, b"report"))
     assert run.last("a1") == m.Finished(1, b"report")
