@@ -14,7 +14,7 @@ from rlsync.coordinator.messages import AdapterFactors
 from rlsync.copy.places import in_turns
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
-from rlsync.megatron.lora import merged
+from rlsync.megatron.lora import compile_merging, merged
 from rlsync.megatron.model import adapters_in, gather_parameters
 from rlsync.models.lora import B, check_beside_base
 from rlsync.sync.config import LoraSync
@@ -58,6 +58,7 @@ class MegatronSource:
             self._add_factors(bridge)
         else:
             buffers = self.buffers
+            compile_merging(list(adapters.values()), [buffers[name] for name in adapters])
             self.declared = Declared(
                 dict.fromkeys(adapted, "merge"), lambda names: merged([adapters[name] for name in names], [buffers[name] for name in names])
             )

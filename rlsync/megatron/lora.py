@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from rlsync.copy import merge
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import compute_device
@@ -49,8 +49,6 @@ from rlsync.models.stacks import ExpertModule, Flavour, Model
 ADAPTER = "adapter"
 # Bytes at a multiple of which a row begins, for torch's grouped product.
 _ALIGNMENT = 16
-# Elements of weights that are merged at once: their fp32 takes 256 MiB.
-_MERGED_TOGETHER = 2**26
 # The weight of one of several experts in TransformerEngine's grouped layer.
 _GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12])\.weight(\d+)")
 
@@ -102,9 +100,14 @@ class Adapter(torch.nn.Module):
             drawn = initial_factor(self._spec, name, shape)[tuple(map(slice, part.box.start, part.box.stop))]
             self.lora_A[part.source * self._spec.r : (part.source + 1) * self._spec.r].copy_(drawn)
 
-    def product_of(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Of factors like this one's, (..., rows, columns): what multiplied and scaled is added to the weight when they are merged."""
-        return self._spread(b), a
+    @property
+    def scaling(self) -> float:
+        return self._spec.scaling
+
+    def factors(self) -> merge.Factors:
+        """What multiplied and scaled is added to the weight when they are merged."""
+        owners: Any = None if self._is_whole else self._owners
+        return merge.Factors(self.lora_B, self.lora_A, owners, self._likeness)
 
     def forward(self, x: Tensor | None) -> Any:
         """What is added to the base's output; ``x`` is the base's input, (..., in) in the dtype of the parameters.
@@ -135,11 +138,9 @@ class Adapter(torch.nn.Module):
         return hidden, self._spread(b)
 
     def _spread(self, b: Tensor) -> Tensor:
-        """B (..., out, r) with a block of columns for each projection, zero outside its own rows: (..., out, projections * r)."""
-        if self._is_whole:
-            return b
+        """B (..., out, r) as A's results of all projections are multiplied by it."""
         owners: Any = self._owners
-        return (b.unsqueeze(-2) * owners.unsqueeze(-1)).flatten(-2)
+        return b if self._is_whole else merge.spread(b, owners)
 
     def _random_state(self) -> AbstractContextManager[None]:
         """Ranks that hold the same activations drop the same elements; those with others draw their own."""
@@ -173,8 +174,8 @@ class EmbeddingAdapter(Adapter):
         with torch.no_grad():
             self.lora_B.copy_(torch.empty(shape).normal_(generator=_generator(self._spec, name)))
 
-    def product_of(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return a.transpose(-1, -2), b.transpose(-1, -2)
+    def factors(self) -> merge.Factors:
+        return merge.Factors(self.lora_A.t(), self.lora_B.t(), None, self._likeness)
 
     def forward(self, column: Tensor, here: Tensor) -> Tensor:  # type: ignore[override]  # of tokens, and not of activations
         """What is added to the embeddings (B, S, H) of tokens, or to this rank's part (S / tp_size, B, H) of them under sequence
@@ -205,39 +206,19 @@ class AdaptedRouter(TopKRouter):
         return logits + self.adapter(input, logits.dtype)
 
 
-@torch.no_grad()
 def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Each weight of a base on this rank plus its adapter: computed in fp32, and rounded once to the dtype of the weight.
-
-    Adapters that are alike, as those of hundreds of experts, are computed together but for the product of their factors: what one makes
-    of its weight does not depend, bit for bit, on those beside it. Takes the memory of the results, and ``_MERGED_TOGETHER`` elements or
-    one weight in fp32. Not collective.
-    """
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        alike[adapter._likeness, weight.shape, weight.dtype, weight.device].append(index)
-    found: dict[int, Tensor] = {}
-    for group in alike.values():
-        at_once = max(1, _MERGED_TOGETHER // weights[group[0]].numel())
-        for chunk in (group[i : i + at_once] for i in range(0, len(group), at_once)):
-            found.update(zip(chunk, _merged_alike([adapters[i] for i in chunk], [weights[i] for i in chunk]), strict=True))
-    return [found[index] for index in range(len(adapters))]
+    """Each weight of a base on this rank plus its adapter, as ``rlsync.copy.merge`` has it. Adapters are of one model. Not collective."""
+    return merge.merged(weights, _factors(adapters), adapters[0].scaling) if adapters else []
 
 
-def _merged_alike(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    first, sums = adapters[0], _stacked(weights)
-    left, right = first.product_of(_stacked([each.lora_A for each in adapters]), _stacked([each.lora_B for each in adapters]))
-    # Not one batched product: which kernel makes it, and so its rounding, may go by the size of the batch.
-    for total, one_left, one_right in zip(sums.unbind(), left.unbind(), right.unbind(), strict=True):
-        total.addmm_(one_left, one_right, alpha=first._spec.scaling)
-    return sums.to(weights[0].dtype).unbind()
+def compile_merging(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> None:
+    """Begin to compile what merges these. Returns at once. Not collective."""
+    merge.compile_ahead(weights, _factors(adapters))
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Copies of tensors of one shape, in fp32: (tensors, ...)."""
-    made = torch.empty((len(tensors), *tensors[0].shape), dtype=torch.float32, device=tensors[0].device)
-    torch._foreach_copy_(list(made.unbind()), list(tensors))
-    return made
+@torch.no_grad()
+def _factors(adapters: Sequence[Adapter]) -> list[merge.Factors]:
+    return [adapter.factors() for adapter in adapters]
 
 
 def _exchange(axis: _Axis) -> Callable[[Tensor], Tensor]:

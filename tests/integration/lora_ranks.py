@@ -98,6 +98,7 @@ def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, 
         assert source.declared.transforms == dict.fromkeys(adapted, "merge"), "engines would get the base"
         assert not source.frozen & adapted and source.frozen
         check_merging(actor, source)
+        check_exported(actor, source, merged)
         off = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
         assert off < 1e-4, f"{case}: merged weights differ by {off}"
         folder = Path(out_dir, f"{dist.get_world_size()}-{number}")
@@ -121,6 +122,18 @@ def check_merging(actor: LoraActor, source: MegatronSource) -> None:
         assert merged[names[0]].dtype == source.buffers[names[0]].dtype
     kinds = {(merged[name].shape, each.lora_A.shape, each.lora_B.shape) for name, each in adapters.items()}
     assert together.count <= len(adapters) + 8 * len(kinds), f"{together.count} for {len(adapters)} adapters of {len(kinds)} kinds"
+
+
+def check_exported(actor: LoraActor, source: MegatronSource, exported: Mapping[str, torch.Tensor]) -> None:
+    """Engines get the bytes that an export has."""
+    names, compute = list(adapters_by_weight(actor.models)), source.declared.compute
+    assert compute is not None
+    computed = dict(zip(names, compute(names), strict=True))
+    pieces = [piece for piece in source.placements[source.rank].pieces if piece.buffer in computed]
+    assert pieces or not names
+    for piece in pieces:
+        sent = region(computed[piece.buffer], piece.offset, piece.box.shape, piece.strides).cpu()
+        assert torch.equal(sent, exported[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]), piece.tensor
 
 
 class Operations(TorchDispatchMode):

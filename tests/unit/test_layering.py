@@ -54,6 +54,7 @@ OWNERS: dict[str, frozenset[str]] = {
     # nothing of Ray but ``get`` and its errors. One file has it, and imports Ray when it is used: rlsync does not depend on Ray.
     "ray": frozenset({"workers", "examples", "rlsync.engine.handles.ray"}),
     "cupy": frozenset({"rlsync.copy"}),
+    "triton": frozenset({"rlsync.copy.merge_kernel"}),
 }
 # What only those who price a sync may know. A sync records what live workers hold; a plan from paper would be a second truth.
 ON_PAPER = "rlsync.models.paper"
