@@ -74,6 +74,7 @@ ROWS: dict[str, Row] = {
     "messages": _tests(_files("nccl_sync", "nccl_communicators"), 2),
     "adapters": _tests(_files("adapters_cuda"), 2),
     "lora": _tests(_files("lora_cuda"), 2),
+    "merge": _tests(_files("merge_cuda"), 1),
     "packing": _tests(_files("packing_cuda"), 2),
     "freshness": _tests(_files("freshness_cuda", "offload_cuda"), 2),
     "pictures": _tests(_files("pictures_cuda"), 1),
@@ -97,6 +98,8 @@ ROWS: dict[str, Row] = {
     "sync-moonlight": Row(f"{_BENCH} moonlight-16b --actor tp=1,dp=2,ep=2 --rollout tp=2 --steps 4 --warmup 2 --peers none", 2),
     "lora-7b": Row(f"{_BENCH} qwen2.5-7b --lora 32 --steps 10 --warmup 3", 1),
     "lora-30b": Row(f"{_BENCH} {{configs}}/qwen3-30b-a3b-16.json --lora 32 --steps 5 --warmup 2", 1),
+    "merging-7b": Row("benchmarks.merging", 1),
+    "merging-30b": Row("benchmarks.merging --shapes '30B-A3B, experts of 16 layers'", 1),
     # Training.
     "train-7b": Row(_TRAIN_7B, 2),
     "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),
