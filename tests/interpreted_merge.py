@@ -27,6 +27,8 @@ def main() -> None:
         print("INTERPRETED", *dtypes)
     claims.assert_independent((torch.float32, torch.float32))
     print("INDEPENDENT")
+    claims.assert_followed((torch.float32, torch.float32))
+    print("FOLLOWED")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.coordinator.messages import AdapterFactors
+from rlsync.copy.merge import MergeProgram
 from rlsync.copy.places import in_turns
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
-from rlsync.megatron.lora import compile_merging, merged
+from rlsync.megatron.lora import Adapter, compile_merging, merge_program
 from rlsync.megatron.model import adapters_in, gather_parameters
 from rlsync.models.lora import B, check_beside_base
 from rlsync.sync.config import LoraSync
@@ -57,11 +58,9 @@ class MegatronSource:
             adapters, adapted = {}, frozenset()
             self._add_factors(bridge)
         else:
-            buffers = self.buffers
-            compile_merging(list(adapters.values()), [buffers[name] for name in adapters])
-            self.declared = Declared(
-                dict.fromkeys(adapted, "merge"), lambda names: merged([adapters[name] for name in names], [buffers[name] for name in names])
-            )
+            if adapters:
+                compile_merging(list(adapters.values()), [self.buffers[name] for name in adapters])
+            self.declared = Declared(dict.fromkeys(adapted, "merge"), _Merging(adapters, self.buffers))
         idle = {name for name, buffer in self.buffers.items() if isinstance(buffer, torch.nn.Parameter) and not buffer.requires_grad}
         pieces = self.placements[self.rank].pieces
         trained = adapted | {piece.tensor for piece in pieces if piece.buffer not in idle}
@@ -123,6 +122,20 @@ class MegatronSource:
                 "make a new source and connect again"
             )
         gather_parameters(self._models, self._sent)
+
+
+class _Merging:
+    """Weights of this rank with their adapters, by name. The names of a bucket are asked for in every sync, and have a program."""
+
+    def __init__(self, adapters: Mapping[str, Adapter], buffers: Mapping[str, torch.Tensor]) -> None:
+        self._adapters, self._buffers = adapters, buffers
+        self._programs: dict[tuple[str, ...], MergeProgram] = {}
+
+    def __call__(self, names: Sequence[str]) -> list[torch.Tensor]:
+        key = tuple(names)
+        if key not in self._programs:
+            self._programs[key] = merge_program([self._adapters[name] for name in names], [self._buffers[name] for name in names])
+        return self._programs[key].run()
 
 
 def _scaled(factors: list[torch.Tensor], scaling: float) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ does not depend on what else is launched with it: tiles have one size, and rank 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,30 +41,22 @@ UNIT = 8
 
 
 def merge(
-    weights: Sequence[torch.Tensor],
-    lefts: Sequence[torch.Tensor],
-    rights: Sequence[torch.Tensor],
-    owners: torch.Tensor | None,
-    scaling: float,
-    form: Form,
+    table: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, owners: torch.Tensor | None, scaling: float, form: Form
 ) -> torch.Tensor:
     """Enqueue on the current stream of the weights' device; results are (weights, rows, columns), in the dtype of the weights.
 
     Args:
-        weights: (rows, columns), of one dtype, with elements of a row beside each other.
-        lefts: by weight (rows, r), contiguous.
-        rights: by weight (projections * r, columns), contiguous, in the dtype of the left ones.
+        table: on that device, int64 (weights, 3): addresses of each weight (rows, columns), whose elements of a row are beside each other,
+            and of its factors, both contiguous: left (rows, r) and right (projections * r, columns).
+        weight, left: one of them, for their shapes and dtypes. Right factors have the dtype of left ones.
         owners: of which projection each row of each weight is: (rows, projections), one or zero. None where there is one projection,
             and all rows are of it.
     """
-    (rows, columns), rank = weights[0].shape, lefts[0].shape[1]
-    results = torch.empty((len(weights), rows, columns), dtype=weights[0].dtype, device=weights[0].device)
-    pointers = [[each.data_ptr() for each in of_one] for of_one in zip(weights, lefts, rights, strict=True)]
-    # Not waited for: the driver takes a copy before the call returns.
-    table = torch.tensor(pointers, dtype=torch.int64).to(results.device, non_blocking=True)
-    factor = lefts[0].dtype
+    (rows, columns), rank = weight.shape, left.shape[1]
+    results = torch.empty((table.shape[0], rows, columns), dtype=weight.dtype, device=weight.device)
+    factor = left.dtype
     tile_rows, tile_columns, sizes = _FLOAT_TILE if factor == torch.float32 else _HALF_TILE
-    num_tiles = len(weights) * triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
+    num_tiles = table.shape[0] * triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns)
     with torch.cuda.device(results.device):
         _merge_tiles[(num_tiles,)](
             table,

@@ -175,7 +175,7 @@ class EmbeddingAdapter(Adapter):
             self.lora_B.copy_(torch.empty(shape).normal_(generator=_generator(self._spec, name)))
 
     def factors(self) -> merge.Factors:
-        return merge.Factors(self.lora_A.t(), self.lora_B.t(), None, self._likeness)
+        return merge.Factors(self.lora_A, self.lora_B, None, self._likeness, transposed=True)
 
     def forward(self, column: Tensor, here: Tensor) -> Tensor:  # type: ignore[override]  # of tokens, and not of activations
         """What is added to the embeddings (B, S, H) of tokens, or to this rank's part (S / tp_size, B, H) of them under sequence
@@ -207,18 +207,18 @@ class AdaptedRouter(TopKRouter):
 
 
 def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Each weight of a base on this rank plus its adapter, as ``rlsync.copy.merge`` has it. Adapters are of one model. Not collective."""
-    return merge.merged(weights, _factors(adapters), adapters[0].scaling) if adapters else []
+    """Each weight of a base on this rank plus its adapter, as ``MergeProgram`` has it. Adapters are of one model. Not collective."""
+    return merge_program(adapters, weights).run() if adapters else []
+
+
+def merge_program(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> merge.MergeProgram:
+    """What makes them again and again, after each optimizer step."""
+    return merge.MergeProgram(weights, [adapter.factors() for adapter in adapters], adapters[0].scaling)
 
 
 def compile_merging(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> None:
     """Begin to compile what merges these. Returns at once. Not collective."""
-    merge.compile_ahead(weights, _factors(adapters))
-
-
-@torch.no_grad()
-def _factors(adapters: Sequence[Adapter]) -> list[merge.Factors]:
-    return [adapter.factors() for adapter in adapters]
+    merge.compile_ahead(weights, [adapter.factors() for adapter in adapters])
 
 
 def _exchange(axis: _Axis) -> Callable[[Tensor], Tensor]:

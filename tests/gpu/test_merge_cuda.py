@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlsync.copy import merge
-from rlsync.copy.merge import Factors, merged
+from rlsync.copy.merge import Factors, MergeProgram, merged
 
 CUDA = torch.device("cuda", 0)
 SCALING = 1.75
@@ -105,17 +105,17 @@ def drawn(
             )
         )
         if case.transposed:
-            left, right = left.t().contiguous().t(), right.t().contiguous().t()
+            left, right = left.t().contiguous(), right.t().contiguous()
         else:
             left, right = (laid_out(each, case.layout, with_gaps=False) for each in (left, right))
         weights.append(laid_out(weight, case.layout, with_gaps=True))
-        factors.append(Factors(left, right, owners, case))
+        factors.append(Factors(left, right, owners, case, case.transposed))
     return weights, factors
 
 
 def exact(weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum in float64, and that of the magnitudes of all that is added up in it."""
-    w, left, right = (each.double().cpu() for each in (weight, factors.left, factors.right))
+    w, left, right = (each.double().cpu() for each in (weight, *factors.multiplied()))
     if factors.owners is not None:
         owners = factors.owners.double().cpu()
         left = torch.cat([left * owners[:, i : i + 1] for i in range(owners.shape[1])], dim=1)
@@ -128,7 +128,7 @@ def assert_rounded_once(found: torch.Tensor, weight: torch.Tensor, factors: Fact
     # Half the distance between neighbours of the result's dtype; and what fp32 loses, which tensor cores cut off where others round.
     _, exponent = torch.frexp(wanted)
     half_ulp = torch.ldexp(torch.full_like(wanted, torch.finfo(found.dtype).eps / 4), exponent)
-    in_fp32 = magnitude * (factors.left.shape[1] + 4) * 2.0**-24
+    in_fp32 = magnitude * (factors.multiplied()[0].shape[1] + 4) * 2.0**-24
     off = (found.double().cpu() - wanted).abs()
     assert bool((off <= half_ulp + in_fp32).all()), f"{((off - in_fp32) / half_ulp).max()} halves of an ulp"
 
@@ -153,6 +153,24 @@ def assert_independent(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
             assert torch.equal(other, together[number]), f"{of_one.likeness}"
 
 
+def assert_followed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Of several runs of a program each takes what there is, also where it has moved."""
+    for case in (case for case in CASES if case.count > 1):
+        weights, factors = drawn(case, *dtypes)
+        program = MergeProgram(weights, factors, SCALING)
+        kept = []
+        for trained in (weights[0], factors[-1].right):
+            trained.mul_(2)
+            for found, weight, of_one in zip(program.run(), weights, factors, strict=True):
+                assert_rounded_once(found, weight, of_one)
+        for moved in (weights[0], factors[-1].left, factors[0].right):
+            kept.append(moved.data)
+            moved.data = moved.clone()
+            kept[-1].fill_(float("nan"))
+            for found, weight, of_one in zip(program.run(), weights, factors, strict=True):
+                assert_rounded_once(found, weight, of_one)
+
+
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """All that is merged here is merged by the kernel."""
@@ -175,6 +193,12 @@ def test_sums_are_rounded_once(case, dtypes):
 def test_results_do_not_depend_on_what_is_merged_beside(dtypes):
     """Bit for bit, in any order and number, and wherever in memory they lie."""
     assert_independent(dtypes)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_program_follows_memory_that_moves(dtypes):
+    assert_followed(dtypes)
 
 
 @pytest.mark.gpu(1)

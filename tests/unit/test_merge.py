@@ -66,4 +66,4 @@ def test_the_kernel_holds_in_tritons_interpreter():
     program, variables = [sys.executable, "-m", "tests.interpreted_merge"], {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("INTERPRETED") == 2 and "INDEPENDENT" in run.stdout
+    assert run.stdout.count("INTERPRETED") == 2 and "INDEPENDENT" in run.stdout and "FOLLOWED" in run.stdout
