@@ -22,7 +22,8 @@ def main() -> None:
     interpreted = [dtypes for dtypes in claims.DTYPES if torch.bfloat16 not in dtypes]
     assert merge._fused_form(torch.ones(16, 16), merge.Factors(torch.ones(16, 16), torch.ones(16, 16), None, None)) is not None
     for dtypes in interpreted:
-        for case in claims.CASES:
+        # Of float32 all; it is slow.
+        for case in claims.CASES[:: 1 if dtypes[1] == torch.float32 else 3]:
             claims.assert_sums_are_rounded_once(case, dtypes)
         print("INTERPRETED", *dtypes)
     claims.assert_independent((torch.float32, torch.float32))

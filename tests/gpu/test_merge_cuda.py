@@ -55,7 +55,7 @@ CASES = [
     Case(128, 128, 4, (5, 3, 1, 7)),
     Case(70, 200, 512),
     Case(64, 136, 100, (33, 31)),
-    Case(48, 80, 16, (24, 24), count=40),
+    Case(48, 80, 16, (24, 24), count=12),
     Case(48, 81, 9, count=7),
     # Rank is summed up in several steps, whose size may not go by how many there are.
     Case(40, 72, 100, count=3),
