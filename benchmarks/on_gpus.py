@@ -110,7 +110,7 @@ ROWS: dict[str, Row] = {
         2,
     ),
     "vlm-3b": Row(f"{_PICTURES} --size 3b", 2),
-    "vlm-7b": Row(f"{_PICTURES} --size 7b --engine 0", 2),
+    "vlm-7b": Row(f"{_PICTURES} --size 7b", 2),
     "steps-apart": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT}", 2),
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),

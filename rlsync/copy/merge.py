@@ -32,6 +32,8 @@ _CAPABILITY = (8, 0)
 _ALIGNMENT = 16
 # Rows and columns of what is merged for the sake of compiling.
 _TINY = 16
+# Shapes of a weight and its factors that are merged once to see whether the kernel is right: edges of tiles are among them.
+_TRIED, _TRIED_SCALING = ((72, 144), (72, 32), (2 * 32, 144)), 1.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +194,30 @@ def _kernel() -> ModuleType:
 
 @lru_cache
 def _fuses(device: torch.device) -> bool:
-    """Whether the kernel runs on a device. Triton comes with torch's builds for CUDA; it needs a C compiler and Python's headers."""
+    """Whether the kernel runs on a device, and adds as torch does. Triton comes with torch's builds for CUDA; it needs a C compiler and
+    Python's headers."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAPABILITY:
         return False
     try:
-        kernel, tiny = _kernel(), torch.zeros(_TINY, _TINY, dtype=torch.bfloat16, device=device)
-        _enqueue([(tiny, Factors(tiny, tiny, None, None))], 1.0, kernel.Form(_TINY, kernel.UNIT, kernel.UNIT))
+        _try_out(device)
     except Exception as error:
-        logger.warning("%s: torch merges adapters, in several passes over copies in fp32, because Triton does not run: %s", device, error)
+        logger.warning("%s: torch merges adapters, in several passes over copies in fp32, because Triton does not: %s", device, error)
         return False
     return True
+
+
+@torch.no_grad()
+def _try_out(device: torch.device) -> None:
+    """Merge a small weight of two projections by the kernel and by torch. Raises AssertionError where sums differ by more than a rounding:
+    engines would compute with them, and no checksum of a sync would tell."""
+    kernel, generator = _kernel(), torch.Generator().manual_seed(0)
+    drawn = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in _TRIED)
+    weight, left, right = drawn
+    owners = torch.zeros(len(weight), 2, device=device)
+    owners[: len(weight) // 3, 0], owners[len(weight) // 3 :, 1] = 1, 1
+    factors = Factors(left, right, owners, None)
+    found, _ = _enqueue([(weight, factors)], _TRIED_SCALING, kernel.Form(weight.stride(0), kernel.UNIT, kernel.UNIT))
+    torch.testing.assert_close(found[0], _by_torch([weight], [factors], _TRIED_SCALING)[0], rtol=2**-7, atol=2**-10)
 
 
 def compile_ahead(weights: Sequence[Tensor], factors: Sequence[Factors]) -> threading.Thread:

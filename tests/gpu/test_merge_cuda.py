@@ -233,3 +233,12 @@ def test_what_was_compiled_ahead_is_what_merges():
         before = len(kernel._merge_tiles.device_caches[CUDA.index][0])
         merged(weights, factors, SCALING)
         assert len(kernel._merge_tiles.device_caches[CUDA.index][0]) == before, kind
+
+
+def test_a_kernel_that_adds_something_else_is_found_out_and_not_taken(monkeypatch, caplog):
+    enqueue = merge._enqueue
+    assert merge._fuses.__wrapped__(CUDA) and not caplog.records
+    monkeypatch.setattr(merge, "_enqueue", lambda given, scaling, form: enqueue(given, scaling * 1.02, form))
+    assert not merge._fuses.__wrapped__(CUDA)
+    (record,) = caplog.records
+    assert "torch merges adapters" in record.getMessage() and "not close" in record.getMessage()
