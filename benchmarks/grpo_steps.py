@@ -46,7 +46,7 @@ def text_overrides(a: argparse.Namespace, root: Path) -> list[str]:
     return [
         "--config-name", "qwen2.5-1.5b-grpo-megatron", f"rollout.model.model_path={root}/model", f"data.train_data_paths=[{problems}]",
         "data.prompt_key=question", "data.answer_key=answer",
-        "algorithm.training_batch_size_per_gpu=8", "algorithm.logprob_forward_micro_batch_size=8",
+        "algorithm.training_batch_size_per_gpu=16", "algorithm.logprob_forward_max_tokens=32768",
         "actor.model.precision=bf16", "actor.optim.fp16=null", "actor.optim.loss_scale=null",
     ]  # fmt: skip
 
@@ -59,7 +59,7 @@ def picture_overrides(a: argparse.Namespace, root: Path) -> list[str]:
     return [
         "--config-name", "qwen2_5_vl-grpo", f"rollout.model.model_path={root}/model", f"data.train_data_paths=[{rows}]",
         "data.prompt_key=question", "data.answer_key=answer", "data.choice_key=null",
-        "algorithm.training_batch_size_per_gpu=4", "algorithm.logprob_forward_micro_batch_size=4",
+        "algorithm.training_batch_size_per_gpu=8", "algorithm.logprob_forward_max_tokens=16384",
     ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ _TRAIN_7B = (
 _SPREAD = f"{_BENCH} qwen2.5-1.5b --train --layers te --sequences 64 --lengths spread --sequence-length 4096 --steps 4 --warmup 2 {_FUSED}"
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
 _STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --out {out}/found.json"
-_PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --micro 2 --steps 4 data.num_workers=8"
+_PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --steps 4 data.num_workers=8"
 _KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
 _STAYS = "actor.offload_weight=False actor.offload_grad=False actor.offload_optimizer=False"
 
@@ -109,8 +109,8 @@ ROWS: dict[str, Row] = {
         f"--chunk-tokens 4096 {_FUSED} {_RECOMPUTED}",
         2,
     ),
-    "vlm-3b": Row(f"{_PICTURES} --size 3b", 2),
-    "vlm-7b": Row(f"{_PICTURES} --size 7b", 2),
+    "vlm-3b": Row(f"{_PICTURES} --size 3b --micro 8", 2),
+    "vlm-7b": Row(f"{_PICTURES} --size 7b --micro 2 --engine 0-1", 2),
     "steps-apart": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT}", 2),
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),

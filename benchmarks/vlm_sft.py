@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of a step")
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--engine", metavar="GPU", help="an engine on this GPU is synced every second step, and answers 16 questions")
+    parser.add_argument(
+        "--engine", metavar="GPUS", help="an engine on these, as 0 or 0-1, is synced every second step, and answers 16 questions"
+    )
     parser.add_argument("--folder", type=Path, help="that keeps model and pictures for the next run")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
@@ -155,18 +157,26 @@ def _beside_floor(syncs: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """Into each sync to an engine on a GPU: seconds of a plain torch copy of its bytes, and the time of its copies over that."""
     if not syncs or not a.gpus:
         return
-    engine = int(a.engine)
-    same = gb_per_s(engine, engine)
-    others = [gb_per_s(source, engine) for source in range(a.gpus) if source != engine]
+    workers = _gpus_of(a.engine)
+    same = gb_per_s(workers[0], workers[0])
+    others = [gb_per_s(source, workers[0]) for source in range(a.gpus) if source != workers[0]]
     for sync in syncs:
-        far = sync["sync/bytes_same_host"]
-        floor_s = sync["sync/bytes_same_device"] / 1e9 / same + (far / 1e9 / max(others) if far else 0.0)
+        # Workers take equal shares, each over links of its own.
+        near, far = (sync[f"sync/bytes_same_{where}"] / 1e9 / len(workers) for where in ("device", "host"))
+        floor_s = near / same + (far / max(others) if far else 0.0)
         sync |= {"floor_s": floor_s, "data_over_floor": sync["sync/pull_s"] / floor_s}
+
+
+def _gpus_of(words: str) -> Sequence[int]:
+    """Those of ``0`` or ``0-1``."""
+    first, _, last = words.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def _engine(a: argparse.Namespace, rows: Path) -> tuple[str, ...]:
     return (
-        f"+cluster.component_placement.rollout='{a.engine}'", f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
+        f"+cluster.component_placement.rollout='{a.engine}'", f"rollout.tensor_parallel_size={len(_gpus_of(a.engine))}",
+        f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
         "validation.generate=True", "validation.max_new_tokens=32",
         "rollout.gpu_memory_utilization=0.25",
         "rollout.vllm.kv_cache_memory_bytes=4294967296", "weight_sync.timeout_s=120", "weight_sync.verify=full",

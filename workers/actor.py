@@ -314,6 +314,7 @@ def optimizer_options(actor: ActorConfig, lr: float) -> OptimizerOptions:
         optimizer_cpu_offload=optim.optimizer_cpu_offload,
         optimizer_offload_fraction=optim.optimizer_offload_fraction if optim.optimizer_cpu_offload else 0.0,
         use_precision_aware_optimizer=optim.use_precision_aware_optimizer,
+        log_num_zeros_in_grad=optim.log_num_zeros_in_grad,
         part_lr=optim.part_lr,
     )
 

@@ -276,7 +276,7 @@ def update_metrics(result: StepResult) -> dict[str, float]:
     return {
         **{f"actor/{name}": value for name, value in (*quotients.items(), *result.balancing.items())},
         "actor/grad_norm": math.nan if result.grad_norm is None else result.grad_norm,
-        "actor/num_zeros_in_grad": math.nan if result.num_zeros_in_grad is None else result.num_zeros_in_grad,
+        **({} if result.num_zeros_in_grad is None else {"actor/num_zeros_in_grad": result.num_zeros_in_grad}),
         "actor/lr": result.learning_rate,
         **{f"actor/{name}": rate for name, rate in part_rates(result.learning_rates).items()},
         "actor/loss_scale": result.loss_scale,

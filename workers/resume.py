@@ -80,6 +80,7 @@ RULES: Mapping[str, Rule] = {
     "actor.optim.optimizer_cpu_offload": Rule.OPTIMIZER,
     "actor.optim.optimizer_offload_fraction": Rule.OPTIMIZER,
     "actor.optim.use_precision_aware_optimizer": Rule.OPTIMIZER,
+    "actor.optim.log_num_zeros_in_grad": Rule.SILENT,
     "actor.optim.overlap_grad_reduce": Rule.SILENT,
     "actor.optim.overlap_param_gather": Rule.SILENT,
     "actor.lr_sched": Rule.HOLDS,

@@ -157,7 +157,7 @@ def _check_lora(arguments: argparse.Namespace) -> str | None:
 
 # Fields that --set gives to another part than TransformerConfig.
 _OF_DDP = ("use_distributed_optimizer", "grad_reduce_in_fp32", "overlap_grad_reduce", "overlap_param_gather", "bucket_size")
-_OF_OPTIMIZER = ("optimizer_cpu_offload", "optimizer_offload_fraction", "use_precision_aware_optimizer")
+_OF_OPTIMIZER = ("optimizer_cpu_offload", "optimizer_offload_fraction", "use_precision_aware_optimizer", "log_num_zeros_in_grad")
 
 
 def plan_training(arguments: argparse.Namespace, folder: Path) -> training.TrainSpec:

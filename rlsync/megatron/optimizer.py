@@ -60,6 +60,7 @@ class OptimizerOptions:
     optimizer_cpu_offload: bool = False
     optimizer_offload_fraction: float = 0.0
     use_precision_aware_optimizer: bool = False
+    log_num_zeros_in_grad: bool = False
     part_lr: Mapping[Part, float] = field(default_factory=dict)
 
 
@@ -153,7 +154,7 @@ def build_optimizer(models: Sequence[torch.nn.Module], options: OptimizerOptions
         use_precision_aware_optimizer=options.use_precision_aware_optimizer,
         # Else main parameters would not be tensors that a checkpoint could hold, but what the weights lack of them.
         store_param_remainders=False,
-        log_num_zeros_in_grad=True,
+        log_num_zeros_in_grad=options.log_num_zeros_in_grad,
     )
     overrides = {**get_standard_config_overrides(settings), **_overrides_by_part(models, options)}
     made = get_megatron_optimizer(settings, list(models), overrides)

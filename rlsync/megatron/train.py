@@ -59,7 +59,7 @@ class StepResult:
     Attributes:
         metrics: the loss's named scalars, and ``loss``, summed over microbatches and data-parallel ranks.
         grad_norm: L2 norm of the whole gradient before clipping; None when the step was skipped.
-        num_zeros_in_grad: elements of the whole gradient that are zero; None when the step was skipped.
+        num_zeros_in_grad: elements of the whole gradient that are zero, nan when the step was skipped; None where they are not counted.
         learning_rates: that the step used, of each part of the model that is trained.
         loss_scale: factor on the fp16 loss; 1.0 otherwise.
         skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
@@ -146,12 +146,16 @@ def train_step(
     return StepResult(
         metrics=_summed(collected),
         grad_norm=float(grad_norm) if updated and grad_norm is not None else None,
-        num_zeros_in_grad=float(num_zeros) if updated and num_zeros is not None else None,
+        num_zeros_in_grad=_zeros(num_zeros) if optimizer.config.log_num_zeros_in_grad else None,
         learning_rates=learning_rates,
         loss_scale=float(optimizer.get_loss_scale()),
         skipped=not updated,
         balancing=balancing,
     )
+
+
+def _zeros(counted: float | None) -> float:
+    return math.nan if counted is None else float(counted)
 
 
 @contextmanager

@@ -149,6 +149,8 @@ def train_as_huggingface(cases: Sequence[Mapping[str, Any]], models: Mapping[str
         for step, result in enumerate(results):
             _close(result.metrics["loss"], expected["losses"][step], 2e-5, f"{case}: loss of step {step}")
             _close(result.grad_norm, expected["grad_norms"][step], 1e-4, f"{case}: gradient norm of step {step}")
+            counted = expected["zeros"][step] if case["optimizer"].get("log_num_zeros_in_grad") else None
+            assert result.num_zeros_in_grad == counted != 0, f"{case}: {result.num_zeros_in_grad} zeros in step {step}, not {counted}"
             _close(result.metrics["tokens"], expected["tokens"], 0, f"{case}: tokens of step {step}")
             assert not result.skipped
             assert result.learning_rate == case["optimizer"]["lr"]

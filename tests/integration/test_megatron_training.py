@@ -74,6 +74,7 @@ def test_one_rank_trains_as_huggingface(models):
     cases = [
         _case("llama", [8]),
         recomputing("qwen2", [8]) | PACKED,
+        _case("qwen2", [3, 5], ddp=DISTRIBUTED) | {"optimizer": {**OPTIMIZER, "log_num_zeros_in_grad": True}},
         _case("llama", [3, 5], ddp=DISTRIBUTED) | CHUNKED,
         _case("qwen3", [3, 5], ddp=DISTRIBUTED) | PACKED | CHUNKED,
     ]
@@ -215,12 +216,13 @@ def _expectations(folder: Path, *, steps: int = 3, **options: Any) -> dict[str, 
         [{"params": decayed, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
         lr=OPTIMIZER["lr"], eps=OPTIMIZER["adam_eps"], betas=(0.9, OPTIMIZER["adam_beta2"]),
     )  # fmt: skip
-    losses, norms = [], []
+    losses, norms, zeros = [], [], []
     for _ in range(steps):
         now, spread = _scores(model, batch["tokens"])
         loss = -(now * batch["weights"]).sum() - 0.1 * (spread * batch["weights"].abs()).sum()
         adam.zero_grad()
         loss.backward()
+        zeros.append(sum(int((parameter.grad == 0).sum()) for parameter in model.parameters()))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]).item())
         adam.step()
         losses.append(loss.item())
@@ -231,6 +233,7 @@ def _expectations(folder: Path, *, steps: int = 3, **options: Any) -> dict[str, 
         "folder": str(folder), "trained": str(folder / "trained.pt"), "temperature": TEMPERATURE,
         "batch": {name: tensor.tolist() for name, tensor in batch.items()}, "tokens": int(batch["weights"].ne(0).sum()),
         "log_probs": log_probs.tolist(), "entropy": entropy.tolist(), "losses": losses, "grad_norms": norms,
+        "zeros": zeros,
     }  # fmt: skip
 
 

@@ -33,10 +33,17 @@ def test_a_measured_bench_took_what_was_predicted() -> None:
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2", "7b-train-tp2-one-connection"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"29-{name}" for name in ("1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2", "7b-train-tp2-one-connection")),
+        *(f"30-{name}" for name in ("1.5b-train-padded-16k", "1.5b-train-packed-16k", "7b-train-tp2-profiled")),
+    ],
+)
 def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str) -> None:
-    bench = json.loads((RAW / f"2026-11-29-{name}.json").read_text())
-    positions = max(sum(lengths) for lengths in bench["microbatches"])
+    bench = json.loads((RAW / f"2026-11-{name}.json").read_text())
+    count = sum if bench["packing"] else lambda lengths: len(lengths) * max(lengths)
+    positions = max(count(lengths) for lengths in bench["microbatches"])
     switches = {"fused_activation": True, "sequence_parallel": bench["switches"].get("sequence_parallel", False)}
     (found,) = {*memory(bench["model"], Topology(**bench["actor"]), micro_batch_tokens=positions, **switches)}
     assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.01)
@@ -58,9 +65,15 @@ def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
     assert found.peak / 2**30 == pytest.approx(79, rel=0.03)
 
 
-def shown_pictures(topology: Topology = Topology(), *, rows: int = 4, **options) -> tuple[TrainingMemory, ...]:  # noqa: B008
-    """Of Qwen2.5-VL-3B's shapes: a row is 246 tokens of text and a picture of 64 x 64 patches, which become 1,024 features."""
-    config = make_config("3b", make_vision_tokenizer(), None).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+def shown_pictures(
+    topology: Topology = Topology(),  # noqa: B008
+    *,
+    size: str = "3b",
+    rows: int = 4,
+    **options,
+) -> tuple[TrainingMemory, ...]:
+    """Of Qwen2.5-VL's shapes: a row is 246 tokens of text and a picture of 64 x 64 patches, which become 1,024 features."""
+    config = make_config(size, make_vision_tokenizer(), None).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
     given = {"micro_batch_tokens": rows * 1270, "micro_batch_patches": rows * 64**2, "num_microbatches": 16 // rows, **options}
     return training_memory(model_of(config), topology, TrainingOptions(**given))
 
@@ -75,6 +88,14 @@ def test_steps_with_pictures_took_what_was_predicted(name: str, rows: int, withi
     assert bench["tokens_a_row"] == 1270
     (found,) = shown_pictures(rows=rows)
     assert found.peak / 1e9 == pytest.approx(bench["median"]["perf/max_memory_allocated_gb"], rel=within)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_steps_with_pictures_on_two_tensor_ranks_took_what_was_predicted(size: str) -> None:
+    bench = json.loads((RAW / f"2026-11-30-qwen2.5-vl-{size}-sft-tp2.json").read_text())
+    assert bench["tokens_a_row"] == 1270
+    (found,) = {*shown_pictures(Topology(tp_size=2), size=size, rows=2)}
+    assert found.peak / 1e9 == pytest.approx(bench["median"]["perf/max_memory_allocated_gb"], rel=0.06)
 
 
 def test_a_tower_is_whole_on_each_tensor_rank_of_the_first_stage_and_keeps_what_its_trained_parts_need() -> None:

@@ -42,6 +42,7 @@ MEASURED = {
     "2026-11-29-moonlight-16b-collocated-2-gpus-again": ["auto"],
     "2026-11-29-qwen3-30b-a3b-32-layers-disaggregated-peers": ["ipc", "nccl"],
     "2026-11-29-qwen3-30b-a3b-collocated-2-gpus-again": ["auto"],
+    "2026-11-30-7b-one-gpu-te": ["auto"],
 }
 
 

@@ -139,6 +139,7 @@ class OptimConfig:
     use_precision_aware_optimizer: bool = key(
         False, "main parameters and moments are kept by TransformerEngine's Adam, in float32; needs use_distributed_optimizer"
     )
+    log_num_zeros_in_grad: bool = key(False, "count the zeros of the gradient in each update: one more pass over it")
 
     @property
     def part_lr(self) -> dict[Part, float]:
