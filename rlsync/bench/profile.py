@@ -34,6 +34,20 @@ class Kernel(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class Phases(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of one rank, which waits for its GPU before the optimizer's part and is not profiled.
+
+    Attributes:
+        issued_s: until the host had given the GPU all passes over microbatches; as long as ``passes_s`` where the GPU waits for the host.
+        passes_s: until the GPU had done them.
+        optimizer_s: from then to the end.
+    """
+
+    issued_s: float
+    passes_s: float
+    optimizer_s: float
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """One pass on one GPU.
 

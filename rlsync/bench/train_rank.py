@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlsync.bench import training
 from rlsync.bench.actor import synchronize
-from rlsync.bench.profile import Profile, profiled
+from rlsync.bench.profile import Phases, Profile, profiled
 from rlsync.bench.spec import write_file
 from rlsync.bench.training import RankFound, TrainFound, TrainSpec
 from rlsync.bridge.auto_bridge import AutoBridge
@@ -88,10 +88,35 @@ class _Bench:
         own = RankFound(device=self._name(), matmul_tflops=self._matmul, held_bytes=held, peak_bytes=self._peak())
         ranks = [msgspec.json.decode(said, type=RankFound) for said in gather_bytes(msgspec.json.encode(own), device=self._device)]
         first, measured = self._spec.warmup, len(self._losses)
-        profiles = self._profile() if self._spec.profile else {}
+        profiles, phases = (self._profile(), self._phases()) if self._spec.profile else ({}, None)
         return TrainFound(
-            train_s=train_s[first:], score_s=score_s[first:], losses=self._losses[first:measured], ranks=ranks, profiles=profiles
+            train_s=train_s[first:],
+            score_s=score_s[first:],
+            losses=self._losses[first:measured],
+            ranks=ranks,
+            profiles=profiles,
+            phases=phases,
         )
+
+    def _phases(self) -> Phases:
+        issued_s = begins_s = 0.0
+        update = self._optimizer.step
+
+        def settled_update() -> Any:
+            nonlocal issued_s, begins_s
+            issued_s = time.perf_counter()
+            synchronize(self._device)
+            begins_s = time.perf_counter()
+            return update()
+
+        self._optimizer.step = settled_update  # of this object; its class has the method
+        self._settle()
+        began_s = time.perf_counter()
+        self._train()
+        synchronize(self._device)
+        ended_s = time.perf_counter()
+        del self._optimizer.step
+        return Phases(issued_s=issued_s - began_s, passes_s=begins_s - began_s, optimizer_s=ended_s - begins_s)
 
     def _profile(self) -> dict[str, Profile]:
         """Of rank 0 alone, with whom the others compute."""

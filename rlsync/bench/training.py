@@ -17,7 +17,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from rlsync.bench.profile import KINDS, Profile
+from rlsync.bench.profile import KINDS, Phases, Profile
 from rlsync.bench.spec import BenchSpec
 from rlsync.errors import ConfigError
 from rlsync.models import Model, model_of
@@ -76,13 +76,14 @@ class RankFound(msgspec.Struct, kw_only=True):
 
 
 class TrainFound(msgspec.Struct, kw_only=True):
-    """What came out: seconds of each measured step from barrier to barrier, each rank's part, and rank 0's profiles: "train", "score"."""
+    """What came out: seconds of each measured step from barrier to barrier, each rank's part, and profiles of rank 0: "train", "score"."""
 
     train_s: list[float]
     score_s: list[float]
     losses: list[float]
     ranks: list[RankFound]
     profiles: dict[str, Profile] = {}
+    phases: Phases | None = None
 
 
 def read(path: str | Path) -> TrainSpec:
@@ -276,15 +277,19 @@ def show(whole: Mapping[str, Any]) -> None:
         shares = ["" if row[share] is None else f"{row[share]:.3f}" for share in _SHARES]
         table.add_row(name, *numbers, f"{row['tflops_per_rank']:.3g}", *shares)
     console.print(table)
-    _show_profiles(console, whole["found"]["profiles"])
+    show_profiles(console, whole["found"])
     memory = {name: value / 2**30 for name, value in whole["memory"].items() if name != "predicted_bytes"}
     held, most = (f"{memory[name]:.2f} ({memory[f'predicted_{name}']:.2f} predicted)" for name in ("held_bytes", "peak_bytes"))
     console.print(f"memory of a rank in GiB: {held} between steps, at most {most}")
 
 
-def _show_profiles(console: Console, profiles: Mapping[str, Any]) -> None:
+def show_profiles(console: Console, found: Mapping[str, Any]) -> None:
+    """Print what ``TrainFound``, as JSON holds it, says of a profile, if there is one."""
+    profiles, phases = found["profiles"], found["phases"]
     if not profiles:
         return
+    passes, issued, optimizer = (1e3 * phases[name] for name in ("passes_s", "issued_s", "optimizer_s"))
+    console.print(f"a step in parts: passes {passes:.1f} ms, issued by the host in {issued:.1f}; optimizer {optimizer:.1f} ms")
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="ms of one pass on the GPU of rank 0", title_justify="left")
     for name in ("", "whole", "nothing at work", "communication alone", *KINDS):
         table.add_column(name, justify="right")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from rich.console import Console
 
-from rlsync.bench.profile import Kernel, kind_of, summary
+from rlsync.bench.profile import Kernel, Phases, kind_of, summary
+from rlsync.bench.training import show_profiles
 
 GEMM, NCCL, OTHER = "nvjet_tst_256x128_64x4", "ncclDevKernel_AllGather_RING_LL", "at::native::vectorized_elementwise_kernel"
 
@@ -44,3 +47,14 @@ def test_a_step_that_left_the_gpu_alone_has_no_profile():
 )
 def test_kernels_have_kinds_by_their_names(name, kind):
     assert kind_of(name) == kind
+
+
+def test_a_table_says_what_takes_the_time(capsys):
+    profile = summary([(GEMM, 0.0, 6000.0), (NCCL, 8000.0, 9000.0)])
+    phases = Phases(issued_s=0.011, passes_s=0.012, optimizer_s=0.003)
+    found = msgspec.to_builtins({"profiles": {"train": profile}, "phases": phases})
+    show_profiles(Console(width=200), found)
+    told = capsys.readouterr().out
+    assert "passes 12.0 ms, issued by the host in 11.0; optimizer 3.0 ms" in told
+    (row,) = [line.split() for line in told.splitlines() if line.split()[:1] == ["train"]]
+    assert row == ["train", "9.0", "2.0", "1.0", "1.0", "0.0", "6.0", "0.0", "0.0"]
