@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsync.models.dense import DENSE_KEYS, dense_contradictions, dense_features, dense_transformer
 from rlsync.models.keys import HFConfig, Key, number, size, unsupported
-from rlsync.models.moe import ROUTING_KEYS, SOFTMAX_ROUTING, expert_dims, expert_stacks, too_few_experts
+from rlsync.models.moe import ROUTING_KEYS, SOFTMAX_ROUTING, expert_dims, expert_stacks, impossible_choice
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Family, in_every_layer
 
@@ -28,7 +28,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    return dense_contradictions(values, config) + too_few_experts(values, values["num_local_experts"])
+    return dense_contradictions(values, config) + impossible_choice(values, values["num_local_experts"])
 
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:

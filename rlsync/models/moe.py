@@ -87,10 +87,17 @@ def expert_dims(values: Mapping[str, Any], num_experts: int, expert_ffn: int) ->
     return {**dense_dims(values), "num_experts": num_experts, "expert_ffn": expert_ffn}
 
 
-def too_few_experts(values: Mapping[str, Any], num_experts: int) -> list[str]:
-    """What is wrong between a router's choice and the experts there are."""
+def impossible_choice(values: Mapping[str, Any], num_experts: int) -> list[str]:
+    """What is wrong between a router's choice, the weights of what it chose, and the experts there are."""
     chosen = values["num_experts_per_tok"]
-    return [f"num_experts_per_tok {chosen} is more than the {num_experts} experts"] if chosen > num_experts else []
+    findings = [f"num_experts_per_tok {chosen} is more than the {num_experts} experts"] if chosen > num_experts else []
+    # Families without the key divide. Megatron-Core divides the weights of several only, and refuses one behind a softmax.
+    if chosen == 1 and values.get("norm_topk_prob", True):
+        findings.append(
+            "num_experts_per_tok is 1, and weights are divided by their sum: that of the one expert is always 1, and its router would "
+            "learn nothing; give tokens several experts, or, where the family has the key, norm_topk_prob false"
+        )
+    return findings
 
 
 def without_experts(values: Mapping[str, Any]) -> list[str]:
@@ -156,12 +163,10 @@ def sigmoid_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[
     """What is wrong between keys of ``SIGMOID_KEYS``, or makes Megatron choose other experts than transformers."""
     experts, chosen, layers = (values[name] for name in ("n_routed_experts", "num_experts_per_tok", "num_hidden_layers"))
     groups, taken, first = values.get("n_group", 1), values.get("topk_group", 1), values.get("first_k_dense_replace", 0)
-    findings = too_few_experts(values, experts)
+    findings = impossible_choice(values, experts)
     further = [config.get(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     if None not in further and further[0] != further[1]:
         findings.append(f"num_nextn_predict_layers is {further[0]} and num_mtp_layers {further[1]}, which mean the same; keep one of them")
-    if chosen == 1:
-        findings.append("num_experts_per_tok is 1: Megatron does not divide the weight of a single expert by itself; it must be at least 2")
     if first >= layers:
         findings.append(f"no layer has experts, by first_k_dense_replace {first} of {layers} layers; take the dense architecture")
     if taken > groups:

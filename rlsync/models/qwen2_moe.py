@@ -14,7 +14,7 @@ from rlsync.models.moe import (
     expert_rules,
     expert_stacks,
     expert_transformer,
-    too_few_experts,
+    impossible_choice,
     without_experts,
 )
 from rlsync.models.qwen2 import QWEN_KEYS
@@ -40,7 +40,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    return dense_contradictions(values, config) + without_experts(values) + too_few_experts(values, values["num_experts"])
+    return dense_contradictions(values, config) + without_experts(values) + impossible_choice(values, values["num_experts"])
 
 
 def _features(values: Mapping[str, Any]) -> frozenset[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_features
 from rlsync.models.keys import HFConfig, Key, size, unsupported
-from rlsync.models.moe import SPARSE_KEYS, expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
+from rlsync.models.moe import SPARSE_KEYS, expert_dims, expert_stacks, expert_transformer, impossible_choice, without_experts
 from rlsync.models.qwen3 import QWEN3_KEYS
 from rlsync.models.stacks import Family
 
@@ -32,7 +32,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    findings = dense_contradictions(values, config) + without_experts(values) + too_few_experts(values, _num_experts(values))
+    findings = dense_contradictions(values, config) + without_experts(values) + impossible_choice(values, _num_experts(values))
     one, other = config.get("num_experts"), config.get("num_local_experts")
     if None not in (one, other) and one != other:
         findings.append(f"num_experts is {one} and num_local_experts is {other}: both name the number of experts; keep one of them")

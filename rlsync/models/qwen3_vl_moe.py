@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsync.models.dense import dense_contradictions, dense_features
 from rlsync.models.keys import HFConfig, Key, harmless, only, size
-from rlsync.models.moe import expert_dims, expert_stacks, expert_transformer, too_few_experts, without_experts
+from rlsync.models.moe import expert_dims, expert_stacks, expert_transformer, impossible_choice, without_experts
 from rlsync.models.qwen3_moe import QWEN3_MOE_KEYS
 from rlsync.models.qwen3_vl import QWEN3_TOWER_KEYS, QWEN3_TOWER_STACKS, QWEN3_VL_ROPE, qwen3_tower_contradictions, qwen3_tower_dims
 from rlsync.models.vision import vision_family
@@ -33,7 +33,7 @@ def _dims(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    experts = without_experts(values) + too_few_experts(values, _num_experts(values))
+    experts = without_experts(values) + impossible_choice(values, _num_experts(values))
     return dense_contradictions(values, config) + experts + qwen3_tower_contradictions(values)
 
 

@@ -256,6 +256,7 @@ REFUSALS = [
     (MIXTRAL, "sliding_window", 4096, "sliding_window is 4096"),
     (MIXTRAL, "router_jitter_noise", 0.1, "the actor routes without noise"),
     (MIXTRAL, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
+    (MIXTRAL, "num_experts_per_tok", 1, "that of the one expert is always 1"),
     (QWEN2_MOE, "num_experts_per_tok", 9, "num_experts_per_tok 9 is more than the 8 experts"),
     (QWEN2_MOE, "mlp_only_layers", [4], "mlp_only_layers names layer 4; the model has 4"),
     (QWEN2_MOE, "decoder_sparse_step", 5, "no layer has experts"),
