@@ -62,6 +62,10 @@ _TRAIN_7B = (
     f"--set sequence_parallel=True {_FUSED}"
 )
 _SPREAD = f"{_BENCH} qwen2.5-1.5b --train --layers te --sequences 64 --lengths spread --sequence-length 4096 --steps 4 --warmup 2 {_FUSED}"
+_EXPERTS = (
+    f"rlsync bench --out {{out}} --train --layers te --sequences 8 --micro-batch-tokens 8192 --score-micro-batch-tokens 32768 --steps 4 "
+    f"--warmup 2 --profile {_FUSED} --set moe_permute_fusion=True --model {{configs}}/qwen3-30b-a3b"
+)
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
 _STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --out {out}/found.json"
 _PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --steps 4 data.num_workers=8"
@@ -102,6 +106,8 @@ ROWS: dict[str, Row] = {
     "merging-30b": Row("benchmarks.merging --shapes '30B-A3B, experts of 16 layers'", 1),
     # Training.
     "train-7b": Row(_TRAIN_7B, 2),
+    "train-30b": Row(f"{_EXPERTS}-12.json --actor dp=2,ep=2", 2),
+    "train-30b-one": Row(f"{_EXPERTS}-8.json", 1),
     "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),
     "packed-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768 --packing", 1),
     "long-7b": Row(
@@ -117,7 +123,7 @@ ROWS: dict[str, Row] = {
     "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
     "saves": Row("benchmarks.checkpoint --model qwen2.5-1.5b --rounds 2 --folder {out} --json {out}/found.json", 2),
 }  # fmt: skip
-_LAYERS = {"qwen3-30b-a3b": (16, 32)}
+_LAYERS = {"qwen3-30b-a3b": (8, 12, 16, 32)}
 
 
 @dataclass(slots=True)
