@@ -1,8 +1,8 @@
 """Skips post-processing whose result does not depend on the weights.
 
 vLLM post-processes every attention layer at the end of a load. For plain attention that sets a handful of scales to 1.0, by a launch each;
-for MLA it computes from weights and runs in every sync, unless it only takes views of them. Which is which is not known from names or classes: the first runs are traced. Owns
-the traces and the constants that remain to be written. Imports no vLLM.
+for MLA it computes from weights and runs in every sync, unless it only takes views of them. Which is which is not known from names or
+classes: the first runs are traced. Owns the traces and the constants that remain to be written. Imports no vLLM.
 
 Measured per layer of plain attention (vLLM 0.32 on one CPU core): 35 us and four operators to run, 13 us and a share of one grouped copy
 to skip. On GPUs each operator is a launch, between the last byte and the commit.
