@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -34,6 +35,11 @@ def register() -> None:
     logs.set_up()
     watch_owner()
     compat.register_backend(BACKEND, "rlsync.engine.worker", "RlsyncTransferEngine")
+    if "vllm.v1.engine.core" in sys.modules:
+        # An engine's core asks for its plug-ins when it is made; other processes have no use for the import.
+        from rlsync.engine.compat import core
+
+        core.add_update()
     if forking.is_asked_for() and compat.runs_on_cpu():
         compat.fork_workers()
         compat.sleep_between_looks()

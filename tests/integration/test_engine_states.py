@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlsync.engine.handles.local import Engine
-from rlsync.errors import EngineDirtyError, RlsyncError
+from rlsync.errors import EngineDirtyError
 
 
 class SlowLLM:
@@ -45,23 +45,18 @@ class SlowLLM:
         if self.pause_error is not None:
             raise self.pause_error
 
-    async def start_weight_update(self) -> None:
-        self.asked.append("start")
-
-    async def update_weights(self, request: object) -> None:
-        self.asked.append("update")
-
-    async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        assert weight_version is None, "vLLM would send the label only when workers have answered"
-        self.asked.append("finish")
-
-    async def update_weight_version(self, version: str) -> None:
-        self.asked.append(f"label {version}")
-
-    async def reset_prefix_cache(self, **_: object) -> bool:
-        self.asked.append("reset")
+    async def call_utility_async(self, method: str, info: object, label: str, keeps_caches: bool, resumes: bool) -> bool:
+        self.asked.append(f"{method} {label}")
         await asyncio.to_thread(self.reset.wait)
-        return self.can_reset
+        if not self.can_reset:
+            raise RuntimeError("requests hold blocks")
+        return resumes
+
+    async def reset_mm_cache(self) -> None:
+        self.asked.append("reset pictures")
+
+    async def reset_encoder_cache(self) -> None:
+        self.asked.append("reset encoder")
 
     async def resume_generation(self) -> None:
         self.asked.append("resume")
@@ -118,9 +113,9 @@ def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(
     engine.pause("abort", "a sync", 60)
     with ThreadPoolExecutor(1) as pool:
         update = pool.submit(engine.update_weights, {"version": 3, "attempt": 1}, 60)
-        while "reset" not in engine._llm.asked:
+        while len(engine._llm.asked) < 2:
             time.sleep(0.01)
-        assert engine._llm.asked == ["pause", "start", "update", "finish", "label 3", "reset"]
+        assert engine._llm.asked == ["pause", "rlsync_update 3"]
         assert not update.done()
         engine._llm.stopped.set()
         update.result(60)
@@ -130,29 +125,53 @@ def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(
             engine.update_weights({"version": 4, "attempt": 2}, 60)
 
 
-def test_an_idle_engine_is_resumed_behind_the_rest_of_its_update_and_serves_after_both(engine):
-    """Workers have committed when the update returns; a cache that keeps what was computed before keeps the engine from serving."""
+def test_an_idle_engine_goes_on_by_itself_and_serves_when_it_is_told_to(engine):
+    """Its core resumes it at the end of an update that it has whole; one that it has not keeps the engine from serving."""
+    engine.pause("abort", "sync 3", 60)
+    engine.update_weights({"version": 3, "attempt": 3}, 60)
+    assert engine._llm.asked == ["pause", "rlsync_update 3"] and engine.state == "syncing"
+    engine.resume(3, 60)
+    assert engine._llm.asked == ["pause", "rlsync_update 3"] and (engine.state, engine.version) == ("clean", 3)
+    engine._llm.can_reset = False
+    engine.pause("abort", "sync 4", 60)
+    with pytest.raises(RuntimeError, match="requests hold blocks"):
+        engine.update_weights({"version": 4, "attempt": 4}, 60)
+    assert engine.state == "syncing" and engine.version == 3
+
+
+def test_an_engine_whose_update_did_not_resume_it_is_resumed(engine):
     engine._llm.gate.set()
-    for version, can_reset in ((3, True), (4, False)):
-        engine._llm.asked.clear()
-        engine._llm.reset.clear()
-        engine._llm.can_reset = can_reset
-        engine.pause("abort", f"sync {version}", 60)
-        engine.update_weights({"version": version, "attempt": version}, 60)
-        with ThreadPoolExecutor(1) as pool:
-            resume = pool.submit(engine.resume, version, 60)
-            while "resume" not in engine._llm.asked:
-                time.sleep(0.01)
-            assert engine._llm.asked == ["pause", "start", "update", "finish", f"label {version}", "reset", "resume"]
-            assert not resume.done() and engine.state == "syncing"
-            engine._llm.reset.set()
-            if can_reset:
-                resume.result(60)
-                assert (engine.state, engine.version) == ("clean", 3)
-            else:
-                with pytest.raises(RlsyncError, match="could not reset its prefix cache"):
-                    resume.result(60)
-                assert engine.state == "syncing" and engine.version == 3
+    engine.pause("abort", "sync 3", 60)
+    engine.update_weights({"version": 3, "attempt": 3}, 60)
+    engine.resume(3, 60)
+    assert "resume" not in engine._llm.asked
+    # A comparison pauses, and updates nothing.
+    engine.pause("keep", "a comparison", 60)
+    engine.resume(3, 60)
+    assert engine._llm.asked[-2:] == ["pause", "resume"]
+    engine._llm.is_busy = True
+    engine.pause("keep", "sync 4", 60)
+    engine.update_weights({"version": 4, "attempt": 4}, 60)
+    engine.resume(4, 60)
+    assert engine._llm.asked[-3:] == ["pause", "rlsync_update 4", "resume"] and engine.version == 4
+
+
+def test_an_engine_that_takes_pictures_forgets_what_it_made_of_them_before_it_serves(engine):
+    engine._llm.gate.set()
+    engine._llm.vllm_config.model_config.is_multimodal_model = True
+    engine.pause("abort", "sync 3", 60)
+    engine.update_weights({"version": 3, "attempt": 3}, 60)
+    engine.resume(3, 60)
+    assert set(engine._llm.asked[2:4]) == {"reset pictures", "reset encoder"} and engine._llm.asked[4:] == ["resume"]
+
+
+def test_a_resume_of_a_sync_that_has_failed_does_not_end_the_next_one(engine):
+    engine.pause("abort", "a sync", 60)
+    engine.mark_dirty("another engine failed", "a sync")
+    engine.pause("abort", "the next sync", 60)
+    with pytest.raises(EngineDirtyError, match="is in another sync by now"):
+        engine.resume(7, 60, "a sync")
+    assert engine.state == "syncing"
 
 
 def test_an_update_of_an_engine_with_requests_ends_when_their_keys_are_forgotten(engine):

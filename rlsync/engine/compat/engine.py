@@ -10,7 +10,7 @@ import inspect
 import multiprocessing
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -20,11 +20,12 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
+# What rlsync calls a whole update, of a core and of a worker.
+UPDATE = "rlsync_update"
 # Of shared memory: through which CPU workers reduce and gather, and through which cores and workers talk.
 SHM_PREFIXES = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
 
 _CUDA_ERROR_NOT_INITIALIZED = 3
-_FINISH_S = 5.0
 # A tenth of what a step of a tiny model takes on CPU; a look takes about a twentieth of it.
 _NAP_S = 0.00025
 
@@ -188,64 +189,22 @@ def picture_placeholder(llm: Any) -> int | None:
 
 
 async def run_update(
-    llm: Any,
-    update_info: dict[str, Any],
-    weight_version: str,
-    reset_caches: Callable[[], Awaitable[None]],
-    pausing: asyncio.Future[None] | None = None,
-) -> asyncio.Future[None]:
-    """One complete weight update of a paused engine: start, update, finish, the version's label, and ``reset_caches``.
+    llm: Any, update_info: dict[str, Any], weight_version: str, *, keeps_caches: bool, resumes: bool, pausing: asyncio.Future[None] | None
+) -> bool:
+    """One complete weight update of a paused engine by one call of its core; whether that has resumed it, too. See ``core._update``.
 
-    All calls are made at once. The engine's core takes them one after another in this order, whatever becomes of this coroutine and of
-    the calls before: no session stays open. Returns when the workers have the update, with what waits for the calls behind it.
+    The core goes on with it whatever becomes of this coroutine: no session stays open. Multimodal and encoder caches are left.
 
     Args:
         pausing: a pause that was sent before and not waited for; see ``pauses_at_once``.
     """
-    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-    takes_version = "weight_version" in inspect.signature(llm.finish_weight_update).parameters  # vLLM >= 0.27
-    # vLLM's own finish sends the label when the workers have answered, which is one more way there and back.
-    labels = [llm.update_weight_version(weight_version)] if hasattr(llm, "update_weight_version") else []
-    start, update, *rest = calls = [
-        asyncio.ensure_future(call)
-        for call in (
-            llm.start_weight_update(),
-            llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)),
-            llm.finish_weight_update(*([weight_version] if takes_version and not labels else [])),
-            *labels,
-            reset_caches(),
-        )
-    ]
-    ending: asyncio.Future[None] | None = None
+    call = asyncio.ensure_future(llm.engine_core.call_utility_async(UPDATE, update_info, weight_version, keeps_caches, resumes))
     try:
-        await update
+        has_resumed = bool(await call)
         if pausing is not None:
             await pausing
-        ending = asyncio.ensure_future(_ended(calls, rest))
-    except Exception as error:
-        # The next update finds a core that is through with this one.
-        await asyncio.wait(calls, timeout=_FINISH_S)
-        raise error from (start.exception() if start.done() else None)
+        return has_resumed
     finally:
-        if ending is None:
-            _let_go(calls)
-    return ending
-
-
-async def _ended(calls: Sequence[asyncio.Future[Any]], rest: Sequence[asyncio.Future[Any]]) -> None:
-    """Wait for the calls behind an update; what one of them raises is raised when all have ended."""
-    try:
-        await asyncio.gather(*rest)
-    except Exception:
-        await asyncio.wait(calls, timeout=_FINISH_S)
-        raise
-    finally:
-        _let_go(calls)
-
-
-def _let_go(calls: Iterable[asyncio.Future[Any]]) -> None:
-    for call in calls:
         if not call.cancel() and not call.cancelled():
             call.exception()  # or asyncio would log it as one that nobody has heard of
 

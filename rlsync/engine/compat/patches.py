@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from rlsync.engine.compat.engine import UPDATE
 from rlsync.engine.compat.layers import LayerKind, attention_layers, layer_kind
 from rlsync.engine.plugin import BACKEND
 
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 def apply() -> None:
     """Apply the patches in this process; idempotent."""
     _begin_updates_anew()
+    _update_at_once()
     _keep_adapters()
     _find_adapters_in_slots()
     _pack_experts_in_every_load()
@@ -69,6 +71,17 @@ def _begin_updates_anew() -> None:
 
     start_weight_update.patches = original  # type: ignore[attr-defined]
     Worker.start_weight_update = start_weight_update
+
+
+def _update_at_once() -> None:
+    """Give a worker a call that is a whole update: each call of a core takes its way to every process of its workers."""
+
+    def update(self: Any, update_info: dict[str, Any]) -> None:
+        self.start_weight_update()
+        self.update_weights(update_info)
+        self.finish_weight_update()
+
+    setattr(Worker, UPDATE, update)
 
 
 def _keep_adapters() -> None:

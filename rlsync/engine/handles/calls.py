@@ -30,7 +30,7 @@ class Gate:
         self._changed = threading.Condition()
         self._state, self._reason, self._until_s = "dirty", reason, 0.0
         self._epoch = 0  # grows with each call of shut
-        self._over = ""  # the last sync that has failed
+        self._sync, self._over = "", ""  # the present sync, and the last one that has failed
         self._version: int | None = None
         self._closed = False
 
@@ -70,13 +70,19 @@ class Gate:
         with self._changed:
             if self._closed or (sync and sync == self._over):
                 raise self.refusal()
+            self._sync = sync
             self._set("syncing", until_s=time.monotonic() + limit_s)
 
-    def ticket(self) -> int:
-        """Ticket for ``commit``, taken before the engine is resumed. Raises EngineDirtyError unless it is ``syncing``."""
+    def ticket(self, sync: str = "") -> int:
+        """Ticket for ``commit``, taken before the engine is resumed.
+
+        Raises EngineDirtyError unless it is ``syncing``, and for any other sync than the one that has a name: it has failed.
+        """
         with self._changed:
             if self._state != "syncing":
                 raise self.refusal()
+            if sync and sync != self._sync:
+                raise EngineDirtyError(f"engine {self.engine_id} is in another sync by now: the one that asks for it has failed")
             return self._epoch
 
     def commit(self, ticket: int, version: int | None) -> None:

@@ -51,10 +51,12 @@ class Engine:
         self._processes = Processes(engine_id)
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
-        # A pause that was sent to the engine and is waited for by the update that follows.
+        # A pause that was sent to the engine and is waited for by the update that follows. Of the event loop.
         self._pausing: asyncio.Task[None] | None = None
-        # The rest of an update that the workers have committed, waited for by the resume that follows.
+        # The rest of an update that the workers have committed, waited for by the resume that follows. Of the event loop.
         self._ending: asyncio.Future[None] | None = None
+        # Whether the engine's core has gone on by itself at the end of the last update.
+        self._has_resumed = False
         self._adapters: AdapterRequests | None = None
 
     @property
@@ -202,47 +204,59 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
-        self._calls.run(self._pause(mode, timeout_s), timeout_s)
+        self._has_resumed = False
+        if self._adapters is None and compat.pauses_at_once(self._llm):
+            # Not even until it is sent: whatever is asked of the engine from here on is sent behind it.
+            self._calls.spawn(self._send_pause(mode))
+        else:
+            self._calls.run(self._pause(mode, timeout_s), timeout_s)
+
+    async def _send_pause(self, mode: PauseMode) -> None:
+        """For an engine without requests: whatever is sent to it from here on finds it paused, and the update waits for the answer."""
+        self._pausing = asyncio.ensure_future(compat.pause(self._llm, mode))
+        self._pausing.add_done_callback(_heard)
 
     async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
-        """An engine without requests is not waited for: whatever is sent to it from here on finds it paused, and the update waits."""
+        self._pausing = None
         limit_s = timeout_s / 2  # so that adapters say what they wait for, and not the deadline of the phase
         if self._adapters is not None:
             self._adapters.hold()
             if mode != "abort":
                 # Requests that are kept, or wait in a queue, end on their own version, and none ends in a pause.
                 await self._adapters.make_room(limit_s)
-        pausing = asyncio.ensure_future(compat.pause(self._llm, mode))
         if compat.pauses_at_once(self._llm):
-            pausing.add_done_callback(_heard)
-            self._pausing = pausing
+            await self._send_pause(mode)
             return
-        await pausing
+        await compat.pause(self._llm, mode)
         if self._adapters is not None:
             await self._adapters.make_room(limit_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        pausing, self._pausing, self._ending = self._pausing, None, None
-        self._calls.run_in_turn(lambda: self._update(update_info, pausing), timeout_s)
+        self._has_resumed = self._calls.run_in_turn(lambda: self._update(update_info), timeout_s)
 
-    async def _update(self, update_info: dict[str, Any], pausing: asyncio.Task[None] | None) -> None:
-        info = dict(update_info)
+    async def _update(self, update_info: dict[str, Any]) -> bool:
+        """Whether the engine's core has gone on already, which is so where it had no requests: every engine's workers have committed."""
+        info, pausing = dict(update_info), self._pausing
+        self._pausing = self._ending = None
         # What a version of adapters has computed has keys of its own; only a base that is sent leaves nothing of it true.
         keeps_caches = info.pop("keeps_caches", False)
         if self._adapters is not None:
             info |= {"adapter_id": self._adapters.next_id(), "adapters_in_use": self._adapters.in_use()}
-        reset = self._keep_caches if keeps_caches else self._reset_caches
-        ending = await compat.run_update(self._llm, info, str(info["version"]), reset, pausing)
-        if pausing is None:
-            await ending
-        else:
-            # No request is in the engine: its core has the rest of the update before the resume, which waits for both.
-            ending.add_done_callback(_heard)
-            self._ending = ending
-
-    async def _keep_caches(self) -> None:
-        """In the place of ``_reset_caches``."""
+        caches_media = compat.may_cache_media(self._llm) and not keeps_caches
+        resumes = pausing is not None and not caches_media
+        has_resumed = await compat.run_update(
+            self._llm, info, str(info["version"]), keeps_caches=keeps_caches, resumes=resumes, pausing=pausing
+        )
+        if caches_media:
+            ending = asyncio.ensure_future(self._reset_media_caches())
+            if pausing is None:
+                await ending
+            else:
+                # No request is in the engine: its core has the rest of the update before the resume, which waits for both.
+                ending.add_done_callback(_heard)
+                self._ending = ending
+        return has_resumed
 
     def reset_caches(self, timeout_s: float) -> None:
         """Forget everything computed from the weights that the engine had."""
@@ -253,18 +267,26 @@ class Engine:
         cleared, *_ = await asyncio.gather(
             # Kept requests are preempted: their keys and values are computed again with the new weights.
             self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True),
-            *((self._llm.reset_mm_cache(), self._llm.reset_encoder_cache()) if compat.may_cache_media(self._llm) else ()),
+            *((self._reset_media_caches(),) if compat.may_cache_media(self._llm) else ()),
         )
         if cleared is False:
             raise RlsyncError(f"engine {self.engine_id} could not reset its prefix cache: requests hold blocks of it")
 
-    def resume(self, version: int | None, timeout_s: float) -> None:
-        ticket = self._gate.ticket()
-        ending, self._ending = self._ending, None
-        self._calls.run(self._resume(ticket, version, ending), timeout_s)
+    async def _reset_media_caches(self) -> None:
+        await asyncio.gather(self._llm.reset_mm_cache(), self._llm.reset_encoder_cache())
 
-    async def _resume(self, ticket: int, version: int | None, ending: asyncio.Future[None] | None) -> None:
-        await asyncio.gather(self._llm.resume_generation(), *([] if ending is None else [ending]))
+    def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None:
+        """As of an EngineHandle. ``sync``: refused where another one is going on."""
+        ticket = self._gate.ticket(sync)
+        if self._has_resumed and self._adapters is None:
+            self._gate.commit(ticket, version)
+        else:
+            self._calls.run(self._resume(ticket, version), timeout_s)
+
+    async def _resume(self, ticket: int, version: int | None) -> None:
+        ending, self._ending = self._ending, None
+        resuming = [] if self._has_resumed else [self._llm.resume_generation()]
+        await asyncio.gather(*resuming, *([] if ending is None else [ending]))
         self._gate.commit(ticket, version)
         if self._adapters is not None:
             self._adapters.serve(version)
