@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class RlsyncError(Exception):
     """Base of every error rlsync raises on purpose."""
@@ -51,6 +53,26 @@ class WeightSyncError(RlsyncError):
 
 def _weight_sync_error(phase: str, cause: str, engine: str | None, version: int | None, bucket: int | None) -> WeightSyncError:
     return WeightSyncError(phase=phase, cause=cause, engine=engine, version=version, bucket=bucket)
+
+
+class EngineCallError(RlsyncError):
+    """An engine's part of a sync failed.
+
+    Attributes:
+        call: in which an engine failed: ``pause``, ``update`` or ``resume``.
+    """
+
+    def __init__(self, call: str, cause: str) -> None:
+        super().__init__(cause)
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return EngineCallError, (self.call, str(self))
+
+
+def words_of(error: BaseException) -> str:
+    """The sentence of an error of ours, the whole traceback of any other."""
+    return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
 
 
 class EngineDirtyError(RlsyncError):

@@ -14,8 +14,9 @@ import torch
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
+from rlsync.engine.handles import SyncOrder, call_in_turn
 from rlsync.engine.pull import MismatchError, Pull, Verifier
-from rlsync.errors import WeightSyncError
+from rlsync.errors import RlsyncError, WeightSyncError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.plan.packing import PackedPart
 from rlsync.transport.ends import Arrival, PackedArrival, Receiver, make_receiver
@@ -37,6 +38,8 @@ class ThreadEngine:
         # And the host; no pid domain is anybody's, as the deaths of threads cannot be watched.
         self.host, self.pid_domain = "here", "threads"
         self.dirty, self.domain, self.receiver_timeout_s = "", shm_domain(), TIMEOUT_S
+        # The sync that has failed last.
+        self.over = ""
         # Whether what is frozen can be summed where it lies, or has a form of its own since it landed.
         self.shows_weights = True
         self.change_info: Callable[[dict[str, Any]], dict[str, Any]] = lambda info: info
@@ -105,6 +108,20 @@ class ThreadEngine:
     def _standing(self, worker: int) -> dict[int, dict[str, torch.Tensor]]:
         parts, weights = self._assignments[worker].parts, self.weights[worker]
         return {bucket: {s.buffer: weights[s.buffer] for s in part.segments} for bucket, part in enumerate(parts)}
+
+    def sync(self, order: SyncOrder) -> float:
+        def update() -> None:
+            if self.over == order.sync:
+                raise RlsyncError("the sync has failed")
+            self.update_weights(dict(order.update_info), order.update_s)
+
+        return call_in_turn(
+            {
+                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
+                "update": update,
+                "resume": lambda: self.resume(order.version, order.phase_s),
+            }
+        )
 
     def pause(self, mode: str, sync: str, timeout_s: float) -> None:
         self.calls.append(f"pause {mode}")
@@ -175,7 +192,7 @@ class ThreadEngine:
         self.dirty = ""
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
-        self.dirty = reason
+        self.dirty, self.over = reason, sync
 
 
 def put(slot: torch.Tensor, part: PackedPart, weights: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-from rlsync.engine.handles import PauseMode
+from rlsync.engine.handles import PauseMode, SyncOrder
 from rlsync.errors import RlsyncError
 
 _POLL_S = 0.05
@@ -110,6 +110,10 @@ class RemoteEngine:
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", init_info, timeout_s)
+
+    def sync(self, order: SyncOrder) -> float:
+        seconds: float = self._call("sync", order)
+        return seconds
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         self._call("pause", mode, sync, timeout_s)

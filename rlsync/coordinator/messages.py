@@ -163,11 +163,11 @@ class Attached(Message):
 
 
 class Answered(Message):
-    """Actor rank 0: an engine has answered a call. ``connect`` has attempt 0."""
+    """Actor rank 0: an engine has answered a call, ``sync`` when it serves. ``connect`` has attempt 0."""
 
     attempt: Count
     engine: Name
-    call: Literal["connect", "pause", "update", "resume"]
+    call: Literal["connect", "sync"]
 
 
 class Start(Message):

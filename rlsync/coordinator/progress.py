@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from rlsync.coordinator.messages import Loaded, Sum
 from rlsync.coordinator.roster import Member
 
-# What actor rank 0 calls an engine's handle for in a sync, in this order.
-_CALLS = ("nothing", "pause", "update", "resume")
-
 
 @dataclass(slots=True)
 class Progress:
@@ -24,7 +21,7 @@ class Progress:
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
         told: destination -> checksums of its regions, in the order in which their buckets became ready.
-        answered: engine -> the last call that its handle has returned from.
+        answered: engines that serve.
         verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
         without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
         all_joined: whether every actor rank has started and every worker has joined.
@@ -43,7 +40,7 @@ class Progress:
     done: dict[bytes, int] = field(default_factory=dict)
     loaded: dict[bytes, Loaded] = field(default_factory=dict)
     committed: set[bytes] = field(default_factory=set)
-    answered: dict[str, str] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
     buckets_ready: int = 0
     buckets_writable: int = 0
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
@@ -108,9 +105,5 @@ class Progress:
             return late or [(p, "to finish loading") for p in workers if p.identity not in self.loaded]
         if phase == "commit":
             return [(p, "to commit") for p in workers if p.identity not in self.committed]
-        # Engines are called in parallel, and the next call waits for all: the engines furthest back are the late ones.
-        answers = [(p, self.answered.get(p.engine or "", "nothing")) for p in workers if p.place == 0]
-        last = min((call for _, call in answers), key=_CALLS.index)
-        if last == "resume":
-            return [(p, "to say that the engines are resumed") for p in actors if p.place == 0]
-        return [(p, f"to be resumed by its engine, whose last answer was to {call}") for p, call in answers if call == last]
+        late = [(p, "to end its engine's update and resume it") for p in workers if p.place == 0 and p.engine not in self.answered]
+        return late or [(p, "to say that the engines are resumed") for p in actors if p.place == 0]

@@ -126,7 +126,7 @@ class Coordinator:
             self._roster.answered.add(message.engine)
             self._conclude()
         elif sync is not None:
-            sync.answered[message.engine] = message.call
+            sync.answered.add(message.engine)
 
     def _conclude(self) -> None:
         if self._connecting.is_complete():

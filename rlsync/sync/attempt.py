@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +11,8 @@ import msgspec
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
-from rlsync.engine.handles import EngineHandle
-from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.engine.handles import EngineHandle, SyncOrder
+from rlsync.errors import EngineCallError, WeightSyncError, words_of
 from rlsync.plan.verification import turn_of
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints, join
@@ -78,9 +77,11 @@ class Attempt:
         self._without_frozen, self._verifies_all = without_frozen, False
         # One call of this rank's own at a time: begin, join, then bucket after bucket.
         self._is_busy, self._has_joined = True, False
-        self._pending: dict[str, set[str]] = {}
+        # Engines whose part is not over.
+        self._syncing = {engine.engine_id for engine in connection.engines}
+        self._is_finished = False
         self._marks: dict[str, float] = {}
-        self._seconds = {"begin": 0.0, "fill": 0.0}
+        self._seconds = {"begin": 0.0, "fill": 0.0, "resume": 0.0}
         self._engine_s: dict[str, float] = {}
         self._committed: m.AllCommitted | None = None
 
@@ -112,6 +113,8 @@ class Attempt:
             elif isinstance(message, m.Writable):
                 self._writable, self._group, self._without_frozen = message.buckets_writable, message.group, message.without_frozen
                 self._verifies_all = message.verifies_all
+                if message.all_joined:
+                    self._marks.setdefault("paused", time.monotonic())
                 _log.debug("version %d: %d buckets may be filled", self._version, self._writable)
             elif isinstance(message, m.AllCommitted):
                 self._committed, self._marks["committed"] = message, time.monotonic()
@@ -129,10 +132,8 @@ class Attempt:
         kind, which = outcome.key
         _log.debug("version %d: %s %s took %.6f s", self._version, kind, "" if which is None else which, outcome.seconds)
         if outcome.error is not None:
-            # After the commit an update only resets caches.
-            update = "transfer" if self._committed is None else "commit"
-            phase = {"join": "begin", "fill": "transfer", "update": update}.get(kind, kind)
-            engine, bucket = (which, None) if kind not in ("begin", "join", "fill") else (blamed(outcome.error), which)
+            phase = self._phase_of(outcome.error) if kind == "sync" else "transfer" if kind == "fill" else "begin"
+            engine, bucket = (which, None) if kind == "sync" else (blamed(outcome.error), which)
             self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
         elif kind in ("begin", "join", "fill"):
             self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
@@ -145,11 +146,16 @@ class Attempt:
                 self._packed += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
         else:
-            self._peer.send(m.Answered(self._attempt, which, kind))
-            self._pending[kind].discard(which)
-            self._marks[kind] = time.monotonic()
-            if kind == "update":
-                self._engine_s[which] = outcome.seconds
+            self._peer.send(m.Answered(self._attempt, which, "sync"))
+            self._syncing.discard(which)
+            self._marks["answered"], self._engine_s[which] = time.monotonic(), outcome.seconds
+            self._seconds["resume"] = max(self._seconds["resume"], outcome.result)
+
+    def _phase_of(self, error: BaseException) -> str:
+        """The phase in which an engine's part has failed; one that says nothing of it was at what its workers waited for."""
+        call = error.call if isinstance(error, EngineCallError) else "update" if "paused" in self._marks else "pause"
+        # After the commit an update only resets caches.
+        return ("transfer" if self._committed is None else "commit") if call == "update" else call
 
     def _pack_next(self) -> None:
         """Pack the next bucket as soon as its slot is free, and this rank takes part in the group that the coordinator has named."""
@@ -164,30 +170,22 @@ class Attempt:
             self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
 
     def _call_engines(self) -> None:
-        """Rank 0: pause each engine and begin its update. Nothing is written before the workers of all engines are inside theirs."""
+        """Rank 0: begin the sync of each engine. Nothing is written before the workers of all engines are inside their updates, and no
+        engine is resumed before the workers of all have committed."""
         mode, timeout_s = self._link.config.pause_mode, self._timeout_s
         info = {"version": self._version, "attempt": self._attempt}
         if self._source.declared.adapter is not None and self._without_frozen:
             # The base stays what it is, and each version of adapters has keys of its own in every cache.
             info["keeps_caches"] = True
-        self._pending = {kind: {engine.engine_id for engine in self._engines} for kind in ("pause", "update")}
+        # The workers and the coordinator keep the deadlines of the phases inside an update.
+        order = SyncOrder(mode, self._name, info, self._version, timeout_s, 3 * (timeout_s + GRACE_S))
         for engine in self._engines:
-            # The workers and the coordinator keep the deadlines of the phases inside an update.
-            update = partial(engine.update_weights, info, 3 * (timeout_s + GRACE_S))
-            self._tasks.spawn(
-                ("pause", engine.engine_id), partial(engine.pause, mode, self._name, timeout_s), (("update", engine.engine_id), update)
-            )
+            self._tasks.spawn(("sync", engine.engine_id), partial(engine.sync, order))
 
     def _advance(self) -> None:
-        """Rank 0: resume engines and finish, when every worker has committed and every engine has answered the call before."""
-        if self._committed is None or not self._engines or any(self._pending.values()):
-            return
-        if "resume" not in self._pending:
-            self._pending["resume"] = {engine.engine_id for engine in self._engines}
-            for engine in self._engines:
-                self._tasks.spawn(("resume", engine.engine_id), partial(engine.resume, self._version, self._timeout_s))
-        elif "finish" not in self._pending:
-            self._pending["finish"] = set()
+        """Rank 0: finish, when every worker has committed and every engine serves."""
+        if self._committed is not None and self._engines and not self._syncing and not self._is_finished:
+            self._is_finished = True
             self._peer.send(m.Finish(self._attempt, msgspec.msgpack.encode(self._report())))
 
     def _report(self) -> SyncReport:
@@ -208,17 +206,17 @@ class Attempt:
             redundancy=dict(plan.traffic.redundancy),
             num_buckets=self._link.num_buckets,
             seconds=time.monotonic() - at["start"],
-            pause_s=at["pause"] - at["start"],
+            pause_s=at["paused"] - at["start"],
             begin_s=self._seconds["begin"],
             fill_s=self._seconds["fill"],
-            transfer_s=at["committed"] - at["pause"],
+            transfer_s=at["committed"] - at["paused"],
             wait_s=max(t.wait_s for t in times),
             pull_s=max(t.pull_s for t in times),
             verify_s=max(t.verify_s for t in times),
             finalize_s=max(t.finalize_s for t in times),
             extra_bytes=max(t.extra_bytes for t in times),
-            commit_s=max(0.0, at["update"] - at["committed"]),
-            resume_s=at["resume"] - max(at["update"], at["committed"]),
+            commit_s=max(0.0, at["answered"] - at["committed"] - self._seconds["resume"]),
+            resume_s=self._seconds["resume"],
             engine_s=self._engine_s,
             link_gb_per_s=self._link.link_gb_per_s,
             engines_dirty=len(self._link.health.dirty),
@@ -233,5 +231,5 @@ def blamed(error: BaseException) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """The sentence of an error of ours, the whole traceback of any other."""
-    return m.shortened(str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip())
+    """The sentence of an error of ours, the whole traceback of any other, as long as a message may be."""
+    return m.shortened(words_of(error))

@@ -28,15 +28,16 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
         staged_bytes: of ``bytes``, those that ``ipc`` read from a staging ring in GPU memory and not from the parameters.
         bytes_by_link, redundancy: of the plan, by link name and by destination; see ``rlsync.plan.links.Traffic``.
         seconds: from the call of ``sync`` to the last engine that serves again.
-        pause_s: until no engine could go on, those without requests unasked; runs beside ``begin_s`` and the first fills.
+        pause_s: until every worker was inside its update, so that no engine could go on; runs beside ``begin_s`` and the first fills.
         begin_s: rank 0's ``Source.begin``, which makes the parameters fresh.
         fill_s: rank 0's time inside fills, checksums included; overlaps pulling.
         transfer_s: from all engines paused to the last commit.
         wait_s, pull_s, verify_s, finalize_s: of the slowest worker in each: waiting for buckets, copying them, checksums,
             and the work after the last bucket.
-        commit_s: from the last commit until every engine has ended its update and reset its caches. resume_s: letting requests in again.
+        commit_s: from the last commit until every engine has ended its update, reset its caches and said so. resume_s: beside that, what
+            an engine took that does not go on by itself.
         extra_bytes: most memory that a worker took for the sync beside the ring.
-        engine_s: seconds of the update, caches included, by engine id.
+        engine_s: seconds of each engine's part, by engine id.
         link_gb_per_s: 10^9 bytes per second that the link was measured to carry at connect, or None where nobody measured it.
         engines_dirty: engines of this connection that are dirty now. failures: syncs that did not commit, by phase, since the
             syncer was made. See ``SyncHealth``.

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from rlsync.engine.handles import SyncOrder, call_in_turn
 from rlsync.engine.handles.local import Engine
 from tests.integration import hosts
 
@@ -48,6 +49,15 @@ class FarEngine:
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self.call("init_weight_transfer", init_info, timeout_s)
+
+    def sync(self, order: SyncOrder) -> float:
+        return call_in_turn(
+            {
+                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
+                "update": lambda: self.update_weights(dict(order.update_info), order.update_s),
+                "resume": lambda: self.resume(order.version, order.phase_s),
+            }
+        )
 
     def pause(self, mode: str, sync: str, timeout_s: float) -> None:
         self.call("pause", mode, sync, timeout_s)

@@ -178,6 +178,9 @@ def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
         syncer.connect()
         syncer.sync(1)
     info = {"version": 2, "attempt": 1}
+    with pytest.raises(Exception, match="the engine is not paused"):
+        engine.update_weights(info, 60.0)
+    engine.pause("abort", "a sync", 60.0)
     with ThreadPoolExecutor() as threads:
         calls = [threads.submit(engine.update_weights, info, 60.0) for _ in range(2)]
         refused = [str(call.exception()) for call in calls]

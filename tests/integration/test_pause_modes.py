@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.integration.audio_model import AUDIO_PROMPT, SAMPLING_RATE, read_audi
 from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource
 from tests.integration.greedy import close, greedy, same
 from tests.integration.held_requests import EXTENSION, hold
+from tests.integration.kept_caches import keep_caches
 from tests.integration.tiny_engines import is_stopped, passed_deadline, worker_of
 
 pytestmark = pytest.mark.slow
@@ -152,7 +151,7 @@ def test_keep_goes_on_with_the_new_weights_as_if_they_had_read_the_tokens_so_far
     """With the negative control: where caches are not reset, kept requests go on from keys and values of the former weights."""
     made = rollout(pause_mode="keep")
     if not is_reset:
-        monkeypatch.setattr(engine, "_reset_caches", partial(asyncio.sleep, 0))
+        keep_caches(monkeypatch, engine, prefix=True)
     completions, _ = made.through_a_sync()
     assert versions(completions) == [(1, 2)] * NUM_RUNNING + [(2, 2)] * (len(PROMPTS) - NUM_RUNNING)
     assert {len(c.token_ids) for c in completions} == {NUM_TOKENS}
@@ -184,7 +183,7 @@ def test_the_prefix_cache_survives_no_commit(
         ((before,),) = engine.generate([LONG_PROMPT], SHORT)
         assert same(before, greedy(a.text, LONG_PROMPT, 8))
     if not is_reset:
-        monkeypatch.setattr(engine, "_reset_caches", partial(asyncio.sleep, 0))
+        keep_caches(monkeypatch, engine, prefix=True)
     made.syncer.sync(2)
     ((after,),) = engine.generate([LONG_PROMPT], SHORT)
     assert same(after, greedy(b.text, LONG_PROMPT, 8)) == is_reset
@@ -233,8 +232,7 @@ def test_without_a_reset_the_encoder_cache_would_survive(
     """The negative control: of all caches the prefix cache alone is reset."""
     made = rollout(pause_mode="abort")
     hear(engine, "n-1")
-    reset = partial(engine._llm.reset_prefix_cache, reset_running_requests=True)
-    monkeypatch.setattr(engine, "_reset_caches", reset)
+    keep_caches(monkeypatch, engine, prefix=False)
     made.syncer.sync(2)
     assert not same(hear(engine, "n-1"), hear(engine, "n-2"))
 

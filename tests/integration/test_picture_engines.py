@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
 from tests.inspection import inspect_engines
 from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS
 from tests.integration.greedy import same
+from tests.integration.kept_caches import keep_caches
 
 pytest.importorskip("torchvision", reason="transformers' processors need it; make setup installs it")
 
@@ -161,13 +160,9 @@ def test_a_picture_seen_before_a_sync_is_seen_with_the_new_tower(
     engine, prompt = engines[family, "a"], PROMPTS[2]
     before = ask(engine, prompt)
     assert same(before, greedy_answer(folders[family, "a"], prompt, NUM_TOKENS))
-    resets: dict[str, Callable[[], Any]] = {
-        "prefix": partial(engine._llm.reset_prefix_cache, reset_running_requests=True),
-        "none": partial(asyncio.sleep, 0),
-    }
     with monkeypatch.context() as patch:
         if reset != "all":
-            patch.setattr(engine, "_reset_caches", resets[reset])
+            keep_caches(patch, engine, prefix=reset == "none")
         synced(engine, folders[family, "mixed"])
     after = ask(engine, prompt)
     assert same(after, greedy_answer(folders[family, "mixed"], prompt, NUM_TOKENS)) == (reset == "all")

@@ -11,7 +11,7 @@ from rlsync.coordinator import messages as m
 from tests.scripted_coordinator import ACTOR_ASSIGNMENT, MANIFEST, PLANNED, RECORDED, TIMES, WORKER_ASSIGNMENT, Run, actor, worker
 
 FROM_PEER = (
-    actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Answered(1, "e0", "update"), m.Start(1, 1),
+    actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Answered(1, "e0", "sync"), m.Start(1, 1),
     m.Filled(1, 0, 8, (m.Sum(0, 1, 2**64 - 1),)), m.Joined(1, 1), m.Done(1, 0), m.Loaded(1, TIMES), m.Committed(1), m.Finish(1, b"report"),
     m.Failed(1, "transfer", "boom"), m.Goodbye(), m.State({"w": "0"}),
 )  # fmt: skip
@@ -99,7 +99,7 @@ told = st.one_of(
     st.builds(m.Done, numbers, numbers),
     st.builds(m.Loaded, numbers, st.just(TIMES)),
     st.builds(m.Committed, numbers),
-    st.builds(m.Answered, numbers, st.sampled_from(["e0", "e1"]), st.sampled_from(["connect", "update", "resume"])),
+    st.builds(m.Answered, numbers, st.sampled_from(["e0", "e1"]), st.sampled_from(["connect", "sync"])),
     st.builds(m.Finish, numbers, st.just(b"report")),
     st.builds(m.Failed, numbers, st.sampled_from(["begin", "transfer"]), st.just("boom")),
     st.sampled_from([m.Attached(), m.Goodbye(), RECORDED, PLANNED]),

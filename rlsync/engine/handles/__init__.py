@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from rlsync.errors import EngineCallError, words_of
 
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -27,6 +30,30 @@ class PicturePrompt:
 Prompt = Sequence[int] | PicturePrompt
 
 
+@dataclass(frozen=True, slots=True)
+class SyncOrder:
+    """What an engine has to do in one sync.
+
+    Attributes:
+        pause_mode: what becomes of running requests.
+        sync: names the sync to ``pause`` and ``mark_dirty``.
+        update_info: for the workers.
+        version: that it serves afterwards.
+        phase_s: deadline of a pause, and of a resume. update_s: of the update between.
+    """
+
+    pause_mode: PauseMode
+    sync: str
+    update_info: Mapping[str, Any]
+    version: int
+    phase_s: float
+    update_s: float
+
+    @property
+    def timeout_s(self) -> float:
+        return 2 * self.phase_s + self.update_s
+
+
 class EngineHandle(Protocol):
     """An engine as WeightSyncer drives it from rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in its own thread."""
 
@@ -47,6 +74,13 @@ class EngineHandle(Protocol):
         """Make every worker dial home; returns when all peers of the run are connected."""
         ...
 
+    def sync(self, order: SyncOrder) -> float:
+        """``pause``, ``update_weights`` and ``resume``, where the engine is: each way to it counts. Seconds that the last one took.
+
+        Raises EngineCallError, which names the call that failed; none is begun behind that, nor behind ``mark_dirty`` of this sync.
+        """
+        ...
+
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait.
 
@@ -56,7 +90,7 @@ class EngineHandle(Protocol):
         ...
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        """One sync in all workers, up to and including their commit.
+        """One sync in all workers, until the workers of all engines have committed.
 
         Then everything computed from the former weights is forgotten: prefix, multimodal and encoder caches.
         """
@@ -69,6 +103,18 @@ class EngineHandle(Protocol):
     def mark_dirty(self, reason: str, sync: str = "") -> None:
         """Refuse to serve, for this reason, until a later sync is complete. Calls of ``sync`` may still be in progress."""
         ...
+
+
+def call_in_turn(calls: Mapping[str, Callable[[], object]]) -> float:
+    """Make the calls of a sync, in their order. Seconds that the last one took. Raises EngineCallError for one that fails."""
+    began_s = time.monotonic()
+    for name, call in calls.items():
+        began_s = time.monotonic()
+        try:
+            call()
+        except Exception as error:
+            raise EngineCallError(name, words_of(error)) from error
+    return time.monotonic() - began_s
 
 
 @dataclass(frozen=True, slots=True)

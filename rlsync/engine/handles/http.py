@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from packaging.version import InvalidVersion, Version
 
-from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder, call_in_turn
 from rlsync.engine.handles.adapters import SYNCED_PATH, AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.errors import ConfigError, RlsyncError
@@ -239,6 +239,20 @@ class HttpEngine:
         models = self._run("models", timeout_s)["data"]
         return [model["id"] for model in models if model.get("parent") and not str(model["root"]).startswith(SYNCED_PATH)]
 
+    def sync(self, order: SyncOrder) -> float:
+        def update() -> None:
+            # Between two calls the sync may have failed elsewhere.
+            self._gate.ticket(order.sync)
+            self.update_weights(dict(order.update_info), order.update_s)
+
+        return call_in_turn(
+            {
+                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
+                "update": update,
+                "resume": lambda: self.resume(order.version, order.phase_s, order.sync),
+            }
+        )
+
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
@@ -308,8 +322,9 @@ class HttpEngine:
         if cleared.get("success") is False:
             raise RlsyncError(f"{self._server.name} could not reset its prefix cache: requests hold blocks of it")
 
-    def resume(self, version: int | None, timeout_s: float) -> None:
-        ticket = self._gate.ticket()
+    def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None:
+        """As of an EngineHandle. ``sync``: refused where another one is going on."""
+        ticket = self._gate.ticket(sync)
         self._may_answer = True
         self._calls.run(self._resume(ticket, version, timeout_s), timeout_s)
 

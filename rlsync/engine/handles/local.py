@@ -20,7 +20,7 @@ from rlsync.engine import forking
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat import lora
 from rlsync.engine.compat.features import check as check_features
-from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder, call_in_turn
 from rlsync.engine.handles.adapters import AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate
 from rlsync.engine.plugin import BACKEND, declare_owner, register
@@ -198,6 +198,20 @@ class Engine:
 
         init_info = {**init_info, "serves_adapters": self._adapters is not None}
         self._calls.run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
+
+    def sync(self, order: SyncOrder) -> float:
+        def update() -> None:
+            # Between two calls the sync may have failed elsewhere.
+            self._gate.ticket(order.sync)
+            self.update_weights(dict(order.update_info), order.update_s)
+
+        return call_in_turn(
+            {
+                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
+                "update": update,
+                "resume": lambda: self.resume(order.version, order.phase_s, order.sync),
+            }
+        )
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         if "weights" in self._asleep:

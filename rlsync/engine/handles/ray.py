@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from rlsync.engine import forking
-from rlsync.engine.handles import Completion, PauseMode, Prompt
+from rlsync.engine.handles import Completion, PauseMode, Prompt, SyncOrder
 from rlsync.errors import RlsyncError
 
 # Threads of the Ray actor, in which calls generate: no more at once, as others wait.
@@ -53,9 +53,9 @@ class EngineActor:
             self._engine.start()
         return self._engine.num_workers
 
-    def call(self, method: str, *arguments: Any) -> None:
+    def call(self, method: str, *arguments: Any) -> Any:
         """One of the calls of an EngineHandle, or ``sleep``, ``wake`` or ``reset_caches``."""
-        getattr(self._engine, method)(*arguments)
+        return getattr(self._engine, method)(*arguments)
 
     def state(self) -> str:
         """``clean``, ``syncing`` or ``dirty``."""
@@ -167,6 +167,11 @@ class RayEngine:
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
         self._call("init_weight_transfer", timeout_s, init_info)
+
+    def sync(self, order: SyncOrder) -> float:
+        seconds: float = self._control("sync", order.timeout_s, "call", "sync", order)
+        self.version = order.version
+        return seconds
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         self._call("pause", timeout_s, mode, sync)
