@@ -21,7 +21,7 @@ from rlsync.sync.planning import ConnectionPlan
 from rlsync.sync.report import SyncHealth, SyncReport
 from rlsync.sync.source import Source
 from rlsync.transport.rendezvous import GroupError
-from rlsync.transport.tasks import Lane, Outcome, Tasks
+from rlsync.transport.tasks import Lane, Outcome, Tasks, Threads
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Connection:
     peer: Peer
     num_buckets: int
     lane: Lane
+    threads: Threads
     source: Source
     packer: Packer
     endpoints: Endpoints
@@ -88,14 +89,16 @@ class Attempt:
     def run(self) -> SyncReport:
         """Returns the report, or raises WeightSyncError."""
         self._marks["start"] = time.monotonic()
+        is_idle = self._link.lane.wait_idle(min(GRACE_S, self._timeout_s / 2))
+        if is_idle:
+            # Engines first: they are the farthest. This rank's own work then does not delay them.
+            self._call_engines()
         self._peer.send(m.Start(self._attempt, self._version, self._without_frozen))
-        if not self._link.lane.wait_idle(min(GRACE_S, self._timeout_s / 2)):
+        if not is_idle:
             # The call may still write to slots, so no sync through them can be right.
             cause = "still inside the source since a failed sync; close() and connect() anew"
             self._peer.send(m.Failed(self._attempt, "begin", cause))
         else:
-            # Engines first: this rank's own work then does not delay their pause.
-            self._call_engines()
             self._link.lane.submit(self._tasks, ("begin", None), self._begin)
         while True:
             message = receive(
@@ -180,7 +183,7 @@ class Attempt:
         # The workers and the coordinator keep the deadlines of the phases inside an update.
         order = SyncOrder(mode, self._name, info, self._version, timeout_s, 3 * (timeout_s + GRACE_S))
         for engine in self._engines:
-            self._tasks.spawn(("sync", engine.engine_id), partial(engine.sync, order))
+            self._link.threads.submit(self._tasks, ("sync", engine.engine_id), partial(engine.sync, order))
 
     def _advance(self) -> None:
         """Rank 0: finish, when every worker has committed and every engine serves."""

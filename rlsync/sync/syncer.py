@@ -43,7 +43,7 @@ from rlsync.sync.report import SyncHealth, SyncReport
 from rlsync.sync.source import Source, ranges_of, source_digest
 from rlsync.transport.ipc import memory_of
 from rlsync.transport.shm import RingSender, shm_domain
-from rlsync.transport.tasks import Lane, Tasks
+from rlsync.transport.tasks import Lane, Tasks, Threads
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class WeightSyncer:
         self._peer: Peer | None = None
         self._endpoints = Endpoints()
         self._server: CoordinatorServer | None = None
-        self._tasks = Tasks()
+        self._tasks, self._threads = Tasks(), Threads("rlsync-engine-calls")
         self._connection: Connection | None = None
         self._plan: ConnectionPlan | None = None
         # Also after ``close``, for the next connection.
@@ -223,10 +223,11 @@ class WeightSyncer:
         device = _device()
         if device is not None:
             compile_ahead(device)
-        self._tasks = Tasks()
+        self._tasks, self._threads = Tasks(), Threads("rlsync-engine-calls")
         for engine in self._engines:
             init_info = info.for_engine(engine.engine_id, self._config.timeout_s)
-            self._tasks.spawn(engine.engine_id, partial(engine.init_weight_transfer, init_info, self._config.timeout_s + 2 * GRACE_S))
+            call = partial(engine.init_weight_transfer, init_info, self._config.timeout_s + 2 * GRACE_S)
+            self._threads.submit(self._tasks, engine.engine_id, call)
         assignment, packer = self._await_connected(clock, device)
         clock.lap("prepare")
         self._endpoints.seal()
@@ -236,6 +237,7 @@ class WeightSyncer:
             self._peer,
             assignment.num_buckets,
             lane,
+            self._threads,
             self._source,
             packer,
             self._endpoints,
@@ -388,6 +390,7 @@ class WeightSyncer:
             self._peer.close()
         if self._connection is not None:
             self._connection.lane.stop()
+        self._threads.stop()
         self._endpoints.close()
         if self._server is not None:
             self._server.stop()

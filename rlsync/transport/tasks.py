@@ -92,6 +92,41 @@ class Tasks:
         return outcomes
 
 
+class Threads:
+    """Daemon threads that run calls side by side, each reported to its Tasks. One that is at rest takes the next call: to start a thread
+    takes as long as several messages, and a call that never returns keeps its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._lock, self._has_stopped = name, threading.Lock(), False
+        # Of the threads at rest.
+        self._idle: list[queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None]] = []
+
+    def submit(self, tasks: Tasks, key: Any, call: Callable[[], Any]) -> None:
+        with self._lock:
+            calls = self._idle.pop() if self._idle else None
+        if calls is None:
+            calls = queue.SimpleQueue()
+            threading.Thread(target=self._run, args=(calls,), name=self._name, daemon=True).start()
+        calls.put((tasks, key, call))
+
+    def stop(self) -> None:
+        """End the threads at rest, and each other one after its call."""
+        with self._lock:
+            self._has_stopped, idle, self._idle = True, self._idle, []
+        for calls in idle:
+            calls.put(None)
+
+    def _run(self, calls: queue.SimpleQueue[tuple[Tasks, Any, Callable[[], Any]] | None]) -> None:
+        while (item := calls.get()) is not None:
+            tasks, key, call = item
+            tasks.run(key, call)
+            del tasks, key, item, call
+            with self._lock:
+                if self._has_stopped:
+                    return
+                self._idle.append(calls)
+
+
 class Lane:
     """One daemon thread that runs calls one after another, each reported to its Tasks.
 

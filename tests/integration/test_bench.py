@@ -53,7 +53,7 @@ def test_a_bench_measures_every_case_on_the_same_engines(tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     said = {name: (tmp_path / "logs" / f"{name}.log").read_text() for name in ("actor0", "actor1", "engine0")}
-    for text in ("connected 2 actor ranks and 2 workers of 1 engines", "version 1: fill 0 took", "version 1: update engine0 took"):
+    for text in ("connected 2 actor ranks and 2 workers of 1 engines", "version 1: fill 0 took", "version 1: sync engine0 took"):
         assert text in said["actor0"], said["actor0"][-3000:]
     assert "version 1: fill 0 took" in said["actor1"]
     for text in ("version 1: all peers have joined", "version 1: bucket 0 of", "version 1: all of it is verified", "version 1: committed"):

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlsync.engine.handles import SyncOrder
 from rlsync.engine.handles.local import Engine
-from rlsync.errors import EngineDirtyError
+from rlsync.errors import EngineCallError, EngineDirtyError
 
 
 class SlowLLM:
-    """``resume_generation`` waits for ``gate``, a pause for ``stopped`` and a reset of its cache for ``reset``, which are set. It is its
-    own core, and has no requests unless ``is_busy``.
+    """``resume_generation`` waits for ``gate``, a pause for ``stopped`` and an update for ``reset``, which are set. It is its own core, and
+    has no requests unless ``is_busy``.
 
     Attributes:
         asked: the calls of a sync, in the order in which the core gets them.
@@ -45,8 +46,10 @@ class SlowLLM:
         if self.pause_error is not None:
             raise self.pause_error
 
-    async def call_utility_async(self, method: str, info: object, label: str, keeps_caches: bool, resumes: bool) -> bool:
-        self.asked.append(f"{method} {label}")
+    async def call_utility_async(
+        self, method: str, info: object, label: str, pause_mode: str | None, keeps_caches: bool, resumes: bool
+    ) -> bool:
+        self.asked.append(f"{method} {label}" + (f" {pause_mode}" if pause_mode else ""))
         await asyncio.to_thread(self.reset.wait)
         if not self.can_reset:
             raise RuntimeError("requests hold blocks")
@@ -107,62 +110,59 @@ def test_a_pause_that_comes_behind_the_failure_of_its_sync_does_not_begin_it(eng
     assert engine.state == "syncing"
 
 
-def test_an_update_follows_the_pause_of_an_idle_engine_at_once_and_waits_for_it(engine):
-    """The core has all calls of a sync in their order before it has answered the first; a pause that fails, fails the update."""
-    engine._llm.stopped.clear()
-    engine.pause("abort", "a sync", 60)
-    with ThreadPoolExecutor(1) as pool:
-        update = pool.submit(engine.update_weights, {"version": 3, "attempt": 1}, 60)
-        while len(engine._llm.asked) < 2:
-            time.sleep(0.01)
-        assert engine._llm.asked == ["pause", "rlsync_update 3"]
-        assert not update.done()
-        engine._llm.stopped.set()
-        update.result(60)
-        engine._llm.pause_error = RuntimeError("a worker of it has ended")
-        engine.pause("abort", "the next sync", 60)
-        with pytest.raises(RuntimeError, match="a worker of it has ended"):
-            engine.update_weights({"version": 4, "attempt": 2}, 60)
+def order(version: int) -> SyncOrder:
+    return SyncOrder("abort", f"sync {version}", {"version": version, "attempt": version}, version, 60, 60)
 
 
-def test_an_idle_engine_goes_on_by_itself_and_serves_when_it_is_told_to(engine):
-    """Its core resumes it at the end of an update that it has whole; one that it has not keeps the engine from serving."""
-    engine.pause("abort", "sync 3", 60)
-    engine.update_weights({"version": 3, "attempt": 3}, 60)
-    assert engine._llm.asked == ["pause", "rlsync_update 3"] and engine.state == "syncing"
-    engine.resume(3, 60)
-    assert engine._llm.asked == ["pause", "rlsync_update 3"] and (engine.state, engine.version) == ("clean", 3)
+def test_an_idle_engine_is_paused_updated_and_resumed_by_one_call_of_its_core(engine):
+    """One that has not the whole update does not serve, and the call that failed is named."""
+    engine.sync(order(3))
+    assert engine._llm.asked == ["rlsync_update 3 abort"] and (engine.state, engine.version) == ("clean", 3)
     engine._llm.can_reset = False
-    engine.pause("abort", "sync 4", 60)
-    with pytest.raises(RuntimeError, match="requests hold blocks"):
-        engine.update_weights({"version": 4, "attempt": 4}, 60)
-    assert engine.state == "syncing" and engine.version == 3
+    with pytest.raises(EngineCallError, match="requests hold blocks") as failed:
+        engine.sync(order(4))
+    assert (failed.value.call, engine.state, engine.version) == ("update", "syncing", 3)
 
 
-def test_an_engine_whose_update_did_not_resume_it_is_resumed(engine):
+def test_an_engine_with_requests_is_paused_before_its_update_and_resumed_behind_it(engine):
     engine._llm.gate.set()
-    engine.pause("abort", "sync 3", 60)
-    engine.update_weights({"version": 3, "attempt": 3}, 60)
-    engine.resume(3, 60)
-    assert "resume" not in engine._llm.asked
-    # A comparison pauses, and updates nothing.
+    engine._llm.is_busy = True
+    engine.sync(order(3))
+    assert engine._llm.asked == ["pause", "rlsync_update 3", "resume"] and engine.version == 3
+    engine._llm.pause_error = RuntimeError("a worker of it has ended")
+    with pytest.raises(EngineCallError, match="a worker of it has ended") as failed:
+        engine.sync(order(4))
+    assert failed.value.call == "pause" and engine._llm.asked[3:] == ["pause"]
+
+
+def test_an_update_is_not_begun_when_its_sync_has_failed_during_the_pause(engine):
+    engine._llm.is_busy = True
+    engine._llm.stopped.clear()
+    with ThreadPoolExecutor(1) as pool:
+        syncing = pool.submit(engine.sync, order(3))
+        while not engine._llm.asked:
+            time.sleep(0.01)
+        engine.mark_dirty("another engine failed", "sync 3")
+        engine._llm.stopped.set()
+        with pytest.raises(EngineCallError, match="another engine failed") as failed:
+            syncing.result(60)
+    assert failed.value.call == "update" and engine._llm.asked == ["pause"] and engine.state == "dirty"
+
+
+def test_an_engine_that_was_paused_and_not_updated_is_resumed(engine):
+    """As in a comparison."""
+    engine._llm.gate.set()
+    engine.sync(order(3))
     engine.pause("keep", "a comparison", 60)
     engine.resume(3, 60)
-    assert engine._llm.asked[-2:] == ["pause", "resume"]
-    engine._llm.is_busy = True
-    engine.pause("keep", "sync 4", 60)
-    engine.update_weights({"version": 4, "attempt": 4}, 60)
-    engine.resume(4, 60)
-    assert engine._llm.asked[-3:] == ["pause", "rlsync_update 4", "resume"] and engine.version == 4
+    assert engine._llm.asked[1:] == ["pause", "resume"]
 
 
 def test_an_engine_that_takes_pictures_forgets_what_it_made_of_them_before_it_serves(engine):
     engine._llm.gate.set()
     engine._llm.vllm_config.model_config.is_multimodal_model = True
-    engine.pause("abort", "sync 3", 60)
-    engine.update_weights({"version": 3, "attempt": 3}, 60)
-    engine.resume(3, 60)
-    assert set(engine._llm.asked[2:4]) == {"reset pictures", "reset encoder"} and engine._llm.asked[4:] == ["resume"]
+    engine.sync(order(3))
+    assert set(engine._llm.asked[1:3]) == {"reset pictures", "reset encoder"} and engine._llm.asked[3:] == ["resume"]
 
 
 def test_a_resume_of_a_sync_that_has_failed_does_not_end_the_next_one(engine):

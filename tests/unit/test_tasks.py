@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from rlsync.transport.tasks import Lane, Tasks
+from rlsync.transport.tasks import Lane, Outcome, Tasks, Threads
 
 
 class Large:
@@ -155,3 +155,37 @@ def test_calls_that_follow_each_other_end_with_the_first_that_fails_and_with_the
         outcomes = tasks.finished()
         assert seen == [outcome.key for outcome in outcomes] == wanted
         assert [outcome.error is None for outcome in outcomes] == [number != failing for number in wanted]
+
+
+def test_a_thread_at_rest_takes_the_next_call_and_one_that_is_stuck_keeps_its_own() -> None:
+    threads, stuck = Threads("rlsync-some-calls"), threading.Event()
+
+    def made() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "rlsync-some-calls"]
+
+    def outcome(key: str, call: Callable[[], object]) -> Outcome:
+        tasks = Tasks()
+        threads.submit(tasks, key, call)
+        return ended(tasks)
+
+    first = outcome("first", threading.get_ident)
+    while not threads._idle:
+        time.sleep(0.01)
+    second = outcome("second", threading.get_ident)
+    assert (first.key, second.key) == ("first", "second") and first.result == second.result
+    while not threads._idle:
+        time.sleep(0.01)
+    threads.submit(Tasks(), "stuck", lambda: stuck.wait(60))
+    beside = outcome("beside", lambda: 1 // 0)
+    assert isinstance(beside.error, ZeroDivisionError) and len(made()) == 2
+    threads.stop()
+    stuck.set()
+    while made():
+        time.sleep(0.01)
+
+
+def ended(tasks: Tasks) -> Outcome:
+    """Its one outcome, when it is there."""
+    while not (found := tasks.finished()):
+        time.sleep(0.01)
+    return found[0]

@@ -167,11 +167,8 @@ async def pause(llm: Any, mode: str) -> None:
     await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
 
 
-def pauses_at_once(llm: Any) -> bool:
-    """Whether a pause is complete as soon as the engine's core takes it: there is one core, and no request in it.
-
-    The core takes calls in the order in which they are sent, so that those which follow such a pause find the engine paused.
-    """
+def is_idle(llm: Any) -> bool:
+    """Whether a pause is complete as soon as the engine's core takes it: there is one core, and no request in it."""
     return llm.vllm_config.parallel_config.data_parallel_size == 1 and not llm.output_processor.has_unfinished_requests()
 
 
@@ -189,24 +186,14 @@ def picture_placeholder(llm: Any) -> int | None:
 
 
 async def run_update(
-    llm: Any, update_info: dict[str, Any], weight_version: str, *, keeps_caches: bool, resumes: bool, pausing: asyncio.Future[None] | None
+    llm: Any, update_info: dict[str, Any], weight_version: str, *, pause_mode: str | None, keeps_caches: bool, resumes: bool
 ) -> bool:
-    """One complete weight update of a paused engine by one call of its core; whether that has resumed it, too. See ``core._update``.
+    """One complete weight update by one call of an engine's core; whether that has resumed it, too. See ``core._update``.
 
     The core goes on with it whatever becomes of this coroutine: no session stays open. Multimodal and encoder caches are left.
-
-    Args:
-        pausing: a pause that was sent before and not waited for; see ``pauses_at_once``.
     """
-    call = asyncio.ensure_future(llm.engine_core.call_utility_async(UPDATE, update_info, weight_version, keeps_caches, resumes))
-    try:
-        has_resumed = bool(await call)
-        if pausing is not None:
-            await pausing
-        return has_resumed
-    finally:
-        if not call.cancel() and not call.cancelled():
-            call.exception()  # or asyncio would log it as one that nobody has heard of
+    call = llm.engine_core.call_utility_async(UPDATE, update_info, weight_version, pause_mode, keeps_caches, resumes)
+    return bool(await call)
 
 
 def sampled_by(output: Any) -> tuple[str, str] | None:

@@ -51,8 +51,8 @@ class Engine:
         self._processes = Processes(engine_id)
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
-        # A pause that was sent to the engine and is waited for by the update that follows. Of the event loop.
-        self._pausing: asyncio.Task[None] | None = None
+        # Of a pause that is left to the update that follows.
+        self._pause_mode: PauseMode | None = None
         # The rest of an update that the workers have committed, waited for by the resume that follows. Of the event loop.
         self._ending: asyncio.Future[None] | None = None
         # Whether the engine's core has gone on by itself at the end of the last update.
@@ -207,64 +207,59 @@ class Engine:
 
         return call_in_turn(
             {
-                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
+                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s, True),
                 "update": update,
                 "resume": lambda: self.resume(order.version, order.phase_s, order.sync),
             }
         )
 
-    def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
+    def pause(self, mode: PauseMode, sync: str, timeout_s: float, with_update: bool = False) -> None:
+        """As of an EngineHandle. ``with_update``: ``update_weights`` comes next, and pauses an engine without requests by the same call."""
         if "weights" in self._asleep:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
-        self._has_resumed = False
-        if self._adapters is None and compat.pauses_at_once(self._llm):
-            # Not even until it is sent: whatever is asked of the engine from here on is sent behind it.
-            self._calls.spawn(self._send_pause(mode))
+        self._has_resumed, self._pause_mode = False, None
+        if with_update and self._adapters is None and compat.is_idle(self._llm):
+            self._pause_mode = mode
         else:
-            self._calls.run(self._pause(mode, timeout_s), timeout_s)
+            self._pause_mode = self._calls.run(self._pause(mode, timeout_s, with_update), timeout_s)
 
-    async def _send_pause(self, mode: PauseMode) -> None:
-        """For an engine without requests: whatever is sent to it from here on finds it paused, and the update waits for the answer."""
-        self._pausing = asyncio.ensure_future(compat.pause(self._llm, mode))
-        self._pausing.add_done_callback(_heard)
-
-    async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
-        self._pausing = None
+    async def _pause(self, mode: PauseMode, timeout_s: float, with_update: bool) -> PauseMode | None:
+        """The mode, where the pause is left to the update."""
         limit_s = timeout_s / 2  # so that adapters say what they wait for, and not the deadline of the phase
         if self._adapters is not None:
             self._adapters.hold()
             if mode != "abort":
                 # Requests that are kept, or wait in a queue, end on their own version, and none ends in a pause.
                 await self._adapters.make_room(limit_s)
-        if compat.pauses_at_once(self._llm):
-            await self._send_pause(mode)
-            return
+        if with_update and compat.is_idle(self._llm):
+            return mode
         await compat.pause(self._llm, mode)
         if self._adapters is not None:
             await self._adapters.make_room(limit_s)
+        return None
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        self._has_resumed = self._calls.run_in_turn(lambda: self._update(update_info), timeout_s)
+        pause_mode = self._pause_mode
+        self._has_resumed = self._calls.run_in_turn(lambda: self._update(update_info, pause_mode), timeout_s)
 
-    async def _update(self, update_info: dict[str, Any]) -> bool:
+    async def _update(self, update_info: dict[str, Any], pause_mode: PauseMode | None) -> bool:
         """Whether the engine's core has gone on already, which is so where it had no requests: every engine's workers have committed."""
-        info, pausing = dict(update_info), self._pausing
-        self._pausing = self._ending = None
+        info, self._ending = dict(update_info), None
         # What a version of adapters has computed has keys of its own; only a base that is sent leaves nothing of it true.
         keeps_caches = info.pop("keeps_caches", False)
         if self._adapters is not None:
             info |= {"adapter_id": self._adapters.next_id(), "adapters_in_use": self._adapters.in_use()}
         caches_media = compat.may_cache_media(self._llm) and not keeps_caches
-        resumes = pausing is not None and not caches_media
+        resumes = pause_mode is not None and not caches_media
         has_resumed = await compat.run_update(
-            self._llm, info, str(info["version"]), keeps_caches=keeps_caches, resumes=resumes, pausing=pausing
+            self._llm, info, str(info["version"]), pause_mode=pause_mode, keeps_caches=keeps_caches, resumes=resumes
         )
         if caches_media:
             ending = asyncio.ensure_future(self._reset_media_caches())
-            if pausing is None:
+            if pause_mode is None:
                 await ending
             else:
                 # No request is in the engine: its core has the rest of the update before the resume, which waits for both.
