@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rlsync.engine.compat.engine import UPDATE
 from rlsync.engine.handles.local import Engine
 from tests.deadlines import HANG_S
 from tests.integration.tiny_engines import is_stopped, worker_of
@@ -42,7 +43,7 @@ class StopsItself:
 
 def hold(engine: Engine, num_running: int, num_requests: int, ask: Callable[[], Any], *, pause_s: float = 0.0) -> Any:
     """Have ``ask`` send so many requests; returns what it does when ``num_running`` of them have ``NUM_STEPS`` tokens and the worker of
-    the engine is stopped. It goes on ``pause_s`` after a pause has been sent to the engine, or when it is resumed.
+    the engine is stopped. It goes on ``pause_s`` after a pause has been sent to the engine, alone or with an update, or when it is resumed.
     """
     from vllm.v1.engine import EngineCoreRequestType
 
@@ -57,7 +58,7 @@ def hold(engine: Engine, num_running: int, num_requests: int, ask: Callable[[], 
         await send(message, core)
         kind, *parts = message
         sent += kind == EngineCoreRequestType.ADD.value
-        if any(b"pause_scheduler" in part for part in parts):
+        if any(name in part for part in parts for name in (b"pause_scheduler", UPDATE.encode())):
             del client._send_input_message
             asyncio.get_running_loop().call_later(pause_s, worker.resume)
 

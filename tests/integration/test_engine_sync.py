@@ -191,9 +191,9 @@ def test_waiting_for_other_engines_is_not_counted_as_waiting_for_buckets(
     late = tiny_engines["b"]
     pause = late.pause
 
-    def pause_late(mode: Any, sync: str, timeout_s: float) -> None:
+    def pause_late(*arguments: Any) -> None:
         time.sleep(2)
-        pause(mode, sync, timeout_s)
+        pause(*arguments)
 
     with one_rank([tiny_engines["a"], late], tiny_folders["b"]) as syncer:
         syncer.connect()

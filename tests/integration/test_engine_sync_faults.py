@@ -14,6 +14,10 @@ import psutil
 import pytest
 import torch
 
+from rlsync.coordinator import messages as m
+from rlsync.coordinator import state_machine
+from rlsync.coordinator.roster import Member
+from rlsync.coordinator.state_machine import Coordinator
 from rlsync.engine.handles.local import Engine, shared_segments
 from rlsync.errors import WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
@@ -194,6 +198,36 @@ def test_a_sync_does_not_meet_what_is_left_of_a_failed_one(
             call_on_fill(syncer, lambda bucket: None)
             syncer.sync(version)
             assert same(engine.generate(PROMPTS, GREEDY), tiny_answers["b"])
+
+
+def test_no_engine_goes_on_before_the_workers_of_all_have_committed(
+    tiny_engines: dict[str, Engine],
+    tiny_answers: dict[str, Answers],
+    tiny_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines resume themselves at the end of their updates, which must not end before. One worker's commit is not heard."""
+    engines = [tiny_engines["a"], tiny_engines["b"]]
+    hear = Coordinator._on_committed
+
+    def hear_the_first(coordinator: Coordinator, peer: Member, message: m.Committed, now: float) -> None:
+        if peer.engine == engines[0].engine_id:
+            hear(coordinator, peer, message, now)
+
+    with one_rank(engines, tiny_folders["b"], timeout_s=4.0) as syncer:
+        syncer.connect()
+        syncer.sync(1)
+        with monkeypatch.context() as patch:
+            patch.setitem(state_machine._HANDLERS, (m.Committed, True), hear_the_first)
+            with pytest.raises(WeightSyncError, match="which was to commit") as failed:
+                syncer.sync(2)
+        assert (failed.value.phase, failed.value.engine) == ("commit", engines[1].engine_id)
+        for engine in engines:
+            assert engine.state == "dirty" and engine._calls.run(engine._llm.is_paused(), 60)
+        syncer.sync(2)
+    for engine in engines:
+        assert engine.version == 2 and not engine._calls.run(engine._llm.is_paused(), 60)
+        assert same(engine.generate(PROMPTS, GREEDY), tiny_answers["b"])
 
 
 def _cursed(bucket: int) -> None:

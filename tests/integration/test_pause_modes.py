@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlsync.engine.compat import engine as compat
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
@@ -122,6 +123,14 @@ def num_tokens_of(completion: Completion, folder: Path, prompt: tuple[int, ...])
     return next((i for i, (x, y) in enumerate(zip(completion.token_ids, wanted, strict=False)) if x != y), len(completion.token_ids))
 
 
+@pytest.fixture(params=["seen", "unseen"])
+def requests_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the handle finds requests when it pauses the engine, or they come to the core between its look and the pause."""
+    if request.param == "unseen":
+        monkeypatch.setattr(compat, "is_idle", lambda llm: True)
+
+
+@pytest.mark.usefixtures("requests_are")
 def test_abort_ends_requests_with_the_tokens_they_have(rollout: Callable[..., Rollout], a: Checkpoint) -> None:
     completions, _ = rollout(pause_mode="abort").through_a_sync()
     assert {c.finish_reason for c in completions} == {"abort"}
@@ -132,6 +141,7 @@ def test_abort_ends_requests_with_the_tokens_they_have(rollout: Callable[..., Ro
     assert {c.token_ids for c in completions[NUM_RUNNING:]} == {()}
 
 
+@pytest.mark.usefixtures("requests_are")
 def test_wait_lets_running_requests_end_and_queued_ones_begin_with_the_new_weights(
     rollout: Callable[..., Rollout], a: Checkpoint, b: Checkpoint
 ) -> None:
@@ -144,6 +154,7 @@ def test_wait_lets_running_requests_end_and_queued_ones_begin_with_the_new_weigh
     assert report.pause_s + report.transfer_s + report.commit_s + report.resume_s <= report.seconds
 
 
+@pytest.mark.usefixtures("requests_are")
 @pytest.mark.parametrize("is_reset", [True, False])
 def test_keep_goes_on_with_the_new_weights_as_if_they_had_read_the_tokens_so_far(
     rollout: Callable[..., Rollout], engine: Engine, a: Checkpoint, b: Checkpoint, monkeypatch: pytest.MonkeyPatch, is_reset: bool
