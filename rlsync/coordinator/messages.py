@@ -353,11 +353,15 @@ class Serve(Message):
 
 
 class AllCommitted(Message):
-    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Reports``."""
+    """Every worker has declared the version. ``times`` and ``differences`` are by worker, in the order of ``Reports``.
+
+    ``begin_s``: seconds from the first ``Start`` until every worker had joined.
+    """
 
     attempt: Count
     times: tuple[WorkerTimes, ...]
     differences: tuple[tuple[str, ...], ...] = ()
+    begin_s: float = 0.0
 
 
 class Finished(Message):

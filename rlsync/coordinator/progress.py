@@ -25,6 +25,7 @@ class Progress:
         verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
         without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
         all_joined: whether every actor rank has started and every worker has joined.
+        began_s: value of the clock at the first start. begin_s: seconds from then until all had joined.
     """
 
     attempt: int
@@ -46,6 +47,8 @@ class Progress:
     told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     without_frozen: bool | None = None
     all_joined: bool = False
+    began_s: float = 0.0
+    begin_s: float = 0.0
     # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
     _packed: list[int] = field(init=False)
     _taken: list[int] = field(init=False)

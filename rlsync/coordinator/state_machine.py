@@ -173,8 +173,9 @@ class Coordinator:
         connecting, failed = self._connecting, self._failure is not None
         group = 0 if self._sync is None else self._sync.group + failed
         self._sync = Progress(
-            message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed, verifies_all=failed
-        )
+            message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed, verifies_all=failed,
+            began_s=now,
+        )  # fmt: skip
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
@@ -231,7 +232,7 @@ class Coordinator:
             for worker in self._roster.workers():
                 self._send(worker.identity, m.Serve(sync.attempt))
             loaded = [sync.loaded[p.identity] for p in self._roster.workers()]
-            done = m.AllCommitted(sync.attempt, tuple(x.times for x in loaded), tuple(x.differences for x in loaded))
+            done = m.AllCommitted(sync.attempt, tuple(x.times for x in loaded), tuple(x.differences for x in loaded), sync.begin_s)
             for identity in sync.started:
                 self._send(identity, done)
 
@@ -269,7 +270,7 @@ class Coordinator:
         assert sync is not None
         self.phase, self.deadline = phase, now + self._expected.timeout_s
         if phase == "transfer":
-            sync.all_joined = True
+            sync.all_joined, sync.begin_s = True, now - sync.began_s
             self._transferring.tell_ready(sync)
         self._transferring.tell_writable(sync, sync.started)
 

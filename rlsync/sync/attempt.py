@@ -80,7 +80,7 @@ class Attempt:
         self._is_busy, self._has_joined = True, False
         # Engines whose part is not over.
         self._syncing = {engine.engine_id for engine in connection.engines}
-        self._is_finished = False
+        self._all_joined, self._is_finished = False, False
         self._marks: dict[str, float] = {}
         self._seconds = {"begin": 0.0, "fill": 0.0, "resume": 0.0}
         self._engine_s: dict[str, float] = {}
@@ -116,8 +116,7 @@ class Attempt:
             elif isinstance(message, m.Writable):
                 self._writable, self._group, self._without_frozen = message.buckets_writable, message.group, message.without_frozen
                 self._verifies_all = message.verifies_all
-                if message.all_joined:
-                    self._marks.setdefault("paused", time.monotonic())
+                self._all_joined = message.all_joined
                 _log.debug("version %d: %d buckets may be filled", self._version, self._writable)
             elif isinstance(message, m.AllCommitted):
                 self._committed, self._marks["committed"] = message, time.monotonic()
@@ -149,14 +148,16 @@ class Attempt:
                 self._packed += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
         else:
-            self._peer.send(m.Answered(self._attempt, which, "sync"))
             self._syncing.discard(which)
+            if self._syncing or self._committed is None:
+                # Otherwise the end of the sync says it.
+                self._peer.send(m.Answered(self._attempt, which, "sync"))
             self._marks["answered"], self._engine_s[which] = time.monotonic(), outcome.seconds
             self._seconds["resume"] = max(self._seconds["resume"], outcome.result)
 
     def _phase_of(self, error: BaseException) -> str:
         """The phase in which an engine's part has failed; one that says nothing of it was at what its workers waited for."""
-        call = error.call if isinstance(error, EngineCallError) else "update" if "paused" in self._marks else "pause"
+        call = error.call if isinstance(error, EngineCallError) else "update" if self._all_joined else "pause"
         # After the commit an update only resets caches.
         return ("transfer" if self._committed is None else "commit") if call == "update" else call
 
@@ -209,10 +210,10 @@ class Attempt:
             redundancy=dict(plan.traffic.redundancy),
             num_buckets=self._link.num_buckets,
             seconds=time.monotonic() - at["start"],
-            pause_s=at["paused"] - at["start"],
+            pause_s=self._committed.begin_s,
             begin_s=self._seconds["begin"],
             fill_s=self._seconds["fill"],
-            transfer_s=at["committed"] - at["paused"],
+            transfer_s=at["committed"] - at["start"] - self._committed.begin_s,
             wait_s=max(t.wait_s for t in times),
             pull_s=max(t.pull_s for t in times),
             verify_s=max(t.verify_s for t in times),

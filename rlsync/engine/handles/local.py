@@ -242,7 +242,7 @@ class Engine:
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # vLLM has one session of an engine's weights: what is left of a failed sync would end that of the next.
-        pause_mode = self._pause_mode
+        pause_mode, self._pause_mode = self._pause_mode, None
         self._has_resumed = self._calls.run_in_turn(lambda: self._update(update_info, pause_mode), timeout_s)
 
     async def _update(self, update_info: dict[str, Any], pause_mode: PauseMode | None) -> bool:
