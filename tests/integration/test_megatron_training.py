@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(models):
 
 def test_the_rank_whose_gradients_are_not_finite_is_named(models):
     run_ranks(1, RANKS, "name_the_rank_of_a_nan", models=models)
+
+
+@pytest.mark.skipif("RLSYNC_OTHER_MEGATRON" not in os.environ, reason="RLSYNC_OTHER_MEGATRON names no other release of Megatron-Core")
+@pytest.mark.parametrize("saved_by_other", [False, True])
+def test_a_checkpoint_of_one_release_of_megatron_is_gone_on_with_by_another_bit_for_bit(models, moe_models, tmp_path, saved_by_other):
+    folder = os.environ["RLSYNC_OTHER_MEGATRON"]
+    (other,) = distributions(name="megatron-core", path=[folder])
+    cases = [
+        _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),
+        _case("qwen2", [4, 4], tp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        _case("qwen2", [4, 4], pp_size=2, ddp=DISTRIBUTED),
+        _case("qwen3_moe", [2, 2], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+    ]
+    for is_other in (saved_by_other, not saved_by_other):
+        with pytest.MonkeyPatch.context() as patch:
+            if is_other:
+                patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+            outputs = run_ranks(
+                2,
+                "tests.integration.other_release_ranks",
+                "go_on",
+                cases=cases,
+                models={**models, **moe_models},
+                root=str(tmp_path),
+                release=other.version if is_other else version("megatron-core"),
+                saves=is_other == saved_by_other,
+            )
+        assert outputs[0].count("TRAINED") == len(cases), outputs[0]
 
 
 def test_parameters_are_stale_until_gathered(models):
