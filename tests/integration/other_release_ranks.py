@@ -1,4 +1,4 @@
-"""Ranks with the Megatron-Core that PYTHONPATH names: in a module of its own, because others are forked from a process with the usual one."""
+"""Ranks with the Megatron-Core that PYTHONPATH names, in a module of its own: others are forked from a process that has the usual one."""
 
 from __future__ import annotations
 
