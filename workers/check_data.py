@@ -5,11 +5,12 @@ The run reads the rest. Imports neither torch, transformers, Ray, vLLM nor Megat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rlsync.errors import ConfigError
 from workers.check_report import Report, will_be_made
 from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.model_folder import check_tokenizer_size, read_hf_config, text_config
@@ -92,13 +93,22 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
     """Data files of supervised fine-tuning and the first rows of each, as far as those tell; the run reads the rest."""
     data, bad, form = config.data, BadSamples(), row_form(config.data)
 
+    texts: dict[str, list[str]] = {}
+
     def look(content: Any, where: str) -> Sequence[Any]:
         found = check_row(content, form)
-        return found.images if isinstance(found, Conversation) else ()
+        if not isinstance(found, Conversation):
+            return ()
+        if not found.images:
+            # Templates may leave out what the assistant thought before its last turn, and nothing else.
+            before = [message.text for message in found.messages[:-1] if message.role != "assistant"]
+            texts[where] = [*before, found.messages[-1].text]
+        return found.images
 
     num_rows = _check_rows(config, data.train_data_paths, look, bad, report, report.picture_sizes)
     _check_rows(config, data.val_data_paths, look, bad, report)
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
+    _check_lengths(config, texts, report)
     batch = config.actor.global_batch_size or 1
     # Documents are packed.
     steps = _steps_of(None if data.type == "text" else num_rows, batch, "actor.global_batch_size", config, report)
@@ -107,6 +117,39 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
     if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
         answers = ", and answers of the engines" if config.validation.generate else ""
         report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
+
+
+def _check_lengths(config: SftConfig, texts: Mapping[str, Sequence[str]], report: Report) -> None:
+    """Whether rows, by file and line, are longer than ``runner.seq_length`` by their texts alone, without what a template adds."""
+    path = Path(str(config.actor.tokenizer.tokenizer_model)) / "tokenizer.json"
+    tokenizer = report.take("tokenizer", _read_tokenizer, path) if texts and path.is_file() else None
+    if tokenizer is None:
+        return
+    lengths = (sum(len(row.ids) for row in tokenizer.encode_batch(list(parts), add_special_tokens=False)) for parts in texts.values())
+    limit = config.runner.seq_length
+    too_long = [(where, length) for where, length in zip(texts, lengths, strict=True) if length > limit]
+    if not too_long or (config.data.on_too_long == "skip" and len(too_long) < len(texts)):
+        return
+    (where, length), count = too_long[0], len(too_long)
+    rows = (
+        f"all of the first {len(texts)} rows are"
+        if count == len(texts)
+        else f"{count} of the first {len(texts)} rows {'is' if count == 1 else 'are'}"
+    )
+    skip = "" if config.data.on_too_long == "skip" or count == len(texts) else "; data.on_too_long=skip leaves such rows out"
+    report.found("data", f"{rows} longer than runner.seq_length ({limit}): the texts of {where} alone have {length} tokens{skip}")
+
+
+def _read_tokenizer(path: Path) -> Any:
+    """Raises ConfigError."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"no tokenizer can be made from {path}: {error}") from error
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _check_rows(
@@ -206,19 +249,14 @@ def _check_prompts(config: RunConfig, problems: Sequence[Problem], bad: BadSampl
     path = Path(str(config.actor.tokenizer.tokenizer_model)) / "tokenizer.json"
     if not texts or not path.is_file():
         return
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        report.found("tokenizer", f"no tokenizer can be made from {path}: {error}")
+    tokenizer = report.take("tokenizer", _read_tokenizer, path)
+    if tokenizer is None:
         return
     hf_path = Path(config.model_path)
     if (hf_path / "config.json").is_file():
         hf_config = report.take("model", read_hf_config, hf_path, config.model_key) or {}
         size = tokenizer.get_vocab_size(with_added_tokens=False)
         report.take("tokenizer", check_tokenizer_size, size, text_config(hf_config).get("vocab_size"), path.parent)
-    tokenizer.no_truncation()
     encoded = tokenizer.encode_batch([f"{problem.prompt}{config.data.prompt_suffix}" for problem in texts], add_special_tokens=False)
     rows = [encoding.ids for encoding in encoded]
     if not any(rows):

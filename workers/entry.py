@@ -69,6 +69,8 @@ def main(
             code = 1
         elif not only_check:
             config = report.config
+            # Imports take seconds, and a minute or more from a cold disk: a sign of life before them.
+            print("loading Megatron-Core, vLLM and Ray", flush=True)
             code = exit_code(lambda: run(config))
 
     register_resolvers()

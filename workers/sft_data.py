@@ -142,7 +142,7 @@ class ExampleEncoder:
         if patches is not None or self._pictures is not None:
             token_ids, mask = self._with_features(token_ids, mask, () if patches is None else patches.num_features)
         if len(token_ids) > self._form.max_length:
-            raise TooLong(f"it has {len(token_ids)} tokens, and an example has at most {self._form.max_length}")
+            raise TooLong(f"it has {len(token_ids)} tokens, and an example has at most {self._form.max_length} (runner.seq_length)")
         mask = [False, *mask[1:]]
         if not any(mask):
             raise BadRow("no token of it is in the loss")

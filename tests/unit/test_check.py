@@ -407,6 +407,27 @@ def test_a_file_that_is_not_yaml_is_told_in_a_line(tmp_path, content, said) -> N
     assert done.returncode == 1 and printed.startswith("error: ") and said in printed and len(done.stderr.splitlines()) <= 5, done.stderr
 
 
+@pytest.mark.parametrize("name", ["mine.yaml", "./mine.yaml", "{folder}/mine.yaml", "{folder}/arithmetic-grpo-megatron.yaml"])
+def test_a_configuration_may_lie_anywhere_and_be_made_of_those_that_are_shipped(tmp_path, name) -> None:
+    folder = tmp_path / "a, b"
+    folder.mkdir()
+    path = name.format(folder=folder)
+    (folder / Path(path).name).write_text(
+        "defaults:\n  - base/grpo-megatron\n  - _self_\n  - override hydra/job_logging: stdout\n\nrunner:\n  seq_lenth: 8\n"
+    )
+    done = subprocess.run(["bash", str(SCRIPT), path, "--check"], cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False)
+    printed = " ".join(done.stderr.split())
+    assert "unknown key runner.seq_lenth: did you mean runner.seq_length?" in printed and "model_path is missing" in printed, printed
+    assert "the tiny CPU default" not in done.stdout
+
+
+def test_a_configuration_that_is_nowhere_is_told_with_both_places(tmp_path) -> None:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "gone", "--check"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S, check=False
+    )
+    assert done.returncode == 2 and "no config named gone in configs/reasoning, and no file gone.yaml" in done.stderr, done.stderr
+
+
 def test_a_key_without_its_section_is_answered_with_the_section() -> None:
     done = subprocess.run(["bash", str(SCRIPT), "--check", "max_steps=5"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 1 and done.stderr == "error: unknown key max_steps: did you mean runner.max_steps?\n"

@@ -126,6 +126,15 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["entry.py"], "hydra must leave no folders behind"
 
 
+def test_several_components_are_placed_by_one_key_as_in_a_yaml() -> None:
+    placed = {"cluster.component_placement.rollout,reward=2", "+cluster.component_placement.rollout,reward=2"}
+    for argument in placed:
+        expected = ["++cluster.component_placement.rollout=2", "++cluster.component_placement.reward=2"]
+        assert lenient_overrides([argument]) == expected
+    config = shipped("arithmetic-grpo-megatron", "cluster.component_placement.rollout,reward=4-5")
+    assert {config.cluster.component_placement[name] for name in ("rollout", "reward")} == {"4-5"}
+
+
 def test_lenient_overrides_leaves_options_groups_and_hydra_keys_alone() -> None:
     untouched = ["--config-name", "x", "hydra.run.dir=.", "+base=grpo", "~actor.optim.lr", "++a.b=1", "-m", "base/x=y"]
     assert lenient_overrides(untouched) == untouched

@@ -360,7 +360,10 @@ def test_world_size_and_batches_must_divide() -> None:
         validate_world(config, 3)
     with pytest.raises(ConfigError, match=r"must be divisible by the data-parallel size \(3\)"):
         validate_world(config, 6)
-    with pytest.raises(ConfigError, match=r"micro_batch_size x data-parallel size \(4 x 16\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"algorithm.n_minibatches \(32\) must be divisible by algorithm.training_batch_size_per_gpu x data-parallel size \(4 x 16\)",
+    ):
         validate_world(config, 32)
     warm = load_config(minimal(warm_start={"data_paths": ["a"], "num_steps": 1, "batch_size": 1}))
     with pytest.raises(ConfigError, match=r"warm_start.batch_size \(1\) must be at least the data-parallel size \(2\)"):

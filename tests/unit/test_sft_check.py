@@ -130,6 +130,29 @@ def test_bad_rows_are_named_or_left_out_and_too_few_rows_are_a_finding(world: Pa
     assert any("left out 1 bad samples" in note for note in skipping.notes)
 
 
+def test_rows_longer_than_a_sequence_are_found_before_anything_starts(world: Path, tmp_path: Path) -> None:
+    """The tokenizer has a token for each character."""
+    rows, short, long = tmp_path / "rows.jsonl", {"prompt": "1+1=", "response": "2"}, {"prompt": "1+1+1+1+1+1+1+1+1=", "response": "9"}
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in [*[short] * 20, long]))
+    data = {**values(world)["data"], "train_data_paths": [str(rows)]}
+    found = f"1 of the first 21 rows is longer than runner.seq_length (16): the texts of {rows}:21 alone have 19 tokens"
+    assert f"{found}; data.on_too_long=skip leaves such rows out" in texts(check(world, data=data))
+    assert check(world, data={**data, "on_too_long": "skip"}).findings == []
+    assert check(world, data=data, runner={**values(world)["runner"], "seq_length": 19}).findings == []
+    for way in ("error", "skip"):
+        report = check(world, data={**data, "on_too_long": way}, runner={**values(world)["runner"], "seq_length": 4})
+        assert f"all of the first 21 rows are longer than runner.seq_length (4): the texts of {rows}:1 alone have 5 tokens" in texts(report)
+
+
+def test_what_a_template_may_leave_out_of_a_chat_is_not_counted(world: Path, tmp_path: Path) -> None:
+    turns = [("user", "1+1="), ("assistant", "1+1+1+1+1+1+1"), ("user", "2+2="), ("assistant", "4")]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{json.dumps({'messages': [{'role': role, 'content': text} for role, text in turns]})}\n" * 16)
+    data = {**values(world)["data"], "type": "chat", "prompt_key": "messages", "train_data_paths": [str(rows)]}
+    assert "longer than" not in texts(check(world, data=data))
+    assert "have 9 tokens" in texts(check(world, data=data, runner={**values(world)["runner"], "seq_length": 8}))
+
+
 @pytest.mark.parametrize("wrong", ["x", {"a": None}], ids=repr)
 def test_whatever_a_key_holds_is_answered_by_findings(world: Path, wrong: Any) -> None:
     """A raw error would end this test. Not every value is a finding: some keys hold any text."""

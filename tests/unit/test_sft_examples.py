@@ -164,7 +164,7 @@ def test_the_prompt_for_a_next_answer_is_learned_only_where_asked() -> None:
 def test_what_cannot_be_learned_is_refused() -> None:
     length = example(TURNS).length
     assert example(TURNS, max_length=length).length == length
-    with pytest.raises(TooLong, match=f"it has {length} tokens, and an example has at most {length - 1}"):
+    with pytest.raises(TooLong, match=f"it has {length} tokens, and an example has at most {length - 1} .runner.seq_length"):
         example(TURNS, max_length=length - 1)
     with pytest.raises(BadRow, match="the chat template refuses it: only users"):
         example(TURNS, "{{ raise_exception('only users') }}")

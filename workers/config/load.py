@@ -553,6 +553,8 @@ _PRECISION_OF_DTYPE = {
     **dict.fromkeys(("bfloat16", "bf16"), "bf16"),
     **dict.fromkeys(("float16", "half", "fp16"), "fp16"),
 }
+# Several components in one key, as yaml files have them; hydra's grammar has no such keys.
+_PLACEMENT_OVERRIDE = re.compile(r"^(?P<section>\+{0,2}cluster\.component_placement\.)(?P<names>\w+(?:,\w+)+)(?P<value>=.*)$", re.DOTALL)
 _DOTTED_OVERRIDE = re.compile(r"^\+?(?P<key>[A-Za-z_]\w*(?:\.\w+)+)=")
 
 
@@ -580,12 +582,17 @@ def lenient_overrides(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which ``a.b=1`` and ``+a.b=1`` both set ``a.b``, whether or not the yaml has it.
 
     Hydra refuses the first for a key the yaml lacks and the second for one it has; ``++a.b=1`` does both. Unknown
-    keys stay errors: ``load_config`` names them with the nearest known one. Options, group choices and ``hydra.*``
-    stay as they are.
+    keys stay errors: ``load_config`` names them with the nearest known one. ``cluster.component_placement.a,b=1`` sets both. Options,
+    group choices and ``hydra.*`` stay as they are.
     """
+    single: list[str] = []
+    for argument in arguments:
+        several = _PLACEMENT_OVERRIDE.match(argument)
+        names = [] if several is None else several["names"].split(",")
+        single += [argument] if several is None else [f"{several['section']}{name}{several['value']}" for name in names]
     return [
         f"++{argument.removeprefix('+')}"
         if (match := _DOTTED_OVERRIDE.match(argument)) is not None and not match["key"].startswith("hydra.")
         else argument
-        for argument in arguments
+        for argument in single
     ]

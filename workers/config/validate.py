@@ -136,9 +136,11 @@ def validate_world(config: AnyConfig, actor_world_size: int) -> int:
         of = "mini-batch" if isinstance(config, RunConfig) else "step"
         found.append(f"actor.global_batch_size ({batch}), the samples of a {of}, must be divisible by the data-parallel size ({dp_size})")
     if not config.runner.enable_dynamic_batch_size and batch % (micro * dp_size):
-        found.append(
-            f"actor.global_batch_size ({batch}) must be divisible by actor.micro_batch_size x data-parallel size ({micro} x {dp_size})"
-        )
+        whole, part = f"actor.global_batch_size ({batch})", "actor.micro_batch_size"
+        if isinstance(config, RunConfig):  # which derives both
+            whole = f"data.rollout_batch_size x algorithm.group_size / algorithm.n_minibatches ({batch})"
+            part = "algorithm.training_batch_size_per_gpu"
+        found.append(f"{whole} must be divisible by {part} x data-parallel size ({micro} x {dp_size})")
     raise_all(found)
     return dp_size
 
