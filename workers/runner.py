@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from rlsync.bridge.checkpoint_folder import publish_checkpoint, remove_remains, set_aside_later, stage_checkpoint
+from rlsync.bridge.checkpoint_folder import latest_checkpoint, publish_checkpoint, remove_remains, set_aside_later, stage_checkpoint
 from rlsync.cli.lines import wrapped
 from rlsync.errors import CheckpointError, GradientError, RlsyncError
 from rlsync.sync import SyncReport
@@ -231,6 +231,15 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                 self._screen.note(f"checkpoint {self._unpublished[0]} is not complete; those before it are")
             if log.history:
                 self._screen.summary(log.history, log.folder, title=title)
+            if title != "finished":
+                self._screen.note(self._way_on())
+
+    def _way_on(self) -> str:
+        """What a run that ended early goes on from."""
+        newest = latest_checkpoint(self._results.path / "checkpoints")
+        if newest is None:
+            return f"no checkpoint is complete in {self._results.path}: a start begins anew"
+        return f"runner.resume_dir=auto goes on after {newest.name} in {newest.parent}"
 
     def _whole_step(self, step: int, log: MetricsLog) -> None:
         """One step with its checkpoint and its validation, if due, and its line in all logs."""
@@ -249,9 +258,14 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                     self._publish()
                 if self._saves(step):
                     self._save(step)
-        validation = self._timed_validation(step) if self._validates(step) else {}
-        speeds = self._speeds(metrics, seconds)
-        self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
+        validation: dict[str, float] = {}
+        try:
+            if self._validates(step):
+                validation = self._timed_validation(step)
+        finally:
+            # Also where the validation fails: the step's checkpoint is complete by then, and a resume goes on behind it.
+            speeds = self._speeds(metrics, seconds)
+            self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
         if validation:
             self._screen.validation(step, validation)
 

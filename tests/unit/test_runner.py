@@ -95,7 +95,21 @@ def test_what_cannot_be_written_ends_the_run_after_the_step_under_way(tmp_path, 
     with pytest.raises(CheckpointError, match="No space left on device"):
         run.train()
     assert len(run.seen) == at
-    assert run.notes == [f"checkpoint {2 if at < 5 else 4} is not complete; those before it are"]
+    way_on = "no checkpoint is complete in" if at < 5 else f"runner.resume_dir=auto goes on after global_step_2 in {tmp_path}/checkpoints"
+    assert run.notes[0] == f"checkpoint {2 if at < 5 else 4} is not complete; those before it are"
+    assert run.notes[1].startswith(way_on) and len(run.notes) == 2
+
+
+def test_a_step_has_its_line_also_where_the_validation_behind_its_checkpoint_fails(tmp_path) -> None:
+    """A resume goes on behind that step: nobody else would ever write its line."""
+    ranks, lines = Ranks(), []
+    ranks.written = [True, True]
+    run = Steps(tmp_path, ranks, {})
+    run._validates = lambda step: step == 2  # type: ignore[method-assign]
+    run._validate = lambda step: setattr(ranks, "failure", "engine 0 has ended") or ranks.on_ranks("sync")  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="engine 0 has ended"):
+        run._train(SimpleNamespace(log=lambda step, *_: lines.append(step) or {}, history=[], folder=None))  # type: ignore[arg-type]
+    assert lines == [1, 2]
 
 
 def test_gradients_that_are_not_finite_end_the_run_with_the_number_of_the_step_and_nothing_of_it_is_saved(tmp_path) -> None:
