@@ -126,7 +126,7 @@ class Runner:
                 scene.revived_s = time.monotonic()
                 self._wake()
 
-        started_s, self._tap.trap = time.monotonic(), trap
+        started_s, self._tap.trap, self._tap.all_committed = time.monotonic(), trap, False
         if draw.phase == "connect":
             ended = self._actors.connect(self.engines.handles, self._settings, revive, self.limit_s)
         else:
@@ -149,8 +149,8 @@ class Runner:
             return
         step.seconds = round(ended[0].at_s - fired_s, 2)
         step.findings += complaints(scene, ended, fired_s, self.limit_s)
-        if draw.phase != "connect" and (error is None or draw.phase == "resume"):
-            # An engine that was resumed before another failed has served the version.
+        if draw.phase != "connect" and (error is None or self._tap.all_committed):
+            # An engine that went on before another failed has served the version.
             for engine_id in self.engines.standing:
                 self.engines.letters[engine_id, scene.version] = target
         if error is not None and not draw.fault.untouched:

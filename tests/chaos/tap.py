@@ -87,6 +87,8 @@ class Tap:
         self.trap: Trap | None = None
         self.coordinator: Coordinator | None = None
         self.server: CoordinatorServer | None = None
+        # Whether the workers of all engines have committed in the present sync, so that each engine may serve.
+        self.all_committed = False
         self._queued: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # Engines are called side by side, each in a thread.
         self._lock = threading.Lock()
@@ -107,6 +109,7 @@ class Tap:
             start(server, served)
 
         def tapped_send(server: CoordinatorServer, identity: bytes, message: m.FromCoordinator) -> None:
+            tap.all_committed = tap.all_committed or isinstance(message, m.Serve)
             tap._pass("sent", type(message).__name__, identity, getattr(message, "buckets_ready", 0) - 1)
             send(server, identity, message)
 
