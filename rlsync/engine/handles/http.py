@@ -423,12 +423,16 @@ class Server:
         return found
 
     async def _await_version(self, deadline_s: float, may_start_later: bool) -> str:
+        is_told = False
         while True:
             try:
                 return str((await self.ask("version", max(_POLL_S, deadline_s - time.monotonic())))["version"])
             except UnreachableError as error:
                 if not may_start_later or time.monotonic() + _POLL_S > deadline_s:
                     raise UnreachableError(f"{error}; start it with: {_START}") from None
+                if not is_told:  # or a wrong address looks like a hang
+                    _log.warning("%s; waiting for it up to %.0f s", error, deadline_s - time.monotonic())
+                    is_told = True
                 await asyncio.sleep(_POLL_S)
 
     async def label(self, timeout_s: float) -> str | None:
