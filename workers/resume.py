@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
+from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
 from rlsync.errors import CheckpointError, ConfigError
 from workers.config import AnyConfig, SftConfig, config_as_dict
 
@@ -305,9 +305,11 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
         Rule.OPTIMIZER: with_optimizer,
         Rule.DATA: (folder / DATA_STATE).is_file(),
     }
+    anew = f"start a new run from {folder}/actor/{HF_FOLDER}"
+    adapters = f"as shards of adapters are not cut anew, start a new run with actor.lora.adapter_path={folder}/actor/{ADAPTER_FOLDER}"
     advice = {
-        Rule.WEIGHTS: f"start a new run from {folder}/actor/{HF_FOLDER}",
-        Rule.LAYOUT: f"start a new run from {folder}/actor/{HF_FOLDER}",
+        Rule.WEIGHTS: anew,
+        Rule.LAYOUT: adapters if config.actor.lora.r > 0 else anew,
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
     }
