@@ -195,6 +195,8 @@ class WeightSyncer:
             ids = [engine.engine_id for engine in self._engines]
             if len(set(ids)) != len(ids):
                 raise ConfigError(f"engine ids must differ: {', '.join(ids)}")
+            for engine in self._engines:
+                _check_handle(engine)
             num_peers = self._world_size + sum(engine.num_workers for engine in self._engines)
             self._server = CoordinatorServer(self._config.bind_host, num_peers)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
@@ -409,6 +411,16 @@ def _fitting(source: Source, config: SyncConfig) -> Source:
         has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
         raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
     return source
+
+
+def _check_handle(engine: EngineHandle) -> None:
+    """Raises ConfigError for one that lacks a call of a sync, before it is made when other engines are paused."""
+    missing = [call for call in ("init_weight_transfer", "sync", "mark_dirty") if not callable(getattr(engine, call, None))]
+    if missing:
+        raise ConfigError(
+            f"the handle of engine {engine.engine_id}, a {type(engine).__name__}, has no {', '.join(missing)}; EngineHandle of "
+            "rlsync.engine.handles says what each does, and call_in_turn beside it makes sync of pause, update_weights and resume"
+        )
 
 
 def _is_clean(engine: EngineHandle) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rlsync.coordinator import messages as m
-from rlsync.errors import ConfigError
-from rlsync.sync import SyncConfig
+from rlsync.errors import ConfigError, WeightSyncError
+from rlsync.sync import SyncConfig, WeightSyncer
 from tests.thread_actors import SIZES, Actors, Numbers, holds
 from tests.thread_engines import ThreadEngine
 
@@ -229,3 +229,22 @@ def test_a_message_that_is_too_large_is_everybodys_error(monkeypatch: pytest.Mon
     errors = actors.both(lambda syncer: syncer.connect())
     assert all("bytes, and a message may have 6,000" in str(error) for error in errors), errors
     actors.close()
+
+
+def test_a_handle_that_lacks_a_call_of_a_sync_is_refused_before_any_engine_is_asked() -> None:
+    class Former:
+        """As handles were before an engine's part of a sync became one call."""
+
+        engine_id, num_workers, dirty = "former", 1, ""
+
+        def mark_dirty(self, reason: str, sync: str = "") -> None:
+            self.dirty = reason
+
+        def init_weight_transfer(self, info: dict[str, Any], timeout_s: float) -> None:
+            raise AssertionError("asked")
+
+    whole = ThreadEngine("whole")
+    syncer = WeightSyncer(Numbers(0, 1), [whole, Former()], SyncConfig(timeout_s=1))
+    with pytest.raises(WeightSyncError, match="the handle of engine former, a Former, has no sync; EngineHandle"):
+        syncer.connect()
+    assert whole.calls == []
