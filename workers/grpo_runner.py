@@ -278,10 +278,14 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return validation_metrics(verdicts, response_lengths=lengths, properly_ended=ended)
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
-        """Replace lost engines. Raises ``error`` if no engine is lost, or too many are."""
-        left = self._config.rollout.max_engine_restarts - self._num_restarts
-        lost = self._group.lost_engines(error) if left > 0 else {}
-        if not lost or len(lost) > left:
+        """Replace lost engines. Raises ``error`` if no engine is lost, or too many are, which the screen says."""
+        allowed, lost = self._config.rollout.max_engine_restarts, self._group.lost_engines(error)
+        if len(lost) > allowed - self._num_restarts:
+            self._screen.note(
+                f"lost: engine {', '.join(map(str, lost))}. rollout.max_engine_restarts is {allowed}, and {self._num_restarts} were "
+                "replaced; a larger one lets a run replace engines that it loses"
+            )
+        if not 0 < len(lost) <= allowed - self._num_restarts:
             raise error
         for reason in lost.values():
             self._screen.note(f"replacing an engine: {reason}")
