@@ -140,8 +140,9 @@ def _chosen(options: argparse.Namespace, has_own_shm: bool) -> list[Draw]:
 
 
 def _next(chosen: list[Draw], steps: list[Step], runner: Runner) -> tuple[Draw, bool]:
-    """The next draw, and whether engines that are being started are waited for. Meanwhile a few faults come that cost none."""
-    cheap = [d for d in chosen if not d.fault.costs_engine]
+    """The next draw, and whether engines that are being started are waited for. Meanwhile a few faults come that cost none and let
+    them start."""
+    cheap = [d for d in chosen if not d.fault.costs_engine and not d.fault.keeps_from_starting]
     patient = not all(s.draw.fault.costs_engine is False for s in steps[-_PATIENCE:])
     meanwhile = bool(runner.engines.starting and cheap and patient)
     draw = cheap[0] if meanwhile else chosen[0]

@@ -71,6 +71,8 @@ class Scene:
             wanted = [p.identity for p in workers if (p.engine, p.place) == (self.victim, self.worker)]
             to = wanted[0] if wanted else identity
             assert to is not None
+            # Who has dialled in may be of another engine.
+            self.victim = coordinator._roster.members[to].engine or self.victim
             server._socket.send_multipart([to, raw()])
 
         if identity is not None:
@@ -96,6 +98,7 @@ class Fault:
         moments: those of a phase that fit; all by default.
         prepare, undo: what comes before the call and after it.
         settings: of the connection, beside those that are drawn.
+        keeps_from_starting: whether an engine that is started meanwhile does not come up.
         versions: what ranks 0 and 1 enter a sync with, from the version that is due. untouched: whether engines go on serving.
     """
 
@@ -112,6 +115,7 @@ class Fault:
     prepare: Callable[[Scene], None] | None = None
     undo: Callable[[Scene], None] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    keeps_from_starting: bool = False
     versions: Callable[[int], tuple[int, int]] = lambda version: (version, version)
     untouched: bool = False
 
@@ -240,7 +244,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("exception in a source", _BUCKETS, None, says="is cursed", exact_bucket=True, prepare=_curse, undo=_bless),
     Fault(
         "full /dev/shm", ("connect",), _fill_shm,
-        says="shared memory: /dev/shm has", moments=_REPORTED, undo=_empty_shm, settings=_LARGE_RING,
+        says="shared memory: /dev/shm has", moments=_REPORTED, undo=_empty_shm, settings=_LARGE_RING, keeps_from_starting=True,
     ),
     Fault("stale version", ("begin",), None, says=_ONLY_GROW, versions=lambda v: (v - 2, v - 2), untouched=True),
     Fault("repeated version", ("begin",), None, says=_ONLY_GROW, versions=lambda v: (v - 1, v - 1), untouched=True),
