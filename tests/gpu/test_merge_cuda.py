@@ -175,6 +175,8 @@ def assert_followed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 def fused(monkeypatch):
     """All that is merged here is merged by the kernel."""
 
+    assert merge._fuses(CUDA), "the log says why not"
+
     def by_torch(*given):
         raise AssertionError("merged by torch, and not by the kernel")
 
@@ -235,7 +237,9 @@ def test_what_was_compiled_ahead_is_what_merges():
         assert len(kernel._merge_tiles.device_caches[CUDA.index][0]) == before, kind
 
 
+@pytest.mark.gpu(1)
 def test_a_kernel_that_adds_something_else_is_found_out_and_not_taken(monkeypatch, caplog):
+    monkeypatch.undo()  # torch's sums are what it is compared with
     enqueue = merge._enqueue
     assert merge._fuses.__wrapped__(CUDA) and not caplog.records
     monkeypatch.setattr(merge, "_enqueue", lambda given, scaling, form: enqueue(given, scaling * 1.02, form))
