@@ -278,14 +278,17 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return validation_metrics(verdicts, response_lengths=lengths, properly_ended=ended)
 
     def _replace_lost_engines(self, error: RlsyncError) -> None:
-        """Replace lost engines. Raises ``error`` if no engine is lost, or too many are, which the screen says."""
-        allowed, lost = self._config.rollout.max_engine_restarts, self._group.lost_engines(error)
-        if len(lost) > allowed - self._num_restarts:
-            self._screen.note(
-                f"lost: engine {', '.join(map(str, lost))}. rollout.max_engine_restarts is {allowed}, and {self._num_restarts} were "
-                "replaced; a larger one lets a run replace engines that it loses"
-            )
-        if not 0 < len(lost) <= allowed - self._num_restarts:
+        """Replace lost engines. Raises ``error`` if no engine is lost, or too many are; the screen says which key lets it be fewer."""
+        allowed = self._config.rollout.max_engine_restarts
+        left = allowed - self._num_restarts
+        # Not asked where none may be replaced: one that is stopped would be waited for.
+        lost = self._group.lost_engines(error) if left > 0 else {}
+        if not 0 < len(lost) <= left:
+            if lost or left <= 0:
+                self._screen.note(
+                    f"if an engine is lost: rollout.max_engine_restarts is {allowed}, and {self._num_restarts} were replaced; a larger one "
+                    "lets a run replace it"
+                )
             raise error
         for reason in lost.values():
             self._screen.note(f"replacing an engine: {reason}")
