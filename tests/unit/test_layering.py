@@ -1,4 +1,4 @@
-"""Claims about who imports whom, read from the sources; nothing is imported. Change LAYERS only together with the architecture."""
+"""Claims about who imports whom, read from the sources; one import is made. Change LAYERS only together with the architecture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsync.cli.shapes import SHAPES
 from tests.deadlines import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,3 +241,11 @@ def test_pure_layers_and_the_protocol_load_no_framework() -> None:
         present
     )
     assert not loaded & {"megatron", "vllm", "ray", "torch"}
+
+
+def test_checking_a_config_imports_plain_python_only() -> None:
+    program = "import sys; from rlsync.models import check_config; assert check_config(SHAPE) == []; print(*sys.modules)"
+    program = program.replace("SHAPE", repr(dict(SHAPES["qwen2.5-1.5b"])))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert not loaded & {"torch", "transformers", "megatron", "numpy", "vllm"}
