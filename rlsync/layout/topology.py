@@ -46,6 +46,11 @@ class Topology:
     def world_size(self) -> int:
         return self.tp_size * self.cp_size * self.dp_size * self.pp_size
 
+    @property
+    def experts_have_own_replicas(self) -> bool:
+        """Whether an expert's weights are on other ranks than all else that a rank holds, where a model has experts."""
+        return self.ep_size > 1 or self.etp_size != self.tp_size
+
     def coordinates(self, rank: int) -> Coordinates:
         """Coordinates of a global rank on every axis."""
         if not 0 <= rank < self.world_size:

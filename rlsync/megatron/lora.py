@@ -308,8 +308,7 @@ def add_adapters(
         sequence_parallel = bool(getattr(base, "reduce_scatter_embeddings", chunk.config.sequence_parallel)) and not in_tower
         axis = _axis(rule.split, topology, is_expert=is_expert, sequence_parallel=sequence_parallel)
         adapter = kind.adapter(adapters.spec, rule, a, b, axis, dtype)
-        # Not what Megatron tells of its own experts' weights, which under EP 1 are reduced over too few ranks where ETP is not TP.
-        has_own_group = is_expert and (topology.ep_size > 1 or topology.etp_size != topology.tp_size)
+        has_own_group = is_expert and topology.experts_have_own_replicas
         _mark(adapter, axis, is_expert=is_expert, is_first=share[0] == 0, has_own_group=has_own_group, in_tower=in_tower)
         _place(chunk, adapter_path(local), adapter)
         if kind.add is _add_after_norm:

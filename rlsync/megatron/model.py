@@ -128,8 +128,22 @@ def build_model(
     chunks: list[MegatronModule] = [_build_chunk(config, vp_stage=stage, spec=spec) for stage in stages]
     for parameter, part in parts_of_parameters(chunks):
         parameter.requires_grad_(part not in frozen)
+    if topology.experts_have_own_replicas:
+        _reduce_experts_apart(chunks)
     _adapt(chunks, adapters, model, topology, dtype)
     return _wrap(chunks, ddp if ddp is not None else DdpOptions(), dtype=dtype) if wrap_with_ddp else chunks
+
+
+def _reduce_experts_apart(chunks: Sequence[MegatronModule]) -> None:
+    """Have gradients of experts summed over the ranks that hold the same experts.
+
+    Megatron (0.16 to 0.19) tells its wrapper so under EP alone. Under EP 1 it takes the data-parallel ranks of all else for these, which
+    are others where ETP is not TP: under TP 2, experts that are whole on both ranks would be trained on half of the tokens each.
+    """
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            for parameter in layer.mlp.experts.parameters() if hasattr(layer.mlp, "experts") else ():
+                parameter.allreduce = False
 
 
 def _adapt(chunks: Sequence[MegatronModule], adapters: Adapters | None, model: Model, topology: Topology, dtype: torch.dtype) -> None:

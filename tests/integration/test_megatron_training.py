@@ -123,6 +123,10 @@ def test_experts_train_as_huggingface(moe_models):
         _case("mixtral", [4], dp_size=2, ddp=OVERLAPPED),
         _case("qwen3_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED) | PACKED | CHUNKED,
         _case("qwen2_moe", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True),
+        # Both ranks hold all experts whole, which see other tokens on each.
+        _case("qwen3_moe", [4, 4], tp_size=2, sequence_parallel=True) | PACKED,
+        _case("deepseek_v3", [4, 4], tp_size=2, sequence_parallel=True, ddp=OVERLAPPED),
+        _case("mixtral", [2, 2], dp_size=2, etp_size=2, ddp=DISTRIBUTED),
         _case("qwen2_moe", [2, 6], pp_size=2, ddp=DISTRIBUTED) | PACKED,
         _case("glm4_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         # The rotary key of all heads gets gradients from those of both ranks.
@@ -159,6 +163,7 @@ def test_a_resumed_run_with_experts_is_the_uninterrupted_one_bit_for_bit(moe_mod
         _case("qwen2_moe", [4, 4], tp_size=2, ep_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         _case("mixtral", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         _case("qwen2_moe", [4, 4], pp_size=2, ddp=DISTRIBUTED),
+        _case("qwen3_moe", [4, 4], tp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
     ]
     _run(2, "resume_bitwise", cases, moe_models, root=str(tmp_path))
     assert {path.name for path in tmp_path.glob("1/iter_*/*")} == {"checksums.json", "mp_rank_00_000", "mp_rank_00_001"}
