@@ -7,6 +7,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,9 +51,11 @@ _ENTRY = "import json, sys; from importlib import import_module as m; getattr(m(
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens at, below those that systems give to sockets that ask for any: ranks take it seconds later."""
+    while True:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            return s.getsockname()[1]
 
 
 def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float = HANG_S, **kwargs: Any) -> list[str]:
