@@ -178,7 +178,7 @@ def _engine(a: argparse.Namespace, rows: Path) -> tuple[str, ...]:
         f"+cluster.component_placement.rollout='{a.engine}'", f"rollout.tensor_parallel_size={len(_gpus_of(a.engine))}",
         f"data.val_data_paths=[{rows}]", "data.val_data_size=16",
         "validation.generate=True", "validation.max_new_tokens=32",
-        "rollout.gpu_memory_utilization=0.25",
+        "rollout.gpu_memory_utilization=0.25", "rollout.enforce_eager=True",
         "rollout.vllm.kv_cache_memory_bytes=4294967296", "weight_sync.timeout_s=120", "weight_sync.verify=full",
     )  # fmt: skip
 
