@@ -35,12 +35,12 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of one rank, which waits for its GPU before the optimizer's part and is not profiled.
+    """One step of one rank, which waits for its GPU behind the passes over microbatches and is not profiled.
 
     Attributes:
-        issued_s: until the host had given the GPU all passes over microbatches; as long as ``passes_s`` where the GPU waits for the host.
+        issued_s: until the host had given the GPU all passes; as long as ``passes_s`` where the GPU waits for the host.
         passes_s: until the GPU had done them.
-        optimizer_s: from then to the end.
+        optimizer_s: from then to the end: what gradients are reduced and looked at for, and the optimizer.
     """
 
     issued_s: float

@@ -22,7 +22,7 @@ from rlsync.bench.spec import write_file
 from rlsync.bench.training import RankFound, TrainFound, TrainSpec
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.engine.plugin import watch_owner
-from rlsync.megatron.model import DdpOptions
+from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.scores import TokenScores
@@ -88,7 +88,8 @@ class _Bench:
         own = RankFound(device=self._name(), matmul_tflops=self._matmul, held_bytes=held, peak_bytes=self._peak())
         ranks = [msgspec.json.decode(said, type=RankFound) for said in gather_bytes(msgspec.json.encode(own), device=self._device)]
         first, measured = self._spec.warmup, len(self._losses)
-        profiles, phases = (self._profile(), self._phases()) if self._spec.profile else ({}, None)
+        # In this order: once a profiler has been at work, launches take the host longer.
+        phases, profiles = (self._phases(), self._profile()) if self._spec.profile else (None, {})
         return TrainFound(
             train_s=train_s[first:],
             score_s=score_s[first:],
@@ -100,22 +101,24 @@ class _Bench:
 
     def _phases(self) -> Phases:
         issued_s = begins_s = 0.0
-        update = self._optimizer.step
+        config = unwrap(self._models[0]).config
+        finalize = config.finalize_model_grads_func
 
-        def settled_update() -> Any:
+        def finalize_later(*args: Any, **kwargs: Any) -> Any:
             nonlocal issued_s, begins_s
+            # What is next looks at the gradients, which waits for the GPU.
             issued_s = time.perf_counter()
             synchronize(self._device)
             begins_s = time.perf_counter()
-            return update()
+            return finalize(*args, **kwargs)
 
-        self._optimizer.step = settled_update  # of this object; its class has the method
+        config.finalize_model_grads_func = finalize_later
         self._settle()
         began_s = time.perf_counter()
         self._train()
         synchronize(self._device)
         ended_s = time.perf_counter()
-        del self._optimizer.step
+        config.finalize_model_grads_func = finalize
         return Phases(issued_s=issued_s - began_s, passes_s=begins_s - began_s, optimizer_s=ended_s - begins_s)
 
     def _profile(self) -> dict[str, Profile]:
