@@ -1,8 +1,12 @@
-"""Exceptions of rlsync. Every public failure is one of these, and each message names both sides and what to do."""
+"""Exceptions of rlsync, and the form of their messages.
+
+Every public failure is one of these, and each message names both sides and what to do.
+"""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 
 
 class RlsyncError(Exception):
@@ -16,7 +20,7 @@ class ConfigError(RlsyncError, ValueError):
 class PlacementError(RlsyncError, ValueError):
     """Two descriptions of the same weights disagree: missing, unexpected, doubled or wrongly shaped tensors.
 
-    All findings of one comparison are collected into a single error.
+    All findings of one comparison are collected into a single error, whose message has the first few and a count.
     """
 
 
@@ -70,10 +74,16 @@ class EngineCallError(RlsyncError):
         return EngineCallError, (self.call, str(self))
 
 
+class EngineDirtyError(RlsyncError):
+    """The engine holds weights of no committed version and refuses to generate until a complete sync or a restart."""
+
+
 def words_of(error: BaseException) -> str:
     """The sentence of an error of ours, the whole traceback of any other."""
     return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
 
 
-class EngineDirtyError(RlsyncError):
-    """The engine holds weights of no committed version and refuses to generate until a complete sync or a restart."""
+def first_few(items: Sequence[str], most: int = 8, *, separator: str = ", ") -> str:
+    """The first ``most`` items and the number of the others, for a message that can be read however many there are."""
+    rest = len(items) - most
+    return separator.join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

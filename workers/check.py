@@ -190,7 +190,7 @@ def check_weights(config: AnyConfig, report: Report) -> None:
         text = f"{kept} tensors of layers that predict further tokens are not trained: saved folders have them as {folder} has"
         report.notes.append(text)
     for text in misfits(model, shapes):
-        report.found("weights", f"{folder} does not fit {model.architecture}: {text[:500]}")
+        report.found("weights", f"{folder} does not fit {model.architecture}: {text}")
 
 
 def _check_adapter(config: AnyConfig, model: Model | None, report: Report) -> None:

@@ -44,7 +44,7 @@ from rlsync.convert.sources import holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_index, write_small_file
 from rlsync.copy.writes import DirectWrites, Writes
-from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
@@ -463,7 +463,7 @@ def _check_live(live: Mapping[str, torch.Tensor], expected: Placement) -> None:
         if name in live and (tuple(live[name].shape) not in _declared_shapes(b) or str(live[name].dtype) != f"torch.{b.dtype}")
     ]
     if findings:
-        raise PlacementError(f"the model of {expected.holder} is not what its family's table says: " + "; ".join(findings))
+        raise PlacementError(f"the model of {expected.holder} is not what its family's table says: {first_few(findings, separator='; ')}")
 
 
 def _declared_shapes(buffer: BufferSpec) -> tuple[tuple[int, ...], ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsync.copy.files import MappedTensors
-from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
 from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, Holding, StoredTensor, read_checkpoint
 from rlsync.models.stacks import Model
 from rlsync.models.stored import StoredForm, default_form, file_placement, form_of, has_other_forms, misfits
@@ -128,7 +128,7 @@ def travelling_files(folder: Path, *, but: Path) -> tuple[Path, ...]:
         elif not is_kept_back:
             left.append(relative.as_posix())
     if left:
-        _log.info("files of %s that a saved model does not need stay there: %s", folder, ", ".join(left[:20]))
+        _log.info("files of %s that a saved model does not need stay there: %s", folder, first_few(left, 20))
     return tuple(chosen)
 
 

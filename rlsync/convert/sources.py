@@ -14,7 +14,7 @@ from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_o
 from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER_NAMES, TRACKER, hf_folder, rank_folder, rank_writer, shards_folder
 from rlsync.bridge.model_folder import CONFIG_NAME, form_of_folder, kept_tensors, placed_checkpoint, read_config
 from rlsync.convert.torch_dist import METADATA, is_distributed, placed_chunks
-from rlsync.errors import CheckpointError, ConfigError, PlacementError
+from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
 from rlsync.layout.geometry import Placement, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import Holding, StoredTensor
 from rlsync.layout.topology import Topology
@@ -269,8 +269,7 @@ def rank_files(folder: Path, adapters: Adapters | None = None) -> tuple[Topology
         )
     if differing:
         raise CheckpointError(
-            f"{folder}: {found[0]} says {_said(topology)}, whose folders are {len(names)}; "
-            f"missing or unexpected: {', '.join(differing[:10])}{' ...' if len(differing) > 10 else ''}"
+            f"{folder}: {found[0]} says {_said(topology)}, whose folders are {len(names)}; missing or unexpected: {first_few(differing)}"
         )
 
     def read() -> Iterator[RankFile]:
@@ -300,8 +299,7 @@ def _read_shards(folder: Path, model_folder: Path, text: str, model: Model, adap
             findings += misfits
             holdings.append(Holding(placement, {b.name: views[b.name].stored(b.name) for b in placement.buffers}))
     if findings:
-        more = f"; and {len(findings) - 20} more" if len(findings) > 20 else ""
-        raise PlacementError(f"{folder} does not hold {model.architecture}: {'; '.join(findings[:20])}{more}")
+        raise PlacementError(f"{folder} does not hold {model.architecture}: {first_few(findings, separator='; ')}")
     return Source(
         "megatron",
         folder,

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rlsync.errors import CheckpointError, PlacementError
+from rlsync.errors import CheckpointError, PlacementError, first_few
 from rlsync.layout.geometry import Box, BufferSpec, Padding, Piece, Placement, box_in_buffer, contiguous_strides
 from rlsync.layout.safetensors import StoredTensor
 from rlsync.layout.torch_files import TensorView, read_torch_file, restricted
@@ -203,8 +203,7 @@ def _placement(
     known = {chunk.key for chunk in used.values()}
     findings += [f"{key} is unexpected" for key in sizes if key not in known and not _OTHER_KEYS.fullmatch(key)]
     if findings:
-        more = f"; and {len(findings) - 20} more" if len(findings) > 20 else ""
-        raise PlacementError(f"{folder} does not hold {model.architecture}: {'; '.join(findings[:20])}{more}")
+        raise PlacementError(f"{folder} does not hold {model.architecture}: {first_few(findings, separator='; ')}")
     buffers = tuple(BufferSpec(name, chunk.dtype, chunk.box.shape) for name, chunk in used.items())
     return Placement(str(folder), buffers, tuple(pieces), tuple(padding)), list(used.values())
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsync.coordinator import messages as m
+from rlsync.errors import first_few
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Roster:
         unused = set.intersection(*(set(r.unused_names) for r in reports))
         findings = list(dict.fromkeys(f for r in reports for f in r.findings))
         if unused:
-            findings.append(f"engine {engine} takes no tensor named {some(sorted(unused))}")
+            findings.append(f"engine {engine} takes no tensor named {first_few(sorted(unused))}")
         return [f if engine in f else f"engine {engine}: {f}" for f in findings]
 
     def absent(self) -> list[tuple[str | None, str]]:
@@ -155,12 +156,6 @@ class Roster:
             stuck = [e for e in self.expected.engines if e not in self.answered]
             late += [(e, f"engine {e}, whose workers are connected, but whose init_weight_transfer has not returned") for e in stuck]
         return late
-
-
-def some(items: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
-    """The first few items, and the number of the others, for an error message."""
-    rest = len(items) - limit
-    return separator.join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class ExportRegistry:

@@ -16,7 +16,8 @@ import msgspec
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.progress import Progress
-from rlsync.coordinator.roster import Expected, ExportRegistry, Member, Roster, some
+from rlsync.coordinator.roster import Expected, ExportRegistry, Member, Roster
+from rlsync.errors import first_few
 
 
 class Sender(Protocol):
@@ -178,7 +179,7 @@ class Coordinator:
         )  # fmt: skip
         self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
         if lost:
-            self._fail(f"the process of {some(lost)} has ended; start it again and connect() anew", None)
+            self._fail(f"the process of {first_few(lost)} has ended; start it again and connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
         early, self._early = self._early, []
@@ -374,7 +375,7 @@ class Connecting:
             return
         findings = [f for engine in self._expected.engines for f in self._roster.name_findings(engine)]
         if findings:
-            self._fail(f"what the actor has and what the engines take do not fit: {some(findings, separator='; ')}", None)
+            self._fail(f"what the actor has and what the engines take do not fit: {first_few(findings, separator='; ')}", None)
         else:
             for part in self._roster.reports().parts():
                 self._send(self._roster.actors()[0].identity, part)
@@ -494,7 +495,7 @@ def _late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -
         slow = sync.stragglers(phase, roster.actors(), roster.workers())
         stragglers, culprit = [f"{p}, which was {what}" for p, what in slow], slow[0][0] if slow else None
         engine = culprit.engine if culprit else None
-    cause = f"nothing within {timeout_s:g} s from {some(stragglers, 16, '; ')}"
+    cause = f"nothing within {timeout_s:g} s from {first_few(stragglers, 16, separator='; ')}"
     return _error(cause, phase, sync, engine, _bucket(culprit, phase, sync))
 
 

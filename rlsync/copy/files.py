@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 
 from rlsync.copy.writes import DirectWrites, Writes
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor, encode_header
 from rlsync.plan.buckets import grouped
@@ -118,7 +118,7 @@ def prepare_folder(folder: Path) -> None:
         older = [folder / INDEX_NAME, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")]
         foreign = sorted(path.name for path in folder.glob("*.safetensors") if path not in older)
         if foreign:
-            raise CheckpointError(f"{folder}: vLLM would load {', '.join(foreign[:5])} there too; choose another folder, or remove them")
+            raise CheckpointError(f"{folder}: vLLM would load {first_few(foreign)} there too; choose another folder, or remove them")
         for path in older:
             if path.is_dir() and not path.is_symlink():
                 raise CheckpointError(f"{path}: is a folder, and a file is to be written there; choose another folder, or remove it")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlsync.copy.checksum import LENGTH_WEIGHT
-from rlsync.errors import PlacementError
+from rlsync.errors import PlacementError, first_few
 from rlsync.layout.geometry import DTYPE_BYTES
 
 # 64 KiB of 16-byte units. Divisible by 4, so that a task of single bytes begins with a word of the checksum.
@@ -122,8 +122,7 @@ def build_tables(pairs: Sequence[Pair], constants: Sequence[tuple[Strided, int]]
     """
     findings = list(_findings(pairs))
     if findings:
-        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
-        raise PlacementError(f"{len(findings)} of {len(pairs)} copies cannot be made: {'; '.join(findings[:5])}{more}")
+        raise PlacementError(f"{len(findings)} of {len(pairs)} copies cannot be made: {first_few(findings, 5, separator='; ')}")
     if not pairs and not constants:
         return Tables(np.empty(0, PAIR), np.empty(0, DIM), np.empty(0, TASK), 0, np.empty(0, np.uint64), 0)
     columns = _columns(pairs, constants)

@@ -17,7 +17,7 @@ from rlsync.coordinator import messages as m
 from rlsync.copy.cpu import region
 from rlsync.copy.places import place_of
 from rlsync.copy.sums import Begun, Sums, Views
-from rlsync.errors import RlsyncError
+from rlsync.errors import RlsyncError, first_few
 from rlsync.plan.packing import Region
 from rlsync.plan.verification import num_rounds, round_of, rounds_in, turn_of
 
@@ -54,9 +54,8 @@ class Check:
             if sent.get(r.number) != value
         ]
         if findings:
-            more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
             raise MismatchError(
-                f"{len(findings)} of {len(self.regions)} verified regions are not what was sent: {'; '.join(findings[:5])}{more}"
+                f"{len(findings)} of {len(self.regions)} verified regions are not what was sent: {first_few(findings, 5, separator='; ')}"
             )
         return held
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.geometry import Placement, TensorSpec
 
 SINGLE_NAME = "model.safetensors"
@@ -59,7 +59,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             tensors[stored.spec.name] = stored
     absent = sorted(name for name in weight_map if name not in tensors)
     if absent:
-        raise CheckpointError(f"{folder / INDEX_NAME}: lists {len(absent)} tensors that no file holds: {', '.join(absent[:20])}")
+        raise CheckpointError(f"{folder / INDEX_NAME}: lists {len(absent)} tensors that no file holds: {first_few(absent)}")
     return tensors
 
 
@@ -79,7 +79,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
         others = [file.name for file in files if file != single]
         raise CheckpointError(
             f"{folder}: transformers loads {SINGLE_NAME} alone, vLLM {'the files of ' + INDEX_NAME if index.exists() else 'all files'}: "
-            f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}; keep one of the two"
+            f"{first_few(others)}; keep one of the two"
         )
     return weight_map, files
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, param_group_identifier_keys
 from torch import Tensor
 
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, first_few
 from rlsync.models.shards import PLANES
 
 # Keys of a parameter group that count or hold what training made; all others are options of the run.
@@ -260,8 +260,9 @@ def _places_by_name(
             begins[id(parameter)] = number, begin
         found.append(begins)
     if findings:
-        listed = "; ".join(findings)
-        raise CheckpointError(f"{source} holds optimizer state of other parameters than this run's: {listed}; load weights alone")
+        raise CheckpointError(
+            f"{source} holds optimizer state of other parameters than this run's: {first_few(findings, separator='; ')}; load weights alone"
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tensors_in
 from rlsync.copy.writes import Writes, share_of
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.torch_files import read_torch_file
 from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, iter_weights, unwrap
 from rlsync.megatron.optimizer_state import (
@@ -399,4 +399,4 @@ def _check_tensors(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], sou
         if name in stored and (stored[name].shape != tensor.shape or stored[name].dtype != tensor.dtype)
     ]
     if findings:
-        raise CheckpointError(f"{source} does not hold this model: {'; '.join(findings)}")
+        raise CheckpointError(f"{source} does not hold this model: {first_few(findings, separator='; ')}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rlsync.errors import PlacementError
+from rlsync.errors import PlacementError, first_few
 from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement, contiguous_strides
 from rlsync.models.layouts import Column, Fused, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
 from rlsync.models.stacks import Model
@@ -287,5 +287,5 @@ def _rows(model: Model, shapes: Mapping[str, Shape], experts: Sequence[int]) -> 
                 rows.append((held, replace(held, name=held.name.format(layer=layer), hf=names)))
     absent = sorted(shapes.keys() - claimed)
     if absent:
-        raise PlacementError(f"no layout of vLLM's is written down for {', '.join(absent[:5])}; a running engine would be asked instead")
+        raise PlacementError(f"no layout of vLLM's is written down for {first_few(absent)}; a running engine would be asked instead")
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlsync.errors import PlacementError
+from rlsync.errors import PlacementError, first_few
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, contiguous_strides
 from rlsync.models.stacks import Bound, Model, Orientation, Spelling, Stacked
 
@@ -123,7 +123,7 @@ def differences(wanted: Shapes, found: Shapes) -> list[str]:
     extra = sorted(name for name in found if name not in wanted)
     wrong = [f"{name}: expected {shape}, stored {found[name]}" for name, shape in wanted.items() if found.get(name, shape) != shape]
     kinds = (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong))
-    return [f"{kind} {len(names)} tensors: {', '.join(names)}" for kind, names in kinds if names]
+    return [f"{kind} {len(names)} tensors: {first_few(names)}" for kind, names in kinds if names]
 
 
 def _forms(model: Model) -> list[Stacked]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from math import prod
 
-from rlsync.errors import PlacementError
+from rlsync.errors import PlacementError, first_few
 from rlsync.layout.geometry import DTYPE_BYTES, Box, Location, Piece, Placement, TensorSpec, collapse, cover
 from rlsync.plan.buckets import HolderBytes, grouped, limits_of
 from rlsync.plan.links import link_class
-from rlsync.plan.proof import examine, first_of, listing_findings
+from rlsync.plan.proof import examine, listing_findings
 from rlsync.plan.transforms import takes, transform_between
 
 # The mean work of a source is divided into so many units; a piece of two or more is divided among the replicas that have it.
@@ -194,7 +194,7 @@ def match(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinati
     findings = [*listing_findings(tensors, sources, destinations), *givers.findings, *takers.findings]
     ways, missing = _matched(tensors, givers, takers)
     if missing:
-        findings.append(f"no source for {len(missing)} pieces: {first_of(missing)}")
+        findings.append(f"no source for {len(missing)} pieces: {first_few(missing)}")
     return Matching(givers, takers, ways, tuple(findings))
 
 
@@ -215,7 +215,7 @@ def copies_of(matching: Matching, transforms: Collection[str], declared: Mapping
             copies[name].extend(coalesce(row))
     findings = [*matching.findings, *_dtype_findings(copies, givers, takers)]
     if findings:
-        raise PlacementError("the plan cannot be built: " + "; ".join(dict.fromkeys(findings)))
+        raise PlacementError(f"the plan cannot be built: {first_few(list(dict.fromkeys(findings)), 20, separator='; ')}")
     return copies
 
 

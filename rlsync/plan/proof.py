@@ -12,16 +12,11 @@ from itertools import islice
 from math import prod
 from operator import le
 
+from rlsync.errors import first_few
 from rlsync.layout.geometry import DTYPE_BYTES, Box, BufferSpec, Piece, Placement, TensorSpec, box_in_buffer, collapse, cover
 
 # What lies in a buffer, under its tensor's name or as "padding": offset, shape and strides in elements.
 _LocalBox = tuple[str, int, tuple[int, ...], tuple[int, ...]]
-
-
-def first_of(names: Sequence[str], most: int = 20) -> str:
-    """A list for a message, cut where it is long."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def listing_findings(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinations: Sequence[Placement]) -> Iterator[str]:
@@ -35,7 +30,7 @@ def listing_findings(tensors: Sequence[TensorSpec], sources: Sequence[Placement]
     for what, names in lists.items():
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
-            yield f"{what}: {first_of(twice)}"
+            yield f"{what}: {first_few(twice)}"
     strange = {t.name: t.dtype for t in tensors if t.dtype not in DTYPE_BYTES}
     strange |= {f"{b.name} of {p.holder}": b.dtype for p in (*sources, *destinations) for b in p.buffers if b.dtype not in DTYPE_BYTES}
     for name, dtype in strange.items():
@@ -68,9 +63,9 @@ def examine(placement: Placement, specs: Mapping[str, TensorSpec]) -> tuple[tupl
         parts[piece.buffer].append((piece.tensor, piece.offset, piece.box.shape, piece.strides))
     for box in placement.padding:
         parts[box.buffer].append(("padding", box.offset, box.shape, box.strides))
-    findings = [f"unknown tensors in {holder}: {first_of(sorted(unknown))}"] if unknown else []
+    findings = [f"unknown tensors in {holder}: {first_few(sorted(unknown))}"] if unknown else []
     if strays:
-        findings.append(f"pieces in {holder} that lie in buffers which it does not list: {first_of(sorted(strays))}")
+        findings.append(f"pieces in {holder} that lie in buffers which it does not list: {first_few(sorted(strays))}")
     fillings = ((b.name, _filling(b, parts[b.name])) for b in placement.buffers if b.name not in unclear)
     return tuple(sound), [*findings, *misfits, *(f"{name} of {holder} {finding}" for name, finding in fillings if finding is not None)]
 
@@ -103,7 +98,7 @@ def _filling(buffer: BufferSpec, parts: Sequence[_LocalBox]) -> str | None:
         return None
     says = [f"has {buffer.size} elements, of which its pieces fill {filled}"]
     if rest and not buffer.has_gaps:
-        says.append(f"nothing fills {', '.join(map(str, rest[:5]))}")
+        says.append(f"nothing fills {first_few([str(box) for box in rest])}")
     if filled > buffer.size - gaps:
         says.append(f"filled twice: {', '.join(islice(_doubled(named), 5))}")
     return "; ".join(says)

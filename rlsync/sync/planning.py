@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from rlsync.coordinator.messages import ActorAssignment, ActorHello, Recorded, Reports, WorkerAssignment, WorkerHello
-from rlsync.coordinator.roster import Member, some
-from rlsync.errors import ConfigError
+from rlsync.coordinator.roster import Member
+from rlsync.errors import ConfigError, first_few
 from rlsync.layout.geometry import Location, Placement, TensorSpec
 from rlsync.plan.links import Traffic, num_steps, traffic
 from rlsync.plan.packing import PackedPart, lay_out
@@ -237,7 +237,7 @@ def choose_transports(reports: Reports, requested: str) -> tuple[str, ...]:
         return in_one_group(next(name for name in TRANSPORTS if transport(name).finding(reports, w) is None) for w in reports.workers)
     findings = [found for worker in reports.workers if (found := transport(requested).finding(reports, worker)) is not None]
     if findings:
-        raise ConfigError(f"weight_sync.transport is {requested}, but: {some(list(dict.fromkeys(findings)), separator='; ')}")
+        raise ConfigError(f"weight_sync.transport is {requested}, but: {first_few(list(dict.fromkeys(findings)), separator='; ')}")
     return (requested,) * len(reports.workers)
 
 

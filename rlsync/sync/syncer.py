@@ -23,14 +23,14 @@ import zmq
 from rlsync import logs
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer, pid_domain, to_exception
-from rlsync.coordinator.roster import Expected, some
+from rlsync.coordinator.roster import Expected
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
 from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.places import Places
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
-from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
+from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, first_few
 from rlsync.plan.collection import without_collection
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.plan.verification import OFF
@@ -184,9 +184,9 @@ class WeightSyncer:
             _log.info("%.3f GB of that are frozen, and sent again only to engines that have lost them", plan.frozen_bytes / 1e9)
         for name, routes in plan.routes(self._config.num_slots).items():
             if TRANSPORTS[name].is_grouped:
-                _log.info("%s serves %s", name, some(list(routes.workers)))
+                _log.info("%s serves %s", name, first_few(list(routes.workers)))
         if plan.staging:
-            ranks = some([f"actor rank {rank}" for rank in sorted({rank for _, rank in plan.staging})])
+            ranks = first_few([f"actor rank {rank}" for rank in sorted({rank for _, rank in plan.staging})])
             _log.info("%.3f GB of that go through staging rings in GPU memory of %s", plan.staged_bytes / 1e9, ranks)
 
     def _listen(self) -> ConnectInfo:

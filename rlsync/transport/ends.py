@@ -15,9 +15,10 @@ from typing import Protocol, cast
 import torch
 
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
-from rlsync.coordinator.roster import Member, some
+from rlsync.coordinator.roster import Member
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.places import Places
+from rlsync.errors import first_few
 from rlsync.plan.packing import PackedPart, Region, Segment
 from rlsync.plan.transports import TRANSPORTS
 
@@ -260,4 +261,4 @@ def name_of(hello: ActorHello | WorkerHello) -> str:
 
 def names_of(hellos: Sequence[ActorHello | WorkerHello]) -> str:
     """The first few of several peers, in words."""
-    return some([name_of(hello) for hello in hellos])
+    return first_few([name_of(hello) for hello in hellos])

@@ -171,7 +171,9 @@ def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> 
     (own / "model/model.safetensors.index.json").unlink()
     weights.write_bytes(whole)
     edit(own / "model/config.json", num_hidden_layers=4, layer_types=["full_attention"] * 4, max_window_layers=4)
-    assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in texts(check(own, monkeypatch))
+    found = texts(check(own, monkeypatch))
+    assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in found
+    assert "model.layers.2.self_attn.o_proj.weight and 16 more" in found, "a few names and a count, however large the model is"
 
 
 def test_adapters_are_checked_against_the_model_and_their_folder(own, monkeypatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rlsync.cli.doctor.finding import Finding, amount, ok
+from rlsync.errors import first_few
 
 # Rings of rlsync, also half-made ones; their creator locks them for as long as they have a name (``rlsync.transport.shm``).
 RING_PATTERNS = ("rlsync-ring-*", ".rlsync-ring-*")
@@ -38,8 +39,7 @@ def examine(directory: Path, engine_prefixes: Sequence[str]) -> Iterator[Finding
 
 def _finding(what: str, paths: list[Path], remedy: str) -> Finding:
     nbytes = sum(path.stat().st_size for path in paths if path.exists())
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return Finding("warning", f"{len(paths)} {what}: {', '.join(map(str, paths[:_SHOWN]))}{more}, {amount(nbytes)}", remedy)
+    return Finding("warning", f"{len(paths)} {what}: {first_few([str(path) for path in paths], _SHOWN)}, {amount(nbytes)}", remedy)
 
 
 def _is_ours(path: Path) -> bool:
