@@ -29,7 +29,7 @@ from rlsync.cli.lines import wrapped
 from rlsync.errors import ConfigError, RlsyncError
 from workers.check import check_run
 from workers.check_report import Check, Report
-from workers.config import Task, lenient_overrides, register_resolvers
+from workers.config import Task, hydra_arguments, register_resolvers
 from workers.config.fields import dotted_keys
 from workers.config.foreign_keys import hint
 from workers.config.tasks import CONFIG_OF_TASK
@@ -76,7 +76,7 @@ def main(
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, where they are told in a line
     try:
-        sys.argv[1:] = lenient_overrides([argument for argument in arguments if argument not in (CHECK, AS_JSON)])
+        sys.argv[1:] = hydra_arguments([argument for argument in arguments if argument not in (CHECK, AS_JSON)])
         composed_main()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         print(wrapped(f"error: {misnamed_key(str(error), task) or error}"), file=sys.stderr)

@@ -415,12 +415,13 @@ def test_a_configuration_may_lie_anywhere_and_be_made_of_those_that_are_shipped(
     folder.mkdir()
     path = name.format(folder=folder)
     (folder / Path(path).name).write_text(
-        "defaults:\n  - base/grpo-megatron\n  - _self_\n  - override hydra/job_logging: stdout\n\nrunner:\n  seq_lenth: 8\n"
+        "defaults:\n  - base/grpo-megatron\n  - _self_\n\nrunner:\n  seq_lenth: 8\n"
     )
     done = subprocess.run(["bash", str(SCRIPT), path, "--check"], cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False)
     printed = " ".join(done.stderr.split())
     assert "unknown key runner.seq_lenth: did you mean runner.seq_length?" in printed and "model_path is missing" in printed, printed
     assert "the tiny CPU default" not in done.stdout
+    assert [left.name for left in folder.iterdir()] == [Path(path).name], "hydra leaves no log and no folder of its own"
 
 
 def test_a_configuration_that_is_nowhere_is_told_with_both_places(tmp_path) -> None:

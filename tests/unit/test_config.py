@@ -98,7 +98,7 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
             """
             import sys
             import hydra
-            from workers.config import lenient_overrides, load_config, register_resolvers
+            from workers.config import hydra_arguments, load_config, register_resolvers
 
             @hydra.main(version_base="1.3", config_path=None)
             def main(composed):
@@ -106,7 +106,7 @@ def test_overrides_work_from_a_real_hydra_command_line(tmp_path: Path) -> None:
                 print("FOUND", config.actor.megatron.mbridge, config.actor.megatron.no_load_optim, config.runner.logger.log_path)
 
             register_resolvers()
-            sys.argv[1:] = lenient_overrides(sys.argv[1:])
+            sys.argv[1:] = hydra_arguments(sys.argv[1:])
             main()
             """
         )

@@ -1,7 +1,7 @@
 """hydra's DictConfig to a validated ``RunConfig`` or ``SftConfig``: resolve, build, derive, validate, and warn once about inert keys.
 
-Owns the conversion of plain mappings to the dataclasses of ``tasks``, with all findings at once, and the forms that a command line may
-have. Knows no yaml file and no rule between keys.
+Owns the conversion of plain mappings to the dataclasses of ``tasks``, with all findings at once. Knows no yaml file and no rule between
+keys.
 """
 
 from __future__ import annotations
@@ -553,9 +553,6 @@ _PRECISION_OF_DTYPE = {
     **dict.fromkeys(("bfloat16", "bf16"), "bf16"),
     **dict.fromkeys(("float16", "half", "fp16"), "fp16"),
 }
-# Several components in one key, as yaml files have them; hydra's grammar has no such keys.
-_PLACEMENT_OVERRIDE = re.compile(r"^(?P<section>\+{0,2}cluster\.component_placement\.)(?P<names>\w+(?:,\w+)+)(?P<value>=.*)$", re.DOTALL)
-_DOTTED_OVERRIDE = re.compile(r"^\+?(?P<key>[A-Za-z_]\w*(?:\.\w+)+)=")
 
 
 def register_resolvers() -> None:
@@ -576,23 +573,3 @@ def _precision_of_dtype(name: str) -> str:
     if precision is None:
         raise ConfigError(f"${{torch.dtype:{name}}}: known names are {', '.join(_PRECISION_OF_DTYPE)}")
     return precision
-
-
-def lenient_overrides(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which ``a.b=1`` and ``+a.b=1`` both set ``a.b``, whether or not the yaml has it.
-
-    Hydra refuses the first for a key the yaml lacks and the second for one it has; ``++a.b=1`` does both. Unknown
-    keys stay errors: ``load_config`` names them with the nearest known one. ``cluster.component_placement.a,b=1`` sets both. Options,
-    group choices and ``hydra.*`` stay as they are.
-    """
-    single: list[str] = []
-    for argument in arguments:
-        several = _PLACEMENT_OVERRIDE.match(argument)
-        names = [] if several is None else several["names"].split(",")
-        single += [argument] if several is None else [f"{several['section']}{name}{several['value']}" for name in names]
-    return [
-        f"++{argument.removeprefix('+')}"
-        if (match := _DOTTED_OVERRIDE.match(argument)) is not None and not match["key"].startswith("hydra.")
-        else argument
-        for argument in single
-    ]
