@@ -70,6 +70,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     address, num_gpus = cluster_address(config.cluster.num_nodes), 0
     if address == LOCAL:
         num_gpus = count_gpus()
+        report.on_gpus = num_gpus > 0
         report.gpu_bytes = gpu_bytes() if num_gpus else None
     else:
         report.take("devices", check_listens, address)
@@ -88,8 +89,8 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     report.dp_size = dp_size or 1
     topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
-        report.take("devices", lambda: validate_machine(config, on_gpu=num_gpus > 0, is_installed=_is_installed))
-        colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=num_gpus > 0))
+        report.take("devices", lambda: validate_machine(config, on_gpu=report.on_gpus, is_installed=_is_installed))
+        colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=report.on_gpus))
         report.notes += [] if colocation is None else colocation.notes
         report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED
     if engines is not None and dp_size is not None and topology is not None:
@@ -98,7 +99,7 @@ def check_devices(config: AnyConfig, report: Report) -> None:
             ("DP", topology.dp_size), ("EP", topology.ep_size), ("ETP", topology.etp_size),
         )  # fmt: skip
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
-        kind = "process slots" if address == LOCAL and not num_gpus else "GPUs"
+        kind = "GPUs" if report.on_gpus else "process slots"
         report.plan.append(("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {_range(resolved.actor)}"))
         if not engines:
             return
@@ -157,7 +158,8 @@ def check_memory(config: AnyConfig, report: Report) -> None:
     if hf_config is None or report.num_ranks is None or any(about in ("devices", "model") for about, _ in report.findings):
         return
     topology = actor_topology(config.actor.model, report.dp_size)
-    seen: dict[str, Any] = {"pictures": report.picture_sizes, "shared": report.shares_gpus, "device": report.gpu_bytes}
+    seen: dict[str, Any] = {"pictures": report.picture_sizes, "shared": report.shares_gpus}
+    seen |= {"on_gpus": report.on_gpus, "device": report.gpu_bytes}
     report.memory = report.take("memory", lambda: predict_memory(config, hf_config, topology, plan, **seen))
     if report.memory is not None:
         report.plan.append(("memory", shown(report.memory)))

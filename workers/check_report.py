@@ -29,6 +29,7 @@ class Report:
         dp_size: of the actor, where the placement is known.
         num_ranks: actor ranks; None where the placement is not known.
         colocation: what leaves the GPUs when, where that is known; ``shares_gpus``: engines are on those of the actor.
+        on_gpus: ranks and engines run on GPUs, and not on process slots of a machine that has none.
         gpu_bytes: memory of the largest GPU here, where there is one.
         hf_config: content of the model's config.json, where it has no findings.
         picture_sizes: of each of the first training rows, width and height of its pictures in pixels.
@@ -43,6 +44,7 @@ class Report:
     num_ranks: int | None = None
     colocation: ColocationPlan | None = None
     shares_gpus: bool = False
+    on_gpus: bool = True
     gpu_bytes: int | None = None
     hf_config: Mapping[str, Any] | None = None
     picture_sizes: list[PictureSizes] = field(default_factory=list)

@@ -34,7 +34,7 @@ class PredictedMemory:
     Attributes:
         rank: of the actor, where it takes most in a step; its pipeline stage is ``stage``.
         sync_buffers: for buckets on their way to engines, at most.
-        processes: what CUDA takes for the actor and for an engine beside it.
+        processes: what CUDA takes for the actor and for an engine beside it; 0 without GPUs.
         engine_training: of an engine on the same GPU while the actor trains; ``engine_rollout`` while it generates.
         actor_rollout: of the actor then.
         device: that the GPU has, or None where there is none.
@@ -75,14 +75,16 @@ def predict_memory(
     *,
     pictures: Sequence[PictureSizes] = (),
     shared: bool,
+    on_gpus: bool,
     device: int | None,
 ) -> PredictedMemory:
-    """The fullest GPU of the actor in this layout.
+    """The fullest GPU of the actor in this layout, or the largest process where it runs on none.
 
     Args:
         plan: what leaves the GPUs at which phase.
         pictures: of rows of the data, the fullest of which stands for all.
         shared: engines are on the actor's GPUs.
+        on_gpus: the actor runs on GPUs, of each of which CUDA takes a part.
         device: bytes of a GPU, where that is known.
     """
     model, actor = model_of(hf_config), config.actor
@@ -101,7 +103,7 @@ def predict_memory(
         rank=rank,
         # Buffers of parameters that stay where they are are not needed; those that are, at most.
         sync_buffers=buffers if not shared or actor.offload_weight else 0,
-        processes=_PROCESS_BYTES * (2 if shared and config.has_engines else 1),
+        processes=_PROCESS_BYTES * (2 if shared and config.has_engines else 1) if on_gpus else 0,
         engine_training=0 if plan.sleep_level else awake,
         engine_rollout=awake,
         actor_rollout=sum(nbytes for part, nbytes in parts.items() if part not in plan.parts),

@@ -414,9 +414,7 @@ def test_a_configuration_may_lie_anywhere_and_be_made_of_those_that_are_shipped(
     folder = tmp_path / "a, b"
     folder.mkdir()
     path = name.format(folder=folder)
-    (folder / Path(path).name).write_text(
-        "defaults:\n  - base/grpo-megatron\n  - _self_\n\nrunner:\n  seq_lenth: 8\n"
-    )
+    (folder / Path(path).name).write_text("defaults:\n  - base/grpo-megatron\n  - _self_\n\nrunner:\n  seq_lenth: 8\n")
     done = subprocess.run(["bash", str(SCRIPT), path, "--check"], cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False)
     printed = " ".join(done.stderr.split())
     assert "unknown key runner.seq_lenth: did you mean runner.seq_length?" in printed and "model_path is missing" in printed, printed
@@ -483,7 +481,11 @@ def test_memory_of_an_actor_gpu_is_predicted_and_what_cannot_fit_is_a_finding_wi
     beside = check_run({**values(own), **shared}, (check_devices, check_model, check_memory))
     assert "set actor.offload_weight, actor.offload_grad, actor.offload_optimizer to True, or lower rollout.gpu_memory" in texts(beside)
     monkeypatch.setattr("workers.check.gpu_bytes", lambda: None)
-    assert memory(tensor_model_parallel_size=2).findings == [], "without a GPU nothing is too much"
+    unknown = memory(tensor_model_parallel_size=2)
+    assert unknown.findings == [] and "CUDA 2" in dict(unknown.plan)["memory"], "of a GPU of unknown size nothing is too much"
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
+    in_host = memory(tensor_model_parallel_size=2)
+    assert in_host.findings == [] and "optimizer 42.6" in dict(in_host.plan)["memory"] and "CUDA" not in dict(in_host.plan)["memory"]
 
 
 def test_initial_weights_that_nothing_names_are_one_finding(world, monkeypatch) -> None:
