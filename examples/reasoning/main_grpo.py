@@ -8,7 +8,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))  # also for those who start this file without the script beside it
 
-from rlsync.engine.forking import imports_without_collection  # noqa: E402
+from rlsync.gc_pause import gc_paused  # noqa: E402
 from workers.check import GRPO_CHECKS  # noqa: E402
 from workers.config import RunConfig  # noqa: E402
 from workers.entry import keep_the_screen_for_the_run, main  # noqa: E402
@@ -22,7 +22,7 @@ def run(config: RunConfig) -> None:
     protect_own_cluster(cluster_address(config.cluster.num_nodes))
     import_ahead(config.cluster.num_nodes, (ForkedRank, ForkedEngine))
     # Only now: importing them takes seconds, and prints; and this imports Ray, for which all has to be set by then.
-    with imports_without_collection():
+    with gc_paused(collect_after=False):
         from workers.grpo_runner import GrpoRunner
 
     GrpoRunner(config).run()

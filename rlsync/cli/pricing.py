@@ -16,8 +16,8 @@ from rlsync.cli.memory import layerwise_bytes, message_bytes, ring_bytes, stagin
 from rlsync.cli.prediction import Prediction, predicted, unpredictable
 from rlsync.cli.scene import GROUPS, Scene, Sides, host_of, set_out, transports_of
 from rlsync.errors import ConfigError, PlacementError
+from rlsync.gc_pause import gc_paused
 from rlsync.layout.geometry import DTYPE_BYTES, Placement
-from rlsync.plan.collection import without_collection
 from rlsync.plan.links import LINK_NAMES, link_class, num_steps
 from rlsync.plan.outline import Outline, outline, outlined
 from rlsync.plan.packing import lay_out
@@ -118,7 +118,7 @@ class Quote:
     price: Price | None = None
 
 
-@without_collection()
+@gc_paused()
 def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
     try:
@@ -136,7 +136,7 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     return price_of(str(config["architectures"][0]), sides, settings)
 
 
-@without_collection()
+@gc_paused()
 def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bool = True) -> Quote:
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.perf_counter()

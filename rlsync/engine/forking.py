@@ -6,13 +6,12 @@ vLLM spawns them because of the number of OpenMP threads, which a forked process
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, ClassVar
@@ -21,16 +20,6 @@ from typing import Any, ClassVar
 def is_asked_for() -> bool:
     """Whether engines that this process starts on CPU are forked."""
     return os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind"
-
-
-@contextlib.contextmanager
-def imports_without_collection() -> Iterator[None]:
-    """For the imports of a whole framework: nothing of them is garbage, and looking for some takes a sixth of their time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def set_environment(variables: Mapping[str, str]) -> None:
@@ -94,12 +83,12 @@ class EngineProcess(ForkedProcess):
     preload: ClassVar[tuple[str, ...]] = ("rlsync.engine.compat.warm",)
 
     def run(self) -> None:
-        from rlsync.engine.compat.engine import end_without_collection
+        from rlsync.engine.compat.engine import skip_imports_in_last_collection
 
         # Ctrl-C in a terminal is for whoever owns the engine. No session of its own: Linux shares processors out between sessions
         # (sched_autogroup), so that engines which poll would leave their owner one share of many.
         os.setpgid(0, 0)
-        end_without_collection()
+        skip_imports_in_last_collection()
         super().run()
 
 

@@ -35,9 +35,9 @@ from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.gc_pause import gc_paused
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.layout.recorded import placement_of, tensors_as_read
-from rlsync.plan.collection import without_collection
 from rlsync.plan.packing import PackedPart, Segment
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
@@ -135,7 +135,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 raise
             _log.exception("this worker leaves the sync; the last worker of the engine raises")
 
-    @without_collection()
+    @gc_paused()
     def _connect(self, init_info: InitInfo) -> None:
         former: Receiver | None = None
         if self._assignment is not None and TRANSPORTS[self._assignment.transport].is_grouped:

@@ -31,7 +31,7 @@ from rlsync.copy.places import Places
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, first_few
-from rlsync.plan.collection import without_collection
+from rlsync.gc_pause import gc_paused
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.plan.verification import OFF
 from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive
@@ -217,7 +217,7 @@ class WeightSyncer:
             manifest=m.Manifest(tensors, self._config.sink, self._source.declared.adapter),
         )
 
-    @without_collection()
+    @gc_paused()
     def _dial(self, info: ConnectInfo) -> None:
         clock = _Laps()
         hello = info.hello(self._source, self._rank, self._world_size, _gpu_uuid())

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, bool, frozenset[str]], ...] = (
                 "layout",
                 "models",
                 "plan",
-                "checkpoint_folder",
+                "gc_pause",
             )
         ),
     ),
@@ -85,7 +85,7 @@ def layer_of(unit: str) -> tuple[int, str, bool]:
 def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Line and full name of everything a module imports, wherever in the file, and uses of ``torch.distributed`` through ``torch``.
 
-    ``from rlsync import geometry`` counts as ``rlsync.layout.geometry``; a public class of the facade as ``rlsync``.
+    ``from rlsync import logs`` counts as ``rlsync.logs``; a public class of the facade as ``rlsync``.
     """
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):

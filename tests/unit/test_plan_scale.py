@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper import experts, sides
+from rlsync.gc_pause import gc_paused
 from rlsync.layout.geometry import Box
-from rlsync.plan.collection import without_collection
 from rlsync.plan.planner import build_plan
 from tests.deadlines import HANG_S
 
@@ -60,9 +60,9 @@ def test_work_grows_with_the_pieces_and_not_with_their_pairs(monkeypatch, expert
 def test_cycles_are_collected_again_after_plans_also_after_one_that_fails():
     assert gc.isenabled(), "tests run with collection"
 
-    @without_collection()
+    @gc_paused()
     def fail() -> None:
-        with without_collection():
+        with gc_paused():
             assert not gc.isenabled()
         assert not gc.isenabled(), "another one goes on"
         raise ZeroDivisionError

@@ -141,7 +141,7 @@ def _nap() -> None:
     time.sleep(_NAP_S)
 
 
-def end_without_collection() -> None:
+def skip_imports_in_last_collection() -> None:
     """Make the engine's core that this process is, and its workers, leave what was imported out of their last collection of garbage.
 
     vLLM unfreezes it for engines that end within a process that goes on; these processes end.

@@ -9,14 +9,14 @@ from importlib import import_module
 
 import setproctitle
 
-from rlsync.engine.forking import imports_without_collection
+from rlsync.gc_pause import gc_paused
 
 # vLLM imports Ray where it can, for engines that spread over its nodes, and Ray reads from the environment whose worker it is when it is
 # imported. Such engines are not forked from here; Ray's own workers may be.
 has_ray = "ray" in sys.modules
 if not has_ray:
     sys.modules["ray"] = None  # type: ignore[assignment]
-with imports_without_collection():
+with gc_paused(collect_after=False):
     for name in ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
         import_module(name)
 if not has_ray:

@@ -15,6 +15,7 @@ from typing import Any
 from rlsync.engine import forking
 from rlsync.engine.handles import Completion, PauseMode, Prompt, SyncOrder
 from rlsync.errors import RlsyncError
+from rlsync.gc_pause import gc_paused
 
 # Threads of the Ray actor, in which calls generate: no more at once, as others wait.
 ENGINE_THREADS = 8
@@ -42,7 +43,7 @@ class EngineActor:
             # It imports vLLM while this process does.
             forking.EngineProcess.get_ready()
         # Here and not above: it imports vLLM, which only this process needs.
-        with forking.imports_without_collection():
+        with gc_paused(collect_after=False):
             from rlsync.engine.handles.local import Engine
 
         self._engine = Engine(engine_id, engine_args)
