@@ -67,7 +67,7 @@ class MailboxSender:
     def steps(self, bucket: int) -> range:
         return range(bucket, bucket + 1)
 
-    def places(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
+    def views(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
         for d, message in self._messages[step].items():
             memory = self._memory[d, step % self._end.num_slots][: message.nbytes]
             yield from zip(message.regions, views(message, memory), strict=True)

@@ -78,7 +78,7 @@ class Scene:
         if (rank, step) not in self.programs:
             pairs = [
                 (view, region(self.sources[rank][r.source_buffer], r.source_offset, r.shape, r.source_strides))
-                for r, view in outbox.places(step)
+                for r, view in outbox.views(step)
             ]
             self.programs[rank, step] = bind_program(pairs, self.device)
         return self.programs[rank, step]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsync.copy import sums
+from rlsync.copy import checksum_programs
 from rlsync.copy.cuda import strided
 from rlsync.copy.tables import Move, Strided, build_tables, moved
 from rlsync.sync import packer, syncer
@@ -184,7 +184,7 @@ def install(patch: pytest.MonkeyPatch) -> Driver:
     patch.setattr(cuda_memory, "_call", driver.call)
     patch.setattr(cuda_memory.Mappings, "_open", lambda self, allocation: driver.open(allocation))
     patch.setattr(ipc, "ExportableMemory", lambda nbytes, device: Memory(driver, nbytes))
-    for module in (ipc, packer, sums):
+    for module in (ipc, packer, checksum_programs):
         patch.setattr(module, "CudaCopyProgram", _program(driver))
     return driver
 

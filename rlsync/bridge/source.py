@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.coordinator.messages import AdapterFactors
+from rlsync.copy.addresses import in_batches
 from rlsync.copy.merge import MergeProgram
-from rlsync.copy.places import in_turns
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.megatron.lora import Adapter, compile_merging, merge_program
@@ -72,7 +72,7 @@ class MegatronSource:
         self._sent = tuple({tensor.untyped_storage()._cdata: tensor for tensor in sent if tensor.numel()}.values())
         names = {id(buffer): name for name, buffer in (*self.buffers.items(), *factors.items())}
         # Where each tensor is looked up when the model computes; a sync has no time to walk the modules.
-        self._places = [
+        self._lookups = [
             (table, attribute, names[id(tensor)], tensor)
             for model in models
             for module in model.modules()
@@ -114,7 +114,7 @@ class MegatronSource:
                 f"{len(trained)} parameters were frozen at connect() and are trained now, among them {trained[0]}; "
                 "make a new source and connect again"
             )
-        looked_up = chain.from_iterable(in_turns(self._places))
+        looked_up = chain.from_iterable(in_batches(self._lookups))
         replaced = [name for table, attribute, name, parameter in looked_up if table.get(attribute) is not parameter]
         if replaced:
             raise PlacementError(

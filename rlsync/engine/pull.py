@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from rlsync.coordinator import messages as m
+from rlsync.copy.addresses import memory_ranges
+from rlsync.copy.checksum_programs import ChecksumPrograms, PendingChecksums, Views
 from rlsync.copy.cpu import region
-from rlsync.copy.places import place_of
-from rlsync.copy.sums import Begun, Sums, Views
 from rlsync.errors import RlsyncError, first_few
 from rlsync.plan.packing import Region
 from rlsync.plan.verification import num_rounds, round_of, rounds_in, turn_of
@@ -27,7 +27,7 @@ class MismatchError(RlsyncError):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownChecksums:
     """Checksums that are known already."""
 
     sums: Sequence[int]
@@ -42,7 +42,7 @@ class Check:
 
     bucket: int
     regions: Sequence[Region]
-    held: Begun | Known
+    held: PendingChecksums | KnownChecksums
 
     def compare(self, sent: Mapping[int, int]) -> Sequence[int]:
         """Compare with the checksums of the sender, by region number; returns them. Raises MismatchError naming the regions that differ."""
@@ -71,19 +71,19 @@ class Verifier:
         self._verify, self.num_frozen = assignment.verify, assignment.num_frozen
         # Of frozen buckets, as they landed.
         self._landed: dict[int, Sequence[int]] = {}
-        self._sums = Sums()
+        self._sums = ChecksumPrograms()
         self._rounds = [
             _by_round(part.regions, assignment.verify, is_frozen=bucket < self.num_frozen) for bucket, part in enumerate(assignment.parts)
         ]
 
     def prepare(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Make ready to verify a bucket in these buffers."""
-        self._sums.prepare(bucket, list(self._rounds[bucket]), place_of(buffers.values()), self._views(bucket, buffers))
+        self._sums.prepare(bucket, list(self._rounds[bucket]), memory_ranges(buffers.values()), self._views(bucket, buffers))
 
     def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
         """Checksum the regions whose turn it is, in ``buffers``; on CUDA enqueued on the current stream."""
         rounds, chosen = self._chosen(bucket, turn)
-        return Check(bucket, chosen, self._sums.begin(bucket, rounds, place_of(buffers.values()), self._views(bucket, buffers)))
+        return Check(bucket, chosen, self._sums.begin(bucket, rounds, memory_ranges(buffers.values()), self._views(bucket, buffers)))
 
     def _chosen(self, bucket: int, turn: int) -> tuple[list[int], list[Region]]:
         rounds = [number for number in rounds_in(self._verify, 1 if bucket < self.num_frozen else turn) if number in self._rounds[bucket]]
@@ -93,7 +93,7 @@ class Verifier:
         """Of a frozen bucket that is not sent: what ``buffers`` hold; or, for None, what landed and has a kernel's own form since."""
         if buffers is not None:
             return self.begin(bucket, buffers, 1)
-        return Check(bucket, self._chosen(bucket, 1)[1], Known(self._landed[bucket]))
+        return Check(bucket, self._chosen(bucket, 1)[1], KnownChecksums(self._landed[bucket]))
 
     def keep(self, check: Check, sums: Sequence[int]) -> None:
         """Remember what a frozen bucket has brought."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rlsync.coordinator.messages import ActorAssignment, WorkerAssignment
-from rlsync.copy.places import Places
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import ConnectionPlan
 from rlsync.transport.ends import Hosted, Hosting, Local, Sender, transport
@@ -43,7 +43,7 @@ class Endpoints:
         self,
         assignment: ActorAssignment,
         timeout_s: float,
-        places: Places,
+        addresses: BufferAddresses,
         *,
         stable_memory: bool,
         device: torch.device | None,
@@ -52,7 +52,7 @@ class Endpoints:
         this rank exports."""
         _call_all(self._on_next)
         for name, end in assignment.ends.items():
-            local = Local(places, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon, self._on_next)
+            local = Local(addresses, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon, self._on_next)
             self.senders[name] = transport(name).make_sender(end, local)
         return lambda: join(self.senders, 0)
 

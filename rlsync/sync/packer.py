@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 
 from rlsync.coordinator.messages import ActorAssignment, Sum
+from rlsync.copy.addresses import BufferAddresses, memory_ranges
+from rlsync.copy.checksum_programs import BoundProgram, ChecksumPrograms, Views
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram, strided
-from rlsync.copy.places import Places, place_of
-from rlsync.copy.sums import Bound, Sums, Views
 from rlsync.copy.tables import Move, moves_of
 from rlsync.copy.transforms import transformed
 from rlsync.errors import PlacementError
@@ -52,35 +52,35 @@ class _Transforming:
     """Regions of a transform that is a function of one region and is not fused into a copy: computed in each sync, and copied."""
 
     def __init__(self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Region], torch.Tensor]) -> None:
-        self._places, self._regions = [place for place, _ in regions], [r for _, r in regions]
-        self._nbytes, self._compute = sum(place.nbytes for place in self._places), compute
+        self._destinations, self._regions = [view for view, _ in regions], [r for _, r in regions]
+        self._nbytes, self._compute = sum(view.nbytes for view in self._destinations), compute
 
     def run(self) -> int:
-        torch._foreach_copy_(self._places, [self._compute(r) for r in self._regions])
+        torch._foreach_copy_(self._destinations, [self._compute(r) for r in self._regions])
         return self._nbytes
 
 
 class _Declared:
-    """Regions of buffers that the source computes in each sync, copied to their places, and cast where dtypes differ. On CUDA by a program:
-    an allocator gives a sync the memory that it gave the one before, more often than not."""
+    """Regions of buffers that the source computes in each sync, copied to their destinations, and cast where dtypes differ. On CUDA by a
+    program: an allocator gives a sync the memory that it gave the one before, more often than not."""
 
     def __init__(
         self, regions: Sequence[tuple[torch.Tensor, Region]], compute: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
     ) -> None:
-        self._places, self._regions, self._compute = [place for place, _ in regions], [r for _, r in regions], compute
+        self._destinations, self._regions, self._compute = [view for view, _ in regions], [r for _, r in regions], compute
         self._names = tuple(dict.fromkeys(r.source_buffer for r in self._regions))
-        self._nbytes = sum(place.nbytes for place in self._places)
-        self._bound: Bound | None = None
+        self._nbytes = sum(view.nbytes for view in self._destinations)
+        self._bound: BoundProgram | None = None
 
     def run(self) -> int:
         computed = self._compute(self._names)
-        if not self._places[0].is_cuda:
-            torch._foreach_copy_(self._places, self._views(computed))
+        if not self._destinations[0].is_cuda:
+            torch._foreach_copy_(self._destinations, self._views(computed))
             return self._nbytes
-        where = place_of(computed[name] for name in self._names)
+        where = memory_ranges(computed[name] for name in self._names)
         if self._bound is None or not self._bound.follows(where):
-            pairs = zip(self._places, map(strided, self._views(computed)), strict=True)
-            self._bound = Bound(where, CudaCopyProgram(pairs, device=self._places[0].device))
+            pairs = zip(self._destinations, map(strided, self._views(computed)), strict=True)
+            self._bound = BoundProgram(where, CudaCopyProgram(pairs, device=self._destinations[0].device))
         return self._bound.program.run()
 
     def _views(self, computed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -97,18 +97,18 @@ class Packer:
     Copy programs are made once for each step of a sender, and follow parameters that move; memory of senders does not move.
 
     Args:
-        places: of the memory of this rank's placement.
+        addresses: of the buffers of this rank's placement.
         declared: transforms of its source.
     """
 
     def __init__(
         self,
         assignment: ActorAssignment,
-        places: Places,
+        addresses: BufferAddresses,
         senders: Sequence[Sender],
         declared: Declared = Declared(),  # noqa: B008 (frozen, and empty)
     ) -> None:
-        self._verify, self._places, self._buffers, self._senders = assignment.verify, places, places.buffers, senders
+        self._verify, self._addresses, self._buffers, self._senders = assignment.verify, addresses, addresses.buffers, senders
         self._declared = declared
         # What the source computed for the bucket that is packed, by buffer: its tensors go to several places, and are summed up.
         self._computed: dict[str, torch.Tensor] = {}
@@ -116,20 +116,20 @@ class Packer:
         # By sender and step.
         self._programs: dict[tuple[int, int], tuple[_Program, ...]] = {}
         # Of regions that arrive as they are, and of those that are computed for each sync.
-        self._sums, self._sums_of_made = Sums(), Sums()
+        self._sums, self._sums_of_made = ChecksumPrograms(), ChecksumPrograms()
         self._rounds = [self._by_round(bucket) for bucket in range(assignment.num_buckets)]
         self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._buffers.items()}
-        places.look()
+        addresses.refresh()
         # What programs read.
-        self._place, self._generation = places.place, places.generation
+        self._ranges, self._generation = addresses.ranges, addresses.generation
 
     def check(self) -> None:
         """Find the parameters' current addresses. Raises PlacementError where shapes, dtypes or memory have changed since connect."""
         if any(tensor.is_cuda for tensor in self._buffers.values()):
             # They may have been written on any stream of this process, and others read them.
             torch.cuda.synchronize()
-        self._places.look()
-        if self._places.generation == self._generation:
+        self._addresses.refresh()
+        if self._addresses.generation == self._generation:
             return
         changed = [
             f"{name} is {tuple(t.shape)} {t.dtype}, was {tuple(self._shapes[name][0])} {self._shapes[name][1]}"
@@ -140,9 +140,9 @@ class Packer:
             raise PlacementError(
                 f"{len(changed)} parameters have changed since connect(), or have no memory: {changed[0]}; onload them first"
             )
-        place = self._places.place
-        moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self._place, place, strict=True))
-        self._place, self._generation = place, self._places.generation
+        ranges = self._addresses.ranges
+        moves = moves_of((old, nbytes, new) for (old, nbytes), (new, _) in zip(self._ranges, ranges, strict=True))
+        self._ranges, self._generation = ranges, self._addresses.generation
         self._follow(moves)
 
     def pack(self, bucket: int, turn: int, without_frozen: bool = False) -> Packed:
@@ -169,13 +169,13 @@ class Packer:
             fused: list[_Pair] = []
             declared: list[tuple[torch.Tensor, Region]] = []
             others: list[tuple[torch.Tensor, Region]] = []
-            for r, place in self._senders[index].places(step):
+            for r, destination in self._senders[index].views(step):
                 if _is_declared(r):
-                    declared.append((place, r))
+                    declared.append((destination, r))
                 elif r.transform and not TRANSFORMS[r.transform].is_fused:
-                    others.append((place, r))
+                    others.append((destination, r))
                 else:
-                    fused.append((place, self._view(r)))
+                    fused.append((destination, self._view(r)))
             programs = list(_bind(fused))
             programs += [_Declared(declared, self._compute)] if declared else []
             programs += [_Transforming(others, self._transformed)] if others else []
@@ -186,7 +186,7 @@ class Packer:
         """Bind all programs, which the first syncs would otherwise do; not those of parameters that are offloaded now."""
         has_memory = all(t.untyped_storage().nbytes() > 0 or not t.numel() for t in self._buffers.values())
         for bucket, rounds in enumerate(self._rounds):
-            self._sums.prepare(bucket, list(rounds), self._place, self._views(bucket))
+            self._sums.prepare(bucket, list(rounds), self._ranges, self._views(bucket))
             for index, sender in enumerate(self._senders if has_memory else ()):
                 for step in sender.steps(bucket):
                     self._bound(index, step)
@@ -208,11 +208,11 @@ class Packer:
         rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
-        values = self._sums.begin(bucket, rounds, self._place, self._views(bucket)).values()
+        values = self._sums.begin(bucket, rounds, self._ranges, self._views(bucket)).values()
         for number in rounds:
             arriving = self._arriving([r for _, r in self._rounds[bucket][number].transformed])
             # An allocator gives a sync the memory that it gave the one before, more often than not.
-            values += self._sums_of_made.begin(bucket, [number], place_of(arriving), _given(arriving)).values()
+            values += self._sums_of_made.begin(bucket, [number], memory_ranges(arriving), _given(arriving)).values()
         return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *made), values, strict=True))
 
     def _views(self, bucket: int) -> Views:

@@ -26,8 +26,8 @@ from rlsync.coordinator.client import Peer, pid_domain, to_exception
 from rlsync.coordinator.roster import Expected
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cuda import compile_ahead
-from rlsync.copy.places import Places
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, first_few
@@ -313,15 +313,15 @@ class WeightSyncer:
 
     def _attach(self, assignment: m.ActorAssignment, device: torch.device | None) -> threading.Thread:
         """Make this rank's senders, and in a thread have them join and bind what they send, while workers bind what they take."""
-        source, places = self._source, Places(self._source.buffers)
+        source, addresses = self._source, BufferAddresses(self._source.buffers)
         timeout_s = self._config.timeout_s
-        join = self._endpoints.attach(assignment, timeout_s, places, stable_memory=source.stable_memory, device=device)
+        join = self._endpoints.attach(assignment, timeout_s, addresses, stable_memory=source.stable_memory, device=device)
         senders = list(self._endpoints.senders.values())
 
         def prepare() -> Packer:
             if device is not None:
                 torch.cuda.set_device(device)
-            packer = Packer(assignment, places, senders, source.declared)
+            packer = Packer(assignment, addresses, senders, source.declared)
             packer.prepare()
             return packer
 

@@ -16,8 +16,8 @@ import torch
 
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.coordinator.roster import Member
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cpu import CopyProgram, region
-from rlsync.copy.places import Places
 from rlsync.errors import first_few
 from rlsync.plan.packing import PackedPart, Region, Segment
 from rlsync.plan.transports import TRANSPORTS
@@ -44,12 +44,12 @@ class Sender(Protocol):
         """The steps in which a bucket is sent; each is written inside ``sending`` before the next one."""
         ...
 
-    def places(self, step: int) -> Iterable[tuple[Region, torch.Tensor]]:
-        """Regions that this rank packs in a step, and where: the same memory at every call."""
+    def views(self, step: int) -> Iterable[tuple[Region, torch.Tensor]]:
+        """Regions that this rank packs in a step, each with the view of this end's memory that takes it: the same memory at every call."""
         ...
 
     def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """Inside, this thread may write the step's places; afterwards they are readable or in flight."""
+        """Inside, this thread may write the step's views; afterwards they are readable or in flight."""
         ...
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class Local:
     """What a sender needs of its process.
 
     Attributes:
-        places: of the memory of this rank's placement; looked at before each call of ``join`` but the first.
+        addresses: of the buffers of this rank's placement; refreshed before each call of ``join`` but the first.
         stable_memory: whether it stays allocated between syncs.
         device: the GPU of this process, or None where it has touched none.
         hosted: the resource that this process has opened for the transport, on rank 0.
@@ -183,7 +183,7 @@ class Local:
             connection are there, which have unmapped what they had by then.
     """
 
-    places: Places
+    addresses: BufferAddresses
     stable_memory: bool
     timeout_s: float
     device: torch.device | None

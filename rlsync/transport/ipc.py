@@ -18,8 +18,8 @@ import msgspec
 import torch
 
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cuda import CudaCopyProgram
-from rlsync.copy.places import Places
 from rlsync.copy.tables import Strided, moves_of
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import DTYPE_BYTES
@@ -141,7 +141,7 @@ def _stage(routes: Routes, row: Sequence[PackedPart]) -> tuple[dict[tuple[int, i
 def make_sender(end: bytes, local: Local) -> IpcSender:
     assert local.device is not None, "a rank without a device exports nothing"
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    return IpcSender(decoded, local.places, stable_memory=local.stable_memory, device=local.device, on_next=local.on_next)
+    return IpcSender(decoded, local.addresses, stable_memory=local.stable_memory, device=local.device, on_next=local.on_next)
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> IpcReceiver:
@@ -165,10 +165,10 @@ class IpcSender:
     """An actor rank's end: exports its parameters, and stages in a ring the regions that are not read in place."""
 
     def __init__(
-        self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device, on_next: list[Callable[[], None]]
+        self, end: SenderEnd, addresses: BufferAddresses, *, stable_memory: bool, device: torch.device, on_next: list[Callable[[], None]]
     ) -> None:
         self._end, self._device, self._on_next = end, device, on_next
-        self._exporter = IpcExporter(end, places, stable_memory=stable_memory, device=device)
+        self._exporter = IpcExporter(end, addresses, stable_memory=stable_memory, device=device)
         self._has_joined = False
 
     def join(self, group: int) -> bytes | None:
@@ -183,7 +183,7 @@ class IpcSender:
     def steps(self, bucket: int) -> range:
         return range(bucket, bucket + 1)
 
-    def places(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
+    def views(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
         for part in self._end.staged[step]:
             message, slot = pack_message(part.destination, part.regions), self._exporter.slots[step % self._end.num_slots]
             for r, (at, strides) in zip(message.regions, message.places, strict=True):
@@ -209,20 +209,20 @@ class IpcExporter:
 
     Args:
         end: names the buffers that are read in place, and the size of staging slots.
-        places: of the memory of this rank's placement.
+        addresses: of the buffers of this rank's placement.
         stable_memory: whether the buffers stay allocated between syncs.
         device: on which the buffers are, and the staging ring, where there is one.
     """
 
-    def __init__(self, end: SenderEnd, places: Places, *, stable_memory: bool, device: torch.device) -> None:
+    def __init__(self, end: SenderEnd, addresses: BufferAddresses, *, stable_memory: bool, device: torch.device) -> None:
         names = dict.fromkeys(r.source_buffer for row in end.in_place for part in row for r in part.regions)
-        self._places, self._buffers = places, {name: places.buffers[name] for name in names}
+        self._buffer_addresses, self._buffers = addresses, {name: addresses.buffers[name] for name in names}
         self._stable_memory, self._device = stable_memory, device
         self._stage: ExportableMemory | None = None
         if end.stage_bytes:
             self._stage = ExportableMemory(end.num_slots * end.stage_bytes, device)
         self._stage_bytes = end.stage_bytes
-        # What the last export says: of which generation of places, and of them which addresses.
+        # What the last export says: of which generation of the buffers' addresses, and the addresses.
         self._generation = 0
         self._addresses: list[int] = []
         # By number of an allocation, an address in it.
@@ -240,7 +240,7 @@ class IpcExporter:
             raise PlacementError(
                 f"{len(gone)} of {len(self._buffers)} parameters are not in device memory, among them {gone[0]}: onload them before sync()"
             )
-        self._places.look()
+        self._buffer_addresses.refresh()
         addresses = self._find()
         firsts = {allocation_number(address): address for address in addresses}
         unmappable = [address for address in firsts.values() if not can_be_exported(address)]
@@ -263,24 +263,24 @@ class IpcExporter:
             self._stable_memory,
         )
         # Not before: what has raised is done again in the next sync.
-        self._generation, self._addresses, self._firsts = self._places.generation, addresses, firsts
+        self._generation, self._addresses, self._firsts = self._buffer_addresses.generation, addresses, firsts
         return export
 
     def renewed(self) -> IpcExport | None:
-        """The current export, or None where no memory has moved since the last one. Goes by the last look at the places.
+        """The current export, or None where no memory has moved since the last one. Goes by the last refresh of the addresses.
 
         The generation of the memory is the addresses of the buffers, and the driver's numbers of the allocations that they are in:
         one that was freed and taken again at the same address has another number.
         """
-        if self._places.generation != self._generation:
+        if self._buffer_addresses.generation != self._generation:
             if self._find() != self._addresses:
                 return self.export()
-            self._generation = self._places.generation
+            self._generation = self._buffer_addresses.generation
         same = all(allocation_number(address) == number for number, address in self._firsts.items())
         return None if same else self.export()
 
     def _find(self) -> list[int]:
-        found = self._places.by_name()
+        found = self._buffer_addresses.by_name()
         return [found[name][0] for name in self._buffers]
 
     def close(self) -> ExportableMemory | None:
@@ -293,7 +293,7 @@ class IpcExporter:
 class _Bound:
     """Copies of one bucket and the addresses of the buffers that they write; and those buffers, where they are to be known again."""
 
-    places: list[int]
+    addresses: list[int]
     program: CudaCopyProgram
     buffers: Buffers | None = None
 
@@ -414,12 +414,12 @@ class IpcReceiver:
         known = self._bound.get(bucket)
         if known is not None and known.buffers is buffers:
             return known
-        places = [tensor.data_ptr() for tensor in buffers.values()]
-        if known is not None and known.places == places:
+        addresses = [tensor.data_ptr() for tensor in buffers.values()]
+        if known is not None and known.addresses == addresses:
             return known
         wholes = {name: _whole(tensor) for name, tensor in buffers.items()}
         pairs = [(wholes[r.buffer].region(r.buffer_offset, r.shape, r.buffer_strides), source) for r, source in self._sources(bucket)]
-        bound = self._bound[bucket] = _Bound(places, CudaCopyProgram(pairs, device=self._device))
+        bound = self._bound[bucket] = _Bound(addresses, CudaCopyProgram(pairs, device=self._device))
         return bound
 
     def _sources(self, bucket: int) -> list[tuple[Region, Strided]]:

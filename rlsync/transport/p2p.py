@@ -176,7 +176,7 @@ class GroupSender:
     def steps(self, bucket: int) -> range:
         return self._steps.of(bucket)
 
-    def places(self, step: int) -> list[tuple[Region, torch.Tensor]]:
+    def views(self, step: int) -> list[tuple[Region, torch.Tensor]]:
         return _regions(self._messages(step))
 
     def _messages(self, step: int) -> list[tuple[PackedMessage, torch.Tensor]]:
@@ -279,7 +279,7 @@ class Inbox:
 
     def bind(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> None:
         """Have a bucket land in these buffers: all of it, by name, contiguous, in checkpoint layout. Nothing is under way."""
-        places = [tensor.data_ptr() for tensor in buffers.values()]
+        addresses = [tensor.data_ptr() for tensor in buffers.values()]
         if self.is_bound(bucket, buffers):
             return
         if not self._memory:
@@ -289,7 +289,7 @@ class Inbox:
             arriving = _split(self._memory[step % len(self._memory)], self._steps.messages[step])
             pairs = [(region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides), view) for r, view in _regions(arriving)]
             programs.append(bind_program(pairs, self._device))
-        self._landing[bucket] = places, programs
+        self._landing[bucket] = addresses, programs
 
     def is_bound(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> bool:
         """Whether the bucket lands in these buffers, where they are now."""

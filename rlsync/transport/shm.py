@@ -265,7 +265,7 @@ class RingSender:
     def steps(self, bucket: int) -> range:
         return range(bucket, bucket + 1)
 
-    def places(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
+    def views(self, step: int) -> Iterator[tuple[Region, torch.Tensor]]:
         slot = self._ring.slot(step % self._ring.num_slots)
         return ((r, placed(slot, part.offset + r.slot_offset, r, r.slot_strides)) for part in self._parts[step] for r in part.regions)
 

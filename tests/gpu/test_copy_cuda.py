@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
+from rlsync.copy.addresses import memory_ranges
 from rlsync.copy.checksum import checksum, checksums
+from rlsync.copy.checksum_programs import ChecksumPrograms
 from rlsync.copy.cpu import CopyProgram
 from rlsync.copy.cuda import CudaCopyProgram, strided
-from rlsync.copy.places import place_of
-from rlsync.copy.sums import Sums
 from rlsync.copy.tables import Move, Strided
 from rlsync.errors import PlacementError
 from tests.copy_pairs import Pairs, draw_pairs, give
@@ -211,12 +211,12 @@ def test_addresses_do_as_well_as_tensors() -> None:
 @pytest.mark.parametrize("shift", [0, 4096, 8])
 def test_sums_follow_memory_that_moves(shift: int) -> None:
     """By whole units in the tables that are there, otherwise in new ones."""
-    sums, memory = Sums(), torch.randint(0, 256, (2**16,), dtype=torch.uint8, device=CUDA)
+    sums, memory = ChecksumPrograms(), torch.randint(0, 256, (2**16,), dtype=torch.uint8, device=CUDA)
     for begin, fresh in ((0, False), (shift, True)):
         if fresh:
             memory.random_(0, 256)
         pieces = [memory[begin + i * 6000 :][: 512 * (i + 1)].view(torch.bfloat16) for i in range(3)]
-        found = sums.begin("key", [0], place_of(pieces), lambda number, pieces=pieces: pieces).values()
+        found = sums.begin("key", [0], memory_ranges(pieces), lambda number, pieces=pieces: pieces).values()
         assert found == checksums([piece.cpu() for piece in pieces])
 
 

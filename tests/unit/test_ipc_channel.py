@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlsync.copy import sums
-from rlsync.copy.places import Places
+from rlsync.copy import checksum_programs
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.sync import packer
 from rlsync.sync.source import Declared
 from rlsync.transport import ipc
@@ -237,7 +237,7 @@ def test_what_a_source_computes_is_sent_and_summed_by_programs_that_follow_its_m
 
         return Counted
 
-    for module in (sums, packer):
+    for module in (checksum_programs, packer):
         monkeypatch.setattr(module, "CudaCopyProgram", counting(module))
     actors = connect(stays=True, numbers=Computed)
     for version, at, is_anew in ((1, 0, True), (2, 0, False), (3, 64, False), (4, 68, True), (5, 68, False)):
@@ -249,28 +249,28 @@ def test_what_a_source_computes_is_sent_and_summed_by_programs_that_follow_its_m
         report = actors.sync(version)
         assert holds(engine, version)
         assert report.staged_bytes == 2 * NBYTES
-        assert bound == (dict.fromkeys((sums.__name__, packer.__name__), 2 * len(SIZES)) if is_anew else {}), version
+        assert bound == (dict.fromkeys((checksum_programs.__name__, packer.__name__), 2 * len(SIZES)) if is_anew else {}), version
     engine.on_hold = lambda worker, weights: weights["w2"].neg_()
     assert "verified regions are not what was sent" in actors.failure(lambda s: s.sync(6)).cause
 
 
 def test_a_sync_looks_at_each_buffer_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """For programs, checksums and exports together, on each of two ranks; where something has moved its export looks again."""
-    looks: list[Places] = []
-    look = Places.look
+    refreshed: list[BufferAddresses] = []
+    refresh = BufferAddresses.refresh
 
-    def counted(self: Places) -> None:
-        looks.append(self)
-        look(self)
+    def counted(self: BufferAddresses) -> None:
+        refreshed.append(self)
+        refresh(self)
 
     actors = connect(stays=True)
-    monkeypatch.setattr(Places, "look", counted)
-    for version, moves, num_looks in ((1, False, 2), (2, True, 4), (3, False, 2)):
+    monkeypatch.setattr(BufferAddresses, "refresh", counted)
+    for version, moves, count in ((1, False, 2), (2, True, 4), (3, False, 2)):
         for source in actors.sources if moves else ():
             source.move()
-        looks.clear()
+        refreshed.clear()
         actors.sync(version)
-        assert len(looks) == num_looks, version
+        assert len(refreshed) == count, version
 
 
 def test_a_flipped_bit_is_found_in_place_and_in_the_ring(connect: Connect, engine: ThreadEngine) -> None:

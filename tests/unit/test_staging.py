@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsync.coordinator.messages import ActorAssignment
+from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cpu import region
-from rlsync.copy.places import Places
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
@@ -46,9 +46,9 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, ver
     ends = shm.assign(routes, ring)
     packers = []
     for end, buffers in zip(ends.actors, sources, strict=True):
-        places = Places(buffers)
-        sender = shm.make_sender(end, Local(places, True, 1.0, None, ring, [], []))
-        packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), places, [sender]))
+        addresses = BufferAddresses(buffers)
+        sender = shm.make_sender(end, Local(addresses, True, 1.0, None, ring, [], []))
+        packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), addresses, [sender]))
     slots = [ring.slot(i) for i in range(num_slots)]
     for slot in slots:
         slot.random_(0, 255)
