@@ -78,8 +78,8 @@ class EngineDirtyError(RlsyncError):
     """The engine holds weights of no committed version and refuses to generate until a complete sync or a restart."""
 
 
-def words_of(error: BaseException) -> str:
-    """The sentence of an error of ours, the whole traceback of any other."""
+def error_text(error: BaseException) -> str:
+    """What another process is told of an error: the message of one of ours, or of a timeout; of any other its whole traceback."""
     return str(error) if isinstance(error, RlsyncError | TimeoutError) else "".join(traceback.format_exception(error)).strip()
 
 

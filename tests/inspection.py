@@ -18,8 +18,7 @@ from rlsync.coordinator import messages as m
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Sender
 from rlsync.engine.handles import EngineHandle
-from rlsync.errors import RlsyncError, WeightSyncError
-from rlsync.sync.attempt import describe
+from rlsync.errors import RlsyncError, WeightSyncError, error_text
 from rlsync.sync.syncer import ConnectInfo
 from rlsync.transport.tasks import Tasks
 
@@ -57,7 +56,7 @@ def _await(complete: threading.Event, tasks: Tasks, timeout_s: float, pending: i
         for outcome in tasks.finished():
             pending -= 1
             if outcome.error is not None:
-                cause = str(outcome.error) if isinstance(outcome.error, RlsyncError) else describe(outcome.error)
+                cause = str(outcome.error) if isinstance(outcome.error, RlsyncError) else error_text(outcome.error)
                 raise WeightSyncError(phase="connect", engine=outcome.key, cause=cause)
         complete.wait(0.05)
 

@@ -15,6 +15,8 @@ from rlsync.coordinator import messages as m
 from rlsync.errors import WeightSyncError
 
 _log = logging.getLogger(__name__)
+# The coordinator's deadline comes first, and names the peer that is late; a peer's own, so much later, is for a coordinator that is gone.
+GRACE_S = 2.0
 # How long queued messages may still leave after ``close``; the coordinator may be gone.
 _LINGER_MS = 1000
 # A stopped process (SIGSTOP) has the messages of the meantime this long after it goes on.

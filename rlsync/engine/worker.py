@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.client import Peer, pid_domain
+from rlsync.coordinator.client import GRACE_S, Peer, pid_domain
 from rlsync.copy.cuda import compile_ahead
 from rlsync.engine.adapters import AdapterSlots
 from rlsync.engine.compat import engine as compat
@@ -34,7 +33,7 @@ from rlsync.engine.sinks.compare import CompareSink
 from rlsync.engine.sinks.loaders import LoadersSink
 from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_hashes
-from rlsync.errors import RlsyncError, WeightSyncError
+from rlsync.errors import RlsyncError, WeightSyncError, error_text
 from rlsync.gc_pause import gc_paused
 from rlsync.layout.geometry import Placement, TensorSpec
 from rlsync.layout.recorded import placement_of, tensors_as_read
@@ -47,8 +46,6 @@ _log = logging.getLogger(__name__)
 
 Buckets = tuple[tuple[Segment, ...], ...]
 
-# The coordinator's deadline names the peer that is late; the worker's own is for the case that the coordinator is gone.
-GRACE_S = 2.0
 # A broken connection is often the consequence of a fault that the coordinator names; its error is awaited for so long.
 _ECHO_S = 1.0
 
@@ -526,9 +523,8 @@ class CoordinatorClient:
         self._peer.send(message)
 
     def report_failure(self, error: BaseException, attempt: int, phase: str, bucket: int | None = None) -> None:
-        """Report a failure of this worker: the message of an rlsync error, the whole traceback of any other."""
-        cause = str(error) if isinstance(error, RlsyncError) else "".join(traceback.format_exception(error)).strip()
-        self._peer.send(m.Failed(attempt, phase, m.shortened(cause), bucket=bucket))
+        """Report a failure of this worker to the coordinator, which tells all peers."""
+        self._peer.send(m.Failed(attempt, phase, error_text(error), bucket=bucket))
 
     def next(self, kind: type[Any], attempt: int, what: str) -> Any:
         """The next message of ``kind``; ``Ready`` says a level and may come again after the last bucket was taken.

@@ -10,9 +10,9 @@ from functools import partial
 import msgspec
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.client import Peer
+from rlsync.coordinator.client import GRACE_S, Peer
 from rlsync.engine.handles import EngineHandle, SyncOrder
-from rlsync.errors import EngineCallError, WeightSyncError, words_of
+from rlsync.errors import EngineCallError, WeightSyncError, error_text
 from rlsync.plan.verification import turn_of
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints, join
@@ -24,9 +24,6 @@ from rlsync.transport.rendezvous import GroupError
 from rlsync.transport.tasks import Lane, Outcome, Tasks, Threads
 
 _log = logging.getLogger(__name__)
-
-# The coordinator's deadline names the culprit; a peer's own, this much later, is for the case that it is gone.
-GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +133,7 @@ class Attempt:
         if outcome.error is not None:
             phase = self._phase_of(outcome.error) if kind == "sync" else "transfer" if kind == "fill" else "begin"
             engine, bucket = (which, None) if kind == "sync" else (blamed(outcome.error), which)
-            self._peer.send(m.Failed(self._attempt, phase, describe(outcome.error), engine=engine, bucket=bucket))
+            self._peer.send(m.Failed(self._attempt, phase, error_text(outcome.error), engine=engine, bucket=bucket))
         elif kind in ("begin", "join", "fill"):
             self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
             self._is_busy = False
@@ -232,8 +229,3 @@ class Attempt:
 def blamed(error: BaseException) -> str | None:
     """The engine that caused an error on an actor rank, where that is known."""
     return error.engine if isinstance(error, GroupError) else None
-
-
-def describe(error: BaseException) -> str:
-    """The sentence of an error of ours, the whole traceback of any other, as long as a message may be."""
-    return m.shortened(words_of(error))

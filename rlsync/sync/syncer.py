@@ -22,7 +22,7 @@ import zmq
 
 from rlsync import logs
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.client import Peer, pid_domain, to_exception
+from rlsync.coordinator.client import GRACE_S, Peer, pid_domain, to_exception
 from rlsync.coordinator.roster import Expected
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.coordinator.state_machine import Coordinator
@@ -30,11 +30,11 @@ from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
-from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, first_few
+from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, error_text, first_few
 from rlsync.gc_pause import gc_paused
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.plan.verification import OFF
-from rlsync.sync.attempt import GRACE_S, Attempt, Connection, blamed, describe, receive
+from rlsync.sync.attempt import Attempt, Connection, blamed, receive
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints
 from rlsync.sync.packer import Packer
@@ -273,7 +273,7 @@ class WeightSyncer:
                 message = receive(self._peer, self._tasks, self._config.timeout_s, since_s=began_s, attempt=0, phase="connect")
             for outcome in self._tasks.finished() if message is None else ():
                 if outcome.error is not None and outcome.key in (_JOIN, _PREPARE):
-                    self._peer.send(m.Failed(0, "connect", describe(outcome.error), engine=blamed(outcome.error)))
+                    self._peer.send(m.Failed(0, "connect", error_text(outcome.error), engine=blamed(outcome.error)))
                     # Comes back as the error of all, unless all were connected before.
                     failure = outcome.error
                 elif outcome.key is _JOIN:
@@ -281,7 +281,7 @@ class WeightSyncer:
                 elif outcome.key is _PREPARE:
                     packer = outcome.result
                 elif outcome.error is not None:
-                    self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {describe(outcome.error)}", engine=outcome.key))
+                    self._peer.send(m.Failed(0, "connect", f"engine {outcome.key}: {error_text(outcome.error)}", engine=outcome.key))
                 else:
                     self._peer.send(m.Answered(0, outcome.key, "connect"))
             if isinstance(message, m.Reports):
@@ -295,14 +295,14 @@ class WeightSyncer:
                     clock.lap("plan")
                 except Exception as error:
                     # An error on this rank is sent to all peers by the coordinator.
-                    self._peer.send(m.Failed(0, "connect", describe(error)))
+                    self._peer.send(m.Failed(0, "connect", error_text(error)))
             elif isinstance(message, m.Assignment):
                 assignment = message.actor
                 assert assignment is not None
                 try:
                     preparing = self._attach(assignment, device)
                 except Exception as error:
-                    self._peer.send(m.Failed(0, "connect", describe(error)))
+                    self._peer.send(m.Failed(0, "connect", error_text(error)))
             elif isinstance(message, m.Connected):
                 connected = True
                 clock.lap("attach")
@@ -362,7 +362,7 @@ class WeightSyncer:
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
                 # An error of this rank alone: the others are told, and do not wait for their deadlines.
-                self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {describe(error)}"))
+                self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {error_text(error)}"))
             self._tasks.end()
             # A call that has not begun could be a collective that other ranks never enter.
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)

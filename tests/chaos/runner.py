@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlsync.sync.attempt import GRACE_S
+from rlsync.coordinator.client import GRACE_S
 from tests.chaos.actors import Actors
 from tests.chaos.answers import Traffic, mixtures
 from tests.chaos.drawing import Draw

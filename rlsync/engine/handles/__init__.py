@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from rlsync.errors import EngineCallError, words_of
+from rlsync.errors import EngineCallError, error_text
 
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -113,7 +113,7 @@ def call_in_turn(calls: Mapping[str, Callable[[], object]]) -> float:
         try:
             call()
         except Exception as error:
-            raise EngineCallError(name, words_of(error)) from error
+            raise EngineCallError(name, error_text(error)) from error
     return time.monotonic() - began_s
 
 
