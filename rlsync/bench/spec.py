@@ -147,7 +147,7 @@ class Spec(BenchSpec):
     def hosts(self) -> tuple[tuple[LoraSync, int], ...]:
         """What each process of an engine takes, and which engine it is: all of them once for each way that adapters are synced."""
         used = {case.lora for case in self.cases} | {PEERS[name].lora for name in self.peers}
-        return tuple((lora, engine) for lora in LORA if lora in used for engine in range(self.num_engines))  # type: ignore[misc]
+        return tuple((lora, engine) for lora in LORA if lora in used for engine in range(self.num_engines))
 
     @property
     def floors_path(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-OFF, SAMPLED, FULL = MODES = ("off", "sampled", "full")
+OFF, SAMPLED, FULL = "off", "sampled", "full"
 # ``sampled`` verifies every region in the first sync of a connection, in each that follows one that did not commit, and at least once in
 # this many consecutive ones.
 SAMPLE_PERIOD = 16

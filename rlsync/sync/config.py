@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from rlsync.errors import ConfigError
 from rlsync.plan.transports import TRANSPORTS
-from rlsync.plan.verification import MODES, OFF
+from rlsync.plan.verification import OFF
 
 LoraSync = Literal["merged", "adapter"]
-LORA = ("merged", "adapter")
-SINKS = ("auto", "direct", "layerwise", "loaders")
-STAGING = ("auto", "always")
+LORA: tuple[LoraSync, ...] = get_args(LoraSync)
 # Nobody can dial these, and nothing should listen on networks that nobody named.
 _EVERY_ADDRESS = ("", "*", "0.0.0.0", "::")
-_PAUSE_MODES = ("abort", "wait", "keep")
 
 
 def _setting(default: Any, doc: str, **limits: float) -> Any:
@@ -80,16 +77,11 @@ class SyncConfig:
             raise ConfigError(f"weight_sync.timeout_s is {self.timeout_s}; it must be positive")
         if self.bind_host in _EVERY_ADDRESS:
             raise ConfigError(f"weight_sync.bind_host is {self.bind_host!r}, which is every address; name the one that engines can reach")
-        for key, value, known in (
-            ("sink", self.sink, SINKS),
-            ("verify", self.verify, MODES),
-            ("transport", self.transport, ("auto", *TRANSPORTS)),
-            ("staging", self.staging, STAGING),
-            ("pause_mode", self.pause_mode, _PAUSE_MODES),
-            ("lora", self.lora, LORA),
-        ):
-            if value not in known:
-                raise ConfigError(f"weight_sync.{key} is {value!r}; known are {', '.join(known)}")
+        for key, kind in get_type_hints(SyncConfig).items():
+            # Transports are rows of a table, to which others can be added.
+            known = ("auto", *TRANSPORTS) if key == "transport" else get_args(kind)
+            if known and getattr(self, key) not in known:
+                raise ConfigError(f"weight_sync.{key} is {getattr(self, key)!r}; known are {', '.join(known)}")
         if self.lora == "adapter" and self.verify == OFF:
             raise ConfigError(
                 "weight_sync.lora is adapter and verify is off: by checksums alone is it known that engines still have the base, which is "

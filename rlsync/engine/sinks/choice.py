@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -21,7 +21,7 @@ from rlsync.engine.sinks import owner
 from rlsync.errors import ConfigError
 
 SinkName = Literal["direct", "layerwise", "loaders"]
-REQUESTS = ("auto", "direct", "layerwise", "loaders")
+REQUESTS = ("auto", *get_args(SinkName))
 
 _LAYERS = "vllm.model_executor.layers"
 _LINEAR = f"{_LAYERS}.linear.UnquantizedLinearMethod"

@@ -13,7 +13,7 @@ from rlsync.engine.compat import layers as compat_layers
 from rlsync.engine.compat import reload as compat_reload
 from rlsync.engine.sinks.post_processing import PostProcessingCache
 from rlsync.layout.geometry import TensorSpec
-from rlsync.plan.packing import SEGMENT_ALIGNMENT, Segment
+from rlsync.plan.packing import Segment, side_by_side
 from rlsync.transport.ends import Arrival
 
 
@@ -47,7 +47,7 @@ class LoadersSink:
         reloaded = {id(layer) for layer in layers}
         attention = [layer for _, layer in compat_layers.attention_layers(model) if id(layer) not in reloaded]
         self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
-        self._nbytes = max((sum(map(_room, bucket)) for bucket in self._buckets), default=0)
+        self._nbytes = max((side_by_side(spec.nbytes for spec in bucket)[-1] for bucket in self._buckets), default=0)
         self._memory: torch.Tensor | None = None
         self._views: dict[int, _Views] = {}
         # Names that were referred to at the end of their bucket, and memory that may still be, with its bytes.
@@ -124,15 +124,9 @@ class _Views:
 
 def _laid_out(specs: Sequence[TensorSpec], memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors one behind the other in memory (1-D uint8), by name; each has a storage object of its own."""
-    cursor = 0
-    for spec in specs:
-        yield spec.name, torch.from_dlpack(memory[cursor : cursor + spec.nbytes]).view(getattr(torch, spec.dtype)).view(spec.shape)
-        cursor += _room(spec)
+    for spec, begin in zip(specs, side_by_side(spec.nbytes for spec in specs), strict=False):
+        yield spec.name, torch.from_dlpack(memory[begin : begin + spec.nbytes]).view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 def _num_references(storage: torch.UntypedStorage) -> int:
     return torch._C._storage_Use_Count(storage._cdata)
-
-
-def _room(spec: TensorSpec) -> int:
-    return -(-spec.nbytes // SEGMENT_ALIGNMENT) * SEGMENT_ALIGNMENT
