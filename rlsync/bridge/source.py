@@ -23,29 +23,36 @@ from rlsync.sync.source import Declared
 
 
 class MegatronSource:
-    """The parameters of this actor rank, where they lie, and how they are made fresh. Adapters are added to the weights that are sent, in
-    fp32 and bucket by bucket, and the base stays as it is; or they are sent beside it, their B multiplied by their scaling in fp32.
+    """The ``Source`` of a Megatron actor: the parameters of this rank where they lie, without a copy.
+
+    Models with LoRA adapters are sent in one of two ways, and the base parameters change in neither. ``merged``: each adapter is added to
+    its weight in fp32, bucket by bucket, and the sum is cast. ``adapter``: A and B are sent beside the base, B multiplied by the scaling.
 
     Attributes:
-        tensors: every HF tensor, in layer order, with the dtype of the parameters; with adapters beside it every factor after them, by its
-            name in PEFT without the prefix. The same on all ranks.
+        tensors: every HF tensor in layer order, in the dtype of the parameters; with ``lora="adapter"`` followed by every factor under its
+            PEFT name without the ``base_model.model.`` prefix. The same on all ranks.
         placements: what each actor rank holds; index is the rank. The same on all ranks.
-        buffers: global name -> parameter or persistent buffer of this rank; factors only with adapters beside the base.
-        rank: of this process among the actor ranks.
-        stable_memory: whether the parameters stay in memory between syncs.
-        frozen: HF tensors whose parameters on this rank took no gradient when the source was made, and into which no adapter is merged.
-        declared: ``merge`` before every tensor that has an adapter, or ``scale`` before every B.
+        buffers: global name -> parameter or persistent buffer of this rank; with ``lora="adapter"`` the factors, too.
+        rank: of this process in torch's default process group.
+        stable_memory: whether the parameters stay allocated between syncs.
+        frozen: HF tensors whose parameters on this rank did not require gradients when the source was made, without those that have a
+            merged adapter.
+        declared: transform ``merge`` for every tensor with a merged adapter, or ``scale`` for every B.
     """
 
     def __init__(
         self, bridge: AutoBridge, models: Sequence[torch.nn.Module], *, stable_memory: bool = True, lora: LoraSync = "merged"
     ) -> None:
-        """Compare the models with the family's table. Not collective. Raises PlacementError, and ConfigError where adapters are to be sent
-        and the models have none, or some that engines would leave out.
+        """Check the models against the family's table. Not collective.
 
         Args:
-            stable_memory: False where parameters are offloaded between syncs: device memory that an engine has mapped would not be freed.
-            lora: ``adapter`` sends adapters beside their base, as ``weight_sync.lora`` says.
+            bridge: of the model.
+            models: chunks of this rank as ``AutoBridge.get_model`` returned them, or a trainer's own, wrapped or not.
+            stable_memory: False where parameters are offloaded between syncs; engines then unmap them, so that their memory can be freed.
+            lora: how adapters are sent; the same as ``SyncConfig.lora``.
+
+        Raises PlacementError where parameters are not those of the table, and ConfigError where ``lora="adapter"`` and the models have no
+        adapters, or some that engines cannot hold.
         """
         shards = bridge.shards(models)
         self._models, self.stable_memory = models, stable_memory
@@ -103,10 +110,10 @@ class MegatronSource:
         )
 
     def begin(self, version: int) -> None:
-        """Make the parameters those after the last optimizer step. Collective over the data-parallel groups.
+        """Gather parameters that an optimizer step has left sharded (``overlap_param_gather``). Collective over the data-parallel groups.
 
-        Raises PlacementError where a module has another parameter or buffer than when this source was made: what it had would be sent;
-        and where a parameter is trained now that was frozen then: engines would keep what they have of it.
+        Raises PlacementError where a module has another parameter or buffer object than when this source was made, whose old values would
+        be sent; and where a parameter requires gradients that was frozen then, which engines would not be sent again.
         """
         trained = [name for name, parameter in self._idle if parameter.requires_grad]
         if trained:

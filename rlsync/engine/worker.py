@@ -54,12 +54,17 @@ T = TypeVar("T")
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where to dial, and as whom. ``timeout_s`` bounds every phase.
+    """Arguments of vLLM's ``init_weight_transfer_engine``.
 
-    ``purpose`` is ``sync``; or ``inspect`` to tell hashes; or ``compare``: with ``attempt`` 0 to connect beside the connection
-    that there may be, then with 1 to take buckets in and tell what they would change: of an engine with slots for adapters, in its base.
-    The last two change nothing.
-    ``serves_adapters``: whether who drives this engine has its requests run on the adapters that a sync brings.
+    Attributes:
+        endpoint: of the coordinator, as ``tcp://127.0.0.1:41321``.
+        token, run_id: secret and name of the run, which the coordinator compares.
+        engine_id: as the handle on rank 0 calls this engine.
+        timeout_s: deadline of each phase.
+        purpose: ``sync`` to be synced; ``inspect`` to send hashes of all that the engine computes from; ``compare`` to find out what a sync
+            would change. The last two change nothing in the engine, nor in a connection that it has.
+        attempt: of a comparison 0 to connect, and 1 to compare.
+        serves_adapters: whether the handle routes requests to the adapters that a sync brings.
     """
 
     endpoint: str
@@ -74,10 +79,14 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Which sync to join. Names, shapes and places were agreed on at connect; ``attempt`` counts the syncs since then.
+    """Arguments of vLLM's ``update_weights``: which sync to join. Names, shapes and destinations were agreed on at connect.
 
-    Where adapters are synced: ``adapter_id`` is what vLLM calls those of this version, until a server gives them a number of its own: one
-    that is greater than all before. ``adapters_in_use`` are those of requests in flight.
+    Attributes:
+        version: to commit.
+        attempt: number of this sync since connect, from 1.
+        adapter_id: where adapters are synced, vLLM's ``lora_int_id`` of this version, greater than all before; a server gives it another
+            number when it loads them (``find_adapter``).
+        adapters_in_use: ids of adapters that running requests compute with; their slots are not overwritten.
     """
 
     version: int
@@ -239,8 +248,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Nothing: the reload begins when the actor's side is known to be there."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Take part in one sync, until every worker of every engine has committed. The model has the version, or gives no answers until
-        it has one."""
+        """Take part in one sync; returns when every worker of every engine has committed. After an error the model refuses to compute until
+        a later sync commits."""
         with self._raising_once():
             self._receive(update_info)
 

@@ -1,4 +1,4 @@
-"""The seam of the actor's side: whose weights a sync sends."""
+"""The seam of the actor's side: what WeightSyncer needs of whoever holds weights, and what is computed before they are copied."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from rlsync.layout.geometry import Placement, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """Transforms that a source declares, of what is more than a cast of one of its buffers.
+    """What the sender computes before it copies, other than a cast: merged adapters, scaled factors.
 
     Attributes:
-        transforms: rows of ``rlsync.plan.transforms`` by HF tensor; the same on all ranks.
-        compute: gives for buffers of this rank, by name, new contiguous tensors of their shapes, out of which such tensors are taken.
-            Called once for each bucket that has some of them; not collective.
-        adapter: which of the tensors are low-rank adapters that engines hold beside the others, for ``weight_sync.lora=adapter``; the
-            same on all ranks. None: engines know of none.
+        transforms: HF name -> name of a row of ``rlsync.plan.transforms.TRANSFORMS``; the same on all ranks. Other tensors are copied as
+            they lie.
+        compute: takes names of buffers of this rank, and returns for each a new contiguous tensor of its shape, from which these tensors
+            are copied. Called once for each bucket that has such tensors; not collective. None where nothing is declared.
+        adapter: which tensors are LoRA factors that engines hold beside the base (``weight_sync.lora=adapter``); the same on all ranks.
+            None where engines get weights alone.
     """
 
     transforms: Mapping[str, str] = field(default_factory=dict)
@@ -32,7 +33,7 @@ class Declared:
 
 
 class Source(Protocol):
-    """Weights of the actor; one on each actor rank."""
+    """The weights of an actor as one actor rank sees them. ``rlsync.MegatronSource`` is one."""
 
     @property
     def tensors(self) -> Sequence[TensorSpec]:
@@ -41,39 +42,45 @@ class Source(Protocol):
 
     @property
     def placements(self) -> Sequence[Placement]:
-        """What each actor rank holds, by rank; the same on all ranks."""
+        """Which boxes of which tensors each actor rank holds, and where in its buffers; index is the rank. The same on all ranks."""
         ...
 
     @property
     def buffers(self) -> Mapping[str, torch.Tensor]:
-        """Memory of this rank's placement, by buffer name: contiguous tensors, the same objects for good, of constant shape and dtype."""
+        """The memory of this rank's placement by buffer name: contiguous tensors in host memory or on one GPU.
+
+        The tensor objects, their shapes and dtypes stay the same from ``connect`` to ``close``; addresses may change between syncs.
+        """
         ...
 
     @property
     def stable_memory(self) -> bool:
-        """Whether the buffers stay allocated between syncs. If not, engines unmap them at the end of each sync."""
+        """Whether the buffers stay allocated between syncs. False where they are offloaded: engines then unmap them after each sync."""
         ...
 
     @property
     def frozen(self) -> frozenset[str]:
-        """HF tensors of which this rank holds a part, and trains none of it: they stay what they are from the first sync on.
+        """HF tensors of which this rank holds a part that does not change after the first sync.
 
-        Engines that hold them are not sent them again; checksums of both sides are compared in every sync nevertheless.
+        A tensor that is frozen on every rank that holds it is sent to an engine once; its checksums are compared in every sync.
         """
         ...
 
     @property
     def declared(self) -> Declared:
-        """What the sender computes of the buffers before it is copied; ``Declared()`` where all is sent as it lies."""
+        """What is computed from the buffers before it is copied; ``Declared()`` where nothing is."""
         ...
 
     def begin(self, version: int) -> None:
-        """Make the weights those of ``version``. May be collective over the actor ranks."""
+        """Bring the buffers up to date for ``version``, as by gathering parameters after an optimizer step.
+
+        Called in each sync before anything is read. May be collective over the actor ranks.
+        """
         ...
 
 
 def ranges_of(names: Collection[str], tensors: Sequence[TensorSpec]) -> tuple[tuple[int, int], ...]:
-    """The numbers of the named tensors as half-open ranges."""
+    """The positions of the named tensors in ``tensors``, as half-open ranges."""
     ranges: list[tuple[int, int]] = []
     for number in (number for number, tensor in enumerate(tensors) if tensor.name in names):
         if ranges and ranges[-1][1] == number:

@@ -54,7 +54,7 @@ _LAST_CALL_S = 0.5
 
 
 class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What rank 0 broadcasts: where to dial and for which run, or the error that kept it from listening."""
+    """What rank 0 broadcasts in ``connect``: the coordinator's address, token and run id, or the error that kept rank 0 from listening."""
 
     endpoint: str = ""
     token: str = ""
@@ -90,19 +90,25 @@ class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightSyncer:
-    """Syncs engines with an actor. ``connect`` once, ``sync`` for each version, ``close``; all collective over the actor ranks.
+    """Sends an actor's weights to engines: ``connect`` once, ``sync`` for each version, ``close``.
 
-    Attributes:
-        health: what failed so far and which engines are dirty; filled on rank 0.
-        connect_seconds: of the last ``connect``, on rank 0: ``record`` until all workers have said what they hold, ``plan``, ``attach``
-            until all have their ends of the transports and engines their programs, ``prepare`` until this rank has its own, too.
+    Made on every actor rank. All calls are collective over the actor ranks, though no collective of a process group runs inside ``sync``
+    but the source's own. A context manager that closes itself.
 
     Args:
-        source: this rank's source.
-        engines: handles of all engines, on rank 0; other ranks give none.
-        rank, world_size: of this actor rank among all actor ranks.
-        broadcast: returns rank 0's argument on every rank; called once in ``connect``. May be any collective over the actor
-            ranks, for instance through the trainer's process group; a single rank needs none.
+        source: weights of this rank, such as a ``MegatronSource``.
+        engines: on rank 0 the handle of each engine; ignored on other ranks.
+        config: settings of the connection, the same on all ranks.
+        rank, world_size: of this process among the actor ranks.
+        broadcast: returns the bytes that rank 0 was called with, on every rank: any collective over the actor ranks, as through the
+            trainer's process group. Called once in each ``connect``. None with one rank.
+
+    Attributes:
+        health: on rank 0, failed syncs by phase and the engines that are dirty.
+        connect_seconds: on rank 0, seconds of the parts of the last ``connect``: ``record`` (workers record their layouts), ``plan``,
+            ``attach`` (all peers open their ends of the transports, and workers bind their copies), ``prepare`` (rank 0 binds its own).
+
+    Raises ConfigError: rank 0 has no engine, several ranks have no ``broadcast``, or source and config differ about adapters.
     """
 
     def __init__(
@@ -141,14 +147,17 @@ class WeightSyncer:
     # Connect.
 
     def connect(self, engines: Sequence[EngineHandle] | None = None, source: Source | None = None) -> None:
-        """Let all workers and ranks dial in, record what the workers hold, and plan. Collective over the actor ranks.
+        """Connect to every worker of every engine: workers record their layouts, rank 0 plans, all ranks open their transports.
 
-        May be called again after ``close``, with other engines where some were restarted or added: versions then start over,
-        and every engine serves after the next sync. Raises the same WeightSyncError on all ranks.
+        Collective over the actor ranks; takes seconds. Call it again after ``close``, with other handles where engines were restarted or
+        added: versions then start over, and each engine serves from the next sync on.
 
         Args:
-            engines: new handles, on rank 0; None keeps the former ones.
-            source: of this rank from now on, as where parameters are other objects than before; None keeps the former one.
+            engines: new handles, on rank 0; None keeps those there are.
+            source: new source of this rank, for a trainer whose parameters have become other objects; None keeps the one there is.
+
+        Raises WeightSyncError with phase ``connect``, the same on all ranks: a peer did not come within ``config.timeout_s``, names or
+        shapes do not fit, or a transport or sink cannot serve a worker. Engines are dirty then.
         """
         if self._peer is not None:
             raise WeightSyncError(phase="connect", cause="this syncer is connected; close() it first")
@@ -342,9 +351,15 @@ class WeightSyncer:
     # Sync.
 
     def sync(self, version: int) -> SyncReport:
-        """Give all engines the actor's present weights under ``version``. Collective over the actor ranks.
+        """Bring the source's current weights to all engines as ``version``; returns when every engine serves them.
 
-        Returns when every engine serves them. Raises the same WeightSyncError on all ranks; the engines are dirty then.
+        Collective over the actor ranks. Nothing may write to the source's buffers meanwhile.
+
+        Args:
+            version: greater than that of the last sync of this connection; usually the optimizer step.
+
+        Returns the report of rank 0, on all ranks. Raises WeightSyncError, the same on all ranks, where it did not commit: every engine is
+        dirty then, and refuses to generate until a later sync commits or it is restarted.
         """
         if self._connection is None:
             raise WeightSyncError(phase="connect", version=version, cause="this syncer is not connected; call connect() first")
@@ -375,17 +390,18 @@ class WeightSyncer:
         return report
 
     def _may_pass_over_frozen(self) -> bool:
-        """Rank 0: whether every engine has what is frozen from the sync before. One that slept without weights (level 2) is dirty.
+        """Rank 0: whether frozen tensors need not be sent, because every engine has them from the sync before.
 
-        Checksums notice what a handle does not know of, such as a server that somebody else put to sleep; without any all is sent.
+        An engine that slept at level 2 has lost them, and is dirty. What a handle does not know of, such as a server that somebody else put
+        to sleep, is found by the checksums of every sync; with ``verify`` off nothing would find it, so everything is sent.
         """
         has_frozen = self._plan is not None and self._plan.num_frozen > 0 and self._config.verify != OFF
         return has_frozen and self._engines_hold_frozen and all(_is_clean(engine) for engine in self._engines)
 
     def close(self) -> None:
-        """Leave: unmap the ring, close the group and the channel. Engines keep what they serve. Idempotent; waits for nobody.
+        """End the connection of this rank; engines keep serving their version. Not collective, idempotent, waits for nobody.
 
-        A staging ring in GPU memory stays until the workers have connected again, or until this object goes: they map it until then.
+        A staging ring in GPU memory, which workers may still map, is freed when they have connected again or with this object.
         """
         if self._peer is not None:
             self._peer.send(m.Goodbye())
@@ -406,7 +422,7 @@ class WeightSyncer:
 
 
 def _fitting(source: Source, config: SyncConfig) -> Source:
-    """The source. Raises ConfigError where it sends other things than ``config`` says."""
+    """``source``, where it agrees with ``config`` about adapters. Raises ConfigError otherwise."""
     if (source.declared.adapter is not None) != (config.lora == "adapter"):
         has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
         raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
@@ -414,7 +430,7 @@ def _fitting(source: Source, config: SyncConfig) -> Source:
 
 
 def _check_handle(engine: EngineHandle) -> None:
-    """Raises ConfigError for one that lacks a call of a sync, before it is made when other engines are paused."""
+    """Raise ConfigError for a handle that lacks a method of a sync. At connect, because in a sync other engines would be paused already."""
     missing = [call for call in ("init_weight_transfer", "sync", "mark_dirty") if not callable(getattr(engine, call, None))]
     if missing:
         raise ConfigError(
@@ -424,7 +440,7 @@ def _check_handle(engine: EngineHandle) -> None:
 
 
 def _is_clean(engine: EngineHandle) -> bool:
-    """Whether an engine says so. One that cannot be asked is lost, maybe with its process: its pause tells all ranks why, and in time."""
+    """Whether the engine's state is clean. False for one that cannot be asked: its pause, which follows, tells all ranks why."""
     try:
         return engine.state == "clean"
     except Exception as error:
@@ -433,7 +449,7 @@ def _is_clean(engine: EngineHandle) -> bool:
 
 
 class _Laps:
-    """Seconds by what they were spent on, one thing after the other."""
+    """A stopwatch: ``seconds`` by name, each from the lap before."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -450,6 +466,6 @@ def _device() -> torch.device | None:
 
 
 def _gpu_uuid() -> str | None:
-    """Its UUID."""
+    """The UUID of that GPU."""
     device = _device()
     return None if device is None else str(torch.cuda.get_device_properties(device).uuid)

@@ -1,4 +1,4 @@
-"""Handles of engines, as the actor's side and the rollout loop use them: their protocol, and its data. Imports no vLLM."""
+"""Engine handles: the protocol by which WeightSyncer drives an engine, and the data of its calls and of generation. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PicturePrompt:
 
     Attributes:
         token_ids: with one placeholder (``image_token_id`` of config.json) for each picture, as a chat template writes it. The engine
-            makes it as many as the picture takes, by the processor in the model's folder.
+            repeats it as often as the picture has features, by the processor in the model's folder.
         pictures: ``PIL.Image.Image`` in RGB, in the order of their placeholders.
     """
 
@@ -32,14 +32,15 @@ Prompt = Sequence[int] | PicturePrompt
 
 @dataclass(frozen=True, slots=True)
 class SyncOrder:
-    """What an engine has to do in one sync.
+    """Arguments of ``EngineHandle.sync``.
 
     Attributes:
-        pause_mode: what becomes of running requests.
-        sync: names the sync to ``pause`` and ``mark_dirty``.
-        update_info: for the workers.
-        version: that it serves afterwards.
-        phase_s: deadline of a pause, and of a resume. update_s: of the update between.
+        pause_mode: what happens to running requests; see ``EngineHandle.pause``.
+        sync: identifies this sync in ``pause`` and ``mark_dirty``.
+        update_info: for ``update_weights``.
+        version: for ``resume``.
+        phase_s: deadline of the pause, and of the resume, in seconds.
+        update_s: deadline of the update, in seconds.
     """
 
     pause_mode: PauseMode
@@ -51,62 +52,71 @@ class SyncOrder:
 
     @property
     def timeout_s(self) -> float:
+        """Deadline of all three, in seconds."""
         return 2 * self.phase_s + self.update_s
 
 
 class EngineHandle(Protocol):
-    """An engine as WeightSyncer drives it from rank 0. Every call blocks, is bounded by ``timeout_s`` and may run in its own thread."""
+    """An engine as WeightSyncer drives it, on actor rank 0. Calls block for at most ``timeout_s`` seconds, and may come from any thread.
+
+    ``Engine``, ``RayEngine`` and ``HttpEngine`` are handles. One of your own needs ``state``, ``init_weight_transfer``, ``sync`` and
+    ``mark_dirty``, and can make ``sync`` of ``pause``, ``update_weights`` and ``resume`` by ``call_in_turn``.
+
+    Attributes:
+        engine_id: names the engine in errors and metrics; unique among the engines of a syncer.
+        num_workers: worker processes of the engine, data-parallel replicas included.
+    """
 
     engine_id: str
     num_workers: int
 
     @property
     def state(self) -> str:
-        """``clean``, ``syncing`` or ``dirty``."""
+        """``clean`` (serves a committed version), ``syncing``, or ``dirty`` (holds no committed version, and refuses to generate)."""
         ...
 
     @property
     def version(self) -> int | None:
-        """Version that is served, or None for the weights of the start."""
+        """The version that is served; None for the weights that the engine was started with."""
         ...
 
     def init_weight_transfer(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        """Make every worker dial home; returns when all peers of the run are connected."""
+        """vLLM's ``init_weight_transfer_engine``: every worker connects to the coordinator, with ``init_info`` as the fields of
+        ``rlsync.engine.worker.InitInfo``. Returns when all peers of the run are connected."""
         ...
 
     def sync(self, order: SyncOrder) -> float:
-        """``pause``, ``update_weights`` and ``resume``, where the engine is: each way to it counts. Seconds that the last one took.
+        """``pause``, ``update_weights`` and ``resume`` in one call, because each round trip to a remote engine costs time.
 
-        Raises EngineCallError, which names the call that failed; none is begun behind that, nor behind ``mark_dirty`` of this sync.
+        Returns the seconds that ``resume`` took. Raises EngineCallError naming the call that failed. No further call is begun after a
+        failure, nor after ``mark_dirty`` of this sync.
         """
         ...
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
-        """Enter ``syncing``: running requests are aborted, awaited or kept, new ones wait.
+        """Enter ``syncing``: new requests wait, and running ones are aborted, awaited or kept as ``mode`` says.
 
-        Returns when nothing that is asked of the engine afterwards can find it running.
-        ``sync`` names what the engine is paused for. Raises EngineDirtyError where ``mark_dirty`` has named it already.
+        Returns when the engine computes nothing more. Raises EngineDirtyError where ``mark_dirty`` has been called for ``sync``.
         """
         ...
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
-        """One sync in all workers, until the workers of all engines have committed.
-
-        Then everything computed from the former weights is forgotten: prefix, multimodal and encoder caches.
-        """
+        """One sync in all workers of this engine; returns when the workers of all engines have committed and this engine's caches (prefix,
+        multimodal, encoder) are reset. ``update_info``: fields of ``rlsync.engine.worker.UpdateInfo``, and ``keeps_caches``."""
         ...
 
     def resume(self, version: int | None, timeout_s: float) -> None:
-        """Become ``clean`` at ``version`` (None: the weights of the start) and serve."""
+        """Become ``clean`` at ``version`` (None: the weights of the start) and serve requests again."""
         ...
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
-        """Refuse to serve, for this reason, until a later sync is complete. Calls of ``sync`` may still be in progress."""
+        """Become ``dirty``: refuse requests, with this reason, until a later sync commits. Does not block, and may be called while other
+        calls of the sync named ``sync`` are in progress."""
         ...
 
 
 def call_in_turn(calls: Mapping[str, Callable[[], object]]) -> float:
-    """Make the calls of a sync, in their order. Seconds that the last one took. Raises EngineCallError for one that fails."""
+    """Make the named calls of a sync one after the other. Returns the seconds of the last. Raises EngineCallError for one that fails."""
     began_s = time.monotonic()
     for name, call in calls.items():
         began_s = time.monotonic()
@@ -119,15 +129,18 @@ def call_in_turn(calls: Mapping[str, Callable[[], object]]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled continuation.
+    """One sampled continuation of a prompt.
 
-    ``token_ids`` and ``logprobs`` have equal length, unless no log-probabilities were asked for; one is that of the sampled
-    token, as vLLM's ``logprobs_mode`` defines it. ``finish_reason`` is vLLM's: ``stop``, ``length``, or ``abort`` for what a pause cut
-    off, with the tokens so far. ``version`` sampled the first token and ``last_version`` the last; they differ for requests that went
-    through a sync. None means the weights the engine was started with. Where vLLM does not say (before 0.32, and over HTTP) they are
-    the versions at admission and at completion, so that a request which waited out a sync is called older than it is.
-    ``routes`` are the experts that prompt and continuation went to, but for the last token, which was never computed: an array
-    (tokens, layers, topk) of integers, by an ``Engine`` that was started with ``enable_return_routed_experts``.
+    Attributes:
+        token_ids: sampled tokens.
+        logprobs: log-probability of each sampled token, as vLLM's ``logprobs_mode`` defines it; empty where none were asked for.
+        finish_reason: vLLM's: ``stop``, ``length``, or ``abort`` where a pause cut the request off.
+        version: of the weights that sampled the first token; None for those that the engine was started with.
+        last_version: of the weights that sampled the last token, which differs for a request that went through a sync. Where vLLM does not
+            report them (before 0.32, and over HTTP) both are the engine's versions when the request was admitted and when it ended, so
+            that one which waited out a sync seems older than it is.
+        routes: experts of each token, integers of shape (tokens, layers, topk); prompt and continuation without the last token, which no
+            forward pass has seen. From an ``Engine`` started with ``enable_return_routed_experts``, else None.
     """
 
     token_ids: tuple[int, ...]
