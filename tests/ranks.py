@@ -58,6 +58,11 @@ def free_port() -> int:
             return s.getsockname()[1]
 
 
+def said(output: str) -> Any:
+    """What a rank has printed behind ``SAID``, in JSON."""
+    return json.loads(output.split("SAID ")[1].splitlines()[0])
+
+
 def run_ranks(world_size: int, module: str, function: str, *, timeout_s: float = HANG_S, **kwargs: Any) -> list[str]:
     """Call ``module.function(**kwargs)`` (JSON-able arguments) on every rank; returns the output of each.
 

@@ -46,7 +46,7 @@ from workers.model_folder import (
     text_config,
     token_ids,
 )
-from workers.placement import ComponentPlacement, PlacementMode, components_of, resolve_placement
+from workers.placement import ComponentPlacement, PlacementMode, components_of, device_range, resolve_placement
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
 from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
@@ -100,11 +100,13 @@ def check_devices(config: AnyConfig, report: Report) -> None:
         )  # fmt: skip
         layout = " ".join(f"{axis} {size}" for axis, size in axes if size > 1)
         kind = "GPUs" if report.on_gpus else "process slots"
-        report.plan.append(("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {_range(resolved.actor)}"))
+        report.plan.append(
+            ("actor", f"{topology.world_size} ranks{f' ({layout})' if layout else ''} on {kind} {device_range(resolved.actor)}")
+        )
         if not engines:
             return
         size = config.rollout.tensor_parallel_size
-        engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {_range(resolved.rollout)}"
+        engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {device_range(resolved.rollout)}"
         report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}"))
         if config.runner.async_steps:
             report.plan.append(("rollouts", "a step ahead of training"))
@@ -297,7 +299,3 @@ def _is_damaged(archive: Path) -> bool:
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError):
         # What zipfile makes of a flipped bit: another way to compress, a password that is asked for, a name that is no text.
         return True
-
-
-def _range(devices: Sequence[int]) -> str:
-    return str(devices[0]) if len(devices) == 1 else f"{devices[0]}-{devices[-1]}"

@@ -100,8 +100,8 @@ def _mode(actor: tuple[int, ...], rollout: tuple[int, ...]) -> PlacementMode:
     shared = sorted(set(actor) & set(rollout))
     if shared:
         raise ConfigError(
-            f"cluster.component_placement: actor on {_text(actor)} and rollout on {_text(rollout)} share only {_text(tuple(shared))}; "
-            "they must share all devices or none"
+            f"cluster.component_placement: actor on {device_range(actor)} and rollout on {device_range(rollout)} share only "
+            f"{device_range(shared)}; they must share all devices or none"
         )
     return PlacementMode.DISAGGREGATED
 
@@ -150,5 +150,6 @@ def _unknown_component(name: str, components: Sequence[str]) -> str:
     return f"cluster.component_placement: unknown component {name!r}; did you mean {near[0]!r}?"
 
 
-def _text(devices: tuple[int, ...]) -> str:
+def device_range(devices: Sequence[int]) -> str:
+    """Contiguous devices as the configuration names them: ``3`` or ``0-3``."""
     return str(devices[0]) if len(devices) == 1 else f"{devices[0]}-{devices[-1]}"

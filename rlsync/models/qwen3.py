@@ -17,7 +17,8 @@ QWEN3_KEYS: Mapping[str, Key] = {
 }
 
 
-def _features(values: Mapping[str, Any]) -> frozenset[str]:
+def qwen3_features(values: Mapping[str, Any]) -> frozenset[str]:
+    """Of every Qwen3: a norm of each query and key head."""
     return dense_features(values) | {"qk_norm"}
 
 
@@ -27,7 +28,7 @@ QWEN3 = Family(
     keys=QWEN3_KEYS,
     dims=dense_dims,
     contradictions=dense_contradictions,
-    features=_features,
+    features=qwen3_features,
     transformer=dense_transformer,
     stacks=DENSE_STACKS,
 )

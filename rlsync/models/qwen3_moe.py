@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import dense_contradictions, dense_features
+from rlsync.models.dense import dense_contradictions
 from rlsync.models.keys import HFConfig, Key, size, unsupported
 from rlsync.models.moe import SPARSE_KEYS, expert_dims, expert_stacks, expert_transformer, impossible_choice, without_experts
-from rlsync.models.qwen3 import QWEN3_KEYS
+from rlsync.models.qwen3 import QWEN3_KEYS, qwen3_features
 from rlsync.models.stacks import Family
 
 QWEN3_MOE_KEYS: Mapping[str, Key] = {
@@ -23,24 +23,21 @@ QWEN3_MOE_KEYS: Mapping[str, Key] = {
 }
 
 
-def _num_experts(values: Mapping[str, Any]) -> int:
+def num_experts(values: Mapping[str, Any]) -> int:
+    """Of a layer, under either of its names."""
     return int(values["num_experts"] if values["num_local_experts"] is None else values["num_local_experts"])
 
 
 def _dims(values: Mapping[str, Any]) -> dict[str, int]:
-    return expert_dims(values, _num_experts(values), values["moe_intermediate_size"])
+    return expert_dims(values, num_experts(values), values["moe_intermediate_size"])
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    findings = dense_contradictions(values, config) + without_experts(values) + impossible_choice(values, _num_experts(values))
+    findings = dense_contradictions(values, config) + without_experts(values) + impossible_choice(values, num_experts(values))
     one, other = config.get("num_experts"), config.get("num_local_experts")
     if None not in (one, other) and one != other:
         findings.append(f"num_experts is {one} and num_local_experts is {other}: both name the number of experts; keep one of them")
     return findings
-
-
-def _features(values: Mapping[str, Any]) -> frozenset[str]:
-    return dense_features(values) | {"qk_norm"}
 
 
 QWEN3_MOE = Family(
@@ -49,7 +46,7 @@ QWEN3_MOE = Family(
     keys=QWEN3_MOE_KEYS,
     dims=_dims,
     contradictions=_contradictions,
-    features=_features,
+    features=qwen3_features,
     transformer=expert_transformer,
     stacks=expert_stacks(),
 )

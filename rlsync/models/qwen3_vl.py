@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import dense_contradictions, dense_dims, dense_features, dense_stacks, dense_transformer
+from rlsync.models.dense import dense_contradictions, dense_dims, dense_stacks, dense_transformer
 from rlsync.models.keys import HFConfig, Key, only, shown, size
-from rlsync.models.qwen3 import QWEN3_KEYS
+from rlsync.models.qwen3 import QWEN3_KEYS, qwen3_features
 from rlsync.models.rope import RopeKind
 from rlsync.models.stacks import Index
 from rlsync.models.vision import (
@@ -68,10 +68,6 @@ def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
     return findings
 
 
-def _features(values: Mapping[str, Any]) -> frozenset[str]:
-    return dense_features(values) | {"qk_norm"}
-
-
 QWEN3_TOWER_STACKS = (
     tower_stack(
         whole("patch_embed.proj.weight", "vision", "3", "frames", "patch", "patch"),
@@ -115,7 +111,7 @@ QWEN3_VL = vision_family(
     rope=QWEN3_VL_ROPE,
     dims=_dims,
     contradictions=_contradictions,
-    features=_features,
+    features=qwen3_features,
     transformer=dense_transformer,
     stacks=(*QWEN3_TOWER_STACKS, *dense_stacks("model.language_model.")),
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsync.models.dense import dense_contradictions, dense_features
+from rlsync.models.dense import dense_contradictions
 from rlsync.models.keys import HFConfig, Key, harmless, only, size
 from rlsync.models.moe import expert_dims, expert_stacks, expert_transformer, impossible_choice, without_experts
-from rlsync.models.qwen3_moe import QWEN3_MOE_KEYS
+from rlsync.models.qwen3 import qwen3_features
+from rlsync.models.qwen3_moe import QWEN3_MOE_KEYS, num_experts
 from rlsync.models.qwen3_vl import QWEN3_TOWER_KEYS, QWEN3_TOWER_STACKS, QWEN3_VL_ROPE, qwen3_tower_contradictions, qwen3_tower_dims
 from rlsync.models.vision import vision_family
 
@@ -24,21 +25,13 @@ _TEXT: Mapping[str, Key] = {
 }
 
 
-def _num_experts(values: Mapping[str, Any]) -> int:
-    return int(values["num_experts"] if values["num_local_experts"] is None else values["num_local_experts"])
-
-
 def _dims(values: Mapping[str, Any]) -> dict[str, int]:
-    return {**expert_dims(values, _num_experts(values), values["moe_intermediate_size"]), **qwen3_tower_dims(values)}
+    return {**expert_dims(values, num_experts(values), values["moe_intermediate_size"]), **qwen3_tower_dims(values)}
 
 
 def _contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:
-    experts = without_experts(values) + impossible_choice(values, _num_experts(values))
+    experts = without_experts(values) + impossible_choice(values, num_experts(values))
     return dense_contradictions(values, config) + experts + qwen3_tower_contradictions(values)
-
-
-def _features(values: Mapping[str, Any]) -> frozenset[str]:
-    return dense_features(values) | {"qk_norm"}
 
 
 def _transformer(values: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, Any]:
@@ -55,7 +48,7 @@ QWEN3_VL_MOE = vision_family(
     rope=QWEN3_VL_ROPE,
     dims=_dims,
     contradictions=_contradictions,
-    features=_features,
+    features=qwen3_features,
     transformer=_transformer,
     stacks=(
         *QWEN3_TOWER_STACKS,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlsync.engine.handles import EngineHandle, PauseMode, SyncOrder, call_in_turn
+from rlsync.engine.handles import EngineHandle, PauseMode, SyncOrder, sync_in_turn
 from rlsync.errors import ConfigError, RlsyncError, WeightSyncError
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.source import Source
@@ -35,13 +35,7 @@ class _Compared:
         self._engine.init_weight_transfer(self._info, timeout_s)
 
     def sync(self, order: SyncOrder) -> float:
-        return call_in_turn(
-            {
-                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
-                "update": lambda: self.update_weights(dict(order.update_info), order.update_s),
-                "resume": lambda: self.resume(order.version, order.phase_s),
-            }
-        )
+        return sync_in_turn(self, order)
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         self._paused.set()

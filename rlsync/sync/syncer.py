@@ -435,7 +435,7 @@ def _check_handle(engine: EngineHandle) -> None:
     if missing:
         raise ConfigError(
             f"the handle of engine {engine.engine_id}, a {type(engine).__name__}, has no {', '.join(missing)}; EngineHandle of "
-            "rlsync.engine.handles says what each does, and call_in_turn beside it makes sync of pause, update_weights and resume"
+            "rlsync.engine.handles says what each does, and sync_in_turn beside it is a sync made of pause, update_weights and resume"
         )
 
 

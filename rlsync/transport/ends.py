@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
 
+import msgspec
 import torch
 
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
@@ -135,6 +136,14 @@ class Routes:
     num_slots: int
     num_steps: int = 1
     staged: frozenset[tuple[int, int]] = frozenset()
+
+
+class GivenPart(msgspec.Struct, frozen=True, array_like=True):
+    """The regions that an actor rank gives to a destination's part of one bucket, from byte ``offset`` of a slot on; 0 without slots."""
+
+    destination: int
+    offset: int
+    regions: tuple[Region, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.plan.packing import PackedPart, Region, pack_message
 from rlsync.plan.transports import Memory
 from rlsync.transport.cuda_memory import Allocation, ExportableMemory, Mappings, Size, allocation_number, allocation_of, can_be_exported
-from rlsync.transport.ends import Buffers, Ends, Hosted, Hosting, Local, Routes, given_by, name_of, names_of, placed
+from rlsync.transport.ends import Buffers, Ends, GivenPart, Hosted, Hosting, Local, Routes, given_by, name_of, names_of, placed
 
 
 class ExportedBuffer(msgspec.Struct, frozen=True, array_like=True):
@@ -54,16 +54,9 @@ class IpcExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stable_memory: bool = True
 
 
-class GivenPart(msgspec.Struct, frozen=True, array_like=True):
-    """The regions that an actor rank gives to one part; staged ones are packed as a message at byte ``offset`` of a slot."""
-
-    destination: int
-    offset: int
-    regions: tuple[Region, ...]
-
-
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank, by bucket: regions that are read in place, and regions that it stages in a ring of slots of ``stage_bytes``."""
+    """Of an actor rank, by bucket: regions that are read in place, and regions that it stages in a ring of slots of ``stage_bytes``, each
+    part packed as a message."""
 
     num_slots: int
     in_place: tuple[tuple[GivenPart, ...], ...]

@@ -24,7 +24,7 @@ import torch
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.errors import ConfigError
 from rlsync.plan.packing import PackedPart, Region, side_by_side
-from rlsync.transport.ends import Buffers, Ends, Hosted, Hosting, Local, PackedArrival, Routes, given_by, names_of, placed
+from rlsync.transport.ends import Buffers, Ends, GivenPart, Hosted, Hosting, Local, PackedArrival, Routes, given_by, names_of, placed
 
 SHM_DIR = Path("/dev/shm")
 HEADER_BYTES = mmap.PAGESIZE
@@ -168,19 +168,11 @@ class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot_bytes: int
 
 
-class RingPart(msgspec.Struct, frozen=True, array_like=True):
-    """What an actor rank gives of one part, which begins at byte ``offset`` of the slot."""
-
-    destination: int
-    offset: int
-    regions: tuple[Region, ...]
-
-
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank, by bucket."""
+    """Of an actor rank, by bucket: what it packs, with the byte of the slot at which each part begins."""
 
     ring: RingInfo
-    parts: tuple[tuple[RingPart, ...], ...]
+    parts: tuple[tuple[GivenPart, ...], ...]
 
 
 class ReceiverEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -226,9 +218,9 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
     offsets = [_offsets(routes, row) for row in routes.parts]
     rows = list(zip(routes.parts, offsets, strict=True))
 
-    def given(row: Sequence[PackedPart], at: Sequence[int], rank: int) -> tuple[RingPart, ...]:
+    def given(row: Sequence[PackedPart], at: Sequence[int], rank: int) -> tuple[GivenPart, ...]:
         mine = ((destination, given_by(row[destination], rank)) for destination in routes.destinations)
-        return tuple(RingPart(destination, at[destination], regions) for destination, regions in mine if regions)
+        return tuple(GivenPart(destination, at[destination], regions) for destination, regions in mine if regions)
 
     encode = msgspec.msgpack.encode
     senders = tuple(encode(SenderEnd(info, tuple(given(row, at, rank) for row, at in rows))) for rank in range(len(routes.actors)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from rlsync.convert.conversion import Request, convert
 from rlsync.convert.ranks import Ranks
@@ -24,6 +25,11 @@ def request(source: str | Path, target: str | Path, form: str, sizes: dict[str, 
     """A request with a topology of these sizes, with as few data-parallel ranks as there may be where they are not given."""
     topology = (Topology if "dp_size" in (sizes or {}) else smallest_topology)(**(sizes or {}))
     return Request(Path(source), Path(target), form, topology=topology, **options)  # type: ignore[arg-type]
+
+
+def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Those of all safetensors files in a folder."""
+    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
 
 
 def run_rank(asked: Request, silence_s: float) -> None:

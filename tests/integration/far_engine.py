@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from rlsync.engine.handles import SyncOrder, call_in_turn
+from rlsync.engine.handles import SyncOrder, sync_in_turn
 from rlsync.engine.handles.local import Engine
 from tests.integration import hosts
 
@@ -51,13 +51,7 @@ class FarEngine:
         self.call("init_weight_transfer", init_info, timeout_s)
 
     def sync(self, order: SyncOrder) -> float:
-        return call_in_turn(
-            {
-                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
-                "update": lambda: self.update_weights(dict(order.update_info), order.update_s),
-                "resume": lambda: self.resume(order.version, order.phase_s),
-            }
-        )
+        return sync_in_turn(self, order)
 
     def pause(self, mode: str, sync: str, timeout_s: float) -> None:
         self.call("pause", mode, sync, timeout_s)

@@ -15,7 +15,7 @@ import torch
 from tests.deadlines import HANG_S
 from tests.integration.actor_reference import make_samples, write_samples
 from tests.models import save_tiny_model
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, said
 from tests.vision_models import save_tiny_vision_model
 
 REPO = Path(__file__).resolve().parents[2]
@@ -45,10 +45,6 @@ def sampled(folder: Path) -> dict[str, str]:
     path = folder.with_suffix(".pt")
     write_samples(path, make_samples(str(folder)))
     return {"folder": str(folder), "samples": str(path)}
-
-
-def said(output: str) -> Any:
-    return json.loads(output.split("SAID ")[1].splitlines()[0])
 
 
 def train(world_size: int, given: dict[str, str], *cases: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from rlsync.bridge import checkpoint_folder
 from tests.models import save_tiny_model
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, said
 
 RANKS = "tests.integration.checkpoint_ranks"
 TP2 = {"tp_size": 2}
@@ -31,10 +31,6 @@ def saved(model, tmp_path_factory) -> tuple[Path, list[float]]:
     root = tmp_path_factory.mktemp("run")
     outputs = run_ranks(2, RANKS, "train_and_save", folder=model, topology=TP2, root=str(root))
     return root, said(outputs[0])
-
-
-def said(output: str):
-    return json.loads(output.split("SAID ")[1].splitlines()[0])
 
 
 def test_layout_is_the_documented_one(saved):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rlsync import models
 from rlsync.cli import main
@@ -23,7 +23,7 @@ from rlsync.convert import conversion
 from rlsync.convert.conversion import convert
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from tests.deadlines import HANG_S
-from tests.integration.conversions import ConvertingProcess, request, run, run_rank
+from tests.integration.conversions import ConvertingProcess, request, run, run_rank, tensors
 from tests.integration.test_convert_adapters import CASES, save_adapted
 from tests.models import DENSE_FAMILIES, MOE_FAMILIES, add_further_layer, save_tiny_model, tiny_config
 from tests.ranks import free_port, run_ranks
@@ -43,10 +43,6 @@ EXPERTS = (
 ADAPTED = {"qwen3_moe": {"tp_size": 2, "pp_size": 2, "ep_size": 2}}
 PICTURES = ({"tp_size": 2}, {"pp_size": 2}, {"tp_size": 4, "pp_size": 2})
 WEIGHTS = ("*.safetensors", "iter_*/*/*.pt")
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
 
 
 def shards(folder: Path) -> dict[str, dict]:

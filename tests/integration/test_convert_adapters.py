@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rlsync.cli import main
 from rlsync.convert.conversion import convert
 from rlsync.errors import ConfigError
-from tests.integration.conversions import request
+from tests.integration.conversions import request, tensors
 from tests.models import save_tiny_model, tiny_model
 from tests.vision_models import save_tiny_vision_model, tiny_vision_model
 
@@ -66,10 +66,6 @@ def save_as_base(model: Any, folder: Path) -> None:
 def adapted(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapted")
     return {family: save_adapted(root / family, family, spec) for family, (spec, _) in CASES.items()}
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
 
 
 def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

@@ -60,7 +60,7 @@ class EngineHandle(Protocol):
     """An engine as WeightSyncer drives it, on actor rank 0. Calls block for at most ``timeout_s`` seconds, and may come from any thread.
 
     ``Engine``, ``RayEngine`` and ``HttpEngine`` are handles. One of your own needs ``state``, ``init_weight_transfer``, ``sync`` and
-    ``mark_dirty``, and can make ``sync`` of ``pause``, ``update_weights`` and ``resume`` by ``call_in_turn``.
+    ``mark_dirty``, where ``sync`` may be ``sync_in_turn``.
 
     Attributes:
         engine_id: names the engine in errors and metrics; unique among the engines of a syncer.
@@ -113,6 +113,17 @@ class EngineHandle(Protocol):
         """Become ``dirty``: refuse requests, with this reason, until a later sync commits. Does not block, and may be called while other
         calls of the sync named ``sync`` are in progress."""
         ...
+
+
+def sync_in_turn(engine: EngineHandle, order: SyncOrder) -> float:
+    """``EngineHandle.sync`` of a handle that has ``pause``, ``update_weights`` and ``resume``, and no quicker way to all three."""
+    return call_in_turn(
+        {
+            "pause": lambda: engine.pause(order.pause_mode, order.sync, order.phase_s),
+            "update": lambda: engine.update_weights(dict(order.update_info), order.update_s),
+            "resume": lambda: engine.resume(order.version, order.phase_s),
+        }
+    )
 
 
 def call_in_turn(calls: Mapping[str, Callable[[], object]]) -> float:
