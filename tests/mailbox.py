@@ -11,7 +11,7 @@ import torch
 from rlsync.coordinator.messages import RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.plan.packing import Region, pack_message
-from rlsync.transport.ends import Buffers, Ends, Hosted, Hosting, Local, Routes, given_by
+from rlsync.transport.ends import Buffers, EndArguments, Hosted, HostSettings, Routes, SenderContext, given_by
 from rlsync.transport.p2p import steps_of, views
 
 # By what a sender exports: by destination and bucket, the message.
@@ -29,18 +29,18 @@ def finding(reports: Reports, worker: WorkerHello) -> str | None:
     return None if worker.pid_domain == "threads" else "it is no thread of this process"
 
 
-def host(routes: Routes, hosting: Hosting) -> None:
+def host(routes: Routes, settings: HostSettings) -> None:
     """Nothing."""
 
 
-def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
     ranks, encode = range(len(routes.actors)), msgspec.msgpack.encode
     given = [[tuple((d, given_by(row[d], rank)) for d in routes.destinations) for row in routes.parts] for rank in ranks]
     senders = tuple(encode(SenderEnd(rank, routes.num_slots, tuple(given[rank]))) for rank in ranks)
-    return Ends(senders, dict.fromkeys(routes.destinations, b""), dict.fromkeys(routes.destinations, tuple(ranks)))
+    return EndArguments(senders, dict.fromkeys(routes.destinations, b""), dict.fromkeys(routes.destinations, tuple(ranks)))
 
 
-def make_sender(end: bytes, local: Local) -> MailboxSender:
+def make_sender(end: bytes, context: SenderContext) -> MailboxSender:
     return MailboxSender(msgspec.msgpack.decode(end, type=SenderEnd))
 
 

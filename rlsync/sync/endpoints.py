@@ -11,7 +11,7 @@ from rlsync.coordinator.messages import ActorAssignment, WorkerAssignment
 from rlsync.copy.addresses import BufferAddresses
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.planning import ConnectionPlan
-from rlsync.transport.ends import Hosted, Hosting, Local, Sender, transport
+from rlsync.transport.ends import Hosted, HostSettings, Sender, SenderContext, transport
 
 
 class Endpoints:
@@ -32,9 +32,9 @@ class Endpoints:
 
     def host(self, plan: ConnectionPlan, config: SyncConfig) -> tuple[tuple[ActorAssignment, ...], tuple[WorkerAssignment, ...]]:
         """Rank 0: open what the plan's transports attach to; returns everybody's assignment."""
-        hosting = Hosting(config.bind_host, config.num_slots, config.timeout_s)
+        settings = HostSettings(config.bind_host, config.num_slots, config.timeout_s)
         for name, routes in plan.routes(config.num_slots).items():
-            hosted = transport(name).host(routes, hosting)
+            hosted = transport(name).host(routes, settings)
             if hosted is not None:
                 self.hosted[name] = hosted
         return plan.assignments(config.num_slots, config.verify, self.hosted)
@@ -52,8 +52,8 @@ class Endpoints:
         this rank exports."""
         _call_all(self._on_next)
         for name, end in assignment.ends.items():
-            local = Local(addresses, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon, self._on_next)
-            self.senders[name] = transport(name).make_sender(end, local)
+            context = SenderContext(addresses, stable_memory, timeout_s, device, self.hosted.get(name), self._on_abandon, self._on_next)
+            self.senders[name] = transport(name).make_sender(end, context)
         return lambda: join(self.senders, 0)
 
     def seal(self) -> None:

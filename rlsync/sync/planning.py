@@ -22,7 +22,7 @@ from rlsync.plan.planner import Plan, build_plan
 from rlsync.plan.transforms import TRANSFORMS
 from rlsync.plan.transports import TRANSPORTS, fills_buckets, in_one_group, in_place, is_staged
 from rlsync.sync.config import SyncConfig
-from rlsync.transport.ends import Ends, Hosted, Routes, transport
+from rlsync.transport.ends import EndArguments, Hosted, Routes, transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class ConnectionPlan:
         return actors, workers
 
 
-def _of_worker(ends: Ends, destination: int) -> tuple[bytes, tuple[int, ...]]:
+def _of_worker(ends: EndArguments, destination: int) -> tuple[bytes, tuple[int, ...]]:
     return ends.workers[destination], ends.imports.get(destination, ())
 
 

@@ -1,7 +1,10 @@
 """What a transport is: a sender on each actor rank, a receiver in each worker that it serves, and what rank 0 does for both.
 
-Owns the seam and the way to a transport's module; knows no transport. A new one is a module with the functions of ``Transport`` and
+Owns these protocols and the way to a transport's module; knows no transport. A new one is a module with the functions of ``Transport`` and
 a row of ``rlsync.plan.transports``.
+
+In a sync rank 0 calls nothing here. Each actor rank calls ``Sender.join``, and then for each bucket and each of its steps writes the
+``views`` inside ``sending``. Each worker calls ``Receiver.join``, and inside ``receiving`` for each bucket ``fetch`` and ``Arrival.land``.
 """
 
 from __future__ import annotations
@@ -23,26 +26,30 @@ from rlsync.errors import first_few
 from rlsync.plan.packing import PackedPart, Region, Segment
 from rlsync.plan.transports import TRANSPORTS
 
-# By name, contiguous and in checkpoint layout.
+# Tensors of a worker by buffer name: contiguous, and in checkpoint layout.
 Buffers = Mapping[str, torch.Tensor]
 
 
 class Sender(Protocol):
-    """An actor rank's end: memory that takes regions, and what becomes of it. Called by one thread."""
+    """An actor rank's end: memory into which regions are packed, and how readers get it. All calls come from one thread."""
 
     def join(self, group: int) -> bytes | None:
-        """Take part in the next sync, whose messages travel in the group of this number; collective over its members.
+        """Prepare for the next sync.
 
-        Returns this rank's export where it has changed since the last call.
+        Args:
+            group: number of the group of processes whose messages belong to it. Of a transport with groups the call is collective over the
+                members; others ignore it.
+
+        Returns this rank's encoded export (memory that readers map) where it has changed since the last call, else None.
         """
         ...
 
     def gives(self, bucket: int) -> Iterable[tuple[int, Region]]:
-        """Destinations and regions that it gives of a bucket, those that are read in place included."""
+        """What this rank gives of a bucket: (destination, region) pairs, including regions that are read in place."""
         ...
 
     def steps(self, bucket: int) -> range:
-        """The steps in which a bucket is sent; each is written inside ``sending`` before the next one."""
+        """Numbers of the steps in which a bucket is sent. A step is packed and sent before the next one is packed."""
         ...
 
     def views(self, step: int) -> Iterable[tuple[Region, torch.Tensor]]:
@@ -50,7 +57,7 @@ class Sender(Protocol):
         ...
 
     def sending(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """Inside, this thread may write the step's views; afterwards they are readable or in flight."""
+        """Around the writes to the views of a step. On exit they are readable, or on their way."""
         ...
 
     def close(self) -> None:
@@ -59,7 +66,7 @@ class Sender(Protocol):
 
 
 class Arrival(Protocol):
-    """A worker's part of a bucket, readable until the next bucket is fetched."""
+    """A worker's part of a bucket; readable until the next bucket is fetched."""
 
     def land(self, buffers: Buffers) -> None:
         """Copy every element to where it belongs. On CUDA the copies are enqueued on the current stream."""
@@ -67,48 +74,58 @@ class Arrival(Protocol):
 
 
 class Receiver(Protocol):
-    """A worker's end. No call blocks. Errors of the connection are ConnectionErrors."""
+    """A worker's end. No call blocks: None is for what is not there yet. Errors of the connection are ConnectionErrors."""
 
     @property
     def fd(self) -> int | None:
-        """Readable when a call that gave None is worth repeating; None where no call does."""
+        """A descriptor that becomes readable when a call that gave None should be repeated; None where no call gives None."""
         ...
 
     @property
     def lands_ahead(self) -> bool:
-        """Whether buckets are put into standing buffers as they come, before ``Ready`` is heard of them."""
+        """Whether buckets arrive in the standing buffers by themselves, maybe before the coordinator says that they are ready."""
         ...
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of memory that it takes in this process."""
+        """Bytes of memory that this end takes in the worker."""
         ...
 
     def join(self, group: int) -> bool | None:
-        """Begin a sync whose messages travel in the group of this number. True when this worker is in it."""
+        """Prepare for the next sync, as ``Sender.join``. True when this worker is in the group; None while it waits for other members."""
         ...
 
     def prepare(self, standing: Mapping[int, Buffers], exports: Sequence[RankExport]) -> None:
-        """Bind copies before the first sync. ``standing``: by bucket, the buffers that are the same in all syncs."""
+        """Bind copies before the first sync.
+
+        Args:
+            standing: bucket -> buffers that it lands in, for buckets whose buffers are the same in every sync.
+            exports: of the actor ranks that this worker reads.
+        """
         ...
 
     def receiving(self, standing: Mapping[int, Buffers], first: int = 0) -> contextlib.AbstractContextManager[object]:
-        """Around the ``fetch`` calls of a sync, until nothing is in flight. Buckets before ``first`` are not sent in it.
+        """Around the ``fetch`` calls of a sync; on exit nothing is in flight.
 
-        Where it ``lands_ahead``, the standing buffers may be written from now on, behind what this thread has enqueued so far.
+        Args:
+            standing: as of ``prepare``. Where this end ``lands_ahead``, they may be written from now on, after what this thread has
+                enqueued on the current stream.
+            first: buckets before this one are not sent in this sync.
         """
         ...
 
     def fetch(self, bucket: int, buckets_ready: int, exports: Sequence[RankExport]) -> Arrival | None:
-        """This worker's part of a bucket when it is here; it stays until a later bucket is asked for.
+        """This worker's part of a bucket, or None while it is not there. Buckets are asked for in order, without those of which this worker
+        takes nothing.
 
-        Buckets ``[0, buckets_ready)`` can be had, and any where it ``lands_ahead``; they are asked for in order, and not those of
-        which this worker takes nothing. ``exports``: new exports of actor ranks.
+        Args:
+            buckets_ready: buckets ``[0, buckets_ready)`` are readable; where this end ``lands_ahead``, any may be asked for.
+            exports: of actor ranks, renewed since the last call.
         """
         ...
 
     def abandon(self) -> None:
-        """After an error: nothing is written any more to what ``fetch`` gave."""
+        """After an error: from the return on, nothing writes to the worker's memory any more."""
         ...
 
     def close(self) -> None:
@@ -118,14 +135,17 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The work of one transport of a connection.
+    """What one transport of a connection has to carry.
 
     Attributes:
-        parts: of all destinations, by bucket and destination.
-        destinations: those that it serves.
-        actors, workers: names of the actor ranks, and of the one worker of each destination (the first, where several share one).
-        engines: of these workers.
-        staged: (destination, actor rank) pairs that go through a staging ring of the rank.
+        parts: what destinations take, by bucket and then by destination of the plan; those of other transports included.
+        destinations: numbers of the destinations that this transport serves.
+        actors: names of the actor ranks, by rank.
+        workers: for each of ``destinations`` the name of its worker, or of the first where several share it.
+        engines: for each of ``destinations`` the id of that worker's engine.
+        num_slots: buckets or messages that may be under way at a time.
+        num_steps: into how many steps the messages of a bucket are cut.
+        staged: (destination, actor rank) pairs whose regions go through a staging ring in GPU memory of that rank.
     """
 
     parts: tuple[tuple[PackedPart, ...], ...]
@@ -147,10 +167,13 @@ class GivenPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """Arguments of senders by actor rank, and of receivers by destination, encoded. ``imports``: actor ranks that a destination reads.
+class EndArguments:
+    """What ``make_sender`` and ``make_receiver`` get of ``Transport.assign``, encoded as the transport likes.
 
-    An actor rank that needs no sender has empty arguments.
+    Attributes:
+        actors: for each actor rank; empty for a rank that needs no sender.
+        workers: by destination.
+        imports: by destination the actor ranks whose exports its receiver reads.
     """
 
     actors: tuple[bytes, ...]
@@ -159,8 +182,8 @@ class Ends:
 
 
 @dataclass(frozen=True, slots=True)
-class Hosting:
-    """Settings of a connection that rank 0 needs to open what peers attach to. ``timeout_s``: of the phases."""
+class HostSettings:
+    """What of ``SyncConfig`` a transport's ``host`` needs; fields are those of ``SyncConfig``."""
 
     bind_host: str
     num_slots: int
@@ -171,25 +194,26 @@ class Hosted(Protocol):
     """A resource that rank 0 keeps open while a connection lasts."""
 
     def seal(self) -> None:
-        """Everybody is attached: nobody else may be."""
+        """All peers are attached: nobody else may attach."""
         ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """What a sender needs of its process.
+class SenderContext:
+    """What a sender gets of the actor rank that it runs in.
 
     Attributes:
         addresses: of the buffers of this rank's placement; refreshed before each call of ``join`` but the first.
-        stable_memory: whether it stays allocated between syncs.
+        stable_memory: whether these buffers stay allocated between syncs.
+        timeout_s: deadline of each phase.
         device: the GPU of this process, or None where it has touched none.
-        hosted: the resource that this process has opened for the transport, on rank 0.
-        on_abandon: a sender whose calls may wait adds what releases them. It is called after a failed sync, from any thread, and must be
-            idempotent and not block.
-        on_next: a sender that is closed adds what gives back memory which workers may still map. It is called when all workers of the next
-            connection are there, which have unmapped what they had by then.
+        hosted: on rank 0, what ``Transport.host`` returned.
+        on_abandon: a sender whose calls may block appends a function that releases them. It is called after a failed sync, from any thread,
+            maybe more than once, and must not block.
+        on_next: a sender that is closed appends a function that frees memory which workers may still map. It is called when all workers
+            have dialled in for the next connection: they have unmapped the former one's memory by then.
     """
 
     addresses: BufferAddresses
@@ -205,20 +229,24 @@ class Transport(Protocol):
     """The functions of a transport's module."""
 
     def finding(self, reports: Reports, worker: WorkerHello) -> str | None:
-        """Why a worker cannot be served so, or None."""
+        """Why this transport cannot serve a worker, as a sentence for an error; None where it can."""
         ...
 
-    def host(self, routes: Routes, hosting: Hosting) -> Hosted | None:
-        """Rank 0: open what both ends attach to, if anything."""
+    def host(self, routes: Routes, settings: HostSettings) -> Hosted | None:
+        """Rank 0: open what both ends attach to (a ring, a store); None where there is no such thing."""
         ...
 
-    def assign(self, routes: Routes, hosted: Hosted | None) -> Ends:
-        """Rank 0: what each end has to do. Opens nothing."""
+    def assign(self, routes: Routes, hosted: Hosted | None) -> EndArguments:
+        """Rank 0: the arguments of each end. Opens nothing."""
         ...
 
-    def make_sender(self, end: bytes, local: Local) -> Sender: ...
+    def make_sender(self, end: bytes, context: SenderContext) -> Sender:
+        """The end of this actor rank. ``end``: its arguments, of ``assign``."""
+        ...
 
-    def make_receiver(self, assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> Receiver: ...
+    def make_receiver(self, assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> Receiver:
+        """The end of this worker, whose arguments, of ``assign``, are ``assignment.end``."""
+        ...
 
 
 def transport(name: str) -> Transport:
@@ -227,13 +255,13 @@ def transport(name: str) -> Transport:
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> Receiver:
-    """The receiver that an assignment names. ``timeout_s``: of the phases. ``device``: of the worker."""
+    """The receiver of the transport that an assignment names. ``timeout_s``: deadline of each phase. ``device``: of the worker."""
     return transport(assignment.transport).make_receiver(assignment, timeout_s, device)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedArrival:
-    """A part that lies in a slot (1-D uint8, CPU or the model's device) as its segments say."""
+    """An ``Arrival`` in a slot: ``memory`` is 1-D uint8 on the CPU or the model's device, and ``segments`` say what is where in it."""
 
     memory: torch.Tensor
     segments: Sequence[Segment]
@@ -259,7 +287,7 @@ def placed(memory: torch.Tensor, offset: int, r: Region, strides: tuple[int, ...
 
 
 def given_by(part: PackedPart, rank: int) -> tuple[Region, ...]:
-    """Regions of a part that an actor rank gives."""
+    """The regions of a part that one actor rank gives."""
     return tuple(r for r in part.regions if r.source == rank)
 
 

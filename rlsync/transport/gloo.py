@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Work
 
 from rlsync.coordinator.messages import Reports, WorkerAssignment, WorkerHello
 from rlsync.transport import p2p
-from rlsync.transport.ends import Ends, Hosted, Local, Routes
+from rlsync.transport.ends import EndArguments, Hosted, Routes, SenderContext
 from rlsync.transport.p2p import GroupReceiver, GroupSender, SenderEnd, group_of
 from rlsync.transport.p2p import host as host
 from rlsync.transport.rendezvous import PATIENCE, GroupError, GroupInfo, barrier, compare, enter, seconds, sentence
@@ -37,14 +37,14 @@ def finding(reports: Reports, worker: WorkerHello) -> str | None:
     return None
 
 
-def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
     return p2p.assign(routes, hosted, "gloo")
 
 
-def make_sender(end: bytes, local: Local) -> GroupSender:
+def make_sender(end: bytes, context: SenderContext) -> GroupSender:
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    sender = GroupSender(decoded, lambda number: GlooCommunicator(decoded.group, number, local.timeout_s), torch.device("cpu"))
-    local.on_abandon.append(sender.abandon)
+    sender = GroupSender(decoded, lambda number: GlooCommunicator(decoded.group, number, context.timeout_s), torch.device("cpu"))
+    context.on_abandon.append(sender.abandon)
     return sender
 
 

@@ -26,7 +26,19 @@ from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.plan.packing import PackedPart, Region, pack_message
 from rlsync.plan.transports import Memory
 from rlsync.transport.cuda_memory import Allocation, ExportableMemory, Mappings, Size, allocation_number, allocation_of, can_be_exported
-from rlsync.transport.ends import Buffers, Ends, GivenPart, Hosted, Hosting, Local, Routes, given_by, name_of, names_of, placed
+from rlsync.transport.ends import (
+    Buffers,
+    EndArguments,
+    GivenPart,
+    Hosted,
+    HostSettings,
+    Routes,
+    SenderContext,
+    given_by,
+    name_of,
+    names_of,
+    placed,
+)
 
 
 class ExportedBuffer(msgspec.Struct, frozen=True, array_like=True):
@@ -89,11 +101,11 @@ def _boot_id(hello: ActorHello | WorkerHello) -> str:
     return hello.pid_domain.partition(":")[0]
 
 
-def host(routes: Routes, hosting: Hosting) -> None:
+def host(routes: Routes, settings: HostSettings) -> None:
     """Nothing: every actor rank exports its own memory."""
 
 
-def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
     """By actor rank, the regions it exports and stages; by reader, the places of its messages in the staging rings."""
     ranks, encode = range(len(routes.actors)), msgspec.msgpack.encode
     stages = [_stage(routes, row) for row in routes.parts]
@@ -111,7 +123,7 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
         for d in routes.destinations
     }
     imports = {d: tuple(sorted({r.source for row in routes.parts for r in row[d].regions})) for d in routes.destinations}
-    return Ends(tuple(senders), receivers, imports)
+    return EndArguments(tuple(senders), receivers, imports)
 
 
 def _read(routes: Routes, row: Sequence[PackedPart], rank: int, *, staged: bool) -> Iterator[tuple[int, tuple[Region, ...]]]:
@@ -131,10 +143,10 @@ def _stage(routes: Routes, row: Sequence[PackedPart]) -> tuple[dict[tuple[int, i
     return offsets, sizes
 
 
-def make_sender(end: bytes, local: Local) -> IpcSender:
-    assert local.device is not None, "a rank without a device exports nothing"
+def make_sender(end: bytes, context: SenderContext) -> IpcSender:
+    assert context.device is not None, "a rank without a device exports nothing"
     decoded = msgspec.msgpack.decode(end, type=SenderEnd)
-    return IpcSender(decoded, local.addresses, stable_memory=local.stable_memory, device=local.device, on_next=local.on_next)
+    return IpcSender(decoded, context.addresses, stable_memory=context.stable_memory, device=context.device, on_next=context.on_next)
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> IpcReceiver:

@@ -29,7 +29,7 @@ import torch
 from rlsync.coordinator.messages import ActorHello, Reports, WorkerAssignment, WorkerHello
 from rlsync.errors import ConfigError, RlsyncError
 from rlsync.transport import p2p
-from rlsync.transport.ends import Ends, Hosted, Local, Routes, name_of, names_of
+from rlsync.transport.ends import EndArguments, Hosted, Routes, SenderContext, name_of, names_of
 from rlsync.transport.p2p import GroupReceiver, GroupSender, SenderEnd, group_of
 from rlsync.transport.p2p import host as host
 from rlsync.transport.rendezvous import PATIENCE, GroupError, GroupInfo, barrier, compare, enter
@@ -66,15 +66,15 @@ def finding(reports: Reports, worker: WorkerHello) -> str | None:
     return None
 
 
-def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
     return p2p.assign(routes, hosted, "nccl")
 
 
-def make_sender(end: bytes, local: Local) -> GroupSender:
-    decoded, device = msgspec.msgpack.decode(end, type=SenderEnd), local.device
+def make_sender(end: bytes, context: SenderContext) -> GroupSender:
+    decoded, device = msgspec.msgpack.decode(end, type=SenderEnd), context.device
     assert device is not None, "nccl was planned for a process without a GPU"
-    sender = GroupSender(decoded, lambda number: NcclCommunicator(decoded.group, number, local.timeout_s, device), device)
-    local.on_abandon.append(sender.abandon)
+    sender = GroupSender(decoded, lambda number: NcclCommunicator(decoded.group, number, context.timeout_s, device), device)
+    context.on_abandon.append(sender.abandon)
     return sender
 
 

@@ -25,7 +25,7 @@ from rlsync.coordinator.messages import RankExport, WorkerAssignment
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram
 from rlsync.plan.packing import PackedMessage, PackedPart, Region, cut, pack_message
-from rlsync.transport.ends import Arrival, Buffers, Ends, Hosted, Hosting, PackedArrival, Routes, given_by, placed
+from rlsync.transport.ends import Arrival, Buffers, EndArguments, Hosted, HostSettings, PackedArrival, Routes, given_by, placed
 from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
 from rlsync.transport.tasks import Lane, Tasks
 
@@ -106,12 +106,12 @@ class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     messages: tuple[tuple[SentMessage, ...], ...]
 
 
-def host(routes: Routes, hosting: Hosting) -> Rendezvous:
+def host(routes: Routes, settings: HostSettings) -> Rendezvous:
     """Rank 0: the store at which the members meet."""
-    return Rendezvous(hosting.bind_host, hosting.timeout_s)
+    return Rendezvous(settings.bind_host, settings.timeout_s)
 
 
-def assign(routes: Routes, hosted: Hosted | None, transport: str) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None, transport: str) -> EndArguments:
     """Who sends what to whom: actor ranks are the first members, then the workers."""
     store, num_actors = cast(Rendezvous, hosted), len(routes.actors)
     members = (*routes.actors, *routes.workers)
@@ -124,7 +124,7 @@ def assign(routes: Routes, hosted: Hosted | None, transport: str) -> Ends:
         encode(SenderEnd(infos[rank], routes.num_slots, tuple(_sent(row, rank, takers) for row in routes.parts)))
         for rank in range(num_actors)
     )
-    return Ends(senders, {destination: encode(infos[taker]) for destination, taker in takers.items()}, {})
+    return EndArguments(senders, {destination: encode(infos[taker]) for destination, taker in takers.items()}, {})
 
 
 def _sent(row: Sequence[PackedPart], rank: int, takers: Mapping[int, int]) -> tuple[SentMessage, ...]:

@@ -24,7 +24,19 @@ import torch
 from rlsync.coordinator.messages import ActorHello, RankExport, Reports, WorkerAssignment, WorkerHello
 from rlsync.errors import ConfigError
 from rlsync.plan.packing import PackedPart, Region, side_by_side
-from rlsync.transport.ends import Buffers, Ends, GivenPart, Hosted, Hosting, Local, PackedArrival, Routes, given_by, names_of, placed
+from rlsync.transport.ends import (
+    Buffers,
+    EndArguments,
+    GivenPart,
+    Hosted,
+    HostSettings,
+    PackedArrival,
+    Routes,
+    SenderContext,
+    given_by,
+    names_of,
+    placed,
+)
 
 SHM_DIR = Path("/dev/shm")
 HEADER_BYTES = mmap.PAGESIZE
@@ -206,12 +218,12 @@ def _offsets(routes: Routes, row: Sequence[PackedPart]) -> tuple[int, ...]:
     return side_by_side(part.nbytes if destination in routes.destinations else 0 for destination, part in enumerate(row))
 
 
-def host(routes: Routes, hosting: Hosting) -> Ring:
+def host(routes: Routes, settings: HostSettings) -> Ring:
     """Rank 0: the ring."""
-    return Ring.create(hosting.num_slots, slot_bytes(routes))
+    return Ring.create(settings.num_slots, slot_bytes(routes))
 
 
-def assign(routes: Routes, hosted: Hosted | None) -> Ends:
+def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
     """Who puts what into the ring, and who takes what out of it."""
     ring = cast(Ring, hosted)
     info = RingInfo(str(ring.path), ring.token, ring.num_slots, ring.slot_bytes)
@@ -225,12 +237,12 @@ def assign(routes: Routes, hosted: Hosted | None) -> Ends:
     encode = msgspec.msgpack.encode
     senders = tuple(encode(SenderEnd(info, tuple(given(row, at, rank) for row, at in rows))) for rank in range(len(routes.actors)))
     receivers = {d: encode(ReceiverEnd(info, tuple(at[d] for at in offsets))) for d in routes.destinations}
-    return Ends(senders, receivers, {})
+    return EndArguments(senders, receivers, {})
 
 
-def make_sender(end: bytes, local: Local) -> RingSender:
-    """``local.hosted`` is the ring, in the process that has made it."""
-    return RingSender(msgspec.msgpack.decode(end, type=SenderEnd), cast("Ring | None", local.hosted))
+def make_sender(end: bytes, context: SenderContext) -> RingSender:
+    """``context.hosted`` is the ring, in the process that has made it."""
+    return RingSender(msgspec.msgpack.decode(end, type=SenderEnd), cast("Ring | None", context.hosted))
 
 
 def make_receiver(assignment: WorkerAssignment, timeout_s: float, device: torch.device) -> RingReceiver:

@@ -18,7 +18,7 @@ from rlsync.plan.packing import SEGMENT_ALIGNMENT, PackedPart, lay_out, side_by_
 from rlsync.plan.planner import build_plan
 from rlsync.sync.packer import Packer
 from rlsync.transport import shm
-from rlsync.transport.ends import Local, Routes
+from rlsync.transport.ends import Routes, SenderContext
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 24, "intermediate_size": 40, "vocab_size": 37, "head_dim": 6,
@@ -47,7 +47,7 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, ver
     packers = []
     for end, buffers in zip(ends.actors, sources, strict=True):
         addresses = BufferAddresses(buffers)
-        sender = shm.make_sender(end, Local(addresses, True, 1.0, None, ring, [], []))
+        sender = shm.make_sender(end, SenderContext(addresses, True, 1.0, None, ring, [], []))
         packers.append(Packer(ActorAssignment(plan.digest, num_slots, verify, len(parts), {"shm": end}), addresses, [sender]))
     slots = [ring.slot(i) for i in range(num_slots)]
     for slot in slots:
