@@ -19,6 +19,11 @@ from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import keep_alive, pid_domain
 from rlsync.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+# Descriptors of a peer on this host: of its connection and of its process.
+_FILES_PER_PEER = 2
+# Files that the process may open meanwhile.
+_SPARE_FILES = 256
 _TICK_MS = 200
 
 
@@ -138,24 +143,17 @@ class CoordinatorServer:
         coordinator.lose(identity)
 
 
-_log = logging.getLogger(__name__)
-# A peer of this host is a connection and a descriptor of its process.
-_EACH = 2
-# Files that the process may open meanwhile.
-_SPARE = 256
-
-
 def make_room(num_peers: int) -> None:
     """Raise this process's limit of open files for that many peers. Raises ConfigError where the hard limit is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + _EACH * num_peers
-    if soft == resource.RLIM_INFINITY or needed + _SPARE <= soft:
+    needed = len(os.listdir("/proc/self/fd")) + _FILES_PER_PEER * num_peers
+    if soft == resource.RLIM_INFINITY or needed + _SPARE_FILES <= soft:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
             f"{num_peers:,} actor ranks and engine workers need {needed:,} open files here, and this process may have {hard:,}; allow "
-            f"more, as with ulimit -Hn {needed + _SPARE} or, in containers, docker run --ulimit nofile=65536"
+            f"more, as with ulimit -Hn {needed + _SPARE_FILES} or, in containers, docker run --ulimit nofile=65536"
         )
-    wanted = needed + _SPARE if hard == resource.RLIM_INFINITY else min(needed + _SPARE, hard)
+    wanted = needed + _SPARE_FILES if hard == resource.RLIM_INFINITY else min(needed + _SPARE_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     _log.info("this process may have %d open files now instead of %d: %d actor ranks and engine workers dial in", wanted, soft, num_peers)

@@ -143,11 +143,6 @@ def freeze_objects() -> None:
     gc.freeze()
 
 
-def is_first_replica() -> bool:
-    """Whether this rank is the first of its data-parallel group, which writes for all."""
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
 def share_in_replica(batches: Sequence[Mapping[str, torch.Tensor]] | None) -> list[dict[str, torch.Tensor]]:
     """The tensors of the first rank of a data-parallel replica (first tp_rank and cp_rank of the first stage), on each rank of it.
 

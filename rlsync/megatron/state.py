@@ -58,8 +58,6 @@ STATE_FORMAT = 3
 
 # What torch and Megatron raise of damaged or foreign content.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-
-
 # A smaller tensor is written by the first rank of a folder alone.
 _SHARED_BYTES = 2**16
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlsync.errors import PlacementError, first_few
-from rlsync.layout.geometry import BufferSpec, Location, Padding, Piece, Placement, contiguous_strides
+from rlsync.layout.geometry import BufferSpec, Padding, Piece, Placement, contiguous_strides
 from rlsync.models.layouts import Column, Fused, GatedColumn, Layout, LocalLayout, Part, Replicated, Row, Shape, VocabPadded
 from rlsync.models.stacks import Model
 
@@ -224,12 +224,6 @@ def paper_workers(model: Model, seats: Sequence[Seat], *, dtype: str | None = No
     """
     shapes = {t.name: t.shape for t in model.tensors() if not _is_beyond(t.name, model.num_layers)}
     return tuple(_held_in(seat, model, shapes, dtype or model.dtype) for seat in seats)
-
-
-def paper_worker(model: Model, seat: Seat, *, holder: str, dtype: str | None = None, location: Location | None = None) -> Placement:
-    """What the worker in this seat holds, as :func:`paper_workers` has it."""
-    (worker,) = paper_workers(model, (seat,), dtype=dtype)
-    return replace(worker, holder=holder, location=location)
 
 
 def _held_in(seat: Seat, model: Model, shapes: Mapping[str, Shape], dtype: str) -> Placement:

@@ -15,8 +15,9 @@ from vllm.distributed import parallel_state
 from rlsync.layout.geometry import Placement
 from rlsync.layout.recorded import placement_of
 from rlsync.models import model_of
-from rlsync.models.paper import Seat, paper_worker
+from rlsync.models.paper import Seat
 from tests.integration.recorder_models import Worker, engine_config, start_ranks, virtual_rank
+from tests.paper import paper_worker
 
 
 def compare(folders: dict[str, str], sizes: dict[str, list[dict[str, Any]]], report: str) -> None:

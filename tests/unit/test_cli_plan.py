@@ -28,7 +28,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, model_of
-from rlsync.models.paper import Seat, paper_worker
+from rlsync.models.paper import Seat
 from rlsync.models.placement import megatron_placements
 from rlsync.plan import packing
 from rlsync.plan.transports import Memory
@@ -39,6 +39,7 @@ from rlsync.transport.gloo import GlooCommunicator
 from rlsync.transport.p2p import GroupSender, Inbox
 from rlsync.transport.rendezvous import GroupInfo
 from tests.deadlines import HANG_S
+from tests.paper import paper_worker
 from tests.planned import assigned
 
 ROOT = Path(__file__).resolve().parents[2]

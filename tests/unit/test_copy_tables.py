@@ -33,10 +33,11 @@ from rlsync.copy.tables import (
 from rlsync.errors import ConfigError, PlacementError
 from rlsync.layout.geometry import contiguous_strides
 from rlsync.models import model_of
-from rlsync.models.paper import Seat, paper_worker
+from rlsync.models.paper import Seat
 from tests.copy_pairs import Drawn, Pairs, draw_pairs, give
 from tests.copy_tables import execute, places
 from tests.counted import num_calls
+from tests.paper import paper_worker
 
 
 class Bound:

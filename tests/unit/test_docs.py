@@ -16,10 +16,11 @@ from omegaconf import OmegaConf
 
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.paper import Seat, paper_worker
+from rlsync.models.paper import Seat
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import lay_out
 from rlsync.plan.planner import build_plan
+from tests.paper import paper_worker
 from workers.config import Task, config_table, read_config, register_resolvers
 
 ROOT = Path(__file__).resolve().parents[2]

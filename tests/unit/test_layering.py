@@ -174,7 +174,7 @@ def test_layering_test_reads_the_sources() -> None:
         ("rlsync/sync.py", "import vllm", "only rlsync.engine.compat, rlsync.engine.handles.local, rlsync.engine.worker may"),
         ("rlsync/engine/handles/local.py", "import ray", "only examples, rlsync.engine.handles.ray, workers may"),
         ("rlsync/bridge/checkpoint.py", "from rlsync.cli import main", "above it"),
-        ("rlsync/sync/planning.py", "from rlsync.models.paper import paper_worker", "only rlsync.bench, rlsync.cli may"),
+        ("rlsync/sync/planning.py", "from rlsync.models.paper import paper_workers", "only rlsync.bench, rlsync.cli may"),
         ("rlsync/cli/__init__.py", "import workers.loop", "above it"),
         ("rlsync/__init__.py", "from workers import loop", "above it"),
         ("rlsync/novelty.py", "from rlsync import AutoBridge", "not listed in LAYERS"),

@@ -26,10 +26,11 @@ from rlsync.layout.geometry import (
 )
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.paper import Seat, paper_worker
+from rlsync.models.paper import Seat
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
 from rlsync.plan.planner import _Near, build_plan
+from tests.paper import paper_worker
 
 
 def config(architecture: str, *, tied: bool = False, heads: int = 4, groups: int = 2, layers: int = 4, vocab: int = 37) -> dict:

@@ -13,10 +13,8 @@ from typing import Any
 
 from rlsync.errors import ConfigError, RlsyncError
 
-# Ranks that vLLM makes room for.
+# Values of vLLM's ``max_lora_rank``.
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
 # Stands in the place of a folder's path for adapters that a sync has brought; their number follows.
 SYNCED_PATH = "rlsync:"
 
