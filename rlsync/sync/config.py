@@ -54,15 +54,27 @@ class SyncConfig:
     )
     num_slots: int = _setting(2, "staging buckets in flight; with 1, filling and reading alternate", min=1)
     timeout_s: float = _setting(600.0, "deadline of each phase of a sync", above=0)
-    sink: Literal["auto", "direct", "layerwise", "loaders"] = _setting("auto", "how bytes enter the engine; auto: the first that is right")
+    sink: Literal["auto", "direct", "layerwise", "loaders"] = _setting(
+        "auto",
+        "how workers take weights in: direct: into live parameters; layerwise: through vLLM's post-processing; loaders: through vLLM's "
+        "loaders; auto: of each module the first that is right",
+    )
     transport: Literal["auto", "ipc", "shm", "nccl", "gloo"] = _setting(
         "auto", "how bytes travel; auto: ipc from GPU to GPU of a host, shm on a host without, nccl or gloo to workers on other hosts"
     )
     staging: Literal["auto", "always"] = _setting(
-        "auto", "ipc through a ring beside the parameters: where they cannot be mapped, or are offloaded and on another GPU; or always"
+        "auto",
+        "what ipc reads: always: a ring in GPU memory that parameters are copied to; auto: the parameters themselves, and a ring for those "
+        "that cannot be mapped, or are offloaded and on another GPU",
     )
-    verify: Literal["off", "sampled", "full"] = _setting("sampled", "checksums of what was sent against what is held")
-    pause_mode: Literal["abort", "wait", "keep"] = _setting("abort", "what happens to requests that run when a sync begins")
+    verify: Literal["off", "sampled", "full"] = _setting(
+        "sampled",
+        "checksums that are compared before a version is served; full: all; sampled: all in the first sync and after a failed one, else a "
+        "sixteenth; off: none",
+    )
+    pause_mode: Literal["abort", "wait", "keep"] = _setting(
+        "abort", "requests that run when a sync begins; abort: they end; wait: the sync waits for them; keep: they go on with new weights"
+    )
     bind_host: str = _setting("127.0.0.1", "address on which actor rank 0 listens; engines on other hosts must reach it")
     lora: LoraSync = _setting(
         "merged", "adapters of actor.lora: merged into the weights that are sent; or adapter: they alone are sent, beside the base"

@@ -17,7 +17,7 @@ class SamplingConfig:
     temperature: float = key(1.0, "softmax temperature, also applied when log-probabilities are recomputed", min=0)
     top_k: int = key(1000000, "sample from this many likeliest tokens; at or above the vocabulary: all", min=-1)
     top_p: float = key(1.0, "sample from the smallest set of tokens with this probability mass", above=0, max=1)
-    repetition_penalty: float = key(1.0, "1.0: none", above=0)
+    repetition_penalty: float = key(1.0, "vLLM's penalty of tokens that occurred before; 1.0: none", above=0)
     max_new_tokens: int | None = key(None, "longest response in tokens; null: seq_length - max_prompt_length", min=1)
     min_new_tokens: int = key(0, "no end-of-sequence before this many tokens", min=0)
     seeded: bool = key(
@@ -38,16 +38,17 @@ class AlgorithmConfig:
     logprob_forward_micro_batch_size: int = key(1, "samples in a micro-batch when log-probabilities are recomputed", min=1)
     logprob_forward_max_tokens: int | None = key(
         None,
-        "most tokens in such a micro-batch, padding included, in place of that number of samples, and of runner.max_tokens_per_mbs; passes "
-        "without gradients keep nothing, and are fastest with many times the tokens of a training micro-batch; at least runner.seq_length; "
+        "token budget of a micro-batch when log-probabilities are recomputed, padding included, in place of "
+        "logprob_forward_micro_batch_size and runner.max_tokens_per_mbs; passes without gradients keep no activations, and are fastest "
+        "with many times the tokens of a training micro-batch; at least runner.seq_length; "
         "null: off",
         min=1,
     )
     recompute_logprobs: bool = key(True, "the actor computes the old log-probabilities; false: the engine's are used")
     early_scoring_prompts: int = key(
         0,
-        "the actor computes those of so many consecutive prompts as soon as all responses to them have ended, while engines generate "
-        "others; 0: all behind the rollout",
+        "the actor recomputes log-probabilities of so many consecutive prompts as soon as all responses to them have ended, while engines "
+        "generate others; 0: of all prompts after the rollout",
         min=0,
     )
     shuffle_rollout: bool = key(False, "shuffle the samples of a step over the mini-batches, seeded by actor.seed")
@@ -100,7 +101,7 @@ class DataConfig:
         "rows whose prompt or reference answer cannot be used; error: name them and end, skip: leave them out and say how many; vlm: "
         "another row nearby takes the place",
     )
-    max_prompt_length: int = key(1024, "tokens, those of pictures among them", min=1)
+    max_prompt_length: int = key(1024, "longest prompt in tokens, those of its pictures included", min=1)
     filter_prompt_by_length: bool = key(
         True, "drop longer prompts (vlm: another row nearby takes the place); false: keep their last max_prompt_length tokens"
     )
@@ -110,7 +111,7 @@ class DataConfig:
     rollout_batch_size: int = key(doc="prompts per step over all ranks", min=1)
     num_workers: int = key(0, "loader processes; 0: in the driver", min=0)
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
-    seed: int = key(1234, "of the order", bounds=SEED)
+    seed: int = key(1234, "seed of that order", bounds=SEED)
     data_size: int | None = key(None, "use only the first this many problems; null: all", min=1)
     val_data_size: int | None = key(None, "use only the first this many validation problems; null: all", min=1)
 
@@ -128,13 +129,13 @@ REWARD_FUNCTION = r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)"
 class RewardConfig:
     """``reward``: the verifier."""
 
-    group_name: str = key("RewardGroup", "Ray name prefix")
+    group_name: str = key("RewardGroup", "Ray name prefix of the reward processes")
     reward_type: str = key(
         "math",
         "math: the answer equals a reference by value; exact: the text equals one; `PATH.py:function`: a function of yours, see "
         "examples/reasoning/README.md",
     )
-    reward_scale: float = key(1.0, "multiplies the reward", above=0)
+    reward_scale: float = key(1.0, "factor of every reward", above=0)
     reward_min_val: float = key(
         -1.0, "reward of a wrong answer before scaling; with a function, of responses that it took too long for", bounds=ANY_NUMBER
     )

@@ -37,13 +37,15 @@ class ActorModelConfig:
         "rollout.model.model_path and actor.megatron.ckpt_convertor.hf_model_path",
     )
     megatron_checkpoint: str | None = key(None, "Megatron checkpoint to start from; only with actor.megatron.use_hf_ckpt False")
-    precision: Precision = key("bf16", "fp32, bf16 or fp16")
-    tensor_model_parallel_size: int = key(1, "TP", min=1)
-    pipeline_model_parallel_size: int = key(1, "PP", min=1)
+    precision: Precision = key("bf16", "dtype of the parameters")
+    tensor_model_parallel_size: int = key(1, "TP: ranks that share each weight matrix", min=1)
+    pipeline_model_parallel_size: int = key(1, "PP: pipeline stages, each with some of the layers", min=1)
     virtual_pipeline_model_parallel_size: int | None = key(None, "virtual stages per pipeline stage", min=1)
     context_parallel_size: int = key(1, "CP: ranks that share each sequence", min=1)
-    expert_model_parallel_size: int = key(1, "EP", min=1)
-    expert_tensor_parallel_size: int | None = key(None, "ETP; null: TP for dense models, 1 with experts", min=1)
+    expert_model_parallel_size: int = key(1, "EP: ranks that share the experts of a layer", min=1)
+    expert_tensor_parallel_size: int | None = key(
+        None, "ETP: ranks that share each expert; null: TP for dense models, 1 with experts", min=1
+    )
     decoder_first_pipeline_num_layers: int | None = key(None, "layers of the first pipeline stage; null: even split", min=1)
     decoder_last_pipeline_num_layers: int | None = key(None, "layers of the last pipeline stage; null: even split", min=1)
     sequence_parallel: bool = key(False, "shard activations between TP regions over TP")
@@ -54,9 +56,12 @@ class ActorModelConfig:
     logits_chunk_tokens: int = key(
         8192, "tokens of a micro-batch whose logits exist at once; those of more are computed again in the backward pass", min=1
     )
-    recompute_method: Literal["block", "uniform"] | None = key(None, "with recompute_granularity full")
+    recompute_method: Literal["block", "uniform"] | None = key(
+        None,
+        "recompute_granularity full: uniform: all layers, recompute_num_layers at a time; block: the first recompute_num_layers of a stage",
+    )
     recompute_granularity: Literal["full", "selective"] | None = key(None, "activation recomputation; null: none")
-    recompute_num_layers: int | None = key(None, "with recompute_granularity full", min=1)
+    recompute_num_layers: int | None = key(None, "recompute_granularity full: layers, as recompute_method counts them", min=1)
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = key(
         None, "how TransformerEngine's attention exchanges keys and values under CP; null: p2p; layers without it gather them"
     )
@@ -102,14 +107,14 @@ class LoraConfig:
 
     r: int = key(0, "rank of the adapters (PEFT's r); 0: none, all weights are trained", min=0)
     alpha: float = key(32.0, "PEFT's lora_alpha: adapters are multiplied by alpha / r", above=0)
-    use_rslora: bool = key(False, "by alpha / sqrt(r) instead")
+    use_rslora: bool = key(False, "multiply adapters by alpha / sqrt(r) instead of alpha / r")
     dropout: float = key(0.0, "share of an adapter's inputs that are dropped in training", min=0, below=1)
     target_modules: str | tuple[str, ...] = key(
         ALL_LINEAR,
         "layers with an adapter, by their Hugging Face names: all-linear (attention, MLPs and experts of the language model), a list of "
         "last parts of names, or a regular expression for whole names; the last two reach embed_tokens, lm_head and routers too",
     )
-    exclude_modules: str | tuple[str, ...] = key((), "layers without, of those; a list or a regular expression")
+    exclude_modules: str | tuple[str, ...] = key((), "layers among target_modules that get no adapter; a list or a regular expression")
     init: Literal["kaiming", "gaussian"] = key("kaiming", "first values of A; B begins at zero (of embeddings: A at zero, and B normal)")
     adapter_path: str | None = key(None, "PEFT folder with the adapters to begin with; null: fresh ones")
 
@@ -129,13 +134,13 @@ class OptimConfig:
     adam_beta2: float = key(0.95, "decay of the second moment", min=0, below=1)
     adam_eps: float = key(1e-8, "added to the denominator", above=0)
     weight_decay: float = key(0.01, "decoupled weight decay", min=0)
-    clip_grad: float = key(1.0, "global gradient norm; 0: no clipping", min=0)
+    clip_grad: float = key(1.0, "largest global norm of a gradient; 0: no clipping", min=0)
     use_distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = key(False, "reduce gradients during backward")
     overlap_param_gather: bool = key(False, "gather parameters during forward; a sync gathers them first")
     loss_scale: float | None = key(None, "static fp16 loss scale; null: dynamic", above=0)
     optimizer_cpu_offload: bool = key(False, "keep optimizer state and step on the host")
-    optimizer_offload_fraction: float = key(1.0, "with optimizer_cpu_offload", min=0, max=1)
+    optimizer_offload_fraction: float = key(1.0, "share of the optimizer that optimizer_cpu_offload keeps on the host", min=0, max=1)
     use_precision_aware_optimizer: bool = key(
         False, "main parameters and moments are kept by TransformerEngine's Adam, in float32; needs use_distributed_optimizer"
     )
@@ -155,14 +160,14 @@ class LrSchedConfig:
     lr_warmup_fraction: float | None = key(None, "warm-up as a share of lr_decay_iters; null: lr_warmup_iters", min=0, max=1)
     lr_warmup_iters: int = key(0, "warm-up optimizer steps", min=0)
     lr_warmup_init: float = key(0.0, "first learning rate of the warm-up", min=0)
-    max_lr: float | None = key(None, "null: actor.optim.lr", min=0)
-    min_lr: float | None = key(None, "null: actor.optim.min_lr", min=0)
+    max_lr: float | None = key(None, "peak of the schedule; null: actor.optim.lr", min=0)
+    min_lr: float | None = key(None, "floor of the schedule; null: actor.optim.min_lr", min=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = key("constant", "shape after the warm-up")
     lr_decay_iters: int = key(10, "optimizer steps until min_lr; not used by constant", min=1)
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = key("exponential", "with WSD")
-    lr_wsd_decay_iters: int | None = key(None, "with WSD", min=1)
-    start_weight_decay: float | None = key(None, "required unless lr_decay_style is constant, forbidden then", min=0)
-    end_weight_decay: float | None = key(None, "required unless lr_decay_style is constant, forbidden then", min=0)
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = key("exponential", "shape of WSD's final decay")
+    lr_wsd_decay_iters: int | None = key(None, "optimizer steps of WSD's final decay", min=1)
+    start_weight_decay: float | None = key(None, "first weight decay; required unless lr_decay_style is constant, forbidden then", min=0)
+    end_weight_decay: float | None = key(None, "last weight decay; required unless lr_decay_style is constant, forbidden then", min=0)
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = key("constant", "path from start_weight_decay to end_weight_decay")
 
 
@@ -171,7 +176,7 @@ class TokenizerConfig:
     """``actor.tokenizer``."""
 
     tokenizer_model: str | None = key(None, "HF folder; null: the model's")
-    use_fast: bool = key(True, "the Rust tokenizer")
+    use_fast: bool = key(True, "load the fast (Rust) tokenizer")
     trust_remote_code: bool = key(False, "run the model folder's own code")
     padding_side: Literal["right"] = key("right", "responses follow prompts without a gap")
 
@@ -237,7 +242,7 @@ class ActorConfig:
     offload_grad: bool = key(False, "gradient buffers have no memory during sync and rollout; where actor and engines share GPUs")
     offload_optimizer: bool = key(False, "optimizer state is in host memory during sync and rollout; where actor and engines share GPUs")
     enable_dp_load_balance: bool = key(False, "reasoning: deal samples to data-parallel ranks by length")
-    seed: int = key(1234, "of dropout, initialisation and shuffle_rollout", bounds=SEED)
+    seed: int = key(1234, "seed of dropout, initialisation and shuffle_rollout", bounds=SEED)
     micro_batch_size: int | None = key(
         None, "SFT, required there: examples in a micro-batch of one data-parallel rank; reasoning: derived: "
         "algorithm.training_batch_size_per_gpu", min=1,
@@ -339,7 +344,7 @@ class RolloutModelConfig:
     model_path: str = key(doc="HF folder: architecture, tokenizer files and initial weights")
     model_type: str | None = key(None, "checked against the folder's config.json when given, e.g. qwen2.5, qwen3")
     precision: Precision | None = key(None, "engine dtype: fp32, bf16 or fp16; null: actor.model.precision")
-    trust_remote_code: bool | None = key(None, "null: actor.tokenizer.trust_remote_code")
+    trust_remote_code: bool | None = key(None, "engines run the model folder's own code; null: actor.tokenizer.trust_remote_code")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,7 +389,7 @@ class RolloutConfig:
     max_engine_restarts: int = key(0, "lost engines that a run may replace, synced before they serve; 0: a lost engine ends the run", min=0)
     sleep_level: Literal[0, 1, 2] | None = key(
         None,
-        "what engines give back while the actor has their GPUs: 2: all; 1: weights wait in host memory; 0: nothing; "
+        "vLLM's sleep level of engines while the actor has their GPUs: 2: weights are dropped; 1: weights wait in host memory; 0: awake; "
         "null: 2 where actor and engines share GPUs (1 with weight_sync.lora adapter: 2 has the base sent again), else 0",
     )
     cuda_graph_max_bs: int | None = key(None, "largest batch captured in a CUDA graph; null: vLLM's default", min=0)
@@ -394,16 +399,16 @@ class RolloutConfig:
 class ArithmeticRecipe:
     """What the folder of ``ArithmeticConfig`` holds: the keys of ``arithmetic`` that its content depends on."""
 
-    seed: int = key(0, "of weights and problems", bounds=SEED)
+    seed: int = key(0, "seed of weights and problems", bounds=SEED)
     max_operand: int = key(4, "problems are a+b with both operands from 0 to this", min=1)
     num_problems: int = key(2048, "lines of train.jsonl, drawn with repetition; val.jsonl has each problem once", min=1)
     num_supervised: int = key(4096, "lines of supervised.jsonl, drawn with repetition", min=1)
     num_held_out: int = key(0, "problems that no supervised line has, each with its answer in held_out.jsonl; 0: no such file", min=0)
     supervised_noise: float = key(0.65, "share of supervised lines with a wrong answer; what GRPO has to unlearn", min=0, below=1)
-    hidden_size: int = key(128, "of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
-    num_layers: int = key(2, "of the model", min=1)
+    hidden_size: int = key(128, "width of the model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
+    num_layers: int = key(2, "layers of the model", min=1)
     num_documents: int = key(0, "lines of documents.jsonl, plain text for pretraining; 0: no such file", min=0)
-    num_experts: int = key(0, "of each layer, two of them for a token: the model is a Qwen3-MoE; 0: a dense Qwen2", min=0)
+    num_experts: int = key(0, "experts of each layer, two of them for a token: the model is a Qwen3-MoE; 0: a dense Qwen2", min=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,12 +422,12 @@ class ArithmeticConfig(ArithmeticRecipe):
 class PictureRecipe:
     """What the folder of ``PicturesConfig`` holds: the keys of ``pictures`` that its content depends on."""
 
-    seed: int = key(0, "of weights, pictures and questions", bounds=SEED)
+    seed: int = key(0, "seed of weights, pictures and questions", bounds=SEED)
     num_train: int = key(8192, "rows of train.jsonl, each with a picture of its own", min=1)
     num_held_out: int = key(256, "rows of held_out.jsonl, of combinations of shape, colour and digit that train.jsonl lacks", min=1)
-    hidden_size: int = key(128, "of the language model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
-    num_layers: int = key(2, "of the language model", min=1)
-    vision_hidden_size: int = key(128, "of the vision tower; a multiple of 32", min=32)
+    hidden_size: int = key(128, "width of the language model; a multiple of 32, the smallest head vLLM runs on CPU", min=32)
+    num_layers: int = key(2, "layers of the language model", min=1)
+    vision_hidden_size: int = key(128, "width of the vision tower; a multiple of 32", min=32)
     vision_depth: int = key(2, "blocks of the vision tower", min=1)
     questions: tuple[Literal["shape", "colour", "digit"], ...] = key(("shape", "colour", "digit"), "what pictures are asked about")
     supervised_noise: float = key(
@@ -446,7 +451,7 @@ class SeededModelConfig:
         doc="folder that receives it, made unless it holds it already; used where rollout.model.model_path (SFT: actor.model.model_path) "
         "names it"
     )
-    seed: int = key(0, "of the weights; actor.megatron.convert_from_hf False makes none", bounds=SEED)
+    seed: int = key(0, "seed of the weights, which are not made with actor.megatron.convert_from_hf False", bounds=SEED)
     hf_config: Mapping[str, Any] | str = key(
         doc="content of its config.json, or the name of a model whose shapes it has, as `rlsync plan` knows them, e.g. llama3-8b; token "
         "ids and dtype are added"

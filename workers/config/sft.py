@@ -49,7 +49,7 @@ class SftDataConfig:
     on_too_long: Literal["error", "skip"] = key("error", "the same for rows of more than runner.seq_length tokens")
     num_workers: int = key(0, "loader processes of a data-parallel rank; 0: in the rank", min=0)
     shuffle: bool = key(True, "a new order each epoch, derived from seed")
-    seed: int = key(1234, "of the order", bounds=SEED)
+    seed: int = key(1234, "seed of that order", bounds=SEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
