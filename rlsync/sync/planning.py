@@ -128,11 +128,16 @@ def plan_connection(
     declared: Mapping[str, str] | None = None,
     last: ConnectionPlan | None = None,
 ) -> ConnectionPlan:
-    """Plan a connection. Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker.
+    """Plan a connection.
 
     Args:
+        tensors: every HF tensor of the actor, in the order in which buckets carry them.
+        placements: what each actor rank holds, by rank.
+        reports: hellos of all peers, and what each worker has recorded.
         declared: transforms by tensor that the sources declare, see ``rlsync.sync.source.Declared``.
-        last: a former plan. What is to be copied is taken from it where both sides hold what they held then, in the same places.
+        last: a former plan, whose copies are taken over where both sides hold what they held then, in the same places.
+
+    Raises PlacementError where the two sides do not fit, ConfigError where no transport reaches a worker.
     """
     declared = declared or {}
     chosen = choose_transports(reports, config.transport)
@@ -167,24 +172,24 @@ def plan_connection(
     used_staging = staging & {way for row in given for way in row}
     _refuse_in_place(plan, transports, used_staging)
     return ConnectionPlan(
-        plan,
-        parts,
-        destination_of,
-        moved,
-        transports,
-        tuple(str(Member(b"", hello)) for hello in reports.actors),
-        tuple(str(Member(b"", hello)) for hello in first),
-        tuple(hello.engine_id for hello in first),
-        used_staging,
+        plan=plan,
+        parts=parts,
+        destination_of=destination_of,
+        traffic=moved,
+        transports=transports,
+        actors=tuple(str(Member(b"", hello)) for hello in reports.actors),
+        workers=tuple(str(Member(b"", hello)) for hello in first),
+        engines=tuple(hello.engine_id for hello in first),
+        staging=used_staging,
         # One bucket, whose messages both ends cut into steps.
-        num_steps(moved, config.bucket_bytes) if in_place(transports, is_direct=is_direct) == "steps" else 1,
-        sum(row[way] for row in given for way in used_staging & row.keys()),
+        num_steps=num_steps(moved, config.bucket_bytes) if in_place(transports, is_direct=is_direct) == "steps" else 1,
+        staged_bytes=sum(row[way] for row in given for way in used_staging & row.keys()),
         # Also with other sinks than direct: nobody waits for a slot.
-        in_place(transports, is_direct=True) == "read" and not used_staging,
-        num_frozen,
-        traffic(replace(plan, buckets=plan.buckets[num_frozen:])) if num_frozen else moved,
-        sum(row[way] for row in given[num_frozen:] for way in used_staging & row.keys()),
-        inputs,
+        is_read_in_place=in_place(transports, is_direct=True) == "read" and not used_staging,
+        num_frozen=num_frozen,
+        trained_traffic=traffic(replace(plan, buckets=plan.buckets[num_frozen:])) if num_frozen else moved,
+        trained_staged_bytes=sum(row[way] for row in given[num_frozen:] for way in used_staging & row.keys()),
+        inputs=inputs,
     )
 
 
