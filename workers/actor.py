@@ -123,7 +123,7 @@ class ActorRank:
             prepare_saves(self._saved_bridge, self._models, self._save_memory, saves_optimizer=not actor.megatron.no_save_optim)
 
     def padding(self) -> Padding:
-        """Of the micro-batches that go through this rank's chunks; the same on all ranks."""
+        """How this rank pads the sequences of a micro-batch; the same on all ranks."""
         if self._passes["packing"]:
             return "none"
         config = unwrap(self._models[0]).config
@@ -138,7 +138,7 @@ class ActorRank:
 
     @property
     def _timeout_s(self) -> float:
-        """Of a collective."""
+        """Deadline of each collective, in seconds."""
         return self._config.actor.megatron.distributed_timeout_minutes * 60
 
     def begin(self, resume_folder: str | None, random_state: bool = True) -> Restored | None:

@@ -54,7 +54,7 @@ class Sums:
 
     @staticmethod
     def of(**pairs: tuple[Tensor, Tensor]) -> Sums:
-        """Of scalars on one device, where they stay: nothing waits for a GPU."""
+        """Sums of named (numerator, denominator) pairs of scalars, on the device that they are on: nothing waits for a GPU."""
         values = torch.stack([value.detach().double() for pair in pairs.values() for value in pair])
         return Sums(dict(zip(pairs, values.view(-1, 2), strict=True)))
 

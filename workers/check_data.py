@@ -202,7 +202,7 @@ class _Asked:
         self._asked = self._pool.submit(unreadable_references, references, num_processes=1, timeout_s=config.reward.timeout_s)
 
     def problems(self) -> Iterator[Problem]:
-        """Those that no response could ever solve."""
+        """The problems that no response could ever solve."""
         unreadable = self._asked.result()
         self._pool.shutdown()
         return (problem for problem in self._problems if unreadable and unreadable.issuperset(problem.answers))

@@ -51,7 +51,7 @@ class Prompt:
     image_grid_thw: Tensor | None = field(default=None, compare=False, repr=False)
 
     def for_engine(self) -> EnginePrompt:
-        """As an engine is asked."""
+        """The prompt as engines take it."""
         return self.token_ids if self.engine_ids is None else PicturePrompt(self.engine_ids, self.images)
 
 
@@ -156,7 +156,7 @@ def too_long_notes(key: str, num_too_long: int, num_prompts: int, most: int, *, 
 
 
 def chat_messages(problem: Problem, form: PromptForm) -> list[dict[str, str]]:
-    """What the chat template gets."""
+    """The messages that a chat template renders to this prompt."""
     if not isinstance(problem.prompt, str):
         return [dict(message) for message in problem.prompt]
     system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]

@@ -20,7 +20,7 @@ Score = Callable[[Sequence[Sample]], tuple[list[Tensor], list[RoutingCounts | No
 
 
 class EarlyScores:
-    """Of one rollout.
+    """Early log-probabilities of the samples of one rollout.
 
     Attributes:
         counts: what ranks have said of their routing.

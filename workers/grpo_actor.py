@@ -122,7 +122,7 @@ class GrpoRank(ActorRank):
         return scored if at.leads_replica else None, self._count(taken, engine)
 
     def routing_counts(self) -> RoutingCounts | None:
-        """Of the last ``score`` that recomputed log-probabilities, on the first tensor and context rank of each pipeline stage."""
+        """Routing of tokens in the last ``score`` that recomputed log-probabilities, on the first tensor and context rank of each stage."""
         counts, self._counts = self._counts, None
         return counts
 

@@ -185,7 +185,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return {**found, **self._health.metrics(), "rollout/engine_restarts": float(self._num_restarts)}, updates
 
     def _left_out(self) -> dict[str, float]:
-        """Of rows that are read when their turn comes; the notes at the start say it of others."""
+        """Metrics of rows that were left out, where rows are read when their turn comes; notes at the start say it of others."""
         loader = self._prepared.data.loader
         return {name: float(count) for name, count in loader.take_left_out().items()} if isinstance(loader, RowLoader) else {}
 
@@ -342,7 +342,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         return engine_routes(completion.routes, length=len(prompt.token_ids) + len(completion.token_ids), shape=shape)
 
     def _check_references(self, prompts: Sequence[Prompt]) -> None:
-        """Of rows that are read when their turn comes: those to which no response can be correct, as the judge reads the references. They
+        """Find the rows to which no response can be correct, as the judge reads references, where rows are read when their turn comes. They
         end the run, or, where bad samples are skipped, are said; as all responses to one get the same reward, they give no gradient."""
         if self._prepared.data.pictures is None or not isinstance(self._judge, MathJudge):
             return

@@ -220,5 +220,5 @@ def _scoring_tokens(config: AnyConfig, tokens: int | None) -> int:
 
 
 def _samples(config: AnyConfig) -> int:
-    """Of a micro-batch that is cut by samples."""
+    """Samples of a micro-batch that is cut by samples."""
     return (config.actor.micro_batch_size if isinstance(config, SftConfig) else config.algorithm.training_batch_size_per_gpu) or 1

@@ -124,7 +124,7 @@ class PackedDocuments:
         return self._kept[row]
 
     def _tokens_of(self, content: Any) -> list[int]:
-        """Of a row's content. Raises BadRow."""
+        """Tokens of a row's content. Raises BadRow."""
         [token_ids] = self._tokenized([document(content, self._form)])
         if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
             raise BadRow(reason)
@@ -164,7 +164,7 @@ class PackedDocuments:
 
 
 def _digest_of_cut(form: RowForm, tokenizer: Any, vocab_size: int | None) -> str:
-    """Of all that decides which tokens a row becomes: its field, the tokenizer, what ends a document and which tokens may be in it."""
+    """Digest of all that decides which tokens a row becomes: its field, the tokenizer, what ends a document, which tokens may be in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         how: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

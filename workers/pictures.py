@@ -95,7 +95,7 @@ class PictureLimits:
     most: int
 
     def pixels(self, size: tuple[int, int]) -> int:
-        """Of a picture as a tower sees it, but for the rounding of its sides to whole squares of patches."""
+        """Pixels of a picture as a tower sees it, but for the rounding of its sides to whole squares of patches."""
         return min(max(size[0] * size[1], self.least), self.most)
 
 

@@ -233,7 +233,7 @@ R = TypeVar("R", bound=_Referenced)
 
 
 def _readable(problems: Sequence[R], config: RunConfig, bad: BadSamples) -> list[R]:
-    """Those whose reference answers some response can equal; the others go to ``bad``."""
+    """The problems whose reference answers some response can equal; the others go to ``bad``."""
     reward = config.reward
     if reward.reward_type != "math":
         return list(problems)

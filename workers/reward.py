@@ -230,7 +230,7 @@ class VerifierPool:
 
 
 def unreadable_references(references: Sequence[str], *, num_processes: int, timeout_s: float) -> set[str]:
-    """Those of some reference answers that no response could ever equal, because math-verify cannot read them.
+    """The reference answers that no response could ever equal, because math-verify cannot read them.
 
     Starts processes only where there are references that cannot be told by their looks.
     """

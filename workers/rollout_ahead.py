@@ -82,7 +82,7 @@ def state_of(rollout: Rollout, batch: Batch) -> dict[str, Any]:
 
 
 def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], Mapping[str, float]]:
-    """Of ``state_of``: the samples of each of the prompts that they answer, without rewards, and the seconds."""
+    """The inverse of ``state_of``: the samples of each prompt, without rewards, and the seconds of the rollout."""
     saved = state["samples"]
     lengths, count = saved["lengths"].tolist(), len(saved["lengths"])
     has_logprobs = len(saved["engine_logprobs"]) > 0
@@ -134,12 +134,12 @@ def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning, *, lo
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Of tokens, among which a picture is a placeholder as often as it has features."""
+    """Digest of the prompts' tokens, among which a picture is a placeholder as often as it has features."""
     return hashlib.blake2b(repr([prompt.token_ids for prompt in prompts]).encode(), digest_size=16).hexdigest()
 
 
 def _fingerprint_of_pictures(prompts: Sequence[Prompt]) -> str | None:
-    """Of what engines are shown, from which patches of several times the bytes are made. None where no prompt has pictures."""
+    """Digest of the pictures that engines are shown, which have fewer bytes than their patches. None where no prompt has pictures."""
     if not any(prompt.images for prompt in prompts):
         return None
     digest = hashlib.blake2b(digest_size=16)

@@ -18,7 +18,7 @@ from rlsync.models.moe import NO_ROUTE, sparse_layers
 
 @dataclass(frozen=True, slots=True)
 class RoutingCounts:
-    """Of the samples of one replica, in the layers of one pipeline stage.
+    """Counts of the experts that samples of one replica went to, in the layers of one pipeline stage.
 
     Attributes:
         loads: (layers with experts of the model, experts) int64, choices of each expert; zero in layers of other stages.
@@ -32,7 +32,7 @@ class RoutingCounts:
 
 @dataclass(frozen=True, slots=True)
 class RoutingShape:
-    """Of a model with experts: its layers, the numbers (from 0) of those with experts, and the experts of a token."""
+    """How a model with experts routes: its layers, the numbers (from 0) of those with experts, and how many experts a token goes to."""
 
     num_layers: int
     sparse_layers: tuple[int, ...]
@@ -40,7 +40,7 @@ class RoutingShape:
 
 
 def routing_shape(transformer: Mapping[str, Any]) -> RoutingShape:
-    """From fields of Megatron's TransformerConfig, as ``Model.transformer`` has them."""
+    """The shape of a model with these fields of Megatron's TransformerConfig, as ``Model.transformer`` has them."""
     num_layers = transformer["num_layers"]
     return RoutingShape(num_layers, sparse_layers(num_layers, transformer.get("moe_layer_freq", 1)), transformer["moe_router_topk"])
 

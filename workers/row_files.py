@@ -121,7 +121,7 @@ class RowFiles:
         return file.where(inside)
 
     def folder(self, row: int) -> Path:
-        """Where the row's file lies, from which paths in it are meant."""
+        """The folder of the row's file; paths in the row are relative to it."""
         return self._locate(row)[0].path.parent
 
     def order(self, epoch: int, *, shuffle: bool, seed: int) -> Integers:

@@ -54,11 +54,11 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What it says, without its pictures."""
+        """The text of the turn, without its pictures."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
     def as_template_input(self) -> dict[str, Any]:
-        """As chat templates get it: a string where the turn has no picture, because many know nothing else."""
+        """The turn as chat templates take it: a string where it has no picture, because many know nothing else."""
         if all(part["type"] == "text" for part in self.parts):
             return {"role": self.role, "content": "".join(part["text"] for part in self.parts)}
         return {"role": self.role, "content": [dict(part) for part in self.parts]}

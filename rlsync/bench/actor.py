@@ -84,7 +84,7 @@ class Actor:
         self.settle()
 
     def move(self) -> None:
-        """The same weights in other memory, as after a step for which they were offloaded."""
+        """Move the weights to other memory, as a step for which they are offloaded does."""
         self._memory.offload("weights")
         self._memory.onload("weights")
         self.settle()
@@ -106,7 +106,7 @@ class Actor:
         return gather_bytes(value, device=self.device)
 
     def memory(self, begin: bool) -> int:
-        """As ``PeerWorker.bench_memory``, of this rank. Not collective."""
+        """This rank's memory, as ``PeerWorker.bench_memory`` has a worker's. Not collective."""
         return allocated_bytes(self.device, begin) if self.device.type == "cuda" else 0
 
     def rows(self) -> list[tuple[str, str, list[int]]]:
@@ -159,7 +159,7 @@ class Clock:
         self._begin_s = self._last_s = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """What passed since the last lap belongs to this phase."""
+        """Count the time since the last lap as this phase."""
         now_s = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now_s - self._last_s
         self._last_s = now_s

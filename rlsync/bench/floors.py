@@ -44,7 +44,7 @@ def measure(spec: specs.Spec) -> dict[str, Any]:
 
 
 def gb_per_s(source: int, destination: int) -> float:
-    """Of a copy from one GPU to another, or to itself, by CONVENTION; several copies in a row, so that their launches do not count."""
+    """Rate of a copy from one GPU to another, or to itself, by CONVENTION; of several copies in a row, so that launches do not count."""
     given = torch.ones(_BYTES, dtype=torch.uint8, device=f"cuda:{source}")
     taken = torch.empty(_BYTES, dtype=torch.uint8, device=f"cuda:{destination}")
     best_s = float("inf")

@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 
 
 def environment(spec: specs.Spec, host: int) -> dict[str, str]:
-    """Of the process, as whoever starts it sets it: torch and vLLM read it when they are imported. What the caller has set wins."""
+    """Environment variables for an engine's process, which torch and vLLM read when they are imported. What the caller has set wins."""
     added = dict(_ENVIRONMENT)
     if not spec.cuda_graphs:
         added["TORCH_COMPILE_DISABLE"] = "1"

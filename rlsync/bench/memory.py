@@ -49,7 +49,7 @@ class Watch:
         self._thread.join()
 
     def most_more(self, begin_s: float, end_s: float) -> Mapping[str, int]:
-        """By GPU, the most bytes in use between two times (monotonic clock) beyond those at the first."""
+        """For each GPU the most bytes in use between two times (monotonic clock), beyond those in use at the first."""
         found = {}
         for gpu, seen in self._seen.items():
             before = [used for at_s, used in seen if at_s <= begin_s]

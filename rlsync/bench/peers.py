@@ -57,7 +57,7 @@ class Fleet:
         return [self._pool.submit(e.call_workers, method, arguments, self._timeout_s) for e in self.engines]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """What a method of every worker returns, engines in order."""
+        """Call a method of every worker. Returns the results, engines in order."""
         return self.end(self.begin(method, *arguments))
 
     def end(self, calls: Sequence[Future[list[Any]]]) -> list[Any]:

@@ -102,7 +102,7 @@ def _run(spec: specs.Spec, logs: Path, deadline_s: float) -> Watch | None:
 
 
 def _watch(gpus: Sequence[Mapping[str, Any]]) -> Watch | None:
-    """Of the GPUs' memory. Without NVML there is a bench and a word about it, but no numbers of the driver."""
+    """A watch on the memory of the GPUs. Without NVML the bench runs, says so, and has no numbers of the driver."""
     try:
         return Watch({str(gpu["index"]): gpu["uuid"] for gpu in gpus})
     except RlsyncError as error:

@@ -71,7 +71,7 @@ class Case:
 
     @property
     def lora(self) -> LoraSync:
-        """What engines get, and therefore which of them: those with slots for adapters take nothing else."""
+        """How engines get adapters in this case, and so which engines run it: those with slots for adapters take no merged weights."""
         return self.settings.get("lora", "merged")
 
 
@@ -145,7 +145,7 @@ class Spec(BenchSpec):
 
     @property
     def hosts(self) -> tuple[tuple[LoraSync, int], ...]:
-        """What each process of an engine takes, and which engine it is: all of them once for each way that adapters are synced."""
+        """(how it gets adapters, number) of each engine process: every engine once for each way in which cases sync adapters."""
         used = {case.lora for case in self.cases} | {PEERS[name].lora for name in self.peers}
         return tuple((lora, engine) for lora in LORA if lora in used for engine in range(self.num_engines))
 
@@ -202,7 +202,7 @@ def read(path: str | Path) -> Spec:
 
 
 def await_file(path: Path, timeout_s: float) -> str:
-    """Its text, as soon as it is there. Raises RlsyncError after ``timeout_s``."""
+    """The text of a file that another process writes, as soon as it is there. Raises RlsyncError after ``timeout_s``."""
     deadline_s = time.monotonic() + timeout_s
     while not path.exists():
         if time.monotonic() > deadline_s:

@@ -137,12 +137,12 @@ def cut(lengths: Sequence[int], tokens: int, *, packing: bool, option: str = "--
 
 
 def flops_of_token(model: Model) -> int:
-    """Of the matrix products with parameters, forward; see FLOPS."""
+    """FLOPs of one token in the forward matrix products with parameters; see FLOPS."""
     return _flops_of(model, model.parameters())
 
 
 def flops_of_adapters(model: Model, lora: LoraSpec) -> int:
-    """The same of the products with factors of adapters."""
+    """FLOPs of one token in the forward matrix products with factors of adapters."""
     return _flops_of(model, adapters_of(model, lora).parameters(model.parameters()))
 
 
@@ -159,7 +159,7 @@ def _flops_of(model: Model, parameters: Iterable[Bound]) -> int:
 
 
 def flops_of_attention(model: Model, length: int) -> int:
-    """Of a sequence of ``length`` tokens, forward; see FLOPS."""
+    """FLOPs of attention in the forward pass of a sequence of ``length`` tokens; see FLOPS."""
     fields = model.transformer
     key = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] if "qk_head_dim" in fields else model.dims["head_dim"]
     value = fields.get("v_head_dim", model.dims["head_dim"])
@@ -228,7 +228,7 @@ def summary(spec: TrainSpec, found: TrainFound, machine: Mapping[str, Any], peak
 
 
 def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
-    """Of the rank that takes most, on paper: between steps, at most, and what takes it."""
+    """Predicted bytes of the rank that takes most: between steps, at most, and by what they are taken."""
     switches = spec.switches
     options = TrainingOptions(
         grads_in_fp32=spec.ddp.get("grad_reduce_in_fp32", True),

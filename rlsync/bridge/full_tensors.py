@@ -105,7 +105,7 @@ def plan_save(
 
 
 def writer_ranks(save: Save) -> list[int]:
-    """Of each file, the rank that writes it."""
+    """The rank that writes each file, in the order of ``save.files``."""
     return [i % dist.get_world_size() for i in range(len(save.files))]
 
 

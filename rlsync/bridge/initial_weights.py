@@ -33,7 +33,7 @@ class Draw:
 
 
 def draws_of(model: Model, std: float) -> Mapping[str, Draw]:
-    """By HF name, of every tensor of a model of text."""
+    """How every tensor of a text model is drawn, by HF name."""
     found: dict[str, Draw] = {}
     for bound in model.parameters():
         module, _, kind = bound.local.rpartition(".")

@@ -141,7 +141,7 @@ def _regions(part: PackedPart) -> tuple[Integers, Integers]:
 
 
 def _have_one_source(kind: Kind, ways: Integers) -> np.ndarray:
-    """By member, whether one source gives all of these ways."""
+    """For each member, whether one source gives all of these ways."""
     sources = kind.sources[:, ways]
     return np.asarray((sources == sources[:, :1]).all(axis=1))
 

@@ -68,7 +68,7 @@ def predicted(
     num_steps: int,
     num_engines: int,
 ) -> Prediction:
-    """Of a sync whose bytes are read in place, or travel in messages.
+    """The prediction for a sync whose bytes are read in place, or travel in messages.
 
     Args:
         given, taken: bytes by source and by destination, and link; ``names`` of both.

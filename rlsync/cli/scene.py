@@ -127,7 +127,7 @@ def _gpu(index: int, scene: Scene) -> Location:
 
 
 def transports_of(sides: Sides, requested: str) -> list[str]:
-    """By worker. What one host has, reaches a worker only where every actor rank is on its host. All have GPUs here."""
+    """The transport of each worker. Those within a host reach a worker only where every actor rank is on its host. All have GPUs here."""
     if requested in GROUPS:
         return [requested] * len(sides.workers)
     places = [p.location for p in (*sides.actors, *sides.workers)]

@@ -149,7 +149,7 @@ class Planned(Message):
     workers: tuple[WorkerAssignment, ...]
 
     def parts(self) -> Iterator[Planned]:
-        """As it is sent."""
+        """This message in the parts in which it is sent."""
         for actor in self.actors:
             yield Planned((actor,), ())
         for worker in self.workers:
@@ -285,7 +285,7 @@ class Reports(Message):
     records: tuple[Recorded, ...]
 
     def parts(self) -> Iterator[Reports]:
-        """As it is sent."""
+        """This message in the parts in which it is sent."""
         yield Reports(self.actors, self.workers, ())
         for record in self.records:
             yield Reports((), (), (record,))

@@ -73,13 +73,13 @@ class Roster:
         self._actors = self._workers = None
 
     def actors(self) -> Sequence[Member]:
-        """By rank."""
+        """The actor ranks, in the order of their ranks."""
         if self._actors is None:
             self._actors = sorted((p for p in self.members.values() if p.engine is None), key=lambda p: p.place)
         return self._actors
 
     def workers(self) -> Sequence[Member]:
-        """By engine, in the order in which rank 0 named them, and place."""
+        """The workers: by engine, in the order in which rank 0 named these, and then by number."""
         if self._workers is None:
             order = {engine: index for index, engine in enumerate(self.expected.engines)}
             members = [p for p in self.members.values() if p.engine is not None]

@@ -127,7 +127,7 @@ class CudaCopyProgram:
         return self.nbytes
 
     def checksums(self) -> list[int]:
-        """By pair, what rlsync.copy.checksum says of the source as the last run read it, cast to the destination's dtype.
+        """The checksum of each pair, as of ``rlsync.copy.checksum``: of the source as the last run read it, in the destination's dtype.
 
         Elements count in the order of the pair's shape; dims that are not in the order of the memory of both sides make them slow.
         Waits for that run.
@@ -148,7 +148,7 @@ class CudaCopyProgram:
 
 
 def strided(view: View) -> Strided:
-    """Where a tensor lies. Raises PlacementError for one that is not on a CUDA device."""
+    """Address, dtype, shape and strides of a CUDA tensor. Raises PlacementError for a tensor elsewhere."""
     if isinstance(view, Strided):
         return view
     if not view.is_cuda:
@@ -199,7 +199,7 @@ def _upload(tables: Tables, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 
 def _on_device(rows: npt.NDArray[np.void], device: torch.device) -> torch.Tensor:
-    """As bytes; complete when it returns."""
+    """The rows as bytes on the device; the copy is complete when this returns."""
     return torch.from_numpy(rows.view(np.uint8)).to(device)
 
 

@@ -50,7 +50,7 @@ def tensors_in(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def places_of(path: Path) -> dict[tuple[str, ...], TensorView]:
-    """Where the tensors of a file lie, in their order. Raises CheckpointError."""
+    """The tensors of a file by the keys that lead to them, with where each lies, in file order. Raises CheckpointError."""
     return dict(tensors_in(read_torch_file(path)))
 
 

@@ -42,7 +42,7 @@ class Written:
     crc: int
 
     def damage(self, descriptor: int) -> str | None:
-        """What of them is no longer as it was written, in the file that is open. Raises OSError."""
+        """What is wrong with these bytes in the file that is open; None where they are as written. Raises OSError."""
         crc, at = 0, self.begin
         while at < self.end and (content := os.pread(descriptor, min(_STEP_BYTES, self.end - at), at)):
             crc, at = zlib.crc32(content, crc), at + len(content)
@@ -54,7 +54,7 @@ class Written:
 
 
 def damage(written: Sequence[Written]) -> list[str]:
-    """What files hold otherwise than it was written, file by file. Reads all of it. Raises OSError."""
+    """A sentence for each place that is no longer as written, file by file. Reads all of it. Raises OSError."""
     pieces: dict[Path, list[Written]] = {}
     for one in written:
         pieces.setdefault(one.file, []).append(one)
@@ -68,7 +68,7 @@ def damage(written: Sequence[Written]) -> list[str]:
 
 
 def read_sums(path: Path) -> list[Written]:
-    """What was written to files, which ``path`` names from its folder on. Raises CheckpointError."""
+    """The sums listed in ``path``, whose file names are relative to its folder. Raises CheckpointError."""
     try:
         return [Written(path.parent / file, int(begin), int(end), int(crc)) for file, begin, end, crc in json.loads(path.read_bytes())]
     except (ValueError, TypeError) as error:

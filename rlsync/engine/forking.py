@@ -93,7 +93,7 @@ class EngineProcess(ForkedProcess):
 
 
 class EngineContext(ForkServerContext):
-    """What vLLM starts an engine's core with."""
+    """The multiprocessing context by which vLLM starts an engine's core."""
 
     Process = EngineProcess  # type: ignore[assignment]
 
@@ -129,7 +129,7 @@ class _OwnServer(forkserver.ForkServer):
         self._forkserver_address, self._forkserver_alive_fd = own._forkserver_address, own._forkserver_alive_fd
 
     def ensure_running(self) -> None:
-        """It runs as long as a process lives that was forked from it."""
+        """Start nothing: the server runs as long as a process lives that was forked from it."""
         resource_tracker.ensure_running()
 
 

@@ -86,7 +86,7 @@ class OpTrace:
         return key_of(tensor) in self._known
 
     def number(self, tensor: torch.Tensor) -> float | None:
-        """What all elements of ``tensor`` are, where it was made of a number; None for any other."""
+        """The number that ``tensor`` was filled with when it was made; None for a tensor that was made otherwise."""
         return self._numbers[key_of(tensor)][0] if key_of(tensor) in self._numbers else None
 
     def note_copied(self, tensor: torch.Tensor) -> None:
@@ -115,7 +115,7 @@ class OpTrace:
     def _parts_of_rows(
         self, stack: _Stack, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
     ) -> list[SourcePart] | None:
-        """Of a view that has the rows along its first dim."""
+        """The parts of a view that has the rows along its first dim."""
         size = stack.row_size
         if not shape or (strides[0] != size and shape[0] > 1):
             return None
@@ -133,7 +133,7 @@ class OpTrace:
     def _parts_of_origin(
         self, origin: _Origin, held: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
     ) -> list[SourcePart] | None:
-        """Of a view of one origin's memory, which holds elements of dtype ``held``."""
+        """The parts of a view of one origin's memory, which holds elements of dtype ``held``."""
         if held != origin.dtype or origin.rounded not in (None, dtype):
             return None
         view = origin.grid, shape, offset, strides

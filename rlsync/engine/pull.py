@@ -90,7 +90,8 @@ class Verifier:
         return rounds, [r for number in rounds for r in self._rounds[bucket][number]]
 
     def held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> Check:
-        """Of a frozen bucket that is not sent: what ``buffers`` hold; or, for None, what landed and has a kernel's own form since."""
+        """The check of a frozen bucket that is not sent: of what ``buffers`` hold, or for None of what landed when it was sent, because a
+        kernel keeps it in a form of its own."""
         if buffers is not None:
             return self.begin(bucket, buffers, 1)
         return Check(bucket, self._chosen(bucket, 1)[1], KnownChecksums(self._landed[bucket]))

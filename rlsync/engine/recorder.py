@@ -96,7 +96,7 @@ class LastRecording:
         self._recording: Recording | None = None
 
     def record(self, model: torch.nn.Module, tensors: Sequence[TensorSpec]) -> Recording:
-        """As the function ``record``, which is not run again where nothing has changed."""
+        """The result of the function ``record``, which runs again only where something has changed."""
         now = tuple(tensors), list(model.modules()), _aliases(_tensors_of(model))
         # On meta they are while a reload is under way, which ``record`` refuses.
         if self._recording is None or self._of != now or any(p.is_meta for p in model.parameters()):
@@ -347,7 +347,7 @@ def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _aliases(live: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    """By name, the other names whose tensors overlap with it in memory."""
+    """Name -> the other names whose tensors overlap with its tensor in memory."""
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, tensor in live.items():
         groups[_memory(tensor)].append(name)

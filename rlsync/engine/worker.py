@@ -239,7 +239,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             self._verifier.prepare(bucket, buffers)
 
     def _standing(self) -> dict[int, Mapping[str, torch.Tensor]]:
-        """By bucket, the buffers that are the same in every sync."""
+        """Bucket -> its buffers, for buckets whose buffers are the same in every sync."""
         assert self._assignment is not None and self._sink is not None
         found = {bucket: self._sink.standing(bucket) for bucket, part in enumerate(self._assignment.parts) if part.nbytes}
         return {bucket: buffers for bucket, buffers in found.items() if buffers is not None}

@@ -34,7 +34,7 @@ class Share:
     size: int
 
     def chunks(self) -> list[tuple[slice, slice]]:
-        """Of each sequence this rank's two chunks, the earlier one first."""
+        """This rank's two chunks of each sequence, the earlier one first."""
         return [self._chunks_of(start, end) for start, end in pairwise(self.bounds)]
 
     def own(self, whole: Tensor, dim: int) -> Tensor:
@@ -68,16 +68,16 @@ class Share:
 
 
 def share_of(bounds: Sequence[int]) -> Share:
-    """That of sequences with these bounds among the ranks that are running."""
+    """The share of this rank in sequences with these bounds, under the running context parallelism."""
     return Share(tuple(bounds), parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
 
 def sequence_multiple(config: TransformerConfig) -> int:
-    """What the length of every sequence of a pass must be a multiple of."""
+    """The number of which the length of every sequence of a pass must be a multiple."""
     return 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
 
 
 def total_multiple(config: TransformerConfig) -> int:
-    """What the tokens of a row of a pass must be a multiple of: every rank's are cut once more under sequence parallelism."""
+    """The number of which the tokens of a row of a pass must be a multiple: sequence parallelism cuts every rank's tokens once more."""
     tp_size = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return math.lcm(sequence_multiple(config), config.context_parallel_size * tp_size)

@@ -105,7 +105,7 @@ class Adapter(torch.nn.Module):
         return self._spec.scaling
 
     def factors(self) -> merge.Factors:
-        """What multiplied and scaled is added to the weight when they are merged."""
+        """The factors whose scaled product is added to the weight when the adapter is merged."""
         owners: Any = None if self._is_whole else self._owners
         return merge.Factors(self.lora_B, self.lora_A, owners, self._likeness)
 
@@ -118,7 +118,7 @@ class Adapter(torch.nn.Module):
         return (self.lora_A, self.lora_B) if x is None else self.added(x, self.lora_A, self.lora_B, F.linear)
 
     def added(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The same of factors like this one's, which may be those of several experts; ``product(x, factor)`` applies one."""
+        """``forward`` with other factors of these shapes, such as those of several experts; ``product(x, factor)`` applies one."""
         return product(*self.factored(x, a, b, product))
 
     def factored(self, x: Tensor, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class Adapter(torch.nn.Module):
 
 
 class HeadAdapter(Adapter):
-    """Of the output layer, which makes logits of a few positions at a time and adds to them there: its B has rows of the vocabulary."""
+    """The adapter of the output layer, which adds to logits where it makes them, some positions at a time: B has rows of the vocabulary."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # the output layer multiplies them
         """``x`` (S, B, H), under sequence parallelism this rank's part -> A's results (S, B, r) of all positions, and B (vocabulary of
@@ -161,7 +161,7 @@ class HeadAdapter(Adapter):
 
 
 class EmbeddingAdapter(Adapter):
-    """Of an embedding that is cut over the vocabulary: of a token A's column, which one tensor rank has, and B makes of it what is added.
+    """The adapter of an embedding that is cut over the vocabulary: a token takes its column of A, which one tensor rank has, times B.
 
     Parameters:
         lora_A: (r, rows of the vocabulary on this rank).
@@ -191,7 +191,7 @@ class EmbeddingAdapter(Adapter):
 
 
 class RouterAdapter(Adapter):
-    """Of a router, in the dtype of its logits."""
+    """The adapter of a router; it computes in the dtype of the router's logits."""
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         """What is added to the logits (..., experts) of ``x`` (..., hidden). Not collective."""
@@ -212,7 +212,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> list[Tenso
 
 
 def merge_program(adapters: Sequence[Adapter], weights: Sequence[Tensor]) -> merge.MergeProgram:
-    """What makes them again and again, after each optimizer step."""
+    """A program that merges these adapters into these weights whenever it is run, as after each optimizer step."""
     return merge.MergeProgram(weights, [adapter.factors() for adapter in adapters], adapters[0].scaling)
 
 

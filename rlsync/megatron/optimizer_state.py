@@ -384,7 +384,7 @@ def optimizer_config(optimizer: MegatronOptimizer) -> OptimizerConfig:
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """Those of an optimizer, itself or chained, that keep their state in shards."""
+    """The distributed optimizers, which keep their state in shards, among those that an optimizer is made of."""
     return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 

@@ -100,7 +100,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class HeadColumn:
-    """As ``Column``, where dim 0 is attention heads of equal size: a rank holds whole heads."""
+    """A ``Column`` whose dim 0 is attention heads of equal size: a rank holds whole heads."""
 
     def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
         if dims["num_heads"] % size:

@@ -394,7 +394,7 @@ def _last_names(modules: Iterable[str]) -> list[str]:
 
 
 def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part | None]) -> list[str]:
-    """Those of the modules that can have an adapter which have one."""
+    """The modules that have an adapter, among those that can have one."""
     parameters = _parameters(model) if spec.target_parameters else {}
     return [
         module
@@ -404,14 +404,14 @@ def _chosen(model: Model, spec: LoraSpec, linear: Mapping[str, Part | None]) -> 
 
 
 def _parameters(model: Model) -> dict[str, str]:
-    """By the module of a router, and of each projection of an expert, the parameter of transformers that is it, or has it beside those of
-    all other experts."""
+    """Module of a router, or of a projection of an expert -> the parameter of transformers that is it, or that has it beside those of all
+    other experts."""
     experts = (bound for bound in model.parameters() if bound.stack.stacked is not None)
     return router_parameters(model) | {module_of(name): stacked_tensor(bound, None)[0] for bound in experts for name, _ in bound.hf}
 
 
 def router_parameters(model: Model) -> dict[str, str]:
-    """By the module of a router in files, the parameter that transformers has for it: its modules are no linear layers."""
+    """Module of a router in files -> the parameter that transformers has for it, whose routers are no linear layers."""
     renamed = [pair for stack in model.family.stacks if stack.stacked is not None for pair in stack.stacked.renamed]
     found = {}
     for bound in model.parameters():
@@ -430,7 +430,7 @@ def _is_chosen(spec: LoraSpec, module: str, part: Part | None) -> bool:
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
-    """As PEFT reads ``target_modules`` and ``exclude_modules``."""
+    """Whether a module is among names, as PEFT reads ``target_modules`` and ``exclude_modules``."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(_ends_with(module, name) for name in names)

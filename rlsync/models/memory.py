@@ -108,7 +108,8 @@ class TrainingMemory:
 
 
 def training_memory(model: Model, topology: Topology, options: TrainingOptions) -> tuple[TrainingMemory, ...]:
-    """Of each pipeline stage a rank that takes as much as any of it. Raises ConfigError or PlacementError where a topology does not fit."""
+    """The memory of a rank of each pipeline stage, one that takes as much as any. Raises ConfigError or PlacementError for a topology that
+    does not fit."""
     found = []
     for stage in range(topology.pp_size):
         rank = next(rank for rank in range(topology.world_size) if topology.coordinates(rank).pp_rank == stage)
@@ -174,7 +175,7 @@ def _shard(topology: Topology, options: TrainingOptions, trained: dict[bool, int
 
 
 def _activations(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> int:
-    """Of the most micro-batches that a stage has in flight."""
+    """Bytes of activations of the most micro-batches that a stage has in flight."""
     tokens = -(-options.micro_batch_tokens // topology.cp_size)
     item = DTYPE_BYTES[options.dtype]
     cost = _layers(model, topology, stage, options)
@@ -192,7 +193,8 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
 
 
 def _pictures(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> int:
-    """Of the first stage. Blocks that are not trained keep nothing, and neither does what comes before the first trained part."""
+    """Bytes of a tower's activations, on the first stage. Blocks that are not trained keep none, and neither does what comes before the
+    first trained part."""
     parts, patches, again = _trained_parts(model, topology, rank, options), options.micro_batch_patches, options.recompute == "full"
     if model.vision is None or not parts & {"vision_model", "vision_projection"}:
         return 0
@@ -233,8 +235,8 @@ def _layers(model: Model, topology: Topology, stage: int, options: TrainingOptio
 
 
 def _scoring(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> int:
-    """Of a forward pass without gradients: all that a layer or a block of a tower would keep, the hidden states around it, and on the last
-    stage logits."""
+    """Bytes of a forward pass without gradients: all that a layer or a block of a tower would keep, the hidden states around it, and on
+    the last stage logits."""
     tokens = -(-options.scoring_tokens // topology.cp_size)
     if not tokens:
         return 0

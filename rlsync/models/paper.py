@@ -48,13 +48,13 @@ class Seat:
 
     @property
     def sequence_axis(self) -> tuple[int, int]:
-        """The same, but for weights that are whole where vLLM gives each tensor rank a part of the sequence before experts."""
+        """``tensor_axis`` of weights that are whole where vLLM gives each tensor rank a part of the sequence before experts."""
         is_sequence_parallel = self.expert_parallel and self.tp_size > 1 and self.dp_size > 1
         return (0, 1) if is_sequence_parallel else self.tensor_axis
 
     @property
     def slice_axis(self) -> tuple[int, int]:
-        """Of the one that cuts each expert."""
+        """Rank and size of the axis that cuts each expert."""
         return (0, 1) if self.expert_parallel else (self.rank, self.size)
 
     def experts(self, num_experts: int) -> range:
@@ -68,7 +68,7 @@ class Seat:
 
 
 def seats(model: Model, *, tp_size: int = 1, dp_size: int = 1, ep_size: int = 1) -> tuple[Seat, ...]:
-    """Of the workers of an engine, rank by rank.
+    """The seats of the workers of an engine, rank by rank.
 
     ``ep_size``: ranks that share the experts, which is 1 (each expert is cut) or all (vLLM's enable_expert_parallel).
     Raises PlacementError for experts that vLLM cannot share so.

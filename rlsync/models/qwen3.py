@@ -18,7 +18,7 @@ QWEN3_KEYS: Mapping[str, Key] = {
 
 
 def qwen3_features(values: Mapping[str, Any]) -> frozenset[str]:
-    """Of every Qwen3: a norm of each query and key head."""
+    """Features of every Qwen3, which has a norm of each query and key head."""
     return dense_features(values) | {"qk_norm"}
 
 

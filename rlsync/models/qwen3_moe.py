@@ -24,7 +24,7 @@ QWEN3_MOE_KEYS: Mapping[str, Key] = {
 
 
 def num_experts(values: Mapping[str, Any]) -> int:
-    """Of a layer, under either of its names."""
+    """Experts of a layer, whose number has two names."""
     return int(values["num_experts"] if values["num_local_experts"] is None else values["num_local_experts"])
 
 

@@ -256,7 +256,7 @@ def _rope(kind: str, numbers: Mapping[str, Any]) -> Rope:
 
 
 def _yarn(numbers: Mapping[str, Any]) -> YarnScaling:
-    """As transformers' ``_compute_yarn_parameters``, without its tensors."""
+    """The numbers of transformers' ``_compute_yarn_parameters``, without its tensors."""
     factor, given = float(numbers["factor"]), {**_YARN, **numbers}
 
     def sharpened(weight: float) -> float:

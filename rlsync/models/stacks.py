@@ -348,7 +348,7 @@ class Model:
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Number of decoder layers."""
         return self.dims["num_layers"]
 
     def parameters(self, shares: Shares | None = None) -> Iterator[Bound]:

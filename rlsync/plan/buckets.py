@@ -32,7 +32,7 @@ def grouped(tensors: Iterable[TensorSpec], holder_bytes: HolderBytes, limits: Ma
 
 
 def limits_of(holder_bytes: HolderBytes, bucket_bytes: int | None) -> dict[Hashable, int]:
-    """By holder ``bucket_bytes``, or at least its largest tensor, which is never split. None: no limits."""
+    """Limits for ``grouped``: of each holder ``bucket_bytes``, or its largest tensor, which is never split. None: no limits."""
     limits: dict[Hashable, int] = {}
     if bucket_bytes is None:
         return limits

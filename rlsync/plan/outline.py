@@ -53,7 +53,7 @@ class Kind:
         return Plan((), (self.placement,), rows, "")
 
     def given(self, ways: Integers, amounts: Integers, num_sources: int) -> Integers:
-        """By source, what it gives to all members.
+        """Bytes that each source gives to all members.
 
         ``amounts``: of the sources of these ways; of each way, or of each member and way.
         """
@@ -260,7 +260,7 @@ def _of_way(copy: Copy, way: int) -> Copy:
 
 
 def _origin_numbers(matching: Matching) -> dict[int, int]:
-    """By identity of a source's piece a number that those share which lie alike in their holders."""
+    """Identity of a source's piece -> a number that pieces share which lie alike in their holders."""
     numbers: dict[Hashable, int] = {}
     givers = matching.sources
     by_kind = dict(zip(givers.kinds, zip(givers.pieces, givers.dtypes, strict=True), strict=True))
@@ -302,7 +302,7 @@ class _Distances:
         self._known: dict[Location | None, Integers] = {}
 
     def of(self, locations: Iterable[Location | None], sources: Integers) -> Integers:
-        """Of the sources in each row to the location of the row."""
+        """Link classes from the sources in each row to the location of that row; of the shape of ``sources``."""
         table = [self._from_all(location)[row] for location, row in zip(locations, sources, strict=True)]
         return np.stack(table)
 
@@ -323,7 +323,7 @@ def _summed(keys: Integers, amounts: Integers) -> tuple[Integers, Integers]:
 def _in_buckets(
     tensors: Sequence[TensorSpec], num_sources: int, counted: Sequence[tuple[Kind, Integers]], bucket_bytes: int | None
 ) -> tuple[tuple[TensorSpec, ...], ...]:
-    """As ``rlsync.plan.buckets.grouped`` cuts them; the members of a kind, which take the same, are one holder.
+    """Buckets as ``rlsync.plan.buckets.grouped`` cuts them, where the members of a kind, which take the same, are one holder.
 
     ``counted``: kinds, and of each way the bytes that count for the size of a bucket.
     """

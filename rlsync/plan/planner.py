@@ -115,7 +115,7 @@ class _Holders:
 
 
 def kinds_of(placements: Sequence[Placement]) -> tuple[int, ...]:
-    """By placement a number that those share which hold the same: replicas of an actor rank, the same worker of equal engines."""
+    """A number for each placement, equal for those that hold the same: replicas of an actor rank, the same worker of equal engines."""
     numbers: dict[object, int] = {}
     # Hashing thousands of pieces takes long, and on paper those who hold the same are one object.
     known: dict[tuple[int, int, int], int] = {}
@@ -147,7 +147,7 @@ class Matching:
     findings: tuple[str, ...] = ()
 
     def only(self, destinations: Sequence[int]) -> Matching:
-        """The same, to some of the destinations, which are numbered anew."""
+        """This matching for some of the destinations, which are numbered anew."""
         return Matching(self.sources, self.destinations.only(destinations), tuple(self.ways[d] for d in destinations), self.findings)
 
 
@@ -237,7 +237,7 @@ def in_buckets(
 
 
 def holder_bytes_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mapping[str, str]]) -> dict[str, dict[Hashable, int]]:
-    """By tensor what each destination takes and each source gives; ``copies`` by tensor, ``dtypes`` of each destination's buffers."""
+    """Bytes of each tensor that each destination takes and each source gives. ``dtypes``: by buffer, of each destination."""
     holder_bytes: dict[str, dict[Hashable, int]] = {}
     for name, row in copies.items():
         by_holder: dict[Hashable, int] = defaultdict(int)
@@ -412,7 +412,7 @@ def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, 
 
 
 def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
-    """By tensor and box, who has it, in the order of the holders' names."""
+    """Tensor -> box -> sources that have it and their pieces, in the order of the holders' names."""
     table: dict[str, dict[Box, list[_Origin]]] = defaultdict(dict)
     in_order = {kind: sorted(pieces, key=lambda p: (p.buffer, p.offset)) for kind, pieces in zip(givers.kinds, givers.pieces, strict=True)}
     for source in sorted(range(len(givers.placements)), key=givers.ranks.__getitem__):
@@ -426,7 +426,7 @@ def _steps(load: int, nbytes: int, count: int) -> range:
 
 
 class _Near:
-    """Those of a crowd that are equally near to a destination, by their positions in the crowd."""
+    """The sources of a crowd that are equally near to a destination, by their positions in the crowd."""
 
     def __init__(self, sources: Sequence[int], members: Sequence[int], cost: int, loads: list[int]) -> None:
         self.members, self._cost = members, cost
@@ -493,7 +493,7 @@ class _Crowd:
         self._far: _Near | None = None
 
     def near(self, place: int) -> _Near:
-        """Those that are nearest to the destinations at a place."""
+        """The sources that are nearest to the destinations at a place."""
         found = self._found.get(place)
         if found is None:
             found = self._found[place] = self._nearest(self._places[place])

@@ -59,7 +59,7 @@ class _Compared:
 
 
 def compare_engines(source: Source, engines: Sequence[EngineHandle], config: SyncConfig | None = None) -> tuple[tuple[str, ...], ...]:
-    """By worker, the paths of tensors that differ from ``source``; empty where all are equal.
+    """Paths of the tensors of each worker that differ from ``source``; empty where all are equal.
 
     Engines are paused for as long as a sync would take and keep requests, caches, version and any connection. Workers come in
     the order of ``engines``. ``source`` is the only actor rank. Raises

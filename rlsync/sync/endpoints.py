@@ -15,7 +15,7 @@ from rlsync.transport.ends import Hosted, HostSettings, Sender, SenderContext, t
 
 
 class Endpoints:
-    """Of one connection.
+    """The ends of one connection that are in this process.
 
     Attributes:
         hosted: by transport, what rank 0 keeps open.

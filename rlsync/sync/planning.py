@@ -82,7 +82,7 @@ class ConnectionPlan:
         return len(self.parts) if self.is_read_in_place else min(wanted, len(self.parts) * self.num_steps)
 
     def routes(self, num_slots: int) -> dict[str, Routes]:
-        """By transport what it has to carry; ``num_slots`` is that of the configuration."""
+        """What each transport in use has to carry, by its name. ``num_slots``: ``SyncConfig.num_slots``."""
         found: dict[str, Routes] = {}
         for name in dict.fromkeys(self.transports):
             own = tuple(d for d, each in enumerate(self.transports) if each == name)
@@ -93,7 +93,7 @@ class ConnectionPlan:
     def assignments(
         self, num_slots: int, verify: str, hosted: Mapping[str, Hosted]
     ) -> tuple[tuple[ActorAssignment, ...], tuple[WorkerAssignment, ...]]:
-        """What each actor rank and each worker of the reports has to do. ``hosted``: what was opened for transports that need it."""
+        """The assignment of each actor rank, and of each worker of the reports. ``hosted``: by transport, what its ``host`` has opened."""
         ends = {name: transport(name).assign(routes, hosted.get(name)) for name, routes in self.routes(num_slots).items()}
         common = self.plan.digest, self.num_slots(num_slots), verify
         actors = tuple(
@@ -194,7 +194,7 @@ def plan_connection(
 
 
 def _given(row: Sequence[PackedPart]) -> dict[tuple[int, int], int]:
-    """Of the parts of a bucket: bytes by destination and actor rank."""
+    """(destination, actor rank) -> bytes that one takes from the other in a bucket."""
     found: dict[tuple[int, int], int] = defaultdict(int)
     for destination, part in enumerate(row):
         for r in part.regions:
@@ -237,7 +237,7 @@ def _refuse_in_place(plan: Plan, transports: Sequence[str], staging: frozenset[t
 
 
 def choose_transports(reports: Reports, requested: str) -> tuple[str, ...]:
-    """By worker of the reports. Raises ConfigError where the transport that is asked for does not reach a worker."""
+    """The transport of each worker of the reports. Raises ConfigError where the requested one does not reach a worker."""
     if requested == "auto":
         return in_one_group(next(name for name in TRANSPORTS if transport(name).finding(reports, w) is None) for w in reports.workers)
     findings = [found for worker in reports.workers if (found := transport(requested).finding(reports, worker)) is not None]

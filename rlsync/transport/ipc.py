@@ -67,8 +67,8 @@ class IpcExport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank, by bucket: regions that are read in place, and regions that it stages in a ring of slots of ``stage_bytes``, each
-    part packed as a message."""
+    """Arguments of an actor rank's end, by bucket: regions that are read in place, and regions that it stages in a ring of slots of
+    ``stage_bytes``, each part packed as a message."""
 
     num_slots: int
     in_place: tuple[tuple[GivenPart, ...], ...]
@@ -77,7 +77,8 @@ class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReceiverEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a worker. ``staged``: by bucket, actor rank -> byte of a slot of its staging ring at which this worker's message begins."""
+    """Arguments of a worker's end. ``staged``: by bucket, actor rank -> byte of a slot of its staging ring at which this worker's message
+    begins."""
 
     staged: tuple[dict[int, int], ...]
 
@@ -97,7 +98,7 @@ def finding(reports: Reports, worker: WorkerHello) -> str | None:
 
 
 def _boot_id(hello: ActorHello | WorkerHello) -> str:
-    """Of the booted kernel, the first part of both domains."""
+    """Id of the booted kernel, the first part of both domains."""
     return hello.pid_domain.partition(":")[0]
 
 
@@ -106,7 +107,8 @@ def host(routes: Routes, settings: HostSettings) -> None:
 
 
 def assign(routes: Routes, hosted: Hosted | None) -> EndArguments:
-    """By actor rank, the regions it exports and stages; by reader, the places of its messages in the staging rings."""
+    """Arguments of the ends: for each actor rank the regions that it exports and stages; for each reader where its messages lie in the
+    staging rings."""
     ranks, encode = range(len(routes.actors)), msgspec.msgpack.encode
     stages = [_stage(routes, row) for row in routes.parts]
     senders = []
@@ -235,7 +237,7 @@ class IpcExporter:
 
     @property
     def slots(self) -> list[torch.Tensor]:
-        """Of the staging ring, 1-D uint8 CUDA tensors; none where there is none."""
+        """Slots of the staging ring, 1-D uint8 CUDA tensors; empty where there is no ring."""
         return [] if self._stage is None else list(self._stage.tensor.split(self._stage_bytes))
 
     def export(self) -> IpcExport:

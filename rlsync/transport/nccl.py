@@ -324,7 +324,7 @@ def _reason(code: int, communicator: ctypes.c_void_p | None) -> str:
 
 
 def nccl_version() -> str:
-    """Of the library, ``2.28.9``. Raises ConfigError where there is none."""
+    """Version of the NCCL library, as ``2.28.9``. Raises ConfigError where there is none."""
     number = ctypes.c_int(0)
     _call("ncclGetVersion", ctypes.byref(number))
     major, rest = divmod(number.value, 10000)

@@ -99,7 +99,7 @@ class SentMessage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank; messages are by bucket."""
+    """Arguments of an actor rank's end. ``messages``: by bucket."""
 
     group: GroupInfo
     num_slots: int
@@ -245,7 +245,7 @@ class Inbox:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that was needed so far."""
+        """Bytes of memory that were needed so far."""
         return sum(memory.nbytes for memory in (*self._slots, *self._packed, *self._memory))
 
     def open(self) -> None:
@@ -350,7 +350,7 @@ def bind_program(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: tor
 
 
 def _memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Of that device, whatever the process's default one. Zeros, because what lies between regions travels too."""
+    """Memory of that device (1-D uint8), whatever the process's default one. Zeros, because what lies between regions travels too."""
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     if memory.is_cuda:
         # Streams that will use it know nothing of this one.

@@ -181,14 +181,14 @@ class RingInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SenderEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of an actor rank, by bucket: what it packs, with the byte of the slot at which each part begins."""
+    """Arguments of an actor rank's end. ``parts``: by bucket what it packs, each part from a byte of the slot on."""
 
     ring: RingInfo
     parts: tuple[tuple[GivenPart, ...], ...]
 
 
 class ReceiverEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a worker. ``offsets``: by bucket, where its part begins in the slot."""
+    """Arguments of a worker's end. ``offsets``: by bucket, the byte of the slot at which its part begins."""
 
     ring: RingInfo
     offsets: tuple[int, ...]
@@ -257,7 +257,7 @@ class RingSender:
         self._ring = Ring.attach(end.ring.path, end.ring.token, end.ring.num_slots, end.ring.slot_bytes) if ring is None else ring
 
     def slots(self) -> list[torch.Tensor]:
-        """1-D uint8."""
+        """All slots of the ring, 1-D uint8 on the CPU."""
         return [self._ring.slot(i) for i in range(self._ring.num_slots)]
 
     def join(self, group: int) -> None:

@@ -148,7 +148,7 @@ def load_config(composed: DictConfig | Mapping[str, Any], task: Literal["sft"]) 
 
 
 def load_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasoning") -> AnyConfig:
-    """As ``read_config``, with one warning about inert keys.
+    """``read_config`` with one warning about inert keys.
 
     Raises:
         ConfigError: unknown, missing or wrongly typed keys, numbers out of bounds, a feature switched on that is not supported, or

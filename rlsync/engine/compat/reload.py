@@ -196,7 +196,7 @@ def _function(loader: Callable[..., Any]) -> Any:
 
 
 def _same(mine: Any, theirs: Any) -> bool:
-    """Of one value, where values can be compared; of one kind otherwise."""
+    """Whether two attributes have one value, where values can be compared, and are of one kind otherwise."""
     if isinstance(mine, bool | int | float | str | None):
         return bool(mine == theirs)
     return type(mine) is type(theirs) and _function(mine) is _function(theirs) if callable(mine) else type(mine) is type(theirs)

@@ -171,7 +171,7 @@ class Calls:
             raise self._gate.refusal() from None
 
     def run_in_turn(self, call: Callable[[], Coroutine[Any, Any, T]], timeout_s: float | None) -> T:
-        """As ``run``, behind the calls before it, which may go on after their callers have left: a sync that has failed leaves at once."""
+        """``run`` after the calls before it, which may go on after their callers have left: a sync that has failed leaves at once."""
 
         async def in_turn() -> T:
             async with self._turn:

@@ -323,7 +323,7 @@ class HttpEngine:
             raise RlsyncError(f"{self._server.name} could not reset its prefix cache: requests hold blocks of it")
 
     def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None:
-        """As of an EngineHandle. ``sync``: refused where another one is going on."""
+        """``EngineHandle.resume``. ``sync``: refused while another one is going on."""
         ticket = self._gate.ticket(sync)
         self._may_answer = True
         self._calls.run(self._resume(ticket, version, timeout_s), timeout_s)

@@ -143,7 +143,7 @@ class Engine:
         return self._calls.run_requests(requests, timeout_s, lambda: self._llm.is_paused(), on_result)
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:
-        """As vLLM takes it."""
+        """The prompt as vLLM takes it. Raises ConfigError where pictures and placeholders do not match."""
         token_ids, pictures = (prompt.token_ids, prompt.pictures) if isinstance(prompt, PicturePrompt) else (prompt, ())
         placeholder = compat.picture_placeholder(self._llm)
         if placeholder is None and pictures:
@@ -214,7 +214,7 @@ class Engine:
         )
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float, with_update: bool = False) -> None:
-        """As of an EngineHandle. ``with_update``: ``update_weights`` comes next, and pauses an engine without requests by the same call."""
+        """``EngineHandle.pause``. ``with_update``: ``update_weights`` follows, and pauses an engine without requests by the same call."""
         if "weights" in self._asleep:
             raise ConfigError(f"engine {self.engine_id} sleeps without its weights; wake(['weights']) before a sync")
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
@@ -285,7 +285,7 @@ class Engine:
         await asyncio.gather(self._llm.reset_mm_cache(), self._llm.reset_encoder_cache())
 
     def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None:
-        """As of an EngineHandle. ``sync``: refused where another one is going on."""
+        """``EngineHandle.resume``. ``sync``: refused while another one is going on."""
         ticket = self._gate.ticket(sync)
         if self._has_resumed and self._adapters is None:
             self._gate.commit(ticket, version)
@@ -371,7 +371,7 @@ class Engine:
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """Of vLLM's processes, which need not be children of this one."""
+        """Ids of vLLM's processes, which need not be children of this one."""
         return tuple(process.pid for process in self._processes.seen)
 
     def close(self) -> None:

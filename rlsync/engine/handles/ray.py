@@ -69,14 +69,14 @@ class EngineActor:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
     ) -> list[tuple[Completion, ...]]:
-        """As ``Engine.generate``."""
+        """``Engine.generate``."""
         with self.explained("generate"):
             return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
 
     def stream(
         self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
     ) -> Iterator[list[tuple[int, tuple[Completion, ...]]]]:
-        """As ``Engine.generate``, but yields numbers of prompts with their completions as these end."""
+        """``Engine.generate`` that yields (number of the prompt, completions) pairs as they end."""
         ended: SimpleQueue[tuple[int, tuple[Completion, ...]] | None] = SimpleQueue()
         with self.explained("generate"), ThreadPoolExecutor(1) as thread:
             call = thread.submit(
@@ -148,7 +148,7 @@ class RayEngine:
 
     @property
     def state(self) -> str:
-        """As the engine's own handle knows it."""
+        """State of the engine, asked of its actor."""
         return str(self._control("state", ENGINE_STATE_S, "state"))
 
     def generate(
@@ -159,7 +159,7 @@ class RayEngine:
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """As ``Engine.generate``, which bounds itself; TimeoutError ``ENGINE_GRACE_S`` after that where the actor does not answer."""
+        """``Engine.generate``, which keeps ``timeout_s`` itself; TimeoutError ``ENGINE_GRACE_S`` later where the actor does not answer."""
         limit_s = None if timeout_s is None else timeout_s + ENGINE_GRACE_S
         answers: list[tuple[Completion, ...]] = self._answer(
             "generate", self.actor.generate.remote(prompts, sampling, seeds, timeout_s), limit_s

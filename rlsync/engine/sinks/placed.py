@@ -85,7 +85,7 @@ class PlacedSink:
 
     @torch.no_grad()
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        """As every sink. ``landed`` gets live memory where the sink is ``direct``."""
+        """``Sink.write``. ``landed`` gets live memory of ``direct`` buffers."""
         standing = self._standing[bucket]
         buffers = self._in_progress(bucket) if standing is None else standing
         arrival.land(buffers)
