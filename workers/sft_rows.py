@@ -23,6 +23,10 @@ RowType = Literal["vlm", "chat", "llm", "text"]
 IMAGE_MARK = "<image>"
 _ROLES = ("system", "user", "assistant", "tool")
 _CHOICES_HEAD = "Choices:"
+# Fields of a row of messages, as ms-swift and Hugging Face datasets name them, that would change what the messages mean.
+_UNREAD_FIELDS = ("videos", "audios", "objects", "tools")
+# What fields with pictures are called nearly everywhere.
+_USUAL_IMAGE_KEYS = ("image", "images")
 Part = Mapping[str, str]
 
 
@@ -145,7 +149,7 @@ def _question(row: Mapping[str, Any], form: RowForm) -> Conversation:
 def _asked(row: Mapping[str, Any], form: RowForm) -> tuple[tuple[Part, ...], tuple[Any, ...], list[str] | None]:
     """What a question about pictures says, its pictures, and its choices, where it has some."""
     question = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
-    images = tuple(image for key in form.image_keys for image in _images(row.get(key), key))
+    images = tuple(_pictures_of(row, form))
     choices = None if form.choice_key is None else _choices(row.get(form.choice_key), form.choice_key)
     if choices is not None:
         question = "\n".join((question, _CHOICES_HEAD, *_lettered(choices), ""))
@@ -239,22 +243,55 @@ def _turns(row: Mapping[str, Any], form: RowForm) -> tuple[tuple[Message, ...], 
     messages = _field(row, form.prompt_key, "data.prompt_key")
     if not isinstance(messages, list) or not messages:
         raise BadRow(f"field {form.prompt_key!r} holds {kind_of(messages)}; it must be a list of messages")
-    if row.get("videos") not in (None, []):
-        raise BadRow("field 'videos' holds videos, which are not read")
-    beside = [image for key in form.image_keys for image in _images(row.get(key), key)]
+    unread = [name for name in _UNREAD_FIELDS if _holds_something(row.get(name))]
+    if unread:
+        raise BadRow(f"the row has {_listed(unread)}, which is not read")
+    beside = _pictures_of(row, form)
     found: list[Message] = [*_system(form)] if isinstance(messages[0], dict) and messages[0].get("role") != "system" else []
     images: list[Any] = []
-    rest = list(beside)
+    taken: list[int] = []
     for i, message in enumerate(messages):
         turn, own = _message(message, f"message {i}", has_images=bool(beside))
         for image in own:
-            if image is None and not rest:
-                raise BadRow(f"message {i} marks a picture, and the row has {len(beside)} in {_listed(form.image_keys)}")
-            images.append(rest.pop(0) if image is None else image)
+            if isinstance(image, _Beside):
+                number = len(taken) if image.index is None else image.index
+                if number >= len(beside):
+                    which = "a picture" if image.index is None else f"picture {number}"
+                    raise BadRow(f"message {i} marks {which}, and the row has {len(beside)} in {_listed(form.image_keys)}")
+                taken.append(number)
+                image = beside[number]
+            images.append(image)
         found.append(turn)
-    if rest:
-        raise BadRow(f"{len(beside)} pictures in {_listed(form.image_keys)}, {len(beside) - len(rest)} marks {IMAGE_MARK!r} or image parts")
+    if beside and not images and (first := next((i for i, turn in enumerate(found) if turn.role == "user"), None)) is not None:
+        found[first] = replace(found[first], parts=(*({"type": "image"} for _ in beside), *found[first].parts))
+        return tuple(found), tuple(beside)
+    if len({*taken}) < len(beside):
+        raise BadRow(f"{len(beside)} pictures in {_listed(form.image_keys)}, {len({*taken})} marks {IMAGE_MARK!r} or image parts")
     return tuple(found), tuple(images)
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a field does, which tables have in every row, and files of JSON in JSON again."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    return bool(value) and value not in ("[]", "{}", "null")
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """A picture that a message marks and a field of the row holds: the one of this index, or the next one."""
+
+    index: int | None = None
+
+
+def _pictures_of(row: Mapping[str, Any], form: RowForm) -> list[Any]:
+    """References to the pictures in a row's fields. Raises BadRow where they are in a field that nobody named."""
+    found = [image for key in form.image_keys for image in _images(row.get(key), key)]
+    unnamed = [key for key in _USUAL_IMAGE_KEYS if key not in form.image_keys and row.get(key)]
+    if unnamed and not found:
+        named = f"names {_listed(form.image_keys)}" if form.image_keys else "names none"
+        raise BadRow(f"the row has {_listed(unnamed)}, and data.image_keys {named}: its pictures would not be seen")
+    return found
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], RowForm], Conversation]] = {"vlm": _question, "chat": _chat, "llm": _pair}
@@ -265,7 +302,7 @@ def _system(form: RowForm) -> tuple[Message, ...]:
 
 
 def _message(message: Any, where: str, *, has_images: bool) -> tuple[Message, list[Any]]:
-    """The turn and, for each picture in it, its reference, or None for the next one of the row's fields."""
+    """The turn and, for each picture in it, its reference, or a _Beside for one of the row's fields."""
     if not isinstance(message, dict):
         raise BadRow(f"{where} is {kind_of(message)}; it must be an object with `role` and `content`")
     unknown = [name for name, value in message.items() if name not in ("role", "content", "loss") and value is not None]
@@ -279,7 +316,7 @@ def _message(message: Any, where: str, *, has_images: bool) -> tuple[Message, li
     content = message.get("content")
     if isinstance(content, str):
         parts = _marked(content, None, f"{where}: content") if has_images else (_text_part(_text(content, f"{where}: content")),)
-        images: list[Any] = [None for part in parts if part["type"] == "image"]
+        images: list[Any] = [_Beside() for part in parts if part["type"] == "image"]
     else:
         parts, images = _parts(content, where)
     if role == "assistant" and images:
@@ -306,9 +343,12 @@ def _parts(content: Any, where: str) -> tuple[tuple[Part, ...], list[Any]]:
 
 def _part_image(part: Mapping[str, Any], where: str) -> Any:
     sources = {name: value for name, value in part.items() if name != "type"}
+    index = sources.get("index")
+    if sources.keys() == {"index"} and isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+        return _Beside(index)
     if len(sources) > 1 or not sources.keys() <= {"image", "path", "url", "image_url"}:
-        raise BadRow(f"{where}: an image part holds {_listed(sources)}; one of image, path, url and image_url is read")
-    image = next(iter(sources.values()), None)
+        raise BadRow(f"{where}: an image part holds {_listed(sources)}; one of image, path, url, image_url and index is read")
+    image = next(iter(sources.values()), _Beside())
     if isinstance(image, dict) and image.keys() == {"url"}:
         image = image["url"]
     return image
@@ -340,7 +380,7 @@ def _images(value: Any, key: str) -> list[Any]:
 
 
 def _choices(value: Any, key: str) -> list[str] | None:
-    """The choices of a question; None where the row has none. A string is a list as Python writes it."""
+    """The choices of a question; None where the row has none, or an empty list. A string is a list as Python writes it."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -350,6 +390,8 @@ def _choices(value: Any, key: str) -> list[str] | None:
             raise BadRow(f"field {key!r} holds {value[:60]!r}, which is no list of choices") from None
     if not isinstance(value, (list, tuple)):
         raise BadRow(f"field {key!r} holds {kind_of(value)}; choices are a list")
+    if not value:
+        return None
     if not 2 <= len(value) <= len(string.ascii_uppercase):
         raise BadRow(f"field {key!r} holds {len(value)} choices; there must be 2 to {len(string.ascii_uppercase)}")
     return [_plain_answer(choice, key) for choice in value]

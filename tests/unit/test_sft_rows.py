@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from workers.row_files import BadRow
-from workers.sft_rows import Conversation, RowForm, check_row, conversation
+from workers.sft_rows import Conversation, RowForm, check_row, conversation, picture_problem
 
 VLM = RowForm("vlm", "question", "correct_answer", "choices", ("image", "images"))
 CHAT = RowForm("chat", "messages", "answer", image_keys=("images",))
@@ -66,6 +66,27 @@ def test_pictures_stand_at_their_marks_or_before_the_question() -> None:
     assert question(image=None).images == ()
 
 
+def test_a_question_with_an_empty_list_of_choices_has_none() -> None:
+    """As columns of lists have it in tables where other questions have choices."""
+    for choices in ([], "[]", None):
+        assert said(question(choices=choices)) == [("user", "#What?"), ("assistant", "yes")]
+
+
+def test_pictures_in_a_field_that_nobody_named_are_refused() -> None:
+    """A model would be taught to answer without seeing them."""
+    named = RowForm("vlm", "question", "correct_answer", image_keys=("photo",))
+    row = {"question": "What?", "correct_answer": "yes", "image": "a.png"}
+    with pytest.raises(BadRow, match=r"the row has 'image', and data\.image_keys names 'photo': its pictures would not be seen"):
+        conversation(row, named)
+    with pytest.raises(BadRow, match="the row has 'image', and"):
+        picture_problem(row, named)
+    # One that was chosen stands for the row, and a row may have none.
+    assert conversation({**row, "photo": "b.png"}, named).images == ("b.png",)
+    assert conversation({**row, "image": []}, named).images == ()
+    with pytest.raises(BadRow, match=r"the row has 'images', and data\.image_keys names none"):
+        conversation({"messages": [{"role": "user", "content": "<image>?"}, ANSWER], "images": ["a"]}, RowForm("chat", "messages", ""))
+
+
 def test_messages_of_ms_swift_and_of_datasets_mean_the_same() -> None:
     marks = chat({"role": "user", "content": "<image>what? <image>"}, ANSWER, images=["a", "b"])
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "what? "}, {"type": "image"}]
@@ -73,8 +94,17 @@ def test_messages_of_ms_swift_and_of_datasets_mean_the_same() -> None:
     own = [{"type": "image", "image": "a"}, parts[1], {"type": "image_url", "image_url": {"url": "b"}}]
     inside = chat({"role": "user", "content": own}, {**ANSWER, "tool_calls": None})
     assert marks == beside == inside and marks.images == ("a", "b") and said(marks)[0] == ("user", "#what? #")
-    # Where a row has no pictures the mark is text.
-    assert said(chat({"role": "user", "content": "what is <image>?"}, ANSWER))[0] == ("user", "what is <image>?")
+    # Datasets of transformers' examples count the row's pictures, and ms-swift and TRL put those without a mark before the first question.
+    counted = [{"type": "image", "index": 0, "text": None}, {**parts[1], "index": None}, {"type": "image", "index": 1}]
+    assert chat({"role": "user", "content": counted}, ANSWER, images=["a", "b"]) == marks
+    twice = chat({"role": "user", "content": [*counted, counted[2], counted[0]]}, ANSWER, images=["a", "b"])
+    assert twice.images == ("a", "b", "b", "a") and said(twice)[0] == ("user", "#what? ###")
+    system, more = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "sure?"}
+    unmarked = chat(system, {"role": "user", "content": "what?"}, ANSWER, more, ANSWER, images=["a", "b"])
+    assert [text for _, text in said(unmarked)] == ["Be kind.", "##what?", "yes", "sure?", "yes"] and unmarked.images == ("a", "b")
+    # Where a row has no pictures the mark is text; fields of tables that hold nothing change nothing.
+    empty = {"videos": [], "audios": None, "tools": "[]", "objects": {"ref": [], "bbox": None}}
+    assert said(chat({"role": "user", "content": "what is <image>?"}, ANSWER, **empty))[0] == ("user", "what is <image>?")
 
 
 @pytest.mark.parametrize(
@@ -91,9 +121,35 @@ def test_messages_of_ms_swift_and_of_datasets_mean_the_same() -> None:
             {},
             "only be taught text",
         ),
-        ([{"role": "user", "content": "a"}, ANSWER], {"images": ["a"]}, "1 pictures in 'images', 0 marks '<image>' or image parts"),
+        (
+            [{"role": "user", "content": "<image>a"}, ANSWER],
+            {"images": ["a", "b"]},
+            "2 pictures in 'images', 1 marks '<image>' or image parts",
+        ),
+        ([{"role": "system", "content": "a"}, ANSWER], {"images": ["a"]}, "1 pictures in 'images', 0 marks '<image>' or image parts"),
+        (
+            [{"role": "user", "content": [{"type": "image", "index": 0}, {"type": "image", "index": 0}]}, ANSWER],
+            {"images": ["a", "b"]},
+            "2 pictures in 'images', 1 marks",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "index": 2}]}, ANSWER],
+            {"images": ["a"]},
+            "marks picture 2, and the row has 1 in",
+        ),
+        ([{"role": "user", "content": [{"type": "image", "index": -1}]}, ANSWER], {"images": ["a"]}, "an image part holds 'index'; one of"),
         ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], {}, "message 0 marks a picture, and the row has 0 in 'images'"),
-        ([{"role": "user", "content": "a"}, ANSWER], {"videos": ["a"]}, "holds videos, which are not read"),
+        ([{"role": "user", "content": "a"}, ANSWER], {"videos": ["a"]}, "the row has 'videos', which is not read"),
+        (
+            [{"role": "user", "content": "<audio>"}, ANSWER],
+            {"audios": ["a"], "tools": "[{}]"},
+            "the row has 'audios', 'tools', which is not",
+        ),
+        (
+            [{"role": "user", "content": "<bbox>"}, ANSWER],
+            {"objects": {"bbox": [[1, 2, 3, 4]]}},
+            "the row has 'objects', which is not read",
+        ),
         (["hello"], {}, "message 0 is a string; it must be an object"),
     ],
 )
