@@ -158,7 +158,8 @@ class ExampleEncoder:
         else:
             token_ids, mask = self._plain(found)
             prompt_ids = token_ids[: mask.index(True)]
-        images = tuple(open_picture(image, folder) for image in found.images)
+        num_images = sum(part["type"] == "image" for message in found.messages[:last] for part in message.parts)
+        images = tuple(open_picture(image, folder) for image in found.images[:num_images])
         asked = found.messages[last - 1].text if last else ""
         return SftQuestion(tuple(prompt_ids), images, asked, found.answer, where)
 

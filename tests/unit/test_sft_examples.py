@@ -276,3 +276,16 @@ def test_a_question_is_the_prompt_as_an_engine_is_asked_it(processor: PicturePro
     asked = encode.question(conversation(row, CHAT), "a row", Path())
     assert TOKENIZER.decode(asked.prompt_ids).endswith("<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n")
     assert asked.answer == "a cat" and [image.size for image in asked.images] == [(56, 56)]
+
+
+def test_a_question_has_the_pictures_before_its_answer_alone(processor: PictureProcessor) -> None:
+    """Turns behind the last one that is learned are no part of the prompt, nor are their pictures."""
+    turns = [*TURNS[1:2], {"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a cat"}]
+    turns += [{"role": "user", "content": "and <image>?"}, {"role": "assistant", "content": "a dog", "loss": False}]
+    row = conversation({"messages": turns, "images": [as_bytes(picture(56, 56)), as_bytes(picture(84, 56, 1))]}, CHAT)
+    encode = ExampleEncoder(with_template(TEMPLATE), ExampleForm(512), processor)
+    asked = encode.question(row, "a row", Path())
+    assert asked.answer == "a cat" and [image.size for image in asked.images] == [(56, 56)]
+    assert asked.prompt_ids.count(processor.image_token_id) == 1
+    trained = encode(row, "a row", Path()).image_grid_thw
+    assert trained is not None and len(trained) == 2, "the example has both"
