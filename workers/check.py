@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlsync.bridge.adapter_folder import check_adapter_folder, placed_adapter
+from rlsync.errors import ConfigError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from rlsync.models.lora import adapters_of, check_adapters
@@ -46,6 +47,7 @@ from workers.model_folder import (
     text_config,
     token_ids,
 )
+from workers.pictures import PROCESSOR_FILES, check_picture_limits
 from workers.placement import ComponentPlacement, PlacementMode, components_of, device_range, resolve_placement
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
@@ -138,6 +140,8 @@ def check_model(config: AnyConfig, report: Report) -> None:
     if len(report.findings) == before and topology is not None:
         for text in check_config(hf_config, topology):
             report.found("model", f"{where}: {text}")
+    if model.vision is not None and where != "seeded_model.hf_config":
+        report.take("model", _check_image_processor, config, folder)
     if config.runner.seq_length > model.rope.reach(model.max_positions):
         report.found(
             "model",
@@ -152,6 +156,16 @@ def check_model(config: AnyConfig, report: Report) -> None:
     report.plan.append(
         ("model", f"{model.architecture}, {model.num_layers} layers, {parameters} parameters, {precision}, in {folder}{made}")
     )
+
+
+def _check_image_processor(config: AnyConfig, folder: Path) -> None:
+    """The files of an image processor, where the run makes one, and its limits. Raises ConfigError."""
+    data = config.data
+    if data.type in ("math", "reasoning", "text"):
+        return
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise ConfigError(f"{folder} holds no image processor ({' or '.join(PROCESSOR_FILES)}); copy the model's into it")
+    check_picture_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
 
 
 def check_memory(config: AnyConfig, report: Report) -> None:

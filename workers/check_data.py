@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsync.errors import ConfigError
+from rlsync.models import model_of
 from workers.check_report import Report, will_be_made
 from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.model_folder import check_tokenizer_size, read_hf_config, text_config
@@ -18,8 +19,8 @@ from workers.pictures import PictureSizes, open_picture
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.reward import unreadable_reference, unreadable_references
 from workers.row_files import BadRow, RowFiles, find_files
-from workers.sft_rows import Conversation, check_row, conversation, picture_problem, row_form
-from workers.validation import validates, validation_notes
+from workers.sft_rows import Conversation, check_row, conversation, no_eyes, picture_problem, row_form
+from workers.validation import unread_validation, validates, validation_notes
 
 _FIRST_ROWS = 200
 # Rows of each file whose pictures are opened.
@@ -78,7 +79,7 @@ def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> i
         problems.append(Problem("", found.answers, where))
         return found.images
 
-    num_rows = _check_rows(config, data.train_data_paths, look, bad, report, report.picture_sizes)
+    num_rows = _check_training_rows(config, look, bad, report)
     _check_rows(config, data.val_data_paths, look, bad, report)
     if config.warm_start is not None:
         _check_rows(config, config.warm_start.data_paths, lambda content, where: conversation(content, form).images, bad, report)
@@ -92,20 +93,23 @@ def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> i
 def check_sft_data(config: SftConfig, report: Report) -> None:
     """Data files of supervised fine-tuning and the first rows of each, as far as those tell; the run reads the rest."""
     data, bad, form = config.data, BadSamples(), row_form(config.data)
-
+    report.notes += unread_validation(config)
+    is_blind = report.hf_config is not None and model_of(report.hf_config).vision is None
     texts: dict[str, list[str]] = {}
 
     def look(content: Any, where: str) -> Sequence[Any]:
         found = check_row(content, form)
         if not isinstance(found, Conversation):
             return ()
+        if found.images and is_blind:
+            raise BadRow(no_eyes(len(found.images)))
         if not found.images:
             # Templates may leave out what the assistant thought before its last turn, and nothing else.
             before = [message.text for message in found.messages[:-1] if message.role != "assistant"]
             texts[where] = [*before, found.messages[-1].text]
         return found.images
 
-    num_rows = _check_rows(config, data.train_data_paths, look, bad, report, report.picture_sizes)
+    num_rows = _check_training_rows(config, look, bad, report)
     _check_rows(config, data.val_data_paths, look, bad, report)
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
     _check_lengths(config, texts, report)
@@ -114,7 +118,7 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
     steps = _steps_of(None if data.type == "text" else num_rows, batch, "actor.global_batch_size", config, report)
     report.plan.append(("data", f"{batch} examples a step from {', '.join(data.train_data_paths)}"))
     report.plan.append(("steps", "as many as the data has" if steps is None else f"{steps}"))
-    if data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train):
+    if validates(config):
         answers = ", and answers of the engines" if config.validation.generate else ""
         report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
 
@@ -150,6 +154,39 @@ def _read_tokenizer(path: Path) -> Any:
         raise ConfigError(f"no tokenizer can be made from {path}: {error}") from error
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _check_training_rows(config: AnyConfig, look: Callable[[Any, str], Sequence[Any]], bad: BadSamples, report: Report) -> int | None:
+    """``_check_rows`` of the training files, and what their first rows together say: that none can be used, or that none has a picture."""
+    data, before = config.data, len(bad.found)
+    fields: dict[str, None] = {}
+    num_looked_at, num_seeing = 0, 0
+
+    def look_closer(content: Any, where: str) -> Sequence[Any]:
+        nonlocal num_looked_at, num_seeing
+        num_looked_at += 1
+        fields.update(dict.fromkeys(content if isinstance(content, dict) else ()))
+        pictures = look(content, where)
+        num_seeing += bool(pictures)
+        return pictures
+
+    num_rows = _check_rows(config, data.train_data_paths, look_closer, bad, report, report.picture_sizes)
+    num_bad, paths = len(bad.found) - before, ", ".join(data.train_data_paths)
+    first = f"the first {num_looked_at} rows of {paths}"
+    if num_bad == num_looked_at:
+        if num_bad and data.on_bad_sample == "skip":
+            where, reason = bad.found[before]
+            report.found("data", f"all of {first} are bad samples, which data.on_bad_sample=skip leaves out; {where}: {reason}")
+    elif data.image_keys and not num_seeing and not fields.keys() & {*data.image_keys}:
+        named, has = (", ".join(map(repr, names)) for names in (data.image_keys, fields))
+        report.found(
+            "data",
+            f"none of {first} has a field that data.image_keys names ({named}); they have {has}. Name the field with pictures; rows "
+            "without pictures may have null there",
+        )
+    elif data.type in ("vlm", "vision_language") and not data.image_keys:
+        report.notes.append(f"data.image_keys names no field, so questions are asked without pictures: {paths}")
+    return num_rows
 
 
 def _check_rows(

@@ -83,6 +83,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+# Files of a model folder, each of which an image processor can be made from.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Width and height of each picture of a row, in pixels.
 PictureSizes = tuple[tuple[int, int], ...]
 
@@ -103,7 +105,7 @@ def read_picture_limits(folder: Path, *, min_pixels: int | None, max_pixels: int
     """Limits of a model folder's image processor, which ``min_pixels`` and ``max_pixels`` replace; those of transformers' class where the
     folder says none that can be read."""
     said: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSOR_FILES:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -115,6 +117,17 @@ def read_picture_limits(folder: Path, *, min_pixels: int | None, max_pixels: int
         said |= {key: value for key, value in (found.items() if isinstance(found, dict) else ()) if isinstance(value, int)}
     least, most = (said.get(key, default) for key, default in (("min_pixels", 56 * 56), ("max_pixels", 1280 * 28 * 28)))
     return PictureLimits(least if min_pixels is None else min_pixels, most if max_pixels is None else max_pixels)
+
+
+def check_picture_limits(folder: Path, *, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raise ConfigError where one of the keys contradicts the folder's image processor, of which the other limit is: pictures would be
+    enlarged beyond ``max_pixels``, or reduced below ``min_pixels``."""
+    limits = read_picture_limits(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+    if limits.least > limits.most:
+        (name, value), (other, theirs) = ("data.min_pixels", limits.least), ("max_pixels", limits.most)
+        if min_pixels is None:
+            (name, value), (other, theirs) = ("data.max_pixels", limits.most), ("min_pixels", limits.least)
+        raise ConfigError(f"{name} ({value}) contradicts {other} {theirs} of the image processor of {folder}; set data.{other} too")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +180,13 @@ def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int
     transformers take by themselves, torchvision's where that is installed and else Pillow's: an engine sees the same pixels.
 
     Raises:
-        ConfigError: the folder has none, or one of another kind.
+        ConfigError: the folder has none, or one of another kind, or limits that contradict those given.
     """
     from transformers import AutoImageProcessor
 
     limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
+    if limits:
+        check_picture_limits(folder, min_pixels=min_pixels, max_pixels=max_pixels)
     try:
         found = AutoImageProcessor.from_pretrained(folder, **limits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:  # what transformers raises for such files

@@ -22,7 +22,7 @@ from workers.pictures import Patches, PictureProcessor, open_picture
 from workers.problems import OnBadSample
 from workers.row_files import BadRow, RowFiles
 from workers.row_loader import LeftOut, RowSource, TooLong
-from workers.sft_rows import Conversation, RowForm, conversation
+from workers.sft_rows import Conversation, RowForm, conversation, no_eyes
 
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -134,7 +134,7 @@ class ExampleEncoder:
             TooLong: it has more tokens than ``max_length``.
         """
         if found.images and self._pictures is None:  # templates of text models fail at pictures in ways of their own
-            raise BadRow(f"it has {len(found.images)} pictures, and the model takes none")
+            raise BadRow(no_eyes(len(found.images)))
         token_ids, mask = self._rendered(found) if self._form.apply_chat_template else self._plain(found)
         if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
             raise BadRow(reason)

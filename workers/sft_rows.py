@@ -430,6 +430,11 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in names) or "nothing"
 
 
+def no_eyes(num_images: int) -> str:
+    """What is wrong with a row that has pictures, for a model of text."""
+    return f"it has {num_images} pictures, and the model takes none"
+
+
 def kind_of(value: Any) -> str:
     """A value of a row for messages: in full where it is a word of JSON's own."""
     if value is None or isinstance(value, (bool, float)):

@@ -1,4 +1,4 @@
-"""Validation of a GRPO run: the steps after which it is due, its numbers, and what a user should know of it beforehand.
+"""Validation: whether a run has some, the numbers of one of GRPO, and what a user should know of it beforehand.
 
 Knows configuration and numbers, no engine, tokenizer or file, and imports no torch: ``workers.check`` uses it too.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from workers.config import RunConfig
+from workers.config import AnyConfig, RunConfig
 from workers.judges import Verdict
 
 
-def validates(config: RunConfig) -> bool:
+def validates(config: AnyConfig) -> bool:
     """Whether the run validates at all."""
     return bool(config.data.val_data_paths) and (config.runner.val_check_interval > 0 or config.runner.val_before_train)
 
@@ -28,10 +28,9 @@ def validation_metrics(verdicts: Sequence[Verdict], *, response_lengths: Sequenc
     }
 
 
-def validation_notes(config: RunConfig, num_problems: int | None) -> Iterator[str]:
-    """What has no effect, or another one than the user may think. ``num_problems`` None: not known yet."""
-    runner, data = config.runner, config.data
-    interval = runner.val_check_interval
+def unread_validation(config: AnyConfig) -> Iterator[str]:
+    """Which of its keys have no effect, and files that validation shares with training."""
+    data, interval = config.data, config.runner.val_check_interval
     if not data.val_data_paths:
         if interval > 0:
             yield f"runner.val_check_interval ({interval}) has no effect: data.val_data_paths names no file, so no validation is run"
@@ -40,9 +39,16 @@ def validation_notes(config: RunConfig, num_problems: int | None) -> Iterator[st
         yield f"data.val_data_paths has no effect: no validation is run with runner.val_check_interval {interval}"
         return
     for path in sorted({*data.val_data_paths} & {*data.train_data_paths}):
-        yield f"{path} is among both data.train_data_paths and data.val_data_paths: validation sees problems that are trained on"
+        yield f"{path} is among both data.train_data_paths and data.val_data_paths: validation sees rows that are trained on"
+
+
+def validation_notes(config: RunConfig, num_problems: int | None) -> Iterator[str]:
+    """What has no effect, or another one than the user may think. ``num_problems`` None: not known yet."""
+    yield from unread_validation(config)
+    runner, data = config.runner, config.data
+    interval = runner.val_check_interval
     samples = data.rollout_batch_size * config.algorithm.group_size
-    if num_problems is not None and interval > 0 and num_problems > interval * samples:
+    if num_problems is not None and validates(config) and interval > 0 and num_problems > interval * samples:
         yield (
             f"the validation after every {'step' if interval == 1 else f'{interval} steps'} generates {num_problems} responses, more than "
             f"the training between two of them ({interval * samples}); set data.val_data_size, or raise runner.val_check_interval"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.vlm_sft import make_config
+from rlsync.errors import ConfigError
 from tests.unit.test_check import HEAVY, ROOT, texts
 from workers.check import SFT_CHECKS, check_devices, check_memory, check_model, check_run
 from workers.check_data import check_sft_data
@@ -19,7 +21,8 @@ from workers.check_report import Report
 from workers.config import SftConfig
 from workers.config.fields import dotted_keys
 from workers.config.schema import ArithmeticRecipe
-from workers.picture_world import make_vision_tokenizer
+from workers.picture_world import image_settings, make_vision_tokenizer
+from workers.pictures import load_picture_processor
 from workers.synthetic import build_world
 
 RECIPE = ArithmeticRecipe(
@@ -53,13 +56,20 @@ def check(world: Path, **sections: dict[str, Any]) -> Report:
     return check_run(values(world, **sections), SFT_CHECKS, "sft")
 
 
+def seeing_model(folder: Path) -> Path:
+    """Qwen2.5-VL-7B's shapes and the limits of the picture world's processor, without weights and tokenizer."""
+    config = make_config("7b", make_vision_tokenizer(), None).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_settings()))
+    return folder
+
+
 def test_memory_counts_pictures_and_says_which_keys_lower_what_they_take(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Qwen2.5-VL-7B's shapes under TP 2, four rows with a picture of 1,024 features and 246 tokens of text each."""
-    config = make_config("7b", make_vision_tokenizer(), None).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    seeing_model(tmp_path / "model")
     Image.new("RGB", (896, 896)).save(tmp_path / "grey.png")
     row = {"question": "What?", "image": "grey.png", "answer": "Grey."}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
@@ -151,6 +161,69 @@ def test_what_a_template_may_leave_out_of_a_chat_is_not_counted(world: Path, tmp
     data = {**values(world)["data"], "type": "chat", "prompt_key": "messages", "train_data_paths": [str(rows)]}
     assert "longer than" not in texts(check(world, data=data))
     assert "have 9 tokens" in texts(check(world, data=data, runner={**values(world)["runner"], "seq_length": 8}))
+
+
+def test_pictures_that_nobody_would_see_are_found_before_anything_starts(world: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "grey.png")
+    seeing = seeing_model(tmp_path / "model")
+
+    def said(key: str, picture: str | None, model: Path = seeing, **data: Any) -> tuple[str, list[str]]:
+        (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'question': 'What?', key: picture, 'answer': 'Grey.'})}\n" * 16)
+        about = {"type": "vlm", "prompt_key": "question", "answer_key": "answer", "image_keys": ["image"], **data}
+        sections = values(
+            world,
+            data={"train_data_paths": [str(tmp_path / "rows.jsonl")], "apply_chat_template": True, **about},
+            actor={**values(world)["actor"], "model": {"precision": "fp32", "model_path": str(model)}},
+        )
+        report = check_run(sections, (check_model, check_sft_data), "sft")
+        return texts(report), report.notes
+
+    assert said("image", "grey.png") == ("", []) == said("image", None)
+    found, _ = said("photo", "grey.png")
+    assert (
+        "none of the first 16 rows of" in found and "that data.image_keys names ('image'); they have 'question', 'photo', 'answer'" in found
+    )
+    assert said("photo", "grey.png", image_keys=["image", "photo"]) == ("", [])
+    _, (note,) = said("photo", "grey.png", image_keys=[])
+    assert note.startswith("data.image_keys names no field, so questions are asked without pictures")
+    assert "rows.jsonl:1: the row has 'image', and data.image_keys names none" in said("image", "grey.png", image_keys=[])[0]
+    assert "rows.jsonl:1: it has 1 pictures, and the model takes none" in said("image", "grey.png", world / "model")[0]
+    # Of the first 8 rows pictures are opened, and what is in the others is not known.
+    assert "bad samples, which" not in said("image", "gone.png", on_bad_sample="skip")[0]
+    assert "all of the first 16 rows of" in said("image", "grey.png", on_bad_sample="skip", prompt_key="gone")[0]
+
+
+def test_limits_of_pixels_that_contradict_the_processors_are_refused(world: Path, tmp_path: Path) -> None:
+    """Pictures would be enlarged beyond the largest, or reduced below the smallest. The processor has 784 and 50,176."""
+    seeing = seeing_model(tmp_path / "model")
+    rows = {"train_data_paths": [str(tmp_path / "gone")], "type": "vlm", "image_keys": ["image"], "apply_chat_template": True}
+
+    def said(**limits: int) -> str:
+        sections = values(world, data={**rows, **limits}, actor={**values(world)["actor"], "model": {"model_path": str(seeing)}})
+        return texts(check_run(sections, (check_model,), "sft"))
+
+    for limits, refusal in (
+        ({"max_pixels": 783}, "data.max_pixels (783) contradicts min_pixels 784 of the image processor of"),
+        ({"min_pixels": 50_177}, "data.min_pixels (50177) contradicts max_pixels 50176 of the image processor of"),
+    ):
+        assert refusal in said(**limits)
+        with pytest.raises(ConfigError, match=re.escape(refusal)):
+            load_picture_processor(seeing, 6, **{"min_pixels": None, "max_pixels": None, **limits})
+    assert said(max_pixels=784) == said(min_pixels=50_176) == said(min_pixels=60_000, max_pixels=60_000) == ""
+    (seeing / "preprocessor_config.json").unlink()
+    assert "holds no image processor (processor_config.json or preprocessor_config.json)" in said()
+
+
+def test_keys_of_a_validation_that_is_not_run_and_files_that_are_trained_on_are_said(world: Path) -> None:
+    held_out, runner, data = str(world / "held_out.jsonl"), values(world)["runner"], values(world)["data"]
+
+    def notes(interval: int, *paths: str) -> list[str]:
+        return check(world, runner={**runner, "val_check_interval": interval}, data={**data, "val_data_paths": list(paths)}).notes
+
+    assert notes(2, held_out) == notes(-1) == []
+    assert notes(2) == ["runner.val_check_interval (2) has no effect: data.val_data_paths names no file, so no validation is run"]
+    assert notes(-1, held_out) == ["data.val_data_paths has no effect: no validation is run with runner.val_check_interval -1"]
+    assert "validation sees rows that are trained on" in notes(2, held_out, str(world / "supervised.jsonl"))[0]
 
 
 @pytest.mark.parametrize("wrong", ["x", {"a": None}], ids=repr)

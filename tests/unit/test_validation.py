@@ -103,7 +103,7 @@ def test_what_has_no_effect_or_takes_long_is_said(world, tmp_path) -> None:
     assert notes(val_check_interval=1) == [] == notes(val=False)
     assert "val_check_interval (1) has no effect: data.val_data_paths names no file" in notes(val=False, val_check_interval=1)[0]
     assert "data.val_data_paths has no effect" in notes()[0]
-    assert "sees problems that are trained on" in notes(val_check_interval=1, val_data_paths=[str(world / "train.jsonl")])[0]
+    assert "sees rows that are trained on" in notes(val_check_interval=1, val_data_paths=[str(world / "train.jsonl")])[0]
     # 4 prompts x 2 samples a step.
     assert notes(8, val_check_interval=1) == [] == notes(16, val_check_interval=2) == notes(None, val_check_interval=1)
     assert "after every step generates 9 responses, more than the training between two of them (8)" in notes(9, val_check_interval=1)[0]
