@@ -20,7 +20,7 @@ from rlsync.engine.handles import PicturePrompt
 from rlsync.engine.handles import Prompt as EnginePrompt
 from rlsync.errors import ConfigError
 from workers.chat_template import render
-from workers.model_folder import unknown_token
+from workers.model_folder import picture_token, unknown_token
 from workers.problems import BadSamples, Problem
 from workers.row_files import BadRow
 from workers.row_loader import check_position
@@ -79,8 +79,8 @@ class PromptForm:
 class PromptDataset(Dataset[Prompt]):
     """Tokenised problems. ``num_too_long`` of them were dropped, or cut, because of their length.
 
-    A problem that the chat template refuses, or that has no tokens, is added to ``bad``; without ``bad`` it is an error.
-    ``vocab_size``: of the model, which has no other tokens; None: unknown.
+    A problem that the chat template refuses, or that has no tokens or ``picture_tokens``, is added to ``bad``; without, it is an error.
+    ``vocab_size``: of the model, which has no other tokens; None: unknown. ``picture_tokens``: of the model, which no text may have.
     Raises ConfigError where the form, the tokenizer and the model do not fit together.
     """
 
@@ -92,9 +92,10 @@ class PromptDataset(Dataset[Prompt]):
         bad: BadSamples | None = None,
         *,
         vocab_size: int | None = None,
+        picture_tokens: frozenset[int] = frozenset(),
     ) -> None:
         taken = BadSamples() if bad is None else bad
-        found = tokenized(problems, tokenizer, form, taken, vocab_size=vocab_size)
+        found = tokenized(problems, tokenizer, form, taken, vocab_size=vocab_size, picture_tokens=picture_tokens)
         if bad is None:
             taken.settle("error")
         limit = form.max_prompt_length
@@ -126,10 +127,16 @@ class PromptDataset(Dataset[Prompt]):
 
 
 def tokenized(
-    problems: Sequence[Problem], tokenizer: Tokenizer, form: PromptForm, bad: BadSamples, *, vocab_size: int | None
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    form: PromptForm,
+    bad: BadSamples,
+    *,
+    vocab_size: int | None,
+    picture_tokens: frozenset[int] = frozenset(),
 ) -> list[tuple[Problem, str, list[int]]]:
     """Problems with their prompts as text and as tokens, of whatever length. Those that the chat template refuses, or that have no
-    tokens, go to ``bad``. Raises ConfigError where form, tokenizer and model do not fit together."""
+    tokens or ``picture_tokens``, go to ``bad``. Raises ConfigError where form, tokenizer and model do not fit together."""
     if form.apply_chat_template and getattr(tokenizer, "chat_template", "") is None:
         raise ConfigError(
             "data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to its folder, "
@@ -144,7 +151,9 @@ def tokenized(
             raise ConfigError(f"{problem.where}: {reason}")
         if not row:
             bad.add(problem.where, f"the prompt {text[:40]!r} has no tokens")
-    return [(problem, text, row) for (problem, text), row in zip(rendered, ids, strict=True) if row]
+        elif (reason := picture_token(row, tokenizer, picture_tokens)) is not None:
+            bad.add(problem.where, reason)
+    return [(problem, text, row) for (problem, text), row in zip(rendered, ids, strict=True) if row and picture_tokens.isdisjoint(row)]
 
 
 def too_long_notes(key: str, num_too_long: int, num_prompts: int, most: int, *, is_cut: bool = False) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ def read_hf_config(folder: Path, key: str) -> dict[str, Any]:
 def read_vocab_size(folder: Path, key: str) -> int:
     """Tokens that the model of a folder has embeddings of. Raises ConfigError; ``key`` names the folder there."""
     return model_of(read_hf_config(folder, key)).dims["vocab"]
+
+
+def read_picture_tokens(folder: Path, key: str) -> frozenset[int]:
+    """Ids of the tokens that stand for pictures and videos in a vision-language model's prompts; none of a model of text. Raises
+    ConfigError; ``key`` names the folder there."""
+    vision = model_of(read_hf_config(folder, key)).vision
+    return frozenset() if vision is None else frozenset((vision.image_token_id, vision.video_token_id))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -114,6 +121,14 @@ def unknown_token(token_ids: Sequence[int], tokenizer: Any, vocab_size: int | No
         f"vocab_size is {vocab_size}; resize the model's embedding (resize_token_embeddings of transformers), or name the model's own "
         "tokenizer in actor.tokenizer.tokenizer_model"
     )
+
+
+def picture_token(token_ids: Sequence[int], tokenizer: Any, picture_tokens: Collection[int]) -> str | None:
+    """What is wrong with a text that has tokens that stand for pictures, which a vision-language model would look for; None without."""
+    found = next((token_id for token_id in token_ids if token_id in picture_tokens), None) if picture_tokens else None
+    if found is None:
+        return None
+    return f"{named(tokenizer)} makes the token {tokenizer.convert_ids_to_tokens(found)!r} of it, which stands for a picture or a video"
 
 
 def processor_template(folder: Path) -> str | None:

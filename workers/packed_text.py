@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlsync.errors import ConfigError
-from workers.model_folder import named, unknown_token
+from workers.model_folder import named, picture_token, unknown_token
 from workers.problems import BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
 from workers.row_loader import Drawn, LeftOut
@@ -46,6 +46,7 @@ class PackedDocuments:
         index: folder that keeps the number of tokens of each document, for the other processes of the run and for a resume; None: each
             process counts them.
         vocab_size: of the model: a document with other tokens cannot be used; None: unknown.
+        picture_tokens: of the model: a document with one of these cannot be used either.
 
     Attributes:
         notes: on documents that were left out.
@@ -65,12 +66,14 @@ class PackedDocuments:
         on_bad_sample: OnBadSample,
         index: Path | None = None,
         vocab_size: int | None = None,
+        picture_tokens: frozenset[int] = frozenset(),
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"{named(tokenizer)} has no eos_token, which tells where a document ends; name one in its tokenizer_config.json"
             )
         self._files, self._form, self._tokenizer, self._length, self._vocab_size = files, form, tokenizer, length, vocab_size
+        self._picture_tokens = picture_tokens
         self._kept: OrderedDict[int, list[int]] = OrderedDict()
         self._fingerprint = f"{files.fingerprint()}-{_digest_of_cut(form, tokenizer, vocab_size)}"
         path = None if index is None else index / f"tokens-{self._fingerprint}.npy"
@@ -126,7 +129,9 @@ class PackedDocuments:
     def _tokens_of(self, content: Any) -> list[int]:
         """Tokens of a row's content. Raises BadRow."""
         [token_ids] = self._tokenized([document(content, self._form)])
-        if (reason := unknown_token(token_ids, self._tokenizer, self._vocab_size)) is not None:
+        reason = unknown_token(token_ids, self._tokenizer, self._vocab_size)
+        reason = reason or picture_token(token_ids, self._tokenizer, self._picture_tokens)
+        if reason is not None:
             raise BadRow(reason)
         return token_ids
 
@@ -158,9 +163,12 @@ class PackedDocuments:
                     rows.append(row)
                 except BadRow:
                     continue
-            vocab_size = self._vocab_size
-            counts[rows] = [len(ids) if vocab_size is None or max(ids) < vocab_size else 0 for ids in self._tokenized(texts)]
+            counts[rows] = [len(ids) if self._knows(ids) else 0 for ids in self._tokenized(texts)]
         return counts
+
+    def _knows(self, token_ids: Sequence[int]) -> bool:
+        """Whether the model can be given these tokens."""
+        return (self._vocab_size is None or max(token_ids) < self._vocab_size) and self._picture_tokens.isdisjoint(token_ids)
 
 
 def _digest_of_cut(form: RowForm, tokenizer: Any, vocab_size: int | None) -> str:

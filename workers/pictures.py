@@ -149,10 +149,11 @@ class PictureProcessor:
     Args:
         image_processor: resizes within its own limits of pixels, normalises and cuts.
         image_token_id: of the placeholder that a chat template puts once for each picture.
+        video_token_id: of the one for videos, which no row may have; None: unknown.
     """
 
-    def __init__(self, image_processor: Any, image_token_id: int) -> None:
-        self.image_processor, self.image_token_id = image_processor, image_token_id
+    def __init__(self, image_processor: Any, image_token_id: int, video_token_id: int | None = None) -> None:
+        self.image_processor, self.image_token_id, self.video_token_id = image_processor, image_token_id, video_token_id
 
     def __call__(self, images: Sequence[Image.Image]) -> Patches:
         """Patches of pictures of any size. Raises BadRow where a picture is too narrow."""
@@ -166,8 +167,10 @@ class PictureProcessor:
     def repeats(self, token_ids: Sequence[int], num_features: Sequence[int]) -> list[int]:
         """How often each token stands where a picture's placeholder stands once for each feature of the picture.
 
-        Raises BadRow unless there is one placeholder for each picture.
+        Raises BadRow unless there is one placeholder for each picture, and none for a video.
         """
+        if self.video_token_id in token_ids:
+            raise BadRow(f"the text holds the token {self.video_token_id}, which stands for a video; only pictures are read")
         found = token_ids.count(self.image_token_id)
         if found != len(num_features):
             raise BadRow(f"the text holds {found} placeholders of pictures, and the row has {len(num_features)} pictures")
@@ -175,7 +178,9 @@ class PictureProcessor:
         return [next(rest) if token == self.image_token_id else 1 for token in token_ids]
 
 
-def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int | None, max_pixels: int | None) -> PictureProcessor:
+def load_picture_processor(
+    folder: Path, image_token_id: int, *, min_pixels: int | None, max_pixels: int | None, video_token_id: int | None = None
+) -> PictureProcessor:
     """The image processor of a model folder; ``min_pixels`` and ``max_pixels`` replace its own limits. It is the variant that vLLM and
     transformers take by themselves, torchvision's where that is installed and else Pillow's: an engine sees the same pixels.
 
@@ -193,4 +198,4 @@ def load_picture_processor(folder: Path, image_token_id: int, *, min_pixels: int
         raise ConfigError(f"no image processor can be made from {folder}: {type(error).__name__}: {error}") from error
     if "image_grid_thw" not in found.model_input_names or not hasattr(found, "merge_size"):
         raise ConfigError(f"{folder}: {type(found).__name__} does not cut pictures into patches as Qwen2-VL's image processor does")
-    return PictureProcessor(found, image_token_id)
+    return PictureProcessor(found, image_token_id, video_token_id)

@@ -25,6 +25,7 @@ from workers.model_folder import (
     processor_template,
     read_generation_config,
     read_hf_config,
+    read_picture_tokens,
     read_vocab_size,
     text_config,
     token_ids,
@@ -148,7 +149,8 @@ def picture_processor(config: AnyConfig) -> PictureProcessor | None:
     vision = model_of(read_hf_config(folder, config.model_key)).vision
     if vision is None:
         return None
-    return load_picture_processor(folder, vision.image_token_id, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+    limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
+    return load_picture_processor(folder, vision.image_token_id, video_token_id=vision.video_token_id, **limits)
 
 
 def _texts(config: RunConfig, tokenizer: Any) -> PromptData:
@@ -198,8 +200,8 @@ def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[tu
 
 def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
     problems = load_readable_problems(config, paths, bad, data_size=data_size)
-    vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
-    return PromptDataset(problems, tokenizer, prompt_form(config), bad, vocab_size=vocab_size)
+    vocab_size, picture_tokens = (read(Path(config.model_path), config.model_key) for read in (read_vocab_size, read_picture_tokens))
+    return PromptDataset(problems, tokenizer, prompt_form(config), bad, vocab_size=vocab_size, picture_tokens=picture_tokens)
 
 
 def prompt_form(config: RunConfig) -> PromptForm:

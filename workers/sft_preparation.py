@@ -12,7 +12,7 @@ from typing import Any
 
 from rlsync.errors import ConfigError
 from workers.config import SftConfig
-from workers.model_folder import read_vocab_size
+from workers.model_folder import read_picture_tokens, read_vocab_size
 from workers.packed_text import PackedDocuments
 from workers.preparation import picture_processor, prepare_model, restore_position, stop_ids
 from workers.resume import Beginning, run_folder
@@ -90,6 +90,7 @@ def example_source(config: SftConfig, paths: Sequence[str], tokenizer: Any, *, s
             on_bad_sample=data.on_bad_sample,
             index=run_folder(config) / "tokens",
             vocab_size=vocab_size,
+            picture_tokens=read_picture_tokens(Path(config.model_path), config.model_key),
         )
     return RowExamples(
         RowFiles(paths),

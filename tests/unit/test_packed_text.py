@@ -121,6 +121,15 @@ def test_a_document_with_a_token_that_the_model_does_not_have_is_a_bad_one(tmp_p
     assert of("error", **{**given, "vocab_size": len(tokenizer)}).num_tokens == 41 + 4, "a resized model"
 
 
+def test_a_document_with_a_token_that_stands_for_a_picture_is_a_bad_one(tmp_path: Path) -> None:
+    """A vision-language model would look for the picture, in the middle of a step."""
+    path, [plus] = tmp_path / "a.jsonl", TOKENIZER("+")["input_ids"]
+    path.write_text(json.dumps({"text": "1" * 40}) + "\n" + json.dumps({"text": "1+2"}) + "\n")
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: the tokenizer makes the token '\+' of it, which stands for a picture or a video"):
+        source(str(path), picture_tokens=frozenset((plus,)))
+    assert source(str(path), picture_tokens=frozenset((plus,)), on_bad_sample="skip").num_tokens == 41 == source(str(path)).num_tokens - 4
+
+
 def test_documents_that_cannot_be_used_are_named_before_anything_starts(tmp_path: Path) -> None:
     path = documents(tmp_path)
     with Path(path).open("a") as stream:

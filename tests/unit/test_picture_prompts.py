@@ -21,6 +21,7 @@ from rlsync.models import model_of
 from rlsync.models.memory import training_memory
 from tests.unit.test_config import minimal, shipped
 from tests.unit.test_models_config import QWEN2, QWEN2_5_VL
+from tests.unit.test_sft_config import minimal as minimal_sft
 from workers.check import GRPO_CHECKS, check_run
 from workers.config import RunConfig, load_config, validate_model
 from workers.config.schema import PictureRecipe
@@ -36,6 +37,7 @@ from workers.rollout import engine_arguments
 from workers.row_files import BadRow
 from workers.samples import Sample, collate, stacked
 from workers.sft_data import SftExample
+from workers.sft_preparation import example_source
 from workers.sft_rows import RowForm, picture_problem
 
 RECIPE = PictureRecipe(seed=0, num_train=24, num_held_out=6, hidden_size=64, num_layers=1, vision_hidden_size=64, vision_depth=1)
@@ -110,7 +112,7 @@ def test_an_engine_gets_pictures_and_a_placeholder_each_and_the_actor_their_patc
         assert prompt.answers == (row["answer"],)
 
 
-@pytest.mark.parametrize(("limits", "num_features"), [({}, 12), ({"max_pixels": 28 * 28 * 6}, 4), ({"min_pixels": 28 * 28 * 100}, 108)])
+@pytest.mark.parametrize(("limits", "num_features"), [({}, 12), ({"max_pixels": 28 * 28 * 6}, 4), ({"min_pixels": 28 * 28 * 60}, 63)])
 def test_limits_of_pixels_are_those_of_engines_and_actor(world: PictureWorld, limits: dict[str, int], num_features: int) -> None:
     Image.new("RGB", (120, 90)).save(world.train_path.parent / "large.png")
     rows = written(world, "large.jsonl", {"question": "What?", "image": "large.png", "answer": "nothing"})
@@ -238,6 +240,26 @@ def test_a_warm_start_learns_the_answers_of_rows_of_the_same_form(world: Picture
     assert [len(step) for step in steps] == [16] * 5 and all(example.pixel_values is not None for step in steps for example in step)
     with pytest.raises(ConfigError, match=r"fewer than warm_start.batch_size \(25\)"):
         warm_start_examples(found, load_config(values(world, warm_start={**warm, "batch_size": 25})).warm_start, tokenizer, None)
+
+
+def test_a_text_with_a_token_that_stands_for_a_picture_or_a_video_is_a_bad_row(world: PictureWorld) -> None:
+    """Of every kind of rows, as the model and vLLM would look for what it stands for and end the run without naming a row."""
+    asked = {"question": "Which <|video_pad|>?", "image": json.loads(world.train_path.read_text().splitlines()[0])["image"], "answer": "a"}
+    data = values(world)["data"]
+    found = config(world, data={**data, "train_data_paths": written(world, "video.jsonl", *[asked] * 4)})
+    with pytest.raises(ConfigError, match=r"video\.jsonl:\d: the text holds the token 7, which stands for a video; only pictures are read"):
+        next(iter(loader(found)))
+    refusal = r"the tokenizer of .* makes the token '<\|image_pad\|>' of it, which stands for a picture"
+    plain = {"type": "math", "prompt_key": "prompt", "answer_key": "solutions", "image_keys": [], "rollout_batch_size": 1}
+    rows = [{"prompt": text, "solutions": "4"} for text in ("2+2=", "see <|image_pad|>")]
+    texts = config(world, data={**data, **plain, "train_data_paths": written(world, "pads.jsonl", *rows)})
+    with pytest.raises(ConfigError, match=rf"pads\.jsonl:2: {refusal}"):
+        prepare(texts, find_beginning(texts))
+    packed = {"type": "text", "prompt_key": "prompt", "train_data_paths": list(texts.data.train_data_paths)}
+    model = {"actor": {"model": {"model_path": str(world.model_path)}}, "runner": {"seq_length": 4, "output_dir": texts.runner.output_dir}}
+    documents = load_config(minimal_sft(data=packed, **model), "sft")
+    with pytest.raises(ConfigError, match=rf"pads\.jsonl:2: {refusal}"):
+        example_source(documents, documents.data.train_data_paths, AutoTokenizer.from_pretrained(world.model_path))
 
 
 @pytest.mark.parametrize(
