@@ -27,6 +27,8 @@ _TEXT: Mapping[str, Key] = {
     "rms_norm_eps": number("layernorm_epsilon", default=1e-5),
 }
 QWEN2_5_TOWER_KEYS: Mapping[str, Key] = {
+    # Released files of 32B and 72B leave it out.
+    "depth": size(default=32, most=10_000),
     "hidden_act": only("silu", default="silu"),
     "patch_size": size(default=14),
     "window_size": size(default=112),

@@ -111,6 +111,15 @@ FLAT = {
     },
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
 }  # fmt: skip
+# What released ones of 32 and of 72 billion say of their towers: what transformers has as default they leave out.
+SHORT = {
+    **FLAT, "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+    "max_window_layers": 80,
+    "vision_config": {
+        "hidden_size": 1280, "in_chans": 3, "intermediate_size": 3456, "model_type": "qwen2_5_vl", "out_hidden_size": 8192,
+        "spatial_patch_size": 14, "tokens_per_second": 2, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
 VISION = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, FLAT)
 ALL = (*TEXT, *VISION)
 
@@ -442,7 +451,7 @@ def read(model: Model) -> dict[str, Any]:
     return {"dims": model.dims, "transformer": model.transformer, "rope": model.rope, "tied": model.tied, "positions": model.max_positions}
 
 
-@pytest.mark.parametrize("hf", VISION, ids=lambda hf: hf["model_type"])
+@pytest.mark.parametrize("hf", [*VISION, SHORT], ids=lambda hf: hf["model_type"])
 def test_a_vision_config_means_what_it_means_to_transformers(hf):
     """Flat and nested, old spellings of rope and missing keys: transformers writes all of them out, and that reads the same."""
     theirs = CLASSES[hf["model_type"]](**copy.deepcopy(hf))
@@ -455,6 +464,11 @@ def test_a_vision_config_means_what_it_means_to_transformers(hf):
     tower = theirs.vision_config
     for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
         assert getattr(ours.vision, name) == getattr(tower, name), name
+    assert (ours.dims["num_blocks"], ours.dims["vision"], ours.values["vision_num_heads"]) == (
+        tower.depth,
+        tower.hidden_size,
+        tower.num_heads,
+    )
     assert ours.vision.deepstack_visual_indexes == tuple(getattr(tower, "deepstack_visual_indexes", ()))
     assert (ours.vision.image_token_id, ours.vision.vision_end_token_id) == (theirs.image_token_id, theirs.vision_end_token_id)
     assert unread_keys(hf) == unread_keys(written) == ()
