@@ -261,7 +261,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             with compat.config_scope(self.vllm_config), lora.base_layers(self.model):
                 client.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
-                    raise RuntimeError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
+                    raise RlsyncError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
                 # Not counted as waiting for bytes: all peers have to join first.
                 _await_ready(client, pull, -1, "the actor's side")
                 client.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
@@ -538,7 +538,8 @@ class CoordinatorClient:
     def next(self, kind: type[Any], attempt: int, what: str) -> Any:
         """The next message of ``kind``; ``Ready`` says a level and may come again after the last bucket was taken.
 
-        Raises WeightSyncError when the coordinator says so, RuntimeError where nothing comes in time or what nobody asked for.
+        Raises WeightSyncError when the coordinator says so, RlsyncError where nothing comes in time, RuntimeError for a message that
+        nobody asked for.
         """
         found: list[Any] = []
 
@@ -563,7 +564,7 @@ class CoordinatorClient:
             try:
                 message = self._peer.receive(attempt, deadline_s, None if receiver is None else receiver.fd)
             except TimeoutError:
-                raise RuntimeError(f"nothing from {self._endpoint} within {limit_s:g} s while waiting for {what}") from None
+                raise RlsyncError(f"nothing from {self._endpoint} within {limit_s:g} s while waiting for {what}") from None
             if message is not None:
                 hear(message)
         return result

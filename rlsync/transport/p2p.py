@@ -24,6 +24,7 @@ import torch
 from rlsync.coordinator.messages import RankExport, WorkerAssignment
 from rlsync.copy.cpu import CopyProgram, region
 from rlsync.copy.cuda import CudaCopyProgram
+from rlsync.errors import PlacementError
 from rlsync.plan.packing import PackedMessage, PackedPart, Region, cut, pack_message
 from rlsync.transport.ends import Arrival, Buffers, EndArguments, Hosted, HostSettings, PackedArrival, Routes, given_by, placed
 from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
@@ -549,7 +550,7 @@ class Landed:
     buffers: Buffers
 
     def land(self, buffers: Buffers) -> None:
-        """Nothing is left to copy. Raises RuntimeError where the buffers have moved since ``receiving``."""
+        """Nothing is left to copy. Raises PlacementError where the buffers have moved since ``receiving``."""
         moved = [name for name, tensor in buffers.items() if name not in self.buffers or self.buffers[name].data_ptr() != tensor.data_ptr()]
         if moved:
-            raise RuntimeError(f"{len(moved)} parameters have moved while they were written, among them {moved[0]}")
+            raise PlacementError(f"{len(moved)} parameters have moved while they were written, among them {moved[0]}")
