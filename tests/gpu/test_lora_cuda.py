@@ -12,6 +12,8 @@ from tests.gpu.engines import LAYERS
 from tests.integration.test_lora import DENSE, EXPERTS, expectations_without_peft
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 RANKS = "tests.integration.lora_ranks"
 SP = {"overrides": {"sequence_parallel": True}}
 RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
@@ -53,12 +55,6 @@ NEEDS_TE = pytest.mark.skipif("te" not in LAYERS, reason="TransformerEngine is n
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     return {name: expectations_without_peft(root / name, base, spec) for name, (base, spec) in (DENSE | EXPERTS).items()}
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    # Without it TransformerEngine multiplies fp32 in TF32.
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
 
 
 def cases(num_ranks: int, spec: str, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

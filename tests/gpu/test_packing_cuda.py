@@ -8,6 +8,8 @@ import pytest
 from tests.models import LATENT_SIZES, save_tiny_model
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 RANKS = "tests.integration.megatron_ranks"
 # Heads that flash and cuDNN attention take.
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -20,11 +22,6 @@ def run(world_size: int, folder, *cases: dict) -> None:
     outputs = run_ranks(world_size, RANKS, "agree_in_half_precision", cases=list(cases), folder=str(folder))
     print(outputs[0])
     assert outputs[0].count("AGREED") == len(cases), outputs[0]
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
 
 
 @pytest.mark.gpu(1)

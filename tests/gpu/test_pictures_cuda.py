@@ -30,11 +30,6 @@ _CALL_S = 60.0
 SAME, OTHER = 3e-2, 0.1
 
 
-@pytest.fixture
-def exact_products(monkeypatch):
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-
-
 def test_a_gpu_computes_of_pictures_what_transformers_does_on_a_cpu(tmp_path, exact_products):
     """Logits and the gradient of every parameter in fp32, by TransformerEngine's layers where they are installed."""
     models = {family: expectations(tmp_path / family, family=family) for family in FAMILIES}

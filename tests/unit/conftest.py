@@ -1,4 +1,4 @@
-"""Two engines and an actor of threads, connected over the real channel, for claims that ask for them by these names."""
+"""What several unit tests ask for by name: two engines and an actor of threads, connected over the real channel; a machine without GPUs."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def actors(engines: list[ThreadEngine]) -> Iterator[Actors]:
     made.connect()
     yield made
     made.close()
+
+
+@pytest.fixture
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--check`` finds no GPU, wherever it runs."""
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)

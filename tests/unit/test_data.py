@@ -12,17 +12,13 @@ import pytest
 import torch
 
 from rlsync.errors import CheckpointError, ConfigError
+from tests.json_lines import written
 from workers.data import PromptDataset, PromptForm, PromptLoader
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.synthetic import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
-
-
-def written(path: Path, *records: Any) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 def dataset(num: int = 10, **form: Any) -> PromptDataset:

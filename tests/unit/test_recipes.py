@@ -21,6 +21,8 @@ from workers.config import SftConfig, load_config, register_resolvers
 from workers.config.schema import ArithmeticRecipe
 from workers.synthetic import build_world
 
+pytestmark = pytest.mark.usefixtures("no_gpus")
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, SCRIPT = ROOT / "configs" / "sft", ROOT / "examples" / "recipes" / "run.sh"
 # Parameters of the published models, in 10^9, and what the recipe spreads them over.
@@ -53,11 +55,6 @@ def check(text: Path, *overrides: str) -> Report:
 
 def test_every_recipe_has_a_row_here() -> None:
     assert RECIPES.keys() == {path.stem for path in (CONFIGS / "recipe").glob("*.yaml")}
-
-
-@pytest.fixture(autouse=True)
-def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

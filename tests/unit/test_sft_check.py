@@ -25,6 +25,8 @@ from workers.picture_world import image_settings, make_vision_tokenizer
 from workers.pictures import load_picture_processor
 from workers.synthetic import build_world
 
+pytestmark = pytest.mark.usefixtures("no_gpus")
+
 RECIPE = ArithmeticRecipe(
     seed=0, max_operand=4, num_problems=8, num_supervised=64, num_held_out=5, supervised_noise=0.0, hidden_size=64, num_layers=1
 )  # fmt: skip
@@ -35,11 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("world") / "world"
     build_world(path, RECIPE)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.check.count_gpus", lambda: 0)
 
 
 def values(world: Path, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from rlsync.errors import CheckpointError, ConfigError
+from tests.json_lines import written
 from workers.picture_world import image_settings, make_vision_tokenizer
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
@@ -25,11 +26,6 @@ TOKENIZER.chat_template = (
     "{% for m in messages %}({{ m['role'] | length }}{{ m['content'] }}){% endfor %}{% if add_generation_prompt %}(9{% endif %}"
 )
 PAIRS = RowForm("llm", "prompt", "response")
-
-
-def written(path: Path, *records: Any) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 def source(path: str, form: RowForm = PAIRS, *, skip: bool = False, **example: Any) -> RowExamples:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from rlsync.errors import ConfigError
+from tests.json_lines import written
 from tests.unit.test_preparation import config, prepare, with_model, world  # noqa: F401
 from workers.config import WarmStartConfig
 from workers.grpo_runner import warm_start_texts
@@ -38,11 +38,6 @@ def model(world: Path, tmp_path: Path) -> Path:  # noqa: F811
     return folder
 
 
-def rows(path: Path, *found: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return str(path)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_prompts_are_those_of_rollouts_and_responses_follow_them_without_special_tokens(
     world: Path,  # noqa: F811
@@ -50,7 +45,7 @@ def test_prompts_are_those_of_rollouts_and_responses_follow_them_without_special
     model: Path,
     form: str,
 ) -> None:
-    data = rows(tmp_path / "rows.jsonl", *({"prompt": "1+1", "response": "2", "solutions": "2"},) * 4)
+    data = written(tmp_path / "rows.jsonl", *({"prompt": "1+1", "response": "2", "solutions": "2"},) * 4)
     found = with_model(world, tmp_path, model, data={"train_data_paths": [data], "max_prompt_length": 12, **FORMS[form]})
     prepared = prepare(found)
     rollout = next(iter(prepared.data.loader))[0]
@@ -71,7 +66,7 @@ def test_rows_that_no_rollout_could_ask_end_a_warm_start_by_file_and_line(world:
     found = with_model(world, tmp_path, model)
 
     def start(**row: str) -> None:
-        data = rows(tmp_path / "rows.jsonl", {"prompt": "1+1=", "response": "2"}, row)
+        data = written(tmp_path / "rows.jsonl", {"prompt": "1+1=", "response": "2"}, row)
         warm_start_texts(found, WarmStartConfig(data_paths=(data,), num_steps=1, batch_size=2), tokenizer, (2,))
 
     for row in ({"prompt": "1<new>", "response": "2"}, {"prompt": "1", "response": "<new>"}):
