@@ -79,7 +79,7 @@ class Inspection:
         self.states: dict[Place, dict[str, str]] = {}
         self.complete = threading.Event()
 
-    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+    def receive(self, identity: bytes, raw: bytes, now_s: float) -> None:
         """Take one message. What is no message, and who has no token, disturbs nobody."""
         hello = self._members.get(identity)
         if hello is None and len(raw) > m.MAX_HELLO_BYTES:
@@ -106,7 +106,7 @@ class Inspection:
     def lose(self, identity: bytes) -> None:
         """Nothing: who is gone does not answer, and the deadline says so."""
 
-    def expire(self, now: float) -> None:
+    def expire(self, now_s: float) -> None:
         """Nothing: the caller waits for ``complete`` with a deadline of its own."""
 
     def fail(self, cause: str) -> None:

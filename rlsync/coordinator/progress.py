@@ -20,7 +20,7 @@ class Progress:
             ranks fill nothing, and do not join it, before everybody is there.
         buckets_ready: buckets that every actor rank has filled.
         buckets_writable: buckets whose slot is free, those already filled included.
-        told: destination -> checksums of its regions, in the order in which their buckets became ready.
+        sums: destination -> checksums of its regions, in the order in which actor ranks have sent them.
         answered: engines that serve.
         verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
         without_frozen: whether frozen buckets are passed over; None before actor rank 0, which knows, is there.
@@ -44,7 +44,7 @@ class Progress:
     answered: set[str] = field(default_factory=set)
     buckets_ready: int = 0
     buckets_writable: int = 0
-    told: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
+    sums: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     without_frozen: bool | None = None
     all_joined: bool = False
     began_s: float = 0.0
@@ -64,7 +64,7 @@ class Progress:
             return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable"
         self.filled[identity] = count + 1
         for entry in sums:
-            self.told[entry.destination].append(entry)
+            self.sums[entry.destination].append(entry)
         self._packed[bucket] += 1
         grown = self._packed[bucket] == num_actors
         self.buckets_ready += grown
@@ -81,11 +81,11 @@ class Progress:
         self.buckets_writable += grown
         return grown
 
-    def untold(self, identity: bytes, destination: int) -> tuple[Sum, ...]:
+    def unsent_sums(self, identity: bytes, destination: int) -> tuple[Sum, ...]:
         """Checksums of a worker's regions that were not sent to it yet; they count as sent now."""
-        told = self.told[destination]
-        begin, self.joined[identity] = self.joined.get(identity, 0), len(told)
-        return tuple(told[begin:])
+        sums = self.sums[destination]
+        begin, self.joined[identity] = self.joined.get(identity, 0), len(sums)
+        return tuple(sums[begin:])
 
     def bucket_of(self, peer: Member) -> int:
         """The bucket that a peer is at."""

@@ -31,11 +31,12 @@ class Coordinator:
 
     Attributes:
         phase: ``connect, idle, begin, transfer, commit, resume`` or ``failed``.
-        deadline: clock value at which ``expire`` fails the phase, or None when nobody is waited for.
-        version: the version that every engine serves, or None before the first sync.
+        deadline_s: clock value at which ``expire`` fails the phase, or None when nobody is waited for. All clock values are seconds of one
+            monotonic clock.
+        version: the version that every engine serves, or -1 before the first sync.
     """
 
-    def __init__(self, expected: Expected, send: Sender, now: float) -> None:
+    def __init__(self, expected: Expected, send: Sender, now_s: float) -> None:
         self._expected, self._send = expected, send
         self._roster = Roster(expected)
         self._members = self._roster.members
@@ -45,11 +46,11 @@ class Coordinator:
         self._connecting = Connecting(expected, self._roster, send, self._fail)
         self._transferring = Transferring(self._roster, self._connecting, send, self._fail)
         self.phase, self.version = "connect", -1
-        self.deadline: float | None = now + expected.timeout_s
+        self.deadline_s: float | None = now_s + expected.timeout_s
 
     # Input: a message, a death, the clock.
 
-    def receive(self, identity: bytes, raw: bytes, now: float) -> None:
+    def receive(self, identity: bytes, raw: bytes, now_s: float) -> None:
         """Take one message of a peer. Strangers are answered or ignored and disturb nobody."""
         peer = self._members.get(identity)
         if peer is None and len(raw) > m.MAX_HELLO_BYTES:
@@ -70,7 +71,7 @@ class Coordinator:
                 # The engine was called after rank 0 had sent Start, but messages of two peers come in any order.
                 self._early.append((peer, message))
             else:
-                handler(self, peer, message, now)
+                handler(self, peer, message, now_s)
 
     def lose(self, identity: bytes) -> None:
         """The process of a peer has ended."""
@@ -81,10 +82,10 @@ class Coordinator:
         if self.phase not in ("idle", "failed"):
             self._fail(f"the process of {peer} has ended", peer)
 
-    def expire(self, now: float) -> None:
+    def expire(self, now_s: float) -> None:
         """Fail the phase when its deadline has passed."""
-        if self.deadline is not None and now >= self.deadline:
-            self._spread(_late(self._roster, self._expected.timeout_s, self.phase, self._sync))
+        if self.deadline_s is not None and now_s >= self.deadline_s:
+            self._spread(_deadline_error(self._roster, self._expected.timeout_s, self.phase, self._sync))
 
     def fail(self, cause: str) -> None:
         """Fail what is going on for a reason of the coordinator's own process."""
@@ -104,11 +105,11 @@ class Coordinator:
             closed = self._failure.cause if self._failure else f"{Member(identity, hello)} came after the connection was complete"
         self._connecting.admit(identity, hello, closed)
 
-    def _on_recorded(self, peer: Member, message: m.Recorded, now: float) -> None:
+    def _on_recorded(self, peer: Member, message: m.Recorded, now_s: float) -> None:
         if self.phase == "connect":
             self._connecting.record(peer, message)
 
-    def _on_planned(self, peer: Member, message: m.Planned, now: float) -> None:
+    def _on_planned(self, peer: Member, message: m.Planned, now_s: float) -> None:
         if self.phase != "connect" or peer.place != 0:
             problem: str | None = f"in phase {self.phase}, when none are due from it"
         else:
@@ -116,12 +117,12 @@ class Coordinator:
         if problem is not None:
             self._fail(f"{peer} sent assignments for {len(message.actors)} actor ranks and {len(message.workers)} workers {problem}", peer)
 
-    def _on_attached(self, peer: Member, message: m.Attached, now: float) -> None:
+    def _on_attached(self, peer: Member, message: m.Attached, now_s: float) -> None:
         if self.phase == "connect" and not peer.attached:
             self._connecting.attach(peer, message)
             self._conclude()
 
-    def _on_answered(self, peer: Member, message: m.Answered, now: float) -> None:
+    def _on_answered(self, peer: Member, message: m.Answered, now_s: float) -> None:
         sync = self._current(message.attempt)
         if self.phase == "connect":
             self._roster.answered.add(message.engine)
@@ -131,13 +132,13 @@ class Coordinator:
 
     def _conclude(self) -> None:
         if self._connecting.is_complete():
-            self.phase, self.deadline = "idle", None
+            self.phase, self.deadline_s = "idle", None
             for actor in self._roster.actors():
                 self._send(actor.identity, m.Connected())
 
     # A sync.
 
-    def _on_start(self, peer: Member, message: m.Start, now: float) -> None:
+    def _on_start(self, peer: Member, message: m.Start, now_s: float) -> None:
         if self._sync is not None and message.attempt < self._sync.attempt:
             # Late for a sync that failed without this rank. It was sent that error, and starts the current attempt next.
             return
@@ -145,7 +146,7 @@ class Coordinator:
             if self.phase not in ("idle", "failed"):
                 self._fail(f"{peer} started attempt {message.attempt} while one is going on", peer)
                 return
-            self._open(message, now)
+            self._open(message, now_s)
         sync = self._sync
         assert sync is not None
         sync.started.add(peer.identity)
@@ -159,44 +160,44 @@ class Coordinator:
             # What to fill is known from rank 0 on: who came before it has waited.
             known = sync.without_frozen is not None and not sync.regroups
             self._transferring.tell_writable(sync, () if not known else sync.started if peer.place == 0 else (peer.identity,))
-            self._begin_transfer(sync, now)
+            self._begin_transfer(sync, now_s)
 
-    def _begin_transfer(self, sync: Progress, now: float) -> None:
+    def _begin_transfer(self, sync: Progress, now_s: float) -> None:
         """The phase of waiting for everybody ends when all actor ranks and all workers are there.
 
         No worker hears of a bucket before, nor touches its model: workers join from engines that are paused, and so all of them are.
         """
         if (len(sync.started), len(sync.joined)) == (self._expected.num_actors, len(self._roster.workers())):
-            self._enter("transfer", now)
+            self._enter("transfer", now_s)
 
-    def _open(self, message: m.Start, now: float) -> None:
+    def _open(self, message: m.Start, now_s: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
         connecting, failed = self._connecting, self._failure is not None
         group = 0 if self._sync is None else self._sync.group + failed
         self._sync = Progress(
             message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed, verifies_all=failed,
-            began_s=now,
+            began_s=now_s,
         )  # fmt: skip
-        self._failure, self.phase, self.deadline = None, "begin", now + self._expected.timeout_s
+        self._failure, self.phase, self.deadline_s = None, "begin", now_s + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {first_few(lost)} has ended; start it again and connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
         early, self._early = self._early, []
         for peer, said in early:
-            _HANDLERS[type(said), True](self, peer, said, now)
+            _HANDLERS[type(said), True](self, peer, said, now_s)
 
-    def _on_exported(self, peer: Member, message: m.Exported, now: float) -> None:
+    def _on_exported(self, peer: Member, message: m.Exported, now_s: float) -> None:
         # Exports of a sync that is over count too: the memory has moved.
         self._connecting.exports.renew(peer.place, message.exports)
 
-    def _on_filled(self, peer: Member, message: m.Filled, now: float) -> None:
+    def _on_filled(self, peer: Member, message: m.Filled, now_s: float) -> None:
         sync = self._current(message.attempt)
         # Before all have joined, buckets are filled, and no worker is told.
         if sync is not None and self._transferring.fill(sync, peer, message, self._expected.num_actors) and self.phase == "transfer":
             self._transferring.tell_ready(sync)
 
-    def _on_joined(self, peer: Member, message: m.Joined, now: float) -> None:
+    def _on_joined(self, peer: Member, message: m.Joined, now_s: float) -> None:
         sync = self._sync
         if sync is None or message.attempt != sync.attempt:
             cause = f"{peer} joined attempt {message.attempt}, which the actor has not started or has left"
@@ -209,27 +210,27 @@ class Coordinator:
             self._fail(f"{peer} joined version {message.version}, the actor started version {sync.version}", peer)
         else:
             sync.joined[peer.identity] = 0
-            self._begin_transfer(sync, now)
+            self._begin_transfer(sync, now_s)
 
-    def _on_done(self, peer: Member, message: m.Done, now: float) -> None:
+    def _on_done(self, peer: Member, message: m.Done, now_s: float) -> None:
         sync = self._current(message.attempt)
         if sync is not None:
             self._transferring.take(sync, peer, message)
 
-    def _on_loaded(self, peer: Member, message: m.Loaded, now: float) -> None:
+    def _on_loaded(self, peer: Member, message: m.Loaded, now_s: float) -> None:
         sync = self._current(message.attempt)
         if sync is not None and self._transferring.hold(sync, peer, message):
             for worker in self._roster.workers():
                 self._send(worker.identity, m.Commit(sync.attempt, sync.version))
-            self._enter("commit", now)
+            self._enter("commit", now_s)
 
-    def _on_committed(self, peer: Member, message: m.Committed, now: float) -> None:
+    def _on_committed(self, peer: Member, message: m.Committed, now_s: float) -> None:
         sync = self._current(message.attempt)
         if sync is None or self.phase != "commit":
             return
         sync.committed.add(peer.identity)
         if len(sync.committed) == len(self._roster.workers()):
-            self.phase, self.deadline = "resume", now + self._expected.timeout_s
+            self.phase, self.deadline_s = "resume", now_s + self._expected.timeout_s
             for worker in self._roster.workers():
                 self._send(worker.identity, m.Serve(sync.attempt))
             loaded = [sync.loaded[p.identity] for p in self._roster.workers()]
@@ -237,19 +238,19 @@ class Coordinator:
             for identity in sync.started:
                 self._send(identity, done)
 
-    def _on_finish(self, peer: Member, message: m.Finish, now: float) -> None:
+    def _on_finish(self, peer: Member, message: m.Finish, now_s: float) -> None:
         sync = self._current(message.attempt)
         if sync is None or self.phase != "resume":
             return
-        self.phase, self.deadline, self.version = "idle", None, sync.version
+        self.phase, self.deadline_s, self.version = "idle", None, sync.version
         for actor in self._roster.actors():
             self._send(actor.identity, m.Finished(sync.attempt, message.report))
 
-    def _on_failed(self, peer: Member, message: m.Failed, now: float) -> None:
+    def _on_failed(self, peer: Member, message: m.Failed, now_s: float) -> None:
         if self.phase == "connect" or self._current(message.attempt) is not None:
-            self._spread(_told(peer, message, self.phase, self._sync))
+            self._spread(_reported_error(peer, message, self.phase, self._sync))
 
-    def _on_goodbye(self, peer: Member, message: m.Goodbye, now: float) -> None:
+    def _on_goodbye(self, peer: Member, message: m.Goodbye, now_s: float) -> None:
         if self.phase in ("idle", "failed"):
             peer.lost = True
         else:
@@ -265,25 +266,25 @@ class Coordinator:
         sync = self._sync
         return sync if sync is not None and sync.attempt == attempt and self.phase not in ("idle", "failed") else None
 
-    def _enter(self, phase: str, now: float) -> None:
+    def _enter(self, phase: str, now_s: float) -> None:
         """Start a phase's deadline, and with a message the ones that the peers keep themselves. Workers hear first: they are waited for."""
         sync = self._sync
         assert sync is not None
-        self.phase, self.deadline = phase, now + self._expected.timeout_s
+        self.phase, self.deadline_s = phase, now_s + self._expected.timeout_s
         if phase == "transfer":
-            sync.all_joined, sync.begin_s = True, now - sync.began_s
+            sync.all_joined, sync.begin_s = True, now_s - sync.began_s
             self._transferring.tell_ready(sync)
         self._transferring.tell_writable(sync, sync.started)
 
     def _fail(self, cause: str, peer: Member | None) -> None:
-        self._spread(_found(cause, peer, self.phase, self._sync))
+        self._spread(_detected_error(cause, peer, self.phase, self._sync))
 
     def _spread(self, error: m.Error) -> None:
         """Send the first failure to all peers; later ones are its echoes."""
         if self._failure is not None:
             return
         self._failure = error
-        self.phase, self.deadline = "failed", None
+        self.phase, self.deadline_s = "failed", None
         for identity in self._members:
             self._send(identity, error)
 
@@ -440,7 +441,7 @@ class Transferring:
     def tell_ready(self, sync: Progress) -> None:
         """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""
         for identity in sync.joined:
-            sums = sync.untold(identity, self._connecting.destinations[identity])
+            sums = sync.unsent_sums(identity, self._connecting.destinations[identity])
             exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
             self._send(
                 identity,
@@ -472,12 +473,12 @@ class Transferring:
         return len(sync.loaded) == len(self._roster.workers())
 
 
-def _found(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:
+def _detected_error(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:
     """An error that the coordinator has detected; ``peer`` is the one that caused it, if one did."""
     return _error(cause, phase, sync, None if peer is None else peer.engine, _bucket(peer, phase, sync))
 
 
-def _told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) -> m.Error:
+def _reported_error(peer: Member, message: m.Failed, phase: str, sync: Progress | None) -> m.Error:
     """An error that a peer reports. It knows better than the coordinator where in the sync it was, and which engine caused it."""
     cause, engine = f"{peer}: {message.cause}", peer.engine if message.engine is None else message.engine
     if phase == "connect":
@@ -485,7 +486,7 @@ def _told(peer: Member, message: m.Failed, phase: str, sync: Progress | None) ->
     return _error(cause, message.phase, sync, engine, _bucket(peer, phase, sync) if message.bucket is None else message.bucket)
 
 
-def _late(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -> m.Error:
+def _deadline_error(roster: Roster, timeout_s: float, phase: str, sync: Progress | None) -> m.Error:
     """The error of a phase that took too long. It names the stragglers, as many as fill a host or two; the first counts as the culprit."""
     if phase == "connect":
         absent = roster.absent()

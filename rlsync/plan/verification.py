@@ -11,7 +11,7 @@ SAMPLE_PERIOD = 16
 
 
 def num_rounds(mode: str) -> int:
-    """Regions are verified in rounds: the ones of a round together, in the same syncs."""
+    """Number of rounds that the regions of a destination are divided into; the regions of a round are verified in the same syncs."""
     return {OFF: 0, SAMPLED: SAMPLE_PERIOD, FULL: 1}[mode]
 
 
@@ -21,7 +21,7 @@ def round_of(mode: str, number: int) -> int:
 
 
 def rounds_in(mode: str, turn: int) -> Sequence[int]:
-    """Rounds whose turn it is, counted from 1, which is everybody's."""
+    """Rounds that are verified in a turn, which count from 1: all in turn 1, and with ``sampled`` one in each other turn."""
     return (turn % SAMPLE_PERIOD,) if mode == SAMPLED and turn != 1 else range(num_rounds(mode))
 
 

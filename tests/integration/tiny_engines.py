@@ -127,14 +127,14 @@ def passed_deadline(who: str, has_failed: Callable[[], bool] = lambda: True) -> 
     def look(coordinator: Coordinator, now: float) -> None:
         nonlocal passed
         roster, sync, phase = coordinator._roster, coordinator._sync, coordinator.phase
-        if coordinator.deadline is not None and has_failed():
+        if coordinator.deadline_s is not None and has_failed():
             if phase == "connect":
                 waited_for = [words for _, words in roster.absent()]
             else:
                 assert sync is not None
                 waited_for = [str(member) for member, _ in sync.stragglers(phase, roster.actors(), roster.workers())]
             if len(waited_for) == 1 and waited_for[0].startswith(who):
-                now, passed = coordinator.deadline, True
+                now, passed = coordinator.deadline_s, True
         expire(coordinator, now)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -87,7 +87,7 @@ def test_the_commit_comes_after_every_worker_has_loaded_everything() -> None:
     assert run.last("a0") == m.AllCommitted(1, (TIMES, other), ((), ()))
     run.tell("a0", m.Finish(1, b"report"))
     assert run.last("a1") == m.Finished(1, b"report")
-    assert (run.coordinator.phase, run.coordinator.version, run.coordinator.deadline) == ("idle", 1, None)
+    assert (run.coordinator.phase, run.coordinator.version, run.coordinator.deadline_s) == ("idle", 1, None)
 
 
 def test_versions_only_grow() -> None:
