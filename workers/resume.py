@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
+from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
 from rlsync.errors import CheckpointError, ConfigError
 from workers.config import AnyConfig, SftConfig, config_as_dict
 
@@ -27,7 +27,7 @@ class Rule(Enum):
     HOLDS = "the new value holds from the resumed step on, and the screen says so"
     SILENT = "the new value holds; no result depends on it"
     WEIGHTS = "refused: the saved weights are of that kind"
-    LAYOUT = "the saved shards are cut anew and random states start anew; refused for adapters, and an optimizer that is not distributed"
+    LAYOUT = "the saved shards are cut anew and random states start anew; refused for an optimizer that is not distributed"
     OPTIMIZER = "refused where the optimizer is restored: its saved state has that form"
     REFERENCE = "the new value holds for the reference of a KL term; without one a resumed run does not read it"
     DATA = "refused where the data position is restored: it counts batches of that kind"
@@ -301,15 +301,14 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
     with_optimizer = complete and not config.actor.megatron.no_load_optim
     refuses = {
         Rule.WEIGHTS: complete,
-        Rule.LAYOUT: (with_optimizer and not config.actor.optim.use_distributed_optimizer) or (complete and config.actor.lora.r > 0),
+        Rule.LAYOUT: with_optimizer and not config.actor.optim.use_distributed_optimizer,
         Rule.OPTIMIZER: with_optimizer,
         Rule.DATA: (folder / DATA_STATE).is_file(),
     }
     anew = f"start a new run from {folder}/actor/{HF_FOLDER}"
-    adapters = f"as shards of adapters are not cut anew, start a new run with actor.lora.adapter_path={folder}/actor/{ADAPTER_FOLDER}"
     advice = {
         Rule.WEIGHTS: anew,
-        Rule.LAYOUT: adapters if config.actor.lora.r > 0 else anew,
+        Rule.LAYOUT: anew,
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
     }

@@ -38,9 +38,9 @@ from rlsync.bridge.full_tensors import (
 )
 from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
-from rlsync.convert.filling import copy_all, plan_filling
+from rlsync.convert.filling import Filling, copy_all, plan_filling
 from rlsync.convert.merging import check_base_copy
-from rlsync.convert.sources import holdings_of
+from rlsync.convert.sources import adapter_holdings_of, holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
 from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_index, write_small_file
 from rlsync.copy.writes import DirectWrites, Writes
@@ -215,15 +215,26 @@ class AutoBridge:
             assert adapters is not None
             check_adapter_folder(folder, adapters.spec)
             stored = placed_adapter(self.model, adapters, folder)
-            mine = shards.placements[dist.get_rank()]
-            plan = build_plan(shards.tensors, [stored.placement], [mine], transforms=("cast",))
-            files = MappedTensors(stored.stored)
-            files.open()
+            filling = plan_filling(shards.tensors, (stored,), shards.placements[dist.get_rank()])
+            files = filling.open()
             self._check_base_copies(models, MappedTensors(base_copies(adapters, folder)), folder)
-        with agreed(device=compute_device()), torch.no_grad():
-            for bucket in plan.buckets:
-                bind(bucket.copies, files, shards.buffers).run()
-            write_padding(mine.padding, shards.buffers)
+        _fill(shards, filling, files)
+
+    def load_adapter_shards(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
+        """Fill the adapters from Megatron's shards of any layout (``iter_XXXXXXX``), each rank from what it needs. Call it before
+        ``build_optimizer``.
+
+        Raises on every rank, before anything changes: CheckpointError (missing or damaged files, or adapters of another scaling),
+        PlacementError (missing, unexpected and wrongly shaped tensors at once). Collective over all ranks.
+        """
+        with agreed(device=compute_device()):
+            shards = self.adapter_shards(models)
+            adapters = megatron_model.adapters_in(models)
+            assert adapters is not None
+            holdings = adapter_holdings_of(Path(folder), self.model, adapters)
+            filling = plan_filling(shards.tensors, holdings, shards.placements[dist.get_rank()])
+            files = filling.open()
+        _fill(shards, filling, files)
 
     def _check_base_copies(self, models: Sequence[torch.nn.Module], copies: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Raise ConfigError where this rank holds something else of these HF tensors."""
@@ -296,13 +307,9 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             holdings = holdings_of(Path(path), self.model)
-            mine = shards.placements[dist.get_rank()]
-            filling = plan_filling(shards.tensors, holdings, mine)
+            filling = plan_filling(shards.tensors, holdings, shards.placements[dist.get_rank()])
             files = filling.open()
-        with agreed(device=compute_device()), torch.no_grad():
-            for bucket in filling.plan.buckets:
-                copy_all(bucket.copies, files, shards.buffers)
-            write_padding(mine.padding, shards.buffers)
+        _fill(shards, filling, files)
 
     def init_weights(self, models: Sequence[torch.nn.Module], *, seed: int, std: float | None = None) -> None:
         """Fill the parameters with random values, the same under every layout: those that a pretraining begins with.
@@ -444,6 +451,14 @@ class AutoBridge:
         if self._folder is not None:
             copy_files(self._folder, files, out_dir, durable=durable)
         write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
+
+
+def _fill(shards: Shards, filling: Filling, files: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Copy from files into the buffers of this rank, and zero what pads them. Collective over all ranks."""
+    with agreed(device=compute_device()), torch.no_grad():
+        for bucket in filling.plan.buckets:
+            copy_all(bucket.copies, files, shards.buffers)
+        write_padding(shards.placements[dist.get_rank()].padding, shards.buffers)
 
 
 def _as_exported(shards: Shards) -> Mapping[str, torch.Tensor]:

@@ -56,7 +56,6 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import (
     bytes_of_state,
     create_rank_files,
-    load_rank_weights,
     put_rank_state,
     put_shards,
     rank_state,
@@ -215,19 +214,16 @@ def load_checkpoint(
     Shards of another layout are cut anew, those of a distributed optimizer as well; random states then stay as they are. A folder without
     Megatron shards gives its HF weights alone; the result says so. Models with adapters are restored onto the base that they were made
     with, which has been loaded before. Raises CheckpointError, on every rank before anything changes, for an incomplete folder; for
-    shards that are no longer what was written; for another layout where the optimizer is not distributed, or was not, or the models have
-    adapters; and for one without shards where the models have adapters.
+    shards that are no longer what was written; for another layout where the optimizer is not distributed, or was not; and for one without
+    shards where the models have adapters.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
         shards = shards_folder(folder, held.step)
-        has_adapters = adapters_in(models) is not None
-        if held.complete and not has_adapters:
+        if held.complete:
             held = replace(held, moved=held.moved or _was_cut_otherwise(shards, models))
-        if held.moved and has_adapters:
-            raise CheckpointError(f"{shards} was saved under another layout, and adapters are not cut anew; resume under the saved layout")
     if held.moved:
         _check_sums(shards)
         _load_moved(shards, bridge, models, optimizer, scheduler)
@@ -252,7 +248,7 @@ def load_checkpoint(
 
 def _was_cut_otherwise(shards: Path, models: Sequence[torch.nn.Module]) -> bool:
     """Whether shards are of another topology than the running one, or their vocabulary is padded otherwise."""
-    saved, files = rank_files(shards)
+    saved, files = rank_files(shards, adapters_in(models))
     options = next(files).content.get("options")
     rows = options.get(PADDED_VOCABULARY) if isinstance(options, dict) else None
     return saved != current_topology(models) or rows not in (None, unwrap(models[0]).vocab_size)
@@ -265,24 +261,31 @@ def _load_moved(
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
 ) -> None:
-    """Weights, main parameters, moments and counters from shards of another layout. Each rank reads what it needs. Collective."""
+    """Weights or adapters, main parameters, moments and counters from shards of another layout. Each rank reads what it needs.
+    Collective."""
     fillings: dict[str, Filling] = {}
-    saved = None
+    saved, adapters = None, adapters_in(models)
     with agreed(device=compute_device()):
         if optimizer is not None:
-            saved = read_optimizer(shards, bridge.model)
+            saved = read_optimizer(shards, bridge.model, adapters)
             if not distributed_parts(optimizer):
                 raise CheckpointError(
                     f"{shards} was saved under another layout, and the optimizer of this run is not distributed; set "
                     "actor.optim.use_distributed_optimizer, resume under the saved layout, or load its weights alone "
                     "(actor.megatron.no_load_optim)"
                 )
+            if scheduler is not None and saved.schedule_steps is None:
+                raise CheckpointError(f"{shards} was saved without a schedule; load its weights alone (actor.megatron.no_load_optim)")
             trained = {name for _, _, name, parameter in iter_parameters(models) if parameter.requires_grad}
-            mine = restricted_to(bridge.shards(models).placements[dist.get_rank()], trained)
+            live = bridge.shards(models) if adapters is None else bridge.adapter_shards(models)
+            mine = restricted_to(live.placements[dist.get_rank()], trained)
             mine = replace(mine, buffers=tuple(replace(buffer, dtype="float32") for buffer in mine.buffers))
-            fillings = {plane: plan_filling(bridge.model.tensors(), holdings, mine) for plane, holdings in saved.planes.items()}
+            fillings = {plane: plan_filling(live.tensors, holdings, mine) for plane, holdings in saved.planes.items()}
             opened = {plane: filling.open() for plane, filling in fillings.items()}
-    bridge.load_weights(models, shards)
+    if adapters is None:
+        bridge.load_weights(models, shards)
+    else:
+        bridge.load_adapter_shards(models, shards)
     if optimizer is None or saved is None:
         return
     count_steps(optimizer, saved.adam_steps, _with_tensors(saved.grad_scaler))
@@ -296,13 +299,13 @@ def _load_moved(
     def state_of(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         name, states = names[id(parameter)], {}
         for plane in fillings:
-            # Padding of the vocabulary is zero, and so is its state.
+            # Padding is zero, and so is its state.
             states[plane] = torch.zeros(parameter.shape, dtype=torch.float32)
             copy_all(copies[plane][name], opened[plane], {name: states[plane]})
         return states
 
     set_parameter_states(optimizer, state_of)
-    if scheduler is not None:
+    if scheduler is not None and saved.schedule_steps is not None:
         scheduler.num_steps = saved.schedule_steps
         scheduler.step(0)
 
@@ -317,7 +320,7 @@ def _with_tensors(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> None:
-    """The weights alone of an ``actor/`` folder, to start another run from; of any layout.
+    """The weights alone of an ``actor/`` folder, or the adapters of models with some, to start another run from; of any layout.
 
     Call it before ``build_optimizer``. Collective over all ranks. Raises CheckpointError as :func:`load_checkpoint`, PlacementError for
     weights of another model.
@@ -326,13 +329,12 @@ def load_checkpoint_weights(folder: Path | str, bridge: AutoBridge, models: Sequ
     with agreed(device=compute_device()):
         held = inspect_checkpoint(folder, tp_size=topology.tp_size, pp_size=topology.pp_size, ep_size=topology.ep_size)
         _refuse_merged(folder, models, complete=held.complete)
-        shards, has_adapters = shards_folder(folder, held.step), adapters_in(models) is not None
+        shards = shards_folder(folder, held.step)
     _check_sums(shards)
-    with agreed(device=compute_device()):
-        if has_adapters:
-            load_rank_weights(shards / rank_folder(topology, dist.get_rank()), models)
-    if not has_adapters:
+    if adapters_in(models) is None:
         bridge.load_weights(models, shards if held.complete else hf_folder(folder))
+    else:
+        bridge.load_adapter_shards(models, shards)
 
 
 def _refuse_merged(folder: Path, models: Sequence[torch.nn.Module], *, complete: bool) -> None:

@@ -5,7 +5,7 @@ Of what rlsync saves. ``rlsync.megatron.optimizer_state`` puts it into a live op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,8 +19,10 @@ from rlsync.layout.safetensors import Holding, StoredTensor
 from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.models import Model
+from rlsync.models.lora import Adapters
 from rlsync.models.placement import held_parameters, megatron_placement
 from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PADDED_VOCABULARY, PLANES, RANK_STATE_FILE
+from rlsync.models.stacks import Bound
 
 _ADVICE = "resume under the saved layout, or start a new run from its weights"
 
@@ -32,37 +34,39 @@ class SavedOptimizer:
     Attributes:
         adam_steps: that Adam counted.
         grad_scaler: state of a dynamic loss scale, or None.
-        schedule_steps: that the schedule counted.
+        schedule_steps: that the schedule counted; None where none was saved.
         planes: for each of PLANES every trained tensor, in float32.
     """
 
     adam_steps: float
     grad_scaler: Mapping[str, Any] | None
-    schedule_steps: int
+    schedule_steps: int | None
     planes: Mapping[str, tuple[Holding, ...]]
 
 
-def read_optimizer(folder: Path, model: Model) -> SavedOptimizer:
-    """The optimizer of the shards in an ``iter_XXXXXXX`` folder; reads headers only.
+def read_optimizer(folder: Path, model: Model, adapters: Adapters | None = None) -> SavedOptimizer:
+    """The optimizer of the shards in an ``iter_XXXXXXX`` folder, of a model's parameters or of its ``adapters``; reads headers only.
 
     Raises CheckpointError where there is none that can be cut anew.
     """
-    topology, files = rank_files(folder)
+    topology, files = rank_files(folder, adapters)
     planes: dict[str, list[Holding]] = {plane: [] for plane in PLANES}
     steps: set[float] = set()
     scaler: Mapping[str, Any] | None = None
-    schedule: set[int] = set()
+    schedule: set[int | None] = set()
     for file in files:
         where = folder / file.name
-        for part in _parts_of(file, where):
-            steps |= {float(group["step"]) for group in part["optimizer"]["param_groups"] if group.get("step") is not None}
+        for part, keeps_something in _parts_of(file, where):
+            groups = part["optimizer"]["param_groups"] if keeps_something else ()
+            steps |= {float(group["step"]) for group in groups if group.get("step") is not None}
             scaler = part.get("grad_scaler", scaler)
-        schedule.add(int(_section(file, "opt_param_scheduler", where)["num_steps"]))
+        scheduler = file.content.get("opt_param_scheduler")
+        schedule.add(None if scheduler is None else int(scheduler["num_steps"]))
         path = where / DISTRIBUTED_OPTIMIZER_FILE
         for plane, views in (_views(file, path) if path.is_file() else {}).items():
-            planes[plane].append(_holding(model, topology, file, views, plane))
+            planes[plane].append(_holding(model, adapters, topology, file, views, plane))
     if len(steps) != 1 or len(schedule) != 1:
-        counted = f"{sorted(steps)} optimizer steps and {sorted(schedule)} of the schedule"
+        counted = f"{sorted(steps)} optimizer steps and {sorted(map(str, schedule))} of the schedule"
         raise CheckpointError(f"{folder}: its ranks counted {counted}, where they should agree; {_ADVICE}")
     if not planes["param"]:
         raise CheckpointError(f"{folder}: no {DISTRIBUTED_OPTIMIZER_FILE}, so its optimizer was not distributed; {_ADVICE}")
@@ -75,12 +79,14 @@ def _section(file: RankFile, key: str, where: Path) -> Any:
     return file.content[key]
 
 
-def _parts_of(file: RankFile, where: Path) -> list[Mapping[str, Any]]:
+def _parts_of(file: RankFile, where: Path) -> list[tuple[Mapping[str, Any], bool]]:
+    """The optimizers of a rank, each with whether it trains anything there: one that does not has counted no step."""
     state = _section(file, "optimizer", where)
-    parts = [part for part in (state if isinstance(state, list) else [state]) if part]
-    if not all(isinstance(part, dict) and "param_groups" in (part.get("optimizer") or ()) for part in parts):
+    parts, names = state if isinstance(state, list) else [state], _section(file, "parameter_names", where)
+    are_whole = all(isinstance(part, dict) and "param_groups" in (part.get("optimizer") or ()) for part in parts if part)
+    if not are_whole or not isinstance(names, list) or len(names) != len(parts):
         raise CheckpointError(f"{where / RANK_STATE_FILE}: its optimizer was not distributed, or is damaged; {_ADVICE}")
-    return parts
+    return [(part, any(buffers)) for part, buffers in zip(parts, names, strict=True) if part]
 
 
 def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, int, int]]]:
@@ -100,25 +106,32 @@ def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, 
     return found
 
 
-def _holding(model: Model, topology: Topology, file: RankFile, views: Mapping[str, tuple[TensorView, int, int]], plane: str) -> Holding:
+def _holding(
+    model: Model,
+    adapters: Adapters | None,
+    topology: Topology,
+    file: RankFile,
+    views: Mapping[str, tuple[TensorView, int, int]],
+    plane: str,
+) -> Holding:
     """One plane of one rank; buffers are called as under the local spec."""
     divisor = file.content["options"][PADDED_VOCABULARY] // topology.tp_size
-    expected = megatron_placement(model, topology, file.rank, make_vocab_size_divisible_by=divisor)
+    expected = megatron_placement(model, topology, file.rank, make_vocab_size_divisible_by=divisor, adapters=adapters)
     shapes = {buffer.name: buffer.shape for buffer in expected.buffers}
-    stored = dict(_stored(model, topology, file, views, shapes))
-    held = restricted_to(expected, stored.keys())
-    buffers = tuple(replace(buffer, dtype="float32") for buffer in held.buffers)
-    return Holding(replace(held, holder=f"{plane} of {file.name}", buffers=buffers), stored)
+    held = held_parameters(model, topology, file.rank)
+    stored = dict(_stored(held if adapters is None else adapters.parameters(held), file, views, shapes))
+    there = restricted_to(expected, stored.keys())
+    buffers = tuple(replace(buffer, dtype="float32") for buffer in there.buffers)
+    return Holding(replace(there, holder=f"{plane} of {file.name}", buffers=buffers), stored)
 
 
 def _stored(
-    model: Model,
-    topology: Topology,
+    parameters: Iterable[Bound],
     file: RankFile,
     views: Mapping[str, tuple[TensorView, int, int]],
     shapes: Mapping[str, Sequence[int]],
 ) -> Iterator[tuple[str, StoredTensor]]:
-    for bound in held_parameters(model, topology, file.rank):
+    for bound in parameters:
         for name in dict.fromkeys((bound.local, bound.te)):
             if name in views:
                 view, begin, end = views[name]

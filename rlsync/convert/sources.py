@@ -195,6 +195,12 @@ def holdings_of(folder: Path, model: Model) -> tuple[Holding, ...]:
     return (placed_checkpoint(model, weights),)
 
 
+def adapter_holdings_of(folder: Path, model: Model, adapters: Adapters) -> tuple[Holding, ...]:
+    """Where the factors of ``adapters`` lie in Megatron's shards of any layout, which a run with them saved. Raises as :func:`open_adapter`
+    for shards."""
+    return _read_shards(folder, folder, "", model, adapters).holdings
+
+
 def _is_megatron(folder: Path) -> bool:
     return is_distributed(folder) or folder.name.startswith(("iter_", _RELEASE)) or any(folder.glob("mp_rank_*"))
 
@@ -263,9 +269,9 @@ def rank_files(folder: Path, adapters: Adapters | None = None) -> tuple[Topology
     if adapters is None and scaling is not None:
         raise CheckpointError(f"{folder}: its shards hold adapters alone; take the merged weights or the adapter folder beside them")
     if adapters is not None and scaling != adapters.spec.scaling:
+        held = "weights and no adapters" if scaling is None else f"adapters that are multiplied by {scaling}"
         raise CheckpointError(
-            f"{folder}: its shards hold adapters that are multiplied by {scaling}, and their {ADAPTER_CONFIG} says "
-            f"{adapters.spec.scaling}; they are of two runs"
+            f"{folder}: its shards hold {held}, and rank and alpha of those asked for make it {adapters.spec.scaling}; they are of two runs"
         )
     if differing:
         raise CheckpointError(

@@ -183,23 +183,6 @@ def read_rank_state(
         raise CheckpointError(f"{source} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from error
 
 
-def load_rank_weights(folder: Path | str, models: Sequence[torch.nn.Module]) -> None:
-    """Only the weights of a rank's folder, under any number of data-parallel replicas. Not collective.
-
-    Call it before ``build_optimizer``.
-
-    Raises:
-        CheckpointError: as ``read_rank_state``.
-    """
-    path = Path(folder, RANK_STATE_FILE)
-    state, running = _read(path, dict), asdict(current_topology(models))
-    del running["dp_size"]
-    _check_kinds(state, str(path))
-    _check_topology(state["topology"], running, str(path))
-    _check_options(state, _options(models, None), str(path))
-    _restore_tensors(state, models, str(path))
-
-
 def rank_state(
     models: Sequence[torch.nn.Module],
     *,

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
+from rlsync.bridge.checkpoint_folder import Restored
 from rlsync.bridge.source import MegatronSource
 from rlsync.copy.cpu import region
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
@@ -215,6 +216,41 @@ def resume_bitwise(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapp
         destroy_parallel(keep_distributed=True)
 
 
+def resume_elsewhere(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """A run goes on under another layout as the run that never moved, and from there back under the first one bit for bit."""
+    for number, moving in enumerate(cases):
+        expected, folders = models[moving["then"]["model"]], [Path(root, str(number), name) for name in "ab"]
+
+        def started(case: Mapping[str, Any], folder: Path | None = None, expected: Any = expected) -> LoraActor:
+            if parallel_state.model_parallel_is_initialized():
+                destroy_parallel(keep_distributed=True)
+            actor = LoraActor(case, expected, load_adapter=False)
+            if folder is not None:
+                restored = load_checkpoint(folder, actor.bridge, actor.models, optimizer=actor.optimizer)
+                assert restored == Restored(2, complete=True, moved=True), restored
+            return actor
+
+        def next_step(actor: LoraActor, expected: Any = expected) -> tuple[float, dict[str, torch.Tensor]]:
+            (result,) = actor.steps(expected["batch"], 1)
+            return result.metrics["loss"], {name: factor.clone() for name, factor in actor.bridge.export_adapter(actor.models)}
+
+        actor = started(moving["then"])
+        actor.steps(expected["batch"], 2)
+        save_checkpoint(folders[0], None, actor.models, step=2, optimizer=actor.optimizer)
+        loss_then, factors_then = next_step(actor)
+        moved = started(moving["now"], folders[0])
+        save_checkpoint(folders[1], None, moved.models, step=2, optimizer=moved.optimizer)
+        loss_moved, factors_moved = next_step(moved)
+        _close(loss_moved, loss_then, 1e-5, f"{moving}: loss of the step after")
+        far = max((factors_moved[name] - factor).abs().max().item() for name, factor in factors_then.items())
+        assert far < 1e-5, (moving, far)
+        loss_back, factors_back = next_step(started(moving["then"], folders[1]))
+        assert loss_back == loss_then, moving
+        assert [name for name, factor in factors_then.items() if not torch.equal(factors_back[name], factor)] == [], moving
+        print(f"MOVED {moving['then']['topology']} {moving['now']['topology']} {far:.1e}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
 def resume_beside_other_layers(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]], root: str) -> None:
     """A run beside TransformerEngine's layers goes on beside Megatron's own, from a checkpoint with the same names."""
     for number, case in enumerate(cases):
@@ -280,7 +316,7 @@ def refuse(models: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, str], 
             actor.bridge.load_adapter(actor.models, folder)
     save_checkpoint(root, actor.bridge, actor.models, step=1, optimizer=actor.optimizer)
     other = actor.bridge.get_model(bf16=False, lora=replace(adapters_in(actor.models).spec, lora_alpha=16.0))
-    with pytest.raises(CheckpointError, match=r"adapters' scaling 2.0 then, 4.0 now; resume with the saved values"):
+    with pytest.raises(CheckpointError, match=r"adapters that are multiplied by 2.0, and rank and alpha of those asked for make it 4.0"):
         load_checkpoint(root, actor.bridge, other)
     shutil.rmtree(Path(root, "iter_0000001"))
     for load in (load_checkpoint, load_checkpoint_weights):

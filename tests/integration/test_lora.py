@@ -244,6 +244,30 @@ def test_checkpoints_hold_adapters_alone_and_resume_bit_for_bit(models, moe_mode
     assert outputs[0].count("RESUMED") == len(cases)
 
 
+def test_another_layout_goes_on_with_adapters_and_their_optimizer_and_back_bit_for_bit(tmp_path):
+    """Packed projections of which some have adapters, experts, embedding and head, and stages that have no adapter at all."""
+    adapted = {name: (DENSE | EXPERTS | NAMED)[name] for name in ("qwen2", "qwen3_moe", "both", "glm4")}
+    adapted["last layer"] = adapted["glm4"][0], {**adapted.pop("glm4")[1], "target_modules": r".*layers\.3\..*proj"}
+    models = {}
+    for name, (base, spec) in adapted.items():
+        folder = save_tiny_model(tmp_path / name, seed=3, **base)
+        batch = {what: tensor.tolist() for what, tensor in _batch().items()}
+        models[name] = {"folder": str(folder), "spec": spec, "optimizer": OPTIMIZER, "batch": batch}
+    moves = [
+        (_case("qwen2", [8], tp_size=2, sp=True, ddp=DISTRIBUTED), _case("qwen2", [4], dp_size=2, ddp=OVERLAPPED)),
+        (
+            _case("qwen3_moe", [4], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+            _case("qwen3_moe", [8], tp_size=2, etp_size=2, sp=True, ddp=DISTRIBUTED),
+        ),
+        (_case("both", [8], tp_size=2, ddp=DISTRIBUTED), _case("both", [8], pp_size=2, ddp=DISTRIBUTED)),
+        (_case("last layer", [8], pp_size=2, ddp=DISTRIBUTED), _case("last layer", [8], tp_size=2, ddp=DISTRIBUTED)),
+        (_case("last layer", [4], dp_size=2, ddp=DISTRIBUTED), _case("last layer", [8], pp_size=2, ddp=DISTRIBUTED)),
+    ]
+    cases = [{"then": then, "now": now} for then, now in moves]
+    outputs = run_ranks(2, RANKS, "resume_elsewhere", cases=cases, models=models, root=str(tmp_path))
+    assert outputs[0].count("MOVED") == len(cases)
+
+
 def test_peft_loads_what_was_saved(models, tmp_path):
     """The folder of a Megatron run under TP 2 gives PEFT the adapters that PEFT has trained itself."""
     _train(2, [_case("qwen3", [8], tp_size=2)], models, tmp_path)
