@@ -51,7 +51,7 @@ from workers.pictures import PROCESSOR_FILES, check_picture_limits
 from workers.placement import ComponentPlacement, PlacementMode, components_of, device_range, resolve_placement
 from workers.ray_access import LOCAL, check_listens, cluster_address
 from workers.results import becomes_of_earlier_run, check_writable
-from workers.resume import DATA_STATE, check_ranks, find_beginning, run_folder
+from workers.resume import DATA_STATE, find_beginning, note_on_ranks, run_folder
 from workers.resume import check_model as check_restored_model
 
 
@@ -273,8 +273,8 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
         hf_config = report.take("resume", read_hf_config, model_path, config.model_key)
         if hf_config is not None:
             report.take("resume", check_restored_model, beginning, hf_config, config.model_key)
-    if report.num_ranks is not None:
-        report.take("resume", check_ranks, beginning, report.num_ranks)
+    if report.num_ranks is not None and (note := note_on_ranks(beginning, report.num_ranks)) is not None:
+        report.plan.append(("resume", note))
     report.take("results", check_writable, folder)
     aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
     if aside is not None:

@@ -27,7 +27,7 @@ class Rule(Enum):
     HOLDS = "the new value holds from the resumed step on, and the screen says so"
     SILENT = "the new value holds; no result depends on it"
     WEIGHTS = "refused: the saved weights are of that kind"
-    LAYOUT = "the saved shards are cut anew and random states start anew; refused for an optimizer that is not distributed"
+    LAYOUT = "the saved shards are cut anew, and random states start anew"
     OPTIMIZER = "refused where the optimizer is restored: its saved state has that form"
     REFERENCE = "the new value holds for the reference of a KL term; without one a resumed run does not read it"
     DATA = "refused where the data position is restored: it counts batches of that kind"
@@ -102,6 +102,7 @@ SFT_RULES: Mapping[str, Rule] = {
 }
 # What ``run.json`` holds, and how.
 _SETTINGS_KINDS = {"config": (dict, "a mapping"), "hf_config": (dict, "a mapping"), "actor_ranks": (int, "a number")}
+_CUT_ANEW = "the saved shards are cut anew for the layout of this run; random states start anew"
 # Keys of config.json that change no weight and no score.
 _SAME_MODEL = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -129,7 +130,6 @@ class Beginning:
         step: steps already done.
         notes: what the user should know about the resume.
         complete: Megatron's shards are restored, not Hugging Face weights alone.
-        with_optimizer: optimizer and schedule are restored too.
         changed: keys that the run sets otherwise than the checkpoint's run did.
         saved: settings that the checkpoint was made under; None where it does not say.
     """
@@ -138,7 +138,6 @@ class Beginning:
     step: int = 0
     notes: tuple[str, ...] = ()
     complete: bool = False
-    with_optimizer: bool = False
     changed: tuple[str, ...] = ()
     saved: Mapping[str, Any] | None = None
 
@@ -177,12 +176,11 @@ def find_beginning(config: AnyConfig) -> Beginning:
         notes.append(f"warning: {resume / SETTINGS} is missing, so settings that changed since cannot be told")
     changed = [] if saved is None else _compare(config, saved["config"], resume, complete=held.complete)
     if held.complete and (held.moved or any(_rule(config, key) is Rule.LAYOUT for key, _, _ in changed)):
-        notes.append("the saved shards are cut anew for the layout of this run; random states start anew")
+        notes.append(_CUT_ANEW)
     if changed:
         notes.append(f"settings other than the checkpoint's, which hold from step {held.step + 1} on:")
         notes += [f"  {key} {then} -> {now}" for key, then, now in changed]
-    with_optimizer = held.complete and not config.actor.megatron.no_load_optim
-    return Beginning(resume, held.step, tuple(notes), held.complete, with_optimizer, tuple(key for key, _, _ in changed), saved)
+    return Beginning(resume, held.step, tuple(notes), held.complete, tuple(key for key, _, _ in changed), saved)
 
 
 def _resume_folder(config: AnyConfig) -> Path | None:
@@ -252,17 +250,11 @@ def check_model(beginning: Beginning, hf_config: Mapping[str, Any], key: str) ->
         )
 
 
-def check_ranks(beginning: Beginning, num_ranks: int) -> None:
-    """Raise CheckpointError where the actor has another number of ranks, and the optimizer's state cannot be cut anew for them."""
-    if beginning.saved is None or not beginning.with_optimizer or beginning.saved["actor_ranks"] == num_ranks:
-        return
-    optim = beginning.saved["config"].get("actor", {}).get("optim", {})
-    if not optim.get("use_distributed_optimizer", True):
-        raise CheckpointError(
-            f"{beginning.resume} was saved by {beginning.saved['actor_ranks']} actor ranks without a distributed optimizer, and "
-            f"cluster.component_placement gives this run {num_ranks}; give it as many, set actor.megatron.no_load_optim=True, or start a "
-            f"new run from {beginning.resume}/actor/{HF_FOLDER}"
-        )
+def note_on_ranks(beginning: Beginning, num_ranks: int) -> str | None:
+    """What is to be said of an actor of another number of ranks than the checkpoint's, whose layout is another by that alone."""
+    if beginning.saved is None or not beginning.complete or _CUT_ANEW in beginning.notes or beginning.saved["actor_ranks"] == num_ranks:
+        return None
+    return f"{beginning.saved['actor_ranks']} actor ranks saved {beginning.resume}, and {num_ranks} go on: {_CUT_ANEW}"
 
 
 def write_settings(folder: Path, config: AnyConfig, hf_config: Mapping[str, Any], num_ranks: int) -> None:
@@ -301,14 +293,12 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
     with_optimizer = complete and not config.actor.megatron.no_load_optim
     refuses = {
         Rule.WEIGHTS: complete,
-        Rule.LAYOUT: with_optimizer and not config.actor.optim.use_distributed_optimizer,
         Rule.OPTIMIZER: with_optimizer,
         Rule.DATA: (folder / DATA_STATE).is_file(),
     }
     anew = f"start a new run from {folder}/actor/{HF_FOLDER}"
     advice = {
         Rule.WEIGHTS: anew,
-        Rule.LAYOUT: anew,
         Rule.OPTIMIZER: "set actor.megatron.no_load_optim=True to start the optimizer anew",
         Rule.DATA: f"remove {folder / DATA_STATE} to start the data from the beginning",
     }

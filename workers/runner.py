@@ -25,7 +25,7 @@ from workers.colocation import Colocation
 from workers.config import AnyConfig, config_as_dict
 from workers.metrics_log import MetricsLog, Plot, check_loggers
 from workers.results import ResultsFolder
-from workers.resume import DATA_STATE, Beginning, check_ranks, find_beginning, write_settings
+from workers.resume import DATA_STATE, Beginning, find_beginning, note_on_ranks, write_settings
 from workers.screen import Columns, Screen
 from workers.worker_group import WorkerGroup
 
@@ -103,7 +103,8 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
                 cluster = stack.enter_context(Cluster.start(config.cluster.num_nodes, log_folder=self._log_folder()))
             try:
                 self._group = stack.enter_context(WorkerGroup(config, cluster, self.RANK))
-                check_ranks(self._prepared.beginning, self._group.topology.world_size)
+                if (on_ranks := note_on_ranks(self._prepared.beginning, self._group.topology.world_size)) is not None:
+                    self._screen.note(on_ranks)
                 self._screen.note(f"starting {self._group.description}")
                 self._start()
                 self._train(stack.enter_context(self._open_log()))

@@ -47,7 +47,6 @@ from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from rlsync.megatron.optimizer_state import (
     count_steps,
-    distributed_parts,
     reload_main_parameters,
     restore_shards,
     set_parameter_states,
@@ -211,11 +210,10 @@ def load_checkpoint(
 
     Options of optimizer and schedule (learning rate, betas, weight decay, shape of the schedule, static loss scale) stay those they were
     built with; their state is restored: moments, step counts, dynamic loss scale. ``random_state`` False leaves the generators as they are.
-    Shards of another layout are cut anew, those of a distributed optimizer as well; random states then stay as they are. A folder without
+    Shards of another layout are cut anew, and so is the state of the optimizer; random states then stay as they are. A folder without
     Megatron shards gives its HF weights alone; the result says so. Models with adapters are restored onto the base that they were made
     with, which has been loaded before. Raises CheckpointError, on every rank before anything changes, for an incomplete folder; for
-    shards that are no longer what was written; for another layout where the optimizer is not distributed, or was not; and for one without
-    shards where the models have adapters.
+    shards that are no longer what was written; and for one without shards where the models have adapters.
     """
     folder, topology = Path(folder), current_topology(models)
     with agreed(device=compute_device()):
@@ -268,12 +266,6 @@ def _load_moved(
     with agreed(device=compute_device()):
         if optimizer is not None:
             saved = read_optimizer(shards, bridge.model, adapters)
-            if not distributed_parts(optimizer):
-                raise CheckpointError(
-                    f"{shards} was saved under another layout, and the optimizer of this run is not distributed; set "
-                    "actor.optim.use_distributed_optimizer, resume under the saved layout, or load its weights alone "
-                    "(actor.megatron.no_load_optim)"
-                )
             if scheduler is not None and saved.schedule_steps is None:
                 raise CheckpointError(f"{shards} was saved without a schedule; load its weights alone (actor.megatron.no_load_optim)")
             trained = {name for _, _, name, parameter in iter_parameters(models) if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""State of distributed optimizers in the shards of a run, on paper: main parameters and moments as placements of a model's tensors.
+"""State of optimizers in the shards of a run, distributed or not, on paper: main parameters and moments as placements of a model's tensors.
 
 Of what rlsync saves. ``rlsync.megatron.optimizer_state`` puts it into a live optimizer of another layout.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsync.convert.filling import restricted_to
-from rlsync.convert.sources import RankFile, rank_files
+from rlsync.convert.sources import RankFile, adapter_holdings_of, holdings_of, rank_files
+from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.safetensors import Holding, StoredTensor
@@ -21,9 +22,11 @@ from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.models import Model
 from rlsync.models.lora import Adapters
 from rlsync.models.placement import held_parameters, megatron_placement
-from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PADDED_VOCABULARY, PLANES, RANK_STATE_FILE
+from rlsync.models.shards import DISTRIBUTED_OPTIMIZER_FILE, PADDED_VOCABULARY, PLANES, RANK_STATE_FILE, WHOLE_NAMES
 from rlsync.models.stacks import Bound
 
+# By plane and global name of a parameter: the tensor that its state lies in, and from which element to which.
+_Views = dict[str, dict[str, tuple[TensorView, int, int]]]
 _ADVICE = "resume under the saved layout, or start a new run from its weights"
 
 
@@ -45,7 +48,8 @@ class SavedOptimizer:
 
 
 def read_optimizer(folder: Path, model: Model, adapters: Adapters | None = None) -> SavedOptimizer:
-    """The optimizer of the shards in an ``iter_XXXXXXX`` folder, of a model's parameters or of its ``adapters``; reads headers only.
+    """The optimizer of the shards in an ``iter_XXXXXXX`` folder, of a model's parameters or of its ``adapters``; reads headers and
+    counters of steps.
 
     Raises CheckpointError where there is none that can be cut anew.
     """
@@ -56,20 +60,21 @@ def read_optimizer(folder: Path, model: Model, adapters: Adapters | None = None)
     schedule: set[int | None] = set()
     for file in files:
         where = folder / file.name
-        for part, keeps_something in _parts_of(file, where):
-            groups = part["optimizer"]["param_groups"] if keeps_something else ()
-            steps |= {float(group["step"]) for group in groups if group.get("step") is not None}
-            scaler = part.get("grad_scaler", scaler)
+        counted, views = (_sharded if _section(file, "parameter_names", where) else _whole)(file, where)
+        steps |= counted
+        scaler = next((part["grad_scaler"] for part in _parts_of(file, where) if "grad_scaler" in part), scaler)
         scheduler = file.content.get("opt_param_scheduler")
         schedule.add(None if scheduler is None else int(scheduler["num_steps"]))
-        path = where / DISTRIBUTED_OPTIMIZER_FILE
-        for plane, views in (_views(file, path) if path.is_file() else {}).items():
-            planes[plane].append(_holding(model, adapters, topology, file, views, plane))
+        for plane in (plane for plane, held in views.items() if held):
+            planes[plane].append(_holding(model, adapters, topology, file, views[plane], plane))
     if len(steps) != 1 or len(schedule) != 1:
-        counted = f"{sorted(steps)} optimizer steps and {sorted(map(str, schedule))} of the schedule"
-        raise CheckpointError(f"{folder}: its ranks counted {counted}, where they should agree; {_ADVICE}")
+        said = f"{sorted(steps)} optimizer steps and {sorted(map(str, schedule))} of the schedule"
+        raise CheckpointError(f"{folder}: its ranks counted {said}, where they should agree; {_ADVICE}")
+    if not planes["exp_avg"]:
+        raise CheckpointError(f"{folder}: no {DISTRIBUTED_OPTIMIZER_FILE} has the state of its distributed optimizer; {_ADVICE}")
     if not planes["param"]:
-        raise CheckpointError(f"{folder}: no {DISTRIBUTED_OPTIMIZER_FILE}, so its optimizer was not distributed; {_ADVICE}")
+        # In float32 parameters are the main ones.
+        planes["param"] = [*(holdings_of(folder, model) if adapters is None else adapter_holdings_of(folder, model, adapters))]
     return SavedOptimizer(steps.pop(), scaler, schedule.pop(), {plane: tuple(holdings) for plane, holdings in planes.items()})
 
 
@@ -79,22 +84,28 @@ def _section(file: RankFile, key: str, where: Path) -> Any:
     return file.content[key]
 
 
-def _parts_of(file: RankFile, where: Path) -> list[tuple[Mapping[str, Any], bool]]:
-    """The optimizers of a rank, each with whether it trains anything there: one that does not has counted no step."""
+def _parts_of(file: RankFile, where: Path) -> list[Mapping[str, Any]]:
+    """The optimizers of a rank, without those of nothing."""
     state = _section(file, "optimizer", where)
-    parts, names = state if isinstance(state, list) else [state], _section(file, "parameter_names", where)
-    are_whole = all(isinstance(part, dict) and "param_groups" in (part.get("optimizer") or ()) for part in parts if part)
-    if not are_whole or not isinstance(names, list) or len(names) != len(parts):
-        raise CheckpointError(f"{where / RANK_STATE_FILE}: its optimizer was not distributed, or is damaged; {_ADVICE}")
-    return [(part, any(buffers)) for part, buffers in zip(parts, names, strict=True) if part]
+    parts = [part for part in (state if isinstance(state, list) else [state]) if part]
+    if not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"{where / RANK_STATE_FILE}: its optimizer is damaged; {_ADVICE}")
+    return parts
 
 
-def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, int, int]]]:
-    """By plane and global name of a parameter: the flat tensor that it lies in, and from where to where."""
-    ranges, names = (_section(file, key, path.parent) for key in ("parameter_ranges", "parameter_names"))
-    found: dict[str, dict[str, tuple[TensorView, int, int]]] = {plane: {} for plane in PLANES}
+def _sharded(file: RankFile, where: Path) -> tuple[set[float], _Views]:
+    """Steps that a rank of a distributed optimizer counted, and what its folder has of the state of the data-parallel group."""
+    path = where / DISTRIBUTED_OPTIMIZER_FILE
+    ranges, names = (_section(file, key, where) for key in ("parameter_ranges", "parameter_names"))
+    found: _Views = {plane: {} for plane in PLANES}
+    steps: set[float] = set()
     try:
-        for part, part_ranges, part_names in zip(read_torch_file(path), ranges, names, strict=True):
+        state = file.content["optimizer"]
+        for part, part_names in zip(state if isinstance(state, list) else [state], names, strict=True):
+            # One that trains nothing here has counted no step.
+            groups = part["optimizer"]["param_groups"] if any(part_names) else ()
+            steps |= {float(group["step"]) for group in groups if group.get("step") is not None}
+        for part, part_ranges, part_names in zip(read_torch_file(path), ranges, names, strict=True) if path.is_file() else ():
             # Parts that another rank keeps.
             for index, (buffer_ranges, buffer_names) in enumerate(zip(part_ranges, part_names, strict=True)) if part is not None else ():
                 (content,) = part[index].values()
@@ -103,7 +114,40 @@ def _views(file: RankFile, path: Path) -> dict[str, dict[str, tuple[TensorView, 
                         found[plane][name] = content[plane], begin, end
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold what {RANK_STATE_FILE} says ({type(error).__name__}: {error})") from None
-    return found
+    return steps, found
+
+
+def _whole(file: RankFile, where: Path) -> tuple[set[float], _Views]:
+    """The same of an optimizer that is not distributed: state of whole parameters, without main ones where those are the model's."""
+    path, parts, names = where / RANK_STATE_FILE, _parts_of(file, where), _section(file, WHOLE_NAMES, where)
+    found: _Views = {plane: {} for plane in PLANES}
+    steps: set[float] = set()
+    counters: dict[str, StoredTensor] = {}
+
+    def add(plane: str, name: str, view: TensorView) -> None:
+        # For what it raises of tensors that are not contiguous.
+        view.stored(name)
+        found[plane][name] = view, 0, prod(view.shape)
+
+    try:
+        for part, part_names in zip(parts, names, strict=True):
+            # A part in half precision has torch's optimizer beside the main parameters.
+            inner, mains = part.get("optimizer", part), part.get("fp32_from_fp16_params", [[]] * len(part_names))
+            for group, group_names, group_mains in zip(inner["param_groups"], part_names, mains, strict=True):
+                for name, main in zip(group_names, group_mains, strict=True) if group_mains else ():
+                    add("param", name, main)
+                for index, name in zip(group["params"], group_names, strict=True):
+                    values = inner["state"][index]
+                    for plane in PLANES[1:]:
+                        add(plane, name, values[plane])
+                    if "step" in values:
+                        counters[name] = values["step"].stored(name)
+                    else:
+                        steps.add(float(group["step"]))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the state of its optimizer is not there, or damaged ({type(error).__name__}: {error})") from None
+    read = MappedTensors(counters)
+    return steps | {float(read[name]) for name in counters}, found
 
 
 def _holding(

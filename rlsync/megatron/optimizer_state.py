@@ -156,6 +156,26 @@ def parameter_names(optimizer: MegatronOptimizer, names: Mapping[int, str]) -> l
     return [[[names[id(parameter)] for parameter in buffer.param_index_map] for buffer in part.buffers] for part in parts]
 
 
+def whole_parameter_names(optimizer: MegatronOptimizer, names: Mapping[int, str]) -> list[list[list[str]]]:
+    """Names of the parameters whose state parts that are not distributed keep whole: by part and group, in the order of the state.
+    ``names`` by ``id`` of the parameter. Not collective."""
+    return [[[names[id(parameter)] for parameter in group] for group in _model_groups(part)] for part in _whole_parts(optimizer)]
+
+
+def _whole_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The parts of an optimizer that keep the state of whole parameters."""
+    return [part for part in _parts(optimizer) if not isinstance(part, DistributedOptimizer)]
+
+
+def _model_groups(part: MegatronOptimizer) -> list[list[torch.nn.Parameter]]:
+    """The model's parameters in the groups of a part that is not distributed, whose own may be float32 copies of them."""
+    own: dict[int, torch.nn.Parameter] = {}
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for halves, copies in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            own |= {id(copy): half for half, copy in zip(halves, copies, strict=True)}
+    return [[own.get(id(parameter), parameter) for parameter in group["params"]] for group in part.param_groups]
+
+
 def _ranges(buffer: Any) -> list[tuple[int, int]]:
     begins, total = [], 0
     for bucket in buffer.buckets:
@@ -347,12 +367,17 @@ def restore_shards(optimizer: MegatronOptimizer, states: Sequence[tuple[ShardedP
 
 
 def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch.nn.Parameter], Mapping[str, Tensor]]) -> None:
-    """Set main parameters and moments of this rank's shards of a distributed optimizer. Not collective.
+    """Set main parameters and moments of what this rank keeps, after :func:`count_steps`. Not collective.
 
     Args:
         state_of: of a parameter of this rank, whole, each of PLANES in float32.
     """
-    allocate_adam_state(optimizer)
+    with torch.no_grad():
+        for part in _whole_parts(optimizer):
+            for group, parameters in zip(part.param_groups, _model_groups(part), strict=True):
+                for main, parameter in zip(group["params"], parameters, strict=True):
+                    for plane, state in state_of(parameter).items():
+                        (main if plane == "param" else part.optimizer.state[main][plane]).copy_(state)
     for part in distributed_parts(optimizer):
         # Without gradients, because float32 main parameters are views of the model's.
         with torch.no_grad(), _steps_aside(part):
@@ -363,14 +388,22 @@ def set_parameter_states(optimizer: MegatronOptimizer, state_of: Callable[[torch
 
 
 def count_steps(optimizer: MegatronOptimizer, steps: float, grad_scaler: Mapping[str, Any] | None) -> None:
-    """Have a distributed optimizer go on as one that has counted ``steps``, with the state of its dynamic loss scale. Not collective."""
+    """Have an optimizer go on as one that has counted ``steps``, with the state of its dynamic loss scale. Not collective."""
+    for part in _whole_parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
     state = optimizer_state(optimizer)
-    for part in state if isinstance(state, list) else [state]:
-        for group in part["optimizer"]["param_groups"]:
-            # A group of TransformerEngine's counts whole ones.
-            group["step"] = int(steps) if isinstance(group.get("step"), int) else steps
-        if grad_scaler is not None and "grad_scaler" in part:
-            part["grad_scaler"] = dict(grad_scaler)
+    for part, part_state in zip(_parts(optimizer), state if isinstance(state, list) else [state], strict=True):
+        inner = _inner(part, part_state)
+        if not isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            # By itself torch's counts for each parameter.
+            for values in inner["state"].values():
+                values["step"] = torch.tensor(float(steps))
+        else:
+            for group in inner["param_groups"]:
+                # A group of TransformerEngine's counts whole ones, and has no count before its first step.
+                group["step"] = int(steps) if isinstance(group.get("step", 0), int) else steps
+        if grad_scaler is not None and "grad_scaler" in part_state:
+            part_state["grad_scaler"] = dict(grad_scaler)
     load_optimizer_state(optimizer, state)
 
 

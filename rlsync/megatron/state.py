@@ -39,6 +39,7 @@ from rlsync.megatron.optimizer_state import (
     saved_states,
     sharded_parameters,
     state_of_shard,
+    whole_parameter_names,
 )
 from rlsync.megatron.parallel import current_topology
 from rlsync.megatron.rng import check_rng_state, gathered_rng_states, set_rng_state
@@ -49,12 +50,13 @@ from rlsync.models.shards import (
     PADDED_VOCABULARY,
     PLANES,
     RANK_STATE_FILE,
+    WHOLE_NAMES,
     chunk_keys,
     weights_only_state,
 )
 
 # Of the content of these files: raise it with the keys of ``rank_state``. What was written under another number need not be readable.
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 # What torch and Megatron raise of damaged or foreign content.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
@@ -202,6 +204,7 @@ def rank_state(
         state["optimizer"] = optimizer_state(optimizer)
         state["parameter_ranges"] = parameter_ranges(optimizer)
         state["parameter_names"] = parameter_names(optimizer, _names(models))
+        state[WHOLE_NAMES] = whole_parameter_names(optimizer, _names(models))
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state

@@ -19,6 +19,8 @@ DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
 CHECKPOINT_VERSION = 3.0  # of Megatron's format: parameter layouts that its tools assume
 # State of Adam for each parameter of a distributed optimizer: itself in float32, and two moments.
 PLANES = ("param", "exp_avg", "exp_avg_sq")
+# Of an optimizer that is not distributed: names of the parameters whose state it keeps, by part and group, in the order of the state.
+WHOLE_NAMES = "whole_parameter_names"
 # Options of what a file holds: rows of the vocabulary over all tensor ranks, and what adapters are multiplied by, None without them.
 PADDED_VOCABULARY = "padded vocabulary"
 ADAPTERS_SCALING = "adapters' scaling"

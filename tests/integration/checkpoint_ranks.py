@@ -311,52 +311,47 @@ def assert_memory_as_predicted(trainer: Trainer, case: Mapping[str, Any]) -> Non
 
 
 def resume_elsewhere(cases: list[dict[str, Any]], root: str) -> None:
-    """Two steps, save, a third; the same third step from the checkpoint under another layout; and from there back under the first."""
+    """Two steps, save, a third; the same third step from the checkpoint under another layout; and from there back under the first.
+
+    A case may say ``fp16``, and ``distributed``: whether the optimizers then and now are.
+    """
     for number, case in enumerate(cases):
         roots = [str(Path(root, f"{number}-{name}")) for name in ("a", "b", "c")]
+        then, now = case.get("distributed", (True, True))
+        is_half = case.get("fp16", False)
+
+        def started(topology: dict[str, int], distributed: bool, case: Any = case, is_half: bool = is_half) -> Trainer:
+            options = OptimizerOptions(lr=1e-3 if is_half else 1e-2, initial_loss_scale=2.0**8)
+            ddp = {"use_distributed_optimizer": distributed}
+            return Trainer(case["folder"], topology, overrides=case.get("overrides"), fp16=is_half, ddp=ddp, optimizer=options)
 
         def third(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
             # What is drawn does not depend on the layout.
             torch.manual_seed(100 + trainer.step)
             return trainer.train(), {name: t.clone() for name, t in trainer.bridge.export_weights(trainer.models)}
 
-        first = Trainer(case["folder"], case["then"], overrides=case.get("overrides"))
+        first = started(case["then"], then)
         for _ in range(2):
             third(first)
-        assert_memory_as_predicted(first, case)
+        if then and not is_half:
+            assert_memory_as_predicted(first, case)
         first.save(roots[0])
         first.assert_a_save_finds_its_memory(str(Path(root, f"{number}-ahead")))
         expected = third(first)
-        moved = Trainer(case["folder"], case["now"], overrides=case.get("overrides"))
+        moved = started(case["now"], now)
         assert moved.load(checkpoint_folder.latest_checkpoint(roots[0])) == checkpoint_folder.Restored(2, complete=True, moved=True)
         moved.save(roots[1])
         found = third(moved)
-        assert abs(found[0] - expected[0]) < 1e-5, (case, found[0], expected[0])
-        far = max((found[1][name] - tensor).abs().max().item() for name, tensor in expected[1].items())
-        assert far < 1e-4, (case, far)
-        back = Trainer(case["folder"], case["then"], overrides=case.get("overrides"))
+        assert abs(found[0] - expected[0]) < (1e-2 if is_half else 1e-5), (case, found[0], expected[0])
+        far = max((found[1][name].float() - tensor.float()).abs().max().item() for name, tensor in expected[1].items())
+        assert far < (2e-3 if is_half else 1e-4), (case, far)
+        back = started(case["then"], then)
         assert back.load(checkpoint_folder.latest_checkpoint(roots[1])).moved
+        assert back.optimizer.get_loss_scale().item() == first.optimizer.get_loss_scale().item()
         back.save(roots[2])
         again = third(back)
         assert again[0] == expected[0] and all(torch.equal(again[1][name], tensor) for name, tensor in expected[1].items()), case
         print(f"MOVED {case['then']} {far:.1e}", flush=True)
-
-
-def resume_refused(folder: str, topology: dict[str, int], root: str) -> None:
-    """Another layout without a distributed optimizer, then or now: refused by name on every rank, nothing changed."""
-    saved = Trainer(folder, {"tp_size": 2}, ddp={})
-    saved.train()
-    saved.save(f"{root}/plain")
-    said_by_kind = {}
-    for kind, distributed in (("then", True), ("now", False)):
-        trainer = Trainer(folder, topology, ddp={"use_distributed_optimizer": distributed})
-        before = trainer.weights()
-        try:
-            trainer.load(checkpoint_folder.latest_checkpoint(f"{root}/plain" if kind == "then" else f"{root}/run"))
-        except CheckpointError as error:
-            said_by_kind[kind] = str(error)
-        assert all(torch.equal(a, b) for a, b in zip(trainer.weights(), before, strict=True))
-    print("SAID " + json.dumps(said_by_kind), flush=True)
 
 
 def resume_weights(folder: str, topology: dict[str, int], actor_parent: str) -> None:

@@ -131,12 +131,17 @@ def test_another_layout_goes_on_with_weights_and_optimizer_and_back_bit_for_bit(
         assert output.count("MOVED") == len(cases)
 
 
-def test_another_layout_is_refused_where_the_optimizer_was_or_is_not_distributed(model, saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "run")
-    for output in run_ranks(2, RANKS, "resume_refused", folder=model, topology=PP2, root=str(tmp_path)):
-        found = said(output)
-        assert "its optimizer was not distributed" in found["then"] and "resume under the saved layout" in found["then"]
-        assert "the optimizer of this run is not distributed; set actor.optim.use_distributed_optimizer" in found["now"]
+def test_an_optimizer_that_is_not_distributed_goes_on_under_another_layout_too(model, tmp_path):
+    """From and to one that is, in half precision with its main parameters and loss scale, and with an optimizer of experts beside."""
+    experts = str(save_tiny_model(tmp_path / "experts", "qwen3_moe", num_hidden_layers=2))
+    cases = [
+        {"folder": model, "then": TP2, "now": PP2, "distributed": [False, False]},
+        {"folder": model, "then": {"dp_size": 2}, "now": TP2, "distributed": [False, True], "fp16": True},
+        {"folder": model, "then": PP2, "now": {"dp_size": 2}, "distributed": [True, False]},
+        {"folder": experts, "then": {"dp_size": 2, "ep_size": 2}, "now": PP2, "distributed": [False, False]},
+    ]
+    for output in run_ranks(2, RANKS, "resume_elsewhere", cases=cases, root=str(tmp_path)):
+        assert output.count("MOVED") == len(cases)
 
 
 def test_a_checkpoint_with_hf_weights_alone_is_read_under_either_name_and_said_to_be_incomplete(model, saved, tmp_path):
