@@ -38,21 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the comparison; returns 0 where the logits are as near as the tolerance asks, else 1. Raises RlsyncError."""
     from rlsync.bridge.model_folder import read_config
-    from rlsync.convert.precision import compare_logits, random_batch
 
     model = model_of(read_config(arguments.folder)[1])
-    if arguments.tokens is None:
+    if not any(path.suffix in (".safetensors", ".bin") for path in arguments.folder.iterdir()):
+        raise ConfigError(
+            f"{arguments.folder} has no weights that transformers loads; name a folder with some, and Megatron's by --weights"
+        )
+    given = [f"--{name}" for name in ("rows", "length", "seed", "pictures") if getattr(arguments, name) is not None]
+    if arguments.tokens is not None and given:
+        raise ConfigError(f"{', '.join(given)} are of random rows, and --tokens gives the rows; leave one of them out")
+    tokens = None if arguments.tokens is None else _tokens(arguments.tokens, model.dims["vocab"])
+    _check_numbers(arguments, 32 if tokens is None else tokens.size(1))
+    from rlsync.convert.precision import compare_logits, random_batch
+
+    if tokens is None:
         sizes = {"rows": 2, "length": 32, "seed": 0, "pictures": int(model.vision is not None)}
         sizes |= {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
-        for name in ("rows", "length"):
-            if sizes[name] < 1:
-                raise ConfigError(f"--{name} is {sizes[name]}; it must be at least 1")
         batch = random_batch(model, **sizes)
     else:
-        given = [f"--{name}" for name in ("rows", "length", "seed", "pictures") if getattr(arguments, name) is not None]
-        if given:
-            raise ConfigError(f"{', '.join(given)} are of random rows, and --tokens gives the rows; leave one of them out")
-        batch = {"tokens": _tokens(arguments.tokens, model.dims["vocab"])}
+        batch = {"tokens": tokens}
     found = compare_logits(
         arguments.folder,
         batch,
@@ -63,6 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps({"within": found.is_within, **asdict(found)}) if arguments.json else shown(found))
     return 0 if found.is_within else 1
+
+
+def _check_numbers(arguments: argparse.Namespace, length: int) -> None:
+    """Raise ConfigError for numbers out of their bounds; ``length`` is that of rows where ``--length`` says nothing."""
+    for name, least in (("rows", 1), ("length", 1), ("pictures", 0), ("tolerance", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{name} is {value}; it must be at least {least}")
+    length = length if arguments.length is None else arguments.length
+    if not 0 <= arguments.prompt_length < length:
+        raise ConfigError(f"--prompt-length is {arguments.prompt_length}, of rows of {length} tokens; it must be from 0 to {length - 1}")
 
 
 def _tokens(path: Path, vocabulary: int) -> Any:

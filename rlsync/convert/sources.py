@@ -149,6 +149,10 @@ def open_adapter(folder: Path, model_folder: Path | None = None) -> Source:
     weights = folder if _is_peft(folder) else _weights_folder(folder)
     beside = [weights, weights.parent, weights.parent / ADAPTER_FOLDER]
     where = next((each for each in beside if (each / ADAPTER_CONFIG).is_file()), None)
+    if where is None and not any(weights.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{folder} holds no adapters: neither {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} of PEFT, nor shards of a run with some"
+        )
     if where is None:
         raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG} beside the shards says which projections the adapters in them are of")
     spec, base_name = read_adapter_config(where), base_of_adapter(where)

@@ -283,6 +283,25 @@ def test_the_command_chooses_the_form_and_says_what_it_made(tiny, tmp_path, caps
         assert words in capsys.readouterr().err and not (tmp_path / "no").exists(), options
 
 
+def test_a_comparison_of_what_is_not_there_is_refused_before_anything_is_loaded(tiny, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("[[1, 2, 3], [4, 5, 6]]")
+    rows = ("--tokens", str(tmp_path / "rows.json"))
+    convert(request(tiny, tmp_path / "shards", "megatron", {"tp_size": 2}))
+    refused = {
+        (str(tmp_path / "shards"),): "has no weights that transformers loads",
+        (str(tiny), "--prompt-length", "32"): "--prompt-length is 32, of rows of 32 tokens",
+        (str(tiny), "--prompt-length", "-1"): "--prompt-length is -1",
+        (str(tiny), "--length", "4", "--prompt-length", "4"): "of rows of 4 tokens; it must be from 0 to 3",
+        (str(tiny), *rows, "--prompt-length", "3"): "of rows of 3 tokens",
+        (str(tiny), *rows, "--rows", "3"): "--rows are of random rows",
+        (str(tiny), "--tolerance", "-1"): "--tolerance is -1.0; it must be at least 0",
+        (str(tiny), "--tolerance", "nan"): "--tolerance is nan",
+        (str(tiny), "--rows", "0"): "--rows is 0; it must be at least 1",
+    }
+    for arguments, words in refused.items():
+        assert main(["compare", *arguments]) == 1 and words in (said := capsys.readouterr().err), (arguments, said)
+
+
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     convert(request(tiny, whole, "megatron", {"tp_size": 2, "pp_size": 2}))

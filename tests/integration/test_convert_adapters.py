@@ -180,6 +180,7 @@ def test_the_command_takes_adapters_and_says_what_does_not_fit(adapted, tmp_path
         (changed("unknown", base_model_name_or_path="meta-llama/Llama-3.1-8B"),): "name its Hugging Face folder by --model",
         (changed("hub", base_model_name_or_path=None), "--merge-lora"): "by --model",
         (base, "--adapter", adapter, "--spec", "te", "--tp", "2"): "called as in spec local",
+        (base, "--adapter", base, "--merge-lora"): "holds no adapters: neither adapter_config.json",
         (str(no_config),): "says which projections the adapters in them are of",
         (str(other_scaling),): "they are of two runs",
         (base, "--adapter", adapter, "--merge-lora", "--test-precision"): "run rlsync compare TO",
