@@ -58,13 +58,13 @@ class Seat:
         return (0, 1) if self.expert_parallel else (self.rank, self.size)
 
     def experts(self, num_experts: int) -> range:
-        """Global numbers of the experts of this worker, in the order in which they are stacked."""
+        """Global numbers of the experts of this worker, in the order in which they are stacked: equally many on every rank, and one more
+        on the first ones where they do not come out even (vLLM's ``determine_expert_map``)."""
         if not self.expert_parallel:
             return range(num_experts)
-        if num_experts % self.size:
-            raise PlacementError(f"{num_experts} experts cannot be divided by {self.size} ranks under expert parallelism")
-        block = num_experts // self.size
-        return range(self.rank * block, (self.rank + 1) * block)
+        block, more = divmod(num_experts, self.size)
+        first = self.rank * block + min(self.rank, more)
+        return range(first, first + block + (self.rank < more))
 
 
 def seats(model: Model, *, tp_size: int = 1, dp_size: int = 1, ep_size: int = 1) -> tuple[Seat, ...]:
@@ -81,6 +81,8 @@ def seats(model: Model, *, tp_size: int = 1, dp_size: int = 1, ep_size: int = 1)
         )
     if ep_size > 1 and "num_experts" not in model.dims:
         raise PlacementError(f"ep={ep_size} of an engine: {model.architecture} has no experts; leave ep out")
+    if ep_size > model.dims.get("num_experts", ep_size):
+        raise PlacementError(f"ep={ep_size} of an engine: {model.architecture} has {model.dims['num_experts']} experts; take fewer ranks")
     return tuple(Seat(rank, tp_size, dp_size, ep_size > 1) for rank in range(size))
 
 
@@ -234,10 +236,7 @@ def _held_in(seat: Seat, model: Model, shapes: Mapping[str, Shape], dtype: str) 
     findings: dict[str, str] = {}
     experts: Sequence[int] = ()
     if "num_experts" in dims:
-        try:
-            experts = seat.experts(dims["num_experts"])
-        except PlacementError as error:
-            findings[str(error)] = "experts"
+        experts = seat.experts(dims["num_experts"])
         dims["local_experts"] = len(experts)
     layouts: dict[tuple[str, tuple[Shape, ...]], LocalLayout] = {}  # of a row they are the same in every layer
     for row, held in _rows(model, shapes, experts):

@@ -35,10 +35,12 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 
 
 def test_paper_is_what_loaders_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four workers of qwen2 hold the same key-value head; the vocabulary of 131 is padded to 192; qwen3 is tied."""
+    """Two of four workers of qwen2 hold the same key-value head; the vocabulary of 131 is padded to 192; qwen3 is tied. Of two
+    workers one has four of Mixtral's seven experts, the other three."""
     for name, value in ENGINE_ENV.items():
         monkeypatch.setenv(name, value)
-    folders = {f: str(save_tiny_model(tmp_path / f, f, tied=f == "qwen3", num_hidden_layers=2)) for f in SIZES}
+    changes: dict[str, dict[str, Any]] = {"qwen3": {"tied": True}, "mixtral": {"num_local_experts": 7}}
+    folders = {f: str(save_tiny_model(tmp_path / f, f, num_hidden_layers=2, **changes.get(f, {}))) for f in SIZES}
     report = tmp_path / "report"
     run_ranks(1, "tests.integration.paper_workers", "compare", folders=folders, sizes=SIZES, report=str(report))
     found = json.loads(report.read_text())

@@ -244,6 +244,16 @@ def test_neighbouring_workers_share_a_key_value_head() -> None:
     assert {(p.buffer, p.offset) for p in keys} == {("model.layers.0.self_attn.qkv_proj.weight", 26 * 100)}
 
 
+def test_experts_that_do_not_come_out_even_are_shared_by_all_ranks_of_an_engine() -> None:
+    """Eight of them by three ranks: three, three and two, each once."""
+    price = priced(dict(SHAPES["tiny-moe"]), Scene({}, dp_size=3, ep_size=3))
+    least, most = price.received_bytes_per_worker
+    assert most - least == 4 * 3 * 128 * 64 * 2, "of four layers the three matrices of an expert"
+    assert price.redundancy_per_worker == (1.0, 1.0) and price.heaviest_worker == "engine 0 worker 0"
+    (refusal,) = quote(dict(SHAPES["tiny-moe"]), Scene({}, dp_size=9, ep_size=9), Settings()).refusals
+    assert "has 8 experts; take fewer ranks" in refusal
+
+
 def test_links_follow_from_where_the_engines_are() -> None:
     axes = {"tp_size": 4, "pp_size": 2}
     apart = priced(SMALL, Scene(axes, tp_size=4, num_engines=2, gpus_per_host=8))
