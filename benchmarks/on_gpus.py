@@ -58,12 +58,12 @@ _FUSED = (
 )
 _BENCH = "rlsync bench --out {out} --model"
 _TRAIN_7B = (
-    f"{_BENCH} qwen2.5-7b --train --layers te --actor tp=2 --sequences 8 --score-micro-batch-tokens 32768 --steps 4 --warmup 2 --profile "
-    f"--set sequence_parallel=True {_FUSED}"
+    f"{_BENCH} qwen2.5-7b --train --layers te --actor tp=2 --score-micro-batch-tokens 32768 --steps 4 --warmup 2 --profile "
+    f"--set sequence_parallel=True {_FUSED} --sequences"
 )
 _SPREAD = f"{_BENCH} qwen2.5-1.5b --train --layers te --sequences 64 --lengths spread --sequence-length 4096 --steps 4 --warmup 2 {_FUSED}"
 _EXPERTS = (
-    f"rlsync bench --out {{out}} --train --layers te --sequences 8 --micro-batch-tokens 8192 --score-micro-batch-tokens 32768 --steps 4 "
+    f"rlsync bench --out {{out}} --train --layers te --sequences 16 --micro-batch-tokens 16384 --score-micro-batch-tokens 32768 --steps 4 "
     f"--warmup 2 --profile {_FUSED} --set moe_permute_fusion=True --model {{configs}}/qwen3-30b-a3b"
 )
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
@@ -79,7 +79,7 @@ ROWS: dict[str, Row] = {
     "adapters": _tests(_files("adapters_cuda"), 2),
     "lora": _tests(_files("lora_cuda"), 2),
     "merge": _tests(_files("merge_cuda"), 1),
-    "packing": _tests(_files("packing_cuda"), 2),
+    "packing": _tests(_files("layers_cuda", "packing_cuda"), 2),
     "freshness": _tests(_files("freshness_cuda", "offload_cuda"), 2),
     "pictures": _tests(_files("pictures_cuda"), 1),
     "sinks": _tests(_files("sinks_cuda", "copy_cuda"), 2),
@@ -105,7 +105,8 @@ ROWS: dict[str, Row] = {
     "merging-7b": Row("benchmarks.merging", 1),
     "merging-30b": Row("benchmarks.merging --shapes '30B-A3B, experts of 16 layers'", 1),
     # Training.
-    "train-7b": Row(_TRAIN_7B, 2),
+    "train-7b": Row(f"{_TRAIN_7B} 8", 2),
+    "train-7b-pairs": Row(f"{_TRAIN_7B} 16 --micro-batch-tokens 8192", 2),
     "train-30b": Row(f"{_EXPERTS}-12.json --actor dp=2,ep=2", 2),
     "train-30b-one": Row(f"{_EXPERTS}-8.json", 1),
     "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),

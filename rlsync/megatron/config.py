@@ -111,6 +111,8 @@ def model_config(
         unfused_rope=_unfused_rope(model.rope, structure),
         is_transformer_engine=is_transformer_engine,
     )
+    if is_transformer_engine and _has_plain_swiglu(settings):
+        settings |= {"bias_activation_fusion": False, "use_te_activation_func": True}
     transformer = _build(settings)
     _check_context(transformer, is_transformer_engine=is_transformer_engine)
     if model.rope.yarn is not None and not is_latent:
@@ -155,7 +157,21 @@ def _defaults(topology: Topology) -> dict[str, Any]:
         "batch_p2p_comm": not on_cpu and topology.vpp_size == 1,
         # Megatron's own moves a router's bias in every step, which balances experts and changes what a model computes.
         "moe_router_bias_update_rate": 0.0,
+        "use_te_activation_func": False,
     }
+
+
+def _has_plain_swiglu(settings: Mapping[str, Any]) -> bool:
+    """Whether a fused activation is SwiGLU alone in every layer, which ``SwiGLU`` computes for less of the host's time than Megatron."""
+    return (
+        bool(settings.get("bias_activation_fusion"))
+        and settings["activation_func"] is F.silu
+        and bool(settings.get("gated_linear_unit"))
+        and not settings.get("add_bias_linear")
+        and settings.get("num_moe_experts") is None
+        and not settings.get("activation_func_fp8_input_store")
+        and not settings.get("cpu_offloading")
+    )
 
 
 def _parallel(topology: Topology) -> dict[str, Any]:

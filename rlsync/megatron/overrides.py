@@ -35,6 +35,7 @@ _DECIDED_ELSEWHERE = {
     "autocast_dtype": "dtype",
     "bf16": "dtype",
     "fp16": "dtype",
+    "use_te_activation_func": "bias_activation_fusion",
 }
 
 
@@ -79,7 +80,7 @@ _FUSIONS: Mapping[str, _Fusion] = {
 }
 
 
-SPEED_SWITCHES = (*_FUSIONS, "sequence_parallel", "moe_shared_expert_overlap")
+SPEED_SWITCHES = (*_FUSIONS, "use_te_activation_func", "sequence_parallel", "moe_shared_expert_overlap")
 
 
 def checked_overrides(

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from rlsync.errors import ConfigError
-from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm, residual_add
-from rlsync.megatron.versions import LatentAttention, whole_linear
+from rlsync.megatron.layers import CausalAttention, NormedOutputLayer, RMSNorm, SwiGLU, residual_add
+from rlsync.megatron.versions import LatentAttention, mlp_submodules, whole_linear
 from rlsync.models.moe import sparse_layers
 
 SpecName = Literal["auto", "local", "te"]
@@ -116,12 +116,15 @@ def _local_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
 
 
 def _transformer_engine_layer(config: TransformerConfig, routes: bool) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if routes else None,
         moe_grouped_gemm=routes,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
+    if config.use_te_activation_func:
+        mlp_submodules(layer.submodules).activation_func = SwiGLU
+    return layer
 
 
 def _transformer_engine_norm() -> type:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import experts
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from rlsync.models import ExpertModule
 
@@ -58,6 +61,14 @@ def whole_linear() -> type[Linear]:
     if multi_latent_attention.Linear is None:
         multi_latent_attention.Linear = Linear
     return Linear
+
+
+def mlp_submodules(layer: TransformerLayerSubmodules) -> MLPSubmodules:
+    """Parts of the dense MLP of a layer's spec: a ModuleSpec, or from 0.17 on a partial of the class that builds it."""
+    mlp: Any = layer.mlp
+    found = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    assert isinstance(found, MLPSubmodules), "of a layer with experts"
+    return found
 
 
 def waits_for_packed_bounds() -> bool:

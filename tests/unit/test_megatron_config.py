@@ -169,6 +169,7 @@ def test_an_unknown_override_names_the_nearest():
         ({"num_layers": 5}, "num_layers=5 contradicts 4, which config.json decides"),
         ({"tensor_model_parallel_size": 2}, "contradicts 1, which topology.tp_size decides"),
         ({"bf16": True}, "contradicts False, which dtype decides"),
+        ({"use_te_activation_func": True}, "contradicts False, which bias_activation_fusion decides"),
         ({"recompute_granularity": "full"}, "Megatron-Core refuses this combination"),
     ],
 )
@@ -271,3 +272,19 @@ def test_an_output_layer_is_built_beside_layers_of_transformer_engine_that_add_u
         with _accumulating_without_apex(told):
             assert layers._grad_accum_fusion_available is (before or fuses)
         assert layers._grad_accum_fusion_available is before
+
+
+@pytest.mark.parametrize(
+    ("hf", "options", "by_te"),
+    [
+        (QWEN3, {"is_transformer_engine": True}, True),
+        (QWEN3, {}, False),
+        ({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}, {"is_transformer_engine": True}, False),
+    ],
+    ids=["te", "local", "experts"],
+)
+def test_a_fused_swiglu_is_transformer_engines_beside_its_layers(monkeypatch, hf, options, by_te):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = config(hf, overrides={"bias_activation_fusion": True}, **options).transformer
+    assert (told.use_te_activation_func, told.bias_activation_fusion) == (by_te, not by_te)
+    assert not config(hf, **options).transformer.use_te_activation_func
