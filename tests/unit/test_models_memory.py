@@ -37,7 +37,16 @@ def test_a_measured_bench_took_what_was_predicted() -> None:
     "name",
     [
         *(f"29-{name}" for name in ("1.5b-train-fused-one-gpu", "1.5b-train-packed", "7b-train-tp2", "7b-train-tp2-one-connection")),
-        *(f"30-{name}" for name in ("1.5b-train-padded-16k", "1.5b-train-packed-16k", "7b-train-tp2-profiled")),
+        *(
+            f"30-{name}"
+            for name in (
+                "1.5b-train-padded-16k",
+                "1.5b-train-packed-16k",
+                "7b-train-tp2-profiled",
+                "7b-train-tp2-te-swiglu",
+                "7b-train-tp2-pairs",
+            )
+        ),
     ],
 )
 def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str) -> None:

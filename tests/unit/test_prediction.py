@@ -43,6 +43,9 @@ MEASURED = {
     "2026-11-29-qwen3-30b-a3b-32-layers-disaggregated-peers": ["ipc", "nccl"],
     "2026-11-29-qwen3-30b-a3b-collocated-2-gpus-again": ["auto"],
     "2026-11-30-7b-one-gpu-te": ["auto"],
+    # Since an engine's part in a sync is one call; what is around the data took longer before.
+    "2026-11-30-7b-one-gpu-te-one-call": ["auto"],
+    "2026-11-30-qwen3-30b-a3b-32-layers-disaggregated-one-call": ["ipc", "nccl"],
 }
 
 
@@ -67,8 +70,9 @@ def test_what_is_predicted_was_measured_within_a_quarter(name: str) -> None:
         assert price.unpredicted == "" and price.prediction is not None
         # Both count the bytes of the same workers; paper looks at what sources give too.
         assert price.prediction.floor_s == pytest.approx(measured["floors"]["floor_s"], rel=0.01)
-        for said, phase in ((price.prediction.data_s, "data"), (price.prediction.whole_s, "whole")):
-            assert 0.75 < said / case["median"][phase] < 1.25, (case_name, phase)
+        assert 0.75 < price.prediction.data_s / case["median"]["data"] < 1.25, case_name
+        if name.endswith("one-call"):
+            assert 0.75 < price.prediction.whole_s / case["median"]["whole"] < 1.25, case_name
 
 
 def test_what_was_not_measured_is_not_predicted_and_says_why() -> None:
