@@ -1,9 +1,9 @@
 """Everything of this repository that takes GPUs, as rows of one table: tests that share GPUs, and measurements that have theirs alone.
 
 ``python -m benchmarks.on_gpus --seconds 570 --out DIR`` runs rows in their order while there is time, and ends what is not over by then.
-``--rows 'transports,experts@1:deepseek or moonlight,train-7b'`` takes those, in that order; of files of tests those that the words choose,
-on as many GPUs as ``@`` says. DIR keeps a log a row, what benches write, and ``passed``: rows that passed are not run again by the next
-call of the same program, unless ``--again`` is given.
+``--rows 'transports,experts@1:deepseek or moonlight,train-30b:--set moe_router_fusion=True'`` takes those, in that order, on as many
+GPUs as ``@`` says; words behind a colon choose among tests, and are added to any other command. DIR keeps a log a row, what benches
+write, and ``passed``: rows that passed are not run again by the next call of the same program, unless ``--again`` is given.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _row(name: str) -> Row:
     place, _, words = name.partition(":")
     base, _, count = place.partition("@")
     row = ROWS[base]
-    command = f"{row.command} -k {shlex.quote(words)}" if words else row.command
+    if words:
+        words = f" -k {shlex.quote(words)}" if row.command.startswith("pytest ") else f" {words}"
+    command = row.command + words
     return replace(row, command=command, num_gpus=int(count) if count else row.num_gpus)
 
 
