@@ -103,10 +103,14 @@ class _Process:
 
     def was_killed(self) -> bool:
         """Whether something else than this process and its pool has ended it, such as the kernel for want of memory."""
-        return self._popen.wait() == -signal.SIGKILL
+        # Not reaped, so that the number of its group is nobody else's when ``end`` needs it.
+        ended = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
+        return ended is not None and (ended.si_code, ended.si_status) == (os.CLD_KILLED, signal.SIGKILL)
 
     def end(self) -> None:
-        self._popen.kill()
+        """End it, and the processes that a function started in it. Idempotent."""
+        if self._popen.returncode is None:
+            os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
         for stream in (self._stdin, self.stdout, self._stderr):
             try:

@@ -138,9 +138,11 @@ def _work() -> Work:
 
 def main() -> None:
     logging.disable(logging.ERROR)
-    # math-verify, sympy and a user's function may print; the answers have the real standard output to themselves.
-    answers_out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    # math-verify, sympy and a user's function may print; the answers have the real standard output to themselves. So have tasks the real
+    # input: a program that a function starts, and that reads, would wait for the next task and take it.
+    answers_out, tasks_in = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1), os.fdopen(os.dup(sys.stdin.fileno()))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     silent = open(os.devnull, "w")
     try:
         work = _work()
@@ -150,7 +152,7 @@ def main() -> None:
         _write(answers_out, {"error": f"{sys.argv[1]} cannot be imported: {last_line(error, Path(sys.argv[1]))}"})
         return
     _write(answers_out, {"ready": True})
-    for line in sys.stdin:
+    for line in tasks_in:
         task = json.loads(line)
         if work is compare:
             signal.setitimer(signal.ITIMER_PROF, task["timeout_s"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlsync.errors import ConfigError, RlsyncError
@@ -28,7 +29,7 @@ class Row:
 
 # A function for each thing that can go right or wrong.
 FUNCTIONS = """
-import os, time
+import os, subprocess, sys, time
 from beside import OFFSET
 
 def seen(prompts, responses, references, metadata):
@@ -53,6 +54,10 @@ def late(responses, **others):
     if "crash" in responses:
         os._exit(3)
     return [1] * len(responses)
+
+def runs_programs(responses, references, **others):
+    found = [subprocess.run([sys.executable, "-S", "-c", text], capture_output=True) for text in responses]
+    return [float(done.returncode == 0) for done in found]
 
 def wants_more(prompts, responses, references, metadata, model):
     return [0.0]
@@ -147,6 +152,18 @@ def test_a_call_that_hangs_or_ends_its_process_costs_its_own_row_alone(functions
     assert found == [[Verdict(2.0)], [late, late], [late], [Verdict(2.0)]]
 
 
+def test_programs_that_a_function_starts_take_no_task_and_end_with_it(functions: Path, tmp_path: Path) -> None:
+    """One that reads finds nothing, and one that hangs does not outlive the limit of its call."""
+    hangs = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(1000)"
+    reads = "import sys; assert sys.stdin.read() == ''"
+    found = judged(f"{functions}:runs_programs", [[reads], ["1 / 0"], [hangs], [reads]], [Row("a")] * 4, timeout_s=5.0)
+    assert found == [[Verdict(2.0)], [Verdict(0.0)], [Verdict(-2.0, timed_out=True)], [Verdict(2.0)]]
+    try:
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(timeout=10)
+    except psutil.NoSuchProcess:
+        pass
+
+
 def test_a_file_that_cannot_be_imported_is_refused_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import not_installed_anywhere\ndef score(**batch): return []\n")
@@ -158,9 +175,9 @@ def test_a_file_that_cannot_be_imported_is_refused_before_anything_starts(tmp_pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sen", "does not define sen at its top level; it defines late, nan, nothing, one_raises, seen, takes_less, too_few, wants_more"),
-        ("takes_less", "line 31. does not take prompts, references, metadata; it is called with the keywords prompts, responses"),
-        ("wants_more", "line 28. wants model; it is called with"),
+        ("sen", "does not define sen at its top level; it defines late, nan, nothing, one_raises, runs_programs, seen, takes_less, too"),
+        ("takes_less", "line 35. does not take prompts, references, metadata; it is called with the keywords prompts, responses"),
+        ("wants_more", "line 32. wants model; it is called with"),
         ("awaited", "awaited is a coroutine"),
         ("seen", None), ("late", None), ("OFFSET", None), ("number", None),
     ],
