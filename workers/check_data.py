@@ -15,7 +15,7 @@ from rlsync.models import model_of
 from workers.check_report import Report, will_be_made
 from workers.config import AnyConfig, RunConfig, SftConfig
 from workers.model_folder import check_tokenizer_size, read_hf_config, text_config
-from workers.pictures import PictureSizes, open_picture
+from workers.pictures import PictureSizes, open_picture, read_picture_limits
 from workers.problems import BadSamples, Problem, load_problems, load_supervised
 from workers.reward import unreadable_reference, unreadable_references
 from workers.row_files import BadRow, RowFiles, find_files
@@ -79,7 +79,7 @@ def _check_picture_rows(config: RunConfig, bad: BadSamples, report: Report) -> i
         problems.append(Problem("", found.answers, where))
         return found.images
 
-    num_rows = _check_training_rows(config, look, bad, report)
+    num_rows = _check_training_rows(config, look, bad, report, {})
     _check_rows(config, data.val_data_paths, look, bad, report)
     if config.warm_start is not None:
         _check_rows(config, config.warm_start.data_paths, lambda content, where: conversation(content, form).images, bad, report)
@@ -103,16 +103,16 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
             return ()
         if found.images and is_blind:
             raise BadRow(no_eyes(len(found.images)))
-        if not found.images:
-            # Templates may leave out what the assistant thought before its last turn, and nothing else.
-            before = [message.text for message in found.messages[:-1] if message.role != "assistant"]
-            texts[where] = [*before, found.messages[-1].text]
+        # Templates may leave out what the assistant thought before its last turn, and nothing else.
+        before = [message.text for message in found.messages[:-1] if message.role != "assistant"]
+        texts[where] = [*before, found.messages[-1].text]
         return found.images
 
-    num_rows = _check_training_rows(config, look, bad, report)
-    _check_rows(config, data.val_data_paths, look, bad, report)
+    sizes: dict[str, PictureSizes] = {}
+    num_rows = _check_training_rows(config, look, bad, report, sizes)
+    _check_rows(config, data.val_data_paths, look, bad, report, sizes)
     report.notes += report.take("data", bad.settle, data.on_bad_sample) or ()
-    _check_lengths(config, texts, report)
+    _check_lengths(config, texts, sizes, report)
     batch = config.actor.global_batch_size or 1
     # Documents are packed.
     steps = _steps_of(None if data.type == "text" else num_rows, batch, "actor.global_batch_size", config, report)
@@ -123,25 +123,43 @@ def check_sft_data(config: SftConfig, report: Report) -> None:
         report.plan.append(("validation", f"loss{answers} on {', '.join(data.val_data_paths)}"))
 
 
-def _check_lengths(config: SftConfig, texts: Mapping[str, Sequence[str]], report: Report) -> None:
-    """Whether rows, by file and line, are longer than ``runner.seq_length`` by their texts alone, without what a template adds."""
+def _check_lengths(config: SftConfig, texts: Mapping[str, Sequence[str]], sizes: Mapping[str, PictureSizes], report: Report) -> None:
+    """Whether rows, by file and line, are longer than ``runner.seq_length`` by their texts and those of their pictures that were opened
+    alone, without what a template adds."""
     path = Path(str(config.actor.tokenizer.tokenizer_model)) / "tokenizer.json"
     tokenizer = report.take("tokenizer", _read_tokenizer, path) if texts and path.is_file() else None
     if tokenizer is None:
         return
-    lengths = (sum(len(row.ids) for row in tokenizer.encode_batch(list(parts), add_special_tokens=False)) for parts in texts.values())
+    num_features = _least_features(config, sizes, report)
+    lengths = {
+        where: sum(len(row.ids) for row in tokenizer.encode_batch(list(parts), add_special_tokens=False)) + num_features.get(where, 0)
+        for where, parts in texts.items()
+    }
     limit = config.runner.seq_length
-    too_long = [(where, length) for where, length in zip(texts, lengths, strict=True) if length > limit]
+    too_long = [where for where, length in lengths.items() if length > limit]
     if not too_long or (config.data.on_too_long == "skip" and len(too_long) < len(texts)):
         return
-    (where, length), count = too_long[0], len(too_long)
+    where, count = too_long[0], len(too_long)
     rows = (
         f"all of the first {len(texts)} rows are"
         if count == len(texts)
         else f"{count} of the first {len(texts)} rows {'is' if count == 1 else 'are'}"
     )
+    said = f"the texts of {where} alone have {lengths[where]} tokens"
+    if where in num_features:
+        said = f"texts and pictures of {where} have {lengths[where]} tokens at least, of which {num_features[where]} are of pictures"
     skip = "" if config.data.on_too_long == "skip" or count == len(texts) else "; data.on_too_long=skip leaves such rows out"
-    report.found("data", f"{rows} longer than runner.seq_length ({limit}): the texts of {where} alone have {length} tokens{skip}")
+    report.found("data", f"{rows} longer than runner.seq_length ({limit}): {said}{skip}")
+
+
+def _least_features(config: SftConfig, sizes: Mapping[str, PictureSizes], report: Report) -> dict[str, int]:
+    """Fewest features that the tower makes of the pictures of rows whose pictures were opened."""
+    vision = None if report.hf_config is None else model_of(report.hf_config).vision
+    if vision is None:
+        return {}
+    limits = read_picture_limits(Path(config.model_path), min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+    side = vision.patch_size * vision.spatial_merge_size
+    return {where: sum(limits.least_features(size, side) for size in pictures) for where, pictures in sizes.items()}
 
 
 def _read_tokenizer(path: Path) -> Any:
@@ -156,7 +174,13 @@ def _read_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _check_training_rows(config: AnyConfig, look: Callable[[Any, str], Sequence[Any]], bad: BadSamples, report: Report) -> int | None:
+def _check_training_rows(
+    config: AnyConfig,
+    look: Callable[[Any, str], Sequence[Any]],
+    bad: BadSamples,
+    report: Report,
+    sizes: dict[str, PictureSizes],
+) -> int | None:
     """``_check_rows`` of the training files, and what their first rows together say: that none can be used, or that none has a picture."""
     data, before = config.data, len(bad.found)
     fields: dict[str, None] = {}
@@ -170,7 +194,8 @@ def _check_training_rows(config: AnyConfig, look: Callable[[Any, str], Sequence[
         num_seeing += bool(pictures)
         return pictures
 
-    num_rows = _check_rows(config, data.train_data_paths, look_closer, bad, report, report.picture_sizes)
+    num_rows = _check_rows(config, data.train_data_paths, look_closer, bad, report, sizes)
+    report.picture_sizes += sizes.values()
     num_bad, paths = len(bad.found) - before, ", ".join(data.train_data_paths)
     first = f"the first {num_looked_at} rows of {paths}"
     if num_bad == num_looked_at:
@@ -195,10 +220,10 @@ def _check_rows(
     look: Callable[[Any, str], Sequence[Any]],
     bad: BadSamples,
     report: Report,
-    sizes: list[PictureSizes] | None = None,
+    sizes: dict[str, PictureSizes] | None = None,
 ) -> int | None:
     """Rows of some files together, where that can be known, after a look at the first of each: ``look`` gets a row's content and what to
-    call the row, and returns references to its pictures, or raises BadRow. ``sizes`` gets the sizes of pictures that were opened."""
+    call the row, and returns references to its pictures, or raises BadRow. ``sizes`` gets those of pictures that were opened, by row."""
     num_rows: int | None = 0
     for path in paths:
         files = None if will_be_made(config, Path(path)) else report.take("data", find_files, [path])
@@ -213,7 +238,7 @@ def _check_rows(
                 pictures = look(content, where)
                 opened = [open_picture(reference, rows.folder(row)).size for reference in pictures if row < _FIRST_PICTURES]
                 if opened and sizes is not None:
-                    sizes.append(tuple(opened))
+                    sizes[where] = tuple(opened)
             except BadRow as reason:
                 bad.add(where, str(reason))
         num_rows = None if num_rows is None or rows is None else num_rows + len(rows)

@@ -11,10 +11,12 @@ import base64
 import binascii
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps
 
@@ -65,6 +67,8 @@ def _source(reference: Any, folder: Path) -> tuple[bytes | Path, str]:
     if "://" in reference and not reference.startswith("file://"):
         raise BadRow(f"picture {reference[:80]!r} is on the network; download it and name its path")
     path = folder / reference.removeprefix("file://")
+    if reference.startswith("file://") and not path.exists():
+        path = folder / unquote(reference.removeprefix("file://").removeprefix("localhost"))
     return path, str(path)
 
 
@@ -99,6 +103,11 @@ class PictureLimits:
     def pixels(self, size: tuple[int, int]) -> int:
         """Pixels of a picture as a tower sees it, but for the rounding of its sides to whole squares of patches."""
         return min(max(size[0] * size[1], self.least), self.most)
+
+    def least_features(self, size: tuple[int, int], side: int) -> int:
+        """Fewest features that a tower makes of a picture, one of a square of ``side`` pixels, however its sides are rounded."""
+        scale = math.sqrt(self.pixels(size) / (size[0] * size[1]))
+        return math.prod(max(1, int(length * scale / side)) for length in size)
 
 
 def read_picture_limits(folder: Path, *, min_pixels: int | None, max_pixels: int | None) -> PictureLimits:

@@ -361,6 +361,7 @@ def test_limits_of_an_image_processor_are_those_that_transformers_reads(tmp_path
         for size in ((900, 600), (3000, 2000), (640, 480)):
             patches = len(theirs([Image.new("RGB", size)]).pixel_values)
             assert ours.pixels(size) / 14**2 == pytest.approx(patches, rel=0.1), size
+            assert 0.8 * patches / 4 < ours.least_features(size, 28) <= patches / 4, size
 
 
 def test_a_prompt_without_pictures_is_asked_as_text() -> None:

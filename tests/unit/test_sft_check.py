@@ -151,6 +151,31 @@ def test_rows_longer_than_a_sequence_are_found_before_anything_starts(world: Pat
         assert f"all of the first 21 rows are longer than runner.seq_length (4): the texts of {rows}:1 alone have 5 tokens" in texts(report)
 
 
+def test_pictures_are_counted_among_the_tokens_of_a_row(world: Path, tmp_path: Path) -> None:
+    """One of 896 x 896 pixels is made smaller by the processor, to 224 x 224, of which 8 x 8 features are made."""
+    Image.new("RGB", (896, 896)).save(tmp_path / "grey.png")
+    rows = [{"question": "1+1", "image": ["grey.png"] * (1 + i % 2), "answer": "2"} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = {"type": "vlm", "prompt_key": "question", "answer_key": "answer", "image_keys": ["image"], "apply_chat_template": True}
+    model = {"precision": "fp32", "model_path": str(seeing_model(tmp_path / "model"))}
+
+    def said(seq_length: int, **more: Any) -> str:
+        sections = values(
+            world,
+            runner={**values(world)["runner"], "seq_length": seq_length},
+            data={**data, "train_data_paths": [str(tmp_path / "rows.jsonl")], **more},
+            actor={**values(world)["actor"], "model": model, "tokenizer": {"tokenizer_model": str(world / "model")}},
+        )
+        return texts(check_run(sections, (check_model, check_sft_data), "sft"))
+
+    assert said(2 * 64 + 4) == ""
+    assert (
+        f"4 of the first 16 rows are longer than runner.seq_length (131): texts and pictures of {tmp_path}/rows.jsonl:2 have 132 tokens at "
+        "least, of which 128 are of pictures; data.on_too_long=skip leaves such rows out"
+    ) in said(131), "pictures of the first 8 rows are opened"
+    assert said(131, on_too_long="skip") == said(131, max_pixels=112 * 112) == ""
+
+
 def test_what_a_template_may_leave_out_of_a_chat_is_not_counted(world: Path, tmp_path: Path) -> None:
     turns = [("user", "1+1="), ("assistant", "1+1+1+1+1+1+1"), ("user", "2+2="), ("assistant", "4")]
     rows = tmp_path / "rows.jsonl"

@@ -255,6 +255,10 @@ def test_all_ways_to_name_a_picture_give_the_same_pixels(tmp_path: Path) -> None
     (tmp_path / "a.png").write_bytes(content)
     encoded = base64.b64encode(content).decode()
     ways = ["a.png", str(tmp_path / "a.png"), f"file://{tmp_path}/a.png", f"data:image/png;base64,{encoded}", content]
+    (tmp_path / "größe 50%.png").write_bytes(content)
+    address = (tmp_path / "größe 50%.png").as_uri()
+    assert "%20" in address
+    ways += [address, address.replace("file://", "file://localhost"), f"file://{tmp_path}/größe 50%.png"]
     for way in (*ways, {"bytes": content, "path": "x.png"}, {"bytes": encoded}, {"path": "a.png", "bytes": None}):
         assert np.array_equal(np.asarray(open_picture(way, tmp_path)), np.asarray(image))
 
