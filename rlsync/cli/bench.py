@@ -10,7 +10,8 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
+from rlsync.models.stacks import Model
 from rlsync.sync.config import LORA
 
 # Of an engine whose data-parallel ranks are processes of their own there is no measurement.
@@ -179,13 +181,18 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
     ddp = {"use_distributed_optimizer": True, **{name: given.pop(name) for name in _OF_DDP if name in given}}
     optimizer = {"lr": 1e-5, **{name: given.pop(name) for name in _OF_OPTIMIZER if name in given}}
     layers = specs.layers_of(arguments.layers, devices)
+    if misfits := [*_misfits_of_switches({**given, **ddp, **optimizer}, model, topology, has_gpus=bool(devices))]:
+        raise ConfigError("; ".join(misfits))
     if given:
         # The imports take seconds.
         import torch
 
         from rlsync.megatron.config import model_config
+        from rlsync.megatron.packing import packing_refusal
 
-        model_config(config, topology=topology, dtype=torch.bfloat16, overrides=given, is_transformer_engine=layers == "te")
+        built = model_config(config, topology=topology, dtype=torch.bfloat16, overrides=given, is_transformer_engine=layers == "te")
+        if arguments.packing and (refusal := packing_refusal(built.transformer)) is not None:
+            raise ConfigError(f"--packing: {refusal}")
     longest = arguments.sequence_length
     budget = longest if arguments.micro_batch_tokens is None else arguments.micro_batch_tokens
     scored = budget if arguments.score_micro_batch_tokens is None else arguments.score_micro_batch_tokens
@@ -211,6 +218,25 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         folder=str(folder),
         devices=devices[: topology.world_size],
     )
+
+
+def _misfits_of_switches(given: Mapping[str, Any], model: Model, topology: Topology, *, has_gpus: bool) -> Iterator[str]:
+    """What ranks would find out of switches when they build model and optimizer, or in their first pass."""
+    if "num_experts" in model.dims and topology.tp_size > 1 and not given.get("sequence_parallel"):
+        yield (
+            f"{model.architecture} has experts, which Megatron trains under tp={topology.tp_size} on parts of the sequence only; give "
+            "--set sequence_parallel=True"
+        )
+    if given.get("overlap_param_gather") and not (given["use_distributed_optimizer"] and given.get("overlap_grad_reduce")):
+        yield "--set overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce True"
+    if given.get("use_precision_aware_optimizer") and not given["use_distributed_optimizer"]:
+        yield "--set use_precision_aware_optimizer=True needs use_distributed_optimizer True"
+    if given.get("optimizer_cpu_offload") and not has_gpus:
+        yield "--set optimizer_cpu_offload=True moves the optimizer's state from GPUs to the host, and no GPU is visible; leave it out"
+    if given.get("use_precision_aware_optimizer") and not (has_gpus and find_spec("transformer_engine")):
+        yield "--set use_precision_aware_optimizer=True needs a GPU and TransformerEngine, and one of them is not here; leave it out"
+    if "optimizer_offload_fraction" in given and not given.get("optimizer_cpu_offload"):
+        yield "--set optimizer_offload_fraction is of optimizer_cpu_offload, which is off; give --set optimizer_cpu_offload=True too"
 
 
 # What only a bench of syncs reads, and what only one of training does.

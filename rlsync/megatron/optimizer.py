@@ -42,6 +42,7 @@ class OptimizerOptions:
 
     ``loss_scale`` fixes the fp16 loss scale; None lets it move between ``min_loss_scale`` and where gradients overflow,
     from ``initial_loss_scale``, doubling after ``loss_scale_window`` steps. ``clip_grad`` 0 means no clipping.
+    ``optimizer_offload_fraction`` is the share of the optimizer that is on the host with ``optimizer_cpu_offload``.
     ``part_lr`` are learning rates of parts of a vision-language model in place of ``lr``; a schedule gives them its shape.
     """
 
@@ -58,7 +59,7 @@ class OptimizerOptions:
     loss_scale_window: int = 1000
     hysteresis: int = 2
     optimizer_cpu_offload: bool = False
-    optimizer_offload_fraction: float = 0.0
+    optimizer_offload_fraction: float = 1.0
     use_precision_aware_optimizer: bool = False
     log_num_zeros_in_grad: bool = False
     part_lr: Mapping[Part, float] = field(default_factory=dict)

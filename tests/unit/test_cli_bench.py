@@ -15,6 +15,7 @@ from rlsync.cli.bench import add_arguments, plan, plan_training, run
 from rlsync.cli.shapes import SHAPES
 from rlsync.engine.handles.adapters import lora_arguments
 from rlsync.errors import ConfigError, PlacementError
+from rlsync.megatron.optimizer import OptimizerOptions
 from rlsync.models import model_of
 from rlsync.sync.config import LORA
 from tests.models import tiny_model
@@ -303,11 +304,33 @@ def test_rates_are_of_real_tokens_beside_a_plain_product_and_the_peak(tmp_path: 
         (["--sequences", "0"], "--sequences is 0; it must be at least 1"),
         (["--actor", "pp=3"], "4 layers cannot be split over pp_size 3"),
         (["--profile"], "--profile says what a GPU does, and no GPU is visible"),
+        (
+            ["--model", "tiny-moe", "--actor", "tp=2"],
+            "Megatron trains under tp=2 on parts of the sequence only; give --set sequence_parallel",
+        ),
+        (["--set", "overlap_param_gather=True"], "needs use_distributed_optimizer and overlap_grad_reduce True"),
+        (["--set", "optimizer_cpu_offload=True"], "moves the optimizer's state from GPUs to the host, and no GPU is visible"),
+        (["--set", "optimizer_offload_fraction=0.5"], "is of optimizer_cpu_offload, which is off"),
+        (["--set", "use_precision_aware_optimizer=True"], "needs a GPU and TransformerEngine"),
+        (["--packing", "--actor", "cp=2", "--set", "cp_comm_type=a2a"], "--packing: cp_comm_type a2a takes no packed sequences"),
     ],
 )
 def test_training_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         planned_training(tmp_path, *words)
+
+
+def test_an_optimizer_on_the_host_is_there_as_a_whole_unless_a_share_is_given(tmp_path: Path) -> None:
+    """As in a run: Megatron's own default would leave all of it on the GPU."""
+    made = planned_training(tmp_path)
+    away = {
+        share: {"lr": 1e-5, "optimizer_cpu_offload": True, **given} for share, given in ((0, {}), (2, {"optimizer_offload_fraction": 0.5}))
+    }
+    there = training.predicted_memory(made)["predicted_bytes"]["optimizer"]
+    for share, optimizer in away.items():
+        left = training.predicted_memory(replace(made, optimizer=optimizer))["predicted_bytes"]["optimizer"]
+        assert left == (there / share if share else 0)
+    assert OptimizerOptions(lr=1e-5, optimizer_cpu_offload=True).optimizer_offload_fraction == 1.0
 
 
 @pytest.mark.parametrize(
