@@ -38,6 +38,44 @@ _DECIDED_ELSEWHERE = {
     "use_te_activation_func": "bias_activation_fusion",
 }
 
+# Fields that make something else of the weights than config.json describes, or of less precision, where no family states them.
+_OTHER_RESULTS = frozenset(
+    (
+        "activation_func_clamp_value",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "apply_residual_connection_post_layernorm",
+        "attention_output_gate",
+        "experimental_attention_variant",
+        "fp4",
+        "fp8",
+        "gated_linear_unit",
+        "glu_linear_offset",
+        "layernorm_zero_centered_gamma",
+        "linear_attention_freq",
+        "moe_apply_probs_on_input",
+        "moe_expert_capacity_factor",
+        "moe_latent_size",
+        "moe_router_force_load_balancing",
+        "moe_router_topk_limited_devices",
+        "moe_token_dropping",
+        "mtp_num_layers",
+        "no_rope_freq",
+        "num_moe_experts",
+        "qk_clip",
+        "qk_l2_norm",
+        "qk_layernorm",
+        "quant_recipe",
+        "rotary_interleaved",
+        "softmax_scale",
+        "softmax_type",
+        "test_mode",
+        "use_kitchen",
+        "window_attn_skip_freq",
+        "window_size",
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Fusion:
@@ -103,9 +141,9 @@ def checked_overrides(
         is_transformer_engine: layers are TransformerEngine's.
 
     Raises:
-        ConfigError: an unknown field, or one that contradicts config.json, topology or dtype.
+        ConfigError: an unknown field, one that contradicts config.json, topology or dtype, or one that makes another model of the weights.
     """
-    known = [field_.name for field_ in fields(TransformerConfig)]
+    known = {field_.name: field_.default for field_ in fields(TransformerConfig)}
     checked: dict[str, Any] = {}
     for name, value in overrides.items():
         if name not in known:
@@ -114,6 +152,11 @@ def checked_overrides(
         owner = _DECIDED_ELSEWHERE.get(name, "config.json" if name in structure else None)
         if owner is not None and value != decided[name]:
             raise ConfigError(f"model override {name}={value!r} contradicts {decided[name]!r}, which {owner} decides; change it there")
+        if owner is None and name in _OTHER_RESULTS and value != known[name]:
+            raise ConfigError(
+                f"model override {name}={value!r} makes something else of the weights than config.json describes, which has "
+                f"{known[name]!r}; leave it out"
+            )
         fusion = _FUSIONS.get(name)
         if name == "apply_rope_fusion" and value and unfused_rope:
             _LOG.warning("%s has no kernel for %s: it stays off (slower, same results)", name, unfused_rope)

@@ -119,6 +119,7 @@ def check_parts(model: Model, frozen: Mapping[str, Part], rates: Mapping[str, Pa
 
 # Switches of Megatron's TransformerConfig that have no part in a training step here, whatever the model, and why.
 REFUSED_SWITCHES: Mapping[str, str] = {
+    "calculate_per_token_loss": "a loss is divided by what its caller counts, and Megatron would no longer undo its own divisions alike",
     "cross_entropy_loss_fusion": "log-probabilities, entropies and their gradients are computed together, without Megatron's cross entropy",
     "defer_embedding_wgrad_compute": "the gradient of the output layer is computed with those of log-probabilities",
     "tp_comm_overlap": "TransformerEngine's buffers for it take microbatches of one shape, which these have not",

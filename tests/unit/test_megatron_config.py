@@ -181,6 +181,23 @@ def test_overrides_that_contradict_are_refused(overrides, said):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("fp8", "hybrid"),
+        ("layernorm_zero_centered_gamma", True),
+        ("rotary_interleaved", True),
+        ("window_size", (4, 0)),
+        ("softmax_scale", 1.0),
+    ],
+)
+def test_an_override_that_makes_another_model_of_the_weights_is_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"{name}=.* (makes something else of the weights than|contradicts .*, which) config.json"):
+        config(overrides={name: value})
+    left = getattr(config().transformer, name)
+    assert getattr(config(overrides={name: left}).transformer, name) == left != value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("moe_router_pre_softmax", True),
         ("moe_router_topk_scaling_factor", 2.0),
         ("moe_router_score_function", "sigmoid"),
