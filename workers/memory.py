@@ -199,8 +199,8 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
         (rank.activations + rank.pictures, model.recompute_granularity != "full",
          "set actor.model.recompute_granularity to full, with recompute_method uniform and recompute_num_layers 1"),
         (rank.activations, is_whole, "set actor.model.sequence_parallel to True"),
-        (rank.scoring, rank.scoring > rank.passes, "lower algorithm.logprob_forward_max_tokens or "
-         "logprob_forward_micro_batch_size"),
+        (rank.scoring, rank.scoring > rank.passes, "lower actor.eval_batch_size" if isinstance(config, SftConfig) else
+         "lower algorithm.logprob_forward_max_tokens or logprob_forward_micro_batch_size"),
         (rank.logits, True, "lower actor.model.logits_chunk_tokens"),
         (rank.optimizer, not optim.optimizer_cpu_offload, "set actor.optim.optimizer_cpu_offload to True"),
         (rank.kept, True, "raise actor.model.tensor_model_parallel_size or pipeline_model_parallel_size"),
@@ -211,8 +211,12 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
 
 
 def _scoring_tokens(config: AnyConfig, tokens: int | None) -> int:
-    """Positions of a micro-batch when log-probabilities are recomputed; ``tokens`` of one of training that is cut by tokens."""
-    if isinstance(config, SftConfig) or not (config.algorithm.recompute_logprobs or config.has_reference):
+    """Positions of a micro-batch when log-probabilities are recomputed, or rows of a validation scored; ``tokens`` of one of training that
+    is cut by tokens."""
+    if isinstance(config, SftConfig):
+        validates = config.data.val_data_paths and (config.runner.val_check_interval > 0 or config.runner.val_before_train)
+        return (config.actor.eval_batch_size or 1) * config.runner.seq_length if validates else 0
+    if not (config.algorithm.recompute_logprobs or config.has_reference):
         return 0
     if config.algorithm.logprob_forward_max_tokens is not None:
         return config.algorithm.logprob_forward_max_tokens

@@ -95,6 +95,25 @@ def test_memory_counts_pictures_and_says_which_keys_lower_what_they_take(
     assert "pictures" not in dict(memory(139.8, **frozen).plan)["memory"]
 
 
+def test_memory_counts_the_micro_batches_of_a_validation(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have more rows than those of a step, and have their logits too."""
+    given = values(world)
+    runner, held_out = {**given["runner"], "val_check_interval": 2}, {**given["data"], "val_data_paths": [str(world / "held_out.jsonl")]}
+
+    def scoring(eval_batch_size: int | None, **sections: Any) -> int:
+        report = check(world, actor={**given["actor"], "eval_batch_size": eval_batch_size}, **sections)
+        assert report.memory is not None, report.findings
+        return report.memory.rank.scoring
+
+    assert scoring(64) == scoring(64, data=held_out) == scoring(64, runner=runner) == 0, "a run that does not validate"
+    assert 0 < scoring(None, runner=runner, data=held_out) == scoring(4, runner=runner, data=held_out)
+    assert scoring(64, runner=runner, data=held_out) > 8 * scoring(4, runner=runner, data=held_out)
+    monkeypatch.setattr("workers.check.gpu_bytes", lambda: 2**30)
+    monkeypatch.setattr("workers.check.count_gpus", lambda: 2)
+    many = check(world, actor={**given["actor"], "eval_batch_size": 2**20}, runner=runner, data=held_out)
+    assert "Change one or more: lower actor.eval_batch_size" in texts(many)
+
+
 def test_a_run_that_can_start_has_no_findings_and_a_plan(world: Path) -> None:
     report = check(world, runner={**values(world)["runner"], "val_check_interval": 2}, data={
         **values(world)["data"], "val_data_paths": [str(world / "held_out.jsonl")],
