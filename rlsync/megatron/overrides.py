@@ -30,6 +30,9 @@ _DECIDED_ELSEWHERE = {
     "expert_tensor_parallel_size": "topology.etp_size",
     "num_layers_in_first_pipeline_stage": "topology.first_stage_layers",
     "num_layers_in_last_pipeline_stage": "topology.last_stage_layers",
+    "pipeline_model_parallel_layout": "topology",
+    "account_for_embedding_in_pipeline_split": "topology",
+    "account_for_loss_in_pipeline_split": "topology",
     "params_dtype": "dtype",
     "pipeline_dtype": "dtype",
     "autocast_dtype": "dtype",
@@ -51,6 +54,8 @@ _OTHER_RESULTS = frozenset(
         "fp8",
         "gated_linear_unit",
         "glu_linear_offset",
+        "heterogeneous_block_specs",
+        "is_hybrid_model",
         "layernorm_zero_centered_gamma",
         "linear_attention_freq",
         "moe_apply_probs_on_input",
@@ -59,7 +64,9 @@ _OTHER_RESULTS = frozenset(
         "moe_router_force_load_balancing",
         "moe_router_topk_limited_devices",
         "moe_token_dropping",
+        "mrope_section",
         "mtp_num_layers",
+        "multi_latent_attention",
         "no_rope_freq",
         "num_moe_experts",
         "qk_clip",
@@ -150,8 +157,9 @@ def checked_overrides(
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"unknown model override {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
         owner = _DECIDED_ELSEWHERE.get(name, "config.json" if name in structure else None)
-        if owner is not None and value != decided[name]:
-            raise ConfigError(f"model override {name}={value!r} contradicts {decided[name]!r}, which {owner} decides; change it there")
+        standing = decided.get(name, known[name])
+        if owner is not None and value != standing:
+            raise ConfigError(f"model override {name}={value!r} contradicts {standing!r}, which {owner} decides; change it there")
         if owner is None and name in _OTHER_RESULTS and value != known[name]:
             raise ConfigError(
                 f"model override {name}={value!r} makes something else of the weights than config.json describes, which has "

@@ -143,6 +143,11 @@ def check_overrides(model: Model, overrides: Mapping[str, Any], topology: Topolo
             f"cp_comm_type a2a deals key-value heads to context_parallel_size {topology.cp_size} ranks, and each tensor rank has "
             f"{groups} of them; use p2p"
         )
+    if "sinkhorn" in (overrides.get("moe_router_load_balancing_type") or ()):
+        findings.append(
+            "moe_router_load_balancing_type sinkhorn chooses other experts than the best ones, which transformers and engines take; "
+            "balance by aux_loss"
+        )
     weight = overrides.get("moe_aux_loss_coeff")
     if weight and "num_experts" not in model.dims:
         findings.append(f"moe_aux_loss_coeff is {weight}, and {model.architecture} has no experts to balance; leave it out")

@@ -211,6 +211,23 @@ def test_an_override_of_how_mixtral_routes_is_refused(name, value):
     assert config(hf).transformer.moe_layer_freq == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("moe_router_load_balancing_type", "sinkhorn", "sinkhorn chooses other experts than the best ones"),
+        ("moe_router_load_balancing_type", ["aux_loss", "sinkhorn"], "sinkhorn chooses other experts"),
+        ("account_for_loss_in_pipeline_split", True, "contradicts False, which topology decides"),
+        ("pipeline_model_parallel_layout", "Et*2|t*2L", "contradicts None, which topology decides"),
+        ("multi_latent_attention", True, "makes something else of the weights"),
+    ],
+)
+def test_an_override_of_which_experts_or_of_where_layers_are_is_refused(name, value, said):
+    """Megatron takes each of them."""
+    hf = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    with pytest.raises(ConfigError, match=said):
+        config(hf, overrides={name: value})
+
+
 def test_an_override_that_agrees_is_accepted():
     assert config(overrides={"num_layers": 4, "normalization": "RMSNorm", "bf16": False}).transformer.num_layers == 4
 
