@@ -115,6 +115,7 @@ def compare(
     lora_sync: LoraSync = "merged",
     options: dict[str, Any] | None = None,
     fresh: bool = True,
+    asked: bool = True,
     **config: Any,
 ) -> None:
     """Several syncs of a changing actor; then the synced engines against one started from the exported ``hf_model``.
@@ -125,6 +126,7 @@ def compare(
     ``lora``: of adapters, fields of ``LoraSpec``. ``serves_adapters``: whether vLLM's own adapters are asked as well. ``lora_sync``: how
     engines get them. ``options``: of the engines.
     ``fresh``: False leaves out the one from the exported folder, so that the synced one is held to the actor, and to vLLM's adapters.
+    ``asked``: False where engines cannot compute on this machine, so that they are held to what the fresh one holds alone.
     """
     made = Topology(**topology)
     initialize_parallel(made, seed=1, timeout_s=300)
@@ -137,16 +139,18 @@ def compare(
     syncer = connected(source, synced, SyncConfig(bucket_bytes=60_000, timeout_s=60, lora=lora_sync, **config), made.world_size)
     check_replaced_parameters_are_refused(models, syncer)
     prompts, batch = questions(folder, sees=sees)
+    prompts = prompts if asked else []
     beside = BesideTheBase(bridge, models, source, syncer, synced, options) if lora_sync == "adapter" else None
     report, before = synced_answers(
         lambda: train_step(models, optimizer, [batch], lambda s, _: (-s.log_probs.mean() / made.dp_size, {})),
         syncer.sync if beside is None else beside.sync,
-        lambda: [ask(each, prompts) for each in synced],
+        lambda: [ask(each, prompts) for each in synced if prompts],
         first_held=(1 if beside is None else 2) if frozen or lora else VERSIONS,
     )
     if beside is not None and options.get("enable_sleep_mode"):
         beside.sleep(VERSIONS - 1)
         assert all(difference(ask(each, prompts), last) <= 2e-2 for each, last in zip(synced, before, strict=True))
+    assert not options.get("enable_expert_parallel") or set(report.redundancy.values()) == {1.0}, report.redundancy
     save(bridge, models, Path(out_dir))
     if dtype == "float32":
         check_against_actor(models, before[0] if before else [], prompts, folder if sees else None)
@@ -265,7 +269,7 @@ def apart(
         for engine_id in {engine_id for engine_id, _ in held}:
             assert state_difference(held[engine_id, worker], state) == (), engine_id
     fresh.close()
-    return max(difference(one, expected) for one in answers)
+    return max((difference(one, expected) for one in answers), default=0.0)
 
 
 class BesideTheBase:

@@ -83,6 +83,23 @@ def test_synced_engines_answer_with_the_log_probabilities_of_their_actor(tmp_pat
     assert outputs[0].count("ORACLE of the actor") == len(BY_ACTOR), outputs[0]
 
 
+@pytest.mark.slow
+def test_workers_that_share_the_experts_of_an_engine_hold_what_those_of_a_fresh_one_do(tmp_path, monkeypatch):
+    """vLLM's expert parallelism, seven experts by two workers: each gets its own, once. Workers on CPU of vLLM 0.32 end at the first
+    request of such an engine, so that it is not asked."""
+    for name, value in ENGINE_ENV.items():
+        monkeypatch.setenv(name, value)
+    case = {
+        "folder": str(save_tiny_model(tmp_path / "hf", "qwen3_moe", num_experts=7, num_hidden_layers=2)),
+        "topology": {"pp_size": 2},
+        "out_dir": str(tmp_path / "out"),
+        "options": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        "asked": False,
+    }
+    outputs = run_ranks(2, "tests.integration.oracle_ranks", "sync_and_compare", **case)
+    assert outputs[0].count("ORACLE") == 1, outputs[0]
+
+
 VISION_CASES: tuple[tuple[str, bool, dict[str, int], tuple[str, ...]], ...] = (
     ("qwen2_5_vl", False, {"tp_size": 2}, ()),
     # In the form of released files, the only one that vLLM loads.
