@@ -268,6 +268,8 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
     findings = []
     if spec.r < 1:
         findings.append(f"LoRA's r is {spec.r}; the rank must be at least 1")
+    if not math.isfinite(spec.lora_alpha):
+        findings.append(f"lora_alpha is {spec.lora_alpha}; it must be a finite number")
     if not 0 <= spec.lora_dropout < 1:
         findings.append(f"lora_dropout is {spec.lora_dropout}; it is a probability below 1")
     for name in ("target_modules", "exclude_modules"):
@@ -304,6 +306,18 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
     if routers and spec.lora_dropout:
         findings.append(f"lora_dropout is {spec.lora_dropout}, and {routers[0]} is a router, whose adapter has none in PEFT: set it to 0")
     return findings
+
+
+def idle_exclusions(model: Model, spec: LoraSpec) -> list[str]:
+    """What ``exclude_modules`` say that no matrix of a model is called, in words: layers that somebody meant to leave out would be trained.
+
+    Of a spec that :func:`check_adapters` finds nothing wrong with, and not of an adapter folder's, whose tensors say what has adapters.
+    """
+    linear, other = _matrices(model)
+    names = (spec.exclude_modules,) if isinstance(spec.exclude_modules, str) else spec.exclude_modules
+    tried = {name: name if isinstance(spec.exclude_modules, str) else (name,) for name in names}
+    idle = [name for name, wanted in tried.items() if not any(_matches(wanted, module) for module in (*linear, *other))]
+    return [f"exclude_modules name {name}, which no layer of {model.architecture} is called" for name in idle]
 
 
 def check_beside_base(model: Model, adapters: Adapters) -> list[str]:

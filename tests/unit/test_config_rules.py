@@ -56,6 +56,9 @@ def test_adapters_that_match_no_layer_of_the_model_are_refused() -> None:
     config = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.target_modules=[qkv]")
     with pytest.raises(ConfigError, match=r"actor\.lora: target_modules qkv match no linear layer of Qwen2ForCausalLM"):
         validate_model(config, QWEN2)
+    left_out = shipped("arithmetic-grpo-megatron", "actor.lora.r=4", "actor.lora.exclude_modules=[k_porj]")
+    with pytest.raises(ConfigError, match=r"actor\.lora: exclude_modules name k_porj, which no layer of Qwen2ForCausalLM is called"):
+        validate_model(left_out, QWEN2)
 
 
 def test_adapters_that_engines_do_not_hold_beside_their_base_are_refused() -> None:

@@ -15,7 +15,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.geometry import whole_tensors
 from rlsync.layout.topology import Topology
 from rlsync.models import FAMILIES, model_of
-from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base
+from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base, idle_exclusions
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import build_plan
 from tests.models import DENSE_FAMILIES, MOE_FAMILIES, tiny_config
@@ -86,6 +86,7 @@ def test_all_linear_is_every_linear_layer_of_attention_mlps_and_experts() -> Non
         ({"target_parameters": ("mlp.experts.down_proj",)}, "name mlp.experts.down_proj, which no experts or routers of Qwen2ForCausalLM"),
         ({"lora_dropout": 1.0}, "it is a probability below 1"),
         ({"r": 0}, "must be at least 1"),
+        ({"lora_alpha": float("nan")}, "it must be a finite number"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
@@ -153,6 +154,19 @@ def test_names_reach_layers_of_a_tower_and_all_linear_does_not() -> None:
     model = model_of({**tiny_vision_config("qwen3_vl").to_dict(), "architectures": ["Qwen3VLForConditionalGeneration"]})
     for name, what in (("pos_embed", "an embedding of places"), ("proj", "model.visual.patch_embed.proj, which is a convolution")):
         assert any(what in said for said in check_adapters(model, LoraSpec(4, 8, target_modules=(name,))))
+
+
+def test_an_exclusion_of_nothing_is_a_slip_and_one_of_what_has_no_adapter_anyway_is_not() -> None:
+    def found(exclude: str | tuple[str, ...]) -> list[str]:
+        spec = LoraSpec(4, 8, exclude_modules=exclude)
+        assert check_adapters(DENSE, spec) == []
+        return idle_exclusions(DENSE, spec)
+
+    assert found(()) == found(("k_proj", "lm_head", "embed_tokens")) == found(r".*layers\.0\..*") == []
+    (said,) = found(("k_proj", "k_porj"))
+    assert "exclude_modules name k_porj, which no layer of" in said
+    # As PEFT reads it, an expression has to match the whole name.
+    assert len(found("k_proj")) == 1
 
 
 ADAPTING_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")

@@ -16,7 +16,7 @@ from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_for_engines, check_overrides, check_parts, model_of
-from rlsync.models.lora import adapters_of, check_adapters, check_beside_base
+from rlsync.models.lora import adapters_of, check_adapters, check_beside_base, idle_exclusions
 from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
 from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
 from workers.config.sft import SftConfig
@@ -69,7 +69,7 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
             "it to True and name a folder with weights"
         )
     spec = config.actor.lora_spec
-    adapters = [] if spec is None else check_adapters(model, spec)
+    adapters = [] if spec is None else check_adapters(model, spec) or idle_exclusions(model, spec)
     if spec is not None and not adapters and config.weight_sync.lora == "adapter":
         adapters = check_beside_base(model, adapters_of(model, spec))
     found += [f"actor.lora: {finding}" for finding in adapters]
