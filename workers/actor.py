@@ -50,7 +50,7 @@ from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
 from workers.gpus import device_memory_gb
 from workers.metrics import host_memory_gb
-from workers.samples import Padding
+from workers.samples import Padding, TokenBudget
 from workers.worker_logs import keep_own_log
 
 
@@ -122,12 +122,11 @@ class ActorRank:
             # Here, where engines are still starting, and not before the first save, which training would wait for.
             prepare_saves(self._saved_bridge, self._models, self._save_memory, saves_optimizer=not actor.megatron.no_save_optim)
 
-    def padding(self) -> Padding:
-        """How this rank pads the sequences of a micro-batch; the same on all ranks."""
-        if self._passes["packing"]:
-            return "none"
-        config = unwrap(self._models[0]).config
-        return "all" if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths else "each"
+    def token_budget(self, max_positions: int) -> TokenBudget:
+        """The budget of micro-batches of at most so many positions that go through this rank's chunks; the same on all ranks."""
+        config, multiple_of = unwrap(self._models[0]).config, self._topology.pp_size if self._topology.vpp_size > 1 else 1
+        padding: Padding = "all" if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths else "each"
+        return TokenBudget(max_positions, "none" if self._passes["packing"] else padding, multiple_of)
 
     def _store(self, address: str, port: int) -> dist.Store:
         """Where the ranks of the process group find each other. torch's own would listen on every address of the host."""

@@ -26,7 +26,7 @@ from workers.config import RunConfig
 from workers.config.grpo import AlgorithmConfig
 from workers.metrics import LogprobDifference, part_rates
 from workers.routes import RoutingCounts, padded_routes, routing_counts
-from workers.samples import ReplicaBatch, Sample, TokenBudget, collate, scoring_cuts, stacked
+from workers.samples import ReplicaBatch, Sample, collate, scoring_cuts, stacked
 from workers.sft_data import SftExample
 from workers.supervised import SupervisedObjective, num_targets
 
@@ -141,7 +141,7 @@ class GrpoRank(ActorRank):
         algorithm, replica = self._config.algorithm, self._topology.coordinates(self._rank).dp_rank
         size = None if self._config.runner.enable_dynamic_batch_size else algorithm.logprob_forward_micro_batch_size
         most = algorithm.logprob_forward_max_tokens
-        cuts = scoring_cuts(batches, size=size, budget=None if most is None else TokenBudget(most, self.padding()))[replica]
+        cuts = scoring_cuts(batches, size=size, budget=None if most is None else self.token_budget(most))[replica]
         samples, microbatches = batches[replica].samples, []
         for cut in cuts:
             microbatches.append(collate([samples[index] for index in cut]))

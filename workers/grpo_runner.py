@@ -89,7 +89,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             most = config.runner.max_tokens_per_mbs
             assert most is not None, "load_config derives it"
             # Whether sequences are packed is decided by the layers that ranks have.
-            self._budget = TokenBudget(most, self._on_ranks("padding")[0])
+            self._budget = self._on_ranks("token_budget", most)[0]
         if check is not None:
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:

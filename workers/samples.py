@@ -27,10 +27,15 @@ Padding = Literal["none", "each", "all"]
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
     """What bounds a micro-batch: it has at most ``max_positions`` positions, padded ones among them as ``padding`` says, before lengths
-    are rounded up to what tensor and context ranks can divide."""
+    are rounded up to what tensor and context ranks can divide.
+
+    The number of them in a pass is a multiple of ``multiple_of`` where there are samples enough: a pipeline of virtual stages takes
+    multiples of its ranks alone, and would pass the last micro-batch again for each that is missing.
+    """
 
     max_positions: int
     padding: Padding
+    multiple_of: int = 1
 
 
 class TokenRow(Protocol):
@@ -260,14 +265,13 @@ def split_by_length(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
-def micro_batches_by_tokens(lengths: Sequence[int], budget: TokenBudget, *, min_batches: int = 1, multiple_of: int = 1) -> list[list[int]]:
+def micro_batches_by_tokens(lengths: Sequence[int], budget: TokenBudget, *, min_batches: int = 1) -> list[list[int]]:
     """Micro-batches whose positions stay within ``budget``, few and even: with padding as few as there can be, of sequences of like
     length; without as few and as even as a greedy split makes them.
 
     Args:
         lengths: tokens of each sample (prompt and response).
         min_batches: at least this many, e.g. the largest count over the data-parallel ranks, which must all agree.
-        multiple_of: the count is a multiple of this, as interleaved pipeline schedules want (PP size).
 
     Returns:
         Sorted indices of each micro-batch; none is empty.
@@ -284,11 +288,10 @@ def micro_batches_by_tokens(lengths: Sequence[int], budget: TokenBudget, *, min_
     fewest = -(-sum(lengths) // most) if budget.padding == "none" else len(_padded_runs(lengths, most, budget.padding))
     count = max(min_batches, fewest)
     while True:
-        count = -(-count // multiple_of) * multiple_of
         if count > len(lengths):
-            raise ConfigError(
-                f"{len(lengths)} samples cannot fill {count} micro-batches (a multiple of {multiple_of}, at least {min_batches})"
-            )
+            raise ConfigError(f"{len(lengths)} samples cannot fill {count} micro-batches (at least {min_batches})")
+        rounded = -(-count // budget.multiple_of) * budget.multiple_of
+        count = rounded if rounded <= len(lengths) else count
         if budget.padding != "none":
             return _even_runs(lengths, most, count, budget.padding)
         batches = _spread(lengths, count)

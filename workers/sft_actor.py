@@ -24,7 +24,7 @@ from workers.metrics import part_rates
 from workers.model_folder import read_hf_config
 from workers.preparation import load_tokenizer
 from workers.row_loader import LEFT_OUT, ExampleSource, RowLoader
-from workers.samples import PAD_ID, TokenBudget, micro_batches_by_tokens, stacked
+from workers.samples import PAD_ID, micro_batches_by_tokens, stacked
 from workers.sft_data import SftExample
 from workers.sft_preparation import example_source, num_val_examples, open_loader, val_examples
 from workers.supervised import SupervisedObjective, num_targets
@@ -113,7 +113,7 @@ class SftRank(ActorRank):
         """Cuts of at most ``runner.max_tokens_per_mbs`` positions, as many as the replica that needs most of them has. Collective."""
         most = self._config.runner.max_tokens_per_mbs
         assert most is not None, "load_config derives it"
-        budget = TokenBudget(most, self.padding())
+        budget = self.token_budget(most)
         lengths, count, cuts = [example.length for example in examples], 1, []
         while True:
             with agreed(device=compute_device()):

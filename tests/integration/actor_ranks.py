@@ -27,7 +27,7 @@ from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
-from workers.samples import ReplicaBatch, Sample, TokenBudget, aligned, split_samples
+from workers.samples import ReplicaBatch, Sample, aligned, split_samples
 from workers.supervised import answered
 
 
@@ -82,7 +82,7 @@ def batches(actor: GrpoRank, samples: Sequence[Sample], step: int, *, num_update
         dp_size=actor._topology.dp_size,
         num_updates=config.algorithm.n_minibatches if num_updates is None else num_updates,
         micro_batch_size=config.algorithm.training_batch_size_per_gpu,
-        budget=None if most is None else TokenBudget(most, actor.padding()),
+        budget=None if most is None else actor.token_budget(most),
         balance=config.actor.enable_dp_load_balance,
         shuffle_seed=config.actor.seed + step if config.algorithm.shuffle_rollout and num_updates is None else None,
     )

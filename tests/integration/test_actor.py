@@ -79,7 +79,7 @@ def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
         {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
         {"actor.model": PP2, "runner": PACKED, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
         {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
-        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}},
+        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}, "runner": PACKED},
         {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, **MANY, **EARLY, "shuffle_rollout": True}},
         {"actor.model": CP2, "runner": PACKED, "algorithm": {**KL, "entropy_bonus": 0.02, **EARLY}},
         {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean", "early_scoring_prompts": 2}},

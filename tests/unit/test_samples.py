@@ -49,14 +49,14 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), min_size=4, 
 @settings(max_examples=60, deadline=None)
 @given(
     groups=st.lists(LENGTHS, min_size=2, max_size=6), dp_size=st.sampled_from([1, 2, 4]), balance=st.booleans(),
-    max_tokens=st.one_of(st.none(), st.integers(15, 40)), padding=st.sampled_from(["none", "each", "all"]),
+    max_tokens=st.one_of(st.none(), st.integers(15, 40)), padding=st.sampled_from(["none", "each", "all"]), stages=st.sampled_from([1, 3]),
     seed=st.one_of(st.none(), st.integers(0, 9)),
 )  # fmt: skip
-def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, padding, seed) -> None:
+def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, balance, max_tokens, padding, stages, seed) -> None:
     samples = [sample(p, r, number=i) for i, (p, r) in enumerate(pair for group in groups for pair in group)]
     batches = split_samples(
         samples, dp_size=dp_size, num_updates=1, micro_batch_size=3, balance=balance, shuffle_seed=seed,
-        budget=None if max_tokens is None else TokenBudget(max_tokens, padding),
+        budget=None if max_tokens is None else TokenBudget(max_tokens, padding, stages),
     )  # fmt: skip
     dealt = Counter(n for share in batches for update in numbers(share) for micro in update for n in micro)
     assert dealt == Counter(range(len(samples)))
@@ -68,6 +68,7 @@ def test_every_sample_is_trained_on_once_whatever_the_deal(groups, dp_size, bala
     if max_tokens is not None:
         updates = [update for share in batches for update in share.updates]
         assert all(n <= max_tokens for update in updates for n in positions([[s.length for s in micro] for micro in update], padding))
+        assert all(len(update) % stages == 0 or -(-len(update) // stages) * stages > len(samples) // dp_size for update in updates)
 
 
 def positions(batches: Sequence[Sequence[int]], padding: str) -> list[int]:
@@ -188,9 +189,13 @@ def test_one_long_sequence_does_not_pad_many_short_ones_to_its_length() -> None:
     assert len(micro_batches_by_tokens(lengths, TokenBudget(8192, "all"))) == 21
 
 
-def test_micro_batch_count_is_a_multiple_where_the_schedule_wants_it() -> None:
-    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, "none"), multiple_of=4)) == 4
-    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, "each"), multiple_of=4)) == 4
+@pytest.mark.parametrize("padding", ["none", "each", "all"])
+def test_micro_batch_count_is_a_multiple_where_the_schedule_wants_it_and_samples_are_enough(padding: Padding) -> None:
+    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, padding))) == 3
+    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, padding, 4))) == 4
+    assert len(micro_batches_by_tokens([5] * 8, TokenBudget(15, padding, 4), min_batches=5)) == 8
+    # The schedule fills up what no sample is there for.
+    assert len(micro_batches_by_tokens([5] * 7, TokenBudget(5, padding, 4))) == 7
 
 
 @pytest.mark.parametrize(
