@@ -320,7 +320,9 @@ class RunnerConfig:
     save_interval: int = key(-1, "steps between checkpoints, also one at the last step; 0 or less: none at all", bounds=ANY_NUMBER)
     keep_last_n: int | None = key(None, "complete checkpoints to keep; null keeps all", min=1)
     seq_length: int = key(doc="tokens of prompt and response together; must exceed data.max_prompt_length", min=2)
-    enable_dynamic_batch_size: bool = key(False, "cut micro-batches by tokens, padding included, instead of by samples")
+    enable_dynamic_batch_size: bool = key(
+        False, "cut micro-batches by tokens, balanced, instead of by samples; padding counts where sequences are not packed"
+    )
     max_tokens_per_mbs: int | None = key(
         None,
         "token budget of a micro-batch when enable_dynamic_batch_size, with padding where sequences are not packed; null: seq_length",

@@ -82,6 +82,12 @@ IN_GRPO = (
     ReadWhere(("algorithm.importance_sampling_clip",), "algorithm.importance_sampling_fix", lambda c: c.algorithm.importance_sampling_fix),
     ReadWhere(("algorithm.kl_penalty_type",), "algorithm.kl_beta", lambda c: c.algorithm.kl_beta != 0),
     ReadWhere(
+        ("algorithm.training_batch_size_per_gpu",),
+        "runner.enable_dynamic_batch_size",
+        # A warm start is cut by samples.
+        lambda c: not c.runner.enable_dynamic_batch_size or c.warm_start is not None,
+    ),
+    ReadWhere(
         ("algorithm.logprob_forward_micro_batch_size",),
         "runner.enable_dynamic_batch_size",
         lambda c: not c.runner.enable_dynamic_batch_size,
