@@ -189,12 +189,14 @@ def _advice(config: AnyConfig, memory: PredictedMemory) -> str:
     """The keys that lower what is largest, those that cost least first."""
     model, optim, rank = config.actor.model, config.actor.optim, memory.rank
     batch = "actor.micro_batch_size" if isinstance(config, SftConfig) else "algorithm.training_batch_size_per_gpu"
-    dynamic = config.runner.enable_dynamic_batch_size
+    runner, dynamic = config.runner, config.runner.enable_dynamic_batch_size
     is_whole = model.tensor_model_parallel_size > 1 and not model.sequence_parallel
     choices = [
         (memory.engine_training, memory.engine_training > 0, "set rollout.sleep_level to 2"),
         (rank.optimizer, not optim.use_distributed_optimizer, "set actor.optim.use_distributed_optimizer to True"),
         (rank.activations + rank.pictures, not dynamic and _samples(config) > 1, f"lower {batch}"),
+        (rank.activations + rank.pictures, dynamic and (runner.max_tokens_per_mbs or 0) > runner.seq_length,
+         "lower runner.max_tokens_per_mbs"),
         (rank.pictures, True, "lower data.max_pixels"),
         (rank.activations + rank.pictures, model.recompute_granularity != "full",
          "set actor.model.recompute_granularity to full, with recompute_method uniform and recompute_num_layers 1"),

@@ -455,8 +455,8 @@ def test_memory_of_an_actor_gpu_is_predicted_and_what_cannot_fit_is_a_finding_wi
     (own / "model/config.json").write_text(json.dumps(shape_of("qwen2.5-7b")))
     monkeypatch.setattr("workers.check.gpu_bytes", lambda: 80 * 2**30)
 
-    def memory(**model: Any) -> Report:
-        runner = {"seq_length": 8192, "experiment_name": "run", "output_dir": str(own.parent / "results")}
+    def memory(cut: dict[str, Any] | None = None, **model: Any) -> Report:
+        runner = {"seq_length": 8192, "experiment_name": "run", "output_dir": str(own.parent / "results"), **(cut or {})}
         sections = {"cluster": {"component_placement": {"actor": "0-1", "rollout,reward": "2"}}, "actor": {"model": model}}
         return check_run({**values(own, runner=runner), **sections}, (check_devices, check_model, check_memory))
 
@@ -467,6 +467,10 @@ def test_memory_of_an_actor_gpu_is_predicted_and_what_cannot_fit_is_a_finding_wi
     for part in ("cannot train", "80.0 GiB", "optimizer 42.6", "granularity to full", "sequence_parallel to True", "optimizer_cpu_offload"):
         assert part in said, said
     assert "lower algorithm.training_batch_size_per_gpu" not in said and "use_distributed_optimizer to" not in said
+    assert "max_tokens_per_mbs" not in said
+    by_tokens = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 16384}
+    assert "lower runner.max_tokens_per_mbs" in texts(memory(by_tokens, tensor_model_parallel_size=2))
+    assert "max_tokens_per_mbs" not in texts(memory({"enable_dynamic_batch_size": True}, tensor_model_parallel_size=2)), "it is the least"
     again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     fits = memory(tensor_model_parallel_size=2, sequence_parallel=True, **again)
     assert fits.findings == [] and "of the 80 of a GPU in training" in dict(fits.plan)["memory"]
