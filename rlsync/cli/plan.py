@@ -122,7 +122,7 @@ def _rows(p: Price) -> list[tuple[str, str]]:
         *_staging(p),
         *_seconds(p),
         ("extra in a worker", f"none with the direct sink, up to {amount(p.layerwise_extra_bytes)} with layerwise"),
-        ("planned in", f"{p.planning_s:.1f} s"),
+        ("planned in", f"{p.planning_s:.1f} s of one processor"),
     ]
 
 

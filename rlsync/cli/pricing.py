@@ -70,6 +70,7 @@ class Price:
         num_steps: of NCCL's messages, or 0.
         host_traffic: bytes between hosts.
         prediction: seconds; None where no speeds are known, or for the reason in ``unpredicted``.
+        planning_s: of the processor, which other work on the machine does not lengthen; what is laid out first included.
         layerwise_extra_bytes: most that a worker takes where every module goes through vLLM's post-processing; the direct sink
             takes none.
     """
@@ -121,6 +122,7 @@ class Quote:
 @gc_paused()
 def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
     """Price a sync of the model of a config.json, or say why it cannot be. Raises nothing for what a sync would refuse."""
+    began_s = time.process_time()
     try:
         sides = set_out(
             config,
@@ -133,13 +135,14 @@ def quote(config: Mapping[str, Any], scene: Scene, settings: Settings) -> Quote:
         return Quote((str(error),))
     if not sides.actors or not sides.workers:
         return Quote(tuple(sides.refusals))
-    return price_of(str(config["architectures"][0]), sides, settings)
+    found = price_of(str(config["architectures"][0]), sides, settings)
+    return found if found.price is None else replace(found, price=replace(found.price, planning_s=time.process_time() - began_s))
 
 
 @gc_paused()
 def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bool = True) -> Quote:
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     try:
         drawn, takers, transports, is_read_staged = _draw(sides, settings, by_kind)
     except PlacementError as error:
@@ -212,7 +215,7 @@ def _count(
     began_s: float,
 ) -> Price:
     moved, parts = drawn.traffic(), [[part for (part,) in lay_out(kind.plan(drawn.buckets))] for kind in drawn.kinds]
-    planning_s = time.perf_counter() - began_s
+    planning_s = time.process_time() - began_s
     tensors = sides.tensors
     slot_size, ring_size = ring_bytes(drawn, parts, transports, settings.num_slots)
     stages = staging_bytes(drawn, parts, is_read_staged, settings.num_slots)

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,13 @@ def test_experts_that_do_not_come_out_even_are_shared_by_all_ranks_of_an_engine(
     assert price.redundancy_per_worker == (1.0, 1.0) and price.heaviest_worker == "engine 0 worker 0"
     (refusal,) = quote(dict(SHAPES["tiny-moe"]), Scene({}, dp_size=9, ep_size=9), Settings()).refusals
     assert "has 8 experts; take fewer ranks" in refusal
+
+
+def test_the_time_of_planning_is_that_of_the_processor_from_the_first_layout_on() -> None:
+    began_s = time.process_time()
+    price = priced(dict(SHAPES["tiny-moe"]) | {"num_experts": 64}, Scene({"dp_size": 4, "ep_size": 4}, dp_size=4, ep_size=4))
+    spent_s = time.process_time() - began_s
+    assert 0.95 * spent_s <= price.planning_s <= spent_s
 
 
 def test_links_follow_from_where_the_engines_are() -> None:
