@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,28 +16,32 @@ RANKS = "tests.integration.replay_ranks"
 SP = {"sequence_parallel": True}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 PARTLY = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
-SPARSE = (0, 2, 3)  # the second layer of the tiny model is dense
+SPARSE = (0, 2, 3)  # the second layer of the tiny Qwen3-MoE is dense
+LATENT_SPARSE = (1, 2, 3)  # and the first of the tiny DeepSeek-V3
 LENGTHS = (24, 17, 9, 21)
-NUM_EXPERTS, TOPK = 8, 3
 
 
 @pytest.fixture(scope="module")
 def forced(tmp_path_factory) -> tuple[str, str]:
     """A model's folder, and a file with routes at random, a fifth of them missing, and what transformers makes of them."""
-    root = tmp_path_factory.mktemp("replay")
-    folder = make_models(root, ("qwen3_moe",))["qwen3_moe"]["folder"]
+    return force(tmp_path_factory.mktemp("replay"), "qwen3_moe", SPARSE)
+
+
+def force(root: Path, family: str, sparse: Sequence[int]) -> tuple[str, str]:
+    folder = make_models(root, (family,))[family]["folder"]
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     draw = torch.Generator().manual_seed(3)
     rows, longest = len(LENGTHS), max(LENGTHS)
     tokens = torch.randint(1, 131, (rows, longest), generator=draw)
-    routes = torch.rand(rows, longest, len(SPARSE), NUM_EXPERTS, generator=draw).argsort(-1)[..., :TOPK]
+    num_experts, topk = model.model.layers[sparse[0]].mlp.gate.weight.size(0), model.config.num_experts_per_tok
+    routes = torch.rand(rows, longest, len(sparse), num_experts, generator=draw).argsort(-1)[..., :topk]
     routes[torch.rand(rows, longest, generator=draw) < 0.2] = -1
     weights = torch.rand(rows, longest, generator=draw)
     weights[:, 0] = 0.5  # no token before it: its log-probability is 0, but it is no padding
     for row, length in enumerate(LENGTHS):
         weights[row, length:] = 0
-    free, chosen, shares = passed(model, tokens, None)
-    expected, live, _ = passed(model, tokens, routes)
+    free, chosen, shares = passed(model, tokens, None, sparse)
+    expected, live, _ = passed(model, tokens, routes, sparse)
     loss = -(expected[0] * weights).sum() - 0.1 * (expected[1] * weights.abs()).sum()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -52,36 +59,39 @@ def forced(tmp_path_factory) -> tuple[str, str]:
 
 def balancing_loss(chosen, shares):
     """Equations 4 to 6 of arXiv 2101.03961, for several experts a token: of each sequence the mean over layers."""
-    losses = []
+    losses, num_experts = [], shares.size(-1)
     for row, length in enumerate(LENGTHS):
         losses.append(0.0)
-        for place in range(len(SPARSE)):
-            fraction = torch.bincount(chosen[row, :length, place].reshape(-1), minlength=NUM_EXPERTS) / (length * TOPK)
-            losses[-1] += NUM_EXPERTS * (fraction * shares[row, :length, place].mean(0)).sum().item() / len(SPARSE)
+        for place in range(chosen.size(2)):
+            fraction = torch.bincount(chosen[row, :length, place].reshape(-1), minlength=num_experts) / (length * chosen.size(-1))
+            losses[-1] += num_experts * (fraction * shares[row, :length, place].mean(0)).sum().item() / chosen.size(2)
     return losses
 
 
-def passed(model, tokens, routes):
+def passed(model, tokens, routes, sparse):
     """Log-probabilities and entropies (rows, length) of transformers' model, its choices and shares, where its routers obey ``routes``."""
-    live = torch.empty(*tokens.shape, len(SPARSE), TOPK, dtype=torch.int64)
-    spread = torch.empty(*tokens.shape, len(SPARSE), NUM_EXPERTS)
+    num_experts, topk = model.model.layers[sparse[0]].mlp.gate.weight.size(0), model.config.num_experts_per_tok
+    live = torch.empty(*tokens.shape, len(sparse), topk, dtype=torch.int64)
+    spread = torch.empty(*tokens.shape, len(sparse), num_experts)
+    scale = getattr(model.config, "routed_scaling_factor", None)
 
     def obey(place):
         def hook(gate, inputs, output):
             logits = inputs[0].reshape(-1, gate.weight.size(1)) @ gate.weight.T
-            shares, own = logits.softmax(-1), logits.topk(TOPK, dim=-1).indices
-            live[:, :, place] = own.view(*tokens.shape, TOPK)
-            spread[:, :, place] = shares.detach().view(*tokens.shape, NUM_EXPERTS)
+            # DeepSeek-V3's have a scale; what they choose by, bias and groups, is no part of what they weigh by.
+            shares, own = logits.softmax(-1) if scale is None else logits.sigmoid(), output[2]
+            live[:, :, place] = own.view(*tokens.shape, topk)
+            spread[:, :, place] = shares.detach().view(*tokens.shape, num_experts)
             chosen = own
             if routes is not None:
-                given = routes[:, :, place].reshape(-1, TOPK)
+                given = routes[:, :, place].reshape(-1, topk)
                 chosen = torch.where(given < 0, own, given)
             taken = shares.gather(1, chosen)
-            return (output[0], taken / taken.sum(-1, keepdim=True), chosen)
+            return (output[0], taken / taken.sum(-1, keepdim=True) * (1.0 if scale is None else scale), chosen)
 
         return hook
 
-    hooks = [model.model.layers[layer].mlp.gate.register_forward_hook(obey(place)) for place, layer in enumerate(SPARSE)]
+    hooks = [model.model.layers[layer].mlp.gate.register_forward_hook(obey(place)) for place, layer in enumerate(sparse)]
     try:
         logits = model(tokens).logits.float()
     finally:
@@ -104,6 +114,17 @@ def test_replayed_routes_give_the_scores_and_gradients_of_transformers_on_four_r
         {"topology": {"tp_size": 2, "cp_size": 2, "ep_size": 2}, "overrides": {**SP, **RECOMPUTED}, "packing": True},
     ]
     outputs = run_ranks(4, RANKS, "replay", cases=[{**case, "folder": folder} for case in cases], expected=expected)
+    assert outputs[0].count("REPLAYED") == len(cases)
+
+
+def test_routes_outside_a_routers_groups_are_taken_with_the_weights_of_its_sigmoid(tmp_path):
+    """DeepSeek-V3: routes at random cross the groups that a token may take, and no bias is in what experts are weighed by."""
+    folder, expected = force(tmp_path, "deepseek_v3", LATENT_SPARSE)
+    cases = [
+        {"folder": folder, "topology": {"tp_size": 2, "ep_size": 2}, "overrides": {**SP, **RECOMPUTED}, "packing": True},
+        {"folder": folder, "topology": {"pp_size": 2}, "overrides": PARTLY},
+    ]
+    outputs = run_ranks(2, RANKS, "replay", cases=cases, expected=expected)
     assert outputs[0].count("REPLAYED") == len(cases)
 
 
