@@ -24,6 +24,7 @@ from rlsync.bridge.adapter_folder import (
     check_adapter_folder,
     placed_adapter,
 )
+from rlsync.bridge.checkpoint_sums import check_written
 from rlsync.bridge.full_tensors import (
     Arriving,
     Export,
@@ -46,6 +47,7 @@ from rlsync.copy.files import FileWriter, MappedTensors, prepare_folder, write_i
 from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
 from rlsync.layout.geometry import BufferSpec, Placement, TensorSpec, whole_tensors
+from rlsync.layout.safetensors import CHECKSUMS
 from rlsync.layout.topology import Topology
 from rlsync.megatron import model as megatron_model
 from rlsync.megatron.cpu import enable_cpu
@@ -205,8 +207,9 @@ class AutoBridge:
         """Fill the adapters from a folder of PEFT's form. Call it before ``build_optimizer``, and after the base has its weights: PEFT
         saves those of embeddings and heads beside their adapters, and they must be the base's.
 
-        Raises on every rank, before anything changes: CheckpointError (missing or truncated files), ConfigError (another rank or scaling,
-        or what is not supported), PlacementError (missing, unexpected and wrongly shaped tensors at once). Collective over all ranks.
+        Raises on every rank, before anything changes: CheckpointError (missing or truncated files, or others than a run wrote), ConfigError
+        (another rank or scaling, or what is not supported), PlacementError (missing, unexpected and wrongly shaped tensors at once).
+        Collective over all ranks.
         """
         folder = Path(folder)
         with agreed(device=compute_device()):
@@ -218,6 +221,7 @@ class AutoBridge:
             filling = plan_filling(shards.tensors, (stored,), shards.placements[dist.get_rank()])
             files = filling.open()
             self._check_base_copies(models, MappedTensors(base_copies(adapters, folder)), folder)
+        check_written(folder)
         _fill(shards, filling, files)
 
     def load_adapter_shards(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
@@ -289,6 +293,7 @@ class AutoBridge:
                 specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in arrived.items()]
                 try:
                     out_dir.mkdir(parents=True, exist_ok=True)
+                    (out_dir / CHECKSUMS).unlink(missing_ok=True)  # of older ones
                     with FileWriter(out_dir / ADAPTER_WEIGHTS, specs, writes) as writer:
                         for name, tensor in arrived.items():
                             writer.write(name, tensor.contiguous())
@@ -301,14 +306,18 @@ class AutoBridge:
         reads only the byte ranges it needs.
 
         Floating-point dtypes are cast to those of the parameters; vocabulary padding becomes zero. Raises on every rank,
-        before anything changes: CheckpointError (truncated, missing files), PlacementError (all missing, unexpected and
-        wrongly shaped tensors at once). Collective over all ranks.
+        before anything changes: CheckpointError (truncated or missing files, or safetensors files that are not what a run wrote, where its
+        ``checksums.json`` is beside them), PlacementError (all missing, unexpected and wrongly shaped tensors at once). Collective over all
+        ranks.
         """
         with agreed(device=compute_device()):
             shards = self.shards(models)
             holdings = holdings_of(Path(path), self.model)
             filling = plan_filling(shards.tensors, holdings, shards.placements[dist.get_rank()])
             files = filling.open()
+            stored = {tensor.file for holding in holdings for tensor in holding.stored.values() if tensor.file.suffix == ".safetensors"}
+        for folder in sorted({file.parent for file in stored}):
+            check_written(folder, stored)
         _fill(shards, filling, files)
 
     def init_weights(self, models: Sequence[torch.nn.Module], *, seed: int, std: float | None = None) -> None:

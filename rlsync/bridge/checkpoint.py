@@ -4,7 +4,7 @@
         actor/hf_model/                               for transformers and vLLM
         actor/hf_adapter/                             of models with adapters: these alone, for PEFT and vLLM
         actor/iter_XXXXXXX/mp_rank_TT[_PPP]/          Megatron's own shards: weights, optimizer, scheduler, random state
-        actor/iter_XXXXXXX/checksums.json             CRC-32 of what was written to these
+        actor/*/checksums.json                        CRC-32 of what was written to each of these folders
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
 
@@ -13,7 +13,6 @@ Owns the order of writing; names and completeness are ``checkpoint_folder``'s, t
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,6 @@ import torch.distributed as dist
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint_folder import (
     ADAPTER_FOLDER,
-    CHECKSUMS,
     HF_FOLDER,
     TRACKER,
     Restored,
@@ -36,12 +34,14 @@ from rlsync.bridge.checkpoint_folder import (
     shards_folder,
     write_durably,
 )
+from rlsync.bridge.checkpoint_sums import check_written, write_sums
 from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_to
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
-from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes, Written, check_sums, read_sums
+from rlsync.copy.writes import DeferredWrites, DirectWrites, HostMemory, Writes, Written, read_sums
 from rlsync.errors import CheckpointError
+from rlsync.layout.safetensors import CHECKSUMS
 from rlsync.layout.torch_files import TensorView, read_torch_file
 from rlsync.megatron.model import adapters_in, iter_parameters, unwrap
 from rlsync.megatron.optimizer import MegatronOptimizer, OptimizerParamScheduler
@@ -63,7 +63,7 @@ from rlsync.megatron.state import (
 )
 from rlsync.models.shards import PADDED_VOCABULARY
 from rlsync.plan.planner import Copy
-from rlsync.transport.collectives import agreed, gather_bytes
+from rlsync.transport.collectives import agreed
 
 
 def save_checkpoint(
@@ -82,7 +82,7 @@ def save_checkpoint(
     gathered but what a Hugging Face tensor needs. ``folder`` must be visible to all ranks. Collective over all ranks; an error of one rank
     is raised on all.
     """
-    with DirectWrites(summed=shards_folder(Path(folder), step)) as writes:
+    with DirectWrites(summed=Path(folder)) as writes:
         _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
     _complete(Path(folder), step, writes.written)
 
@@ -134,7 +134,7 @@ def begin_checkpoint(
 
     ``memory`` takes the bytes that this rank writes, and is free for another save after ``finish``. Collective over all ranks.
     """
-    writes = DeferredWrites(memory, summed=shards_folder(Path(folder), step))
+    writes = DeferredWrites(memory, summed=Path(folder))
     _put(Path(folder), bridge, models, writes, step, optimizer, scheduler)
     writes.start()
     return DeferredSave(Path(folder), step, writes)
@@ -171,28 +171,18 @@ def _put(
 
 def _complete(folder: Path, step: int, written: Sequence[Written]) -> None:
     """Write the sums of what all ranks have written, then the tracker. Collective over all ranks."""
-    shards = shards_folder(folder, step)
-    mine = [(str(one.file.relative_to(shards)), one.begin, one.end, one.crc) for one in written]
-    gathered = gather_bytes(json.dumps(mine).encode(), device=compute_device())
+    write_sums(folder, written)
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
-            sums = sorted(one for payload in gathered for one in json.loads(payload))
-            write_durably(shards / CHECKSUMS, json.dumps(sums))
             write_durably(folder / TRACKER, str(step))
 
 
 def _check_sums(shards: Path) -> None:
-    """Raise CheckpointError, on every rank, where shards are no longer what was written. Ranks share the reading. Collective over all.
-
-    Shards without sums, which other trainers and ``rlsync convert`` write, are taken as they are.
-    """
+    """Raise CheckpointError, on every rank, where shards are no longer what was written: tensors, or what is none. Collective over all."""
+    check_written(shards)
     path = shards / CHECKSUMS
     with agreed(device=compute_device()):
-        if not path.is_file():
-            return
-        sums, rank, num_ranks = read_sums(path), dist.get_rank(), dist.get_world_size()
-        check_sums(sums[rank::num_ranks], path)
-        for file in sorted({one.file for one in sums})[rank::num_ranks]:
+        for file in sorted({one.file for one in read_sums(path)} if path.is_file() else ())[dist.get_rank() :: dist.get_world_size()]:
             # The file's own sums are of all that is no tensor.
             read_torch_file(file)
 

@@ -4,7 +4,7 @@
         actor/hf_model/                               for transformers and vLLM
         actor/hf_adapter/                             of a run with adapters: these alone, for PEFT and vLLM
         actor/iter_XXXXXXX/mp_rank_TT[_PPP][_EEE]/    Megatron's own shards
-        actor/iter_XXXXXXX/checksums.json             of what was written to them
+        actor/*/checksums.json                        of what was written to the files of each of these
         actor/latest_checkpointed_iteration.txt       written last
         data/data.pt                                  the driver's
 
@@ -23,7 +23,6 @@ from rlsync.errors import CheckpointError
 from rlsync.layout.topology import Topology
 
 TRACKER = "latest_checkpointed_iteration.txt"
-CHECKSUMS = "checksums.json"
 HF_FOLDER = "hf_model"
 ADAPTER_FOLDER = "hf_adapter"
 # What RLinf calls the same folder; read, never written.

@@ -18,7 +18,7 @@ from typing import Any
 
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
-from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, Holding, StoredTensor, read_checkpoint
+from rlsync.layout.safetensors import CHECKSUMS, INDEX_NAME, SINGLE_NAME, Holding, StoredTensor, read_checkpoint
 from rlsync.models.stacks import Model
 from rlsync.models.stored import StoredForm, default_form, file_placement, form_of, has_other_forms, misfits
 
@@ -47,7 +47,7 @@ STAYS: dict[str, tuple[str, ...]] = {
         "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.npz",
         "*.index.json", "*.partial",
     ),
-    "describes the weights that were loaded": ("hf_quant_config.json", "README*", "trainer_state.json", "*_results.json"),
+    "describes the weights that were loaded": (CHECKSUMS, "hf_quant_config.json", "README*", "trainer_state.json", "*_results.json"),
 }  # fmt: skip
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ import torch
 
 from rlsync import __version__
 from rlsync.bridge.adapter_folder import base_copies
-from rlsync.bridge.checkpoint_folder import CHECKSUMS, sync_folder, write_durably
+from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
 from rlsync.convert.merging import Factors, FilePlan, check_base, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
@@ -37,6 +37,7 @@ from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, M
 from rlsync.copy.files import MappedTensors
 from rlsync.copy.writes import check_sums, read_sums
 from rlsync.errors import CheckpointError, ConfigError
+from rlsync.layout.safetensors import CHECKSUMS
 from rlsync.layout.topology import Topology
 from rlsync.models import Flavour, check_config
 from rlsync.models.base_keys import DTYPES
@@ -116,8 +117,8 @@ def convert(
     they return when the target is there.
 
     Raises, before a tensor is copied: what ``open_source`` raises; ConfigError for a layout that does not fit the model; CheckpointError
-    where the target is there, another conversion is writing it, the disk has too little room, or Megatron's shards are no longer what a run
-    wrote. What one rank raises is raised on all.
+    where the target is there, another conversion is writing it, the disk has too little room, or files are no longer what a run wrote. What
+    one rank raises is raised on all.
     """
     ranks = Ranks.alone() if ranks is None else ranks
     with ranks.together(), ExitStack() as stack:
@@ -162,9 +163,9 @@ def convert(
 
 
 def _check_sums(source: Source, ranks: Ranks) -> None:
-    """Raise CheckpointError where Megatron's shards are no longer what the run wrote. Shards without sums are taken as they are."""
+    """Raise CheckpointError where files are no longer what a run wrote. A folder without sums is taken as it is."""
     path, files = source.folder / CHECKSUMS, set(source.files())
-    if source.form == "megatron" and path.is_file():
+    if path.is_file():
         sums = [one for one in read_sums(path) if one.file in files]
         check_sums(sums[ranks.rank :: ranks.size], path)
     if source.merged is not None:

@@ -14,7 +14,7 @@ import torch
 from rlsync.copy.writes import DirectWrites, Writes
 from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.geometry import TensorSpec
-from rlsync.layout.safetensors import INDEX_NAME, SINGLE_NAME, StoredTensor, encode_header
+from rlsync.layout.safetensors import CHECKSUMS, INDEX_NAME, SINGLE_NAME, StoredTensor, encode_header
 from rlsync.plan.buckets import grouped
 
 
@@ -79,7 +79,8 @@ class FileWriter:
         self._writes = DirectWrites(durable=False) if writes is None else writes
         header, self._begins = encode_header(tensors)
         self._missing = {t.name for t in tensors}
-        self._partial.write_bytes(header)
+        self._partial.write_bytes(b"")
+        self._writes.put(self._partial, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole contiguous tensor of any device at its place."""
@@ -108,14 +109,14 @@ def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder ready for new weights: an index or shard of older ones that stayed behind would be read beside them.
+    """Make a folder ready for new weights: an index, sums or a shard of older ones that stayed behind would be read beside them.
 
     Removes what rlsync and transformers write. Raises CheckpointError, before anything is removed, for weights under other names, which
     vLLM would load as well, and for what cannot be written to or replaced.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        older = [folder / INDEX_NAME, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")]
+        older = [folder / INDEX_NAME, folder / CHECKSUMS, *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.partial")]
         foreign = sorted(path.name for path in folder.glob("*.safetensors") if path not in older)
         if foreign:
             raise CheckpointError(f"{folder}: vLLM would load {first_few(foreign)} there too; choose another folder, or remove them")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Protocol
@@ -152,7 +152,7 @@ class DirectWrites:
     """Writes at once. ``durable`` False leaves it to the system when the disk gets a file.
 
     Attributes:
-        written: what was put into files below ``summed``; without that nothing is summed up.
+        written: what was put into files below ``summed``, by the names that they were given at last; without that nothing is summed up.
     """
 
     def __init__(self, *, durable: bool = True, summed: Path | None = None) -> None:
@@ -202,6 +202,7 @@ class DirectWrites:
             os.close(descriptor)
         if becomes is not None:
             os.replace(file, becomes)
+            self.written = [replace(one, file=becomes) if one.file == file else one for one in self.written]
 
     def discard(self, file: Path) -> None:
         if file in self._open:

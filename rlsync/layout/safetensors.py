@@ -12,6 +12,8 @@ from typing import Any
 from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.geometry import Placement, TensorSpec
 
+# Beside weights that a run has saved, in any form: CRC-32 of what was written to their files.
+CHECKSUMS = "checksums.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {

@@ -151,6 +151,20 @@ def test_a_checkpoint_with_hf_weights_alone_is_read_under_either_name_and_said_t
     (actor / "latest_checkpointed_iteration.txt").write_text("7")
     outputs = run_ranks(2, RANKS, "resume_weights", folder=model, topology=PP2, actor_parent=str(actor.parent))
     assert said(outputs[0]) > 0
+    damaged, words = {}, {}
+    # Without the header of a file, whose damage may be found before by what it says.
+    for file, begin, *_ in json.loads((actor / "hf_checkpoint" / "checksums.json").read_text())[1::7]:
+        kind = f"a bit of byte {begin} of {file}"
+        shutil.copytree(actor.parent, tmp_path / kind / "global_step_2")
+        path = tmp_path / kind / "global_step_2" / "actor" / "hf_checkpoint" / file
+        content = bytearray(path.read_bytes())
+        content[begin] ^= 1
+        path.write_bytes(content)
+        damaged[kind], words[kind] = str(tmp_path / kind), f"CheckpointError: {path}: bytes {begin} to "
+    assert len(damaged) > 2
+    for output in run_ranks(2, RANKS, "resume_damaged", folder=model, topology=PP2, roots=damaged):
+        found = said(output)
+        assert not {kind: found.get(kind, "loaded") for kind in damaged if words[kind] not in found.get(kind, "")}
 
 
 @pytest.mark.parametrize("file", ["model_optim_rng.pt", "distrib_optim.pt"])
