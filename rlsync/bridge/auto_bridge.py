@@ -39,7 +39,7 @@ from rlsync.bridge.full_tensors import (
 )
 from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
-from rlsync.convert.filling import Filling, copy_all, plan_filling
+from rlsync.convert.loading import LoadPlan, copy_all, plan_load
 from rlsync.convert.merging import check_base_copy
 from rlsync.convert.sources import adapter_holdings_of, holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
@@ -218,11 +218,11 @@ class AutoBridge:
             assert adapters is not None
             check_adapter_folder(folder, adapters.spec)
             stored = placed_adapter(self.model, adapters, folder)
-            filling = plan_filling(shards.tensors, (stored,), shards.placements[dist.get_rank()])
-            files = filling.open()
+            load = plan_load(shards.tensors, (stored,), shards.placements[dist.get_rank()])
+            files = load.open()
             self._check_base_copies(models, MappedTensors(base_copies(adapters, folder)), folder)
         check_written(folder)
-        _fill(shards, filling, files)
+        _load(shards, load, files)
 
     def load_adapter_shards(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
         """Fill the adapters from Megatron's shards of any layout (``iter_XXXXXXX``), each rank from what it needs. Call it before
@@ -236,9 +236,9 @@ class AutoBridge:
             adapters = megatron_model.adapters_in(models)
             assert adapters is not None
             holdings = adapter_holdings_of(Path(folder), self.model, adapters)
-            filling = plan_filling(shards.tensors, holdings, shards.placements[dist.get_rank()])
-            files = filling.open()
-        _fill(shards, filling, files)
+            load = plan_load(shards.tensors, holdings, shards.placements[dist.get_rank()])
+            files = load.open()
+        _load(shards, load, files)
 
     def _check_base_copies(self, models: Sequence[torch.nn.Module], copies: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Raise ConfigError where this rank holds something else of these HF tensors."""
@@ -313,12 +313,12 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             holdings = holdings_of(Path(path), self.model)
-            filling = plan_filling(shards.tensors, holdings, shards.placements[dist.get_rank()])
-            files = filling.open()
+            load = plan_load(shards.tensors, holdings, shards.placements[dist.get_rank()])
+            files = load.open()
             stored = {tensor.file for holding in holdings for tensor in holding.stored.values() if tensor.file.suffix == ".safetensors"}
         for folder in sorted({file.parent for file in stored}):
             check_written(folder, stored)
-        _fill(shards, filling, files)
+        _load(shards, load, files)
 
     def init_weights(self, models: Sequence[torch.nn.Module], *, seed: int, std: float | None = None) -> None:
         """Fill the parameters with random values, the same under every layout: those that a pretraining begins with.
@@ -462,10 +462,10 @@ class AutoBridge:
         write_small_file(out_dir / CONFIG_NAME, with_dtype(self._config_text, dtype).encode("utf-8"), durable=durable)
 
 
-def _fill(shards: Shards, filling: Filling, files: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _load(shards: Shards, load: LoadPlan, files: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Copy from files into the buffers of this rank, and zero what pads them. Collective over all ranks."""
     with agreed(device=compute_device()), torch.no_grad():
-        for bucket in filling.plan.buckets:
+        for bucket in load.plan.buckets:
             copy_all(bucket.copies, files, shards.buffers)
         write_padding(shards.placements[dist.get_rank()].padding, shards.buffers)
 

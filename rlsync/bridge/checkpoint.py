@@ -35,7 +35,7 @@ from rlsync.bridge.checkpoint_folder import (
     write_durably,
 )
 from rlsync.bridge.checkpoint_sums import check_written, write_sums
-from rlsync.convert.filling import Filling, copy_all, plan_filling, restricted_to
+from rlsync.convert.loading import LoadPlan, copy_all, plan_load, restricted_to
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
@@ -251,7 +251,7 @@ def _load_moved(
 ) -> None:
     """Weights or adapters, main parameters, moments and counters from shards of another layout. Each rank reads what it needs.
     Collective."""
-    fillings: dict[str, Filling] = {}
+    load_plans: dict[str, LoadPlan] = {}
     saved, adapters = None, adapters_in(models)
     with agreed(device=compute_device()):
         if optimizer is not None:
@@ -262,8 +262,8 @@ def _load_moved(
             live = bridge.shards(models) if adapters is None else bridge.adapter_shards(models)
             mine = restricted_to(live.placements[dist.get_rank()], trained)
             mine = replace(mine, buffers=tuple(replace(buffer, dtype="float32") for buffer in mine.buffers))
-            fillings = {plane: plan_filling(live.tensors, holdings, mine) for plane, holdings in saved.planes.items()}
-            opened = {plane: filling.open() for plane, filling in fillings.items()}
+            load_plans = {plane: plan_load(live.tensors, holdings, mine) for plane, holdings in saved.planes.items()}
+            opened = {plane: load.open() for plane, load in load_plans.items()}
     if adapters is None:
         bridge.load_weights(models, shards)
     else:
@@ -272,15 +272,15 @@ def _load_moved(
         return
     count_steps(optimizer, saved.adam_steps, _with_tensors(saved.grad_scaler))
     names = {id(parameter): name for _, _, name, parameter in iter_parameters(models)}
-    copies: dict[str, dict[str, list[Copy]]] = {plane: defaultdict(list) for plane in fillings}
-    for plane, filling in fillings.items():
-        for bucket in filling.plan.buckets:
+    copies: dict[str, dict[str, list[Copy]]] = {plane: defaultdict(list) for plane in load_plans}
+    for plane, load in load_plans.items():
+        for bucket in load.plan.buckets:
             for copy in bucket.copies:
                 copies[plane][copy.destination_buffer].append(copy)
 
     def state_of(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         name, states = names[id(parameter)], {}
-        for plane in fillings:
+        for plane in load_plans:
             # Padding is zero, and so is its state.
             states[plane] = torch.zeros(parameter.shape, dtype=torch.float32)
             copy_all(copies[plane][name], opened[plane], {name: states[plane]})

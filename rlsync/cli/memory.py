@@ -111,15 +111,15 @@ def _add_steps(given: Integers, kind: Kind, part: PackedPart, known: dict[Hashab
         whole_bytes = part.nbytes if is_whole and num_steps == 1 else 0
         # A message has the regions of one source, in their order.
         order = np.argsort(sources, kind="stable")
-        givers, own = sources[order], forms[order]
+        of_message, own = sources[order], forms[order]
         taken = np.zeros(num_steps, np.int64)
-        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(givers)) + 1).tolist(), len(order)]):
+        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(of_message)) + 1).tolist(), len(order)]):
             # How a message is cut depends on the shapes in it alone, which are those of other sources and destinations too.
             key = whole_bytes, own[begin:end].tobytes()
             sizes = known.get(key)
             if sizes is None:
                 sizes = known[key] = np.array(_message_steps([regions[i] for i in order[begin:end]], num_steps, whole_bytes), np.int64)
-            given[givers[begin], : len(sizes)] += sizes
+            given[of_message[begin], : len(sizes)] += sizes
             taken[: len(sizes)] += sizes
         most[member] = taken.max()
     return most

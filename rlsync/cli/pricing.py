@@ -144,10 +144,10 @@ def price_of(architecture: str, sides: Sides, settings: Settings, *, by_kind: bo
     """Price a sync between two sides. ``by_kind=False`` plans each destination by itself, which finds the same and takes longer."""
     began_s = time.process_time()
     try:
-        drawn, takers, transports, is_read_staged = _draw(sides, settings, by_kind)
+        drawn, workers, transports, is_read_staged = _draw(sides, settings, by_kind)
     except PlacementError as error:
         return Quote((*sides.refusals, str(error)))
-    price = _count(architecture, sides, settings, drawn, takers, transports, is_read_staged, began_s)
+    price = _count(architecture, sides, settings, drawn, workers, transports, is_read_staged, began_s)
     return Quote((*sides.refusals, *_transport_refusals(settings, price)), price)
 
 
@@ -209,7 +209,7 @@ def _count(
     sides: Sides,
     settings: Settings,
     drawn: Outline,
-    takers: Sequence[Placement],
+    workers: Sequence[Placement],
     transports: Sequence[str],
     is_read_staged: Callable[[int, int], bool],
     began_s: float,
@@ -226,7 +226,7 @@ def _count(
         outboxes, inboxes = step_bytes(drawn, parts, transports, settings.num_slots, steps)
     given, taken = drawn.by_link()
     by_link = same_gpu, same_host, other_host = tuple(taken.sum(axis=0).tolist())
-    names = tuple(a.holder for a in sides.actors), tuple(w.holder for w in takers)
+    names = tuple(a.holder for a in sides.actors), tuple(w.holder for w in workers)
     unpredicted = unpredictable(settings.links, by_link, transports, any(stages)) if settings.links else ""
     return Price(
         architecture=architecture,
@@ -259,7 +259,7 @@ def _count(
         outbox_bytes_per_actor_rank=_range(outboxes),
         inbox_bytes_per_worker=_range(inboxes),
         layerwise_extra_bytes=layerwise_bytes(drawn, settings.bucket_bytes),
-        host_traffic=_between_hosts(sides, drawn, takers),
+        host_traffic=_between_hosts(sides, drawn, workers),
         prediction=None
         if unpredicted or not settings.links
         else predicted(settings.links, given, taken, names, num_steps=steps, num_engines=sides.num_engines),
@@ -268,11 +268,11 @@ def _count(
     )
 
 
-def _between_hosts(sides: Sides, drawn: Outline, takers: Sequence[Placement]) -> HostTraffic:
+def _between_hosts(sides: Sides, drawn: Outline, workers: Sequence[Placement]) -> HostTraffic:
     numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})
     groups = [
         [known.setdefault(host_of(p), len(known)) for p in placements]
-        for known, placements in zip(numbers, (sides.actors, takers), strict=True)
+        for known, placements in zip(numbers, (sides.actors, workers), strict=True)
     ]
     moved = drawn.between(*groups)
     return HostTraffic(tuple(numbers[0]), tuple(numbers[1]), tuple(map(tuple, moved.tolist())))

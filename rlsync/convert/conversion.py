@@ -446,7 +446,7 @@ def _copy_part(
     if not left:
         return
     written = MappedTensors(target.stored(journal.folder / _STAGED / target.path), writable=True)
-    read = plan.filling.open()
+    read = plan.load.open()
     for number in left:
         fill_bucket(plan, number, read, written, factors)
         for mapped in (written, *read, *(() if factors is None else (factors,))):

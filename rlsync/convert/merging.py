@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlsync.bridge.adapter_folder import base_copies
-from rlsync.convert.filling import Filling, copy_all, plan_filling
+from rlsync.convert.loading import LoadPlan, copy_all, plan_load
 from rlsync.convert.sources import Source
 from rlsync.copy.cpu import region
 from rlsync.copy.files import MappedTensors
@@ -24,18 +24,18 @@ class FilePlan:
     """What goes into one file, bucket by bucket.
 
     Attributes:
-        filling: the copies into the file's tensors, and of bases into fp32 buffers beside it.
+        load: the copies into the file's tensors, and of bases into fp32 buffers beside it.
         sums: by tensor with an adapter the buffers of its base, and the piece of the file that each belongs to.
         item_bytes: by buffer of a copy, of an element in the file.
     """
 
-    filling: Filling
+    load: LoadPlan
     sums: Mapping[str, Sequence[tuple[str, Piece]]]
     item_bytes: Mapping[str, int]
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        return self.filling.plan.buckets
+        return self.load.plan.buckets
 
     def nbytes(self, number: int) -> int:
         """Of a bucket, in the file."""
@@ -61,7 +61,7 @@ def plan_file(source: Source, placement: Placement, *, bucket_bytes: int) -> Fil
         buffers=(*buffers, *(spec for spec, _ in bases)),
         pieces=(*(piece for piece in placement.pieces if piece.tensor not in sums), *(piece for _, piece in bases)),
     )
-    return FilePlan(plan_filling(source.tensors(), source.holdings, moved, bucket_bytes=bucket_bytes), sums, item_bytes)
+    return FilePlan(plan_load(source.tensors(), source.holdings, moved, bucket_bytes=bucket_bytes), sums, item_bytes)
 
 
 class Factors:
@@ -73,12 +73,12 @@ class Factors:
         self._shapes = {tensor.name: tensor.shape for tensor in source.tensors()}
         self._scaling = source.adapters.spec.scaling
         whole = whole_tensors("factors", (replace(tensor, dtype="float32") for tensor in source.tensors()))
-        filling = plan_filling(source.tensors(), source.holdings, whole)
+        load = plan_load(source.tensors(), source.holdings, whole)
         self._copies: dict[str, list[Copy]] = {}
-        for bucket in filling.plan.buckets:
+        for bucket in load.plan.buckets:
             for copy in bucket.copies:
                 self._copies.setdefault(copy.tensor, []).append(copy)
-        self._read: list[MappedTensors] = filling.open()
+        self._read: list[MappedTensors] = load.open()
 
     def add(self, base: torch.Tensor, piece: Piece) -> torch.Tensor:
         """``base``, the fp32 elements of a piece, and the adapter of its tensor there, as ``merged`` of live models has it."""
@@ -104,11 +104,11 @@ def check_base(adapters: Source, base: Source) -> None:
     assert adapters.adapters is not None, "only of adapters"
     copies = base_copies(adapters.adapters, adapters.folder)
     wanted = [replace(tensor, dtype="float32") for tensor in base.tensors() if tensor.name in copies]
-    filling = plan_filling(base.tensors(), base.holdings, whole_tensors("base", wanted))
-    read, saved = filling.open(), MappedTensors(copies)
+    load = plan_load(base.tensors(), base.holdings, whole_tensors("base", wanted))
+    read, saved = load.open(), MappedTensors(copies)
     for tensor in wanted:
         held = torch.empty(tensor.shape, dtype=torch.float32)
-        mine = (copy for bucket in filling.plan.buckets for copy in bucket.copies if copy.tensor == tensor.name)
+        mine = (copy for bucket in load.plan.buckets for copy in bucket.copies if copy.tensor == tensor.name)
         copy_all(mine, read, {tensor.name: held})
         check_base_copy(saved[tensor.name], held, tensor.name, adapters.folder)
 

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rlsync.convert.filling import restricted_to
+from rlsync.convert.loading import restricted_to
 from rlsync.convert.sources import RankFile, adapter_holdings_of, holdings_of, rank_files
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError

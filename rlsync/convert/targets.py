@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
-from rlsync.convert.filling import restricted_to
+from rlsync.convert.loading import restricted_to
 from rlsync.convert.sources import Source
 from rlsync.convert.torch_dist import COMMON, CONFIG, CONFIG_CONTENT, METADATA, WRITTEN_FORM, placed_keys
 from rlsync.copy.files import shard_files, write_index, write_small_file

@@ -205,26 +205,26 @@ class _Columns:
 
 def _columns(pairs: Sequence[Pair], constants: Sequence[tuple[Strided, int]]) -> _Columns:
     """What is only summed up gets the source for a destination, at address 0: the same dims merge, the same units fit."""
-    givers = [s for _, s in pairs] + [replace(d, address=address, strides=(0,) * len(d.shape)) for d, address in constants]
-    takers = [replace(s, address=0) if d is None else d for d, s in pairs] + [d for d, _ in constants]
+    sources = [s for _, s in pairs] + [replace(d, address=address, strides=(0,) * len(d.shape)) for d, address in constants]
+    destinations = [replace(s, address=0) if d is None else d for d, s in pairs] + [d for d, _ in constants]
     by_rank = defaultdict(list)
-    for index, giver in enumerate(givers):
-        by_rank[len(giver.shape)].append(index)
+    for index, source in enumerate(sources):
+        by_rank[len(source.shape)].append(index)
     depth = max(1, *by_rank)
-    sizes, strides = np.ones((len(givers), depth), np.int64), np.zeros((2, len(givers), depth), np.int64)
+    sizes, strides = np.ones((len(sources), depth), np.int64), np.zeros((2, len(sources), depth), np.int64)
     for rank, group in by_rank.items():
         if rank:
-            sizes[group, :rank] = np.array([givers[i].shape for i in group], np.int64)[:, ::-1]
-            for side, views in enumerate((givers, takers)):
+            sizes[group, :rank] = np.array([sources[i].shape for i in group], np.int64)[:, ::-1]
+            for side, views in enumerate((sources, destinations)):
                 strides[side, group, :rank] = np.array([views[i].strides for i in group], np.int64)[:, ::-1]
     number = {cast: 1 + index for index, cast in enumerate(CASTS)}
     return _Columns(
-        np.array([[v.address for v in views] for views in (givers, takers)], np.int64),
-        np.array([[DTYPE_BYTES[v.dtype] for v in views] for views in (givers, takers)], np.int64),
+        np.array([[v.address for v in views] for views in (sources, destinations)], np.int64),
+        np.array([[DTYPE_BYTES[v.dtype] for v in views] for views in (sources, destinations)], np.int64),
         sizes,
         strides,
-        np.array([number.get((g.dtype, t.dtype), 0) for g, t in zip(givers, takers, strict=True)], np.int64),
-        np.arange(len(givers)) >= len(pairs),
+        np.array([number.get((g.dtype, t.dtype), 0) for g, t in zip(sources, destinations, strict=True)], np.int64),
+        np.arange(len(sources)) >= len(pairs),
     )
 
 

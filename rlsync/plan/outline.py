@@ -262,8 +262,8 @@ def _of_way(copy: Copy, way: int) -> Copy:
 def _origin_numbers(matching: Matching) -> dict[int, int]:
     """Identity of a source's piece -> a number that pieces share which lie alike in their holders."""
     numbers: dict[Hashable, int] = {}
-    givers = matching.sources
-    by_kind = dict(zip(givers.kinds, zip(givers.pieces, givers.dtypes, strict=True), strict=True))
+    sources = matching.sources
+    by_kind = dict(zip(sources.kinds, zip(sources.pieces, sources.dtypes, strict=True), strict=True))
     return {
         id(piece): numbers.setdefault((piece, dtypes[piece.buffer]), len(numbers))
         for pieces, dtypes in by_kind.values()

@@ -1,7 +1,7 @@
 """Packing: how the bytes of a plan's buckets lie together, in slots and in messages. Pure integers; owns no memory.
 
 A *part* is what one destination takes of one bucket; several workers that hold the same are one destination. It is cut into
-*segments*, each dense and in the order of the destination's memory, so that the taker moves few and large pieces. What one source
+*segments*, each dense and in the order of the destination's memory, so that the receiver moves few and large pieces. What one source
 gives to one part is a *region*: the unit of copying in, of transforms, and of verification.
 
 There is one rule for what lies side by side, ``side_by_side``: segments in a part, parts in a slot, regions in a message.

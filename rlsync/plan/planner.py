@@ -183,19 +183,19 @@ def build_plan(
     copies = copies_of(matching, transforms, declared or {})
     roomy = {name: [c for c in row if takes_room(c.destination, c.source)] for name, row in copies.items()}
     buckets = in_buckets(tensors, copies, holder_bytes_of(roomy, matching.destinations.dtypes), bucket_bytes, frozen)
-    givers, takers = matching.sources, matching.destinations
-    return Plan(givers.placements, takers.placements, buckets, _digest(buckets, givers, takers))
+    digest = _digest(buckets, matching.sources, matching.destinations)
+    return Plan(matching.sources.placements, matching.destinations.placements, buckets, digest)
 
 
 def match(tensors: Sequence[TensorSpec], sources: Sequence[Placement], destinations: Sequence[Placement]) -> Matching:
     """Choose a source for everything that the destinations hold."""
     specs = {t.name: t for t in tensors}
-    givers, takers = _Holders.of(sources, specs), _Holders.of(destinations, specs)
-    findings = [*listing_findings(tensors, sources, destinations), *givers.findings, *takers.findings]
-    ways, missing = _matched(tensors, givers, takers)
+    source_holders, destination_holders = _Holders.of(sources, specs), _Holders.of(destinations, specs)
+    findings = [*listing_findings(tensors, sources, destinations), *source_holders.findings, *destination_holders.findings]
+    ways, missing = _matched(tensors, source_holders, destination_holders)
     if missing:
         findings.append(f"no source for {len(missing)} pieces: {first_few(missing)}")
-    return Matching(givers, takers, ways, tuple(findings))
+    return Matching(source_holders, destination_holders, ways, tuple(findings))
 
 
 def copies_of(matching: Matching, transforms: Collection[str], declared: Mapping[str, str]) -> dict[str, list[Copy]]:
@@ -203,17 +203,17 @@ def copies_of(matching: Matching, transforms: Collection[str], declared: Mapping
 
     Raises PlacementError with all findings at once, those of the matching and dtypes that differ.
     """
-    givers, takers = matching.sources, matching.destinations
+    sources, destinations = matching.sources, matching.destinations
     copies: dict[str, list[Copy]] = defaultdict(list)
-    for destination in sorted(range(len(takers.ranks)), key=takers.ranks.__getitem__):
+    for destination in sorted(range(len(destinations.ranks)), key=destinations.ranks.__getitem__):
         rows: dict[str, list[Copy]] = defaultdict(list)
         for piece, box, (source, origin) in matching.ways[destination]:
-            dtypes = givers.dtypes[source][origin.buffer], takers.dtypes[destination][piece.buffer]
+            dtypes = sources.dtypes[source][origin.buffer], destinations.dtypes[destination][piece.buffer]
             transform = declared.get(piece.tensor) or transform_between(*dtypes, transforms) or ""
             rows[piece.tensor].append(_copy(box, source, origin, destination, piece, transform))
         for name, row in rows.items():
             copies[name].extend(coalesce(row))
-    findings = [*matching.findings, *_dtype_findings(copies, givers, takers)]
+    findings = [*matching.findings, *_dtype_findings(copies, sources, destinations)]
     if findings:
         raise PlacementError(f"the plan cannot be built: {first_few(list(dict.fromkeys(findings)), 20, separator='; ')}")
     return copies
@@ -249,9 +249,9 @@ def holder_bytes_of(copies: Mapping[str, Iterable[Copy]], dtypes: Sequence[Mappi
     return holder_bytes
 
 
-def _matched(tensors: Sequence[TensorSpec], givers: _Holders, takers: _Holders) -> tuple[tuple[list[Way], ...], list[str]]:
+def _matched(tensors: Sequence[TensorSpec], sources: _Holders, destinations: _Holders) -> tuple[tuple[list[Way], ...], list[str]]:
     """Ways by destination, and what no source has."""
-    matcher = _Matcher(givers, takers, _wanted(tensors, takers))
+    matcher = _Matcher(sources, destinations, _wanted(tensors, destinations))
     matcher.match_all()
     return matcher.ways, sorted(matcher.missing)
 
@@ -267,21 +267,21 @@ class _Matcher:
         missing: what no source has.
     """
 
-    def __init__(self, givers: _Holders, takers: _Holders, wanted: Sequence[tuple[int, Piece, list[int]]]) -> None:
-        self._givers, self._takers, self._wanted, self._origins = givers, takers, wanted, _origins(givers)
+    def __init__(self, sources: _Holders, destinations: _Holders, wanted: Sequence[tuple[int, Piece, list[int]]]) -> None:
+        self._sources, self._destinations, self._wanted, self._origins = sources, destinations, wanted, _origins(sources)
         total_bytes = sum(nbytes * len(row) for nbytes, _, row in wanted)
-        self._unit_bytes = max(1, total_bytes // max(1, len(givers.placements) * _UNITS_PER_SOURCE))
-        self._loads = [0] * len(givers.placements)
+        self._unit_bytes = max(1, total_bytes // max(1, len(sources.placements) * _UNITS_PER_SOURCE))
+        self._loads = [0] * len(sources.placements)
         numbers: dict[Location | None, int] = {}
-        self._places = [numbers.setdefault(p.location, len(numbers)) for p in takers.placements]
+        self._places = [numbers.setdefault(p.location, len(numbers)) for p in destinations.placements]
         self._locations = tuple(numbers)
-        hosts = {None if p.location is None else p.location.host for p in givers.placements}
+        hosts = {None if p.location is None else p.location.host for p in sources.placements}
         self._all_are_far = None not in hosts and all(at is not None and at.host not in hosts for at in self._locations)
         self._crowds: dict[tuple[int, ...], _Crowd] = {}
         # By identity of a list of ``_origins``, and of one of ``_wanted``: the same ones are asked for often.
         self._crowd_by_group: dict[int, _Crowd] = {}
         self._appends_by_row: dict[int, list[Callable[[Way], None]]] = {}
-        self.ways: tuple[list[Way], ...] = tuple([] for _ in takers.placements)
+        self.ways: tuple[list[Way], ...] = tuple([] for _ in destinations.placements)
         self.missing: list[str] = []
 
     def match_all(self) -> None:
@@ -320,7 +320,7 @@ class _Matcher:
             self._take_each(piece, useful, taken, nbytes, row, cuts)
         if rest:
             said = ", ".join(map(str, rest))
-            self.missing += [f"{piece.tensor}{said} wanted by {self._takers.placements[d].holder}" for d in row]
+            self.missing += [f"{piece.tensor}{said} wanted by {self._destinations.placements[d].holder}" for d in row]
 
     def _hand_out(self, piece: Piece, box: Box, group: Sequence[_Origin], nbytes: int, row: list[int]) -> None:
         """Have everybody of a row take one box, from any who has it: all of these are equally far. Most of large clusters on paper."""
@@ -366,7 +366,7 @@ class _Matcher:
         if found is None:
             who = tuple([source for source, _ in group])
             if who not in self._crowds:
-                placements = self._givers.placements
+                placements = self._sources.placements
                 self._crowds[who] = _Crowd(who, [placements[source].location for source in who], self._locations, self._loads)
             found = self._crowd_by_group[id(group)] = self._crowds[who]
         return found
@@ -386,16 +386,16 @@ class _Cut:
 _Cuts = dict[tuple[Box, int, int], tuple[_Cut, ...]]
 
 
-def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, Piece, list[int]]]:
+def _wanted(tensors: Sequence[TensorSpec], destinations: _Holders) -> list[tuple[int, Piece, list[int]]]:
     """Bytes and piece of everything that is wanted, the largest first, and the destinations that want it, in the order of their names."""
     ordinals = {t.name: ordinal for ordinal, t in enumerate(tensors)}
     by_kind: dict[int, list[int]] = defaultdict(list)
-    for destination in sorted(range(len(takers.kinds)), key=takers.ranks.__getitem__):
-        by_kind[takers.kinds[destination]].append(destination)
+    for destination in sorted(range(len(destinations.kinds)), key=destinations.ranks.__getitem__):
+        by_kind[destinations.kinds[destination]].append(destination)
     wanting: dict[tuple[int, Piece], list[int]] = defaultdict(list)
     for kind, (first, *_) in by_kind.items():
-        for piece in takers.pieces[first]:
-            nbytes = piece.box.size * DTYPE_BYTES[takers.dtypes[first][piece.buffer]]
+        for piece in destinations.pieces[first]:
+            nbytes = piece.box.size * DTYPE_BYTES[destinations.dtypes[first][piece.buffer]]
             if nbytes:
                 wanting[nbytes, piece].append(kind)
     merged: dict[tuple[int, ...], list[int]] = {}
@@ -403,7 +403,7 @@ def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, 
     for (nbytes, piece), kinds in wanting.items():
         key = tuple(kinds)
         if key not in merged:
-            merged[key] = sorted((d for kind in dict.fromkeys(key) for d in by_kind[kind]), key=takers.ranks.__getitem__)
+            merged[key] = sorted((d for kind in dict.fromkeys(key) for d in by_kind[kind]), key=destinations.ranks.__getitem__)
         rows.append((nbytes, piece, merged[key]))
     rows.sort(
         key=lambda row: (-row[0], ordinals[row[1].tensor], row[1].box.start, row[1].box.stop, row[1].buffer, row[1].offset, row[1].strides)
@@ -411,12 +411,14 @@ def _wanted(tensors: Sequence[TensorSpec], takers: _Holders) -> list[tuple[int, 
     return rows
 
 
-def _origins(givers: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
+def _origins(sources: _Holders) -> dict[str, dict[Box, list[_Origin]]]:
     """Tensor -> box -> sources that have it and their pieces, in the order of the holders' names."""
     table: dict[str, dict[Box, list[_Origin]]] = defaultdict(dict)
-    in_order = {kind: sorted(pieces, key=lambda p: (p.buffer, p.offset)) for kind, pieces in zip(givers.kinds, givers.pieces, strict=True)}
-    for source in sorted(range(len(givers.placements)), key=givers.ranks.__getitem__):
-        for piece in in_order[givers.kinds[source]]:
+    in_order = {
+        kind: sorted(pieces, key=lambda p: (p.buffer, p.offset)) for kind, pieces in zip(sources.kinds, sources.pieces, strict=True)
+    }
+    for source in sorted(range(len(sources.placements)), key=sources.ranks.__getitem__):
+        for piece in in_order[sources.kinds[source]]:
             table[piece.tensor].setdefault(piece.box, []).append((source, piece))
     return table
 
@@ -570,24 +572,24 @@ def _joined(run: Sequence[Copy]) -> Copy:
     return replace(first, shape=shape, source_strides=source_strides, destination_strides=destination_strides)
 
 
-def _dtype_findings(copies: Mapping[str, Sequence[Copy]], givers: _Holders, takers: _Holders) -> Iterator[str]:
+def _dtype_findings(copies: Mapping[str, Sequence[Copy]], sources: _Holders, destinations: _Holders) -> Iterator[str]:
     for name, row in copies.items():
         for c in row:
-            found, wanted = givers.dtypes[c.source][c.source_buffer], takers.dtypes[c.destination][c.destination_buffer]
+            found, wanted = sources.dtypes[c.source][c.source_buffer], destinations.dtypes[c.destination][c.destination_buffer]
             if not takes(c.transform, found, wanted) if c.transform else found != wanted:
-                taker, giver = takers.placements[c.destination].holder, givers.placements[c.source].holder
-                yield f"{name}: {wanted} in {taker}, {found} in {giver}"
+                destination, source = destinations.placements[c.destination].holder, sources.placements[c.source].holder
+                yield f"{name}: {wanted} in {destination}, {found} in {source}"
 
 
-def _digest(buckets: Sequence[Bucket], givers: _Holders, takers: _Holders) -> str:
+def _digest(buckets: Sequence[Bucket], sources: _Holders, destinations: _Holders) -> str:
     """SHA-256 over buckets, tensors, copies, buffers and padding, by names."""
     digest = hashlib.sha256()
-    for side in (givers, takers):
+    for side in (sources, destinations):
         for placement in sorted(side.placements, key=lambda p: p.holder):
             rows = [f"{b.name}|{b.dtype}|{b.shape}|{b.has_gaps}" for b in placement.buffers]
             rows += [f"{f.buffer}|{f.offset}|{f.shape}|{f.strides}|{float(f.value)!r}" for f in placement.padding]
             digest.update(f"{placement.holder}\n{sorted(rows)}\n".encode())
-    from_, to = ([p.holder for p in side.placements] for side in (givers, takers))
+    from_, to = ([p.holder for p in side.placements] for side in (sources, destinations))
     for bucket in buckets:
         digest.update(f"bucket {[(t.name, t.dtype, t.shape) for t in bucket.tensors]}\n".encode())
         lines = sorted(

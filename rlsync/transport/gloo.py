@@ -151,7 +151,7 @@ class GlooCommunicator:
     def __init__(self, info: GroupInfo, number: int, timeout_s: float) -> None:
         self.number, self._group = number, Group(info, number, timeout_s)
 
-    def open(self, givers: Sequence[int], takers: Sequence[int]) -> None:
+    def open(self, senders: Sequence[int], receivers: Sequence[int]) -> None:
         """Connects with everybody, because gloo does."""
         self._group.open()
 

@@ -110,7 +110,7 @@ class NcclCommunicator:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._apart = torch.cuda.Stream(device)
 
-    def open(self, givers: Sequence[int], takers: Sequence[int]) -> None:
+    def open(self, senders: Sequence[int], receivers: Sequence[int]) -> None:
         """Find all members, and connect to those of whom this one receives and to whom it sends. Collective over the members.
 
         Raises GroupError naming who is missing, ConfigError where there is no NCCL.
@@ -129,7 +129,7 @@ class NcclCommunicator:
             self._poll("while the group was made", lambda: True, limit_s)
             # Two members connect when there is a first message between them.
             self._hello = torch.zeros(len(info.members), dtype=torch.uint8, device=self._device)
-            sends, receives = ([(self._hello[rank : rank + 1], rank) for rank in ranks] for ranks in (takers, givers))
+            sends, receives = ([(self._hello[rank : rank + 1], rank) for rank in ranks] for ranks in (receivers, senders))
             event = self._enqueue("while the group was made", sends, receives, [self.mark()], limit_s)
             self._poll("while the group was made", event.query, limit_s)
 

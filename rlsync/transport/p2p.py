@@ -46,7 +46,7 @@ class Communicator(Protocol):
 
     number: int
 
-    def open(self, givers: Sequence[int], takers: Sequence[int]) -> None:
+    def open(self, senders: Sequence[int], receivers: Sequence[int]) -> None:
         """Find all members, and connect to those of whom this one receives and to whom it sends. Collective over the members."""
         ...
 
@@ -88,13 +88,13 @@ class Program(Protocol):
 
 
 class SentMessage(msgspec.Struct, frozen=True, array_like=True):
-    """The regions of one part that an actor rank sends to member ``taker`` of the group.
+    """The regions of one part that an actor rank sends to member ``receiver`` of the group.
 
     ``whole_bytes`` is the length of the part where they are all of it, and 0 where other ranks give some.
     """
 
     destination: int
-    taker: int
+    receiver: int
     whole_bytes: int
     regions: tuple[Region, ...]
 
@@ -119,20 +119,20 @@ def assign(routes: Routes, hosted: Hosted | None, transport: str) -> EndArgument
     engines = (*(None for _ in routes.actors), *routes.engines)
     first = GroupInfo(store.host, store.port, 0, members, transport, routes.num_steps, engines)
     infos = [msgspec.structs.replace(first, rank=rank) for rank in range(len(members))]
-    takers = {destination: num_actors + index for index, destination in enumerate(routes.destinations)}
+    receivers = {destination: num_actors + index for index, destination in enumerate(routes.destinations)}
     encode = msgspec.msgpack.encode
     senders = tuple(
-        encode(SenderEnd(infos[rank], routes.num_slots, tuple(_sent(row, rank, takers) for row in routes.parts)))
+        encode(SenderEnd(infos[rank], routes.num_slots, tuple(_sent(row, rank, receivers) for row in routes.parts)))
         for rank in range(num_actors)
     )
-    return EndArguments(senders, {destination: encode(infos[taker]) for destination, taker in takers.items()}, {})
+    return EndArguments(senders, {destination: encode(infos[receiver]) for destination, receiver in receivers.items()}, {})
 
 
-def _sent(row: Sequence[PackedPart], rank: int, takers: Mapping[int, int]) -> tuple[SentMessage, ...]:
-    given = ((destination, taker, given_by(row[destination], rank)) for destination, taker in takers.items())
+def _sent(row: Sequence[PackedPart], rank: int, receivers: Mapping[int, int]) -> tuple[SentMessage, ...]:
+    given = ((destination, receiver, given_by(row[destination], rank)) for destination, receiver in receivers.items())
     return tuple(
-        SentMessage(destination, taker, row[destination].nbytes if len(mine) == len(row[destination].regions) else 0, mine)
-        for destination, taker, mine in given
+        SentMessage(destination, receiver, row[destination].nbytes if len(mine) == len(row[destination].regions) else 0, mine)
+        for destination, receiver, mine in given
         if mine
     )
 
@@ -376,7 +376,7 @@ def _regions(arriving: Iterable[tuple[PackedMessage, torch.Tensor]]) -> list[tup
 
 def _steps_to(messages: Iterable[SentMessage], num_steps: int) -> tuple[tuple[PackedMessage, ...], ...]:
     """What an actor rank sends of a bucket, by step."""
-    return _by_step([(m.taker, m.regions, m.whole_bytes) for m in messages], num_steps)
+    return _by_step([(m.receiver, m.regions, m.whole_bytes) for m in messages], num_steps)
 
 
 def steps_of(part: PackedPart, num_steps: int = 1) -> tuple[tuple[PackedMessage, ...], ...]:

@@ -84,11 +84,11 @@ def test_every_region_is_either_in_the_ring_or_in_one_message_to_the_right_worke
     taken = [worker.destination for worker in given.workers]
     for bucket, row in enumerate(made.parts):
         put = {(part.destination, r.number) for ends in given.senders for part in ends["shm"].parts[bucket] for r in part.regions}
-        sent = [(p.taker, p.destination, r.number) for end in given.groups for p in end.messages[bucket] for r in p.regions]
+        sent = [(p.receiver, p.destination, r.number) for end in given.groups for p in end.messages[bucket] for r in p.regions]
         assert len(sent) == len(set(sent))
         assert put | {(d, number) for _, d, number in sent} == {(d, r.number) for d, part in enumerate(row) for r in part.regions}
         assert {d for d, _ in put} == {taken[0]}
-        assert {(taker, d) for taker, d, _ in sent} == {(2, taken[1]), (3, taken[2])}
+        assert {(receiver, d) for receiver, d, _ in sent} == {(2, taken[1]), (3, taken[2])}
         end = given.receivers[0].offsets[bucket] + given.workers[0].parts[bucket].nbytes
         assert end <= shm.slot_bytes(made.routes(2)["shm"])
         for sender in given.groups:
