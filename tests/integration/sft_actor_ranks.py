@@ -167,6 +167,29 @@ def token_losses(model: torch.nn.Module, prompt: list[int], answer: list[int]) -
     return torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
 
 
+def see_alike(cases: Sequence[Mapping[str, Any]], world: str, rows: str) -> None:
+    """Two steps on rows with pictures and without, and a validation, in each layout (keys of ``actor.model``): the numbers of the first."""
+    data = {"type": "vlm", "prompt_key": "question", "answer_key": "answer", "image_keys": ["image"], "apply_chat_template": True}
+    paths = {"train_data_paths": [rows], "val_data_paths": [rows], "val_data_size": 5}
+    wanted: list[float] = []
+    for case in cases:
+        model = {"model_path": f"{world}/model", **case}
+        config = sft_config(world, {"runner": {"seq_length": 96}, "data": {**data, **paths}, "actor.model": model})
+        actor = start(config)
+        actor.open_data(position(config))
+        metrics = [actor.train(), actor.train(), actor.validate()]
+        names = ("train/lm_loss", "train/grad_norm", "train/num_tokens", "val/loss", "val/num_tokens")
+        found = [step[name] for step in metrics for name in names if name in step]
+        wanted = wanted or found
+        assert len(found) == 8 and all(abs(a - b) <= 1e-5 * max(1.0, abs(b)) for a, b in zip(found, wanted, strict=True)), (
+            case,
+            found,
+            wanted,
+        )
+        print(f"EQUAL {case}", flush=True)
+        destroy_parallel(keep_distributed=True)
+
+
 def meet_a_bad_row(world: str, rows: str) -> None:
     """A row that one replica cannot use ends all ranks with its file and line, and none waits."""
     config = sft_config(world, {"data": {"train_data_paths": [rows]}})

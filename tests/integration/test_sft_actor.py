@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from workers.config.schema import ArithmeticRecipe
+from workers.config.schema import ArithmeticRecipe, PictureRecipe
+from workers.picture_world import build_picture_world
 from workers.synthetic import build_world
 
 RANKS = "tests.integration.sft_actor_ranks"
@@ -40,6 +41,19 @@ def test_steps_and_validation_equal_transformers_in_every_layout_however_the_bat
         {"actor.model": PP2, "actor.lora": {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
     ]
     outputs = run_ranks(2, RANKS, "train_as_transformers", cases=cases, world=str(world))
+    assert outputs[0].count("EQUAL") == len(cases), outputs[0]
+
+
+def test_pictures_are_trained_on_alike_in_every_layout(tmp_path: Path) -> None:
+    """Of the four micro-batches of a step one has no picture, of two replicas the second one's first."""
+    recipe = PictureRecipe(num_train=16, num_held_out=1, hidden_size=64, num_layers=4, vision_hidden_size=64, vision_depth=1)
+    made = build_picture_world(tmp_path / "world", recipe)
+    rows = [json.loads(line) for line in made.train_path.read_text().splitlines()]
+    rows = [{**row, "image": None} if i % 8 in (1, 4, 5) else row for i, row in enumerate(rows)]
+    path = made.train_path.parent / "mixed.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    cases = [{}, TP2, {**PP2, "virtual_pipeline_model_parallel_size": 2}]
+    outputs = run_ranks(2, RANKS, "see_alike", cases=cases, world=str(tmp_path / "world"), rows=str(path))
     assert outputs[0].count("EQUAL") == len(cases), outputs[0]
 
 

@@ -71,6 +71,12 @@ def test_two_ranks_compute_as_transformers(models):
             "cut": [3, 1, 4],
             "packing": True,
         },
+        {
+            "model": "qwen2_5_vl",
+            "topology": {"pp_size": 2, "first_stage_layers": 1, "last_stage_layers": 3},
+            "cut": [2, 2, 2, 2],
+            "overrides": RECOMPUTE,
+        },
         {"model": "qwen2_5_vl", "topology": {"pp_size": 2, "vpp_size": 2}, "cut": [2, 2, 2, 2]},
         {
             "model": "qwen3_vl-deep",

@@ -38,7 +38,7 @@ DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "
 
 
 def test_frozen_parts_stay_bit_for_bit_and_all_others_move(made):
-    """Alone and together, tied and not, under TP, PP (a stage without anything to train) and distributed optimizers.
+    """Alone and together, tied and not, under TP, PP (a stage without anything to train), VPP and distributed optimizers.
 
     Negative controls: a case without frozen parts, and a learning rate of 0, which keeps a part still and has its state.
     """
@@ -71,7 +71,11 @@ def test_frozen_parts_stay_bit_for_bit_and_all_others_move(made):
             "overrides": {"sequence_parallel": True},
         },
         {"folder": qwen2_5["tied"], "topology": {"dp_size": 2}, "frozen": [LANGUAGE, TOWER]},
-    ]
+        {
+            "folder": qwen2_5["untied"], "topology": {"pp_size": 2, "vpp_size": 2}, "cut": [2, 2], "frozen": [LANGUAGE], "ddp": DISTRIBUTED,
+            "overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        },
+    ]  # fmt: skip
     outputs = run_ranks(2, RANKS, "freeze_and_train", cases=cases, rows=qwen2_5["rows"])
     assert outputs[0].count("TRAINED") == len(cases)
 
