@@ -43,6 +43,7 @@ from rlsync.megatron.packing import packing_refusal
 from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.specs import SpecName
 from rlsync.megatron.state import STATE_FORMAT
+from rlsync.models import Flavour
 from rlsync.sync import SyncReport, WeightSyncer
 from rlsync.transport.collectives import agreed, gather_bytes
 from rlsync.transport.rendezvous import Rendezvous
@@ -109,9 +110,12 @@ class ActorRank:
             frozen=tuple(actor.model.frozen.values()),
             lora=actor.lora_spec,
         )
+        packed, why = packing_of(self._config.runner.packing, packing_refusal(unwrap(self._models[0]).config), flavour_of(self._models))
+        if self._rank == 0:
+            print(f"sequences of a micro-batch are {'packed' if packed else 'padded'}: {why}", flush=True)
         # Of every pass over the model: how its microbatches are laid out.
         self._passes: dict[str, Any] = {
-            "packing": packs(self._config.runner.packing, self._models),
+            "packing": packed,
             "chunk_tokens": actor.model.logits_chunk_tokens,
         }
         # A checkpoint of adapters does not have their base.
@@ -270,12 +274,18 @@ class ActorRank:
 SPECS: dict[str, SpecName] = {"decoder_gpt": "auto", "local_gpt": "local", "te_gpt": "te"}
 
 
-def packs(wanted: str, models: Sequence[torch.nn.Module]) -> bool:
-    """Whether ``runner.packing`` packs the sequences of these chunks. Raises ConfigError where it is on and they cannot be."""
-    refusal = packing_refusal(unwrap(models[0]).config)
+def packing_of(wanted: str, refusal: str | None, flavour: Flavour) -> tuple[bool, str]:
+    """Whether ``runner.packing`` packs the sequences of a model, and why.
+
+    ``refusal`` is why they cannot be, ``flavour`` that of its layers. Raises ConfigError where packing is on and they cannot be.
+    """
     if wanted == "on" and refusal is not None:
         raise ConfigError(f"runner.packing=True: {refusal}")
-    return wanted == "on" or (wanted == "auto" and refusal is None and flavour_of(models) == "te")
+    if wanted != "auto":
+        return wanted == "on", f"runner.packing is {wanted == 'on'}"
+    if refusal is not None:
+        return False, refusal
+    return flavour == "te", f"attention is {'' if flavour == 'te' else 'not '}TransformerEngine's, and runner.packing auto"
 
 
 def transformer_overrides(model: ActorModelConfig) -> dict[str, Any]:

@@ -220,6 +220,9 @@ def test_results_are_where_users_look_for_them(finished):
     assert (step / "actor" / "hf_model" / "config.json").read_bytes() == config
     assert "lm_head.weight" not in load_file(step / "actor" / "hf_model" / "model.safetensors"), "the model is tied"
     assert "qwen2.5-7b-grpo-megatron" in output and "mean reward" in output
+    logs = "".join(path.read_text() for path in (folder / "run/worker_logs").glob("**/*") if path.is_file())
+    assert "decoder layers: Megatron's local ones, attention by torch's scaled_dot_product_attention" in logs
+    assert "sequences of a micro-batch are padded: attention is not TransformerEngine's, and runner.packing auto" in logs
     assert all(line["time/sync_weights"] > 0 for line in read_metrics(folder / "run")[1:])
 
 

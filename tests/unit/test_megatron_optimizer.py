@@ -1,4 +1,4 @@
-"""Claims about optimizers that cannot be had on this machine."""
+"""Claims about what a rank makes of a configuration: optimizers that cannot be had on this machine, gradients, packing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from rlsync.errors import ConfigError
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
-from workers.actor import ddp_options
+from workers.actor import ddp_options, packing_of
 from workers.config.schema import ActorConfig, MegatronConfig
 
 
@@ -30,3 +30,16 @@ def test_ranks_look_at_their_own_gradients_where_they_are_asked_to() -> None:
     assert ddp_options(ActorConfig()).check_for_nan_in_grad is False
     asked = MegatronConfig(check_for_nan_in_loss_and_grad=True)
     assert ddp_options(ActorConfig(megatron=asked)).check_for_nan_in_grad is True
+
+
+def test_sequences_are_packed_where_that_is_fast_and_right_and_the_reason_is_said() -> None:
+    for wanted, refusal, flavour, packed, why in (
+        ("auto", None, "te", True, "attention is TransformerEngine's, and runner.packing auto"),
+        ("auto", None, "local", False, "attention is not TransformerEngine's, and runner.packing auto"),
+        ("auto", "a2a takes none", "te", False, "a2a takes none"),
+        ("on", None, "local", True, "runner.packing is True"),
+        ("off", None, "te", False, "runner.packing is False"),
+    ):
+        assert packing_of(wanted, refusal, flavour) == (packed, why)
+    with pytest.raises(ConfigError, match=r"runner\.packing=True: a2a takes none"):
+        packing_of("on", "a2a takes none", "te")
