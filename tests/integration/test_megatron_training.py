@@ -79,6 +79,7 @@ def test_one_rank_trains_as_huggingface(models):
         _case("qwen2", [3, 5], ddp=DISTRIBUTED) | {"optimizer": {**OPTIMIZER, "log_num_zeros_in_grad": True}},
         _case("llama", [3, 5], ddp=DISTRIBUTED) | CHUNKED,
         _case("qwen3", [3, 5], ddp=DISTRIBUTED) | PACKED | CHUNKED,
+        _case("qwen2", [8]) | PACKED | {"overrides": {"recompute_granularity": "selective"}},
     ]
     _run(1, "train_as_huggingface", cases, models)
 
@@ -88,7 +89,7 @@ def test_two_ranks_train_as_huggingface(models):
         _case("llama", [8], tp_size=2),
         _case("qwen3", [3, 5], tp_size=2, sequence_parallel=True),  # one key-value head on two ranks
         _case("qwen2", [2, 6], pp_size=2),
-        _case("llama", [3, 3, 2], pp_size=2, vpp_size=2),  # three microbatches, which the schedule has to fill up
+        _case("llama", [3, 3, 2], pp_size=2, vpp_size=2, ddp=OVERLAPPED),  # three microbatches, which the schedule has to fill up
         _case("qwen3", [1, 7], pp_size=2, first_stage_layers=1, last_stage_layers=3, ddp=DISTRIBUTED) | PACKED,
         _case("qwen2", [4], dp_size=2),
         _case("qwen3", [2, 2], dp_size=2, ddp=DISTRIBUTED),

@@ -399,6 +399,8 @@ def test_a_key_that_another_key_switches_off_is_told_with_that_key() -> None:
         "algorithm": {"kl_beta": 0.1, "sampling_params": {"do_sample": True}},
         "runner": {"enable_dynamic_batch_size": True, "save_interval": 1},
     }
+    selective = {"actor": {"model": {"recompute_granularity": "selective", "recompute_method": "block"}}}
+    assert unread(**selective) == {"actor.model.recompute_method": "actor.model.recompute_granularity is selective"}
     many = {"logprob_forward_max_tokens": 64}
     why = "algorithm.logprob_forward_max_tokens is 64"
     assert unread(algorithm={**many, "logprob_forward_micro_batch_size": 2}) == {"algorithm.logprob_forward_micro_batch_size": why}

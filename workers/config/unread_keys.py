@@ -57,7 +57,7 @@ IN_EVERY_RUN = (
     ReadWhere(
         ("actor.model.recompute_method", "actor.model.recompute_num_layers"),
         "actor.model.recompute_granularity",
-        lambda c: c.actor.model.recompute_granularity is not None,
+        lambda c: c.actor.model.recompute_granularity == "full",
     ),
     ReadWhere(("actor.model.init_method_std",), "actor.megatron.convert_from_hf", lambda c: not c.actor.megatron.convert_from_hf),
     ReadWhere(("actor.megatron.no_load_optim",), "runner.resume_dir", lambda c: c.runner.resume_dir is not None),
