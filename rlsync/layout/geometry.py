@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from operator import ge, le, sub
+from operator import ge, le, mul, sub
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Piece:
         if box is self.box:
             return self.offset
         assert self.box.contains(box), f"{self.tensor}: {box} is not inside {self.box}"
-        return self.offset + sum((b - a) * s for a, b, s in zip(self.box.start, box.start, self.strides, strict=True))
+        return self.offset + sum(map(mul, map(sub, box.start, self.box.start), self.strides))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import mul
 
 import msgspec
 from msgspec.structs import replace
@@ -171,7 +172,7 @@ def _runs(copies: list[Copy], spec: BufferSpec) -> list[list[Copy]]:
 
 def _end(copy: Copy) -> int:
     """One past the highest element that a copy writes."""
-    return copy.destination_offset + sum((n - 1) * s for n, s in zip(copy.shape, copy.destination_strides, strict=True)) + 1
+    return copy.destination_offset + sum(map(mul, copy.shape, copy.destination_strides)) - sum(copy.destination_strides) + 1
 
 
 def _is_dense(copies: list[Copy]) -> bool:

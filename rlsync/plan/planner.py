@@ -325,10 +325,15 @@ class _Matcher:
     def _hand_out(self, piece: Piece, box: Box, group: Sequence[_Origin], nbytes: int, row: list[int]) -> None:
         """Have everybody of a row take one box, from any who has it: all of these are equally far. Most of large clusters on paper."""
         positions = self._crowd(group).near(self._places[row[0]]).take(len(row), nbytes)
-        way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
         appends = self._appends_by_row.get(id(row))
         if appends is None:
             appends = self._appends_by_row[id(row)] = [self.ways[destination].append for destination in row]
+        if len(group) == 1:
+            only = piece, box, group[0]
+            for append in appends:
+                append(only)
+            return
+        way_of: dict[int, Way] = {position: (piece, box, group[position]) for position in set(positions)}
         for append, way in zip(appends, map(way_of.__getitem__, positions), strict=True):
             append(way)
 
