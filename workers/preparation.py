@@ -200,8 +200,10 @@ def _val_prompts(config: RunConfig, tokenizer: Any, bad: BadSamples) -> tuple[tu
 
 def _dataset(config: RunConfig, paths: Sequence[str], tokenizer: Any, bad: BadSamples, *, data_size: int | None) -> PromptDataset:
     problems = load_readable_problems(config, paths, bad, data_size=data_size)
-    vocab_size, picture_tokens = (read(Path(config.model_path), config.model_key) for read in (read_vocab_size, read_picture_tokens))
-    return PromptDataset(problems, tokenizer, prompt_form(config), bad, vocab_size=vocab_size, picture_tokens=picture_tokens)
+    model = Path(config.model_path), config.model_key
+    return PromptDataset(
+        problems, tokenizer, prompt_form(config), bad, vocab_size=read_vocab_size(*model), picture_tokens=read_picture_tokens(*model)
+    )
 
 
 def prompt_form(config: RunConfig) -> PromptForm:
