@@ -80,7 +80,11 @@ class FileWriter:
         header, self._begins = encode_header(tensors)
         self._missing = {t.name for t in tensors}
         self._partial.write_bytes(b"")
-        self._writes.put(self._partial, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        try:
+            self._writes.put(self._partial, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        except BaseException:
+            self._remove()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole contiguous tensor of any device at its place."""
@@ -96,8 +100,11 @@ class FileWriter:
             assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
             self._writes.close(self._partial, self._path)
         else:
-            self._writes.discard(self._partial)
-            self._partial.unlink(missing_ok=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        self._writes.discard(self._partial)
+        self._partial.unlink(missing_ok=True)
 
 
 def shard_files(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> dict[str, tuple[TensorSpec, ...]]:
