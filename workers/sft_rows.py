@@ -271,7 +271,7 @@ def _turns(row: Mapping[str, Any], form: RowForm) -> tuple[tuple[Message, ...], 
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether a field does, which tables have in every row, and files of JSON in JSON again."""
+    """Whether a field holds anything: tables have every field in every row, and some hold JSON as text."""
     if isinstance(value, Mapping):
         return any(map(_holds_something, value.values()))
     return bool(value) and value not in ("[]", "{}", "null")
