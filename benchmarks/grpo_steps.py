@@ -46,8 +46,7 @@ def text_overrides(a: argparse.Namespace, root: Path) -> list[str]:
     return [
         "--config-name", "qwen2.5-1.5b-grpo-megatron", f"rollout.model.model_path={root}/model", f"data.train_data_paths=[{problems}]",
         "data.prompt_key=question", "data.answer_key=answer",
-        "runner.enable_dynamic_batch_size=False", "algorithm.training_batch_size_per_gpu=16",
-        "algorithm.logprob_forward_max_tokens=32768",
+        "runner.max_tokens_per_mbs=16384", "algorithm.logprob_forward_max_tokens=32768",
         "actor.model.precision=bf16", "actor.optim.fp16=null", "actor.optim.loss_scale=null",
     ]  # fmt: skip
 
