@@ -6,12 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
-from rlsync.engine.handles import calls
-from rlsync.engine.handles.calls import Calls, Gate
-from rlsync.errors import EngineDirtyError
+from rlsync.engine.handles import SyncOrder, calls
+from rlsync.engine.handles.calls import Calls, Gate, sync_gated
+from rlsync.errors import EngineCallError, EngineDirtyError
 
 
 @pytest.fixture
@@ -109,3 +111,33 @@ def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_
     started.run_in_turn(lambda: update("last", 0), 10)
     left.join(60)
     assert happened == [f"{name} {what}" for name in ("failed", "next", "stuck", "last") for what in ("begins", "ends")]
+
+
+def test_nothing_of_a_sync_is_begun_after_it_has_failed_elsewhere(gate: Gate) -> None:
+    begun: list[str] = []
+
+    class Handle:
+        def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
+            begun.append("update")
+            if update_info["version"] == 4:
+                gate.shut("another engine failed", "sync 4")
+
+        def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None:
+            gate.commit(gate.ticket(sync), version)
+            begun.append("resume")
+
+    def pause(sync: str) -> None:
+        gate.begin_sync(sync, 60)
+        if sync == "sync 3":
+            gate.shut("another engine failed", sync)
+
+    def order(version: int) -> SyncOrder:
+        return SyncOrder("abort", f"sync {version}", {"version": version}, version, 60, 60)
+
+    for version, call in ((3, "update"), (4, "resume")):
+        with pytest.raises(EngineCallError, match="another engine failed") as failed:
+            sync_gated(gate, Handle(), order(version), partial(pause, f"sync {version}"))
+        assert failed.value.call == call and gate.state == "dirty"
+    assert begun == ["update"]
+    sync_gated(gate, Handle(), order(5), partial(pause, "sync 5"))
+    assert begun == ["update", "update", "resume"] and gate.version == 5

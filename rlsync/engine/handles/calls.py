@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from rlsync.engine.handles import SyncOrder, call_in_turn
 from rlsync.errors import EngineDirtyError
 
 T = TypeVar("T")
@@ -118,6 +119,24 @@ class Gate:
         with self._changed:
             self._state, self._reason, self._until_s = state, reason, until_s
             self._changed.notify_all()
+
+
+class GatedHandle(Protocol):
+    """A handle whose ``resume`` is refused while another sync than ``sync`` is going on."""
+
+    def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None: ...
+
+    def resume(self, version: int | None, timeout_s: float, sync: str = "") -> None: ...
+
+
+def sync_gated(gate: Gate, engine: GatedHandle, order: SyncOrder, pause: Callable[[], None]) -> float:
+    """``EngineHandle.sync``: ``pause``, update and resume; none is begun where the sync has failed elsewhere after the one before it."""
+
+    def update() -> None:
+        gate.ticket(order.sync)
+        engine.update_weights(dict(order.update_info), order.update_s)
+
+    return call_in_turn({"pause": pause, "update": update, "resume": lambda: engine.resume(order.version, order.phase_s, order.sync)})
 
 
 class Calls:

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import aiohttp
 from packaging.version import InvalidVersion, Version
 
-from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder, call_in_turn
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import SYNCED_PATH, AdapterRequests, Served
-from rlsync.engine.handles.calls import Calls, Gate
+from rlsync.engine.handles.calls import Calls, Gate, sync_gated
 from rlsync.errors import ConfigError, RlsyncError
 
 _log = logging.getLogger(__name__)
@@ -240,18 +240,7 @@ class HttpEngine:
         return [model["id"] for model in models if model.get("parent") and not str(model["root"]).startswith(SYNCED_PATH)]
 
     def sync(self, order: SyncOrder) -> float:
-        def update() -> None:
-            # Between two calls the sync may have failed elsewhere.
-            self._gate.ticket(order.sync)
-            self.update_weights(dict(order.update_info), order.update_s)
-
-        return call_in_turn(
-            {
-                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s),
-                "update": update,
-                "resume": lambda: self.resume(order.version, order.phase_s, order.sync),
-            }
-        )
+        return sync_gated(self._gate, self, order, lambda: self.pause(order.pause_mode, order.sync, order.phase_s))
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.

@@ -20,9 +20,9 @@ from rlsync.engine import forking
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat import lora
 from rlsync.engine.compat.features import check as check_features
-from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder, call_in_turn
+from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import AdapterRequests, Served
-from rlsync.engine.handles.calls import Calls, Gate
+from rlsync.engine.handles.calls import Calls, Gate, sync_gated
 from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -200,18 +200,7 @@ class Engine:
         self._calls.run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)), timeout_s)
 
     def sync(self, order: SyncOrder) -> float:
-        def update() -> None:
-            # Between two calls the sync may have failed elsewhere.
-            self._gate.ticket(order.sync)
-            self.update_weights(dict(order.update_info), order.update_s)
-
-        return call_in_turn(
-            {
-                "pause": lambda: self.pause(order.pause_mode, order.sync, order.phase_s, True),
-                "update": update,
-                "resume": lambda: self.resume(order.version, order.phase_s, order.sync),
-            }
-        )
+        return sync_gated(self._gate, self, order, lambda: self.pause(order.pause_mode, order.sync, order.phase_s, True))
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float, with_update: bool = False) -> None:
         """``EngineHandle.pause``. ``with_update``: ``update_weights`` follows, and pauses an engine without requests by the same call."""
