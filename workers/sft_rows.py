@@ -285,12 +285,19 @@ class _Beside:
 
 
 def _pictures_of(row: Mapping[str, Any], form: RowForm) -> list[Any]:
-    """References to the pictures in a row's fields. Raises BadRow where they are in a field that nobody named."""
+    """References to the pictures in a row's fields. Raises BadRow where they are in a field that nobody named, or of its two usual fields
+    only one is named and the other has further ones: readers of such rows take either."""
     found = [image for key in form.image_keys for image in _images(row.get(key), key)]
     unnamed = [key for key in _USUAL_IMAGE_KEYS if key not in form.image_keys and row.get(key)]
     if unnamed and not found:
         named = f"names {_listed(form.image_keys)}" if form.image_keys else "names none"
         raise BadRow(f"the row has {_listed(unnamed)}, and data.image_keys {named}: its pictures would not be seen")
+    chosen = [key for key in _USUAL_IMAGE_KEYS if key in form.image_keys and row.get(key)]
+    if unnamed and chosen and any(image not in found for image in _images(row[unnamed[0]], unnamed[0])):
+        raise BadRow(
+            f"the row has pictures in {chosen[0]!r} and others in {unnamed[0]!r}, which data.image_keys does not name: name both there, or "
+            f"leave {unnamed[0]!r} out of the rows"
+        )
     return found
 
 

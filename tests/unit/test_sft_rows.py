@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,20 @@ def test_pictures_in_a_field_that_nobody_named_are_refused() -> None:
     assert conversation({**row, "image": []}, named).images == ()
     with pytest.raises(BadRow, match=r"the row has 'images', and data\.image_keys names none"):
         conversation({"messages": [{"role": "user", "content": "<image>?"}, ANSWER], "images": ["a"]}, RowForm("chat", "messages", ""))
+
+
+def test_pictures_in_both_usual_fields_are_read_where_both_are_named_and_refused_where_one_is() -> None:
+    """Some readers of such rows take `image`, others `images`; one field may repeat what the other has."""
+    row = {"question": "What?", "correct_answer": "yes"}
+    both = replace(VLM, image_keys=("image", "images"))
+    assert conversation({**row, "image": "a.png", "images": ["b.png"]}, both).images == ("a.png", "b.png")
+    for named, other in (("image", "images"), ("images", "image")):
+        form = replace(VLM, image_keys=(named,))
+        with pytest.raises(BadRow, match=rf"pictures in '{named}' and others in '{other}', which data\.image_keys does not name"):
+            conversation({**row, named: ["a.png"], other: ["b.png"]}, form)
+        assert conversation({**row, named: ["a.png", "b.png"], other: "b.png"}, form).images == ("a.png", "b.png")
+    with pytest.raises(BadRow, match="pictures in 'images' and others in 'image'"):
+        chat({"role": "user", "content": "what?"}, ANSWER, images=["a"], image="b")
 
 
 def test_messages_of_ms_swift_and_of_datasets_mean_the_same() -> None:
