@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlsync.bridge.adapter_folder import check_adapter_folder, placed_adapter
+from rlsync.bridge.adapter_folder import base_of_adapter, check_adapter_folder, other_base, placed_adapter
 from rlsync.errors import ConfigError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
@@ -220,6 +220,8 @@ def _check_adapter(config: AnyConfig, model: Model | None, report: Report) -> No
     report.take("weights", check_adapter_folder, folder, spec)
     if model is not None and len(report.findings) == findings and not check_adapters(model, spec):
         report.take("weights", placed_adapter, model, adapters_of(model, spec), Path(folder))
+        warning = other_base(base_of_adapter(folder), Path(config.model_path))
+        report.notes += [] if warning is None else [warning]
 
 
 def check_tokenizer(config: AnyConfig, report: Report) -> None:

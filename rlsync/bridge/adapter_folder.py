@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsync.bridge.checkpoint_folder import HF_FOLDER_NAMES
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
 from rlsync.layout.safetensors import Holding, StoredTensor, read_checkpoint
@@ -106,6 +107,22 @@ def base_of_adapter(folder: Path | str) -> str | None:
     """What an adapter folder says that it adapts: a folder, a name of a hub, or None. Raises CheckpointError as ``read_adapter_config``."""
     name = _config_of(folder).get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def other_base(name: str | None, *folders: Path) -> str | None:
+    """A warning where adapters say that they are of ``name`` and none of these folders of one model is called so; None otherwise.
+
+    A folder is called by its last part, and by the model of the hub's cache that it lies in. Folders within checkpoints are called all
+    alike, and known by their whole path.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if name is None or Path(name).resolve() in paths:
+        return None
+    cached = {part.rpartition("--")[2] for path in paths for part in path.parts if part.startswith("models--")}
+    called = {each.casefold() for each in {path.name for path in paths} | cached if each not in HF_FOLDER_NAMES}
+    if Path(name).name.casefold() in called:
+        return None
+    return f"{ADAPTER_CONFIG} says that they are adapters of {name}: whether {folders[0]} has the same weights is not known"
 
 
 def _config_of(folder: Path | str) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from rlsync.bridge.adapter_folder import (
     ADAPTER_WEIGHTS,
     adapter_config,
     base_copies,
+    base_of_adapter,
     check_adapter_folder,
+    other_base,
     placed_adapter,
 )
 from rlsync.bridge.checkpoint_sums import check_written
@@ -217,6 +219,9 @@ class AutoBridge:
             adapters = megatron_model.adapters_in(models)
             assert adapters is not None
             check_adapter_folder(folder, adapters.spec)
+            warning = None if self._folder is None else other_base(base_of_adapter(folder), self._folder)
+            if warning is not None and dist.get_rank() == 0:
+                _LOG.warning("%s", warning)
             stored = placed_adapter(self.model, adapters, folder)
             load = plan_load(shards.tensors, (stored,), shards.placements[dist.get_rank()])
             files = load.open()

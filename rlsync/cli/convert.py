@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     said = _said(arguments.target, request.form, made, time.monotonic() - begin)
     if not arguments.json:
         print(_line(said), flush=True)
+        for warning in made.warnings:
+            print(f"warning: {warning}", flush=True)
     found = None if hf_folder is None else _precision(hf_folder, request, made)
     if found is not None:
         said["precision"] = {"within": found.is_within, **asdict(found)}
@@ -189,6 +191,7 @@ def _said(target: Path, form: str, made: Converted, seconds: float) -> dict[str,
             "files": made.num_files,
             "bytes": made.progress.total_bytes,
         },
+        "warnings": list(made.warnings),
         "resumed_bytes": made.progress.resumed_bytes,
         "seconds": seconds,
     }

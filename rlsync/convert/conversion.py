@@ -30,7 +30,7 @@ import torch
 from rlsync import __version__
 from rlsync.bridge.adapter_folder import base_copies
 from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
-from rlsync.convert.merging import Factors, FilePlan, check_base, fill_bucket, plan_file
+from rlsync.convert.merging import Factors, FilePlan, check_base, check_named_base, fill_bucket, plan_file
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
 from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
@@ -99,12 +99,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was made: numbers and forms for a closing line."""
+    """What was made: numbers and forms for a closing line, and what the user should look at."""
 
     source: Source
     output: Output
     num_files: int
     progress: Progress
+    warnings: tuple[str, ...] = ()
 
 
 def convert(
@@ -127,8 +128,7 @@ def convert(
         # All of them, so that what is wrong is found before anything is written.
         plans = [plan_file(source, target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
         factors = None if source.merged is None else Factors(source.merged)
-        if ranks.is_first:
-            _check_base(request, source)
+        warnings = _check_base(request, source) if ranks.is_first else ()
         identity = _identity(request, source)
         ranks.same("request", identity)
         _check_sums(source, ranks)
@@ -159,7 +159,7 @@ def convert(
             told_of_others()
             _end(output, targets, plans, journal, request.target)
         ranks.leave()
-    return Converted(source, output, len(targets), progress)
+    return Converted(source, output, len(targets), progress, warnings)
 
 
 def _check_sums(source: Source, ranks: Ranks) -> None:
@@ -172,11 +172,14 @@ def _check_sums(source: Source, ranks: Ranks) -> None:
         _check_sums(source.merged, ranks)
 
 
-def _check_base(request: Request, source: Source) -> None:
-    """Raise ConfigError where weights that lie beside adapters are not the base's, or there is no base to compare them with."""
+def _check_base(request: Request, source: Source) -> tuple[str, ...]:
+    """Warnings of what is not known of the base of adapters. Raises ConfigError where weights that lie beside adapters are not the base's,
+    or there is no base to compare them with, and where adapters are merged into another model than the one that they name."""
     adapters = source if source.merged is None else source.merged
     if adapters.adapters is not None and adapters.form == "hf" and base_copies(adapters.adapters, adapters.folder):
         check_base(adapters, source if source.merged is not None else _base_of(request, adapters))
+    warning = None if source.merged is None else check_named_base(source.merged, source)
+    return () if warning is None else (warning,)
 
 
 def _base_of(request: Request, adapters: Source) -> Source:

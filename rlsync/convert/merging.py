@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from rlsync.bridge.adapter_folder import base_copies
+from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, base_copies, other_base
 from rlsync.convert.loading import LoadPlan, copy_all, plan_load
-from rlsync.convert.sources import Source
+from rlsync.convert.sources import Source, base_folder, open_source
 from rlsync.copy.cpu import region
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import ConfigError
 from rlsync.layout.geometry import DTYPE_BYTES, BufferSpec, Piece, Placement, contiguous_strides, whole_tensors
 from rlsync.models.lora import EMBEDDING_A, EMBEDDING_B, A, B, module_of
 from rlsync.plan.planner import Bucket, Copy
+
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,47 @@ class Factors:
 def check_base(adapters: Source, base: Source) -> None:
     """Raise ConfigError where weights that lie beside adapters, in a folder of PEFT, are others than the base's."""
     assert adapters.adapters is not None, "only of adapters"
-    copies = base_copies(adapters.adapters, adapters.folder)
-    wanted = [replace(tensor, dtype="float32") for tensor in base.tensors() if tensor.name in copies]
-    load = plan_load(base.tensors(), base.holdings, whole_tensors("base", wanted))
-    read, saved = load.open(), MappedTensors(copies)
+    saved = MappedTensors(base_copies(adapters.adapters, adapters.folder))
+    for name, held in _weights(base, saved):
+        check_base_copy(saved[name], held, name, adapters.folder)
+
+
+def check_named_base(adapters: Source, base: Source) -> str | None:
+    """A warning where adapters say that they are of another model than ``base``, which is not here to be compared; None otherwise.
+
+    Raises ConfigError where the folder that they name is here, and the smallest weights that they change are others in it.
+    """
+    assert adapters.adapters is not None, "only of adapters"
+    name, folders = adapters.base_name, (base.folder, base.model_folder)
+    named = base_folder(name)
+    if name is None or (named is not None and named.resolve() in {folder.resolve() for folder in folders}):
+        return None
+    if named is None or not any(named.glob("*.safetensors")):
+        return other_base(name, *folders)
+    adapted = [tensor for tensor in base.tensors() if module_of(tensor.name) in adapters.adapters.modules]
+    least = min(math.prod(tensor.shape) for tensor in adapted)
+    smallest = [tensor.name for tensor in adapted if math.prod(tensor.shape) == least]
+    theirs = dict(_weights(open_source(named), {smallest[0], smallest[-1]}))
+    for tensor, held in _weights(base, {smallest[0], smallest[-1]}):
+        # In the coarsest of both dtypes: either may have been rounded.
+        if tensor not in theirs or not any(torch.equal(held.to(dtype), theirs[tensor].to(dtype)) for dtype in _ROUNDED):
+            raise ConfigError(
+                f"{adapters.folder} says that it adapts {named}, where {tensor} is another than in {base.folder}: merge it into the model "
+                f"that it was trained on, or, if this one is meant, name it as base_model_name_or_path in its {ADAPTER_CONFIG}"
+            )
+    return None
+
+
+def _weights(source: Source, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of these weights that a source has, whole and in fp32, one by one."""
+    wanted = [replace(tensor, dtype="float32") for tensor in source.tensors() if tensor.name in names]
+    load = plan_load(source.tensors(), source.holdings, whole_tensors("base", wanted))
+    read = load.open()
     for tensor in wanted:
         held = torch.empty(tensor.shape, dtype=torch.float32)
         mine = (copy for bucket in load.plan.buckets for copy in bucket.copies if copy.tensor == tensor.name)
         copy_all(mine, read, {tensor.name: held})
-        check_base_copy(saved[tensor.name], held, tensor.name, adapters.folder)
+        yield tensor.name, held
 
 
 def check_base_copy(copy: torch.Tensor, held: torch.Tensor, name: str, folder: Path) -> None:

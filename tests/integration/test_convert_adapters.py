@@ -137,6 +137,26 @@ def test_weights_that_peft_saved_beside_adapters_are_the_bases(adapted, tmp_path
         convert(request(folder, tmp_path / "none", "hf"))
 
 
+def test_adapters_are_merged_into_the_weights_that_they_name(adapted, tmp_path, capsys):
+    """Others of the same shapes are refused where the named ones are here, and a warning says where only a name is known."""
+    base, config = adapted["llama"], (adapted["llama"] / "adapter" / "adapter_config.json").read_text()
+    folder = Path(shutil.copytree(base / "adapter", tmp_path / "adapter"))
+    merge = ["--adapter", str(folder), "--merge-lora"]
+    for name, change in (("copy", 0.0), ("other", 0.01)):
+        shutil.copytree(base, tmp_path / name, ignore=shutil.ignore_patterns("adapter", "merged"))
+        save_file({tensor: (t + change).bfloat16() for tensor, t in tensors(base).items()}, tmp_path / name / "model.safetensors")
+    assert main(["convert", str(tmp_path / "copy"), str(tmp_path / "of copy"), *merge]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "other"), str(tmp_path / "no"), *merge]) == 1
+    refusal = f"says that it adapts {base}, where model.layers.0.self_attn.k_proj.weight is another than in {tmp_path / 'other'}"
+    assert refusal in capsys.readouterr().err and not (tmp_path / "no").exists()
+    for number, (name, words) in enumerate((("some-lab/other", ""), ("some-lab/llama", "that they are adapters of some-lab/llama:"))):
+        (folder / "adapter_config.json").write_text(json.dumps(json.loads(config) | {"base_model_name_or_path": name}))
+        assert main(["convert", str(tmp_path / "other"), str(tmp_path / f"{number}"), *merge, "--json"]) == 0
+        (warning,) = json.loads(capsys.readouterr().out)["warnings"] or [""]
+        assert words in warning and bool(words) == bool(warning)
+
+
 def test_several_workers_merge_into_the_same_files(adapted, tmp_path):
     base = adapted["llama"]
     asked = {"dtype": "bfloat16", "adapter": base / "adapter", "merge_lora": True}

@@ -187,6 +187,7 @@ def test_adapters_are_checked_against_the_model_and_their_folder(own, monkeypatc
     ("config", "drop", "words"),
     [
         ({}, "", ""),
+        ({"base_model_name_or_path": "some-lab/other"}, "", ""),
         ({"use_dora": True}, "", "adapter_config.json: use_dora is True; only False or None is supported"),
         ({"rank_pattern": {"q_proj": 2}}, "", "rank_pattern is {'q_proj': 2}"),
         ({"r": 8}, "", "holds another adapter than this run's: r 8 there, 4 here"),
@@ -206,8 +207,10 @@ def test_a_folder_of_other_adapters_is_a_finding(own, monkeypatch, config: dict[
     if drop.endswith(".safetensors"):
         (own / "adapter" / drop).unlink()
     lora = {"r": 4, "adapter_path": str(own / "adapter"), "target_modules": ["q_proj"]}
-    found = texts(check(own, monkeypatch, actor={"lora": lora, "megatron": {"mbridge": True}}))
-    assert (words in found) if words else "adapter" not in found
+    report = check(own, monkeypatch, actor={"lora": lora, "megatron": {"mbridge": True}})
+    assert (words in texts(report)) if words else "adapter" not in texts(report)
+    named = "base_model_name_or_path" in config
+    assert named == any("that they are adapters of some-lab/other: whether" in note for note in report.notes)
 
 
 def test_a_vision_language_model_is_checked_before_anything_starts(own, monkeypatch) -> None:

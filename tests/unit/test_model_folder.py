@@ -22,6 +22,7 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
+from rlsync.bridge.adapter_folder import other_base
 from rlsync.bridge.model_folder import copy_files, travelling_files, with_dtype
 from rlsync.copy.files import write_index, write_small_file
 from rlsync.errors import CheckpointError
@@ -156,3 +157,18 @@ def test_index_and_copies_reach_the_disk_before_a_durable_save_returns(tmp_path,
     write_small_file(tmp_path / "out/config.json", b"{}", durable=durable)
     assert synced == (["tokenizer.json", "model.safetensors.index.json", "config.json"] if durable else [])
     assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "out/config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "is_other"),
+    [
+        ("some-lab/Base-7B", "models/base-7b", False),
+        ("some-lab/Base-7B", "hub/models--some-lab--Base-7B/snapshots/0a1b", False),
+        ("some-lab/Base-7B", "models/Base-7B-Instruct", True),
+        ("/gone/global_step_4/actor/hf_model", "global_step_8/actor/hf_model", True),
+        (None, "models/base-7b", False),
+    ],
+)
+def test_adapters_of_a_model_of_another_name_are_told(tmp_path, name: str | None, folder: str, is_other: bool) -> None:
+    assert (other_base(name, tmp_path / folder) is not None) == is_other
+    assert other_base(str(tmp_path / folder), tmp_path / folder) is None
