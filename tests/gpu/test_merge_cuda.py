@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -141,9 +142,8 @@ def assert_sums_are_rounded_once(case: Case, dtypes: tuple[torch.dtype, torch.dt
         assert torch.equal(weight, kept), "the base was written to"
 
 
-def assert_independent(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    some = [case for case in CASES if case.rank > 8]
-    weights, factors = ([each for kind in kinds for each in kind] for kinds in zip(*(drawn(case, *dtypes) for case in some), strict=True))
+def assert_independent(dtypes: tuple[torch.dtype, torch.dtype], cases: Sequence[Case]) -> None:
+    weights, factors = ([each for kind in kinds for each in kind] for kinds in zip(*(drawn(case, *dtypes) for case in cases), strict=True))
     together = merged(weights, factors, SCALING)
     backwards = merged(weights[::-1], factors[::-1], SCALING)[::-1]
     for number, (weight, of_one) in enumerate(zip(weights, factors, strict=True)):
@@ -153,9 +153,9 @@ def assert_independent(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
             assert torch.equal(other, together[number]), f"{of_one.likeness}"
 
 
-def assert_followed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def assert_followed(dtypes: tuple[torch.dtype, torch.dtype], cases: Sequence[Case]) -> None:
     """Of several runs of a program each takes what there is, also where it has moved."""
-    for case in (case for case in CASES if case.count > 1):
+    for case in cases:
         weights, factors = drawn(case, *dtypes)
         program = MergeProgram(weights, factors, SCALING)
         kept = []
@@ -194,13 +194,13 @@ def test_sums_are_rounded_once(case, dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_results_do_not_depend_on_what_is_merged_beside(dtypes):
     """Bit for bit, in any order and number, and wherever in memory they lie."""
-    assert_independent(dtypes)
+    assert_independent(dtypes, [case for case in CASES if case.rank > 8])
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_a_program_follows_memory_that_moves(dtypes):
-    assert_followed(dtypes)
+    assert_followed(dtypes, [case for case in CASES if case.count > 1])
 
 
 @pytest.mark.gpu(1)
