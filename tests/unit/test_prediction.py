@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlsync.cli import pricing
 from rlsync.cli.pricing import Price, Settings, quote
-from rlsync.cli.scene import Scene
+from rlsync.cli.scene import Scene, Sides, set_out
 
 RAW = Path(__file__).resolve().parents[2] / "benchmarks" / "raw"
 # Since an engine's part in a sync is one call; what is around the data took longer before.
@@ -34,14 +37,37 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "offload_weight": case["name"].startswith("moved")}
 
 
-def on_paper(measured: dict[str, Any], **settings: Any) -> Price:
-    floors, colocated = measured["floors"], measured["placement"] == "collocated"
+def links_of(measured: dict[str, Any]) -> dict[str, float]:
+    floors = measured["floors"]
     speeds = {"gpu": min(floors["same_gb_per_s"].values()), "nvlink": max(floors["peer_gb_per_s"].values(), default=0.0)}
-    links = {name: 1e9 * speed for name, speed in speeds.items() if speed}
-    scene = Scene(measured["actor"], **measured["rollout"], colocated=colocated)
-    found = quote(measured["config"], scene, Settings(links=links, **settings)).price
-    assert found is not None
-    return found
+    return {name: 1e9 * speed for name, speed in speeds.items() if speed}
+
+
+@functools.cache
+def set_out_once(config: str, axes: str, engines: str, colocated: bool) -> Sides:
+    scene = Scene(json.loads(axes), **json.loads(engines), colocated=colocated)
+    return set_out(json.loads(config), scene, dtype=None, engine_dtype=None, make_vocab_size_divisible_by=1)
+
+
+@functools.cache
+def drawn_once(*sides: Any, **settings: Any) -> Any:
+    return pricing._draw(set_out_once(*sides), Settings(**settings), by_kind=True)
+
+
+def on_paper(measured: dict[str, Any], *, num_slots: int = 2, **settings: Any) -> Price:
+    """As ``quote``, but that benches of one plan, which differ by speeds or slots, share it."""
+    of_sides = *(json.dumps(measured[key], sort_keys=True) for key in ("config", "actor", "rollout")), measured["placement"] == "collocated"
+    counted = Settings(links=links_of(measured), num_slots=num_slots, **settings)
+    return pricing._count("", set_out_once(*of_sides), counted, *drawn_once(*of_sides, **settings), began_s=0.0)
+
+
+def test_a_plan_that_benches_share_has_the_price_of_one_of_its_own() -> None:
+    measured = json.loads((RAW / "2026-11-22-1.5b-collocated-moved.json").read_text())
+    for settings in ({"offload_weight": True, "num_slots": 3}, {"bucket_bytes": 2**26}):
+        shared = on_paper(measured, **settings)
+        scene = Scene(measured["actor"], **measured["rollout"], colocated=True)
+        own = quote(measured["config"], scene, Settings(links=links_of(measured), **settings)).price
+        assert own is not None and replace(own, architecture="", planning_s=0.0) == replace(shared, planning_s=0.0)
 
 
 @pytest.mark.parametrize(("name", "case_name"), measured_cases())
