@@ -6,11 +6,12 @@ Device numbers count GPUs over all nodes in node order; without GPUs a device is
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.node
+import ray._private.parameter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsync.errors import ConfigError, RlsyncError
@@ -36,6 +39,25 @@ _ATTEMPTS = 3
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
 
 
+@contextlib.contextmanager
+def _few_processes() -> Iterator[None]:
+    """Within it ``ray.init`` starts no process that a cluster of a run's own has no use for: what watches over nodes that come and go, what
+    brings logs to the driver, and what answers jobs and the dashboard. Each reads Python for seconds while Ray waits for those it needs.
+
+    Ray knows them as parameters of its own, for which ``ray.init`` has no argument. A Ray that has other ones starts what it would.
+    """
+    parameters, node = ray._private.parameter.RayParams, ray._private.node.Node
+    spared = {"no_monitor": True, "include_log_monitor": False}
+    with contextlib.ExitStack() as stack:
+        if spared.keys() <= inspect.signature(parameters).parameters.keys():
+            stack.callback(setattr, ray._private.parameter, "RayParams", parameters)
+            ray._private.parameter.RayParams = partial(parameters, **spared)
+        if (start_api_server := getattr(node, "start_api_server", None)) is not None:
+            stack.callback(setattr, node, "start_api_server", start_api_server)
+            node.start_api_server = lambda self, **options: None
+        yield
+
+
 def _start_here(options: Mapping[str, Any]) -> None:
     """``ray.init`` of a cluster of this process's own, tried again where Ray gave up.
 
@@ -45,7 +67,8 @@ def _start_here(options: Mapping[str, Any]) -> None:
     before = set(psutil.Process().children())
     for left in reversed(range(_ATTEMPTS)):
         try:
-            ray.init(**options)
+            with _few_processes():
+                ray.init(**options)
             return
         except Exception as error:
             ray.shutdown()
@@ -89,7 +112,9 @@ class Cluster:
         address = cluster_address(num_nodes)
         assert address != LOCAL or is_protected(), "call protect_own_cluster before Ray is imported"
         check_answers(address)
-        options: dict[str, Any] = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False} if address == LOCAL else {}
+        # Actors have environments of their own, for which no worker that Ray has started beforehand would do.
+        own = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False, "_system_config": {"prestart_worker_first_driver": False}}
+        options: dict[str, Any] = own if address == LOCAL else {}
         # Ray must not narrow CUDA_VISIBLE_DEVICES: devices are given out here.
         environment = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         options |= {"address": address, "log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": environment}}

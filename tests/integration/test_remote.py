@@ -168,6 +168,15 @@ def test_what_an_attempt_to_start_ray_has_left_is_ended(cluster):
     assert [process.pid for process in psutil.wait_procs(GIVEN_UP, timeout=10 * SLACK)[1]] == []
 
 
+def test_ray_starts_what_a_run_needs_and_nothing_else(cluster):
+    """Of its processes each reads Python for seconds, and all of them have 30 s."""
+    titles = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True) if process.is_running()]
+    for needed in ("gcs_server", "raylet/raylet"):
+        assert any(needed in title for title in titles), titles
+    for spared in ("monitor.py", "dashboard/dashboard.py", "ray::IDLE"):
+        assert not any(spared in title for title in titles), spared
+
+
 @pytest.fixture(scope="module")
 def ranks(cluster) -> list[Worker]:
     """The last two are forked."""
