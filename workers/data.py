@@ -31,7 +31,7 @@ class Prompt:
     """One problem ready for generation.
 
     Attributes:
-        index: counts the text problems that passed the length rule; -1 for a question about pictures.
+        index: counts the text problems that passed the length rule; of a question about pictures the row in a validation, else -1.
         token_ids: as the actor takes them: a picture's placeholder stands as often as it has features of the picture.
         where: file and line.
         engine_ids: as an engine takes them, each picture's placeholder once; None without pictures, where they are ``token_ids``.

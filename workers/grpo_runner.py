@@ -265,7 +265,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         sampling = sampling_arguments(config, model=self._model, stop_token_ids=self._prepared.stop_ids, validation=True)
 
         def generate() -> list[tuple[Completion, ...]]:
-            groups = self._group.generate([prompt.for_engine() for prompt in prompts], sampling, None)
+            parts = self._prepared.data.val_parts(config.data.num_workers)
+            groups = [group for part in parts for group in self._group.generate(part, sampling, None)]
             self._group.reset_caches()
             return groups
 

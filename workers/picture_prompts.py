@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from rlsync.errors import ConfigError
 from workers.chat_template import render
 from workers.config import RunConfig
@@ -20,7 +22,7 @@ from workers.model_folder import read_vocab_size, unknown_token
 from workers.pictures import PictureProcessor, open_picture
 from workers.problems import BadSamples
 from workers.row_files import BadRow, RowFiles
-from workers.row_loader import RowLoader, RowSource, TooLong
+from workers.row_loader import PROMPTS_AT_ONCE, LeftOut, RowLoader, RowSource, TooLong, in_parts
 from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample
 from workers.sft_rows import picture_problem, row_form
 
@@ -86,6 +88,15 @@ class PicturePrompts(RowSource[Prompt]):
         pixels, grid = patches.pixel_values, patches.image_grid_thw
         return replace(prompt, engine_ids=tuple(engine_ids), images=images, pixel_values=pixels, image_grid_thw=grid)
 
+    def pictures(self, row: int) -> tuple[Image, ...] | LeftOut:
+        """The pictures of a row's prompt, or why they cannot be read."""
+        where, content = self._files.read(row)
+        try:
+            problem = picture_problem(content, self._form, metadata=self._has_metadata)
+            return tuple(open_picture(image, self._files.folder(row)) for image in problem.images)
+        except BadRow as reason:
+            return LeftOut(where, str(reason), too_long=False)
+
 
 def open_prompts(config: RunConfig, tokenizer: Any, pictures: PictureProcessor) -> tuple[RowLoader[Prompt], PicturePrompts]:
     """The loader of the training prompts at the beginning of the data, and its source. Raises ConfigError."""
@@ -115,19 +126,17 @@ def first_prompts(source: PicturePrompts, most: int) -> Iterator[Prompt]:
     return islice((_for_engines(prompt) for prompt in found if prompt is not None), most)
 
 
-def validation_prompts(
-    config: RunConfig, tokenizer: Any, pictures: PictureProcessor, bad: BadSamples
-) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    """The prompts of all validation rows, for engines alone: without patches. Rows that cannot be used go to ``bad``; those that are
-    too long are left out, which a note says. Raises ConfigError where none remains."""
+def validation_prompts(config: RunConfig, source: PicturePrompts, bad: BadSamples) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    """The prompts of all rows of a ``source`` without substitutes, which have neither patches nor pictures: ``with_pictures`` reads these.
+    Rows that cannot be used go to ``bad``; those that are too long are left out, which a note says. Raises ConfigError where none remains.
+    """
     data = config.data
-    source = PicturePrompts(config, data.val_data_paths, tokenizer, pictures, substitutes=False, most=data.val_data_size)
     found, num_too_long, num_bad = [], 0, 0
     items = source.items(0, shuffle=False, seed=0)
     for row in range(source.num_items):
         drawn = source.draw(items[row])
         if drawn.example is not None:
-            found.append(_for_engines(drawn.example))
+            found.append(replace(_for_engines(drawn.example), index=row, images=()))
         elif drawn.left_out[-1].too_long:
             num_too_long += 1
         else:
@@ -140,6 +149,13 @@ def validation_prompts(
         )
     notes = too_long_notes("data.val_data_paths", num_too_long, len(found) + num_too_long, data.max_prompt_length)
     return tuple(found), notes
+
+
+def with_pictures(source: PicturePrompts, prompts: Sequence[Prompt], num_workers: int) -> Iterator[list[Prompt]]:
+    """Prompts of a validation with their pictures, in their order, part by part. Raises as ``in_parts``."""
+    rows, left = [prompt.index for prompt in prompts], iter(prompts)
+    for part in in_parts(rows, source.pictures, most=PROMPTS_AT_ONCE, num_workers=num_workers):
+        yield [replace(prompt, images=images) for images, prompt in zip(part, left, strict=False)]
 
 
 def warm_start_examples(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, pictures: PictureProcessor) -> Iterator[list[SftExample]]:

@@ -6,7 +6,7 @@ Whatever can be refused without a process is refused here. Knows no Ray.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import AutoTokenizer
 
+from rlsync.engine.handles import Prompt as EnginePrompt
 from rlsync.errors import CheckpointError, ConfigError
 from rlsync.models import check_config, model_of
 from workers.config import AnyConfig, RunConfig, validate_model
@@ -30,7 +31,7 @@ from workers.model_folder import (
     text_config,
     token_ids,
 )
-from workers.picture_prompts import first_prompts, open_prompts, validation_prompts
+from workers.picture_prompts import PicturePrompts, first_prompts, open_prompts, validation_prompts, with_pictures
 from workers.picture_world import build_picture_world
 from workers.pictures import PictureProcessor, load_picture_processor
 from workers.problems import BadSamples, Problem, load_problems
@@ -50,7 +51,9 @@ class PromptData:
     """Attributes:
     loader: of the training prompts, at the beginning of the data.
     first_prompts: of the training, for ``rollout.validate_weight``; none without.
-    val_prompts: those of the validation problems, which are read and checked also where the run does not validate; none then.
+    val_prompts: those of the validation problems, which are read and checked also where the run does not validate; none then. Without
+        their pictures, which are in the rows of ``val_source``.
+    val_source: None where the data has no pictures, or the run does not validate.
     pictures: what makes patches of pictures; None where the data has none.
     notes: what the user should know about the data.
     """
@@ -58,8 +61,15 @@ class PromptData:
     loader: PromptLoader | RowLoader[Prompt]
     first_prompts: tuple[Prompt, ...]
     val_prompts: tuple[Prompt, ...]
+    val_source: PicturePrompts | None
     pictures: PictureProcessor | None
     notes: tuple[str, ...]
+
+    def val_parts(self, num_workers: int) -> Iterator[list[EnginePrompt]]:
+        """The prompts of a validation as engines take them, in their order: all together, or part by part with their pictures, which
+        ``num_workers`` processes read ahead."""
+        parts = [list(self.val_prompts)] if self.val_source is None else with_pictures(self.val_source, self.val_prompts, num_workers)
+        return ([prompt.for_engine() for prompt in part] for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +174,22 @@ def _texts(config: RunConfig, tokenizer: Any) -> PromptData:
         num_workers=data.num_workers,
     )  # fmt: skip
     first = tuple(dataset[i] for i in range(min(_num_first(config), len(dataset))))
-    return PromptData(loader, first, val_prompts if validates(config) else (), None, notes)
+    return PromptData(loader, first, val_prompts if validates(config) else (), None, None, notes)
 
 
 def _pictures(config: RunConfig, tokenizer: Any) -> PromptData:
-    """Questions about pictures: those of the validation are read now, the others when their turn comes."""
-    pictures, bad = picture_processor(config), BadSamples()
+    """Questions about pictures: those of the validation are read and checked now, the others and all pictures when their turn comes."""
+    pictures, bad, data = picture_processor(config), BadSamples(), config.data
     assert pictures is not None, "validate_model refuses such a model"
-    val_prompts, val_notes = validation_prompts(config, tokenizer, pictures, bad) if config.data.val_data_paths else ((), ())
-    val_prompts = tuple(_readable(val_prompts, config, bad))
-    notes = (*bad.settle(config.data.on_bad_sample), *val_notes)
+    val_prompts, val_notes, val_source = tuple[Prompt, ...](), tuple[str, ...](), None
+    if data.val_data_paths:
+        val_source = PicturePrompts(config, data.val_data_paths, tokenizer, pictures, substitutes=False, most=data.val_data_size)
+        val_prompts, val_notes = validation_prompts(config, val_source, bad)
+        val_prompts = tuple(_readable(val_prompts, config, bad))
+    notes = (*bad.settle(data.on_bad_sample), *val_notes)
     loader, source = open_prompts(config, tokenizer, pictures)
     first = tuple(first_prompts(source, _num_first(config)))
-    return PromptData(loader, first, val_prompts if validates(config) else (), pictures, notes)
+    return PromptData(loader, first, *((val_prompts, val_source) if validates(config) else ((), None)), pictures, notes)
 
 
 def _num_first(config: RunConfig) -> int:

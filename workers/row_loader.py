@@ -7,7 +7,7 @@ Knows neither what a row becomes nor Ray: ``sft_data`` has training examples, ``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,9 @@ _NUM_SUBSTITUTES = 32
 _NEIGHBOURHOOD = 1024
 # Examples that a loader process hands over at once: each time costs a millisecond, and more of large pictures would fill its memory.
 _HANDED_OVER = 16
+
+# Prompts of a validation whose pictures are in memory together, beside those of the part that is read ahead.
+PROMPTS_AT_ONCE = 256
 
 # Metrics of ``RowLoader.take_left_out``.
 LEFT_OUT = ("data/left_out_bad", "data/left_out_too_long")
@@ -150,14 +153,23 @@ class _Drawing(Dataset[list[Drawn[T]]]):
 
 class _Share(Sampler[Any]):
     """Items of one replica's share of each global batch over all epochs, up to ``at_once`` of a batch together; a short last batch is
-    dropped. Begins with batch ``first``."""
+    dropped, unless ``keep_last``. Begins with batch ``first``."""
 
     def __init__(
-        self, source: ExampleSource[Any], batch_size: int, share: range, *, at_once: int, num_epochs: int, shuffle: bool, seed: int
+        self,
+        source: ExampleSource[Any],
+        batch_size: int,
+        share: range,
+        *,
+        at_once: int,
+        num_epochs: int,
+        shuffle: bool,
+        seed: int,
+        keep_last: bool,
     ) -> None:
         self._source, self.batch_size, self.share, self._at_once = source, batch_size, share, at_once
         self.num_epochs, self.shuffle, self.seed = num_epochs, shuffle, seed
-        self.batches_per_epoch = source.num_items // batch_size
+        self.batches_per_epoch = -(-source.num_items // batch_size) if keep_last else source.num_items // batch_size
         self.first = 0
 
     @property
@@ -169,9 +181,18 @@ class _Share(Sampler[Any]):
         for epoch in range(done_epochs, self.num_epochs):
             items = self._source.items(epoch, shuffle=self.shuffle, seed=self.seed)
             for batch in range(done_batches if epoch == done_epochs else 0, self.batches_per_epoch):
-                places = [batch * self.batch_size + i for i in self.share]
+                places = self._places(batch)
                 for start in range(0, len(places), self._at_once):
                     yield [items[place] for place in places[start : start + self._at_once]]
+
+    def _places(self, batch: int) -> range:
+        """Of the share of a batch of an epoch, in the epoch's items."""
+        begin, end = (min(batch * self.batch_size + place, self._source.num_items) for place in (self.share.start, self.share.stop))
+        return range(begin, end)
+
+    def num_calls(self, batch: int) -> int:
+        """How often items come for a batch of all epochs."""
+        return -(-len(self._places(batch % self.batches_per_epoch)) // self._at_once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +213,8 @@ class _Packed:
 
 
 def _pack(drawn: Sequence[Drawn[Any]]) -> _Packed:
-    """What it is given without the memory that each example has for its patches. Examples are dataclasses with both fields of patches."""
-    pixels = [None if one.example is None else one.example.pixel_values for one in drawn]
-    grids = [None if one.example is None else one.example.image_grid_thw for one in drawn]
+    """What it is given without the memory that each example has for its patches. Examples with patches are dataclasses with both fields."""
+    pixels, grids = ([getattr(one.example, name, None) for one in drawn] for name in ("pixel_values", "image_grid_thw"))
     found = [values for values in pixels if values is not None]
     return _Packed(
         tuple(one if values is None else _with_patches(one, None, None) for one, values in zip(drawn, pixels, strict=True)),
@@ -238,6 +258,7 @@ class RowLoader(Generic[T]):
 
     Args:
         num_workers: processes that read rows and decode pictures ahead of the step; 0: done when a batch is asked for.
+        keep_last: a short last batch of an epoch is handed out, too.
         batch_key: the configuration key of ``batch_size``, for errors and in the position.
         too_long: what a user can do about rows that are too long.
 
@@ -257,6 +278,7 @@ class RowLoader(Generic[T]):
         shuffle: bool = True,
         seed: int = 1234,
         num_workers: int = 0,
+        keep_last: bool = False,
         batch_key: str = "actor.global_batch_size",
         too_long: str = "data.on_too_long=skip leaves such rows out",
     ) -> None:
@@ -268,8 +290,9 @@ class RowLoader(Generic[T]):
         at_once = min(_HANDED_OVER, -(-size // num_workers)) if num_workers else 1
         self._source, self._batch_key, self._packs = source, batch_key, num_workers > 0
         self._ways_out = {False: "data.on_bad_sample=skip leaves such rows out", True: too_long}
-        self._calls_per_batch = -(-size // at_once)
-        self._order = _Share(source, batch_size, share, at_once=at_once, num_epochs=num_epochs, shuffle=shuffle, seed=seed)
+        self._order = _Share(
+            source, batch_size, share, at_once=at_once, num_epochs=num_epochs, shuffle=shuffle, seed=seed, keep_last=keep_last
+        )
         if self._order.num_batches == 0:
             raise ConfigError(
                 f"Train dataloader is empty! The data makes {source.num_items} examples, fewer than {batch_key} "
@@ -332,22 +355,22 @@ class RowLoader(Generic[T]):
 
     def _batches(self) -> Iterator[list[Drawn[T]]]:
         """Batches from the present position on. Those of other processes are fetched while the caller works on the one before."""
-        count, self._order.first = len(self) - self._handed_out, self._handed_out
+        numbers, self._order.first = range(self._handed_out, len(self)), self._handed_out
         calls = iter(self._loader)
 
-        def batch() -> list[Drawn[T]]:
-            parts = (next(calls) for _ in range(self._calls_per_batch))
+        def batch(number: int) -> list[Drawn[T]]:
+            parts = (next(calls) for _ in range(self._order.num_calls(number)))
             return [drawn for part in parts for drawn in (_unpack(part) if self._packs else part)]
 
         if not self._packs:
-            yield from (batch() for _ in range(count))
+            yield from map(batch, numbers)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="rlsync-data") as thread:
-            coming = thread.submit(batch)
-            for left in range(count, 0, -1):
+            coming = thread.submit(batch, numbers[0])
+            for number in numbers:
                 found = coming.result()
-                if left > 1:
-                    coming = thread.submit(batch)
+                if number + 1 in numbers:
+                    coming = thread.submit(batch, number + 1)
                 yield found
 
     def _taken(self, drawn: Drawn[T]) -> T:
@@ -368,3 +391,30 @@ class RowLoader(Generic[T]):
             "shuffle": int(order.shuffle),
             "data": self._source.fingerprint(),
         }
+
+
+class _ChosenRows(Generic[T]):
+    """An example a row, of rows that can be used."""
+
+    def __init__(self, rows: Sequence[int], read: Callable[[int], T | LeftOut]) -> None:
+        self._rows, self._read, self.num_items = rows, read, len(rows)
+        self.notes: tuple[str, ...] = ()
+
+    def items(self, epoch: int, *, shuffle: bool, seed: int) -> Sequence[int]:
+        return self._rows
+
+    def draw(self, item: int) -> Drawn[T]:
+        found = self._read(item)
+        return Drawn(None, (found,)) if isinstance(found, LeftOut) else Drawn(found)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def in_parts(rows: Sequence[int], read: Callable[[int], T | LeftOut], *, most: int, num_workers: int) -> Iterator[list[T]]:
+    """What ``read`` makes of each row, in their order, up to ``most`` together; ``num_workers`` processes read the next part while the
+    caller works on one.
+
+    Raises ConfigError by file and row where one cannot be read any more.
+    """
+    return iter(RowLoader(_ChosenRows(rows, read), most, shuffle=False, num_workers=num_workers, keep_last=True))

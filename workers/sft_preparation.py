@@ -17,9 +17,24 @@ from workers.packed_text import PackedDocuments
 from workers.preparation import picture_processor, prepare_model, restore_position, stop_ids
 from workers.resume import Beginning, run_folder
 from workers.row_files import RowFiles
-from workers.row_loader import ExampleSource, LeftOut, RowLoader
+from workers.row_loader import PROMPTS_AT_ONCE, ExampleSource, LeftOut, RowLoader, in_parts
 from workers.sft_data import ExampleEncoder, ExampleForm, RowExamples, SftExample, SftQuestion
 from workers.sft_rows import row_form
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Rows of a validation that engines can be asked."""
+
+    source: RowExamples
+    rows: tuple[int, ...]
+    have_pictures: bool
+
+    def parts(self, num_workers: int) -> Iterator[list[SftQuestion]]:
+        """All of them in their order, where there are pictures part by part, which ``num_workers`` processes read ahead. Raises as
+        ``in_parts``."""
+        most = PROMPTS_AT_ONCE if self.have_pictures else len(self.rows)
+        return in_parts(self.rows, self.source.question, most=most, num_workers=num_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +44,7 @@ class SftPreparation:
     stop_ids: token ids that end an answer, the tokenizer's own first.
     num_steps: of the data.
     position: in the data, where the run continues; ``RowLoader`` takes it.
-    questions: prompts of the validation with their answers; empty without ``validation.generate``.
+    questions: of the validation; None without ``validation.generate``.
     beginning: where the run continues.
     notes: what the user should know about model and data.
     """
@@ -39,7 +54,7 @@ class SftPreparation:
     stop_ids: tuple[int, ...]
     num_steps: int
     position: Mapping[str, Any]
-    questions: tuple[SftQuestion, ...]
+    questions: Questions | None
     beginning: Beginning
     notes: tuple[str, ...]
 
@@ -47,15 +62,16 @@ class SftPreparation:
 def prepare_sft(config: SftConfig, beginning: Beginning) -> SftPreparation:
     """Make the model and the data of the run where it makes its own, and read and check them, quick checks first.
 
-    Rows are read when their turn comes; those of the validation that are generated from, now. Raises ConfigError or CheckpointError.
+    Rows are read when their turn comes; those of the validation that are generated from are checked now. Raises ConfigError or
+    CheckpointError.
     """
     notes, hf_config, tokenizer = prepare_model(config, beginning)
     loader = open_loader(config, tokenizer)
     notes += (*loader.notes, *restore_position(loader, beginning)[1])
-    questions: tuple[SftQuestion, ...] = ()
+    questions = None
     if config.data.val_data_paths:
         held_out = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
-        questions = _questions(config, held_out) if config.validation.generate and isinstance(held_out, RowExamples) else ()
+        questions = _questions(config, held_out) if config.validation.generate and isinstance(held_out, RowExamples) else None
     return SftPreparation(
         hf_config,
         tokenizer,
@@ -137,20 +153,21 @@ def val_examples(config: SftConfig, source: ExampleSource[SftExample], places: I
             _leave_out(config, drawn.left_out[-1])
 
 
-def _questions(config: SftConfig, source: RowExamples) -> tuple[SftQuestion, ...]:
-    """The prompts of the validation that engines can be asked, with their answers."""
-    found, items = [], source.items(0, shuffle=False, seed=0)
+def _questions(config: SftConfig, source: RowExamples) -> Questions:
+    """The rows of the validation that engines can be asked, each of which is read."""
+    found, have_pictures, items = [], False, source.items(0, shuffle=False, seed=0)
     for row in range(num_val_examples(config, source)):
         # What makes no example, for its length or its pictures, is no question either.
         drawn = source.draw(items[row])
         asked = source.question(row) if drawn.example is not None else drawn.left_out[-1]
         if isinstance(asked, SftQuestion):
-            found.append(asked)
+            found.append(row)
+            have_pictures |= bool(asked.images)
         else:
             _leave_out(config, asked)
     if not found:
         raise ConfigError(f"validation.generate: no row of {', '.join(config.data.val_data_paths)} can be used")
-    return tuple(found)
+    return Questions(source, tuple(found), have_pictures)
 
 
 def _leave_out(config: SftConfig, row: LeftOut) -> None:

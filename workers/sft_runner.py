@@ -57,7 +57,8 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
 
     def _answer(self) -> dict[str, float]:
         self._screen.phase("generation")
-        questions, tokenizer = self._prepared.questions, self._prepared.tokenizer
+        asked, tokenizer = self._prepared.questions, self._prepared.tokenizer
+        assert asked is not None, "made where the validation generates"
         sampling = {
             "n": 1,
             "temperature": 0.0,
@@ -65,10 +66,13 @@ class SftRunner(Runner[SftConfig, SftPreparation]):
             "stop_token_ids": list(self._prepared.stop_ids),
             "detokenize": self._config.rollout.detokenize,
         }
-        prompts = [PicturePrompt(q.prompt_ids, q.images) if q.images else q.prompt_ids for q in questions]
-        groups = self._group.generate(prompts, sampling, None)
-        texts = tokenizer.batch_decode([list(group[0].token_ids) for group in groups], skip_special_tokens=True)
-        if self._config.rollout.print_outputs:
-            self._screen.note(f"{tokenizer.decode(list(questions[0].prompt_ids))!r} -> {texts[0]!r}, not {questions[0].answer!r}")
-        right = sum(text.strip() == question.answer.strip() for text, question in zip(texts, questions, strict=True))
-        return {"val/exact_match": right / len(questions)}
+        num_asked, num_right = 0, 0
+        for questions in asked.parts(self._config.data.num_workers):
+            prompts = [PicturePrompt(q.prompt_ids, q.images) if q.images else q.prompt_ids for q in questions]
+            groups = self._group.generate(prompts, sampling, None)
+            texts = tokenizer.batch_decode([list(group[0].token_ids) for group in groups], skip_special_tokens=True)
+            if self._config.rollout.print_outputs and not num_asked:
+                self._screen.note(f"{tokenizer.decode(list(questions[0].prompt_ids))!r} -> {texts[0]!r}, not {questions[0].answer!r}")
+            num_asked += len(questions)
+            num_right += sum(text.strip() == question.answer.strip() for text, question in zip(texts, questions, strict=True))
+        return {"val/exact_match": num_right / num_asked}

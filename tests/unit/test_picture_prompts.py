@@ -30,7 +30,7 @@ from workers.memory import training_options
 from workers.model_folder import read_hf_config
 from workers.picture_prompts import open_prompts, warm_start_examples
 from workers.picture_world import PictureWorld, build_picture_world
-from workers.pictures import PictureProcessor, load_picture_processor, read_picture_limits
+from workers.pictures import PictureProcessor, load_picture_processor, open_picture, read_picture_limits
 from workers.preparation import picture_processor, prepare
 from workers.resume import find_beginning
 from workers.rollout import engine_arguments
@@ -222,13 +222,40 @@ def test_preparation_reads_validation_prompts_for_engines_alone_and_limits_rows(
     found = config(world, **sections, rollout={**values(world)["rollout"], "validate_weight": True})
     prepared = prepare(found, find_beginning(found))
     assert len(prepared.data.val_prompts) == 5 and prepared.num_steps == 2 and len(prepared.data.first_prompts) == 4
-    assert all(prompt.pixel_values is None and prompt.images for prompt in (*prepared.data.val_prompts, *prepared.data.first_prompts))
+    assert all(prompt.pixel_values is None for prompt in (*prepared.data.val_prompts, *prepared.data.first_prompts))
+    assert all(prompt.images for prompt in prepared.data.first_prompts)
     assert {prompt.where for batch in prepared.data.loader for prompt in batch} <= {f"{world.train_path}:{i}" for i in range(1, 10)}
     rows = written(world, "unreadable.jsonl", {"question": "What?", "image": "train/00000.png", "answer": "\\sqrt{2"})
     data["val_data_paths"] = rows
     math = config(world, **sections, reward={"reward_type": "math", "num_processes": 1})
     with pytest.raises(ConfigError, match=r"unreadable.jsonl:1: math-verify cannot read the reference answer"):
         prepare(math, find_beginning(math))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pictures_of_a_validation_are_read_when_their_part_comes(
+    world: PictureWorld, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """The same in each validation, and as one reads them all; none stays in memory between. One that is gone is named by file and row."""
+    monkeypatch.setattr("workers.picture_prompts.PROMPTS_AT_ONCE", 4)
+    good = [json.loads(line) for line in world.held_out_path.read_text().splitlines()]
+    rows = [*good[:2], {**good[0], "question": "Which?" * 30}, {**good[0], "image": None}, *good[2:]]
+    data = {**values(world)["data"], "val_data_paths": written(world, "parts.jsonl", *rows)}
+    found = config(world, data=data, runner={**values(world)["runner"], "val_before_train": True})
+    prepared = prepare(found, find_beginning(found)).data
+    assert [prompt.index for prompt in prepared.val_prompts] == [0, 1, 3, 4, 5, 6, 7] and not any(p.images for p in prepared.val_prompts)
+    for _ in range(2):
+        parts = list(prepared.val_parts(num_workers))
+        assert [len(part) for part in parts] == [4, 3]
+        pictures = [prompt.pictures[0].tobytes() if isinstance(prompt, PicturePrompt) else b"" for part in parts for prompt in part]
+        folder, used = world.held_out_path.parent, (*rows[:2], *rows[3:])
+        assert pictures == [open_picture(row["image"], folder).tobytes() if row["image"] else b"" for row in used]
+    (picture := world.held_out_path.parent / good[5]["image"]).rename(picture.with_suffix(".gone"))
+    left = prepared.val_parts(num_workers)
+    assert len(next(left)) == 4
+    with pytest.raises(ConfigError, match=r"parts.jsonl:8: picture .* does not exist"):
+        next(left)
+    picture.with_suffix(".gone").rename(picture)
 
 
 def test_a_warm_start_learns_the_answers_of_rows_of_the_same_form(world: PictureWorld) -> None:
