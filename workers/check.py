@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlsync.bridge.adapter_folder import base_of_adapter, check_adapter_folder, other_base, placed_adapter
+from rlsync.bridge.model_folder import further_layers_note
 from rlsync.errors import ConfigError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
@@ -199,14 +200,12 @@ def check_weights(config: AnyConfig, report: Report) -> None:
     hf_config = report.take("model", read_hf_config, folder, config.model_key)
     model = None if hf_config is None or check_config(hf_config) else model_of(hf_config)
     _check_adapter(config, model, report)
-    if stored is None or model is None:
+    if stored is None or hf_config is None or model is None:
         return
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
-    kept = sum(model.is_kept(name) for name in stored)
-    if kept:
-        text = f"{kept} tensors of layers that predict further tokens are not trained: saved folders have them as {folder} has"
-        report.notes.append(text)
+    note = further_layers_note(model, hf_config, folder)
+    report.notes += [] if note is None else [note]
     for text in misfits(model, shapes):
         report.found("weights", f"{folder} does not fit {model.architecture}: {text}")
 

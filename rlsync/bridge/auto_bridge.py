@@ -40,7 +40,16 @@ from rlsync.bridge.full_tensors import (
     writer_ranks,
 )
 from rlsync.bridge.initial_weights import drawn, draws_of
-from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
+from rlsync.bridge.model_folder import (
+    CONFIG_NAME,
+    copy_files,
+    form_of_folder,
+    further_layers_note,
+    kept_tensors,
+    read_config,
+    travelling_files,
+    with_dtype,
+)
 from rlsync.convert.loading import LoadPlan, copy_all, plan_load
 from rlsync.convert.merging import check_base_copy
 from rlsync.convert.sources import adapter_holdings_of, holdings_of
@@ -155,6 +164,9 @@ class AutoBridge:
         unread = unread_keys(self.hf_config)
         if unread and dist.get_rank() == 0:
             _LOG.warning("config.json: neither transformers nor rlsync reads %s; these keys change nothing", ", ".join(unread))
+        note = further_layers_note(self.model, self.hf_config, self._folder) if dist.get_rank() == 0 else None
+        if note is not None:
+            _LOG.warning("%s", note)
         models = megatron_model.build_model(
             self.hf_config,
             topology=current_topology() if topology is None else topology,

@@ -72,6 +72,7 @@ def test_layers_that_predict_further_tokens_are_saved_bit_for_bit_and_computed_w
         cases.append({**models[family], "folder": str(folder), "topology": axes, "kept": "model.layers.4."})
     outputs = run_ranks(2, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path / "out"))
     assert outputs[1].count("LOGITS") == len(cases)
+    assert outputs[0].count("(MTP) are neither trained nor sent to engines: saved folders have their 4 tensors as") >= len(cases)
 
 
 def test_transformer_engine_names_of_experts_and_latent_attention_do_not_mislead(models):
