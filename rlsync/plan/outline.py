@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from rlsync.layout.geometry import DTYPE_BYTES, Location, Placement, TensorSpec
 from rlsync.plan.links import LINK_NAMES, Traffic, link_class
-from rlsync.plan.planner import Bucket, Copy, Matching, Plan, copies_of, match
+from rlsync.plan.matching import Matching, match
+from rlsync.plan.planner import Bucket, Copy, Plan, copies_of
 
 Integers = NDArray[np.signedinteger[Any]]
 

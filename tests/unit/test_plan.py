@@ -29,7 +29,8 @@ from rlsync.models import model_of
 from rlsync.models.paper import Seat
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.links import traffic
-from rlsync.plan.planner import _Near, build_plan
+from rlsync.plan.matching import _Near
+from rlsync.plan.planner import build_plan
 from tests.paper import paper_worker
 
 
