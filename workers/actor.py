@@ -1,18 +1,14 @@
 """One rank of the Megatron actor, as a Ray actor: set-up, memory, sync and checkpoints of every kind of run.
 
-Owns what configuration keys mean for Megatron's parts, and where the first weights come from. All ranks get the same calls in the same
-order; most are collective over the actor. Knows no engine but by handle, and no training: ``grpo_actor`` and ``sft_actor`` have it.
+Owns what configuration keys mean for Megatron's parts. All ranks get the same calls in the same order; most are collective over the
+actor. Knows no engine but by handle, and no training: ``grpo_actor`` and ``sft_actor`` have it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge.auto_bridge import AutoBridge
-from rlsync.bridge.checkpoint import (
-    DeferredSave,
-    begin_checkpoint,
-    load_checkpoint,
-    load_checkpoint_weights,
-    prepare_saves,
-    save_checkpoint,
-)
-from rlsync.bridge.checkpoint_folder import TRACKER, Restored
+from rlsync.bridge.checkpoint import DeferredSave, begin_checkpoint, load_checkpoint, prepare_saves, save_checkpoint
+from rlsync.bridge.checkpoint_folder import Restored
 from rlsync.bridge.source import MegatronSource
 from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.writes import HostMemory
@@ -40,16 +29,16 @@ from rlsync.megatron.offload import ActorMemory, Part
 from rlsync.megatron.optimizer import OptimizerOptions, SchedulerOptions, build_optimizer, build_scheduler
 from rlsync.megatron.optimizer_state import reload_main_parameters
 from rlsync.megatron.packing import packing_refusal
-from rlsync.megatron.parallel import compute_device, current_topology, destroy_parallel, freeze_objects, initialize_parallel
+from rlsync.megatron.parallel import compute_device, destroy_parallel, freeze_objects, initialize_parallel
 from rlsync.megatron.specs import SpecName
-from rlsync.megatron.state import STATE_FORMAT
 from rlsync.models import Flavour
 from rlsync.sync import SyncReport, WeightSyncer
-from rlsync.transport.collectives import agreed, gather_bytes
+from rlsync.transport.collectives import gather_bytes
 from rlsync.transport.rendezvous import Rendezvous
 from workers.config import AnyConfig
 from workers.config.schema import ActorConfig, ActorModelConfig
 from workers.gpus import device_memory_gb
+from workers.initial_weights import load_initial_weights
 from workers.metrics import host_memory_gb
 from workers.samples import Padding, TokenBudget
 from workers.worker_logs import keep_own_log
@@ -346,85 +335,3 @@ def scheduler_options(actor: ActorConfig) -> SchedulerOptions:
         end_weight_decay=optim.weight_decay if last is None else last,
         weight_decay_incr_style=schedule.weight_decay_incr_style,
     )
-
-
-# What a conversion was made from; written after everything else of it.
-ORIGIN = "origin.json"
-
-
-def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], actor: ActorConfig) -> None:
-    """Fill the model as ``actor.model.megatron_checkpoint``, ``convert_from_hf``, ``mbridge`` and ``use_hf_ckpt`` say. Collective over
-    all ranks.
-
-    Raises CheckpointError or PlacementError, on all ranks.
-    """
-    hf_path, megatron = actor.megatron.ckpt_convertor.hf_model_path, actor.megatron
-    assert hf_path is not None, "load_config derives it"
-    if actor.model.megatron_checkpoint is not None:
-        load_checkpoint_weights(actor.model.megatron_checkpoint, bridge, models)
-    elif not megatron.convert_from_hf:
-        bridge.init_weights(models, seed=actor.seed, std=actor.model.init_method_std)
-    elif megatron.mbridge:
-        bridge.load_weights(models, hf_path)
-    else:
-        assert megatron.use_hf_ckpt and megatron.ckpt_convertor.save_path is not None, "load_config sees to both"
-        converted = Path(megatron.ckpt_convertor.save_path).absolute()
-        _convert_once(bridge, models, Path(hf_path), converted)
-        load_checkpoint_weights(converted, bridge, models)
-    if actor.lora.adapter_path is not None:
-        # After the base, with which weights that lie beside adapters are compared.
-        bridge.load_adapter(models, actor.lora.adapter_path)
-
-
-def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_folder: Path, converted: Path) -> None:
-    """Convert ``hf_folder`` into ``converted`` for this layout, unless that is done. Collective over all ranks.
-
-    Repeated where it was interrupted, where anything that it was made from has changed, and where another ``STATE_FORMAT`` wrote it. Rank 0
-    decides for all: copies of ``hf_folder`` on disks of other nodes have other times.
-    """
-    origin: dict[str, Any] = {}
-    is_done = False
-    with agreed(device=compute_device()):
-        if dist.get_rank() == 0:
-            origin = {"hf_model_path": str(hf_folder.resolve()), "files": _fingerprint(hf_folder), **_layout(models)}
-            is_done = _origin_of(converted) == origin
-    if gather_bytes(b"done" if is_done else b"", device=compute_device())[0]:
-        return
-    with agreed(device=compute_device()):
-        if dist.get_rank() == 0:
-            (converted / ORIGIN).unlink(missing_ok=True)
-            shutil.rmtree(converted, ignore_errors=True)
-    if dist.get_rank() == 0:
-        print(f"converting {hf_folder} to a Megatron checkpoint in {converted}, once", flush=True)
-    bridge.load_weights(models, hf_folder)
-    save_checkpoint(converted, None, models, step=0)
-    with agreed(device=compute_device()):
-        if dist.get_rank() == 0:
-            (converted / ORIGIN).write_text(json.dumps(origin, indent=1))
-
-
-def _origin_of(converted: Path) -> dict[str, Any] | None:
-    path = converted / ORIGIN
-    if not path.is_file() or not (converted / TRACKER).is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:  # cut short while it was written
-        return None
-
-
-def _fingerprint(hf_folder: Path) -> dict[str, list[int]]:
-    """Size and modification time of each weight file: enough to notice other weights under the same path."""
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(hf_folder.glob("*.safetensors"))}
-
-
-def _layout(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Properties that the converted files depend on; data-parallel replicas share the files."""
-    topology = asdict(current_topology(models))
-    del topology["dp_size"]
-    return {
-        "state_format": STATE_FORMAT,
-        "topology": topology,
-        "dtype": str(next(models[0].parameters()).dtype),
-        "padded_vocab_size": unwrap(models[0]).vocab_size,
-    }

@@ -21,8 +21,7 @@ from rlsync.layout.topology import Topology
 from rlsync.megatron.parallel import destroy_parallel
 from rlsync.megatron.train import train_step
 from tests.integration.actor_reference import Reference, read_samples, run_config
-from workers import actor as actor_module
-from workers import grpo_actor
+from workers import grpo_actor, initial_weights
 from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
@@ -168,7 +167,7 @@ def begin_with(cases: Sequence[Mapping[str, Any]], folder: str, samples: str) ->
     for case in cases:
         sections = {name: keys for name, keys in case.items() if name != "folder"}
         config = run_config(case.get("folder", folder), sections)
-        origin = Path(config.actor.megatron.ckpt_convertor.save_path, actor_module.ORIGIN)
+        origin = Path(config.actor.megatron.ckpt_convertor.save_path, initial_weights.ORIGIN)
         before = origin.stat().st_mtime_ns if origin.is_file() else None
         actor = start(config)
         converted = origin.is_file() and origin.stat().st_mtime_ns != before
@@ -189,7 +188,7 @@ def convert_own_copies(case: Mapping[str, Any], folders: Sequence[str]) -> None:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, _digest(weights(actor)))
         assert len(set(found)) == 1, f"ranks have different weights: {found}"
-        written.append(Path(config.actor.megatron.ckpt_convertor.save_path, actor_module.ORIGIN).stat().st_mtime_ns)
+        written.append(Path(config.actor.megatron.ckpt_convertor.save_path, initial_weights.ORIGIN).stat().st_mtime_ns)
         leave(actor)
     assert written[0] == written[1], "converted twice"
 
@@ -203,13 +202,13 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def die_while_converting(case: Mapping[str, Any], folder: str) -> None:
     """``kill -9`` when all of a conversion is written but the word that it is."""
-    original = actor_module.save_checkpoint
+    original = initial_weights.save_checkpoint
 
     def die(*arguments: Any, **named: Any) -> None:
         original(*arguments, **named)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    actor_module.save_checkpoint = die
+    initial_weights.save_checkpoint = die
     start(run_config(folder, case))
 
 
