@@ -265,3 +265,19 @@ def first_loss(config: SftConfig, saved: Path) -> float:
     with torch.no_grad():
         losses = [token_losses(model, list(example.token_ids[:1]), list(example.token_ids[1:])) for example in batch]
     return torch.cat(losses).mean().item()
+
+
+def learn(cases: Sequence[Mapping[str, Any]], world: str, num_steps: int) -> None:
+    """Steps on all additions of a world in each case, and the accuracy of greedy answers before and after them."""
+    for case in cases:
+        rows = [f"{world}/supervised.jsonl"]
+        data = {"train_data_paths": rows, "val_data_paths": rows, "val_data_size": 64}
+        sizes = {"micro_batch_size": 32, "global_batch_size": 32, "eval_batch_size": 64}
+        config = sft_config(world, {"data": data, "actor": sizes, "runner": {"max_epochs": 8}, **case})
+        actor = start(config)
+        actor.open_data(position(config))
+        before = actor.validate()
+        for _ in range(num_steps):
+            actor.train()
+        print(f"SAID {json.dumps([before['val/accuracy'], actor.validate()['val/accuracy']])}", flush=True)
+        destroy_parallel(keep_distributed=True)
