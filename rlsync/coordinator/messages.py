@@ -186,12 +186,24 @@ class Exported(Message):
 
 
 class Filled(Message):
-    """This actor rank's regions of a bucket are readable. ``sums`` are the checksums of those that are verified."""
+    """This actor rank's regions of a bucket are readable.
+
+    ``sums`` are the checksums of those that are verified. None: they follow in ``Summed``, because the regions are read where they are, and
+    readers need not wait for their checksums.
+    """
 
     attempt: Count
     bucket: Count
     nbytes: Count
-    sums: tuple[Sum, ...] = ()
+    sums: tuple[Sum, ...] | None = ()
+
+
+class Summed(Message):
+    """The checksums of a bucket that came without them."""
+
+    attempt: Count
+    bucket: Count
+    sums: tuple[Sum, ...]
 
 
 class Joined(Message):
@@ -324,7 +336,8 @@ class Writable(Message):
 
 
 class Ready(Message):
-    """Buckets ``[0, buckets_ready)`` are complete. ``sums`` are checksums of this worker's regions that were not sent before.
+    """Buckets ``[0, buckets_ready)`` are readable, and the checksums of ``[0, buckets_summed)`` are known. ``sums`` are those of this
+    worker's regions that were not sent before.
 
     ``group`` is the number of the group that carries messages. ``exports`` are those renewed since ``Connected``. ``without_frozen``:
     frozen buckets bring checksums alone. ``verifies_all``: all regions are verified, whosever turn it is.
@@ -337,6 +350,7 @@ class Ready(Message):
     exports: tuple[RankExport, ...] = ()
     without_frozen: bool = False
     verifies_all: bool = False
+    buckets_summed: Count = 0
 
 
 class Commit(Message):
@@ -387,8 +401,8 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 MAX_HELLO_BYTES = 16 * 2**10
 
 FromPeer = (
-    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Exported | Filled | Joined | Done | Loaded | Committed
-    | Finish | Failed | Goodbye | State
+    WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Exported | Filled | Summed | Joined | Done | Loaded
+    | Committed | Finish | Failed | Goodbye | State
 )  # fmt: skip
 FromCoordinator = Manifest | Reports | Assignment | Connected | Writable | Ready | Commit | Serve | AllCommitted | Finished | Error
 

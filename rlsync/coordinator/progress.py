@@ -18,7 +18,7 @@ class Progress:
         group: number of the group that carries messages. A failed sync may leave some in it, so the next has one of its own.
         regroups: whether that group is still to be made. Its members look for each other for less than a phase may last, so that actor
             ranks fill nothing, and do not join it, before everybody is there.
-        buckets_ready: buckets that every actor rank has filled.
+        buckets_ready: buckets that every actor rank has filled. buckets_summed: those whose checksums have come from all of them.
         buckets_writable: buckets whose slot is free, those already filled included.
         sums: destination -> checksums of its regions, in the order in which actor ranks have sent them.
         answered: engines that serve.
@@ -37,37 +37,56 @@ class Progress:
     verifies_all: bool = False
     started: set[bytes] = field(default_factory=set)
     filled: dict[bytes, int] = field(default_factory=dict)
+    summed: dict[bytes, int] = field(default_factory=dict)
     joined: dict[bytes, int] = field(default_factory=dict)
     done: dict[bytes, int] = field(default_factory=dict)
     loaded: dict[bytes, Loaded] = field(default_factory=dict)
     committed: set[bytes] = field(default_factory=set)
     answered: set[str] = field(default_factory=set)
     buckets_ready: int = 0
+    buckets_summed: int = 0
     buckets_writable: int = 0
     sums: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     without_frozen: bool | None = None
     all_joined: bool = False
     began_s: float = 0.0
     begin_s: float = 0.0
-    # By bucket, how many actor ranks have filled it, and workers are done with it. All go in order, so buckets complete in order.
+    # By bucket, how many actor ranks have filled it and summed it up, and workers are done with it. All go in order, so buckets complete in
+    # order.
     _packed: list[int] = field(init=False)
+    _summed: list[int] = field(init=False)
     _taken: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.buckets_writable = min(self.num_slots, self.num_buckets)
-        self._packed, self._taken = [0] * self.num_buckets, [0] * self.num_buckets
+        self._packed, self._summed, self._taken = ([0] * self.num_buckets for _ in range(3))
 
-    def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> str | bool:
-        """Count one bucket of an actor rank. Returns whether more buckets are ready now, or what is wrong."""
-        count = self.filled.get(identity, 0)
-        if bucket != count or bucket >= self.buckets_writable:
-            return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable"
+    def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum] | None, num_actors: int) -> str | bool:
+        """Count one bucket of an actor rank, whose checksums follow where ``sums`` is None. Returns whether more buckets are ready, or
+        summed up, now, or what is wrong."""
+        count, summed = self.filled.get(identity, 0), self.summed.get(identity, 0)
+        if bucket != count or bucket >= self.buckets_writable or summed != count:
+            return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable, {summed} summed up"
         self.filled[identity] = count + 1
-        for entry in sums:
-            self.sums[entry.destination].append(entry)
         self._packed[bucket] += 1
         grown = self._packed[bucket] == num_actors
         self.buckets_ready += grown
+        return grown if sums is None else self._count(identity, bucket, sums, num_actors) or grown
+
+    def sum_up(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> str | bool:
+        """Take the checksums that follow a bucket of an actor rank. Returns whether more buckets are summed up now, or what is wrong."""
+        count = self.summed.get(identity, 0)
+        if bucket != count or bucket >= self.filled.get(identity, 0):
+            return f"summed up bucket {bucket}, its turn is {count} and {self.filled.get(identity, 0)} are filled"
+        return self._count(identity, bucket, sums, num_actors)
+
+    def _count(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> bool:
+        self.summed[identity] = bucket + 1
+        for entry in sums:
+            self.sums[entry.destination].append(entry)
+        self._summed[bucket] += 1
+        grown = self._summed[bucket] == num_actors
+        self.buckets_summed += grown
         return grown
 
     def take(self, identity: bytes, bucket: int, num_workers: int) -> str | bool:
@@ -102,6 +121,9 @@ class Progress:
             slow = [p for p in actors if self.filled.get(p.identity, 0) < limit]
             if slow:
                 return [(p, f"to fill bucket {self.filled.get(p.identity, 0)}") for p in slow]
+            slow = [p for p in actors if self.summed.get(p.identity, 0) < self.filled.get(p.identity, 0)]
+            if slow:
+                return [(p, f"to sum up bucket {self.summed.get(p.identity, 0)}") for p in slow]
             slow = [p for p in workers if self.done.get(p.identity, 0) < self.buckets_ready]
             slow.sort(key=lambda p: self.done.get(p.identity, 0))
             late = [(p, f"to load bucket {self.done.get(p.identity, 0)}") for p in slow]

@@ -197,6 +197,11 @@ class Coordinator:
         if sync is not None and self._transferring.fill(sync, peer, message, self._expected.num_actors) and self.phase == "transfer":
             self._transferring.tell_ready(sync)
 
+    def _on_summed(self, peer: Member, message: m.Summed, now_s: float) -> None:
+        sync = self._current(message.attempt)
+        if sync is not None and self._transferring.sum_up(sync, peer, message, self._expected.num_actors) and self.phase == "transfer":
+            self._transferring.tell_ready(sync)
+
     def _on_joined(self, peer: Member, message: m.Joined, now_s: float) -> None:
         sync = self._sync
         if sync is None or message.attempt != sync.attempt:
@@ -298,6 +303,7 @@ _HANDLERS: dict[tuple[type, bool], Callable[..., None]] = {
     (m.Start, False): Coordinator._on_start,
     (m.Exported, False): Coordinator._on_exported,
     (m.Filled, False): Coordinator._on_filled,
+    (m.Summed, False): Coordinator._on_summed,
     (m.Joined, True): Coordinator._on_joined,
     (m.Done, True): Coordinator._on_done,
     (m.Loaded, True): Coordinator._on_loaded,
@@ -439,18 +445,25 @@ class Transferring:
             self._send(identity, m.Writable(sync.attempt, sync.buckets_writable, sync.group, without, sync.verifies_all, sync.all_joined))
 
     def tell_ready(self, sync: Progress) -> None:
-        """Tell all joined workers which buckets are complete, with the checksums and exports that each was not sent before."""
+        """Tell all joined workers which buckets are readable, with the checksums and exports that each was not sent before."""
         for identity in sync.joined:
             sums = sync.unsent_sums(identity, self._connecting.destinations[identity])
             exports = self._connecting.exports.renewed(identity, sync.attempt) if sync.buckets_ready else ()
+            without = bool(sync.without_frozen)
             self._send(
                 identity,
-                m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports, bool(sync.without_frozen), sync.verifies_all),
+                m.Ready(sync.attempt, sync.buckets_ready, sums, sync.group, exports, without, sync.verifies_all, sync.buckets_summed),
             )
 
     def fill(self, sync: Progress, peer: Member, message: m.Filled, num_actors: int) -> bool:
-        """An actor rank has filled a bucket. Returns whether more buckets are ready now."""
-        outcome = sync.fill(peer.identity, message.bucket, message.sums, num_actors)
+        """An actor rank has filled a bucket. Returns whether more buckets are ready or summed up now."""
+        return self._counted(peer, sync.fill(peer.identity, message.bucket, message.sums, num_actors))
+
+    def sum_up(self, sync: Progress, peer: Member, message: m.Summed, num_actors: int) -> bool:
+        """An actor rank has summed up a bucket that it had filled. Returns whether more buckets are summed up now."""
+        return self._counted(peer, sync.sum_up(peer.identity, message.bucket, message.sums, num_actors))
+
+    def _counted(self, peer: Member, outcome: str | bool) -> bool:
         if isinstance(outcome, str):
             self._fail(f"{peer} {outcome}", peer)
             return False

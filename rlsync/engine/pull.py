@@ -119,7 +119,7 @@ class Pull:
 
     Attributes:
         phase, bucket: where it stands, for the error that names them.
-        buckets_ready: buckets that may be pulled.
+        buckets_ready: buckets that may be pulled. buckets_summed: those whose checksums are here.
         group: number of the group that carries messages.
         without_frozen: whether frozen buckets bring checksums alone.
         turn: of the regions that are verified; see ``rlsync.plan.verification``.
@@ -129,7 +129,7 @@ class Pull:
     def __init__(self, verifier: Verifier, attempt: int) -> None:
         self.attempt = attempt
         self.phase, self.bucket = "begin", None
-        self.buckets_ready, self.group, self.without_frozen, self.turn = -1, 0, False, attempt
+        self.buckets_ready, self.buckets_summed, self.group, self.without_frozen, self.turn = -1, 0, 0, False, attempt
         self._verifier = verifier
         self.exports: tuple[m.RankExport, ...] = ()
         self._sums: dict[int, int] = {}
@@ -141,7 +141,8 @@ class Pull:
 
     def hear(self, ready: m.Ready) -> None:
         """Update the progress of the actor's side from a message of the coordinator."""
-        self.buckets_ready, self.group, self.without_frozen = ready.buckets_ready, ready.group, ready.without_frozen
+        self.buckets_ready, self.buckets_summed = ready.buckets_ready, ready.buckets_summed
+        self.group, self.without_frozen = ready.group, ready.without_frozen
         self.turn = turn_of(self.attempt, verifies_all=ready.verifies_all)
         self._sums.update((s.region, s.value) for s in ready.sums)
         self.exports += ready.exports

@@ -262,19 +262,20 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 client.send(m.Joined(update_info.attempt, update_info.version))
                 if update_info.version < self._version:
                     raise RlsyncError(f"version {update_info.version} is older than {self._version}, which this worker has committed")
+                # Looked at once, while others join: nothing else runs in this process until the bytes have landed.
+                standing = self._standing()
                 # Not counted as waiting for bytes: all peers have to join first.
                 _await_ready(client, pull, -1, "the actor's side")
                 client.until(lambda: receiver.join(pull.group), pull.attempt, "all members of the group", pull.hear, receiver)
                 _log.debug("version %d: all peers have joined", update_info.version)
                 if not self._is_comparison:
                     compat.forbid_answers(self.model, f"its sync to version {update_info.version} did not complete")
-                sink.open()
+                sink.open(standing)
                 pull.phase = "transfer"
                 with contextlib.ExitStack() as receiving:
-                    receiving.enter_context(receiver.receiving(self._standing(), self._assignment.num_frozen if pull.without_frozen else 0))
-                    self._take_all(client, sink, receiver, pull, update_info.version)
+                    receiving.enter_context(receiver.receiving(standing, self._assignment.num_frozen if pull.without_frozen else 0))
+                    self._take_all(client, sink, receiver, pull)
                     with pull.timed("finalize"):
-                        sink.close()
                         if self._adapters is not None and self._syncs_adapters:
                             self._adapters.fill(update_info.adapter_id, update_info.adapters_in_use)
                         self._synchronize()
@@ -305,10 +306,17 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     del reported
             raise
 
-    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
-        """Write all buckets, in order, and verify them."""
+    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull) -> None:
+        """Write all buckets, in order, complete the model, and verify what was written."""
         assert self._assignment is not None
-        parts = self._assignment.parts
+        parts, is_complete = self._assignment.parts, False
+
+        def complete() -> None:
+            nonlocal is_complete
+            with pull.timed("finalize"):
+                sink.close()
+            is_complete = True
+
         for bucket, part in enumerate(parts):
             pull.bucket = bucket
             if pull.without_frozen and bucket < self._assignment.num_frozen:
@@ -318,16 +326,26 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 continue
             if not receiver.lands_ahead:
                 _await_bucket(client, pull, bucket)
-            self._take(client, sink, receiver, pull, part)
-            _log.debug("version %d: bucket %d of %d is in place, %d B", version, bucket, len(parts), part.nbytes)
+            # Nobody waits for the last slot: where copies write live memory, the model is completed behind them before they are waited for.
+            is_last = bucket == len(parts) - 1
+            self._take(client, sink, receiver, pull, part, complete if is_last and self._is_direct else None)
+            _log.debug("bucket %d of %d is in place, %d B", bucket, len(parts), part.nbytes)
         if not self._is_direct:
             # Kernels that the sink has enqueued behind the last checksums are not counted as verification.
             with pull.timed("pull"):
                 self._synchronize()
+        with pull.timed("wait"):
+            while pull.buckets_summed < len(parts):
+                pull.hear(client.next(m.Ready, pull.attempt, "the checksums that were sent"))
         pull.conclude()
-        _log.debug("version %d: all of it is verified", version)
+        _log.debug("all of it is verified")
+        if not is_complete:
+            complete()
 
-    def _take(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, part: PackedPart) -> None:
+    def _take(
+        self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, part: PackedPart, behind: Callable[[], None] | None
+    ) -> None:
+        """Write one bucket, with ``behind`` called when everything is enqueued, where it is given, and say that its slot is free."""
         bucket = pull.bucket
         assert bucket is not None
         if part.nbytes == 0:
@@ -341,7 +359,6 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 return receiver.fetch(bucket, pull.buckets_ready, exports)
 
             arrival = client.until(fetch, pull.attempt, f"the bytes of bucket {bucket}", pull.hear, receiver)
-            # Checksums arrive with Ready.
             _await_bucket(client, pull, bucket)
 
             def landed(buffers: Mapping[str, torch.Tensor]) -> None:
@@ -349,6 +366,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 if self.device.type == "cuda":
                     copied = torch.cuda.current_stream(self.device).record_event()
                     pull.verify(bucket, buffers)
+                    if behind is not None:
+                        behind()
                     copied.synchronize()
                     client.send(m.Done(pull.attempt, bucket))
                 else:

@@ -131,11 +131,11 @@ class Attempt:
         kind, which = outcome.key
         _log.debug("version %d: %s %s took %.6f s", self._version, kind, "" if which is None else which, outcome.seconds)
         if outcome.error is not None:
-            phase = self._phase_of(outcome.error) if kind == "sync" else "transfer" if kind == "fill" else "begin"
+            phase = self._phase_of(outcome.error) if kind == "sync" else "transfer" if kind in ("fill", "sum") else "begin"
             engine, bucket = (which, None) if kind == "sync" else (blamed(outcome.error), which)
             self._peer.send(m.Failed(self._attempt, phase, error_text(outcome.error), engine=engine, bucket=bucket))
-        elif kind in ("begin", "join", "fill"):
-            self._seconds["fill" if kind == "fill" else "begin"] += outcome.seconds
+        elif kind in ("begin", "join", "fill", "sum"):
+            self._seconds["fill" if kind in ("fill", "sum") else "begin"] += outcome.seconds
             self._is_busy = False
             if kind == "join":
                 self._has_joined = True
@@ -144,6 +144,11 @@ class Attempt:
             if kind == "fill":
                 self._packed += 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
+                if outcome.result.sums is None:
+                    self._is_busy = True
+                    self._link.lane.submit(self._tasks, ("sum", which), partial(self._link.packer.sum_up, which, self._turn))
+            if kind == "sum":
+                self._peer.send(m.Summed(self._attempt, which, outcome.result))
         else:
             self._syncing.discard(which)
             if self._syncing or self._committed is None:
@@ -165,10 +170,14 @@ class Attempt:
             return
         self._is_busy = True
         if self._has_joined:
-            without, turn = self._without_frozen, turn_of(self._attempt, verifies_all=self._verifies_all)
-            self._link.lane.submit(self._tasks, ("fill", bucket), lambda: self._link.packer.pack(bucket, turn, without))
+            pack = partial(self._link.packer.pack, bucket, self._turn, self._without_frozen)
+            self._link.lane.submit(self._tasks, ("fill", bucket), pack)
         else:
             self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
+
+    @property
+    def _turn(self) -> int:
+        return turn_of(self._attempt, verifies_all=self._verifies_all)
 
     def _call_engines(self) -> None:
         """Rank 0: begin the sync of each engine. Nothing is written before the workers of all engines are inside their updates, and no

@@ -26,10 +26,11 @@ from rlsync.transport.ends import Sender
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Result of packing one bucket: bytes copied, and checksums of the regions copied or exported."""
+    """Result of packing one bucket: bytes copied, and checksums of the regions copied or exported; None where ``Packer.sum_up`` is to give
+    them, because nothing was copied and readers may begin before."""
 
     nbytes: int
-    sums: tuple[Sum, ...]
+    sums: tuple[Sum, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +159,7 @@ class Packer:
                 programs = self._bound(index, step)
                 with sender.sending(step):
                     nbytes += sum(program.run() for program in programs)
-        # What is frozen is verified whole in every sync, whether it is sent or not.
-        packed = Packed(nbytes, self._sum_up(bucket, 1 if is_frozen else turn))
-        self._computed.clear()
-        return packed
+        return Packed(nbytes, self.sum_up(bucket, turn) if nbytes or not self._rounds[bucket] else None)
 
     def _bound(self, index: int, step: int) -> tuple[_Program, ...]:
         """The programs that write a step of a sender."""
@@ -203,8 +201,10 @@ class Packer:
                 assert isinstance(program, CudaCopyProgram) and moves is not None
                 program.move_sources(moves)
 
-    def _sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
-        """Checksums of the regions whose turn it is, as they arrive."""
+    def sum_up(self, bucket: int, turn: int) -> tuple[Sum, ...]:
+        """Checksums of the regions of a bucket whose turn it is, as they arrive. Waits for the device."""
+        # What is frozen is verified whole in every sync, whether it is sent or not.
+        turn = 1 if bucket < self._num_frozen else turn
         rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
         made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
@@ -213,6 +213,7 @@ class Packer:
             arriving = self._arriving([r for _, r in self._rounds[bucket][number].transformed])
             # An allocator gives a sync the memory that it gave the one before, more often than not.
             values += self._sums_of_made.begin(bucket, [number], memory_ranges(arriving), _given(arriving)).values()
+        self._computed.clear()
         return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *made), values, strict=True))
 
     def _views(self, bucket: int) -> Views:

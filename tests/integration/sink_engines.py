@@ -133,7 +133,8 @@ def sync(engine: Started, sink: Any, weights: Weights, *, last: int | None = Non
             raise ZeroDivisionError
 
     with compat.config_scope(engine.vllm_config):
-        sink.open()
+        standing = {number: sink.standing(number) for number in range(len(weights.buckets))}
+        sink.open({number: buffers for number, buffers in standing.items() if buffers is not None})
         for number in range(len(weights.buckets)):
             weights.fill(number, slot.fill_(0xAB))
             try:

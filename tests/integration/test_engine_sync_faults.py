@@ -6,6 +6,7 @@ Tests share engines; each leaves its own clean or says that the next sync heals 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +141,35 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
         assert_refuses(tiny_engines["a"], "not what was sent")
         packer.pack = pack  # type: ignore[method-assign]
         syncer.sync(1)
+    assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
+
+
+def test_checksums_may_follow_their_bucket_and_no_engine_commits_before_they_are_there(
+    tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
+) -> None:
+    """As those of weights that are read where they are."""
+    with one_rank([tiny_engines["a"]], tiny_folders["b"]) as syncer:
+        syncer.connect()
+        assert syncer._connection is not None
+        packer, pack, sum_up = syncer._connection.packer, syncer._connection.packer.pack, syncer._connection.packer.sum_up
+        flips = 0
+
+        def without_sums(bucket: int, turn: int, without_frozen: bool) -> Packed:
+            return Packed(pack(bucket, turn, without_frozen).nbytes, None)
+
+        def late(bucket: int, turn: int) -> tuple[m.Sum, ...]:
+            time.sleep(0.1)
+            return tuple(m.Sum(s.destination, s.region, s.value ^ flips) for s in sum_up(bucket, turn))
+
+        packer.pack, packer.sum_up = without_sums, late  # type: ignore[method-assign]
+        syncer.sync(1)
+        assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
+        flips = 1
+        with pytest.raises(WeightSyncError, match="verified regions are not what was sent"):
+            syncer.sync(2)
+        assert_refuses(tiny_engines["a"], "not what was sent")
+        flips = 0
+        syncer.sync(3)
     assert same(tiny_engines["a"].generate(PROMPTS, GREEDY), tiny_answers["b"])
 
 

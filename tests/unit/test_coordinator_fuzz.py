@@ -12,7 +12,8 @@ from tests.scripted_coordinator import ACTOR_ASSIGNMENT, MANIFEST, PLANNED, RECO
 
 FROM_PEER = (
     actor(0), worker(0), RECORDED, PLANNED, m.Attached(), m.Answered(1, "e0", "sync"), m.Start(1, 1),
-    m.Filled(1, 0, 8, (m.Sum(0, 1, 2**64 - 1),)), m.Joined(1, 1), m.Done(1, 0), m.Loaded(1, TIMES), m.Committed(1), m.Finish(1, b"report"),
+    m.Filled(1, 0, 8, (m.Sum(0, 1, 2**64 - 1),)), m.Filled(1, 0, 0, None),
+    m.Summed(1, 0, ()), m.Joined(1, 1), m.Done(1, 0), m.Loaded(1, TIMES), m.Committed(1), m.Finish(1, b"report"),
     m.Failed(1, "transfer", "boom"), m.Goodbye(), m.State({"w": "0"}),
 )  # fmt: skip
 FROM_COORDINATOR = (
@@ -95,7 +96,8 @@ numbers = st.integers(0, 3)
 told = st.one_of(
     st.builds(m.Start, numbers, numbers),
     st.builds(m.Joined, numbers, numbers),
-    st.builds(m.Filled, numbers, numbers, numbers, st.tuples(st.builds(m.Sum, numbers, numbers, numbers))),
+    st.builds(m.Filled, numbers, numbers, numbers, st.none() | st.tuples(st.builds(m.Sum, numbers, numbers, numbers))),
+    st.builds(m.Summed, numbers, numbers, st.tuples(st.builds(m.Sum, numbers, numbers, numbers))),
     st.builds(m.Done, numbers, numbers),
     st.builds(m.Loaded, numbers, st.just(TIMES)),
     st.builds(m.Committed, numbers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from rlsync.coordinator import messages as m
 from tests.scripted_coordinator import TIMES, Run
@@ -45,10 +46,31 @@ def test_checksums_reach_the_workers_of_their_stream_once() -> None:
     mine, other = m.Sum(0, 7, 123), m.Sum(1, 7, 456)
     run.tell("a0", m.Filled(1, 0, 8, (mine,)))
     run.tell("a1", m.Filled(1, 0, 8, (other,)))
-    assert run.last("w0") == run.last("w1") == m.Ready(1, 1, (mine,))
+    assert run.last("w0") == run.last("w1") == m.Ready(1, 1, (mine,), buckets_summed=1)
     for rank in range(2):
         run.tell(f"a{rank}", m.Filled(1, 1, 8))
-    assert run.last("w0") == m.Ready(1, 2)
+    assert run.last("w0") == m.Ready(1, 2, buckets_summed=2)
+
+
+def test_a_bucket_is_readable_before_its_checksums_are_there() -> None:
+    run = Run()
+    run.begin()
+    mine = m.Sum(0, 7, 123)
+    run.tell("a0", m.Filled(1, 0, 0, None))
+    run.tell("a1", m.Filled(1, 0, 8))
+    assert run.last("w0") == m.Ready(1, 1)
+    run.tell("a0", m.Summed(1, 0, (mine,)))
+    assert run.last("w0") == m.Ready(1, 1, (mine,), buckets_summed=1)
+
+
+@pytest.mark.parametrize("wrong", [m.Summed(1, 0, ()), m.Summed(1, 1, ()), m.Filled(1, 1, 0)])
+def test_checksums_that_do_not_follow_their_bucket_fail_the_sync(wrong: m.FromPeer) -> None:
+    run = Run()
+    run.begin()
+    if wrong.bucket:
+        run.tell("a0", m.Filled(1, 0, 0, None))
+    run.tell("a0", wrong)
+    assert ("summed up" in run.error().cause, run.error().phase) == (True, "transfer")
 
 
 def test_a_bucket_is_ready_when_every_filler_has_filled_it() -> None:
@@ -57,7 +79,7 @@ def test_a_bucket_is_ready_when_every_filler_has_filled_it() -> None:
     run.tell("a0", m.Filled(1, 0, 8))
     assert run.last("w0") == m.Ready(1, 0)
     run.tell("a1", m.Filled(1, 0, 8))
-    assert run.last("w0") == run.last("w1") == m.Ready(1, 1)
+    assert run.last("w0") == run.last("w1") == m.Ready(1, 1, buckets_summed=1)
 
 
 def test_a_slot_is_writable_again_when_every_worker_is_done_with_it() -> None:

@@ -26,8 +26,12 @@ class Sink(Protocol):
         """Paths of tensors that differ from the buckets, for a sink that compares; empty for one that writes."""
         ...
 
-    def open(self) -> None:
-        """Begin; the model holds no version until ``close`` returns."""
+    def open(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Begin; the model holds no version until ``close`` returns.
+
+        Args:
+            standing: what the method of that name has given for this sync, by bucket, without those for which it gave None.
+        """
         ...
 
     def standing(self, bucket: int) -> Mapping[str, torch.Tensor] | None:

@@ -53,7 +53,7 @@ class CompareSink:
     def standing(self, bucket: int) -> None:
         """Nothing: buffers are made for each comparison."""
 
-    def open(self) -> None:
+    def open(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Begin a comparison, without the differences of an earlier one."""
         self.differences = []
         self._complete(-1)

@@ -56,7 +56,7 @@ class LoadersSink:
         # Most bytes taken at once; vLLM's own memory for the layers in progress comes on top.
         self.peak_extra_bytes = 0
 
-    def open(self) -> None:
+    def open(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
         """Begin a reload; the model cannot compute until ``close`` or ``abandon``."""
         compat_reload.begin_reload(self._model, self._layers)
 

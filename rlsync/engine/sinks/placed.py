@@ -57,7 +57,7 @@ class PlacedSink:
         self._is_direct = [all(name in self._direct for name in names) for names in self._names]
         attention = [layer for _, layer in compat_layers.attention_layers(model)]
         self._attention = PostProcessingCache(attention, compat_layers.attention_parts, compat_layers.ATTENTION_CACHES)
-        self._standing: list[Mapping[str, torch.Tensor] | None] = []
+        self._standing: Mapping[int, Mapping[str, torch.Tensor]] = {}
         self._direct_padding = tuple(box for box in padding if box.buffer in self._direct)
 
     differences = ()
@@ -76,17 +76,16 @@ class PlacedSink:
         return self._layerwise.peak_bytes
 
     @torch.no_grad()
-    def open(self) -> None:
-        """Begin: from now on the model holds no version until ``close``."""
-        # Nothing else runs in this process until the bytes have landed.
-        self._standing = [self.standing(bucket) for bucket in range(len(self._names))]
+    def open(self, standing: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """``Sink.open``: from now on the model holds no version until ``close``."""
+        self._standing = standing
         write_padding(self._direct_padding, {box.buffer: self._direct[box.buffer] for box in self._direct_padding})
         self._layerwise.complete_after(-1)
 
     @torch.no_grad()
     def write(self, bucket: int, arrival: Arrival, landed: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         """``Sink.write``. ``landed`` gets live memory of ``direct`` buffers."""
-        standing = self._standing[bucket]
+        standing = self._standing.get(bucket)
         buffers = self._in_progress(bucket) if standing is None else standing
         arrival.land(buffers)
         landed(buffers)
