@@ -109,6 +109,7 @@ ROWS: dict[str, Row] = {
     "train-7b-pairs": Row(f"{_TRAIN_7B} 16 --micro-batch-tokens 8192", 2),
     "train-30b": Row(f"{_EXPERTS}-12.json --actor dp=2,ep=2", 2),
     "train-30b-one": Row(f"{_EXPERTS}-8.json", 1),
+    "train-30b-one-by-expert": Row(f"{_EXPERTS}-8.json", 1, environment={"NVTE_USE_CUTLASS_GROUPED_GEMM": "0"}),
     "padded-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768", 1),
     "packed-16k": Row(f"{_SPREAD} --micro-batch-tokens 16384 --score-micro-batch-tokens 32768 --packing", 1),
     "long-7b": Row(

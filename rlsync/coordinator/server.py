@@ -50,6 +50,7 @@ class CoordinatorServer:
 
     Attributes:
         endpoint: address that peers dial, as ``tcp://127.0.0.1:41321``.
+        own_endpoint: the same for a peer in this process, whose messages take no way through the kernel: ``inproc://...``.
     """
 
     def __init__(self, bind_host: str, num_peers: int) -> None:
@@ -65,7 +66,8 @@ class CoordinatorServer:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         keep_alive(self._socket)
         port: int = self._socket.bind_to_random_port(f"tcp://{bind_host}")
-        self.endpoint = f"tcp://{bind_host}:{port}"
+        self.endpoint, self.own_endpoint = f"tcp://{bind_host}:{port}", f"inproc://rlsync-coordinator-{port}"
+        self._socket.bind(self.own_endpoint)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pidfds: dict[int, bytes] = {}

@@ -230,7 +230,7 @@ class WeightSyncer:
     def _dial(self, info: ConnectInfo) -> None:
         clock = _Laps()
         hello = info.hello(self._source, self._rank, self._world_size, _gpu_uuid())
-        self._peer = Peer(info.endpoint, hello)
+        self._peer = Peer(info.endpoint if self._server is None else self._server.own_endpoint, hello)
         device = _device()
         if device is not None:
             compile_ahead(device)
