@@ -16,11 +16,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlsync.bridge.adapter_folder import base_of_adapter, check_adapter_folder, other_base, placed_adapter
-from rlsync.bridge.model_folder import further_layers_note
 from rlsync.errors import ConfigError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
 from rlsync.models.lora import adapters_of, check_adapters
+from rlsync.models.moe import further_layers_note
 from rlsync.models.stacks import Model
 from rlsync.models.stored import misfits
 from workers.check_data import check_data, check_sft_data
@@ -204,7 +204,7 @@ def check_weights(config: AnyConfig, report: Report) -> None:
         return
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
-    note = further_layers_note(model, hf_config, folder)
+    note = further_layers_note(hf_config, sum(model.is_kept(name) for name in stored), folder)
     report.notes += [] if note is None else [note]
     for text in misfits(model, shapes):
         report.found("weights", f"{folder} does not fit {model.architecture}: {text}")

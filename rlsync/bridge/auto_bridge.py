@@ -40,16 +40,7 @@ from rlsync.bridge.full_tensors import (
     writer_ranks,
 )
 from rlsync.bridge.initial_weights import drawn, draws_of
-from rlsync.bridge.model_folder import (
-    CONFIG_NAME,
-    copy_files,
-    form_of_folder,
-    further_layers_note,
-    kept_tensors,
-    read_config,
-    travelling_files,
-    with_dtype,
-)
+from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
 from rlsync.convert.loading import LoadPlan, copy_all, plan_load
 from rlsync.convert.merging import check_base_copy
 from rlsync.convert.sources import adapter_holdings_of, holdings_of
@@ -66,6 +57,7 @@ from rlsync.megatron.lora import Adapter, merged
 from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import PREFIX, module_of
+from rlsync.models.moe import further_layers_note
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.planner import build_plan
 from rlsync.transport.collectives import Exchange, agreed
@@ -164,8 +156,8 @@ class AutoBridge:
         unread = unread_keys(self.hf_config)
         if unread and dist.get_rank() == 0:
             _LOG.warning("config.json: neither transformers nor rlsync reads %s; these keys change nothing", ", ".join(unread))
-        note = further_layers_note(self.model, self.hf_config, self._folder) if dist.get_rank() == 0 else None
-        if note is not None:
+        note = further_layers_note(self.hf_config, len(kept_tensors(self.model, self._folder)), self._folder)
+        if note is not None and dist.get_rank() == 0:
             _LOG.warning("%s", note)
         models = megatron_model.build_model(
             self.hf_config,

@@ -26,9 +26,6 @@ CONFIG_NAME = "config.json"
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
-# Keys that say how many layers predict further tokens.
-_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
-
 # What travels with weights, by what it is for. Patterns are paths in the folder; ``*`` stays within one folder.
 TRAVELS: dict[str, tuple[str, ...]] = {
     "configuration": (CONFIG_NAME, "generation_config.json"),
@@ -181,23 +178,6 @@ def kept_tensors(model: Model, folder: Path | None) -> dict[str, StoredTensor]:
     if folder is None or not model.family.kept(model.values) or not any(folder.glob("*.safetensors*")):
         return {}
     return {name: entry for name, entry in read_checkpoint(folder).items() if model.is_kept(name)}
-
-
-def further_layers_note(model: Model, config: Mapping[str, Any], folder: Path | None) -> str | None:
-    """What becomes of layers that predict further tokens (MTP), which no rank and no engine has; None for a model without them.
-
-    Args:
-        config: content of ``config.json``.
-        folder: of which saved folders have their tensors, if it has some.
-    """
-    kept, said = kept_tensors(model, folder), [name for name in _FURTHER_LAYERS if config.get(name)]
-    if kept:
-        held = f"saved folders have their {len(kept)} tensors as {folder} has"
-    elif said:
-        held = f"saved folders have no tensors of them, although {said[0]} is {config[said[0]]} in config.json; set it to 0"
-    else:
-        return None
-    return f"layers that predict further tokens (MTP) are neither trained nor sent to engines: {held}"
 
 
 def placed_checkpoint(model: Model, folder: Path) -> Holding:

@@ -6,6 +6,7 @@ Experts count over the whole model, as in the names of checkpoints. An expert is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlsync.models.dense import ATTENTION, LAYERS, MLP, decoder_stacks, dense_dims, dense_transformer, layer_stack
@@ -157,6 +158,22 @@ def further_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
     found = (values["num_nextn_predict_layers"], values["num_mtp_layers"])
     count, first = next((number for number in found if number is not None), 0), values["num_hidden_layers"]
     return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+
+
+def further_layers_note(config: HFConfig, num_kept: int, folder: Path | None) -> str | None:
+    """What becomes of layers that predict further tokens (MTP), which no rank and no engine has; None for a model without them.
+
+    Args:
+        num_kept: how many tensors of theirs ``folder`` has, which saved folders have as they are there.
+    """
+    said = [name for name in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(name)]
+    if num_kept:
+        held = f"saved folders have their {num_kept} tensors as {folder} has"
+    elif said:
+        held = f"saved folders have no tensors of them, although {said[0]} is {config[said[0]]} in config.json; set it to 0"
+    else:
+        return None
+    return f"layers that predict further tokens (MTP) are neither trained nor sent to engines: {held}"
 
 
 def sigmoid_contradictions(values: Mapping[str, Any], config: HFConfig) -> list[str]:

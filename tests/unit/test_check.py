@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from rlsync.cli.shapes import shape_of
 from rlsync.models import model_of
 from rlsync.models.lora import PREFIX, LoraSpec, adapters_of
+from rlsync.models.moe import further_layers_note
 from tests.deadlines import HANG_S
 from tests.unit.test_models_config import QWEN3_VL
 from workers.check import GRPO_CHECKS, check_devices, check_memory, check_model, check_run
@@ -174,6 +175,17 @@ def test_weight_files_that_are_not_the_models_are_findings(own, monkeypatch) -> 
     found = texts(check(own, monkeypatch))
     assert "does not fit Qwen2ForCausalLM: missing 24 tensors: model.layers.2.input_layernorm.weight" in found
     assert "model.layers.2.self_attn.o_proj.weight and 16 more" in found, "a few names and a count, however large the model is"
+
+
+def test_a_user_is_told_what_becomes_of_layers_that_predict_further_tokens(tmp_path) -> None:
+    told = "layers that predict further tokens (MTP) are neither trained nor sent to engines: saved folders have "
+    further = {"num_nextn_predict_layers": 1}
+    assert further_layers_note(further, 2, tmp_path) == f"{told}their 2 tensors as {tmp_path} has"
+    assert (
+        further_layers_note(further, 0, None)
+        == f"{told}no tensors of them, although num_nextn_predict_layers is 1 in config.json; set it to 0"
+    )
+    assert further_layers_note({"num_nextn_predict_layers": 0}, 0, tmp_path) is further_layers_note({}, 0, None) is None
 
 
 def test_adapters_are_checked_against_the_model_and_their_folder(own, monkeypatch) -> None:

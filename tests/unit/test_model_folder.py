@@ -7,9 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import (
@@ -25,12 +23,10 @@ from transformers.utils import (
 )
 
 from rlsync.bridge.adapter_folder import other_base
-from rlsync.bridge.model_folder import copy_files, further_layers_note, travelling_files, with_dtype
+from rlsync.bridge.model_folder import copy_files, travelling_files, with_dtype
 from rlsync.copy.files import write_index, write_small_file
 from rlsync.errors import CheckpointError
 from rlsync.layout.geometry import TensorSpec
-from rlsync.models import model_of
-from tests.unit.test_models_config import DEEPSEEK_V3
 
 
 def files_of_tokenizers() -> set[str]:
@@ -161,21 +157,6 @@ def test_index_and_copies_reach_the_disk_before_a_durable_save_returns(tmp_path,
     write_small_file(tmp_path / "out/config.json", b"{}", durable=durable)
     assert synced == (["tokenizer.json", "model.safetensors.index.json", "config.json"] if durable else [])
     assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "out/config.json").read_text() == "{}"
-
-
-def test_a_user_is_told_what_becomes_of_layers_that_predict_further_tokens(tmp_path) -> None:
-    config = {name: value for name, value in DEEPSEEK_V3.items() if name != "num_mtp_layers"}
-    further = {**config, "num_nextn_predict_layers": 1}
-    layer = config["num_hidden_layers"]
-    assert further_layers_note(model_of(config), config, None) is None
-    said = "saved folders have no tensors of them, although num_nextn_predict_layers is 1 in config.json; set it to 0"
-    assert said in str(further_layers_note(model_of(further), further, tmp_path))
-    names = ("model.norm.weight", f"model.layers.{layer}.eh_proj.weight", f"model.layers.{layer}.enorm.weight")
-    save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
-    note = str(further_layers_note(model_of(further), further, tmp_path))
-    assert note.startswith("layers that predict further tokens (MTP) are neither trained nor sent to engines: saved folders have their 2 ")
-    of_none = {**further, "num_nextn_predict_layers": 0}
-    assert further_layers_note(model_of(of_none), of_none, tmp_path) is None
 
 
 @pytest.mark.parametrize(
