@@ -5,13 +5,13 @@ Reads small files only. Knows no torch and no transformers, so that ``workers.ch
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsync.errors import ConfigError
+from rlsync.layout.json_files import read_json_object
 from rlsync.models import model_of
 
 # Sets of files, each of which is enough to make a tokenizer from. Without any of them transformers makes an empty one, silently.
@@ -26,26 +26,11 @@ _TOKENIZER_FILES: tuple[tuple[str, ...], ...] = (
 )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Content of a file that holds one JSON object. Raises ConfigError naming the file and what is wrong with it."""
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start + 1}; copy it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}; copy it again") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__} instead of an object")
-    return found
-
-
 def read_hf_config(folder: Path, key: str) -> dict[str, Any]:
     """Content of a model folder's config.json. Raises ConfigError; ``key`` names the folder there."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{key} {folder} holds no config.json; it must be a local Hugging Face folder")
-    return read_json_object(folder / "config.json")
+    return read_json_object(folder / "config.json")[1]
 
 
 def read_vocab_size(folder: Path, key: str) -> int:
@@ -63,7 +48,7 @@ def read_picture_tokens(folder: Path, key: str) -> frozenset[int]:
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """Content of a model folder's generation_config.json; empty where there is none. Raises ConfigError."""
     path = folder / "generation_config.json"
-    return read_json_object(path) if path.is_file() else {}
+    return read_json_object(path)[1] if path.is_file() else {}
 
 
 def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,7 +69,7 @@ def check_tokenizer_files(folder: Path, *, trust_remote_code: bool) -> None:
     """Raise ConfigError unless a tokenizer can be made from the folder."""
     if not folder.is_dir():
         raise ConfigError(f"actor.tokenizer.tokenizer_model {folder} is no folder; it must be a local Hugging Face folder")
-    settings = read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_json_object(folder / "tokenizer_config.json")[1] if (folder / "tokenizer_config.json").is_file() else {}
     if trust_remote_code and "auto_map" in settings:
         return
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
@@ -137,7 +122,7 @@ def processor_template(folder: Path) -> str | None:
     path = folder / "chat_template.json"
     if not path.is_file():
         return None
-    found = read_json_object(path).get("chat_template")
+    found = read_json_object(path)[1].get("chat_template")
     if not isinstance(found, str):
         raise ConfigError(f"{path} holds no chat_template, which must be a string; copy it again")
     return found
@@ -152,7 +137,7 @@ def check_chat_template(folder: Path, *, takes_pictures: bool) -> None:
     held: Any = processor_template(folder) if takes_pictures else None
     is_file = held is None and file.is_file()
     if held is None and not is_file and (folder / "tokenizer_config.json").is_file():
-        held = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+        held = read_json_object(folder / "tokenizer_config.json")[1].get("chat_template")
     if not is_file and held is None:
         raise ConfigError(
             f"data.apply_chat_template is True, and the tokenizer has no chat template; add chat_template.jinja to {folder}, "

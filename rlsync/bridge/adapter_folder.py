@@ -6,7 +6,6 @@ Megatron, process groups or engines.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from rlsync.bridge.checkpoint_folder import HF_FOLDER_NAMES
 from rlsync.errors import CheckpointError, ConfigError, PlacementError
 from rlsync.layout.geometry import Box, Piece, TensorSpec, whole_tensors
+from rlsync.layout.json_files import read_json_object
 from rlsync.layout.safetensors import Holding, StoredTensor, read_checkpoint
 from rlsync.models.lora import PREFIX, A, AdaptedRule, Adapters, B, LoraSpec, module_of
 from rlsync.models.stacks import Model
@@ -127,13 +127,7 @@ def other_base(name: str | None, *folders: Path) -> str | None:
 
 def _config_of(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / ADAPTER_CONFIG
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); give a folder that PEFT or rlsync saved") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no object of keys; give a folder that PEFT or rlsync saved")
-    return content
+    return read_json_object(path, error=CheckpointError, remedy="give a folder that PEFT or rlsync saved")[1]
 
 
 def adapter_config(adapters: Adapters, base_model: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rlsync.copy.files import MappedTensors
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
+from rlsync.layout.json_files import read_json_object
 from rlsync.layout.safetensors import CHECKSUMS, INDEX_NAME, SINGLE_NAME, Holding, StoredTensor, read_checkpoint
 from rlsync.models.stacks import Model
 from rlsync.models.stored import StoredForm, default_form, file_placement, form_of, has_other_forms, misfits
@@ -58,16 +59,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give a local Hugging Face folder, which has one")
-    try:
-        # Bytes, because newlines are part of what is written back.
-        text = path.read_bytes().decode("utf-8")
-        config = json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON in UTF-8 ({error}); write or download it again") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds a {type(config).__name__} instead of keys and values; write or download it again")
+    text, config = read_json_object(path, remedy="write or download it again")
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_NAME, INDEX_NAME):
         raise ConfigError(
