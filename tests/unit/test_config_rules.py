@@ -268,6 +268,16 @@ def test_values_that_do_not_fit_together_are_refused(sections: dict[str, Any], m
 EXPERTS = QWEN3_MOE | {"num_experts": 6}
 
 
+def assert_refused(config: RunConfig, hf: dict[str, Any], message: str | None) -> None:
+    """The model does not fit the configuration, in these words; None: it does."""
+    if message is None:
+        validate_model(config, hf)
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate_model(config, hf)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("hf", "actor", "message"),
     [
@@ -284,12 +294,7 @@ EXPERTS = QWEN3_MOE | {"num_experts": 6}
 )
 def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], actor: dict[str, Any], message: str | None) -> None:
     config = load_config(minimal(actor={"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, **actor}}))
-    if message is None:
-        validate_model(config, hf)
-        return
-    with pytest.raises(ConfigError) as caught:
-        validate_model(config, hf)
-    assert message in str(caught.value)
+    assert_refused(config, hf, message)
 
 
 def test_model_type_must_match_the_folder() -> None:
@@ -332,12 +337,7 @@ def test_what_a_model_does_not_take_is_refused_by_its_key(
     model: dict[str, Any], optim: dict[str, Any], hf: dict[str, Any], message: str | None
 ) -> None:
     config = load_config(minimal(actor={"model": model, "optim": optim}))
-    if message is None:
-        validate_model(config, hf)
-        return
-    with pytest.raises(ConfigError) as caught:
-        validate_model(config, hf)
-    assert message in str(caught.value)
+    assert_refused(config, hf, message)
 
 
 def test_heads_that_the_engines_cannot_divide_are_refused() -> None:

@@ -15,17 +15,13 @@ from hypothesis import strategies as st
 from torch.distributed import PrefixStore, TCPStore
 
 from rlsync.copy.cpu import CopyProgram, region
-from rlsync.layout.topology import Topology
-from rlsync.models import model_of
-from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, lay_out
-from rlsync.plan.planner import build_plan
 from rlsync.transport.ends import placed
 from rlsync.transport.gloo import Group, address_towards
 from rlsync.transport.p2p import steps_of, views
 from rlsync.transport.rendezvous import GroupError, GroupInfo, Rendezvous
 from tests.deadlines import ended_before, ended_by
-from tests.unit.test_staging import CONFIG, fill_from
+from tests.unit.test_staging import between_layouts
 
 HOST = "127.0.0.1"
 MEMBERS = ("actor rank 0", "engine e worker 0")
@@ -179,12 +175,7 @@ def test_the_store_and_the_group_listen_where_they_are_told_and_stop(rendezvous:
     other_dtype=st.sampled_from(["float32", "bfloat16"]), bucket_bytes=st.sampled_from([1, 3000, 10**9]),
 )  # fmt: skip
 def test_what_is_unpacked_from_messages_is_what_a_ring_would_hold(tp, pp, dp, other_tp, other_dtype, bucket_bytes):
-    model = model_of(CONFIG)
-    whole = {t.name: torch.randn(t.shape) for t in model.tensors("float32")}
-    placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
-    wanted = megatron_placements(model, Topology(tp_size=other_tp), dtype=other_dtype)
-    sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in placements]
-    plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, transforms=("cast",))
+    _, sources, plan = between_layouts(tp, pp, dp, other_tp, other_dtype, bucket_bytes)
     for row in lay_out(plan):
         for part in row:
             given_views = [region(sources[r.source][r.source_buffer], r.source_offset, r.shape, r.source_strides) for r in part.regions]

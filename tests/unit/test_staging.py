@@ -15,7 +15,7 @@ from rlsync.layout.topology import Topology
 from rlsync.models import model_of
 from rlsync.models.placement import megatron_placements
 from rlsync.plan.packing import SEGMENT_ALIGNMENT, PackedPart, lay_out, side_by_side
-from rlsync.plan.planner import build_plan
+from rlsync.plan.planner import Plan, build_plan
 from rlsync.sync.packer import Packer
 from rlsync.transport import shm
 from rlsync.transport.ends import Routes, SenderContext
@@ -69,17 +69,25 @@ def replay(plan, sources: list[dict[str, torch.Tensor]], num_slots: int = 2, ver
     other_dtype=st.sampled_from(["float32", "bfloat16"]), bucket_bytes=st.sampled_from([1, 3000, 10**9]), num_slots=st.sampled_from([1, 3]),
 )  # fmt: skip
 def test_megatron_shards_of_one_layout_become_those_of_another(tp, pp, dp, other_tp, other_dtype, bucket_bytes, num_slots):
+    whole, sources, plan = between_layouts(tp, pp, dp, other_tp, other_dtype, bucket_bytes)
+    for placement, found in zip(plan.destinations, replay(plan, sources, num_slots), strict=True):
+        for piece in placement.pieces:
+            got = region(found[piece.buffer], piece.offset, piece.box.shape, piece.strides)
+            slices = tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop, strict=True))
+            assert torch.equal(got, whole[piece.tensor][slices].to(got.dtype))
+
+
+def between_layouts(
+    tp: int, pp: int, dp: int, other_tp: int, other_dtype: str, bucket_bytes: int
+) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]], Plan]:
+    """A tiny model's tensors, the buffers of Megatron ranks under a layout, and the plan from these to another tensor parallelism."""
     model = model_of(CONFIG)
     whole = {t.name: torch.randn(t.shape) for t in model.tensors("float32")}
     placements = megatron_placements(model, Topology(tp_size=tp, pp_size=pp, dp_size=dp))
     wanted = megatron_placements(model, Topology(tp_size=other_tp), dtype=other_dtype)
     sources = [{b.name: fill_from(p, b, whole) for b in p.buffers} for p in placements]
     plan = build_plan(model.tensors("float32"), placements, wanted, bucket_bytes=bucket_bytes, transforms=("cast",))
-    for placement, found in zip(wanted, replay(plan, sources, num_slots), strict=True):
-        for piece in placement.pieces:
-            got = region(found[piece.buffer], piece.offset, piece.box.shape, piece.strides)
-            slices = tuple(slice(a, b) for a, b in zip(piece.box.start, piece.box.stop, strict=True))
-            assert torch.equal(got, whole[piece.tensor][slices].to(got.dtype))
+    return whole, sources, plan
 
 
 def fill_from(placement: Placement, spec: BufferSpec, whole: dict[str, torch.Tensor]) -> torch.Tensor:
