@@ -169,6 +169,7 @@ class ThreadEngine:
                     self.on_hold(worker, weights)
                     pull.verify(bucket, weights)
                     peer.send(m.Done(attempt, bucket))
+                until(lambda: True if pull.buckets_summed >= len(assignment.parts) else None, peer, attempt, receiver, pull.hear)
                 pull.conclude()
             peer.send(m.Loaded(attempt, pull.times(0)))
             while not isinstance(peer.receive(attempt, deadline), m.Commit):
