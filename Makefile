@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SETUP := source scripts/bootstrap.sh
 # Folders that hold typed code.
-TYPED := $(wildcard rlsync workers)
+TYPED := $(wildcard rlsync workers benchmarks examples)
 # Files of tests that run side by side: engines start on one core each. On GPUs one after the other, because each takes its share of a GPU.
 LANES ?= $(if $(shell command -v nvidia-smi),0,2)
 IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder

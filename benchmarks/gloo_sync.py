@@ -25,6 +25,7 @@ from rlsync.engine.handles.local import Engine
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.models import model_of
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
+from rlsync.sync.source import Declared
 from rlsync.transport.gloo import Group
 from rlsync.transport.rendezvous import GroupInfo, Rendezvous
 
@@ -42,7 +43,7 @@ class RandomSource:
     def __init__(self) -> None:
         self.tensors: tuple[TensorSpec, ...] = tuple(model_of(CONFIG).tensors("bfloat16"))
         self.placements = (whole_tensors("actor 0", self.tensors),)
-        self.stable_memory, self.frozen = True, frozenset[str]()
+        self.stable_memory, self.frozen, self.declared = True, frozenset[str](), Declared()
         self.buffers = {t.name: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for t in self.tensors}
 
     def begin(self, version: int) -> None:

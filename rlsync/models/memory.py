@@ -184,6 +184,7 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
     working = max((max(layers) for layers in cost if layers), default=0.0) if options.recompute == "full" else 0.0
     if options.recompute == "full" and options.recompute_method == "uniform":
         working *= options.recompute_layers
+    working += _in_dispatch(model, topology, options)
     beside = hidden if stage == 0 else 0.0
     if stage == topology.pp_size - 1:
         # Input and output of the last norm, and the whole hidden states that the head is given.
@@ -242,6 +243,7 @@ def _scoring(model: Model, topology: Topology, stage: int, options: TrainingOpti
         return 0
     item, dims = DTYPE_BYTES[options.dtype], model.dims
     layer = max((cost for chunk in _layers(model, topology, stage, options) for cost in chunk), default=0.0)
+    layer += _in_dispatch(model, topology, options)
     held = round(tokens * item * (layer + 2 * dims["hidden"]))
     if stage == 0 and model.vision is not None:
         held = max(held, round(options.scoring_patches * item * (_block(model) + 2 * dims["vision"])))
@@ -299,13 +301,21 @@ def _mlp(width: float, options: TrainingOptions) -> float:
 
 
 def _experts(model: Model, topology: Topology, options: TrainingOptions) -> float:
-    """Where tokens are spread evenly over experts. Tokens before and after the dispatch, and their results before they are weighted."""
+    """Where tokens are spread evenly over experts: a token as often as it is routed, and what its experts make of it."""
     dims, values = model.dims, model.transformer
     spread = topology.tp_size if options.sequence_parallel else 1
-    routed = values["moe_router_topk"] * (3 * dims["hidden"] + _mlp(dims["expert_ffn"] / topology.etp_size, options))
+    routed = values["moe_router_topk"] * (dims["hidden"] + _mlp(dims["expert_ffn"] / topology.etp_size, options))
     router = 4 * dims["num_experts"] / spread
     shared = _mlp(dims["shared_ffn"] / topology.tp_size, options) if dims.get("shared_ffn") else 0.0
     return routed * topology.etp_size / spread + router + shared
+
+
+def _in_dispatch(model: Model, topology: Topology, options: TrainingOptions) -> float:
+    """Elements a token that the layer of experts at work has beside what it keeps: tokens on their way to experts, and their results."""
+    if "num_experts" not in model.dims:
+        return 0.0
+    spread = topology.tp_size if options.sequence_parallel else 1
+    return 2 * float(model.transformer["moe_router_topk"]) * model.dims["hidden"] * topology.etp_size / spread
 
 
 def _logits(model: Model, topology: Topology, options: TrainingOptions) -> int:

@@ -59,6 +59,20 @@ def test_benches_that_came_after_the_estimates_took_what_was_predicted(name: str
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.06)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["12-layers-train-ep2", "12-layers-train-ep2-grouped", "12-layers-train-ep2-grouped-32k", "8-layers-train-grouped"],
+)
+def test_experts_took_what_was_predicted(name: str) -> None:
+    bench = json.loads((RAW / f"2026-11-30-qwen3-30b-a3b-{name}.json").read_text())
+    model, topology = model_of(bench["config"]), Topology(**bench["actor"])
+    positions = max(len(lengths) * max(lengths) for lengths in bench["microbatches"])
+    options = TrainingOptions(micro_batch_tokens=positions, num_microbatches=8, chunk_tokens=CHUNK, fused_activation=True)
+    (found,) = training_memory(model, topology, options)
+    assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.02)
+    assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.03)
+
+
 def test_adapters_of_a_frozen_base_took_what_was_predicted() -> None:
     bench = json.loads((RAW / "2026-11-29-7b-lora-32k-train-one-gpu.json").read_text())
     assert (bench["microbatches"], bench["lora_r"], bench["switches"]["recompute_method"]) == ([[32768]], 32, "uniform")
