@@ -13,7 +13,6 @@ import torch
 
 from rlsync.bench import spec as specs
 from rlsync.copy.speed import copy_gb_per_s
-from rlsync.engine.plugin import watch_owner
 
 _BYTES = 2**30
 _ROUNDS = 5
@@ -64,7 +63,6 @@ def _synchronize(*devices: int) -> None:
 
 
 def main(path: str) -> None:
-    watch_owner()
     spec = specs.read(path)
     specs.write_file(spec.floors_path, json.dumps(measure(spec)))
 

@@ -13,7 +13,6 @@ from typing import Any
 from rlsync.bench import spec as specs
 from rlsync.bench.remote import serve
 from rlsync.engine.handles.adapters import lora_arguments
-from rlsync.engine.plugin import watch_owner
 from rlsync.sync.config import LoraSync
 
 # Of an engine that answers a handful of short prompts at most: what is measured is its weights.
@@ -70,7 +69,6 @@ def engine_arguments(spec: specs.Spec, lora: LoraSync, weight_bytes: int, gpu_by
 
 
 def main(path: str, index: str) -> None:
-    watch_owner()
     spec = specs.read(path)
     from rlsync.engine.handles.local import Engine
     from rlsync.models import model_of

@@ -16,13 +16,11 @@ from rlsync.bench.actor import Actor
 from rlsync.bench.measuring import Bench
 from rlsync.bench.peers import Fleet
 from rlsync.bench.remote import RemoteEngine
-from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.parallel import destroy_parallel
 from rlsync.sync.config import LoraSync
 
 
 def main(path: str) -> None:
-    watch_owner()
     spec = specs.read(path)
     # The imports above took as long as the links take to be measured.
     specs.await_file(spec.floors_path, spec.start_s)

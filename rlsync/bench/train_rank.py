@@ -21,7 +21,6 @@ from rlsync.bench.profile import Phases, Profile, profiled
 from rlsync.bench.spec import write_file
 from rlsync.bench.training import RankFound, TrainFound, TrainSpec
 from rlsync.bridge.auto_bridge import AutoBridge
-from rlsync.engine.plugin import watch_owner
 from rlsync.megatron.model import DdpOptions, unwrap
 from rlsync.megatron.optimizer import OptimizerOptions, build_optimizer
 from rlsync.megatron.parallel import compute_device, destroy_parallel, freeze_objects, initialize_parallel
@@ -178,7 +177,6 @@ def _microbatch(lengths: tuple[int, ...], vocab_size: int, generator: torch.Gene
 
 
 def main(path: str) -> None:
-    watch_owner()
     spec = training.read(path)
     found = _Bench(spec).run()
     if dist.get_rank() == 0:

@@ -62,7 +62,7 @@ class WorkerGroup:
     def start(self) -> None:
         """Start them all. Those of syncs import while the links are measured, and touch no GPU before."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        # All of them end by themselves when this process is killed.
+        # All of them end by themselves when this process is killed (``bench.member``).
         declare_owner()
         if isinstance(self._spec, TrainSpec):
             self._start_ranks("train_rank")
@@ -91,7 +91,11 @@ class WorkerGroup:
         log = self._logs / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, "-m", f"{_MODULES}.member", *arguments],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         self.members.append(Member(name, process, log))
 

@@ -145,7 +145,7 @@ def test_a_process_that_fails_ends_all_and_is_quoted(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_bench_that_is_killed(tmp_path: Path) -> None:
-    """Its processes wait for the engine when it happens, and would for minutes."""
+    """Its processes import when it happens, and would wait for the engine for minutes then."""
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "rlsync.cli", "bench", *SIDES, "--peers", "none", "--out", str(tmp_path / "out")]
     temporary = tmp_path / "tmp"
