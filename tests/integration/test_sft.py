@@ -156,19 +156,32 @@ def rank_one(family: list[psutil.Process]) -> psutil.Process:
     return next(p for p in family if output_of(p).endswith("ActorGroup-1.log"))
 
 
+RECIPES = ["bash", "examples/recipes/run.sh"]
+
+
+def without_script(*flags: str) -> list[str]:
+    """What a way to pretrain starts, by its own word."""
+    printed = subprocess.run([*RECIPES, *flags, "--print"], cwd=REPO, env=environment(), check=True, capture_output=True, text=True).stdout
+    shell, script, config, *keys = printed.split()
+    assert (shell, script) == ("bash", "examples/sft/run_llm_sft.sh")
+    return [*by_itself("examples/sft/main_sft.py", "configs/sft", config), *keys]
+
+
 def test_each_way_to_pretrain_runs(tmp_path: Path) -> None:
     """A recipe, with a layout and a precision of one's own, becomes Hugging Face files and goes on with them; and a plain configuration.
 
     The loss of the recipe's last validation is transformers' of the converted checkpoint, and that of the first one of who goes on.
+    Scripts check here; what they start is run without them.
     """
-    script = ["bash", "examples/recipes/run.sh"]
     flags = ["--recipe", "qwen3_30b_a3b", "--twin", "--ep", "2", "--devices", "0-1", "--precision", "bf16"]
-    output = run([*script, *flags], tmp_path, "actor.megatron.mbridge=False")
+    checked = run([*RECIPES, *flags, "--check"], tmp_path, "actor.megatron.mbridge=False")
+    assert "2 ranks (DP 2 EP 2)" in checked, checked
+    output = run(without_script(*flags), tmp_path, "actor.megatron.mbridge=False")
     assert "starting 2 actor ranks (DP 2)" in output
     losses = [line["val/loss"] for line in read_metrics(tmp_path / "run") if "val/loss" in line]
     made = tmp_path / "converted"
     subprocess.run(
-        [*script, "--to-hf", str(checkpoint(tmp_path, 4)), str(made), "--model", str(tmp_path / "run" / "model")],
+        [*RECIPES, "--to-hf", str(checkpoint(tmp_path, 4)), str(made), "--model", str(tmp_path / "run" / "model")],
         cwd=REPO,
         env=environment(),
         check=True,
@@ -182,6 +195,13 @@ def test_each_way_to_pretrain_runs(tmp_path: Path) -> None:
     assert found == pytest.approx(losses[-1], rel=5e-3) and losses[-1] < losses[0] - 0.3
     for way, first in ((["--recipe", "qwen3_30b_a3b", "--twin", "--hf", str(made)], found), (["--plain"], math.log(512))):
         folder = tmp_path / way[0].strip("-")
-        run([*script, *way], folder, "runner.max_steps=2", "runner.val_check_interval=2", "runner.save_interval=-1", "data.val_data_size=8")
+        run(
+            without_script(*way),
+            folder,
+            "runner.max_steps=2",
+            "runner.val_check_interval=2",
+            "runner.save_interval=-1",
+            "data.val_data_size=8",
+        )
         before, after = (line["val/loss"] for line in read_metrics(folder / "run") if "val/loss" in line)
         assert before == pytest.approx(first, rel=5e-3 if "--hf" in way else 2e-2) and after != before
