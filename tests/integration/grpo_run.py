@@ -23,7 +23,8 @@ protect_own_cluster(cluster_address(1))
 
 import ray  # noqa: E402
 
-from workers.grpo_runner import GrpoRunner  # noqa: E402 (imports Ray)
+from workers import worker_group  # noqa: E402 (imports Ray, as the next)
+from workers.grpo_runner import GrpoRunner  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "reasoning"
 
@@ -69,9 +70,15 @@ class SavedOnce(GrpoRunner):
 
 
 class StoppedEngines(GrpoRunner):
-    """The process that owns engine 0 is stopped when the rollouts of steps 2 and 3 begin, and once more in none of their repetitions."""
+    """The process that owns engine 0 is stopped when the rollouts of steps 2 and 3 begin, and once more in none of their repetitions.
+    Who is stopped is waited for several times, each time for ``WAIT_S`` where a run gives an engine up to 40 s."""
 
+    WAIT_S = 4.0
     _to_stop = (2, 3)
+
+    def run(self) -> None:
+        worker_group.ENGINE_GRACE_S = worker_group.ENGINE_STATE_S = worker_group.ENGINE_CLOSE_S = self.WAIT_S
+        super().run()
 
     def _rollout(self, prompts: Any, step: int) -> Any:
         if step in self._to_stop:
