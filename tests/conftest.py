@@ -44,19 +44,23 @@ LONGEST = tuple(
     for name in (
         "integration/test_engine_sync",
         "integration/test_grpo",
-        "integration/test_sft",
         "integration/test_oracle",
+        "integration/test_sft",
+        "integration/test_lora",
         "integration/test_bench",
+        "integration/test_megatron_training",
         "integration/test_actor",
+        "integration/test_http_engine",
         "integration/test_gloo_hosts",
         "integration/test_own_trainer",
         "chaos/test_chaos",
-        "integration/test_megatron_training",
-        "integration/test_lora",
-        "integration/test_http_engine",
         "integration/test_picture_engines",
-        "integration/test_remote",
         "integration/test_convert",
+        "integration/test_remote",
+        "integration/test_checkpoint",
+        "integration/test_sft_actor",
+        "integration/test_bridge",
+        "integration/test_replay",
     )
 )
 
