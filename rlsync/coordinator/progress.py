@@ -118,12 +118,11 @@ class Progress:
             return late + [(p, "to begin its update") for p in workers if p.identity not in self.joined]
         if phase == "transfer":
             limit = min(self.buckets_writable, self.num_buckets)
-            slow = [p for p in actors if self.filled.get(p.identity, 0) < limit]
-            if slow:
-                return [(p, f"to fill bucket {self.filled.get(p.identity, 0)}") for p in slow]
-            slow = [p for p in actors if self.summed.get(p.identity, 0) < self.filled.get(p.identity, 0)]
-            if slow:
-                return [(p, f"to sum up bucket {self.summed.get(p.identity, 0)}") for p in slow]
+            counts = [(p, self.filled.get(p.identity, 0), self.summed.get(p.identity, 0)) for p in actors]
+            late = [(p, f"to sum up bucket {summed}") for p, filled, summed in counts if summed < filled]
+            late += [(p, f"to fill bucket {filled}") for p, filled, summed in counts if summed == filled < limit]
+            if late:
+                return late
             slow = [p for p in workers if self.done.get(p.identity, 0) < self.buckets_ready]
             slow.sort(key=lambda p: self.done.get(p.identity, 0))
             late = [(p, f"to load bucket {self.done.get(p.identity, 0)}") for p in slow]

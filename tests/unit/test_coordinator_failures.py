@@ -92,6 +92,11 @@ def test_a_death_between_syncs_fails_the_next_one() -> None:
         ([], "begin", ("actor rank 1", "enter sync")),
         ([("a1", m.Start(1, 1)), ("w0", m.Joined(1, 1))], "begin", ("engine e0 worker 1", "begin its update")),
         ([("a1", m.Start(1, 1)), ("w0", m.Joined(1, 1)), ("w1", m.Joined(1, 1))], "transfer", ("actor rank 0", "fill bucket 0")),
+        (
+            [("a1", m.Start(1, 1)), ("w0", m.Joined(1, 1)), ("w1", m.Joined(1, 1)), ("a1", m.Filled(1, 0, 0, None))],
+            "transfer",
+            ("actor rank 1", "sum up bucket 0", "actor rank 0", "fill bucket 0"),
+        ),
     ],
 )
 def test_a_deadline_names_whom_it_waited_for(told: list, phase: str, words: tuple[str, ...]) -> None:
