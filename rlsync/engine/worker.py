@@ -274,7 +274,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 pull.phase = "transfer"
                 with contextlib.ExitStack() as receiving:
                     receiving.enter_context(receiver.receiving(standing, self._assignment.num_frozen if pull.without_frozen else 0))
-                    self._take_all(client, sink, receiver, pull)
+                    self._take_all(client, sink, receiver, pull, update_info.version)
                     with pull.timed("finalize"):
                         if self._adapters is not None and self._syncs_adapters:
                             self._adapters.fill(update_info.adapter_id, update_info.adapters_in_use)
@@ -306,7 +306,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     del reported
             raise
 
-    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull) -> None:
+    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
         """Write all buckets, in order, complete the model, and verify what was written."""
         assert self._assignment is not None
         parts, is_complete = self._assignment.parts, False
@@ -329,7 +329,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             # Nobody waits for the last slot: where copies write live memory, the model is completed behind them before they are waited for.
             is_last = bucket == len(parts) - 1
             self._take(client, sink, receiver, pull, part, complete if is_last and self._is_direct else None)
-            _log.debug("bucket %d of %d is in place, %d B", bucket, len(parts), part.nbytes)
+            _log.debug("version %d: bucket %d of %d is in place, %d B", version, bucket, len(parts), part.nbytes)
         if not self._is_direct:
             # Kernels that the sink has enqueued behind the last checksums are not counted as verification.
             with pull.timed("pull"):
@@ -338,7 +338,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             while pull.buckets_summed < len(parts):
                 pull.hear(client.next(m.Ready, pull.attempt, "the checksums that were sent"))
         pull.conclude()
-        _log.debug("all of it is verified")
+        _log.debug("version %d: all of it is verified", version)
         if not is_complete:
             complete()
 
