@@ -1,5 +1,5 @@
-"""The weight-transfer engine inside each worker: dials home, records the layout of what it holds, pulls buckets into a sink, verifies
-them, and commits.
+"""The weight-transfer engine inside each worker: dials home, has what it holds recorded, pulls buckets into a sink, verifies them, and
+commits.
 
 Owns the order of a sync in a worker. Knows no socket and no transport. A blocked worker blocks its whole engine, so it waits for nothing
 but through its ``CoordinatorClient``, which keeps the deadlines.
@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,27 +24,20 @@ from rlsync.coordinator.client import GRACE_S, Peer, pid_domain
 from rlsync.copy.cuda import compile_ahead
 from rlsync.engine.adapters import AdapterSlots
 from rlsync.engine.compat import engine as compat
-from rlsync.engine.compat import features, lora, patches, reload
+from rlsync.engine.compat import features, lora, patches
 from rlsync.engine.pull import MismatchError, Pull, Verifier
-from rlsync.engine.recorder import LastRecording, Recording, record, record_adapter
+from rlsync.engine.recorded_layout import RecordedLayout, record_layout
+from rlsync.engine.recorder import LastRecording
 from rlsync.engine.sinks import Sink
-from rlsync.engine.sinks.choice import choose, not_in_place
-from rlsync.engine.sinks.compare import CompareSink
-from rlsync.engine.sinks.loaders import LoadersSink
-from rlsync.engine.sinks.placed import PlacedSink
 from rlsync.engine.state import state_hashes
 from rlsync.errors import RlsyncError, WeightSyncError, error_text
 from rlsync.gc_pause import gc_paused
-from rlsync.layout.geometry import Placement, TensorSpec
-from rlsync.layout.recorded import placement_of, tensors_as_read
-from rlsync.plan.packing import PackedPart, Segment
+from rlsync.plan.packing import PackedPart
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.transport.ends import Arrival, Receiver, make_receiver
 from rlsync.transport.shm import shm_domain
 
 _log = logging.getLogger(__name__)
-
-Buckets = tuple[tuple[Segment, ...], ...]
 
 # A broken connection is often the consequence of a fault that the coordinator names; its error is awaited for so long.
 _ECHO_S = 1.0
@@ -430,104 +423,6 @@ def _await_bucket(client: CoordinatorClient, pull: Pull, bucket: int) -> None:
 def _await_ready(client: CoordinatorClient, pull: Pull, bucket: int, what: str) -> None:
     while pull.buckets_ready <= bucket:
         pull.hear(client.next(m.Ready, pull.attempt, what))
-
-
-# The recorded layout.
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedLayout:
-    """``record`` is sent to the coordinator; ``make_sink`` is called with the segments of every bucket once the plan is made."""
-
-    record: m.Recorded
-    make_sink: Callable[[Buckets], Sink]
-
-
-def record_layout(
-    model: torch.nn.Module,
-    model_config: Any,
-    holder: str,
-    manifest: m.Manifest,
-    compare: bool = False,
-    adapters: AdapterSlots | None = None,
-    recorded: Callable[[torch.nn.Module, Sequence[TensorSpec]], Recording] = record,
-) -> RecordedLayout:
-    """Record where the model's own loaders write the tensors, and choose the sink that writes, or compares, them.
-
-    Leaves the model as it was, and makes room beside it where the manifest has adapters. Raises ConfigError where the sink that is asked
-    for by name cannot keep the model right.
-    """
-    requested = manifest.sink
-    tensors = manifest.tensors[: None if manifest.adapter is None else manifest.adapter.first]
-    recording = recorded(model, tensors)
-    placement, findings = placement_of(holder, tensors, recording.buffers, recording.writes)
-    missing = tuple(str(f) for f in findings if f.unwritten)
-    computed = tuple(str(f) for f in findings if not f.unwritten)
-    problems = recording.findings + missing
-    if compare:
-        problems += tuple(f"it cannot be compared: {f}" for f in computed)
-        return RecordedLayout(
-            m.Recorded(placement, "compare", recording.unused_names, problems),
-            lambda buckets: CompareSink(model, buckets, placement.padding),
-        )
-    choice = choose(model, [b.name for b in placement.buffers], recording.aliases, requested)
-    used = sorted(set(choice.sinks.values()))
-    beside: Mapping[str, torch.Tensor] = {}
-    unused = recording.unused_names
-    if manifest.adapter is not None and not problems:
-        if computed or used == ["loaders"]:
-            problems = tuple(f"the base of adapters is not written in place: {why}" for why in (*computed, *choice.reasons))
-        else:
-            assert adapters is not None, "adapters have slots"
-            found, problems, more = _record_adapters(model, holder, manifest, adapters)
-            placement = replace(placement, **{n: getattr(placement, n) + getattr(found, n) for n in ("buffers", "pieces", "padding")})
-            beside, unused = adapters.staging, unused + more
-            used = sorted({*used, "direct"})
-    if problems or computed or used == ["loaders"]:
-        if computed and requested in ("direct", "layerwise"):
-            problems += tuple(f"weight_sync.sink is {requested}, but: {f}" for f in computed)
-        remark = "" if requested == "loaders" else "; ".join((*computed, *choice.reasons))
-        undescribed = [f.buffer for f in findings]
-        return _by_loaders(model, model_config, holder, tensors, recording, undescribed, problems, remark)
-    return RecordedLayout(
-        m.Recorded(placement, "+".join(used), unused),
-        lambda buckets: PlacedSink(model, model_config, buckets, placement.padding, choice.sinks, beside),
-    )
-
-
-def _record_adapters(
-    model: torch.nn.Module, holder: str, manifest: m.Manifest, adapters: AdapterSlots
-) -> tuple[Placement, tuple[str, ...], tuple[str, ...]]:
-    """Placement of the factors in what a sync writes beside the slots, findings, and names that vLLM does not load here."""
-    assert manifest.adapter is not None
-    factors = manifest.tensors[manifest.adapter.first :]
-    recording = record_adapter(model, factors, manifest.adapter.r)
-    placement, findings = placement_of(holder, factors, recording.buffers, recording.writes)
-    adapters.connect(placement.buffers, manifest.adapter.r)
-    return placement, (*recording.findings, *map(str, findings)), recording.unused_names
-
-
-def _by_loaders(
-    model: torch.nn.Module,
-    model_config: Any,
-    holder: str,
-    tensors: Sequence[TensorSpec],
-    recording: Recording,
-    computed: Sequence[str],
-    findings: tuple[str, ...],
-    remark: str,
-) -> RecordedLayout:
-    """Layout for vLLM's own loaders: the elements of HF tensors that they read. ``computed``: buffers not filled by plain copies alone."""
-    unused = set(recording.unused_names)
-    taken = {t.name: t for t in tensors if t.name not in unused}
-
-    def make_sink(buckets: Buckets) -> LoadersSink:
-        layers = not_in_place(model, [b.name for b in recording.buffers], computed, recording.aliases)
-        _log.info("%s: loaders write its layers where they live, but for %d that vLLM rebuilds", holder, len(layers))
-        return LoadersSink(model, model_config, buckets, taken, layers, reload.loading_device(model))
-
-    placement = tensors_as_read(holder, list(taken.values()), recording.writes, recording.computed_names)
-    return RecordedLayout(m.Recorded(placement, "loaders", recording.unused_names, findings, remark), make_sink)
 
 
 # The channel.
