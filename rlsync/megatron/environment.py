@@ -14,7 +14,7 @@ def rank_environment(topology: Topology) -> dict[str, str]:
     and context parallelism begin before the matrix products that are to hide them. Megatron-LM's own command line demands it there.
 
     With NVTE_USE_CUTLASS_GROUPED_GEMM=1 TransformerEngine (2.8 and later) multiplies by all experts of a layer in one kernel on Hopper, and
-    sums up in fp32 as ever. By itself it calls cuBLAS for each expert, which chooses an algorithm anew for each number of tokens.
+    sums up in fp32 as ever. By itself it calls cuBLAS for each expert, for which the GPU waits.
     """
     # Large pages for tensors of the host: what a checkpoint gathers there is several times the model.
     wanted = {"THP_MEM_ALLOC_ENABLE": "1", "NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}
