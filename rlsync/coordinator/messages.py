@@ -199,7 +199,7 @@ class Filled(Message):
 
 
 class Summed(Message):
-    """The checksums of a bucket that came without them."""
+    """This actor rank's checksums of a bucket whose ``Filled`` had None for them."""
 
     attempt: Count
     bucket: Count
