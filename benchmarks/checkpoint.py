@@ -30,8 +30,11 @@ _PIECE_BYTES = 2**25
 _PLAIN_BYTES = 4 * 2**30
 
 
-def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> dict[str, float]:
-    """On one rank: seconds from barrier to barrier of each way, and GB that all ranks write. Collective."""
+def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int], *, waits: bool) -> dict[str, float]:
+    """On one rank: seconds from barrier to barrier of each way, and GB that all ranks write. Collective.
+
+    ``waits``: also a save that training waits for, which is loaded again.
+    """
     import torch.distributed as dist
 
     from rlsync import AutoBridge
@@ -74,16 +77,18 @@ def measure(config: Mapping[str, Any], out: Path, axes: Mapping[str, int]) -> di
             shutil.rmtree(path)
 
     say("started_s", time.monotonic() - began)
-    timed("save_s", lambda: save_checkpoint(out / "saved", bridge, models, step=1, **state))
-    nbytes = sum(path.stat().st_size for path in (out / "saved").rglob("*") if path.is_file())
-    say("gb", nbytes / 1e9)
-    _forget(out)
-    timed("load_s", lambda: load_checkpoint(out / "saved", bridge, models, **state))
-    remove(out / "saved")
+    if waits:
+        timed("save_s", lambda: save_checkpoint(out / "saved", bridge, models, step=1, **state))
+        _forget(out)
+        timed("load_s", lambda: load_checkpoint(out / "saved", bridge, models, **state))
+        remove(out / "saved")
     # As ranks of a run do at their start.
     timed("prepared_s", lambda: prepare_saves(bridge, models, memory, saves_optimizer=True))
     first = timed("first_deferred_s", begin)
     timed("first_written_s", first.finish)
+    nbytes = sum(path.stat().st_size for path in (out / "deferred").rglob("*") if path.is_file())
+    say("gb", nbytes / 1e9)
+    dist.barrier()
     remove(out / "deferred")
     saving = timed("deferred_s", begin)
     timed("written_s", saving.finish)
@@ -127,26 +132,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="every round of every rank")
+    parser.add_argument("--without-waiting", action="store_true", help="only saves beside training, and none that is loaded again")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         config, out = arguments.child
-        print(json.dumps(measure(json.loads(config.read_text()), out, arguments.axes)))
+        print(json.dumps(measure(json.loads(config.read_text()), out, arguments.axes, waits=not arguments.without_waiting)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        rounds = _rounds(Path(folder), arguments.model, arguments.layers, arguments.axes, arguments.rounds)
+        rounds = _rounds(Path(folder), arguments)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rounds, indent=1) + "\n")
     # Ranks leave a barrier together.
     print(", ".join(f"{name} {statistics.median(ranks[0][name] for ranks in rounds):.2f}" for name in rounds[0][0]))
 
 
-def _rounds(folder: Path, shapes: str, num_layers: int | None, axes: Mapping[str, int], count: int) -> list[list[dict[str, float]]]:
-    model, out, topology = folder / "config.json", folder / "checkpoint", Topology(**axes)
-    model.write_text(json.dumps({**SHAPES[shapes], **({} if num_layers is None else {"num_hidden_layers": num_layers})}))
-    command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(axes), "--child", str(model), str(out)]
+def _rounds(folder: Path, a: argparse.Namespace) -> list[list[dict[str, float]]]:
+    model, out, topology = folder / "config.json", folder / "checkpoint", Topology(**a.axes)
+    model.write_text(json.dumps({**SHAPES[a.model], **({} if a.layers is None else {"num_hidden_layers": a.layers})}))
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--axes", json.dumps(a.axes), "--child", str(model), str(out)]
+    command += ["--without-waiting"] if a.without_waiting else []
     rounds = []
-    for _ in range(count):
+    for _ in range(a.rounds):
         out.mkdir()
         rounds.append(_run(command, topology))
         shutil.rmtree(out)

@@ -75,11 +75,12 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=1024, help="tokens of an answer")
     parser.add_argument("--side", type=int, default=448, help="of a picture in pixels; a feature covers 28 x 28")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="that keeps the run and its logs; default: a temporary one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        found = _run(a, Path(name))
+        found = _run(a, a.folder or Path(name))
     print(json.dumps(found, indent=1))
     if a.out:
         a.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -44,9 +44,11 @@ class Row:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _tests(files: str, num_gpus: int) -> Row:
+def _tests(files: str, num_gpus: int, lanes: int = 0) -> Row:
+    """``lanes``: tests at a time; what a lane's tests print comes at the end, or not at all where time ends them."""
+    shown = f"-v -rP --numprocesses={lanes}" if lanes else "-sv"
     # Where float32 is compared, products must be of float32.
-    return Row(f"pytest -sv {files}", num_gpus, limit_s=900, shares=True, environment={"NVIDIA_TF32_OVERRIDE": "0"})
+    return Row(f"pytest {shown} {files}", num_gpus, limit_s=900, shares=True, environment={"NVIDIA_TF32_OVERRIDE": "0"})
 
 
 def _files(*names: str) -> str:
@@ -67,7 +69,7 @@ _EXPERTS = (
     f"--warmup 2 --profile {_FUSED} --set moe_permute_fusion=True --model {{configs}}/qwen3-30b-a3b"
 )
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
-_STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --out {out}/found.json"
+_STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --folder {out} --out {out}/found.json"
 _PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --steps 4 data.num_workers=8"
 _KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
 _STAYS = "actor.offload_weight=False actor.offload_grad=False actor.offload_optimizer=False"
@@ -76,16 +78,16 @@ ROWS: dict[str, Row] = {
     # Tests.
     "transports": _tests(_files("ipc_sync"), 2),
     "messages": _tests(_files("nccl_sync", "nccl_communicators"), 2),
-    "adapters": _tests(_files("adapters_cuda"), 2),
+    "adapters": _tests(_files("adapters_cuda"), 2, lanes=2),
     "lora": _tests(_files("lora_cuda"), 2),
     "merge": _tests(_files("merge_cuda"), 1),
     "packing": _tests(_files("layers_cuda", "packing_cuda"), 2),
     "freshness": _tests(_files("freshness_cuda", "offload_cuda"), 2),
     "pictures": _tests(_files("pictures_cuda"), 1),
     "sinks": _tests(_files("sinks_cuda", "copy_cuda"), 2),
-    "experts": _tests(_files("families_cuda"), 2),
+    "experts": _tests(_files("families_cuda"), 2, lanes=6),
     "engines": _tests(_files("engines_cuda"), 2),
-    "oracle": _tests(_files("engine_cuda"), 2),
+    "oracle": _tests(_files("engine_cuda"), 2, lanes=2),
     "logits": _tests(_files("bridge_nccl"), 2),
     "replay": _tests(_files("router_replay_cuda"), 1),
     "placement": _tests(_files("grpo_placement_cuda"), 2),
@@ -123,6 +125,12 @@ ROWS: dict[str, Row] = {
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
     "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
+    "steps-pictures-collocated": Row(
+        f"{_STEPS} --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 32 {_KEPT}", 2
+    ),
+    "saves-7b": Row(
+        "benchmarks.checkpoint --model qwen2.5-7b --rounds 1 --without-waiting --folder {out} --json {out}/found.json", 2
+    ),
     "saves": Row("benchmarks.checkpoint --model qwen2.5-1.5b --rounds 2 --folder {out} --json {out}/found.json", 2),
 }  # fmt: skip
 _LAYERS = {"qwen3-30b-a3b": (8, 12, 16, 32)}

@@ -38,6 +38,8 @@ SHARED = {
     "tests/integration/test_engine_sync_faults.py": "tests/integration/test_engine_sync.py",
     "tests/integration/test_gloo_sync.py": "tests/integration/test_engine_sync.py",
 }
+# Files each of whose tests starts engines on GPUs of its own accord and shares nothing: any lane takes any of them.
+APART = tuple(f"tests/gpu/test_{name}_cuda.py" for name in ("adapters", "engine", "families"))
 # Files that take a minute or more, or whose group does, the longest first: else one lane works on the last of them alone.
 LONGEST = tuple(
     f"tests/{name}.py"
@@ -123,12 +125,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One file after the other in each lane, as ``--dist=loadfile``, but for files that share."""
+    """One file after the other in each lane, as ``--dist=loadfile``, but for files that share, and for those whose tests share nothing."""
     from xdist.scheduler import LoadFileScheduling
 
     class SharingScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return SHARED.get(file, file)
+            return nodeid if file in APART else SHARED.get(file, file)
 
     return SharingScheduling(config, log)
