@@ -287,7 +287,8 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
                     "where a name is that of others too"
                 )
                 break
-    if not _chosen(model, spec, linear):
+    chosen = frozenset(_chosen(model, spec, linear))
+    if not chosen:
         names: dict[bool, dict[str, None]] = {True: {}, False: {}}
         for module, part in linear.items():
             names[part is None].setdefault(re.sub(r".*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", module))
@@ -302,8 +303,7 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
     named = set(_parameters(model).values()) if spec.target_parameters else set()
     idle = [name for name in spec.target_parameters if not any(_ends_with(parameter, name) for parameter in named)]
     findings += [f"target_parameters name {name}, which no experts or routers of {model.architecture} are called" for name in idle]
-    routers = [module for module in _chosen(model, spec, linear) if module in router_parameters(model)]
-    if routers and spec.lora_dropout:
+    if spec.lora_dropout and (routers := [module for module in router_parameters(model) if module in chosen]):
         findings.append(f"lora_dropout is {spec.lora_dropout}, and {routers[0]} is a router, whose adapter has none in PEFT: set it to 0")
     return findings
 
