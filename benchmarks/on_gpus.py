@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
     "freshness": _tests(_files("freshness_cuda", "offload_cuda"), 2),
     "pictures": _tests(_files("pictures_cuda"), 1),
     "sinks": _tests(_files("sinks_cuda", "copy_cuda"), 2),
-    "experts": _tests(_files("families_cuda"), 2, lanes=6),
+    "experts": _tests(_files("families_cuda"), 2, lanes=12),
     "engines": _tests(_files("engines_cuda"), 2),
     "oracle": _tests(_files("engine_cuda"), 2, lanes=2),
     "logits": _tests(_files("bridge_nccl"), 2),
@@ -126,7 +126,7 @@ ROWS: dict[str, Row] = {
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
     "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
     "steps-pictures-collocated": Row(
-        f"{_STEPS} --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 32 {_KEPT}", 2
+        f"{_STEPS} --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 16 {_KEPT}", 2
     ),
     "saves-7b": Row(
         "benchmarks.checkpoint --model qwen2.5-7b --rounds 1 --without-waiting --folder {out} --json {out}/found.json", 2
