@@ -61,6 +61,7 @@ def started(engine_id: str, folder: Path, tp_size: int, **changes: Any) -> Stand
     """Start an engine on CPU and take down what belongs to it."""
     args: dict[str, Any] = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
     args |= {"enforce_eager": True, "max_num_seqs": 8, "num_gpu_blocks_override": NUM_BLOCKS, "tensor_parallel_size": tp_size}
+    args["disable_log_stats"] = True  # two start side by side
     engine = Engine(engine_id, args | changes)
     engine.start()
     (process,) = compat.core_processes(engine._llm)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import runpy
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -20,7 +19,7 @@ from rlsync.engine.forking import EngineContext
 from rlsync.engine.handles.local import shared_segments
 from rlsync.engine.plugin import declare_owner
 from tests.integration.engine_source import ENGINE_ENV
-from tests.ranks import CAN_FORK, begin_anew, make_process
+from tests.ranks import CAN_FORK, begin_anew, free_port, make_process
 
 API_KEY = "open-sesame-4711"
 SERVE_S = 240.0
@@ -36,9 +35,7 @@ def serve(
         variables: of its environment.
         is_forked: whether it and its engine are forked from a process of this session that has imported vLLM, where that can be.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host=127.0.0.1", f"--port={port}", *flags]
     command.append('--weight-transfer-config={"backend":"rlsync"}')

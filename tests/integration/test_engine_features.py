@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -19,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlsync.engine.compat import features
 from rlsync.engine.compat.features import CONSIDERED, REFUSALS, against_adapters, check, refusals, unconsidered
@@ -240,3 +244,28 @@ def test_an_engine_is_refused_before_it_starts_and_at_connect(folder: Path, monk
         assert caught.value.phase == "connect"
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_engines_that_count_statistics_start_one_after_the_other(counts: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, whose registry of metrics refuses what is in it. vLLM's own start is replaced by one that takes down its overlaps."""
+    starting, most, both = 0, 0, threading.Barrier(2)
+
+    def started(*_: object, **__: object) -> None:
+        nonlocal starting, most
+        starting += 1
+        most = max(most, starting)
+        if not counts:
+            both.wait(60)  # both are here
+        time.sleep(0.2)
+        starting -= 1
+        raise RuntimeError("started")
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
+    args = {"model": str(folder), "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(local.Engine(name, {**args, "disable_log_stats": not counts}).start) for name in ("left", "right")]
+        for start_of in starts:
+            with pytest.raises(RuntimeError, match="started"):
+                start_of.result(120)
+    assert most == (1 if counts else 2)

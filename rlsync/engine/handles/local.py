@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -27,6 +28,9 @@ from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
 
 _CLOSE_S = 15.0
+# Held while an engine that counts statistics starts: vLLM takes the metrics of all engines out of the process's registry and puts the new
+# engine's in, and two engines at once would both put theirs in, which the registry refuses.
+_STATISTICS = threading.Lock()
 # What a sleeping engine gave back, in the order in which it is taken again.
 _TAGS = ("weights", "kv_cache")
 
@@ -70,7 +74,10 @@ class Engine:
         return self._gate.version
 
     def start(self) -> None:
-        """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors."""
+        """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors.
+
+        Several engines of one process start side by side with ``disable_log_stats``, and one after the other without.
+        """
         _check_plugin()
         register()
         declare_owner()
@@ -102,9 +109,10 @@ class Engine:
         check_features(config)
         if config.lora_config is not None:
             self._adapters = AdapterRequests(config.lora_config.max_loras)
-        self._llm = AsyncLLM.from_vllm_config(
-            config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
-        )
+        with contextlib.nullcontext() if args.disable_log_stats else _STATISTICS:
+            self._llm = AsyncLLM.from_vllm_config(
+                config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
+            )
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
         self._processes.look(self._llm)
