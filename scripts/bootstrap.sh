@@ -105,14 +105,33 @@ try_active() {
 
 # --- making .venv -------------------------------------------------------------------------------------------------------------------
 
+# Compiled with optimizations, as distributions do and pyenv does not, and with what environments (ensurepip) and compilers (Python.h) need.
+is_optimized() {
+    "$1" -c 'import ensurepip, os, sys, sysconfig
+optimized = sys.base_prefix == "/usr" or "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+sys.exit(not (optimized and os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h"))))' >/dev/null 2>&1
+}
+
+# The one that is named, else the first optimized one, else the first. Others take up to half as long again for all that is Python.
 find_base_python() {
-    local python tried=""
+    local python tried="" first=""
     for python in "${PYTHON:-}" python3 python3.11 python3.12 /usr/bin/python3.11 /usr/bin/python3.12; do
         if [ -z "$python" ] || ! python=$(command -v "$python"); then continue; fi
         case $python in "$venv"/*) continue ;; esac
-        if is_supported "$python"; then echo "$python"; return; fi
-        tried+=" $python ($("$python" --version 2>&1 | tail -n 1));"
+        if ! is_supported "$python"; then
+            tried+=" $python ($("$python" --version 2>&1 | tail -n 1 || true));"
+        elif [ -n "${PYTHON:-}" ]; then
+            echo "$python"
+            return
+        elif is_optimized "$python"; then
+            [ -z "$first" ] || say "$first was compiled without optimizations, or lacks ensurepip or Python.h. To use it all the same: PYTHON=$first"
+            echo "$python"
+            return
+        else
+            first=${first:-$python}
+        fi
     done
+    if [ -n "$first" ]; then echo "$first"; return; fi
     die "Python 3.11 or 3.12 is needed. Found:${tried:- no python3 at all}" \
         "Install one of the two, or name it: PYTHON=/path/to/python3.11 make setup"
 }

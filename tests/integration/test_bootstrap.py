@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -95,6 +96,41 @@ def test_interpreter_outside_the_range_is_refused_by_version(checkout: Path, tmp
     assert run.returncode == 3
     assert "Python 3.11 or 3.12 is needed" in run.stderr
     assert f"{old} (Python 3.10.0)" in run.stderr
+
+
+def test_an_optimized_interpreter_goes_before_others_that_are_found_first_and_not_before_one_that_is_named(
+    checkout: Path, base_python: str, tmp_path: Path
+) -> None:
+    """Three that say of themselves how they were compiled, and make no environment; between them one that pyenv has and has not chosen."""
+    found, headers = tmp_path / "bin", tmp_path / "include"
+    found.mkdir()
+    headers.mkdir()
+    (headers / "Python.h").touch()
+    script = checkout / "scripts/bootstrap.sh"
+    script.write_text(script.read_text().replace("/usr/bin/python3.11 /usr/bin/python3.12", str(found / "last")))
+
+    def compile_as(name: str, configured: str, include: Path) -> str:
+        said = f"import sys, sysconfig; sys.base_prefix = '/opt'; sysconfig.get_config_vars()['CONFIG_ARGS'] = '{configured}'"
+        said += f"; sysconfig.get_path = lambda _: '{include}'"
+        path = found / name
+        runs = f'[ "$1" = -m ] && exit 1\n[ "$1" = -c ] || exec {base_python} "$@"\nexec {base_python} -c "{said}\n$2"'
+        path.write_text(f"#!/bin/sh\n{runs}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def chosen(**environment: str) -> tuple[str, str]:
+        said = bootstrap(checkout, PATH=f"{found}:{os.environ['PATH']}", RLSYNC_LOCK="cpu", **environment).stderr
+        assert "stopped by a failure" not in said
+        return said.split("making ")[1].split(" from ")[1].split(" (")[0], said
+
+    own, bare = compile_as("python3", "--enable-shared", headers), compile_as("python3.11", "--enable-optimizations", tmp_path)
+    (found / "python3.12").write_text("#!/bin/sh\nexit 127\n")
+    (found / "python3.12").chmod(0o755)
+    assert chosen() == (own, ANY), "none is better than the first"
+    optimized = compile_as("last", "--enable-shared --enable-optimizations", headers)
+    python, said = chosen()
+    assert python == optimized and f"{own} was compiled without optimizations" in said and f"PYTHON={own}" in said
+    assert chosen(PYTHON=bare) == (bare, ANY)
 
 
 @pytest.mark.parametrize(
