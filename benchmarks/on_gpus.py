@@ -178,6 +178,8 @@ def _start(name: str, row: Row, gpus: tuple[int, ...], out: Path, configs: Path)
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **row.environment, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1"}
     environment |= {"RLSYNC_RUNS_DIR": str(out / "runs")}
+    # A row starts many processes, each of which would compile all sources of its own that it imports: twenty seconds for vLLM's.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     words = row.command.format(out=folder, configs=configs)
     with (out / f"{_file_name(name)}.log").open("wb") as log:
         # A group of its own, so that all of it can be ended.

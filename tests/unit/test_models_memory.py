@@ -82,6 +82,15 @@ def test_adapters_of_a_frozen_base_took_what_was_predicted() -> None:
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.02)
 
 
+def test_ranks_that_share_a_sequence_of_131072_tokens_took_what_was_predicted() -> None:
+    bench = json.loads((RAW / "2026-11-30-7b-train-cp2-131072-tokens.json").read_text())
+    assert (bench["microbatches"], bench["switches"]["recompute_method"]) == ([[131072]], "uniform")
+    options = {"micro_batch_tokens": 131072, "num_microbatches": 1, "fused_activation": True, "recompute": "full"}
+    (found,) = {*memory(bench["model"], Topology(**bench["actor"]), chunk_tokens=bench["chunk_tokens"], **options)}
+    assert found.kept == pytest.approx(bench["memory"]["held_bytes"], rel=0.02)
+    assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.02)
+
+
 def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
     """The 79 GiB of benchmarks/RESULTS.md, 2026-11-28, 7B under TP 2 with eight micro-batches."""
     (found,) = memory("qwen2.5-7b", Topology(tp_size=2), sequence_parallel=True)
