@@ -41,7 +41,7 @@ from rlsync.bridge.full_tensors import (
 )
 from rlsync.bridge.initial_weights import drawn, draws_of
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, form_of_folder, kept_tensors, read_config, travelling_files, with_dtype
-from rlsync.convert.loading import LoadPlan, copy_all, plan_load
+from rlsync.convert.loading import LoadPlan, LoadPlanner, copy_all
 from rlsync.convert.merging import check_base_copy
 from rlsync.convert.sources import adapter_holdings_of, holdings_of
 from rlsync.copy.cpu import bind, region, write_padding
@@ -227,7 +227,7 @@ class AutoBridge:
             if warning is not None and dist.get_rank() == 0:
                 _LOG.warning("%s", warning)
             stored = placed_adapter(self.model, adapters, folder)
-            load = plan_load(shards.tensors, (stored,), shards.placements[dist.get_rank()])
+            load = LoadPlanner(shards.tensors, (stored,)).plan(shards.placements[dist.get_rank()])
             files = load.open()
             self._check_base_copies(models, MappedTensors(base_copies(adapters, folder)), folder)
         check_written(folder)
@@ -245,7 +245,7 @@ class AutoBridge:
             adapters = megatron_model.adapters_in(models)
             assert adapters is not None
             holdings = adapter_holdings_of(Path(folder), self.model, adapters)
-            load = plan_load(shards.tensors, holdings, shards.placements[dist.get_rank()])
+            load = LoadPlanner(shards.tensors, holdings).plan(shards.placements[dist.get_rank()])
             files = load.open()
         _load(shards, load, files)
 
@@ -322,7 +322,7 @@ class AutoBridge:
         with agreed(device=compute_device()):
             shards = self.shards(models)
             holdings = holdings_of(Path(path), self.model)
-            load = plan_load(shards.tensors, holdings, shards.placements[dist.get_rank()])
+            load = LoadPlanner(shards.tensors, holdings).plan(shards.placements[dist.get_rank()])
             files = load.open()
             stored = {tensor.file for holding in holdings for tensor in holding.stored.values() if tensor.file.suffix == ".safetensors"}
         for folder in sorted({file.parent for file in stored}):

@@ -35,7 +35,7 @@ from rlsync.bridge.checkpoint_folder import (
     write_durably,
 )
 from rlsync.bridge.checkpoint_sums import check_written, write_sums
-from rlsync.convert.loading import LoadPlan, copy_all, plan_load, restricted_to
+from rlsync.convert.loading import LoadPlan, LoadPlanner, copy_all, restricted_to
 from rlsync.convert.optimizer import read_optimizer
 from rlsync.convert.sources import rank_files
 from rlsync.copy.files import MappedTensors
@@ -262,7 +262,7 @@ def _load_moved(
             live = bridge.shards(models) if adapters is None else bridge.adapter_shards(models)
             mine = restricted_to(live.placements[dist.get_rank()], trained)
             mine = replace(mine, buffers=tuple(replace(buffer, dtype="float32") for buffer in mine.buffers))
-            load_plans = {plane: plan_load(live.tensors, holdings, mine) for plane, holdings in saved.planes.items()}
+            load_plans = {plane: LoadPlanner(live.tensors, holdings).plan(mine) for plane, holdings in saved.planes.items()}
             opened = {plane: load.open() for plane, load in load_plans.items()}
     if adapters is None:
         bridge.load_weights(models, shards)

@@ -30,7 +30,7 @@ import torch
 from rlsync import __version__
 from rlsync.bridge.adapter_folder import base_copies
 from rlsync.bridge.checkpoint_folder import sync_folder, write_durably
-from rlsync.convert.merging import Factors, FilePlan, check_base, check_named_base, fill_bucket, plan_file
+from rlsync.convert.merging import Factors, FilePlan, FilePlanner, check_base, check_named_base, fill_bucket
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import Source, base_folder, holds_adapters, model_folder_of, open_adapter, open_source
 from rlsync.convert.targets import AdapterFolder, DistributedFolder, HfFolder, MegatronFolder, Output, Target, copied_bytes, reserve
@@ -125,8 +125,9 @@ def convert(
     with ranks.together(), ExitStack() as stack:
         source, output = prepare(request)
         targets = output.targets()
+        planner = FilePlanner(source)
         # All of them, so that what is wrong is found before anything is written.
-        plans = [plan_file(source, target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
+        plans = [planner.plan(target.placement, bucket_bytes=request.bucket_bytes) for target in targets]
         factors = None if source.merged is None else Factors(source.merged)
         warnings = _check_base(request, source) if ranks.is_first else ()
         identity = _identity(request, source)
@@ -424,15 +425,15 @@ def _begin_worker(parent: int) -> None:
 
 
 @cache
-def _prepared(request: Request) -> tuple[Source, tuple[Target, ...], Factors | None]:
+def _prepared(request: Request) -> tuple[FilePlanner, tuple[Target, ...], Factors | None]:
     """Of a worker process, which lives as long as the conversion."""
     source, output = prepare(request)
-    return source, output.targets(), None if source.merged is None else Factors(source.merged)
+    return FilePlanner(source), output.targets(), None if source.merged is None else Factors(source.merged)
 
 
 def _worker_part(request: Request, folder: Path, rank: int, index: int, part: int, parts: int) -> None:
-    source, targets, factors = _prepared(request)
-    plan = plan_file(source, targets[index].placement, bucket_bytes=request.bucket_bytes)
+    planner, targets, factors = _prepared(request)
+    plan = planner.plan(targets[index].placement, bucket_bytes=request.bucket_bytes)
     for _ in _copy_part(targets[index], plan, factors, Journal(folder, rank), index, part, parts):
         pass
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, base_copies, other_base
-from rlsync.convert.loading import LoadPlan, copy_all, plan_load
+from rlsync.convert.loading import LoadPlan, LoadPlanner, copy_all
 from rlsync.convert.sources import Source, base_folder, open_source
 from rlsync.copy.cpu import region
 from rlsync.copy.files import MappedTensors
@@ -45,26 +45,33 @@ class FilePlan:
         return sum(copy.size * self.item_bytes[copy.destination_buffer] for copy in self.buckets[number].copies)
 
 
-def plan_file(source: Source, placement: Placement, *, bucket_bytes: int) -> FilePlan:
-    """How a file with this placement is filled from a source. Raises PlacementError where something is missing."""
-    item_bytes = {buffer.name: DTYPE_BYTES[buffer.dtype] for buffer in placement.buffers}
-    adapted = set() if source.merged is None or source.merged.adapters is None else source.merged.adapters.modules
-    apart = [piece for piece in placement.pieces if module_of(piece.tensor) in adapted]
-    sums: dict[str, list[tuple[str, Piece]]] = {}
-    bases: list[tuple[BufferSpec, Piece]] = []
-    for number, piece in enumerate(apart):
-        spec = BufferSpec(f"base {number}", "float32", piece.box.shape)
-        sums.setdefault(piece.tensor, []).append((spec.name, piece))
-        bases.append((spec, Piece(piece.tensor, piece.box, spec.name, 0, contiguous_strides(spec.shape))))
-        item_bytes[spec.name] = item_bytes[piece.buffer]
-    left = {piece.buffer for piece in apart}
-    buffers = [replace(b, has_gaps=b.has_gaps or b.name in left) for b in placement.buffers]
-    moved = replace(
-        placement,
-        buffers=(*buffers, *(spec for spec, _ in bases)),
-        pieces=(*(piece for piece in placement.pieces if piece.tensor not in sums), *(piece for _, piece in bases)),
-    )
-    return FilePlan(plan_load(source.tensors(), source.holdings, moved, bucket_bytes=bucket_bytes), sums, item_bytes)
+class FilePlanner:
+    """Plans how files are filled from one source, whose tables are made once for all of them."""
+
+    def __init__(self, source: Source) -> None:
+        merged = None if source.merged is None else source.merged.adapters
+        self._adapted = frozenset[str]() if merged is None else merged.modules
+        self._loads = LoadPlanner(source.tensors(), source.holdings)
+
+    def plan(self, placement: Placement, *, bucket_bytes: int) -> FilePlan:
+        """How a file with this placement is filled. Raises PlacementError where something is missing."""
+        item_bytes = {buffer.name: DTYPE_BYTES[buffer.dtype] for buffer in placement.buffers}
+        apart = [piece for piece in placement.pieces if module_of(piece.tensor) in self._adapted]
+        sums: dict[str, list[tuple[str, Piece]]] = {}
+        bases: list[tuple[BufferSpec, Piece]] = []
+        for number, piece in enumerate(apart):
+            spec = BufferSpec(f"base {number}", "float32", piece.box.shape)
+            sums.setdefault(piece.tensor, []).append((spec.name, piece))
+            bases.append((spec, Piece(piece.tensor, piece.box, spec.name, 0, contiguous_strides(spec.shape))))
+            item_bytes[spec.name] = item_bytes[piece.buffer]
+        left = {piece.buffer for piece in apart}
+        buffers = [replace(b, has_gaps=b.has_gaps or b.name in left) for b in placement.buffers]
+        moved = replace(
+            placement,
+            buffers=(*buffers, *(spec for spec, _ in bases)),
+            pieces=(*(piece for piece in placement.pieces if piece.tensor not in sums), *(piece for _, piece in bases)),
+        )
+        return FilePlan(self._loads.plan(moved, bucket_bytes=bucket_bytes), sums, item_bytes)
 
 
 class Factors:
@@ -73,10 +80,11 @@ class Factors:
     def __init__(self, source: Source) -> None:
         """Raises PlacementError where some are missing."""
         assert source.adapters is not None, "only of adapters"
-        self._shapes = {tensor.name: tensor.shape for tensor in source.tensors()}
+        tensors = source.tensors()
+        self._shapes = {tensor.name: tensor.shape for tensor in tensors}
         self._scaling = source.adapters.spec.scaling
-        whole = whole_tensors("factors", (replace(tensor, dtype="float32") for tensor in source.tensors()))
-        load = plan_load(source.tensors(), source.holdings, whole)
+        whole = whole_tensors("factors", (replace(tensor, dtype="float32") for tensor in tensors))
+        load = LoadPlanner(tensors, source.holdings).plan(whole)
         self._copies: dict[str, list[Copy]] = {}
         for bucket in load.plan.buckets:
             for copy in bucket.copies:
@@ -138,8 +146,9 @@ def check_named_base(adapters: Source, base: Source) -> str | None:
 
 def _weights(source: Source, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Those of these weights that a source has, whole and in fp32, one by one."""
-    wanted = [replace(tensor, dtype="float32") for tensor in source.tensors() if tensor.name in names]
-    load = plan_load(source.tensors(), source.holdings, whole_tensors("base", wanted))
+    tensors = source.tensors()
+    wanted = [replace(tensor, dtype="float32") for tensor in tensors if tensor.name in names]
+    load = LoadPlanner(tensors, source.holdings).plan(whole_tensors("base", wanted))
     read = load.open()
     for tensor in wanted:
         held = torch.empty(tensor.shape, dtype=torch.float32)
