@@ -148,12 +148,13 @@ def _without(files: Iterable[FileTensor], held: Mapping[str, Sequence[Copy]]) ->
 def _held_everywhere(tensors: Sequence[TensorSpec], placements: Sequence[Placement], files: Sequence[FileTensor]) -> dict[str, list[Copy]]:
     """Tensors that are tensors of files, and of which every rank has all elements: by name the copies that make one of this rank's
     parameters."""
-    names = {file.pieces[0].tensor for file in files if len(file.pieces) == 1}
-    for placement in placements:
-        sizes: Counter[str] = Counter()
-        for name, box in {(piece.tensor, piece.box) for piece in placement.pieces}:
-            sizes[name] += box.size
-        names &= {t.name for t in tensors if sizes[t.name] == t.size}
+    names, sizes = {file.pieces[0].tensor for file in files if len(file.pieces) == 1}, {t.name: t.size for t in tensors}
+    # Once for all replicas, who share what they hold; and of tensors that an earlier one lacks nobody asks again.
+    for pieces in {id(placement.pieces): placement.pieces for placement in placements}.values():
+        found: Counter[str] = Counter()
+        for name, box in {(piece.tensor, piece.box) for piece in pieces if piece.tensor in names}:
+            found[name] += box.size
+        names = {name for name in names if found[name] == sizes[name]}
     held: dict[str, list[Copy]] = {name: [] for name in names}
     here = whole_tensors("here", [t for t in tensors if t.name in names])
     for bucket in build_plan(tensors, [placements[dist.get_rank()]], [here]).buckets:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rlsync.layout.geometry import DTYPE_BYTES
 from rlsync.layout.topology import Topology
-from rlsync.models.lora import LoraSpec, adapters_of, module_of
+from rlsync.models.lora import Adapters, LoraSpec, adapters_of, module_of
 from rlsync.models.moe import sparse_layers
 from rlsync.models.placement import held_parameters, megatron_placement
 from rlsync.models.stacks import Model, Part
@@ -111,9 +111,10 @@ def training_memory(model: Model, topology: Topology, options: TrainingOptions) 
     """The memory of a rank of each pipeline stage, one that takes as much as any. Raises ConfigError or PlacementError for a topology that
     does not fit."""
     found = []
+    adapters = None if options.lora is None else adapters_of(model, options.lora)
     for stage in range(topology.pp_size):
         rank = next(rank for rank in range(topology.world_size) if topology.coordinates(rank).pp_rank == stage)
-        sizes = _held(model, topology, rank, options)
+        sizes = _held(model, topology, rank, options, adapters)
         item = DTYPE_BYTES[options.dtype]
         # Float32 main parameters of a float32 model are its own.
         state = (8 if options.dtype == "float32" else 12) * sum(_shard(topology, options, sizes.trained))
@@ -128,7 +129,7 @@ def training_memory(model: Model, topology: Topology, options: TrainingOptions) 
                 gradients=trained * gradient_item,
                 optimizer=resident,
                 activations=_activations(model, topology, stage, options),
-                pictures=0 if stage else _pictures(model, topology, rank, options),
+                pictures=0 if stage else _pictures(model, topology, rank, options, adapters),
                 logits=_logits(model, topology, options) if stage == topology.pp_size - 1 else 0,
                 step=round(step * (1 - options.offloaded)),
                 scoring=_scoring(model, topology, stage, options),
@@ -145,14 +146,13 @@ class _Held:
     trained: dict[bool, int]
 
 
-def _held(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> _Held:
+def _held(model: Model, topology: Topology, rank: int, options: TrainingOptions, adapters: Adapters | None) -> _Held:
     divisor = options.make_vocab_size_divisible_by
     placement = megatron_placement(model, topology, rank, dtype=options.dtype, make_vocab_size_divisible_by=divisor)
     nbytes = sum(buffer.size * DTYPE_BYTES[buffer.dtype] for buffer in placement.buffers)
     stacks = {bound.local: bound.stack for bound in held_parameters(model, topology, rank)}
     trained = {True: 0, False: 0}
-    if options.lora is not None:
-        adapters = adapters_of(model, options.lora)
+    if adapters is not None:
         factors = megatron_placement(model, topology, rank, dtype=options.dtype, make_vocab_size_divisible_by=divisor, adapters=adapters)
         for buffer in factors.buffers:
             trained[".experts." in buffer.name] += buffer.size
@@ -193,13 +193,15 @@ def _activations(model: Model, topology: Topology, stage: int, options: Training
     return round(tokens * item * (sum(kept) * in_flight + working + beside))
 
 
-def _pictures(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> int:
+def _pictures(model: Model, topology: Topology, rank: int, options: TrainingOptions, adapters: Adapters | None) -> int:
     """Bytes of a tower's activations, on the first stage. Blocks that are not trained keep none, and neither does what comes before the
     first trained part."""
-    parts, patches, again = _trained_parts(model, topology, rank, options), options.micro_batch_patches, options.recompute == "full"
-    if model.vision is None or not parts & {"vision_model", "vision_projection"}:
+    if model.vision is None:
         return 0
-    hidden, block = model.dims["vision"], _block(model)
+    parts, patches = _trained_parts(model, topology, rank, options, adapters), options.micro_batch_patches
+    if not parts & {"vision_model", "vision_projection"}:
+        return 0
+    hidden, block, again = model.dims["vision"], _block(model), options.recompute == "full"
     # A merger's input, what its norm gives, its inner product and the activation of that: a square of patches is a row of them.
     kept = 4.0 * hidden * (1 + len(model.vision.deepstack_visual_indexes))
     if "vision_model" in parts:
@@ -219,13 +221,12 @@ def _block(model: Model) -> float:
     return 8 * model.dims["vision"] + 2 * inner * model.dims["vision_ffn"]
 
 
-def _trained_parts(model: Model, topology: Topology, rank: int, options: TrainingOptions) -> Set[Part]:
+def _trained_parts(model: Model, topology: Topology, rank: int, options: TrainingOptions, adapters: Adapters | None) -> Set[Part]:
     """Parts of the model of which a rank trains parameters, or adapters on them."""
     held = held_parameters(model, topology, rank)
-    if options.lora is None:
+    if adapters is None:
         return {bound.stack.part for bound in held} - options.frozen
-    modules = adapters_of(model, options.lora).modules
-    return {bound.stack.part for bound in held if any(module_of(name) in modules for name, _ in bound.hf)}
+    return {bound.stack.part for bound in held if any(module_of(name) in adapters.modules for name, _ in bound.hf)}
 
 
 def _layers(model: Model, topology: Topology, stage: int, options: TrainingOptions) -> list[list[float]]:
