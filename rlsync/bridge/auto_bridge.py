@@ -59,7 +59,7 @@ from rlsync.models import model_of, supported_architectures, unread_keys
 from rlsync.models.lora import PREFIX, module_of
 from rlsync.models.moe import further_layers_note
 from rlsync.models.placement import megatron_placements
-from rlsync.plan.planner import build_plan
+from rlsync.plan.planner import Plan, build_plan
 from rlsync.transport.collectives import Exchange, agreed
 
 _LOG = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class AutoBridge:
         self._placed: tuple[Any, tuple[Placement, ...]] | None = None
         self._export: tuple[tuple[Placement, ...], int, Export] | None = None
         self._save: tuple[tuple[Placement, ...], int, Save] | None = None
+        self._factors: tuple[Any, tuple[TensorSpec, ...], tuple[Placement, ...]] | None = None
+        self._adapter_export: tuple[tuple[Placement, ...], Plan] | None = None
 
     @classmethod
     def from_pretrained(cls, hf_path: str | Path, *, make_vocab_size_divisible_by: int = 1) -> AutoBridge:
@@ -205,9 +207,13 @@ class AutoBridge:
         live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if megatron_model.is_adapter(name)}
         # A pipeline stage may have no adapter; all parameters but a router's buffers are of one dtype.
         dtype = str(next(parameter.dtype for *_, parameter in megatron_model.iter_parameters(models))).removeprefix("torch.")
-        placements = megatron_placements(self.model, topology, dtype=dtype, make_vocab_size_divisible_by=self._divisor, adapters=adapters)
+        key = (topology, dtype, self._divisor, adapters)
+        if self._factors is None or self._factors[0] != key:
+            options: dict[str, Any] = {"dtype": dtype, "make_vocab_size_divisible_by": self._divisor, "adapters": adapters}
+            self._factors = key, adapters.tensors(self.model, dtype), megatron_placements(self.model, topology, **options)
+        _, tensors, placements = self._factors
         _check_live(live, placements[dist.get_rank()])
-        return Shards(topology, adapters.tensors(self.model, dtype), live, placements)
+        return Shards(topology, tensors, live, placements)
 
     def load_adapter(self, models: Sequence[torch.nn.Module], folder: str | Path) -> None:
         """Fill the adapters from a folder of PEFT's form. Call it before ``build_optimizer``, and after the base has its weights: PEFT
@@ -266,15 +272,21 @@ class AutoBridge:
         """
         with agreed(device=compute_device()):
             shards = self.adapter_shards(models)
-            plan = build_plan(
-                shards.tensors, shards.placements, [whole_tensors("export", shards.tensors)], bucket_bytes=EXPORT_BUCKET_BYTES
-            )
+            plan = self._planned_adapter_export(shards)
         megatron_model.gather_parameters(models)
         exchange = Exchange(plan, shards.buffers, device=compute_device())
         for k, bucket in enumerate(plan.buckets):
             arriving = {t.name: empty_tensor(t) for t in bucket.tensors}
             exchange.deliver(k, [arriving])
             yield from ((t.name, arriving[t.name]) for t in bucket.tensors)
+
+    def _planned_adapter_export(self, shards: Shards) -> Plan:
+        """How :meth:`export_adapter` comes by its tensors; the same for all calls with such shards, so made once."""
+        if self._adapter_export is None or self._adapter_export[0] is not shards.placements:
+            whole = whole_tensors("export", shards.tensors)
+            plan = build_plan(shards.tensors, shards.placements, [whole], bucket_bytes=EXPORT_BUCKET_BYTES)
+            self._adapter_export = shards.placements, plan
+        return self._adapter_export[1]
 
     def save_adapter(
         self,
@@ -392,12 +404,18 @@ class AutoBridge:
         return self._export[2]
 
     def plan_save(self, models: Sequence[torch.nn.Module]) -> int:
-        """Plan ahead what :meth:`save_weights` with files of its default size does, which takes seconds of thousands of tensors.
+        """Plan ahead what :meth:`save_weights` with files of its default size does, and :meth:`save_adapter` of models with adapters, which
+        takes seconds of thousands of tensors.
 
         Returns the bytes of tensors that this rank will write. Not collective.
         """
         save = self._planned_save(self.shards(models), _FILE_BYTES)
-        return sum(spec.nbytes for name in files_of(dist.get_rank(), save) for spec in save.specs[name])
+        written = [spec for name in files_of(dist.get_rank(), save) for spec in save.specs[name]]
+        if megatron_model.adapters_in(models) is not None:
+            factors = self.adapter_shards(models)
+            self._planned_adapter_export(factors)
+            written += factors.tensors if dist.get_rank() == 0 else ()
+        return sum(spec.nbytes for spec in written)
 
     def save_weights(
         self,

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlsync.bridge import auto_bridge
 from rlsync.bridge.auto_bridge import AutoBridge
 from rlsync.bridge.checkpoint import load_checkpoint, load_checkpoint_weights, save_checkpoint
 from rlsync.bridge.checkpoint_folder import Restored
@@ -103,7 +104,11 @@ def train_as_reference(cases: Sequence[Mapping[str, Any]], models: Mapping[str, 
         off = max((merged[name] - tensor).abs().max().item() for name, tensor in wanted.items())
         assert off < 1e-4, f"{case}: merged weights differ by {off}"
         folder = Path(out_dir, f"{dist.get_world_size()}-{number}")
-        actor.bridge.save_adapter(actor.models, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            # 37,248 factors of a 30B take seconds, which every save would wait for.
+            for name in ("build_plan", "megatron_placements"):
+                patch.delattr(auto_bridge, name)
+            actor.bridge.save_adapter(actor.models, folder)
         dist.barrier()
         written = load_file(folder / "adapter_model.safetensors")
         assert all(torch.equal(written[f"base_model.model.{name}"], tensor) for name, tensor in exported.items())
