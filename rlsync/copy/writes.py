@@ -148,39 +148,51 @@ class Writes(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _OpenFile:
+    """A file that is written to. ``written``: what was put into it so far; None where nothing is summed up."""
+
+    descriptor: int
+    written: list[Written] | None
+
+
 class DirectWrites:
     """Writes at once. ``durable`` False leaves it to the system when the disk gets a file.
 
     Attributes:
-        written: what was put into files below ``summed``, by the names that they were given at last; without that nothing is summed up.
+        written: what was put into files below ``summed`` that were closed, by the names that they were given at last; without that nothing
+            is summed up.
     """
 
     def __init__(self, *, durable: bool = True, summed: Path | None = None) -> None:
         self._durable, self._summed = durable, summed
         self.written: list[Written] = []
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint sums")
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, _OpenFile] = {}
         self._step: torch.Tensor | None = None
 
     def put(self, file: Path, begin: int, data: torch.Tensor) -> None:
         if file not in self._open:
-            self._open[file] = os.open(file, os.O_WRONLY)
+            # Asked once for a file: thousands of tensors are put into each.
+            is_summed = self._summed is not None and file.is_relative_to(self._summed)
+            self._open[file] = _OpenFile(os.open(file, os.O_WRONLY), [] if is_summed else None)
+        into = self._open[file]
         with _naming(file):
             for start in range(0, data.numel(), _STEP_BYTES):
                 piece = self._on_host(data[start : start + _STEP_BYTES])
-                self._write(file, begin + start, piece)
+                self._write(file, into, begin + start, piece)
                 if self._durable:
                     # Has Linux begin to write it, so that the disk works while more is copied; nobody reads it soon.
-                    os.posix_fadvise(self._open[file], begin + start, piece.numel(), os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(into.descriptor, begin + start, piece.numel(), os.POSIX_FADV_DONTNEED)
 
-    def _write(self, file: Path, begin: int, piece: torch.Tensor) -> None:
-        if self._summed is None or not file.is_relative_to(self._summed):
-            _write(self._open[file], begin, piece)
+    def _write(self, file: Path, into: _OpenFile, begin: int, piece: torch.Tensor) -> None:
+        if into.written is None:
+            _write(into.descriptor, begin, piece)
             return
         content = piece.numpy().data
         crc = self._aside.submit(zlib.crc32, content) if len(content) > _ASIDE_BYTES else None
-        _write(self._open[file], begin, piece)
-        self.written.append(Written(file, begin, begin + len(content), zlib.crc32(content) if crc is None else crc.result()))
+        _write(into.descriptor, begin, piece)
+        into.written.append(Written(file, begin, begin + len(content), zlib.crc32(content) if crc is None else crc.result()))
 
     def _on_host(self, data: torch.Tensor) -> torch.Tensor:
         if data.device.type == "cpu":
@@ -191,22 +203,20 @@ class DirectWrites:
         return self._step[: data.numel()].copy_(data)
 
     def close(self, file: Path, becomes: Path | None = None) -> None:
-        descriptor = self._open.pop(file, None)
-        if descriptor is None:
-            descriptor = os.open(file, os.O_WRONLY)
+        own = self._open.pop(file, None) or _OpenFile(os.open(file, os.O_WRONLY), None)
         try:
             with _naming(file):
                 if self._durable:
-                    os.fsync(descriptor)
+                    os.fsync(own.descriptor)
         finally:
-            os.close(descriptor)
+            os.close(own.descriptor)
         if becomes is not None:
             os.replace(file, becomes)
-            self.written = [replace(one, file=becomes) if one.file == file else one for one in self.written]
+        self.written += own.written or () if becomes is None else [replace(one, file=becomes) for one in own.written or ()]
 
     def discard(self, file: Path) -> None:
         if file in self._open:
-            os.close(self._open.pop(file))
+            os.close(self._open.pop(file).descriptor)
 
     def __enter__(self) -> DirectWrites:
         return self
