@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from rlsync.engine.forking import EngineProcess
-from tests.ranks import WITH_VLLM
+from tests.ranks import CAN_FORK, WITH_VLLM
 from workers.ray_access import LOCAL, protect_own_cluster
 
 # A busy machine is slow now and then, which is no finding.
@@ -24,6 +24,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
+if CAN_FORK:
+    # On CPU an engine would compile one function of its sampler, which takes longer than all that it computes.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray gives its workers a niceness of 15, with which they wait for all else that runs beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
