@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 from rlsync.engine.compat.engine import core_processes, sleep_between_looks
 from rlsync.engine.handles.local import Engine
 from rlsync.errors import ConfigError, WeightSyncError
+from tests.deadlines import HANG_S
 from tests.integration.engine_source import call_on_fill, read_folder
 from tests.integration.held_requests import hold
 from tests.integration.tiny_engines import (
@@ -31,6 +34,7 @@ from tests.integration.tiny_engines import (
     transformers_answers,
     worker_of,
 )  # fmt: skip
+from tests.ranks import make_process
 
 # The first test waits for all engines to start.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_answers")]
@@ -57,6 +61,27 @@ def test_processes_of_engines_on_cpu_sleep_between_looks_for_messages(monkeypatc
     just_read = SimpleNamespace(is_reader=True, busy_loop_s=3600, last_read=time.monotonic())
     shm_broadcast.SpinCondition.wait(just_read)
     assert len(slept) == 1 and 0 < slept[0] < 0.001
+
+
+def count_looks_for_kernels(pipe: Connection) -> None:
+    """Of a worker that begins in this process: how often all modules are looked through, and what stands in the place of a kernel."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
+    from vllm.v1.worker import block_table
+
+    looks: list[Any] = []
+    dispatcher._rebind_kernels = looks.append
+    current_platform.register_triton_kernel_overrides()
+    pipe.send((len(looks), type(block_table.ComputeSlotMappingKernel.kernel) is dispatcher.KernelOverride))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM has kernels for GPUs")
+def test_workers_on_cpu_are_forked_with_their_kernels_overridden() -> None:
+    pipe, other = multiprocessing.Pipe()
+    process = make_process(count_looks_for_kernels, other)
+    process.start()
+    assert pipe.poll(HANG_S) and pipe.recv() == (0, True)
+    process.join()
 
 
 def test_a_synced_engine_answers_like_a_fresh_one(

@@ -141,6 +141,17 @@ def _nap() -> None:
     time.sleep(_NAP_S)
 
 
+def override_kernels_ahead() -> None:
+    """Put vLLM's functions for CPU in the place of its Triton kernels now, for this process and all that are forked from it. Idempotent.
+
+    Each worker looks through all attributes of all modules for those kernels, for half a second. Nothing where vLLM has none for CPU.
+    """
+    override = getattr(current_platform, "register_triton_kernel_overrides", None)
+    if override is not None:
+        override()
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)  # type: ignore[method-assign,assignment]
+
+
 def skip_imports_in_last_collection() -> None:
     """Make the engine's core that this process is, and its workers, leave what was imported out of their last collection of garbage.
 

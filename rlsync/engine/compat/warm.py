@@ -19,6 +19,7 @@ if not has_ray:
 with gc_paused(collect_after=False):
     for name in ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"):
         import_module(name)
+    import_module("rlsync.engine.compat.engine").override_kernels_ahead()
 if not has_ray:
     del sys.modules["ray"]
 if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
