@@ -31,6 +31,7 @@ def register() -> None:
     from rlsync import logs
     from rlsync.engine import forking
     from rlsync.engine.compat import engine as compat
+    from rlsync.transport.gloo_device import share_gloo_device
 
     logs.set_up()
     watch_owner()
@@ -43,6 +44,7 @@ def register() -> None:
     if forking.is_asked_for() and compat.runs_on_cpu():
         compat.fork_workers()
         compat.sleep_between_looks()
+        share_gloo_device()
 
 
 def declare_owner() -> None:

@@ -8,6 +8,7 @@ parallel layouts. What is substituted, and why:
   optimizers sort parameters by that string (``optimizer.py``, ``distrib_optimizer.py``, ``clip_grads.py``).
 - Modules of Megatron that write ``device="cuda"`` or ask for pinned memory see a ``torch`` whose factories put those tensors on the CPU.
 - Megatron's random state tracker swaps the CPU generator, so dropout and recomputation follow it.
+- Its groups share a thread (``rlsync.transport.gloo_device``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from rlsync.transport.gloo_device import share_gloo_device
 
 # Modules that pass the literal device "cuda", or ``pin_memory``, to a factory of torch.
 _LITERAL_DEVICE_MODULES = (
@@ -51,6 +54,7 @@ def enable_cpu() -> bool:
         return True
     _substitute_torch()
     _substitute_megatron()
+    share_gloo_device()
     return True
 
 

@@ -84,6 +84,14 @@ def test_workers_on_cpu_are_forked_with_their_kernels_overridden() -> None:
     process.join()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the groups of engines on GPUs are made as vLLM makes them")
+def test_groups_of_a_worker_on_cpu_share_a_thread(tiny_engines: dict[str, Engine]) -> None:
+    (core,) = core_processes(tiny_engines["tp2"]._llm)
+    for worker in psutil.Process(core.pid).children(recursive=True):
+        names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{worker.pid}/task").iterdir()]
+        assert names.count("gloo_tcp_loop") == 1
+
+
 def test_a_synced_engine_answers_like_a_fresh_one(
     tiny_engines: dict[str, Engine], tiny_answers: dict[str, Answers], tiny_folders: dict[str, Path]
 ) -> None:
