@@ -42,14 +42,16 @@ def rank_folder(topology: Topology, rank: int) -> str:
     return "_".join(["mp_rank", f"{numbers[0]:02d}", *(f"{other:03d}" for other in numbers[1:])])
 
 
-def rank_writer(topology: Topology, rank: int) -> int:
-    """The rank that writes the folder of ``rank``: the lowest with its name.
+def rank_writers(topology: Topology) -> dict[str, int]:
+    """By name of a folder the rank that writes it, in the order of the ranks: the lowest with that name.
 
     It is the first of its data-parallel groups, of experts and of all else, wherever a rank of its folder is: what such a group keeps at
     its first rank (the state of a distributed optimizer) is in that rank's folder.
     """
-    mine = rank_folder(topology, rank)
-    return next(other for other in range(topology.world_size) if rank_folder(topology, other) == mine)
+    found: dict[str, int] = {}
+    for rank in range(topology.world_size):
+        found.setdefault(rank_folder(topology, rank), rank)
+    return found
 
 
 def _axes(topology: Topology) -> tuple[str, ...]:

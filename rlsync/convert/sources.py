@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter, placed_adapter, read_adapter_config
-from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER_NAMES, TRACKER, hf_folder, rank_folder, rank_writer, shards_folder
+from rlsync.bridge.checkpoint_folder import ADAPTER_FOLDER, HF_FOLDER_NAMES, TRACKER, hf_folder, rank_writers, shards_folder
 from rlsync.bridge.model_folder import CONFIG_NAME, form_of_folder, kept_tensors, placed_checkpoint, read_config
 from rlsync.convert.torch_dist import METADATA, is_distributed, placed_chunks
 from rlsync.errors import CheckpointError, ConfigError, PlacementError, first_few
@@ -267,7 +267,7 @@ def rank_files(folder: Path, adapters: Adapters | None = None) -> tuple[Topology
         raise CheckpointError(f"{folder}: neither mp_rank_* folders of Megatron's torch format nor {METADATA} of torch_dist")
     first = _content(folder, found[0])
     topology = topology_of(first, folder / found[0])
-    names = {rank_folder(topology, rank): rank for rank in range(topology.world_size) if rank_writer(topology, rank) == rank}
+    names = rank_writers(topology)
     differing = sorted(names.keys() ^ set(found))
     scaling = _scaling_of(first)
     if adapters is None and scaling is not None:

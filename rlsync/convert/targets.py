@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rlsync.bridge.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
-from rlsync.bridge.checkpoint_folder import TRACKER, rank_folder, rank_writer, shards_folder, write_durably
+from rlsync.bridge.checkpoint_folder import TRACKER, rank_writers, shards_folder, write_durably
 from rlsync.bridge.model_folder import CONFIG_NAME, copy_files, travelling_files, with_dtype
 from rlsync.convert.loading import restricted_to
 from rlsync.convert.sources import Source
@@ -205,10 +205,8 @@ class MegatronFolder:
         padded = model.padded_vocab(topology.tp_size, self.make_vocab_size_divisible_by)
         shards = shards_folder(Path(), self.source.step)
         made: list[Target] = []
-        for rank in range(topology.world_size):
-            if rank_writer(topology, rank) != rank:
-                continue
-            path = (shards / rank_folder(topology, rank) / RANK_STATE_FILE).as_posix()
+        for folder, rank in rank_writers(topology).items():
+            path = (shards / folder / RANK_STATE_FILE).as_posix()
             placement = megatron_placement(
                 model,
                 topology,
