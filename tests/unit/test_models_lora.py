@@ -17,7 +17,6 @@ from rlsync.layout.topology import Topology
 from rlsync.models import FAMILIES, model_of
 from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base, idle_exclusions
 from rlsync.models.placement import megatron_placements
-from rlsync.models.stacks import Model
 from rlsync.plan.planner import build_plan
 from tests.models import DENSE_FAMILIES, MOE_FAMILIES, tiny_config
 from tests.vision_models import tiny_vision_config
@@ -216,35 +215,3 @@ def test_adapters_that_engines_of_latent_attention_would_leave_out_are_not_sent_
     assert "adapters of kv_b_proj" in said and "weight_sync.lora to merged" in said
     assert check_beside_base(model, others) == check_beside_base(DENSE, adapters_of(DENSE, LoraSpec(4, 8))) == []
     assert {"kv_a_proj_with_mqa", "o_proj"} < {name.rpartition(".")[2] for name in others.modules}
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda model, adapters: check_adapters(model, replace(adapters.spec, lora_dropout=0.1)),
-        lambda model, adapters: idle_exclusions(model, replace(adapters.spec, exclude_modules=("up_proj",))),
-        check_beside_base,
-        lambda model, adapters: adapters.tensors(model, "bfloat16"),
-        lambda model, adapters: megatron_placements(model, Topology(), dtype="bfloat16", adapters=adapters),
-    ],
-    ids=["check", "exclusions", "beside", "tensors", "placements"],
-)
-def test_work_on_adapters_grows_with_the_layers_of_experts_and_not_with_their_square(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of 48 layers of 128 experts has 18,624 adapters: a look at all parameters for each of them takes an hour."""
-    bound, bind_one = 0, Model._bind
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal bound
-        bound += 1
-        return bind_one(*arguments)
-
-    monkeypatch.setattr(Model, "_bind", counted)
-    counts = []
-    for layers in (2, 8):
-        sizes = {"num_hidden_layers": layers, "mlp_only_layers": []}
-        model = model_of({**tiny_config("qwen3_moe").to_dict(), "architectures": ["Qwen3MoeForCausalLM"], **sizes})
-        adapters = adapters_of(model, LoraSpec(2, 4))
-        bound = 0
-        work(model, adapters)
-        counts.append(bound)
-    assert 0 < counts[1] <= 4.2 * counts[0]

@@ -6,6 +6,7 @@ Models of tests have few of them, and real ones hundreds. Work is counted in cal
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rlsync.layout.geometry import TensorSpec
 from rlsync.layout.safetensors import encode_header
 from rlsync.layout.topology import Topology
 from rlsync.models import model_of
-from rlsync.models.lora import LoraSpec
+from rlsync.models.lora import LoraSpec, adapters_of, check_adapters, check_beside_base, idle_exclusions
 from rlsync.models.memory import TrainingOptions, training_memory
 from rlsync.models.placement import megatron_placements
 from rlsync.models.stacks import Model
@@ -107,3 +108,24 @@ def test_the_memory_of_adapters_is_predicted_with_one_look_at_them_for_all_pipel
         training_memory(model, Topology(pp_size=stages), options)
         counts.append(bound)
     assert 0 < counts[1] < 1.2 * counts[0], counts
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model, adapters: check_adapters(model, replace(adapters.spec, lora_dropout=0.1)),
+        lambda model, adapters: idle_exclusions(model, replace(adapters.spec, exclude_modules=("up_proj",))),
+        check_beside_base,
+        lambda model, adapters: adapters.tensors(model, "bfloat16"),
+        lambda model, adapters: megatron_placements(model, Topology(), dtype="bfloat16", adapters=adapters),
+    ],
+    ids=["check", "exclusions", "beside", "tensors", "placements"],
+)
+def test_work_on_adapters_grows_with_the_layers_of_experts_and_not_with_their_square(work: Any) -> None:
+    """30B-A3B has 18,624 adapters: a look at all parameters for each of them takes an hour."""
+    counts = []
+    for layers in (2, 8):
+        model = model_of({**CONFIG, "num_hidden_layers": layers, "num_experts": 8})
+        adapters = adapters_of(model, LoraSpec(2, 4))
+        counts.append(num_calls(lambda: work(model, adapters)))  # noqa: B023
+    assert 0 < counts[1] < 5 * counts[0], counts
