@@ -7,6 +7,7 @@ import importlib
 import json
 import mmap
 import os
+import py_compile
 import resource
 import subprocess
 import sys
@@ -55,6 +56,20 @@ def test_whatever_is_not_fine_says_what_to_do() -> None:
 
 
 # Software.
+
+
+def test_packages_that_every_process_would_compile_anew_are_named_with_what_to_do(tmp_path: Path) -> None:
+    sources = {name: str(tmp_path / name / "__init__.py") for name in ("torch", "vllm")}
+    for path in map(Path, sources.values()):
+        path.parent.mkdir()
+        path.touch()
+    py_compile.compile(sources["torch"])
+    found = environment.examine_bytecode(sources, is_written=False)
+    assert found.level == "warning" and found.text.startswith("vllm have no bytecode, and PYTHONDONTWRITEBYTECODE keeps")
+    assert found.remedy is not None and found.remedy.endswith(f"-m compileall -q -j 0 {tmp_path}")
+    assert environment.examine_bytecode(sources, is_written=True).level == "ok", "the first process writes it"
+    py_compile.compile(sources["vllm"])
+    assert environment.examine_bytecode(sources, is_written=False) == Finding("ok", "packages have bytecode")
 
 
 def test_python_outside_the_range_is_a_problem() -> None:

