@@ -31,14 +31,14 @@ class LoadPlan:
 
 
 class LoadPlanner:
-    """Plans loads of any number of holders from the same files: which of these hold something of a tensor is looked up once for all."""
+    """Plans loads of any number of holders from the same files: which of these hold something of a tensor is looked up once for all.
+
+    Args:
+        tensors: the whole model's; those that neither side of a load holds are left out.
+        holdings: files' tensors; several may hold the same.
+    """
 
     def __init__(self, tensors: Sequence[TensorSpec], holdings: Sequence[Holding]) -> None:
-        """
-        Args:
-            tensors: the whole model's; those that neither side of a load holds are left out.
-            holdings: files' tensors; several may hold the same.
-        """
         self._tensors = {tensor.name: (number, tensor) for number, tensor in enumerate(tensors)}
         self._holdings = tuple(holdings)
         # By tensor the buffers that have something of it, and by buffer what is in it; buffers of a holding by its number.

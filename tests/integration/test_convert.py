@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,15 @@ def test_a_comparison_names_the_first_layer_that_differs_and_a_converted_model_c
     run_ranks(1, RANKS, "compare_precision", **{name: str(path) for name, path in folders.items()})
 
 
+def _written(working: Path, target: Path, total: int) -> int:
+    """Bytes that a conversion has on the disk, also while it gives its folder the name."""
+    with suppress(FileNotFoundError):
+        found = conversion.Journal(working).done_bytes
+        if not target.exists():
+            return found
+    return total
+
+
 def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp_path):
     """Twenty kills: the folder is not there, or it is right; no file beside it loads; what the disk has is not copied again."""
     folder = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)
@@ -200,7 +210,8 @@ def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp
             if kills < 20:
                 # By what is on the disk, so that no machine is too slow or too fast for it; a few at the very end, or behind it.
                 wanted = min(total, done + chance.random() * total / 3)
-                while process.is_alive() and conversion.Journal(working).done_bytes < wanted:
+                while (now := _written(working, asked.target, total)) < wanted and process.is_alive():
+                    assert now >= done, "something that the disk had is copied again"
                     time.sleep(0.001)
                 process.join(chance.random() * (0.2 if wanted == total else 0.02))
             else:

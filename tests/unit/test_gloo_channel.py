@@ -103,15 +103,15 @@ def test_those_who_are_late_within_the_deadline_are_waited_for_also_after_a_fail
     actors: Actors, engines: list[ThreadEngine], late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failed sync costs its group; members of the next one look for each other for less than a phase lasts, here much less."""
-    monkeypatch.setattr(gloo, "PATIENCE", 0.1)
+    monkeypatch.setattr(gloo, "PATIENCE", 0.2)
     engines[0].on_bucket = lambda worker, bucket: 1 // 0
     actors.failure(lambda s: s.sync(1))
     engines[0].on_bucket = lambda worker, bucket: None
     if late == "engine":
-        monkeypatch.setattr(engines[0], "pause", lambda mode, sync, timeout_s: time.sleep(0.25 * TIMEOUT_S))
+        monkeypatch.setattr(engines[0], "pause", lambda mode, sync, timeout_s: time.sleep(0.3 * TIMEOUT_S))
     else:
         sync = actors.syncers[1].sync
-        monkeypatch.setattr(actors.syncers[1], "sync", lambda version: time.sleep(0.25 * TIMEOUT_S) or sync(version))
+        monkeypatch.setattr(actors.syncers[1], "sync", lambda version: time.sleep(0.3 * TIMEOUT_S) or sync(version))
     actors.sync(1)
     assert both_hold(engines, 1)
 

@@ -89,11 +89,11 @@ def examine_bytecode(sources: Mapping[str, str], *, is_written: bool) -> Finding
     if not bare:
         return ok("packages have bytecode")
     if is_written:
-        return ok(f"{', '.join(bare)} have no bytecode yet; the first process that imports them writes it")
+        return ok(f"without bytecode until a process has imported them: {', '.join(bare)}")
     return Finding(
         "warning",
-        f"{', '.join(bare)} have no bytecode, and PYTHONDONTWRITEBYTECODE keeps every process from writing it: each rank and each "
-        "process of an engine compiles for tens of seconds at its start",
+        f"without bytecode, which PYTHONDONTWRITEBYTECODE keeps every process from writing: {', '.join(bare)}; each rank and each process "
+        "of an engine compiles for tens of seconds at its start",
         f"unset it, or {sys.executable} -m compileall -q -j 0 {Path(sources[bare[0]]).parent.parent}",
     )
 
