@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.grpo_steps --model qwen2.5-1.5b --actor 0 --rollout 1`` runs ``examples/reasoning/main_grpo.py`` on problems of one
 sentence made on the spot; ``--model qwen2.5-vl-3b`` asks about drawn pictures. Random weights end an answer next to never, so that each has
-``--answer`` tokens. Nothing is downloaded.
+``--answer`` tokens. What ``--check`` predicts of the actor's memory stands beside what was measured. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def text_overrides(a: argparse.Namespace, root: Path) -> list[str]:
     tokenizer.save_pretrained(root / "model")
     problems = root / "problems.jsonl"
     draw = random.Random(0)
+    idle = " Then nothing happens." * (a.question // 22)
     with problems.open("w") as file:
         for _ in range(4 * a.prompts):
             x, y = draw.randrange(100), draw.randrange(100)
-            row = {"question": f"Ann has {x} apples and buys {y} more. How many has she?", "answer": f"{x} + {y}\n#### {x + y}"}
+            row = {"question": f"Ann has {x} apples and buys {y} more.{idle} How many has she?", "answer": f"{x} + {y}\n#### {x + y}"}
             file.write(json.dumps(row) + "\n")
     return [
         "--config-name", "qwen2.5-1.5b-grpo-megatron", f"rollout.model.model_path={root}/model", f"data.train_data_paths=[{problems}]",
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="of the actor")
     parser.add_argument("--prompts", type=int, default=64, help="of a step")
     parser.add_argument("--group", type=int, default=8, help="answers to each")
+    parser.add_argument("--question", type=int, default=0, help="tokens that a question about no pictures has besides its own 60")
     parser.add_argument("--answer", type=int, default=1024, help="tokens of an answer")
     parser.add_argument("--side", type=int, default=448, help="of a picture in pixels; a feature covers 28 x 28")
     parser.add_argument("--steps", type=int, default=3)
@@ -88,7 +90,7 @@ def main() -> None:
 
 def _run(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     model = picture_overrides(a, root) if a.model.startswith(_PICTURES) else text_overrides(a, root)
-    longest_prompt = 128 + (a.side // 28) ** 2
+    longest_prompt = 128 + (a.side // 28) ** 2 + a.question
     command = [
         sys.executable, str(REPOSITORY / "examples/reasoning/main_grpo.py"), *model,
         "~cluster.component_placement", f"+cluster.component_placement={{actor: '{a.actor}', rollout: '{a.rollout}', reward: '0'}}",
@@ -100,6 +102,10 @@ def _run(a: argparse.Namespace, root: Path) -> dict[str, Any]:
         f"actor.model.tensor_model_parallel_size={a.tp}", f"actor.model.sequence_parallel={a.tp > 1}",
         "rollout.max_running_requests=512", "rollout.cuda_graph_max_bs=512", "data.num_workers=0", *a.overrides,
     ]  # fmt: skip
+    checked = json.loads(subprocess.run([*command, "--check", "--json"], cwd=REPOSITORY, check=False, stdout=subprocess.PIPE).stdout)
+    if checked["findings"]:
+        raise SystemExit("\n".join(finding["text"] for finding in checked["findings"]))
+    print("memory:", json.dumps(checked["memory"]), flush=True)
     if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
         raise SystemExit("".join(path.read_text(errors="replace")[-4000:] for path in sorted((root / "run").rglob("*.log"))))
     lines = read_metrics(root / "run")[_WARM:]
@@ -107,6 +113,7 @@ def _run(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m benchmarks.grpo_steps", *sys.argv[1:]]),
         "steps": len(lines),
+        "predicted_memory": checked["memory"],
         "median": {key: statistics.median(line[key] for line in lines if key in line) for key in names},
         "lines": lines,
     }  # fmt: skip

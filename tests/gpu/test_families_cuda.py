@@ -38,16 +38,30 @@ def oracle(tmp_path: Path, folder: Path, num_gpus: int, topology: dict[str, int]
     print(outputs[0][outputs[0].index("ORACLE") :].splitlines()[0])
 
 
+def expert_folder(folder: Path, family: str) -> Path:
+    """What a worker of two holds of an expert is a multiple of 64, as kernels want it."""
+    sizes = {} if family == "mixtral" else {"moe_intermediate_size": 128}
+    sizes |= LATENT_SIZES if family in ("deepseek_v3", "moonlight") else {}
+    return save_tiny_model(folder, family, hidden_size=128, **sizes)
+
+
 @ON_ONE_AND_TWO
 @pytest.mark.parametrize("spec", LAYERS)
 @pytest.mark.parametrize("family", EXPERTS)
 def test_a_synced_engine_with_experts_answers_like_a_fresh_one(tmp_path, family, spec, num_gpus):
     """On two GPUs the engine cuts its experts over two workers."""
-    # What a worker of two holds of an expert is a multiple of 64, as kernels want it.
-    sizes = {} if family == "mixtral" else {"moe_intermediate_size": 128}
-    sizes |= LATENT_SIZES if family in ("deepseek_v3", "moonlight") else {}
-    folder = save_tiny_model(tmp_path / "hf", family, hidden_size=128, **sizes)
+    folder = expert_folder(tmp_path / "hf", family)
     oracle(tmp_path, folder, num_gpus, EXPERTS[family], spec, gpus=["0,1"] if num_gpus > 1 else None)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 1, "data_parallel_size": 2}], ids=["two-workers", "two-replicas"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "moonlight"])
+def test_a_synced_engine_that_shares_experts_answers_like_a_fresh_one(tmp_path, family, parallel):
+    """Two workers cut all but the experts, two replicas have it whole; either has half of the experts, and gets no others."""
+    folder = expert_folder(tmp_path / "hf", family)
+    options = {"enable_expert_parallel": True, **parallel}
+    oracle(tmp_path, folder, 2, EXPERTS[family], LAYERS[-1], gpus=["0,1"], options=options)
 
 
 @ON_ONE_AND_TWO

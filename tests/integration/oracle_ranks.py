@@ -52,13 +52,13 @@ SEEING_GREEDY = {**GREEDY, "logit_bias": {IMAGE: -100.0, VIDEO: -100.0}}
 
 
 def engine(name: str, folder: str, dtype: str, gpus: str | None = None, **options: Any) -> Engine:
-    """On ``gpus``, as ``"0,1"``, with a worker on each; by default on the first that this rank sees."""
+    """On ``gpus``, as ``"0,1"``, with a worker on each, all of one replica unless ``options`` say; by default on this rank's first."""
     if torch.cuda.is_available():
         options = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_CACHE_BYTES, **options}
     else:
         options = {"num_gpu_blocks_override": NUM_BLOCKS, **options}
     if gpus is not None:
-        options["tensor_parallel_size"] = len(gpus.split(","))
+        options = {"tensor_parallel_size": len(gpus.split(",")), **options}
     made = Engine(
         name,
         {
