@@ -7,7 +7,7 @@ Knows neither what a row becomes nor Ray: ``sft_data`` has training examples, ``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,6 +249,31 @@ def check_position(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         )
 
 
+def _batches(loader: DataLoader[Any], order: _Share, first: int) -> Generator[list[Drawn[Any]]]:
+    """Batches from number ``first`` on. Those of other processes are fetched while the caller works on the one before.
+
+    Refers to no RowLoader, so that its processes end with the last reference to it. A garbage collection that finds both would take away
+    the queues by which torch tells processes to end, and torch waits 5 s for each before it kills them.
+    """
+    numbers, order.first = range(first, order.num_batches), first
+    calls, packed = iter(loader), loader.num_workers > 0
+
+    def batch(number: int) -> list[Drawn[Any]]:
+        parts = (next(calls) for _ in range(order.num_calls(number)))
+        return [drawn for part in parts for drawn in (_unpack(part) if packed else part)]
+
+    if not packed:
+        yield from map(batch, numbers)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="rlsync-data") as thread:
+        coming = thread.submit(batch, numbers[0])
+        for number in numbers:
+            found = coming.result()
+            if number + 1 in numbers:
+                coming = thread.submit(batch, number + 1)
+            yield found
+
+
 class RowLoader(Generic[T]):
     """A replica's share of each global batch, over all epochs, with a position that can be saved and restored exactly.
 
@@ -288,7 +313,7 @@ class RowLoader(Generic[T]):
         share = range(dp_rank * size, (dp_rank + 1) * size)
         # A part of a batch each, so that all processes work on the batch that is next.
         at_once = min(_HANDED_OVER, -(-size // num_workers)) if num_workers else 1
-        self._source, self._batch_key, self._packs = source, batch_key, num_workers > 0
+        self._source, self._batch_key = source, batch_key
         self._ways_out = {False: "data.on_bad_sample=skip leaves such rows out", True: too_long}
         self._order = _Share(
             source, batch_size, share, at_once=at_once, num_epochs=num_epochs, shuffle=shuffle, seed=seed, keep_last=keep_last
@@ -302,7 +327,7 @@ class RowLoader(Generic[T]):
             _Drawing(source),
             batch_size=None,
             sampler=self._order,
-            collate_fn=_pack if self._packs else list,
+            collate_fn=_pack if num_workers else list,
             num_workers=num_workers,
             # As many as a batch has, while the batch before waits in this process.
             prefetch_factor=-(-size // (num_workers * at_once)) if num_workers else None,
@@ -310,7 +335,7 @@ class RowLoader(Generic[T]):
             generator=torch.Generator(),
         )
         self._handed_out = 0
-        self._drawn: Iterator[list[Drawn[T]]] | None = None
+        self._drawn: Generator[list[Drawn[T]]] | None = None
         self._num_left_out = {False: 0, True: 0}
 
     @property
@@ -334,9 +359,15 @@ class RowLoader(Generic[T]):
     def __iter__(self) -> Iterator[list[T]]:
         while self._handed_out < len(self):
             if self._drawn is None:
-                self._drawn = self._batches()
-            examples = [self._taken(drawn) for drawn in next(self._drawn)]
+                self._drawn = _batches(self._loader, self._order, self._handed_out)
+            try:
+                examples = [self._taken(drawn) for drawn in next(self._drawn)]
+            except BaseException:
+                self._end_processes()
+                raise
             self._handed_out += 1
+            if self._handed_out == len(self):
+                self._end_processes()
             yield examples
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,27 +382,14 @@ class RowLoader(Generic[T]):
             CheckpointError: the state belongs to other data, batch size, seed or shuffling.
         """
         check_position(state["order"], self._identity())
-        self._handed_out, self._drawn = state["handed_out"], None
+        self._end_processes()
+        self._handed_out = state["handed_out"]
 
-    def _batches(self) -> Iterator[list[Drawn[T]]]:
-        """Batches from the present position on. Those of other processes are fetched while the caller works on the one before."""
-        numbers, self._order.first = range(self._handed_out, len(self)), self._handed_out
-        calls = iter(self._loader)
-
-        def batch(number: int) -> list[Drawn[T]]:
-            parts = (next(calls) for _ in range(self._order.num_calls(number)))
-            return [drawn for part in parts for drawn in (_unpack(part) if self._packs else part)]
-
-        if not self._packs:
-            yield from map(batch, numbers)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="rlsync-data") as thread:
-            coming = thread.submit(batch, numbers[0])
-            for number in numbers:
-                found = coming.result()
-                if number + 1 in numbers:
-                    coming = thread.submit(batch, number + 1)
-                yield found
+    def _end_processes(self) -> None:
+        """Those that work ahead; others begin at the position then."""
+        if self._drawn is not None:
+            self._drawn.close()
+            self._drawn = None
 
     def _taken(self, drawn: Drawn[T]) -> T:
         for row in drawn.left_out:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,27 @@ def test_drawing_takes_nothing_from_the_random_state_of_training(tmp_path: Path)
     before = torch.random.get_rng_state()
     next(iter(RowLoader(source(sums(tmp_path)), 4, num_workers=1)))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("end", ["unread", "last", "error"])
+def test_processes_are_told_to_end_with_their_loader_its_last_batch_and_an_error(tmp_path: Path, end: str) -> None:
+    """And not found by a garbage collection, in which torch cannot tell them, waits for seconds and kills them."""
+    rows = [{"prompt": f"{i}+1=", "response": "0"} for i in range(8)] + [{"prompt": "1+1="}] * (end == "error")
+    before = set(active_children())
+    loader = RowLoader(source(written(tmp_path / "a.jsonl", *rows)), 3, shuffle=False, num_workers=2)
+    handed_out = iter(loader)
+    next(handed_out)
+    processes = [each for each in active_children() if each not in before]
+    assert len(processes) == 2
+    gc.disable()
+    try:
+        if end == "unread":
+            del loader, handed_out
+        elif end == "last":
+            assert len(list(handed_out)) == 1
+        else:
+            with pytest.raises(ConfigError, match="no field 'response'"):
+                list(handed_out)
+        assert [each.exitcode for each in processes] == [0, 0]
+    finally:
+        gc.enable()
