@@ -158,11 +158,9 @@ class WorkerGroup:
 
     def _launch_engine(self, i: int) -> Worker:
         group = self._config.rollout.group_name
-        # Ray is not there in what a forked process has imported of vLLM.
-        forked = None if self._config.rollout.distributed_executor_backend == "ray" else ForkedEngine
         return self._cluster.launch(
             RolloutEngine, f"{group}:{i}{f'-{self._num_replaced}' if self._num_replaced else ''}", self._engine_devices[i],
-            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS, groups=CONTROL_GROUP, forked=forked,
+            str(i), self._arguments, name=f"engine {i}", threads=ENGINE_THREADS, groups=CONTROL_GROUP, forked=ForkedEngine,
         )  # fmt: skip
 
     def _address(self) -> str:

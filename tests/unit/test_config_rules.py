@@ -162,6 +162,7 @@ def test_where_initial_weights_may_come_from(
         ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
         ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),
         ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),
+        ({"rollout": {"distributed_executor_backend": "ray"}}, "ray has Ray choose the GPUs of an engine's workers"),
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
         ({"algorithm": {"logprob_forward_max_tokens": 8}}, "algorithm.logprob_forward_max_tokens (8) must be at least runner.seq_length"),

@@ -373,7 +373,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = key(0.55, "share of GPU memory vLLM may take (CPU: not used)", above=0, max=1)
     model: RolloutModelConfig = key(doc="")
     enforce_eager: bool = key(False, "true: no compilation and no CUDA graphs")
-    distributed_executor_backend: Literal["mp", "ray"] = key("mp", "how vLLM starts its workers")
+    distributed_executor_backend: Literal["mp", "ray"] = key("mp", "how vLLM starts its workers; only mp is supported")
     disable_log_stats: bool = key(False, "silence vLLM's statistics lines")
     detokenize: bool = key(False, "let vLLM produce text as well; rewards always use the tokenizer")
     print_outputs: bool = key(False, "log one sample a step")

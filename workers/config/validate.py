@@ -406,6 +406,11 @@ def _batches(config: RunConfig) -> Iterator[str]:
 def _engine(config: AnyConfig) -> Iterator[str]:
     if config.rollout.pipeline_parallel_size != 1:
         yield f"rollout.pipeline_parallel_size ({config.rollout.pipeline_parallel_size}) must be 1"
+    if config.has_engines and config.rollout.distributed_executor_backend == "ray":
+        yield (
+            "rollout.distributed_executor_backend=ray has Ray choose the GPUs of an engine's workers, which cluster.component_placement "
+            "gives out, and on CPU vLLM has no such workers; set it to mp"
+        )
 
 
 def _actor(config: AnyConfig) -> Iterator[str]:
