@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="that keeps the run and its logs; default: a temporary one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as name:
         found = _run(a, a.folder or Path(name))
     print(json.dumps(found, indent=1))

@@ -70,10 +70,11 @@ _EXPERTS = (
 )
 _RECOMPUTED = "--set recompute_granularity=full --set recompute_method=uniform --set recompute_num_layers=1"
 _STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --folder {out} --out {out}/found.json"
+# What fits beside engines: all but gradients.
+_BESIDE = "actor.offload_weight=False actor.offload_optimizer=False rollout.gpu_memory_utilization=0.4"
 _STEPS_7B = (
     "benchmarks.grpo_steps --model qwen2.5-7b --answer 512 --steps 1 --folder {out} --out {out}/found.json --actor 0-1 --rollout 0-1 "
-    "actor.offload_weight=False actor.offload_optimizer=False rollout.gpu_memory_utilization=0.4 actor.model.recompute_granularity=full "
-    "actor.model.recompute_method=uniform actor.model.recompute_num_layers=1"
+    f"{_BESIDE} actor.model.recompute_granularity=full actor.model.recompute_method=uniform actor.model.recompute_num_layers=1"
 )
 _PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --steps 4 data.num_workers=8"
 _KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
@@ -134,7 +135,7 @@ ROWS: dict[str, Row] = {
     "steps-7b-long": Row(f"{_STEPS_7B} --question 31872 --prompts 2 --group 2 runner.max_tokens_per_mbs=32768", 2),
     "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
     "steps-pictures-collocated": Row(
-        f"{_STEPS} --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 16 {_KEPT}", 2
+        f"{_STEPS} --steps 1 --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 16 {_KEPT} {_BESIDE}", 2
     ),
     "saves-7b": Row(
         "benchmarks.checkpoint --model qwen2.5-7b --rounds 1 --without-waiting --folder {out} --json {out}/found.json", 2

@@ -95,7 +95,7 @@ class Inspection:
                 cause = f"engine {message.engine_id} came with a wrong token; it belongs to another run"
                 self._send(identity, m.Error(attempt=0, phase="connect", cause=cause))
         elif isinstance(message, m.State) and hello is not None:
-            self.states[hello.engine_id, hello.dp_index * hello.world_size + hello.worker_rank] = message.hashes
+            self.states[hello.engine_id, hello.worker] = message.hashes
             if self.states.keys() >= self._expected:
                 self.complete.set()
 

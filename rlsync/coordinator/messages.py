@@ -103,6 +103,14 @@ class WorkerHello(Message):
     gpu_uuid: str | None
     vllm_version: Name
 
+    @property
+    def worker(self) -> int:
+        """Number among all workers of the engine, those of its data-parallel replicas one after the other."""
+        return self.dp_index * self.world_size + self.worker_rank
+
+    def __str__(self) -> str:
+        return f"engine {self.engine_id} worker {self.worker}"
+
 
 class ActorHello(Message):
     """First message of an actor rank. ``digest`` is that of its source's tensors and of its own placement.

@@ -44,10 +44,10 @@ class Member:
     def place(self) -> int:
         """Actor rank, or the worker's number among all workers of its engine."""
         hello = self.hello
-        return hello.actor_rank if isinstance(hello, m.ActorHello) else hello.dp_index * hello.world_size + hello.worker_rank
+        return hello.actor_rank if isinstance(hello, m.ActorHello) else hello.worker
 
     def __str__(self) -> str:
-        who = f"actor rank {self.place}" if self.engine is None else f"engine {self.engine} worker {self.place}"
+        who = f"actor rank {self.place}" if self.engine is None else self.hello
         return f"{who} (pid {self.hello.pid} on {self.hello.host})"
 
 

@@ -164,7 +164,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
             # What lies beside a base that is compared is left as it is.
             unfit = () if compare else features.against_adapters(self.vllm_config, r, serves_adapters=init_info.serves_adapters)
             features.check(self.vllm_config, unfit)
-            holder = f"engine {init_info.engine_id} worker {compat.worker_place(self.parallel_config)[1]}"
+            holder = str(client.hello)
             self._syncs_adapters = adapter is not None
             if adapter is not None and self._adapters is None:
                 self._adapters = AdapterSlots(self.model)
@@ -439,7 +439,8 @@ class CoordinatorClient:
     def __init__(self, info: InitInfo, parallel_config: Any, device: torch.device) -> None:
         self.timeout_s = info.timeout_s
         self._endpoint = info.endpoint
-        self._peer = Peer(info.endpoint, _hello(info, parallel_config, device))
+        self.hello = _hello(info, parallel_config, device)
+        self._peer = Peer(info.endpoint, self.hello)
 
     def send(self, message: m.FromPeer) -> None:
         """Queue a message; never blocks."""

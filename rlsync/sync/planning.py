@@ -277,7 +277,7 @@ def _destinations(
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
         first = records[members[0]].placement
         location = _location(workers[members[0]], TRANSPORTS[transports[members[0]]].is_by_gpu)
-        placements.append(replace(first, holder=f"{first.holder}{more}", location=location))
+        placements.append(replace(first, holder=f"{workers[members[0]]}{more}", location=location))
         for index in members:
             destination_of[index] = destination
     return placements, tuple(destination_of)

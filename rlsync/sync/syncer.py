@@ -340,7 +340,7 @@ class WeightSyncer:
         """Rank 0: plan the connection, and open what its transports need."""
         for hello, record in zip(reports.workers, reports.records, strict=True):
             if record.remark:
-                _log.warning("engine %s worker %d takes the %s sink: %s", hello.engine_id, hello.worker_rank, record.sink, record.remark)
+                _log.warning("%s takes the %s sink: %s", hello, record.sink, record.remark)
         source = self._source
         self._plan = self._last_plan = plan_connection(
             source.tensors, source.placements, reports, self._config, source.declared.transforms, self._last_plan

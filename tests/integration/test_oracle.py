@@ -28,15 +28,18 @@ CASES = (
     # The same beside a base that is sent once, to workers that each hold a part of them.
     ("llama", True, {"tp_size": 2}, {**LORA, "lora_alpha": 10}),
 )
-# What engines get of adapters, by the number of the case; without a word, merged weights.
-BESIDE = {
+# What a case is besides, by its number.
+OPTIONS = {
+    # Two replicas, each of which answers some of the prompts.
+    1: {"options": {"data_parallel_size": 2}},
+    # Without a word engines get merged weights.
     len(CASES) - 1: {
         "lora_sync": "adapter",
         "pause_mode": "keep",
         "fresh": False,
         "serves_adapters": True,
         "options": {"tensor_parallel_size": 2, **lora_arguments(LORA["r"]), "max_model_len": 512},
-    }
+    },
 }
 # Engines that are held to their actor alone: that what vLLM computes with the weights is what Megatron does.
 BY_ACTOR = (("glm4", False, {"tp_size": 2}), ("seed_oss", False, {"pp_size": 2}), ("smollm3", True, {"tp_size": 2}))
@@ -56,7 +59,7 @@ def test_synced_engines_answer_like_fresh_ones(tmp_path, monkeypatch):
             "ddp": OVERLAPPED if "dp_size" in topology else {},  # stale without a gather before each sync
             "lora": lora,
             "serves_adapters": lora is not None and family == "qwen2",
-            **BESIDE.get(number, {}),
+            **OPTIONS.get(number, {}),
         }
         for number, (family, tied, topology, lora) in enumerate(CASES)
     ]

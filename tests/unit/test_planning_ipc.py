@@ -217,3 +217,14 @@ def test_an_actor_rank_says_where_its_memory_is(monkeypatch, is_cuda, is_exporta
     buffers: Any = {str(i): SimpleNamespace(is_cuda=on_gpu, data_ptr=partial(int, i), numel=lambda: 1) for i, on_gpu in enumerate(is_cuda)}
     monkeypatch.setattr(ipc, "can_be_exported", lambda address: is_exportable[address])
     assert memory_of(buffers, stable_memory=stable) == expected
+
+
+def test_replicas_that_share_experts_are_destinations_of_their_own():
+    """Workers of two data-parallel replicas of one engine, which have the same rank in theirs."""
+    workers = [replace_in(worker(0, place), dp_index=index) for index, place in enumerate(("a2", "a3"))]
+    half = len(TENSORS) // 2
+    records = [Recorded(whole_tensors("worker 0", held), "direct") for held in (TENSORS[:half], TENSORS[half:])]
+    reports = Reports(tuple(actor(rank, f"a{rank}", "stable") for rank in range(2)), tuple(workers), tuple(records))
+    placements = [whole_tensors(f"actor {rank}", TENSORS) for rank in range(2)]
+    made = plan_connection(TENSORS, placements, reports, SyncConfig(bucket_bytes=NBYTES))
+    assert made.traffic.redundancy == {"engine e0 worker 0": 1.0, "engine e0 worker 1": 1.0}
