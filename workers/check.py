@@ -36,6 +36,7 @@ from workers.config import (
     validate_model,
     validate_world,
 )
+from workers.config.unread_keys import keys_of_gpus
 from workers.gpus import count_gpus, gpu_bytes
 from workers.judges import check_reward_function
 from workers.memory import misfits_of_memory, predict_memory, shown
@@ -93,6 +94,9 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
         report.take("devices", lambda: validate_machine(config, on_gpu=report.on_gpus, is_installed=_is_installed))
+        if not report.on_gpus:
+            told = {note.partition(" has no effect")[0] for note in report.notes}
+            report.notes += [f"{name} has no effect: there are no GPUs" for name in keys_of_gpus(config) if name not in told]
         colocation = report.take("devices", lambda: plan_colocation(config, resolved.mode, on_gpu=report.on_gpus))
         report.notes += [] if colocation is None else colocation.notes
         report.colocation, report.shares_gpus = colocation, resolved.mode is PlacementMode.COLLOCATED

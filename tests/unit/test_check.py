@@ -317,6 +317,19 @@ def test_what_this_machine_has_not_is_found_before_anything_starts(world, monkey
     assert re.search(found, texts(report)) if found else texts(report) == ""
 
 
+def test_keys_of_engines_on_gpus_are_told_where_there_are_none(world, monkeypatch) -> None:
+    """Negative control: GPUs, where they are read."""
+    asked: dict[str, Any] = {
+        "rollout": {"vllm": {"attention_backend": "FLASH_ATTN", "kv_cache_memory_bytes": 2**30}, "cuda_graph_max_bs": 8},
+        "weight_sync": {"staging": "always"},
+    }
+    names = ("rollout.vllm.attention_backend", "rollout.vllm.kv_cache_memory_bytes", "rollout.cuda_graph_max_bs", "weight_sync.staging")
+    assert check(world, monkeypatch, **asked).notes == [f"{name} has no effect: there are no GPUs" for name in names]
+    assert check(world, monkeypatch, num_gpus=3, **asked).notes == []
+    eager = check(world, monkeypatch, rollout={"enforce_eager": True, "cuda_graph_max_bs": 8})
+    assert eager.notes == ["rollout.cuda_graph_max_bs has no effect: rollout.enforce_eager is True"], "told once"
+
+
 def test_rows_are_looked_at_with_tokenizer_template_and_verifier(own, monkeypatch) -> None:
     rows = [
         '{"prompt": "1+1=", "solutions": "2"}',

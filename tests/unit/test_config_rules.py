@@ -412,6 +412,62 @@ def test_a_key_that_another_key_switches_off_is_told_with_that_key() -> None:
     assert unread(**OmegaConf.to_container(OmegaConf.merge(given, switched_on))) == {}  # type: ignore[arg-type]
 
 
+DECAYED = {"lr_decay_style": "linear", "start_weight_decay": 0.2, "end_weight_decay": 0.2}
+STAGES = {"pipeline_model_parallel_size": 2}
+VIRTUAL = {**STAGES, "virtual_pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "why"),
+    [
+        ({"actor": {"optim": {"weight_decay": 0.1}, "lr_sched": DECAYED}}, "actor.optim.weight_decay", "start_weight_decay is 0.2"),
+        ({"actor": {"optim": {"weight_decay": 0.2}, "lr_sched": DECAYED}}, "actor.optim.weight_decay", None),
+        ({"actor": {"optim": {"lr": 1e-3}, "lr_sched": {"max_lr": 2e-3}}}, "actor.optim.lr", "lr_sched.max_lr is 0.002"),
+        ({"actor": {"optim": {"min_lr": 1e-8}, "lr_sched": {"min_lr": 1e-9}}}, "actor.optim.min_lr", "lr_sched.min_lr is 1e-09"),
+        (
+            {"actor": {"model": {"moe_router_load_balancing_type": "seq_aux_loss"}}},
+            "actor.model.moe_router_load_balancing_type",
+            "moe_aux_loss_coeff is null",
+        ),
+        (
+            {"actor": {"model": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1}}},
+            "actor.model.moe_router_load_balancing_type",
+            None,
+        ),
+        ({"actor": {"model": {"batch_p2p_comm": True}}}, "actor.model.batch_p2p_comm", "pipeline_model_parallel_size is 1"),
+        ({"actor": {"model": {"batch_p2p_comm": True, **STAGES}}}, "actor.model.batch_p2p_comm", None),
+        (
+            {"actor": {"model": {"batch_p2p_comm": True, **VIRTUAL}}},
+            "actor.model.batch_p2p_comm",
+            "virtual_pipeline_model_parallel_size is 2",
+        ),
+        (
+            {"actor": {"model": {"variable_seq_lengths": True, **VIRTUAL}}},
+            "actor.model.variable_seq_lengths",
+            "virtual_pipeline_model_parallel_size is 2",
+        ),
+        ({"actor": {"model": {"variable_seq_lengths": False, **VIRTUAL}}}, "actor.model.variable_seq_lengths", None),
+        (
+            {"actor": {"lora": {"r": 4, "init": "gaussian", "adapter_path": "/x"}, "megatron": {"mbridge": True}}},
+            "actor.lora.init",
+            "adapter_path is /x",
+        ),
+        ({"weight_sync": {"staging": "always", "transport": "gloo"}}, "weight_sync.staging", "weight_sync.transport is gloo"),
+        ({"weight_sync": {"staging": "always"}}, "weight_sync.staging", None),
+        ({"data": {"shuffle": False, "seed": 1}}, "data.seed", "data.shuffle is False"),
+        (
+            {"algorithm": {"ratio_clip_eps": 0.1, "clip_ratio_low": 0.2, "clip_ratio_high": 0.3}},
+            "algorithm.ratio_clip_eps",
+            "clip_ratio_high is 0.3",
+        ),
+        ({"algorithm": {"ratio_clip_eps": 0.1, "clip_ratio_high": 0.3}}, "algorithm.ratio_clip_eps", None),
+    ],
+)
+def test_a_key_whose_part_another_one_takes_is_told(sections: dict[str, Any], key: str, why: str | None) -> None:
+    told = unread(**sections).get(key)
+    assert told is None if why is None else told is not None and told.endswith(why), told
+
+
 def test_keys_of_engines_in_a_run_without_any_are_told() -> None:
     sections = {"rollout": {"vllm": {"enable_prefix_caching": True}}, "weight_sync": {"num_slots": 3}}
     why = "validation.generate is False"

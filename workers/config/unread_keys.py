@@ -37,6 +37,10 @@ def _schedule(config: Any) -> Any:
     return config.actor.lr_sched
 
 
+def _interleaves(config: Any) -> bool:
+    return (config.actor.model.virtual_pipeline_model_parallel_size or 1) > 1
+
+
 IN_EVERY_RUN = (
     ReadWhere(
         (f"{_SCHEDULE}.lr_decay_iters",),
@@ -52,6 +56,14 @@ IN_EVERY_RUN = (
         f"{_SCHEDULE}.lr_warmup_iters",
         lambda c: _schedule(c).lr_warmup_iters > 0 or bool(_schedule(c).lr_warmup_fraction),
     ),
+    # A warm start has no schedule.
+    ReadWhere(
+        (f"{_OPTIM}.weight_decay",),
+        f"{_SCHEDULE}.start_weight_decay",
+        lambda c: _schedule(c).start_weight_decay in (None, c.actor.optim.weight_decay) or getattr(c, "warm_start", None) is not None,
+    ),
+    ReadWhere((f"{_OPTIM}.lr",), f"{_SCHEDULE}.max_lr", lambda c: _schedule(c).max_lr == c.actor.optim.lr),
+    ReadWhere((f"{_OPTIM}.min_lr",), f"{_SCHEDULE}.min_lr", lambda c: _schedule(c).min_lr == c.actor.optim.min_lr),
     ReadWhere((f"{_OPTIM}.optimizer_offload_fraction",), f"{_OPTIM}.optimizer_cpu_offload", lambda c: c.actor.optim.optimizer_cpu_offload),
     ReadWhere((f"{_OPTIM}.loss_scale",), "actor.model.precision", lambda c: c.actor.model.precision == "fp16"),
     ReadWhere(
@@ -59,6 +71,30 @@ IN_EVERY_RUN = (
         "actor.model.recompute_granularity",
         lambda c: c.actor.model.recompute_granularity == "full",
     ),
+    ReadWhere(
+        ("actor.model.moe_router_load_balancing_type",),
+        "actor.model.moe_aux_loss_coeff",
+        lambda c: bool(c.actor.model.moe_aux_loss_coeff) or c.actor.model.moe_router_load_balancing_type == "none",
+    ),
+    ReadWhere(
+        ("actor.model.batch_p2p_comm",),
+        "actor.model.pipeline_model_parallel_size",
+        lambda c: c.actor.model.pipeline_model_parallel_size > 1 or not c.actor.model.batch_p2p_comm,
+    ),
+    # Megatron mixes up messages with them (rlsync.megatron.overrides).
+    ReadWhere(
+        ("actor.model.batch_p2p_comm",),
+        "actor.model.virtual_pipeline_model_parallel_size",
+        lambda c: not _interleaves(c) or not c.actor.model.batch_p2p_comm,
+    ),
+    ReadWhere(
+        ("actor.model.variable_seq_lengths",),
+        "actor.model.virtual_pipeline_model_parallel_size",
+        lambda c: not _interleaves(c) or not c.actor.model.variable_seq_lengths,
+    ),
+    ReadWhere(("actor.lora.init",), "actor.lora.adapter_path", lambda c: c.actor.lora.adapter_path is None),
+    ReadWhere(("weight_sync.staging",), "weight_sync.transport", lambda c: c.weight_sync.transport in ("auto", "ipc")),
+    ReadWhere(("data.seed",), "data.shuffle", lambda c: c.data.shuffle),
     ReadWhere(("actor.model.init_method_std",), "actor.megatron.convert_from_hf", lambda c: not c.actor.megatron.convert_from_hf),
     ReadWhere(("actor.megatron.no_load_optim",), "runner.resume_dir", lambda c: c.runner.resume_dir is not None),
     ReadWhere(
@@ -80,6 +116,11 @@ IN_EVERY_RUN = (
 
 IN_GRPO = (
     ReadWhere(("algorithm.importance_sampling_clip",), "algorithm.importance_sampling_fix", lambda c: c.algorithm.importance_sampling_fix),
+    ReadWhere(
+        ("algorithm.ratio_clip_eps",),
+        "algorithm.clip_ratio_high",
+        lambda c: None in (c.algorithm.clip_ratio_low, c.algorithm.clip_ratio_high),
+    ),
     ReadWhere(("algorithm.kl_penalty_type",), "algorithm.kl_beta", lambda c: c.algorithm.kl_beta != 0),
     ReadWhere(
         ("algorithm.training_batch_size_per_gpu",),
@@ -123,6 +164,15 @@ IN_SFT = (
     ReadWhere(("data.answer_key", "data.on_too_long", "data.train_on_generation_prompt"), "data.type", lambda c: c.data.type != "text"),
     ReadWhere(("data.answer_key",), "data.type", lambda c: c.data.type != "chat"),
 )
+
+
+# Keys that engines on GPUs read.
+_ON_GPUS = ("rollout.vllm.attention_backend", "rollout.vllm.kv_cache_memory_bytes", "rollout.cuda_graph_max_bs", "weight_sync.staging")
+
+
+def keys_of_gpus(config: AnyConfig) -> tuple[str, ...]:
+    """Keys with another value than their default that a machine without GPUs does not read."""
+    return tuple(name for name in _ON_GPUS if config.has_engines and _is_given(config, name))
 
 
 def unread_keys(given: AnyConfig, derived: AnyConfig) -> Iterator[tuple[str, str]]:
