@@ -294,6 +294,8 @@ _ASKED_OF_MACHINES = [
     (6, False, {"weight_sync": {"transport": "ipc"}}, ""),
     (0, False, {"rollout": {"vllm": {"enable_chunked_prefill": True}}}, "enable_chunked_prefill=True ends vLLM on CPU .* set one of them"),
     (6, False, {"rollout": {"vllm": {"enable_chunked_prefill": True}}}, ""),
+    (0, False, {"rollout": {"max_running_requests": 4, "vllm": {"max_num_batched_tokens": 8}}}, "batched_tokens .8. must be .* on CPU"),
+    (6, False, {"rollout": {"max_running_requests": 4, "vllm": {"max_num_batched_tokens": 8}}}, ""),
     (0, False, {"rollout": {"enable_return_routed_experts": True}}, "router_replay=R3 needs, is of engines on GPUs.*R2 does without"),
     (6, True, {"actor": {"model": {"context_parallel_size": 2}}}, "precision fp32 under context_parallel_size 2"),
     (6, True, {"actor": {"model": {"context_parallel_size": 2}, "spec_name": "local_gpt"}}, ""),

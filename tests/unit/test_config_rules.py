@@ -162,6 +162,18 @@ def test_where_initial_weights_may_come_from(
         ({"actor": {"model": {"sequence_parallel": True}}}, "sequence_parallel=True needs"),
         ({"actor": {"model": {"expert_tensor_parallel_size": 2}}}, "must be less than or equal to tensor_model_parallel_size (1)"),
         ({"rollout": {"pipeline_parallel_size": 2}}, "rollout.pipeline_parallel_size (2) must be 1"),
+        (
+            {"rollout": {"max_running_requests": 32, "vllm": {"max_num_batched_tokens": 31}}},
+            "rollout.vllm.max_num_batched_tokens (31) must be at least rollout.max_running_requests (32)",
+        ),
+        (
+            {"rollout": {"max_running_requests": 2049}},
+            "rollout.vllm.max_num_batched_tokens (2048, which null is to vLLM) must be at least rollout.max_running_requests (2049)",
+        ),
+        (
+            {"rollout": {"max_running_requests": 8, "vllm": {"max_num_batched_tokens": 31, "enable_chunked_prefill": False}}},
+            "rollout.vllm.max_num_batched_tokens (31) must be at least runner.seq_length (32) with",
+        ),
         ({"rollout": {"distributed_executor_backend": "ray"}}, "ray has Ray choose the GPUs of an engine's workers"),
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from vllm.config import SchedulerConfig
+
 from tests.unit.test_config import minimal
 from tests.unit.test_sft_config import minimal as minimal_sft
 from workers.config import load_config
+from workers.config.validate import DEFAULT_BATCHED_TOKENS
 from workers.rollout import engine_arguments
 
 
@@ -24,6 +28,21 @@ def test_seeded_prompts_are_not_cut_on_a_cpu() -> None:
     assert arguments(on_gpu=False)["enable_chunked_prefill"] is False
     assert "enable_chunked_prefill" not in arguments(on_gpu=True) and "enable_chunked_prefill" not in arguments(on_gpu=False, seeded=False)
     assert arguments(on_gpu=True, vllm={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
+
+
+@pytest.mark.parametrize(
+    ("tokens", "requests", "cuts", "said"),
+    [(31, 32, True, "max_num_seqs"), (31, 8, False, "max_model_len"), (31, 8, True, ""), (32, 32, False, "")],
+)
+def test_what_a_configuration_may_not_ask_of_a_step_vllm_refuses(tokens: int, requests: int, cuts: bool, said: str) -> None:
+    """And nothing else of the same keys; rules of ``validate`` say it before an engine starts."""
+    asked = {"max_num_batched_tokens": tokens, "max_num_seqs": requests, "enable_chunked_prefill": cuts, "max_model_len": 32}
+    if said:
+        with pytest.raises(ValueError, match=said):
+            SchedulerConfig(**asked, is_encoder_decoder=False)
+    else:
+        SchedulerConfig(**asked, is_encoder_decoder=False)
+    assert DEFAULT_BATCHED_TOKENS == SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS
 
 
 def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> None:

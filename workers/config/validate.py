@@ -179,6 +179,13 @@ def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
         yield (
             "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
         )
+    tokens, length = rollout.vllm.max_num_batched_tokens, config.runner.seq_length
+    is_whole = rollout.vllm.enable_chunked_prefill is None and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded
+    if is_whole and tokens is not None and tokens < length:
+        yield (
+            f"rollout.vllm.max_num_batched_tokens ({tokens}) must be at least runner.seq_length ({length}) on CPU with "
+            "algorithm.sampling_params.seeded=True, with which no prompt is cut"
+        )
     if rollout.enable_return_routed_experts:
         yield (
             "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "
@@ -404,12 +411,34 @@ def _batches(config: RunConfig) -> Iterator[str]:
 
 
 def _engine(config: AnyConfig) -> Iterator[str]:
+    yield from _batched_tokens(config) if config.has_engines else ()
     if config.rollout.pipeline_parallel_size != 1:
         yield f"rollout.pipeline_parallel_size ({config.rollout.pipeline_parallel_size}) must be 1"
     if config.has_engines and config.rollout.distributed_executor_backend == "ray":
         yield (
             "rollout.distributed_executor_backend=ray has Ray choose the GPUs of an engine's workers, which cluster.component_placement "
             "gives out, and on CPU vLLM has no such workers; set it to mp"
+        )
+
+
+# That vLLM takes where it is told no number.
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+def _batched_tokens(config: AnyConfig) -> Iterator[str]:
+    """What vLLM refuses when an engine starts: steps without room for a token of each request, or for a prompt that it may not cut."""
+    vllm, requests, length = config.rollout.vllm, config.rollout.max_running_requests, config.runner.seq_length
+    tokens = DEFAULT_BATCHED_TOKENS if vllm.max_num_batched_tokens is None else vllm.max_num_batched_tokens
+    derived = ", which null is to vLLM" if vllm.max_num_batched_tokens is None else ""
+    if tokens < requests:
+        yield (
+            f"rollout.vllm.max_num_batched_tokens ({tokens}{derived}) must be at least rollout.max_running_requests ({requests}): each "
+            "takes a token of a step"
+        )
+    if vllm.enable_chunked_prefill is False and not derived and tokens < length:
+        yield (
+            f"rollout.vllm.max_num_batched_tokens ({tokens}) must be at least runner.seq_length ({length}) with "
+            "rollout.vllm.enable_chunked_prefill=False, which has no prompt cut"
         )
 
 
