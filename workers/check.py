@@ -32,6 +32,7 @@ from workers.config import (
     Task,
     actor_topology,
     read_config,
+    validate_engines_on_machine,
     validate_machine,
     validate_model,
     validate_world,
@@ -141,6 +142,7 @@ def check_model(config: AnyConfig, report: Report) -> None:
     report.hf_config, model = hf_config, model_of(hf_config)
     before = len(report.findings)
     report.take("model", validate_model, config, hf_config)
+    report.take("model", lambda: validate_engines_on_machine(config, hf_config, on_gpu=report.on_gpus))
     topology = report.take("model", actor_topology, config.actor.model, report.dp_size)
     if len(report.findings) == before and topology is not None:
         for text in check_config(hf_config, topology):

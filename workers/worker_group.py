@@ -25,7 +25,7 @@ from rlsync.models import model_of
 from workers.actor import ActorRank
 from workers.cluster import Cluster
 from workers.colocation import ActorPart, check_overlap, plan_colocation
-from workers.config import AnyConfig, actor_topology, validate_machine, validate_world
+from workers.config import AnyConfig, actor_topology, validate_engines_on_machine, validate_machine, validate_world
 from workers.forked_workers import ForkedEngine, ForkedRank
 from workers.metrics import largest
 from workers.model_folder import read_hf_config
@@ -69,6 +69,8 @@ class WorkerGroup:
         self.topology: Topology = actor_topology(config.actor.model, validate_world(config, len(self._placement.actor)))
         check_overlap(config, self._placement.mode)
         validate_machine(config, on_gpu=cluster.num_gpus > 0)
+        hf_config = read_hf_config(Path(config.model_path), config.model_key)
+        validate_engines_on_machine(config, hf_config, on_gpu=cluster.num_gpus > 0)
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         self._handles: list[RayEngine] = []
@@ -77,7 +79,7 @@ class WorkerGroup:
             config,
             on_gpu=cluster.num_gpus > 0,
             can_sleep=self.colocation_plan.sleep_level > 0,
-            takes_pictures=model_of(read_hf_config(Path(config.model_path), config.model_key)).vision is not None,
+            takes_pictures=model_of(hf_config).vision is not None,
         )
         self._num_replaced = 0
         self._aside: list[Future[Any]] = []

@@ -252,6 +252,12 @@ def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:
     assert "longrope" in texts(check(own, monkeypatch))
 
 
+def test_a_model_that_engines_do_not_compute_on_a_cpu_is_a_finding(own, monkeypatch) -> None:
+    edit(own / "model/config.json", num_attention_heads=8)
+    said = "model/config.json: heads of 16, which vLLM's attention on CPU does not compute"
+    assert said in texts(check(own, monkeypatch)) and said not in texts(check(own, monkeypatch, num_gpus=3))
+
+
 def test_layouts_that_do_not_fit_are_findings(own, monkeypatch) -> None:
     edit(own / "model/config.json", intermediate_size=511)
     assert "511" in texts(check(own, monkeypatch))

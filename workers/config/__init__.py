@@ -12,10 +12,11 @@ from workers.config.command_line import hydra_arguments, lenient_overrides
 from workers.config.fields import Precision, Task
 from workers.config.grpo import AlgorithmConfig, DataConfig, RewardConfig, RunConfig, WarmStartConfig
 from workers.config.load import Reading, config_as_dict, load_config, read_config, register_resolvers
+from workers.config.machine import validate_engines_on_machine, validate_machine
 from workers.config.schema import ActorConfig, ArithmeticConfig, RolloutConfig, RunnerConfig
 from workers.config.sft import SftAlgorithmConfig, SftConfig, SftDataConfig, ValidationConfig
 from workers.config.tasks import AnyConfig, KeyDescription, config_table, describe_config
-from workers.config.validate import actor_topology, validate, validate_machine, validate_model, validate_world
+from workers.config.validate import actor_topology, validate, validate_model, validate_world
 
 __all__ = [
     "ActorConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "read_config",
     "register_resolvers",
     "validate",
+    "validate_engines_on_machine",
     "validate_machine",
     "validate_model",
     "validate_world",

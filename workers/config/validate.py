@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -143,72 +143,6 @@ def validate_world(config: AnyConfig, actor_world_size: int) -> int:
         found.append(f"{whole} must be divisible by {part} x data-parallel size ({micro} x {dp_size})")
     raise_all(found)
     return dp_size
-
-
-def validate_machine(config: AnyConfig, *, on_gpu: bool, is_installed: Callable[[str], bool] | None = None) -> None:
-    """Raise ConfigError for what needs GPUs, or packages beside them, where there are none.
-
-    ``is_installed`` None: that of packages is not known, as on the nodes of a cluster; a rank then finds out when it has started.
-    """
-    if not on_gpu:
-        raise_all(_asks_for_gpus(config))
-    elif is_installed is not None:
-        raise_all(_asks_for_packages(config, is_installed))
-
-
-def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
-    actor, rollout = config.actor, config.rollout
-    if actor.spec_name == "te_gpt":
-        yield "actor.spec_name te_gpt is TransformerEngine's layers, which need GPUs, and there are none; set it to decoder_gpt"
-    if actor.optim.optimizer_cpu_offload:
-        yield (
-            "actor.optim.optimizer_cpu_offload=True moves the optimizer's state from GPUs to the host, and there are none; set it to False"
-        )
-    if actor.optim.use_precision_aware_optimizer:
-        yield "actor.optim.use_precision_aware_optimizer=True needs GPUs with TransformerEngine, and there are none; set it to False"
-    if actor.model.moe_token_dispatcher_type == "flex":
-        yield "actor.model.moe_token_dispatcher_type flex is DeepEP's, which needs GPUs, and there are none; set it to alltoall"
-    if actor.megatron.distributed_backend == "nccl":
-        yield "actor.megatron.distributed_backend nccl needs GPUs, and there are none; set it to null, which is gloo then"
-    if not config.has_engines:
-        return
-    if config.weight_sync.transport in ("ipc", "nccl"):
-        yield f"weight_sync.transport {config.weight_sync.transport} is between GPUs, and there are none; set it to auto"
-    # The draw after a part of a prompt is taken back, which ends vLLM 0.32 with "CPU Generator does not use offset".
-    if rollout.vllm.enable_chunked_prefill and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded:
-        yield (
-            "rollout.vllm.enable_chunked_prefill=True ends vLLM on CPU with algorithm.sampling_params.seeded=True; set one of them to False"
-        )
-    tokens, length = rollout.vllm.max_num_batched_tokens, config.runner.seq_length
-    is_whole = rollout.vllm.enable_chunked_prefill is None and isinstance(config, RunConfig) and config.algorithm.sampling_params.seeded
-    if is_whole and tokens is not None and tokens < length:
-        yield (
-            f"rollout.vllm.max_num_batched_tokens ({tokens}) must be at least runner.seq_length ({length}) on CPU with "
-            "algorithm.sampling_params.seeded=True, with which no prompt is cut"
-        )
-    if rollout.enable_return_routed_experts:
-        yield (
-            "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "
-            "by its second model runner alone, which needs Triton; R2 does without"
-        )
-
-
-def _asks_for_packages(config: AnyConfig, is_installed: Callable[[str], bool]) -> Iterator[str]:
-    actor = config.actor
-    asked = (
-        ("actor.spec_name te_gpt", actor.spec_name == "te_gpt", "transformer_engine", "decoder_gpt"),
-        ("actor.optim.use_precision_aware_optimizer=True", actor.optim.use_precision_aware_optimizer, "transformer_engine", "False"),
-        ("actor.model.moe_token_dispatcher_type flex", actor.model.moe_token_dispatcher_type == "flex", "deep_ep", "alltoall"),
-    )
-    for key, is_set, package, otherwise in asked:
-        if is_set and not is_installed(package):
-            yield f"{key} needs the package {package}, which is not installed here; install it, or set the key to {otherwise}"
-    size = actor.model.context_parallel_size
-    if is_installed("transformer_engine") and actor.spec_name != "local_gpt" and actor.model.precision == "fp32" and size > 1:
-        yield (
-            f"actor.model.precision fp32 under context_parallel_size {size}: TransformerEngine's attention does not compute it; set it to "
-            "bf16, or actor.spec_name to local_gpt"
-        )
 
 
 def _undealt_samples(config: RunConfig, dp_size: int) -> Iterator[str]:
