@@ -20,16 +20,14 @@ from rlsync.megatron.parallel import compute_device, current_topology
 from rlsync.megatron.state import STATE_FORMAT
 from rlsync.transport.collectives import agreed, gather_bytes
 from workers.config.schema import ActorConfig
-
-# What a conversion was made from; written after everything else of it.
-ORIGIN = "origin.json"
+from workers.resume import ORIGIN, check_conversion_folder
 
 
 def load_initial_weights(bridge: AutoBridge, models: Sequence[torch.nn.Module], actor: ActorConfig) -> None:
     """Fill the model as ``actor.model.megatron_checkpoint``, ``convert_from_hf``, ``mbridge`` and ``use_hf_ckpt`` say. Collective over
     all ranks.
 
-    Raises CheckpointError or PlacementError, on all ranks.
+    Raises CheckpointError, PlacementError, or ConfigError for a folder of conversions with other files in it, on all ranks.
     """
     hf_path, megatron = actor.megatron.ckpt_convertor.hf_model_path, actor.megatron
     assert hf_path is not None, "load_config derives it"
@@ -65,6 +63,7 @@ def _convert_once(bridge: AutoBridge, models: Sequence[torch.nn.Module], hf_fold
         return
     with agreed(device=compute_device()):
         if dist.get_rank() == 0:
+            check_conversion_folder(converted)
             (converted / ORIGIN).unlink(missing_ok=True)
             shutil.rmtree(converted, ignore_errors=True)
     if dist.get_rank() == 0:

@@ -13,12 +13,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlsync.bridge.checkpoint_folder import HF_FOLDER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
-from rlsync.errors import CheckpointError, ConfigError
+from rlsync.bridge.checkpoint_folder import HF_FOLDER, TRACKER, Restored, inspect_checkpoint, latest_checkpoint, write_durably
+from rlsync.errors import CheckpointError, ConfigError, first_few
 from workers.config import AnyConfig, SftConfig, config_as_dict
 
 DATA_STATE = "data/data.pt"
 SETTINGS = "run.json"
+# What a one-time conversion was made from; written after everything else of it.
+ORIGIN = "origin.json"
 
 
 class Rule(Enum):
@@ -195,8 +197,24 @@ def _resume_folder(config: AnyConfig) -> Path | None:
     return folder
 
 
+def check_conversion_folder(folder: Path) -> None:
+    """Raise ConfigError where a folder has more in it than a conversion of Hugging Face weights, complete or not, leaves: it is emptied for
+    the next one."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"actor.megatron.ckpt_convertor.save_path {folder} is no folder; name one for the conversion alone")
+    ours = {ORIGIN, TRACKER, f"{TRACKER}.partial", "iter_0000000"}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    if foreign:
+        raise ConfigError(
+            f"actor.megatron.ckpt_convertor.save_path {folder} holds {first_few(foreign, 3)}, which is of no conversion, and is emptied "
+            "for one; name a folder for the conversion alone"
+        )
+
+
 def _check_initial_weights(config: AnyConfig, resume: Path | None) -> None:
-    model = config.actor.model
+    model, megatron = config.actor.model, config.actor.megatron
+    if megatron.use_hf_ckpt and megatron.convert_from_hf and not megatron.mbridge:
+        check_conversion_folder(Path(str(megatron.ckpt_convertor.save_path)).absolute())
     if config.actor.megatron.use_hf_ckpt or model.megatron_checkpoint is not None:
         if model.megatron_checkpoint is not None:
             _inspect(config, Path(model.megatron_checkpoint))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, ConfigError
 from tests.unit.test_preparation import TP2_SHARDS, checkpoint, config, world  # noqa: F401
 from workers.config import config_as_dict, describe_config, load_config
 from workers.model_folder import read_hf_config
@@ -200,3 +200,22 @@ def test_a_run_that_is_done_says_so_and_starts_and_changes_nothing(world, tmp_pa
 
 def with_auto(found: Any) -> Any:
     return replace(found, runner=replace(found.runner, resume_dir="auto"))
+
+
+def test_a_folder_with_other_files_is_not_emptied_for_a_conversion(world, tmp_path) -> None:  # noqa: F811
+    """Negative controls: a conversion, whole or interrupted, a folder that is not there, and a run that converts nothing."""
+    folder = tmp_path / "weights"
+    megatron: dict[str, Any] = {"mbridge": False, "ckpt_convertor": {"save_path": str(folder)}}
+    find_beginning(config(world, tmp_path, actor={"megatron": megatron}))
+    (folder / "iter_0000000" / "mp_rank_00").mkdir(parents=True)
+    find_beginning(config(world, tmp_path, actor={"megatron": megatron}))
+    (folder / "latest_checkpointed_iteration.txt").write_text("0")
+    (folder / "origin.json").write_text("{}")
+    find_beginning(config(world, tmp_path, actor={"megatron": megatron}))
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"save_path .*weights holds thesis.tex, which is of no conversion, and is emptied for one"):
+        find_beginning(config(world, tmp_path, actor={"megatron": megatron}))
+    find_beginning(config(world, tmp_path, actor={"megatron": {**megatron, "mbridge": True}}))
+    trained = {**megatron, "ckpt_convertor": {"save_path": str(checkpoint(tmp_path, 3, *TP2_SHARDS) / "actor")}}
+    with pytest.raises(ConfigError, match=r"save_path .* holds iter_0000003, which is of no conversion"):
+        find_beginning(config(world, tmp_path, actor={"megatron": trained}))
