@@ -102,12 +102,7 @@ class MegatronSource:
         )
         self.buffers = {**self.buffers, **factors.buffers}
         scaled = [tensor.name for tensor in factors.tensors if tensor.name.endswith(B)] if spec.scaling != 1 else []
-        buffers, scaling = self.buffers, spec.scaling
-        self.declared = Declared(
-            dict.fromkeys(scaled, "scale"),
-            lambda names: _scaled([buffers[name].detach() for name in names], scaling),
-            AdapterFactors(spec.r, first),
-        )
+        self.declared = Declared(dict.fromkeys(scaled, "scale"), _Scaling(self.buffers, spec.scaling), AdapterFactors(spec.r, first))
 
     def begin(self, version: int) -> None:
         """Gather parameters that an optimizer step has left sharded (``overlap_param_gather``). Collective over the data-parallel groups.
@@ -145,10 +140,22 @@ class _Merging:
         return self._programs[key].run()
 
 
-def _scaled(factors: list[torch.Tensor], scaling: float) -> list[torch.Tensor]:
-    """Products in fp32: of thousands of experts by a few launches."""
-    products = torch.empty(sum(factor.numel() for factor in factors), dtype=torch.float32, device=factors[0].device)
-    parts = [part.view(f.shape) for part, f in zip(products.split([f.numel() for f in factors]), factors, strict=True)]
-    torch._foreach_copy_(parts, factors)
-    products.mul_(scaling)
-    return parts
+class _Scaling:
+    """Factors of this rank times the scaling, by name: in fp32, those of thousands of experts by a few launches. Factors of a bucket are
+    looked up once: to make a view of each in every sync takes longer than to multiply them."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor], scaling: float) -> None:
+        self._buffers, self._scaling = buffers, scaling
+        self._flat: dict[tuple[str, ...], tuple[list[torch.Tensor], list[int]]] = {}
+
+    def __call__(self, names: Sequence[str]) -> Sequence[torch.Tensor]:
+        key = tuple(names)
+        if key not in self._flat:
+            factors = [self._buffers[name].detach().view(-1) for name in names]
+            self._flat[key] = factors, [factor.numel() for factor in factors]
+        factors, sizes = self._flat[key]
+        products = torch.empty(sum(sizes), dtype=torch.float32, device=factors[0].device)
+        parts = products.split(sizes)
+        torch._foreach_copy_(parts, factors)
+        products.mul_(self._scaling)
+        return parts

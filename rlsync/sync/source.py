@@ -21,8 +21,9 @@ class Declared:
     Attributes:
         transforms: HF name -> name of a row of ``rlsync.plan.transforms.TRANSFORMS``; the same on all ranks. Other tensors are copied as
             they lie.
-        compute: takes names of buffers of this rank, and returns for each a new contiguous tensor of its shape, from which these tensors
-            are copied. Called once for each bucket that has such tensors; not collective. None where nothing is declared.
+        compute: takes names of buffers of this rank, and returns for each a new contiguous tensor of as many elements, in their order,
+            from which these tensors are copied. Called once for each bucket that has such tensors; not collective. None where nothing is
+            declared.
         adapter: which tensors are LoRA factors that engines hold beside the base (``weight_sync.lora=adapter``); the same on all ranks.
             None where engines get weights alone.
     """

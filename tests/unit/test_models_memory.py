@@ -91,6 +91,14 @@ def test_ranks_that_share_a_sequence_of_131072_tokens_took_what_was_predicted() 
     assert found.peak == pytest.approx(bench["memory"]["peak_bytes"], rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "tokens", "num_microbatches"), [("collocated", 16384, 9), ("collocated-32k", 32768, 2)])
+def test_ranks_beside_sleeping_engines_took_what_was_predicted(name: str, tokens: int, num_microbatches: int) -> None:
+    steps = json.loads((RAW / f"2026-11-30-7b-grpo-steps-{name}.json").read_text())
+    options = {"micro_batch_tokens": tokens, "num_microbatches": num_microbatches, "fused_activation": True, "recompute": "full"}
+    (found,) = {*memory("qwen2.5-7b", Topology(dp_size=2), **options)}
+    assert found.peak / 1e9 == pytest.approx(steps["median"]["perf/max_memory_allocated_gb"], rel=0.06)
+
+
 def test_tensor_and_sequence_parallel_ranks_took_what_was_predicted() -> None:
     """The 79 GiB of benchmarks/RESULTS.md, 2026-11-28, 7B under TP 2 with eight micro-batches."""
     (found,) = memory("qwen2.5-7b", Topology(tp_size=2), sequence_parallel=True)
