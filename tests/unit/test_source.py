@@ -58,3 +58,28 @@ def test_parameters_without_gradient_are_frozen_and_buffers_never(norm):
     norm.weight.requires_grad_(True)
     with pytest.raises(PlacementError, match=r"1 parameters were frozen at connect.* among them weight"):
         held.begin(1)
+
+
+def test_scaled_factors_are_those_of_now_wherever_they_lie_and_are_looked_up_once():
+    """An optimizer writes into factors, and an offload takes their memory away and brings it back elsewhere."""
+    looked_up: list[str] = []
+
+    class Buffers(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            looked_up.append(name)
+            return super().__getitem__(name)
+
+    factors = {name: torch.nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for name, shape in {"a": (8, 2), "b": (3, 2)}.items()}
+    scaled = source._Scaling(Buffers(factors), 1.7)
+    for step in range(3):
+        for factor in factors.values():
+            storage = factor.untyped_storage()
+            kept = storage.clone()
+            storage.resize_(0)
+            storage.resize_(kept.nbytes())
+            storage.copy_(kept)
+            with torch.no_grad():
+                factor.add_(step)
+        for factor, found in zip(factors.values(), scaled(tuple(factors)), strict=True):
+            assert found.dtype == torch.float32 and found.is_contiguous() and torch.equal(found.view(factor.shape), factor.float() * 1.7)
+    assert looked_up == ["a", "b"]
