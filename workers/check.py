@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlsync.bridge.adapter_folder import base_of_adapter, check_adapter_folder, other_base, placed_adapter
+from rlsync.coordinator.server import check_bind_host
 from rlsync.errors import ConfigError
 from rlsync.layout.safetensors import read_checkpoint
 from rlsync.models import check_config, model_of
@@ -41,9 +42,10 @@ from workers.config.unread_keys import keys_of_gpus
 from workers.gpus import count_gpus, gpu_bytes
 from workers.judges import check_reward_function
 from workers.memory import misfits_of_memory, predict_memory, shown
-from workers.metrics_log import find_logger
+from workers.metrics_log import check_exporter, find_logger
 from workers.model_folder import (
     check_chat_template,
+    check_same_model,
     check_tokenizer_files,
     read_generation_config,
     read_hf_config,
@@ -53,7 +55,7 @@ from workers.model_folder import (
 from workers.pictures import PROCESSOR_FILES, check_picture_limits
 from workers.placement import ComponentPlacement, PlacementMode, components_of, device_range, resolve_placement
 from workers.ray_access import LOCAL, check_listens, cluster_address
-from workers.results import becomes_of_earlier_run, check_writable
+from workers.results import becomes_of_earlier_run, check_writable, places_of_results
 from workers.resume import DATA_STATE, find_beginning, note_on_ranks, run_folder
 from workers.resume import check_model as check_restored_model
 
@@ -94,6 +96,8 @@ def check_devices(config: AnyConfig, report: Report) -> None:
     report.dp_size = dp_size or 1
     topology = report.take("devices", actor_topology, config.actor.model, report.dp_size)
     if address == LOCAL:
+        if config.has_engines:
+            report.take("devices", check_bind_host, config.weight_sync.bind_host)
         report.take("devices", lambda: validate_machine(config, on_gpu=report.on_gpus, is_installed=_is_installed))
         if not report.on_gpus:
             told = {note.partition(" has no effect")[0] for note in report.notes}
@@ -195,18 +199,29 @@ def check_memory(config: AnyConfig, report: Report) -> None:
             report.notes.append("the predicted memory is without activations of pictures: no training row that has some was looked at")
 
 
+_INITIAL = "actor.megatron.ckpt_convertor.hf_model_path"
+
+
 def check_weights(config: AnyConfig, report: Report) -> None:
     """The headers of the weight files that a run starts from; no tensor is read."""
     actor = config.actor
     folder = Path(str(actor.megatron.ckpt_convertor.hf_model_path))
     reads_weights = actor.megatron.use_hf_ckpt and actor.megatron.convert_from_hf
-    if not reads_weights or will_be_made(config, folder) or not (folder / "config.json").is_file():
+    if not reads_weights or will_be_made(config, folder):
+        return
+    if not actor.megatron.mbridge:
+        converted = Path(str(actor.megatron.ckpt_convertor.save_path)).absolute()
+        report.take("results", check_writable, converted, "actor.megatron.ckpt_convertor.save_path")
+    is_models = folder.absolute() == Path(config.model_path).absolute()
+    hf_config = report.take("model", read_hf_config, folder, config.model_key if is_models else _INITIAL)
+    if hf_config is None:
         return
     stored = report.take("weights", read_checkpoint, folder)
-    hf_config = report.take("model", read_hf_config, folder, config.model_key)
-    model = None if hf_config is None or check_config(hf_config) else model_of(hf_config)
+    model = None if check_config(hf_config) else model_of(hf_config)
+    if not is_models and model is not None and report.hf_config is not None:
+        report.take("weights", check_same_model, folder, hf_config, Path(config.model_path), report.hf_config)
     _check_adapter(config, model, report)
-    if stored is None or hf_config is None or model is None:
+    if stored is None or model is None:
         return
     # Whether a tied model's head is a copy of its embedding is known when it is read.
     shapes = {name: tensor.spec.shape for name, tensor in stored.items() if not (model.tied and name == "lm_head.weight")}
@@ -260,9 +275,11 @@ def check_reward(config: RunConfig, report: Report) -> None:
 
 
 def check_loggers(config: AnyConfig, report: Report) -> None:
-    """Loggers that are named and not installed."""
+    """Loggers that are named and not installed, and the port for Prometheus."""
     for name in config.runner.logger.logger_backends:
         report.take("loggers", find_logger, name)
+    if (port := config.runner.logger.prometheus_port) > 0:
+        report.take("loggers", check_exporter, config.runner.logger.prometheus_host, port)
 
 
 def check_beginning(config: AnyConfig, report: Report) -> None:
@@ -282,7 +299,8 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
             report.take("resume", check_restored_model, beginning, hf_config, config.model_key)
     if report.num_ranks is not None and (note := note_on_ranks(beginning, report.num_ranks)) is not None:
         report.plan.append(("resume", note))
-    report.take("results", check_writable, folder)
+    for place, key in places_of_results(config).items():
+        report.take("results", check_writable, place, key)
     aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
     if aside is not None:
         report.plan.append(("results", f"hold an earlier run, which a start sets aside as {aside}"))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -346,6 +347,21 @@ if TYPE_CHECKING:
 _PREFIX = "rlsync_"
 
 
+def check_exporter(host: str, port: int) -> None:
+    """Raise ConfigError unless an exporter could listen there now."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"runner.logger.prometheus_port: cannot listen on {host}:{port} ({error}); choose another port, or 0 for none")
+
+
 class PrometheusExporter:
     """A gauge for each number, as ``rlsync_sync_gb_per_s`` for ``sync/gb_per_s``, at ``http://host:port/metrics``.
 
@@ -365,9 +381,7 @@ class PrometheusExporter:
         try:
             self._server, self._thread = client.start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
-            raise ConfigError(
-                f"runner.logger.prometheus_port: cannot listen on {host}:{port} ({error}); choose another port, or 0 for none"
-            ) from error
+            raise _cannot_listen(host, port, error) from error
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Export these metrics, and ``step`` as ``rlsync_logged_step``."""

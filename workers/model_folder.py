@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsync.errors import ConfigError
+from rlsync.errors import ConfigError, first_few
 from rlsync.layout.json_files import read_json_object
 from rlsync.models import model_of
 
@@ -31,6 +31,19 @@ def read_hf_config(folder: Path, key: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{key} {folder} holds no config.json; it must be a local Hugging Face folder")
     return read_json_object(folder / "config.json")[1]
+
+
+def check_same_model(folder: Path, hf_config: Mapping[str, Any], engines_folder: Path, of_engines: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the config.json of the initial weights describes another model than that of the engines. Both are read by a
+    family; values that change no computation may differ."""
+    one, other = model_of(hf_config), model_of(of_engines)
+    sides = [{"architecture": m.architecture, "rope": m.rope, **m.dims, **m.transformer} for m in (one, other)]
+    different = [f"{name} {sides[0].get(name)} there, {value} here" for name, value in sides[1].items() if sides[0].get(name) != value]
+    if different:
+        raise ConfigError(
+            f"actor.megatron.ckpt_convertor.hf_model_path {folder} is of another model than rollout.model.model_path {engines_folder}: "
+            f"{first_few(different, 4)}"
+        )
 
 
 def read_vocab_size(folder: Path, key: str) -> int:

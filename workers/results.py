@@ -50,8 +50,8 @@ class ResultsFolder:
             aside = becomes_of_earlier_run(config, resume)
             if aside is not None:
                 self._set_aside(aside)
-            for folder in dict.fromkeys((self.path, _log_path(config))):
-                _probe(folder)
+            for folder, key in places_of_results(config).items():
+                _probe(folder, key)
         except BaseException:
             self._lock.close()
             raise
@@ -110,6 +110,11 @@ def next_free(path: Path, suffix: str = "") -> Path:
     return free
 
 
+def places_of_results(config: AnyConfig) -> dict[Path, str]:
+    """Folders that a run writes to, and the key of each."""
+    return {_log_path(config): "runner.logger.log_path", run_folder(config): "runner.output_dir"}
+
+
 def _log_path(config: AnyConfig) -> Path:
     assert config.runner.logger.log_path is not None, "load_config derives it"
     return Path(config.runner.logger.log_path).absolute()
@@ -122,7 +127,7 @@ def _locked(folder: Path) -> IO[str]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise _unwritable(folder.parent, error) from error
+        raise _unwritable(folder.parent, error, "runner.output_dir") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -136,7 +141,7 @@ def _locked(folder: Path) -> IO[str]:
     return file
 
 
-def _probe(folder: Path) -> None:
+def _probe(folder: Path, key: str) -> None:
     """Raise ConfigError unless ``folder`` exists or can be made, and takes a file of a few kilobytes."""
     probe = folder / ".probe"
     try:
@@ -148,20 +153,20 @@ def _probe(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         probe.unlink(missing_ok=True) if folder.is_dir() else None
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, error, key) from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ConfigError where a run could not make or write ``folder``; changes nothing."""
+def check_writable(folder: Path, key: str = "runner.output_dir") -> None:
+    """Raise ConfigError where a run could not make or write ``folder``, which ``key`` names; changes nothing."""
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise _unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        raise _unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), key)
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), key)
 
 
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"results cannot be written to {folder}: {error.strerror}; set runner.output_dir to another folder")
+def _unwritable(folder: Path, error: OSError, key: str) -> ConfigError:
+    return ConfigError(f"results cannot be written to {folder}: {error.strerror}; set {key} to another folder")
 
 
 def _is_used(folder: Path, log_path: Path) -> bool:

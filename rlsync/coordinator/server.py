@@ -41,12 +41,33 @@ class Served(Protocol):
     def process_of(self, identity: bytes) -> tuple[int, str] | None: ...
 
 
+def check_bind_host(host: str) -> None:
+    """Raise ConfigError unless a server could listen at an address of this host."""
+    probe: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    try:
+        _bind(probe, host)
+    finally:
+        probe.close()
+
+
+def _bind(socket: zmq.Socket[bytes], host: str) -> int:
+    """The port of the system's choice. Raises ConfigError."""
+    try:
+        return socket.bind_to_random_port(f"tcp://{host}")
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"weight_sync.bind_host {host}: actor rank 0 cannot listen there ({error.strerror}); name an address of its own host"
+        ) from error
+
+
 class CoordinatorServer:
     """Serves one connection from ``start`` to ``stop``.
 
     Args:
         bind_host: address to listen on, at a port of the system's choice.
         num_peers: those that will dial in. Raises ConfigError where this process must not have as many open files.
+
+    Raises ConfigError where ``bind_host`` is no address of this host.
 
     Attributes:
         endpoint: address that peers dial, as ``tcp://127.0.0.1:41321``.
@@ -65,7 +86,7 @@ class CoordinatorServer:
         # alive. Without this zmq keeps the former, and swallows all that comes by the new one.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         keep_alive(self._socket)
-        port: int = self._socket.bind_to_random_port(f"tcp://{bind_host}")
+        port = _bind(self._socket, bind_host)
         self.endpoint, self.own_endpoint = f"tcp://{bind_host}:{port}", f"inproc://rlsync-coordinator-{port}"
         self._socket.bind(self.own_endpoint)
         self._stop = threading.Event()

@@ -252,6 +252,42 @@ def test_limits_and_rope_of_the_model_are_looked_at(own, monkeypatch) -> None:
     assert "longrope" in texts(check(own, monkeypatch))
 
 
+def test_initial_weights_of_no_model_or_another_than_the_engines_are_findings(world, own, monkeypatch) -> None:
+    """Negative control: the same model in another folder, whose end-of-sequence token is another one."""
+
+    def said(folder: Path) -> str:
+        return texts(
+            check(world, monkeypatch, actor={**values(world)["actor"], "megatron": {"ckpt_convertor": {"hf_model_path": str(folder)}}})
+        )
+
+    edit(own / "model/config.json", eos_token_id=3)
+    assert said(own / "model") == ""
+    assert f"actor.megatron.ckpt_convertor.hf_model_path {own} holds no config.json" in said(own)
+    edit(own / "model/config.json", num_key_value_heads=4)
+    found = said(own / "model")
+    assert f"hf_model_path {own}/model is of another model than rollout.model.model_path {world}/model: " in found
+    assert "num_groups 4 there, 2 here" in found
+
+
+def test_places_that_cannot_be_used_are_findings(world, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    runner = {**values(world)["runner"], "logger": {"log_path": str(tmp_path / "file/log")}}
+    found = texts(check(world, monkeypatch, runner=runner, weight_sync={"bind_host": "192.0.2.1"}))
+    assert f"results cannot be written to {tmp_path}/file/log: Not a directory; set runner.logger.log_path" in found
+    assert "weight_sync.bind_host 192.0.2.1: actor rank 0 cannot listen there" in found
+    assert "bind_host" not in texts(check(world, monkeypatch, weight_sync={"bind_host": "127.0.0.1"}))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        logger = {"prometheus_port": port}
+        assert f"cannot listen on 127.0.0.1:{port}" in texts(
+            check(world, monkeypatch, runner={**values(world)["runner"], "logger": logger})
+        )
+    assert texts(check(world, monkeypatch, runner={**values(world)["runner"], "logger": logger})) == ""
+    megatron = {"mbridge": False, "ckpt_convertor": {"save_path": str(tmp_path / "file/converted")}}
+    found = texts(check(world, monkeypatch, actor={**values(world)["actor"], "megatron": megatron}))
+    assert f"cannot be written to {tmp_path}/file/converted: Not a directory; set actor.megatron.ckpt_convertor.save_path" in found
+
+
 def test_a_model_that_engines_do_not_compute_on_a_cpu_is_a_finding(own, monkeypatch) -> None:
     edit(own / "model/config.json", num_attention_heads=8)
     said = "model/config.json: heads of 16, which vLLM's attention on CPU does not compute"

@@ -122,6 +122,7 @@ INERT = (
         ),
         "the conversion follows the HF config and the actor's own layout",
     ),
+    Inert(("reward.group_name",), "reward processes are no Ray actors"),
     Inert(("reward.use_reward_model",), "reward models are not supported", _OFF),
     Inert(("reward.use_prompt", "reward.tokenizer"), "the verifier reads the response only"),
     Inert(("critic.use_critic_model",), "GRPO has no critic", _OFF),

@@ -129,7 +129,6 @@ REWARD_FUNCTION = r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)"
 class RewardConfig:
     """``reward``: the verifier."""
 
-    group_name: str = key("RewardGroup", "Ray name prefix of the reward processes")
     reward_type: str = key(
         "math",
         "math: the answer equals a reference by value; exact: the text equals one; `PATH.py:function`: a function of yours, see "

@@ -92,6 +92,7 @@ IN_EVERY_RUN = (
         "actor.model.virtual_pipeline_model_parallel_size",
         lambda c: not _interleaves(c) or not c.actor.model.variable_seq_lengths,
     ),
+    ReadWhere(("actor.megatron.ckpt_convertor.save_path",), "actor.megatron.mbridge", lambda c: not c.actor.megatron.mbridge),
     ReadWhere(("actor.lora.init",), "actor.lora.adapter_path", lambda c: c.actor.lora.adapter_path is None),
     ReadWhere(("weight_sync.staging",), "weight_sync.transport", lambda c: c.weight_sync.transport in ("auto", "ipc")),
     ReadWhere(("data.seed",), "data.shuffle", lambda c: c.data.shuffle),

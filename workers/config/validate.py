@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from pathlib import PurePosixPath
 from typing import Any
 
 from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
@@ -33,7 +34,7 @@ def broken_rules(config: AnyConfig) -> Iterator[str]:
             yield from rules(config)
     else:
         yield from _sft(config)
-    for shared in (_runner, _actor, _engine, _rows):
+    for shared in (_names, _runner, _actor, _engine, _rows):
         yield from shared(config)
 
 
@@ -177,8 +178,25 @@ def _grpo_lengths(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _names(config: AnyConfig) -> Iterator[str]:
+    """Names of folders and of Ray's actors."""
+    name = PurePosixPath(config.runner.experiment_name)
+    if name.is_absolute() or not name.parts or ".." in name.parts:
+        yield (
+            f"runner.experiment_name ({config.runner.experiment_name!r}) must be the name of a folder below runner.output_dir, which is "
+            "set aside as a whole where an earlier run used it"
+        )
+    group = config.actor.group_name
+    if config.has_engines and group == config.rollout.group_name:
+        yield f"actor.group_name and rollout.group_name are both {group!r}, and Ray knows ranks and engines by them; set another one"
+
+
 def _runner(config: AnyConfig) -> Iterator[str]:
     runner = config.runner
+    if not config.data.train_data_paths:
+        yield "data.train_data_paths names no file"
+    if config.pictures is not None and not config.pictures.questions:
+        yield "pictures.questions names nothing that pictures could be asked about: shape, colour or digit"
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
     if runner.val_before_train and not config.data.val_data_paths:
