@@ -272,6 +272,11 @@ def check_tokenizer(config: AnyConfig, report: Report) -> None:
 def check_reward(config: RunConfig, report: Report) -> None:
     """The file of a reward function."""
     report.take("reward", check_reward_function, config.reward.reward_type)
+    if not config.algorithm.sampling_params.do_sample:
+        report.notes.append(
+            "algorithm.sampling_params.do_sample=False: all responses to a prompt are the same one, and so are their rewards, from which "
+            "nothing is learned then"
+        )
 
 
 def check_loggers(config: AnyConfig, report: Report) -> None:

@@ -269,6 +269,11 @@ def test_initial_weights_of_no_model_or_another_than_the_engines_are_findings(wo
     assert "num_groups 4 there, 2 here" in found
 
 
+def test_it_is_said_that_greedy_responses_teach_nothing(world, monkeypatch) -> None:
+    greedy = {**values(world)["algorithm"], "sampling_params": {"do_sample": False}}
+    assert "do_sample=False: all responses to a prompt are the same one" in " ".join(check(world, monkeypatch, algorithm=greedy).notes)
+
+
 def test_places_that_cannot_be_used_are_findings(world, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     runner = {**values(world)["runner"], "logger": {"log_path": str(tmp_path / "file/log")}}

@@ -180,6 +180,14 @@ def test_where_initial_weights_may_come_from(
         ({"rollout": {"group_name": "ActorGroup"}}, "actor.group_name and rollout.group_name are both 'ActorGroup'"),
         ({"data": {"train_data_paths": []}}, "data.train_data_paths names no file"),
         ({"pictures": {"path": "/p", "questions": []}}, "pictures.questions names nothing that pictures could be asked about"),
+        (
+            {"algorithm": {"importance_sampling_fix": True}, "rollout": {"return_logprobs": False}},
+            "algorithm.importance_sampling_fix=True needs the engines' log-probabilities, and rollout.return_logprobs is False",
+        ),
+        (
+            {"runner": {"async_steps": 1}, "rollout": {"return_logprobs": False}},
+            "algorithm.importance_sampling_fix=True, which runner.async_steps (1) makes it, needs the engines' log-probabilities",
+        ),
         ({"rollout": {"distributed_executor_backend": "ray"}}, "ray has Ray choose the GPUs of an engine's workers"),
         ({"algorithm": {"clip_ratio_c": 1.0}}, "algorithm.clip_ratio_c (1.0) must be greater than 1.0"),
         ({"runner": {"keep_last_n": 0}}, "runner.keep_last_n (0) must be at least 1"),
@@ -492,9 +500,9 @@ def test_a_key_whose_part_another_one_takes_is_told(sections: dict[str, Any], ke
 
 
 def test_keys_of_engines_in_a_run_without_any_are_told() -> None:
-    sections = {"rollout": {"vllm": {"enable_prefix_caching": True}}, "weight_sync": {"num_slots": 3}}
+    sections = {"rollout": {"model": {"precision": "fp16"}, "vllm": {"enable_prefix_caching": True}}, "weight_sync": {"num_slots": 3}}
     why = "validation.generate is False"
-    assert unread(sft=True, **sections) == {"rollout.vllm": why, "weight_sync.num_slots": why}
+    assert unread(sft=True, **sections) == {"rollout.vllm": why, "rollout.model.precision": why, "weight_sync.num_slots": why}
     validated = {
         "validation": {"generate": True, "max_new_tokens": 8},
         "data": {"val_data_paths": ["b"]},

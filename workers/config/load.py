@@ -364,7 +364,7 @@ def _derive_grpo(config: RunConfig) -> RunConfig:
         algorithm=replace(algorithm, sampling_params=sampling, importance_sampling_fix=fix),
         rollout=replace(
             rollout,
-            return_logprobs=fix or _given(rollout.return_logprobs, not algorithm.recompute_logprobs),
+            return_logprobs=_given(rollout.return_logprobs, fix or not algorithm.recompute_logprobs),
             enable_return_routed_experts=_given(rollout.enable_return_routed_experts, actor.megatron.router_replay == "R3"),
         ),
         actor=replace(

@@ -160,7 +160,11 @@ _OF_ENGINES = (
 )
 
 IN_SFT = (
-    ReadWhere((*_OF_ENGINES, "validation.max_new_tokens"), "validation.generate", lambda c: c.validation.generate),
+    ReadWhere(
+        (*_OF_ENGINES, "rollout.model.precision", "rollout.model.trust_remote_code", "validation.max_new_tokens"),
+        "validation.generate",
+        lambda c: c.validation.generate,
+    ),
     ReadWhere(("data.train_on_generation_prompt",), "data.apply_chat_template", lambda c: c.data.apply_chat_template),
     ReadWhere(("data.answer_key", "data.on_too_long", "data.train_on_generation_prompt"), "data.type", lambda c: c.data.type != "text"),
     ReadWhere(("data.answer_key",), "data.type", lambda c: c.data.type != "chat"),

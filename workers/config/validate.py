@@ -297,6 +297,12 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         yield "algorithm.recompute_logprobs or rollout.return_logprobs must be True"
     if algorithm.importance_sampling_fix and not algorithm.recompute_logprobs:
         yield "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True: it compares both log-probabilities"
+    if algorithm.importance_sampling_fix and not config.rollout.return_logprobs:
+        why = f", which runner.async_steps ({config.runner.async_steps}) makes it," if config.runner.async_steps else ""
+        yield (
+            f"algorithm.importance_sampling_fix=True{why} needs the engines' log-probabilities, and rollout.return_logprobs is False; "
+            "leave it out"
+        )
     if config.runner.async_steps and algorithm.recompute_logprobs and not algorithm.importance_sampling_fix:
         yield (
             f"runner.async_steps ({config.runner.async_steps}) trains on samples of older weights, which "
