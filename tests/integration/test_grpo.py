@@ -97,8 +97,10 @@ def test_pictures_are_those_of_the_actor_and_weights_in_step_until_an_interrupt_
     command = ["-m", "tests.integration.grpo_run", "other-pictures", "--config", "pictures-grpo-megatron"]
     options = [
         f"pictures.path={tmp_path}/pictures", "pictures.num_train=512", "pictures.num_held_out=16", "pictures.questions=[colour]",
-        "warm_start.num_steps=80", "algorithm.group_size=8", "runner.max_steps=40", "runner.save_interval=-1",
-        "runner.val_check_interval=-1", "data.num_workers=0", "weight_sync.timeout_s=40", "rollout.vllm.num_gpu_blocks_override=256",
+        # Deeper models with pictures are those of ``test_oracle``.
+        "pictures.num_layers=1", "pictures.vision_depth=1", "warm_start.num_steps=80", "warm_start.batch_size=16",
+        "algorithm.group_size=8", "runner.max_steps=40", "runner.save_interval=-1", "runner.val_check_interval=-1",
+        "data.num_workers=0", "weight_sync.timeout_s=40", "rollout.vllm.num_gpu_blocks_override=256",
     ]  # fmt: skip
     with started(command, tmp_path, *options) as process:
         assert exit_code(process, strike(process, tmp_path, 13, lambda family: family[0], signal.SIGINT)) == 130
@@ -251,13 +253,13 @@ def test_an_engine_whose_owner_is_stopped_in_a_rollout_is_replaced_and_the_next_
     """No deadline inside an engine's process can act while that process is stopped: one of the run has to, 4 s later."""
     options = [
         *SMALL, "warm_start=null", "runner.max_steps=4", "runner.save_interval=-1", "runner.val_before_train=False",
-        "data.val_data_paths=[]", "rollout.max_engine_restarts=1", "rollout.timeout_s=20",
+        "data.val_data_paths=[]", "rollout.max_engine_restarts=1", "rollout.timeout_s=10",
     ]  # fmt: skip
     with started(["-m", "tests.integration.grpo_run", "stopped-engines"], tmp_path, *options) as process:
         family = strike(process, tmp_path, 2, lambda family: family[0], signal.SIGCONT)
         code = exit_code(process, family)
     output = (tmp_path / "output.log").read_text()
-    silent = "engine 0 did not answer stream within 24 s: its process is stopped or stuck"
+    silent = "engine 0 did not answer stream within 14 s: its process is stopped or stuck"
     assert output.count("replacing an engine: the Ray actor of engine 0 does not answer") == 1
     assert code == 1 and output.count("error: ") == 1 and silent in " ".join(output.split("error: ")[1].split()), output[-4000:]
     assert "Traceback" not in output, output[-4000:]
