@@ -26,12 +26,17 @@ OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 PREFIX = "base_model.model."
+# Of models that no virtual stages and no adapters of single layers need deeper.
+SHALLOW = {"num_hidden_layers": 2}
 # Adapters of all kinds of bases: two of three packed projections, rslora, excluded modules, one layer alone.
 DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": ({"family": "llama", "tied": True, "num_key_value_heads": 4}, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
-    "qwen2": ({"family": "qwen2"}, {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["v_proj", "up_proj", "down_proj"]}),
+    "qwen2": (
+        {"family": "qwen2", **SHALLOW},
+        {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["v_proj", "up_proj", "down_proj"]},
+    ),
     "qwen3": (
-        {"family": "qwen3", "tied": True, "num_key_value_heads": 1},
+        {"family": "qwen3", "tied": True, "num_key_value_heads": 1, **SHALLOW},
         {
             "r": 8,
             "lora_alpha": 4,
@@ -41,29 +46,29 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "glm4": ({"family": "glm4"}, {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[12]\..*proj"}),
     "deepseek_v3": (
-        {"family": "deepseek_v3"},
+        {"family": "deepseek_v3", **SHALLOW},
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
     ),
 }
 # Adapters of layers that have one where they are named.
 NAMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "head": ({"family": "qwen2"}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
-    "embedding": ({"family": "llama"}, {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj"]}),
-    "both": ({"family": "qwen3"}, {"r": 3, "lora_alpha": 6, "use_rslora": True, "target_modules": ["embed_tokens", "lm_head"]}),
+    "head": ({"family": "qwen2", **SHALLOW}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ({"family": "llama", **SHALLOW}, {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj"]}),
+    "both": ({"family": "qwen3", **SHALLOW}, {"r": 3, "lora_alpha": 6, "use_rslora": True, "target_modules": ["embed_tokens", "lm_head"]}),
     "router": (
-        {"family": "qwen3_moe", "num_hidden_layers": 2},
+        {"family": "qwen3_moe", **SHALLOW},
         {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
     ),
     "sigmoid router": (
-        {"family": "glm4_moe", "num_hidden_layers": 2},
+        {"family": "glm4_moe", **SHALLOW},
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"], "target_parameters": ["mlp.gate.weight"]},
     ),
 }
 EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mixtral": ({"family": "mixtral", "num_hidden_layers": 2}, {"r": 4, "lora_alpha": 8}),
-    "qwen2_moe": ({"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]}, {"r": 4, "lora_alpha": 8}),
+    "mixtral": ({"family": "mixtral", **SHALLOW}, {"r": 4, "lora_alpha": 8}),
+    "qwen2_moe": ({"family": "qwen2_moe", **SHALLOW, "mlp_only_layers": [0]}, {"r": 4, "lora_alpha": 8}),
     "qwen3_moe": (
-        {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
+        {"family": "qwen3_moe", "tied": True, **SHALLOW, "mlp_only_layers": [1]},
         {"r": 2, "lora_alpha": 8, "target_modules": ["gate_proj", "down_proj", "q_proj"]},
     ),
 }
