@@ -61,7 +61,8 @@ def read_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasonin
         task: the kind of run that it has to be of, also where ``runner.task_type`` is left out.
     """
     inert: list[tuple[str, str]] = []
-    named = _task_of(composed, task)
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    named = _task_of(node, task)
     if named != task:
         return Reading(None, (f"runner.task_type is {named}: such a run is started by {SCRIPTS[named]}, not by {SCRIPTS[task]}",), ())
     cls = CONFIG_OF_TASK[task]
@@ -73,7 +74,7 @@ def read_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasonin
         return reason is not None
 
     try:
-        values, interpolated = _resolve(composed, cls)
+        values, interpolated = _resolve(node, cls)
         if task == "sft":
             _name_as_here(values)
     except ConfigError as error:
@@ -88,9 +89,8 @@ def read_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasonin
     return Reading(config, (*interpolated.told_with(built.errors), *broken), tuple(inert))
 
 
-def _task_of(composed: DictConfig | Mapping[str, Any], default: Task) -> Task:
+def _task_of(node: DictConfig, default: Task) -> Task:
     """The kind of run that ``runner.task_type`` names; ``default`` without it, and where its value is none, which ``build`` refuses."""
-    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     try:
         named = OmegaConf.select(node, "runner.task_type")
     except OmegaConfBaseException:
@@ -170,9 +170,8 @@ def config_as_dict(config: AnyConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 
-def _resolve(composed: DictConfig | Mapping[str, Any], cls: type[AnyConfig]) -> tuple[dict[str, Any], _Interpolated]:
+def _resolve(node: DictConfig, cls: type[AnyConfig]) -> tuple[dict[str, Any], _Interpolated]:
     """The values of all keys that have one, and what is to be said about the others."""
-    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     # Interpolations into what is no section would fail first, with words of their own.
     unresolved = OmegaConf.to_container(node, resolve=False)
     for name in (declared.name for declared in fields(cls)):
@@ -186,6 +185,8 @@ def _resolve(composed: DictConfig | Mapping[str, Any], cls: type[AnyConfig]) -> 
         raise ConfigError(f"configuration: expected a mapping, got {type(unresolved).__name__}")
     plain = {str(name): value for name, value in unresolved.items() if name != "hydra"}
     interpolated = _Interpolated(plain, cls)
+    if not interpolated.is_any:
+        return plain, interpolated
     interpolated.settle_missing()
     interpolated.settle_failing()
     values = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
@@ -217,6 +218,11 @@ class _Interpolated:
                 self._section(path).pop(path[-1])
             elif "${" in str(value):
                 self._readers[".".join(path)] = tuple(_REFERENCE.findall(str(value)))
+
+    @property
+    def is_any(self) -> bool:
+        """Whether a value is computed from others; else all of them are what they say."""
+        return bool(self._readers)
 
     def settle_missing(self) -> None:
         """Give keys that are read and not given their default; without one, a finding names the key and its readers."""
