@@ -38,7 +38,7 @@ OPTIONS = {
         "pause_mode": "keep",
         "fresh": False,
         "serves_adapters": True,
-        "options": {"tensor_parallel_size": 2, **lora_arguments(LORA["r"]), "max_model_len": 512},
+        "options": {"tensor_parallel_size": 2, **lora_arguments(LORA["r"]), "max_model_len": 256},
     },
 }
 # Engines that are held to their actor alone: that what vLLM computes with the weights is what Megatron does.
