@@ -177,8 +177,28 @@ def test_ray_starts_what_a_run_needs_and_nothing_else(cluster):
         assert not any(spared in title for title in titles), spared
 
 
+def client(address: str, **variables: str) -> subprocess.Popen[str]:
+    """Another process of this user, with his home folder, that has none of Ray's variables but these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", _CLIENT, address], env=kept | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 @pytest.fixture(scope="module")
-def ranks(cluster) -> list[Worker]:
+def clients(cluster) -> list[subprocess.Popen[str]]:
+    """One that has the token of the run, and strangers, whom Ray lets try for a quarter of a minute, in which other tests go on."""
+    address, own = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
+    return [
+        client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=own),
+        client(address),
+        client(address, RAY_AUTH_MODE="token"),  # with what Ray keeps in the home folder
+        client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
+    ]
+
+
+@pytest.fixture(scope="module")
+def ranks(cluster, clients) -> list[Worker]:
     """The last two are forked."""
     return [
         cluster.launch(
@@ -290,8 +310,8 @@ def test_a_call_whose_process_is_stopped_ends_at_its_deadline_and_one_that_is_an
     pids = collect([stopped.call("pid", timeout_s=HANG_S), at_work.call("pid", timeout_s=HANG_S)])
     silent = r"^engine 0 did not answer {} within {} s: its process is stopped or stuck\nits log: "
     arrived: list[list[Any]] = [[], []]
-    calls = [stopped.stream("stop_while_streaming", timeout_s=20.0), at_work.stream("go_on_streaming", 4, timeout_s=HANG_S)]
-    with ended_before(HANG_S), pytest.raises(WorkerSilentError, match=silent.format("stop_while_streaming", 20)) as caught:
+    calls = [stopped.stream("stop_while_streaming", timeout_s=10.0), at_work.stream("go_on_streaming", 4, timeout_s=HANG_S)]
+    with ended_before(HANG_S), pytest.raises(WorkerSilentError, match=silent.format("stop_while_streaming", 10)) as caught:
         collect_streamed(calls, lambda number, items: arrived[number].extend(items))
     assert caught.value.worker == "engine 0" and pickle.loads(pickle.dumps(caught.value)).worker == "engine 0"
     assert arrived == [["begun"], [*range(4)]]
@@ -316,23 +336,9 @@ def test_a_handle_does_not_wait_for_ever_for_an_actor_that_is_stopped(cluster, m
 # Who may join.
 
 
-def client(address: str, **variables: str) -> subprocess.Popen[str]:
-    """Another process of this user, with his home folder, that has none of Ray's variables but these."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", _CLIENT, address], env=kept | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.mark.slow
-def test_who_has_not_the_token_of_a_run_cannot_run_code_in_its_cluster(ranks):
-    address, own = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
-    strangers = [
-        client(address),
-        client(address, RAY_AUTH_MODE="token"),  # with what Ray keeps in the home folder
-        client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
-    ]
-    friend = client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=own)
+def test_who_has_not_the_token_of_a_run_cannot_run_code_in_its_cluster(clients):
+    friend, *strangers = clients
     said, _ = friend.communicate(timeout=HANG_S)
     assert friend.returncode == 0 and "RAN" in said, said
     for stranger in strangers:
