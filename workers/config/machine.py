@@ -105,3 +105,8 @@ def _beyond_engines_on_cpu(config: AnyConfig, hf_config: Mapping[str, Any]) -> I
             f"{config.model_path}/config.json: {what} {size}, which vLLM's attention on CPU does not compute; it has "
             f"{', '.join(map(str, known))}"
         )
+    if latent is not None and model.rope.yarn is None:
+        yield (
+            f"{config.model_path}/config.json: latent attention without yarn, whose queries vLLM's kernel on CPU turns wrongly: engines "
+            "would answer otherwise than the actor"
+        )
