@@ -37,7 +37,7 @@ OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather"
 def given(tmp_path_factory) -> dict[str, str]:
     """A model folder and a file of samples."""
     root = tmp_path_factory.mktemp("actor")
-    return sampled(save_tiny_model(root / "hf", "qwen2", tied=True, seed=3))
+    return sampled(save_tiny_model(root / "hf", "qwen2", tied=True, seed=3, num_hidden_layers=2))
 
 
 def sampled(folder: Path) -> dict[str, str]:
@@ -71,6 +71,7 @@ def test_updates_equal_a_plain_reference_however_the_samples_are_cut(given):
 
 def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
     """Also of models that take pictures, some samples of which have one, several or none."""
+    deep = sampled(save_tiny_model(tmp_path / "deep", "qwen2", tied=True, seed=3))
     qwen2_5_vl, qwen3_vl = (sampled(save_tiny_vision_model(tmp_path / family, family)) for family in ("qwen2_5_vl", "qwen3_vl"))
     train(
         2, given,
@@ -78,8 +79,8 @@ def test_updates_equal_the_reference_in_every_layout(given, tmp_path):
         {**qwen3_vl, "actor.model": PP2, "runner": SEEING_DYNAMIC, "algorithm": {**KL}},
         {"actor.model": {**TP2, "sequence_parallel": True}, "algorithm": {**KL, "entropy_bonus": 0.02}},
         {"actor.model": PP2, "runner": PACKED, "algorithm": {**KL, "shuffle_rollout": True, **EARLY}},
-        {"actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
-        {"actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}, "runner": PACKED},
+        {**deep, "actor.model": {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}},
+        {**deep, "actor.model": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "algorithm": {**KL}, "runner": PACKED},
         {"actor": {"enable_dp_load_balance": True}, "runner": DYNAMIC, "algorithm": {**KL, **MANY, **EARLY, "shuffle_rollout": True}},
         {"actor.model": CP2, "runner": PACKED, "algorithm": {**KL, "entropy_bonus": 0.02, **EARLY}},
         {"actor.optim": OVERLAPPED, "algorithm": {**KL, "loss_agg_func": "seq-mean-token-mean", "early_scoring_prompts": 2}},
@@ -136,7 +137,7 @@ def test_a_microbatch_far_off_the_old_policy_adds_nothing(given):
 
 def test_initial_weights_are_the_same_from_every_source_and_converted_once(given, tmp_path):
     """Read from HF; converted, also where a conversion was killed; from that conversion under other replicas and layouts."""
-    other = str(save_tiny_model(tmp_path / "other", "qwen2", tied=True, seed=4))
+    other = str(save_tiny_model(tmp_path / "other", "qwen2", tied=True, seed=4, num_hidden_layers=2))
     once = {"actor.megatron": {"mbridge": False}, "actor.megatron.ckpt_convertor": {"save_path": str(tmp_path / "converted")}}
     with pytest.raises(AssertionError, match="exit -9"):
         run_ranks(1, RANKS, "die_while_converting", case=once, folder=given["folder"])

@@ -20,9 +20,10 @@ TEMPERATURE = 0.7
 OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+# Virtual stages, uneven ones and SmolLM3's pattern need four layers.
 MODELS = {
     "llama": {"family": "llama", "tied": True, "num_key_value_heads": 4},
-    "qwen2": {"family": "qwen2"},
+    "qwen2": {"family": "qwen2", "num_hidden_layers": 2},
     "qwen3": {"family": "qwen3", "tied": True, "num_key_value_heads": 1},
     "glm4": {"family": "glm4", "num_hidden_layers": 2},
     "seed_oss": {"family": "seed_oss", "num_hidden_layers": 2},
@@ -33,7 +34,7 @@ MODELS = {
 MOE_MODELS = {
     "mixtral": {"family": "mixtral", "num_hidden_layers": 2},
     "qwen2_moe": {"family": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [0]},
-    "qwen3_moe": {"family": "qwen3_moe", "tied": True, "mlp_only_layers": [1]},
+    "qwen3_moe": {"family": "qwen3_moe", "num_hidden_layers": 2, "tied": True, "mlp_only_layers": [1]},
     "glm4_moe": {"family": "glm4_moe", "num_hidden_layers": 2},
     "deepseek_v3": {"family": "deepseek_v3", "num_hidden_layers": 2},
     "moonlight": {"family": "moonlight", "num_hidden_layers": 2},
