@@ -153,6 +153,12 @@ def check_model(config: AnyConfig, report: Report) -> None:
             report.found("model", f"{where}: {text}")
     if model.vision is not None and where != "seeded_model.hf_config":
         report.take("model", _check_image_processor, config, folder)
+    if "num_experts" not in model.dims:
+        told = {note.partition(" has no effect")[0] for note in report.notes}
+        given = (
+            f"actor.model.{name}" for name, value in config.actor.model.transformer_overrides().items() if name.startswith("moe_") and value
+        )
+        report.notes += [f"{name} has no effect: {model.architecture} has no experts" for name in given if name not in told]
     if config.runner.seq_length > model.rope.reach(model.max_positions):
         report.found(
             "model",

@@ -22,7 +22,7 @@ from rlsync.models import model_of
 from rlsync.models.lora import PREFIX, LoraSpec, adapters_of
 from rlsync.models.moe import further_layers_note
 from tests.deadlines import HANG_S
-from tests.unit.test_models_config import QWEN3_VL
+from tests.unit.test_models_config import QWEN3_MOE, QWEN3_VL
 from workers.check import GRPO_CHECKS, check_devices, check_memory, check_model, check_run
 from workers.check_report import Report
 from workers.config import RunConfig
@@ -267,6 +267,18 @@ def test_initial_weights_of_no_model_or_another_than_the_engines_are_findings(wo
     found = said(own / "model")
     assert f"hf_model_path {own}/model is of another model than rollout.model.model_path {world}/model: " in found
     assert "num_groups 4 there, 2 here" in found
+
+
+def test_keys_of_experts_are_told_for_a_model_without_any(world, own, monkeypatch) -> None:
+    """Negative control: a model with experts."""
+    keys = {"moe_token_dispatcher_type": "allgather", "moe_permute_fusion": True, "moe_router_pre_softmax": False}
+    actor = {"model": {"precision": "fp32", "tensor_model_parallel_size": 2, **keys}}
+    said = [
+        f"actor.model.{name} has no effect: Qwen2ForCausalLM has no experts" for name in ("moe_token_dispatcher_type", "moe_permute_fusion")
+    ]
+    assert sorted(check(world, monkeypatch, actor=actor).notes) == sorted(said)
+    (own / "model/config.json").write_text(json.dumps(QWEN3_MOE))
+    assert not any("has no experts" in note for note in check(own, monkeypatch, actor=actor).notes)
 
 
 def test_it_is_said_that_greedy_responses_teach_nothing(world, monkeypatch) -> None:
