@@ -40,15 +40,18 @@ class Answered:
 
 
 def write_contact_sheet(config: SftConfig) -> Path | None:
-    """``contact_sheet.png`` in the folder of the run, with the first held-out rows; None without a checkpoint to ask."""
+    """``contact_sheet.png`` in the folder of the run, with the first held-out rows; None without Hugging Face weights to ask, or questions
+    about a picture to ask them."""
     saved = list(run_folder(config).glob("checkpoints/global_step_*/actor/hf_model"))
-    if not saved:
+    if not saved or not config.data.val_data_paths or config.data.type != "vlm":
         return None
     model = max(saved, key=lambda path: int(path.parts[-3].removeprefix("global_step_")))
     tokenizer = load_tokenizer(config, read_hf_config(Path(config.model_path), config.model_key))
     source = example_source(config, config.data.val_data_paths, tokenizer, substitutes=False)
     assert isinstance(source, RowExamples), "the picture world has questions"
     answers = answered(source, range(min(_COLUMNS * _ROWS, source.num_items)), tokenizer, model, config.validation.max_new_tokens)
+    if not answers:
+        return None
     path = run_folder(config) / "contact_sheet.png"
     draw_sheet(answers).save(path)
     return path

@@ -30,7 +30,10 @@ def run(config: SftConfig) -> None:
         from workers.contact_sheet import write_contact_sheet
 
         sheet = write_contact_sheet(config)
-        print(f"what the saved model answers to held-out pictures: {sheet}" if sheet is not None else "no checkpoint was saved to be asked")
+        if sheet is not None:
+            print(f"what the saved model answers to held-out pictures: {sheet}")
+        else:
+            print("no page of answers: no Hugging Face weights were saved, or data.val_data_paths has no questions about a picture")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rlsync.errors import ConfigError
 from rlsync.models import check_config, model_of
 from workers.config import SftConfig, load_config, register_resolvers
 from workers.config.schema import PictureRecipe
-from workers.contact_sheet import answered, draw_sheet
+from workers.contact_sheet import answered, draw_sheet, write_contact_sheet
 from workers.picture_world import COLOURS, DIGITS, SHAPES, PictureWorld, build_picture_world, draw_picture
 from workers.pictures import load_picture_processor
 from workers.row_files import RowFiles
@@ -97,6 +98,21 @@ def test_the_contact_sheet_has_what_transformers_answers(world: PictureWorld) ->
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(world.model_path)
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert draw_sheet(found).size == (900, 320)
+
+
+def test_a_run_without_questions_to_ask_ends_without_a_contact_sheet(world: PictureWorld, tmp_path: Path) -> None:
+    """Negative controls: the questions, and a checkpoint to ask."""
+    register_resolvers()
+    keys = [f"runner.output_dir={tmp_path}", f"pictures.path={world.model_path.parent}", "runner.experiment_name=run"]
+
+    def config(*overrides: str) -> SftConfig:
+        with initialize_config_dir(str(Path(__file__).parents[2] / "configs" / "sft"), version_base="1.3"):
+            return load_config(compose("pictures_sft_vlm", overrides=[*keys, *overrides]), "sft")
+
+    assert write_contact_sheet(config()) is None
+    shutil.copytree(world.model_path, tmp_path / "run/checkpoints/global_step_1/actor/hf_model")
+    assert write_contact_sheet(config("data.val_data_paths=[]", "runner.val_before_train=False")) is None
+    assert write_contact_sheet(config()) == tmp_path / "run/contact_sheet.png"
 
 
 def test_the_shipped_run_fits_its_world() -> None:
