@@ -26,7 +26,10 @@ def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 def make_models(root: Path) -> dict[str, dict[str, Any]]:
-    return {family: {"folder": str(save_tiny_model(root / family, family)), "batch": BATCH} for family in ("qwen2", "qwen3")}
+    return {
+        family: {"folder": str(save_tiny_model(root / family, family, num_hidden_layers=2)), "batch": BATCH}
+        for family in ("qwen2", "qwen3")
+    }
 
 
 def case(model: str, *, ddp: dict | None = None, precision: str = "bf16", **topology: int) -> dict[str, Any]:
