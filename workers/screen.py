@@ -47,6 +47,8 @@ _TIMES = (
     "time/step", "time/sync_weights", "time/rollout", "time/reward", "time/actor/inference", "time/actor/training",
     "time/rollout_wait", "time/training", "time/data_wait",
 )  # fmt: skip
+# Shares of the updates of a step that were made.
+_UPDATES = ("actor/training/actor/update_success", "train/update_success")
 _MEMORY = (
     "perf/actor_host_memory_gb", "perf/engine_host_memory_gb", "perf/max_memory_allocated_gb", "perf/device_memory_gb",
 )  # fmt: skip
@@ -153,6 +155,10 @@ def summary_rows(history: Sequence[Mapping[str, Any]], folder: Path) -> list[tup
         without = sum(share == 1.0 for share in equal)
         none = f"; no gradient in {without} of {len(equal)} steps, as all had them" if without else ""
         rows.append(("groups with equal rewards", f"{sum(equal) / len(equal):.0%}{none}"))
+    done = [done for name in _UPDATES for done in values(name)]
+    if sum(done) < len(done):
+        skipped = f"{1 - sum(done) / len(done):.0%}, as fp16 gradients overflowed"
+        rows.append(("updates skipped", f"{skipped}; a fixed actor.optim.loss_scale never falls, null does" if not any(done) else skipped))
     if differences := values("rollout/logprob_diff_mean"):
         rows.append(("logp diff, engine and actor", f"{max(differences):.1e}, the largest mean of a step"))
     for name in _TIMES:

@@ -245,10 +245,9 @@ def test_where_initial_weights_may_come_from(
             {"algorithm": {"importance_sampling_fix": True, "recompute_logprobs": False}},
             "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True",
         ),
-        (
-            {"algorithm": {"clip_log_ratio_min": 1.0, "clip_log_ratio_max": 0.5}},
-            "algorithm.clip_log_ratio_min (1.0) must not exceed algorithm.clip_log_ratio_max (0.5)",
-        ),
+        # Ratios begin at one: clamped on its wrong side, none has a gradient.
+        ({"algorithm": {"clip_log_ratio_min": 0.5}}, "algorithm.clip_log_ratio_min (0.5) must be at most 0"),
+        ({"algorithm": {"clip_log_ratio_max": -0.5}}, "algorithm.clip_log_ratio_max (-0.5) must be at least 0"),
         (
             {"algorithm": {"sampling_params": {"temperature": 0.0}}},
             "algorithm.sampling_params.temperature (0.0) must be greater than 0; do_sample=False decodes greedily",

@@ -276,6 +276,16 @@ def test_a_summary_of_no_steps_still_says_where_results_are(tmp_path: Path) -> N
     assert summary_rows([], tmp_path) == [("steps", "0"), ("results", str(tmp_path))]
 
 
+@pytest.mark.parametrize("name", ["actor/training/actor/update_success", "train/update_success"])
+def test_the_closing_summary_says_which_share_of_updates_was_skipped(tmp_path, name):
+    def skipped(*shares: float) -> str | None:
+        return dict(summary_rows([{"step": n, name: share} for n, share in enumerate(shares, 1)], tmp_path)).get("updates skipped")
+
+    assert skipped(1.0, 1.0) is None
+    assert skipped(0.5, 1.0, 0.0) == "50%, as fp16 gradients overflowed"
+    assert "100%" in str(skipped(0.0, 0.0)) and "loss_scale never falls" in str(skipped(0.0, 0.0))
+
+
 def test_groups_with_equal_rewards_and_tokens_a_second_match_hand_computed_values() -> None:
     samples = [Sample((1, 2), (3,) * n, (), True, 0, reward=r) for n, r in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 1.0))]
     found = sample_metrics(samples, 2, 3)

@@ -316,9 +316,6 @@ def _algorithm(config: RunConfig) -> Iterator[str]:
         yield "actor.megatron.router_replay=R3 needs rollout.enable_return_routed_experts, which is False; leave it out"
     if returns_routes and config.rollout.vllm.enable_prefix_caching is False:
         yield "rollout.enable_return_routed_experts needs rollout.vllm.enable_prefix_caching, with whose blocks vLLM keeps routes"
-    low, high = algorithm.clip_log_ratio_min, algorithm.clip_log_ratio_max
-    if low is not None and high is not None and low > high:
-        yield f"algorithm.clip_log_ratio_min ({low}) must not exceed algorithm.clip_log_ratio_max ({high})"
     if algorithm.sampling_params.temperature <= 0 and algorithm.sampling_params.do_sample:
         yield (
             f"algorithm.sampling_params.temperature ({algorithm.sampling_params.temperature}) must be greater than 0; "
