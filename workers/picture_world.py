@@ -22,7 +22,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from workers.config.schema import PictureRecipe
-from workers.synthetic import HEAD_DIM, check_width, decoder_sizes, make_once
+from workers.config.worlds import HEAD_DIM
+from workers.synthetic import decoder_sizes, make_once
 
 # As Qwen2.5-VL's tokenizer names them; the model's config.json holds their ids.
 _SPECIAL = (
@@ -68,10 +69,8 @@ def build_picture_world(path: str | Path, recipe: PictureRecipe) -> PictureWorld
     """Make the folder unless it already holds this very recipe. Same recipe, same rows, pictures and weights.
 
     Raises:
-        ConfigError: a number that cannot work, or ``path`` holds something this function did not make.
+        ConfigError: ``path`` holds something that this function did not make.
     """
-    for name in ("hidden_size", "vision_hidden_size"):
-        check_width(f"pictures.{name}", getattr(recipe, name))
     folder = Path(path)
     said = {f.name: getattr(recipe, f.name) for f in fields(PictureRecipe)}
     make_once(folder, {**said, "questions": list(recipe.questions)}, lambda empty: _fill(empty, recipe), key="pictures.path")

@@ -31,11 +31,10 @@ from transformers import (
 
 from rlsync.errors import ConfigError
 from workers.config.schema import ArithmeticRecipe
+from workers.config.worlds import EXPERTS_OF_A_TOKEN, HEAD_DIM
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "0123456789+-*=()., \\{}"
-HEAD_DIM = 32
-_TOPK = 2
 # Of the folder, among what decides whether one that is there is this one: counts changes of the files in it.
 _FORM = 2
 
@@ -54,9 +53,8 @@ def build_world(path: str | Path, recipe: ArithmeticRecipe) -> ArithmeticWorld:
     """Make the folder unless it already holds this very recipe. Same recipe, same bytes.
 
     Raises:
-        ConfigError: a number that cannot work, or ``path`` holds something this function did not make.
+        ConfigError: ``path`` holds something that this function did not make.
     """
-    _check(recipe)
     folder = Path(path)
     world = ArithmeticWorld(folder / "model", *(folder / f"{name}.jsonl" for name in ("train", "val", "supervised")))
     make_once(
@@ -107,8 +105,8 @@ def _make_model(recipe: ArithmeticRecipe, tokenizer: PreTrainedTokenizerFast) ->
     if recipe.num_experts:
         # Two experts of half the width compute as much as the dense MLP.
         config = Qwen3MoeConfig(
-            **shared, head_dim=HEAD_DIM, num_experts=recipe.num_experts, num_experts_per_tok=_TOPK, norm_topk_prob=True,
-            moe_intermediate_size=recipe.hidden_size * 3 // _TOPK,
+            **shared, head_dim=HEAD_DIM, num_experts=recipe.num_experts, num_experts_per_tok=EXPERTS_OF_A_TOKEN, norm_topk_prob=True,
+            moe_intermediate_size=recipe.hidden_size * 3 // EXPERTS_OF_A_TOKEN,
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -177,26 +175,6 @@ def _documents(recipe: ArithmeticRecipe) -> list[dict[str, object]]:
 
 def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def check_width(name: str, size: int) -> None:
-    """Raise ConfigError unless a model can be so wide."""
-    if size < HEAD_DIM or size % HEAD_DIM:
-        raise ConfigError(f"{name} ({size}) must be a multiple of the head size {HEAD_DIM}")
-
-
-def _check(recipe: ArithmeticRecipe) -> None:
-    check_width("arithmetic.hidden_size", recipe.hidden_size)
-    if not 0 <= recipe.supervised_noise < 1:
-        raise ConfigError(f"arithmetic.supervised_noise ({recipe.supervised_noise}) must lie in [0, 1)")
-    num_problems = (recipe.max_operand + 1) ** 2
-    if not 0 <= recipe.num_held_out < num_problems:
-        raise ConfigError(f"arithmetic.num_held_out ({recipe.num_held_out}) must be less than the {num_problems} problems that there are")
-    if recipe.num_experts and recipe.num_experts < _TOPK:
-        raise ConfigError(f"arithmetic.num_experts ({recipe.num_experts}) must be 0, for a dense model, or at least {_TOPK}")
-    for name in ("max_operand", "num_problems", "num_supervised", "num_layers"):
-        if getattr(recipe, name) < 1:
-            raise ConfigError(f"arithmetic.{name} ({getattr(recipe, name)}) must be at least 1")
 
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")

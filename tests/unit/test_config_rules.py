@@ -245,6 +245,14 @@ def test_where_initial_weights_may_come_from(
             {"algorithm": {"importance_sampling_fix": True, "recompute_logprobs": False}},
             "algorithm.importance_sampling_fix needs algorithm.recompute_logprobs=True",
         ),
+        ({"arithmetic": {"path": "x", "hidden_size": 48}}, "arithmetic.hidden_size (48) must be a multiple of the head size 32"),
+        (
+            {"arithmetic": {"path": "x", "num_held_out": 25}},
+            "arithmetic.num_held_out (25) must be less than the 25 problems that there are",
+        ),
+        ({"arithmetic": {"path": "x", "num_experts": 1}}, "arithmetic.num_experts (1) must be 0, for a dense model, or at least 2"),
+        ({"pictures": {"path": "x", "hidden_size": 80}}, "pictures.hidden_size (80) must be a multiple of the head size 32"),
+        ({"pictures": {"path": "x", "vision_hidden_size": 80}}, "pictures.vision_hidden_size (80) must be a multiple of the head size 32"),
         # Ratios begin at one: clamped on its wrong side, none has a gradient.
         ({"algorithm": {"clip_log_ratio_min": 0.5}}, "algorithm.clip_log_ratio_min (0.5) must be at most 0"),
         ({"algorithm": {"clip_log_ratio_max": -0.5}}, "algorithm.clip_log_ratio_max (-0.5) must be at least 0"),

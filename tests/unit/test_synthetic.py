@@ -106,20 +106,6 @@ def test_supervised_answers_are_wrong_at_the_stated_rate_and_right_ones_are_the_
         assert max(set(said), key=said.count) == sum(map(int, prompt[:-1].split("+")))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": 48}, "multiple of the head size 32"),
-        ({"supervised_noise": 1.0}, r"must lie in \[0, 1\)"),
-        ({"num_layers": 0}, "at least 1"),
-    ],
-)
-def test_numbers_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, float], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_world(tmp_path / "a", replace(RECIPE, **change))  # type: ignore[arg-type]
-    assert not (tmp_path / "a").exists()
-
-
 def test_the_shipped_config_fits_its_world() -> None:
     config = shipped("arithmetic-grpo-megatron")
     assert config.arithmetic is not None and config.warm_start is not None

@@ -22,6 +22,7 @@ from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
 from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
 from workers.config.sft import SftConfig
 from workers.config.tasks import AnyConfig
+from workers.config.worlds import misfits_of_arithmetic, misfits_of_pictures
 
 # Families by config.json's model_type, for the spelling of rollout.model.model_type.
 _HF_MODEL_TYPES = {"qwen2.5": "qwen2", "qwen2.5_vl": "qwen2_5_vl"}
@@ -34,7 +35,7 @@ def broken_rules(config: AnyConfig) -> Iterator[str]:
             yield from rules(config)
     else:
         yield from _sft(config)
-    for shared in (_names, _runner, _actor, _engine, _rows):
+    for shared in (_names, _worlds, _runner, _actor, _engine, _rows):
         yield from shared(config)
 
 
@@ -191,12 +192,17 @@ def _names(config: AnyConfig) -> Iterator[str]:
         yield f"actor.group_name and rollout.group_name are both {group!r}, and Ray knows ranks and engines by them; set another one"
 
 
+def _worlds(config: AnyConfig) -> Iterator[str]:
+    if config.arithmetic is not None:
+        yield from misfits_of_arithmetic(config.arithmetic)
+    if config.pictures is not None:
+        yield from misfits_of_pictures(config.pictures)
+
+
 def _runner(config: AnyConfig) -> Iterator[str]:
     runner = config.runner
     if not config.data.train_data_paths:
         yield "data.train_data_paths names no file"
-    if config.pictures is not None and not config.pictures.questions:
-        yield "pictures.questions names nothing that pictures could be asked about: shape, colour or digit"
     if runner.val_check_interval > 0 and runner.save_interval >= 0 and runner.save_interval % runner.val_check_interval:
         yield f"save_interval={runner.save_interval} must be divisible by val_check_interval={runner.val_check_interval}"
     if runner.val_before_train and not config.data.val_data_paths:
