@@ -186,15 +186,19 @@ def client(address: str, **variables: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def clients(cluster) -> list[subprocess.Popen[str]]:
+def clients(cluster) -> Iterator[list[subprocess.Popen[str]]]:
     """One that has the token of the run, and strangers, whom Ray lets try for a quarter of a minute, in which other tests go on."""
     address, own = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
-    return [
+    made = [
         client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=own),
         client(address),
         client(address, RAY_AUTH_MODE="token"),  # with what Ray keeps in the home folder
         client(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
     ]
+    yield made
+    for process in made:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
