@@ -73,8 +73,8 @@ _STEPS = "benchmarks.grpo_steps --answer 512 --steps 2 --folder {out} --out {out
 # What fits beside engines: all but gradients.
 _BESIDE = "actor.offload_weight=False actor.offload_optimizer=False rollout.gpu_memory_utilization=0.4"
 _STEPS_7B = (
-    "benchmarks.grpo_steps --model qwen2.5-7b --answer 512 --steps 1 --folder {out} --out {out}/found.json --actor 0-1 --rollout 0-1 "
-    f"{_BESIDE} actor.model.recompute_granularity=full actor.model.recompute_method=uniform actor.model.recompute_num_layers=1"
+    "benchmarks.grpo_steps --model qwen2.5-7b --answer 512 --steps 1 --folder {out} --out {out}/found.json "
+    "actor.model.recompute_granularity=full actor.model.recompute_method=uniform actor.model.recompute_num_layers=1"
 )
 _PICTURES = "benchmarks.vlm_sft --out {out}/found.json --tp 2 --rows 16 --steps 4 data.num_workers=8"
 _KEPT = "actor.model.recompute_granularity=null actor.model.recompute_method=null actor.model.recompute_num_layers=null"
@@ -131,8 +131,16 @@ ROWS: dict[str, Row] = {
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
     # Answers are what takes time, so that questions make rows long; memory is the same.
-    "steps-7b": Row(_STEPS_7B, 2),
-    "steps-7b-long": Row(f"{_STEPS_7B} --question 31872 --prompts 2 --group 2 runner.max_tokens_per_mbs=32768", 2),
+    "steps-7b": Row(f"{_STEPS_7B} --actor 0-1 --rollout 0-1 {_BESIDE}", 2),
+    # An optimizer of 7B has no room beside the gradients of one GPU.
+    "steps-7b-apart": Row(
+        f"{_STEPS_7B} --prompts 32 --actor 0 --rollout 1 {_STAYS} actor.optim.optimizer_cpu_offload=True "
+        "actor.optim.optimizer_offload_fraction=0.5",
+        2,
+    ),
+    "steps-7b-long": Row(
+        f"{_STEPS_7B} --actor 0-1 --rollout 0-1 {_BESIDE} --question 31872 --prompts 2 --group 2 runner.max_tokens_per_mbs=32768", 2
+    ),
     "steps-pictures": Row(f"{_STEPS} --model qwen2.5-vl-3b --actor 0 --rollout 1 --prompts 32 {_STAYS} {_KEPT}", 2),
     "steps-pictures-collocated": Row(
         f"{_STEPS} --steps 1 --model qwen2.5-vl-3b --actor 0-1 --rollout 0-1 --prompts 16 {_KEPT} {_BESIDE}", 2
