@@ -134,6 +134,7 @@ def training_options(config: AnyConfig, topology: Topology, *, row_patches: int 
         grads_in_fp32=actor.megatron.accumulate_allreduce_grads_in_fp32,
         distributed_optimizer=actor.optim.use_distributed_optimizer,
         offloaded=actor.optim.optimizer_offload_fraction if actor.optim.optimizer_cpu_offload else 0.0,
+        precise=actor.optim.use_precision_aware_optimizer,
         frozen=frozenset(model.frozen.values()),
         lora=actor.lora_spec,
         micro_batch_tokens=trained,

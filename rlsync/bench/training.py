@@ -234,6 +234,7 @@ def predicted_memory(spec: TrainSpec) -> dict[str, Any]:
         grads_in_fp32=spec.ddp.get("grad_reduce_in_fp32", True),
         distributed_optimizer=spec.ddp.get("use_distributed_optimizer", False),
         offloaded=spec.optimizer.get("optimizer_offload_fraction", 1.0) if spec.optimizer.get("optimizer_cpu_offload") else 0.0,
+        precise=bool(spec.optimizer.get("use_precision_aware_optimizer")),
         lora=spec.lora,
         micro_batch_tokens=_most_positions(spec.microbatches, packing=spec.packing),
         scoring_tokens=_most_positions(spec.score_microbatches, packing=spec.packing),

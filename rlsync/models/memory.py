@@ -34,7 +34,9 @@ class TrainingOptions:
         dtype: of the parameters.
         grads_in_fp32: gradients are accumulated in float32 whatever the parameters are in.
         distributed_optimizer: its state is cut over the data-parallel ranks.
-        offloaded: share of the optimizer's state that is in host memory.
+        offloaded: share of the optimizer that is in host memory (``optimizer_cpu_offload``).
+        precise: Megatron's ``use_precision_aware_optimizer``, whose float32 main parameters are part of the optimizer's state. Without it
+            they stay on the GPU, and the step on the host has copies of its own.
         frozen: parts of the model that are not trained.
         lora: adapters, which alone are trained then.
         micro_batch_tokens: positions of a micro-batch of one data-parallel replica, padding counted.
@@ -54,6 +56,7 @@ class TrainingOptions:
     grads_in_fp32: bool = True
     distributed_optimizer: bool = True
     offloaded: float = 0.0
+    precise: bool = False
     frozen: Set[Part] = frozenset()
     lora: LoraSpec | None = None
     micro_batch_tokens: int
@@ -116,22 +119,23 @@ def training_memory(model: Model, topology: Topology, options: TrainingOptions) 
         rank = next(rank for rank in range(topology.world_size) if topology.coordinates(rank).pp_rank == stage)
         sizes = _held(model, topology, rank, options, adapters)
         item = DTYPE_BYTES[options.dtype]
-        # Float32 main parameters of a float32 model are its own.
-        state = (8 if options.dtype == "float32" else 12) * sum(_shard(topology, options, sizes.trained))
-        resident = round(state * (1 - options.offloaded))
+        # Two moments. Float32 main parameters of a float32 model are its own.
+        main, on_gpu = 0 if options.dtype == "float32" else 4, 1 - options.offloaded
+        state = 8 * on_gpu + main * (on_gpu if options.precise else 1)
         gradient_item = 4 if options.grads_in_fp32 else item
         trained = sum(sizes.trained.values())
         # What Adam divides by, and float32 copies of gradients in other precisions.
-        step = sum(_shard(topology, options, sizes.trained)) * (4 if gradient_item == 4 else 8)
+        shard = sum(_shard(topology, options, sizes.trained))
+        step = shard * (4 if gradient_item == 4 else 8)
         found.append(
             TrainingMemory(
                 weights=sizes.weight_bytes,
                 gradients=trained * gradient_item,
-                optimizer=resident,
+                optimizer=round(state * shard),
                 activations=_activations(model, topology, stage, options),
                 pictures=0 if stage else _pictures(model, topology, rank, options, adapters),
                 logits=_logits(model, topology, options) if stage == topology.pp_size - 1 else 0,
-                step=round(step * (1 - options.offloaded)),
+                step=round(step * on_gpu),
                 scoring=_scoring(model, topology, stage, options),
             )
         )

@@ -49,6 +49,13 @@ def test_optimizers_on_the_host_and_precision_aware_ones_step_and_resume_as_othe
     assert output.count("RESUMED") == len(cases), output
 
 
+@pytest.mark.gpu(2)
+def test_a_step_on_the_host_has_the_cores_of_its_rank(tmp_path):
+    one = trained("qwen2", DISTRIBUTED, dp_size=2, optimizer=ON_HOST)
+    outputs = run_ranks(2, RANKS, "the_step_alone_has_the_cores_of_the_rank", case=one, models=make_models(tmp_path))
+    assert all("SHARED" in output for output in outputs), outputs[0]
+
+
 def check(cases: list[dict[str, Any]], tmp_path: Path) -> None:
     outputs = run_ranks(2, RANKS, "synced_weights_are_those_after_the_step", cases=cases, models=make_models(tmp_path))
     assert outputs[0].count("FRESH") == len(cases), outputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from rlsync.bridge.source import MegatronSource
 from rlsync.megatron.model import iter_parameters
+from rlsync.megatron.optimizer import cores_of_rank
 from rlsync.megatron.parallel import destroy_parallel
 from tests.integration.megatron_ranks import Actor
 
@@ -37,6 +39,22 @@ def synced_weights_are_those_after_the_step(cases: Sequence[Mapping[str, Any]], 
         print(f"FRESH {case['topology']} {case['optimizer']}", flush=True)
         dist.barrier()
         destroy_parallel(keep_distributed=True)
+
+
+def the_step_alone_has_the_cores_of_the_rank(case: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the optimizer computes on the host it computes with its share of the host's cores, and nothing else does."""
+    expected = models[case["model"]]
+    actor, found = Actor(expected["folder"], case), list[int]()
+    assert cores_of_rank() == max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
+    on_host = bool(case["optimizer"].get("optimizer_cpu_offload"))
+    assert actor.optimizer.host_threads == (cores_of_rank() if on_host else None)
+    actor.optimizer.host_threads = 3
+    for part in actor.optimizer.chained_optimizers:
+        part.optimizer.register_step_pre_hook(lambda *_: found.append(torch.get_num_threads()))
+    actor.steps(expected["batch"], 1)
+    assert (torch.get_num_threads(), found) == (1, [3]), found
+    print("SHARED", flush=True)
+    destroy_parallel(keep_distributed=True)
 
 
 def optimizers_agree(cases: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]) -> None:

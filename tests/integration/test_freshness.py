@@ -34,3 +34,8 @@ def test_weights_are_fresh_after_every_step(models):
     ]
     outputs = run_ranks(2, RANKS, "synced_weights_are_those_after_the_step", cases=cases, models=models)
     assert outputs[0].count("FRESH") == len(cases), outputs[0]
+
+
+def test_a_step_on_the_host_has_the_cores_of_its_rank(models):
+    outputs = run_ranks(2, RANKS, "the_step_alone_has_the_cores_of_the_rank", case=trained("qwen2", DISTRIBUTED, dp_size=2), models=models)
+    assert all("SHARED" in output for output in outputs), outputs[0]

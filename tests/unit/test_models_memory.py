@@ -165,8 +165,10 @@ def test_every_way_to_save_memory_saves_what_it_is_for() -> None:
     assert again.activations < plain.activations / 8 and again.activations < first.activations < plain.activations * 0.6
     (fused,) = memory("qwen2.5-7b", fused_activation=True)
     assert fused.activations < plain.activations * 0.75
-    (away,) = memory("qwen2.5-7b", offloaded=1.0)
-    assert away.optimizer == 0
+    (away,), (half,) = (memory("qwen2.5-7b", offloaded=1.0, precise=True), memory("qwen2.5-7b", offloaded=0.5, precise=True))
+    assert (away.optimizer, half.optimizer * 2) == (0, plain.optimizer)
+    (kept,) = memory("qwen2.5-7b", offloaded=1.0)
+    assert kept.optimizer * 3 == plain.optimizer, "main parameters are on the GPU, the moments are not"
     (adapters,) = memory("qwen2.5-7b", lora=LoraSpec(16, 32.0))
     assert adapters.gradients < plain.gradients / 50 and adapters.weights > plain.weights
     (chunks,) = memory("qwen2.5-7b", micro_batch_tokens=4 * CHUNK)

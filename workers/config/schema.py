@@ -139,7 +139,11 @@ class OptimConfig:
     overlap_grad_reduce: bool = key(False, "reduce gradients during backward")
     overlap_param_gather: bool = key(False, "gather parameters during forward; a sync gathers them first")
     loss_scale: float | None = key(None, "static fp16 loss scale; null: dynamic", above=0)
-    optimizer_cpu_offload: bool = key(False, "keep optimizer state and step on the host")
+    optimizer_cpu_offload: bool = key(
+        False,
+        "keep the optimizer's state on the host and step there, on the rank's share of its cores; without use_precision_aware_optimizer "
+        "GPUs go on holding float32 main parameters",
+    )
     optimizer_offload_fraction: float = key(1.0, "share of the optimizer that optimizer_cpu_offload keeps on the host", min=0, max=1)
     use_precision_aware_optimizer: bool = key(
         False, "main parameters and moments are kept by TransformerEngine's Adam, in float32; needs use_distributed_optimizer"
