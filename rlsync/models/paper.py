@@ -1,4 +1,5 @@
-"""Engine workers on paper: what a vLLM worker of a decoder would hold, dense or with experts, from a config.json alone.
+"""Engine workers on paper: what a vLLM worker would hold of a decoder, dense or with experts, and of a vision tower before it, from a
+config.json alone.
 
 This is the one place that says again what the recorder finds out: ``rlsync plan`` and the floors of ``rlsync bench`` need an engine's
 layout where no engine runs, for clusters that nobody has at hand. A sync never uses it, as the layering test holds; another test
@@ -19,6 +20,16 @@ from rlsync.models.stacks import Model
 # vLLM pads the vocabulary to a multiple of this, whatever the number of ranks (``DEFAULT_VOCAB_PADDING_SIZE``).
 _VOCAB_MULTIPLE = 64
 _LAYER = "model.layers.{layer}."
+_BLOCK = "visual.blocks.{layer}."
+_DEEPSTACK = "visual.deepstack_merger_list.{layer}."
+# The size that counts what repeats.
+_REPEATED = {_LAYER: "num_layers", _BLOCK: "num_blocks", _DEEPSTACK: "num_deepstack"}
+# Names in the table -> those of Hugging Face, and of vLLM, in models that take pictures.
+_WITH_PICTURES = {
+    "model.": ("model.language_model.", "language_model.model."),
+    "lm_head.": ("lm_head.", "language_model.lm_head."),
+    "visual.": ("model.visual.", "visual."),
+}
 _NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -142,8 +153,18 @@ class FusedQKV:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """(q, k, v) as one tensor in a vision tower, where all have as many heads: each rank's queries, then its keys, then its values."""
+
+    def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
+        heads = {"num_heads": dims["vision_heads"], "num_groups": dims["vision_heads"]}
+        return Fused(FusedQKV(), ("vision",) * 3).local(shapes, rank, size, {**dims, **heads})
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
-    """One parameter of a worker, the HF tensors in it, and how they are packed. Names carry ``{layer}`` where they repeat.
+    """One parameter of a worker, the HF tensors in it, and how they are packed. Names carry ``{layer}`` where they repeat, and are those of
+    a model of text.
 
     Attributes:
         axis: the property of Seat that cuts it.
@@ -185,6 +206,38 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Held, Held]:
     )
 
 
+def _tower_mlp(kind: str) -> Held:
+    return Held(f"{_BLOCK}mlp.gate_up_proj.{kind}", tuple(f"{_BLOCK}mlp.{x}_proj.{kind}" for x in ("gate", "up")), GatedColumn())
+
+
+def _first(name: str) -> tuple[Held, Held]:
+    """A linear layer whose rows are cut."""
+    return _same(f"{name}.weight", Column()), _same(f"{name}.bias", Column())
+
+
+def _second(name: str) -> tuple[Held, Held]:
+    """One whose columns are cut, after such a one."""
+    return _same(f"{name}.weight", Row()), _same(f"{name}.bias", Replicated())
+
+
+_TOWER = (
+    *(_same(f"visual.{x}", Replicated()) for x in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed.weight")),
+    *(_same(f"{_BLOCK}{norm}.{kind}", Replicated()) for norm in ("norm1", "norm2") for kind in ("weight", "bias")),
+    *(_same(f"{_BLOCK}attn.qkv.{kind}", Heads()) for kind in ("weight", "bias")),
+    *_second(f"{_BLOCK}attn.proj"),
+    *(_tower_mlp(kind) for kind in ("weight", "bias")),
+    *_second(f"{_BLOCK}mlp.down_proj"),
+    _same("visual.merger.ln_q.weight", Replicated()),
+    *_first("visual.merger.mlp.0"),
+    *_second("visual.merger.mlp.2"),
+    *(
+        held
+        for place in (f"{_BLOCK}mlp.", "visual.merger.", _DEEPSTACK)
+        for held in (*_first(f"{place}linear_fc1"), *_second(f"{place}linear_fc2"))
+    ),
+    *(_same(f"{place}norm.{kind}", Replicated()) for place in ("visual.merger.", _DEEPSTACK) for kind in ("weight", "bias")),
+)
+
 # A row of which the model lacks an HF tensor does not apply (biases, head norms, the head of a tied model), nor one whose first tensor
 # an earlier row has.
 _TABLE = (
@@ -215,6 +268,7 @@ _TABLE = (
     *(_same(f"{_LAYER}{x}_layernorm.weight", Replicated()) for x in ("input", "post_attention", "post_self_attn", "post_mlp")),
     _same("model.norm.weight", Replicated()),
     _same("lm_head.weight", VocabPadded()),
+    *_TOWER,
 )
 
 
@@ -224,7 +278,8 @@ def paper_workers(model: Model, seats: Sequence[Seat], *, dtype: str | None = No
     Layers after those of the decoder predict further tokens; an engine without a draft model has none of them.
     Raises PlacementError where a tensor has no row here, or where vLLM could not divide one; one error with all of them.
     """
-    shapes = {t.name: t.shape for t in model.tensors() if not _is_beyond(t.name, model.num_layers)}
+    shapes = {_in_table(model, t.name): t.shape for t in model.tensors()}
+    shapes = {name: shape for name, shape in shapes.items() if not _is_beyond(name, model.num_layers)}
     return tuple(_held_in(seat, model, shapes, dtype or model.dtype) for seat in seats)
 
 
@@ -248,14 +303,31 @@ def _held_in(seat: Seat, model: Model, shapes: Mapping[str, Shape], dtype: str) 
             findings.setdefault(str(error), held.name)
             continue
         layouts[key] = local
-        buffers.append(BufferSpec(held.name, held.dtype or dtype, local.shape))
-        pieces += (Piece(held.hf[p.source], p.box, held.name, p.offset, p.strides) for p in local.parts)
-        padding += (Padding(held.name, p.offset, p.shape, p.strides) for p in local.padding)
+        names, (_, own) = [_names(model, name)[0] for name in held.hf], _names(model, held.name)
+        buffers.append(BufferSpec(own, held.dtype or dtype, local.shape))
+        pieces += (Piece(names[p.source], p.box, own, p.offset, p.strides) for p in local.parts)
+        padding += (Padding(own, p.offset, p.shape, p.strides) for p in local.padding)
     if findings:
         raise PlacementError(
             f"an engine of {seat.size} ranks cannot hold this model: {'; '.join(f'{n}: {f}' for f, n in findings.items())}"
         )
     return Placement("", tuple(buffers), tuple(pieces), tuple(padding))
+
+
+def _names(model: Model, name: str) -> tuple[str, str]:
+    """Those of Hugging Face and of vLLM for one in the table."""
+    if model.vision is None:
+        return name, name
+    start = next(start for start in _WITH_PICTURES if name.startswith(start))
+    hf, own = (there + name.removeprefix(start) for there in _WITH_PICTURES[start])
+    return hf, own
+
+
+def _in_table(model: Model, name: str) -> str:
+    """The name in the table for one of Hugging Face."""
+    if model.vision is None:
+        return name
+    return next(start + name.removeprefix(hf) for start, (hf, _) in _WITH_PICTURES.items() if name.startswith(hf))
 
 
 def _is_beyond(name: str, num_layers: int) -> bool:
@@ -268,8 +340,9 @@ def _rows(model: Model, shapes: Mapping[str, Shape], experts: Sequence[int]) -> 
     rows: list[tuple[Held, Held]] = []
     claimed: set[str] = set()
     for held in _TABLE:
-        is_stack, layers = held.axis == "slice_axis", range(model.num_layers) if held.name.startswith(_LAYER) else range(1)
-        for layer in layers:
+        is_stack = held.axis == "slice_axis"
+        count = next((model.dims.get(size, 0) for start, size in _REPEATED.items() if held.name.startswith(start)), 1)
+        for layer in range(count):
             first = [name.format(layer=layer, expert=0) for name in held.hf]
             if first[0] in claimed or not shapes.keys() >= set(first) or held.family not in ("", model.family.model_type):
                 continue
@@ -278,7 +351,7 @@ def _rows(model: Model, shapes: Mapping[str, Shape], experts: Sequence[int]) -> 
             names = tuple(name.format(layer=layer, expert=number) for number in (experts if is_stack else (0,)) for name in held.hf)
             if names:
                 rows.append((held, replace(held, name=held.name.format(layer=layer), hf=names)))
-    absent = sorted(shapes.keys() - claimed)
+    absent = sorted(_names(model, name)[0] for name in shapes.keys() - claimed)
     if absent:
         raise PlacementError(f"no layout of vLLM's is written down for {first_few(absent)}; a running engine would be asked instead")
     return rows

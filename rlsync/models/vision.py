@@ -83,6 +83,7 @@ def tower_dims(values: Mapping[str, Any]) -> dict[str, int]:
     hidden = values["vision_hidden_size"]
     return {
         "vision": hidden,
+        "vision_heads": values["vision_num_heads"],
         "vision_qkv": 3 * hidden,
         "vision_ffn": values["vision_intermediate_size"],
         "merged": hidden * values["vision_spatial_merge_size"] ** 2,

@@ -11,6 +11,7 @@ import pytest
 from tests.integration.engine_source import ENGINE_ENV
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
+from tests.vision_folders import save_vision_folder
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "deepseek_v3": [TWO, EXPERTS, ATTENTION, ATTENTION | EXPERTS],
     "moonlight": [TWO, ATTENTION | EXPERTS],
 }
+VISION_SIZES: dict[str, list[dict[str, Any]]] = {"qwen2_5_vl": [ONE, TWO], "qwen3_vl": [ONE, TWO], "qwen3_vl_moe": [TWO, EXPERTS]}
 
 
 def test_paper_is_what_loaders_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +43,12 @@ def test_paper_is_what_loaders_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     changes: dict[str, dict[str, Any]] = {"qwen3": {"tied": True}, "mixtral": {"num_local_experts": 7}}
     folders = {f: str(save_tiny_model(tmp_path / f, f, num_hidden_layers=2, **changes.get(f, {}))) for f in SIZES}
-    report = tmp_path / "report"
-    run_ranks(1, "tests.integration.paper_workers", "compare", folders=folders, sizes=SIZES, report=str(report))
+    # vLLM loads stacked experts in the form of released files.
+    released: dict[str, dict[str, Any]] = {"qwen3_vl_moe": {"transposed": True}}
+    folders |= {f: str(save_vision_folder(tmp_path / f, f, **released.get(f, {}))) for f in VISION_SIZES}
+    sizes, report = SIZES | VISION_SIZES, tmp_path / "report"
+    run_ranks(1, "tests.integration.paper_workers", "compare", folders=folders, sizes=sizes, report=str(report))
     found = json.loads(report.read_text())
-    seats = [fields.get("tp_size", 1) * fields.get("dp_size", 1) for sizes in SIZES.values() for fields in sizes]
+    seats = [fields.get("tp_size", 1) * fields.get("dp_size", 1) for some in sizes.values() for fields in some]
     assert len(found) == sum(seats)
     assert {worker: differences for worker, differences in found.items() if differences} == {}
