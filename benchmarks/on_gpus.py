@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.vlm_sft import make_outline
 from rlsync.cli.shapes import SHAPES
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,8 @@ _SHARING = 8
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A command, where ``{out}`` is the row's folder and ``{configs}`` one of config.json files of models with fewer layers."""
+    """A command, where ``{out}`` is the row's folder and ``{configs}`` one of config.json files of models with fewer layers,
+    and folders of models that take pictures, without weights."""
 
     command: str
     num_gpus: int
@@ -108,6 +110,7 @@ ROWS: dict[str, Row] = {
         2,
     ),
     "sync-moonlight": Row(f"{_BENCH} moonlight-16b --actor tp=1,dp=2,ep=2 --rollout tp=2 --steps 4 --warmup 2 --peers none", 2),
+    "sync-vlm-7b": Row(f"{_BENCH} {{configs}}/qwen2.5-vl-7b --actor tp=2 --rollout tp=2 --steps 10 --peers none", 2),
     "lora-7b": Row(f"{_BENCH} qwen2.5-7b --lora 32 --steps 10 --warmup 3", 1),
     "lora-30b": Row(f"{_BENCH} {{configs}}/qwen3-30b-a3b-16.json --lora 32 --steps 5 --warmup 2", 1),
     "merging-7b": Row("benchmarks.merging", 1),
@@ -226,6 +229,7 @@ def run(names: list[str], seconds: float, out: Path, num_gpus: int) -> bool:
     for model, depths in _LAYERS.items():
         for depth in depths:
             (configs / f"{model}-{depth}.json").write_text(json.dumps({**SHAPES[model], "num_hidden_layers": depth}))
+    make_outline(configs / "qwen2.5-vl-7b", "7b", None)
     deadline_s = time.monotonic() + seconds
     waiting, running, is_right = list(names), list[Running](), True
     try:

@@ -82,9 +82,17 @@ def save_random_model(make: Callable[[], Any], folder: Path) -> None:
 
 def make_folder(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLConfig:
     """config.json, random bf16 weights, tokenizer and processor."""
+    config = make_outline(folder, size, num_layers)
+    save_random_model(lambda: Qwen2_5_VLForConditionalGeneration(config), folder)
+    return config
+
+
+def make_outline(folder: Path, size: str, num_layers: int | None) -> Qwen2_5_VLConfig:
+    """The same without weights."""
     tokenizer = make_vision_tokenizer()
     config = make_config(size, tokenizer, num_layers)
-    save_random_model(lambda: Qwen2_5_VLForConditionalGeneration(config), folder)
+    config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = {**image_settings(), "min_pixels": 28 * 28, "max_pixels": 1280 * 28 * 28}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -50,7 +50,9 @@ def engine_arguments(spec: specs.Spec, lora: LoraSync, weight_bytes: int, gpu_by
     where the engine has them. ``gpu_bytes``: of one GPU, None on CPU.
     """
     arguments: dict[str, Any] = {
-        "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True, "seed": spec.seed,
+        "model": spec.folder, "dtype": "bfloat16", "load_format": "dummy", "seed": spec.seed,
+        # What makes pictures into tokens knows these by their text.
+        "skip_tokenizer_init": "vision_config" not in spec.config,
         "tensor_parallel_size": spec.engine_tp, "enable_expert_parallel": spec.engine_ep > 1,
         "enforce_eager": not spec.cuda_graphs, "disable_log_stats": True,
         "max_model_len": _MAX_TOKENS, "max_num_batched_tokens": _MAX_TOKENS, "max_num_seqs": _MAX_REQUESTS,

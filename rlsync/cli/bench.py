@@ -8,9 +8,11 @@ import ast
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from rlsync.bench import run as bench
 from rlsync.bench import spec as specs
 from rlsync.bench import training, work
+from rlsync.bridge.model_folder import TRAVELS, travelling_files
 from rlsync.cli.scene import AXES, ENGINES, sizes
 from rlsync.cli.shapes import SHAPES, shape_of
 from rlsync.engine.handles.adapters import MAX_LORA_RANKS, least_max_lora_rank
@@ -33,7 +36,12 @@ _ENGINES = {name: field for name, field in ENGINES.items() if name != "dp"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(SHAPES)}, or a config.json; weights are random, nothing is downloaded")
+    add(
+        "--model",
+        required=True,
+        help=f"{', '.join(SHAPES)}, or a config.json, or the folder that holds it, with its processor where the model takes pictures; "
+        "weights are random, nothing is downloaded",
+    )
     add("--actor", default="tp=1", help="sizes of the actor's axes, as tp=2,pp=1; also vpp, cp, dp, ep, etp")
     add("--rollout", default="tp=1", help="the engines, as tp=2,engines=2; ep=tp for expert parallelism")
     add("--placement", choices=specs.PLACEMENTS, default="collocated", help="engines on the actor's GPUs, or on the ones after them")
@@ -142,8 +150,24 @@ def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:
     )
     # Both sides on paper: what does not fit is said before anything starts.
     work.lay_out(spec)
+    if model_of(config).vision is not None:
+        _bring_processor(Path(arguments.model), folder)
     (folder / "config.json").write_text(json.dumps(config))
     return spec
+
+
+def _bring_processor(source: Path, folder: Path) -> None:
+    """Copy what the engine of a model that takes pictures reads beside config.json. Raises ConfigError where it is not there."""
+    found = travelling_files(source, but=folder) if source.is_dir() else ()
+    for kind in ("tokenizer", "processor"):
+        if not any(fnmatchcase(path.name, pattern) for path in found for pattern in TRAVELS[kind]):
+            raise ConfigError(
+                f"--model {source} takes pictures, and its engine reads a {kind}, which is not there; give the folder of the model, "
+                f"which holds {' or '.join(TRAVELS[kind][:2])}"
+            )
+    for path in found:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
 
 
 def _check_lora(arguments: argparse.Namespace) -> str | None:

@@ -20,6 +20,7 @@ from rlsync.megatron.optimizer import OptimizerOptions
 from rlsync.models import model_of
 from rlsync.sync.config import LORA
 from tests.models import tiny_model
+from tests.vision_folders import save_vision_folder
 
 FLOORS = {
     "same_gb_per_s": {str(gpu): 2000.0 for gpu in range(4)},
@@ -49,6 +50,19 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
     assert [(case.settings["num_slots"], case.settings["staging"], case.moves) for case in several] == [
         (2, "auto", False), (3, "auto", False), (2, "auto", True), (3, "auto", True),
     ]  # fmt: skip
+
+
+def test_the_engine_of_a_model_that_takes_pictures_gets_its_processor_and_no_weights(tmp_path: Path) -> None:
+    folder, made = save_vision_folder(tmp_path / "model", "qwen2_5_vl"), tmp_path / "made"
+    made.mkdir()
+    planned(made, "--model", str(folder), "--rollout", "tp=2")
+    names = {path.name for path in made.iterdir()}
+    assert names == {path.name for path in folder.iterdir()} - {"model.safetensors"}
+    with pytest.raises(ConfigError, match=r"config\.json takes pictures, and its engine reads a tokenizer, which is not there"):
+        planned(made, "--model", str(folder / "config.json"))
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ConfigError, match="its engine reads a processor, which is not there"):
+        planned(made, "--model", str(folder))
 
 
 @pytest.mark.parametrize(
