@@ -75,6 +75,8 @@ def _check_numbers(arguments: argparse.Namespace, length: int) -> None:
         value = getattr(arguments, name)
         if value is not None and not value >= least:
             raise ConfigError(f"--{name} is {value}; it must be at least {least}")
+    if arguments.seed is not None and not -(2**63) <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed is {arguments.seed}; it must be a number of 64 bits")
     length = length if arguments.length is None else arguments.length
     if not 0 <= arguments.prompt_length < length:
         raise ConfigError(f"--prompt-length is {arguments.prompt_length}, of rows of {length} tokens; it must be from 0 to {length - 1}")
@@ -86,7 +88,7 @@ def _tokens(path: Path, vocabulary: int) -> Any:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         tokens = torch.tensor(rows if rows and isinstance(rows[0], list) else [rows])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(f"--tokens {path}: not a JSON list of token ids, or of such lists of one length ({error})") from None
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel() or tokens.min() < 0 or tokens.max() >= vocabulary:
         raise ConfigError(f"--tokens {path}: ids must be whole numbers from 0 to {vocabulary - 1}, in rows of one length")

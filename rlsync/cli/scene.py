@@ -57,7 +57,7 @@ def sizes(text: str, names: Mapping[str, str], option: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in names or not value.isdigit() or int(value) < 1:
+        if name not in names or not (value.isascii() and value.isdigit()) or int(value) < 1:
             raise ConfigError(f"{option} {text!r}: cannot read {part!r}; write {', '.join(f'{n}=N' for n in names)}")
         if names[name] in found:
             raise ConfigError(f"{option} {text!r}: {name} is given twice")

@@ -122,6 +122,8 @@ def convert(
     one rank raises is raised on all.
     """
     ranks = Ranks.alone() if ranks is None else ranks
+    # A link to a folder of another disk is written there: no folder can be given the link's name.
+    request = replace(request, target=request.target.resolve())
     with ranks.together(), ExitStack() as stack:
         source, output = prepare(request)
         targets = output.targets()
@@ -231,6 +233,8 @@ def prepare(request: Request) -> tuple[Source, Output]:
             raise ConfigError("torch_dist is written of weights; of adapters write Megatron's torch format, or merge them by --merge-lora")
         flavour: Flavour = request.flavour or source.flavour or "te"
         return source, DistributedFolder(source, dtype, flavour, request.make_vocab_size_divisible_by, request.max_shard_bytes)
+    if "num_experts" not in source.model.dims and request.topology.etp_size not in (1, request.topology.tp_size):
+        raise ConfigError(f"etp_size is {request.topology.etp_size}; {source.model.architecture} has no experts, so it must be 1")
     flavour = request.flavour or source.flavour or "local"
     if source.adapters is not None and flavour != "local":
         raise ConfigError("adapters are called as in spec local beside layers of either spec; leave --spec te out")
@@ -325,6 +329,8 @@ def _identity(request: Request, source: Source) -> str:
 
 
 def _check_target(target: Path) -> None:
+    if target.is_mount():
+        raise CheckpointError(f"{target} is where a disk is mounted, and no folder can be given its name; choose a folder in it")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target} is there and not an empty folder; choose another, or remove it")
 

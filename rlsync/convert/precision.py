@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsync.bridge.auto_bridge import AutoBridge
+from rlsync.convert.sources import holdings_of
 from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.megatron.model import unwrap
@@ -120,10 +121,13 @@ def compare_logits(
         dtype: of both models' parameters.
         prompt_length: so many tokens of each row are counted as its prompt.
 
-    Raises what ``AutoBridge.load_weights`` raises.
+    Raises what ``AutoBridge.load_weights`` raises, before a model is loaded where it stands in the headers of files.
     """
     bridge = AutoBridge.from_pretrained(folder)
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    # Headers alone: what is missing or damaged is said before a model is loaded, and by its file.
+    for source in (weights or folder, *([folder] if any(folder.glob("*.safetensors*")) else [])):
+        holdings_of(source, bridge.model)
     theirs, their_states = _of_transformers(folder, bridge.model, batch, getattr(torch, dtype))
     ours, our_states = _of_megatron(bridge, folder if weights is None else weights, batch, dtype)
     layers = tuple(

@@ -206,7 +206,10 @@ def adapter_holdings_of(folder: Path, model: Model, adapters: Adapters) -> tuple
 
 
 def _is_megatron(folder: Path) -> bool:
-    return is_distributed(folder) or folder.name.startswith(("iter_", _RELEASE)) or any(folder.glob("mp_rank_*"))
+    if is_distributed(folder) or any(folder.glob("mp_rank_*")):
+        return True
+    # A Hugging Face folder may be called anything.
+    return folder.name.startswith(("iter_", _RELEASE)) and not any(folder.glob("*.safetensors*"))
 
 
 def _read_megatron(folder: Path, model_folder: Path, text: str, model: Model) -> Source:

@@ -34,6 +34,9 @@ class Topology:
         for name in ("tp_size", "pp_size", "vpp_size", "cp_size", "dp_size", "ep_size", "etp_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"topology: {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if (layers := getattr(self, name)) is not None and layers < 1:
+                raise ConfigError(f"topology: {name} is {layers}; it must be at least 1")
         if self.vpp_size > 1 and self.pp_size == 1:
             raise ConfigError(
                 f"topology: vpp_size {self.vpp_size} needs a pp_size above 1, which is 1: virtual stages interleave pipeline stages"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from rlsync import models
 from rlsync.cli import main
@@ -297,7 +298,7 @@ def test_the_command_chooses_the_form_and_says_what_it_made(tiny, tmp_path, caps
         assert words in capsys.readouterr().err and not (tmp_path / "no").exists(), options
 
 
-def test_a_comparison_of_what_is_not_there_is_refused_before_anything_is_loaded(tiny, tmp_path, capsys):
+def test_a_comparison_of_what_is_not_there_is_refused_before_anything_is_loaded(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.json").write_text("[[1, 2, 3], [4, 5, 6]]")
     rows = ("--tokens", str(tmp_path / "rows.json"))
     convert(request(tiny, tmp_path / "shards", "megatron", {"tp_size": 2}))
@@ -311,9 +312,32 @@ def test_a_comparison_of_what_is_not_there_is_refused_before_anything_is_loaded(
         (str(tiny), "--tolerance", "-1"): "--tolerance is -1.0; it must be at least 0",
         (str(tiny), "--tolerance", "nan"): "--tolerance is nan",
         (str(tiny), "--rows", "0"): "--rows is 0; it must be at least 1",
+        (str(tiny), "--seed", str(2**64)): "it must be a number of 64 bits",
+        (str(tiny), "--tokens", str(tmp_path / "null.json")): "not a JSON list of token ids",
+        (str(tiny), "--weights", str(tmp_path / "shards" / "nowhere")): "nowhere: no such folder",
+        (str(tmp_path / "cut"),): "model.safetensors: truncated safetensors file",
+        (str(tmp_path / "cut"), "--weights", str(tmp_path / "shards")): "model.safetensors: truncated safetensors file",
     }
+    (tmp_path / "null.json").write_text("null")
+    cut = shutil.copytree(tiny, tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     for arguments, words in refused.items():
         assert main(["compare", *arguments]) == 1 and words in (said := capsys.readouterr().err), (arguments, said)
+
+
+def test_folders_may_be_called_anything_and_be_links(tiny, tmp_path, capsys):
+    """A Hugging Face folder by the name of one of Megatron's is still one, and a conversion to a link is where the link leads."""
+    for name in ("release-1", "iter_5_hf"):
+        shutil.copytree(tiny, tmp_path / name)
+        assert convert(request(tmp_path / name, tmp_path / f"of {name}", "megatron", {"tp_size": 2})).source.form == "hf"
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "absent"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / "disk" / name)
+        convert(request(tiny, tmp_path / f"link to {name}", "hf"))
+        assert same(tensors(tmp_path / "disk" / name), tensors(tiny)) and (tmp_path / f"link to {name}").is_symlink()
+    assert not list(tmp_path.glob("**/.*.conversion"))
+    assert main(["convert", str(tiny), "/dev/shm"]) == 1 and "/dev/shm is where a disk is mounted" in capsys.readouterr().err
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
@@ -350,6 +374,8 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tm
     for name, (change, words) in cases.items():
         with pytest.raises((CheckpointError, ConfigError, PlacementError), match=re.escape(words)):
             convert(request(broken(name, lambda f, c=change: r if isinstance(r := c(f), dict) else None), tmp_path / "out", "hf"))
+    with pytest.raises(ConfigError, match="etp_size is 2; Qwen3ForCausalLM has no experts, so it must be 1"):
+        convert(request(tiny, tmp_path / "out", "megatron", {"etp_size": 2}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     with pytest.raises(CheckpointError, match="is there and not an empty folder"):

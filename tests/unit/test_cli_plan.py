@@ -417,6 +417,7 @@ def test_an_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--actor", "tensor=8"], "cannot read 'tensor=8'; write tp=N"),
         (["--actor", "tp=0"], "cannot read 'tp=0'"),
+        (["--actor", "tp=²"], "cannot read 'tp=²'"),
         (["--rollout", "tp=2,tp=4"], "tp is given twice"),
         (["--bucket-bytes", "0"], "--bucket-bytes is 0; it must be at least 1"),
         (["--link", "nvlink=370e9,infiniband=44e9"], "cannot read 'infiniband=44e9'; write gpu=BYTES_PER_SECOND, nvlink=BYTES_PER_SECOND"),

@@ -96,6 +96,9 @@ def test_deepstack_needs_its_layers_on_the_first_stage():
     assert finding == "topology: first_stage_layers 1 and last_stage_layers None need a pp_size above 1, which is 1"
     with pytest.raises(ConfigError, match="topology: vpp_size 2 needs a pp_size above 1, which is 1"):
         Topology(vpp_size=2)
+    for name in ("first_stage_layers", "last_stage_layers"):
+        with pytest.raises(ConfigError, match=f"topology: {name} is -1; it must be at least 1"):
+            Topology(pp_size=2, **{name: -1})
     (finding,) = check_config(QWEN3_VL, Topology(pp_size=2, vpp_size=2))
     assert "the first virtual chunk of the first pipeline stage holds 1 of 4 layers" in finding
     (finding,) = check_config(with_key(QWEN3_VL, "text_config.num_hidden_layers", 2))
