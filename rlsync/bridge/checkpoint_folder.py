@@ -19,7 +19,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsync.errors import CheckpointError
+from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.topology import Topology
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -87,6 +87,11 @@ def inspect_checkpoint(folder: Path | str, *, tp_size: int, pp_size: int, ep_siz
     step = tracked_step(folder)
     shards = shards_folder(folder, step)
     if not shards.is_dir():
+        if others := sorted(path.name for path in folder.glob("iter_*")):
+            raise CheckpointError(
+                f"{folder / TRACKER} names step {step}, and {folder} holds {first_few(others)}; it was put together from two checkpoints, "
+                "or is damaged: resume from another one"
+            )
         hf_folder(folder)
         return Restored(step, complete=False)
     return Restored(step, complete=True, moved=_is_moved(shards, tp_size, pp_size, ep_size))

@@ -10,6 +10,7 @@ import pytest
 
 from rlsync.bridge.checkpoint_folder import (
     complete_checkpoints,
+    inspect_checkpoint,
     latest_checkpoint,
     publish_checkpoint,
     rank_folder,
@@ -86,6 +87,17 @@ def test_a_tracker_that_is_no_number_is_an_error(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises(CheckpointError, match="'release' instead of a step number"):
         tracked_step(tmp_path)
+
+
+def test_a_tracker_of_another_step_than_the_shards_is_an_error(tmp_path):
+    """And not taken for a checkpoint of Hugging Face weights alone, of whose optimizer nothing would be left."""
+    actor = publish_checkpoint(staged(tmp_path, 3)) / "actor"
+    (actor / "iter_0000002").mkdir()
+    (actor / "hf_model").mkdir()
+    with pytest.raises(CheckpointError, match=r"names step 3, and .* holds iter_0000002; it was put together from two checkpoints"):
+        inspect_checkpoint(actor, tp_size=1, pp_size=1)
+    (actor / "iter_0000002").rmdir()
+    assert not inspect_checkpoint(actor, tp_size=1, pp_size=1).complete
 
 
 def test_the_checkpoint_just_written_is_kept_whatever_later_ones_lie_there(tmp_path):
