@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import secrets
 import shutil
@@ -99,12 +100,26 @@ def run(arguments: argparse.Namespace) -> int:
     Raises ConfigError or PlacementError before anything starts.
     """
     _check_kind(arguments)
+    if not 0 < arguments.deadline_s < math.inf:
+        raise ConfigError(f"--deadline-s is {arguments.deadline_s:g}; it must be more than 0 seconds")
     deadline_s = time.monotonic() + arguments.deadline_s
     with tempfile.TemporaryDirectory(prefix="rlsync-bench-") as name:
         if arguments.train:
             planned = plan_training(arguments, Path(name))
+            _make_out(arguments.out)
             return 0 if bench.measure_training(planned, arguments.out, deadline_s, arguments.peak_tflops) else 1
-        return 0 if bench.measure(plan(arguments, Path(name)), arguments.out, deadline_s) else 1
+        spec = plan(arguments, Path(name))
+        _make_out(arguments.out)
+        return 0 if bench.measure(spec, arguments.out, deadline_s) else 1
+
+
+def _make_out(out: Path) -> None:
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass  # results are written when all is measured
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name another folder") from None
 
 
 def plan(arguments: argparse.Namespace, folder: Path) -> specs.Spec:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from rlsync.bench import host, result, spec, training, work
+from rlsync.bench import run as bench
 from rlsync.bench.chart import draw
 from rlsync.bench.spec import Measured
+from rlsync.cli import main
 from rlsync.cli.bench import add_arguments, plan, plan_training, run
 from rlsync.cli.shapes import SHAPES
 from rlsync.engine.handles.adapters import lora_arguments
@@ -232,6 +234,24 @@ def test_a_chart_is_drawn_or_the_lack_of_matplotlib_is_told(tmp_path: Path, monk
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert "no chart was drawn" in str(draw(whole, tmp_path / "other.png"))
     assert not (tmp_path / "other.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--deadline-s", "nan"], "--deadline-s is nan; it must be more than 0 seconds"),
+        (["--deadline-s", "0"], "--deadline-s is 0; it must be more than 0 seconds"),
+        (["--out", "{file}/out"], "{file}/out cannot be written (Not a directory); name another folder"),
+        (["--train", "--out", "{file}"], "{file} cannot be written"),
+    ],
+)
+def test_what_a_bench_would_fail_over_at_its_end_is_said_before(tmp_path: Path, capsys, monkeypatch, words: list[str], said: str) -> None:
+    (tmp_path / "file").touch()
+    for name in ("measure", "measure_training"):
+        monkeypatch.setattr(bench, name, lambda *_: pytest.fail("the bench began"))
+    file = str(tmp_path / "file")
+    assert main(["bench", "--model", "tiny", *(word.format(file=file) for word in words)]) == 1
+    assert said.format(file=file) in capsys.readouterr().err
 
 
 def planned_training(folder: Path, *words: str) -> training.TrainSpec:
