@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.engines import LAYERS
+from tests.integration.test_oracle import NAMED
 from tests.models import LATENT_SIZES, save_tiny_model
 from tests.ranks import run_ranks
 from tests.vision_models import save_tiny_vision_model
@@ -52,6 +53,13 @@ def test_a_synced_engine_with_experts_answers_like_a_fresh_one(tmp_path, family,
     """On two GPUs the engine cuts its experts over two workers."""
     folder = expert_folder(tmp_path / "hf", family)
     oracle(tmp_path, folder, num_gpus, EXPERTS[family], spec, gpus=["0,1"] if num_gpus > 1 else None)
+
+
+@ON_ONE_AND_TWO
+def test_an_engine_gets_merged_adapters_of_all_that_can_be_named(tmp_path, num_gpus):
+    """Embedding, head, routers and experts; the fresh engine starts from the folder into which they were merged."""
+    folder = expert_folder(tmp_path / "hf", "qwen3_moe")
+    oracle(tmp_path, folder, num_gpus, EXPERTS["qwen3_moe"], LAYERS[-1], gpus=["0,1"] if num_gpus > 1 else None, lora=NAMED)
 
 
 @pytest.mark.gpu(2)

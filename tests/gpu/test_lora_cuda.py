@@ -9,7 +9,7 @@ import torch
 
 from rlsync.megatron.lora import grouped_product
 from tests.gpu.engines import LAYERS
-from tests.integration.test_lora import DENSE, EXPERTS, expectations_without_peft
+from tests.integration.test_lora import DENSE, EXPERTS, NAMED, expectations_without_peft
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -31,6 +31,9 @@ CASES: dict[int, list[tuple[str, list[int], dict[str, int], dict[str, Any]]]] = 
         ("mixtral", [8], {}, DISTRIBUTED),
         ("qwen2_moe", [2, 6], {}, {}),
         ("qwen3_moe", [8], {}, RECOMPUTE),
+        ("head", [8], {}, {"chunk_tokens": 50}),
+        ("embedding", [8], {}, DISTRIBUTED),
+        ("router", [8], {}, {}),
     ],
     2: [
         ("llama", [8], {"tp_size": 2}, {}),
@@ -45,6 +48,11 @@ CASES: dict[int, list[tuple[str, list[int], dict[str, int], dict[str, Any]]]] = 
         ("qwen3_moe", [4, 4], {"tp_size": 2, "ep_size": 2}, SP),
         ("qwen2_moe", [4, 4], {"tp_size": 2, "etp_size": 2}, SP),
         ("mixtral", [8], {"tp_size": 2}, SP),
+        ("head", [3, 5], {"tp_size": 2}, SP | DISTRIBUTED),
+        ("embedding", [3, 5], {"tp_size": 2}, SP | DISTRIBUTED),
+        ("both", [2, 2], {"dp_size": 2}, OVERLAPPED),
+        ("router", [4], {"dp_size": 2, "ep_size": 2}, OVERLAPPED),
+        ("sigmoid router", [8], {"tp_size": 2, "ep_size": 2}, SP),
     ],
 }
 ON_ONE_AND_TWO = pytest.mark.parametrize("num_ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in CASES])
@@ -54,7 +62,7 @@ NEEDS_TE = pytest.mark.skipif("te" not in LAYERS, reason="TransformerEngine is n
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
-    return {name: expectations_without_peft(root / name, base, spec) for name, (base, spec) in (DENSE | EXPERTS).items()}
+    return {name: expectations_without_peft(root / name, base, spec) for name, (base, spec) in (DENSE | EXPERTS | NAMED).items()}
 
 
 def cases(num_ranks: int, spec: str, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:

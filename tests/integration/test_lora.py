@@ -420,6 +420,8 @@ def expectations_without_peft(folder: Path, base: dict[str, Any], spec: dict[str
     def merged() -> dict[str, torch.Tensor]:
         def delta(module: str) -> torch.Tensor | None:
             a = factors.get(f"{module}.lora_A.weight")
+            if (rows := factors.get(f"{module}.lora_embedding_A")) is not None:
+                return own.scaling * (factors[f"{module}.lora_embedding_B"] @ rows).t()
             return None if a is None else own.scaling * factors[f"{module}.lora_B.weight"] @ a
 
         found = {}
