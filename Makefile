@@ -9,15 +9,16 @@ unexport PYTHONDONTWRITEBYTECODE
 SETUP := source scripts/bootstrap.sh
 # Folders that hold typed code.
 TYPED := $(wildcard rlsync workers benchmarks examples)
-# Files of tests that run side by side: engines start on one core each. On GPUs one after the other, because each takes its share of a GPU.
-LANES ?= $(if $(shell command -v nvidia-smi),0,2)
+# Files of tests that run side by side: two that compute, as engines start on one core each, and one that mostly waits (tests/conftest.py).
+# On GPUs one after the other, because each takes its share of a GPU.
+LANES ?= $(if $(shell command -v nvidia-smi),0,3)
 IN_LANES := --numprocesses=$(LANES) --no-loadscope-reorder
 
-.PHONY: docs help setup test test-unit test-busy test-all chaos lint static format
+.PHONY: docs help setup test test-unit test-busy test-all chaos lint ruff static format
 
 help:
 	@echo "make setup      make or complete .venv"
-	@echo "make test       ruff and mypy, then all tests; those that need GPUs say so and skip where there are none"
+	@echo "make test       ruff, then all tests and mypy beside them; those that need GPUs say so and skip where there are none"
 	@echo "make test-unit  the tests that need no process group, vLLM or Ray: a minute"
 	@echo "make test-busy  the same beside two busy loops on every core: what then fails, fails on a busy machine"
 	@echo "make chaos      FAULTS=100 SEED=0: random faults in syncs of real engines, half an hour, and the tally"
@@ -28,7 +29,12 @@ help:
 setup:
 	@$(SETUP); echo "ready: $$PYTHON"
 
-test: static test-all
+# Types beside the tests, whose lanes take turns in leaving a core idle; what is wrong with them is said behind the tests.
+test: ruff
+	@$(SETUP); said=$$(mktemp); nice "$$PYTHON" -m mypy $(TYPED) >"$$said" 2>&1 & types=$$!; \
+	trap 'kill $$types 2>/dev/null || true; rm -f "$$said"' EXIT; \
+	tested=0; $(MAKE) --no-print-directory test-all || tested=$$?; \
+	typed=0; wait $$types || typed=$$?; cat "$$said"; exit $$((tested ? tested : typed))
 
 test-unit:
 	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) tests/unit
@@ -38,19 +44,23 @@ test-busy:
 	@$(SETUP); for _ in $$(seq $$((2 * $$(nproc)))); do "$$PYTHON" -c 'while True: pass' & done; trap 'kill $$(jobs -p)' EXIT; \
 	"$$PYTHON" -m pytest $(IN_LANES) $(BUSY)
 
-# pytest fails by itself when it collects nothing. Unit tests come last: many small files fill up both lanes.
+# pytest fails by itself when it collects nothing. Unit tests come last: many small files fill up the lanes.
+# In a new clone all that they import is compiled first, once and not in each lane.
 test-all:
-	@$(SETUP); "$$PYTHON" -m pytest $(IN_LANES) --durations=10 tests
+	@$(SETUP); [ -d tests/unit/__pycache__ ] || "$$PYTHON" -m pytest --collect-only -q tests >/dev/null 2>&1 || true; \
+	"$$PYTHON" -m pytest $(IN_LANES) --durations=10 tests
 
 FAULTS ?= 100
 SEED ?= 0
 chaos:
 	@$(SETUP); "$$PYTHON" -m tests.chaos.campaign --faults $(FAULTS) --seed $(SEED)
 
-# What is said of the sources without running any.
-static:
+ruff:
 	@$(SETUP); "$$PYTHON" -m ruff check .
 	@$(SETUP); "$$PYTHON" -m ruff format --check .
+
+# What is said of the sources without running any.
+static: ruff
 	@$(SETUP); MYPY_NUM_WORKERS=2 "$$PYTHON" -m mypy $(TYPED)
 
 lint: static

@@ -43,6 +43,19 @@ SHARED = {
 }
 # Files each of whose tests starts engines on GPUs of its own accord and shares nothing: any lane takes any of them.
 APART = tuple(f"tests/gpu/test_{name}_cuda.py" for name in ("adapters", "engine", "families"))
+# Files that wait for most of their time: for deadlines to pass, and for stopped and killed processes to be missed. They start no engine. Of
+# three lanes or more one takes these and nothing else, so that they keep no lane from computing.
+WAITING = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "integration/test_remote",
+        "unit/test_coordinator_faults",
+        "unit/test_gloo_channel",
+        "unit/test_nccl_channel",
+        "unit/test_late_engines",
+        "unit/test_gloo_group",
+    )
+)
 # Files that take a minute or more, or whose group does, the longest first: else one lane works on the last of them alone.
 LONGEST = tuple(
     f"tests/{name}.py"
@@ -128,10 +141,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One file after the other in each lane, as ``--dist=loadfile``, but for files that share, and for those whose tests share nothing."""
+    """One file after the other in each lane, as ``--dist=loadfile``, but for files that share, those whose tests share nothing, and those
+    that wait."""
     from xdist.scheduler import LoadFileScheduling
 
     class SharingScheduling(LoadFileScheduling):
+        _waiting: Any = None
+
+        def schedule(self) -> None:
+            if self.collection is None and len(self.nodes) > 2:
+                self._waiting = self.nodes[-1]
+            super().schedule()
+
+        def _assign_work_unit(self, node: Any) -> None:
+            # The other lanes take what waits when nothing else is left.
+            waits = node is self._waiting
+            fitting = next((scope for scope in self.workqueue if (scope in WAITING) == waits), None)
+            if fitting is not None:
+                self.workqueue.move_to_end(fitting, last=False)
+            elif waits:
+                node.shutdown()
+                return
+            super()._assign_work_unit(node)
+
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
             return nodeid if file in APART else SHARED.get(file, file)

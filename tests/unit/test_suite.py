@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import LONGEST, SHARED
+from tests.conftest import LONGEST, SHARED, WAITING
 
 REPO = Path(__file__).resolve().parents[2]
 CLOCKS = {"monotonic", "perf_counter", "process_time", "thread_time", "time"}
@@ -40,4 +43,28 @@ def test_an_assert_on_seconds_would_be_found() -> None:
 
 
 def test_files_that_share_or_come_first_exist() -> None:
-    assert all((REPO / file).is_file() for file in (*LONGEST, *SHARED, *SHARED.values()))
+    assert all((REPO / file).is_file() for file in (*LONGEST, *SHARED, *SHARED.values(), *WAITING))
+
+
+def test_what_waits_has_the_third_lane_for_itself(tmp_path: Path) -> None:
+    others = [f"tests/unit/test_{name}.py" for name in "abcd"]
+    for file in (*WAITING[:2], *others):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(
+            "import os, pathlib, pytest, time\n"
+            "@pytest.mark.parametrize('number', range(4))\n"
+            "def test_it(number):\n"
+            "    time.sleep(0.1)\n"
+            "    with open(pathlib.Path(__file__).parents[2] / 'ran', 'a') as ran:\n"
+            f"        print(os.environ['PYTEST_XDIST_WORKER'], '{file}', file=ran)\n"
+        )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    arguments = ("-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--import-mode=importlib", "--numprocesses=3")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-m", "pytest", *arguments, "--no-loadscope-reorder", "tests"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    assert len(ran) == 4 * 6
+    waiting = {lane for lane, file in ran if file in WAITING}
+    assert len(waiting) == 1 and not waiting & {lane for lane, file in ran if file in others}
