@@ -309,6 +309,11 @@ def _compare(config: AnyConfig, saved: Mapping[str, Any], folder: Path, *, compl
         if (saved.get(section) is None) != (section not in running):
             then[section], now[section] = ("absent", "present") if section in running else ("present", "absent")
     with_optimizer = complete and not config.actor.megatron.no_load_optim
+    if with_optimizer and then.get("actor.megatron.no_save_optim"):
+        raise CheckpointError(
+            f"{folder} was saved under actor.megatron.no_save_optim, without the state of the optimizer; set "
+            "actor.megatron.no_load_optim=True to start the optimizer anew"
+        )
     refuses = {
         Rule.WEIGHTS: complete,
         Rule.OPTIMIZER: with_optimizer,

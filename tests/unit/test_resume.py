@@ -77,6 +77,15 @@ def test_settings_that_shaped_the_saved_state_are_refused(world, tmp_path, saved
         find_beginning(with_auto(config(world, tmp_path, **changes)))
 
 
+def test_a_checkpoint_without_an_optimizer_is_refused_unless_none_is_asked_for(world, tmp_path, saved) -> None:  # noqa: F811
+    """Before processes start; ranks would find it out after that."""
+    write_settings(saved, config(world, tmp_path, actor={"megatron": {"no_save_optim": True, "mbridge": True}}), {}, 2)
+    with pytest.raises(CheckpointError, match=r"saved under actor\.megatron\.no_save_optim.*set actor\.megatron\.no_load_optim=True"):
+        find_beginning(with_auto(config(world, tmp_path)))
+    found = find_beginning(with_auto(config(world, tmp_path, actor={"megatron": {"no_load_optim": True, "mbridge": True}})))
+    assert (found.step, found.complete) == (3, True)
+
+
 def test_another_layout_is_said_to_be_cut_anew_whatever_the_optimizer(world, tmp_path, saved) -> None:  # noqa: F811
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
     found = find_beginning(with_auto(config(world, tmp_path, model=layout)))
