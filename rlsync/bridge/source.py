@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,8 @@ class MegatronSource:
         Raises PlacementError where parameters are not those of the table, and ConfigError where ``lora="adapter"`` and the models have no
         adapters, or some that engines cannot hold.
         """
+        if lora not in get_args(LoraSync):
+            raise ConfigError(f"MegatronSource: lora is {lora!r}; known are {', '.join(get_args(LoraSync))}")
         shards = bridge.shards(models)
         self._models, self.stable_memory = models, stable_memory
         self.rank = dist.get_rank()

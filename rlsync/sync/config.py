@@ -81,6 +81,9 @@ class SyncConfig:
     )
 
     def __post_init__(self) -> None:
+        for key in ("bucket_bytes", "num_slots"):
+            if type(number := getattr(self, key)) is not int:
+                raise ConfigError(f"weight_sync.{key} is {number!r}; it must be a whole number")
         if self.bucket_bytes < 1:
             raise ConfigError(f"weight_sync.bucket_bytes is {self.bucket_bytes}; it must be positive")
         if self.num_slots < 1:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import index
 from typing import Any
 
 import msgspec
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 _JOIN, _PREPARE = object(), object()
 # Patience for a call of a failed sync that is about to end.
 _LAST_CALL_S = 0.5
+_NO_ENGINE = "WeightSyncer: rank 0 needs the handle of at least one engine"
 
 
 class ConnectInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +110,8 @@ class WeightSyncer:
         connect_seconds: on rank 0, seconds of the parts of the last ``connect``: ``record`` (workers record their layouts), ``plan``,
             ``attach`` (all peers open their ends of the transports, and workers bind their copies), ``prepare`` (rank 0 binds its own).
 
-    Raises ConfigError: rank 0 has no engine, several ranks have no ``broadcast``, or source and config differ about adapters.
+    Raises ConfigError: rank 0 has no engine, several ranks have no ``broadcast``, ``rank`` is none of ``world_size``, or the source is made
+    for another number of ranks or differs from the config about adapters.
     """
 
     def __init__(
@@ -122,11 +125,13 @@ class WeightSyncer:
         broadcast: Callable[[bytes], bytes] | None = None,
     ) -> None:
         logs.set_up()
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"WeightSyncer: rank {rank} is none of {world_size} actor ranks, which count from 0")
         if rank == 0 and not engines:
-            raise ConfigError("WeightSyncer: rank 0 needs the handle of at least one engine")
+            raise ConfigError(_NO_ENGINE)
         if broadcast is None and world_size > 1:
             raise ConfigError(f"WeightSyncer: {world_size} actor ranks need a broadcast to share the coordinator's address")
-        self._source, self._config = _fitting(source, config), config
+        self._source, self._config = _fitting(source, config, world_size), config
         self._engines = tuple(engines) if rank == 0 else ()
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
         self._peer: Peer | None = None
@@ -164,7 +169,7 @@ class WeightSyncer:
         if engines is not None and self._rank == 0:
             self._engines = tuple(engines)
         if source is not None:
-            self._source = _fitting(source, self._config)
+            self._source = _fitting(source, self._config, self._world_size)
         info = self._listen() if self._rank == 0 else ConnectInfo()
         if self._broadcast is not None:
             info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
@@ -201,6 +206,8 @@ class WeightSyncer:
     def _listen(self) -> ConnectInfo:
         """Rank 0: begin to listen. A failure travels in the ConnectInfo, for all ranks to raise."""
         try:
+            if not self._engines:
+                raise ConfigError(_NO_ENGINE)
             ids = [engine.engine_id for engine in self._engines]
             if len(set(ids)) != len(ids):
                 raise ConfigError(f"engine ids must differ: {', '.join(ids)}")
@@ -359,10 +366,17 @@ class WeightSyncer:
             version: greater than that of the last sync of this connection; usually the optimizer step.
 
         Returns the report of rank 0, on all ranks. Raises WeightSyncError, the same on all ranks, where it did not commit: every engine is
-        dirty then, and refuses to generate until a later sync commits or it is restarted.
+        dirty then, and refuses to generate until a later sync commits or it is restarted. ConfigError, with nothing sent, where the version
+        is no whole number.
         """
         if self._connection is None:
             raise WeightSyncError(phase="connect", version=version, cause="this syncer is not connected; call connect() first")
+        try:
+            version = index(version)
+        except TypeError:
+            raise ConfigError(f"sync: version is {version!r}, of type {type(version).__name__}; it must be a whole number") from None
+        if version >= 2**63:
+            raise ConfigError(f"sync: version is {version}; it must be less than 2**63")
         if version <= self._version:
             cause = f"version {version} is not newer than {self._version}, which the engines serve; versions only grow"
             raise WeightSyncError(phase="begin", version=version, cause=cause)
@@ -421,22 +435,29 @@ class WeightSyncer:
         self.close()
 
 
-def _fitting(source: Source, config: SyncConfig) -> Source:
-    """``source``, where it agrees with ``config`` about adapters. Raises ConfigError otherwise."""
+def _fitting(source: Source, config: SyncConfig, world_size: int) -> Source:
+    """``source``, where it agrees with ``config`` about adapters and is of so many ranks. Raises ConfigError otherwise."""
     if (source.declared.adapter is not None) != (config.lora == "adapter"):
         has = "no adapters" if source.declared.adapter is None else "adapters beside its weights"
         raise ConfigError(f"weight_sync.lora is {config.lora}, and the source sends {has}; make it with lora={config.lora!r}")
+    if len(source.placements) != world_size:
+        raise ConfigError(
+            f"WeightSyncer: the source has placements of {len(source.placements)} actor ranks, and world_size is {world_size}"
+        )
     return source
 
 
 def _check_handle(engine: EngineHandle) -> None:
-    """Raise ConfigError for a handle that lacks a method of a sync. At connect, because in a sync other engines would be paused already."""
+    """Raise ConfigError for a handle that lacks a method of a sync, or has no workers. At connect, because in a sync other engines would be
+    paused already."""
     missing = [call for call in ("init_weight_transfer", "sync", "mark_dirty") if not callable(getattr(engine, call, None))]
     if missing:
         raise ConfigError(
             f"the handle of engine {engine.engine_id}, a {type(engine).__name__}, has no {', '.join(missing)}; EngineHandle of "
             "rlsync.engine.handles says what each does, and sync_in_turn beside it is a sync made of pause, update_weights and resume"
         )
+    if engine.num_workers < 1:
+        raise ConfigError(f"engine {engine.engine_id} has no workers: start() it before connect()")
 
 
 def _is_clean(engine: EngineHandle) -> bool:

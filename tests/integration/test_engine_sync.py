@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -90,6 +92,27 @@ def test_groups_of_a_worker_on_cpu_share_a_thread(tiny_engines: dict[str, Engine
     for worker in psutil.Process(core.pid).children(recursive=True):
         names = [(task / "comm").read_text().strip() for task in Path(f"/proc/{worker.pid}/task").iterdir()]
         assert names.count("gloo_tcp_loop") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "wrong"), [([[1], [1, 131]], "[1, 131]"), ([[-1]], "[-1]"), ([[]], "[]"), (["ab"], "'ab'"), ([[1.5]], "[1.5]")]
+)
+def test_a_prompt_of_no_tokens_is_refused_and_the_engine_goes_on(tiny_engines: dict[str, Engine], prompts: Any, wrong: str) -> None:
+    """In vLLM, which has no tokenizer to ask here, the id after the last ends the worker."""
+    with pytest.raises(ConfigError, match=re.escape(f"one or more token ids from 0 to 130, and not {wrong}")):
+        tiny_engines["a"].generate(prompts, GREEDY)
+    ((answer,),) = tiny_engines["a"].generate([np.array([1, 130])], GREEDY)
+    assert answer.token_ids
+
+
+def test_an_engine_is_started_once_and_takes_a_seed_for_each_prompt(tiny_engines: dict[str, Engine]) -> None:
+    engine = tiny_engines["a"]
+    processes = engine.process_ids
+    with pytest.raises(ConfigError, match="engine a is started already"):
+        engine.start()
+    with pytest.raises(ConfigError, match="engine a: 1 seeds for 2 prompts"):
+        engine.generate([[1], [2]], GREEDY, seeds=[1])
+    assert engine.process_ids == processes and engine.failure_reason() is None
 
 
 def test_a_synced_engine_answers_like_a_fresh_one(

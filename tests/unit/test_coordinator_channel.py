@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlsync.coordinator import messages as m
@@ -248,3 +249,30 @@ def test_a_handle_that_lacks_a_call_of_a_sync_is_refused_before_any_engine_is_as
     with pytest.raises(WeightSyncError, match="the handle of engine former, a Former, has no sync; EngineHandle"):
         syncer.connect()
     assert whole.calls == []
+
+
+def test_what_cannot_be_connected_is_said_before_anybody_is_asked() -> None:
+    source, config = Numbers(0, 1), SyncConfig(timeout_s=1)
+    engine = ThreadEngine("unstarted")
+    engine.num_workers = 0
+    for engines, words in (([engine], "engine unstarted has no workers: start"), ([], "rank 0 needs the handle of at least one engine")):
+        with WeightSyncer(source, [ThreadEngine("whole")], config) as syncer, pytest.raises(WeightSyncError, match=words):
+            syncer.connect(engines=engines)
+    for options, words in (
+        ({"rank": 2, "world_size": 2}, "rank 2 is none of 2 actor ranks"),
+        ({"rank": 1, "world_size": 2}, "the source has placements of 1 actor ranks, and world_size is 2"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            WeightSyncer(source, [engine], config, broadcast=bytes, **options)
+    whole = ThreadEngine("whole")
+    with WeightSyncer(source, [whole], config) as syncer:
+        syncer.connect()
+        calls = list(whole.calls)
+        for version in (1.5, "2", None, 2**63):
+            with pytest.raises(ConfigError, match=r"sync: version is .*; it must be"):
+                syncer.sync(version)  # type: ignore[arg-type]
+        assert whole.calls == calls and not whole.dirty
+        assert syncer.sync(np.int64(3)).version == 3  # type: ignore[arg-type]
+    for key, number in (("num_slots", 1.5), ("bucket_bytes", True), ("bucket_bytes", "1")):
+        with pytest.raises(ConfigError, match=f"weight_sync.{key} is {number!r}; it must be a whole number"):
+            SyncConfig(**{key: number})

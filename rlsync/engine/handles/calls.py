@@ -153,6 +153,10 @@ class Calls:
     def closed(self) -> bool:
         return self._loop.is_closed()
 
+    @property
+    def started(self) -> bool:
+        return self._thread is not None
+
     def start(self) -> None:
         """Start the thread."""
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"rlsync-engine-{self._gate.engine_id}", daemon=True)

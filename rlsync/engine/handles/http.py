@@ -182,6 +182,8 @@ class HttpEngine:
         self._check_label(timeout_s)
         fields = _SAMPLING | {name: value for name, value in sampling.items() if name in _SAMPLING}
         seeded = [{}] * len(texts) if seeds is None else [{"seed": seed} for seed in seeds]
+        if len(seeded) != len(texts):
+            raise ConfigError(f"engine {self.engine_id}: {len(seeded)} seeds for {len(texts)} prompts; give one for each")
         requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(texts, seeded, strict=True)]
         try:
             return self._calls.run_requests(requests, timeout_s, probe=lambda: self._server.ask("is_paused", _CLEANUP_S))

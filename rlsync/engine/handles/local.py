@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
+from numbers import Integral
 from typing import Any
 
 import psutil
@@ -52,6 +53,7 @@ class Engine:
         self._gate = Gate(engine_id, "it is not started")
         self._calls = Calls(self._gate)
         self._llm: Any = None
+        self._vocab_size = 0
         self._processes = Processes(engine_id)
         self._asleep: frozenset[str] = frozenset()
         self._numbers = itertools.count()
@@ -74,10 +76,14 @@ class Engine:
         return self._gate.version
 
     def start(self) -> None:
-        """Start the engine's processes; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors.
+        """Start the engine's processes, once; returns when it can serve (tens of seconds). Raises ConfigError or vLLM's errors.
 
         Several engines of one process start side by side with ``disable_log_stats``, and one after the other without.
         """
+        if self._calls.closed:
+            raise ConfigError(f"engine {self.engine_id} is closed; make another one")
+        if self._calls.started:
+            raise ConfigError(f"engine {self.engine_id} is started already")
         _check_plugin()
         register()
         declare_owner()
@@ -113,6 +119,7 @@ class Engine:
             self._llm = AsyncLLM.from_vllm_config(
                 config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
             )
+        self._vocab_size = config.model_config.get_vocab_size()
         parallel = self._llm.vllm_config.parallel_config
         self.num_workers = parallel.world_size * parallel.data_parallel_size
         self._processes.look(self._llm)
@@ -136,7 +143,8 @@ class Engine:
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
-        ConfigError where a prompt has not one placeholder for each of its pictures, or the model takes none.
+        ConfigError where a prompt has not one placeholder for each of its pictures, or the model takes none, where it is empty or has ids
+        that the model has no token for, and where ``seeds`` are not as many as the prompts.
         """
         self._gate.wait(timeout_s)
         if self._asleep:
@@ -145,6 +153,8 @@ class Engine:
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
         seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
+        if len(seeded) != len(prompts):
+            raise ConfigError(f"engine {self.engine_id}: {len(seeded)} seeds for {len(prompts)} prompts; give one for each")
         params = [SamplingParams(**fields, **seed) for seed in seeded]
         inputs = [self._input(prompt) for prompt in prompts]
         requests = [self._generate_one(each, p) for each, p in zip(inputs, params, strict=True)]
@@ -153,6 +163,14 @@ class Engine:
     def _input(self, prompt: Prompt) -> dict[str, Any]:
         """The prompt as vLLM takes it. Raises ConfigError where pictures and placeholders do not match."""
         token_ids, pictures = (prompt.token_ids, prompt.pictures) if isinstance(prompt, PicturePrompt) else (prompt, ())
+        # vLLM looks only where it has a tokenizer; without one such an id ends the worker, on a GPU with all that it computes.
+        kinds = set(map(type, token_ids))
+        is_whole = len(kinds) > 0 and all(issubclass(kind, Integral) for kind in kinds)
+        if not is_whole or min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            raise ConfigError(
+                f"engine {self.engine_id}: a prompt is one or more token ids from 0 to {self._vocab_size - 1}, "
+                f"and not {_shortened(token_ids)}"
+            )
         placeholder = compat.picture_placeholder(self._llm)
         if placeholder is None and pictures:
             raise ConfigError(f"engine {self.engine_id}: a prompt has {len(pictures)} pictures, and its model takes none")
@@ -162,7 +180,8 @@ class Engine:
                 f"engine {self.engine_id}: a prompt has {len(pictures)} pictures and {found} placeholders (token {placeholder}); "
                 "it takes one for each picture, which the engine makes as long as the picture is"
             )
-        return {"prompt_token_ids": list(token_ids), **({"multi_modal_data": {"image": list(pictures)}} if pictures else {})}
+        ids = list(token_ids) if kinds == {int} else [int(token) for token in token_ids]
+        return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": list(pictures)}} if pictures else {})}
 
     async def _generate_one(self, prompt: dict[str, Any], params: Any) -> tuple[Completion, ...]:
         if self._adapters is None:
@@ -390,6 +409,11 @@ class Engine:
             # vLLM would wait for those that are stopped, and the others for them.
             self._processes.kill()
         await compat.shut_down(self._llm, _CLOSE_S)
+
+
+def _shortened(token_ids: Any) -> str:
+    text = repr(token_ids)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _heard(call: asyncio.Future[None]) -> None:
