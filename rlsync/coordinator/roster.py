@@ -35,6 +35,8 @@ class Member:
     recorded: m.Recorded | None = None
     attached: bool = False
     lost: bool = False
+    # Closed its connection between syncs: it may go on, in another.
+    left: bool = False
 
     @property
     def engine(self) -> str | None:

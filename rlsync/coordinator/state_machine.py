@@ -172,6 +172,7 @@ class Coordinator:
 
     def _open(self, message: m.Start, now_s: float) -> None:
         lost = [str(p) for p in self._members.values() if p.lost]
+        left = [str(p) for p in self._members.values() if p.left]
         connecting, failed = self._connecting, self._failure is not None
         group = 0 if self._sync is None else self._sync.group + failed
         self._sync = Progress(
@@ -181,6 +182,8 @@ class Coordinator:
         self._failure, self.phase, self.deadline_s = None, "begin", now_s + self._expected.timeout_s
         if lost:
             self._fail(f"the process of {first_few(lost)} has ended; start it again and connect() anew", None)
+        elif left:
+            self._fail(f"{first_few(left)} closed its connection, as when an engine is connected to another actor; connect() anew", None)
         elif message.version <= self.version:
             self._fail(f"version {message.version} is not newer than {self.version}, which the engines serve; versions only grow", None)
         early, self._early = self._early, []
@@ -257,7 +260,7 @@ class Coordinator:
 
     def _on_goodbye(self, peer: Member, message: m.Goodbye, now_s: float) -> None:
         if self.phase in ("idle", "failed"):
-            peer.lost = True
+            peer.left = True
         else:
             self._fail(f"{peer} closed its connection", peer)
 

@@ -67,6 +67,18 @@ def test_every_failure_reaches_every_peer_as_one_error(peer: str, message: m.Fro
     assert peer[1] in error.cause
 
 
+def test_who_left_between_syncs_is_not_said_to_be_dead() -> None:
+    """As a worker of an engine that another actor has connected to."""
+    for leave, words in (
+        (lambda run: run.tell("w1", m.Goodbye()), "closed its connection"),
+        (lambda run: run.coordinator.lose(b"w1"), "has ended"),
+    ):
+        run = Run()
+        leave(run)
+        run.begin()
+        assert words in run.error().cause and "connect() anew" in run.error().cause
+
+
 def test_a_death_is_an_error_at_once_and_blames_the_dead() -> None:
     run = Run()
     run.begin()
