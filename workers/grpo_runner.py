@@ -228,7 +228,11 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             return
         batch, known = self._drawn(beginning.step + 1, {}), Future[Rollout]()
         rollout = self._config.rollout
-        asked = {"logprobs": bool(rollout.return_logprobs), "routes": bool(rollout.enable_return_routed_experts)}
+        asked = {
+            "group_size": self._config.algorithm.group_size,
+            "logprobs": bool(rollout.return_logprobs),
+            "routes": bool(rollout.enable_return_routed_experts),
+        }
         if changed := outdated(position[STATE], batch, beginning, **asked):
             self._screen.note(
                 f"step {batch.step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it"

@@ -112,16 +112,21 @@ def restored(state: Mapping[str, Any], prompts: Sequence[Prompt]) -> tuple[list[
     return [samples[i : i + size] for i in range(0, count, size)], state["seconds"]
 
 
-def outdated(state: Mapping[str, Any], batch: Batch, beginning: Beginning, *, logprobs: bool, routes: bool) -> tuple[str, ...]:
+def outdated(
+    state: Mapping[str, Any], batch: Batch, beginning: Beginning, *, group_size: int, logprobs: bool, routes: bool
+) -> tuple[str, ...]:
     """What has changed since the checkpoint, so that its samples are not those of this run.
 
     Args:
+        group_size: of this run. A checkpoint without its settings tells of another one by its samples.
         logprobs: engines of this run return log-probabilities of their samples.
         routes: engines of this run return routes.
     """
     saved, changed = state["samples"], [key for key in beginning.changed if key.startswith(_DECIDE)]
     if not isinstance(saved, Mapping):
         return (*changed, "how samples are saved")
+    if len(saved["lengths"]) != group_size * len(batch.prompts) and "algorithm.group_size" not in changed:
+        changed.append("algorithm.group_size")
     if logprobs != (len(saved["engine_logprobs"]) > 0) and len(saved["response_ids"]):
         changed.append("rollout.return_logprobs")
     if any(routes != (sample is not None) for sample in saved["routes"]):

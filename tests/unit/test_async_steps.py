@@ -240,7 +240,7 @@ def test_samples_of_other_pictures_under_the_same_tokens_are_not_those_of_a_resu
         prompts = [Prompt(-1, "what", (5, 6), ("red",), engine_ids=(5,), images=images) for images in pictures]
         return Batch(4, prompts, {})
 
-    state, asked = state_of(Rollout((), {}), batch((red,), (blue,))), {"logprobs": True, "routes": False}
+    state, asked = state_of(Rollout((), {}), batch((red,), (blue,))), {"group_size": 0, "logprobs": True, "routes": False}
     assert outdated(state, batch((red.copy(),), (blue.copy(),)), FRESH, **asked) == ()
     for others in (((spotted,), (blue,)), ((blue,), (red,)), ((red, blue), ()), ((red.transpose(Image.Transpose.ROTATE_90),), (blue,))):
         assert outdated(state, batch(*others), FRESH, **asked) == ("pictures of the prompts",)
@@ -268,10 +268,16 @@ def test_saved_samples_come_back_bit_for_bit_and_are_asked_for_what_a_run_needs_
         assert [len(group) for group in groups] == [3, 3]
         for ours, theirs in zip(groups[0] + groups[1], samples, strict=True):
             assert (ours.routes is None) != routes and (not routes or torch.equal(ours.routes, theirs.routes))
-        assert outdated(state, batch, FRESH, logprobs=logprobs, routes=routes) == ()
-        assert outdated(state, batch, FRESH, logprobs=not logprobs, routes=routes) == ("rollout.return_logprobs",)
-        assert outdated(state, batch, FRESH, logprobs=logprobs, routes=not routes) == ("rollout.enable_return_routed_experts",)
-    assert outdated({**state, "samples": [{"version": 3}]}, batch, FRESH, logprobs=True, routes=True) == ("how samples are saved",)
+        assert outdated(state, batch, FRESH, group_size=3, logprobs=logprobs, routes=routes) == ()
+        assert outdated(state, batch, FRESH, group_size=3, logprobs=not logprobs, routes=routes) == ("rollout.return_logprobs",)
+        assert outdated(state, batch, FRESH, group_size=3, logprobs=logprobs, routes=not routes) == (
+            "rollout.enable_return_routed_experts",
+        )
+        # Of a checkpoint whose settings were removed: groups of another size would be taken apart.
+        assert outdated(state, batch, FRESH, group_size=2, logprobs=logprobs, routes=routes) == ("algorithm.group_size",)
+    assert outdated({**state, "samples": [{"version": 3}]}, batch, FRESH, group_size=3, logprobs=True, routes=True) == (
+        "how samples are saved",
+    )
 
 
 @pytest.mark.parametrize("saves", [False, True], ids=["found at the next step", "found by a checkpoint"])
