@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RlsyncError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; run this as a user who may read and write it", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not package or package == __package__.partition(".")[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,12 @@ def shape_of(model: str) -> dict[str, Any]:
 
 def model_below(folder: Path, pattern: str) -> str:
     """The end of an error about a folder without files of this pattern: where a checkpoint of the runner has them, or nothing."""
-    if any(folder.glob(pattern)):
-        return ""
-    for below in (folder / "actor" / "hf_model", folder / "hf_model"):
-        if any(below.glob(pattern)):
-            return f"; did you mean {below}?"
+    with suppress(PermissionError):  # of a folder that nobody may look into, which the error is about
+        if any(folder.glob(pattern)):
+            return ""
+        for below in (folder / "actor" / "hf_model", folder / "hf_model"):
+            if any(below.glob(pattern)):
+                return f"; did you mean {below}?"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -92,6 +93,27 @@ def examine(**_):
 doctor.examine = examine
 sys.exit(cli.main(["doctor"]))
 """
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders of another user, whose permissions hold for everybody but root."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    commands = (["plan", str(closed)], ["convert", str(closed), str(tmp_path / "out")], ["verify", str(closed), str(closed)])
+    for command in commands:
+        main(command)  # with all modules imported
+    capsys.readouterr()
+    closed.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        codes = [(main(command), capsys.readouterr().err) for command in commands]
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o700)
+    assert [code for code, _ in codes] == [1, 1, 2]
+    assert all(str(tmp_path) in said and "Permission denied" in said and "Traceback" not in said for _, said in codes), codes
 
 
 def test_ctrl_c_ends_a_command_with_one_line() -> None:
